@@ -1,0 +1,124 @@
+"""A captured program against the model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..ir.errors import CaptureError, GraphoptError
+from ..ir.program import Program
+from ..ir.structure import describe
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor, where: torch.Tensor | None = None) -> float:
+    """Largest difference, relative to the largest reference value (at least 1).
+
+    Args:
+        result: what is checked.
+        reference: same shape.
+        where: (batch, sequence), the positions that count; all if None.
+    """
+    if result.shape != reference.shape:
+        return float("inf")
+    if where is not None and result.dim() >= 2 and result.shape[:2] == where.shape:
+        result, reference = result[where.bool()], reference[where.bool()]
+    if reference.numel() == 0:
+        return 0.0
+    wide, expected = result.to(torch.float64), reference.to(torch.float64)
+    difference = (wide - expected).abs()
+    # infinities of the same sign agree
+    difference = torch.where(wide == expected, torch.zeros_like(difference), difference)
+    finite = expected[expected.isfinite()]
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    worst = float(difference.max())
+    return float("inf") if worst != worst else worst / scale
+
+
+def compare_outputs(
+    program: Program, model: nn.Module, inputs: dict[str, Any], where: torch.Tensor | None = None
+) -> float:
+    """Run both on the same inputs and return the largest relative error over outputs."""
+    with torch.no_grad():
+        expected = model(**inputs)
+    _, wanted = describe(expected, lambda v: isinstance(v, torch.Tensor))
+    _, found = describe(program(**inputs), lambda v: isinstance(v, torch.Tensor))
+    shared = [name for name in wanted if name in found]
+    if set(found) - set(wanted) or not shared:
+        raise CaptureError(f"the program returns {sorted(found)}, the model returns {sorted(wanted)}")
+    return max(relative_error(found[name], wanted[name], where) for name in shared)
+
+
+def tolerance_of(program: Program) -> float:
+    """Largest relative error that rounding explains, by the narrowest type of the weights."""
+    types = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
+    return max((TOLERANCE.get(t, 1e-2) for t in types), default=2e-4)
+
+
+def require_equal(program: Program, model: nn.Module, cases: Iterable[tuple[str, dict[str, Any], Any]]) -> dict[str, float]:
+    """Compare on several inputs; each case is (what it is, inputs, positions that count or None).
+
+    Raises:
+        CaptureError: one of them differs by more than rounding.
+    """
+    limit = tolerance_of(program)
+    errors: dict[str, float] = {}
+    for label, inputs, where in cases:
+        try:
+            errors[label] = compare_outputs(program, model, inputs, where)
+        except GraphoptError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the captured graph does not run on {label}: {type(error).__name__}: {error}",
+                hint="a size froze at capture; pass dynamic= with the sizes that vary, or another example",
+            ) from error
+        if not errors[label] <= limit:
+            raise CaptureError(
+                f"the captured graph differs from the model on {label}: relative error {errors[label]:.2g}, "
+                f"rounding explains {limit:.0e}",
+                hint="the model may branch on values or sizes that the example did not show",
+            )
+    return errors
+
+
+def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any] | None:
+    """Return the example cut or repeated to other values of the named sizes, or None if it cannot be."""
+    wanted = {name: sizes.get(name, limits.hint) for name, limits in program.signature.sizes.items()}
+    flat: dict[int, torch.Tensor] = {}
+    structures = describe(inputs, lambda v: isinstance(v, torch.Tensor), "")[1]
+    for (name, tensor) in structures.items():
+        spec = program.signature.inputs.get(name)
+        if spec is None:
+            continue
+        value = tensor
+        for dim, size in enumerate(spec.shape):
+            if isinstance(size, int):
+                continue
+            if size not in wanted:
+                return None
+            times = -(-wanted[size] // value.shape[dim])
+            repeats = [1] * value.dim()
+            repeats[dim] = times
+            value = value.repeat(*repeats).narrow(dim, 0, wanted[size])
+        flat[id(tensor)] = value.clone()
+    resized_inputs: dict[str, Any] = tree_map(
+        lambda v: flat.get(id(v), v) if isinstance(v, torch.Tensor) else v, inputs
+    )
+    return resized_inputs
+
+
+def compare_with_model(program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]) -> None:
+    """Compare at the user's size, at the captured size and at another one."""
+    cases: list[tuple[str, dict[str, Any], Any]] = [("the example", given, None), ("the captured size", example, None)]
+    if program.signature.sizes:
+        other = resized(program, example, {n: max(limits.low, min(limits.hint + 2, limits.high or 10**9))
+                                           for n, limits in program.signature.sizes.items()})
+        if other is not None:
+            cases.append(("another size", other, None))
+    require_equal(program, model, cases)

@@ -1,0 +1,44 @@
+"""Canonicalisation: one spelling for each thing, so that every pass is written once.
+
+What later parts rely on is listed in ``docs/architecture.md``; :func:`canonicalise` establishes it and
+records the fact ``canonical``. What could not be raised stays as it was and is noted in ``program.facts``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .cleanup import clean, drop_dead, share_equal
+from .experts import raise_experts
+from .functional import functionalise
+from .linears import raise_linears
+from .norms import raise_norms
+from .rotary import raise_rotary
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+__all__ = ["canonicalise", "clean", "drop_dead"]
+
+
+def canonicalise(program: Program) -> None:
+    """Bring a captured graph into the dialect, in place.
+
+    Raises:
+        CaptureError: an in-place operator cannot be made functional.
+    """
+    from .attention import raise_attention
+
+    functionalise(program)
+    clean(program)
+    raise_linears(program)
+    share_equal(program)
+    raise_norms(program)
+    raise_rotary(program)
+    raise_attention(program)
+    raise_experts(program)
+    drop_dead(program)
+    program.edit.journal.clear()
+    program.edit.touched.clear()
+    program.facts["canonical"] = True
+    program.facts["eval"] = True

@@ -1,0 +1,217 @@
+"""Raise mixtures of experts, written as gathered batched products, to ``graphopt.routed_ffn``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..fold import depends_on_weights_alone
+from ..infer import same_value
+from ..schema import arguments, is_operator
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def raise_experts(program: Program) -> None:
+    """Replace pairs of gathered products over the same experts by one operator."""
+    unraised: list[str] = []
+    products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
+    for up in products:
+        for down in products:
+            if up is not down and not down["node"]._erased and not up["node"]._erased and down["ids"] is up["ids"]:
+                if _reaches(up["node"], down["input"]):
+                    reason = _raise(program, up, down)
+                    if reason:
+                        unraised.append(f"{up['node'].name}: {reason}")
+    if unraised:
+        program.facts["unraised_experts"] = unraised
+
+
+def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
+    """Read ``bmm`` of rows and matrices that were gathered by expert, with its bias."""
+    if not is_operator(node, "aten.bmm"):
+        return None
+    for place, matrix in enumerate(node.args):
+        transposed_view = False
+        if is_operator(matrix, "aten.permute"):
+            transposed_view, matrix = True, matrix.args[0]  # type: ignore[union-attr]
+        gathered = _index_of(program, matrix)
+        if gathered is None:
+            continue
+        weight, ids = gathered
+        rows = node.args[1 - place]
+        if not is_operator(rows, "aten.unsqueeze"):
+            continue
+        # w @ x keeps (out, in); x @ w keeps (in, out)
+        transposed = (place == 1) != transposed_view
+        result = node
+        while len(result.users) == 1 and is_operator(next(iter(result.users)), "aten.squeeze", "aten.reshape"):
+            result = next(iter(result.users))
+        bias = None
+        if len(result.users) == 1:
+            user = next(iter(result.users))
+            if is_operator(user, "aten.add"):
+                other = next((a for a in user.args if a is not result), None)
+                gathered_bias = _index_of(program, other)
+                if gathered_bias is not None and gathered_bias[1] is ids:
+                    bias, result = gathered_bias[0], user
+        return {
+            "node": node, "weight": weight, "ids": ids, "input": rows.args[0],  # type: ignore[union-attr]
+            "transposed": transposed, "bias": bias, "result": result,
+        }  # fmt: skip
+    return None
+
+
+def _index_of(program: Program, node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """Read a selection of matrices or rows of a weight by a vector of expert numbers."""
+    if is_operator(node, "aten.index"):
+        weight, indices = node.args[:2]
+        if isinstance(indices, (list, tuple)) and len(indices) == 1:
+            ids = indices[0]
+        else:
+            return None
+    elif is_operator(node, "aten.index_select") and node.args[1] == 0:
+        weight, ids = node.args[0], node.args[2]
+    else:
+        return None
+    if weight in depends_on_weights_alone(program) and isinstance(ids, fx.Node):
+        return weight, ids
+    return None
+
+
+def _reaches(source: fx.Node, target: Any) -> bool:
+    work, seen = [target], set()
+    while work:
+        node = work.pop()
+        if node is source:
+            return True
+        if isinstance(node, fx.Node) and node not in seen and len(seen) < 40:
+            seen.add(node)
+            work.extend(node.all_input_nodes)
+    return False
+
+
+def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
+    if up["transposed"] != down["transposed"]:
+        return "the two projections are stored in different orders"
+    gate = _gate(up["result"], down["input"])
+    if gate is None:
+        return "an activation that graphopt.routed_ffn does not know"
+    rows, k = _repeated(up["input"])
+    if rows is None:
+        return "tokens are not repeated once per expert"
+    ids = _flattened(up["ids"], k)
+    if ids is None:
+        return "expert numbers are not a flattened (tokens, k) table"
+    end = _combined(down["result"], k)
+    if end is None:
+        return "expert outputs are not weighted and summed per token"
+    weights, result = end
+    with program.edit.before(result):
+        new = program.edit.call(
+            torch.ops.graphopt.routed_ffn.default,
+            rows, ids, weights, up["weight"], down["weight"], up["bias"], down["bias"],
+            transposed=up["transposed"], **gate,
+        )  # fmt: skip
+    if not same_value(new.meta["val"], result.meta["val"]):
+        program.edit.erase_dead([new])
+        return "the raised operator has another type or shape"
+    program.edit.replace(result, new, record=False)
+    return ""
+
+
+def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
+    """Recognise what lies between the projections by trying it: nine forms on the same random numbers."""
+    from ..execute import interpret
+    from ..operators.routed_ffn import ACTIVATIONS, activate
+    from .masks import needed_for
+
+    size = source.meta["val"].shape[-1]
+    if not isinstance(size, int):
+        return None
+    region = needed_for([target], {source: None})
+    if any(n.op == "placeholder" for n in region if n is not source):
+        return None
+    probe = torch.randn(5, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
+    found = _run_region(source, target, probe)
+    if found is None:
+        return None
+    numbers = sorted({float(a) for n in region for a in _numbers(n)} | {0.0, 1.0})
+    for activation in ACTIVATIONS:
+        for gated, interleaved in ((True, False), (True, True), (False, False)):
+            choices = [(0.0, 1.0)]
+            if activation == "swiglu_clamped":
+                choices = [(limit, alpha) for limit in numbers if limit > 0 for alpha in numbers if alpha > 0] if gated else []
+            for limit, alpha in choices:
+                expected = activate(probe, activation, gated, interleaved, limit, alpha)
+                if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
+                    return {"activation": activation, "gated": gated, "interleaved": interleaved, "limit": limit, "alpha": alpha}
+    del interpret
+    return None
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    values = [*node.args, *node.kwargs.values()]
+    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+
+
+def _run_region(source: fx.Node, target: fx.Node, probe: torch.Tensor) -> torch.Tensor | None:
+    from ..execute import evaluate, needed_for
+
+    region = needed_for([target], {source: None})
+    values: dict[fx.Node, Any] = {source: probe}
+    for node in source.graph.nodes:
+        if node in region and node is not source:
+            if is_operator(node, "aten.to"):
+                values[node] = values[node.args[0]]  # type: ignore[index]
+                continue
+            try:
+                values[node] = evaluate(node, values)
+            except (RuntimeError, KeyError):
+                return None
+    result = values.get(target)
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def _repeated(node: Any) -> tuple[fx.Node | None, int]:
+    if is_operator(node, "aten.repeat_interleave"):
+        found = arguments(node)
+        if isinstance(found.get("repeats"), int) and found.get("dim") == 0:
+            return found["self"], int(found["repeats"])
+    return None, 0
+
+
+def _flattened(ids: fx.Node, k: int) -> fx.Node | None:
+    if is_operator(ids, "aten.reshape"):
+        table = ids.args[0]
+        if isinstance(table, fx.Node) and table.meta["val"].dim() == 2 and table.meta["val"].shape[1] == k:
+            return table
+    return None
+
+
+def _combined(node: fx.Node, k: int) -> tuple[fx.Node, fx.Node] | None:
+    """Follow ``(out * weights[:, None]).view(tokens, k, size).sum(1)`` to its end."""
+    if len(node.users) != 1:
+        return None
+    product = next(iter(node.users))
+    if not is_operator(product, "aten.mul") or len(product.users) != 1:
+        return None
+    factor = next((a for a in product.args if a is not node), None)
+    if not is_operator(factor, "aten.unsqueeze", "aten.reshape"):
+        return None
+    flat = factor.args[0]  # type: ignore[union-attr]
+    table = flat.args[0] if is_operator(flat, "aten.reshape") else flat  # type: ignore[union-attr]
+    if not isinstance(table, fx.Node) or table.meta["val"].dim() != 2 or table.meta["val"].shape[1] != k:
+        return None
+    folded = next(iter(product.users))
+    if not is_operator(folded, "aten.reshape") or len(folded.users) != 1:
+        return None
+    total = next(iter(folded.users))
+    if not is_operator(total, "aten.sum") or list(arguments(total)["dim"] or []) != [1]:
+        return None
+    if len(total.users) == 1 and is_operator(next(iter(total.users)), "aten.to"):
+        total = next(iter(total.users))
+    return table, total

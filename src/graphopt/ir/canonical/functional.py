@@ -1,0 +1,197 @@
+"""Make writes in place functional: every value has one definition, every edge is in the graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+from ..infer import infer
+from ..schema import arguments, is_mutable, operator_name
+from .scatter import VIEW_OPERATORS, put_back
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass
+class _Storage:
+    """One piece of memory: its present value and how often it was written."""
+
+    value: fx.Node
+    version: int = 0
+
+
+@dataclass
+class _View:
+    """How a value reads a storage: the chain of view nodes from it, and the version it was read at."""
+
+    storage: _Storage
+    chain: list[fx.Node]
+    version: int
+
+
+def functionalise(program: Program) -> None:
+    """Rewrite operators that write to their arguments, views of the written memory included.
+
+    Raises:
+        CaptureError: an in-place operator or a view of written memory has no functional form here.
+    """
+    graph = program.graph
+    if not any(n.op == "call_function" and is_mutable(n.target) for n in graph.nodes):
+        return
+    views: dict[fx.Node, _View] = {}
+
+    def view_of(node: fx.Node) -> _View:
+        if node not in views:
+            views[node] = _View(_Storage(node), [], 0)
+        return views[node]
+
+    def current(node: fx.Node) -> fx.Node:
+        """Return the value that reading ``node`` gives now."""
+        view = views.get(node)
+        if view is None or view.version == view.storage.version:
+            return node
+        value = view.storage.value
+        for step in view.chain:
+            value = _again(program, step, value)
+        return value
+
+    _split_into_slices(program)
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            continue
+        if node.op == "output" or not is_mutable(node.target):
+            with graph.inserting_before(node):
+                node.args = fx.map_arg(node.args, current)
+                node.kwargs = fx.map_arg(node.kwargs, current)
+            _track_view(node, views, view_of)
+            continue
+        _write(program, node, view_of, current)
+    program.changed()
+
+
+def _track_view(node: fx.Node, views: dict[fx.Node, _View], view_of: Callable[[fx.Node], _View]) -> None:
+    if node.op != "call_function":
+        return
+    name = operator_name(node.target)
+    if name in VIEW_OPERATORS and isinstance(node.args[0], fx.Node):
+        base = view_of(node.args[0])
+        views[node] = _View(base.storage, [*base.chain, node], base.storage.version)
+
+
+def _split_into_slices(program: Program) -> None:
+    """Spell parts of a split as slices, whose inverse is known."""
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node.target is not operator.getitem:
+            continue
+        source, index = node.args
+        if not isinstance(source, fx.Node):
+            continue
+        name = operator_name(source.target)
+        if name not in ("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unbind"):
+            continue
+        whole, dim, place = source.args[0], arguments(source)["dim"], int(index)  # type: ignore[arg-type]
+        with program.graph.inserting_before(node):
+            if name == "aten.unbind":
+                part = _made(program, aten.select.int, (whole, dim, place), {})
+            else:
+                sizes = [p.shape[dim] for p in source.meta["val"]]
+                if not all(isinstance(s, int) for s in sizes):
+                    continue
+                start = sum(sizes[:place])
+                part = _made(program, aten.slice.Tensor, (whole, dim, start, start + sizes[place]), {})
+        part.meta.update(node.meta)
+        node.replace_all_uses_with(part)
+        program.graph.erase_node(node)
+
+
+def _again(program: Program, step: fx.Node, source: fx.Node) -> fx.Node:
+    """Repeat a view of memory that was written since."""
+    args = (source, *step.args[1:])
+    new = program.graph.call_function(step.target, args, dict(step.kwargs))  # type: ignore[arg-type]
+    new.meta = dict(step.meta)
+    return new
+
+
+def _write(
+    program: Program, node: fx.Node, view_of: Callable[[fx.Node], _View], current: Callable[[fx.Node], fx.Node]
+) -> None:
+    target = node.target
+    name = operator_name(target)
+    written = node.args[0]
+    schema = target._schema  # type: ignore[union-attr]
+    writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not isinstance(written, fx.Node) or writes != [schema.arguments[0].name]:
+        raise CaptureError(
+            f"{name} writes to {', '.join(writes)}, which has no functional form here",
+            node=node.name,
+            source=program.source_line(node),
+        )
+    if written.op == "placeholder":
+        raise CaptureError(
+            f"{name} writes to {'a weight' if written.name in program.weights else 'an input'} in place",
+            node=node.name,
+            source=program.source_line(node),
+            hint="capture in evaluation mode, or compute on a copy",
+        )
+    with program.graph.inserting_before(node):
+        value = _functional(program, node, current)
+        view = view_of(written)
+        # the result of a write has the shape and type of what was written
+        stored = put_back(program, view.storage.value, view.chain, value)
+    view.storage.value = stored
+    view.storage.version += 1
+    for user in list(node.users):
+        user.replace_input_with(node, written)
+    program.graph.erase_node(node)
+
+
+def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Insert the operator that computes what the in-place one writes."""
+    target: Any = node.target
+    args = fx.map_arg(node.args, current)
+    kwargs = fx.map_arg(node.kwargs, current)
+    name = target._schema.name.split("::")[1]
+    destination = args[0]
+    if name == "copy_":
+        return _copied(program, destination, args[1])
+    if name in ("zero_", "fill_"):
+        filler = 0 if name == "zero_" else args[1]
+        return _made(program, aten.full_like.default, (destination, filler), {})
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    overload = getattr(packet, target._overloadname, None)
+    if overload is None or is_mutable(overload):
+        raise CaptureError(
+            f"the in-place operator {name} has no functional form",
+            node=node.name,
+            source=program.source_line(node),
+        )
+    made = _made(program, overload, args, kwargs)
+    wanted = destination.meta["val"].dtype
+    if made.meta["val"].dtype != wanted:
+        made = _made(program, aten.to.dtype, (made, wanted), {})
+    return made
+
+
+def _copied(program: Program, destination: fx.Node, source: fx.Node) -> fx.Node:
+    value, wanted = source.meta["val"], destination.meta["val"]
+    if value.dtype != wanted.dtype:
+        source = _made(program, aten.to.dtype, (source, wanted.dtype), {})
+    if list(value.shape) != list(wanted.shape):
+        source = _made(program, aten.expand_as.default, (source, destination), {})
+    return source
+
+
+def _made(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    node = program.graph.call_function(target, args, kwargs)
+    node.meta["val"] = infer(program.mode, target, args, kwargs)
+    return node
+

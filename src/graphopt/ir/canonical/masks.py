@@ -1,0 +1,225 @@
+"""What an attention mask means: found by running the few nodes that make it, on small inputs.
+
+Models build masks in many ways. Whatever the way, a mask that depends on nothing but sizes and a padding
+mask is a function of positions; it is compared with causality, windows and padding over several inputs,
+so that no spelling has to be known.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..execute import interpret, needed_for
+from ..operators.attention import visible
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+HIDDEN = -1e4
+_LONGEST = 1500
+
+
+@dataclass(frozen=True)
+class MaskMeaning:
+    """A mask as attention's own arguments; ``key_mask`` is the input that marks padding, if one does."""
+
+    causal: bool
+    window: int | None
+    key_mask: str | None
+
+
+@dataclass
+class _Case:
+    inputs: dict[str, torch.Tensor]
+    padding: torch.Tensor | None
+    batch: int
+    length: int
+
+
+def depends_on(node: fx.Node) -> set[fx.Node]:
+    """Return the placeholders that a value is computed from."""
+    return {n for n in needed_for([node], {}) if n.op == "placeholder"}
+
+
+def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
+    """Return what a mask says, or None if it says something else or depends on more than padding.
+
+    Args:
+        program: the program the mask is computed in.
+        mask: boolean (true where seen) or added to scores, broadcastable to (batch, heads, queries, keys).
+    """
+    sources = depends_on(mask)
+    if any(n.name in program.weights and program.weights[n.name].trainable for n in sources):
+        return None
+    inputs = {str(n.meta["input"]): n for n in sources if n.name not in program.weights}
+    paddings = [None, *(name for name, n in inputs.items() if _is_padding(n))]
+    windows = _candidate_windows(mask)
+    evaluated: dict[str | None, list[tuple[_Case, torch.Tensor]]] = {}
+    for key_mask in reversed(paddings):
+        cases = evaluated[key_mask] = _evaluate(program, mask, inputs, key_mask, 9)
+        if not cases:
+            continue
+        for causal, window in itertools.product((True, False), [None, *windows]):
+            meaning = MaskMeaning(causal, window, key_mask)
+            if all(_agrees(meaning, case, value) for case, value in cases):
+                if window is not None or not windows:
+                    return meaning
+                # a short input cannot tell a long window from none
+                longer = min(max(windows) + 3, _LONGEST)
+                if all(_agrees(meaning, c, v) for c, v in _evaluate(program, mask, inputs, key_mask, longer)):
+                    return meaning
+    for key_mask, longer in itertools.product(reversed(paddings), sorted({min(w + 3, _LONGEST) for w in windows})):
+        cases = _evaluate(program, mask, inputs, key_mask, longer)
+        for causal, window in itertools.product((True, False), windows):
+            meaning = MaskMeaning(causal, window, key_mask)
+            if cases and longer > window and all(_agrees(meaning, c, v) for c, v in cases):
+                return meaning
+    return None
+
+
+def _is_padding(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return value.dim() == 2 and not value.dtype.is_floating_point
+
+
+def _candidate_windows(mask: fx.Node) -> list[int]:
+    """Integers among the mask's own arguments, and their neighbours, may be windows."""
+    found: set[int] = set()
+    for node in needed_for([mask], {}):
+        for argument in itertools.chain(node.args, node.kwargs.values()):
+            if isinstance(argument, int) and not isinstance(argument, bool) and 1 < abs(argument) < 2**20:
+                found.update((abs(argument) - 1, abs(argument), abs(argument) + 1))
+    return sorted(w for w in found if w > 0)
+
+
+def _evaluate(
+    program: Program, mask: fx.Node, inputs: dict[str, fx.Node], key_mask: str | None, length: int
+) -> list[tuple[_Case, torch.Tensor]]:
+    results = []
+    for case in _cases(program, inputs, key_mask, length):
+        try:
+            value = interpret(program, case.inputs, record=[mask], stop=True)[mask.name]
+        except (RuntimeError, IndexError, ValueError):
+            # a table of fixed size, or sizes that this graph does not take
+            continue
+        results.append((case, value))
+    return results
+
+
+def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, length: int) -> list[_Case]:
+    cases = []
+    generator = torch.Generator().manual_seed(0)
+    dynamic = program.signature.sizes
+    for batch, span in ((2, length), (1, max(2, length - 2))):
+        paddings: list[torch.Tensor | None] = [None]
+        if key_mask is not None:
+            full = torch.ones(batch, span, dtype=torch.bool)
+            left, right, holes = full.clone(), full.clone(), full.clone()
+            left[0, : span // 3] = False
+            right[0, -(span // 3 or 1) :] = False
+            holes[-1] = torch.rand(span, generator=generator) > 0.4
+            holes[-1, 0] = True
+            paddings = [full, left, right, holes]
+        for padding in paddings:
+            values = {}
+            shape = None
+            for name, node in inputs.items():
+                spec = program.signature.inputs[name]
+                shape = [s if isinstance(s, int) else (batch if i == 0 else span) for i, s in enumerate(spec.shape)]
+                fixed = all(isinstance(s, int) for s in spec.shape)
+                if name == key_mask:
+                    assert padding is not None
+                    if fixed and list(shape) != [batch, span]:
+                        return _fixed_cases(program, inputs, key_mask)
+                    values[name] = padding.to(spec.dtype)
+                elif spec.fill is not None and spec.fill.rule.startswith("positions") or "position" in name:
+                    values[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
+                elif spec.dtype.is_floating_point:
+                    values[name] = torch.zeros(shape, dtype=spec.dtype)
+                else:
+                    values[name] = torch.ones(shape, dtype=spec.dtype)
+            if inputs and not dynamic and shape is not None and len(shape) >= 2:
+                cases.append(_Case(values, None if padding is None else padding[:, : shape[1]], shape[0], shape[1]))
+            else:
+                cases.append(_Case(values, padding, batch, span))
+        if not dynamic:
+            break
+    return cases
+
+
+def _fixed_cases(program: Program, inputs: dict[str, fx.Node], key_mask: str) -> list[_Case]:
+    """The same paddings at the one size that a program without dynamic sizes takes."""
+    shape = [int(s) for s in program.signature.inputs[key_mask].shape]
+    cases = []
+    for hide in (slice(0, 0), slice(0, max(1, shape[1] // 3)), slice(shape[1] - max(1, shape[1] // 3), shape[1])):
+        padding = torch.ones(shape, dtype=torch.bool)
+        padding[0, hide] = False
+        values = {}
+        for name in inputs:
+            spec = program.signature.inputs[name]
+            size = [int(s) for s in spec.shape]
+            if name == key_mask:
+                values[name] = padding.to(spec.dtype)
+            elif "position" in name:
+                values[name] = torch.arange(size[-1], dtype=spec.dtype).expand(size).contiguous()
+            else:
+                values[name] = torch.ones(size, dtype=spec.dtype)
+        cases.append(_Case(values, padding, shape[0], shape[1]))
+    return cases
+
+
+def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
+    if value.dim() < 2 or value.shape[-2] not in (1, case.length) and value.shape[-2] != value.shape[-1]:
+        return False
+    queries, keys = (value.shape[-2] if value.shape[-2] != 1 else value.shape[-1]), value.shape[-1]
+    seen = value if value.dtype is torch.bool else value > HIDDEN
+    if value.dtype is not torch.bool and bool((value[seen] != 0).any()):
+        return False
+    padding = case.padding if meaning.key_mask is not None else None
+    if padding is not None and padding.shape[1] != keys:
+        return False
+    expected = visible(queries, keys, padding, None, meaning.causal, meaning.window, value.device)
+    if expected is None:
+        expected = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+    while seen.dim() < 4:
+        seen = seen.unsqueeze(0)
+    try:
+        seen, expected = torch.broadcast_tensors(seen, expected)
+    except RuntimeError:
+        return False
+    if case.padding is not None and queries == case.padding.shape[1] and seen.shape[0] == case.padding.shape[0]:
+        # what a padded position sees never reaches a valid one
+        rows = case.padding[:, None, :, None].expand_as(seen)
+        return bool((seen == expected)[rows].all())
+    return bool((seen == expected).all())
+
+
+def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, list[Any]]:
+    """Return the part of a mask that hides positions, and the terms that are added to scores.
+
+    ``a + b`` and ``where(seen, bias, hidden)`` are taken apart; what has no meaning is returned whole.
+    """
+    from ..schema import arguments, is_operator
+
+    meaning = mask_meaning(program, mask)
+    if meaning is not None:
+        return meaning, []
+    if is_operator(mask, "aten.add") and not mask.kwargs and len(mask.args) == 2:
+        for pure, bias in (mask.args, mask.args[::-1]):
+            if isinstance(pure, fx.Node) and isinstance(bias, fx.Node):
+                meaning = mask_meaning(program, pure)
+                if meaning is not None:
+                    return meaning, [bias]
+    if is_operator(mask, "aten.where"):
+        found = arguments(mask)
+        seen, bias = found["condition"], found["self"]
+        if isinstance(seen, fx.Node) and isinstance(bias, fx.Node):
+            meaning = mask_meaning(program, seen)
+            if meaning is not None:
+                return meaning, [bias]
+    return None, [mask]

@@ -1,0 +1,160 @@
+"""Raise root-mean-square and layer norms that are written out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..fold import depends_on_weights_alone
+from ..infer import same_value
+from ..match import Match, find
+from ..pattern import Either, Wild, call
+from ..schema import argument, is_operator
+from ..tracing import unwrap
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def _square(x: Any) -> Either:
+    return Either((call("pow")(x, 2), call("square")(x), call("mul")(x, x)))
+
+
+def _last(dims: Any) -> bool | str:
+    return (isinstance(dims, (list, tuple)) and len(dims) == 1) or "normalised over several dimensions"
+
+
+def _scaled(wide: Any, square: Any) -> Either:
+    """``wide`` divided by the root of the mean of ``square``, in its usual spellings."""
+    total = call("add")(call("mean")(square, Wild("dims", _last), True), Wild("eps"))
+    inverse = Either((call("rsqrt")(total), call("pow")(total, -0.5), call("reciprocal")(call("sqrt")(total))))
+    return Either((call("mul")(wide, inverse), call("div")(wide, call("sqrt")(total))))
+
+
+def _rms_pattern() -> Either:
+    wide = Wild("wide")
+    return _scaled(wide, _square(wide))
+
+
+def _layer_pattern() -> Either:
+    wide = Wild("wide")
+    mean = call("mean", shared=True)(wide, Wild("dims", _last), True)
+    centred = call("sub", shared=True)(wide, mean)
+    return _scaled(centred, _square(centred))
+
+
+def raise_norms(program: Program) -> None:
+    """Replace written-out norms by ``graphopt.rms_norm`` and ``aten.layer_norm``."""
+    for node in list(program.graph.find_nodes(op="call_function", target=aten.rms_norm.default)):
+        _fused(program, node)
+    for match in find(program.graph, _layer_pattern()):
+        _raise(program, match, centred=True)
+    for match in find(program.graph, _rms_pattern()):
+        _raise(program, match, centred=False)
+
+
+def _fused(program: Program, node: fx.Node) -> None:
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    if len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return
+    eps = argument(node, "eps")
+    eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else eps
+    with program.edit.before(node):
+        new = program.edit.call(torch.ops.graphopt.rms_norm.default, x, argument(node, "weight"), eps)
+    _install(program, node, new)
+
+
+def _raise(program: Program, match: Match, centred: bool) -> None:
+    wide, eps = match["wide"], match["eps"]
+    core = match.roots[0]
+    dims = match["dims"]
+    if not isinstance(wide, fx.Node) or not isinstance(eps, float):
+        return
+    if dims[0] not in (-1, wide.meta["val"].dim() - 1):
+        return
+    x, float32 = wide, False
+    if is_operator(wide, "aten.to") and wide.meta["val"].dtype is torch.float32:
+        source = wide.args[0]
+        assert isinstance(source, fx.Node)
+        if source.meta["val"].dtype in _NARROW:
+            x, float32 = source, True
+    if not float32 and x.meta["val"].dtype not in _NARROW:
+        float32 = True
+    result, weight, bias, before_cast = _following(program, core, x, centred)
+    size = wide.meta["val"].shape[-1]
+    with program.edit.before(result):
+        if centred:
+            shaped = _vector(program, weight, size), _vector(program, bias, size)
+            new = program.edit.call(aten.layer_norm.default, x, [size], *shaped, eps)
+        else:
+            new = program.edit.call(
+                torch.ops.graphopt.rms_norm.default, x, weight, eps, float32=float32, weight_before_cast=before_cast
+            )
+    _install(program, result, new)
+
+
+def _install(program: Program, old: fx.Node, new: fx.Node) -> None:
+    if same_value(old.meta["val"], new.meta["val"]):
+        program.edit.replace(old, new, record=False)
+    else:
+        program.edit.erase_dead([new])
+
+
+def _vector(program: Program, weight: fx.Node | None, size: Any) -> fx.Node | None:
+    if weight is None or weight.meta["val"].dim() == 1:
+        return weight
+    made = unwrap(program.edit.value(weight).reshape([size]))
+    assert isinstance(made, fx.Node)
+    return made
+
+
+def _following(
+    program: Program, core: fx.Node, x: fx.Node, centred: bool
+) -> tuple[fx.Node, fx.Node | None, fx.Node | None, bool]:
+    """Return what comes of the normalised value: weight, bias, return to the narrow type, and their order."""
+    result, weight, bias = core, None, None
+    cast_done = core.meta["val"].dtype == x.meta["val"].dtype
+    before_cast = False
+    constant = depends_on_weights_alone(program)
+    size = core.meta["val"].shape[-1]
+
+    def scale_of(other: Any) -> bool:
+        if not isinstance(other, fx.Node) or other not in constant:
+            return False
+        shape = other.meta["val"].shape
+        return bool(shape) and shape[-1] == size and all(s == 1 for s in shape[:-1])
+
+    while len(result.users) == 1:
+        user = next(iter(result.users))
+        operands = [a for a in user.args if a is not result]
+        if is_operator(user, "aten.to") and not cast_done and user.meta["val"].dtype == x.meta["val"].dtype:
+            cast_done = True
+            before_cast = weight is not None
+        elif (
+            is_operator(user, "aten.mul")
+            and weight is None
+            and len(operands) == 1
+            and scale_of(operands[0])
+        ):
+            weight = operands[0]  # type: ignore[assignment]
+        elif (
+            is_operator(user, "aten.add")
+            and centred
+            and weight is not None
+            and bias is None
+            and not user.kwargs
+            and len(operands) == 1
+            and scale_of(operands[0])
+        ):
+            bias = operands[0]  # type: ignore[assignment]
+        else:
+            break
+        result = user
+    return result, weight, bias, before_cast
+

@@ -1,0 +1,88 @@
+"""The inverse of views: what the whole becomes when a part of it is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+from ..infer import infer
+from ..schema import arguments, operator_name
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+
+VIEW_OPERATORS = frozenset(
+    {
+        "aten.slice", "aten.select", "aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.t",
+        "aten.unsqueeze", "aten.squeeze", "aten.alias", "aten.detach", "aten.narrow", "aten.diagonal",
+        "aten.expand", "aten.lift_fresh",
+    }
+)  # fmt: skip
+
+
+def put_back(program: Program, whole: fx.Node, chain: list[fx.Node], value: fx.Node) -> fx.Node:
+    """Return the storage's new value after ``value`` was written through a chain of views.
+
+    Args:
+        program: whose insertion point is used.
+        whole: the storage's value before.
+        chain: the views from the storage to the written value, outermost first.
+        value: what was written.
+
+    Raises:
+        CaptureError: a view in the chain has no inverse here.
+    """
+    sources = [whole]
+    for step in chain[:-1]:
+        sources.append(_call(program, step.target, (sources[-1], *step.args[1:]), dict(step.kwargs)))
+    for step, source in zip(reversed(chain), reversed(sources), strict=True):
+        value = _inverse(program, step, source, value)
+    return value
+
+
+def _inverse(program: Program, step: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
+    name = operator_name(step.target)
+    found = arguments(step)
+    before = source.meta["val"]
+    if name == "aten.slice":
+        span = (source, value, found["dim"], found["start"], found["end"], found["step"])
+        return _call(program, aten.slice_scatter.default, span)
+    if name == "aten.narrow":
+        end = found["start"] + found["length"]
+        return _call(program, aten.slice_scatter.default, (source, value, found["dim"], found["start"], end))
+    if name == "aten.select":
+        return _call(program, aten.select_scatter.default, (source, value, found["dim"], found["index"]))
+    if name == "aten.diagonal":
+        span = (source, value, found["offset"], found["dim1"], found["dim2"])
+        return _call(program, aten.diagonal_scatter.default, span)
+    if name in ("aten.view", "aten.reshape"):
+        return _call(program, aten.view_as.default, (value, source))
+    if name == "aten.transpose":
+        return _call(program, aten.transpose.int, (value, found["dim0"], found["dim1"]))
+    if name == "aten.t":
+        return _call(program, aten.t.default, (value,))
+    if name == "aten.permute":
+        order = [int(d) % before.dim() for d in found["dims"]]
+        return _call(program, aten.permute.default, (value, [order.index(d) for d in range(len(order))]))
+    if name == "aten.unsqueeze":
+        return _call(program, aten.squeeze.dim, (value, found["dim"]))
+    if name == "aten.squeeze" and "dim" in found and isinstance(found["dim"], int):
+        return _call(program, aten.unsqueeze.default, (value, found["dim"]))
+    if name in ("aten.alias", "aten.detach", "aten.lift_fresh"):
+        return value
+    raise CaptureError(
+        f"a write through a view made by {name} has no functional form here",
+        node=step.name,
+        source=program.source_line(step),
+    )
+
+
+def _call(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    node = program.graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = infer(program.mode, target, args, kwargs or {})
+    return node

@@ -1,0 +1,184 @@
+"""Read what comes before a softmax: the product of queries and keys, and what was done to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..infer import same_size
+from ..schema import argument, arguments, is_operator
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Scores:
+    """Scores as attention's arguments: ``softcap(scale * q @ k^T) + added``."""
+
+    q: fx.Node
+    k: fx.Node
+    scale: float
+    added: list[fx.Node] = field(default_factory=list)
+    softcap: float | None = None
+    causal: bool = False
+    four_dimensional: fx.Node | None = None
+
+
+def peel(program: Program, softmax: fx.Node) -> Scores | str:
+    """Return the scores that a softmax reads, or why they are not those of an attention.
+
+    Additions, scalings, masks, caps, casts and reshapes are taken off one by one until the product of two
+    values is left.
+    """
+    node = softmax.args[0]
+    added: list[fx.Node] = []
+    factor = 1.0
+    capped: float | None = None
+    shaped: fx.Node | None = None
+    for _ in range(32):
+        if not isinstance(node, fx.Node):
+            return ""
+        if node.meta["val"].dim() == 4:
+            shaped = node
+        if is_operator(node, "aten.matmul", "aten.bmm", "aten.baddbmm"):
+            return _product(program, node, added, factor, capped, shaped)
+        step = _step(program, node)
+        if step is None:
+            return ""
+        node, kind, value = step
+        if kind == "add":
+            if capped is not None or factor != 1.0:
+                return "a mask is added before the scores are scaled"
+            added.append(value)
+        elif kind == "scale":
+            factor *= value
+        elif kind == "cap":
+            if factor != 1.0:
+                return "scores are scaled after they are capped"
+            capped = value
+    return ""
+
+
+def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
+    if is_operator(node, "aten.to", "aten.reshape"):
+        return node.args[0], "", None
+    if is_operator(node, "aten.maximum") and isinstance(node.args[1], fx.Node):
+        # the floor that keeps a sum of masks finite
+        return node.args[0], "", None
+    if is_operator(node, "aten.clamp") and argument(node, "max") is None:
+        return node.args[0], "", None
+    if is_operator(node, "aten.add") and argument(node, "alpha") == 1:
+        first, second = node.args[:2]
+        if not isinstance(second, fx.Node) or not isinstance(first, fx.Node):
+            return None
+        if _leads_to_product(first):
+            return first, "add", second
+        if _leads_to_product(second):
+            return second, "add", first
+        return None
+    if is_operator(node, "aten.mul", "aten.div"):
+        value = _constant(program, node.args[1])
+        if value is not None and is_operator(node, "aten.mul"):
+            cap = _cap(program, node, value)
+            if cap is not None:
+                return cap, "cap", value
+        if value is not None:
+            return node.args[0], "scale", value if is_operator(node, "aten.mul") else 1.0 / value
+        return None
+    if is_operator(node, "aten.masked_fill"):
+        found = arguments(node)
+        value = _constant(program, found["value"])
+        if value is not None and value <= -1e4 and isinstance(found["mask"], fx.Node):
+            with program.edit.before(node):
+                seen = program.edit.call(aten.bitwise_not.default, found["mask"])
+            return found["self"], "add", seen
+        return None
+    if is_operator(node, "aten.where"):
+        found = arguments(node)
+        value = _constant(program, found["other"])
+        if value is not None and value <= -1e4:
+            return found["self"], "add", found["condition"]
+    return None
+
+
+def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
+    """``value * tanh(scores / value)``: return the scores."""
+    tanh = node.args[0]
+    if not is_operator(tanh, "aten.tanh"):
+        return None
+    inner = tanh.args[0]  # type: ignore[union-attr]
+    if is_operator(inner, "aten.div") and _constant(program, inner.args[1]) == value:  # type: ignore[union-attr]
+        source = inner.args[0]  # type: ignore[union-attr]
+        return source if isinstance(source, fx.Node) else None
+    return None
+
+
+def _constant(program: Program, value: Any) -> float | None:
+    """Return a number, also where it is a tensor of one element that no input can change."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        return None
+    if value.meta["val"].numel() != 1 if all(isinstance(s, int) for s in value.meta["val"].shape) else True:
+        return None
+    from ..execute import interpret
+    from .masks import depends_on
+
+    sources = depends_on(value)
+    if any(n.name not in program.weights or program.weights[n.name].trainable for n in sources):
+        return None
+    return float(interpret(program, {}, record=[value], stop=True)[value.name])
+
+
+def _leads_to_product(node: fx.Node) -> bool:
+    """Tell whether scores of this kind come from a product without a lookup in between."""
+    for _ in range(16):
+        if is_operator(node, "aten.matmul", "aten.bmm", "aten.baddbmm"):
+            return True
+        if not is_operator(
+            node, "aten.mul", "aten.div", "aten.add", "aten.to", "aten.reshape", "aten.masked_fill", "aten.where",
+            "aten.tanh", "aten.maximum",
+        ):  # fmt: skip
+            return False
+        inner = arguments(node)["self"] if is_operator(node, "aten.where") else node.args[0]
+        if not isinstance(inner, fx.Node):
+            return False
+        node = inner
+    return False
+
+
+def _product(
+    program: Program, node: fx.Node, added: list[fx.Node], factor: float, capped: float | None, shaped: fx.Node | None
+) -> Scores | str:
+    if is_operator(node, "aten.baddbmm"):
+        found = arguments(node)
+        q, transposed = found["batch1"], found["batch2"]
+        beta, alpha = found["beta"], found["alpha"]
+        factor *= float(alpha)
+        if beta not in (1, 1.0):
+            return "a bias that is scaled"
+        if factor != float(alpha):
+            return "scores are scaled after a bias was added"
+        added = [*added, found["self"]]
+    else:
+        q, transposed = node.args[:2]
+    if not is_operator(transposed, "aten.permute"):
+        return "the second operand of the scores is no transpose"
+    assert isinstance(transposed, fx.Node) and isinstance(q, fx.Node)
+    k, order = transposed.args[0], [int(d) for d in transposed.args[1]]  # type: ignore[union-attr, arg-type]
+    assert isinstance(k, fx.Node)
+    rank = len(order)
+    plain = [*range(rank - 2), rank - 1, rank - 2]
+    if order != plain:
+        with program.edit.before(node):
+            # fold the swap of the last two dimensions out of a longer permutation
+            k = program.edit.call(aten.permute.default, k, [*order[:-2], order[-1], order[-2]])
+    if q.meta["val"].dim() not in (3, 4) or not same_size(q.meta["val"].shape[-1], k.meta["val"].shape[-1]):
+        return "queries and keys of other ranks or sizes"
+    return Scores(q, k, factor, added, capped, False, shaped)

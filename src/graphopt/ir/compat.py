@@ -1,0 +1,132 @@
+"""Every private or moving name of torch that graphopt leans on, in one place.
+
+``tests/test_compat.py`` fails loudly when one of them moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._export.verifier import load_verifier
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+from torch.utils._traceback import CapturedTraceback
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "Symbol",
+    "add_symbol",
+    "build_exported_program",
+    "fake_tensor",
+    "is_plain_tensor",
+    "new_fake_mode",
+    "symbol_range",
+    "symint",
+]
+
+Symbol = sympy.Symbol
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """Return a mode under which tensors have shapes and types, but no memory."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint: int) -> sympy.Symbol:
+    """Add a size symbol with its range and an example value to ``mode``."""
+    env = mode.shape_env
+    assert env is not None
+    symbol = sympy.Symbol(name, integer=True, positive=True)
+    env.add_backed_var_to_val(symbol, hint)
+    upper = int_oo if high is None else high
+    env.var_to_range[symbol] = ValueRanges(low, upper)  # type: ignore[misc]
+    # decompositions and ONNX export ask where a symbol came from
+    env.var_to_stack[symbol] = CapturedTraceback.extract()
+    return symbol
+
+
+def symbol_range(mode: FakeTensorMode, symbol: sympy.Symbol) -> tuple[int, int | None, int]:
+    """Return (lowest, highest or None, example value) of a size symbol."""
+    env = mode.shape_env
+    assert env is not None
+    value_range = env.var_to_range[symbol]
+    high = None if value_range.upper in (int_oo, sympy.oo) else int(value_range.upper)
+    return int(value_range.lower), high, int(env.backed_var_to_val[symbol])
+
+
+def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:
+    """Return ``expression`` as a size that fake tensors understand."""
+    if expression.is_Integer:
+        return int(expression)
+    env = mode.shape_env
+    assert env is not None
+    return env.create_symintnode(expression, hint=hint)
+
+
+def fake_tensor(
+    mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, device: str = "cpu"
+) -> FakeTensor:
+    """Return a tensor of this shape and type without memory, belonging to ``mode``."""
+    meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return FakeTensor(mode, meta, torch.device(device))
+
+
+def is_plain_tensor(value: object) -> bool:
+    """Tell whether ``value`` holds data: not fake, functional or otherwise traced."""
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def build_exported_program(
+    graph: fx.Graph,
+    signature: ExportGraphSignature,
+    state: dict[str, torch.Tensor],
+    ranges: dict[sympy.Symbol, tuple[int, int | None]],
+    example_kwargs: dict[str, Any],
+    constants: dict[str, torch.Tensor],
+    output_names: Sequence[str],
+) -> ExportedProgram:
+    """Wrap a lifted graph as a ``torch.export.ExportedProgram`` that takes keywords and returns a dict."""
+    _, in_spec = tree_flatten(((), example_kwargs))
+    _, out_spec = tree_flatten(dict.fromkeys(output_names, 0))
+    call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)
+    bounds = {
+        s: ValueRanges(low, int_oo if high is None else high)  # type: ignore[misc]
+        for s, (low, high) in ranges.items()
+    }
+    return ExportedProgram(
+        torch.nn.Module(),
+        graph,
+        signature,
+        state,
+        bounds,
+        [ModuleCallEntry("", call)],
+        ((), example_kwargs),
+        constants,
+        verifiers=[load_verifier("TRAINING")],
+    )
+
+
+@contextlib.contextmanager
+def quiet_onnx_registration() -> Iterator[None]:
+    """Silence the exporter's remarks about packages that no graph here needs."""
+    import logging
+
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,179 @@
+"""The only place where graphs change: nodes enter with inferred shapes and a record of who made them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .errors import VerificationError
+from .infer import describe_value, infer, same_value
+from .schema import is_mutable, normalise
+from .weights import InMemory, TensorSource, Weight
+
+if TYPE_CHECKING:
+    from .program import Program
+    from .tracing import Value
+
+
+class Editor:
+    """Edits the graph of one program.
+
+    ``journal`` lists each replaced value as (name of the old node, new node): what a contract check
+    compares. ``author`` is written into every node made.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.graph = program.graph
+        self.journal: list[tuple[str, fx.Node]] = []
+        self.author = ""
+        self.touched: dict[fx.Node, None] = {}
+        self.keep: frozenset[fx.Node] = frozenset()
+
+    # -- making nodes -------------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call at the insertion point, with its value inferred."""
+        value = infer(self.program.mode, target, args, kwargs)
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        self._sign(node)
+        normalise(node)
+        self.touched[node] = None
+        self.program.changed()
+        return node
+
+    def _sign(self, node: fx.Node) -> None:
+        if self.author:
+            node.meta["custom"] = {"graphopt": {"pass": self.author}}
+
+    @contextlib.contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert new nodes before ``node``."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextlib.contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """Insert new nodes after ``node`` (after all placeholders, where it is one)."""
+        anchor = node
+        if node.op == "placeholder":
+            anchor = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_before(anchor.next):
+            yield
+
+    def value(self, node: fx.Node) -> Value:
+        """Return the node as an operand that torch functions accept."""
+        from .tracing import Value
+
+        return Value(self, node)
+
+    def emit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of tensors on nodes; its operations are inserted. Returns nodes."""
+        from .tracing import unwrap, wrap
+
+        return unwrap(function(*(wrap(self, argument) for argument in arguments)))
+
+    # -- replacing ----------------------------------------------------------------------------------
+
+    def replace(self, old: fx.Node, new: fx.Node, *, same: bool = True, record: bool = True) -> None:
+        """Let all users of ``old`` read ``new``, and drop what only ``old`` needed.
+
+        Raises:
+            VerificationError: the values differ in shape or type, and ``same`` asks that they do not.
+        """
+        if same and not same_value(old.meta.get("val"), new.meta.get("val")):
+            raise VerificationError(
+                f"{new.name} ({describe_value(new.meta.get('val'))}) cannot stand for "
+                f"{old.name} ({describe_value(old.meta.get('val'))})",
+                node=old.name,
+                source=self.program.source_line(old),
+            )
+        self._carry(old, new)
+        if record:
+            self.journal.append((old.name, new))
+        for user in old.users:
+            self.touched[user] = None
+        for name, node in list(self.program.checkpoint.items()):
+            if node is old and old.op != "placeholder":
+                self.program.checkpoint[name] = new
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.program.changed()
+        self.erase_dead([old])
+
+    def _carry(self, old: fx.Node, new: fx.Node) -> None:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in old.meta and key not in new.meta:
+                new.meta[key] = old.meta[key]
+
+    def erase_dead(self, nodes: Iterable[fx.Node]) -> None:
+        """Erase those of the nodes that nothing reads, and in turn what only they read."""
+        pinned = set(self.program.checkpoint.values()) | self.keep
+        work = list(nodes)
+        while work:
+            node = work.pop()
+            if node._erased or node.users or node.op != "call_function" or node in pinned:
+                continue
+            if is_mutable(node.target):
+                continue
+            inputs = list(node.all_input_nodes)
+            self.touched.pop(node, None)
+            self.graph.erase_node(node)
+            work.extend(inputs)
+        self.program.changed()
+
+    # -- weights, outputs ---------------------------------------------------------------------------
+
+    def add_weight(
+        self,
+        name: str,
+        source: TensorSource | torch.Tensor,
+        *,
+        kind: str = "parameter",
+        persistent: bool = True,
+        like: fx.Node | None = None,
+    ) -> fx.Node:
+        """Add a placeholder for a tensor of the model and return it.
+
+        Raises:
+            VerificationError: the program already has a tensor of that name.
+        """
+        if isinstance(source, torch.Tensor):
+            source = InMemory(source.detach())
+        if any(name in weight.all_names for weight in self.program.weights.values()):
+            raise VerificationError(f"the program already has a weight named {name!r}")
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(like if like is not None else first):
+            target = "w_" + "".join(c if c.isalnum() else "_" for c in name)
+            node = self.graph.placeholder(target)
+        node.target = node.name
+        node.meta["val"] = self.program.fake(source.shape, source.dtype)
+        self._sign(node)
+        self.program.weights[node.name] = Weight(
+            name=name,
+            source=source,
+            kind=kind,  # type: ignore[arg-type]
+            persistent=persistent,
+            trainable=kind == "parameter",
+        )
+        self.program.changed()
+        return node
+
+    def remove_weight(self, node: fx.Node) -> None:
+        """Remove the placeholder of a tensor that nothing reads."""
+        if node.users or node in self.program.checkpoint.values():
+            raise VerificationError("a weight that is still read cannot be removed", node=node.name)
+        del self.program.weights[node.name]
+        self.graph.erase_node(node)
+        self.program.changed()
+
+    def set_outputs(self, values: Sequence[fx.Node]) -> None:
+        """Make these the values that the program returns, in the order of its signature."""
+        output = self.program.output_node
+        output.args = (tuple(values),)
+        output.meta["val"] = tuple(v.meta["val"] for v in values)
+        self.program.changed()

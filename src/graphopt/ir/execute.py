@@ -1,0 +1,161 @@
+"""Running a program: compiled where it fits in memory, streamed weight by weight where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .schema import operator_name
+from .weights import TensorSource
+
+if TYPE_CHECKING:
+    from .program import Program
+
+Hook = Callable[[fx.Node, Any], Any]
+
+
+def memory_available() -> int:
+    """Bytes of memory that can be had without swapping; a guess where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return 4 << 30
+    return 4 << 30
+
+
+def run(program: Program, inputs: Mapping[str, torch.Tensor], *, streamed: bool | None = None) -> dict[str, Any]:
+    """Run on flat inputs and return flat outputs.
+
+    Args:
+        program: what to run.
+        inputs: a tensor per input and dial.
+        streamed: load each weight at its first use and free it after its last; decided by size if None.
+    """
+    if streamed is None:
+        streamed = sum(weight.bytes for weight in program.weights.values()) > memory_available() // 2
+    if streamed:
+        return interpret(program, inputs)
+    compiled: Callable[..., Any] = program.derived("compiled", lambda: compile_graph(program))
+    values = compiled(inputs)
+    return dict(zip(program.signature.output_names, values, strict=True))
+
+
+def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:
+    """Return a function of the inputs with everything that depends on weights alone computed once."""
+    from .fold import fold
+
+    folded = fold(program)
+    module = fx.GraphModule(torch.nn.Module(), folded.graph)
+    loaded = {name: weight.source.load() for name, weight in folded.weights.items()}
+    order = [(n.name, str(n.meta.get("input", ""))) for n in folded.graph.find_nodes(op="placeholder")]
+
+    def call(inputs: Mapping[str, torch.Tensor]) -> Any:
+        with torch.no_grad():
+            return module(*(loaded[name] if name in loaded else inputs[label] for name, label in order))
+
+    return call
+
+
+def last_uses(nodes: Iterable[fx.Node], keep: Iterable[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node, the values that nobody needs after it."""
+    order = list(nodes)
+    kept = set(keep)
+    seen: set[fx.Node] = set()
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(order):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                if used not in kept:
+                    freed.setdefault(node, []).append(used)
+    return freed
+
+
+def interpret(
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    record: Iterable[fx.Node] = (),
+    stop: bool = False,
+    hook: Hook | None = None,
+    sources: Mapping[str, TensorSource] | None = None,
+    given: Mapping[fx.Node, Any] | None = None,
+) -> dict[str, Any]:
+    """Run node by node; a weight is loaded at its first use and freed after the last.
+
+    Args:
+        program: what to run.
+        inputs: a tensor per input and dial.
+        record: nodes whose values are returned too, under their node names.
+        stop: end once the recorded values are known, instead of computing the outputs.
+        hook: called with each node and its value; what it returns takes the value's place.
+        sources: other values for weights, by node name.
+        given: values known beforehand; what only they need is not computed.
+
+    Returns:
+        Outputs by flat name, unless ``stop``, and recorded values by node name.
+    """
+    wanted = list(record)
+    targets = wanted if stop else [*wanted, program.output_node]
+    needed = needed_for(targets, given or {})
+    order = [n for n in program.graph.nodes if n in needed]
+    freed = last_uses(order, wanted)
+    values: dict[fx.Node, Any] = dict(given or {})
+    results: dict[str, Any] = {}
+
+    def ready(node: fx.Node) -> None:
+        for used in node.all_input_nodes:
+            if used not in values:
+                values[used] = (sources or {}).get(used.name, program.weights[used.name].source).load()
+
+    with torch.no_grad():
+        for node in order:
+            if node.op == "placeholder" and node.name in program.weights:
+                continue
+            if node not in values:
+                ready(node)
+                if node.op == "output":
+                    outputs = fx.map_arg(node.args[0], lambda n: values[n])
+                    results.update(zip(program.signature.output_names, outputs, strict=True))
+                elif node.op == "placeholder":
+                    values[node] = inputs[str(node.meta["input"])]
+                else:
+                    values[node] = evaluate(node, values)
+            if hook is not None and node in values:
+                values[node] = hook(node, values[node])
+            for dead in freed.get(node, ()):
+                values.pop(dead, None)
+    for node in wanted:
+        results[node.name] = values[node]
+    return results
+
+
+def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Call the node's operator on known values."""
+    args = fx.map_arg(node.args, lambda n: values[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        error.add_note(f"while running {node.name} = {operator_name(node.target)}")
+        raise
+
+
+def needed_for(targets: Iterable[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    """Return the nodes that must be known to compute the targets."""
+    needed: set[fx.Node] = set()
+    work = list(targets)
+    while work:
+        node = work.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node not in given:
+            work.extend(node.all_input_nodes)
+    return needed

@@ -1,0 +1,180 @@
+"""Fold what depends on weights alone into new weights, computed late and one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from .schema import operator_name
+from .weights import TensorSource, Weight
+
+if TYPE_CHECKING:
+    from .program import Program
+
+# data movement: the result's bits are its operands' bits, whatever the precision
+MOVEMENT = {
+    "aten.cat", "aten.stack", "aten.slice", "aten.select", "aten.index_select", "aten.index", "aten.reshape",
+    "aten.view", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.expand",
+    "aten.clone", "aten.contiguous", "aten.flip", "aten.split", "aten.split_with_sizes", "aten.chunk",
+    "aten.unbind", "aten.flatten", "aten.roll", "aten.repeat", "aten.repeat_interleave", "aten.constant_pad_nd",
+    "getitem",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The value of a small graph over other tensors, computed when asked for.
+
+    Arithmetic runs in float64 and is rounded once, to ``dtype``.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[TensorSource, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        """Compute the value; operands are read and freed one after the other."""
+        from .execute import evaluate, last_uses
+        from .retype import in_float64
+
+        plain = all(operator_name(n.target) in MOVEMENT for n in self.graph.nodes if n.op == "call_function")
+        graph = self.graph if plain else in_float64(self.graph)
+        freed = last_uses(graph.nodes)
+        values: dict[fx.Node, object] = {}
+        sources = iter(self.inputs)
+        pending = {node: next(sources) for node in graph.nodes if node.op == "placeholder"}
+        with torch.no_grad():
+            for node in graph.nodes:
+                if node.op == "output":
+                    result = values[node.args[0]]  # type: ignore[index]
+                    assert isinstance(result, torch.Tensor)
+                    return result.to(self.dtype).contiguous()
+                if node.op == "placeholder":
+                    continue
+                for used in node.all_input_nodes:
+                    if used in pending:
+                        tensor = pending.pop(used).load()
+                        wide = not plain and tensor.dtype.is_floating_point
+                        values[used] = tensor.to(torch.float64) if wide else tensor
+                values[node] = evaluate(node, values)
+                for dead in freed.get(node, ()):
+                    values.pop(dead, None)
+        raise AssertionError("a graph without an output")
+
+
+def depends_on_weights_alone(program: Program) -> set[fx.Node]:
+    """Return the nodes whose value no input can change, weights themselves included."""
+
+    def find() -> set[fx.Node]:
+        constant: set[fx.Node] = set(program.weight_nodes)
+        for node in program.graph.nodes:
+            if node.op == "call_function" and node.all_input_nodes and all(n in constant for n in node.all_input_nodes):
+                constant.add(node)
+        return constant
+
+    found: set[fx.Node] = program.derived("weights_alone", find)
+    return found
+
+
+def frontier(program: Program) -> list[fx.Node]:
+    """Return the computed values, depending on weights alone, that the rest of the graph reads."""
+    constant = depends_on_weights_alone(program)
+    kept = set(program.checkpoint.values())
+    return [
+        node
+        for node in program.graph.nodes
+        if node in constant
+        and node.op == "call_function"
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and (node in kept or any(user not in constant for user in node.users))
+    ]
+
+
+def fold(program: Program) -> Program:
+    """Return a program in which no node computes on weights alone.
+
+    Nothing is computed here: each new weight knows how to compute itself when it is loaded, so that
+    folding a model larger than memory streams. Checkpoint entries point at the folded values.
+    """
+    edges = frontier(program)
+    if not edges and not program.derived("unread_weights", lambda: unread_weights(program)):
+        return program
+    folded = program.copy()
+    by_name = {node.name: node for node in folded.graph.nodes}
+    taken = {name for weight in folded.weights.values() for name in weight.all_names}
+    for original in edges:
+        node = by_name[original.name]
+        source, operands = computed(folded, node)
+        name = _name(node, operands, taken)
+        taken.add(name)
+        trainable = all(w.trainable for w in operands)
+        kind = "parameter" if all(w.kind == "parameter" for w in operands) else "buffer"
+        new = folded.edit.add_weight(name, source, kind=kind, persistent=any(w.persistent for w in operands))
+        new.meta["val"] = node.meta["val"]
+        folded.weights[new.name] = Weight(name, source, kind, (), True, trainable)  # type: ignore[arg-type]
+        for key, held in list(folded.checkpoint.items()):
+            if held is node:
+                folded.checkpoint[key] = new
+        node.replace_all_uses_with(new)
+        folded.edit.erase_dead([node])
+    drop_unread_weights(folded)
+    folded.changed()
+    return folded
+
+
+def unread_weights(program: Program) -> list[fx.Node]:
+    """Return placeholders of tensors that neither the graph nor the checkpoint's way back reads."""
+    kept = set(program.checkpoint.values())
+    return [n for n in program.weight_nodes if not n.users and n not in kept]
+
+
+def drop_unread_weights(program: Program) -> None:
+    """Remove tensors that nothing reads."""
+    for node in unread_weights(program):
+        program.edit.remove_weight(node)
+
+
+def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
+    """Return the value of a node that depends on weights alone as a source, and the weights it reads."""
+    needed: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+
+    def visit(start: fx.Node) -> None:
+        work = [(start, False)]
+        while work:
+            current, ready = work.pop()
+            if ready:
+                needed.append(current)
+            elif current not in seen:
+                seen.add(current)
+                work.append((current, True))
+                work.extend((n, False) for n in reversed(current.all_input_nodes))
+
+    visit(node)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    operands: list[Weight] = []
+    for current in needed:
+        if current.op == "placeholder":
+            copies[current] = graph.placeholder(current.name)
+            operands.append(program.weights[current.name])
+        else:
+            copies[current] = graph.node_copy(current, lambda n: copies[n])
+    graph.output(copies[node])
+    value = node.meta["val"]
+    source = Computed(graph, tuple(w.source for w in operands), tuple(int(s) for s in value.shape), value.dtype)
+    return source, operands
+
+
+def _name(node: fx.Node, operands: list[Weight], taken: set[str]) -> str:
+    wanted = node.meta.get("custom", {}).get("graphopt", {}).get("weight")
+    base = wanted or (f"{operands[0].name}.folded" if operands else f"{node.name}.folded")
+    name, count = str(base), 1
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    return name

@@ -1,0 +1,77 @@
+"""Shapes and types of new nodes, inferred where they are inserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compat import FakeTensorMode
+from .errors import VerificationError
+
+_DIALECT_SHAPES: dict[str, Callable[..., torch.Tensor]] = {
+    "graphopt::attention": lambda q, k, v, *rest, **options: q.new_empty((*q.shape[:-1], v.shape[-1])),
+    "graphopt::rotary": lambda x, cos, sin, **options: x.new_empty(
+        x.shape, dtype=torch.promote_types(x.dtype, cos.dtype)
+    ),
+    "graphopt::routed_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
+}
+
+
+def value_of(argument: Any) -> Any:
+    """Replace nodes in an argument by their fake values."""
+    return fx.map_arg(argument, lambda node: node.meta["val"])
+
+
+def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the fake value of a call.
+
+    Raises:
+        VerificationError: the operator does not accept arguments of these shapes or types.
+    """
+    fake_args, fake_kwargs = value_of(args), value_of(kwargs)
+    rule = _DIALECT_SHAPES.get(getattr(target, "name", lambda: "")()) if hasattr(target, "_schema") else None
+    try:
+        with mode, torch.no_grad():
+            return (rule or target)(*fake_args, **fake_kwargs)
+    except Exception as error:
+        raise VerificationError(
+            f"{target} does not accept {describe_value(fake_args)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def describe_value(value: Any) -> str:
+    """Shape and type of a value, for messages and listings."""
+    if isinstance(value, torch.Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind}[{', '.join(str(size) for size in value.shape)}]"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(describe_value(item) for item in value) + ")"
+    return str(value)
+
+
+def same_value(first: Any, second: Any) -> bool:
+    """Tell whether two fake values have the same type and sizes."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return (
+            first.dtype == second.dtype
+            and len(first.shape) == len(second.shape)
+            and all(same_size(a, b) for a, b in zip(first.shape, second.shape, strict=True))
+        )
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(same_value(a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, (int, torch.SymInt)) and isinstance(second, (int, torch.SymInt)):
+        return same_size(first, second)
+    return type(first) is type(second)
+
+
+def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
+    """Tell whether two sizes are equal for every value of their symbols, without guarding on it."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first == second
+    from .sizes import expression
+
+    difference = expression(first) - expression(second)
+    return bool(difference == 0) or bool(difference.expand() == 0)

@@ -1,0 +1,28 @@
+"""Registration of graphopt's own operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+_LIBRARY = torch.library.Library("graphopt", "DEF")
+
+DIALECT: dict[str, str] = {}
+"""Operator name to schema, for the reader's allow-list and the documentation."""
+
+Reference = TypeVar("Reference", bound=Callable[..., torch.Tensor])
+
+
+def dialect_operator(schema: str) -> Callable[[Reference], Reference]:
+    """Define ``graphopt::<schema>`` with the decorated function as its meaning on every device."""
+
+    def register(reference: Reference) -> Reference:
+        name = schema.split("(", 1)[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        DIALECT[name] = schema
+        return reference
+
+    return register

@@ -1,0 +1,113 @@
+"""A mixture of feed-forward experts, after the router has chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from ..compat import is_plain_tensor
+from .library import dialect_operator
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
+
+
+def activate(hidden: Tensor, activation: str, gated: bool, interleaved: bool, limit: float, alpha: float) -> Tensor:
+    """Apply the activation of an FFN, and its gate where it has one, to (..., inner or 2 * inner)."""
+    up: Tensor | None = None
+    if gated:
+        if interleaved:
+            hidden, up = hidden[..., ::2], hidden[..., 1::2]
+        else:
+            hidden, up = hidden.chunk(2, dim=-1)
+    if activation == "swiglu_clamped":
+        assert up is not None
+        hidden = hidden.clamp(max=limit)
+        up = up.clamp(min=-limit, max=limit) + 1
+        return up * (hidden * torch.sigmoid(hidden * alpha))
+    if activation == "silu":
+        active = F.silu(hidden)
+    elif activation == "gelu":
+        active = F.gelu(hidden)
+    elif activation == "gelu_tanh":
+        active = F.gelu(hidden, approximate="tanh")
+    elif activation == "relu2":
+        active = F.relu(hidden).square()
+    elif activation == "relu":
+        active = F.relu(hidden)
+    else:
+        raise ValueError(f"routed_ffn knows no activation {activation!r}; it knows {', '.join(ACTIVATIONS)}")
+    return active if up is None else active * up
+
+
+@dialect_operator(
+    "routed_ffn(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
+    'Tensor? down_bias=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
+    "bool transposed=False, float limit=0.0, float alpha=1.0) -> Tensor"
+)
+def routed_ffn(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    limit: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Sum of the chosen experts' outputs, each times its routing weight.
+
+    Args:
+        x: (tokens, size).
+        experts: (tokens, k), integers: the experts each token goes to.
+        weights: (tokens, k), the factor on each expert's output.
+        up: (experts, inner or 2 * inner when gated, size); its last two dimensions swapped if ``transposed``.
+        down: (experts, size, inner), likewise.
+        up_bias: (experts, inner or 2 * inner).
+        down_bias: (experts, size).
+        activation: one of silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped.
+        gated: the first half of the up projection is the gate of the second.
+        interleaved: gate and up alternate instead of lying in halves.
+        transposed: expert matrices are stored input first.
+        limit: clamp of swiglu_clamped.
+        alpha: slope of swiglu_clamped.
+
+    Returns:
+        (tokens, size). Work is proportional to tokens times k where values are known; a traced graph
+        gathers the experts' matrices instead, because its shapes may not depend on the routing.
+    """
+
+    def project(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(rows, matrix.mT if transposed else matrix, bias)
+
+    tokens, k = experts.shape
+    if is_plain_tensor(x) and is_plain_tensor(experts) and not x.requires_grad:
+        out = torch.zeros(tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device)
+        order = torch.argsort(experts.reshape(-1), stable=True)
+        counts = torch.bincount(experts.reshape(-1), minlength=up.shape[0])
+        for expert, chosen in enumerate(order.split(counts.tolist())):
+            if chosen.numel() == 0:
+                continue
+            token = chosen // k
+            hidden = project(x[token], up[expert], None if up_bias is None else up_bias[expert])
+            hidden = activate(hidden, activation, gated, interleaved, limit, alpha)
+            result = project(hidden, down[expert], None if down_bias is None else down_bias[expert])
+            out.index_add_(0, token, (result * weights.reshape(-1)[chosen, None]).to(out.dtype))
+        return out.to(x.dtype)
+    flat = experts.reshape(-1)
+    rows = x.repeat_interleave(k, dim=0).unsqueeze(1)
+
+    def batched(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+        chosen = matrices.index_select(0, flat)
+        product = torch.bmm(inputs, chosen if transposed else chosen.mT)
+        return product if bias is None else product + bias.index_select(0, flat).unsqueeze(1)
+
+    hidden = activate(batched(rows, up, up_bias), activation, gated, interleaved, limit, alpha)
+    result = batched(hidden, down, down_bias).squeeze(1) * weights.reshape(-1, 1)
+    return result.reshape(tokens, k, -1).sum(dim=1).to(x.dtype)

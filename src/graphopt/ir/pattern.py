@@ -1,0 +1,196 @@
+"""Patterns over the graph: operators with arguments by schema, alternatives, optional nodes, conditions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import UsageError
+from .schema import operator_name
+
+COMMUTATIVE = frozenset(
+    {"aten.add", "aten.mul", "aten.bitwise_and", "aten.bitwise_or", "aten.maximum", "aten.minimum", "aten.eq"}
+)
+
+# what a predicate answers: True, or why not
+Answer = bool | str
+
+
+class Pattern:
+    """Base of all patterns."""
+
+    def depth(self) -> int:
+        """Longest chain of nodes the pattern spans."""
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Wild(Pattern):
+    """Anything: a node or a plain value. The same name twice must be the same thing."""
+
+    name: str
+    where: Callable[[Any], Answer] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Exactly(Pattern):
+    """A plain value; floats are compared with a relative tolerance of 1e-6."""
+
+    value: Any
+
+    def matches(self, other: Any) -> bool:
+        """Tell whether a plain value is this one."""
+        if isinstance(self.value, float) and isinstance(other, (int, float)) and not isinstance(other, bool):
+            return math.isclose(self.value, float(other), rel_tol=1e-6, abs_tol=1e-12)
+        if isinstance(self.value, (list, tuple)) and isinstance(other, (list, tuple)):
+            return len(self.value) == len(other) and all(
+                Exactly(a).matches(b) for a, b in zip(self.value, other, strict=True)
+            )
+        return bool(self.value == other) and isinstance(self.value, bool) == isinstance(other, bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Pattern):
+    """A list argument, item by item."""
+
+    items: tuple[Any, ...]
+
+    def depth(self) -> int:
+        return max((p.depth() for p in self.items if isinstance(p, Pattern)), default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Call(Pattern):
+    """A call of one of some operators, whatever the overload.
+
+    ``positional`` and ``named`` are patterns or plain values; arguments not mentioned must have their
+    default unless ``loose``. Operands of commutative operators match in any order. ``shared`` lets other
+    readers see the result; otherwise it may not leave the match.
+    """
+
+    operators: tuple[str, ...]
+    positional: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    loose: bool = False
+    shared: bool = False
+    where: Callable[[Any], Answer] | None = None
+
+    def depth(self) -> int:
+        inner = [*self.positional, *self.named.values()]
+        return 1 + max((p.depth() for p in inner if isinstance(p, Pattern)), default=0)
+
+    def commutes(self) -> bool:
+        """Tell whether the first two operands may swap."""
+        return self.operators[0] in COMMUTATIVE and len(self.positional) >= 2
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Pattern):
+    """The first alternative that matches."""
+
+    options: tuple[Any, ...]
+
+    def depth(self) -> int:
+        return max(p.depth() for p in self.options if isinstance(p, Pattern))
+
+
+def call(*operators: str, **options: Any) -> Callable[..., Call]:
+    """Return a maker of calls: ``call("aten.mul")(x, y)``; names without a dot are ATen's."""
+    full = tuple(name if "." in name or name == "getitem" else f"aten.{name}" for name in operators)
+
+    def make(*positional: Any, **named: Any) -> Call:
+        return Call(full, positional, named, **options)
+
+    return make
+
+
+def maybe(outer: Callable[[Any], Call], inner: Any) -> Either:
+    """Match ``outer(inner)``, or ``inner`` by itself."""
+    return Either((outer(inner), inner))
+
+
+def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str]]:
+    """Return the patterns of what a function of tensors computes, one per result, and its parameters.
+
+    Parameters become wildcards; they stand for tensors and for plain arguments (an epsilon, a size).
+    """
+    parameters = list(inspect.signature(function).parameters)
+    results = function(*(_Sketch(Wild(name)) for name in parameters))
+    if isinstance(results, _Sketch):
+        results = (results,)
+    roots = [_pattern(result) for result in results]
+    if not all(isinstance(root, Call) for root in roots):
+        raise UsageError("a pattern must compute something from its parameters")
+    return roots, parameters
+
+
+class _Sketch:
+    """A value of a pattern function: torch functions called on it become patterns."""
+
+    def __init__(self, pattern: Pattern):
+        self.pattern = pattern
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from .tracing import clean_arguments, packet_of
+
+        args, kwargs = clean_arguments(function, args, kwargs or {})
+        return _sketch(operator_name(packet_of(function)), args, kwargs)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        from .tracing import packet_of
+
+        operator = operator_name(packet_of(type("method", (), {"__name__": name})))
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            listed = name in ("reshape", "view", "permute", "expand")
+            if listed and args and not isinstance(args[0], (list, tuple)):
+                args = (list(args),)
+            return _sketch(operator, (self, *args), kwargs)
+
+        return method
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            return _sketch("getitem", (self, index), {})
+        raise UsageError("in a pattern, write slices as torch.narrow, select or split")
+
+
+def _sketch(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Sketch:
+    made = Call((operator,), tuple(_pattern(a) for a in args), {k: _pattern(v) for k, v in kwargs.items()})
+    return _Sketch(made)
+
+
+def _pattern(value: Any) -> Any:
+    if isinstance(value, _Sketch):
+        return value.pattern
+    if isinstance(value, (list, tuple)):
+        return Listed(tuple(_pattern(item) for item in value))
+    return Exactly(value)
+
+
+def _operate(name: str, reflected: bool) -> Callable[..., Any]:
+    def operate(self: _Sketch, *others: Any) -> Any:
+        return _sketch(f"aten.{name}", (self, *others) if not reflected else (*others, self), {})
+
+    return operate
+
+
+def _give_operators() -> None:
+    from .tracing import _OPERATORS, _REFLECTED
+
+    for dunder, operator in _OPERATORS.items():
+        if dunder != "__eq__":
+            setattr(_Sketch, dunder, _operate(operator, False))
+    for dunder, operator in _REFLECTED.items():
+        # both commute, so the sketch comes first as tensors do in the graph
+        setattr(_Sketch, dunder, _operate(operator, False))
+
+
+_give_operators()

@@ -1,0 +1,356 @@
+"""The Program: one graph, the weights it reads, what it takes and gives, and its history."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
+from .editor import Editor
+from .errors import UsageError, VerificationError
+from .infer import same_size
+from .schema import operator_name
+from .signature import Fill, Input, Signature, SizeRange
+from .sizes import expression, format_size, parse_size
+from .structure import Structure
+from .weights import Weight
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+    from .report import Report
+
+
+@dataclass
+class Origin:
+    """Where a program came from: what is needed to write it back in the same format.
+
+    ``config`` is the model's configuration as plain data, ``assets`` are small files that belong to the
+    checkpoint (tokenizer, cards), by relative name. ``unused`` lists tensors of the checkpoint that the
+    model does not read.
+    """
+
+    kind: str = "module"
+    model_class: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    assets: dict[str, bytes] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    padding: str = ""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A setting chosen at run time: its default and range."""
+
+    default: float
+    low: float
+    high: float
+    help: str = ""
+
+
+EXITS: dict[str, Callable[..., Any]] = {}
+"""How a program leaves: ``save``, ``lower``, ... Filled by :mod:`graphopt.api`, so that no wall is crossed."""
+
+
+class Program:
+    """A model as a graph that passes can change. A value: copies share tensors, the model stays untouched."""
+
+    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, weights: dict[str, Weight], signature: Signature):
+        self.graph = graph
+        self.mode = mode
+        self.weights = weights
+        self.signature = signature
+        self.symbols: dict[sympy.Symbol, str] = {}
+        self.facts: dict[str, Any] = {}
+        self.dials: dict[str, Dial] = {}
+        self.history: list[dict[str, Any]] = []
+        self.origin = Origin()
+        self.checkpoint: dict[str, fx.Node] = {}
+        """Each tensor of the checkpoint and the node that has its present value: how to write it back."""
+        self.report: Report | None = None
+        self.version = 0
+        self.edit = Editor(self)
+        self._derived: dict[str, tuple[int, Any]] = {}
+
+    # -- looking ------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in execution order."""
+        return list(self.graph.nodes)
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The node that returns."""
+        return next(iter(self.graph.find_nodes(op="output")))
+
+    @property
+    def outputs(self) -> dict[str, fx.Node]:
+        """Output values by flat name."""
+        return dict(zip(self.signature.output_names, self.output_node.args[0], strict=True))  # type: ignore[arg-type]
+
+    @property
+    def weight_nodes(self) -> list[fx.Node]:
+        """Placeholders of tensors of the model."""
+        return [n for n in self.graph.find_nodes(op="placeholder") if n.name in self.weights]
+
+    @property
+    def input_nodes(self) -> dict[str, fx.Node]:
+        """Placeholders of inputs by name."""
+        found = (n for n in self.graph.find_nodes(op="placeholder") if n.name not in self.weights)
+        return {str(n.meta["input"]): n for n in found}
+
+    @property
+    def operators(self) -> Counter[str]:
+        """How often each operator is called: ``{"aten.linear": 14, ...}``."""
+        return Counter(operator_name(n.target) for n in self.graph.nodes if n.op == "call_function")
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the graph is made of: residual stream, attention, FFNs, experts, norms, ..."""
+        from .anatomy import find_anatomy
+
+        found: Anatomy = self.derived("anatomy", lambda: find_anatomy(self))
+        return found
+
+    def weight_of(self, node: fx.Node) -> Weight:
+        """Return the tensor of the model that a placeholder stands for."""
+        return self.weights[node.name]
+
+    def weight_node(self, name: str) -> fx.Node:
+        """Return the placeholder of the tensor of this name."""
+        for node in self.weight_nodes:
+            if name in self.weights[node.name].all_names:
+                return node
+        raise UsageError(f"the program has no weight named {name!r}")
+
+    def node(self, name: str) -> fx.Node:
+        """Return the node of this name."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise UsageError(f"the program has no node named {name!r}", hint="program.text() lists them")
+
+    def text(self, **options: Any) -> str:
+        """Return the graph as readable text."""
+        from .text import format_program
+
+        return format_program(self, **options)
+
+    def source_line(self, node: fx.Node) -> str:
+        """Return the line of the user's model that a node came from, or an empty string."""
+        from .text import source_line
+
+        return source_line(node)
+
+    def __repr__(self) -> str:
+        calls = sum(self.operators.values())
+        parameters = sum(torch.Size(w.source.shape).numel() for w in self.weights.values())
+        return f"<Program of {calls} operators, {len(self.weights)} weights, {parameters:,} values>"
+
+    # -- derived facts, recomputed when the graph has changed -----------------------------------------
+
+    def changed(self) -> None:
+        """Say that the graph was edited; whatever was derived from it is stale."""
+        self.version += 1
+
+    def derived(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return a value that depends on the graph, computed at most once per version of it."""
+        held = self._derived.get(key)
+        if held is None or held[0] != self.version:
+            held = (self.version, compute())
+            self._derived[key] = held
+        return held[1]
+
+    # -- sizes ----------------------------------------------------------------------------------------
+
+    def fake(self, shape: Iterable[int | torch.SymInt], dtype: torch.dtype) -> torch.Tensor:
+        """Return a fake tensor of this program's mode."""
+        return fake_tensor(self.mode, tuple(shape), dtype)
+
+    def add_size(self, name: str, limits: SizeRange) -> torch.SymInt:
+        """Add a named size to the signature and return it as a symbolic integer."""
+        symbol = add_symbol(self.mode, name, limits.low, limits.high, limits.hint)
+        self.symbols[symbol] = name
+        self.signature.sizes[name] = limits
+        size = symint(self.mode, symbol, limits.hint)
+        assert isinstance(size, torch.SymInt)
+        return size
+
+    def size_text(self, size: int | torch.SymInt) -> int | str:
+        """Return a size as a number or text in the names of this program's sizes."""
+        return format_size(size, self.symbols)
+
+    def parse_size(self, text: int | str, where: str = "") -> int | torch.SymInt:
+        """Return a size from its text."""
+        value = parse_size(text, {name: symbol for symbol, name in self.symbols.items()}, where)
+        hints = {s: self.signature.sizes[n].hint for s, n in self.symbols.items()}
+        return symint(self.mode, value, int(value.subs(hints)))
+
+    def size_nodes(self, argument: Any) -> Any:
+        """Replace symbolic sizes in an argument by nodes that read them from an input."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.size_nodes(item) for item in argument)
+        if not isinstance(argument, torch.SymInt):
+            return argument
+        if expression(argument).is_Integer:
+            return int(expression(argument))
+        for node in self.input_nodes.values():
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and same_size(size, argument):
+                    return self.edit.call(torch.ops.aten.sym_size.int, node, dim)
+        raise VerificationError(
+            f"the size {self.size_text(argument)} is no dimension of an input",
+            hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
+        )
+
+    # -- copying --------------------------------------------------------------------------------------
+
+    def copy(self) -> Program:
+        """Return a program whose graph can be edited apart from this one; tensors are shared."""
+        graph = copy.deepcopy(self.graph)
+        pairs = dict(zip(self.graph.nodes, graph.nodes, strict=True))
+        for old, new in pairs.items():
+            if old.name != new.name:
+                raise VerificationError(f"copying renamed {old.name} to {new.name}")
+            if "custom" in new.meta:
+                new.meta["custom"] = copy.deepcopy(new.meta["custom"])
+        other = Program(graph, self.mode, dict(self.weights), copy.deepcopy(self.signature))
+        other.symbols = dict(self.symbols)
+        other.facts = dict(self.facts)
+        other.dials = dict(self.dials)
+        other.history = copy.deepcopy(self.history)
+        other.origin = self.origin
+        other.checkpoint = {name: pairs[node] for name, node in self.checkpoint.items()}
+        other.report = self.report
+        return other
+
+    # -- running --------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program as the model was run; inputs that the model may leave out may be left out here."""
+        from .execute import run
+
+        return self.signature.unflatten(run(self, self.bind(args, kwargs)))
+
+    def bind(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        """Return the value of each placeholder that is not a weight, by input name."""
+        given = dict(kwargs or {})
+        settings = {}
+        for name, dial in self.dials.items():
+            value = float(given.pop(name, dial.default))
+            if not dial.low <= value <= dial.high:
+                raise UsageError(f"dial {name} is {value}, its range is {dial.low} to {dial.high}")
+            settings[name] = torch.tensor(value, dtype=torch.float64)
+        return self.signature.bind(args, given) | settings
+
+    # -- editing verbs --------------------------------------------------------------------------------
+
+    def replace(self, old: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        """Replace a value by ``function(*arguments)``; without arguments it is given what ``old`` read.
+
+        Returns:
+            The new node.
+        """
+        reads = arguments or tuple(old.args)
+        with self.edit.before(old):
+            new = self.edit.emit(function, *reads)
+        if not isinstance(new, fx.Node):
+            raise UsageError(f"a replacement returns one tensor, not {type(new).__name__}")
+        self.edit.replace(old, new)
+        return new
+
+    def insert_after(self, node: fx.Node, function: Callable[..., Any]) -> fx.Node:
+        """Let everything that read ``node`` read ``function(node)`` instead; returns the new node."""
+        users = list(node.users)
+        with self.edit.after(node):
+            new = self.edit.emit(function, node)
+        for user in users:
+            user.replace_input_with(node, new)
+        for name, kept in list(self.checkpoint.items()):
+            if kept is node:
+                self.checkpoint[name] = kept
+        self.changed()
+        assert isinstance(new, fx.Node)
+        return new
+
+    def bypass(self, value: fx.Node, with_: fx.Node) -> None:
+        """Let everything that read ``value`` read ``with_``, and drop what only ``value`` needed."""
+        self.edit.replace(value, with_)
+
+    def remove(self, block: Any) -> None:
+        """Take a block out of the residual stream: what it added is no longer added."""
+        self.bypass(block.writes, with_=block.reads)
+
+    def add_parameter(self, name: str, value: torch.Tensor) -> fx.Node:
+        """Add a trainable tensor and return its node."""
+        return self.edit.add_weight(name, value)
+
+    def add_output(self, name: str, node: fx.Node) -> None:
+        """Return one more value, under this name."""
+        if "dict" not in self.signature.outputs:
+            only = self.signature.outputs
+            if "leaf" not in only:
+                raise UsageError("outputs can be added to programs whose outputs have names")
+            self.signature.outputs = {"dict": {only["leaf"]: only}, "class": None}
+        items: dict[str, Structure] = self.signature.outputs["dict"]
+        if name in items:
+            raise UsageError(f"the program already has an output {name!r}")
+        values = [*self.outputs.values(), node]
+        items[name] = {"leaf": name}
+        self.signature.outputs["class"] = None
+        self.edit.set_outputs(values)
+
+    def add_dial(self, name: str, dial: Dial) -> fx.Node:
+        """Add a setting chosen at run time and return the node of its value, a float64 scalar."""
+        if name in self.dials or name in self.signature.parameters:
+            raise UsageError(f"the program already takes {name!r}")
+        last = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.target = node.name
+        node.meta.update(val=self.fake((), torch.float64), input=name)
+        self.dials[name] = dial
+        self.changed()
+        return node
+
+    # -- leaving --------------------------------------------------------------------------------------
+
+    def _leave(self, how: str, *args: Any, **kwargs: Any) -> Any:
+        if how not in EXITS:
+            import graphopt.api  # noqa: F401  fills the registry
+        return EXITS[how](self, *args, **kwargs)
+
+    def save(self, path: Any, **options: Any) -> Any:
+        """Write the program to a folder that ``graphopt.load`` reads."""
+        return self._leave("save", path, **options)
+
+    def lower(self, to: str, path: Any, **options: Any) -> Any:
+        """Write the program for another runtime: ``lower("onnx", "out.onnx")``."""
+        return self._leave("lower", to, path, **options)
+
+    def module(self, **options: Any) -> torch.nn.Module:
+        """Return an ``nn.Module``, one submodule per block, under the original parameter names."""
+        module = self._leave("module", **options)
+        assert isinstance(module, torch.nn.Module)
+        return module
+
+    def exported_program(self, *, core_aten: bool = False) -> torch.export.ExportedProgram:
+        """Return a ``torch.export.ExportedProgram``; with ``core_aten`` no operator of graphopt is left."""
+        exported = self._leave("exported_program", core_aten=core_aten)
+        assert isinstance(exported, torch.export.ExportedProgram)
+        return exported
+
+    def save_pretrained(self, path: Any, **options: Any) -> Any:
+        """Write a Hugging Face folder, reload it with transformers and compare before it counts."""
+        return self._leave("save_pretrained", path, **options)
+
+
+__all__ = ["EXITS", "Dial", "Fill", "Input", "Origin", "Program", "Signature", "SizeRange"]

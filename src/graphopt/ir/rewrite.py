@@ -1,0 +1,135 @@
+"""The subgraph rewriter: a pattern, its replacement, and a condition, all written as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from .errors import UsageError, VerificationError
+from .fold import depends_on_weights_alone
+from .match import Match, Matcher, Miss, candidates
+from .pattern import Call, Pattern, from_function
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+@dataclass
+class Rewrites:
+    """What a rewrite did: the values it made, and the places it left alone and why."""
+
+    made: list[fx.Node] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def rewrite(
+    program: Program,
+    pattern: Callable[..., Any] | Pattern,
+    replacement: Callable[..., Any],
+    where: Callable[[Match], bool | str] | None = None,
+) -> Rewrites:
+    """Replace what ``pattern`` computes by what ``replacement`` computes, wherever it occurs.
+
+    Args:
+        program: edited in place; ``program.copy()`` first keeps the original.
+        pattern: a function of tensors and plain values, or a :class:`~graphopt.ir.pattern.Pattern`. It is
+            matched on operators with their arguments normalised, commutative operands in any order. Values
+            inside it that something else reads are never rewritten.
+        replacement: takes the same parameters (or names captured by the pattern) and returns as many
+            tensors, of the same shapes and types.
+        where: called with each match; returns True, or False or the reason to leave it alone.
+
+    Returns:
+        The new values, and for each near miss its node and reason.
+
+    Raises:
+        VerificationError: a replacement has another shape or type than what it replaces.
+    """
+    if isinstance(pattern, Pattern):
+        roots, names = [pattern], None
+    else:
+        roots, names = from_function(pattern)
+    matcher = Matcher(roots)
+    result = Rewrites()
+    for node in candidates(program.graph, roots[0]):
+        if node._erased:
+            continue
+        found = matcher.at(node)
+        if isinstance(found, Miss):
+            result.refused.append((node.name, found.reason))
+            continue
+        answer = True if where is None else where(found)
+        if answer is not True:
+            result.refused.append((node.name, answer if isinstance(answer, str) else "where() said no"))
+            continue
+        reason = _unsafe(program, found)
+        if reason:
+            result.refused.append((node.name, reason))
+            continue
+        result.made.extend(_apply(program, found, replacement, names))
+    return result
+
+
+def _unsafe(program: Program, match: Match) -> str:
+    from .schema import is_mutable
+
+    for node in match.inside:
+        if is_mutable(node.target):
+            return f"{node.name} writes in place"
+    kept = set(program.checkpoint.values())
+    for node in match.inside:
+        if node in kept and node not in match.roots:
+            return f"{node.name} is a tensor of the checkpoint"
+    return ""
+
+
+def _apply(
+    program: Program, match: Match, replacement: Callable[..., Any], names: list[str] | None
+) -> list[fx.Node]:
+    import inspect
+
+    wanted = names if names is not None else list(inspect.signature(replacement).parameters)
+    missing = [name for name in wanted if name not in match.captured]
+    if missing:
+        raise UsageError(f"the replacement asks for {', '.join(missing)}, which the pattern does not capture")
+    order = {node: i for i, node in enumerate(program.graph.nodes)} if len(match.roots) > 1 else {}
+    last = max(match.roots, key=lambda n: order.get(n, 0))
+    first_reader = min(
+        (u for root in match.roots for u in root.users if u not in match.inside),
+        key=lambda n: order.get(n, 0),
+        default=None,
+    )
+    if order and first_reader is not None and order[first_reader] < order[last]:
+        last = _sink(program, match, last, order)
+    with program.edit.before(last):
+        made = program.edit.emit(replacement, *(match.captured[name] for name in wanted))
+    made = list(made) if isinstance(made, (list, tuple)) else [made]
+    if len(made) != len(match.roots):
+        raise UsageError(f"the replacement returns {len(made)} values, the pattern {len(match.roots)}")
+    for old, new in zip(match.roots, made, strict=True):
+        if not isinstance(new, fx.Node):
+            raise UsageError("a replacement must return tensors")
+        program.edit.replace(old, new)
+    return made
+
+
+def _sink(program: Program, match: Match, last: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    """Insert early enough for the first reader: right after everything the match reads exists."""
+    reads = [v for v in match.captured.values() if isinstance(v, fx.Node)]
+    latest = max(reads, key=lambda n: order[n])
+    readers = [u for root in match.roots for u in root.users if u not in match.inside]
+    if any(order[r] <= order[latest] for r in readers):
+        raise VerificationError("the results of this match are read before all of its inputs exist", node=last.name)
+    anchor = latest.next
+    while anchor.op == "placeholder":
+        anchor = anchor.next
+    return anchor
+
+
+__all__ = ["Call", "Match", "Rewrites", "depends_on_weights_alone", "rewrite"]

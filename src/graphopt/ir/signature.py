@@ -1,0 +1,174 @@
+"""What a program takes and gives: names, structure, sizes, and how inputs left out are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .errors import UsageError
+from .structure import Structure, flatten, leaf_names, rebuild
+
+FillRule = Literal["ones", "zeros", "positions", "positions_from_mask"]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How an input left out is made: from the size of another input, or from a mask.
+
+    ``ones`` and ``zeros`` have the shape of ``like``. ``positions`` counts 0, 1, ... along the last
+    dimension; ``positions_from_mask`` counts the ones of the mask ``like`` (masked places get 1, as the
+    models that use it do).
+    """
+
+    rule: FillRule
+    like: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that the program takes: flat name, type, sizes (numbers or names of sizes)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    fill: Fill | None = None
+    filled_positions_only: bool = False
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """A named size: smallest, largest (None for no limit) and the value seen at capture."""
+
+    low: int
+    high: int | None
+    hint: int
+
+
+@dataclass
+class Signature:
+    """Inputs by parameter name, outputs by name, and the named sizes they share."""
+
+    inputs: dict[str, Input]
+    parameters: dict[str, Structure]
+    outputs: Structure
+    sizes: dict[str, SizeRange] = field(default_factory=dict)
+
+    @property
+    def output_names(self) -> list[str]:
+        """Flat names of the outputs in order."""
+        return list(leaf_names(self.outputs))
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the value of each flat input, filling those left out.
+
+        Raises:
+            UsageError: an input is unknown, missing, of another type or of a size the program does not take.
+        """
+        given = dict(kwargs)
+        names = list(self.parameters)
+        if len(args) > len(names):
+            raise UsageError(f"{len(args)} inputs given, the program takes {len(names)}: {', '.join(names)}")
+        for name, value in zip(names, args, strict=False):
+            if name in given:
+                raise UsageError(f"input {name!r} is given twice, by position and by name")
+            given[name] = value
+        flat: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in self.parameters:
+                raise UsageError(
+                    f"the program takes no input {name!r}", hint=f"it takes {', '.join(names) or 'none'}"
+                )
+            if value is not None or "constant" in self.parameters[name]:
+                flat.update(flatten(self.parameters[name], value, name))
+        missing = [name for name, spec in self.inputs.items() if flat.get(name) is None and spec.fill is None]
+        if missing:
+            raise UsageError(
+                f"missing input {', '.join(missing)}",
+                hint=f"the program takes {', '.join(self.inputs)}",
+            )
+        self._check_sizes({n: v for n, v in flat.items() if v is not None})
+        self._refuse_packed(flat)
+        return {name: self._value(name, flat) for name in self.inputs}
+
+    def _refuse_packed(self, flat: Mapping[str, Any]) -> None:
+        """Positions that restart mean packed sequences to some models, when no mask says otherwise."""
+        for name, spec in self.inputs.items():
+            fill = spec.fill
+            if not spec.filled_positions_only or fill is None or flat.get(name) is None:
+                continue
+            if any(flat.get(n) is not None for n in self.inputs if "mask" in n):
+                continue
+            positions = flat[name]
+            if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+                raise UsageError(
+                    f"{name} restarts or skips, which packs several sequences into one row; "
+                    "this program was captured for one sequence a row",
+                    hint="give attention_mask as well, or one sequence a row",
+                )
+
+    def _value(self, name: str, flat: dict[str, Any]) -> torch.Tensor:
+        spec = self.inputs[name]
+        value = flat.get(name)
+        if value is None:
+            assert spec.fill is not None
+            value = make_fill(spec.fill, spec.dtype, self._value(spec.fill.like, flat))
+            flat[name] = value
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def _check_sizes(self, flat: Mapping[str, Any]) -> None:
+        seen: dict[str, tuple[int, str]] = {}
+        for name, value in flat.items():
+            spec = self.inputs[name]
+            if not isinstance(value, torch.Tensor):
+                raise UsageError(f"input {name!r} must be a tensor, not {type(value).__name__}")
+            if value.dtype != spec.dtype:
+                same_kind = value.dtype.is_floating_point == spec.dtype.is_floating_point
+                if not (same_kind and value.dtype.is_floating_point):
+                    raise UsageError(
+                        f"input {name!r} is {value.dtype}, the program takes {spec.dtype}",
+                        hint=f"convert it with .to({spec.dtype})",
+                    )
+            if value.dim() != len(spec.shape):
+                raise UsageError(f"input {name!r} has {value.dim()} dimensions, the program takes {len(spec.shape)}")
+            for dim, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
+                self._check_size(name, dim, int(size), wanted, seen)
+
+    def _check_size(
+        self, name: str, dim: int, size: int, wanted: int | str, seen: dict[str, tuple[int, str]]
+    ) -> None:
+        if isinstance(wanted, int):
+            if size != wanted:
+                raise UsageError(
+                    f"input {name!r} has size {size} in dimension {dim}, the program was captured for {wanted} only",
+                    hint="capture again with dynamic sizes to let it vary",
+                )
+            return
+        if wanted not in self.sizes:  # an expression of other sizes
+            return
+        limits = self.sizes[wanted]
+        if limits.high is not None and size > limits.high:
+            raise UsageError(f"input {name!r}: {wanted} is {size}, the program takes up to {limits.high}")
+        if wanted in seen and seen[wanted][0] != size:
+            raise UsageError(f"{wanted} is {size} in {name!r} and {seen[wanted][0]} in {seen[wanted][1]!r}")
+        seen[wanted] = (size, name)
+
+    def unflatten(self, values: Mapping[str, Any]) -> Any:
+        """Return the outputs in the structure of the model's own."""
+        return rebuild(self.outputs, values)
+
+
+def make_fill(fill: Fill, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Return the value of an input that was left out."""
+    if fill.rule == "positions_from_mask":
+        counted = like.long().cumsum(-1) - 1
+        return counted.masked_fill(like == 0, 1).to(dtype)
+    shape, device = like.shape[:2], like.device
+    if fill.rule == "ones":
+        return torch.ones(shape, dtype=dtype, device=device)
+    if fill.rule == "zeros":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.arange(shape[-1], dtype=dtype, device=device).expand(shape).contiguous()

@@ -1,0 +1,151 @@
+"""Sizes as text and back: ``batch``, ``2*sequence + 1``; nothing is ever evaluated as code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from .errors import CheckpointError
+
+_TOKEN = re.compile(r"\s*(?:(\d{1,18})|([A-Za-z_][A-Za-z0-9_]{0,63})|(//|[-+*%(),]))")
+_FUNCTIONS = {"max": 2, "min": 2}
+_LENGTH, _DEPTH = 2000, 40
+
+
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """Return a size as a sympy expression."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(int(size))
+
+
+def format_size(size: int | torch.SymInt | sympy.Expr, names: Mapping[sympy.Symbol, str]) -> int | str:
+    """Return a size as an integer or as text in the grammar that :func:`parse_size` reads."""
+    value = size if isinstance(size, sympy.Basic) else expression(size)
+    if value.is_Integer:
+        return int(value)
+    return _print(value, names)
+
+
+def _print(value: Any, names: Mapping[sympy.Symbol, str]) -> str:
+    if value.is_Integer:
+        return str(int(value))
+    if value.is_Symbol:
+        return names.get(value, str(value))
+    parts = [_print(part, names) for part in value.args]
+    kind = type(value).__name__
+    if isinstance(value, sympy.Add):
+        return "(" + " + ".join(parts) + ")"
+    if isinstance(value, sympy.Mul):
+        return "(" + "*".join(parts) + ")"
+    if isinstance(value, sympy.Pow) and value.exp.is_Integer and 0 < int(value.exp) <= 8:
+        return "(" + "*".join([parts[0]] * int(value.exp)) + ")"
+    if kind in ("FloorDiv", "CleanDiv"):
+        return f"({parts[0]} // {parts[1]})"
+    if kind in ("Mod", "PythonMod"):
+        return f"({parts[0]} % {parts[1]})"
+    if kind in ("Max", "Min"):
+        text = parts[0]
+        for part in parts[1:]:
+            text = f"{kind.lower()}({text}, {part})"
+        return text
+    raise CheckpointError(f"a size of the form {value} has no text; the grammar knows + - * // % max min")
+
+
+class _Parser:
+    def __init__(self, text: str, symbols: Mapping[str, sympy.Symbol]):
+        if len(text) > _LENGTH:
+            raise ValueError("too long")
+        self.tokens: list[str] = []
+        position = 0
+        stripped = text.rstrip(" ")
+        while position < len(stripped):
+            match = _TOKEN.match(stripped, position)
+            if match is None:
+                raise ValueError(f"unexpected {stripped[position]!r}")
+            self.tokens.append(match.group().strip())
+            position = match.end()
+        self.symbols = symbols
+        self.next = 0
+        self.depth = 0
+
+    def peek(self) -> str:
+        return self.tokens[self.next] if self.next < len(self.tokens) else ""
+
+    def take(self, expected: str = "") -> str:
+        token = self.peek()
+        if not token or (expected and token != expected):
+            raise ValueError(f"expected {expected or 'a value'}, found {token or 'the end'!r}")
+        self.next += 1
+        return token
+
+    def sum(self) -> sympy.Expr:
+        self.depth += 1
+        if self.depth > _DEPTH:
+            raise ValueError("nested too deeply")
+        value = self.product()
+        while self.peek() in ("+", "-"):
+            value = value + self.product() if self.take() == "+" else value - self.product()
+        self.depth -= 1
+        return value
+
+    def product(self) -> sympy.Expr:
+        from torch.utils._sympy.functions import FloorDiv, Mod
+
+        value = self.factor()
+        while self.peek() in ("*", "//", "%"):
+            operator = self.take()
+            other = self.factor()
+            if operator != "*" and other == 0:
+                raise ValueError("division by zero")
+            value = value * other if operator == "*" else (FloorDiv if operator == "//" else Mod)(value, other)
+        return value
+
+    def factor(self) -> sympy.Expr:
+        token = self.take()
+        if token == "-":
+            return -self.factor()
+        if token == "(":
+            value = self.sum()
+            self.take(")")
+            return value
+        if token.isdigit():
+            return sympy.Integer(int(token))
+        if token in _FUNCTIONS and self.peek() == "(":
+            self.take("(")
+            first = self.sum()
+            self.take(",")
+            second = self.sum()
+            self.take(")")
+            from torch.utils._sympy.functions import Max, Min
+
+            return (Max if token == "max" else Min)(first, second)
+        if token in self.symbols:
+            return self.symbols[token]
+        raise ValueError(f"unknown size {token!r}")
+
+
+def parse_size(size: object, symbols: Mapping[str, sympy.Symbol], where: str = "") -> sympy.Expr:
+    """Read a size written by :func:`format_size`.
+
+    Raises:
+        CheckpointError: the text is not in the grammar, names an unknown symbol or is absurdly long or deep.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise CheckpointError(f"{where}: a size must be an integer or text, not {type(size).__name__}")
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    parser = None
+    try:
+        parser = _Parser(size, symbols)
+        value = parser.sum()
+        if parser.next != len(parser.tokens):
+            raise ValueError(f"unexpected {parser.peek()!r}")
+    except (ValueError, RecursionError, ZeroDivisionError, OverflowError) as error:
+        shown = size if len(size) <= 60 else size[:57] + "..."
+        raise CheckpointError(f"{where}: {shown!r} is not a size: {error}") from None
+    return value

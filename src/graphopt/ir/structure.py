@@ -1,0 +1,129 @@
+"""Nested inputs and outputs as plain data: lists, tuples, dicts and leaves with flat names."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import UsageError
+
+# {"leaf": name} | {"constant": value} | {"list"|"tuple": [...]} | {"dict": {...}, "class": "module:name"}
+Structure = dict[str, Any]
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+class Output(OrderedDict[str, Any]):
+    """Named outputs, also as attributes: what a model's own output class looks like without its library."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; outputs are {', '.join(self)}") from None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the values in order."""
+        return tuple(self.values())
+
+
+def describe(value: Any, is_leaf: Any, prefix: str = "", lone: str = "output") -> tuple[Structure, dict[str, Any]]:
+    """Return the structure of ``value`` and its leaves by flat name.
+
+    Args:
+        value: anything made of mappings, sequences, dataclass-like outputs and leaves.
+        is_leaf: tells a leaf, usually a tensor.
+        prefix: what names of nested leaves begin with.
+        lone: the name of a leaf that is all there is.
+    """
+    if is_leaf(value):
+        name = prefix or lone
+        return {"leaf": name}, {name: value}
+    if isinstance(value, _CONSTANTS):
+        return {"constant": value}, {}
+    leaves: dict[str, Any] = {}
+    if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+        items = dict(value) if isinstance(value, Mapping) else dict(vars(value))
+        parts: dict[str, Structure] = {}
+        for key, item in items.items():
+            parts[str(key)], more = describe(item, is_leaf, f"{prefix}_{key}" if prefix else str(key), lone)
+            leaves.update(more)
+        kind = type(value)
+        label = None if kind in (dict, OrderedDict) else f"{kind.__module__}:{kind.__qualname__}"
+        return {"dict": parts, "class": label}, leaves
+    if isinstance(value, (list, tuple)):
+        structures = []
+        for index, item in enumerate(value):
+            part, more = describe(item, is_leaf, f"{prefix or lone}_{index}", lone)
+            structures.append(part)
+            leaves.update(more)
+        return {"tuple" if isinstance(value, tuple) else "list": structures}, leaves
+    raise UsageError(
+        f"a value of type {type(value).__name__} cannot be an input or output of a program",
+        hint="use tensors, numbers, strings, lists, tuples and dicts",
+    )
+
+
+def rebuild(structure: Structure, leaves: Mapping[str, Any]) -> Any:
+    """Put the leaves back into their structure; output classes are used where their module is loaded."""
+    if "leaf" in structure:
+        return leaves[structure["leaf"]]
+    if "constant" in structure:
+        return structure["constant"]
+    if "list" in structure:
+        return [rebuild(part, leaves) for part in structure["list"]]
+    if "tuple" in structure:
+        return tuple(rebuild(part, leaves) for part in structure["tuple"])
+    items = {key: rebuild(part, leaves) for key, part in structure["dict"].items()}
+    label = structure.get("class")
+    if not label:
+        return items
+    module, _, name = label.partition(":")
+    kind = getattr(sys.modules.get(module), name, None)
+    # only classes whose instances are mappings built from keywords; anything else stays a plain Output
+    if isinstance(kind, type) and issubclass(kind, OrderedDict):
+        return kind(**items)
+    return Output(items)
+
+
+def leaf_names(structure: Structure) -> Iterator[str]:
+    """Yield the names of the leaves in order."""
+    if "leaf" in structure:
+        yield structure["leaf"]
+    for key in ("list", "tuple"):
+        for part in structure.get(key, ()):
+            yield from leaf_names(part)
+    for part in structure.get("dict", {}).values():
+        yield from leaf_names(part)
+
+
+def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
+    """Return the leaves of ``value``, which must have this structure; ``where`` names it in errors."""
+    if "leaf" in structure:
+        return {structure["leaf"]: value}
+    if "constant" in structure:
+        if value != structure["constant"]:
+            raise UsageError(
+                f"{where} was {structure['constant']!r} when the model was captured and is {value!r} now",
+                hint="capture the model again with this value",
+            )
+        return {}
+    leaves: dict[str, Any] = {}
+    for key in ("list", "tuple"):
+        if key in structure:
+            parts = structure[key]
+            if not isinstance(value, (list, tuple)) or len(value) != len(parts):
+                raise UsageError(f"{where} must be a {key} of {len(parts)} values")
+            for index, part in enumerate(parts):
+                leaves.update(flatten(part, value[index], f"{where}[{index}]"))
+    if "dict" in structure:
+        parts = structure["dict"]
+        items = dict(value) if isinstance(value, Mapping) else dict(vars(value))
+        if set(items) != set(parts):
+            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {sorted(items)}")
+        for key, part in parts.items():
+            leaves.update(flatten(part, items[key], f"{where}[{key!r}]"))
+    return leaves

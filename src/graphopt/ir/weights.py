@@ -1,0 +1,168 @@
+"""Where the values of weights are, and how they are read: whole, late, and one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from .errors import CheckpointError
+
+WeightKind = Literal["parameter", "buffer", "constant"]
+
+
+class TensorSource(Protocol):
+    """A tensor that may not be in memory yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def load(self) -> torch.Tensor:
+        """Return the values; whoever asks must not write to them."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A tensor that is already there; shared, never written to."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.tensor.detach()
+
+
+@dataclass(frozen=True)
+class SafetensorsEntry:
+    """One tensor of a safetensors file, read when asked for."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor = file.get_tensor(self.key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read tensor {self.key!r} from {self.path}: {error}",
+                hint="the file was moved or changed since it was opened; restore it, or load the checkpoint again",
+            ) from error
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A tensor whose values nobody has: a graph captured from a configuration alone."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str = ""
+
+    def load(self) -> torch.Tensor:
+        raise CheckpointError(
+            f"weight {self.name!r} has no values: this program was captured without weights",
+            hint="capture from a checkpoint folder to run it or to write it out",
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Random values by seed: what a check runs with where real weights are not wanted."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    seed: int = 0
+    scale: float = 1.0
+
+    def load(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if not self.dtype.is_floating_point:
+            return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+        return (torch.randn(self.shape, generator=generator, dtype=wide) * self.scale).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model: its name, the names tied to it, and where its values are.
+
+    ``names`` lists every name the tensor has in the model, ``name`` first. ``persistent`` is false for
+    buffers that no checkpoint holds.
+    """
+
+    name: str
+    source: TensorSource
+    kind: WeightKind = "parameter"
+    names: tuple[str, ...] = ()
+    persistent: bool = True
+    trainable: bool = True
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Every name of the tensor, its own first."""
+        return (self.name, *(n for n in self.names if n != self.name))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values in bytes."""
+        return numel(self.source.shape) * self.source.dtype.itemsize
+
+    def with_source(self, source: TensorSource) -> Weight:
+        """Return the same weight with other values."""
+        return replace(self, source=source)
+
+
+@dataclass
+class WeightCache:
+    """Loaded values, kept while a budget of bytes holds and a source is still the one asked for."""
+
+    budget: int = 0
+    used: int = 0
+    values: dict[str, tuple[TensorSource, torch.Tensor]] = field(default_factory=dict)
+
+    def get(self, key: str, source: TensorSource) -> torch.Tensor:
+        """Return the values of ``source``, from memory if they are there."""
+        held = self.values.get(key)
+        if held is not None and held[0] is source:
+            return held[1]
+        tensor = source.load()
+        size = tensor.numel() * tensor.element_size()
+        if not isinstance(source, InMemory) and self.used + size <= self.budget:
+            self.values[key] = (source, tensor)
+            self.used += size
+        return tensor
+
+
+def numel(shape: Sequence[int]) -> int:
+    """Number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Hash of a tensor's type, shape and bytes."""
+    plain = tensor.detach().contiguous().cpu()
+    seen = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    seen.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
