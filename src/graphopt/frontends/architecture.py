@@ -1,0 +1,143 @@
+"""A transformers model from its configuration alone: parameters without memory, buffers with values."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ir.errors import CaptureError, CheckpointError
+
+
+def require_transformers() -> Any:
+    """Return the library, or say how to get it."""
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            "reading a Hugging Face checkpoint needs transformers",
+            hint='pip install "graphopt[huggingface]"',
+        ) from None
+    return transformers
+
+
+def load_config(folder: Path, raw: dict[str, Any]) -> Any:
+    """Return the configuration object of a folder, without running any code of it.
+
+    Raises:
+        CheckpointError: the architecture is not one of the library's own.
+    """
+    transformers = require_transformers()
+    kind = raw.get("model_type")
+    remote = raw.get("auto_map")
+    if kind not in transformers.CONFIG_MAPPING:
+        if remote:
+            raise CheckpointError(
+                f"{folder / 'config.json'} asks for code from the checkpoint (auto_map), which is never run",
+                hint="use a checkpoint whose architecture transformers knows by itself",
+            )
+        raise CheckpointError(f"{folder / 'config.json'}: unknown architecture {kind!r}")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not a configuration of {kind}: {error}") from error
+
+
+def model_class(config: Any) -> Any:
+    """Return the library's class for a configuration: the one it was saved with, or the base model.
+
+    Raises:
+        CheckpointError: the configuration names a class that the library does not have.
+    """
+    transformers = require_transformers()
+    for name in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+        raise CheckpointError(
+            f"the architecture {name!r} is not one of transformers' own",
+            hint="remote code is never run; use a checkpoint of a built-in architecture",
+        )
+    for family in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        with contextlib.suppress(KeyError):
+            return family._model_mapping[type(config)]
+    raise CheckpointError(f"transformers has no model for {type(config).__name__}")
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give parameters no memory as they are registered; buffers keep their values."""
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(self, name, parameter)
+        held = self._parameters.get(name)
+        if held is not None and not held.is_meta:
+            self._parameters[name] = type(held)(held.detach().to("meta"), requires_grad=held.requires_grad)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """Return a model whose parameters are on the meta device and whose buffers are real.
+
+    Args:
+        config: of transformers; not changed.
+        dtype: of the parameters, where the architecture does not keep float32.
+        attention: the library's attention implementation to trace.
+
+    Raises:
+        CaptureError: the library cannot build the model without values.
+    """
+    import copy
+
+    from transformers import initialization
+
+    cls = model_class(config)
+    plain = copy.deepcopy(config)
+    plain.use_cache = False
+    try:
+        with initialization.no_init_weights(), _parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+            if hasattr(plain, "num_local_experts") or _has_experts(plain):
+                options["experts_implementation"] = "batched_mm"
+            try:
+                model = cls._from_config(plain, **options)
+            except TypeError:
+                options.pop("experts_implementation", None)
+                model = cls._from_config(plain, **options)
+        # tying sits in the initialisation that was skipped
+        model.tie_weights()
+    except Exception as error:
+        raise CaptureError(f"transformers cannot build {cls.__name__} from this configuration: {error}") from error
+    _keep_wide(model, dtype)
+    return model.eval()
+
+
+def _has_experts(config: Any) -> bool:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return any(getattr(text, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"))
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Some architectures keep named parameters in float32 whatever the type asked for."""
+    import re
+
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    for pattern, wide in plan.items():
+        matcher = re.compile(str(pattern).replace(".", r"\.").replace("*", ".*"))
+        for name, parameter in list(model.named_parameters()):
+            if matcher.search(name) and parameter.dtype is not wide:
+                owner, _, leaf = name.rpartition(".")
+                module = model.get_submodule(owner)
+                module._parameters[leaf] = nn.Parameter(parameter.detach().to(wide))

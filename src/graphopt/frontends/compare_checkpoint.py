@@ -1,0 +1,105 @@
+"""A captured checkpoint against the model itself: sizes, batch of one, padding on both sides, packing."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..ir.errors import CaptureError
+from ..ir.execute import memory_available
+from ..ir.program import Program
+from ..ir.signature import Fill
+from .architecture import model_class
+from .checkpoint_files import CheckpointFiles
+from .compare import compare_outputs, require_equal, tolerance_of
+from .example_inputs import example_inputs
+
+
+def compare_with_checkpoint(program: Program, config: Any, files: CheckpointFiles, dtype: torch.dtype) -> None:
+    """Load the model with its own library and compare it with the program.
+
+    A checkpoint that would take more than a quarter of the free memory is not loaded: its architecture is
+    compared with one layer of each kind, by :func:`compare_small`.
+
+    Raises:
+        CaptureError: they differ by more than rounding explains.
+    """
+    if files.bytes > memory_available() // 4:
+        from .compare_small import compare_small
+
+        compare_small(program, config, dtype)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_class(config).from_pretrained(files.folder, dtype=dtype, local_files_only=True)
+    model.eval()
+    compare_with_model(program, model)
+
+
+def compare_with_model(program: Program, model: Any) -> dict[str, float]:
+    """Compare a program with a transformers model on inputs like those users give; returns errors by case.
+
+    Raises:
+        CaptureError: they differ by more than rounding explains.
+    """
+    model.config.use_cache = False
+    example = {k: v for k, v in example_inputs(model).items() if k in program.signature.inputs}
+    example = {k: v.to(next(model.parameters()).dtype) if v.is_floating_point() else v for k, v in example.items()}
+    if not set(program.signature.inputs) <= set(example):
+        raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - set(example))}")
+    given = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}
+    cases: list[tuple[str, dict[str, Any], Any]] = [("the captured size", example, None)]
+    sizes = program.signature.sizes
+    if "batch" in sizes:
+        cases.append(("a batch of one", {k: v[:1] for k, v in given.items()}, None))
+    if "sequence" in sizes:
+        cases.append(("another length", {k: v[:, :9] if v.dim() == 2 else v for k, v in given.items()}, None))
+        bare = {k: v for k, v in given.items() if k != "attention_mask"}
+        cases.append(("no mask", bare, None))
+    if "attention_mask" in example and "sequence" in sizes:
+        cases.extend(_padded(given))
+        _choose_positions(program, model, cases)
+    errors = require_equal(program, model, cases)
+    if "position_ids" in example:
+        _packed(program, model, example)
+    return errors
+
+
+def _padded(given: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:
+    length = given["attention_mask"].shape[1]
+    left, right = given["attention_mask"].clone(), given["attention_mask"].clone()
+    left[0, : length // 3] = 0
+    right[0, -(length // 3) :] = 0
+    right[-1, -1:] = 0
+    return [
+        ("right-padded inputs", {**given, "attention_mask": right}, right),
+        ("left-padded inputs", {**given, "attention_mask": left}, left),
+    ]
+
+
+def _choose_positions(program: Program, model: Any, cases: list[tuple[str, dict[str, Any], Any]]) -> None:
+    """Find how the model makes positions when none are given: counted, or counted over the mask."""
+    spec = program.signature.inputs.get("position_ids")
+    if spec is None or spec.fill is None:
+        return
+    _, inputs, where = cases[-1]
+    limit = tolerance_of(program)
+    for rule, like in (("positions", "input_ids"), ("positions_from_mask", "attention_mask")):
+        program.signature.inputs["position_ids"] = replace(spec, fill=Fill(rule, like))  # type: ignore[arg-type]
+        if compare_outputs(program, model, inputs, where) <= limit:
+            return
+    program.signature.inputs["position_ids"] = spec
+
+
+def _packed(program: Program, model: Any, example: dict[str, torch.Tensor]) -> None:
+    """With a mask, restarted positions must agree; without one the program refuses them when called."""
+    positions = example["position_ids"].clone()
+    half = positions.shape[1] // 2
+    positions[:, half:] -= half
+    inputs = {**example, "position_ids": positions}
+    error = compare_outputs(program, model, inputs)
+    if error > tolerance_of(program):
+        program.facts["packed_positions"] = f"differ from the model by {error:.2g} although a mask is given"

@@ -1,0 +1,291 @@
+"""From a Hugging Face folder, or an id in the local cache, to a Program whose weights stay on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.utils._pytree import tree_map
+
+from ..ir.canonical import canonicalise
+from ..ir.compat import FakeTensorMode, new_fake_mode
+from ..ir.errors import CaptureError, CheckpointError, GraphoptError
+from ..ir.program import Origin, Program
+from ..ir.signature import Fill, Input
+from ..ir.weights import Absent, InMemory, TensorSource
+from .architecture import build, load_config, model_class, require_transformers
+from .bind_weights import bind
+from .checkpoint_files import CheckpointFiles, read_folder
+from .checkpoint_names import Mapped, map_names
+from .compare_checkpoint import compare_with_checkpoint
+from .example_inputs import causal, example_inputs, size_names
+from .lift import lift
+from .torch_module import export
+
+ATTENTION_LADDER = ("sdpa", "eager")
+
+
+@dataclass
+class _Built:
+    """A model ready for tracing: fake parameters, and the real values of its buffers."""
+
+    model: Any
+    mode: FakeTensorMode
+    buffers: dict[str, torch.Tensor]
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """Return the folder of a checkpoint: a path, or an id in the local Hugging Face cache.
+
+    Raises:
+        CheckpointError: there is no such folder, and the cache does not hold the id.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(f"{text} is not a folder", hint="give a folder with config.json and safetensors files")
+    require_transformers()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except Exception:
+        raise CheckpointError(
+            f"{text!r} is neither a folder nor an id in the local Hugging Face cache",
+            hint="nothing is downloaded; fetch it first, for example with `hf download`",
+        ) from None
+
+
+def element_type(config: Any, files: CheckpointFiles | None) -> torch.dtype:
+    """Return the type a checkpoint is meant to run in: the configuration's, or that of its first floats."""
+    wanted = getattr(config, "dtype", None)
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted, None)
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if files is not None:
+        for entry in files.tensors.values():
+            if entry.dtype.is_floating_point:
+                return entry.dtype
+    return torch.float32
+
+
+def capture_huggingface(
+    source: str | os.PathLike[str], inputs: Mapping[str, Any] | None = None, *, dynamic: Any = "auto", compare: bool = True
+) -> Program:
+    """Capture a checkpoint; weights are read when they are needed.
+
+    Args:
+        source: a folder, or an id in the local cache.
+        inputs: an example by name; made up from the configuration if None.
+        dynamic: "auto", None, or sizes by input and dimension.
+        compare: run the model and the program on padded and unpadded inputs of several sizes.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or asks for what is never done.
+        CaptureError: the architecture cannot be captured, or the graph differs from the model.
+    """
+    folder = resolve(source)
+    files = read_folder(folder)
+    if "quantization_config" in files.config:
+        raise CheckpointError(f"{folder} is a quantised checkpoint, which cannot be read yet")
+    config = load_config(folder, files.config)
+    dtype = element_type(config, files)
+    program = _climb(config, dtype, inputs, dynamic, files, compare)
+    program.origin = Origin(
+        kind="huggingface",
+        model_class=f"transformers:{model_class(config).__name__}",
+        config=files.config,
+        assets=files.assets(),
+        unused=program.origin.unused,
+        notes=program.origin.notes,
+        padding="causal" if causal(config) else "",
+    )
+    return program
+
+
+def capture_configuration(
+    config: Any, inputs: Mapping[str, Any] | None = None, *, dtype: torch.dtype | None = None, dynamic: Any = "auto"
+) -> Program:
+    """Capture an architecture without weights: to inspect, plan and rewrite models of any size.
+
+    Args:
+        config: a configuration of transformers.
+        inputs: an example by name; made up if None.
+        dtype: of the parameters; the configuration's if None.
+        dynamic: "auto", None, or sizes by input and dimension.
+    """
+    dtype = dtype or element_type(config, None)
+    program = _climb(config, dtype, inputs, dynamic, None, False)
+    program.origin = Origin(
+        kind="huggingface",
+        model_class=f"transformers:{model_class(config).__name__}",
+        config=config.to_dict(),
+        padding="causal" if causal(config) else "",
+    )
+    return program
+
+
+def _climb(
+    config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
+) -> Program:
+    """Try one way of tracing attention after the other; the first that computes what the model does counts."""
+    failures: list[str] = []
+    for attention in ATTENTION_LADDER:
+        try:
+            program = _capture(config, dtype, inputs, dynamic, files, attention)
+            if compare and files is not None:
+                compare_with_checkpoint(program, config, files, dtype)
+        except CheckpointError:
+            raise
+        except GraphoptError as error:
+            failures.append(f"with {attention} attention: {error}")
+            continue
+        program.facts["attention_implementation"] = attention
+        return program
+    raise CaptureError(f"{model_class(config).__name__} cannot be captured\n  " + "\n  ".join(failures))
+
+
+def _fake(config: Any, dtype: torch.dtype, attention: str) -> _Built:
+    model = build(config, dtype, attention)
+    mode = new_fake_mode()
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+    seen: dict[int, Any] = {}
+    with mode:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in seen:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        # the original is kept alive, so that its id stays its own
+                        seen[id(tensor)] = (
+                            nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                            if isinstance(tensor, nn.Parameter)
+                            else fake,
+                            tensor,
+                        )
+                    table[name] = seen[id(tensor)][0]
+    return _Built(model, mode, buffers)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _capture(
+    config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, attention: str
+) -> Program:
+    with _quiet():
+        built = _fake(config, dtype, attention)
+        example = dict(inputs) if inputs is not None else example_inputs(built.model)
+        example = {k: _widened(v, dtype) for k, v in example.items()}
+        named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
+        with built.mode, torch.no_grad():
+            fakes = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example)
+            exported = _export(built.model, fakes, dynamic, named)
+    mapped = map_names(built.model, files.tensors, built.mode) if files is not None else Mapped()
+    sources = _sources(built, mapped, files)
+    program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, named))
+    if files is not None:
+        bind(program, mapped, files)
+        program.origin.unused = tuple(mapped.unused)
+    _fill_rules(program, config)
+    canonicalise(program)
+    return program
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() and value.shape[0] == 1:
+        value = value.repeat(3, *[1] * (value.dim() - 1))
+    if value.dim() == 2 and not value.dtype.is_floating_point and value.shape[1] < 4:
+        value = value.repeat(1, 13)[:, :13]
+    return value.to(dtype) if value.dtype.is_floating_point else value.clone()
+
+
+def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, dict[int, str]]) -> Any:
+    if dynamic is None:
+        return export(model, example, None)
+    if dynamic != "auto":
+        from .torch_module import dynamic_shapes
+
+        return export(model, example, dynamic_shapes(example, dynamic))
+    sizes: dict[str, Any] = {}
+    shapes = {
+        name: (
+            {d: sizes.setdefault(n, Dim(n, min=1)) for d, n in named[name].items()} if name in named else None
+        )
+        for name in example
+    }
+    try:
+        return export(model, example, shapes)
+    except CaptureError:
+        # a size that the model ties to another one, or to a number; let the tracer say which
+        automatic = {
+            name: dict.fromkeys(named[name], Dim.AUTO) if name in named else None for name in example
+        }
+        return export(model, example, automatic)
+
+
+def _symbol_names(exported: Any, named: dict[str, dict[int, str]]) -> dict[str, str]:
+    from ..ir.sizes import expression
+
+    found: dict[str, str] = {}
+    for node in exported.graph.find_nodes(op="placeholder"):
+        for dim, name in named.get(node.name, {}).items():
+            size = node.meta["val"].shape[dim]
+            if isinstance(size, torch.SymInt):
+                found.setdefault(str(expression(size)), name)
+    return found
+
+
+def _sources(built: _Built, mapped: Mapped, files: CheckpointFiles | None) -> dict[str, TensorSource]:
+    sources: dict[str, TensorSource] = {}
+    ties: dict[int, list[str]] = {}
+    for name, tensor in built.model.state_dict(keep_vars=True).items():
+        ties.setdefault(id(tensor), []).append(name)
+    for name, buffer in built.buffers.items():
+        sources[name] = InMemory(buffer)
+    for names in ties.values():
+        held = next((n for n in names if n in mapped.plain), None)
+        if held is not None and files is not None:
+            sources.update(dict.fromkeys(names, files.tensors[mapped.plain[held]]))
+    for name, parameter in built.model.named_parameters(remove_duplicate=False):
+        sources.setdefault(name, Absent(tuple(parameter.shape), parameter.dtype, name))
+    return sources
+
+
+def _fill_rules(program: Program, config: Any) -> None:
+    """Say how inputs left out are made; a wrong rule shows when the program is compared with the model."""
+    rules = {
+        "attention_mask": "ones",
+        "token_type_ids": "zeros",
+        "position_ids": "positions",
+    }
+    main = next((n for n in ("input_ids", "pixel_values") if n in program.signature.inputs), None)
+    for name, rule in rules.items():
+        spec = program.signature.inputs.get(name)
+        if spec is not None and main is not None:
+            program.signature.inputs[name] = Input(
+                spec.name, spec.dtype, spec.shape, Fill(rule, main), name == "position_ids"  # type: ignore[arg-type]
+            )

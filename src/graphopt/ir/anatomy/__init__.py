@@ -1,0 +1,43 @@
+"""Anatomy: what a graph is made of, read from its dataflow and never from names of classes or parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .blocks import Anatomy, Block, Branches, Layer, Stream
+from .branches import find_branches
+from .ends import find_embedding, find_head
+from .kinds import classify
+from .layers import group_layers
+from .residual import find_residual
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+__all__ = ["Anatomy", "Block", "Branches", "Layer", "Stream", "find_anatomy"]
+
+
+def find_anatomy(program: Program) -> Anatomy:
+    """Return the anatomy of a canonical graph; linear in its size."""
+    anatomy = Anatomy()
+    found = find_residual(program)
+    anatomy.branches = find_branches(program, {add.node for add in found.additions})
+    linear_sums = {group.writes for group in anatomy.branches}
+    for addition in found.additions:
+        if addition.node in linear_sums:
+            continue
+        for block in classify(program, addition):
+            anatomy.blocks.append(block)
+    counts: dict[str, int] = {}
+    for block in anatomy.blocks:
+        block.index = counts.get(block.kind, 0)
+        counts[block.kind] = block.index + 1
+    anatomy.streams = found.streams(anatomy.blocks)
+    anatomy.layers = [layer for stream in anatomy.streams for layer in group_layers(stream)]
+    for index, layer in enumerate(anatomy.layers):
+        layer.index = index
+        for block in layer.blocks:
+            block.layer = index
+    anatomy.embedding = find_embedding(program, anatomy)
+    anatomy.head = find_head(program, anatomy)
+    return anatomy

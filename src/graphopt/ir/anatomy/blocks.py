@@ -1,0 +1,176 @@
+"""The names of things: blocks on the residual stream, their parts, layers, and the evidence for each name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(eq=False)
+class Block:
+    """One contribution to a residual stream.
+
+    Attributes:
+        kind: attention, ffn, experts, mixer or unrecognised.
+        reads: the stream's value before the block.
+        writes: its value after, post-norm included.
+        term: what the block adds.
+        add: the addition.
+        nodes: the operators of the block, in order; what does not descend from the stream (masks, rotary
+            tables) is not among them.
+        parts: named operators, such as q, k, v, o, core, gate, up, down, router, norm.
+        sizes: heads, kv_heads, head_size, width, experts, ... where they apply.
+        norms: pre, post, sandwich, branch (on the contribution alone) or none.
+        evidence: why it got its name.
+        parallel: another block reads and writes at the same addition.
+    """
+
+    kind: str
+    reads: fx.Node
+    writes: fx.Node
+    term: fx.Node
+    add: fx.Node
+    nodes: list[fx.Node]
+    parts: dict[str, fx.Node] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+    norms: str = "none"
+    evidence: list[str] = field(default_factory=list)
+    parallel: bool = False
+    index: int = 0
+    layer: int = 0
+
+    @property
+    def name(self) -> str:
+        """Kind and number in execution order: ``attention.3``."""
+        return f"{self.kind}.{self.index}"
+
+    @property
+    def terms(self) -> list[fx.Node]:
+        """What the block adds to the stream."""
+        return [self.term]
+
+    def __getattr__(self, part: str) -> fx.Node:
+        parts = self.__dict__.get("parts", {})
+        if part in parts:
+            found = parts[part]
+            assert isinstance(found, fx.Node)
+            return found
+        raise AttributeError(f"{self.__dict__.get('kind', 'block')} has no part {part!r}; it has {', '.join(parts)}")
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {len(self.nodes)} operators, {self.norms} norm, {', '.join(self.parts)}>"
+
+
+@dataclass(eq=False)
+class Layer:
+    """The blocks that repeat as one: from the stream's value before the first to that after the last."""
+
+    blocks: list[Block]
+    index: int = 0
+
+    @property
+    def reads(self) -> fx.Node:
+        """The stream's value before the layer."""
+        return self.blocks[0].reads
+
+    @property
+    def writes(self) -> fx.Node:
+        """The stream's value after the layer."""
+        return self.blocks[-1].writes
+
+    @property
+    def name(self) -> str:
+        """``layer.3``."""
+        return f"layer.{self.index}"
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {', '.join(b.name for b in self.blocks)}>"
+
+
+@dataclass(eq=False)
+class Stream:
+    """A residual stream: the value it starts with and the blocks that add to it."""
+
+    start: fx.Node
+    blocks: list[Block]
+
+    @property
+    def size(self) -> Any:
+        """Number of channels."""
+        return self.start.meta["val"].shape[-1]
+
+
+@dataclass(eq=False)
+class Branches:
+    """Linear operators that read one value and meet in a sum: training-time branches."""
+
+    reads: fx.Node
+    writes: fx.Node
+    paths: list[list[fx.Node]]
+    evidence: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Anatomy:
+    """What a graph is made of, in execution order."""
+
+    blocks: list[Block] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    branches: list[Branches] = field(default_factory=list)
+    embedding: list[fx.Node] = field(default_factory=list)
+    head: list[fx.Node] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[Block]:
+        """Blocks of one kind."""
+        return [block for block in self.blocks if block.kind == kind]
+
+    @property
+    def residual(self) -> list[Stream]:
+        """The residual streams."""
+        return self.streams
+
+    @property
+    def attention(self) -> list[Block]:
+        """Attention blocks."""
+        return self.of("attention")
+
+    @property
+    def ffn(self) -> list[Block]:
+        """Feed-forward blocks."""
+        return self.of("ffn")
+
+    @property
+    def experts(self) -> list[Block]:
+        """Mixtures of experts."""
+        return self.of("experts")
+
+    @property
+    def mixers(self) -> list[Block]:
+        """Blocks on the stream that are neither attention nor feed-forward: state spaces, convolutions."""
+        return self.of("mixer")
+
+    @property
+    def unrecognised(self) -> list[Block]:
+        """Blocks on the stream that fit no name."""
+        return self.of("unrecognised")
+
+    def block(self, name: str) -> Block:
+        """Return the block of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        raise KeyError(name)
+
+    def summary(self) -> dict[str, int]:
+        """Count blocks by kind."""
+        counts: dict[str, int] = {}
+        for block in self.blocks:
+            counts[block.kind] = counts.get(block.kind, 0) + 1
+        return counts

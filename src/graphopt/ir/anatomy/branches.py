@@ -1,0 +1,97 @@
+"""Training-time branches: linear operators that read one value and meet in a sum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from ..fold import depends_on_weights_alone
+from ..schema import is_operator
+from .blocks import Branches
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+LINEAR = (*CONVOLUTIONS, "aten.batch_norm", "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d",
+          "aten.constant_pad_nd", "aten.slice")  # fmt: skip
+_SCALES = ("aten.mul", "aten.div")
+
+
+def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
+    """Return sums whose terms are chains of linear operators from one source, one of them a convolution.
+
+    Args:
+        program: a canonical graph.
+        sums: additions on residual streams; those whose branches are all linear belong here instead.
+    """
+    del sums
+    constant = depends_on_weights_alone(program)
+    taken: set[fx.Node] = set()
+    found: list[Branches] = []
+    for node in reversed(list(program.graph.nodes)):
+        if node in taken or not is_operator(node, "aten.add"):
+            continue
+        leaves = _leaves(node, taken)
+        if leaves is None:
+            continue
+        paths = [_chain(leaf, constant) for leaf in leaves]
+        source = _common_source(paths, leaves)
+        if source is None:
+            continue
+        trimmed = [_from(path, source) for path in paths]
+        convolutions = sum(any(is_operator(n, *CONVOLUTIONS) for n in path) for path in trimmed)
+        if convolutions == 0:
+            continue
+        evidence = [f"{len(trimmed)} linear paths from {source.name}, {convolutions} with a convolution"]
+        found.append(Branches(source, node, trimmed, evidence))
+    found.reverse()
+    return found
+
+
+def _leaves(node: fx.Node, taken: set[fx.Node]) -> list[fx.Node] | None:
+    leaves: list[fx.Node] = []
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    for operand in node.args:
+        if not isinstance(operand, fx.Node):
+            return None
+        if is_operator(operand, "aten.add") and len(operand.users) == 1:
+            inner = _leaves(operand, taken)
+            if inner is not None:
+                taken.add(operand)
+                leaves.extend(inner)
+                continue
+        leaves.append(operand)
+    return leaves
+
+
+def _chain(leaf: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
+    """Return the chain of linear operators that ends in ``leaf``, from its source on, the source first."""
+    chain = [leaf]
+    node: Any = leaf
+    while is_operator(node, *LINEAR) or (is_operator(node, *_SCALES) and _constant_factor(node, constant)):
+        changing = [a for a in node.args if isinstance(a, fx.Node) and a not in constant]
+        if len(changing) != 1:
+            break
+        node = changing[0]
+        chain.append(node)
+    chain.reverse()
+    return chain
+
+
+def _constant_factor(node: fx.Node, constant: set[fx.Node]) -> bool:
+    return any(not isinstance(a, fx.Node) or a in constant for a in node.args[1:]) or node.args[0] in constant
+
+
+def _common_source(paths: list[list[fx.Node]], leaves: list[fx.Node]) -> fx.Node | None:
+    shared = [node for node in reversed(paths[0]) if all(node in path for path in paths[1:])]
+    if not shared:
+        return None
+    # the latest value that all of them pass
+    return shared[0]
+
+
+def _from(path: list[fx.Node], source: fx.Node) -> list[fx.Node]:
+    return path[path.index(source) + 1 :]

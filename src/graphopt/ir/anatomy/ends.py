@@ -1,0 +1,51 @@
+"""Where a stream begins and ends: embeddings and heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..schema import is_operator
+from .blocks import Anatomy
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def find_embedding(program: Program, anatomy: Anatomy) -> list[fx.Node]:
+    """Return the operators that turn inputs into a stream: table lookups, patch convolutions, projections."""
+    starts = [stream.start for stream in anatomy.streams]
+    found: dict[fx.Node, None] = {}
+    work, seen = list(starts), set()
+    while work:
+        node = work.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_operator(node, "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.linear"):
+            found[node] = None
+            if is_operator(node, "aten.embedding"):
+                continue
+        work.extend(node.all_input_nodes)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    return sorted(found, key=lambda n: order[n])
+
+
+def find_head(program: Program, anatomy: Anatomy) -> list[fx.Node]:
+    """Return the linears between the last value of a stream and the outputs."""
+    inside = {node for block in anatomy.blocks for node in block.nodes}
+    ends = {stream.blocks[-1].writes for stream in anatomy.streams if stream.blocks}
+    ends |= {block.add for block in anatomy.blocks}
+    found: dict[fx.Node, None] = {}
+    work, seen = list(program.output_node.all_input_nodes), set()
+    while work:
+        node = work.pop()
+        if node in seen or node in ends or node in inside:
+            continue
+        seen.add(node)
+        if is_operator(node, "aten.linear"):
+            found[node] = None
+        work.extend(node.all_input_nodes)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    return sorted(found, key=lambda n: order[n])

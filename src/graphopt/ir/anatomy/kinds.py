@@ -1,0 +1,136 @@
+"""What a contribution to the stream is: attention, feed-forward, experts, another mixer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..schema import is_operator, operator_name
+from .blocks import Block
+from .parts import attention_parts, experts_parts, ffn_parts
+from .residual import NORMS, Addition
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+_SCANS = ("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "higher_order.scan", "aten.exp", "aten.softplus",
+          "aten.tril", "aten.segment_reduce")  # fmt: skip
+_CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum")
+_ACTIVATIONS = ("aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid", "aten.pow", "aten.mul",
+                "aten.hardswish", "aten.leaky_relu", "aten.elu", "aten.softplus", "aten.mish", "aten.square",
+                "aten.erf", "aten.clamp", "aten.relu_", "aten.relu6", "aten.hardtanh", "aten.prelu")  # fmt: skip
+
+
+def classify(program: Program, addition: Addition) -> list[Block]:
+    """Return a block per term of an addition on the stream."""
+    blocks = []
+    writes, norms_after = _writes(addition)
+    for term in addition.terms:
+        nodes = addition.inside[term]
+        block = Block("unrecognised", addition.base, writes, term, addition.node, nodes)
+        block.parallel = len(addition.terms) > 1
+        block.norms = _norms(block, norms_after)
+        _name(program, block)
+        blocks.append(block)
+    return blocks
+
+
+def _name(program: Program, block: Block) -> None:
+    operators = {operator_name(n.target) for n in block.nodes}
+    if "graphopt.attention" in operators:
+        block.kind = "attention"
+        attention_parts(program, block)
+    elif "aten.softmax" in operators and _softmax_attention(block):
+        block.kind = "attention"
+        block.evidence.append("a softmax between two products of values that both change with the input")
+    elif "graphopt.routed_ffn" in operators:
+        block.kind = "experts"
+        experts_parts(program, block)
+    elif "aten.topk" in operators and operators & {"aten.bmm", "aten.matmul", "aten.index", "aten.index_add"}:
+        block.kind = "experts"
+        block.evidence.append("the largest of a router's scores choose weights to multiply with")
+    elif _mixes_positions(block, operators):
+        block.kind = "mixer"
+        block.evidence.append("positions are mixed by a convolution or a scan, without attention")
+    elif ffn_parts(program, block):
+        block.kind = "ffn"
+    elif operators & {"aten.linear"} | (operators & set(_PRODUCTS)):
+        block.kind = "mixer" if operators & set(_PRODUCTS) else "unrecognised"
+        block.evidence.append(f"products without attention or a feed-forward shape: {', '.join(sorted(operators))}")
+    else:
+        block.evidence.append(f"operators: {', '.join(sorted(operators))}")
+
+
+def _softmax_attention(block: Block) -> bool:
+    inside = set(block.nodes)
+    for node in block.nodes:
+        if is_operator(node, "aten.softmax"):
+            work, seen = list(node.users), set()
+            while work:
+                user = work.pop()
+                if user in seen or user not in inside:
+                    continue
+                seen.add(user)
+                if is_operator(user, *_PRODUCTS):
+                    return True
+                if is_operator(user, "aten.to", "aten.reshape", "aten.mul", "aten.slice", "aten.permute", "aten.expand"):
+                    work.extend(user.users)
+    return False
+
+
+def _mixes_positions(block: Block, operators: set[str]) -> bool:
+    if operators & {"aten.cumsum", "higher_order.scan", "aten.cumprod"}:
+        return True
+    return bool(operators & set(_CONVOLUTIONS))
+
+
+def _writes(addition: Addition) -> tuple[fx.Node, bool]:
+    """Return the stream's value after the addition, and whether a norm on the stream comes with it."""
+    node = addition.node
+    users = list(node.users)
+    if len(users) == 1 and is_operator(users[0], "aten.to") and len(users[0].users) == 1:
+        users = list(users[0].users)
+    if len(users) != 1 or not is_operator(users[0], *NORMS):
+        return node, False
+    # before a final norm the branches begin with norms of their own; on a post-norm stream they do not
+    for term in addition.terms:
+        first = [n for n in addition.inside[term] if addition.base in n.all_input_nodes]
+        if any(is_operator(n, *NORMS) for n in first) or _ends_in_norm(term):
+            return node, False
+    return users[0], True
+
+
+def _ends_in_norm(term: fx.Node) -> bool:
+    node = term
+    for _ in range(3):
+        if is_operator(node, *NORMS):
+            return True
+        if not is_operator(node, "aten.to", "aten.reshape", "aten.mul"):
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return False
+
+
+def _norms(block: Block, after: bool) -> str:
+    first = [n for n in block.nodes if block.reads in n.all_input_nodes and is_operator(n, *NORMS)]
+    if first:
+        block.parts["norm"] = first[0]
+    closing = _ends_in_norm(block.term)
+    if closing:
+        node = block.term
+        while not is_operator(node, *NORMS):
+            node = node.args[0]  # type: ignore[assignment]
+        if node in first:
+            closing = False
+        else:
+            block.parts["post_norm"] = node
+    if after:
+        block.parts["post_norm"] = block.writes
+        return "post"
+    if first and closing:
+        return "sandwich"
+    if first:
+        return "pre"
+    return "branch" if closing else "none"

@@ -1,0 +1,209 @@
+"""Named parts of blocks: the projections of an attention, of a feed-forward, of a mixture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from ..fold import depends_on_weights_alone
+from ..schema import argument, arguments, is_operator
+from .blocks import Block
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+_SHAPE = ("aten.reshape", "aten.permute", "aten.to", "getitem", "aten.split_with_sizes", "aten.slice", "aten.select",
+          "aten.unsqueeze", "aten.squeeze", "aten.expand", "aten.clone", "aten.contiguous", "aten.unbind", "aten.flatten",
+          "aten.index_select", "aten.repeat_interleave")  # fmt: skip
+_PASSING = (*_SHAPE, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", "aten.mul", "aten.div", "aten.cat",
+            "aten.add", "aten.roll", "aten.constant_pad_nd", "aten.clamp", "aten.sigmoid")  # fmt: skip
+PROJECTIONS = ("aten.linear", "aten.conv2d", "aten.conv1d")
+
+
+def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
+    """Follow a value back through reshapes, norms and rotations to the linear that made it."""
+    for _ in range(limit):
+        if is_operator(node, *PROJECTIONS):
+            assert isinstance(node, fx.Node)
+            return node
+        if not is_operator(node, *_PASSING):
+            return None
+        first = node.args[0]
+        if isinstance(first, (list, tuple)):
+            first = first[-1]
+        node = first
+    return None
+
+
+def target_projection(node: fx.Node, inside: set[fx.Node], limit: int = 40) -> fx.Node | None:
+    """Follow a value forward through reshapes and gates to the linear that reads it."""
+    seen: set[fx.Node] = set()
+    work = [node]
+    while work and len(seen) < limit:
+        current = work.pop(0)
+        for user in current.users:
+            if user not in inside or user in seen:
+                continue
+            seen.add(user)
+            if is_operator(user, *PROJECTIONS):
+                return user
+            if is_operator(user, *_PASSING):
+                work.append(user)
+    return None
+
+
+def attention_parts(program: Program, block: Block) -> None:
+    """Name q, k, v, o and the core of an attention block, with heads and sizes."""
+    core = next(n for n in block.nodes if is_operator(n, "graphopt.attention"))
+    found = arguments(core)
+    block.parts["core"] = core
+    for name in ("q", "k", "v"):
+        projection = source_projection(found[name])
+        if projection is not None:
+            block.parts[name] = projection
+    out = target_projection(core, set(block.nodes))
+    if out is not None:
+        block.parts["o"] = out
+    q, k, v = (found[name].meta["val"] for name in ("q", "k", "v"))
+    block.sizes.update(heads=q.shape[1], kv_heads=k.shape[1], head_size=q.shape[-1], value_size=v.shape[-1])
+    cross = "k" in block.parts and block.parts["k"] not in block.nodes
+    fused = len({block.parts.get(n) for n in ("q", "k", "v")}) == 1
+    block.evidence.append(
+        f"graphopt.attention with {q.shape[1]} heads over {k.shape[1]} key-value heads of size {q.shape[-1]}"
+        + (", keys from another stream" if cross else "")
+        + (", one projection for queries, keys and values" if fused and "q" in block.parts else "")
+    )
+    if cross:
+        block.sizes["cross"] = True
+    if argument(core, "window") is not None:
+        block.sizes["window"] = argument(core, "window")
+
+
+def ffn_parts(program: Program, block: Block) -> bool:
+    """Name up, gate and down of a feed-forward block; tell whether it is one."""
+    inside = set(block.nodes)
+    linears = [n for n in block.nodes if is_operator(n, "aten.linear")]
+    if len(linears) < 2:
+        return False
+    down = _last_linear(block)
+    if down is None:
+        return False
+    feeding = [n for n in linears if n is not down and _feeds(n, down, inside)]
+    if not feeding:
+        return False
+    hidden = down.args[0]
+    gate, up = _gate_and_up(hidden, feeding)
+    if up is None:
+        return False
+    block.parts["down"] = down
+    block.parts["up"] = up
+    if gate is not None:
+        block.parts["gate"] = gate
+    width = down.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+    block.sizes["width"] = width
+    gated = gate is not None
+    block.evidence.append(
+        f"{'gated ' if gated else ''}feed-forward of width {width}: linear, activation, linear"
+        + (" (gate and up in one)" if gated and gate is up else "")
+    )
+    return True
+
+
+def _last_linear(block: Block) -> fx.Node | None:
+    node: Any = block.term
+    for _ in range(12):
+        if is_operator(node, "aten.linear"):
+            assert isinstance(node, fx.Node)
+            return node
+        if not is_operator(node, *_SHAPE, "aten.mul", "aten.add", "graphopt.rms_norm", "aten.layer_norm", "aten.div"):
+            return None
+        operands = [a for a in node.args if isinstance(a, fx.Node) and a in set(block.nodes)]
+        if not operands:
+            return None
+        node = operands[-1] if is_operator(node, "aten.mul") and len(operands) > 1 else operands[0]
+    return None
+
+
+def _feeds(source: fx.Node, target: fx.Node, inside: set[fx.Node]) -> bool:
+    work, seen = [target], set()
+    while work:
+        node = work.pop()
+        if node is source:
+            return True
+        if node in seen or node not in inside:
+            continue
+        seen.add(node)
+        if node is not target and is_operator(node, "aten.linear"):
+            continue
+        work.extend(node.all_input_nodes)
+    return False
+
+
+def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
+    """Tell the gate, which an activation reads, from what it multiplies."""
+    node = hidden
+    while is_operator(node, "aten.to", "aten.reshape", "graphopt.rms_norm", "aten.layer_norm"):
+        node = node.args[0]
+    if is_operator(node, "aten.mul"):
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        sources = [_projection_behind(a) for a in operands]
+        if len(operands) == 2 and all(s is not None for s in sources):
+            direct = [i for i, a in enumerate(operands) if _direct(a)]
+            if sources[0] is not sources[1] and len(direct) == 1:
+                return sources[1 - direct[0]], sources[direct[0]]
+            if sources[0] is sources[1] and any(is_operator(a, "getitem", "aten.slice") for a in operands):
+                return sources[0], sources[0]
+            if sources[0] is not sources[1]:
+                return sources[0], sources[1]
+    return None, feeding[-1]
+
+
+def _direct(node: fx.Node) -> bool:
+    while is_operator(node, *_SHAPE):
+        node = node.args[0]  # type: ignore[assignment]
+    return is_operator(node, "aten.linear")
+
+
+def _projection_behind(node: Any) -> fx.Node | None:
+    for _ in range(16):
+        if is_operator(node, "aten.linear"):
+            assert isinstance(node, fx.Node)
+            return node
+        if not isinstance(node, fx.Node) or node.op != "call_function":
+            return None
+        operands = [a for a in node.all_input_nodes if a.op == "call_function"]
+        if not operands:
+            return None
+        node = operands[-1] if is_operator(node, "aten.mul") else operands[0]
+    return None
+
+
+def experts_parts(program: Program, block: Block) -> None:
+    """Name the core and the router of a mixture, with its sizes; and a shared expert beside it."""
+    core = next(n for n in block.nodes if is_operator(n, "graphopt.routed_ffn"))
+    found = arguments(core)
+    block.parts["core"] = core
+    up, chosen = found["up"].meta["val"], found["experts"].meta["val"]
+    block.sizes.update(experts=up.shape[0], active=chosen.shape[1])
+    router = _router(found["experts"], set(block.nodes))
+    if router is not None:
+        block.parts["router"] = router
+    constant = depends_on_weights_alone(program)
+    others = [n for n in block.nodes if is_operator(n, "aten.linear") and n is not router and n.args[1] in constant]
+    if len(others) >= 2:
+        block.sizes["shared_expert"] = True
+    block.evidence.append(f"graphopt.routed_ffn: {chosen.shape[1]} of {up.shape[0]} experts a token")
+
+
+def _router(node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+    work, seen = [node], set()
+    while work:
+        current = work.pop(0)
+        if current in seen or current not in inside:
+            continue
+        seen.add(current)
+        if is_operator(current, "aten.linear", "aten.matmul"):
+            return current
+        work.extend(current.all_input_nodes)
+    return None
