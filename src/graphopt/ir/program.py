@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -202,14 +203,26 @@ class Program:
             return argument
         if expression(argument).is_Integer:
             return int(expression(argument))
+        return self._size_node(expression(argument))
+
+    def _size_node(self, value: sympy.Expr) -> int | fx.Node:
+        """Return a node, or a number, for a size built from sizes of inputs by + and *."""
+        if value.is_Integer:
+            return int(value)
         for node in self.input_nodes.values():
             for dim, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt) and same_size(size, argument):
+                if isinstance(size, torch.SymInt) and expression(size) == value:
                     return self.edit.call(torch.ops.aten.sym_size.int, node, dim)
-        raise VerificationError(
-            f"the size {self.size_text(argument)} is no dimension of an input",
-            hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
-        )
+        combine = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(value.func)
+        if combine is None:
+            raise VerificationError(
+                f"the size {format_size(value, self.symbols)} cannot be computed from the sizes of inputs",
+                hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
+            )
+        total: int | fx.Node = self._size_node(value.args[0])
+        for part in value.args[1:]:
+            total = self.edit.call(combine, total, self._size_node(part))
+        return total
 
     # -- copying --------------------------------------------------------------------------------------
 
@@ -286,8 +299,29 @@ class Program:
         self.edit.replace(value, with_)
 
     def remove(self, block: Any) -> None:
-        """Take a block out of the residual stream: what it added is no longer added."""
-        self.bypass(block.writes, with_=block.reads)
+        """Take a block, or a layer, out of the residual stream: what it added is no longer added.
+
+        A post-norm goes with its block, as when a layer leaves a model. Blocks that share an addition with
+        others leave alone.
+        """
+        blocks = getattr(block, "blocks", [block])
+        if len(blocks) > 1 or not block.parallel:
+            self.bypass(block.writes, with_=block.reads)
+            return
+        terms = set(block.terms)
+        rest = [leaf for leaf in self._summands(block.add, terms) if leaf not in terms]
+        with self.edit.before(block.add):
+            total = rest[0]
+            for term in rest[1:]:
+                total = self.edit.call(torch.ops.aten.add.Tensor, total, term)
+        self.edit.replace(block.add, total)
+
+    def _summands(self, node: fx.Node, terms: set[fx.Node]) -> list[fx.Node]:
+        found: list[fx.Node] = []
+        for operand in node.all_input_nodes:
+            nested = operator_name(operand.target) == "aten.add" and len(operand.users) == 1 and operand not in terms
+            found.extend(self._summands(operand, terms) if nested else [operand])
+        return found
 
     def add_parameter(self, name: str, value: torch.Tensor) -> fx.Node:
         """Add a trainable tensor and return its node."""

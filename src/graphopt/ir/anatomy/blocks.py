@@ -25,6 +25,7 @@ class Block:
         norms: pre, post, sandwich, branch (on the contribution alone) or none.
         evidence: why it got its name.
         parallel: another block reads and writes at the same addition.
+        shared_terms: what a shared expert beside a mixture adds.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Block:
     norms: str = "none"
     evidence: list[str] = field(default_factory=list)
     parallel: bool = False
+    shared_terms: list[fx.Node] = field(default_factory=list)
     index: int = 0
     layer: int = 0
 
@@ -49,7 +51,7 @@ class Block:
     @property
     def terms(self) -> list[fx.Node]:
         """What the block adds to the stream."""
-        return [self.term]
+        return [self.term, *self.shared_terms]
 
     def __getattr__(self, part: str) -> fx.Node:
         parts = self.__dict__.get("parts", {})

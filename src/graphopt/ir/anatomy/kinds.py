@@ -34,7 +34,26 @@ def classify(program: Program, addition: Addition) -> list[Block]:
         block.norms = _norms(block, norms_after)
         _name(program, block)
         blocks.append(block)
-    return blocks
+    return _with_shared_experts(blocks)
+
+
+def _with_shared_experts(blocks: list[Block]) -> list[Block]:
+    """A feed-forward that meets a mixture in the same sum is its shared expert."""
+    mixtures = [b for b in blocks if b.kind == "experts"]
+    shared = [b for b in blocks if b.kind == "ffn"]
+    if len(mixtures) != 1 or not shared:
+        return blocks
+    mixture = mixtures[0]
+    for block in shared:
+        inside = set(mixture.nodes)
+        mixture.nodes.extend(n for n in block.nodes if n not in inside)
+        mixture.shared_terms.append(block.term)
+        mixture.parts.update({f"shared_{name}": node for name, node in block.parts.items() if name != "norm"})
+    mixture.sizes["shared_expert"] = True
+    mixture.evidence.append("a feed-forward that every token passes meets it in the same sum")
+    rest = [b for b in blocks if b not in shared]
+    mixture.parallel = len(rest) > 1
+    return rest
 
 
 def _name(program: Program, block: Block) -> None:

@@ -99,7 +99,7 @@ def _fused(program: Program, node: fx.Node, cache: dict[fx.Node, Any]) -> str:
     scores = Scores(q, k, scale, [], None, bool(found["is_causal"]))
     mask = found["attn_mask"]
     if mask is not None:
-        scores.added.append(mask)
+        scores.added.append((mask, 1.0))
     return _install(program, node, scores, v, cache)
 
 
@@ -108,7 +108,7 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
     if argument(softmax, "dim") not in (-1, rank - 1) or rank not in (3, 4):
         return ""
     weights: fx.Node = softmax
-    while len(weights.users) == 1 and is_operator(next(iter(weights.users)), "aten.to", "aten.reshape"):
+    while len(weights.users) == 1 and is_operator(next(iter(weights.users)), "aten.to", "aten.reshape", "aten.slice"):
         weights = next(iter(weights.users))
     products = [u for u in weights.users if is_operator(u, "aten.matmul", "aten.bmm") and u.args[0] is weights]
     if len(weights.users) != 1 or not products:
@@ -118,13 +118,18 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
     scores = peel(program, softmax)
     if isinstance(scores, str) or not isinstance(v, fx.Node):
         return scores if isinstance(scores, str) else "values are no node"
+    if not same_size(weights.meta["val"].shape[-1], scores.k.meta["val"].shape[-2]):
+        return "the weights are not one for each key"
     return _install(program, product, scores, v, cache)
 
 
-def _heads(program: Program, value: fx.Node, like: fx.Node) -> fx.Node:
+def _heads(program: Program, value: fx.Node, like: fx.Node | None) -> fx.Node:
     """Return (batch * heads, length, size) as (batch, heads, length, size), after scores of four dimensions."""
     if value.meta["val"].dim() == 4:
         return value
+    if like is None:
+        # nothing tells heads from rows; each is a row of one head
+        return program.edit.call(aten.unsqueeze.default, value, 1)
     batch, heads = like.meta["val"].shape[:2]
     length, size = value.meta["val"].shape[1:]
     shape = program.size_nodes([batch, heads, length, size])
@@ -134,22 +139,20 @@ def _heads(program: Program, value: fx.Node, like: fx.Node) -> fx.Node:
 def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache: dict[fx.Node, Any]) -> str:
     causal, window, key_mask, biases = scores.causal, None, None, []
     seen_meaning = False
-    for term in scores.added:
+    for term, factor in scores.added:
         meaning, rest = _meaning(program, term, cache)
         if meaning is not None and (not seen_meaning or meaning.key_mask is None or key_mask is None):
             seen_meaning = True
             causal = causal or meaning.causal
             window = meaning.window if meaning.window is not None else window
             key_mask = meaning.key_mask or key_mask
-            biases.extend(rest)
+            biases.extend((bias, factor) for bias in rest)
         else:
-            biases.append(term)
+            biases.append((term, factor))
     like = scores.four_dimensional
     with program.edit.before(node):
         q, k = scores.q, scores.k
         if q.meta["val"].dim() == 3:
-            if like is None:
-                return "heads folded into the batch and never unfolded"
             q, k, v = (_heads(program, x, like) for x in (q, k, v))
     k, repeats = ungrouped(k)
     ungrouped_v, repeats_v = ungrouped(v)
@@ -166,10 +169,12 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
         bias = _bias(program, biases, q)
         new = program.edit.call(
             torch.ops.graphopt.attention.default,
-            q, k, v, mask_node, bias,
+            q, k, v, mask_node, bias, scores.sinks,
             scale=scores.scale, causal=causal, window=window, softcap=scores.softcap,
         )  # fmt: skip
-        if node.meta["val"].dim() == 3:
+        if node.meta["val"].dim() == 3 and like is None:
+            new = program.edit.call(aten.squeeze.dim, new, 1)
+        elif node.meta["val"].dim() == 3:
             new = program.edit.call(aten.reshape.default, new, program.size_nodes(list(node.meta["val"].shape)))
     if not same_value(node.meta["val"], new.meta["val"]):
         wanted = node.meta["val"]
@@ -180,14 +185,16 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
     return ""
 
 
-def _bias(program: Program, terms: list[fx.Node], q: fx.Node) -> fx.Node | None:
+def _bias(program: Program, terms: list[tuple[fx.Node, float]], q: fx.Node) -> fx.Node | None:
     total: fx.Node | None = None
-    for term in terms:
+    for term, factor in terms:
         value = term.meta["val"]
         if value.dtype is torch.bool:
             zero = program.edit.call(aten.zeros_like.default, term, dtype=q.meta["val"].dtype)
             hidden = program.edit.call(aten.bitwise_not.default, term)
             term = program.edit.call(aten.masked_fill.Scalar, zero, hidden, float("-inf"))
+        elif factor != 1.0:
+            term = program.edit.call(aten.mul.Tensor, term, factor)
         if term.meta["val"].dim() == 3:
             batch, heads = q.meta["val"].shape[:2]
             first = term.meta["val"].shape[0]

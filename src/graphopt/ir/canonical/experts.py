@@ -83,12 +83,13 @@ def _index_of(program: Program, node: Any) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _reaches(source: fx.Node, target: Any) -> bool:
+    # breadth first: an activation is a few operators long
     work, seen = [target], set()
     while work:
-        node = work.pop()
+        node = work.pop(0)
         if node is source:
             return True
-        if isinstance(node, fx.Node) and node not in seen and len(seen) < 40:
+        if isinstance(node, fx.Node) and node not in seen and len(seen) < 80:
             seen.add(node)
             work.extend(node.all_input_nodes)
     return False
@@ -125,7 +126,6 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
 
 def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
     """Recognise what lies between the projections by trying it: nine forms on the same random numbers."""
-    from ..execute import interpret
     from ..operators.routed_ffn import ACTIVATIONS, activate
     from .masks import needed_for
 
@@ -149,7 +149,6 @@ def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
                 expected = activate(probe, activation, gated, interleaved, limit, alpha)
                 if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
                     return {"activation": activation, "gated": gated, "interleaved": interleaved, "limit": limit, "alpha": alpha}
-    del interpret
     return None
 
 

@@ -27,6 +27,8 @@ class _Storage:
 
     value: fx.Node
     version: int = 0
+    written: tuple[list[fx.Node], fx.Node] | None = None
+    """The views through which it was last written, and what was written."""
 
 
 @dataclass
@@ -59,6 +61,9 @@ def functionalise(program: Program) -> None:
         view = views.get(node)
         if view is None or view.version == view.storage.version:
             return node
+        written = view.storage.written
+        if written is not None and written[0] == view.chain:
+            return written[1]
         value = view.storage.value
         for step in view.chain:
             value = _again(program, step, value)
@@ -69,10 +74,11 @@ def functionalise(program: Program) -> None:
         if node.op == "placeholder":
             continue
         if node.op == "output" or not is_mutable(node.target):
+            # what a view reads is tracked by the storage, not by the value it happens to have now
+            _track_view(node, views, view_of)
             with graph.inserting_before(node):
                 node.args = fx.map_arg(node.args, current)
                 node.kwargs = fx.map_arg(node.kwargs, current)
-            _track_view(node, views, view_of)
             continue
         _write(program, node, view_of, current)
     program.changed()
@@ -149,6 +155,7 @@ def _write(
         stored = put_back(program, view.storage.value, view.chain, value)
     view.storage.value = stored
     view.storage.version += 1
+    view.storage.written = (view.chain, value)
     for user in list(node.users):
         user.replace_input_with(node, written)
     program.graph.erase_node(node)

@@ -42,8 +42,25 @@ def _pattern(rotated: Any) -> Any:
     return call("add")(straight, turned)
 
 
+def _half_tables() -> Any:
+    """Rotation with tables of half the size: ``cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])``."""
+    x, mul = Wild("x"), call("mul")
+    first, second = _slice(x, Wild("zero"), Wild("half")), _slice(x, Wild("half"), Wild("end"))
+    cos, sin = Wild("cos"), Wild("sin")
+    straight = call("sub")(mul(first, cos), mul(second, sin))
+    turned = call("add")(mul(second, cos), mul(first, sin))
+    return call("cat")(Listed((straight, turned)), Wild("axis"))
+
+
 def raise_rotary(program: Program) -> None:
     """Replace rotations of channel pairs by ``graphopt.rotary``."""
+    for match in find(program.graph, _half_tables()):
+        if _fits(match, False):
+            with program.edit.before(match.roots[0]):
+                for name in ("cos", "sin"):
+                    table = match[name]
+                    match.captured[name] = program.edit.call(torch.ops.aten.cat.default, [table, table], -1)
+            _raise(program, match, False)
     for interleaved, rotated in ((False, _halves), (True, _pairs)):
         for match in find(program.graph, _pattern(rotated)):
             if _fits(match, interleaved):

@@ -37,6 +37,8 @@ def put_back(program: Program, whole: fx.Node, chain: list[fx.Node], value: fx.N
     Raises:
         CaptureError: a view in the chain has no inverse here.
     """
+    if not chain:
+        return value
     sources = [whole]
     for step in chain[:-1]:
         sources.append(_call(program, step.target, (sources[-1], *step.args[1:]), dict(step.kwargs)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..fold import depends_on_weights_alone
 from ..infer import same_size
 from ..schema import argument, arguments, is_operator
 
@@ -24,10 +25,12 @@ class Scores:
     q: fx.Node
     k: fx.Node
     scale: float
-    added: list[fx.Node] = field(default_factory=list)
+    added: list[tuple[fx.Node, float]] = field(default_factory=list)
+    """What is added to the scores, with a factor."""
     softcap: float | None = None
     causal: bool = False
     four_dimensional: fx.Node | None = None
+    sinks: fx.Node | None = None
 
 
 def peel(program: Program, softmax: fx.Node) -> Scores | str:
@@ -37,7 +40,8 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
     values is left.
     """
     node = softmax.args[0]
-    added: list[fx.Node] = []
+    added: list[tuple[fx.Node, float]] = []
+    sinks: fx.Node | None = None
     factor = 1.0
     capped: float | None = None
     shaped: fx.Node | None = None
@@ -47,15 +51,24 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
         if node.meta["val"].dim() == 4:
             shaped = node
         if is_operator(node, "aten.matmul", "aten.bmm", "aten.baddbmm"):
-            return _product(program, node, added, factor, capped, shaped)
+            found = _product(program, node, added, factor, capped, shaped)
+            if isinstance(found, Scores):
+                found.sinks = sinks
+            return found
+        if is_operator(node, "aten.cat") and sinks is None:
+            read = _sinks(program, node)
+            if read is None:
+                return ""
+            node, sinks = read
+            continue
         step = _step(program, node)
         if step is None:
             return ""
         node, kind, value = step
         if kind == "add":
-            if capped is not None or factor != 1.0:
-                return "a mask is added before the scores are scaled"
-            added.append(value)
+            if capped is not None:
+                return "a bias is added before the scores are capped"
+            added.append((value, factor))
         elif kind == "scale":
             factor *= value
         elif kind == "cap":
@@ -65,8 +78,28 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
     return ""
 
 
+def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Read ``cat([scores, sinks])`` along the keys: the scores, and a vector with a value per head."""
+    parts = node.args[0]
+    if argument(node, "dim") not in (-1, 3) or not isinstance(parts, (list, tuple)) or len(parts) != 2:
+        return None
+    scores, column = parts
+    if not isinstance(column, fx.Node) or not isinstance(scores, fx.Node):
+        return None
+    while is_operator(column, "aten.expand", "aten.reshape", "aten.to", "aten.unsqueeze"):
+        inner = column.args[0]
+        assert isinstance(inner, fx.Node)
+        column = inner
+    if column not in depends_on_weights_alone(program) or column.meta["val"].dim() != 1:
+        return None
+    return (scores, column) if same_size(column.meta["val"].shape[0], scores.meta["val"].shape[1]) else None
+
+
 def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
     if is_operator(node, "aten.to", "aten.reshape"):
+        return node.args[0], "", None
+    if is_operator(node, "aten.sub") and _own_maximum(node):
+        # softmax does not change when a constant is taken from a row
         return node.args[0], "", None
     if is_operator(node, "aten.maximum") and isinstance(node.args[1], fx.Node):
         # the floor that keeps a sum of masks finite
@@ -105,6 +138,13 @@ def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
         if value is not None and value <= -1e4:
             return found["self"], "add", found["condition"]
     return None
+
+
+def _own_maximum(node: fx.Node) -> bool:
+    other = node.args[1]
+    if is_operator(other, "getitem") and other.args[1] == 0:  # type: ignore[union-attr]
+        other = other.args[0]  # type: ignore[union-attr]
+    return is_operator(other, "aten.amax", "aten.max") and other.args[0] is node.args[0]  # type: ignore[union-attr]
 
 
 def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
@@ -154,18 +194,19 @@ def _leads_to_product(node: fx.Node) -> bool:
 
 
 def _product(
-    program: Program, node: fx.Node, added: list[fx.Node], factor: float, capped: float | None, shaped: fx.Node | None
+    program: Program,
+    node: fx.Node,
+    added: list[tuple[fx.Node, float]],
+    factor: float,
+    capped: float | None,
+    shaped: fx.Node | None,
 ) -> Scores | str:
     if is_operator(node, "aten.baddbmm"):
         found = arguments(node)
         q, transposed = found["batch1"], found["batch2"]
         beta, alpha = found["beta"], found["alpha"]
+        added = [*added, (found["self"], factor * float(beta))]
         factor *= float(alpha)
-        if beta not in (1, 1.0):
-            return "a bias that is scaled"
-        if factor != float(alpha):
-            return "scores are scaled after a bias was added"
-        added = [*added, found["self"]]
     else:
         q, transposed = node.args[:2]
     if not is_operator(transposed, "aten.permute"):
