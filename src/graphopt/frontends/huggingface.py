@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +240,15 @@ def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, 
     }
     try:
         return export(model, example, shapes)
-    except CaptureError:
+    except CaptureError as error:
+        limits = dict(re.findall(r"(\w+) = Dim\('\w+'(?:, min=\d+)?, max=(\d+)\)", str(error.__cause__)))
+        if limits:
+            limited = {n: Dim(n, min=1, max=int(limits[n])) if n in limits else d for n, d in sizes.items()}
+            shapes = {
+                name: {d: limited[n] for d, n in named[name].items()} if name in named else None for name in example
+            }
+            with contextlib.suppress(CaptureError):
+                return export(model, example, shapes)
         # a size that the model ties to another one, or to a number; let the tracer say which
         automatic = {
             name: dict.fromkeys(named[name], Dim.AUTO) if name in named else None for name in example

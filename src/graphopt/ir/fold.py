@@ -90,8 +90,17 @@ def frontier(program: Program) -> list[fx.Node]:
         if node in constant
         and node.op == "call_function"
         and isinstance(node.meta.get("val"), torch.Tensor)
-        and (node in kept or any(user not in constant for user in node.users))
+        and (any(user not in constant for user in node.users) or (node in kept and not _movement_only(node)))
     ]
+
+
+def _movement_only(node: fx.Node) -> bool:
+    """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
+    while node.op == "call_function":
+        if operator_name(node.target) not in MOVEMENT or len(node.all_input_nodes) != 1:
+            return False
+        node = node.all_input_nodes[0]
+    return True
 
 
 def fold(program: Program) -> Program:
@@ -121,9 +130,26 @@ def fold(program: Program) -> Program:
                 folded.checkpoint[key] = new
         node.replace_all_uses_with(new)
         folded.edit.erase_dead([node])
+        _way_back(folded, source, new)
     drop_unread_weights(folded)
     folded.changed()
     return folded
+
+
+def _way_back(program: Program, source: Computed, new: fx.Node) -> None:
+    """Let the checkpoint's tensors that only the folded weight holds now be read from it."""
+    from .invert import invert
+
+    held = {node: key for key, node in program.checkpoint.items() if node.op == "placeholder" and not node.users}
+    wanted = {n.name for n in source.graph.find_nodes(op="placeholder")} & {n.name for n in held}
+    if not wanted or any(operator_name(n.target) not in MOVEMENT for n in source.graph.nodes if n.op == "call_function"):
+        return
+    with program.edit.after(new):
+        back = invert(program, source.graph, new)
+    for node, key in held.items():
+        if node.name in back and node.name in wanted:
+            program.checkpoint[key] = back[node.name]
+    program.edit.erase_dead(back.values())
 
 
 def unread_weights(program: Program) -> list[fx.Node]:

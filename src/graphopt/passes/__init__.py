@@ -1,0 +1,56 @@
+"""Passes: changes to a program, each with options, a plan, a contract and a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .base import Pass
+from .contracts import AddsOutputs, Approximate, Contract, Exact, ExactAt, NewFunction
+from .option import option
+from .pipeline import format_pipeline, parse_pipeline
+from .plan import Plan, Refused, Site
+from .registry import BUILT_IN, find_pass, pass_locations
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .fold_norms import FoldNorms
+    from .fuse_projections import FuseProjections
+    from .skip_layers import SkipLayers
+    from .split_projections import SplitProjections
+
+__all__ = [
+    "AddsOutputs",
+    "Approximate",
+    "Context",
+    "Contract",
+    "Exact",
+    "ExactAt",
+    "FoldNorms",
+    "FuseProjections",
+    "NewFunction",
+    "Pass",
+    "Plan",
+    "Refused",
+    "Site",
+    "SkipLayers",
+    "SplitProjections",
+    "find_pass",
+    "format_pipeline",
+    "option",
+    "parse_pipeline",
+    "pass_locations",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Context":
+        from .context import Context
+
+        return Context
+    for location in BUILT_IN.values():
+        module, _, attribute = location.partition(":")
+        if attribute == name:
+            from importlib import import_module
+
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

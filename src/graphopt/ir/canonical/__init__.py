@@ -37,6 +37,7 @@ def canonicalise(program: Program) -> None:
     raise_rotary(program)
     raise_attention(program)
     raise_experts(program)
+    share_equal(program)
     drop_dead(program)
     program.edit.journal.clear()
     program.edit.touched.clear()

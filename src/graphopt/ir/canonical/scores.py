@@ -209,6 +209,13 @@ def _product(
         factor *= float(alpha)
     else:
         q, transposed = node.args[:2]
+    while is_operator(transposed, "aten.mul", "aten.div"):
+        # DeBERTa scales the keys instead of the scores
+        value = _constant(program, transposed.args[1])  # type: ignore[union-attr]
+        if value is None:
+            break
+        factor *= value if is_operator(transposed, "aten.mul") else 1.0 / value
+        transposed = transposed.args[0]  # type: ignore[union-attr]
     if not is_operator(transposed, "aten.permute"):
         return "the second operand of the scores is no transpose"
     assert isinstance(transposed, fx.Node) and isinstance(q, fx.Node)

@@ -1,0 +1,76 @@
+"""Cost: FLOPs, bytes, peak memory and time of a program, as numbers and as expressions of its sizes."""
+
+from __future__ import annotations
+
+from .collectives import (
+    ALL_REDUCE,
+    LINKS,
+    Link,
+    all_gather,
+    all_reduce,
+    double_tree,
+    find_link,
+    in_switch,
+    one_shot,
+    ring,
+    tree,
+    two_shot,
+)
+from .devices import DEVICES, Device, find_device
+from .formulas import known, work
+from .liveness import Peak, peak_memory
+from .operands import Call, Operand, Size, Work, moved
+from .registry import FORMULAS, Formula, formula
+from .roofline import Bound, Timing, time_call, total
+from .summary import BlockCost, Cost, cost, expressions, works_by_node
+from .survey import VIEWS, Survey, survey
+from .transformer import Transformer, decode_time, forward_work, prefill_time
+from .weights import WeightCount, count_weights
+
+__all__ = [
+    "ALL_REDUCE",
+    "DEVICES",
+    "FORMULAS",
+    "LINKS",
+    "VIEWS",
+    "BlockCost",
+    "Bound",
+    "Call",
+    "Cost",
+    "Device",
+    "Formula",
+    "Link",
+    "Operand",
+    "Peak",
+    "Size",
+    "Survey",
+    "Timing",
+    "Transformer",
+    "WeightCount",
+    "Work",
+    "all_gather",
+    "all_reduce",
+    "cost",
+    "count_weights",
+    "decode_time",
+    "double_tree",
+    "expressions",
+    "find_device",
+    "find_link",
+    "formula",
+    "forward_work",
+    "in_switch",
+    "known",
+    "moved",
+    "one_shot",
+    "peak_memory",
+    "prefill_time",
+    "ring",
+    "survey",
+    "time_call",
+    "total",
+    "tree",
+    "two_shot",
+    "work",
+    "works_by_node",
+]

@@ -1,0 +1,64 @@
+"""How many values the weights of a program hold when it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..fold import depends_on_weights_alone
+from .survey import survey
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """Weights as the running program reads them.
+
+    Attributes:
+        parameters: number of values computed from parameters alone.
+        parameter_bytes: their bytes.
+        bytes: bytes of all weights, buffers and constants included.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    bytes: int
+
+
+def count_weights(program: Program) -> WeightCount:
+    """Return the size of what the program reads of its weights, each tensor once.
+
+    What depends on weights alone is folded first: a rank that reads a slice of a matrix holds the slice.
+    Weights that nothing reads are not counted.
+    """
+    base = survey(program).base
+    constant = depends_on_weights_alone(program)
+    trained: dict[fx.Node, bool] = {}
+    counted: set[fx.Node] = set()
+    parameters = parameter_bytes = total = 0
+    for node in program.graph.nodes:
+        if node not in constant:
+            continue
+        if node.op == "placeholder":
+            trained[node] = program.weights[node.name].kind == "parameter"
+        else:
+            trained[node] = all(trained[source] for source in node.all_input_nodes)
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or all(user in constant for user in node.users):
+            continue
+        numel = int(value.numel())
+        # a view of all of a weight, such as its transpose, is the same values again
+        whole = base[node] if base[node].meta["val"].numel() == numel else node
+        if whole in counted:
+            continue
+        counted.add(whole)
+        total += numel * value.dtype.itemsize
+        if trained[node]:
+            parameters += numel
+            parameter_bytes += numel * value.dtype.itemsize
+    return WeightCount(parameters, parameter_bytes, total)

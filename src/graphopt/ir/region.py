@@ -1,0 +1,168 @@
+"""A part of a graph cut out: what it computes from where it was cut, evaluated by itself in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .execute import evaluate, last_uses
+from .retype import in_float64, widen
+from .sizes import expression
+from .weights import Drawn, TensorSource, numel
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+@dataclass
+class Region:
+    """Nodes that compute ``targets`` from ``leaves`` (values where it was cut) and weights."""
+
+    graph: fx.Graph
+    leaves: list[fx.Node]
+    weights: list[fx.Node]
+    targets: list[fx.Node]
+
+    def run(
+        self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Evaluate in float64; a weight is loaded at its first use and freed after its last.
+
+        Args:
+            values: the value of each leaf by node name.
+            load: returns a weight by its placeholder.
+        """
+        graph = in_float64(self.graph)
+        freed = last_uses(graph.nodes)
+        originals = {n.name: n for n in self.weights}
+        known: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    if node.name in values:
+                        value = values[node.name]
+                        known[node] = widen(value) if isinstance(value, torch.Tensor) else value
+                    continue
+                for used in node.all_input_nodes:
+                    if used not in known:
+                        known[used] = widen(load(originals[used.name]))
+                if node.op == "output":
+                    return [known[n] for n in node.args[0]]  # type: ignore[union-attr, index]
+                known[node] = evaluate(node, known)
+                for dead in freed.get(node, ()):
+                    known.pop(dead, None)
+        raise AssertionError("a region without an output")
+
+    def key(self, program: Program) -> tuple[Any, ...]:
+        """Return what makes two regions the same computation on other weights: operators, wiring, shapes."""
+        place: dict[fx.Node, int] = {}
+        key: list[Any] = []
+        for index, node in enumerate(self.graph.nodes):
+            place[node] = index
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                shape = tuple(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else str(value)
+                key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
+            else:
+                frozen = _frozen(fx.map_arg((node.args, node.kwargs), lambda n: _Place(place[n])))
+                key.append((node.op, str(node.target), frozen))
+        return tuple(key)
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    return value if isinstance(value, _Place) else repr(value)
+
+
+def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool]) -> Region:
+    """Cut out what computes ``targets``, going back until ``stop`` says so, an input, or a weight."""
+    order: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    leaves: dict[fx.Node, None] = {}
+    weights: dict[fx.Node, None] = {}
+    work = [(node, False) for node in reversed(targets)]
+    while work:
+        node, ready = work.pop()
+        if ready:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            if node.op == "placeholder" and node.name in program.weights:
+                weights[node] = None
+                order.append(node)
+            elif node.op == "placeholder" or (stop(node) and node not in targets):
+                leaves[node] = None
+                order.append(node)
+            else:
+                work.append((node, True))
+                work.extend((n, False) for n in reversed(node.all_input_nodes))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        if node in leaves or node in weights:
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta["val"] = node.meta["val"]
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output([copies[n] for n in targets])
+    return Region(graph, list(leaves), list(weights), targets)
+
+
+def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
+    """Return a random value for a place where a region was cut, at given sizes."""
+    value = node.meta["val"]
+    if isinstance(value, (int, float, bool)):
+        return value
+    if isinstance(value, torch.SymInt):
+        return int(_substituted(program, value, sizes))
+    if isinstance(value, (list, tuple)):
+        return [leaf_tensor(program, v, sizes, seed + i) for i, v in enumerate(value)]
+    return leaf_tensor(program, value, sizes, seed)
+
+
+def leaf_tensor(program: Program, value: torch.Tensor, sizes: dict[str, int], seed: int) -> torch.Tensor:
+    """Return a random tensor of a fake one's type and shape at given sizes."""
+    shape = [int(_substituted(program, s, sizes)) for s in value.shape]
+    generator = torch.Generator().manual_seed(seed)
+    if value.dtype is torch.bool:
+        drawn = torch.rand(shape, generator=generator) < 0.75
+        if drawn.dim() and drawn.shape[-1]:
+            drawn[..., 0] = True
+        return drawn
+    if value.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if value.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=torch.complex128)
+    return torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+
+
+def _substituted(program: Program, size: int | torch.SymInt, sizes: dict[str, int]) -> Any:
+    if isinstance(size, int):
+        return size
+    value = expression(size)
+    return value.subs({s: sizes[n] for s, n in program.symbols.items() if n in sizes})
+
+
+def drawn_source(node: fx.Node, seed: int) -> TensorSource:
+    """Return random values for a weight, scaled so that products keep their size."""
+    value = node.meta["val"]
+    shape = tuple(int(s) for s in value.shape)
+    fan_in = numel(shape[1:]) if len(shape) > 1 else 1
+    return Drawn(shape, torch.float64 if value.dtype.is_floating_point else value.dtype, seed, max(fan_in, 1) ** -0.5)
+
+
+def names_of(nodes: Iterable[fx.Node]) -> list[str]:
+    """Names of nodes."""
+    return [node.name for node in nodes]

@@ -1,0 +1,90 @@
+"""What a pipeline did: sites taken and refused, time, measured errors, cost before and after."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Refusal:
+    """A place a pass left alone: the block or node, why, and the line of the model."""
+
+    block: str
+    reason: str
+    source: str = ""
+
+
+@dataclass
+class PassReport:
+    """What one pass did."""
+
+    name: str
+    text: str
+    contract: str
+    sites: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    checks: int = 0
+    error: float | None = None
+    metric: dict[str, float] = field(default_factory=dict)
+    change: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What a pipeline did, pass by pass."""
+
+    passes: list[PassReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for entry in self.passes:
+            lines.extend(_lines(entry))
+        lines.extend(self.notes)
+        return "\n".join(lines) if lines else "no passes ran"
+
+
+_UNITS = {"parameters": "", "parameter_bytes": "B", "flops": "FLOP", "bytes": "B", "peak_memory": "B"}
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """Return a number with a metric prefix: ``22.7 M``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def _lines(entry: PassReport) -> list[str]:
+    lines = [f"{entry.text}  ({entry.contract})"]
+    shown = ", ".join(entry.sites[:12]) + (f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else "")
+    lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {shown}" if shown else ""))
+    if entry.refused:
+        lines.append(f"  sites refused: {len(entry.refused)}")
+        by_reason: dict[str, list[Refusal]] = {}
+        for refusal in entry.refused:
+            by_reason.setdefault(refusal.reason, []).append(refusal)
+        for reason, members in by_reason.items():
+            where = ", ".join(r.block for r in members[:4]) + (" ..." if len(members) > 4 else "")
+            source = f"  [{members[0].source}]" if members[0].source else ""
+            lines.append(f"    {where}: {reason}{source}")
+    if entry.error is not None:
+        lines.append(f"  measured error: {entry.error:.2g} relative, float64, {entry.checks} sites compared")
+    for name, value in entry.metric.items():
+        lines.append(f"  {name}: {value:.6g}")
+    for name, (before, after) in entry.change.items():
+        if before != after:
+            unit = _UNITS.get(name, "")
+            ratio = f" ({after / before - 1:+.1%})" if before else ""
+            lines.append(f"  {name.replace('_', ' ')}: {quantity(before, unit)} -> {quantity(after, unit)}{ratio}")
+    if entry.seconds:
+        lines.append("  seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in entry.seconds.items()))
+    lines.extend(f"  {note}" for note in entry.notes)
+    return lines

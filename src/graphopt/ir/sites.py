@@ -1,0 +1,250 @@
+"""The exactness of a rewrite, site by site: what was replaced against what replaced it, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .errors import CheckpointError
+from .region import Region, cut, drawn_source, leaf_value
+from .schema import operator_name
+from .weights import numel
+
+if TYPE_CHECKING:
+    from .program import Program
+
+LIMIT = 1e-11
+"""Largest relative error of an exact rewrite in float64: far above rounding, far below one changed row."""
+
+_REAL_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """The comparison of one site: which values, the largest relative error, and on which weights."""
+
+    old: str
+    new: str
+    error: float
+    weights: str
+    source: str = ""
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether the rewrite is exact here."""
+        return self.error <= LIMIT
+
+
+@dataclass
+class _Pair:
+    old: fx.Node
+    new: fx.Node
+    before: Region
+    after: Region
+
+
+def changed_values(before: Program, after: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Return pairs (old value, new value) whose equality makes both programs equal.
+
+    They are the values that the pass replaced, the operators whose arguments it changed in place, the
+    readers of weights it changed, and the outputs that it exchanged.
+    """
+    old_nodes = {node.name: node for node in before.graph.nodes}
+    replaced: dict[str, fx.Node] = {}
+    for name, node in after.edit.journal:
+        replaced[name] = node
+    final = {name: _alive(node, replaced) for name, node in replaced.items()}
+    pairs = [(old_nodes[n], new) for n, new in final.items() if n in old_nodes and new is not None]
+    seen = {old.name for old, _ in pairs}
+    sources = {n: w.source for n, w in before.weights.items()}
+    for node in after.graph.nodes:
+        old = old_nodes.get(node.name)
+        if old is None or node.op != "call_function" or node.name in seen:
+            continue
+        touched_weight = any(
+            n.name in sources and n.name in after.weights and after.weights[n.name].source is not sources[n.name]
+            for n in node.all_input_nodes
+        )
+        if touched_weight or not _same_call(old, node, final):
+            pairs.append((old, node))
+    for old_value, new_value in zip(before.output_node.args[0], after.output_node.args[0], strict=False):  # type: ignore[arg-type]
+        expected = final.get(old_value.name)
+        if new_value.name != old_value.name and new_value is not expected:
+            pairs.append((old_value, new_value))
+    return pairs
+
+
+def _alive(node: fx.Node, replaced: dict[str, fx.Node]) -> fx.Node | None:
+    for _ in range(100):
+        if not node._erased:
+            return node
+        following = replaced.get(node.name)
+        if following is None or following is node:
+            return None
+        node = following
+    return None
+
+
+def _same_call(old: fx.Node, new: fx.Node, final: dict[str, fx.Node | None]) -> bool:
+    if old.target is not new.target:
+        return False
+    first: list[Any] = []
+    second: list[Any] = []
+    fx.map_arg((old.args, old.kwargs), first.append)
+    fx.map_arg((new.args, new.kwargs), second.append)
+    if len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):
+        if a.name != b.name and final.get(a.name) is not b:
+            return False
+    plain_old = fx.map_arg((old.args, old.kwargs), lambda n: "node")
+    plain_new = fx.map_arg((new.args, new.kwargs), lambda n: "node")
+    return repr(plain_old) == repr(plain_new)
+
+
+def check_sites(
+    before: Program,
+    after: Program,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SiteCheck]:
+    """Compare every changed value of a rewrite with what it was, each computed from the same inputs.
+
+    Sites of the same signature (operators, wiring, shapes) are checked once, on random weights at two sizes;
+    one site of each is checked on its real weights too, where they can be read.
+
+    Args:
+        before: the program before the pass.
+        after: the program after it, with the pass's journal.
+        progress: called with the number of sites done and in all.
+    """
+    pairs = changed_values(before, after)
+    kept = {n.name for n in before.graph.nodes} & {n.name for n in after.graph.nodes}
+    changed = {new.name for _, new in pairs} | {old.name for old, _ in pairs}
+
+    def stop(node: fx.Node) -> bool:
+        return node.name in kept and node.name not in changed
+
+    checks: list[SiteCheck] = []
+    seen: dict[Any, tuple[float, str]] = {}
+    for index, (old, new) in enumerate(pairs):
+        pair = _Pair(old, new, cut(before, [old], stop), cut(after, [new], stop))
+        key = (pair.before.key(before), pair.after.key(after), _sharing(pair))
+        if key not in seen:
+            seen[key] = _compare(before, after, pair)
+            real = _real(before, after, pair)
+            if real is not None and not real <= seen[key][0]:
+                seen[key] = (real, "real and random")
+        error, weights = seen[key]
+        checks.append(SiteCheck(old.name, new.name, error, weights, before.source_line(old)))
+        if progress is not None:
+            progress(index + 1, len(pairs))
+    return checks
+
+
+def _sharing(pair: _Pair) -> tuple[int, ...]:
+    """Which leaves and weights of the new region are which of the old one."""
+    names = {n.name: i for i, n in enumerate([*pair.before.leaves, *pair.before.weights])}
+    return tuple(names.get(n.name, -1) for n in [*pair.after.leaves, *pair.after.weights])
+
+
+def _compare(before: Program, after: Program, pair: _Pair) -> tuple[float, str]:
+    worst = 0.0
+    for seed, sizes in enumerate(_sizes(before)):
+        values = {}
+        for place, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
+            values[node.name] = leaf_value(before, node, sizes, 17 * place + seed)
+        seeds = {n.name: i for i, n in enumerate([*pair.before.weights, *pair.after.weights])}
+
+        def load(node: fx.Node, seeds: dict[str, int] = seeds, offset: int = seed) -> torch.Tensor:
+            # a value that the pass itself brought along is part of its claim
+            if node.name not in before.weights or after.weights.get(node.name, None) is not None and (
+                after.weights[node.name].source is not before.weights[node.name].source
+            ):
+                return (after if node in pair.after.weights else before).weights[node.name].source.load()
+            if before.weights[node.name].kind != "parameter" and numel(node.meta["val"].shape) <= 4:
+                return before.weights[node.name].source.load()
+            return _varied(node, drawn_source(node, 1009 * offset + seeds[node.name]).load())
+
+        worst = max(worst, _error(pair, values, load))
+        if worst > LIMIT:
+            break
+    return worst, "random"
+
+
+def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
+    """Variances must be positive; a running variance is known by its reader."""
+    for user in node.users:
+        if operator_name(user.target) == "aten.batch_norm" and len(user.args) > 4 and user.args[4] is node:
+            return tensor.abs() + 1e-3
+        if operator_name(user.target) in ("aten.add", "aten.sqrt", "aten.rsqrt") and tensor.dim() == 1:
+            if any(operator_name(u.target) in ("aten.rsqrt", "aten.sqrt", "aten.pow") for u in (user, *user.users)):
+                return tensor.abs() + 1e-3
+        if operator_name(user.target) == "aten.to":
+            return _varied(user, tensor)
+    return tensor
+
+
+def _real(before: Program, after: Program, pair: _Pair) -> float | None:
+    weights = {n.name: n for n in [*pair.before.weights, *pair.after.weights]}
+    if sum(numel([int(s) for s in n.meta["val"].shape]) * 8 for n in weights.values()) > _REAL_BYTES:
+        return None
+    sizes = _sizes(before)[0]
+    nodes = {n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}
+    values = {n.name: leaf_value(before, n, sizes, i) for i, n in enumerate(nodes.values())}
+
+    def load(node: fx.Node) -> torch.Tensor:
+        held = (after if node in pair.after.weights else before).weights[node.name]
+        return held.source.load()
+
+    try:
+        return _error(pair, values, load)
+    except CheckpointError:
+        return None
+
+
+def _sizes(program: Program) -> list[dict[str, int]]:
+    """Two choices of sizes within the program's limits; one where nothing varies."""
+    limits = program.signature.sizes
+    if not limits:
+        return [{}]
+
+    def within(name: str, wanted: int) -> int:
+        high = limits[name].high
+        return max(limits[name].low, min(wanted, high if high is not None else wanted))
+
+    other = dict.fromkeys(limits, 0)
+    first = {name: limits[name].hint if name not in ("batch", "sequence") else within(name, 2 if name == "batch" else 5) for name in other}
+    second = {name: first[name] if name not in ("batch", "sequence") else within(name, 1 if name == "batch" else 3) for name in other}
+    return [first, second]
+
+
+def _error(pair: _Pair, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> float:
+    """Relative error of the new value against the old one."""
+    (expected,) = pair.before.run(values, load)
+    (found,) = pair.after.run(values, load)
+    return value_error(found, expected)
+
+
+def value_error(found: Any, expected: Any) -> float:
+    """Largest difference relative to the largest expected value; infinite where shapes or finiteness differ."""
+    if isinstance(expected, (list, tuple)):
+        return max((value_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+    if not isinstance(expected, torch.Tensor):
+        return 0.0 if found == expected else float("inf")
+    if found.shape != expected.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not expected.dtype.is_floating_point:
+        return float((found != expected).double().max())
+    same = found == expected
+    difference = torch.where(same, torch.zeros_like(expected), (found - expected).abs())
+    scale = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.tensor(1.0)
+    worst = float(difference.max() / scale.clamp(min=1e-30))
+    return float("inf") if worst != worst else worst

@@ -1,0 +1,91 @@
+"""The base of all passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..ir.errors import PipelineError
+from ..ir.program import Program
+from .contracts import Contract, Exact
+from .option import check, option, options_of
+from .plan import Plan
+from .values import format_value
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A change to a program: plan it, then make it.
+
+    Subclasses are frozen dataclasses. Their fields, declared with :func:`~graphopt.passes.option`, are the
+    constructor, the pipeline text, the plan file, the help and the page in the catalogue.
+
+    ``requires`` lists facts the program must have, ``provides`` facts it has afterwards, ``invalidates`` facts
+    it loses, ``excludes`` facts it must not have.
+    """
+
+    name: ClassVar[str] = ""
+    contract: ClassVar[Contract] = Exact()
+    requires: ClassVar[tuple[str, ...]] = ("canonical",)
+    provides: ClassVar[tuple[str, ...]] = ()
+    invalidates: ClassVar[tuple[str, ...]] = ()
+    excludes: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = False
+
+    allow_no_match: bool = option(False, help="a pass that matches nothing is not an error")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for name, field in options_of(type(self)).items():
+            value = check(self.name, name, field, hints[name], getattr(self, name))
+            object.__setattr__(self, name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check options against one another; raise PipelineError with the reason."""
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Decide what to do, without changing the program."""
+        raise TypeError(f"pass {self.name} does not plan")
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Do what the plan says, and nothing else."""
+        raise TypeError(f"pass {self.name} does not rewrite")
+
+    def promises(self) -> Contract:
+        """Return the contract of this pass with these options."""
+        return self.contract
+
+    def __str__(self) -> str:
+        given = []
+        for name, field in options_of(type(self)).items():
+            value = getattr(self, name)
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            if value != default:
+                given.append(f"{name}={format_value(value)}")
+        return self.name + ("{" + " ".join(given) + "}" if given else "")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Pass:
+        """Return the pass with these options.
+
+        Raises:
+            PipelineError: an option is unknown or has a wrong value.
+        """
+        import difflib
+
+        known = options_of(cls)
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise PipelineError(
+                    f"{cls.name} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                    hint=f"its options are {', '.join(known)}",
+                )
+        return cls(**options)

@@ -1,0 +1,58 @@
+"""What a pass promises about the outputs of a program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Base of all contracts."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Exact(Contract):
+    """Outputs are equal: in float64 to 1e-11 relative, site by site."""
+
+    def __str__(self) -> str:
+        return "exact"
+
+
+@dataclass(frozen=True)
+class ExactAt(Contract):
+    """Exact at one value of an option or dial, approximate elsewhere."""
+
+    option: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"exact at {self.option}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class Approximate(Contract):
+    """Outputs change; a metric says how much, on data the pass did not calibrate on."""
+
+    metric: str = "auto"
+
+    def __str__(self) -> str:
+        return "approximate" + (f", judged by {self.metric}" if self.metric != "auto" else "")
+
+
+@dataclass(frozen=True)
+class AddsOutputs(Contract):
+    """Outputs that were there are bit-identical; new ones appear."""
+
+    def __str__(self) -> str:
+        return "adds outputs"
+
+
+@dataclass(frozen=True)
+class NewFunction(Contract):
+    """The program is meant to compute something else."""
+
+    def __str__(self) -> str:
+        return "new function"

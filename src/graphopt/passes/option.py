@@ -1,0 +1,102 @@
+"""Options of passes: typed fields that say what they mean and where their default comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from ..ir.errors import PipelineError
+
+Origin = Literal["paper", "code", "recalled", "ours"]
+
+
+def option(
+    default: Any,
+    *,
+    help: str,
+    source: Origin = "ours",
+    choices: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """Declare an option of a pass.
+
+    Args:
+        default: its value when not given.
+        help: one line for the command line and the documentation.
+        source: where the default comes from; ``recalled`` means: from memory, check before quoting.
+        choices: the only values allowed.
+        low: smallest number allowed.
+        high: largest number allowed.
+    """
+    metadata = {"help": help, "source": source, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """Return the options of a pass class by name."""
+    return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
+
+
+def check(owner: str, name: str, field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
+    """Return the value in the option's type.
+
+    Raises:
+        PipelineError: it has another type, is out of range, or is not one of the choices.
+    """
+    converted = _convert(annotation, value)
+    if converted is _WRONG:
+        raise PipelineError(f"{owner}: option {name} must be {describe(annotation)}, not {value!r}")
+    choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
+    if choices is not None and converted is not None and converted not in choices:
+        raise PipelineError(f"{owner}: option {name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+        if (low is not None and converted < low) or (high is not None and converted > high):
+            span = f"from {low}" + (f" to {high}" if high is not None else " up")
+            raise PipelineError(f"{owner}: option {name} is {converted}, allowed is {span}")
+    return converted
+
+
+_WRONG = object()
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            converted = _convert(part, value)
+            if converted is not _WRONG:
+                return converted
+        return _WRONG
+    if annotation is type(None):
+        return None if value is None else _WRONG
+    if annotation is bool:
+        return value if isinstance(value, bool) else _WRONG
+    if annotation is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
+    if annotation is float:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _WRONG
+    if annotation is str:
+        return value if isinstance(value, str) else _WRONG
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return _WRONG
+        inner = typing.get_args(annotation)[0]
+        items = [_convert(inner, item) for item in value]
+        return _WRONG if _WRONG in items else (tuple(items) if origin is tuple else items)
+    return value
+
+
+def describe(annotation: Any) -> str:
+    """Return a type as a user would say it."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(part) for part in typing.get_args(annotation) if part is not type(None))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    if origin in (list, tuple):
+        return f"a list of {describe(typing.get_args(annotation)[0]).removeprefix('a ')}s"
+    return names.get(annotation, str(annotation))

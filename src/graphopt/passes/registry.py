@@ -1,0 +1,66 @@
+"""Passes by name: our own, and those that installed packages offer by entry point."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from ..ir.errors import PipelineError
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+ENTRY_POINT_GROUP = "graphopt.passes"
+
+BUILT_IN: dict[str, str] = {
+    "fuse-projections": "graphopt.passes.fuse_projections:FuseProjections",
+    "split-projections": "graphopt.passes.split_projections:SplitProjections",
+    "fold-norms": "graphopt.passes.fold_norms:FoldNorms",
+    "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
+}
+
+
+def pass_locations() -> dict[str, str]:
+    """Return where each pass lives, ``module:class`` by name, without importing any.
+
+    Raises:
+        PipelineError: two packages offer a pass of the same name.
+    """
+    found = dict(BUILT_IN)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in found and found[point.name] != point.value:
+            raise PipelineError(
+                f"the pass {point.name!r} is offered twice: by {found[point.name]} and {point.value}",
+                hint="uninstall one of the packages",
+            )
+        found[point.name] = point.value
+    return found
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the class of a pass.
+
+    Raises:
+        PipelineError: there is none of that name, or it cannot be imported.
+    """
+    from .base import Pass
+
+    locations = pass_locations()
+    if name not in locations:
+        near = difflib.get_close_matches(name, locations, n=1)
+        raise PipelineError(
+            f"there is no pass {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"passes are {', '.join(sorted(locations))}",
+        )
+    module, _, attribute = locations[name].partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PipelineError(f"the pass {name!r} at {locations[name]} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PipelineError(f"{locations[name]} is not a pass")
+    if found.name != name:
+        raise PipelineError(f"{locations[name]} is registered as {name!r} and calls itself {found.name!r}")
+    return found
