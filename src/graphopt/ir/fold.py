@@ -187,6 +187,7 @@ def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
     for current in needed:
         if current.op == "placeholder":
             copies[current] = graph.placeholder(current.name)
+            copies[current].meta["val"] = current.meta["val"]
             operands.append(program.weights[current.name])
         else:
             copies[current] = graph.node_copy(current, lambda n: copies[n])

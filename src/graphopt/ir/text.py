@@ -25,7 +25,8 @@ def source_line(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line, code = frames[-1]
+    own = [f for f in frames if "/torch/" not in f[0]]
+    file, line, code = (own or frames)[-1]
     return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}"
 
 

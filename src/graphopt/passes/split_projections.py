@@ -132,7 +132,11 @@ def _follow(view: _View, user: fx.Node) -> list[tuple[_View, bool]] | str:
         return _parts(view, user)
     if is_operator(user, "aten.slice", "aten.select"):
         return _choose(view, user)
-    leads_to_choice = any(is_operator(u, *_CHOOSING) for u in user.users)
+    leads_to_choice = any(
+        is_operator(u, *_CHOOSING)
+        or (is_operator(u, "aten.permute") and any(is_operator(v, *_CHOOSING) for v in u.users))
+        for u in user.users
+    )
     if is_operator(user, "aten.reshape") and leads_to_choice:
         return _reshape(view, user)
     if is_operator(user, "aten.permute") and leads_to_choice:

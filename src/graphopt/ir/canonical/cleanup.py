@@ -11,6 +11,7 @@ from torch import fx
 
 from ..infer import same_value
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
+from ..weights import InMemory
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -219,6 +220,27 @@ def _slice(program: Program, node: fx.Node) -> None:
                 _drop(program, node)
 
 
+def _index(program: Program, node: fx.Node) -> None:
+    """Spell the choice of evenly spaced constant places as a slice."""
+    source, indices = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
+    chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if len(chosen) != 1 or not isinstance(chosen[0][1], fx.Node):
+        return
+    dim, index = chosen[0]
+    weight = program.weights.get(index.name)
+    if weight is None or not isinstance(weight.source, InMemory) or weight.kind == "parameter":
+        return
+    places = weight.source.tensor
+    size = source.meta["val"].shape[dim]
+    if places.dim() != 1 or places.dtype.is_floating_point or places.dtype is torch.bool or not isinstance(size, int):
+        return
+    listed = [int(i) % size for i in places]
+    step = listed[1] - listed[0] if len(listed) > 1 else 1
+    if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
+        _swap(program, node, torch.ops.aten.slice.Tensor, source, dim, listed[0], listed[-1] + 1, step)
+
+
 def _neutral(value: float) -> Callable[[Program, fx.Node], None]:
     def rule(program: Program, node: fx.Node) -> None:
         other = node.args[1]
@@ -278,6 +300,7 @@ _RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     "aten.expand": _expand,
     "aten.expand_as": _expand,
     "aten.slice": _slice,
+    "aten.index": _index,
     "aten.mul": _neutral(1),
     "aten.div": _neutral(1),
     "aten.add": _neutral(0),

@@ -1,0 +1,54 @@
+"""JSON documents whose shape is checked as it is read."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+class Entry:
+    """An object of a JSON document; what is asked of it must be there and of its kind."""
+
+    def __init__(self, data: dict[str, Any], where: str):
+        self.data = data
+        self.where = where
+
+    def get(self, name: str) -> Any:
+        """Return an entry or None."""
+        return self.data.get(name)
+
+    def table(self, name: str, kind: type | None = None) -> dict[str, Any]:
+        """Return an object, all of whose values are of one kind."""
+        found = self.data.get(name)
+        if not isinstance(found, dict) or (kind is not None and not all(isinstance(v, kind) for v in found.values())):
+            raise CheckpointError(f"{self.where}: {name!r} is missing or damaged")
+        return found
+
+    def list(self, name: str) -> builtins.list[Any]:
+        """Return an array."""
+        found = self.data.get(name)
+        if not isinstance(found, builtins.list):
+            raise CheckpointError(f"{self.where}: {name!r} is missing or damaged")
+        return found
+
+
+def read_document(path: Path, data: bytes | None = None) -> Entry:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        raw = path.read_bytes() if data is None else data
+        found = json.loads(raw)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist", hint="give a folder written by Program.save") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold an object")
+    return Entry(found, str(path))
