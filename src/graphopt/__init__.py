@@ -1,0 +1,73 @@
+"""Changes to the structure of a trained model, as checked passes over one graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import capture, load, optimize
+    from .ir.cost import cost
+    from .ir.errors import (
+        CaptureError,
+        CheckpointError,
+        ContractError,
+        GraphoptError,
+        LoweringError,
+        PassRefusedError,
+        PipelineError,
+        UsageError,
+        VerificationError,
+    )
+    from .ir.program import Program
+    from .ir.rewrite import rewrite
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    **dict.fromkeys(("capture", "load", "optimize"), "graphopt.api"),
+    "cost": "graphopt.ir.cost",
+    "Program": "graphopt.ir.program",
+    "rewrite": "graphopt.ir.rewrite",
+    **dict.fromkeys(
+        (
+            "CaptureError",
+            "CheckpointError",
+            "ContractError",
+            "GraphoptError",
+            "LoweringError",
+            "PassRefusedError",
+            "PipelineError",
+            "UsageError",
+            "VerificationError",
+        ),
+        "graphopt.ir.errors",
+    ),
+}
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "ContractError",
+    "GraphoptError",
+    "LoweringError",
+    "PassRefusedError",
+    "PipelineError",
+    "Program",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "capture",
+    "cost",
+    "load",
+    "optimize",
+    "rewrite",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import; the command line's help must not
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -93,7 +93,9 @@ def lower_onnx(
     dynamic = (sizes is None) if dynamic is None else dynamic
     widen = float32 and uses_bfloat16(program)
     # names are checked before a size not given takes its value
-    lowered = with_sizes(program, fixed if dynamic else {**fixed, **static_sizes(program, fixed)}, float32=widen)
+    lowered = with_sizes(
+        program, fixed if dynamic else {**fixed, **static_sizes(program, fixed)}, float32=widen
+    )
     graph = build_graph(lowered, opset)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     apart = total >= EXTERNAL_FROM if external_data == "auto" else bool(external_data)
@@ -128,9 +130,7 @@ def _require(packages: list[str]) -> None:
         except ImportError:
             missing.append(name)
     if missing:
-        raise LoweringError(
-            f"writing ONNX needs {', '.join(missing)}", hint='pip install "graphopt[onnx]"'
-        )
+        raise LoweringError(f"writing ONNX needs {', '.join(missing)}", hint='pip install "graphopt[onnx]"')
 
 
 def _write(graph: Any, path: Path, apart: bool) -> None:

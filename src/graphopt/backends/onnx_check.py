@@ -42,13 +42,17 @@ def check_file(path: Path, opset: int) -> Counter[str]:
     operators = Counter[str]()
     for node in _nodes(model.graph):
         if node.domain not in _STANDARD:
-            raise LoweringError(f"{node.domain}.{node.op_type} is not an operator of ONNX's standard", node=node.name)
+            raise LoweringError(
+                f"{node.domain}.{node.op_type} is not an operator of ONNX's standard", node=node.name
+            )
         operators[node.op_type] += 1
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         text = str(error).strip()
-        raise LoweringError(f"ONNX's checker refuses the file: {text.splitlines()[0] if text else error!r}") from error
+        raise LoweringError(
+            f"ONNX's checker refuses the file: {text.splitlines()[0] if text else error!r}"
+        ) from error
     return operators
 
 

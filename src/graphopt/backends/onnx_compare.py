@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from ..ir.errors import GraphoptError, LoweringError
+from ..ir.examples import example_inputs
 from ..ir.execute import run
 from ..ir.program import Program
-from ..ir.schema import argument, is_operator
-from .onnx_sizes import static_sizes
+from .onnx_sizes import namesake, static_sizes
 
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest relative error by the narrowest type of the weights; 1e-4 for others."""
@@ -22,7 +21,7 @@ TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs to compare on. ``mask`` has the positions that count; ``left`` tells that padding comes first."""
+    """Inputs to compare on. ``mask`` has the positions that count; ``left``: padding comes first."""
 
     label: str
     inputs: dict[str, torch.Tensor]
@@ -55,9 +54,9 @@ def compare_with_runtime(
             text = str(error).strip().splitlines()[0]
             raise LoweringError(f"ONNX Runtime does not run the file on {case.label}: {text}") from error
         for (name, reference), result in zip(wanted.items(), results, strict=True):
-            error = _error(torch.from_numpy(result.copy()), reference, case)
-            if error is not None and not error <= errors.get(name, -1.0):
-                errors[name], places[name] = error, case.label
+            found = _error(torch.from_numpy(result.copy()), reference, case)
+            if found is not None and not found <= errors.get(name, -1.0):
+                errors[name], places[name] = found, case.label
     wrong = {name: error for name, error in errors.items() if not error <= limit}
     if wrong:
         told = "; ".join(f"{name}: {error:.2e} on {places[name]}" for name, error in wrong.items())
@@ -135,26 +134,30 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
         settings.append(_another(program, first, sizes))
     for values in settings:
         label = ", ".join(f"{name} {value}" for name, value in values.items()) or "the captured sizes"
-        yield Case(f"inputs of {label}", bind(program, values))
-        for left in (False, True):
-            padded = bind(program, values, padding="left" if left else "right")
+        yield Case(f"inputs of {label}", _inputs(program, values, "none"))
+        for side in ("right", "left"):
+            padded = _inputs(program, values, side)
             mask = padded.get("attention_mask")
             if mask is not None and mask.dim() == 2 and not bool(mask.bool().all()):
-                yield Case(f"inputs of {label}, padded {'left' if left else 'right'}", padded, mask.bool(), left)
+                yield Case(f"inputs of {label}, padded {side}", padded, mask.bool(), side == "left")
+
+
+def _inputs(program: Program, sizes: Mapping[str, int], padding: str) -> dict[str, torch.Tensor]:
+    dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
+    return example_inputs(program, dict(sizes), padding=padding) | dials
 
 
 def _another(program: Program, first: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
     """Return other sizes that the program itself takes."""
     other = dict(first)
     for name in first:
-        if name in fixed:
+        if name in fixed or namesake(name) in fixed:
             continue
         limits = program.signature.sizes[name]
         for value in (first[name] + 2, first[name] * 2, first[name] - 2):
             if value < max(limits.low, 1) or (limits.high is not None and value > limits.high):
                 continue
-            stem = name.rpartition("_")[0] if name.rpartition("_")[2].isdigit() else name
-            trial = {n: value if n == name or n.rpartition("_")[0] == stem else v for n, v in other.items()}
+            trial = {n: value if namesake(n) == namesake(name) else v for n, v in other.items()}
             if _runs(program, trial):
                 other = trial
                 break
@@ -163,79 +166,7 @@ def _another(program: Program, first: Mapping[str, int], fixed: Mapping[str, int
 
 def _runs(program: Program, sizes: Mapping[str, int]) -> bool:
     try:
-        run(program, bind(program, sizes))
+        run(program, _inputs(program, sizes, "none"))
     except (RuntimeError, IndexError, ValueError, GraphoptError):
         return False
     return True
-
-
-def bind(program: Program, sizes: Mapping[str, int], padding: str = "") -> dict[str, torch.Tensor]:
-    """Return a value for each input and dial: random tokens and images, masks of ones.
-
-    Args:
-        program: whose inputs they are.
-        sizes: a value for each of its sizes.
-        padding: "left" or "right" to mask some positions of ``attention_mask`` in every other row, or "".
-    """
-    generator = torch.Generator().manual_seed(0)
-    given = {}
-    for name, spec in program.signature.inputs.items():
-        is_mask = "mask" in name and not spec.dtype.is_floating_point
-        if spec.fill is not None and not (name == "attention_mask" and padding):
-            continue
-        shape = [_size(program, size, sizes) for size in spec.shape]
-        if is_mask:
-            value = torch.ones(shape, dtype=spec.dtype)
-            if padding and name == "attention_mask" and len(shape) == 2 and shape[1] > 1:
-                hidden = max(1, shape[1] // 3)
-                rows = slice(shape[0] > 1, None, 2)
-                columns = slice(None, hidden) if padding == "left" else slice(-hidden, None)
-                value[rows, columns] = 0
-        elif spec.dtype == torch.bool:
-            value = torch.ones(shape, dtype=torch.bool)
-        elif spec.dtype.is_floating_point or spec.dtype.is_complex:
-            value = torch.randn(shape, generator=generator).to(spec.dtype)
-        elif "position" in name and len(shape) > 1:
-            value = torch.arange(shape[-1]).expand(shape).contiguous().to(spec.dtype)
-        else:
-            value = torch.randint(0, _rows(program, name), shape, generator=generator).to(spec.dtype)
-        given[name] = value
-    named = {name: given[name] for name in given if name in program.signature.parameters}
-    if len(named) == len(given):
-        return program.bind((), named)
-    dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
-    return given | dials
-
-
-def _size(program: Program, size: int | str, sizes: Mapping[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    if size in sizes:
-        return sizes[size]
-    from ..ir.sizes import parse_size
-
-    symbols = {name: symbol for symbol, name in program.symbols.items()}
-    return int(parse_size(size, symbols).subs({symbols[name]: value for name, value in sizes.items()}))
-
-
-def _rows(program: Program, name: str) -> int:
-    """Return how many values an integer input may have: the rows of the tables that it looks up."""
-    rows = []
-    work: list[fx.Node] = [program.input_nodes[name]]
-    seen = set(work)
-    while work:
-        node = work.pop()
-        for user in node.users:
-            if is_operator(user, "aten.embedding") and argument(user, "indices") is node:
-                rows.append(int(argument(user, "weight").meta["val"].shape[0]))
-            elif user.op == "call_function" and user not in seen and _moves(user):
-                seen.add(user)
-                work.append(user)
-    return min(rows, default=2)
-
-
-def _moves(node: fx.Node) -> bool:
-    return is_operator(
-        node, "aten.to", "aten.reshape", "aten.view", "aten.slice", "aten.unsqueeze", "aten.expand", "aten.clone",
-        "aten.contiguous", "aten.flatten", "aten.squeeze", "aten.select",
-    )  # fmt: skip

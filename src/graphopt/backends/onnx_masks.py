@@ -106,7 +106,9 @@ class Masks:
         seen = terms[0] if len(terms) == 1 else op.And(*terms)
         return self._hide(op.Unsqueeze(seen, self._integers(0, 1)), dtype)
 
-    def _constant_positions(self, queries: int, keys: int, causal: bool, window: int | None, dtype: Any) -> Any:
+    def _constant_positions(
+        self, queries: int, keys: int, causal: bool, window: int | None, dtype: Any
+    ) -> Any:
         import numpy
 
         distance = numpy.arange(queries)[:, None] + (keys - queries) - numpy.arange(keys)[None, :]

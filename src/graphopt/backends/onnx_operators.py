@@ -127,7 +127,12 @@ class Dialect:
         common = self._common(x, cos)
         x, cos, sin = (self.cast(value, common) for value in (x, cos, sin))
         rank, size = len(x.shape), int(x.shape[-1])
-        if self.fused is not None and not interleaved and self._halves_repeat(cos) and self._halves_repeat(sin):
+        if (
+            self.fused is not None
+            and not interleaved
+            and self._halves_repeat(cos)
+            and self._halves_repeat(sin)
+        ):
             tables = [self._half_table(table, x) for table in (cos, sin)]
             if all(table is not None for table in tables):
                 return self.fused.RotaryEmbedding(x, *tables)
@@ -276,7 +281,9 @@ class Dialect:
         ids = op.Constant(value=self.ir.tensor(list(range(count)), dtype=experts.dtype))
         chosen = op.Equal(op.Unsqueeze(experts, self.integers(-1)), ids)
         hot = op.Cast(chosen, to=weights.dtype)
-        gate = op.ReduceSum(op.Mul(hot, op.Unsqueeze(weights, self.integers(-1))), self.integers(1), keepdims=0)
+        gate = op.ReduceSum(
+            op.Mul(hot, op.Unsqueeze(weights, self.integers(-1))), self.integers(1), keepdims=0
+        )
         gate = op.Unsqueeze(op.Transpose(gate, perm=[1, 0]), self.integers(-1))
         gate.dtype = weights.dtype
 
@@ -310,7 +317,9 @@ class Dialect:
         op, up = self.op, None
         if gated and interleaved:
             pairs = op.Reshape(hidden, self.integers(0, 0, inner // 2, 2))
-            hidden, up = (op.Squeeze(part, self.integers(-1)) for part in op.Split(pairs, axis=-1, num_outputs=2))
+            hidden, up = (
+                op.Squeeze(part, self.integers(-1)) for part in op.Split(pairs, axis=-1, num_outputs=2)
+            )
         elif gated:
             hidden, up = op.Split(hidden, axis=-1, num_outputs=2)
         if activation == "swiglu_clamped":

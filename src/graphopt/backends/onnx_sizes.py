@@ -1,4 +1,4 @@
-"""Copies of a program for lowering: with sizes of fixed values, in float32, under a fake mode of their own."""
+"""Copies of a program for lowering: sizes fixed, in float32, under a fake mode of their own."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ def static_sizes(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
     """
     values = {}
     for name, limits in program.signature.sizes.items():
-        stem, _, number = name.rpartition("_")
-        namesake = stem if number.isdigit() else name
-        values[name] = sizes.get(name, sizes.get(namesake, limits.hint))
+        values[name] = sizes.get(name, sizes.get(namesake(name), limits.hint))
     return values
+
+
+def namesake(name: str) -> str:
+    """Return the name of a size without the number that tells it from others: ``batch`` of ``batch_2``."""
+    stem, _, number = name.rpartition("_")
+    return stem if number.isdigit() else name
 
 
 def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = False) -> Program:
@@ -78,7 +82,9 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
             raise LoweringError(f"the program has no size {name!r}", hint=f"its sizes: {known}")
         if value < limits.low or (limits.high is not None and value > limits.high):
             upper = "" if limits.high is None else f" to {limits.high}"
-            raise LoweringError(f"{name} cannot be {value}: the program takes {limits.low}{upper or ' and more'}")
+            raise LoweringError(
+                f"{name} cannot be {value}: the program takes {limits.low}{upper or ' and more'}"
+            )
 
 
 class _Mover:
@@ -158,7 +164,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, torch.SymInt) and bool(expression(value).is_Integer))
 
 
-def _arguments(argument: Any, numbers: Mapping[fx.Node, int], dtype: Callable[[torch.dtype], torch.dtype]) -> Any:
+def _arguments(
+    argument: Any, numbers: Mapping[fx.Node, int], dtype: Callable[[torch.dtype], torch.dtype]
+) -> Any:
     if isinstance(argument, fx.Node):
         return numbers.get(argument, argument)
     if isinstance(argument, torch.dtype):

@@ -78,13 +78,18 @@ def save_program(
 def _shards(program: Program) -> list[dict[str, Weight]]:
     shards: list[dict[str, Weight]] = [{}]
     size = 0
-    for name, weight in program.weights.items():
+    for name, weight in _in_order(program):
         if size and size + weight.bytes > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = weight
         size += weight.bytes
     return [shard for shard in shards if shard]
+
+
+def _in_order(program: Program) -> list[tuple[str, Weight]]:
+    """Weights in the order of the graph, so that a program written again is the same bytes."""
+    return [(node.name, program.weights[node.name]) for node in program.weight_nodes]
 
 
 def _hash(path: Path) -> str:
@@ -136,7 +141,7 @@ def describe_program(program: Program) -> dict[str, Any]:
                 "persistent": w.persistent,
                 "trainable": w.trainable,
             }
-            for name, w in program.weights.items()
+            for name, w in _in_order(program)
         },
         "values": [json.loads(v) for v in values],
         "nodes": nodes,

@@ -1,0 +1,232 @@
+"""The public functions: capture, optimize, load; and the ways out of a program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from .frontends.data import read_data
+from .frontends.torch_module import Inputs, bind_inputs
+from .ir.cost import cost
+from .ir.errors import CheckpointError, LoweringError, UsageError
+from .ir.examples import example_inputs
+from .ir.program import EXITS, Program
+from .ir.serialize import load_program, save_program
+from .ir.serialize.write import is_saved_program
+from .passes.base import Pass
+from .passes.context import Batch, Context, Progress
+from .passes.manager import Verify, check_order, run_pipeline
+from .passes.pipeline import as_passes
+from .passes.plan import Plan, read_plans
+
+Model = nn.Module | ExportedProgram | Program | str | os.PathLike[str]
+Data = str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]] | None
+
+
+def capture(
+    model: Model, inputs: Any = None, *, dynamic: Any = "auto", trust: bool = False, compare: bool = True
+) -> Program:
+    """Return a model as a Program, compared with the model before it counts.
+
+    Args:
+        model: an ``nn.Module``; a Hugging Face folder or an id in the local cache; a folder written by
+            ``Program.save``; a ``.pt2`` file; an ExportedProgram; or a Program, returned as it is.
+        inputs: an example: tensor, tuple, dict, or (args, kwargs). May be left out for checkpoints.
+        dynamic: "auto" lets sizes vary where the model does; None fixes them; or
+            ``{"input_ids": {0: "batch", 1: "sequence"}}``.
+        trust: read a ``.pt2`` file although reading can run code from it.
+        compare: compare the program with the model at several sizes and paddings.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, ExportedProgram):
+        from .frontends.exported import capture_exported
+
+        return capture_exported(model)
+    if isinstance(model, nn.Module):
+        return _module(model, inputs, dynamic, compare)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"a {type(model).__name__} is no model", hint="give a module, a folder, or a Program")
+    path = Path(model)
+    if is_saved_program(path):
+        return load_program(path)
+    if path.suffix == ".pt2":
+        from .frontends.exported import capture_pt2
+
+        return capture_pt2(path, trust=trust)
+    from .frontends.huggingface import capture_huggingface
+
+    named = None
+    if inputs is not None:
+        if not isinstance(inputs, Mapping):
+            raise UsageError("inputs for a checkpoint are given by name", hint='inputs={"input_ids": ids}')
+        named = dict(inputs)
+    return capture_huggingface(model, named, dynamic=dynamic, compare=compare)
+
+
+def _module(model: nn.Module, inputs: Inputs | None, dynamic: Any, compare: bool) -> Program:
+    from .frontends.torch_module import capture_module
+
+    if inputs is None:
+        raise UsageError(
+            f"capturing {type(model).__name__} needs an example of its inputs", hint="give inputs=, e.g. a tensor"
+        )
+    if type(model).__module__.split(".")[0] == "transformers":
+        from .frontends.transformers_module import capture_transformers_module
+
+        return capture_transformers_module(model, bind_inputs(model, inputs), dynamic=dynamic, compare=compare)
+    return capture_module(model, inputs, dynamic=dynamic, compare=compare)
+
+
+def optimize(
+    model: Model,
+    passes: str | Pass | Sequence[str | Pass] = (),
+    inputs: Any = None,
+    *,
+    dynamic: Any = "auto",
+    data: Data = None,
+    evaluate: Callable[[Program], float] | None = None,
+    verify: Verify = "sites",
+    plan: str | os.PathLike[str] | Sequence[Plan] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    trust: bool = False,
+    progress: Progress | None = None,
+    dump: Callable[[int, str, Program], None] | None = None,
+) -> Program:
+    """Run passes over a model and return the program they make; the model stays as it is.
+
+    Args:
+        model: what :func:`capture` takes.
+        passes: pass objects, or pipeline text such as ``"fuse-projections, skip-layers{remove=2}"``.
+        inputs: an example of the model's inputs.
+        dynamic: which sizes may vary.
+        data: calibration and judging data: a .jsonl, .txt or .npz file, or batches of inputs by name. The
+            first half calibrates, the second half judges.
+        evaluate: the user's own metric of a program, lower is better.
+        verify: "sites" compares each rewritten place in float64, "full" whole programs as well, "off" nothing.
+        plan: a plan file (or plans, one per pass) to obey instead of planning.
+        work_dir: where scores are kept, so that an interrupted run goes on.
+        seed: of everything random.
+        trust: read a ``.pt2`` file although reading can run code from it.
+        progress: shows long computations.
+        dump: called with number, name and program after each pass.
+
+    Raises:
+        PipelineError: the pipeline is wrong, or its order cannot work.
+        PassRefusedError: a pass can do nothing here.
+        ContractError: a pass changed more than it promises; the model and everything before it are intact.
+    """
+    program = capture(model, inputs, dynamic=dynamic, trust=trust)
+    steps, plans = _steps(passes, plan)
+    check_order(program, steps)
+    batches: list[Batch] = []
+    if data is not None:
+        read, _ = read_data(program, data, seed=seed)
+        batches.extend(read)
+    context = Context(batches, evaluate=evaluate, work_dir=work_dir, seed=seed, progress=progress)
+    whole = None
+    if verify == "full":
+        whole = context.bound(program, batches[0]) if batches else example_inputs(program)
+        whole = {**whole, **{k: v for k, v in program.bind((), whole).items() if k not in whole}}
+    elif verify not in ("sites", "off"):
+        raise UsageError(f'verify is "sites", "full" or "off", not {verify!r}')
+    return run_pipeline(program, steps, context, plans=plans, verify_with=verify, dump=dump, inputs=whole)
+
+
+def _steps(passes: Any, plan: Any) -> tuple[list[Pass], list[Plan] | None]:
+    if plan is None:
+        return as_passes(passes) if passes else [], None
+    if isinstance(plan, (str, os.PathLike)):
+        try:
+            text = Path(plan).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot read the plan {plan}: {error}") from None
+        entries = read_plans(text, str(plan))
+        steps = [step for entry, _ in entries for step in as_passes(entry)]
+        if passes and [str(p) for p in as_passes(passes)] != [str(p) for p in steps]:
+            raise UsageError("passes and plan name different pipelines", hint="give one of them")
+        return steps, [p for _, p in entries]
+    return as_passes(passes), list(plan)
+
+
+def plan_passes(
+    program: Program, passes: str | Pass | Sequence[str | Pass], context: Context
+) -> list[tuple[Pass, Plan]]:
+    """Return what each pass of a pipeline would do, the ones before it done on a copy."""
+    from .passes.manager import run_pass
+
+    steps = as_passes(passes)
+    check_order(program, steps)
+    planned: list[tuple[Pass, Plan]] = []
+    current = program
+    for index, step in enumerate(steps):
+        plan = step.plan(current, context)
+        planned.append((step, plan))
+        if index + 1 < len(steps) and plan.sites:
+            current, _ = run_pass(current, step, context, plan=plan, verify_with="off")
+    return planned
+
+
+def load(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program:
+    """Return a program saved with ``Program.save``; weights stay on disk until they are needed.
+
+    Args:
+        path: the folder.
+        check_hashes: compare the weight files with the manifest first.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged or not a saved program.
+    """
+    if not is_saved_program(Path(path)):
+        raise CheckpointError(f"{path} is not a saved program", hint="graphopt.capture reads checkpoints and modules")
+    return load_program(path, check_hashes=check_hashes)
+
+
+def _lower(program: Program, to: str, path: str | os.PathLike[str], **options: Any) -> Any:
+    if to == "onnx":
+        from .backends.onnx import lower_onnx
+
+        return lower_onnx(program, path, **options)
+    raise LoweringError(f"programs are not lowered to {to!r}", hint="onnx")
+
+
+def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: Any) -> Any:
+    from .backends.huggingface import save_pretrained
+    from .frontends.huggingface import capture_huggingface
+
+    options.setdefault("recapture", lambda folder: capture_huggingface(folder, compare=False))
+    return save_pretrained(program, path, **options)
+
+
+def _exported(program: Program, **options: Any) -> ExportedProgram:
+    from .backends.exported import exported_program
+
+    return exported_program(program, **options)
+
+
+def _as_module(program: Program, **options: Any) -> nn.Module:
+    from .backends.module import program_module
+
+    return program_module(program, **options)
+
+
+EXITS.update(
+    save=save_program,
+    lower=_lower,
+    module=_as_module,
+    exported_program=_exported,
+    save_pretrained=_save_pretrained,
+)
+
+__all__ = ["capture", "cost", "load", "optimize", "plan_passes"]

@@ -1,0 +1,260 @@
+"""A Program as an ``nn.Module``: a submodule per layer, the original parameter names, for any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ir.anatomy.residual import between
+from ..ir.fold import fold
+from ..ir.program import Program
+from ..ir.weights import InMemory, Weight
+
+
+@dataclass
+class _Block:
+    """A layer cut out: its nodes, what it reads from outside, what others read of it, where it lives."""
+
+    path: str
+    nodes: list[fx.Node]
+    reads: list[fx.Node] = field(default_factory=list)
+    gives: list[fx.Node] = field(default_factory=list)
+
+
+class ProgramModule(nn.Module):
+    """A program that trains: call it as the model was called.
+
+    Dropout and batch statistics are as they were at capture. Blocks with the same computation share one
+    class, so that ``for block in module.blocks(): block.compile(dynamic=True)`` compiles it once.
+    """
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.__dict__["_signature"] = program.signature
+        self.__dict__["_bind"] = program.bind
+        self.__dict__["_block_paths"] = []
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the submodules that are layers, in execution order."""
+        return [self.get_submodule(path) for path in self.__dict__["_block_paths"]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the model's inputs; those that may be left out are filled."""
+        inputs = self.__dict__["_bind"](args, kwargs)
+        values = self._run(**inputs)
+        signature = self.__dict__["_signature"]
+        return signature.unflatten(dict(zip(signature.output_names, values, strict=True)))
+
+    def _run(self, **inputs: torch.Tensor) -> Any:
+        raise RuntimeError("a ProgramModule is made by Program.module()")
+
+
+def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module:
+    """Return the program as a module with parameters of its own.
+
+    Args:
+        program: stays as it is; its tensors are copied, so that training changes nothing of it or the model.
+        fold_weights: compute what depends on weights alone once, for running; otherwise gradients reach the
+            original parameters through those computations.
+    """
+    work = fold(program) if fold_weights else program.copy()
+    module = ProgramModule(program)
+    names = _register(module, work)
+    blocks = _cut(work, names)
+    classes: dict[Any, type[nn.Module]] = {}
+    for block in blocks:
+        key, graph = _block_graph(block, names)
+        if key not in classes:
+            classes[key] = _class_of(
+                f"Block{len(classes)}", module.get_submodule(block.path), graph, nn.Module
+            )
+        _install(module, block.path, classes[key])
+    module.__dict__["_block_paths"] = list(dict.fromkeys(block.path for block in blocks))
+    root = _root_graph(work, blocks, names)
+    module.__class__ = _class_of("ProgramModule", module, root, ProgramModule, "_run")
+    return module
+
+
+def _class_of(
+    name: str, owner: nn.Module, graph: fx.Graph, base: type[nn.Module], method: str = "forward"
+) -> type[nn.Module]:
+    """Return a plain class whose method is the graph's code."""
+    compiled = fx.GraphModule(owner, graph)
+    function: Callable[..., Any] = type(compiled).forward
+    return type(name, (base,), {method: function, "__module__": __name__})
+
+
+def _register(module: nn.Module, program: Program) -> dict[fx.Node, str]:
+    """Put copies of all weights under their names and return the name of each placeholder."""
+    names: dict[fx.Node, str] = {}
+    for node in program.weight_nodes:
+        if not node.users:
+            continue
+        weight = program.weights[node.name]
+        tensor = weight.source.load()
+        if isinstance(weight.source, InMemory):
+            tensor = tensor.clone()
+        value: torch.Tensor = tensor
+        trainable = weight.kind == "parameter" and tensor.dtype.is_floating_point
+        if trainable:
+            value = nn.Parameter(tensor, requires_grad=weight.trainable)
+        names[node] = weight.name
+        for name in weight.all_names:
+            _attach(module, name, value, weight, trainable)
+    return names
+
+
+def _attach(module: nn.Module, name: str, value: torch.Tensor, weight: Weight, parameter: bool) -> None:
+    owner = module
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    if parameter:
+        owner.register_parameter(leaf, value)  # type: ignore[arg-type]
+    else:
+        owner.register_buffer(leaf, value, persistent=weight.persistent and weight.kind == "buffer")
+
+
+def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
+    """Return the layers that can be submodules: with weights of their own under one path."""
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    blocks: list[_Block] = []
+    taken: set[fx.Node] = set()
+    owners: dict[str, tuple[str, ...]] = {}
+    for layer in program.anatomy.layers:
+        inside = set(between(layer.reads, layer.writes, order))
+        inside |= _own_weight_nodes(inside, program)
+        weights = sorted({names[n] for node in inside for n in node.all_input_nodes if n in names})
+        path = _common_path(weights)
+        if not path or inside & taken or owners.get(path, tuple(weights)) != tuple(weights):
+            continue
+        if any(other != path and (other.startswith(path + ".") or path.startswith(other + ".")) for other in owners):
+            continue
+        owners[path] = tuple(weights)
+        taken |= inside
+        block = _Block(path, sorted(inside, key=lambda n: order[n]))
+        block.reads = sorted(
+            {n for node in inside for n in node.all_input_nodes if n not in inside and n not in names},
+            key=lambda n: order[n],
+        )
+        block.gives = [n for n in block.nodes if any(u not in inside for u in n.users)]
+        blocks.append(block)
+    return blocks
+
+
+def _own_weight_nodes(inside: set[fx.Node], program: Program) -> set[fx.Node]:
+    """What is computed from weights for this layer alone belongs to it."""
+    from ..ir.fold import depends_on_weights_alone
+
+    constant = depends_on_weights_alone(program)
+    found: set[fx.Node] = set()
+    work = [n for node in inside for n in node.all_input_nodes]
+    while work:
+        node = work.pop()
+        if node in inside or node in found or node.op != "call_function" or node not in constant:
+            continue
+        if all(u in inside or u in found for u in node.users):
+            found.add(node)
+            work.extend(node.all_input_nodes)
+    return found
+
+
+def _common_path(names: list[str]) -> str:
+    if not names:
+        return ""
+    parts = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _block_graph(block: _Block, names: dict[fx.Node, str]) -> tuple[Any, fx.Graph]:
+    """Return a graph of the block with its weights as attributes, and what makes it the same as another."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    key: list[Any] = []
+    for index, node in enumerate(block.reads):
+        copies[node] = graph.placeholder(f"x{index}")
+    for node in block.nodes:
+        for used in node.all_input_nodes:
+            if used not in copies:
+                relative = names[used].removeprefix(block.path + ".")
+                copies[used] = _attribute(graph, relative)
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        place = {c: i for i, c in enumerate(graph.nodes)}
+        key.append((str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda n: _At(place[copies[n]])))))
+    key.extend(str(n.target) for n in graph.nodes if n.op == "get_attr")
+    results = [copies[n] for n in block.gives]
+    graph.output(results[0] if len(results) == 1 else tuple(results))
+    return (tuple(key), len(block.reads), len(results)), graph
+
+
+@dataclass(frozen=True)
+class _At:
+    place: int
+
+
+def _attribute(graph: fx.Graph, target: str) -> fx.Node:
+    """Read an attribute; fx would warn that it cannot see it."""
+    return graph.create_node("get_attr", target)
+
+
+def _install(module: nn.Module, path: str, kind: type[nn.Module]) -> None:
+    """Make the container at ``path`` an instance of the block's class."""
+    held = module.get_submodule(path)
+    held.__class__ = kind
+
+
+def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str]) -> fx.Graph:
+    """Return the graph that calls the blocks; a call is placed when its last argument exists."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    owner = {node: block for block in blocks for node in block.nodes}
+    called: set[int] = set()
+    for label, node in sorted(program.input_nodes.items(), key=lambda item: list(program.graph.nodes).index(item[1])):
+        copies[node] = graph.placeholder(label)
+
+    def attribute(node: fx.Node) -> None:
+        if node in names and node not in copies:
+            copies[node] = _attribute(graph, names[node])
+
+    def ready(block: _Block) -> bool:
+        return all(n in copies for n in block.reads)
+
+    def call(block: _Block) -> None:
+        called.add(id(block))
+        result = graph.call_module(block.path, tuple(copies[n] for n in block.reads))
+        if len(block.gives) == 1:
+            copies[block.gives[0]] = result
+        else:
+            for index, node in enumerate(block.gives):
+                import operator
+
+                copies[node] = graph.call_function(operator.getitem, (result, index))
+
+    for node in program.graph.nodes:
+        if node.op == "output":
+            graph.output(tuple(_returned(graph, copies, n, attribute) for n in node.args[0]))  # type: ignore[union-attr]
+        elif node in owner:
+            block = owner[node]
+            if id(block) not in called and ready(block):
+                call(block)
+        elif node.op == "call_function":
+            for used in node.all_input_nodes:
+                attribute(used)
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    return graph
+
+
+def _returned(graph: fx.Graph, copies: dict[fx.Node, fx.Node], node: fx.Node, attribute: Callable[[fx.Node], None]) -> fx.Node:
+    attribute(node)
+    return copies[node]

@@ -1,0 +1,112 @@
+"""A transformers model that is already in memory: its attention and experts switched for tracing, then back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..ir.canonical import canonicalise
+from ..ir.errors import CaptureError, GraphoptError
+from ..ir.program import Origin, Program
+from .compare_checkpoint import compare_with_model
+from .example_inputs import causal, example_inputs, size_names
+from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names
+from .lift import lift
+from .torch_module import evaluation, widen
+
+
+@contextlib.contextmanager
+def _traceable(model: Any, attention: str) -> Iterator[None]:
+    """Set what tracing needs and put the user's settings back."""
+    config = model.config
+    before = {
+        name: getattr(config, name, None)
+        for name in ("use_cache", "_attn_implementation", "_experts_implementation")
+        if hasattr(config, name)
+    }
+    try:
+        config.use_cache = False
+        model.set_attn_implementation(attention)
+        if before.get("_experts_implementation") is not None and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")
+        yield
+    finally:
+        if before.get("_attn_implementation"):
+            model.set_attn_implementation(before["_attn_implementation"])
+        if before.get("_experts_implementation") is not None and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(before["_experts_implementation"])
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def capture_transformers_module(model: Any, inputs: dict[str, Any], *, dynamic: Any, compare: bool) -> Program:
+    """Capture a transformers model in memory; optional inputs of its kind are taken and filled by default.
+
+    Args:
+        model: left as it was.
+        inputs: an example by parameter name.
+        dynamic: "auto", None, or sizes by input and dimension.
+        compare: compare with the model on padded and unpadded inputs of several sizes.
+
+    Raises:
+        CaptureError: no way of tracing it computes what the model computes.
+    """
+    failures = []
+    for attention in ATTENTION_LADDER:
+        try:
+            with _traceable(model, attention):
+                program = _capture(model, inputs, dynamic)
+        except (GraphoptError, ValueError) as error:
+            failures.append(f"with {attention} attention: {error}")
+            continue
+        cache = model.config.use_cache
+        try:
+            if compare:
+                with evaluation(model):
+                    _compare(program, model, inputs)
+        except GraphoptError as error:
+            failures.append(f"with {attention} attention: {error}")
+            continue
+        finally:
+            model.config.use_cache = cache
+        return program
+    raise CaptureError(f"{type(model).__name__} cannot be captured\n  " + "\n  ".join(failures))
+
+
+def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
+    example = widen(inputs) if dynamic == "auto" else dict(inputs)
+    if dynamic == "auto" and "input_ids" in example:
+        ids = example["input_ids"]
+        for name, value in example_inputs(model).items():
+            if name in ("attention_mask", "position_ids", "token_type_ids") and name not in example:
+                filler = torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
+                if name == "position_ids":
+                    filler = torch.arange(ids.shape[1]).expand(ids.shape).clone()
+                example[name] = filler
+                del value
+    named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
+    with evaluation(model):
+        exported = _export(model, example, dynamic, named)
+    program = lift(exported, example, names=_symbol_names(exported, named))
+    _fill_rules(program, model.config)
+    canonicalise(program)
+    program.origin = Origin(
+        kind="module",
+        model_class=f"transformers:{type(model).__name__}",
+        config=model.config.to_dict(),
+        padding="causal" if causal(model.config) else "",
+    )
+    return program
+
+
+def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
+    known = set(example_inputs(model)) if getattr(model, "main_input_name", "") in ("input_ids", "pixel_values") else set()
+    if set(program.signature.inputs) <= known:
+        compare_with_model(program, model)
+    else:
+        from .compare import require_equal
+
+        require_equal(program, model, [("the example", inputs, None)])
