@@ -28,40 +28,123 @@ _GQA = {**_FFN, "num_key_value_heads": 2}
 _MOE = {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _MULTI = {"attention": 2, "ffn": 2}
 _EXPERTS = {"attention": 2, "experts": 2}
-_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16, "patch_size": 8}
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 8,
+}
 
 
 CASES: dict[str, Case] = {
     "llama": Case("LlamaConfig", "LlamaForCausalLM", _GQA, _MULTI, heads=(4, 2)),
     "llama_tied": Case("LlamaConfig", "LlamaForCausalLM", {**_GQA, "tie_word_embeddings": True}, _MULTI),
-    "mistral": Case("MistralConfig", "MistralForCausalLM", {**_GQA, "sliding_window": 5}, _MULTI, features=("window",)),
+    "mistral": Case(
+        "MistralConfig", "MistralForCausalLM", {**_GQA, "sliding_window": 5}, _MULTI, features=("window",)
+    ),
     "qwen2": Case("Qwen2Config", "Qwen2ForCausalLM", _GQA, _MULTI),
     "qwen3": Case("Qwen3Config", "Qwen3ForCausalLM", {**_GQA, "head_dim": 8}, _MULTI),
     "gemma": Case("GemmaConfig", "GemmaForCausalLM", {**_GQA, "head_dim": 8}, _MULTI),
-    "gemma2": Case("Gemma2Config", "Gemma2ForCausalLM", {**_GQA, "head_dim": 8, "sliding_window": 5}, _MULTI, "sandwich"),
-    "gemma3": Case("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GQA, "head_dim": 8, "sliding_window": 5}, _MULTI, "sandwich"),
+    "gemma2": Case(
+        "Gemma2Config", "Gemma2ForCausalLM", {**_GQA, "head_dim": 8, "sliding_window": 5}, _MULTI, "sandwich"
+    ),
+    "gemma3": Case(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_GQA, "head_dim": 8, "sliding_window": 5},
+        _MULTI,
+        "sandwich",
+    ),
     "olmo": Case("OlmoConfig", "OlmoForCausalLM", _GQA, _MULTI),
     "olmo2": Case("Olmo2Config", "Olmo2ForCausalLM", _GQA, _MULTI, "branch"),
     "phi": Case("PhiConfig", "PhiForCausalLM", _FFN, _MULTI, features=("parallel",)),
     "phi3": Case("Phi3Config", "Phi3ForCausalLM", _GQA, _MULTI, features=("fused_qkv", "fused_gate_up")),
-    "gpt2": Case("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, _MULTI,
-                 features=("fused_qkv",)),  # fmt: skip
+    "gpt2": Case(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        _MULTI,
+        features=("fused_qkv",),
+    ),  # fmt: skip
     "gpt_neox": Case("GPTNeoXConfig", "GPTNeoXForCausalLM", _FFN, _MULTI, features=("parallel",)),
-    "gptj": Case("GPTJConfig", "GPTJForCausalLM", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
-                 _MULTI, features=("parallel",)),  # fmt: skip
-    "codegen": Case("CodeGenConfig", "CodeGenForCausalLM", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-                                                             "rotary_dim": 4}, _MULTI, features=("parallel",)),  # fmt: skip
-    "gpt_bigcode": Case("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4,
-                                                                      "n_positions": 64}, _MULTI, heads=(4, 1)),  # fmt: skip
-    "falcon": Case("FalconConfig", "FalconForCausalLM", {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                                         "multi_query": True, "alibi": False, "parallel_attn": True}, _MULTI, heads=(4, 1)),  # fmt: skip
-    "falcon_alibi": Case("FalconConfig", "FalconForCausalLM", {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2,
-                                                               "num_attention_heads": 4, "multi_query": False, "alibi": True,
-                                                               "parallel_attn": False, "bias": True}, _MULTI),  # fmt: skip
-    "bloom": Case("BloomConfig", "BloomForCausalLM", {"vocab_size": 101, "hidden_size": 32, "n_layer": 2, "n_head": 4}, _MULTI),
-    "mpt": Case("MptConfig", "MptForCausalLM", {"vocab_size": 101, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
-                                                "expansion_ratio": 2}, _MULTI),  # fmt: skip
-    "opt": Case("OPTConfig", "OPTForCausalLM", {**_BASE, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True}, _MULTI),
+    "gptj": Case(
+        "GPTJConfig",
+        "GPTJForCausalLM",
+        {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+        _MULTI,
+        features=("parallel",),
+    ),  # fmt: skip
+    "codegen": Case(
+        "CodeGenConfig",
+        "CodeGenForCausalLM",
+        {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+        _MULTI,
+        features=("parallel",),
+    ),  # fmt: skip
+    "gpt_bigcode": Case(
+        "GPTBigCodeConfig",
+        "GPTBigCodeForCausalLM",
+        {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        _MULTI,
+        heads=(4, 1),
+    ),  # fmt: skip
+    "falcon": Case(
+        "FalconConfig",
+        "FalconForCausalLM",
+        {
+            "vocab_size": 101,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "multi_query": True,
+            "alibi": False,
+            "parallel_attn": True,
+        },
+        _MULTI,
+        heads=(4, 1),
+    ),  # fmt: skip
+    "falcon_alibi": Case(
+        "FalconConfig",
+        "FalconForCausalLM",
+        {
+            "vocab_size": 101,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "multi_query": False,
+            "alibi": True,
+            "parallel_attn": False,
+            "bias": True,
+        },
+        _MULTI,
+    ),  # fmt: skip
+    "bloom": Case(
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"vocab_size": 101, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        _MULTI,
+    ),
+    "mpt": Case(
+        "MptConfig",
+        "MptForCausalLM",
+        {
+            "vocab_size": 101,
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_seq_len": 64,
+            "expansion_ratio": 2,
+        },
+        _MULTI,
+    ),  # fmt: skip
+    "opt": Case(
+        "OPTConfig",
+        "OPTForCausalLM",
+        {**_BASE, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+        _MULTI,
+    ),
     "stablelm": Case("StableLmConfig", "StableLmForCausalLM", _GQA, _MULTI),
     "starcoder2": Case("Starcoder2Config", "Starcoder2ForCausalLM", _GQA, _MULTI),
     "cohere": Case("CohereConfig", "CohereForCausalLM", _GQA, _MULTI, features=("parallel",)),
@@ -70,42 +153,158 @@ CASES: dict[str, Case] = {
     "smollm3": Case("SmolLM3Config", "SmolLM3ForCausalLM", _GQA, _MULTI),
     "persimmon": Case("PersimmonConfig", "PersimmonForCausalLM", _FFN, _MULTI),
     "helium": Case("HeliumConfig", "HeliumForCausalLM", {**_GQA, "head_dim": 8}, _MULTI),
-    "granite": Case("GraniteConfig", "GraniteForCausalLM", {**_GQA, "residual_multiplier": 0.5, "logits_scaling": 2.0}, _MULTI),
+    "granite": Case(
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {**_GQA, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        _MULTI,
+    ),
     "exaone4": Case("Exaone4Config", "Exaone4ForCausalLM", {**_GQA, "sliding_window": 5}, _MULTI, "branch"),
-    "mixtral": Case("MixtralConfig", "MixtralForCausalLM", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
-    "olmoe": Case("OlmoeConfig", "OlmoeForCausalLM", {**_GQA, "num_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
-    "qwen2_moe": Case("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**_MOE, "shared_expert_intermediate_size": 24}, _EXPERTS),
+    "mixtral": Case(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        _EXPERTS,
+    ),
+    "olmoe": Case(
+        "OlmoeConfig", "OlmoeForCausalLM", {**_GQA, "num_experts": 4, "num_experts_per_tok": 2}, _EXPERTS
+    ),
+    "qwen2_moe": Case(
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**_MOE, "shared_expert_intermediate_size": 24}, _EXPERTS
+    ),
     "qwen3_moe": Case("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_MOE, "head_dim": 8}, _EXPERTS),
-    "phimoe": Case("PhimoeConfig", "PhimoeForCausalLM", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
-    "granitemoe": Case("GraniteMoeConfig", "GraniteMoeForCausalLM", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
-    "gpt_oss": Case("GptOssConfig", "GptOssForCausalLM", {**_GQA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
-                                                          "sliding_window": 5}, _EXPERTS, features=("sinks",)),  # fmt: skip
-    "deepseek_v3": Case("DeepseekV3Config", "DeepseekV3ForCausalLM",
-                        {**_FFN, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-                         "moe_intermediate_size": 24, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4,
-                         "qk_nope_head_dim": 4, "v_head_dim": 6}, {"attention": 2, "ffn": 1, "experts": 1}),  # fmt: skip
+    "phimoe": Case(
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        _EXPERTS,
+    ),
+    "granitemoe": Case(
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        _EXPERTS,
+    ),
+    "gpt_oss": Case(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**_GQA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+        _EXPERTS,
+        features=("sinks",),
+    ),  # fmt: skip
+    "deepseek_v3": Case(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **_FFN,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 6,
+        },
+        {"attention": 2, "ffn": 1, "experts": 1},
+    ),  # fmt: skip
     "bert": Case("BertConfig", "BertModel", _FFN, _MULTI, "post"),
     "roberta": Case("RobertaConfig", "RobertaModel", {**_FFN, "pad_token_id": 1}, _MULTI, "post"),
-    "distilbert": Case("DistilBertConfig", "DistilBertModel", {"vocab_size": 101, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
-                                                               "max_position_embeddings": 64}, _MULTI, "post"),  # fmt: skip
+    "distilbert": Case(
+        "DistilBertConfig",
+        "DistilBertModel",
+        {
+            "vocab_size": 101,
+            "dim": 32,
+            "hidden_dim": 48,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        _MULTI,
+        "post",
+    ),  # fmt: skip
     "albert": Case("AlbertConfig", "AlbertModel", {**_FFN, "embedding_size": 16}, _MULTI, "post"),
     "electra": Case("ElectraConfig", "ElectraModel", {**_FFN, "embedding_size": 16}, _MULTI, "post"),
     "mpnet": Case("MPNetConfig", "MPNetModel", _FFN, _MULTI, "post", features=("relative_bias",)),
-    "deberta_v2": Case("DebertaV2Config", "DebertaV2Model", {**_FFN, "relative_attention": True, "position_biased_input": False,
-                                                             "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16}, _MULTI, "post"),  # fmt: skip
-    "modernbert": Case("ModernBertConfig", "ModernBertModel", {**_FFN, "local_attention": 8, "global_attn_every_n_layers": 2}, _MULTI),
-    "t5": Case("T5Config", "T5ForConditionalGeneration", {"vocab_size": 101, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-                                                          "decoder_start_token_id": 0}, {"attention": 6, "ffn": 4}),  # fmt: skip
-    "bart": Case("BartConfig", "BartModel", {"vocab_size": 101, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48,
-                                             "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-                                             "max_position_embeddings": 64}, {"attention": 6, "ffn": 4}, "post"),  # fmt: skip
+    "deberta_v2": Case(
+        "DebertaV2Config",
+        "DebertaV2Model",
+        {
+            **_FFN,
+            "relative_attention": True,
+            "position_biased_input": False,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": 16,
+        },
+        _MULTI,
+        "post",
+    ),  # fmt: skip
+    "modernbert": Case(
+        "ModernBertConfig",
+        "ModernBertModel",
+        {**_FFN, "local_attention": 8, "global_attn_every_n_layers": 2},
+        _MULTI,
+    ),
+    "t5": Case(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": 101,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        {"attention": 6, "ffn": 4},
+    ),  # fmt: skip
+    "bart": Case(
+        "BartConfig",
+        "BartModel",
+        {
+            "vocab_size": 101,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        {"attention": 6, "ffn": 4},
+        "post",
+    ),  # fmt: skip
     "vit": Case("ViTConfig", "ViTModel", _VISION, _MULTI),
     "deit": Case("DeiTConfig", "DeiTModel", _VISION, _MULTI),
     "dinov2": Case("Dinov2Config", "Dinov2Model", {**_VISION, "mlp_ratio": 2}, _MULTI),
     "siglip": Case("SiglipVisionConfig", "SiglipVisionModel", {**_VISION, "vision_use_head": False}, _MULTI),
-    "swin": Case("SwinConfig", "SwinModel", {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4},
-                 _MULTI),  # fmt: skip
-    "convnext": Case("ConvNextConfig", "ConvNextModel", {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "image_size": 64}, {"mixer": 4}, "none"),
+    "swin": Case(
+        "SwinConfig",
+        "SwinModel",
+        {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depths": [2],
+            "num_heads": [2],
+            "window_size": 4,
+        },
+        _MULTI,
+    ),  # fmt: skip
+    "convnext": Case(
+        "ConvNextConfig",
+        "ConvNextModel",
+        {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "image_size": 64},
+        {"mixer": 4},
+        "none",
+    ),
 }
 
 

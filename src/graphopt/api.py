@@ -56,7 +56,9 @@ def capture(
     if isinstance(model, nn.Module):
         return _module(model, inputs, dynamic, compare)
     if not isinstance(model, (str, os.PathLike)):
-        raise UsageError(f"a {type(model).__name__} is no model", hint="give a module, a folder, or a Program")
+        raise UsageError(
+            f"a {type(model).__name__} is no model", hint="give a module, a folder, or a Program"
+        )
     path = Path(model)
     if is_saved_program(path):
         return load_program(path)
@@ -79,12 +81,15 @@ def _module(model: nn.Module, inputs: Inputs | None, dynamic: Any, compare: bool
 
     if inputs is None:
         raise UsageError(
-            f"capturing {type(model).__name__} needs an example of its inputs", hint="give inputs=, e.g. a tensor"
+            f"capturing {type(model).__name__} needs an example of its inputs",
+            hint="give inputs=, e.g. a tensor",
         )
     if type(model).__module__.split(".")[0] == "transformers":
         from .frontends.transformers_module import capture_transformers_module
 
-        return capture_transformers_module(model, bind_inputs(model, inputs), dynamic=dynamic, compare=compare)
+        return capture_transformers_module(
+            model, bind_inputs(model, inputs), dynamic=dynamic, compare=compare
+        )
     return capture_module(model, inputs, dynamic=dynamic, compare=compare)
 
 
@@ -189,7 +194,9 @@ def load(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program
         CheckpointError: the folder is incomplete, damaged or not a saved program.
     """
     if not is_saved_program(Path(path)):
-        raise CheckpointError(f"{path} is not a saved program", hint="graphopt.capture reads checkpoints and modules")
+        raise CheckpointError(
+            f"{path} is not a saved program", hint="graphopt.capture reads checkpoints and modules"
+        )
     return load_program(path, check_hashes=check_hashes)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..ir.errors import LoweringError
 from ..ir.program import Program
 from .onnx_check import check_file
-from .onnx_compare import comparison_cases, compare_with_runtime
+from .onnx_compare import compare_with_runtime, comparison_cases
 from .onnx_graph import build_graph
 from .onnx_sizes import static_sizes, uses_bfloat16, with_sizes
 

@@ -13,13 +13,10 @@ from ..ir.compat import quiet_onnx_registration
 from ..ir.errors import LoweringError
 from ..ir.fold import fold
 from ..ir.program import Program
-from ..ir.weights import TensorSource, Weight
+from ..ir.weights import Weight
 from .exported import exported_program
+from .onnx_cleanup import attach_weights, simplify
 from .onnx_operators import translation_table
-
-EAGER_BYTES = 1 << 16
-"""Weights up to this size are read at once, so that what depends on them can be folded."""
-_FOLDED_VALUES = 1 << 24
 
 
 def build_graph(program: Program, opset: int) -> Any:
@@ -33,8 +30,8 @@ def build_graph(program: Program, opset: int) -> Any:
         LoweringError: an operator has no translation, or two names collide.
     """
     model, weights = _translate(fold(program), opset)
-    _attach_weights(model, weights)
-    _simplify(model)
+    attach_weights(model, weights)
+    simplify(model)
     _rename(model, [*program.signature.inputs, *program.dials], program.signature.output_names)
     _require_dynamic(model, program)
     model.producer_name, model.producer_version = "graphopt", None
@@ -43,28 +40,32 @@ def build_graph(program: Program, opset: int) -> Any:
 
 
 def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
-    exported = exported_program(program, load=False)
+    exported = _exported(program)
     weights = {
         str(spec.target): program.weights[spec.arg.name]
         for spec in exported.graph_signature.input_specs
         if spec.target is not None
     }
-    for node in exported.graph.nodes:
-        # no provenance goes into the file, and the exporter complains of nodes that have none
-        node.meta = {"val": node.meta["val"], "nn_module_stack": {}}
     try:
-        return _export(_undecomposed(exported), opset), weights
-    except torch.onnx.OnnxExporterError:
-        # an operator that only the exporter's own decomposition knows
-        pass
-    try:
-        return _export(exported_program(program, load=False), opset), weights
+        try:
+            return _export(_undecomposed(exported), opset), weights
+        except torch.onnx.OnnxExporterError:
+            # an operator that only the exporter's own decomposition knows
+            return _export(_exported(program), opset), weights
     except torch.onnx.OnnxExporterError as error:
         raise LoweringError(
             f"the program has no ONNX form at opset {opset}: {_cause(error)}",
             hint="program.operators lists its operators, for those that ONNX lacks; "
             "fixed sizes (sizes=) go through where dynamic ones may not",
         ) from error
+
+
+def _exported(program: Program) -> ExportedProgram:
+    exported = exported_program(program, load=False)
+    for node in exported.graph.nodes:
+        # no provenance goes into the file, and the exporter complains of nodes that have none
+        node.meta = {"val": node.meta["val"], "nn_module_stack": {}}
+    return exported
 
 
 def _cause(error: BaseException) -> str:
@@ -103,5 +104,40 @@ def _undecomposed(exported: ExportedProgram) -> ExportedProgram:
             return decompose(table, *args, **kwargs)
         return exported
 
-    exported.run_decompositions = run  # type: ignore[method-assign]
+    vars(exported)["run_decompositions"] = run
     return exported
+
+
+def _rename(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Give inputs and outputs the program's names; a value inside that has one of them gets another."""
+    graph = model.graph
+    wanted = [*inputs, *outputs]
+    clash = {name for name in wanted if wanted.count(name) > 1} | (set(wanted) & set(graph.initializers))
+    if clash:
+        raise LoweringError(
+            f"ONNX needs distinct names, and the program uses {', '.join(sorted(clash))} twice",
+            hint="rename the output or the weight",
+        )
+    ends = [*graph.inputs, *graph.outputs]
+    if len(ends) != len(wanted):
+        raise LoweringError(f"the exporter kept {len(ends)} inputs and outputs of {len(wanted)}")
+    taken = set(wanted)
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}_inner"
+    for value, name in zip(ends, wanted, strict=True):
+        value.name = name
+
+
+def _require_dynamic(model: Any, program: Program) -> None:
+    """Refuse a graph in which the exporter froze a size that should vary."""
+    for value in model.graph.inputs:
+        if value.name not in program.signature.inputs:
+            continue
+        for size, wanted in zip(value.shape, program.signature.inputs[value.name].shape, strict=True):
+            if isinstance(size, int) and not isinstance(wanted, int):
+                raise LoweringError(
+                    f"the exporter takes {wanted} of input {value.name!r} for {size} always",
+                    hint="capture with another example size, or write a static graph with sizes=",
+                )

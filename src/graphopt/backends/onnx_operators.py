@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from .onnx_masks import Masks, same_size
+from .onnx_experts import Experts
+from .onnx_masks import Masks
+from .onnx_nodes import is_scalar, same_size
 
 FUSED_FROM = 23
 """First opset with Attention, RMSNormalization and RotaryEmbedding."""
@@ -37,41 +39,18 @@ def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: method(*args, **kwargs)
 
 
-class Dialect:
+class Dialect(Experts):
     """Writes nodes while the exporter records them; one object an export, for masks that layers share."""
 
     def __init__(self, opset: int):
-        import onnx_ir
-        from onnxscript import opset18, values
+        super().__init__()
+        from onnxscript import values
 
-        self.ir = onnx_ir
-        self.op: Any = opset18
         self.fused: Any = values.Opset("", FUSED_FROM) if opset >= FUSED_FROM else None
-        self.masks = Masks(opset18, onnx_ir)
+        self.masks = Masks()
 
-    # -- helpers ------------------------------------------------------------------------------------
-
-    def number(self, value: float, like: Any) -> Any:
-        """Return a scalar constant of the type of ``like``."""
-        return self.op.Constant(value=self.ir.tensor(value, dtype=like.dtype))
-
-    def integers(self, *values: int) -> Any:
-        """Return a constant vector of int64."""
-        return self.op.Constant(value=self.ir.tensor(list(values), dtype=self.ir.DataType.INT64))
-
-    def cast(self, value: Any, dtype: Any) -> Any:
-        """Return the value in another type."""
-        if value.dtype == dtype:
-            return value
-        result = self.op.Cast(value, to=dtype)
-        result.dtype = dtype
-        return result
-
-    def half(self, value: Any) -> bool:
-        """Tell whether a value has a type of 16 bits."""
-        return value.dtype in (self.ir.DataType.FLOAT16, self.ir.DataType.BFLOAT16)
-
-    # -- operators ----------------------------------------------------------------------------------
+    def _can_fuse(self, value: Any) -> bool:
+        return self.fused is not None and (value.dtype == self.ir.DataType.FLOAT or self.half(value))
 
     def to(self, x: Any, dtype: Any, *rest: Any, **options: Any) -> Any:
         """``aten.to.dtype``."""
@@ -85,8 +64,8 @@ class Dialect:
             raise ValueError("a batch norm in training mode has no ONNX form for inference")
         eps = rest[1]
         if weight is None or bias is None:
-            zero = self.op.Mul(mean, self.number(0.0, mean))
-            weight = self.op.Add(zero, self.number(1.0, mean)) if weight is None else weight
+            zero = self.op.Mul(mean, self.number(0.0, mean.dtype))
+            weight = self.op.Add(zero, self.number(1.0, mean.dtype)) if weight is None else weight
             bias = zero if bias is None else bias
         return self.op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
 
@@ -95,13 +74,12 @@ class Dialect:
     ) -> Any:
         """``graphopt.rms_norm``."""
         op, kind = self.op, x.dtype
-        single = kind == self.ir.DataType.FLOAT
-        same_order = single or (self.half(x) and float32 and not weight_before_cast)
-        if self.fused is not None and same_order and weight is not None and weight.dtype == kind:
+        same_order = not self.half(x) or (float32 and not weight_before_cast)
+        if self._can_fuse(x) and same_order and weight is not None and weight.dtype == kind:
             return self.fused.RMSNormalization(x, weight, axis=-1, epsilon=eps, stash_type=1)
         wide = self.cast(x, self.ir.DataType.FLOAT) if float32 and self.half(x) else x
         mean = op.ReduceMean(op.Mul(wide, wide), self.integers(-1), keepdims=1)
-        scaled = op.Div(wide, op.Sqrt(op.Add(mean, self.number(eps, wide))))
+        scaled = op.Div(wide, op.Sqrt(op.Add(mean, self.number(eps, wide.dtype))))
         scaled.dtype = wide.dtype
         if weight is None:
             return self.cast(scaled, kind)
@@ -110,29 +88,18 @@ class Dialect:
             product.dtype = wide.dtype
             return self.cast(product, kind)
         scaled = self.cast(scaled, kind)
-        common = self._common(scaled, weight)
+        common = self.common(scaled, weight)
         # constants second: some compilers for accelerators take no other order
         return op.Mul(self.cast(scaled, common), self.cast(weight, common))
-
-    def _common(self, first: Any, second: Any) -> Any:
-        """Return the type that two floating values are computed in together."""
-        if first.dtype == second.dtype:
-            return first.dtype
-        kinds = {first.dtype, second.dtype}
-        return self.ir.DataType.DOUBLE if self.ir.DataType.DOUBLE in kinds else self.ir.DataType.FLOAT
 
     def rotary(self, x: Any, cos: Any, sin: Any, *, interleaved: bool = False) -> Any:
         """``graphopt.rotary``."""
         op = self.op
-        common = self._common(x, cos)
+        common = self.common(x, cos)
         x, cos, sin = (self.cast(value, common) for value in (x, cos, sin))
         rank, size = len(x.shape), int(x.shape[-1])
-        if (
-            self.fused is not None
-            and not interleaved
-            and self._halves_repeat(cos)
-            and self._halves_repeat(sin)
-        ):
+        repeats = not interleaved and self._halves_repeat(cos) and self._halves_repeat(sin)
+        if repeats and self._can_fuse(x):
             tables = [self._half_table(table, x) for table in (cos, sin)]
             if all(table is not None for table in tables):
                 return self.fused.RotaryEmbedding(x, *tables)
@@ -156,9 +123,14 @@ class Dialect:
                 axis = node.attributes["axis"].as_int()
                 last = axis == -1 or (table.shape is not None and axis == len(table.shape) - 1)
                 return last and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
-            scalar_only = all(_is_scalar(other) for other in node.inputs[1:])
-            if node.op_type not in _THROUGH or (node.op_type == "Mul" and not scalar_only):
+            if node.op_type not in _THROUGH:
                 return False
+            if node.op_type == "Mul":
+                operands = [value for value in node.inputs if not is_scalar(value)]
+                if len(operands) != 1:
+                    return False
+                table = operands[0]
+                continue
             if node.op_type in ("Unsqueeze", "Reshape") and not _keeps_last(node):
                 return False
             table = node.inputs[0]
@@ -168,17 +140,17 @@ class Dialect:
         """Return the first half of a (batch or 1, 1, length, size) table as (batch, length, size / 2)."""
         if len(x.shape) != 4 or table.shape is None or len(table.shape) != 4 or table.shape[1] != 1:
             return None
-        key = ("rotary", table.name, str(x.shape[0]))
-        if key not in self.masks.memo:
+
+        def half() -> Any:
             op = self.op
-            size = int(x.shape[-1])
             flat = op.Squeeze(table, self.integers(1))
-            flat = op.Slice(flat, self.integers(0), self.integers(size // 2), self.integers(-1))
-            if not same_size(table.shape[0], x.shape[0]):
-                batch = op.Shape(x, start=0, end=1)
-                flat = op.Expand(flat, op.Concat(batch, self.integers(1, 1), axis=0))
-            self.masks.memo[key] = flat
-        return self.masks.memo[key]
+            flat = op.Slice(flat, self.integers(0), self.integers(int(x.shape[-1]) // 2), self.integers(-1))
+            if same_size(table.shape[0], x.shape[0]):
+                return flat
+            batch = op.Shape(x, start=0, end=1)
+            return op.Expand(flat, op.Concat(batch, self.integers(1, 1), axis=0))
+
+        return self.masks.once(("rotary", str(x.shape[0])), (table,), half)
 
     def attention(
         self,
@@ -197,7 +169,7 @@ class Dialect:
     ) -> Any:
         """``graphopt.attention``; masks are added, never boolean, and finite."""
         # ONNX's text has had softcap on either side of the mask, and runtimes differ
-        fused = self.fused is not None and sinks is None and softcap is None
+        fused = self._can_fuse(q) and sinks is None and softcap is None
         alone = key_mask is None and segments is None and bias is None and window is None
         own_causal = fused and causal and alone and same_size(q.shape[2], k.shape[2])
         mask = self.masks.additive(
@@ -217,7 +189,7 @@ class Dialect:
     ) -> Any:
         op, kind = self.op, q.dtype
         heads, groups = int(q.shape[1]), int(k.shape[1])
-        scaled = op.Mul(q, self.number(scale, q))
+        scaled = op.Mul(q, self.number(scale, q.dtype))
         if heads != groups:
             # the queries of a group side by side: no key or value is copied
             scaled = op.Reshape(scaled, self.integers(0, groups, -1, int(q.shape[3])))
@@ -226,7 +198,7 @@ class Dialect:
             scores = op.Reshape(scores, self.integers(0, heads, -1, 0))
         scores.dtype = kind
         if softcap is not None:
-            cap = self.number(softcap, q)
+            cap = self.number(softcap, q.dtype)
             scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
         if mask is not None:
             scores = op.Add(scores, mask)
@@ -253,100 +225,6 @@ class Dialect:
         weights = op.Div(powers, total)
         weights.dtype = wide
         return self.cast(weights, kind)
-
-    def routed_ffn(
-        self,
-        x: Any,
-        experts: Any,
-        weights: Any,
-        up: Any,
-        down: Any,
-        up_bias: Any = None,
-        down_bias: Any = None,
-        *,
-        activation: str = "silu",
-        gated: bool = True,
-        interleaved: bool = False,
-        transposed: bool = False,
-        limit: float = 0.0,
-        alpha: float = 1.0,
-    ) -> Any:
-        """``graphopt.routed_ffn``: every expert on every token, times a gate that is mostly zero.
-
-        Gathering each token's expert matrices, as traced graphs do, copies them once a token; this way
-        they stay constants of ordinary matrix products, for more arithmetic.
-        """
-        op = self.op
-        count = int(up.shape[0])
-        ids = op.Constant(value=self.ir.tensor(list(range(count)), dtype=experts.dtype))
-        chosen = op.Equal(op.Unsqueeze(experts, self.integers(-1)), ids)
-        hot = op.Cast(chosen, to=weights.dtype)
-        gate = op.ReduceSum(
-            op.Mul(hot, op.Unsqueeze(weights, self.integers(-1))), self.integers(1), keepdims=0
-        )
-        gate = op.Unsqueeze(op.Transpose(gate, perm=[1, 0]), self.integers(-1))
-        gate.dtype = weights.dtype
-
-        def project(rows: Any, matrix: Any, bias: Any) -> Any:
-            product = op.MatMul(rows, matrix if transposed else op.Transpose(matrix, perm=[0, 2, 1]))
-            return product if bias is None else op.Add(product, op.Unsqueeze(bias, self.integers(1)))
-
-        hidden = project(op.Unsqueeze(x, self.integers(0)), up, up_bias)
-        inner = int(up.shape[2 if transposed else 1])
-        hidden = self._activate(hidden, inner, x, activation, gated, interleaved, limit, alpha)
-        result = project(hidden, down, down_bias)
-        result.dtype = x.dtype
-        common = self._common(result, gate)
-        total = op.ReduceSum(
-            op.Mul(self.cast(result, common), self.cast(gate, common)), self.integers(0), keepdims=0
-        )
-        total.dtype = common
-        return self.cast(total, x.dtype)
-
-    def _activate(
-        self,
-        hidden: Any,
-        inner: int,
-        like: Any,
-        activation: str,
-        gated: bool,
-        interleaved: bool,
-        limit: float,
-        alpha: float,
-    ) -> Any:
-        op, up = self.op, None
-        if gated and interleaved:
-            pairs = op.Reshape(hidden, self.integers(0, 0, inner // 2, 2))
-            hidden, up = (
-                op.Squeeze(part, self.integers(-1)) for part in op.Split(pairs, axis=-1, num_outputs=2)
-            )
-        elif gated:
-            hidden, up = op.Split(hidden, axis=-1, num_outputs=2)
-        if activation == "swiglu_clamped":
-            high, low = self.number(limit, like), self.number(-limit, like)
-            hidden = op.Min(hidden, high)
-            up = op.Add(op.Max(op.Min(up, high), low), self.number(1.0, like))
-            return op.Mul(up, op.Mul(hidden, op.Sigmoid(op.Mul(hidden, self.number(alpha, like)))))
-        if activation == "silu":
-            active = op.Mul(hidden, op.Sigmoid(hidden))
-        elif activation in ("gelu", "gelu_tanh"):
-            active = self._gelu(hidden, like, activation == "gelu_tanh")
-        elif activation in ("relu", "relu2"):
-            active = op.Relu(hidden)
-            if activation == "relu2":
-                active = op.Mul(active, active)
-        else:
-            raise ValueError(f"no ONNX form of the activation {activation!r}")
-        return active if up is None else op.Mul(active, up)
-
-    def _gelu(self, hidden: Any, like: Any, tanh: bool) -> Any:
-        from onnxscript import opset20
-
-        return opset20.Gelu(hidden, approximate="tanh" if tanh else "none")
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or (value.shape is not None and all(size == 1 for size in value.shape))
 
 
 def _keeps_last(node: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from ..ir.errors import CaptureError, GraphoptError
 from ..ir.program import Program
+from ..ir.signature import SizeRange
 from ..ir.structure import describe
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -113,12 +114,29 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
     return resized_inputs
 
 
+def freeze_fixed_sizes(program: Program, model: nn.Module, example: dict[str, Any]) -> None:
+    """Fix the sizes that the model itself does not let vary, which the tracer may not have noticed."""
+    for name, limits in list(program.signature.sizes.items()):
+        other = resized(program, example, {name: _another(limits)})
+        if other is None:
+            continue
+        try:
+            with torch.no_grad():
+                model(**other)
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            program.signature.sizes[name] = SizeRange(limits.hint, limits.hint, limits.hint)
+            program.facts.setdefault("fixed_sizes", []).append(name)
+
+
+def _another(limits: SizeRange) -> int:
+    return max(limits.low, min(limits.hint + 2, limits.high or 10**9))
+
+
 def compare_with_model(program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]) -> None:
     """Compare at the user's size, at the captured size and at another one."""
+    freeze_fixed_sizes(program, model, example)
     cases: list[tuple[str, dict[str, Any], Any]] = [("the example", given, None), ("the captured size", example, None)]
-    if program.signature.sizes:
-        other = resized(program, example, {n: max(limits.low, min(limits.hint + 2, limits.high or 10**9))
-                                           for n, limits in program.signature.sizes.items()})
-        if other is not None:
-            cases.append(("another size", other, None))
+    other = resized(program, example, {n: _another(limits) for n, limits in program.signature.sizes.items()})
+    if other is not None and program.signature.sizes:
+        cases.append(("another size", other, None))
     require_equal(program, model, cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,8 @@ def lift(
     Raises:
         CaptureError: the model writes to its inputs or buffers, or takes objects that are not tensors.
     """
-    graph = exported.graph
+    # copying also renames what fx cannot call by its name, such as an input named "input"
+    graph = copy.deepcopy(exported.graph)
     for module in exported.graph_module.children():
         if isinstance(module, fx.GraphModule):
             raise CaptureError(
@@ -64,7 +66,7 @@ def lift(
         leaves.update(more)
     mode = _mode_of(graph)
     program = Program(graph, mode, {}, Signature({}, parameters, {"constant": None}))
-    _name_sizes(program, exported, names or {})
+    _name_sizes(program, names or {})
     _placeholders(program, exported, list(leaves), sources or {})
     _outputs(program, exported)
     return program
@@ -80,9 +82,9 @@ def _mode_of(graph: fx.Graph) -> FakeTensorMode:
     raise CaptureError("the captured graph has no tensors")
 
 
-def _name_sizes(program: Program, exported: ExportedProgram, names: Mapping[str, str]) -> None:
+def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
     """Give each size symbol a readable name: the wished one, batch for a first dimension, or its own."""
-    for node in exported.graph.find_nodes(op="placeholder"):
+    for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
@@ -111,7 +113,7 @@ def _placeholders(
     state: dict[str, torch.Tensor] = {**exported.constants, **exported.state_dict}
     seen: dict[int, fx.Node] = {}
     leaves = iter(leaf_names)
-    nodes = list(exported.graph.find_nodes(op="placeholder"))
+    nodes = list(program.graph.find_nodes(op="placeholder"))
     for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
         if spec.kind in _WEIGHT_KINDS:
             name = str(spec.target)
@@ -126,7 +128,7 @@ def _placeholders(
                     weight.name, weight.source, weight.kind, (*weight.all_names, name), weight.persistent
                 )
                 node.replace_all_uses_with(first)
-                exported.graph.erase_node(node)
+                program.graph.erase_node(node)
                 continue
             seen[id(tensor)] = node
             program.weights[node.name] = Weight(
@@ -139,7 +141,7 @@ def _placeholders(
             )
         elif spec.kind is InputKind.USER_INPUT:
             if isinstance(spec.arg, ConstantArgument):
-                exported.graph.erase_node(node)
+                program.graph.erase_node(node)
                 continue
             name = next(leaves)
             value = node.meta["val"]

@@ -51,7 +51,8 @@ def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint
     symbol = sympy.Symbol(name, integer=True, positive=True)
     env.add_backed_var_to_val(symbol, hint)
     upper = int_oo if high is None else high
-    env.var_to_range[symbol] = ValueRanges(low, upper)  # type: ignore[misc]
+    # torch takes sizes of 0 and 1 for special while it traces; what it traced runs at 1 all the same
+    env.var_to_range[symbol] = ValueRanges(max(low, 2) if hint >= 2 else low, upper)  # type: ignore[misc]
     # decompositions and ONNX export ask where a symbol came from
     env.var_to_stack[symbol] = CapturedTraceback.extract()
     return symbol

@@ -146,8 +146,13 @@ class Editor:
             source = InMemory(source.detach())
         if any(name in weight.all_names for weight in self.program.weights.values()):
             raise VerificationError(f"the program already has a weight named {name!r}")
-        first = next(iter(self.graph.nodes))
-        with self.graph.inserting_before(like if like is not None else first):
+        known = [n for n in self.program.weight_nodes if n.name in self.program.weights]
+        place = self.graph.inserting_before(like) if like is not None else None
+        if place is None and known:
+            place = self.graph.inserting_after(known[-1])
+        elif place is None:
+            place = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with place:
             target = "w_" + "".join(c if c.isalnum() else "_" for c in name)
             node = self.graph.placeholder(target)
         node.target = node.name

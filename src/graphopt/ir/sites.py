@@ -237,6 +237,7 @@ def value_error(found: Any, expected: Any) -> float:
         return max((value_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
     if not isinstance(expected, torch.Tensor):
         return 0.0 if found == expected else float("inf")
+    found, expected = found.detach(), expected.detach()
     if found.shape != expected.shape:
         return float("inf")
     if expected.numel() == 0:

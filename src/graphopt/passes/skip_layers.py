@@ -90,7 +90,8 @@ class SkipLayers(Pass):
             if name in chosen:
                 plan.sites.append(Site(name, number=names.index(name)))
             else:
-                plan.refused.append(Refused(name, "kept"))
+                score = plan.scores.get(name)
+                plan.refused.append(Refused(name, "kept" if score is None else f"kept: score {score:.4g}"))
         if self.unit == "layer" and chosen:
             plan.notes.extend(_other_tools([names.index(n) for n in names if n in chosen], len(names)))
         return plan

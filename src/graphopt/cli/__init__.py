@@ -1,0 +1,16 @@
+"""The command line. ``main`` turns errors into messages and exit codes; commands import torch only when run."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run ``graphopt``."""
+    # progress and tables are ours; libraries stay quiet unless asked
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from .app import run
+
+    sys.exit(run(sys.argv[1:]))

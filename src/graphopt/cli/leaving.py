@@ -1,0 +1,134 @@
+"""``graphopt lower``, ``export`` and ``run``: programs that leave, and one forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..frontends.data import read_data
+from ..ir.atomic import atomic_file
+from ..ir.errors import UsageError
+from ..ir.infer import describe_value
+from .output import note, show_json, text
+from .progress import Working, Written
+from .sources import read_program
+
+
+def lower_program(
+    source: str,
+    to: str,
+    output: str,
+    opset: int,
+    sizes: str | None,
+    target: str | None,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Write a program for another runtime."""
+    if to != "onnx":
+        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx")
+    fixed = _sizes(sizes)
+    program = read_program(source, trust)
+    with Working(f"lowering to {to}"):
+        report = program.lower(to, output, opset=opset, sizes=fixed, target=target)
+    if as_json:
+        show_json(_plain(report))
+    else:
+        text(str(report) if not dataclasses.is_dataclass(report) else _lines(report))
+
+
+def _sizes(given: str | None) -> dict[str, int] | None:
+    if given is None:
+        return None
+    sizes = {}
+    for part in given.split(","):
+        name, _, value = part.partition("=")
+        if not value.strip().isdigit() or not name.strip():
+            raise UsageError(f"--sizes is name=number, separated by commas, not {given!r}")
+        sizes[name.strip()] = int(value)
+    return sizes
+
+
+def _plain(report: Any) -> Any:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(report).items()}
+
+
+def _lines(report: Any) -> str:
+    return "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in _plain(report).items())
+
+
+def export_program(source: str, to: str, output: str, as_json: bool, trust: bool) -> None:
+    """Write a Hugging Face folder or a .pt2 file."""
+    if to not in ("huggingface", "pt2"):
+        raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface or --to pt2")
+    program = read_program(source, trust)
+    if to == "huggingface":
+        with Written(f"writing {output}") as written:
+            report = program.save_pretrained(output, progress=written)
+        result: dict[str, Any] = {
+            "path": output,
+            "errors": report.errors,
+            "checked": report.checked,
+            "files": report.files,
+        }
+    else:
+        result = {"path": output, "errors": _write_pt2(program, output)}
+    if as_json:
+        show_json(result)
+    else:
+        worst = max(result["errors"].values(), default=0.0)
+        text(f"written: {output}\nread back and compared: largest relative error {worst:.2g}")
+
+
+def _write_pt2(program: Any, output: str) -> dict[str, float]:
+    from ..ir.examples import example_inputs
+    from ..ir.execute import run
+    from ..ir.sites import value_error
+
+    if not output.endswith(".pt2"):
+        raise UsageError(f"{output} should end in .pt2")
+    with Working("exporting"), atomic_file(output) as place:
+        named = place.with_suffix(".pt2")
+        torch.export.save(program.exported_program(core_aten=True), named)
+        inputs = example_inputs(program)
+        # our own file of a moment ago
+        again = torch.export.load(named).module()(**inputs)
+        expected = run(program, inputs)
+        errors = {name: value_error(again[name], value) for name, value in expected.items()}
+        named.rename(place)
+    return errors
+
+
+def run_program(source: str, inputs: str, output: str | None, as_json: bool, trust: bool) -> None:
+    """Run one forward on the first batch of a file."""
+    from ..ir.execute import run
+
+    program = read_program(source, trust)
+    batches, sample = read_data(program, inputs)
+    if sample:
+        note(f"input: {sample!r}")
+    known = {k: v for k, v in batches[0].items() if k in program.signature.parameters}
+    values = run(program, program.bind((), known))
+    if output is not None:
+        import numpy
+
+        if not output.endswith(".npz"):
+            raise UsageError(f"{output} should end in .npz")
+        arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}
+        with atomic_file(output) as place, place.open("wb") as file:
+            numpy.savez(file, **arrays)
+    summary = {k: describe_value(v) for k, v in values.items()}
+    if as_json:
+        show_json({"outputs": summary, "written": output})
+    else:
+        for name, described in summary.items():
+            value = values[name]
+            stats = (
+                f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
+                if value.numel() > 1
+                else ""
+            )
+            text(f"{name}: {described}{stats}")

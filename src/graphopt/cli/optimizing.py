@@ -1,0 +1,67 @@
+"""``graphopt optimize``: run passes and save what they make."""
+
+from __future__ import annotations
+
+from ..api import _steps
+from ..ir.cost import cost
+from ..ir.errors import UsageError
+from ..ir.examples import example_inputs
+from ..ir.program import Program
+from ..passes.manager import check_order, dump_to, run_pipeline
+from .output import note, show_json, text
+from .progress import Written
+from .sources import read_context, read_program
+
+
+def optimize_checkpoint(
+    source: str,
+    output: str,
+    passes: str | None,
+    plan_file: str | None,
+    data: str | None,
+    amount: tuple[int, int, int],
+    work_dir: str | None,
+    verify_with: str,
+    print_after_all: bool,
+    dump_dir: str | None,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Optimise a checkpoint and write the program."""
+    if (passes is None) == (plan_file is None):
+        raise UsageError("give a pipeline with -p, or a plan with --plan")
+    if verify_with not in ("sites", "full", "off"):
+        raise UsageError(f"--verify is sites, full or off, not {verify_with!r}")
+    steps, plans = _steps(passes or (), plan_file)
+    program = read_program(source, trust)
+    check_order(program, steps)
+    context = read_context(program, data, amount, work_dir, as_json)
+    writer = dump_to(dump_dir) if dump_dir else None
+
+    def dump(index: int, name: str, current: Program) -> None:
+        if writer is not None:
+            writer(index, name, current)
+        if print_after_all:
+            text(f"# after pass {index}, {name}\n{current.text(weights=False, blocks=True)}\n")
+
+    whole = None
+    if verify_with == "full":
+        whole = context.bound(program, context.data[0]) if context.data else example_inputs(program)
+    result = run_pipeline(
+        program, steps, context, plans=plans, verify_with=verify_with, dump=dump, inputs=whole
+    )  # type: ignore[arg-type]
+    with Written(f"writing {output}") as written:
+        result.save(output, progress=written)
+    if as_json:
+        assert result.report is not None
+        show_json(
+            {
+                "output": output,
+                "report": result.report.as_dict(),
+                "cost": cost(result).as_dict(),
+                "operators": dict(result.operators),
+            }
+        )
+    else:
+        text(str(result.report))
+        note(f"written: {output}")

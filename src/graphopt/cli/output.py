@@ -1,0 +1,39 @@
+"""What commands print: tables for people on the terminal, JSON for programs, errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+screen = Console(stderr=False, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show_json(data: Any) -> None:
+    """Print plain data as JSON."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    screen.print(made)
+
+
+def text(message: str) -> None:
+    """Print text as it is."""
+    screen.print(message, markup=False)
+
+
+def note(message: str) -> None:
+    """Print a remark where it does not disturb results."""
+    errors.print(message, markup=False)

@@ -1,0 +1,88 @@
+"""``graphopt plan``: every site of a pipeline, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..api import plan_passes
+from ..ir.atomic import atomic_file
+from ..ir.errors import PassRefusedError, UsageError
+from ..passes.base import Pass
+from ..passes.plan import Plan, write_plans
+from .output import show_json, table, text
+from .sources import read_context, read_program
+
+
+def plan_checkpoint(
+    source: str,
+    passes: str,
+    output: str | None,
+    why: str | None,
+    data: str | None,
+    amount: tuple[int, int, int],
+    work_dir: str | None,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Plan a pipeline and show or write the plan."""
+    from ..passes.pipeline import parse_pipeline
+
+    parse_pipeline(passes)
+    program = read_program(source, trust)
+    context = read_context(program, data, amount, work_dir, as_json)
+    planned = plan_passes(program, passes, context)
+    steps = [(str(step), plan) for step, plan in planned]
+    if output is not None:
+        with atomic_file(Path(output)) as place:
+            place.write_text(
+                write_plans(steps, f"plan of {source}; edit sites, then graphopt optimize --plan"),
+                encoding="utf-8",
+            )
+    if as_json:
+        show_json([{"pass": name, **plan.as_dict()} for name, plan in steps])
+    elif why is not None:
+        _why(planned, why)
+    else:
+        for step, plan in planned:
+            rows = [
+                (s.block, "taken", ", ".join(f"{k}={v}" for k, v in s.choices.items())) for s in plan.sites
+            ]
+            rows += [
+                (r.block, "refused", r.reason + (f"  [{r.source}]" if r.source else "")) for r in plan.refused
+            ]
+            table(str(step), ("site", "", "why"), rows)
+            for remark in plan.notes:
+                text(f"  {remark}")
+    if any(not plan.sites and not step.allow_no_match for step, plan in planned):
+        raise PassRefusedError(
+            "; ".join(f"{step.name} matches nothing" for step, plan in planned if not plan.sites)
+        )
+
+
+def _why(planned: list[tuple[Pass, Plan]], name: str) -> None:
+    found = False
+    for step, plan in planned:
+        for site in plan.sites:
+            if site.block == name or name in map(str, site.choices.get("parts", ())):
+                found = True
+                text(
+                    f"{step.name} takes {site.block}: {', '.join(f'{k}={v}' for k, v in site.choices.items())}"
+                )
+        for refused in plan.refused:
+            if refused.block == name:
+                found = True
+                text(
+                    f"{step.name} leaves {name} alone: {refused.reason}"
+                    + (f"  [{refused.source}]" if refused.source else "")
+                )
+    if not found:
+        known = [s.block for _, plan in planned for s in plan.sites] + [
+            r.block for _, p in planned for r in p.refused
+        ]
+        import difflib
+
+        near = difflib.get_close_matches(name, known, n=3)
+        raise UsageError(
+            f"no pass of this pipeline looks at {name!r}",
+            hint=f"it looks at {', '.join(near or known[:6]) or 'nothing'}",
+        )
