@@ -16,7 +16,7 @@ from ..ir.program import Program
 from .onnx_check import check_file
 from .onnx_compare import compare_with_runtime, comparison_cases
 from .onnx_graph import build_graph
-from .onnx_sizes import static_sizes, uses_bfloat16, with_sizes
+from .onnx_sizes import fixed_sizes, uses_bfloat16, with_sizes
 
 OPSETS = (20, 21, 23)
 EXTERNAL_FROM = 1_900_000_000
@@ -89,13 +89,12 @@ def lower_onnx(
     place = Path(path).absolute()
     if not place.parent.is_dir():
         raise LoweringError(f"the folder {place.parent} does not exist")
-    fixed = dict(sizes or {})
+    if place.is_dir():
+        raise LoweringError(f"{place} is a folder", hint="name the file, for example model.onnx")
     dynamic = (sizes is None) if dynamic is None else dynamic
+    fixed = fixed_sizes(program, sizes or {}, everything=not dynamic)
     widen = float32 and uses_bfloat16(program)
-    # names are checked before a size not given takes its value
-    lowered = with_sizes(
-        program, fixed if dynamic else {**fixed, **static_sizes(program, fixed)}, float32=widen
-    )
+    lowered = with_sizes(program, fixed, float32=widen)
     graph = build_graph(lowered, opset)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     apart = total >= EXTERNAL_FROM if external_data == "auto" else bool(external_data)
@@ -105,7 +104,8 @@ def lower_onnx(
         nodes = check_file(draft, opset)
         errors: dict[str, float] = {}
         if compare:
-            reference = with_sizes(program, {}, float32=True) if widen else program
+            # a copy, so that the weights it loads to run leave with it
+            reference = with_sizes(program, {}, float32=True) if widen else program.copy()
             cases = list(comparison_cases(reference, fixed, dynamic))
             errors = compare_with_runtime(draft, reference, cases, tolerance)
         files = _put_in_place(Path(folder), place)

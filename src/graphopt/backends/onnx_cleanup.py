@@ -13,42 +13,58 @@ _FOLDED_VALUES = 1 << 24
 
 
 def attach_weights(model: Any, weights: dict[str, Weight]) -> None:
-    """Give the graph its weights: small ones at once, others read each time they are asked for."""
-    from onnx_ir import tensor_adapters
+    """Give the graph its weights: small ones at once, others read each time they are asked for.
 
+    A weight that is only read transposed is stored as its transpose, under its name.
+    """
     for name, value in model.graph.initializers.items():
         weight = weights.get(name)
         if weight is None:
             raise LoweringError(f"the exporter made a weight {name!r} that the program does not have")
-        if weight.bytes <= EAGER_BYTES:
-            value.const_value = tensor_adapters.TorchTensor(weight.source.load().contiguous(), name=name)
-        else:
-            value.const_value = _late(weight.source, name)
+        order = _transposed_order(value)
+        value.const_value = _tensor(weight, name, order)
+        if order is not None:
+            value.shape = value.const_value.shape
+            for use in list(value.uses()):
+                use.node.outputs[0].replace_all_uses_with(value)
+                model.graph.remove(use.node, safe=True)
 
 
-def _late(source: TensorSource, name: str, permutation: list[int] | None = None) -> Any:
-    """Return a tensor that is read from ``source``, and permuted, each time it is asked for."""
+def _transposed_order(value: Any) -> list[int] | None:
+    """Return the one permutation that all readers of a weight apply to it, or None."""
+    orders = set()
+    for use in value.uses():
+        node = use.node
+        if node.op_type != "Transpose" or "perm" not in node.attributes or node.outputs[0].is_graph_output():
+            return None
+        orders.add(tuple(node.attributes["perm"].as_ints()))
+    return list(orders.pop()) if len(orders) == 1 else None
+
+
+def _tensor(weight: Weight, name: str, order: list[int] | None) -> Any:
+    """Return a weight as a tensor of the graph, permuted."""
     import onnx_ir
     from onnx_ir import tensor_adapters
 
+    source: TensorSource = weight.source
+
     def read() -> Any:
         tensor = source.load()
-        if permutation is not None:
-            tensor = tensor.permute(permutation)
+        if order is not None:
+            tensor = tensor.permute(order)
         return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
 
-    shape = list(source.shape)
-    if permutation is not None:
-        shape = [shape[i] for i in permutation]
-    late = onnx_ir.LazyTensor(
-        read, dtype=tensor_adapters.from_torch_dtype(source.dtype), shape=onnx_ir.Shape(shape), name=name
-    )
-    late.meta["source"] = source
-    return late
+    if weight.bytes <= EAGER_BYTES:
+        return read()
+    shape = [source.shape[i] for i in order] if order is not None else list(source.shape)
+    kind = tensor_adapters.from_torch_dtype(source.dtype)
+    return onnx_ir.LazyTensor(read, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
 
 
 def _is_late(value: Any) -> bool:
-    return value is not None and value.const_value is not None and "source" in value.const_value.meta
+    import onnx_ir
+
+    return value is not None and isinstance(value.const_value, onnx_ir.LazyTensor)
 
 
 def simplify(model: Any) -> None:
@@ -56,7 +72,6 @@ def simplify(model: Any) -> None:
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    _transpose_weights(model)
     common.RemoveUnusedNodesPass()(model)
     optimizer.fold_constants(
         model,
@@ -79,6 +94,11 @@ def simplify(model: Any) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         step(model)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def _fold_batch_norms(model: Any) -> None:
@@ -91,20 +111,3 @@ def _fold_batch_norms(model: Any) -> None:
         common.fuse_batchnorm_into_gemm_rule,
     ]
     rewriter.rewrite(model, pattern_rewrite_rules=rules)
-
-
-def _transpose_weights(model: Any) -> None:
-    """Store a weight that is only read transposed as its transpose."""
-    for value in list(model.graph.initializers.values()):
-        readers = [use.node for use in value.uses()]
-        if not _is_late(value) or any(node.op_type != "Transpose" for node in readers):
-            continue
-        orders = {tuple(node.attributes["perm"].as_ints()) for node in readers if "perm" in node.attributes}
-        if len(orders) != 1 or len(readers) == 0:
-            continue
-        order = list(next(iter(orders)))
-        value.const_value = _late(value.const_value.meta["source"], value.name, order)
-        value.shape = value.const_value.shape
-        for node in readers:
-            node.outputs[0].replace_all_uses_with(value)
-            model.graph.remove(node, safe=True)

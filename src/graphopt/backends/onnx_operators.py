@@ -176,13 +176,22 @@ class Dialect(Experts):
             q, k, key_mask, segments, causal=causal and not own_causal, window=window, dtype=q.dtype
         )
         if bias is not None:
-            bias = self.cast(bias, q.dtype)
+            bias = self._four_dimensions(self.cast(bias, q.dtype))
             mask = bias if mask is None else self.op.Add(bias, mask)
         if fused:
             if mask is not None and not (causal or window is not None or segments is not None):
                 mask = self.masks.for_every_query(mask, q)
             return self.fused.Attention(q, k, v, mask, scale=scale, is_causal=int(own_causal))[0]
         return self._plain_attention(q, k, v, mask, sinks, scale, softcap)
+
+    def _four_dimensions(self, bias: Any) -> Any:
+        # a mask of fewer dimensions means something else in Attention than broadcasting
+        missing = 4 - len(bias.shape)
+        if missing == 0:
+            return bias
+        result = self.op.Unsqueeze(bias, self.integers(*range(missing)))
+        result.dtype, result.shape = bias.dtype, self.ir.Shape([1] * missing + list(bias.shape))
+        return result
 
     def _plain_attention(
         self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: float, softcap: float | None

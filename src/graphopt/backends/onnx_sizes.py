@@ -30,6 +30,20 @@ def static_sizes(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
     return values
 
 
+def fixed_sizes(program: Program, sizes: Mapping[str, int], *, everything: bool) -> dict[str, int]:
+    """Return the sizes that become numbers: those given, their namesakes, and with ``everything`` the rest.
+
+    Raises:
+        LoweringError: a size that the program does not have.
+    """
+    unknown = [name for name in sizes if name not in program.signature.sizes]
+    if unknown:
+        known = ", ".join(program.signature.sizes) or "none"
+        raise LoweringError(f"the program has no size {unknown[0]!r}", hint=f"its sizes: {known}")
+    values = static_sizes(program, sizes)
+    return {n: v for n, v in values.items() if everything or n in sizes or namesake(n) in sizes}
+
+
 def namesake(name: str) -> str:
     """Return the name of a size without the number that tells it from others: ``batch`` of ``batch_2``."""
     stem, _, number = name.rpartition("_")
@@ -47,7 +61,7 @@ def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = Fa
         float32: widen bfloat16 to float32, weights included.
 
     Raises:
-        LoweringError: an unknown size, a value out of its range, or one that an operator does not accept.
+        LoweringError: a value out of its size's range, or one that an operator does not accept.
     """
     _check(program, sizes)
     other = program.copy()
@@ -76,10 +90,7 @@ def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = Fa
 
 def _check(program: Program, sizes: Mapping[str, int]) -> None:
     for name, value in sizes.items():
-        limits = program.signature.sizes.get(name)
-        if limits is None:
-            known = ", ".join(program.signature.sizes) or "none"
-            raise LoweringError(f"the program has no size {name!r}", hint=f"its sizes: {known}")
+        limits = program.signature.sizes[name]
         if value < limits.low or (limits.high is not None and value > limits.high):
             upper = "" if limits.high is None else f" to {limits.high}"
             raise LoweringError(

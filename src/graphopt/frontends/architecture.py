@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError, CheckpointError
 
@@ -69,9 +70,19 @@ def model_class(config: Any) -> Any:
     raise CheckpointError(f"transformers has no model for {type(config).__name__}")
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Give tensors made by ``torch.empty`` no memory: they are parameters, waiting for values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Give parameters no memory as they are registered; buffers keep their values."""
+    """Give parameters no memory as they are made and registered; buffers keep their values."""
     register = nn.Module.register_parameter
 
     def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -82,7 +93,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -121,6 +133,9 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
     except Exception as error:
         raise CaptureError(f"transformers cannot build {cls.__name__} from this configuration: {error}") from error
     _keep_wide(model, dtype)
+    unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if unmade:
+        raise CaptureError(f"{cls.__name__} makes its buffer {unmade[0]} in a way that needs values of its weights")
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +19,19 @@ from .compare import compare_outputs, require_equal, tolerance_of
 from .example_inputs import example_inputs
 
 
-def compare_with_checkpoint(program: Program, config: Any, files: CheckpointFiles, dtype: torch.dtype) -> None:
+def compare_with_checkpoint(
+    program: Program, config: Any, files: CheckpointFiles, dtype: torch.dtype, small: Callable[[Program], None]
+) -> None:
     """Load the model with its own library and compare it with the program.
 
-    A checkpoint that would take more than a quarter of the free memory is not loaded: its architecture is
-    compared with one layer of each kind, by :func:`compare_small`.
+    A checkpoint that would take more than a quarter of the free memory is not loaded: ``small`` compares its
+    architecture with one layer of each kind.
 
     Raises:
         CaptureError: they differ by more than rounding explains.
     """
     if files.bytes > memory_available() // 4:
-        from .compare_small import compare_small
-
-        compare_small(program, config, dtype)
+        small(program)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .bind_weights import bind
 from .checkpoint_files import CheckpointFiles, read_folder
 from .checkpoint_names import Mapped, map_names
 from .compare_checkpoint import compare_with_checkpoint
+from .compare_small import compare_small
 from .example_inputs import causal, example_inputs, size_names
 from .lift import lift
 from .torch_module import export
@@ -145,7 +147,9 @@ def _climb(
         try:
             program = _capture(config, dtype, inputs, dynamic, files, attention)
             if compare and files is not None:
-                compare_with_checkpoint(program, config, files, dtype)
+                again = partial(_capture, dtype=dtype, inputs=None, dynamic=dynamic, files=None, attention=attention)
+                small = partial(compare_small, config=config, dtype=dtype, capture=again)
+                compare_with_checkpoint(program, config, files, dtype, small)
         except CheckpointError:
             raise
         except GraphoptError as error:

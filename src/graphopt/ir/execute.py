@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +20,22 @@ Hook = Callable[[fx.Node, Any], Any]
 
 
 def memory_available() -> int:
-    """Bytes of memory that can be had without swapping; a guess where the system does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return 4 << 30
-    return 4 << 30
+    """Bytes of memory that can be had without swapping or passing a limit; a guess where nothing says."""
+    available, used = 4 << 30, 0
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if limit != resource.RLIM_INFINITY:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmData:"):
+                    used = int(line.split()[1]) * 1024
+            available = min(available, max(limit - used, 0))
+    return available
 
 
 def run(program: Program, inputs: Mapping[str, torch.Tensor], *, streamed: bool | None = None) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 
 from .compat import FakeTensorMode
 from .errors import VerificationError
+from .schema import operator_name
 
 _DIALECT_SHAPES: dict[str, Callable[..., torch.Tensor]] = {
     "graphopt::attention": lambda q, k, v, *rest, **options: q.new_empty((*q.shape[:-1], v.shape[-1])),
@@ -32,6 +34,46 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
         VerificationError: the operator does not accept arguments of these shapes or types.
     """
     fake_args, fake_kwargs = value_of(args), value_of(kwargs)
+    known = _KNOWN.setdefault(mode, {})
+    key = _key((target, fake_args, fake_kwargs))
+    if key is not None and key in known:
+        return known[key]
+    result = _infer(mode, target, fake_args, fake_kwargs)
+    if key is not None:
+        known[key] = result
+    return result
+
+
+# the layers of a model repeat the same calls on the same shapes; values are never written to
+_KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def _key(value: Any) -> Any:
+    """Return what a call's value depends on, or None where that is more than types and sizes."""
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, *(_size_key(size) for size in value.shape))
+    if isinstance(value, (list, tuple)):
+        parts = tuple(_key(item) for item in value)
+        return None if None in parts else parts
+    if isinstance(value, dict):
+        return _key(sorted(value.items()))
+    if isinstance(value, torch.SymInt):
+        return ("size", value.node.expr)
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return None
+    if operator_name(value) in _STRIDED:
+        return None
+    return ("none",) if value is None else (type(value), value)
+
+
+_STRIDED = ("aten.as_strided", "aten.new_empty_strided")
+
+
+def _size_key(size: int | torch.SymInt) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _infer(mode: FakeTensorMode, target: Any, fake_args: Any, fake_kwargs: dict[str, Any]) -> Any:
     rule = _DIALECT_SHAPES.get(getattr(target, "name", lambda: "")()) if hasattr(target, "_schema") else None
     try:
         with mode, torch.no_grad():

@@ -65,7 +65,7 @@ class Region:
             place[node] = index
             value = node.meta.get("val")
             if node.op == "placeholder":
-                shape = tuple(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else str(value)
+                shape = tuple(str(program.size_text(s)) for s in value.shape) if isinstance(value, torch.Tensor) else str(value)
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
                 frozen = _frozen(fx.map_arg((node.args, node.kwargs), lambda n: _Place(place[n])))

@@ -76,7 +76,7 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
         if end - start != numel(shape) * DTYPES[dtype].itemsize:
             raise wrong(f"{name!r} has shape {shape} and {end - start} bytes")
         spans.append((start, end, name))
-        found[name] = SafetensorsEntry(path, name, tuple(shape), DTYPES[dtype])
+        found[name] = SafetensorsEntry(path, name, tuple(shape), DTYPES[dtype], 8 + length + start)
     spans.sort()
     place = 0
     for start, end, name in spans:

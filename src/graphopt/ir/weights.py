@@ -47,26 +47,33 @@ class InMemory:
 
 @dataclass(frozen=True)
 class SafetensorsEntry:
-    """One tensor of a safetensors file, read when asked for."""
+    """One tensor of a safetensors file, read when asked for.
+
+    Read, not mapped: a mapping counts as memory of the process for as long as any tensor of the file lives.
+    ``start`` is the place of its first byte in the file.
+    """
 
     path: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
 
     def load(self) -> torch.Tensor:
-        from safetensors import SafetensorError, safe_open
-
+        size = numel(self.shape) * self.dtype.itemsize
+        raw = torch.empty(size, dtype=torch.uint8)
         try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor = file.get_tensor(self.key)
-        except (OSError, SafetensorError) as error:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                read = file.readinto(memoryview(raw.numpy())) if size else 0
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
+        if read != size:
             raise CheckpointError(
-                f"cannot read tensor {self.key!r} from {self.path}: {error}",
-                hint="the file was moved or changed since it was opened; restore it, or load the checkpoint again",
-            ) from error
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+                f"{self.path} ends within tensor {self.key!r}",
+                hint="the file changed since it was opened; restore it, or load the checkpoint again",
+            )
+        return raw.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)

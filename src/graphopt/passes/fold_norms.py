@@ -71,7 +71,7 @@ class FoldNorms(Pass):
             return "its weight depends on the input"
         if is_operator(node, "aten.layer_norm") and len(found["normalized_shape"]) != 1:
             return "it normalises over several dimensions"
-        readers = matrix_readers(program, node)
+        readers = matrix_readers(program, node, constant)
         if isinstance(readers, str):
             return readers
         if bias is not None and any(is_operator(r.node, "graphopt.routed_ffn") for r in readers):
@@ -85,18 +85,19 @@ class FoldNorms(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Multiply matrices by the norms' weights."""
         nodes = {node.name: node for node in program.graph.nodes}
+        constant = set(depends_on_weights_alone(program))
         for site in plan.sites:
             node = nodes[site.block]
             if is_operator(node, "aten.batch_norm"):
                 fold_batch_norm(program, node, site, nodes)
             else:
-                _fold_affine(program, node)
+                _fold_affine(program, node, constant)
 
 
-def _fold_affine(program: Program, node: fx.Node) -> None:
+def _fold_affine(program: Program, node: fx.Node, constant: set[fx.Node]) -> None:
     found = arguments(node)
     weight, bias = found["weight"], found.get("bias")
-    readers = matrix_readers(program, node)
+    readers = matrix_readers(program, node, constant)
     assert not isinstance(readers, str)
     x = node.args[0]
     with program.edit.before(node):

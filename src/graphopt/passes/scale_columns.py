@@ -29,9 +29,15 @@ class Reader:
     path: list[fx.Node]
 
 
-def matrix_readers(program: Program, value: fx.Node) -> list[Reader] | str:
-    """Return all readers of a value if each multiplies it with a matrix, else why not."""
-    constant = depends_on_weights_alone(program)
+def matrix_readers(program: Program, value: fx.Node, constant: set[fx.Node] | None = None) -> list[Reader] | str:
+    """Return all readers of a value if each multiplies it with a matrix, else why not.
+
+    Args:
+        program: the program.
+        value: what is read.
+        constant: nodes that depend on weights alone, if known; finding them takes a walk over the graph.
+    """
+    constant = depends_on_weights_alone(program) if constant is None else constant
     size = value.meta["val"].shape[-1]
     readers: list[Reader] = []
     work: list[tuple[fx.Node, list[fx.Node]]] = [(value, [])]
@@ -139,6 +145,8 @@ def _update_checkpoint(program: Program, matrix: fx.Node, scale: fx.Node, axis: 
 
 def _later(first: Any, second: Any) -> fx.Node:
     """Return whichever of two nodes comes later in the graph."""
+    if first.op == "placeholder":
+        return second  # type: ignore[no-any-return]
     node = first
     while node.op != "root":
         if node is second:
