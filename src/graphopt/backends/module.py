@@ -25,6 +25,17 @@ class _Block:
     gives: list[fx.Node] = field(default_factory=list)
 
 
+class _Calling:
+    """How a program is called; shared by copies of a module, as it never changes."""
+
+    def __init__(self, program: Program):
+        self.signature = program.signature
+        self.bind = program.bind
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Calling:
+        return self
+
+
 class ProgramModule(nn.Module):
     """A program that trains: call it as the model was called.
 
@@ -34,8 +45,7 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program):
         super().__init__()
-        self.__dict__["_signature"] = program.signature
-        self.__dict__["_bind"] = program.bind
+        self.__dict__["_calling"] = _Calling(program)
         self.__dict__["_block_paths"] = []
 
     def blocks(self) -> list[nn.Module]:
@@ -44,9 +54,9 @@ class ProgramModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the model's inputs; those that may be left out are filled."""
-        inputs = self.__dict__["_bind"](args, kwargs)
-        values = self._run(**inputs)
-        signature = self.__dict__["_signature"]
+        calling = self.__dict__["_calling"]
+        values = self._run(**calling.bind(args, kwargs))
+        signature = calling.signature
         return signature.unflatten(dict(zip(signature.output_names, values, strict=True)))
 
     def _run(self, **inputs: torch.Tensor) -> Any:
@@ -139,10 +149,9 @@ def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
         owners[path] = tuple(weights)
         taken |= inside
         block = _Block(path, sorted(inside, key=lambda n: order[n]))
-        block.reads = sorted(
-            {n for node in inside for n in node.all_input_nodes if n not in inside and n not in names},
-            key=lambda n: order[n],
-        )
+        # in the order of use, which is the same in equal layers wherever their inputs come from
+        used = (n for node in block.nodes for n in node.all_input_nodes)
+        block.reads = list(dict.fromkeys(n for n in used if n not in inside and n not in names))
         block.gives = [n for n in block.nodes if any(u not in inside for u in n.users)]
         blocks.append(block)
     return blocks

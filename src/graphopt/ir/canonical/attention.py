@@ -96,6 +96,8 @@ def _fused(program: Program, node: fx.Node, cache: dict[fx.Node, Any]) -> str:
         return "dropout inside attention"
     scale = found["scale"]
     scale = 1.0 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else float(scale)
+    if found["is_causal"] and not same_size(q.meta["val"].shape[-2], k.meta["val"].shape[-2]):
+        return "causal from the first key on, with other numbers of queries and keys"
     scores = Scores(q, k, scale, [], None, bool(found["is_causal"]))
     mask = found["attn_mask"]
     if mask is not None:
@@ -108,8 +110,12 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
     if argument(softmax, "dim") not in (-1, rank - 1) or rank not in (3, 4):
         return ""
     weights: fx.Node = softmax
-    while len(weights.users) == 1 and is_operator(next(iter(weights.users)), "aten.to", "aten.reshape", "aten.slice"):
-        weights = next(iter(weights.users))
+    while len(weights.users) == 1:
+        user = next(iter(weights.users))
+        along_keys = is_operator(user, "aten.slice") and argument(user, "dim") in (-1, user.meta["val"].dim() - 1)
+        if not along_keys and not is_operator(user, "aten.to", "aten.reshape"):
+            break
+        weights = user
     products = [u for u in weights.users if is_operator(u, "aten.matmul", "aten.bmm") and u.args[0] is weights]
     if len(weights.users) != 1 or not products:
         return ""
@@ -144,7 +150,7 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
         if meaning is not None and (not seen_meaning or meaning.key_mask is None or key_mask is None):
             seen_meaning = True
             causal = causal or meaning.causal
-            window = meaning.window if meaning.window is not None else window
+            window = min((w for w in (window, meaning.window) if w is not None), default=None)
             key_mask = meaning.key_mask or key_mask
             biases.extend((bias, factor) for bias in rest)
         else:
@@ -177,8 +183,11 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
         elif node.meta["val"].dim() == 3:
             new = program.edit.call(aten.reshape.default, new, program.size_nodes(list(node.meta["val"].shape)))
     if not same_value(node.meta["val"], new.meta["val"]):
-        wanted = node.meta["val"]
-        if new.meta["val"].dtype != wanted.dtype or len(new.meta["val"].shape) != len(wanted.shape):
+        wanted, made = node.meta["val"], new.meta["val"]
+        if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape) or any(
+            (isinstance(a, int) or isinstance(b, int)) and not same_size(a, b)
+            for a, b in zip(made.shape, wanted.shape, strict=True)
+        ):
             program.edit.erase_dead([new])
             return "the raised operator has another type or shape"
     program.edit.replace(node, new, record=False, same=False)

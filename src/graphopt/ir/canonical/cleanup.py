@@ -24,7 +24,7 @@ _SAME = {
     "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.lift", "aten.contiguous",
     "aten.clone", "aten.positive", "aten.resolve_conj", "aten.resolve_neg",
 }  # fmt: skip
-_DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
 _CASTS = {"aten.to", "aten.type_as", "aten._to_copy"}
 _VIEWS = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as"}
 _TRANSPOSES = {
@@ -59,6 +59,13 @@ def clean(program: Program) -> None:
         if not node._erased:
             normalise(node)
     drop_dead(program)
+
+
+def respell_transposes(program: Program) -> None:
+    """Spell every transposition as a permutation, the one whose inverse is known."""
+    for node in list(program.graph.nodes):
+        if not node._erased and operator_name(node.target) in _TRANSPOSES and node.op == "call_function":
+            _permute(program, node)
 
 
 def drop_dead(program: Program) -> None:
@@ -134,6 +141,7 @@ def _view(program: Program, node: fx.Node) -> None:
     if _same(program, node, source):
         return
     if isinstance(shape, fx.Node):
+        _flatten(program, node)
         return
     _swap(program, node, torch.ops.aten.reshape.default, source, shape)
 
@@ -236,9 +244,23 @@ def _index(program: Program, node: fx.Node) -> None:
     if places.dim() != 1 or places.dtype.is_floating_point or places.dtype is torch.bool or not isinstance(size, int):
         return
     listed = [int(i) % size for i in places]
+    if not listed:
+        return
     step = listed[1] - listed[0] if len(listed) > 1 else 1
     if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
         _swap(program, node, torch.ops.aten.slice.Tensor, source, dim, listed[0], listed[-1] + 1, step)
+
+
+def _extreme(program: Program, node: fx.Node) -> None:
+    """``max`` of two values is ``maximum``."""
+    if node.target in _EXTREMES:
+        _swap(program, node, _EXTREMES[node.target], *node.args)
+
+
+_EXTREMES: dict[Any, Any] = {
+    torch.ops.aten.max.other: torch.ops.aten.maximum.default,
+    torch.ops.aten.min.other: torch.ops.aten.minimum.default,
+}
 
 
 def _neutral(value: float) -> Callable[[Program, fx.Node], None]:
@@ -289,7 +311,7 @@ def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
 
 _RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     **dict.fromkeys(_SAME, _drop),
-    **dict.fromkeys(_DROPOUTS, _dropout),
+    **dict.fromkeys(DROPOUTS, _dropout),
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_TRANSPOSES, _permute),
@@ -301,6 +323,8 @@ _RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     "aten.expand_as": _expand,
     "aten.slice": _slice,
     "aten.index": _index,
+    "aten.max": _extreme,
+    "aten.min": _extreme,
     "aten.mul": _neutral(1),
     "aten.div": _neutral(1),
     "aten.add": _neutral(0),

@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
-from ..infer import infer
+from ..infer import infer, value_of
 from ..schema import arguments, is_mutable, operator_name
-from .scatter import VIEW_OPERATORS, put_back
+from .cleanup import DROPOUTS, respell_transposes
+from .scatter import put_back
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -23,8 +24,9 @@ aten = torch.ops.aten
 
 @dataclass
 class _Storage:
-    """One piece of memory: its present value and how often it was written."""
+    """One piece of memory: who made it, its present value and how often it was written."""
 
+    origin: fx.Node
     value: fx.Node
     version: int = 0
     written: tuple[list[fx.Node], fx.Node] | None = None
@@ -53,7 +55,7 @@ def functionalise(program: Program) -> None:
 
     def view_of(node: fx.Node) -> _View:
         if node not in views:
-            views[node] = _View(_Storage(node), [], 0)
+            views[node] = _View(_Storage(node, node), [], 0)
         return views[node]
 
     def current(node: fx.Node) -> fx.Node:
@@ -70,12 +72,13 @@ def functionalise(program: Program) -> None:
         return value
 
     _split_into_slices(program)
+    respell_transposes(program)
     for node in list(graph.nodes):
         if node.op == "placeholder":
             continue
         if node.op == "output" or not is_mutable(node.target):
             # what a view reads is tracked by the storage, not by the value it happens to have now
-            _track_view(node, views, view_of)
+            _track_view(program, node, views, view_of)
             with graph.inserting_before(node):
                 node.args = fx.map_arg(node.args, current)
                 node.kwargs = fx.map_arg(node.kwargs, current)
@@ -84,13 +87,37 @@ def functionalise(program: Program) -> None:
     program.changed()
 
 
-def _track_view(node: fx.Node, views: dict[fx.Node, _View], view_of: Callable[[fx.Node], _View]) -> None:
-    if node.op != "call_function":
-        return
-    name = operator_name(node.target)
-    if name in VIEW_OPERATORS and isinstance(node.args[0], fx.Node):
+def _track_view(
+    program: Program, node: fx.Node, views: dict[fx.Node, _View], view_of: Callable[[fx.Node], _View]
+) -> None:
+    if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _aliases(program, node):
         base = view_of(node.args[0])
         views[node] = _View(base.storage, [*base.chain, node], base.storage.version)
+
+
+def _aliases(program: Program, node: fx.Node) -> bool:
+    """Tell whether a result is memory of the first operand; a reshape or a cast is only sometimes."""
+    source: Any = node.args[0]
+    if node.target is operator.getitem:
+        return isinstance(source.meta.get("val"), (list, tuple)) and _aliases(program, source)
+    name = operator_name(node.target)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or name in _FRESH:
+        return False
+    if name not in DROPOUTS and name != "aten.type_as" and not any(r.alias_info for r in schema.returns):
+        return False
+    # tried on the tensors of the trace, whose strides are those of the model
+    args, kwargs = value_of(node.args), value_of(node.kwargs)
+    with program.mode, torch.no_grad():
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    first = result[0] if isinstance(result, (list, tuple)) and result else result
+    if not isinstance(first, torch.Tensor) or not isinstance(args[0], torch.Tensor):
+        return False
+    return bool(first.untyped_storage()._cdata == args[0].untyped_storage()._cdata)
+
+
+# a constant of the model is a new tensor each time
+_FRESH = ("aten.lift_fresh", "aten.lift")
 
 
 def _split_into_slices(program: Program) -> None:
@@ -141,9 +168,14 @@ def _write(
             node=node.name,
             source=program.source_line(node),
         )
-    if written.op == "placeholder":
+    if name == "aten.detach_":
+        node.replace_all_uses_with(written)
+        program.graph.erase_node(node)
+        return
+    origin = view_of(written).storage.origin
+    if origin.op == "placeholder":
         raise CaptureError(
-            f"{name} writes to {'a weight' if written.name in program.weights else 'an input'} in place",
+            f"{name} writes to {'a weight' if origin.name in program.weights else 'an input'} in place",
             node=node.name,
             source=program.source_line(node),
             hint="capture in evaluation mode, or compute on a copy",
@@ -170,7 +202,7 @@ def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx
     destination = args[0]
     if name == "copy_":
         return _copied(program, destination, args[1])
-    if name in ("zero_", "fill_"):
+    if name == "zero_" or (name == "fill_" and not isinstance(args[1], fx.Node)):
         filler = 0 if name == "zero_" else args[1]
         return _made(program, aten.full_like.default, (destination, filler), {})
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..examples import rows_of
 from ..execute import interpret, needed_for
 from ..operators.attention import visible
 
@@ -58,7 +59,10 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
         return None
     inputs = {str(n.meta["input"]): n for n in sources if n.name not in program.weights}
     paddings = [None, *(name for name, n in inputs.items() if _is_padding(n))]
-    windows = _candidate_windows(mask)
+    windows = _candidate_windows(program, mask)
+    if windows and max(windows) + 3 > _LONGEST:
+        # whether so long a window is there takes an input longer than it to say
+        return None
     evaluated: dict[str | None, list[tuple[_Case, torch.Tensor]]] = {}
     for key_mask in reversed(paddings):
         cases = evaluated[key_mask] = _evaluate(program, mask, inputs, key_mask, 9)
@@ -67,13 +71,13 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
         for causal, window in itertools.product((True, False), [None, *windows]):
             meaning = MaskMeaning(causal, window, key_mask)
             if all(_agrees(meaning, case, value) for case, value in cases):
-                if window is not None or not windows:
+                if not windows:
                     return meaning
                 # a short input cannot tell a long window from none
-                longer = min(max(windows) + 3, _LONGEST)
+                longer = max(windows) + 3
                 if all(_agrees(meaning, c, v) for c, v in _evaluate(program, mask, inputs, key_mask, longer)):
                     return meaning
-    for key_mask, longer in itertools.product(reversed(paddings), sorted({min(w + 3, _LONGEST) for w in windows})):
+    for key_mask, longer in itertools.product(reversed(paddings), sorted({w + 3 for w in windows})):
         cases = _evaluate(program, mask, inputs, key_mask, longer)
         for causal, window in itertools.product((True, False), windows):
             meaning = MaskMeaning(causal, window, key_mask)
@@ -87,13 +91,16 @@ def _is_padding(node: fx.Node) -> bool:
     return value.dim() == 2 and not value.dtype.is_floating_point
 
 
-def _candidate_windows(mask: fx.Node) -> list[int]:
-    """Integers among the mask's own arguments, and their neighbours, may be windows."""
+def _candidate_windows(program: Program, mask: fx.Node) -> list[int]:
+    """Numbers among the mask's own arguments, and their neighbours, may be windows."""
     found: set[int] = set()
     for node in needed_for([mask], {}):
-        for argument in itertools.chain(node.args, node.kwargs.values()):
-            if isinstance(argument, int) and not isinstance(argument, bool) and 1 < abs(argument) < 2**20:
-                found.update((abs(argument) - 1, abs(argument), abs(argument) + 1))
+        numbers: list[Any] = [*node.args, *node.kwargs.values()]
+        if node.name in program.weights and not node.meta["val"].dim():
+            numbers.append(program.weights[node.name].source.load().item())
+        for number in numbers:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and 1 < abs(number) < 2**20:
+                found.update((int(abs(number)) - 1, int(abs(number)), int(abs(number)) + 1))
     return sorted(w for w in found if w > 0)
 
 
@@ -136,13 +143,15 @@ def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, l
                     assert padding is not None
                     if fixed and list(shape) != [batch, span]:
                         return _fixed_cases(program, inputs, key_mask)
-                    values[name] = padding.to(spec.dtype)
+                    # numbers of tokens are not only zeros and ones
+                    drawn = torch.randint(1, rows_of(program, node), padding.shape, generator=generator)
+                    values[name] = (padding * drawn).to(spec.dtype)
                 elif spec.fill is not None and spec.fill.rule.startswith("positions") or "position" in name:
                     values[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
                 elif spec.dtype.is_floating_point:
-                    values[name] = torch.zeros(shape, dtype=spec.dtype)
+                    values[name] = torch.randn(shape, generator=generator).to(spec.dtype)
                 else:
-                    values[name] = torch.ones(shape, dtype=spec.dtype)
+                    values[name] = torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
             if inputs and not dynamic and shape is not None and len(shape) >= 2:
                 cases.append(_Case(values, None if padding is None else padding[:, : shape[1]], shape[0], shape[1]))
             else:
@@ -189,14 +198,15 @@ def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
     while seen.dim() < 4:
         seen = seen.unsqueeze(0)
     try:
-        seen, expected = torch.broadcast_tensors(seen, expected)
+        seen, expected, _ = torch.broadcast_tensors(seen, expected, torch.ones(queries, keys))
     except RuntimeError:
         return False
+    same = (seen == expected).all(-1)
     if case.padding is not None and queries == case.padding.shape[1] and seen.shape[0] == case.padding.shape[0]:
-        # what a padded position sees never reaches a valid one
-        rows = case.padding[:, None, :, None].expand_as(seen)
-        return bool((seen == expected)[rows].all())
-    return bool((seen == expected).all())
+        # models let a padded position see nothing, or all; what it sees never reaches a valid one
+        idle = ~case.padding[:, None, :] & (seen.all(-1) | ~seen.any(-1))
+        same = same | idle
+    return bool(same.all())
 
 
 def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, list[Any]]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
-from ..infer import infer
+from ..infer import infer, same_value
 from ..schema import arguments, operator_name
 
 if TYPE_CHECKING:
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-VIEW_OPERATORS = frozenset(
-    {
-        "aten.slice", "aten.select", "aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.t",
-        "aten.unsqueeze", "aten.squeeze", "aten.alias", "aten.detach", "aten.narrow", "aten.diagonal",
-        "aten.expand", "aten.lift_fresh",
-    }
+_RESHAPES = (
+    "aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as", "aten.flatten",
+    "aten.unflatten", "aten.unsqueeze", "aten.squeeze",
+)  # fmt: skip
+# the same values in the same order, unless the shape says otherwise
+_PLAIN = (
+    "aten.alias", "aten.detach", "aten.contiguous", "aten.to", "aten.type_as", "aten.dropout", "aten.expand",
+    "aten.expand_as", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
 )  # fmt: skip
 
 
@@ -62,20 +64,12 @@ def _inverse(program: Program, step: fx.Node, source: fx.Node, value: fx.Node) -
     if name == "aten.diagonal":
         span = (source, value, found["offset"], found["dim1"], found["dim2"])
         return _call(program, aten.diagonal_scatter.default, span)
-    if name in ("aten.view", "aten.reshape"):
+    if name in _RESHAPES and step.target is not aten.view.dtype:
         return _call(program, aten.view_as.default, (value, source))
-    if name == "aten.transpose":
-        return _call(program, aten.transpose.int, (value, found["dim0"], found["dim1"]))
-    if name == "aten.t":
-        return _call(program, aten.t.default, (value,))
     if name == "aten.permute":
         order = [int(d) % before.dim() for d in found["dims"]]
         return _call(program, aten.permute.default, (value, [order.index(d) for d in range(len(order))]))
-    if name == "aten.unsqueeze":
-        return _call(program, aten.squeeze.dim, (value, found["dim"]))
-    if name == "aten.squeeze" and "dim" in found and isinstance(found["dim"], int):
-        return _call(program, aten.unsqueeze.default, (value, found["dim"]))
-    if name in ("aten.alias", "aten.detach", "aten.lift_fresh"):
+    if name in _PLAIN and same_value(before, step.meta["val"]):
         return value
     raise CaptureError(
         f"a write through a view made by {name} has no functional form here",

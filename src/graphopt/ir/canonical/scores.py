@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..program import Program
 
 aten = torch.ops.aten
+# scores this low have no weight after a softmax
+_HIDDEN = -1e4
 
 
 @dataclass
@@ -69,6 +71,9 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
             if capped is not None:
                 return "a bias is added before the scores are capped"
             added.append((value, factor))
+        elif kind == "shift":
+            if capped is not None or sinks is not None:
+                return "scores are shifted before they are capped or joined with sinks"
         elif kind == "scale":
             factor *= value
         elif kind == "cap":
@@ -98,23 +103,23 @@ def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
     if is_operator(node, "aten.to", "aten.reshape"):
         return node.args[0], "", None
-    if is_operator(node, "aten.sub") and _own_maximum(node):
-        # softmax does not change when a constant is taken from a row
-        return node.args[0], "", None
-    if is_operator(node, "aten.maximum") and isinstance(node.args[1], fx.Node):
-        # the floor that keeps a sum of masks finite
-        return node.args[0], "", None
-    if is_operator(node, "aten.clamp") and argument(node, "max") is None:
-        return node.args[0], "", None
-    if is_operator(node, "aten.add") and argument(node, "alpha") == 1:
+    if is_operator(node, "aten.sub") and argument(node, "alpha") == 1:
+        if _own_maximum(node):
+            # softmax does not change when a constant is taken from a row
+            return node.args[0], "shift", None
         first, second = node.args[:2]
-        if not isinstance(second, fx.Node) or not isinstance(first, fx.Node):
-            return None
-        if _leads_to_product(first):
-            return first, "add", second
-        if _leads_to_product(second):
-            return second, "add", first
+        if isinstance(second, fx.Node) and _leads_to_product(first):
+            with program.edit.before(node):
+                return first, "add", program.edit.call(aten.neg.default, second)
         return None
+    if is_operator(node, "aten.maximum", "aten.clamp"):
+        # the floor that keeps a sum of masks finite
+        floor = node.args[1] if is_operator(node, "aten.maximum") else argument(node, "min")
+        low = _constant(program, floor)
+        above = is_operator(node, "aten.clamp") and argument(node, "max") is not None
+        return None if low is None or low > _HIDDEN or above else (node.args[0], "", None)
+    if is_operator(node, "aten.add") and argument(node, "alpha") == 1:
+        return _sum(node)
     if is_operator(node, "aten.mul", "aten.div"):
         value = _constant(program, node.args[1])
         if value is not None and is_operator(node, "aten.mul"):
@@ -124,27 +129,54 @@ def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
         if value is not None:
             return node.args[0], "scale", value if is_operator(node, "aten.mul") else 1.0 / value
         return None
-    if is_operator(node, "aten.masked_fill"):
-        found = arguments(node)
-        value = _constant(program, found["value"])
-        if value is not None and value <= -1e4 and isinstance(found["mask"], fx.Node):
-            with program.edit.before(node):
-                seen = program.edit.call(aten.bitwise_not.default, found["mask"])
-            return found["self"], "add", seen
-        return None
-    if is_operator(node, "aten.where"):
-        found = arguments(node)
-        value = _constant(program, found["other"])
-        if value is not None and value <= -1e4:
-            return found["self"], "add", found["condition"]
+    if is_operator(node, "aten.masked_fill", "aten.where"):
+        return _choice(program, node)
     return None
 
 
+def _sum(node: fx.Node) -> tuple[Any, str, Any] | None:
+    first, second = node.args[:2]
+    if not isinstance(second, fx.Node) or not isinstance(first, fx.Node):
+        return None
+    for deep in (False, True):
+        # a bias may come from a product too; the plainer road to one leads to the scores
+        if _leads_to_product(first, deep):
+            return first, "add", second
+        if _leads_to_product(second, deep):
+            return second, "add", first
+    return None
+
+
+def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
+    """Read scores of which some are replaced by a number that hides them."""
+    found = arguments(node)
+    if is_operator(node, "aten.masked_fill"):
+        scores, hidden, value = found["self"], found["mask"], found["value"]
+    elif _constant(program, found["self"]) is not None:
+        scores, hidden, value = found["other"], found["condition"], found["self"]
+    else:
+        scores, hidden, value = found["self"], None, found["other"]
+    low = _constant(program, value)
+    if low is None or low > _HIDDEN or not isinstance(scores, fx.Node):
+        return None
+    if hidden is None:
+        return scores, "add", found["condition"]
+    if not isinstance(hidden, fx.Node):
+        return None
+    with program.edit.before(node):
+        return scores, "add", program.edit.call(aten.bitwise_not.default, hidden)
+
+
 def _own_maximum(node: fx.Node) -> bool:
-    other = node.args[1]
-    if is_operator(other, "getitem") and other.args[1] == 0:  # type: ignore[union-attr]
-        other = other.args[0]  # type: ignore[union-attr]
-    return is_operator(other, "aten.amax", "aten.max") and other.args[0] is node.args[0]  # type: ignore[union-attr]
+    """Tell whether what is subtracted is the same for a whole row of scores."""
+    taken: Any = node.args[1]
+    other = taken
+    if is_operator(other, "getitem") and other.args[1] == 0:
+        other = other.args[0]
+    if not is_operator(other, "aten.amax", "aten.max") or other.args[0] is not node.args[0]:
+        return False
+    shape = taken.meta["val"].shape
+    return not shape or same_size(shape[-1], 1)
 
 
 def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
@@ -176,20 +208,30 @@ def _constant(program: Program, value: Any) -> float | None:
     return float(interpret(program, {}, record=[value], stop=True)[value.name])
 
 
-def _leads_to_product(node: fx.Node) -> bool:
-    """Tell whether scores of this kind come from a product without a lookup in between."""
-    for _ in range(16):
+def _leads_to_product(start: Any, deep: bool = False) -> bool:
+    """Tell whether scores of this kind come from a product without a lookup in between.
+
+    Args:
+        start: where to begin.
+        deep: also try the second operands of sums and choices.
+    """
+    work = [start]
+    for _ in range(32):
+        if not work:
+            return False
+        node = work.pop()
         if is_operator(node, "aten.matmul", "aten.bmm", "aten.baddbmm"):
             return True
-        if not is_operator(
-            node, "aten.mul", "aten.div", "aten.add", "aten.to", "aten.reshape", "aten.masked_fill", "aten.where",
-            "aten.tanh", "aten.maximum",
+        if is_operator(node, "aten.where"):
+            found = arguments(node)
+            work.extend([found["other"], found["self"]] if deep else [found["self"]])
+        elif is_operator(node, "aten.add") and deep:
+            work.extend([node.args[1], node.args[0]])
+        elif is_operator(
+            node, "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.to", "aten.reshape", "aten.masked_fill",
+            "aten.tanh", "aten.maximum", "aten.clamp",
         ):  # fmt: skip
-            return False
-        inner = arguments(node)["self"] if is_operator(node, "aten.where") else node.args[0]
-        if not isinstance(inner, fx.Node):
-            return False
-        node = inner
+            work.append(node.args[0])
     return False
 
 

@@ -1,0 +1,92 @@
+"""Every architecture of the zoo: captured and compared with the model, named, rewritten exactly, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import graphopt
+from graphopt.frontends.huggingface import capture_huggingface
+from graphopt.ir.examples import example_inputs
+from graphopt.ir.schema import argument
+from graphopt.ir.verify import compare_programs, verify
+from graphopt.passes import parse_pipeline
+from graphopt.passes.context import Context
+from graphopt.passes.manager import run_pipeline
+
+EXACT = (
+    "split-projections{allow_no_match=true}, fuse-projections{allow_no_match=true}, fold-norms{allow_no_match=true}"
+)
+
+
+@pytest.fixture(scope="module", params=list(zoo.CASES))
+def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A program of each architecture; capturing compares it with the model at several sizes and paddings."""
+    name: str = request.param
+    folder = tmp_path_factory.mktemp(name)
+    model = zoo.make(name)
+    model.save_pretrained(folder)
+    return name, folder, capture_huggingface(folder)
+
+
+def test_blocks_are_found_and_rightly_named(captured) -> None:
+    name, _, program = captured
+    case, anatomy = zoo.CASES[name], program.anatomy
+    assert anatomy.summary() == case.blocks, "a block was missed, split, or called something else"
+    kinds = {block.norms for block in anatomy.blocks}
+    wanted = {case.norms} if name != "modernbert" else {"pre", "none"}  # its first layer has no norm before attention
+    assert kinds == wanted, "norms were placed wrongly"
+    assert all(block.evidence for block in anatomy.blocks), "a name without evidence cannot be trusted"
+    if case.heads is not None:
+        found = {(b.sizes["heads"], b.sizes["kv_heads"]) for b in anatomy.attention}
+        assert found == {case.heads}, "grouped heads were expanded or miscounted"
+
+
+def test_attention_is_raised_whatever_its_spelling(captured) -> None:
+    name, _, program = captured
+    case = zoo.CASES[name]
+    cores = [b.parts["core"] for b in program.anatomy.attention if "core" in b.parts]
+    assert len(cores) == case.blocks.get("attention", 0), program.facts.get("unraised_attention")
+    mixtures = program.operators["graphopt.routed_ffn"]
+    assert mixtures == case.blocks.get("experts", 0), program.facts.get("unraised_experts")
+    if "window" in case.features:
+        assert any(argument(core, "window") for core in cores), "a sliding window was lost in raising"
+    if "sinks" in case.features:
+        assert all(argument(core, "sinks") is not None for core in cores), "attention sinks were lost in raising"
+    if "parallel" in case.features:
+        assert all(block.parallel for block in program.anatomy.blocks), "parallel branches were taken for a sequence"
+    if "fused_qkv" in case.features:
+        block = program.anatomy.attention[0]
+        assert block.parts["q"] is block.parts["k"] is block.parts["v"], "one stored projection was seen as several"
+
+
+def test_only_functional_operators_are_left(captured) -> None:
+    _, _, program = captured
+    verify(program)
+
+
+def test_exact_passes_are_exact(captured) -> None:
+    _, _, program = captured
+    rewritten = run_pipeline(program, parse_pipeline(EXACT), Context())
+    assert sum(len(entry.sites) for entry in rewritten.report.passes) > 0 or "conv" in str(program.operators)
+    inputs = example_inputs(program)
+    errors = compare_programs(program, rewritten, program.bind((), inputs))
+    assert max(errors.values()) < 1e-10, "a pass that promises exactness changed the function"
+
+
+def test_saved_and_loaded_is_equal(captured, tmp_path: Path) -> None:
+    _, _, program = captured
+    program.save(tmp_path / "saved")
+    again = graphopt.load(tmp_path / "saved")
+    inputs = example_inputs(program, seed=3)
+    first, second = program(**inputs), again(**inputs)
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value, second[key], atol=1e-6), f"output {key} changed by saving"
+
+
+def test_capture_needs_no_position_in_the_registry_of_names() -> None:
+    assert len(zoo.CASES) >= 35, "the table must cover at least 35 configurations"

@@ -1,0 +1,56 @@
+"""The private names of torch that graphopt leans on; a failure here says which one moved."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from graphopt.ir import compat
+
+
+def test_symbols_have_range_and_hint() -> None:
+    mode = compat.new_fake_mode()
+    symbol = compat.add_symbol(mode, "batch", 1, 64, 3)
+    size = compat.symint(mode, symbol, 3)
+    assert isinstance(size, torch.SymInt)
+    assert compat.symbol_range(mode, symbol)[1:] == (64, 3), "var_to_range or backed_var_to_val moved"
+    assert compat.symint(mode, symbol - symbol, 0) == 0
+
+
+def test_fake_tensors_carry_symbols_through_operators() -> None:
+    mode = compat.new_fake_mode()
+    size = compat.symint(mode, compat.add_symbol(mode, "n", 1, None, 5), 5)
+    value = compat.fake_tensor(mode, (size, 4), torch.float32)
+    assert isinstance(value, FakeTensor)
+    with mode:
+        product = torch.nn.functional.linear(value, compat.fake_tensor(mode, (7, 4), torch.float32))
+    assert str(product.shape[0]) == "n" and product.shape[1] == 7
+
+
+def test_plain_tensors_are_told_from_traced_ones() -> None:
+    mode = compat.new_fake_mode()
+    assert compat.is_plain_tensor(torch.ones(2))
+    assert not compat.is_plain_tensor(compat.fake_tensor(mode, (2,), torch.float32))
+
+
+def test_exported_programs_can_be_built() -> None:
+    import graphopt
+
+    program = graphopt.capture(torch.nn.Linear(3, 2), torch.randn(4, 3))
+    exported = program.exported_program()
+    x = torch.randn(6, 3)
+    assert torch.allclose(exported.module()(input=x)["output"], program(x), atol=1e-6)
+
+
+def test_tracing_of_conversions() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(lambda a, b: [torch.cat([a, b])])(torch.ones(2), torch.ones(3))
+    assert any("cat" in str(node.target) for node in traced.graph.nodes)
+
+
+def test_transformers_conversion_tables_are_where_we_read_them() -> None:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    assert all((get_model_conversion_mapping, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key))

@@ -1,0 +1,113 @@
+"""Folders written back: they load with transformers alone, or are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import graphopt
+from graphopt import LoweringError
+from graphopt.backends.huggingface_config import renumbered, without_layers
+from graphopt.frontends.huggingface import capture_huggingface
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            zoo.make(name).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "olmoe", "gemma3", "deepseek_v3", "t5"])
+def test_a_layer_fewer_loads_elsewhere_and_agrees(name: str, folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of(name), compare=False)
+    shorter = graphopt.optimize(program, "skip-layers{layers=[1]}")
+    report = shorter.save_pretrained(tmp_path / "out")
+    assert report.checked == "reload"
+    assert max(report.errors.values()) < 1e-5, "the folder computes something else than the program"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kinds = config.get("layer_types")
+    assert kinds is None or len(kinds) == 1, "a per-layer list kept the length it had"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "mixtral", "olmoe"])
+def test_folded_norms_go_back_into_the_same_architecture(name: str, folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of(name), compare=False)
+    folded = graphopt.optimize(program, "fold-norms")
+    report = folded.save_pretrained(tmp_path / "out")
+    assert max(report.errors.values()) < 1e-5, "norm weights were folded and kept, or dropped and not folded"
+
+
+def test_fused_projections_go_back_unfused_even_after_saving(folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of("llama"), compare=False)
+    graphopt.optimize(program, "fuse-projections").save(tmp_path / "saved")
+    loaded = graphopt.load(tmp_path / "saved")
+    stored = sum(f.stat().st_size for f in (tmp_path / "saved" / "weights").iterdir())
+    original = (folder_of("llama") / "model.safetensors").stat().st_size
+    assert stored < 1.1 * original, "fused weights were stored beside the original ones"
+    report = loaded.save_pretrained(tmp_path / "out")
+    assert max(report.errors.values()) < 1e-6, "the way back from a fused weight is wrong"
+
+
+def test_what_the_architecture_cannot_say_is_refused(folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of("llama"), compare=False)
+    shorter = graphopt.optimize(program, "skip-layers{layers=[1] unit=attention}")
+    with pytest.raises(LoweringError, match="parts of layers"):
+        shorter.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "a refused folder was left behind"
+
+
+def test_an_unknown_change_is_caught_by_the_reload(folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of("llama"), compare=False).copy()
+    node = program.anatomy.ffn[0].parts["down"]
+    program.insert_after(node, lambda x: x * 1.5)
+    with pytest.raises(LoweringError, match="differs from the program"):
+        program.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_without_checkpoint_is_refused(tmp_path: Path) -> None:
+    program = graphopt.capture(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(LoweringError, match="not captured from a Hugging Face checkpoint"):
+        program.save_pretrained(tmp_path / "out")
+
+
+def test_streamed_check_agrees_with_reload(folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of("llama"), compare=False)
+    report = program.save_pretrained(tmp_path / "out", check="streamed", shard_bytes=30_000)
+    assert max(report.errors.values()) < 1e-6
+    assert "model.safetensors.index.json" in report.files, "small shards were asked for"
+
+
+def test_configuration_lists_are_reindexed() -> None:
+    config = {
+        "num_hidden_layers": 4,
+        "layer_types": ["a", "b", "a", "b"],
+        "mlp_only_layers": [0, 3],
+        "first_k_dense_replace": 2,
+        "architectures": ["X"],
+        "text_config": {"layer_scales": [1, 2, 3, 4]},
+    }
+    edited = without_layers(config, [{"prefix": "model.layers.", "count": 4, "removed": [1]}])
+    assert edited["num_hidden_layers"] == 3
+    assert edited["layer_types"] == ["a", "a", "b"]
+    assert edited["mlp_only_layers"] == [0, 2]
+    assert edited["first_k_dense_replace"] == 1
+    assert edited["text_config"]["layer_scales"] == [1, 3, 4]
+    assert config["num_hidden_layers"] == 4, "the configuration given was changed in place"
+
+
+def test_names_close_up() -> None:
+    stack = [{"prefix": "h.", "count": 4, "removed": [0, 2]}]
+    assert [renumbered(f"h.{i}.w", stack) for i in (1, 3)] == ["h.0.w", "h.1.w"]
+    assert renumbered("wte.weight", stack) == "wte.weight"
