@@ -31,8 +31,9 @@ def configuration(layers: int, toy: bool = False):
     from transformers import LlamaConfig
 
     if toy:
-        return LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=8,
-                           num_key_value_heads=2, vocab_size=256, architectures=["LlamaForCausalLM"])  # fmt: skip
+        return LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+                           num_attention_heads=8, num_key_value_heads=2, vocab_size=256,
+                           architectures=["LlamaForCausalLM"])  # fmt: skip
     return LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
         num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5,
@@ -73,14 +74,17 @@ def one(layers: int, pipeline: str) -> None:
     print(
         f"{layers:>4} layers  {len(program.nodes):>6} nodes  {blocks:>4} blocks  capture {capture:6.1f} s  "
         f"anatomy {anatomy:5.2f} s  cost {costing:5.2f} s  passes {passes:5.2f} s  "
-        f"overhead/capture {overhead / capture:.3f}  anonymous memory: capture +{(captured - memory) / 1e6:.0f} MB, "
+        f"overhead/capture {overhead / capture:.3f}  "
+        f"anonymous memory: capture +{(captured - memory) / 1e6:.0f} MB, "
         f"after passes +{(anonymous_bytes() - memory) / 1e6:.0f} MB",
         flush=True,
     )
     toy = capture_configuration(configuration(layers, toy=True), dtype=torch.float32)
     for name, weight in list(toy.weights.items()):
         if weight.kind == "parameter":
-            toy.weights[name] = weight.with_source(Drawn(tuple(weight.source.shape), weight.source.dtype, 0, 0.05))
+            toy.weights[name] = weight.with_source(
+                Drawn(tuple(weight.source.shape), weight.source.dtype, 0, 0.05)
+            )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         save_program(toy, f"{folder}/program")
@@ -92,16 +96,22 @@ def one(layers: int, pipeline: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[20, 40, 80, 160])
-    parser.add_argument("--passes", default="fuse-projections, split-projections, fold-norms, skip-layers{layers=[3 4]}")
+    parser.add_argument(
+        "--passes", default="fuse-projections, split-projections, fold-norms, skip-layers{layers=[3 4]}"
+    )
     arguments = parser.parse_args()
     if len(arguments.layers) == 1:
         one(arguments.layers[0], arguments.passes)
         return
     # a process each, so that memory of one depth is not that of another
     for layers in arguments.layers:
-        subprocess.run([sys.executable, __file__, "--layers", str(layers), "--passes", arguments.passes], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--layers", str(layers), "--passes", arguments.passes], check=True
+        )
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def make(folder: Path, gigabytes: float) -> int:
     width = 1024
     layer = width * width * 2 + width * (width // 2) + 3 * width * 4096
     layers = max(2, round(gigabytes * 1e9 / 4 / layer))
-    config = LlamaConfig(hidden_size=width, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16,
-                         num_key_value_heads=4, vocab_size=4096, architectures=["LlamaForCausalLM"], dtype="float32")  # fmt: skip
+    config = LlamaConfig(hidden_size=width, intermediate_size=4096, num_hidden_layers=layers,
+                         num_attention_heads=16, num_key_value_heads=4, vocab_size=4096,
+                         architectures=["LlamaForCausalLM"], dtype="float32")  # fmt: skip
     program = capture_configuration(config, dtype=torch.float32)
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -55,7 +56,9 @@ def make(folder: Path, gigabytes: float) -> int:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     print(f"made {total / 1e9:.2f} GB in {len(shards)} files, {layers} layers", flush=True)
     return total
 
@@ -79,16 +82,23 @@ def rewrite(source: Path, target: Path, limit: float) -> None:
     began = time.perf_counter()
     report = result.save_pretrained(target, check="streamed")
     written = time.perf_counter() - began
-    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    peak = next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmData")
+    )
     print(result.report)
-    print(f"captured in {captured:.1f} s ({program.facts.get('compared', 'compared whole')}), rewritten and verified per site in "
-          f"{rewritten:.1f} s, written and compared in {written:.1f} s")  # fmt: skip
+    print(f"captured in {captured:.1f} s ({program.facts.get('compared', 'compared whole')}), "
+          f"rewritten and verified per site in {rewritten:.1f} s, "
+          f"written and compared in {written:.1f} s")  # fmt: skip
     print(f"largest error of the folder read back: {max(report.errors.values()):.2g}")
     print(f"limit {limit:.2f} GB of data; data segment at the end {peak / 1e6:.2f} GB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--limit", type=float, default=1.6, help="gigabytes of data the process may have")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -99,7 +109,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "checkpoint"
         make(source, arguments.gigabytes)
-        command = [sys.executable, __file__, "--limit", str(arguments.limit), "--child", str(source), f"{place}/rewritten"]
+        command = [
+            sys.executable,
+            __file__,
+            "--limit",
+            str(arguments.limit),
+            "--child",
+            str(source),
+            f"{place}/rewritten",
+        ]
         sys.exit(subprocess.run(command, check=False).returncode)
 
 

@@ -122,9 +122,14 @@ def run(output: Path) -> dict[str, float]:
     print("\n4. written back: a Hugging Face folder, and ONNX\n" + "-" * 72)
     folder = one_fewer.save_pretrained(output / "huggingface")
     figures["folder_error"] = max(folder.errors.values())
-    print(f"{folder.path}: reloaded by transformers alone, largest relative error {figures['folder_error']:.2g}")
+    print(
+        f"{folder.path}: reloaded by transformers alone, largest relative error {figures['folder_error']:.2g}"
+    )
     figures["onnx_error"] = run_onnx(one_fewer, output / "encoder.onnx", batch)
-    print(f"{output / 'encoder.onnx'}: largest difference of an embedding in ONNX Runtime {figures['onnx_error']:.2g}")
+    print(
+        f"{output / 'encoder.onnx'}: largest difference of an embedding "
+        f"in ONNX Runtime {figures['onnx_error']:.2g}"
+    )
     one_fewer.save(output / "program")
     again = graphopt.load(output / "program")
     figures["saved_difference"] = float((embed(again, batch) - embed(one_fewer, batch)).abs().max())
@@ -146,11 +151,15 @@ def run_onnx(program: Program, path: Path, batch: dict[str, torch.Tensor]) -> fl
     bound = program.bind((), batch)
     feeds = {i.name: bound[i.name].numpy() for i in session.get_inputs()}
     hidden = session.run(["last_hidden_state"], feeds)[0]
-    return float((pool(torch.from_numpy(hidden), batch["attention_mask"]) - embed(program, batch)).abs().max())
+    return float(
+        (pool(torch.from_numpy(hidden), batch["attention_mask"]) - embed(program, batch)).abs().max()
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="where to write; a temporary folder if not given")
     arguments = parser.parse_args()
     if arguments.output is not None:

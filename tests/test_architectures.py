@@ -17,8 +17,8 @@ from graphopt.passes import parse_pipeline
 from graphopt.passes.context import Context
 from graphopt.passes.manager import run_pipeline
 
-EXACT = (
-    "split-projections{allow_no_match=true}, fuse-projections{allow_no_match=true}, fold-norms{allow_no_match=true}"
+EXACT = ", ".join(
+    f"{name}{{allow_no_match=true}}" for name in ("split-projections", "fuse-projections", "fold-norms")
 )
 
 
@@ -37,7 +37,9 @@ def test_blocks_are_found_and_rightly_named(captured) -> None:
     case, anatomy = zoo.CASES[name], program.anatomy
     assert anatomy.summary() == case.blocks, "a block was missed, split, or called something else"
     kinds = {block.norms for block in anatomy.blocks}
-    wanted = {case.norms} if name != "modernbert" else {"pre", "none"}  # its first layer has no norm before attention
+    wanted = (
+        {case.norms} if name != "modernbert" else {"pre", "none"}
+    )  # its first layer has no norm before attention
     assert kinds == wanted, "norms were placed wrongly"
     assert all(block.evidence for block in anatomy.blocks), "a name without evidence cannot be trusted"
     if case.heads is not None:
@@ -55,12 +57,18 @@ def test_attention_is_raised_whatever_its_spelling(captured) -> None:
     if "window" in case.features:
         assert any(argument(core, "window") for core in cores), "a sliding window was lost in raising"
     if "sinks" in case.features:
-        assert all(argument(core, "sinks") is not None for core in cores), "attention sinks were lost in raising"
+        assert all(argument(core, "sinks") is not None for core in cores), (
+            "attention sinks were lost in raising"
+        )
     if "parallel" in case.features:
-        assert all(block.parallel for block in program.anatomy.blocks), "parallel branches were taken for a sequence"
+        assert all(block.parallel for block in program.anatomy.blocks), (
+            "parallel branches were taken for a sequence"
+        )
     if "fused_qkv" in case.features:
         block = program.anatomy.attention[0]
-        assert block.parts["q"] is block.parts["k"] is block.parts["v"], "one stored projection was seen as several"
+        assert block.parts["q"] is block.parts["k"] is block.parts["v"], (
+            "one stored projection was seen as several"
+        )
 
 
 def test_only_functional_operators_are_left(captured) -> None:

@@ -24,7 +24,8 @@ def test_fake_tensors_carry_symbols_through_operators() -> None:
     assert isinstance(value, FakeTensor)
     with mode:
         product = torch.nn.functional.linear(value, compat.fake_tensor(mode, (7, 4), torch.float32))
-    assert str(product.shape[0]) == "n" and product.shape[1] == 7
+    assert str(product.shape[0]) == "n"
+    assert product.shape[1] == 7
 
 
 def test_plain_tensors_are_told_from_traced_ones() -> None:
@@ -51,6 +52,13 @@ def test_tracing_of_conversions() -> None:
 
 def test_transformers_conversion_tables_are_where_we_read_them() -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
-    assert all((get_model_conversion_mapping, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key))
+    assert all(
+        (get_model_conversion_mapping, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key)
+    )

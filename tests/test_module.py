@@ -23,7 +23,9 @@ def test_names_blocks_and_gradients_are_the_models(llama) -> None:
     module = program.module()
     assert set(dict(module.named_parameters())) == set(dict(model.named_parameters()))
     assert len(module.blocks()) == 2
-    assert len({type(block) for block in module.blocks()}) == 1, "equal layers must share code to compile once"
+    assert len({type(block) for block in module.blocks()}) == 1, (
+        "equal layers must share code to compile once"
+    )
     expected, found = model(input_ids=ids).logits, module(input_ids=ids).logits
     assert torch.allclose(expected, found, atol=1e-5)
     model.zero_grad()
@@ -51,7 +53,9 @@ def test_training_leaves_model_and_program_alone(llama) -> None:
         losses.append(float(loss))
     module.eval()
     assert losses[-1] < losses[0], "training the module does not learn"
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "training changed the user's model"
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
+        "training changed the user's model"
+    )
     assert torch.equal(expected, program(input_ids=ids).logits), "training changed the program"
 
 
@@ -60,7 +64,8 @@ def test_gradients_pass_through_fused_weights(llama) -> None:
     module = graphopt.optimize(program, "fuse-projections").module()
     module(input_ids=ids).logits.square().mean().backward()
     query = module.get_parameter("model.layers.0.self_attn.q_proj.weight")
-    assert query.grad is not None and float(query.grad.abs().sum()) > 0, "the original parameter is out of reach"
+    assert query.grad is not None, "the original parameter is out of reach"
+    assert float(query.grad.abs().sum()) > 0, "the original parameter is out of reach"
     folded = graphopt.optimize(program, "fuse-projections").module(fold_weights=True)
     assert any("q_k_v" in name for name, _ in folded.named_parameters())
     assert torch.allclose(folded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)

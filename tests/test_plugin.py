@@ -28,7 +28,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, code: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH", "")])])
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
     )
 
 
@@ -67,6 +71,8 @@ def test_a_clash_of_names_is_an_error(installed: Path, tmp_path: Path) -> None:
     code = "from graphopt.passes import find_pass; find_pass('swap-addends')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])},
+        check=False,
     )  # fmt: skip
-    assert done.returncode != 0 and "offered twice" in done.stderr
+    assert done.returncode != 0
+    assert "offered twice" in done.stderr

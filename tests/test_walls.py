@@ -30,7 +30,11 @@ def imported(path: Path) -> set[str]:
             elif (node.module or "").startswith("graphopt"):
                 found.add((node.module or "").removeprefix("graphopt").strip("."))
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("graphopt").strip(".") for a in node.names if a.name.startswith("graphopt")}
+            found |= {
+                a.name.removeprefix("graphopt").strip(".")
+                for a in node.names
+                if a.name.startswith("graphopt")
+            }
     return found
 
 
@@ -45,7 +49,10 @@ def test_walls_hold(home: str) -> None:
 
 
 def test_no_import_cycles_between_modules() -> None:
-    names = {str(p.relative_to(SOURCE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in FILES}
+    names = {
+        str(p.relative_to(SOURCE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p
+        for p in FILES
+    }
     edges: dict[str, set[str]] = {}
     for name, path in names.items():
         tree = ast.parse(path.read_text())
@@ -88,10 +95,13 @@ def test_private_names_of_torch_are_in_one_module() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
                 private = [p for p in (node.module or "").split(".") if p.startswith("_")]
                 allowed = {"torch._ops", "torch.utils._pytree", "torch.utils._sympy.functions"}
-                assert not private or node.module in allowed, f"{path.relative_to(SOURCE)} imports {node.module}"
+                assert not private or node.module in allowed, (
+                    f"{path.relative_to(SOURCE)} imports {node.module}"
+                )
 
 
 def test_nothing_unpickles() -> None:
     for path in FILES:
         text = path.read_text()
-        assert "import pickle" not in text and "torch.load(" not in text, f"{path.name} can run code from a file"
+        assert "import pickle" not in text, f"{path.name} can run code from a file"
+        assert "torch.load(" not in text, f"{path.name} can run code from a file"

@@ -21,8 +21,16 @@ class Case:
     features: tuple[str, ...] = field(default_factory=tuple)
 
 
-_BASE = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_BASE = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _FFN = {**_BASE, "intermediate_size": 48}
 _GQA = {**_FFN, "num_key_value_heads": 2}
 _MOE = {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -67,7 +75,7 @@ CASES: dict[str, Case] = {
         {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         _MULTI,
         features=("fused_qkv",),
-    ),  # fmt: skip
+    ),
     "gpt_neox": Case("GPTNeoXConfig", "GPTNeoXForCausalLM", _FFN, _MULTI, features=("parallel",)),
     "gptj": Case(
         "GPTJConfig",
@@ -75,21 +83,21 @@ CASES: dict[str, Case] = {
         {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
         _MULTI,
         features=("parallel",),
-    ),  # fmt: skip
+    ),
     "codegen": Case(
         "CodeGenConfig",
         "CodeGenForCausalLM",
         {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
         _MULTI,
         features=("parallel",),
-    ),  # fmt: skip
+    ),
     "gpt_bigcode": Case(
         "GPTBigCodeConfig",
         "GPTBigCodeForCausalLM",
         {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         _MULTI,
         heads=(4, 1),
-    ),  # fmt: skip
+    ),
     "falcon": Case(
         "FalconConfig",
         "FalconForCausalLM",
@@ -104,7 +112,7 @@ CASES: dict[str, Case] = {
         },
         _MULTI,
         heads=(4, 1),
-    ),  # fmt: skip
+    ),
     "falcon_alibi": Case(
         "FalconConfig",
         "FalconForCausalLM",
@@ -119,7 +127,7 @@ CASES: dict[str, Case] = {
             "bias": True,
         },
         _MULTI,
-    ),  # fmt: skip
+    ),
     "bloom": Case(
         "BloomConfig",
         "BloomForCausalLM",
@@ -138,7 +146,7 @@ CASES: dict[str, Case] = {
             "expansion_ratio": 2,
         },
         _MULTI,
-    ),  # fmt: skip
+    ),
     "opt": Case(
         "OPTConfig",
         "OPTForCausalLM",
@@ -191,7 +199,7 @@ CASES: dict[str, Case] = {
         {**_GQA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
         _EXPERTS,
         features=("sinks",),
-    ),  # fmt: skip
+    ),
     "deepseek_v3": Case(
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
@@ -211,7 +219,7 @@ CASES: dict[str, Case] = {
             "v_head_dim": 6,
         },
         {"attention": 2, "ffn": 1, "experts": 1},
-    ),  # fmt: skip
+    ),
     "bert": Case("BertConfig", "BertModel", _FFN, _MULTI, "post"),
     "roberta": Case("RobertaConfig", "RobertaModel", {**_FFN, "pad_token_id": 1}, _MULTI, "post"),
     "distilbert": Case(
@@ -227,7 +235,7 @@ CASES: dict[str, Case] = {
         },
         _MULTI,
         "post",
-    ),  # fmt: skip
+    ),
     "albert": Case("AlbertConfig", "AlbertModel", {**_FFN, "embedding_size": 16}, _MULTI, "post"),
     "electra": Case("ElectraConfig", "ElectraModel", {**_FFN, "embedding_size": 16}, _MULTI, "post"),
     "mpnet": Case("MPNetConfig", "MPNetModel", _FFN, _MULTI, "post", features=("relative_bias",)),
@@ -243,7 +251,7 @@ CASES: dict[str, Case] = {
         },
         _MULTI,
         "post",
-    ),  # fmt: skip
+    ),
     "modernbert": Case(
         "ModernBertConfig",
         "ModernBertModel",
@@ -263,7 +271,7 @@ CASES: dict[str, Case] = {
             "decoder_start_token_id": 0,
         },
         {"attention": 6, "ffn": 4},
-    ),  # fmt: skip
+    ),
     "bart": Case(
         "BartConfig",
         "BartModel",
@@ -280,7 +288,7 @@ CASES: dict[str, Case] = {
         },
         {"attention": 6, "ffn": 4},
         "post",
-    ),  # fmt: skip
+    ),
     "vit": Case("ViTConfig", "ViTModel", _VISION, _MULTI),
     "deit": Case("DeiTConfig", "DeiTModel", _VISION, _MULTI),
     "dinov2": Case("Dinov2Config", "Dinov2Model", {**_VISION, "mlp_ratio": 2}, _MULTI),
@@ -297,7 +305,7 @@ CASES: dict[str, Case] = {
             "window_size": 4,
         },
         _MULTI,
-    ),  # fmt: skip
+    ),
     "convnext": Case(
         "ConvNextConfig",
         "ConvNextModel",

@@ -20,8 +20,9 @@ from .ir.program import EXITS, Program
 from .ir.serialize import load_program, save_program
 from .ir.serialize.write import is_saved_program
 from .passes.base import Pass
-from .passes.context import Batch, Context, Progress
+from .passes.context import Context, Progress
 from .passes.manager import Verify, check_order, run_pipeline
+from .passes.metrics import Batch
 from .passes.pipeline import as_passes
 from .passes.plan import Plan, read_plans
 
@@ -119,7 +120,7 @@ def optimize(
         data: calibration and judging data: a .jsonl, .txt or .npz file, or batches of inputs by name. The
             first half calibrates, the second half judges.
         evaluate: the user's own metric of a program, lower is better.
-        verify: "sites" compares each rewritten place in float64, "full" whole programs as well, "off" nothing.
+        verify: "sites" compares each rewritten place in float64, "full" also whole programs, "off" nothing.
         plan: a plan file (or plans, one per pass) to obey instead of planning.
         work_dir: where scores are kept, so that an interrupted run goes on.
         seed: of everything random.

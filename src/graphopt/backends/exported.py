@@ -42,13 +42,17 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
         load: with False weights stay fake; for lowering that reads shapes only.
     """
     lifted = _lift(fold(program))
-    specs, state, constants = [], {}, {}
+    specs: list[InputSpec] = []
+    state: dict[str, torch.Tensor] = {}
+    constants: dict[str, torch.Tensor] = {}
     for node, weight in lifted.weights:
         name = _state_name(weight, state, constants)
         tensor = weight.source.load() if load else node.meta["val"]
         if weight.kind == "parameter":
             kind, persistent = InputKind.PARAMETER, None
-            state[name] = nn.Parameter(tensor, requires_grad=weight.trainable and tensor.dtype.is_floating_point)
+            state[name] = nn.Parameter(
+                tensor, requires_grad=weight.trainable and tensor.dtype.is_floating_point
+            )
         elif weight.kind == "buffer" and weight.persistent:
             kind, persistent = InputKind.BUFFER, True
             state[name] = tensor
@@ -58,12 +62,9 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
         specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent))
     for node, _ in lifted.inputs:
         specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
-    results = lifted.graph.output_node().args[0]
+    results: Any = lifted.graph.output_node().args[0]
     names = program.signature.output_names
-    outputs = [
-        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)  # type: ignore[union-attr]
-        for node in results  # type: ignore[union-attr]
-    ]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
     examples = {label: _example(program, node) for node, label in lifted.inputs}
     ranges = {s: symbol_range(program.mode, s)[:2] for s in program.symbols}
     exported = build_exported_program(
@@ -94,7 +95,9 @@ def _lift(program: Program) -> _Lifted:
         key=lambda pair: _ORDER[pair[1].kind] if pair[1].persistent else 2,
     )
     by_name = program.input_nodes
-    inputs = [(by_name[name], name) for name in (*program.signature.inputs, *program.dials) if name in by_name]
+    inputs = [
+        (by_name[name], name) for name in (*program.signature.inputs, *program.dials) if name in by_name
+    ]
 
     def placeholder(node: fx.Node) -> fx.Node:
         copy = graph.placeholder(node.name)
@@ -112,7 +115,7 @@ def _lift(program: Program) -> _Lifted:
         if node.op == "call_function":
             copies[node] = graph.node_copy(node, lambda n: copies[n])
         elif node.op == "output":
-            values = tuple(_distinct(graph, [copies[n] for n in node.args[0]], lifted_inputs, lifted_weights))  # type: ignore[union-attr, index]
+            values = tuple(_distinct(graph, [copies[n] for n in node.args[0]], lifted_inputs, lifted_weights))
             output = graph.output(values)
             output.meta["val"] = tuple(n.meta["val"] for n in values)
     return _Lifted(graph, lifted_inputs, lifted_weights)

@@ -81,7 +81,9 @@ def save_pretrained(
             report.errors = _reload(program, folder)
         elif check == "streamed":
             if recapture is None:
-                raise LoweringError("a streamed check needs a way to capture the folder", hint="call program.save_pretrained")
+                raise LoweringError(
+                    "a streamed check needs a way to capture the folder", hint="call program.save_pretrained"
+                )
             report.errors = _streamed(program, recapture(folder))
         else:
             raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
@@ -102,7 +104,10 @@ def contents(program: Program) -> tuple[dict[str, TensorSource], dict[str, Any]]
         )
     reason = program.facts.get("unwritable")
     if reason:
-        raise LoweringError(f"a Hugging Face folder cannot hold this program: {reason}", hint="use program.save or program.lower")
+        raise LoweringError(
+            f"a Hugging Face folder cannot hold this program: {reason}",
+            hint="use program.save or program.lower",
+        )
     removed = list(program.facts.get("renumbered", ()))
     tensors: dict[str, TensorSource] = {}
     for name, node in program.checkpoint.items():
@@ -118,7 +123,10 @@ def _is_folder_of_ours(path: Path) -> bool:
 
 
 def _write_weights(
-    folder: Path, tensors: dict[str, TensorSource], shard_bytes: int, progress: Callable[[str, int], None] | None
+    folder: Path,
+    tensors: dict[str, TensorSource],
+    shard_bytes: int,
+    progress: Callable[[str, int], None] | None,
 ) -> None:
     shards: list[dict[str, TensorSource]] = [{}]
     size = 0
@@ -169,7 +177,9 @@ def _reload(program: Program, folder: Path) -> dict[str, float]:
 def _streamed(program: Program, again: Program) -> dict[str, float]:
     inputs = example_inputs(program)
     expected = run(program, inputs, streamed=True)
-    found = run(again, again.bind((), {k: v for k, v in inputs.items() if k in again.signature.inputs}), streamed=True)
+    found = run(
+        again, again.bind((), {k: v for k, v in inputs.items() if k in again.signature.inputs}), streamed=True
+    )
     return _errors(program, inputs, expected, found)
 
 
@@ -182,7 +192,12 @@ def _errors(
         if not isinstance(value, torch.Tensor) or name not in found:
             continue
         other = found[name]
-        if mask is not None and value.dim() >= 2 and value.shape[:2] == mask.shape and other.shape == value.shape:
+        if (
+            mask is not None
+            and value.dim() >= 2
+            and value.shape[:2] == mask.shape
+            and other.shape == value.shape
+        ):
             value, other = value[mask.bool()], other[mask.bool()]
         errors[name] = value_error(other.double(), value.double())
     if not errors:
@@ -204,8 +219,8 @@ def _require(program: Program, errors: dict[str, float]) -> None:
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= limit:
         raise LoweringError(
-            f"the folder reloads, and its output {worst} differs from the program by {errors[worst]:.2g} relative "
-            f"(limit {limit:.0e}): this architecture computes something else",
+            f"the folder reloads, and its output {worst} differs from the program by {errors[worst]:.2g} "
+            f"relative (limit {limit:.0e}): this architecture computes something else",
             hint="a Hugging Face folder cannot hold this program; use program.save or program.lower",
         )
 

@@ -12,7 +12,13 @@ _COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
     "num_decoder_layers", "num_encoder_layers", "depth",
 )  # fmt: skip
-_NUMBERS = ("mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "global_attn_idx", "attn_layer_indices")
+_NUMBERS = (
+    "mlp_only_layers",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "global_attn_idx",
+    "attn_layer_indices",
+)
 _LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 _NEVER = ("architectures", "eos_token_id", "pruned_heads", "id2label", "label2id")
 
@@ -33,7 +39,8 @@ def without_layers(config: dict[str, Any], removed: list[dict[str, Any]]) -> dic
         kept = [i for i in range(stack["count"]) if i not in gone]
         if not _recount(edited, stack["prefix"], stack["count"], len(kept)):
             raise LoweringError(
-                f"the configuration has no entry that counts the {stack['count']} layers named {stack['prefix']}N"
+                f"the configuration has no entry that counts the {stack['count']} layers "
+                f"named {stack['prefix']}N"
             )
         _reindex(edited, stack["count"], kept)
     return edited
@@ -42,7 +49,7 @@ def without_layers(config: dict[str, Any], removed: list[dict[str, Any]]) -> dic
 def _recount(config: dict[str, Any], prefix: str, before: int, after: int) -> bool:
     tables = [config, *(v for v in config.values() if isinstance(v, dict))]
     side = "decoder" if "decoder" in prefix else "encoder" if "encoder" in prefix else ""
-    names = sorted(_COUNTS, key=lambda name: (bool(side) and side not in name))
+    names = sorted(_COUNTS, key=lambda name: bool(side) and side not in name)
     if side == "encoder":
         names = [n for n in names if "decoder" not in n]
     for table in tables:
@@ -73,5 +80,5 @@ def renumbered(name: str, removed: list[dict[str, Any]]) -> str:
         if match:
             number = int(match.group())
             after = number - sum(1 for gone in stack["removed"] if gone < number)
-            name = f"{prefix}{after}{name[len(prefix) + match.end():]}"
+            name = f"{prefix}{after}{name[len(prefix) + match.end() :]}"
     return name

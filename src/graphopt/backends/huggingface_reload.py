@@ -1,7 +1,7 @@
 """Run by itself in a process of its own: load a folder with transformers alone and run it once.
 
-Usage: python huggingface_reload.py FOLDER CLASS INPUTS OUTPUTS DTYPE, where INPUTS and OUTPUTS are safetensors
-files. It imports nothing of graphopt, so that what it shows is what users of the folder will see.
+Usage: python huggingface_reload.py FOLDER CLASS INPUTS OUTPUTS DTYPE, where INPUTS and OUTPUTS are
+safetensors files. It imports nothing of graphopt, so that what it shows is what users of the folder will see.
 """
 
 import sys
@@ -19,7 +19,7 @@ def main() -> None:
     model, info = model_class.from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
     )
-    missing = [key for key in info["missing_keys"]]
+    missing = list(info["missing_keys"])
     if missing:
         raise SystemExit(f"transformers finds no tensor for {', '.join(sorted(missing)[:5])}")
     if info.get("mismatched_keys"):

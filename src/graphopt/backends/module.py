@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -85,7 +85,9 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
         _install(module, block.path, classes[key])
     module.__dict__["_block_paths"] = list(dict.fromkeys(block.path for block in blocks))
     root = _root_graph(work, blocks, names)
-    module.__class__ = _class_of("ProgramModule", module, root, ProgramModule, "_run")
+    module.__class__ = cast(
+        type[ProgramModule], _class_of("ProgramModule", module, root, ProgramModule, "_run")
+    )
     return module
 
 
@@ -144,7 +146,10 @@ def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
         path = _common_path(weights)
         if not path or inside & taken or owners.get(path, tuple(weights)) != tuple(weights):
             continue
-        if any(other != path and (other.startswith(path + ".") or path.startswith(other + ".")) for other in owners):
+        if any(
+            other != path and (other.startswith(path + ".") or path.startswith(other + "."))
+            for other in owners
+        ):
             continue
         owners[path] = tuple(weights)
         taken |= inside
@@ -200,7 +205,8 @@ def _block_graph(block: _Block, names: dict[fx.Node, str]) -> tuple[Any, fx.Grap
                 copies[used] = _attribute(graph, relative)
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         place = {c: i for i, c in enumerate(graph.nodes)}
-        key.append((str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda n: _At(place[copies[n]])))))
+        at = {n: cast(Any, _At(place[copies[n]])) for n in node.all_input_nodes}
+        key.append((str(node.target), repr(fx.map_arg((node.args, node.kwargs), at.__getitem__))))
     key.extend(str(n.target) for n in graph.nodes if n.op == "get_attr")
     results = [copies[n] for n in block.gives]
     graph.output(results[0] if len(results) == 1 else tuple(results))
@@ -229,7 +235,9 @@ def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str
     copies: dict[fx.Node, fx.Node] = {}
     owner = {node: block for block in blocks for node in block.nodes}
     called: set[int] = set()
-    for label, node in sorted(program.input_nodes.items(), key=lambda item: list(program.graph.nodes).index(item[1])):
+    for label, node in sorted(
+        program.input_nodes.items(), key=lambda item: list(program.graph.nodes).index(item[1])
+    ):
         copies[node] = graph.placeholder(label)
 
     def attribute(node: fx.Node) -> None:
@@ -252,7 +260,7 @@ def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str
 
     for node in program.graph.nodes:
         if node.op == "output":
-            graph.output(tuple(_returned(graph, copies, n, attribute) for n in node.args[0]))  # type: ignore[union-attr]
+            graph.output(tuple(_returned(graph, copies, n, attribute) for n in node.args[0]))
         elif node in owner:
             block = owner[node]
             if id(block) not in called and ready(block):
@@ -264,6 +272,8 @@ def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str
     return graph
 
 
-def _returned(graph: fx.Graph, copies: dict[fx.Node, fx.Node], node: fx.Node, attribute: Callable[[fx.Node], None]) -> fx.Node:
+def _returned(
+    graph: fx.Graph, copies: dict[fx.Node, fx.Node], node: fx.Node, attribute: Callable[[fx.Node], None]
+) -> fx.Node:
     attribute(node)
     return copies[node]

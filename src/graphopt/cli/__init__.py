@@ -1,4 +1,4 @@
-"""The command line. ``main`` turns errors into messages and exit codes; commands import torch only when run."""
+"""The command line. ``main`` turns errors into messages and exit codes; commands import torch when run."""
 
 from __future__ import annotations
 

@@ -1,18 +1,17 @@
-"""The commands of ``graphopt`` and what they take. Nothing here imports torch; the work is in other modules."""
+"""The commands of ``graphopt`` and what they take. Nothing here imports torch; the work is elsewhere."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
 
-from .output import errors
+from .output import documents_shown, errors, show_json
 
 app = typer.Typer(
     name="graphopt",
@@ -217,6 +216,7 @@ def devices(as_json: Json = False) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit status."""
     as_json = "--json" in arguments
+    before = documents_shown()
     try:
         command = typer.main.get_command(app)
         result = command.main(arguments, prog_name="graphopt", standalone_mode=False)
@@ -224,7 +224,9 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
-        error.show(sys.stderr)  # type: ignore[arg-type]
+        if as_json:
+            _show_error("UsageError", error.format_message(), 2)
+        error.show(sys.stderr)
         return 2
     except (KeyboardInterrupt, click.Abort):
         errors.print("interrupted; nothing was written", markup=False)
@@ -233,7 +235,12 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return _failed(error, as_json)
+        # a command that shows what it found and then refuses has said it all
+        return _failed(error, as_json and documents_shown() == before)
+
+
+def _show_error(name: str, message: str, code: int) -> None:
+    show_json({"error": name, "message": message, "exit_status": code})
 
 
 def _failed(error: Exception, as_json: bool) -> int:
@@ -243,7 +250,8 @@ def _failed(error: Exception, as_json: bool) -> int:
         if os.environ.get("GRAPHOPT_TRACEBACK"):
             traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"internal error: {type(error).__name__}: {error}\n  at {Path(where.filename).name}:{where.lineno}"
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        message = f"internal error: {type(error).__name__}: {error}\n  at {place}"
         message += "\n  what to do: report it; GRAPHOPT_TRACEBACK=1 prints the whole traceback"
         code = 1
     else:
@@ -251,7 +259,6 @@ def _failed(error: Exception, as_json: bool) -> int:
     for line in notes:
         message += f"\n  in {line}"
     if as_json:
-        document: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "exit_status": code}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        _show_error(type(error).__name__, str(error), int(code))
     errors.print(message, markup=False)
     return int(code)

@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 from ..ir.errors import UsageError
-from ..passes.option import describe, options_of
+from ..passes.option import default_of, describe, options_of
 from ..passes.registry import find_pass, pass_locations
 from ..passes.values import format_value
 from .output import show_json, table, text
@@ -20,7 +20,7 @@ def pass_entry(name: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     options = []
     for option, field in options_of(cls).items():
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = default_of(field)
         options.append(
             {
                 "name": option,

@@ -31,12 +31,16 @@ def inspect_checkpoint(
     if as_json:
         show_json(
             {
-                "inputs": {n: [str(s.dtype).removeprefix("torch."), *s.shape] for n, s in program.signature.inputs.items()},
+                "inputs": {
+                    n: [str(s.dtype).removeprefix("torch."), *s.shape]
+                    for n, s in program.signature.inputs.items()
+                },
                 "outputs": program.signature.output_names,
                 "sizes": {n: [r.low, r.high] for n, r in program.signature.sizes.items()},
                 "blocks": [
-                    {"name": b.name, "kind": b.kind, "layer": b.layer, "norms": b.norms, "parallel": b.parallel,
-                     "sizes": {k: str(v) for k, v in b.sizes.items()}, "parts": sorted(b.parts), "evidence": b.evidence}
+                    {"name": b.name, "kind": b.kind, "layer": b.layer, "norms": b.norms,
+                     "parallel": b.parallel, "sizes": {k: str(v) for k, v in b.sizes.items()},
+                     "parts": sorted(b.parts), "evidence": b.evidence}
                     for b in anatomy.blocks
                 ],
                 "layers": [[b.name for b in layer.blocks] for layer in anatomy.layers],
@@ -57,14 +61,17 @@ def inspect_checkpoint(
     table("Blocks", ("blocks", "norms", "evidence"), rows)
     if anatomy.branches:
         text(
-            f"\nbranches: {len(anatomy.branches)} sums of linear paths, e.g. {anatomy.branches[0].evidence[0]}"
+            f"\nbranches: {len(anatomy.branches)} sums of linear paths, "
+            f"e.g. {anatomy.branches[0].evidence[0]}"
         )
     others = [f"embedding: {', '.join(n.name for n in anatomy.embedding)}" if anatomy.embedding else "",
               f"head: {', '.join(n.name for n in anatomy.head)}" if anatomy.head else ""]  # fmt: skip
     text("\n" + "\n".join(o for o in others if o) + f"\nlayers: {len(anatomy.layers)}\n")
     text(
-        f"parameters {quantity(found.parameters)}   weights {quantity(found.parameter_bytes, 'B')}   at {sizes}: "
-        f"{quantity(found.flops, 'FLOP')}, {quantity(found.bytes, 'B')} moved, {quantity(found.peak_memory, 'B')} peak activations"
+        f"parameters {quantity(found.parameters)}   weights {quantity(found.parameter_bytes, 'B')}   "
+        f"at {sizes}: "
+        f"{quantity(found.flops, 'FLOP')}, {quantity(found.bytes, 'B')} moved, "
+        f"{quantity(found.peak_memory, 'B')} peak activations"
         + (
             f", {found.time_seconds * 1e3:.3g} ms on {device}, bound by {found.bound}"
             if found.time_seconds is not None

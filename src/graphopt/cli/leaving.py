@@ -10,11 +10,12 @@ import torch
 
 from ..frontends.data import read_data
 from ..ir.atomic import atomic_file
-from ..ir.errors import UsageError
+from ..ir.errors import LoweringError, UsageError
 from ..ir.infer import describe_value
 from .output import note, show_json, text
 from .progress import Working, Written
 from .sources import read_program
+from .verifying import rounding
 
 
 def lower_program(
@@ -64,6 +65,8 @@ def export_program(source: str, to: str, output: str, as_json: bool, trust: bool
     """Write a Hugging Face folder or a .pt2 file."""
     if to not in ("huggingface", "pt2"):
         raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface or --to pt2")
+    if to == "pt2" and not output.endswith(".pt2"):
+        raise UsageError(f"{output} should end in .pt2")
     program = read_program(source, trust)
     if to == "huggingface":
         with Written(f"writing {output}") as written:
@@ -88,17 +91,22 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
     from ..ir.execute import run
     from ..ir.sites import value_error
 
-    if not output.endswith(".pt2"):
-        raise UsageError(f"{output} should end in .pt2")
     with Working("exporting"), atomic_file(output) as place:
+        # torch insists on the suffix
         named = place.with_suffix(".pt2")
-        torch.export.save(program.exported_program(core_aten=True), named)
-        inputs = example_inputs(program)
-        # our own file of a moment ago
-        again = torch.export.load(named).module()(**inputs)
-        expected = run(program, inputs)
-        errors = {name: value_error(again[name], value) for name, value in expected.items()}
-        named.rename(place)
+        try:
+            torch.export.save(program.exported_program(core_aten=True), named)
+            inputs = example_inputs(program)
+            # our own file of a moment ago
+            again = torch.export.load(named).module()(**inputs)
+            expected = run(program, inputs)
+            errors = {name: value_error(again[name], value) for name, value in expected.items()}
+            worst = max(errors, key=lambda name: errors[name])
+            if not errors[worst] <= rounding(program):
+                raise LoweringError(f"the file's output {worst} differs by {errors[worst]:.2g} relative")
+            named.rename(place)
+        finally:
+            named.unlink(missing_ok=True)
     return errors
 
 
@@ -106,6 +114,8 @@ def run_program(source: str, inputs: str, output: str | None, as_json: bool, tru
     """Run one forward on the first batch of a file."""
     from ..ir.execute import run
 
+    if output is not None and not output.endswith(".npz"):
+        raise UsageError(f"{output} should end in .npz")
     program = read_program(source, trust)
     batches, sample = read_data(program, inputs)
     if sample:
@@ -115,8 +125,6 @@ def run_program(source: str, inputs: str, output: str | None, as_json: bool, tru
     if output is not None:
         import numpy
 
-        if not output.endswith(".npz"):
-            raise UsageError(f"{output} should end in .npz")
         arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}
         with atomic_file(output) as place, place.open("wb") as file:
             numpy.savez(file, **arrays)

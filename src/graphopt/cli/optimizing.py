@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import cast
+
 from ..api import _steps
+from ..ir.atomic import require_free
 from ..ir.cost import cost
 from ..ir.errors import UsageError
 from ..ir.examples import example_inputs
 from ..ir.program import Program
-from ..passes.manager import check_order, dump_to, run_pipeline
+from ..ir.serialize.write import is_saved_program
+from ..passes.manager import Verify, check_order, dump_to, run_pipeline
 from .output import note, show_json, text
 from .progress import Written
 from .sources import read_context, read_program
@@ -32,6 +37,7 @@ def optimize_checkpoint(
         raise UsageError("give a pipeline with -p, or a plan with --plan")
     if verify_with not in ("sites", "full", "off"):
         raise UsageError(f"--verify is sites, full or off, not {verify_with!r}")
+    require_free(Path(output), is_saved_program)
     steps, plans = _steps(passes or (), plan_file)
     program = read_program(source, trust)
     check_order(program, steps)
@@ -47,9 +53,8 @@ def optimize_checkpoint(
     whole = None
     if verify_with == "full":
         whole = context.bound(program, context.data[0]) if context.data else example_inputs(program)
-    result = run_pipeline(
-        program, steps, context, plans=plans, verify_with=verify_with, dump=dump, inputs=whole
-    )  # type: ignore[arg-type]
+    checks = cast(Verify, verify_with)
+    result = run_pipeline(program, steps, context, plans=plans, verify_with=checks, dump=dump, inputs=whole)
     with Written(f"writing {output}") as written:
         result.save(output, progress=written)
     if as_json:

@@ -14,9 +14,21 @@ screen = Console(stderr=False, highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class _Documents:
+    """How many JSON documents were printed: a command prints one, whether it fails or not."""
+
+    count = 0
+
+
 def show_json(data: Any) -> None:
     """Print plain data as JSON."""
+    _Documents.count += 1
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def documents_shown() -> int:
+    """Return how many JSON documents this process has printed."""
+    return _Documents.count
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

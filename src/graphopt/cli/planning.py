@@ -32,12 +32,6 @@ def plan_checkpoint(
     context = read_context(program, data, amount, work_dir, as_json)
     planned = plan_passes(program, passes, context)
     steps = [(str(step), plan) for step, plan in planned]
-    if output is not None:
-        with atomic_file(Path(output)) as place:
-            place.write_text(
-                write_plans(steps, f"plan of {source}; edit sites, then graphopt optimize --plan"),
-                encoding="utf-8",
-            )
     if as_json:
         show_json([{"pass": name, **plan.as_dict()} for name, plan in steps])
     elif why is not None:
@@ -57,6 +51,12 @@ def plan_checkpoint(
         raise PassRefusedError(
             "; ".join(f"{step.name} matches nothing" for step, plan in planned if not plan.sites)
         )
+    if output is not None:
+        with atomic_file(Path(output)) as place:
+            place.write_text(
+                write_plans(steps, f"plan of {source}; edit sites, then graphopt optimize --plan"),
+                encoding="utf-8",
+            )
 
 
 def _why(planned: list[tuple[Pass, Plan]], name: str) -> None:
@@ -65,9 +65,8 @@ def _why(planned: list[tuple[Pass, Plan]], name: str) -> None:
         for site in plan.sites:
             if site.block == name or name in map(str, site.choices.get("parts", ())):
                 found = True
-                text(
-                    f"{step.name} takes {site.block}: {', '.join(f'{k}={v}' for k, v in site.choices.items())}"
-                )
+                choices = ", ".join(f"{k}={v}" for k, v in site.choices.items())
+                text(f"{step.name} takes {site.block}: {choices}")
         for refused in plan.refused:
             if refused.block == name:
                 found = True

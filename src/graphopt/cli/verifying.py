@@ -41,7 +41,7 @@ def verify_programs(
         raise CheckpointError(f"{first} and {second} share no output")
     new = after.history[len(before.history) :]
     exact = all(str(entry.get("contract", "")).startswith(("exact", "adds")) for entry in new)
-    limit = _limit(before, after)
+    limit = rounding(before, after)
     metrics = {}
     if context.data:
         name = default_metric(before)
@@ -50,12 +50,14 @@ def verify_programs(
             metrics["perplexity before"] = context.evaluate(before, before, metric=name)[1]
     worst = max(errors.values())
     budget = _broken_budgets(new, before, after, context)
+    budget += [f"{n} is no longer an output" for n in before.signature.output_names if n not in errors]
     holds = (worst <= limit if exact else True) and not budget
-    verdict = "holds" if holds else "does not hold"
+    judged = exact or bool(context.data) or not holds
+    verdict = ("holds" if holds else "does not hold") if judged else "was not judged; give --data"
     if as_json:
         show_json(
-            {"passes": [e.get("pass") for e in new], "exact": exact, "errors": errors, "limit": limit if exact else None,
-             "metrics": metrics, "verdict": verdict, "budgets": budget}
+            {"passes": [e.get("pass") for e in new], "exact": exact, "errors": errors,
+             "limit": limit if exact else None, "metrics": metrics, "verdict": verdict, "budgets": budget}
         )  # fmt: skip
     else:
         for entry in new:
@@ -75,10 +77,11 @@ def verify_programs(
         )
 
 
-def _limit(before: Program, after: Program) -> float:
+def rounding(*programs: Program) -> float:
+    """Return the largest relative error that the rounding of stored weights explains."""
     stored = {
         w.source.dtype
-        for p in (before, after)
+        for p in programs
         for w in p.weights.values()
         if w.source.dtype.is_floating_point
     }
@@ -100,7 +103,7 @@ def _broken_budgets(
         budget = getattr(step, "budget", None)
         if budget is not None:
             loss = context.loss(after, before, metric=getattr(step, "metric", "auto"))
-            if loss > budget * (1 + 1e-9):
+            if not loss <= budget * (1 + 1e-9):
                 broken.append(f"{step.name} has a budget of {budget:g}, the loss is {loss:.3g}")
     return broken
 

@@ -46,7 +46,9 @@ def load_config(folder: Path, raw: dict[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not a configuration of {kind}: {error}") from error
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not a configuration of {kind}: {error}"
+        ) from error
 
 
 def model_class(config: Any) -> Any:
@@ -91,7 +93,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if held is not None and not held.is_meta:
             self._parameters[name] = type(held)(held.detach().to("meta"), requires_grad=held.requires_grad)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
     try:
         with _EmptyOnMeta():
             yield
@@ -131,17 +133,24 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         # tying sits in the initialisation that was skipped
         model.tie_weights()
     except Exception as error:
-        raise CaptureError(f"transformers cannot build {cls.__name__} from this configuration: {error}") from error
+        raise CaptureError(
+            f"transformers cannot build {cls.__name__} from this configuration: {error}"
+        ) from error
     _keep_wide(model, dtype)
     unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if unmade:
-        raise CaptureError(f"{cls.__name__} makes its buffer {unmade[0]} in a way that needs values of its weights")
+        raise CaptureError(
+            f"{cls.__name__} makes its buffer {unmade[0]} in a way that needs values of its weights"
+        )
     return model.eval()
 
 
 def _has_experts(config: Any) -> bool:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return any(getattr(text, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"))
+    return any(
+        getattr(text, name, None)
+        for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    )
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
     Raises:
         CheckpointError: a weight is missing, or has another shape than the architecture's.
     """
-    keys = {name: key for name, key in mapped.plain.items()}
+    keys = dict(mapped.plain.items())
     for node in program.weight_nodes:
         weight = program.weights[node.name]
         key = next((keys[name] for name in weight.all_names if name in keys), None)
@@ -80,14 +80,16 @@ def _made(program: Program, recipe: Recipe, files: CheckpointFiles) -> None:
         if node.op == "placeholder":
             values[node] = _keep(program, next(keys), files)
         elif node.op == "output":
-            results = list(fx.map_arg(node.args[0], lambda n: values[n]))  # type: ignore[arg-type]
+            results = list(fx.map_arg(node.args[0], lambda n: values[n]))
         elif node.op == "call_function":
             last = list(program.graph.find_nodes(op="placeholder"))[-1]
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
-            anchor = max((values[n] for n in node.all_input_nodes), key=lambda n: n.op != "placeholder", default=last)
+            anchor = max(
+                (values[n] for n in node.all_input_nodes), key=lambda n: n.op != "placeholder", default=last
+            )
             with program.graph.inserting_after(last if anchor.op == "placeholder" else anchor):
-                new = program.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+                new = program.graph.call_function(node.target, args, kwargs)
             new.meta["val"] = infer(program.mode, node.target, args, kwargs)
             values[node] = new
     for name, target, result in zip(recipe.targets, targets, results, strict=True):
@@ -101,7 +103,9 @@ def _made(program: Program, recipe: Recipe, files: CheckpointFiles) -> None:
             )
         if result.meta["val"].dtype != target.meta["val"].dtype:
             with program.graph.inserting_after(result):
-                cast = program.graph.call_function(torch.ops.aten.to.dtype, (result, target.meta["val"].dtype))
+                cast = program.graph.call_function(
+                    torch.ops.aten.to.dtype, (result, target.meta["val"].dtype)
+                )
             cast.meta["val"] = target.meta["val"]
             result = cast
         target.replace_all_uses_with(result)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..ir.errors import CheckpointError
-from ..ir.safetensors_file import inside, read_header
+from ..ir.safetensors_file import contained, inside, read_header
+from ..ir.serialize.names import is_asset
 from ..ir.weights import SafetensorsEntry, numel
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -28,16 +30,15 @@ class CheckpointFiles:
         """Size of all tensors."""
         return sum(numel(t.shape) * t.dtype.itemsize for t in self.tensors.values())
 
-    def assets(self) -> dict[str, bytes]:
+    def assets(self) -> dict[str, builtins.bytes]:
         """Return the small files that belong to the checkpoint: tokenizer, cards, pooling."""
         found: dict[str, bytes] = {}
         total = 0
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            weights = path.suffix in (".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".py", *_PICKLES)
-            if weights or name.startswith(".") or "/." in name or name.endswith(".index.json"):
-                continue
-            if path.is_file() and name != "config.json" and len(path.relative_to(self.folder).parts) <= 2:
+            if is_asset(name) and path.is_file() and len(path.relative_to(self.folder).parts) <= 2:
+                # what is read here is written out again, perhaps for others to see
+                contained(self.folder, name, self.folder)
                 size = path.stat().st_size
                 if total + size <= _ASSETS:
                     found[name] = path.read_bytes()
@@ -68,21 +69,21 @@ def read_folder(folder: Path) -> CheckpointFiles:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} must hold an object")
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    if (
+        not isinstance(kind, (str, type(None)))
+        or not isinstance(names, list)
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type must be a word, architectures a list of words"
+        )
     index = folder / "model.safetensors.index.json"
     tensors: dict[str, SafetensorsEntry] = {}
     if index.is_file():
-        listed = read_json(index)
-        weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        for name in sorted({str(v) for v in weight_map.values()}):
-            path = inside(folder, name, index)
-            tensors.update(read_header(path))
-        missing = [key for key in weight_map if key not in tensors]
-        if missing:
-            raise CheckpointError(f"{index} lists {missing[0]!r} and {len(missing) - 1} more that no file holds")
+        tensors = _indexed(folder, index)
     elif (folder / "model.safetensors").is_file():
-        tensors = read_header(folder / "model.safetensors")
+        tensors = read_header(inside(folder, "model.safetensors", folder))
     else:
         pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
         if pickles:
@@ -92,3 +93,22 @@ def read_folder(folder: Path) -> CheckpointFiles:
             )
         raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
     return CheckpointFiles(folder, config, tensors)
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, SafetensorsEntry]:
+    """Return the tensors of the files that an index lists; a tensor in two files is the one the index says."""
+    listed = read_json(index)
+    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map")
+    headers = {name: read_header(inside(folder, name, index)) for name in sorted(set(weight_map.values()))}
+    missing = [key for key, file in weight_map.items() if key not in headers[file]]
+    if missing:
+        raise CheckpointError(
+            f"{index} lists {missing[0]!r} and {len(missing) - 1} more that their files do not hold"
+        )
+    tensors: dict[str, SafetensorsEntry] = {}
+    for header in headers.values():
+        tensors.update(header)
+    tensors.update({key: headers[file][key] for key, file in weight_map.items()})
+    return tensors

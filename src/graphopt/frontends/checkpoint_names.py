@@ -31,7 +31,7 @@ class Recipe:
 
 @dataclass
 class Mapped:
-    """Weights that are tensors of the checkpoint as they are, weights that are made, and tensors left over."""
+    """Weights that are tensors of the checkpoint as they are, weights that are made, tensors left over."""
 
     plain: dict[str, str] = field(default_factory=dict)
     made: list[Recipe] = field(default_factory=list)
@@ -50,7 +50,12 @@ def map_names(model: Any, tensors: Mapping[str, SafetensorsEntry], mode: FakeTen
         CheckpointError: a conversion of the library cannot be traced.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]

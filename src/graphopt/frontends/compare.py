@@ -61,7 +61,9 @@ def tolerance_of(program: Program) -> float:
     return max((TOLERANCE.get(t, 1e-2) for t in types), default=2e-4)
 
 
-def require_equal(program: Program, model: nn.Module, cases: Iterable[tuple[str, dict[str, Any], Any]]) -> dict[str, float]:
+def require_equal(
+    program: Program, model: nn.Module, cases: Iterable[tuple[str, dict[str, Any], Any]]
+) -> dict[str, float]:
     """Compare on several inputs; each case is (what it is, inputs, positions that count or None).
 
     Raises:
@@ -93,7 +95,7 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
     wanted = {name: sizes.get(name, limits.hint) for name, limits in program.signature.sizes.items()}
     flat: dict[int, torch.Tensor] = {}
     structures = describe(inputs, lambda v: isinstance(v, torch.Tensor), "")[1]
-    for (name, tensor) in structures.items():
+    for name, tensor in structures.items():
         spec = program.signature.inputs.get(name)
         if spec is None:
             continue
@@ -132,10 +134,15 @@ def _another(limits: SizeRange) -> int:
     return max(limits.low, min(limits.hint + 2, limits.high or 10**9))
 
 
-def compare_with_model(program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]) -> None:
+def compare_with_model(
+    program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
+) -> None:
     """Compare at the user's size, at the captured size and at another one."""
     freeze_fixed_sizes(program, model, example)
-    cases: list[tuple[str, dict[str, Any], Any]] = [("the example", given, None), ("the captured size", example, None)]
+    cases: list[tuple[str, dict[str, Any], Any]] = [
+        ("the example", given, None),
+        ("the captured size", example, None),
+    ]
     other = resized(program, example, {n: _another(limits) for n, limits in program.signature.sizes.items()})
     if other is not None and program.signature.sizes:
         cases.append(("another size", other, None))

@@ -20,7 +20,11 @@ from .example_inputs import example_inputs
 
 
 def compare_with_checkpoint(
-    program: Program, config: Any, files: CheckpointFiles, dtype: torch.dtype, small: Callable[[Program], None]
+    program: Program,
+    config: Any,
+    files: CheckpointFiles,
+    dtype: torch.dtype,
+    small: Callable[[Program], None],
 ) -> None:
     """Load the model with its own library and compare it with the program.
 
@@ -48,7 +52,9 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     """
     model.config.use_cache = False
     example = {k: v for k, v in example_inputs(model).items() if k in program.signature.inputs}
-    example = {k: v.to(next(model.parameters()).dtype) if v.is_floating_point() else v for k, v in example.items()}
+    example = {
+        k: v.to(next(model.parameters()).dtype) if v.is_floating_point() else v for k, v in example.items()
+    }
     if not set(program.signature.inputs) <= set(example):
         raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - set(example))}")
     given = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}

@@ -30,7 +30,9 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
-            raise UsageError("reading text needs tokenizers", hint='pip install "graphopt[huggingface]"') from None
+            raise UsageError(
+                "reading text needs tokenizers", hint='pip install "graphopt[huggingface]"'
+            ) from None
         try:
             self.fast = Fast.from_str(data.decode("utf-8"))
         except Exception as error:
@@ -57,8 +59,16 @@ class Tokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        special = {k: v if isinstance(v, str) else v.get("content", "") for k, v in self.config.items() if k.endswith("_token") and v}
-        return str(environment.from_string(self.template).render(messages=messages, add_generation_prompt=False, **special))
+        special = {
+            k: v if isinstance(v, str) else v.get("content", "")
+            for k, v in self.config.items()
+            if k.endswith("_token") and v
+        }
+        return str(
+            environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=False, **special
+            )
+        )
 
 
 def read_data(
@@ -132,7 +142,9 @@ def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
                 raise UsageError(f'{path}, line {number} has neither "text" nor "messages"')
 
 
-def _rows(program: Program, tokenizer: Tokenizer, texts: list[str], sequences: int, length: int) -> list[list[int]]:
+def _rows(
+    program: Program, tokenizer: Tokenizer, texts: list[str], sequences: int, length: int
+) -> list[list[int]]:
     """One text a row for encoders; for models that predict tokens, texts joined and cut."""
     rows: list[list[int]] = []
     if program.origin.padding != "causal":
@@ -189,12 +201,16 @@ def _arrays(program: Program, path: Path, batch: int) -> list[Batch]:
         raise UsageError(f"{path} cannot be read: {error}") from None
     unknown = [name for name in tensors if name not in program.signature.inputs]
     if unknown:
-        raise UsageError(f"{path} holds {', '.join(unknown)}; the program takes {', '.join(program.signature.inputs)}")
+        raise UsageError(
+            f"{path} holds {', '.join(unknown)}; the program takes {', '.join(program.signature.inputs)}"
+        )
     rows = min((t.shape[0] for t in tensors.values()), default=0)
     if rows == 0:
         raise UsageError(f"{path} holds no rows")
     cast = {n: t.to(program.signature.inputs[n].dtype) for n, t in tensors.items()}
     fixed = any(isinstance(spec.shape[0], int) for spec in program.signature.inputs.values() if spec.shape)
     step = next(int(s.shape[0]) for s in program.signature.inputs.values() if s.shape) if fixed else batch
-    return [{n: t[i : i + step] for n, t in cast.items()} for i in range(0, rows - rows % step if fixed else rows, step)]
-
+    return [
+        {n: t[i : i + step] for n, t in cast.items()}
+        for i in range(0, rows - rows % step if fixed else rows, step)
+    ]

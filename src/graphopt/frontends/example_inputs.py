@@ -48,7 +48,7 @@ def _text(config: Any, takes: Any) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {"input_ids": ids}
     if "attention_mask" in takes:
         made["attention_mask"] = torch.ones_like(ids)
-    if "token_type_ids" in takes and getattr(text, "type_vocab_size", 0):
+    if "token_type_ids" in takes and getattr(text, "type_vocab_size", None):
         made["token_type_ids"] = torch.zeros_like(ids)
     if "position_ids" in takes and causal(config):
         made["position_ids"] = torch.arange(LENGTH).expand(BATCH, LENGTH).clone()

@@ -45,7 +45,8 @@ def capture_pt2(path: str | os.PathLike[str], *, trust: bool) -> Program:
         raise CheckpointError(f"{path} does not exist")
     if not trust:
         raise CheckpointError(
-            f"{path} was not read: torch.export.load can run code from a .pt2 file, pickled or in its shape expressions",
+            f"{path} was not read: torch.export.load can run code from a .pt2 file, "
+            "pickled or in its shape expressions",
             hint="say trust=True (--trust) if you made it or know who did",
         )
     try:

@@ -55,7 +55,9 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         return path
     text = str(source)
     if path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text} is not a folder", hint="give a folder with config.json and safetensors files")
+        raise CheckpointError(
+            f"{text} is not a folder", hint="give a folder with config.json and safetensors files"
+        )
     require_transformers()
     from huggingface_hub import snapshot_download
 
@@ -83,7 +85,11 @@ def element_type(config: Any, files: CheckpointFiles | None) -> torch.dtype:
 
 
 def capture_huggingface(
-    source: str | os.PathLike[str], inputs: Mapping[str, Any] | None = None, *, dynamic: Any = "auto", compare: bool = True
+    source: str | os.PathLike[str],
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Any = "auto",
+    compare: bool = True,
 ) -> Program:
     """Capture a checkpoint; weights are read when they are needed.
 
@@ -117,7 +123,11 @@ def capture_huggingface(
 
 
 def capture_configuration(
-    config: Any, inputs: Mapping[str, Any] | None = None, *, dtype: torch.dtype | None = None, dynamic: Any = "auto"
+    config: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    dynamic: Any = "auto",
 ) -> Program:
     """Capture an architecture without weights: to inspect, plan and rewrite models of any size.
 
@@ -141,13 +151,15 @@ def capture_configuration(
 def _climb(
     config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
 ) -> Program:
-    """Try one way of tracing attention after the other; the first that computes what the model does counts."""
+    """Try one way of tracing attention after the other; the first that computes what the model does wins."""
     failures: list[str] = []
     for attention in ATTENTION_LADDER:
         try:
             program = _capture(config, dtype, inputs, dynamic, files, attention)
             if compare and files is not None:
-                again = partial(_capture, dtype=dtype, inputs=None, dynamic=dynamic, files=None, attention=attention)
+                again = partial(
+                    _capture, dtype=dtype, inputs=None, dynamic=dynamic, files=None, attention=attention
+                )
                 small = partial(compare_small, config=config, dtype=dtype, capture=again)
                 compare_with_checkpoint(program, config, files, dtype, small)
         except CheckpointError:
@@ -205,7 +217,9 @@ def _capture(
         example = {k: _widened(v, dtype) for k, v in example.items()}
         named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
         with built.mode, torch.no_grad():
-            fakes = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example)
+            fakes = tree_map(
+                lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example
+            )
             exported = _export(built.model, fakes, dynamic, named)
     mapped = map_names(built.model, files.tensors, built.mode) if files is not None else Mapped()
     sources = _sources(built, mapped, files)
@@ -249,7 +263,8 @@ def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, 
         if limits:
             limited = {n: Dim(n, min=1, max=int(limits[n])) if n in limits else d for n, d in sizes.items()}
             shapes = {
-                name: {d: limited[n] for d, n in named[name].items()} if name in named else None for name in example
+                name: {d: limited[n] for d, n in named[name].items()} if name in named else None
+                for name in example
             }
             with contextlib.suppress(CaptureError):
                 return export(model, example, shapes)
@@ -299,6 +314,7 @@ def _fill_rules(program: Program, config: Any) -> None:
     for name, rule in rules.items():
         spec = program.signature.inputs.get(name)
         if spec is not None and main is not None:
+            fill = Fill(rule, main)  # type: ignore[arg-type]
             program.signature.inputs[name] = Input(
-                spec.name, spec.dtype, spec.shape, Fill(rule, main), name == "position_ids"  # type: ignore[arg-type]
+                spec.name, spec.dtype, spec.shape, fill, name == "position_ids"
             )

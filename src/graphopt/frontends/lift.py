@@ -94,7 +94,11 @@ def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
             for symbol in sorted(expression(size).free_symbols, key=str):
                 if symbol in program.symbols:
                     continue
-                plain = {0: "batch", 1: "sequence"}.get(dim, "size") if value.dim() <= 3 else ("batch" if dim == 0 else "size")
+                plain = (
+                    {0: "batch", 1: "sequence"}.get(dim, "size")
+                    if value.dim() <= 3
+                    else ("batch" if dim == 0 else "size")
+                )
                 wished = names.get(str(symbol), plain)
                 taken = set(program.symbols.values())
                 name, count = wished, 1
@@ -103,7 +107,7 @@ def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
                     name = f"{wished}_{count}"
                 low, high, hint = symbol_range(program.mode, symbol)
                 program.symbols[symbol] = name
-                # export reports a lower limit of 2 that it does not enforce; sizes of 1 are compared at capture
+                # export reports a lower limit of 2 that it does not enforce; size 1 is compared at capture
                 program.signature.sizes[name] = SizeRange(min(low, 1), high, hint)
 
 
@@ -136,7 +140,8 @@ def _placeholders(
                 source=sources.get(name) or InMemory(tensor.detach()),
                 kind=_WEIGHT_KINDS[spec.kind],  # type: ignore[arg-type]
                 names=(name,),
-                persistent=spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and bool(spec.persistent)),
+                persistent=spec.kind is InputKind.PARAMETER
+                or (spec.kind is InputKind.BUFFER and bool(spec.persistent)),
                 trainable=spec.kind is InputKind.PARAMETER and tensor.requires_grad,
             )
         elif spec.kind is InputKind.USER_INPUT:
@@ -151,7 +156,9 @@ def _placeholders(
             shape = tuple(format_size(size, program.symbols) for size in value.shape)
             program.signature.inputs[name] = Input(name, value.dtype, shape)
         else:
-            raise CaptureError(f"the model takes an input of kind {spec.kind.name}, which no program can hold")
+            raise CaptureError(
+                f"the model takes an input of kind {spec.kind.name}, which no program can hold"
+            )
 
 
 def _outputs(program: Program, exported: ExportedProgram) -> None:

@@ -97,9 +97,13 @@ def dynamic_shapes(inputs: dict[str, Any], dynamic: Any) -> Any:
     if dynamic is None:
         return None
     if dynamic == "auto":
-        return tree_map(lambda v: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None, inputs)
+        return tree_map(
+            lambda v: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None, inputs
+        )
     if not isinstance(dynamic, Mapping):
-        raise UsageError(f'dynamic must be "auto", None or a mapping of inputs to dimensions, not {dynamic!r}')
+        raise UsageError(
+            f'dynamic must be "auto", None or a mapping of inputs to dimensions, not {dynamic!r}'
+        )
     unknown = set(dynamic) - set(inputs)
     if unknown:
         raise UsageError(f"dynamic names inputs that are not given: {', '.join(sorted(unknown))}")
@@ -146,7 +150,8 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {first}",
             source=_user_line(error),
-            hint="branches on tensor values cannot be captured; if a size froze, pass dynamic= for the sizes that vary",
+            hint="branches on tensor values cannot be captured; "
+            "if a size froze, pass dynamic= for the sizes that vary",
         ) from error
 
 
@@ -180,8 +185,10 @@ def capture_module(
         CaptureError: it cannot be traced, or the graph does not compute what the model computes.
     """
     named = bind_inputs(model, inputs)
-    example = widen(named) if dynamic == "auto" else tree_map(
-        lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, named
+    example = (
+        widen(named)
+        if dynamic == "auto"
+        else tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, named)
     )
     with evaluation(model):
         exported = export(model, example, dynamic_shapes(example, dynamic))

@@ -1,4 +1,4 @@
-"""A transformers model that is already in memory: its attention and experts switched for tracing, then back."""
+"""A transformers model already in memory: its attention and experts switched for tracing, then back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def _traceable(model: Any, attention: str) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def capture_transformers_module(model: Any, inputs: dict[str, Any], *, dynamic: Any, compare: bool) -> Program:
+def capture_transformers_module(
+    model: Any, inputs: dict[str, Any], *, dynamic: Any, compare: bool
+) -> Program:
     """Capture a transformers model in memory; optional inputs of its kind are taken and filled by default.
 
     Args:
@@ -103,7 +105,11 @@ def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
 
 
 def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
-    known = set(example_inputs(model)) if getattr(model, "main_input_name", "") in ("input_ids", "pixel_values") else set()
+    known = (
+        set(example_inputs(model))
+        if getattr(model, "main_input_name", "") in ("input_ids", "pixel_values")
+        else set()
+    )
     if set(program.signature.inputs) <= known:
         compare_with_model(program, model)
     else:

@@ -30,9 +30,10 @@ def atomic_folder(path: str | os.PathLike[str], *, may_replace: Callable[[Path],
         WriteError: the disk is full or not writable; nothing is left.
     """
     target = Path(path)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or may_replace(target))):
-        raise UsageError(f"{target} exists and is not what would be replaced", hint="choose another place, or remove it")
+    if target.is_symlink():
+        target = target.resolve()
     try:
+        require_free(target, may_replace)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _fresh(target)
         temporary.mkdir()
@@ -41,15 +42,11 @@ def atomic_folder(path: str | os.PathLike[str], *, may_replace: Callable[[Path],
     try:
         yield temporary
         _settle(temporary)
-        if target.exists():
-            old = _fresh(target)
-            os.rename(target, old)
-            os.rename(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
+        _take_place(temporary, target, may_replace)
     except OSError as error:
-        raise WriteError(f"cannot write {target}: {error}", hint="nothing was written; free space, or choose another place") from error
+        raise WriteError(
+            f"cannot write {target}: {error}", hint="nothing was written; free space, or choose another place"
+        ) from error
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -68,6 +65,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _fresh(target)
     try:
         yield temporary
+        _settle(temporary)
         os.replace(temporary, target)
     except OSError as error:
         raise WriteError(f"cannot write {target}: {error}", hint="nothing was written") from error
@@ -80,9 +78,38 @@ def _fresh(target: Path) -> Path:
     return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.partial"
 
 
-def _settle(folder: Path) -> None:
-    """Have the system write the files out, so that a rename never outlives their contents."""
-    for path in folder.rglob("*"):
+def require_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Check that a folder can be made at a place.
+
+    Raises:
+        UsageError: something is there that would not be replaced.
+    """
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or may_replace(target))):
+        raise UsageError(
+            f"{target} exists and is not what would be replaced", hint="choose another place, or remove it"
+        )
+
+
+def _take_place(temporary: Path, target: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Put a folder where another may be; if that fails or is interrupted, the older one comes back."""
+    require_free(target, may_replace)
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = _fresh(target)
+    try:
+        os.rename(target, old)
+        os.rename(temporary, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(place: Path) -> None:
+    """Have the system write files out, so that a rename never outlives their contents."""
+    for path in [place, *place.rglob("*")]:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -49,12 +49,13 @@ def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint
     env = mode.shape_env
     assert env is not None
     symbol = sympy.Symbol(name, integer=True, positive=True)
-    env.add_backed_var_to_val(symbol, hint)
+    # older releases call the table of example values var_to_val
+    (getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val)(symbol, hint)
     upper = int_oo if high is None else high
     # torch takes sizes of 0 and 1 for special while it traces; what it traced runs at 1 all the same
-    env.var_to_range[symbol] = ValueRanges(max(low, 2) if hint >= 2 else low, upper)  # type: ignore[misc]
+    env.var_to_range[symbol] = ValueRanges(max(low, 2) if hint >= 2 else low, upper)
     # decompositions and ONNX export ask where a symbol came from
-    env.var_to_stack[symbol] = CapturedTraceback.extract()
+    env.var_to_stack[symbol] = CapturedTraceback.extract()  # type: ignore[no-untyped-call]
     return symbol
 
 
@@ -64,7 +65,11 @@ def symbol_range(mode: FakeTensorMode, symbol: sympy.Symbol) -> tuple[int, int |
     assert env is not None
     value_range = env.var_to_range[symbol]
     high = None if value_range.upper in (int_oo, sympy.oo) else int(value_range.upper)
-    return int(value_range.lower), high, int(env.backed_var_to_val[symbol])
+    return (
+        int(value_range.lower),
+        high,
+        int((getattr(env, "backed_var_to_val", None) or env.var_to_val)[symbol]),
+    )
 
 
 def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:
@@ -102,10 +107,7 @@ def build_exported_program(
     _, in_spec = tree_flatten(((), example_kwargs))
     _, out_spec = tree_flatten(dict.fromkeys(output_names, 0))
     call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)
-    bounds = {
-        s: ValueRanges(low, int_oo if high is None else high)  # type: ignore[misc]
-        for s, (low, high) in ranges.items()
-    }
+    bounds = {s: ValueRanges(low, int_oo if high is None else high) for s, (low, high) in ranges.items()}
     return ExportedProgram(
         torch.nn.Module(),
         graph,
@@ -114,7 +116,7 @@ def build_exported_program(
         bounds,
         [ModuleCallEntry("", call)],
         ((), example_kwargs),
-        constants,
+        {**constants},
         verifiers=[load_verifier("TRAINING")],
     )
 

@@ -36,7 +36,7 @@ class Editor:
 
     # -- making nodes -------------------------------------------------------------------------------
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the insertion point, with its value inferred."""
         value = infer(self.program.mode, target, args, kwargs)
         node = self.graph.call_function(target, args, kwargs)
@@ -86,13 +86,8 @@ class Editor:
         Raises:
             VerificationError: the values differ in shape or type, and ``same`` asks that they do not.
         """
-        if same and not same_value(old.meta.get("val"), new.meta.get("val")):
-            raise VerificationError(
-                f"{new.name} ({describe_value(new.meta.get('val'))}) cannot stand for "
-                f"{old.name} ({describe_value(old.meta.get('val'))})",
-                node=old.name,
-                source=self.program.source_line(old),
-            )
+        if same:
+            self.require_same(old, new)
         self._carry(old, new)
         if record:
             self.journal.append((old.name, new))
@@ -104,6 +99,20 @@ class Editor:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.program.changed()
         self.erase_dead([old])
+
+    def require_same(self, old: fx.Node, new: fx.Node) -> None:
+        """Check that a value may stand for another.
+
+        Raises:
+            VerificationError: they differ in shape or type.
+        """
+        if not same_value(old.meta.get("val"), new.meta.get("val")):
+            raise VerificationError(
+                f"{new.name} ({describe_value(new.meta.get('val'))}) cannot stand for "
+                f"{old.name} ({describe_value(old.meta.get('val'))})",
+                node=old.name,
+                source=self.program.source_line(old),
+            )
 
     def _carry(self, old: fx.Node, new: fx.Node) -> None:
         for key in ("stack_trace", "nn_module_stack"):

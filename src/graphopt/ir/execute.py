@@ -38,7 +38,9 @@ def memory_available() -> int:
     return available
 
 
-def run(program: Program, inputs: Mapping[str, torch.Tensor], *, streamed: bool | None = None) -> dict[str, Any]:
+def run(
+    program: Program, inputs: Mapping[str, torch.Tensor], *, streamed: bool | None = None
+) -> dict[str, Any]:
     """Run on flat inputs and return flat outputs.
 
     Args:

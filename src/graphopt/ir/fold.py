@@ -19,8 +19,8 @@ MOVEMENT = {
     "aten.cat", "aten.stack", "aten.slice", "aten.select", "aten.index_select", "aten.index", "aten.reshape",
     "aten.view", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.expand",
     "aten.clone", "aten.contiguous", "aten.flip", "aten.split", "aten.split_with_sizes", "aten.chunk",
-    "aten.unbind", "aten.flatten", "aten.roll", "aten.repeat", "aten.repeat_interleave", "aten.constant_pad_nd",
-    "getitem",
+    "aten.unbind", "aten.flatten", "aten.roll", "aten.repeat", "aten.repeat_interleave",
+    "aten.constant_pad_nd", "getitem",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class Computed:
         with torch.no_grad():
             for node in graph.nodes:
                 if node.op == "output":
-                    result = values[node.args[0]]  # type: ignore[index]
+                    result = values[node.args[0]]
                     assert isinstance(result, torch.Tensor)
                     return result.to(self.dtype).contiguous()
                 if node.op == "placeholder":
@@ -72,7 +72,11 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
     def find() -> set[fx.Node]:
         constant: set[fx.Node] = set(program.weight_nodes)
         for node in program.graph.nodes:
-            if node.op == "call_function" and node.all_input_nodes and all(n in constant for n in node.all_input_nodes):
+            if (
+                node.op == "call_function"
+                and node.all_input_nodes
+                and all(n in constant for n in node.all_input_nodes)
+            ):
                 constant.add(node)
         return constant
 
@@ -140,9 +144,13 @@ def _way_back(program: Program, source: Computed, new: fx.Node) -> None:
     """Let the checkpoint's tensors that only the folded weight holds now be read from it."""
     from .invert import invert
 
-    held = {node: key for key, node in program.checkpoint.items() if node.op == "placeholder" and not node.users}
+    held = {
+        node: key for key, node in program.checkpoint.items() if node.op == "placeholder" and not node.users
+    }
     wanted = {n.name for n in source.graph.find_nodes(op="placeholder")} & {n.name for n in held}
-    if not wanted or any(operator_name(n.target) not in MOVEMENT for n in source.graph.nodes if n.op == "call_function"):
+    if not wanted or any(
+        operator_name(n.target) not in MOVEMENT for n in source.graph.nodes if n.op == "call_function"
+    ):
         return
     with program.edit.after(new):
         back = invert(program, source.graph, new)
@@ -193,7 +201,9 @@ def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
             copies[current] = graph.node_copy(current, lambda n: copies[n])
     graph.output(copies[node])
     value = node.meta["val"]
-    source = Computed(graph, tuple(w.source for w in operands), tuple(int(s) for s in value.shape), value.dtype)
+    source = Computed(
+        graph, tuple(w.source for w in operands), tuple(int(s) for s in value.shape), value.dtype
+    )
     return source, operands
 
 

@@ -28,7 +28,7 @@ def invert(program: Program, graph: fx.Graph, value: fx.Node) -> dict[str, fx.No
     """
     known: dict[fx.Node, fx.Node] = {}
     output = next(iter(graph.find_nodes(op="output")))
-    known[output.args[0]] = value  # type: ignore[index]
+    known[output.args[0]] = value
     back: dict[str, fx.Node] = {}
     for node in reversed(list(graph.nodes)):
         if node not in known:

@@ -85,7 +85,7 @@ class Matcher:
         if not rest:
             yield state, roots
             return
-        for candidate in _readers(state, rest[0].depth()):
+        for candidate in _readers(state, rest[0]):
             if candidate not in roots:
                 for after in self._value(rest[0], candidate, state):
                     yield from self._others(after, (*roots, candidate), rest[1:])
@@ -127,10 +127,9 @@ class Matcher:
         if name not in pattern.operators:
             self._fail(len(state.inside), f"{name} where {' or '.join(pattern.operators)} was expected", node)
             return
-        if node in state.inside:
+        if state.inside.get(node) is pattern:
             # a value that the pattern uses twice is matched once
-            if state.inside[node] is pattern:
-                yield state
+            yield state
             return
         found = arguments(node)
         names = list(found)
@@ -156,20 +155,30 @@ class Matcher:
                 return
             inner = bound
         orders = [given]
-        if pattern.commutes():
+        if pattern.commutes() and found.get("alpha", 1) == 1:
             first, second = names[:2]
             orders.append({**given, first: given[second], second: given[first]})
         for order in orders:
             yield from self._all([(p, found[k]) for k, p in order.items()], inner)
 
 
+# how a device computes, not what
+_HOW = ("cudnn_enable", "cudnn_enabled")
+
+
 def _is_default(node: fx.Node, name: str, value: Any) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return False
+    if name in _HOW:
+        return True
     for argument in schema.arguments:
         if argument.name == name:
-            return argument.has_default_value() and not isinstance(value, fx.Node) and argument.default_value == value
+            return (
+                argument.has_default_value()
+                and not isinstance(value, fx.Node)
+                and argument.default_value == value
+            )
     return False
 
 
@@ -183,10 +192,17 @@ def leaking(inside: dict[fx.Node, Call], roots: tuple[fx.Node, ...]) -> fx.Node 
     return None
 
 
-def _readers(state: _State, depth: int) -> list[fx.Node]:
+def _readers(state: _State, pattern: Pattern) -> list[fx.Node]:
+    """Return the nodes that could be a further result: what reads a value that it must read, near enough."""
+    certain = [state.captured.get(name) for name in pattern.names()]
+    level = [v for v in certain if isinstance(v, fx.Node)]
+    if level:
+        # of several values that it reads, the one with the fewest readers finds it soonest
+        level = [min(level, key=lambda node: len(node.users))]
+    else:
+        level = [v for v in state.captured.values() if isinstance(v, fx.Node)]
     seen: dict[fx.Node, None] = {}
-    level = [v for v in state.captured.values() if isinstance(v, fx.Node)]
-    for _ in range(depth):
+    for _ in range(pattern.depth()):
         following: list[fx.Node] = []
         for node in level:
             for user in node.users:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ class Pattern:
         """Longest chain of nodes the pattern spans."""
         return 0
 
+    def names(self) -> set[str]:
+        """Names of the values that every match of the pattern reads."""
+        return set()
+
 
 @dataclass(frozen=True, eq=False)
 class Wild(Pattern):
@@ -33,6 +38,9 @@ class Wild(Pattern):
 
     name: str
     where: Callable[[Any], Answer] | None = None
+
+    def names(self) -> set[str]:
+        return {self.name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,9 @@ class Exactly(Pattern):
         """Tell whether a plain value is this one."""
         if isinstance(self.value, float) and isinstance(other, (int, float)) and not isinstance(other, bool):
             return math.isclose(self.value, float(other), rel_tol=1e-6, abs_tol=1e-12)
+        if isinstance(self.value, int) and isinstance(other, (list, tuple)) and len(other) == 1:
+            # one dimension may be given by itself
+            return self.matches(other[0])
         if isinstance(self.value, (list, tuple)) and isinstance(other, (list, tuple)):
             return len(self.value) == len(other) and all(
                 Exactly(a).matches(b) for a, b in zip(self.value, other, strict=True)
@@ -59,7 +70,11 @@ class Listed(Pattern):
     items: tuple[Any, ...]
 
     def depth(self) -> int:
+        """Return how many calls lie between the root and the farthest leaf."""
         return max((p.depth() for p in self.items if isinstance(p, Pattern)), default=0)
+
+    def names(self) -> set[str]:
+        return set().union(*(p.names() for p in self.items if isinstance(p, Pattern)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +95,13 @@ class Call(Pattern):
     where: Callable[[Any], Answer] | None = None
 
     def depth(self) -> int:
+        """Return how many calls lie between the root and the farthest leaf."""
         inner = [*self.positional, *self.named.values()]
         return 1 + max((p.depth() for p in inner if isinstance(p, Pattern)), default=0)
+
+    def names(self) -> set[str]:
+        inner = [*self.positional, *self.named.values()]
+        return set().union(*(p.names() for p in inner if isinstance(p, Pattern)))
 
     def commutes(self) -> bool:
         """Tell whether the first two operands may swap."""
@@ -95,7 +115,12 @@ class Either(Pattern):
     options: tuple[Any, ...]
 
     def depth(self) -> int:
+        """Return how many calls lie between the root and the farthest leaf."""
         return max(p.depth() for p in self.options if isinstance(p, Pattern))
+
+    def names(self) -> set[str]:
+        options = [p.names() if isinstance(p, Pattern) else set() for p in self.options]
+        return set.intersection(*options) if options else set()
 
 
 def call(*operators: str, **options: Any) -> Callable[..., Call]:
@@ -146,15 +171,28 @@ class _Sketch:
             raise AttributeError(name)
         from .tracing import packet_of
 
-        operator = operator_name(packet_of(type("method", (), {"__name__": name})))
+        operator = operator_name(packet_of(name))
 
         def method(*args: Any, **kwargs: Any) -> Any:
             listed = name in ("reshape", "view", "permute", "expand")
-            if listed and args and not isinstance(args[0], (list, tuple)):
+            whole = len(args) == 1 and isinstance(args[0], _Sketch)
+            if listed and args and not whole and not isinstance(args[0], (list, tuple)):
                 args = (list(args),)
             return _sketch(operator, (self, *args), kwargs)
 
         return method
+
+    @property
+    def T(self) -> _Sketch:
+        return _sketch("aten.permute", (self, [1, 0]), {})
+
+    @property
+    def mT(self) -> _Sketch:
+        return _sketch("aten.mT", (self,), {})
+
+    def __rtruediv__(self, other: float) -> Any:
+        inverse = self.reciprocal()
+        return inverse if other == 1 else inverse * other
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
@@ -163,8 +201,45 @@ class _Sketch:
 
 
 def _sketch(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Sketch:
+    from .tracing import NOTHING, SPLITS, SWAPS
+
+    if operator in NOTHING and len(args) == 1:
+        return _Sketch(_pattern(args[0]))
+    if operator in SWAPS and not kwargs:
+        ends = SWAPS[operator] or args[1:3]
+        return _sketch("aten.permute", (args[0], _Sketch(_swap(*ends))), {})
+    if operator in SPLITS and len(args) > 1 and isinstance(args[1], (list, tuple, int)):
+        wanted = args[1] if isinstance(args[1], (list, tuple)) else _Sketch(_parts(operator, args[1]))
+        return _sketch("aten.split_with_sizes", (args[0], wanted, *args[2:]), kwargs)
     made = Call((operator,), tuple(_pattern(a) for a in args), {k: _pattern(v) for k, v in kwargs.items()})
     return _Sketch(made)
+
+
+_NUMBERS = itertools.count()
+
+
+def _swap(first: int, second: int) -> Wild:
+    from .tracing import swapped
+
+    def answer(order: Any) -> Answer:
+        rank = len(order)
+        fits = all(-rank <= dim < rank for dim in (first, second))
+        found = [int(d) % rank for d in order]
+        return (fits and found == swapped(rank, first, second)) or f"the permutation {list(order)}"
+
+    return Wild(f"(order {next(_NUMBERS)})", answer)
+
+
+def _parts(operator: str, number: int) -> Wild:
+    """Sizes of a split into parts of this size, or into this many."""
+
+    def answer(sizes: Any) -> Answer:
+        size = number if operator == "aten.split" else sizes[0]
+        fits = operator == "aten.split" or len(sizes) == number
+        even = all(s == size for s in sizes[:-1]) and sizes[-1] <= size
+        return (fits and even) or f"parts of sizes {list(sizes)}"
+
+    return Wild(f"(sizes {next(_NUMBERS)})", answer)
 
 
 def _pattern(value: Any) -> Any:

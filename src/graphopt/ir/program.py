@@ -16,7 +16,6 @@ from torch import fx
 from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
 from .editor import Editor
 from .errors import UsageError, VerificationError
-from .infer import same_size
 from .schema import operator_name
 from .signature import Fill, Input, Signature, SizeRange
 from .sizes import expression, format_size, parse_size
@@ -57,13 +56,15 @@ class Dial:
 
 
 EXITS: dict[str, Callable[..., Any]] = {}
-"""How a program leaves: ``save``, ``lower``, ... Filled by :mod:`graphopt.api`, so that no wall is crossed."""
+"""How a program leaves: ``save``, ``lower``, ... Filled by :mod:`graphopt.api`, so no wall is crossed."""
 
 
 class Program:
     """A model as a graph that passes can change. A value: copies share tensors, the model stays untouched."""
 
-    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, weights: dict[str, Weight], signature: Signature):
+    def __init__(
+        self, graph: fx.Graph, mode: FakeTensorMode, weights: dict[str, Weight], signature: Signature
+    ):
         self.graph = graph
         self.mode = mode
         self.weights = weights
@@ -90,7 +91,8 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The node that returns."""
-        return next(iter(self.graph.find_nodes(op="output")))
+        output: fx.Node = next(iter(self.graph.find_nodes(op="output")))
+        return output
 
     @property
     def outputs(self) -> dict[str, fx.Node]:
@@ -134,7 +136,7 @@ class Program:
 
     def node(self, name: str) -> fx.Node:
         """Return the node of this name."""
-        for node in self.graph.nodes:
+        for node in self.nodes:
             if node.name == name:
                 return node
         raise UsageError(f"the program has no node named {name!r}", hint="program.text() lists them")
@@ -253,7 +255,9 @@ class Program:
 
         return self.signature.unflatten(run(self, self.bind(args, kwargs)))
 
-    def bind(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    def bind(
+        self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return the value of each placeholder that is not a weight, by input name."""
         given = dict(kwargs or {})
         settings = {}
@@ -319,7 +323,11 @@ class Program:
     def _summands(self, node: fx.Node, terms: set[fx.Node]) -> list[fx.Node]:
         found: list[fx.Node] = []
         for operand in node.all_input_nodes:
-            nested = operator_name(operand.target) == "aten.add" and len(operand.users) == 1 and operand not in terms
+            nested = (
+                operator_name(operand.target) == "aten.add"
+                and len(operand.users) == 1
+                and operand not in terms
+            )
             found.extend(self._summands(operand, terms) if nested else [operand])
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -27,9 +27,7 @@ class Region:
     weights: list[fx.Node]
     targets: list[fx.Node]
 
-    def run(
-        self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def run(self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> list[torch.Tensor]:
         """Evaluate in float64; a weight is loaded at its first use and freed after its last.
 
         Args:
@@ -51,7 +49,7 @@ class Region:
                     if used not in known:
                         known[used] = widen(load(originals[used.name]))
                 if node.op == "output":
-                    return [known[n] for n in node.args[0]]  # type: ignore[union-attr, index]
+                    return [known[n] for n in node.args[0]]
                 known[node] = evaluate(node, known)
                 for dead in freed.get(node, ()):
                     known.pop(dead, None)
@@ -65,10 +63,15 @@ class Region:
             place[node] = index
             value = node.meta.get("val")
             if node.op == "placeholder":
-                shape = tuple(str(program.size_text(s)) for s in value.shape) if isinstance(value, torch.Tensor) else str(value)
+                shape = (
+                    tuple(str(program.size_text(s)) for s in value.shape)
+                    if isinstance(value, torch.Tensor)
+                    else str(value)
+                )
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
-                frozen = _frozen(fx.map_arg((node.args, node.kwargs), lambda n: _Place(place[n])))
+                placed = fx.map_arg((node.args, node.kwargs), lambda n: cast(Any, _Place(place[n])))
+                frozen = _frozen(placed)
                 key.append((node.op, str(node.target), frozen))
         return tuple(key)
 
@@ -160,7 +163,9 @@ def drawn_source(node: fx.Node, seed: int) -> TensorSource:
     value = node.meta["val"]
     shape = tuple(int(s) for s in value.shape)
     fan_in = numel(shape[1:]) if len(shape) > 1 else 1
-    return Drawn(shape, torch.float64 if value.dtype.is_floating_point else value.dtype, seed, max(fan_in, 1) ** -0.5)
+    return Drawn(
+        shape, torch.float64 if value.dtype.is_floating_point else value.dtype, seed, max(fan_in, 1) ** -0.5
+    )
 
 
 def names_of(nodes: Iterable[fx.Node]) -> list[str]:

@@ -64,7 +64,9 @@ def quantity(value: float, unit: str = "") -> str:
 
 def _lines(entry: PassReport) -> list[str]:
     lines = [f"{entry.text}  ({entry.contract})"]
-    shown = ", ".join(entry.sites[:12]) + (f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else "")
+    shown = ", ".join(entry.sites[:12]) + (
+        f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else ""
+    )
     lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {shown}" if shown else ""))
     if entry.refused:
         lines.append(f"  sites refused: {len(entry.refused)}")
@@ -83,8 +85,12 @@ def _lines(entry: PassReport) -> list[str]:
         if before != after:
             unit = _UNITS.get(name, "")
             ratio = f" ({after / before - 1:+.1%})" if before else ""
-            lines.append(f"  {name.replace('_', ' ')}: {quantity(before, unit)} -> {quantity(after, unit)}{ratio}")
+            lines.append(
+                f"  {name.replace('_', ' ')}: {quantity(before, unit)} -> {quantity(after, unit)}{ratio}"
+            )
     if entry.seconds:
-        lines.append("  seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in entry.seconds.items()))
+        lines.append(
+            "  seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in entry.seconds.items())
+        )
     lines.extend(f"  {note}" for note in entry.notes)
     return lines

@@ -25,7 +25,13 @@ def in_float64(graph: fx.Graph) -> fx.Graph:
             continue
         node.args = tuple(_retype(a) for a in node.args)
         node.kwargs = {k: _retype(v) for k, v in node.kwargs.items()}
-        if operator_name(node.target) in ("aten.arange", "aten.full", "aten.zeros", "aten.ones", "aten.scalar_tensor"):
+        if operator_name(node.target) in (
+            "aten.arange",
+            "aten.full",
+            "aten.zeros",
+            "aten.ones",
+            "aten.scalar_tensor",
+        ):
             _pin_default_dtype(node)
     return wide
 

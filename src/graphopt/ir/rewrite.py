@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from .errors import UsageError, VerificationError
+from .errors import UsageError
 from .fold import depends_on_weights_alone
 from .match import Match, Matcher, Miss, candidates
 from .pattern import Call, Pattern, from_function
@@ -68,11 +68,12 @@ def rewrite(
         if answer is not True:
             result.refused.append((node.name, answer if isinstance(answer, str) else "where() said no"))
             continue
-        reason = _unsafe(program, found)
-        if reason:
+        place = _place(found)
+        reason = _unsafe(program, found) or (place if isinstance(place, str) else "")
+        if reason or isinstance(place, str):
             result.refused.append((node.name, reason))
             continue
-        result.made.extend(_apply(program, found, replacement, names))
+        result.made.extend(_apply(program, found, replacement, names, place))
     return result
 
 
@@ -90,7 +91,11 @@ def _unsafe(program: Program, match: Match) -> str:
 
 
 def _apply(
-    program: Program, match: Match, replacement: Callable[..., Any], names: list[str] | None
+    program: Program,
+    match: Match,
+    replacement: Callable[..., Any],
+    names: list[str] | None,
+    place: fx.Node,
 ) -> list[fx.Node]:
     import inspect
 
@@ -98,34 +103,45 @@ def _apply(
     missing = [name for name in wanted if name not in match.captured]
     if missing:
         raise UsageError(f"the replacement asks for {', '.join(missing)}, which the pattern does not capture")
-    order = {node: i for i, node in enumerate(program.graph.nodes)} if len(match.roots) > 1 else {}
-    last = max(match.roots, key=lambda n: order.get(n, 0))
-    first_reader = min(
-        (u for root in match.roots for u in root.users if u not in match.inside),
-        key=lambda n: order.get(n, 0),
-        default=None,
-    )
-    if order and first_reader is not None and order[first_reader] < order[last]:
-        last = _sink(program, match, last, order)
-    with program.edit.before(last):
-        made = program.edit.emit(replacement, *(match.captured[name] for name in wanted))
-    made = list(made) if isinstance(made, (list, tuple)) else [made]
-    if len(made) != len(match.roots):
-        raise UsageError(f"the replacement returns {len(made)} values, the pattern {len(match.roots)}")
+    try:
+        with program.edit.before(place):
+            made = program.edit.emit(replacement, *(match.captured[name] for name in wanted))
+        made = list(made) if isinstance(made, (list, tuple)) else [made]
+        if len(made) != len(match.roots):
+            raise UsageError(f"the replacement returns {len(made)} values, the pattern {len(match.roots)}")
+        for old, new in zip(match.roots, made, strict=True):
+            if not isinstance(new, fx.Node):
+                raise UsageError("a replacement must return tensors")
+            program.edit.require_same(old, new)
+    except Exception:
+        _discard(program, place)
+        raise
     for old, new in zip(match.roots, made, strict=True):
-        if not isinstance(new, fx.Node):
-            raise UsageError("a replacement must return tensors")
         program.edit.replace(old, new)
     return made
 
 
-def _sink(program: Program, match: Match, last: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
-    """Insert early enough for the first reader: right after everything the match reads exists."""
-    reads = [v for v in match.captured.values() if isinstance(v, fx.Node)]
-    latest = max(reads, key=lambda n: order[n])
+def _discard(program: Program, place: fx.Node) -> None:
+    """Erase what a failed replacement left before its place."""
+    last = place.prev
+    while last.op == "call_function" and not last.users:
+        program.edit.erase_dead([last])
+        if not last._erased:
+            return
+        last = place.prev
+
+
+def _place(match: Match) -> fx.Node | str:
+    """Return the node to insert before, or why there is no place between what a match reads and its readers."""
+    last = max(match.roots)
     readers = [u for root in match.roots for u in root.users if u not in match.inside]
-    if any(order[r] <= order[latest] for r in readers):
-        raise VerificationError("the results of this match are read before all of its inputs exist", node=last.name)
+    if len(match.roots) == 1 or not readers or min(readers) > last:
+        return last
+    # insert early enough for the first reader: right after everything the match reads exists
+    reads = [v for v in match.captured.values() if isinstance(v, fx.Node) and v not in match.inside]
+    latest = max(reads)
+    if any(reader <= latest for reader in readers):
+        return "its results are read before all that it reads is there"
     anchor = latest.next
     while anchor.op == "placeholder":
         anchor = anchor.next

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,17 +22,78 @@ _LARGEST_HEADER = 100 << 20
 
 
 def inside(folder: Path, name: str, where: Path) -> Path:
-    """Return the path of a file that must lie in the folder.
+    """Return the path of a file that must lie in the folder itself.
 
     Raises:
         CheckpointError: the name leads elsewhere, or there is no such file.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"{where} names the file {name!r}, which is not a plain file name in this folder")
+    return contained(folder, name, where)
+
+
+def contained(folder: Path, name: str, where: Path) -> Path:
+    """Return the path of a file in the folder or below it; links are followed no further.
+
+    The Hugging Face cache is the exception: its folders of snapshots are links into the ``blobs`` beside them.
+
+    Raises:
+        CheckpointError: the name or a link leads elsewhere, or there is no such file.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise CheckpointError(f"{where} names {name!r}, which lies outside the folder")
     path = folder / name
-    if not path.is_file():
+    try:
+        home, real = folder.resolve(), path.resolve()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{where} names {name[:100]!r}, which cannot be read: {error}") from None
+    if not found:
         raise CheckpointError(f"{where} names {name!r}, which does not exist")
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in homes):
+        raise CheckpointError(
+            f"{path} is a link that leaves its folder, to {real}",
+            hint="links are not followed out of a folder; copy the file there, or make a hard link",
+        )
     return path
+
+
+@dataclass(frozen=True)
+class _Unchanged(SafetensorsEntry):
+    """A tensor of a file that must still be the one whose header was read.
+
+    Another program saved in its place may well be as large, and its bytes would be taken for this tensor.
+    """
+
+    stamp: tuple[int, ...] = ()
+
+    def load(self) -> torch.Tensor:
+        try:
+            now = _stamp(self.path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
+        if now != self.stamp:
+            raise CheckpointError(
+                f"{self.path} has changed since tensor {self.key!r} was found in it",
+                hint="load the checkpoint or program again; to go on with this one, save it to another place",
+            )
+        return super().load()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what tells that a file is no longer the one it was."""
+    seen = path.stat()
+    return seen.st_size, seen.st_mtime_ns
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name is used twice")
+    return made
 
 
 def read_header(path: Path) -> dict[str, SafetensorsEntry]:
@@ -44,16 +106,20 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
     def wrong(why: str) -> CheckpointError:
         return CheckpointError(f"{path} is not a whole safetensors file: {why}", hint="copy or download it again")
 
-    size = path.stat().st_size
-    if size < 8:
-        raise wrong(f"it has {size} bytes")
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(_LARGEST_HEADER, size - 8):
-            raise wrong(f"its header claims {length} bytes, the file has {size}")
-        raw = file.read(length)
     try:
-        header = json.loads(raw)
+        stamp = _stamp(path)
+        size = path.stat().st_size
+        if size < 8:
+            raise wrong(f"it has {size} bytes")
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_LARGEST_HEADER, size - 8):
+                raise wrong(f"its header claims {length} bytes, the file has {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise wrong(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -67,16 +133,16 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise wrong(f"the entry of {name!r} is incomplete") from None
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name!r} has the type {dtype!r}, which is not supported")
-        if not isinstance(shape, list) or not all(isinstance(s, int) and 0 <= s < 2**40 for s in shape):
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name!r} has the type {str(dtype)[:40]!r}, which is not supported")
+        if not isinstance(shape, list) or len(shape) > 64 or not all(type(s) is int and 0 <= s < 2**40 for s in shape):
             raise wrong(f"the shape of {name!r} is {str(shape)[:80]}")
-        if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end:
-            raise wrong(f"the place of {name!r} is {start} to {end}")
+        if type(start) is not int or type(end) is not int or not 0 <= start <= end <= size:
+            raise wrong(f"the place of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
         if end - start != numel(shape) * DTYPES[dtype].itemsize:
             raise wrong(f"{name!r} has shape {shape} and {end - start} bytes")
         spans.append((start, end, name))
-        found[name] = SafetensorsEntry(path, name, tuple(shape), DTYPES[dtype], 8 + length + start)
+        found[name] = _Unchanged(path, name, tuple(shape), DTYPES[dtype], 8 + length + start, stamp)
     spans.sort()
     place = 0
     for start, end, name in spans:
@@ -129,7 +195,7 @@ def write_file(
             if tuple(tensor.shape) != tuple(tensors[name].shape) or tensor.dtype != tensors[name].dtype:
                 raise CheckpointError(f"{name} was announced as {tensors[name].shape} and came as {tuple(tensor.shape)}")
             data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-            file.write(memoryview(data))
+            file.write(data.data)
             if progress is not None:
                 progress(name, data.nbytes)
             del tensor, data

@@ -29,7 +29,12 @@ def is_operator(node: object, *names: str) -> bool:
 @lru_cache(maxsize=4096)
 def _arguments(target: OpOverload) -> tuple[tuple[str, bool, bool, Any], ...]:
     return tuple(
-        (a.name, bool(a.kwarg_only), a.has_default_value(), a.default_value if a.has_default_value() else None)
+        (
+            a.name,
+            bool(a.kwarg_only),
+            a.has_default_value(),
+            a.default_value if a.has_default_value() else None,
+        )
         for a in target._schema.arguments
     )
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import sympy
 import torch
 
 from .errors import UsageError
+from .sizes import parse_size
 from .structure import Structure, flatten, leaf_names, rebuild
 
 FillRule = Literal["ones", "zeros", "positions", "positions_from_mask"]
@@ -133,9 +135,12 @@ class Signature:
                         hint=f"convert it with .to({spec.dtype})",
                     )
             if value.dim() != len(spec.shape):
-                raise UsageError(f"input {name!r} has {value.dim()} dimensions, the program takes {len(spec.shape)}")
+                raise UsageError(
+                    f"input {name!r} has {value.dim()} dimensions, the program takes {len(spec.shape)}"
+                )
             for dim, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
                 self._check_size(name, dim, int(size), wanted, seen)
+        self._check_expressions(flat, seen)
 
     def _check_size(
         self, name: str, dim: int, size: int, wanted: int | str, seen: dict[str, tuple[int, str]]
@@ -143,18 +148,38 @@ class Signature:
         if isinstance(wanted, int):
             if size != wanted:
                 raise UsageError(
-                    f"input {name!r} has size {size} in dimension {dim}, the program was captured for {wanted} only",
+                    f"input {name!r} has size {size} in dimension {dim}, "
+                    f"the program was captured for {wanted} only",
                     hint="capture again with dynamic sizes to let it vary",
                 )
             return
         if wanted not in self.sizes:  # an expression of other sizes
             return
         limits = self.sizes[wanted]
+        if size < limits.low:
+            raise UsageError(f"input {name!r}: {wanted} is {size}, the program takes {limits.low} and more")
         if limits.high is not None and size > limits.high:
             raise UsageError(f"input {name!r}: {wanted} is {size}, the program takes up to {limits.high}")
         if wanted in seen and seen[wanted][0] != size:
             raise UsageError(f"{wanted} is {size} in {name!r} and {seen[wanted][0]} in {seen[wanted][1]!r}")
         seen[wanted] = (size, name)
+
+    def _check_expressions(self, flat: Mapping[str, Any], seen: Mapping[str, tuple[int, str]]) -> None:
+        """Check the sizes that are computed from others, such as ``2*sequence``."""
+        if all(isinstance(s, int) or s in self.sizes for name in flat for s in self.inputs[name].shape):
+            return
+        symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in self.sizes}
+        values = {symbols[name]: size for name, (size, _) in seen.items()}
+        for name, value in flat.items():
+            for dim, (size, wanted) in enumerate(zip(value.shape, self.inputs[name].shape, strict=True)):
+                if isinstance(wanted, int) or wanted in self.sizes:
+                    continue
+                expected = parse_size(wanted, symbols, f"input {name!r}").subs(values)
+                if expected.is_Integer and int(expected) != int(size):
+                    raise UsageError(
+                        f"input {name!r} has size {int(size)} in dimension {dim}, "
+                        f"which must be {wanted} = {int(expected)}"
+                    )
 
     def unflatten(self, values: Mapping[str, Any]) -> Any:
         """Return the outputs in the structure of the model's own."""

@@ -67,7 +67,9 @@ def changed_values(before: Program, after: Program) -> list[tuple[fx.Node, fx.No
         if old is None or node.op != "call_function" or node.name in seen:
             continue
         touched_weight = any(
-            n.name in sources and n.name in after.weights and after.weights[n.name].source is not sources[n.name]
+            n.name in sources
+            and n.name in after.weights
+            and after.weights[n.name].source is not sources[n.name]
             for n in node.all_input_nodes
         )
         if touched_weight or not _same_call(old, node, final):
@@ -163,8 +165,9 @@ def _compare(before: Program, after: Program, pair: _Pair) -> tuple[float, str]:
 
         def load(node: fx.Node, seeds: dict[str, int] = seeds, offset: int = seed) -> torch.Tensor:
             # a value that the pass itself brought along is part of its claim
-            if node.name not in before.weights or after.weights.get(node.name, None) is not None and (
-                after.weights[node.name].source is not before.weights[node.name].source
+            if node.name not in before.weights or (
+                after.weights.get(node.name, None) is not None
+                and (after.weights[node.name].source is not before.weights[node.name].source)
             ):
                 return (after if node in pair.after.weights else before).weights[node.name].source.load()
             if before.weights[node.name].kind != "parameter" and numel(node.meta["val"].shape) <= 4:
@@ -182,9 +185,11 @@ def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
     for user in node.users:
         if operator_name(user.target) == "aten.batch_norm" and len(user.args) > 4 and user.args[4] is node:
             return tensor.abs() + 1e-3
-        if operator_name(user.target) in ("aten.add", "aten.sqrt", "aten.rsqrt") and tensor.dim() == 1:
-            if any(operator_name(u.target) in ("aten.rsqrt", "aten.sqrt", "aten.pow") for u in (user, *user.users)):
-                return tensor.abs() + 1e-3
+        vector = operator_name(user.target) in ("aten.add", "aten.sqrt", "aten.rsqrt") and tensor.dim() == 1
+        if vector and any(
+            operator_name(u.target) in ("aten.rsqrt", "aten.sqrt", "aten.pow") for u in (user, *user.users)
+        ):
+            return tensor.abs() + 1e-3
         if operator_name(user.target) == "aten.to":
             return _varied(user, tensor)
     return tensor
@@ -219,8 +224,16 @@ def _sizes(program: Program) -> list[dict[str, int]]:
         return max(limits[name].low, min(wanted, high if high is not None else wanted))
 
     other = dict.fromkeys(limits, 0)
-    first = {name: limits[name].hint if name not in ("batch", "sequence") else within(name, 2 if name == "batch" else 5) for name in other}
-    second = {name: first[name] if name not in ("batch", "sequence") else within(name, 1 if name == "batch" else 3) for name in other}
+    first = {
+        name: limits[name].hint
+        if name not in ("batch", "sequence")
+        else within(name, 2 if name == "batch" else 5)
+        for name in other
+    }
+    second = {
+        name: first[name] if name not in ("batch", "sequence") else within(name, 1 if name == "batch" else 3)
+        for name in other
+    }
     return [first, second]
 
 
@@ -232,7 +245,7 @@ def _error(pair: _Pair, values: dict[str, Any], load: Callable[[fx.Node], torch.
 
 
 def value_error(found: Any, expected: Any) -> float:
-    """Largest difference relative to the largest expected value; infinite where shapes or finiteness differ."""
+    """Largest difference relative to the largest expected value; infinite if shapes or finiteness differ."""
     if isinstance(expected, (list, tuple)):
         return max((value_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
     if not isinstance(expected, torch.Tensor):

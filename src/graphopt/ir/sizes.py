@@ -11,9 +11,9 @@ import torch
 
 from .errors import CheckpointError
 
-_TOKEN = re.compile(r"\s*(?:(\d{1,18})|([A-Za-z_][A-Za-z0-9_]{0,63})|(//|[-+*%(),]))")
+_TOKEN = re.compile(r"\s*(?:(\d{1,18})|([^\W\d]\w{0,199})|(//|[-+*%(),]))")
 _FUNCTIONS = {"max": 2, "min": 2}
-_LENGTH, _DEPTH = 2000, 40
+_LENGTH, _DEPTH, _DIVISIONS = 2000, 40, 60
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -69,6 +69,9 @@ class _Parser:
                 raise ValueError(f"unexpected {stripped[position]!r}")
             self.tokens.append(match.group().strip())
             position = match.end()
+        # simplifying nested divisions takes time that grows fast with their number
+        if sum(token in ("//", "%") for token in self.tokens) > _DIVISIONS:
+            raise ValueError("too many divisions")
         self.symbols = symbols
         self.next = 0
         self.depth = 0
@@ -102,7 +105,9 @@ class _Parser:
             other = self.factor()
             if operator != "*" and other == 0:
                 raise ValueError("division by zero")
-            value = value * other if operator == "*" else (FloorDiv if operator == "//" else Mod)(value, other)
+            value = (
+                value * other if operator == "*" else (FloorDiv if operator == "//" else Mod)(value, other)
+            )
         return value
 
     def factor(self) -> sympy.Expr:

@@ -30,7 +30,9 @@ class Output(OrderedDict[str, Any]):
         return tuple(self.values())
 
 
-def describe(value: Any, is_leaf: Any, prefix: str = "", lone: str = "output") -> tuple[Structure, dict[str, Any]]:
+def describe(
+    value: Any, is_leaf: Any, prefix: str = "", lone: str = "output", taken: set[str] | None = None
+) -> tuple[Structure, dict[str, Any]]:
     """Return the structure of ``value`` and its leaves by flat name.
 
     Args:
@@ -38,9 +40,16 @@ def describe(value: Any, is_leaf: Any, prefix: str = "", lone: str = "output") -
         is_leaf: tells a leaf, usually a tensor.
         prefix: what names of nested leaves begin with.
         lone: the name of a leaf that is all there is.
+        taken: names that other leaves have.
     """
+    taken = set() if taken is None else taken
     if is_leaf(value):
-        name = prefix or lone
+        # {"a": (x, y), "a_0": z} has two leaves that would be called a_0
+        name, count = prefix or lone, 1
+        while name in taken:
+            count += 1
+            name = f"{prefix or lone}_{count}"
+        taken.add(name)
         return {"leaf": name}, {name: value}
     if isinstance(value, _CONSTANTS):
         return {"constant": value}, {}
@@ -49,7 +58,8 @@ def describe(value: Any, is_leaf: Any, prefix: str = "", lone: str = "output") -
         items = dict(value) if isinstance(value, Mapping) else dict(vars(value))
         parts: dict[str, Structure] = {}
         for key, item in items.items():
-            parts[str(key)], more = describe(item, is_leaf, f"{prefix}_{key}" if prefix else str(key), lone)
+            inner = f"{prefix}_{key}" if prefix else str(key)
+            parts[str(key)], more = describe(item, is_leaf, inner, lone, taken)
             leaves.update(more)
         kind = type(value)
         label = None if kind in (dict, OrderedDict) else f"{kind.__module__}:{kind.__qualname__}"
@@ -57,7 +67,7 @@ def describe(value: Any, is_leaf: Any, prefix: str = "", lone: str = "output") -
     if isinstance(value, (list, tuple)):
         structures = []
         for index, item in enumerate(value):
-            part, more = describe(item, is_leaf, f"{prefix or lone}_{index}", lone)
+            part, more = describe(item, is_leaf, f"{prefix or lone}_{index}", lone, taken)
             structures.append(part)
             leaves.update(more)
         return {"tuple" if isinstance(value, tuple) else "list": structures}, leaves
@@ -105,9 +115,10 @@ def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
     if "leaf" in structure:
         return {structure["leaf"]: value}
     if "constant" in structure:
-        if value != structure["constant"]:
+        if not isinstance(value, _CONSTANTS) or value != structure["constant"]:
+            now = repr(value) if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"
             raise UsageError(
-                f"{where} was {structure['constant']!r} when the model was captured and is {value!r} now",
+                f"{where} was {structure['constant']!r} when the model was captured and is {now} now",
                 hint="capture the model again with this value",
             )
         return {}
@@ -121,9 +132,10 @@ def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
                 leaves.update(flatten(part, value[index], f"{where}[{index}]"))
     if "dict" in structure:
         parts = structure["dict"]
-        items = dict(value) if isinstance(value, Mapping) else dict(vars(value))
+        items = dict(value) if isinstance(value, Mapping) else dict(getattr(value, "__dict__", {}))
         if set(items) != set(parts):
-            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {sorted(items)}")
+            given = sorted(map(str, items))
+            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {given}")
         for key, part in parts.items():
             leaves.update(flatten(part, items[key], f"{where}[{key!r}]"))
     return leaves

@@ -14,7 +14,7 @@ from .schema import operator_name
 if TYPE_CHECKING:
     from .program import Program
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]+(?:\n(?!\s*File ")[ \t]*([^\n]*))?')
 
 
 def source_line(node: fx.Node) -> str:
@@ -30,7 +30,9 @@ def source_line(node: fx.Node) -> str:
     return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}"
 
 
-def format_program(program: Program, *, weights: bool = True, sources: bool = False, blocks: bool = False) -> str:
+def format_program(
+    program: Program, *, weights: bool = True, sources: bool = False, blocks: bool = False
+) -> str:
     """Return the graph as text.
 
     Args:

@@ -11,6 +11,7 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from .errors import UsageError
+from .infer import infer
 from .schema import arguments as bound_arguments
 
 if TYPE_CHECKING:
@@ -21,22 +22,23 @@ _OPERATORS = {
     "__pow__": "pow", "__neg__": "neg", "__and__": "bitwise_and", "__or__": "bitwise_or",
     "__eq__": "eq", "__lt__": "lt", "__le__": "le", "__gt__": "gt", "__ge__": "ge",
 }  # fmt: skip
-_REFLECTED = {"__radd__": "add", "__rmul__": "mul"}
+_REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub"}
 _RENAMED = {"truediv": "div", "concat": "cat", "concatenate": "cat", "view": "reshape", "absolute": "abs"}
 _IGNORED = {"_stacklevel", "inplace", "out", "training"}
 
 
 def packet_of(function: Any) -> OpOverloadPacket:
-    """Return the ATen operator that a torch function stands for.
+    """Return the ATen operator that a torch function, or a tensor's method by its name, stands for.
 
     Raises:
         UsageError: there is none of that name.
     """
     if isinstance(function, OpOverload):
-        return function.overloadpacket
+        owner: OpOverloadPacket = function.overloadpacket
+        return owner
     if isinstance(function, OpOverloadPacket):
         return function
-    name = getattr(function, "__name__", str(function))
+    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
     name = _RENAMED.get(name.strip("_"), _OPERATORS.get(name, name))
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, OpOverloadPacket):
@@ -56,8 +58,16 @@ def clean_arguments(
         kwargs, args = dict(bound.arguments), ()
     kwargs = {k: v for k, v in kwargs.items() if k not in _IGNORED}
     if "input" in kwargs:
-        kwargs["self" if function.__name__ not in ("layer_norm", "linear", "embedding") else "input"] = kwargs.pop("input")
+        if function is torch.nn.functional.embedding:
+            kwargs["indices"] = kwargs.pop("input")
+        elif not _takes(packet_of(function), "input"):
+            kwargs["self"] = kwargs.pop("input")
     return args, kwargs
+
+
+def _takes(packet: OpOverloadPacket, name: str) -> bool:
+    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())  # type: ignore[no-untyped-call]
+    return any(argument.name == name for schema in schemas for argument in schema.arguments)
 
 
 def _accepts(kind: str, value: Any) -> bool:
@@ -101,7 +111,7 @@ def _kind(argument: Any) -> str:
 def choose_overload(packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpOverload:
     """Return the first overload whose schema accepts the arguments."""
     for relaxed in (False, True):
-        for name in packet.overloads():
+        for name in packet.overloads():  # type: ignore[no-untyped-call]
             overload = getattr(packet, name)
             listed = overload._schema.arguments
             if "out" in name or overload._schema.is_mutable or name.endswith("_mode"):
@@ -142,9 +152,16 @@ class Value:
         return dtype
 
     @property
-    def T(self) -> Value:  # noqa: N802
+    def T(self) -> Value:
         """Transpose of a matrix."""
         result = apply(self.editor, torch.ops.aten.permute, (self, [1, 0]), {})
+        assert isinstance(result, Value)
+        return result
+
+    @property
+    def mT(self) -> Value:
+        """The last two dimensions swapped."""
+        result = apply(self.editor, torch.ops.aten.mT, (self,), {})
         assert isinstance(result, Value)
         return result
 
@@ -185,13 +202,21 @@ class Value:
                 result = apply(self.editor, torch.ops.aten.select, (result, dim, item), {})
         return result
 
+    def __rtruediv__(self, other: float) -> Any:
+        inverse = self.reciprocal()
+        return inverse if other == 1 else inverse * other
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        packet = packet_of(type("method", (), {"__name__": name}))
+        packet = packet_of(name)
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            if name in ("reshape", "view", "permute", "expand", "repeat") and args and not isinstance(args[0], (list, tuple)):
+            if (
+                name in ("reshape", "view", "permute", "expand", "repeat")
+                and args
+                and not isinstance(args[0], (list, tuple))
+            ):
                 args = (list(args),)
             return apply(self.editor, packet, (self, *args), kwargs)
 
@@ -243,14 +268,48 @@ def unwrap(argument: Any) -> Any:
     return argument
 
 
+SWAPS = {"aten.transpose": None, "aten.swapaxes": None, "aten.swapdims": None, "aten.t": (-2, -1), "aten.mT": (-2, -1)}
+SPLITS = ("aten.split", "aten.chunk")
+# calls that canonicalisation takes out of every graph
+NOTHING = ("aten.contiguous", "aten.clone", "aten.detach", "aten.alias")
+
+
+def swapped(rank: int, first: int, second: int) -> list[int]:
+    """Return the permutation that swaps two dimensions."""
+    order = list(range(rank))
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _in_dialect(editor: Editor, overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return operator and arguments as canonicalisation spells them, or None where that is how they are."""
+    name = str(overload.overloadpacket)
+    if name not in SWAPS and name not in SPLITS or not args or not isinstance(args[0], fx.Node):
+        return None
+    given = dict(zip((a.name for a in overload._schema.arguments), args, strict=False)) | kwargs
+    if name in SWAPS:
+        values = list(given.values())
+        rank = args[0].meta["val"].dim()
+        first, second = SWAPS[name] or (int(values[1]), int(values[2]))
+        return (torch.ops.aten.permute.default, args[0], swapped(rank, first, second)) if rank > 1 else None
+    dim = given.get("dim", 0)
+    sizes = [part.shape[dim] for part in infer(editor.program.mode, overload, args, kwargs)]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return (torch.ops.aten.split_with_sizes.default, args[0], sizes, dim)
+
+
 def apply(editor: Editor, packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Insert a call of the fitting overload; several results come back as a tuple of values."""
     args = tuple(unwrap(editor.program.size_nodes(a)) for a in args)
     kwargs = {k: unwrap(editor.program.size_nodes(v)) for k, v in kwargs.items()}
     if str(packet) == "aten.add" and len(args) == 2 and not isinstance(args[0], fx.Node):
         args = (args[1], args[0])
+    if str(packet) in NOTHING and args and isinstance(args[0], fx.Node):
+        return Value(editor, args[0])
     overload = choose_overload(packet, args, kwargs)
-    node = editor.call(overload, *args, **kwargs)
+    respelled = _in_dialect(editor, overload, args, kwargs)
+    node = editor.call(*respelled) if respelled else editor.call(overload, *args, **kwargs)
     result = node.meta["val"]
     if isinstance(result, (list, tuple)):
         import operator
@@ -259,4 +318,13 @@ def apply(editor: Editor, packet: OpOverloadPacket, args: tuple[Any, ...], kwarg
     return Value(editor, node)
 
 
-__all__ = ["Value", "apply", "bound_arguments", "choose_overload", "clean_arguments", "packet_of", "unwrap", "wrap"]
+__all__ = [
+    "Value",
+    "apply",
+    "bound_arguments",
+    "choose_overload",
+    "clean_arguments",
+    "packet_of",
+    "unwrap",
+    "wrap",
+]

@@ -41,7 +41,8 @@ def verify(program: Program, nodes: Iterable[fx.Node] | None = None) -> None:
             raise _at(
                 program,
                 node,
-                f"its recorded value is {describe_value(node.meta['val'])}, the operator gives {describe_value(value)}",
+                f"its recorded value is {describe_value(node.meta['val'])}, "
+                f"the operator gives {describe_value(value)}",
             )
 
 
@@ -76,7 +77,10 @@ def _tables(program: Program, seen: set[fx.Node], names: set[str]) -> None:
     for node in program.weight_nodes:
         weight = program.weights[node.name]
         value = node.meta["val"]
-        if tuple(int(s) for s in value.shape) != tuple(weight.source.shape) or value.dtype != weight.source.dtype:
+        if (
+            tuple(int(s) for s in value.shape) != tuple(weight.source.shape)
+            or value.dtype != weight.source.dtype
+        ):
             raise _at(
                 program,
                 node,
@@ -146,7 +150,9 @@ def retyped(program: Program) -> Program:
     wide.checkpoint = {name: pairs[node] for name, node in wide.checkpoint.items()}
     wide.weights = {
         name: weight.with_source(
-            InMemory(widen(weight.source.tensor)) if isinstance(weight.source, InMemory) else _Widened(weight.source)
+            InMemory(widen(weight.source.tensor))
+            if isinstance(weight.source, InMemory)
+            else _Widened(weight.source)
         )
         for name, weight in wide.weights.items()
     }

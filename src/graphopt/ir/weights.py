@@ -19,9 +19,15 @@ class TensorSource(Protocol):
     """A tensor that may not be in memory yet."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Its type."""
+        ...
+
     def load(self) -> torch.Tensor:
         """Return the values; whoever asks must not write to them."""
         ...
@@ -35,13 +41,16 @@ class InMemory:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Its type."""
         return self.tensor.dtype
 
     def load(self) -> torch.Tensor:
+        """Return the tensor itself, apart from its gradient."""
         return self.tensor.detach()
 
 
@@ -60,12 +69,13 @@ class SafetensorsEntry:
     start: int
 
     def load(self) -> torch.Tensor:
+        """Read the values from the file."""
         size = numel(self.shape) * self.dtype.itemsize
         raw = torch.empty(size, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start)
-                read = file.readinto(memoryview(raw.numpy())) if size else 0
+                read = file.readinto(raw.numpy().data) if size else 0
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
         if read != size:
@@ -85,6 +95,7 @@ class Absent:
     name: str = ""
 
     def load(self) -> torch.Tensor:
+        """Refuse: there are no values."""
         raise CheckpointError(
             f"weight {self.name!r} has no values: this program was captured without weights",
             hint="capture from a checkpoint folder to run it or to write it out",
@@ -101,6 +112,7 @@ class Drawn:
     scale: float = 1.0
 
     def load(self) -> torch.Tensor:
+        """Draw the values."""
         generator = torch.Generator().manual_seed(self.seed)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not self.dtype.is_floating_point:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..ir.errors import PipelineError
 from ..ir.program import Program
 from .contracts import Contract, Exact
-from .option import check, option, options_of
+from .option import check, default_of, option, options_of
 from .plan import Plan
 from .values import format_value
 
@@ -25,8 +24,8 @@ class Pass:
     Subclasses are frozen dataclasses. Their fields, declared with :func:`~graphopt.passes.option`, are the
     constructor, the pipeline text, the plan file, the help and the page in the catalogue.
 
-    ``requires`` lists facts the program must have, ``provides`` facts it has afterwards, ``invalidates`` facts
-    it loses, ``excludes`` facts it must not have.
+    ``requires`` lists facts the program must have, ``provides`` facts it has afterwards, ``invalidates``
+    facts it loses, ``excludes`` facts it must not have.
     """
 
     name: ClassVar[str] = ""
@@ -66,7 +65,7 @@ class Pass:
         given = []
         for name, field in options_of(type(self)).items():
             value = getattr(self, name)
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            default = default_of(field)
             if value != default:
                 given.append(f"{name}={format_value(value)}")
         return self.name + ("{" + " ".join(given) + "}" if given else "")

@@ -25,7 +25,7 @@ def forget_removed(
         whole: whole layers went, so that a checkpoint can close the gap.
     """
     for name, node in list(program.checkpoint.items()):
-        if node in before and not node.users or _only_feeds_nothing(program, node, before):
+        if (node in before and not node.users) or _only_feeds_nothing(program, node, before):
             del program.checkpoint[name]
     gone = [node for node in before if not node.users and node not in program.checkpoint.values()]
     for node in gone:

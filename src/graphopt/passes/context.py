@@ -24,9 +24,14 @@ from .metrics import Batch, default_metric, measure, relative_loss
 class Progress(Protocol):
     """Shows how far a long computation is."""
 
-    def start(self, what: str, total: int) -> None: ...
-    def step(self, note: str = "") -> None: ...
-    def done(self) -> None: ...
+    def start(self, what: str, total: int) -> None:
+        """Begin a computation of ``total`` steps."""
+
+    def step(self, note: str = "") -> None:
+        """Count one step."""
+
+    def done(self) -> None:
+        """End the computation."""
 
 
 class Silent:
@@ -92,13 +97,17 @@ class Context:
             PipelineError: there is none.
         """
         if not self.data:
-            raise PipelineError("this pass needs data", hint="give data= in Python or --data FILE on the command line")
+            raise PipelineError(
+                "this pass needs data", hint="give data= in Python or --data FILE on the command line"
+            )
         return self.data[: max(1, len(self.data) // 2)]
 
     def judging(self) -> list[Batch]:
         """Return data that no pass calibrates on."""
         if len(self.data) == 1:
-            note = "one batch of data served for calibration and for judging; give more for an honest judgement"
+            note = (
+                "one batch of data served for calibration and for judging; give more for an honest judgement"
+            )
             if note not in self.notes:
                 self.log(note)
         return self.data[len(self.data) // 2 :] if len(self.data) > 1 else self.data
@@ -114,7 +123,9 @@ class Context:
 
     # -- values and metrics ---------------------------------------------------------------------------
 
-    def record(self, program: Program, values: Iterable[fx.Node]) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+    def record(
+        self, program: Program, values: Iterable[fx.Node]
+    ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
         """Yield each calibration batch with the values of some nodes, computed streamed."""
         wanted = list(values)
         for batch in self.batches():
@@ -142,7 +153,9 @@ class Context:
         data = self.judging() if judge else self.batches()
         return name, measure(name, self._runner(program), self._runner(reference), data)
 
-    def loss(self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True) -> float:
+    def loss(
+        self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True
+    ) -> float:
         """Return the relative loss that budgets speak of."""
         name, value = self.evaluate(program, reference, metric=metric, judge=judge)
         original = 0.0
@@ -186,7 +199,9 @@ class Context:
             self.progress.done()
         return {site: scores[site] for site in sites}
 
-    def remember(self, program: Program, key: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def remember(
+        self, program: Program, key: str, compute: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
         """Return scores computed once and kept in ``work_dir``."""
         store = self._store(program, key)
         found = self._read(store)

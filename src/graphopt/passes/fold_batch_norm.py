@@ -70,7 +70,7 @@ def _padding(node: fx.Node) -> list[int]:
 
 
 def fold_batch_norm(program: Program, node: fx.Node, site: Site, nodes: dict[str, fx.Node]) -> None:
-    """Fold one BatchNorm as planned: ``y = x * t + (beta - mean * t)`` with ``t = gamma / sqrt(var + eps)``."""
+    """Fold one BatchNorm: ``y = x * t + (beta - mean * t)`` with ``t = gamma / sqrt(var + eps)``."""
     del nodes
     scale, shift = _affine(program, node)
     if site["direction"] == "before":
@@ -79,7 +79,9 @@ def fold_batch_norm(program: Program, node: fx.Node, site: Site, nodes: dict[str
         for user in list(node.users):
             _into_after(program, node, user, scale, shift)
         program.edit.erase_dead([node])
-    program.facts.setdefault("unwritable", "a BatchNorm was folded, which a checkpoint of this architecture would keep")
+    program.facts.setdefault(
+        "unwritable", "a BatchNorm was folded, which a checkpoint of this architecture would keep"
+    )
 
 
 def _affine(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -39,17 +39,19 @@ class FoldNorms(Pass):
     provides = ("norms_folded",)
 
     which: str = option("all", help="which norms", choices=("all", "batch-norm", "layer-norm", "rms-norm"))
-    untie: bool = option(False, help="also where a matrix is tied to another use, which then keeps its own copy")
+    untie: bool = option(
+        False, help="also where a matrix is tied to another use, which then keeps its own copy"
+    )
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Take each norm whose neighbours can hold its weights."""
         plan = Plan()
         for node in program.graph.nodes:
             if is_operator(node, "aten.batch_norm") and self.which in ("all", "batch-norm"):
-                found = plan_batch_norm(program, node)
-            elif is_operator(node, "graphopt.rms_norm") and self.which in ("all", "rms-norm"):
-                found = self._affine(program, node)
-            elif is_operator(node, "aten.layer_norm") and self.which in ("all", "layer-norm"):
+                found: dict[str, Any] | str | None = plan_batch_norm(program, node)
+            elif (is_operator(node, "graphopt.rms_norm") and self.which in ("all", "rms-norm")) or (
+                is_operator(node, "aten.layer_norm") and self.which in ("all", "layer-norm")
+            ):
                 found = self._affine(program, node)
             else:
                 continue
@@ -79,7 +81,9 @@ class FoldNorms(Pass):
         for reader in readers:
             shared = [u for u in reader.matrix.users if u is not reader.node and u.op == "call_function"]
             if shared and not self.untie:
-                return f"{reader.matrix.name} is used by {shared[0].name} as well; untie=true gives each its own"
+                return (
+                    f"{reader.matrix.name} is used by {shared[0].name} as well; untie=true gives each its own"
+                )
         return {"into": [reader.node.name for reader in readers]}
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -120,7 +124,9 @@ def _neutral_in_checkpoint(program: Program, tensor: fx.Node | None, value: floa
     """Where the checkpoint keeps the norm's weight, it keeps a neutral one from now on."""
     if tensor is None:
         return
-    if is_operator(tensor, "aten.add") and 1.0 in [float(a) for a in tensor.args if isinstance(a, (int, float))]:
+    if is_operator(tensor, "aten.add") and 1.0 in [
+        float(a) for a in tensor.args if isinstance(a, (int, float))
+    ]:
         # Gemma stores the weight minus one
         tensor, value = next(a for a in tensor.args if isinstance(a, fx.Node)), value - 1.0
     while is_operator(tensor, "aten.to"):

@@ -56,7 +56,9 @@ class FuseProjections(Pass):
             if reason:
                 plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
             else:
-                plan.sites.append(Site(block.name, parts=list(self._members(block, roles)), layout=self.layout))
+                plan.sites.append(
+                    Site(block.name, parts=list(self._members(block, roles)), layout=self.layout)
+                )
         return plan
 
     def _members(self, block: Block, roles: tuple[str, ...]) -> dict[str, fx.Node]:
@@ -71,9 +73,17 @@ class FuseProjections(Pass):
         nodes = list(members.values())
         if len(nodes) < 2:
             missing = [r for r in roles if r not in block.parts]
-            return f"there is no {' and no '.join(missing)} projection beside the others" if missing else "one projection"
+            return (
+                f"there is no {' and no '.join(missing)} projection beside the others"
+                if missing
+                else "one projection"
+            )
         if len(set(nodes)) < len(nodes):
-            return "the projections are one already" if len(set(nodes)) == 1 else "some projections are one already"
+            return (
+                "the projections are one already"
+                if len(set(nodes)) == 1
+                else "some projections are one already"
+            )
         if not all(is_operator(node, "aten.linear") for node in nodes):
             return "a projection is no linear"
         if len({node.args[0] for node in nodes}) > 1:
@@ -113,17 +123,25 @@ class FuseProjections(Pass):
 
 
 def _fuse(
-    program: Program, block: Block, roles: list[str], members: list[fx.Node], layout: str, order: dict[fx.Node, int]
+    program: Program,
+    block: Block,
+    roles: list[str],
+    members: list[fx.Node],
+    layout: str,
+    order: dict[fx.Node, int],
 ) -> None:
     groups = 1
     if layout != "plain":
-        groups = block.sizes["kv_heads"] if block.kind == "attention" else int(members[0].meta["val"].shape[-1])
+        groups = (
+            block.sizes["kv_heads"] if block.kind == "attention" else int(members[0].meta["val"].shape[-1])
+        )
     sizes = [int(node.meta["val"].shape[-1]) for node in members]
     x = members[0].args[0]
     weights: list[Any] = [node.args[1] for node in members]
     biases = _biases(members)
     first = min(members, key=lambda n: order[n])
     stem = _stem(program, weights)
+    hoist([*weights, *(b for b in biases if b is not None)], first, order)
     with program.edit.before(first):
         weight = _join(program, weights, groups)
         _name(weight, f"{stem}{'_'.join(roles)}.weight")
@@ -138,13 +156,35 @@ def _fuse(
         program.edit.replace(node, part)
 
 
+def hoist(values: list[fx.Node], anchor: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Move what computes some weights before ``anchor``; it depends on weights alone, so it can go anywhere.
+
+    Args:
+        values: nodes that depend on weights alone.
+        anchor: where they are needed.
+        order: places of nodes; what is not in it was made just now, before the anchor.
+    """
+    late: dict[fx.Node, None] = {}
+    work = list(values)
+    while work:
+        node = work.pop()
+        if node.op == "call_function" and node not in late and order.get(node, -1) > order[anchor]:
+            late[node] = None
+            work.extend(node.all_input_nodes)
+    for node in sorted(late, key=lambda n: order[n]):
+        anchor.prepend(node)
+        order[node] = order[anchor]
+
+
 def _join(program: Program, tensors: list[Any], groups: int) -> fx.Node:
     """Join rows: whole matrices, or their parts group by group."""
     call = program.edit.call
     if groups == 1:
         return call(aten.cat.default, tensors, 0)
     rest = [int(s) for s in tensors[0].meta["val"].shape[1:]]
-    grouped = [call(aten.reshape.default, t, [groups, int(t.meta["val"].shape[0]) // groups, *rest]) for t in tensors]
+    grouped = [
+        call(aten.reshape.default, t, [groups, int(t.meta["val"].shape[0]) // groups, *rest]) for t in tensors
+    ]
     return call(aten.reshape.default, call(aten.cat.default, grouped, 1), [-1, *rest])
 
 
@@ -160,7 +200,8 @@ def _split(program: Program, joined: fx.Node, sizes: list[int], groups: int) -> 
     folded = call(aten.reshape.default, joined, [*lead, groups, sum(each)])
     pieces = call(aten.split_with_sizes.default, folded, each, -1)
     return [
-        call(aten.reshape.default, call(operator.getitem, pieces, i), [*lead, size]) for i, size in enumerate(sizes)
+        call(aten.reshape.default, call(operator.getitem, pieces, i), [*lead, size])
+        for i, size in enumerate(sizes)
     ]
 
 
@@ -180,7 +221,7 @@ def _stem(program: Program, weights: list[fx.Node]) -> str:
     names = [program.weights[w.name].name for w in weights if w.name in program.weights]
     if not names:
         return "fused."
-    common = os.path.commonprefix(names)
+    common = os.path.commonprefix(names)  # noqa: RUF071  by character: it is cut at a dot below
     return common[: common.rfind(".") + 1]
 
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.program import Program
@@ -43,27 +43,37 @@ def unified_rule(count: int, speedup: float) -> set[int]:
     return kept
 
 
-def choose(program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan) -> list[str]:
+def choose(
+    program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan
+) -> list[str]:
     """Return the names of the units to remove, by score and search."""
-    if options.score in ("perplexity", "kl", "cosine") or options.budget is not None and options.remove is None:
+    if options.score in ("perplexity", "kl", "cosine") or (
+        options.budget is not None and options.remove is None
+    ):
         _estimate(program, context, options, len(units), plan)
     if options.remove is not None:
         if options.remove >= len(units):
             raise PassRefusedError(
-                f"skip-layers: {options.remove} of {len(units)} {options.unit}s cannot be removed; one must be left"
+                f"skip-layers: {options.remove} of {len(units)} {options.unit}s cannot be removed; "
+                "one must be left"
             )
         return _order(program, context, options, units, plan, options.remove)
     assert options.budget is not None
     chosen: list[str] = []
-    tried = 0
     order: list[str] = []
     for number in range(1, len(units)):
         # a run of neighbours is another run for each length; the others only grow
         if options.search == "contiguous" or not order:
-            order = _order(program, context, options, units, plan, number if options.search == "contiguous" else len(units) - 1)
+            order = _order(
+                program,
+                context,
+                options,
+                units,
+                plan,
+                number if options.search == "contiguous" else len(units) - 1,
+            )
         candidate = order[:number]
         loss = context.loss(_without(program, options, candidate), program, metric=options.metric)
-        tried += 1
         plan.notes.append(f"without {number}: loss {loss:.4g}")
         if not loss <= options.budget:
             break
@@ -116,7 +126,9 @@ def _without(program: Program, options: SkipLayers, names: list[str]) -> Program
     return copy
 
 
-def _scores(program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str] | None = None) -> dict[str, float]:
+def _scores(
+    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str] | None = None
+) -> dict[str, float]:
     """Return the score of each unit in the program without those already gone."""
     gone = gone or []
     if options.score in ("perplexity", "kl", "cosine"):
@@ -140,7 +152,9 @@ def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> No
         copy.remove(unit)
 
 
-def _distances(program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str]) -> dict[str, float]:
+def _distances(
+    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str]
+) -> dict[str, float]:
     """Mean distance between what each unit reads and writes."""
     from .skip_layers import units_of
 
@@ -223,12 +237,16 @@ def _contiguous(
     return [unit.name for unit in by_name[best]]
 
 
-def _run_distances(program: Program, context: Context, options: SkipLayers, runs: dict[str, list[Any]]) -> dict[str, float]:
+def _run_distances(
+    program: Program, context: Context, options: SkipLayers, runs: dict[str, list[Any]]
+) -> dict[str, float]:
     totals = dict.fromkeys(runs, 0.0)
     nodes = {node: None for run in runs.values() for node in (run[0].reads, run[-1].writes)}
     count = 0
     for batch, recorded in context.record(program, nodes):
         for name, run in runs.items():
-            totals[name] += _distance(recorded[run[0].reads.name], recorded[run[-1].writes.name], batch, options.score)
+            totals[name] += _distance(
+                recorded[run[0].reads.name], recorded[run[-1].writes.name], batch, options.score
+            )
         count += 1
     return {name: total / max(count, 1) for name, total in totals.items()}

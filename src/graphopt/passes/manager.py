@@ -45,7 +45,8 @@ def _first_problem(facts: set[str], passes: Sequence[Pass]) -> str | None:
     for index, current in enumerate(passes):
         missing = [fact for fact in current.requires if fact not in facts]
         if missing:
-            return f"{current.name} (pass {index + 1}) requires {', '.join(missing)}, which nothing before it provides"
+            lacking = ", ".join(missing)
+            return f"{current.name} (pass {index + 1}) requires {lacking}, which nothing before it provides"
         present = [fact for fact in current.excludes if fact in facts]
         if present:
             return f"{current.name} (pass {index + 1}) cannot run on a program that is {', '.join(present)}"
@@ -87,7 +88,9 @@ def run_pipeline(
     for index, step in enumerate(passes):
         plan = plans[index] if plans is not None else None
         try:
-            current, entry = run_pass(current, step, context, plan=plan, verify_with=verify_with, inputs=inputs)
+            current, entry = run_pass(
+                current, step, context, plan=plan, verify_with=verify_with, inputs=inputs
+            )
         except GraphoptError as error:
             error.add_note(f"pass {index + 1} of {len(passes)}: {step}")
             raise
@@ -116,7 +119,8 @@ def run_pass(
     seconds["plan"] = time.perf_counter() - began
     if not plan.sites and not step.allow_no_match:
         raise PassRefusedError(
-            f"{step.name} matched nothing" + _reasons(plan), hint="allow_no_match=true lets the pipeline go on"
+            f"{step.name} matched nothing" + _reasons(plan),
+            hint="allow_no_match=true lets the pipeline go on",
         )
     began = time.perf_counter()
     working = program.copy()
@@ -150,7 +154,9 @@ def run_pass(
 def _reasons(plan: Plan) -> str:
     if not plan.refused:
         return ": there is nothing of the kind it looks for"
-    lines = [f"\n    {r.block}: {r.reason}" + (f"  [{r.source}]" if r.source else "") for r in plan.refused[:8]]
+    lines = [
+        f"\n    {r.block}: {r.reason}" + (f"  [{r.source}]" if r.source else "") for r in plan.refused[:8]
+    ]
     more = f"\n    and {len(plan.refused) - 8} more" if len(plan.refused) > 8 else ""
     return "".join(lines) + more
 
@@ -173,8 +179,9 @@ def _hold(
         if broken:
             worst = max(broken, key=lambda c: c.error)
             raise ContractError(
-                f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by {worst.error:.2g} "
-                f"relative ({worst.weights} weights, limit {LIMIT:.0e}; {len(broken)} of {len(checks)} sites)",
+                f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by "
+                f"{worst.error:.2g} relative ({worst.weights} weights, limit {LIMIT:.0e}; "
+                f"{len(broken)} of {len(checks)} sites)",
                 node=worst.old,
                 source=worst.source,
                 hint="the program is left as it was; print the graph around the node with --print-after-all",
@@ -185,7 +192,9 @@ def _hold(
         _approximate(before, after, step, context, entry)
 
 
-def _whole(before: Program, after: Program, step: Pass, entry: PassReport, inputs: dict[str, Any] | None) -> None:
+def _whole(
+    before: Program, after: Program, step: Pass, entry: PassReport, inputs: dict[str, Any] | None
+) -> None:
     if inputs is None:
         raise PipelineError('verify="full" needs inputs', hint="give inputs= or data")
     errors = compare_programs(before, after, inputs)
@@ -193,7 +202,9 @@ def _whole(before: Program, after: Program, step: Pass, entry: PassReport, input
     entry.metric[f"whole program, {worst}"] = errors[worst]
     # differences grow through a network; sites are held to the tighter limit
     if not errors[worst] <= 1e-8:
-        raise ContractError(f"{step.name} promised to be exact: output {worst} differs by {errors[worst]:.2g} relative")
+        raise ContractError(
+            f"{step.name} promised to be exact: output {worst} differs by {errors[worst]:.2g} relative"
+        )
 
 
 def _approximate(before: Program, after: Program, step: Pass, context: Context, entry: PassReport) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ..ir.errors import PipelineError
 from ..ir.program import Program
@@ -21,7 +21,11 @@ METRICS = ("perplexity", "kl", "cosine")
 def default_metric(program: Program) -> str:
     """Return the metric for a program: perplexity where it predicts tokens, else distance to the original."""
     takes, gives = program.signature.inputs, program.signature.output_names
-    return "perplexity" if "logits" in gives and "input_ids" in takes and program.origin.padding == "causal" else "cosine"
+    return (
+        "perplexity"
+        if "logits" in gives and "input_ids" in takes and program.origin.padding == "causal"
+        else "cosine"
+    )
 
 
 def valid(batch: Batch, like: torch.Tensor) -> torch.Tensor | None:
@@ -38,7 +42,9 @@ def perplexity(run: Run, batches: Iterable[Batch]) -> float:
     for batch in batches:
         logits = run(batch).get("logits")
         if logits is None or "input_ids" not in batch:
-            raise PipelineError("perplexity needs a program with input_ids and logits", hint="choose kl or cosine")
+            raise PipelineError(
+                "perplexity needs a program with input_ids and logits", hint="choose kl or cosine"
+            )
         ids = batch["input_ids"]
         loss = F.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
         mask = batch.get("attention_mask")
@@ -96,7 +102,7 @@ def measure(metric: str, run: Run, reference: Run, batches: Iterable[Batch]) -> 
 
 
 def relative_loss(metric: str, value: float, original: float) -> float:
-    """Return the loss a budget speaks of: the relative increase of a positive metric, or a distance itself."""
+    """Return the loss a budget speaks of: the relative increase of a positive metric, or the distance."""
     if metric in ("kl", "cosine"):
         return value
     return value / original - 1.0 if original else value

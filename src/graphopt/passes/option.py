@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -42,6 +43,14 @@ def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the value of an option that is not given."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is not dataclasses.MISSING
+    return field.default_factory()
+
+
 def check(owner: str, name: str, field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
     """Return the value in the option's type.
 
@@ -53,11 +62,13 @@ def check(owner: str, name: str, field: dataclasses.Field[Any], annotation: Any,
         raise PipelineError(f"{owner}: option {name} must be {describe(annotation)}, not {value!r}")
     choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
     if choices is not None and converted is not None and converted not in choices:
-        raise PipelineError(f"{owner}: option {name} is {value!r}; choose one of {', '.join(map(str, choices))}")
-    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
-        if (low is not None and converted < low) or (high is not None and converted > high):
-            span = f"from {low}" + (f" to {high}" if high is not None else " up")
-            raise PipelineError(f"{owner}: option {name} is {converted}, allowed is {span}")
+        raise PipelineError(
+            f"{owner}: option {name} is {value!r}; choose one of {', '.join(map(str, choices))}"
+        )
+    number = isinstance(converted, (int, float)) and not isinstance(converted, bool)
+    if number and ((low is not None and converted < low) or (high is not None and converted > high)):
+        span = f"from {low}" + (f" to {high}" if high is not None else " up")
+        raise PipelineError(f"{owner}: option {name} is {converted}, allowed is {span}")
     return converted
 
 
@@ -79,7 +90,7 @@ def _convert(annotation: Any, value: Any) -> Any:
     if annotation is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
     if annotation is float:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _WRONG
+        return _finite(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _WRONG
     if annotation is str:
         return value if isinstance(value, str) else _WRONG
     if origin in (list, tuple):
@@ -89,6 +100,14 @@ def _convert(annotation: Any, value: Any) -> Any:
         items = [_convert(inner, item) for item in value]
         return _WRONG if _WRONG in items else (tuple(items) if origin is tuple else items)
     return value
+
+
+def _finite(value: float) -> Any:
+    """NaN and infinity pass every test of a range, so they must not get there."""
+    try:
+        return float(value) if math.isfinite(value) else _WRONG
+    except OverflowError:
+        return _WRONG
 
 
 def describe(annotation: Any) -> str:

@@ -50,7 +50,11 @@ class _Reader:
         self.place = 0
 
     def fail(self, reason: str) -> PipelineError:
-        shown = self.text[max(0, self.place - 20) : self.place] + " >>> " + self.text[self.place : self.place + 20]
+        shown = (
+            self.text[max(0, self.place - 20) : self.place]
+            + " >>> "
+            + self.text[self.place : self.place + 20]
+        )
         return PipelineError(f"{reason} at character {self.place + 1} of the pipeline: {shown.strip()}")
 
     def space(self) -> None:

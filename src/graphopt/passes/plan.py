@@ -13,7 +13,7 @@ from ..ir.errors import PipelineError
 class Site:
     """A place a pass takes, with the choices made there: ``Site("attention.3", layout="grouped")``."""
 
-    def __init__(self, block: str, **choices: Any):
+    def __init__(self, /, block: str, **choices: Any):
         self.block = block
         self.choices = choices
 
@@ -74,20 +74,33 @@ class Plan:
         if unknown:
             raise PipelineError(f"{where} has unknown entries: {', '.join(sorted(map(str, unknown)))}")
         plan = cls()
-        for entry in data.get("sites") or []:
+        for entry in _entries(data, "sites", where):
             if not isinstance(entry, dict) or not isinstance(entry.get("block"), str):
                 raise PipelineError(f"{where}: each site must be a mapping with the name of a block")
+            if not all(isinstance(key, str) for key in entry):
+                raise PipelineError(f"{where}: the choices at {entry['block']} must have words for names")
             plan.sites.append(Site(**entry))
-        for entry in data.get("refused") or []:
+        for entry in _entries(data, "refused", where):
             if not isinstance(entry, dict) or not {"block", "reason"} <= set(entry):
                 raise PipelineError(f"{where}: each refused site must have block and reason")
-            plan.refused.append(Refused(str(entry["block"]), str(entry["reason"]), str(entry.get("source", ""))))
+            plan.refused.append(
+                Refused(str(entry["block"]), str(entry["reason"]), str(entry.get("source", "")))
+            )
         try:
             plan.scores = {str(k): float(v) for k, v in (data.get("scores") or {}).items()}
         except (TypeError, ValueError, AttributeError):
             raise PipelineError(f"{where}: scores must be numbers by name") from None
-        plan.notes = [str(n) for n in data.get("notes") or []]
+        plan.notes = [str(n) for n in _entries(data, "notes", where)]
         return plan
+
+
+def _entries(data: dict[str, Any], name: str, where: str) -> list[Any]:
+    found = data.get(name)
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise PipelineError(f"{where}: {name} must be a list")
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -119,10 +132,13 @@ def read_plans(text: str, where: str = "plan file") -> list[tuple[str, Plan]]:
         raise PipelineError(f"{where} is not YAML: {error}") from None
     except RecursionError:
         raise PipelineError(f"{where} is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # what the reader's own conversions say of numbers and dates that are none
+        raise PipelineError(f"{where} is not YAML: {error}") from None
     if not isinstance(document, dict) or document.get("graphopt_plan") != 1:
         raise PipelineError(f"{where} is not a graphopt plan (graphopt_plan: 1)")
     steps = []
-    for entry in document.get("passes") or []:
+    for entry in _entries(document, "passes", where):
         if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
             raise PipelineError(f"{where}: each entry of passes must name its pass")
         body = {k: v for k, v in entry.items() if k != "pass"}

@@ -29,7 +29,9 @@ class Reader:
     path: list[fx.Node]
 
 
-def matrix_readers(program: Program, value: fx.Node, constant: set[fx.Node] | None = None) -> list[Reader] | str:
+def matrix_readers(
+    program: Program, value: fx.Node, constant: set[fx.Node] | None = None
+) -> list[Reader] | str:
     """Return all readers of a value if each multiplies it with a matrix, else why not.
 
     Args:
@@ -48,7 +50,11 @@ def matrix_readers(program: Program, value: fx.Node, constant: set[fx.Node] | No
                 matrix, axis = user.args[1], 1
             elif is_operator(user, "graphopt.routed_ffn") and user.args[0] is node:
                 matrix, axis = argument(user, "up"), 1 if argument(user, "transposed") else 2
-            elif is_operator(user, *_SHAPES) and user.meta["val"].shape[-1] == size and node.meta["val"].dtype == user.meta["val"].dtype:
+            elif (
+                is_operator(user, *_SHAPES)
+                and user.meta["val"].shape[-1] == size
+                and node.meta["val"].dtype == user.meta["val"].dtype
+            ):
                 work.append((user, [*path, user]))
                 continue
             else:
@@ -61,7 +67,12 @@ def matrix_readers(program: Program, value: fx.Node, constant: set[fx.Node] | No
 
 
 def scale_reader(
-    program: Program, reader: Reader, old: fx.Node, bare: fx.Node, weight: fx.Node | None, bias: fx.Node | None
+    program: Program,
+    reader: Reader,
+    old: fx.Node,
+    bare: fx.Node,
+    weight: fx.Node | None,
+    bias: fx.Node | None,
 ) -> None:
     """Let a reader of ``old = bare * weight + bias`` read ``bare``, its matrix holding the rest."""
     call = program.edit.call
@@ -74,7 +85,9 @@ def scale_reader(
         if is_operator(reader.node, "graphopt.routed_ffn"):
             found = arguments(reader.node) | {"x": value, "up": scaled}
             positional = [found[n] for n in ("x", "experts", "weights", "up", "down", "up_bias", "down_bias")]
-            options = {n: found[n] for n in ("activation", "gated", "interleaved", "transposed", "limit", "alpha")}
+            options = {
+                n: found[n] for n in ("activation", "gated", "interleaved", "transposed", "limit", "alpha")
+            }
             new = call(torch.ops.graphopt.routed_ffn.default, *positional, **options)
         else:
             offset = reader.node.args[2] if len(reader.node.args) > 2 else None
@@ -140,7 +153,9 @@ def _update_checkpoint(program: Program, matrix: fx.Node, scale: fx.Node, axis: 
     if is_operator(matrix, "aten.to", "aten.clone", "aten.contiguous"):
         _update_checkpoint(program, matrix.args[0], scale, axis)  # type: ignore[arg-type]
         return
-    program.facts["unwritable"] = f"{matrix.name} is made of several tensors in a way that cannot be scaled back"
+    program.facts["unwritable"] = (
+        f"{matrix.name} is made of several tensors in a way that cannot be scaled back"
+    )
 
 
 def _later(first: Any, second: Any) -> fx.Node:

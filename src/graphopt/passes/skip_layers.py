@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.program import Program
 from .base import Pass
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 class SkipLayers(Pass):
     """Remove layers, attentions or feed-forwards.
 
-    Say which with ``layers``, how many with ``remove``, by a rule without data with ``speedup`` (Unified Layer
-    Skipping, arXiv 2404.06954: keep N / speedup layers, first and last among them, spread by the official
-    rule), or give a ``budget`` alone: the largest number whose loss on judging data stays within it.
+    Say which with ``layers``, how many with ``remove``, by a rule without data with ``speedup`` (Unified
+    Layer Skipping, arXiv 2404.06954: keep N / speedup layers, first and last among them, spread by the
+    official rule), or give a ``budget`` alone: the largest number whose loss on judging data stays within it.
 
     Scores: ``block-influence`` is one minus the cosine between what a layer reads and writes (ShortGPT, arXiv
     2403.03853), ``angular`` the angle in half turns (arXiv 2403.17887), ``perplexity``, ``kl`` and ``cosine``
@@ -37,9 +39,11 @@ class SkipLayers(Pass):
     paper = "arXiv 2404.06954, 2403.03853, 2403.17887"
     invalidates = ("calibrated",)
 
-    layers: list[int] | None = option(None, help="numbers of the layers to remove, from 0")
+    layers: list[int] | None = option(None, help="numbers of the layers to remove, from 0")  # noqa: RUF009
     remove: int | None = option(None, help="how many to remove, chosen by score", low=1)
-    speedup: float | None = option(None, help="keep one layer in this many, by the unified rule", source="paper", low=1)
+    speedup: float | None = option(
+        None, help="keep one layer in this many, by the unified rule", source="paper", low=1
+    )
     budget: float | None = option(None, help="largest relative loss; alone: remove as many as hold it", low=0)
     unit: str = option("layer", help="what is removed", choices=("layer", "attention", "ffn"))
     score: str = option(
@@ -48,8 +52,12 @@ class SkipLayers(Pass):
         source="paper",
         choices=("block-influence", "angular", "perplexity", "kl", "cosine"),
     )
-    search: str = option("one-shot", help="how units are chosen", choices=("one-shot", "greedy", "contiguous"))
-    metric: str = option("auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine"))
+    search: str = option(
+        "one-shot", help="how units are chosen", choices=("one-shot", "greedy", "contiguous")
+    )
+    metric: str = option(
+        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
+    )
 
     def validate(self) -> None:
         """Exactly one way of saying what goes."""
@@ -73,7 +81,9 @@ class SkipLayers(Pass):
         names = [unit.name for unit in units]
         if len(units) < 2:
             found = f"there is {len(units)} {self.unit}" if units else f"there is no {self.unit}"
-            raise PassRefusedError(f"{self.name}: {found} on the residual stream", hint="graphopt inspect shows its blocks")
+            raise PassRefusedError(
+                f"{self.name}: {found} on the residual stream", hint="graphopt inspect shows its blocks"
+            )
         plan = Plan()
         if self.layers is not None:
             chosen = self._listed(names)
@@ -100,7 +110,9 @@ class SkipLayers(Pass):
         assert self.layers is not None
         wrong = [i for i in self.layers if not 0 <= i < len(names)]
         if wrong:
-            raise PipelineError(f"{self.name}: there is no {self.unit} {wrong[0]}; they are numbered 0 to {len(names) - 1}")
+            raise PipelineError(
+                f"{self.name}: there is no {self.unit} {wrong[0]}; they are numbered 0 to {len(names) - 1}"
+            )
         return [names[i] for i in self.layers]
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -113,7 +125,9 @@ class SkipLayers(Pass):
         indices = _names_by_layer(program, layers) if self.unit == "layer" else []
         for unit in sorted(removed, key=lambda u: order[u.writes], reverse=True):
             program.remove(unit)
-        forget_removed(program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer")
+        forget_removed(
+            program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer"
+        )
 
 
 def units_of(program: Program, unit: str) -> list[Any]:
@@ -130,7 +144,7 @@ def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:
     """Return the names of the tensors that each layer reads."""
     from ..ir.execute import needed_for
 
-    by_node = {}
+    by_node: dict[fx.Node, list[str]] = {}
     for name, node in program.checkpoint.items():
         by_node.setdefault(node, []).append(name)
     found: list[set[str]] = []

@@ -25,7 +25,7 @@ _CHOOSING = ("aten.split_with_sizes", "aten.slice", "aten.select", "aten.unbind"
 
 @dataclass
 class _View:
-    """A value made from a linear by views: which of its dimensions are channels, and the same views of the rows.
+    """A value made from a linear by views: which dimensions are channels, and the same views of the rows.
 
     ``labels`` names each dimension: a number for a channel dimension (in the order of ``sizes``), or
     ``("lead", i)`` for dimension i of the linear's input.
@@ -107,7 +107,9 @@ def find_pieces(linear: fx.Node) -> list[_View] | str:
     unique = {piece.node: piece for piece in pieces}
     for piece in unique.values():
         # a view of a part that is a part itself is handled by that part's readers
-        if any(other is not piece and other.node in _ancestors(piece.node, linear) for other in unique.values()):
+        if any(
+            other is not piece and other.node in _ancestors(piece.node, linear) for other in unique.values()
+        ):
             return "a part is read both whole and in parts"
     order = {node: i for i, node in enumerate(linear.graph.nodes)}
     return sorted(unique.values(), key=lambda piece: order[piece.node])
@@ -125,7 +127,7 @@ def _ancestors(node: fx.Node, stop: fx.Node) -> set[fx.Node]:
 
 
 def _follow(view: _View, user: fx.Node) -> list[tuple[_View, bool]] | str:
-    """Return the views that ``user`` makes, each with whether it is a part; or a reason, empty for a reader."""
+    """Return the views that ``user`` makes, each with whether it is a part; or a reason, empty if read."""
     if user.op == "output" or user.args[0] is not view.node:
         return ""
     if is_operator(user, "aten.split_with_sizes", "aten.unbind"):
@@ -207,7 +209,7 @@ def _choose(view: _View, user: fx.Node) -> list[tuple[_View, bool]] | str:
 
 def _reshape(view: _View, user: fx.Node) -> list[tuple[_View, bool]] | str:
     """Follow a reshape that takes the last dimension, all channels, apart."""
-    if view.labels and view.labels[-1] != len(view.sizes) - 1 or len(view.sizes) != 1:
+    if (view.labels and view.labels[-1] != len(view.sizes) - 1) or len(view.sizes) != 1:
         return ""
     lead = len(view.labels) - 1
     before, after = view.node.meta["val"].shape, user.meta["val"].shape
@@ -228,7 +230,7 @@ def _separate(program: Program, linear: fx.Node, piece: _View) -> None:
     with program.edit.before(piece.node):
         rows = _rows(program, weight, piece, 1)
         part = call(aten.linear.default, x, rows, None if bias is None else _rows(program, bias, piece, 0))
-        lead = [i for i in range(linear.meta["val"].dim() - 1)]
+        lead = list(range(linear.meta["val"].dim() - 1))
         straight: list[Any] = [*(("lead", i) for i in lead), *range(len(piece.sizes))]
         if len(piece.sizes) != 1:
             shape = program.size_nodes([*linear.meta["val"].shape[:-1], *piece.sizes])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from typing import Any
 
 from ..ir.errors import PipelineError
 
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
-_FRACTION = re.compile(r"([-+]?\d+)/(\d+)")
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+_WHOLE = re.compile(r"[-+]?\d+", re.ASCII)
+_FRACTION = re.compile(r"([-+]?\d+)/(\d+)", re.ASCII)
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 
@@ -19,13 +21,24 @@ def parse_word(word: str) -> Any:
         return word == "true"
     if word == "none":
         return None
+    try:
+        return _number(word)
+    except (ValueError, OverflowError):
+        raise PipelineError(f"{word[:40]} is too large a number") from None
+
+
+def _number(word: str) -> Any:
     fraction = _FRACTION.fullmatch(word)
     if fraction:
         if int(fraction[2]) == 0:
-            raise PipelineError(f"{word} divides by zero")
+            raise PipelineError(f"{word[:40]} divides by zero")
         return float(Fraction(int(fraction[1]), int(fraction[2])))
+    if _WHOLE.fullmatch(word):
+        return int(word)
     if _NUMBER.fullmatch(word):
-        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word)
+        if not math.isfinite(float(word)):
+            raise OverflowError
+        return float(word)
     return word
 
 

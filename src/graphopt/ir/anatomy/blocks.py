@@ -59,7 +59,9 @@ class Block:
             found = parts[part]
             assert isinstance(found, fx.Node)
             return found
-        raise AttributeError(f"{self.__dict__.get('kind', 'block')} has no part {part!r}; it has {', '.join(parts)}")
+        raise AttributeError(
+            f"{self.__dict__.get('kind', 'block')} has no part {part!r}; it has {', '.join(parts)}"
+        )
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self.nodes)} operators, {self.norms} norm, {', '.join(self.parts)}>"

@@ -14,13 +14,14 @@ from .residual import NORMS, Addition
 if TYPE_CHECKING:
     from ..program import Program
 
-_SCANS = ("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "higher_order.scan", "aten.exp", "aten.softplus",
-          "aten.tril", "aten.segment_reduce")  # fmt: skip
+_SCANS = ("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "higher_order.scan", "aten.exp",
+          "aten.softplus", "aten.tril", "aten.segment_reduce")  # fmt: skip
 _CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
 _PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum")
 _ACTIVATIONS = ("aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid", "aten.pow", "aten.mul",
                 "aten.hardswish", "aten.leaky_relu", "aten.elu", "aten.softplus", "aten.mish", "aten.square",
-                "aten.erf", "aten.clamp", "aten.relu_", "aten.relu6", "aten.hardtanh", "aten.prelu")  # fmt: skip
+                "aten.erf", "aten.clamp", "aten.relu_", "aten.relu6", "aten.hardtanh",
+                "aten.prelu")  # fmt: skip
 
 
 def classify(program: Program, addition: Addition) -> list[Block]:
@@ -77,7 +78,9 @@ def _name(program: Program, block: Block) -> None:
         block.kind = "ffn"
     elif operators & {"aten.linear"} | (operators & set(_PRODUCTS)):
         block.kind = "mixer" if operators & set(_PRODUCTS) else "unrecognised"
-        block.evidence.append(f"products without attention or a feed-forward shape: {', '.join(sorted(operators))}")
+        block.evidence.append(
+            f"products without attention or a feed-forward shape: {', '.join(sorted(operators))}"
+        )
     else:
         block.evidence.append(f"operators: {', '.join(sorted(operators))}")
 
@@ -94,7 +97,9 @@ def _softmax_attention(block: Block) -> bool:
                 seen.add(user)
                 if is_operator(user, *_PRODUCTS):
                     return True
-                if is_operator(user, "aten.to", "aten.reshape", "aten.mul", "aten.slice", "aten.permute", "aten.expand"):
+                if is_operator(
+                    user, "aten.to", "aten.reshape", "aten.mul", "aten.slice", "aten.permute", "aten.expand"
+                ):
                     work.extend(user.users)
     return False
 

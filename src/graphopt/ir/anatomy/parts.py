@@ -13,11 +13,12 @@ from .blocks import Block
 if TYPE_CHECKING:
     from ..program import Program
 
-_SHAPE = ("aten.reshape", "aten.permute", "aten.to", "getitem", "aten.split_with_sizes", "aten.slice", "aten.select",
-          "aten.unsqueeze", "aten.squeeze", "aten.expand", "aten.clone", "aten.contiguous", "aten.unbind", "aten.flatten",
-          "aten.index_select", "aten.repeat_interleave")  # fmt: skip
-_PASSING = (*_SHAPE, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", "aten.mul", "aten.div", "aten.cat",
-            "aten.add", "aten.roll", "aten.constant_pad_nd", "aten.clamp", "aten.sigmoid")  # fmt: skip
+_SHAPE = ("aten.reshape", "aten.permute", "aten.to", "getitem", "aten.split_with_sizes", "aten.slice",
+          "aten.select", "aten.unsqueeze", "aten.squeeze", "aten.expand", "aten.clone", "aten.contiguous",
+          "aten.unbind", "aten.flatten", "aten.index_select", "aten.repeat_interleave")  # fmt: skip
+_PASSING = (*_SHAPE, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", "aten.mul", "aten.div",
+            "aten.cat", "aten.add", "aten.roll", "aten.constant_pad_nd", "aten.clamp",
+            "aten.sigmoid")  # fmt: skip
 PROJECTIONS = ("aten.linear", "aten.conv2d", "aten.conv1d")
 
 
@@ -116,7 +117,9 @@ def _last_linear(block: Block) -> fx.Node | None:
         if is_operator(node, "aten.linear"):
             assert isinstance(node, fx.Node)
             return node
-        if not is_operator(node, *_SHAPE, "aten.mul", "aten.add", "graphopt.rms_norm", "aten.layer_norm", "aten.div"):
+        if not is_operator(
+            node, *_SHAPE, "aten.mul", "aten.add", "graphopt.rms_norm", "aten.layer_norm", "aten.div"
+        ):
             return None
         operands = [a for a in node.args if isinstance(a, fx.Node) and a in set(block.nodes)]
         if not operands:
@@ -190,7 +193,9 @@ def experts_parts(program: Program, block: Block) -> None:
     if router is not None:
         block.parts["router"] = router
     constant = depends_on_weights_alone(program)
-    others = [n for n in block.nodes if is_operator(n, "aten.linear") and n is not router and n.args[1] in constant]
+    others = [
+        n for n in block.nodes if is_operator(n, "aten.linear") and n is not router and n.args[1] in constant
+    ]
     if len(others) >= 2:
         block.sizes["shared_expert"] = True
     block.evidence.append(f"graphopt.routed_ffn: {chosen.shape[1]} of {up.shape[0]} experts a token")

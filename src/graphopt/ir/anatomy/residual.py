@@ -23,8 +23,8 @@ MIXING = (
     "aten.convolution", "graphopt.attention", "graphopt.routed_ffn", "aten.einsum",
     "aten.scaled_dot_product_attention", "aten._grouped_mm", "aten.avg_pool2d",
 )  # fmt: skip
-TRANSPARENT = (*NORMS, "aten.reshape", "aten.to", "aten.relu", "aten.permute", "aten.flatten", "aten.unsqueeze",
-               "aten.squeeze", "aten.slice")  # fmt: skip
+TRANSPARENT = (*NORMS, "aten.reshape", "aten.to", "aten.relu", "aten.permute", "aten.flatten",
+               "aten.unsqueeze", "aten.squeeze", "aten.slice")  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -71,7 +71,9 @@ def origin(node: fx.Node, owner: dict[fx.Node, Stream]) -> Stream | None:
         if not is_operator(node, *TRANSPARENT, "aten.mul", "aten.add"):
             return None
         # a constant factor or offset on the stream leads back through its one changing operand
-        operands = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
+        operands = [
+            a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)
+        ]
         changing = [o for o in operands if o.op == "call_function"]
         if len(changing) != 1:
             return None
@@ -163,7 +165,7 @@ def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Ad
 
 
 def between(base: fx.Node, term: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
-    """Return the nodes on paths from ``base`` to ``term``, in order, without ``base``; empty if there is none."""
+    """Return the nodes on paths from ``base`` to ``term``, in order, without ``base``; possibly none."""
     limit = order[base]
     seen: set[fx.Node] = set()
     work = [term]

@@ -38,7 +38,9 @@ def raise_attention(program: Program) -> None:
         program.facts["unraised_attention"] = unraised
 
 
-def _meaning(program: Program, mask: fx.Node, cache: dict[fx.Node, Any]) -> tuple[MaskMeaning | None, list[Any]]:
+def _meaning(
+    program: Program, mask: fx.Node, cache: dict[fx.Node, Any]
+) -> tuple[MaskMeaning | None, list[Any]]:
     if mask not in cache:
         cache[mask] = split_mask(program, mask)
     found: tuple[MaskMeaning | None, list[Any]] = cache[mask]
@@ -77,13 +79,19 @@ def ungrouped(value: fx.Node) -> tuple[fx.Node, int]:
         expanded = value.args[0]
         assert isinstance(expanded, fx.Node)
         added = expanded.args[0]
-        if is_operator(added, "aten.unsqueeze") and added.args[1] in (2, -3):  # type: ignore[union-attr]
+        if is_operator(added, "aten.unsqueeze") and added.args[1] in (2, -3):  # type: ignore[union-attr, operator]
             source = added.args[0]  # type: ignore[union-attr]
             assert isinstance(source, fx.Node)
             before, after = source.meta["val"].shape, value.meta["val"].shape
-            if len(before) == 4 and len(after) == 4 and isinstance(before[1], int) and isinstance(after[1], int):
-                if after[1] % before[1] == 0 and all(same_size(before[d], after[d]) for d in (0, 2, 3)):
-                    return source, after[1] // before[1]
+            if (
+                len(before) == 4
+                and len(after) == 4
+                and isinstance(before[1], int)
+                and isinstance(after[1], int)
+                and after[1] % before[1] == 0
+                and all(same_size(before[d], after[d]) for d in (0, 2, 3))
+            ):
+                return source, after[1] // before[1]
     return value, 1
 
 
@@ -112,11 +120,16 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
     weights: fx.Node = softmax
     while len(weights.users) == 1:
         user = next(iter(weights.users))
-        along_keys = is_operator(user, "aten.slice") and argument(user, "dim") in (-1, user.meta["val"].dim() - 1)
+        along_keys = is_operator(user, "aten.slice") and argument(user, "dim") in (
+            -1,
+            user.meta["val"].dim() - 1,
+        )
         if not along_keys and not is_operator(user, "aten.to", "aten.reshape"):
             break
         weights = user
-    products = [u for u in weights.users if is_operator(u, "aten.matmul", "aten.bmm") and u.args[0] is weights]
+    products = [
+        u for u in weights.users if is_operator(u, "aten.matmul", "aten.bmm") and u.args[0] is weights
+    ]
     if len(weights.users) != 1 or not products:
         return ""
     product = products[0]
@@ -130,7 +143,7 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
 
 
 def _heads(program: Program, value: fx.Node, like: fx.Node | None) -> fx.Node:
-    """Return (batch * heads, length, size) as (batch, heads, length, size), after scores of four dimensions."""
+    """Return (batch * heads, length, size) as (batch, heads, length, size), as scores of four have it."""
     if value.meta["val"].dim() == 4:
         return value
     if like is None:
@@ -143,7 +156,8 @@ def _heads(program: Program, value: fx.Node, like: fx.Node | None) -> fx.Node:
 
 
 def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache: dict[fx.Node, Any]) -> str:
-    causal, window, key_mask, biases = scores.causal, None, None, []
+    causal, window, key_mask = scores.causal, None, None
+    biases: list[tuple[fx.Node, float]] = []
     seen_meaning = False
     for term, factor in scores.added:
         meaning, rest = _meaning(program, term, cache)
@@ -181,12 +195,18 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
         if node.meta["val"].dim() == 3 and like is None:
             new = program.edit.call(aten.squeeze.dim, new, 1)
         elif node.meta["val"].dim() == 3:
-            new = program.edit.call(aten.reshape.default, new, program.size_nodes(list(node.meta["val"].shape)))
+            new = program.edit.call(
+                aten.reshape.default, new, program.size_nodes(list(node.meta["val"].shape))
+            )
     if not same_value(node.meta["val"], new.meta["val"]):
         wanted, made = node.meta["val"], new.meta["val"]
-        if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape) or any(
-            (isinstance(a, int) or isinstance(b, int)) and not same_size(a, b)
-            for a, b in zip(made.shape, wanted.shape, strict=True)
+        if (
+            made.dtype != wanted.dtype
+            or len(made.shape) != len(wanted.shape)
+            or any(
+                (isinstance(a, int) or isinstance(b, int)) and not same_size(a, b)
+                for a, b in zip(made.shape, wanted.shape, strict=True)
+            )
         ):
             program.edit.erase_dead([new])
             return "the raised operator has another type or shape"

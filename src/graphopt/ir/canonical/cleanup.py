@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..errors import VerificationError
 from ..infer import same_value
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
 from ..weights import InMemory
@@ -31,7 +32,13 @@ _TRANSPOSES = {
     "aten.transpose", "aten.t", "aten.numpy_T", "aten.mT", "aten.swapaxes", "aten.swapdims", "aten.movedim",
     "aten.adjoint", "aten.matrix_H",
 }  # fmt: skip
-_SPLITS = {"aten.split", "aten.chunk", "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes"}
+_SPLITS = {
+    "aten.split",
+    "aten.chunk",
+    "aten.unsafe_chunk",
+    "aten.unsafe_split",
+    "aten.unsafe_split_with_sizes",
+}
 _RENAMED = {
     "aten.__and__": torch.ops.aten.bitwise_and.Tensor,
     "aten.__or__": torch.ops.aten.bitwise_or.Tensor,
@@ -147,19 +154,21 @@ def _view(program: Program, node: fx.Node) -> None:
 
 
 def _flatten(program: Program, node: fx.Node) -> None:
-    """Spell a flattening as a reshape with at most one inferred size."""
+    """Spell a flattening, or its inverse, as a reshape; one unknown size is inferred, others are read."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if _same(program, node, source):
         return
-    shape: list[Any] = []
-    unknown = 0
-    for size in node.meta["val"].shape:
-        known = isinstance(size, int)
-        unknown += not known
-        shape.append(size if known else -1)
-    if unknown <= 1:
-        _swap(program, node, torch.ops.aten.reshape.default, source, shape)
+    sizes = list(node.meta["val"].shape)
+    unknown = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    for place in unknown[-1:]:
+        sizes[place] = -1
+    try:
+        with program.edit.before(node):
+            shape = program.size_nodes(sizes)
+    except VerificationError:
+        return
+    _swap(program, node, torch.ops.aten.reshape.default, source, shape)
 
 
 def _permute(program: Program, node: fx.Node) -> None:
@@ -180,14 +189,15 @@ def _permute(program: Program, node: fx.Node) -> None:
     else:
         moved = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])  # type: ignore[arg-type]
         places = [node.args[2]] if isinstance(node.args[2], int) else list(node.args[2])  # type: ignore[arg-type]
-        rest = [d for d in order if d not in {m % rank for m in moved}]  # type: ignore[operator]
-        for place, dim in sorted(zip((p % rank for p in places), (m % rank for m in moved), strict=True)):  # type: ignore[operator]
+        rest = [d for d in order if d not in {m % rank for m in moved}]
+        for place, dim in sorted(zip((p % rank for p in places), (m % rank for m in moved), strict=True)):
             rest.insert(place, dim)
         order = rest
     _swap(program, node, torch.ops.aten.permute.default, source, order)
 
 
-def _merge_permutes(program: Program, node: fx.Node) -> None:
+def merge_permutes(program: Program, node: fx.Node) -> None:
+    """Drop a permutation that changes nothing, or that undoes the one before it."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     order = [int(d) % source.meta["val"].dim() for d in node.args[1]]  # type: ignore[union-attr, arg-type]
@@ -231,7 +241,8 @@ def _slice(program: Program, node: fx.Node) -> None:
 def _index(program: Program, node: fx.Node) -> None:
     """Spell the choice of evenly spaced constant places as a slice."""
     source, indices = node.args[:2]
-    assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
+    assert isinstance(source, fx.Node)
+    assert isinstance(indices, (list, tuple))
     chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
     if len(chosen) != 1 or not isinstance(chosen[0][1], fx.Node):
         return
@@ -241,7 +252,12 @@ def _index(program: Program, node: fx.Node) -> None:
         return
     places = weight.source.tensor
     size = source.meta["val"].shape[dim]
-    if places.dim() != 1 or places.dtype.is_floating_point or places.dtype is torch.bool or not isinstance(size, int):
+    if (
+        places.dim() != 1
+        or places.dtype.is_floating_point
+        or places.dtype is torch.bool
+        or not isinstance(size, int)
+    ):
         return
     listed = [int(i) % size for i in places]
     if not listed:
@@ -266,9 +282,9 @@ _EXTREMES: dict[Any, Any] = {
 def _neutral(value: float) -> Callable[[Program, fx.Node], None]:
     def rule(program: Program, node: fx.Node) -> None:
         other = node.args[1]
-        if isinstance(other, (int, float)) and not isinstance(other, bool) and other == value:
-            if len(node.args) == 2 and not node.kwargs:
-                _drop(program, node)
+        equal = isinstance(other, (int, float)) and not isinstance(other, bool) and other == value
+        if equal and len(node.args) == 2 and not node.kwargs:
+            _drop(program, node)
 
     return rule
 
@@ -285,7 +301,7 @@ def _rename(program: Program, node: fx.Node) -> None:
 
 
 def _getitem(program: Program, node: fx.Node) -> None:
-    source, index = node.args
+    source, _ = node.args
     if isinstance(source, fx.Node) and operator_name(source.target) == "aten.split_with_sizes":
         sizes = source.args[1]
         if isinstance(sizes, list) and len(sizes) == 1:
@@ -306,7 +322,7 @@ def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
     program.graph.erase_node(node)
     program.changed()
     if target is torch.ops.aten.permute.default:
-        _merge_permutes(program, new)
+        merge_permutes(program, new)
 
 
 _RULES: dict[str, Callable[[Program, fx.Node], None]] = {
@@ -317,8 +333,9 @@ _RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     **dict.fromkeys(_TRANSPOSES, _permute),
     **dict.fromkeys(_SPLITS, _split),
     **dict.fromkeys(_RENAMED, _rename),
-    "aten.permute": _merge_permutes,
+    "aten.permute": merge_permutes,
     "aten.flatten": _flatten,
+    "aten.unflatten": _flatten,
     "aten.expand": _expand,
     "aten.expand_as": _expand,
     "aten.slice": _slice,

@@ -21,11 +21,16 @@ def raise_experts(program: Program) -> None:
     products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
     for up in products:
         for down in products:
-            if up is not down and not down["node"]._erased and not up["node"]._erased and down["ids"] is up["ids"]:
-                if _reaches(up["node"], down["input"]):
-                    reason = _raise(program, up, down)
-                    if reason:
-                        unraised.append(f"{up['node'].name}: {reason}")
+            if (
+                up is not down
+                and not down["node"]._erased
+                and not up["node"]._erased
+                and down["ids"] is up["ids"]
+                and _reaches(up["node"], down["input"])
+            ):
+                reason = _raise(program, up, down)
+                if reason:
+                    unraised.append(f"{up['node'].name}: {reason}")
     if unraised:
         program.facts["unraised_experts"] = unraised
 
@@ -48,7 +53,9 @@ def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
         # w @ x keeps (out, in); x @ w keeps (in, out)
         transposed = (place == 1) != transposed_view
         result = node
-        while len(result.users) == 1 and is_operator(next(iter(result.users)), "aten.squeeze", "aten.reshape"):
+        while len(result.users) == 1 and is_operator(
+            next(iter(result.users)), "aten.squeeze", "aten.reshape"
+        ):
             result = next(iter(result.users))
         bias = None
         if len(result.users) == 1:
@@ -84,7 +91,8 @@ def _index_of(program: Program, node: Any) -> tuple[fx.Node, fx.Node] | None:
 
 def _reaches(source: fx.Node, target: Any) -> bool:
     # breadth first: an activation is a few operators long
-    work, seen = [target], set()
+    work: list[Any] = [target]
+    seen: set[fx.Node] = set()
     while work:
         node = work.pop(0)
         if node is source:
@@ -126,8 +134,8 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
 
 def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
     """Recognise what lies between the projections by trying it: nine forms on the same random numbers."""
+    from ..execute import needed_for
     from ..operators.routed_ffn import ACTIVATIONS, activate
-    from .masks import needed_for
 
     size = source.meta["val"].shape[-1]
     if not isinstance(size, int):
@@ -144,11 +152,21 @@ def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
         for gated, interleaved in ((True, False), (True, True), (False, False)):
             choices = [(0.0, 1.0)]
             if activation == "swiglu_clamped":
-                choices = [(limit, alpha) for limit in numbers if limit > 0 for alpha in numbers if alpha > 0] if gated else []
+                choices = (
+                    [(limit, alpha) for limit in numbers if limit > 0 for alpha in numbers if alpha > 0]
+                    if gated
+                    else []
+                )
             for limit, alpha in choices:
                 expected = activate(probe, activation, gated, interleaved, limit, alpha)
                 if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
-                    return {"activation": activation, "gated": gated, "interleaved": interleaved, "limit": limit, "alpha": alpha}
+                    return {
+                        "activation": activation,
+                        "gated": gated,
+                        "interleaved": interleaved,
+                        "limit": limit,
+                        "alpha": alpha,
+                    }
     return None
 
 
@@ -165,7 +183,7 @@ def _run_region(source: fx.Node, target: fx.Node, probe: torch.Tensor) -> torch.
     for node in source.graph.nodes:
         if node in region and node is not source:
             if is_operator(node, "aten.to"):
-                values[node] = values[node.args[0]]  # type: ignore[index]
+                values[node] = values[node.args[0]]
                 continue
             try:
                 values[node] = evaluate(node, values)

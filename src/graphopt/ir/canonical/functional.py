@@ -90,7 +90,12 @@ def functionalise(program: Program) -> None:
 def _track_view(
     program: Program, node: fx.Node, views: dict[fx.Node, _View], view_of: Callable[[fx.Node], _View]
 ) -> None:
-    if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _aliases(program, node):
+    if (
+        node.op == "call_function"
+        and node.args
+        and isinstance(node.args[0], fx.Node)
+        and _aliases(program, node)
+    ):
         base = view_of(node.args[0])
         views[node] = _View(base.storage, [*base.chain, node], base.storage.version)
 
@@ -131,7 +136,7 @@ def _split_into_slices(program: Program) -> None:
         name = operator_name(source.target)
         if name not in ("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unbind"):
             continue
-        whole, dim, place = source.args[0], arguments(source)["dim"], int(index)  # type: ignore[arg-type]
+        whole, dim, place = source.args[0], arguments(source)["dim"], int(index)
         with program.graph.inserting_before(node):
             if name == "aten.unbind":
                 part = _made(program, aten.select.int, (whole, dim, place), {})
@@ -155,7 +160,10 @@ def _again(program: Program, step: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _write(
-    program: Program, node: fx.Node, view_of: Callable[[fx.Node], _View], current: Callable[[fx.Node], fx.Node]
+    program: Program,
+    node: fx.Node,
+    view_of: Callable[[fx.Node], _View],
+    current: Callable[[fx.Node], fx.Node],
 ) -> None:
     target = node.target
     name = operator_name(target)
@@ -196,8 +204,8 @@ def _write(
 def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx.Node]) -> fx.Node:
     """Insert the operator that computes what the in-place one writes."""
     target: Any = node.target
-    args = fx.map_arg(node.args, current)
-    kwargs = fx.map_arg(node.kwargs, current)
+    args: Any = fx.map_arg(node.args, current)
+    kwargs: Any = fx.map_arg(node.kwargs, current)
     name = target._schema.name.split("::")[1]
     destination = args[0]
     if name == "copy_":
@@ -233,4 +241,3 @@ def _made(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str
     node = program.graph.call_function(target, args, kwargs)
     node.meta["val"] = infer(program.mode, target, args, kwargs)
     return node
-

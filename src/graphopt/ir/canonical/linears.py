@@ -10,6 +10,7 @@ from torch import fx
 from ..fold import depends_on_weights_alone
 from ..infer import same_size, same_value
 from ..schema import argument, is_operator, operator_name
+from .cleanup import merge_permutes
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -19,6 +20,9 @@ aten = torch.ops.aten
 
 def raise_linears(program: Program) -> None:
     """Rewrite ``x @ w``, ``x @ w.T``, ``mm``, ``addmm`` and an added bias as linears, and unflatten them."""
+    for node in list(program.graph.nodes):
+        if is_operator(node, "aten.einsum"):
+            _einsum(program, node)
     for node in list(program.graph.nodes):
         if node._erased or not is_operator(node, "aten.matmul", "aten.mm", "aten.addmm"):
             continue
@@ -32,6 +36,42 @@ def raise_linears(program: Program) -> None:
     for node in list(program.graph.nodes):
         if not node._erased and is_operator(node, "aten.native_layer_norm"):
             _layer_norm(program, node)
+
+
+def _einsum(program: Program, node: fx.Node) -> None:
+    """A sum of products over one index is a product of matrices, between permutations."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    left, _, rest = equation.partition(",")
+    right, arrow, out = rest.partition("->")
+    if (
+        not arrow
+        or not isinstance(operands, (list, tuple))
+        or len(operands) != 2
+        or not (left + right + out).isalpha()
+    ):
+        return
+    summed = [i for i in left if i in right and i not in out]
+    batch = [i for i in left if i in right and i in out]
+    rows, columns = ([i for i in part if i not in other] for part, other in ((left, right), (right, left)))
+    indices = [*batch, *rows, *columns]
+    if len(summed) != 1 or len(columns) != 1 or (batch and len(rows) != 1) or sorted(indices) != sorted(out):
+        return
+    if any(len(set(part)) < len(part) for part in (left, right, out)):
+        return
+    call = program.edit.call
+    with program.edit.before(node):
+        first = call(aten.permute.default, operands[0], [left.index(i) for i in [*batch, *rows, *summed]])
+        second = call(
+            aten.permute.default, operands[1], [right.index(i) for i in [*batch, *summed, *columns]]
+        )
+        product = call(aten.matmul.default, first, second)
+        new = call(aten.permute.default, product, [indices.index(i) for i in out])
+    if same_value(node.meta["val"], new.meta["val"]):
+        program.edit.replace(node, new, record=False)
+        for permuted in (new, second, first):
+            merge_permutes(program, permuted)
+    else:
+        program.edit.erase_dead([new])
 
 
 def _matrix(program: Program, node: Any) -> bool:
@@ -79,7 +119,11 @@ def _bias(program: Program, node: fx.Node) -> None:
         if len(linear.args) > 2 or len(linear.users) != 1 or bias not in depends_on_weights_alone(program):
             continue
         value = bias.meta["val"]
-        if value.dim() != 1 or value.shape[0] != linear.meta["val"].shape[-1] or value.dtype != linear.meta["val"].dtype:
+        if (
+            value.dim() != 1
+            or value.shape[0] != linear.meta["val"].shape[-1]
+            or value.dtype != linear.meta["val"].dtype
+        ):
             continue
         with program.edit.before(node):
             new = program.edit.call(aten.linear.default, linear.args[0], linear.args[1], bias)
@@ -100,9 +144,13 @@ def _unflatten(program: Program, node: fx.Node) -> None:
     x = flat.args[0]
     assert isinstance(x, fx.Node)
     before, after = x.meta["val"].shape, node.meta["val"].shape
-    if len(before) != len(after) or not all(same_size(a, b) for a, b in zip(before[:-1], after[:-1], strict=True)):
+    if len(before) != len(after) or not all(
+        same_size(a, b) for a, b in zip(before[:-1], after[:-1], strict=True)
+    ):
         return
-    if not same_size(before[-1], flat.meta["val"].shape[-1]) or not same_size(after[-1], linear.meta["val"].shape[-1]):
+    if not same_size(before[-1], flat.meta["val"].shape[-1]) or not same_size(
+        after[-1], linear.meta["val"].shape[-1]
+    ):
         return
     with program.edit.before(node):
         new = program.edit.call(aten.linear.default, x, *linear.args[1:])

@@ -137,7 +137,9 @@ def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, l
             shape = None
             for name, node in inputs.items():
                 spec = program.signature.inputs[name]
-                shape = [s if isinstance(s, int) else (batch if i == 0 else span) for i, s in enumerate(spec.shape)]
+                shape = [
+                    s if isinstance(s, int) else (batch if i == 0 else span) for i, s in enumerate(spec.shape)
+                ]
                 fixed = all(isinstance(s, int) for s in spec.shape)
                 if name == key_mask:
                     assert padding is not None
@@ -146,14 +148,16 @@ def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, l
                     # numbers of tokens are not only zeros and ones
                     drawn = torch.randint(1, rows_of(program, node), padding.shape, generator=generator)
                     values[name] = (padding * drawn).to(spec.dtype)
-                elif spec.fill is not None and spec.fill.rule.startswith("positions") or "position" in name:
+                elif (spec.fill is not None and spec.fill.rule.startswith("positions")) or "position" in name:
                     values[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
                 elif spec.dtype.is_floating_point:
                     values[name] = torch.randn(shape, generator=generator).to(spec.dtype)
                 else:
                     values[name] = torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
             if inputs and not dynamic and shape is not None and len(shape) >= 2:
-                cases.append(_Case(values, None if padding is None else padding[:, : shape[1]], shape[0], shape[1]))
+                cases.append(
+                    _Case(values, None if padding is None else padding[:, : shape[1]], shape[0], shape[1])
+                )
             else:
                 cases.append(_Case(values, padding, batch, span))
         if not dynamic:
@@ -165,7 +169,11 @@ def _fixed_cases(program: Program, inputs: dict[str, fx.Node], key_mask: str) ->
     """The same paddings at the one size that a program without dynamic sizes takes."""
     shape = [int(s) for s in program.signature.inputs[key_mask].shape]
     cases = []
-    for hide in (slice(0, 0), slice(0, max(1, shape[1] // 3)), slice(shape[1] - max(1, shape[1] // 3), shape[1])):
+    for hide in (
+        slice(0, 0),
+        slice(0, max(1, shape[1] // 3)),
+        slice(shape[1] - max(1, shape[1] // 3), shape[1]),
+    ):
         padding = torch.ones(shape, dtype=torch.bool)
         padding[0, hide] = False
         values = {}
@@ -183,7 +191,7 @@ def _fixed_cases(program: Program, inputs: dict[str, fx.Node], key_mask: str) ->
 
 
 def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
-    if value.dim() < 2 or value.shape[-2] not in (1, case.length) and value.shape[-2] != value.shape[-1]:
+    if value.dim() < 2 or (value.shape[-2] not in (1, case.length) and value.shape[-2] != value.shape[-1]):
         return False
     queries, keys = (value.shape[-2] if value.shape[-2] != 1 else value.shape[-1]), value.shape[-1]
     seen = value if value.dtype is torch.bool else value > HIDDEN
@@ -198,11 +206,16 @@ def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
     while seen.dim() < 4:
         seen = seen.unsqueeze(0)
     try:
-        seen, expected, _ = torch.broadcast_tensors(seen, expected, torch.ones(queries, keys))
+        both = torch.broadcast_tensors(seen, expected, torch.ones(queries, keys))  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
+    seen, expected, _ = both
     same = (seen == expected).all(-1)
-    if case.padding is not None and queries == case.padding.shape[1] and seen.shape[0] == case.padding.shape[0]:
+    if (
+        case.padding is not None
+        and queries == case.padding.shape[1]
+        and seen.shape[0] == case.padding.shape[0]
+    ):
         # models let a padded position see nothing, or all; what it sees never reaches a valid one
         idle = ~case.padding[:, None, :] & (seen.all(-1) | ~seen.any(-1))
         same = same | idle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import fx
@@ -11,7 +11,7 @@ from ..fold import depends_on_weights_alone
 from ..infer import same_value
 from ..match import Match, find
 from ..pattern import Either, Wild, call
-from ..schema import argument, is_operator
+from ..schema import argument, arguments, is_operator
 from ..tracing import unwrap
 
 if TYPE_CHECKING:
@@ -29,23 +29,36 @@ def _last(dims: Any) -> bool | str:
     return (isinstance(dims, (list, tuple)) and len(dims) == 1) or "normalised over several dimensions"
 
 
-def _scaled(wide: Any, square: Any) -> Either:
-    """``wide`` divided by the root of the mean of ``square``, in its usual spellings."""
-    total = call("add")(call("mean")(square, Wild("dims", _last), True), Wild("eps"))
-    inverse = Either((call("rsqrt")(total), call("pow")(total, -0.5), call("reciprocal")(call("sqrt")(total))))
+def _population(node: fx.Node) -> bool | str:
+    found = arguments(node)
+    whole = found.get("unbiased") is False or found.get("correction") == 0
+    return (whole and found.get("keepdim") is True) or "a variance of a sample, or without its dimension"
+
+
+def _mean_square(square: Any) -> Any:
+    return call("mean")(square, Wild("dims", _last), True)
+
+
+def _scaled(wide: Any, variance: Any) -> Either:
+    """``wide`` divided by the root of a variance and an epsilon, in its usual spellings."""
+    total = call("add")(variance, Wild("eps"))
+    inverse = Either(
+        (call("rsqrt")(total), call("pow")(total, -0.5), call("reciprocal")(call("sqrt")(total)))
+    )
     return Either((call("mul")(wide, inverse), call("div")(wide, call("sqrt")(total))))
 
 
 def _rms_pattern() -> Either:
     wide = Wild("wide")
-    return _scaled(wide, _square(wide))
+    return _scaled(wide, _mean_square(_square(wide)))
 
 
 def _layer_pattern() -> Either:
     wide = Wild("wide")
     mean = call("mean", shared=True)(wide, Wild("dims", _last), True)
     centred = call("sub", shared=True)(wide, mean)
-    return _scaled(centred, _square(centred))
+    whole = call("var", loose=True, where=_population)(wide, Wild("dims", _last))
+    return _scaled(centred, Either((_mean_square(_square(centred)), whole)))
 
 
 def raise_norms(program: Program) -> None:
@@ -94,7 +107,12 @@ def _raise(program: Program, match: Match, centred: bool) -> None:
             new = program.edit.call(aten.layer_norm.default, x, [size], *shaped, eps)
         else:
             new = program.edit.call(
-                torch.ops.graphopt.rms_norm.default, x, weight, eps, float32=float32, weight_before_cast=before_cast
+                torch.ops.graphopt.rms_norm.default,
+                x,
+                weight,
+                eps,
+                float32=float32,
+                weight_before_cast=before_cast,
             )
     _install(program, result, new)
 
@@ -118,13 +136,15 @@ def _following(
     program: Program, core: fx.Node, x: fx.Node, centred: bool
 ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, bool]:
     """Return what comes of the normalised value: weight, bias, return to the narrow type, and their order."""
-    result, weight, bias = core, None, None
+    result = core
+    weight: fx.Node | None = None
+    bias: fx.Node | None = None
     cast_done = core.meta["val"].dtype == x.meta["val"].dtype
     before_cast = False
     constant = depends_on_weights_alone(program)
     size = core.meta["val"].shape[-1]
 
-    def scale_of(other: Any) -> bool:
+    def scale_of(other: Any) -> TypeGuard[fx.Node]:
         if not isinstance(other, fx.Node) or other not in constant:
             return False
         shape = other.meta["val"].shape
@@ -137,12 +157,9 @@ def _following(
             cast_done = True
             before_cast = weight is not None
         elif (
-            is_operator(user, "aten.mul")
-            and weight is None
-            and len(operands) == 1
-            and scale_of(operands[0])
+            is_operator(user, "aten.mul") and weight is None and len(operands) == 1 and scale_of(operands[0])
         ):
-            weight = operands[0]  # type: ignore[assignment]
+            weight = operands[0]
         elif (
             is_operator(user, "aten.add")
             and centred
@@ -152,9 +169,8 @@ def _following(
             and len(operands) == 1
             and scale_of(operands[0])
         ):
-            bias = operands[0]  # type: ignore[assignment]
+            bias = operands[0]
         else:
             break
         result = user
     return result, weight, bias, before_cast
-

@@ -20,7 +20,10 @@ def _slice(x: Any, start: Any, end: Any, step: Any = 1) -> Any:
 
 
 def _halves(x: Any) -> Either:
-    sliced = call("cat")(Listed((call("neg")(_slice(x, Wild("half"), Wild("end"))), _slice(x, Wild("zero"), Wild("half")))), Wild("axis"))
+    sliced = call("cat")(
+        Listed((call("neg")(_slice(x, Wild("half"), Wild("end"))), _slice(x, Wild("zero"), Wild("half")))),
+        Wild("axis"),
+    )
     parts = call("split_with_sizes")(x, Wild("sizes"), Wild("dim"))
     split = call("cat")(
         Listed((call("neg")(call("getitem")(parts, 1)), call("getitem")(parts, 0))), Wild("axis")
@@ -42,25 +45,48 @@ def _pattern(rotated: Any) -> Any:
     return call("add")(straight, turned)
 
 
-def _half_tables() -> Any:
-    """Rotation with tables of half the size: ``cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])``."""
-    x, mul = Wild("x"), call("mul")
+def _half_tables(interleaved: bool) -> Either:
+    """Rotation with tables of half the size: ``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
+    x = Wild("x")
+    if interleaved:
+        even = _slice(x, Wild("zero0"), Wild("end0"), 2)
+        odd = _slice(x, Wild("zero1"), Wild("end1"), 2)
+        stacked = call("stack")(_turned(even, odd), Wild("axis"))
+        return Either((call("reshape")(stacked, Wild("shape")), call("flatten", loose=True)(stacked)))
     first, second = _slice(x, Wild("zero"), Wild("half")), _slice(x, Wild("half"), Wild("end"))
-    cos, sin = Wild("cos"), Wild("sin")
+    parts = call("split_with_sizes")(x, Wild("sizes"), Wild("dim"))
+    split = call("getitem")(parts, 0), call("getitem")(parts, 1)
+    return Either(tuple(call("cat")(_turned(*pair), Wild("axis")) for pair in ((first, second), split)))
+
+
+def _turned(first: Any, second: Any) -> Listed:
+    cos, sin, mul = Wild("cos"), Wild("sin"), call("mul")
     straight = call("sub")(mul(first, cos), mul(second, sin))
-    turned = call("add")(mul(second, cos), mul(first, sin))
-    return call("cat")(Listed((straight, turned)), Wild("axis"))
+    return Listed((straight, call("add")(mul(second, cos), mul(first, sin))))
+
+
+def _widened(program: Program, match: Match, interleaved: bool) -> bool:
+    """Give the tables a value for each channel; tell whether they have one for each pair."""
+    tables = [match["cos"], match["sin"]]
+    size = match["x"].meta["val"].shape[-1]
+    if any(not t.meta["val"].dim() or t.meta["val"].shape[-1] != size // 2 for t in tables):
+        return False
+    with program.edit.before(match.roots[0]):
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            if interleaved:
+                wide = program.edit.call(torch.ops.aten.repeat_interleave.self_int, table, 2, -1)
+            else:
+                wide = program.edit.call(torch.ops.aten.cat.default, [table, table], -1)
+            match.captured[name] = wide
+    return True
 
 
 def raise_rotary(program: Program) -> None:
     """Replace rotations of channel pairs by ``graphopt.rotary``."""
-    for match in find(program.graph, _half_tables()):
-        if _fits(match, False):
-            with program.edit.before(match.roots[0]):
-                for name in ("cos", "sin"):
-                    table = match[name]
-                    match.captured[name] = program.edit.call(torch.ops.aten.cat.default, [table, table], -1)
-            _raise(program, match, False)
+    for interleaved in (False, True):
+        for match in find(program.graph, _half_tables(interleaved)):
+            if _fits(match, interleaved) and _widened(program, match, interleaved):
+                _raise(program, match, interleaved)
     for interleaved, rotated in ((False, _halves), (True, _pairs)):
         for match in find(program.graph, _pattern(rotated)):
             if _fits(match, interleaved):
@@ -69,7 +95,11 @@ def raise_rotary(program: Program) -> None:
 
 def _fits(match: Match, interleaved: bool) -> bool:
     x = match["x"]
-    if not isinstance(x, fx.Node) or not isinstance(match["cos"], fx.Node) or not isinstance(match["sin"], fx.Node):
+    if (
+        not isinstance(x, fx.Node)
+        or not isinstance(match["cos"], fx.Node)
+        or not isinstance(match["sin"], fx.Node)
+    ):
         return False
     rank, size = x.meta["val"].dim(), x.meta["val"].shape[-1]
     if not isinstance(size, int) or size % 2:
@@ -84,7 +114,11 @@ def _fits(match: Match, interleaved: bool) -> bool:
         return False
     if "sizes" in match.captured:
         return list(match["sizes"]) == [size // 2, size // 2]
-    return match["half"] == size // 2 and match["zero"] in (0, None) and (match["end"] is None or match["end"] >= size)
+    return (
+        match["half"] == size // 2
+        and match["zero"] in (0, None)
+        and (match["end"] is None or match["end"] >= size)
+    )
 
 
 def _raise(program: Program, match: Match, interleaved: bool) -> None:

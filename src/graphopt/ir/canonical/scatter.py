@@ -54,7 +54,7 @@ def _inverse(program: Program, step: fx.Node, source: fx.Node, value: fx.Node) -
     found = arguments(step)
     before = source.meta["val"]
     if name == "aten.slice":
-        span = (source, value, found["dim"], found["start"], found["end"], found["step"])
+        span: tuple[Any, ...] = (source, value, found["dim"], found["start"], found["end"], found["step"])
         return _call(program, aten.slice_scatter.default, span)
     if name == "aten.narrow":
         end = found["start"] + found["length"]
@@ -78,7 +78,9 @@ def _inverse(program: Program, step: fx.Node, source: fx.Node, value: fx.Node) -
     )
 
 
-def _call(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+def _call(
+    program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
     node = program.graph.call_function(target, args, kwargs or {})
     node.meta["val"] = infer(program.mode, target, args, kwargs or {})
     return node

@@ -202,6 +202,9 @@ def _constant(program: Program, value: Any) -> float | None:
     from ..execute import interpret
     from .masks import depends_on
 
+    if value.name in program.weights:
+        weight = program.weights[value.name]
+        return None if weight.trainable else float(weight.source.load())
     sources = depends_on(value)
     if any(n.name not in program.weights or program.weights[n.name].trainable for n in sources):
         return None
@@ -228,8 +231,8 @@ def _leads_to_product(start: Any, deep: bool = False) -> bool:
         elif is_operator(node, "aten.add") and deep:
             work.extend([node.args[1], node.args[0]])
         elif is_operator(
-            node, "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.to", "aten.reshape", "aten.masked_fill",
-            "aten.tanh", "aten.maximum", "aten.clamp",
+            node, "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.to", "aten.reshape",
+            "aten.masked_fill", "aten.tanh", "aten.maximum", "aten.clamp",
         ):  # fmt: skip
             work.append(node.args[0])
     return False
@@ -253,14 +256,15 @@ def _product(
         q, transposed = node.args[:2]
     while is_operator(transposed, "aten.mul", "aten.div"):
         # DeBERTa scales the keys instead of the scores
-        value = _constant(program, transposed.args[1])  # type: ignore[union-attr]
+        value = _constant(program, transposed.args[1])
         if value is None:
             break
         factor *= value if is_operator(transposed, "aten.mul") else 1.0 / value
-        transposed = transposed.args[0]  # type: ignore[union-attr]
+        transposed = transposed.args[0]
     if not is_operator(transposed, "aten.permute"):
         return "the second operand of the scores is no transpose"
-    assert isinstance(transposed, fx.Node) and isinstance(q, fx.Node)
+    assert isinstance(transposed, fx.Node)
+    assert isinstance(q, fx.Node)
     k, order = transposed.args[0], [int(d) for d in transposed.args[1]]  # type: ignore[union-attr, arg-type]
     assert isinstance(k, fx.Node)
     rank = len(order)

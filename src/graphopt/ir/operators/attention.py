@@ -6,7 +6,7 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
 from .library import dialect_operator

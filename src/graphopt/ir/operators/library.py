@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-_LIBRARY = torch.library.Library("graphopt", "DEF")
+_LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 
 DIALECT: dict[str, str] = {}
 """Operator name to schema, for the reader's allow-list and the documentation."""
@@ -20,8 +20,8 @@ def dialect_operator(schema: str) -> Callable[[Reference], Reference]:
 
     def register(reference: Reference) -> Reference:
         name = schema.split("(", 1)[0]
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
         DIALECT[name] = schema
         return reference
 

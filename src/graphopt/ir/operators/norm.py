@@ -9,7 +9,8 @@ from .library import dialect_operator
 
 
 @dialect_operator(
-    "rms_norm(Tensor x, Tensor? weight, float eps, *, bool float32=True, bool weight_before_cast=False) -> Tensor"
+    "rms_norm(Tensor x, Tensor? weight, float eps, *, bool float32=True, bool weight_before_cast=False)"
+    " -> Tensor"
 )
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True, weight_before_cast: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
 from .library import dialect_operator
@@ -12,7 +12,9 @@ from .library import dialect_operator
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
 
 
-def activate(hidden: Tensor, activation: str, gated: bool, interleaved: bool, limit: float, alpha: float) -> Tensor:
+def activate(
+    hidden: Tensor, activation: str, gated: bool, interleaved: bool, limit: float, alpha: float
+) -> Tensor:
     """Apply the activation of an FFN, and its gate where it has one, to (..., inner or 2 * inner)."""
     up: Tensor | None = None
     if gated:
@@ -88,10 +90,12 @@ def routed_ffn(
 
     tokens, k = experts.shape
     if is_plain_tensor(x) and is_plain_tensor(experts) and not x.requires_grad:
-        out = torch.zeros(tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device)
+        out = torch.zeros(
+            tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device
+        )
         order = torch.argsort(experts.reshape(-1), stable=True)
         counts = torch.bincount(experts.reshape(-1), minlength=up.shape[0])
-        for expert, chosen in enumerate(order.split(counts.tolist())):
+        for expert, chosen in enumerate(torch.split(order, counts.tolist())):
             if chosen.numel() == 0:
                 continue
             token = chosen // k

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import fx
 from torch._ops import OpOverload
 
 from ..errors import CheckpointError
@@ -108,3 +109,27 @@ def operator_of(name: str) -> Any:
                 return overload
     shown = name if len(name) <= 60 else name[:57] + "..."
     raise CheckpointError(f"{shown!r} is not an operator that a program may call")
+
+
+_COUNTS = {"size.neg": 1, "size.int": 1, "size.float": 1}
+
+
+def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
+    """Check that a call passes what its operator takes; names of keywords become source code when it is compiled.
+
+    Raises:
+        CheckpointError: an argument is unknown, given twice or missing.
+    """
+    wrong = CheckpointError(f"{where}: {target} is not called as it can be")
+    if not isinstance(target, OpOverload):
+        count = _COUNTS.get(_NAMES[target], 2)
+        if kwargs or len(args) != count or not all(isinstance(a, (fx.Node, int, float)) for a in args):
+            raise wrong
+        return
+    schema = target._schema.arguments
+    positional = [a.name for a in schema if not a.kwarg_only]
+    named = {a.name for a in schema}
+    if len(args) > len(positional) or not set(kwargs) <= named - set(positional[: len(args)]):
+        raise wrong
+    if any(not a.has_default_value() and a.name not in kwargs for a in schema[len(args) :]):
+        raise wrong

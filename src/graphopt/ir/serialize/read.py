@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,18 @@ import torch
 from torch import fx
 
 from ..compat import new_fake_mode
-from ..errors import CheckpointError, GraphoptError
+from ..errors import CheckpointError
+from ..infer import same_size
 from ..program import Dial, Origin, Program
-from ..safetensors_file import read_header
+from ..safetensors_file import contained, read_header
 from ..signature import Fill, Input, Signature, SizeRange
-from ..structure import Structure
+from ..structure import Structure, leaf_names
 from ..weights import SafetensorsEntry, Weight
-from .allowed import operator_of
+from .allowed import check_call, operator_of
 from .documents import Entry, read_document
 from .encode import decode, dtype_of
-from .write import FORMAT, VERSION
+from .names import asset_name, input_name, weight_name
+from .write import FORMAT, VERSION, file_hash
 
 _RULES = ("ones", "zeros", "positions", "positions_from_mask")
 
@@ -50,27 +51,45 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
     document = read_document(folder / "program.json", text)
     try:
         program = _Reader(folder, document, files).program()
-    except GraphoptError:
+    except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, RecursionError) as error:
+    except Exception as error:
+        # whatever a damaged or forged file makes the libraries below say, it is the file that is wrong
         raise CheckpointError(f"{folder / 'program.json'} is damaged: {type(error).__name__}: {error}") from error
     if check_hashes:
         for name in files:
-            _checked(folder, name, files)
+            _require_hash(folder, name, files)
     return program
 
 
+def _place(folder: Path, name: str) -> Path:
+    return contained(folder, name, folder / "manifest.json")
+
+
 def _checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
-    place = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute() or not place.resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{folder / 'manifest.json'} names {name!r}, which lies outside the folder")
+    place = _place(folder, name)
     try:
         data = place.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {place}: {error}") from error
     if hashlib.sha256(data).hexdigest() != files.get(name):
-        raise CheckpointError(f"{place} is not what manifest.json says; it was changed or damaged")
+        raise _changed(place)
     return data
+
+
+def _require_hash(folder: Path, name: str, files: dict[str, Any]) -> None:
+    """Like :func:`_checked` for files of any size, which are read piece by piece."""
+    place = _place(folder, name)
+    try:
+        found = file_hash(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {place}: {error}") from error
+    if found != files.get(name):
+        raise _changed(place)
+
+
+def _changed(place: Path) -> CheckpointError:
+    return CheckpointError(f"{place} is not what manifest.json says; it was changed or damaged")
 
 
 class _Reader:
@@ -87,19 +106,21 @@ class _Reader:
         if document.get("format") != FORMAT or document.get("version") != VERSION:
             raise CheckpointError(f"{self.folder / 'program.json'} is not a program of version {VERSION}")
         signature = Signature({}, document.table("parameters"), document.get("outputs"))
-        _check_structure(signature.outputs)
-        for structure in signature.parameters.values():
-            _check_structure(structure)
         program = Program(fx.Graph(), self.mode, {}, signature)
         for name, limits in document.table("sizes", list).items():
             low, high, hint = limits
-            if not name.isidentifier() or not all(isinstance(v, int) or v is None for v in limits) or low is None:
-                raise CheckpointError(f"the size {name!r} has limits {limits!r}")
+            if not name.isidentifier() or not all(_is_size(v) for v in (low, hint, *([] if high is None else [high]))):
+                raise CheckpointError(f"the size {name!r} has limits {str(limits)[:80]}")
             program.add_size(name, SizeRange(low, high, hint))
         for entry in document.list("inputs"):
-            signature.inputs[entry["name"]] = _input(entry)
+            spec = _input(entry)
+            if spec.name in signature.inputs:
+                raise CheckpointError(f"the input {spec.name!r} is listed twice")
+            signature.inputs[spec.name] = spec
+        _check_signature(signature)
         self.nodes(program)
         self.rest(program)
+        _check_inputs(program)
         return program
 
     def value(self, program: Program, number: Any) -> Any:
@@ -138,14 +159,16 @@ class _Reader:
             else:
                 call = [decode(a, known, name) for a in args]
                 options = {str(k): decode(v, known, name) for k, v in kwargs.items()}
-                node = graph.create_node("call_function", operator_of(operator), tuple(call), options, name=name)
+                target = operator_of(operator)
+                check_call(target, tuple(call), options, name)
+                node = graph.create_node("call_function", target, tuple(call), options, name=name)
             if node.name != name:
                 raise CheckpointError(f"{name!r} cannot be the name of a node")
             node.meta["val"] = self.value(program, number)
             if "weight" in notes and operator == "placeholder":
                 program.weights[name] = self.weight(name, weights, node)
             elif "input" in notes and operator == "placeholder":
-                node.meta["input"] = str(notes["input"])
+                node.meta["input"] = input_name(notes["input"], name)
             elif notes:
                 node.meta["custom"] = {"graphopt": {str(k): str(v) for k, v in notes.items()}}
             known[name] = node
@@ -167,18 +190,17 @@ class _Reader:
         if file not in self.files or not file.startswith("weights/") or Path(file).name != file.removeprefix("weights/"):
             raise CheckpointError(f"the weight {name!r} lies in {file!r}, which is not a file of this program")
         if file not in self.headers:
-            place = self.folder / file
-            if not place.is_file():
-                raise CheckpointError(f"{place} does not exist")
-            self.headers[file] = read_header(place)
+            self.headers[file] = read_header(_place(self.folder, file))
         source = self.headers[file].get(name)
         if source is None:
             raise CheckpointError(f"{self.folder / file} has no tensor {name!r}")
         value = node.meta["val"]
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != source.shape or value.dtype != source.dtype:
+        known = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+        if not known or tuple(value.shape) != source.shape or value.dtype != source.dtype:
             raise CheckpointError(f"the weight {name!r} is described as {value} and stored as {source.shape}")
+        names = [weight_name(n, name) for n in entry["names"]]
         return Weight(
-            str(entry["name"]), source, entry["kind"], tuple(map(str, entry["names"])),
+            weight_name(entry["name"], name), source, entry["kind"], tuple(names),
             bool(entry["persistent"]), bool(entry["trainable"]),
         )  # fmt: skip
 
@@ -186,12 +208,15 @@ class _Reader:
         document = self.document
         program.facts = dict(document.table("facts"))
         program.history = list(document.list("history"))
+        if not all(isinstance(entry, dict) for entry in program.history):
+            raise CheckpointError("the history is damaged")
         for name, (default, low, high, text) in document.table("dials", list).items():
-            program.dials[name] = Dial(float(default), float(low), float(high), str(text))
+            limits = [float(decode(value, {}, f"dial {name!r}")) for value in (default, low, high)]
+            program.dials[input_name(name, "dials")] = Dial(limits[0], limits[1], limits[2], str(text))
         origin = document.table("origin")
         assets = {}
         for name in origin.get("assets", ()):
-            assets[str(name)] = _checked(self.folder, f"assets/{name}", self.files)
+            assets[asset_name(name, "assets")] = _checked(self.folder, f"assets/{name}", self.files)
         program.origin = Origin(
             str(origin["kind"]), str(origin["model_class"]), dict(origin["config"]), assets,
             tuple(origin["unused"]), tuple(origin["notes"]), str(origin["padding"]),
@@ -201,28 +226,79 @@ class _Reader:
         verify(program, ())
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
 def _input(entry: Any) -> Input:
-    where = f"input {entry['name']!r}"
+    name = input_name(entry["name"], "inputs")
+    where = f"input {name!r}"
     fill = entry["fill"]
     if fill is not None and fill[0] not in _RULES:
         raise CheckpointError(f"{where}: unknown rule {fill[0]!r}")
     shape = tuple(entry["shape"])
-    if not all(isinstance(s, (int, str)) for s in shape):
-        raise CheckpointError(f"{where}: shape {shape!r}")
+    if not all(_is_size(s) or isinstance(s, str) for s in shape):
+        raise CheckpointError(f"{where}: shape {str(shape)[:80]}")
     return Input(
-        str(entry["name"]), dtype_of(entry["dtype"], where), shape,
+        name, dtype_of(entry["dtype"], where), shape,
         None if fill is None else Fill(fill[0], str(fill[1])), bool(entry["one_sequence_a_row"]),
     )  # fmt: skip
 
 
+def _check_signature(signature: Signature) -> None:
+    """Every input is reached by one parameter, every fill leads to an input that is given, every output is one."""
+    leaves: list[str] = []
+    for structure in signature.parameters.values():
+        _check_structure(structure)
+        leaves.extend(leaf_names(structure))
+    if sorted(leaves) != sorted(signature.inputs):
+        raise CheckpointError(f"the parameters lead to {sorted(leaves)}, the inputs are {sorted(signature.inputs)}")
+    for spec in signature.inputs.values():
+        passed = {spec.name}
+        current = spec
+        while current.fill is not None:
+            if current.fill.like in passed or current.fill.like not in signature.inputs:
+                raise CheckpointError(f"input {spec.name!r} is filled from {current.fill.like!r}, which leads nowhere")
+            passed.add(current.fill.like)
+            current = signature.inputs[current.fill.like]
+    _check_structure(signature.outputs)
+    names = signature.output_names
+    if len(set(names)) != len(names):
+        raise CheckpointError("two outputs have one name")
+
+
 def _check_structure(structure: Structure, depth: int = 0) -> None:
+    damaged = CheckpointError("the structure of inputs or outputs is damaged")
     if not isinstance(structure, dict) or depth > 16:
-        raise CheckpointError("the structure of inputs or outputs is damaged")
-    for key in ("list", "tuple"):
-        for part in structure.get(key, ()):
+        raise damaged
+    kinds = set(structure) - {"class"}
+    if len(kinds) != 1:
+        raise damaged
+    (kind,) = kinds
+    held = structure[kind]
+    if kind == "leaf":
+        if not isinstance(held, str):
+            raise damaged
+    elif kind == "constant":
+        if not (held is None or isinstance(held, (bool, int, float, str))):
+            raise damaged
+    elif kind in ("list", "tuple"):
+        if not isinstance(held, list):
+            raise damaged
+        for part in held:
             _check_structure(part, depth + 1)
-    for part in structure.get("dict", {}).values():
-        _check_structure(part, depth + 1)
+    elif kind == "dict" and isinstance(held, dict) and isinstance(structure.get("class"), (str, type(None))):
+        for part in held.values():
+            _check_structure(part, depth + 1)
+    else:
+        raise damaged
 
 
-
+def _check_inputs(program: Program) -> None:
+    """What the signature says of an input must be what the graph says."""
+    for name, spec in program.signature.inputs.items():
+        value = program.input_nodes[name].meta["val"]
+        sizes = [program.parse_size(size, f"input {name!r}") for size in spec.shape]
+        same = isinstance(value, torch.Tensor) and value.dtype == spec.dtype and len(sizes) == value.dim()
+        if not same or not all(same_size(a, b) for a, b in zip(sizes, value.shape, strict=True)):
+            raise CheckpointError(f"the input {name!r} is described as {list(spec.shape)} and is {value}")

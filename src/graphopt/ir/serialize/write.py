@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..text import source_line
 from ..weights import Weight
 from .allowed import name_of
 from .encode import dtype_name, encode
+from .names import asset_name, input_name, weight_name
 
 FORMAT = "graphopt-program"
 VERSION = 1
@@ -59,7 +61,7 @@ def save_program(
         for number, shard in enumerate(_shards(work), start=1):
             name = f"weights/{number:05d}.safetensors"
             write_file(folder / name, {n: w.source for n, w in shard.items()}, progress=progress)
-            files[name] = _hash(folder / name)
+            files[name] = file_hash(folder / name)
             for node_name in shard:
                 document["weights"][node_name]["file"] = name
         for name, data in sorted(work.origin.assets.items()):
@@ -72,7 +74,18 @@ def save_program(
         files["program.json"] = hashlib.sha256(text.encode()).hexdigest()
         manifest = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _require_readable(folder)
     return Path(path)
+
+
+def _require_readable(folder: Path) -> None:
+    """A folder counts as written when it can be read; weights are not read for it."""
+    from .read import load_program
+
+    try:
+        load_program(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"this program cannot be saved: {error.message}", hint="report it") from error
 
 
 def _shards(program: Program) -> list[dict[str, Weight]]:
@@ -92,7 +105,8 @@ def _in_order(program: Program) -> list[tuple[str, Weight]]:
     return [(node.name, program.weights[node.name]) for node in program.weight_nodes]
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, read piece by piece."""
     seen = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -135,8 +149,8 @@ def describe_program(program: Program) -> dict[str, Any]:
         "results": [encode(v, "output") for v in program.output_node.args[0]],  # type: ignore[union-attr]
         "weights": {
             name: {
-                "name": w.name,
-                "names": list(w.names),
+                "name": weight_name(w.name, name),
+                "names": [weight_name(n, name) for n in w.names],
                 "kind": w.kind,
                 "persistent": w.persistent,
                 "trainable": w.trainable,
@@ -147,7 +161,10 @@ def describe_program(program: Program) -> dict[str, Any]:
         "nodes": nodes,
         "checkpoint": {name: node.name for name, node in program.checkpoint.items()},
         "facts": _plain(program.facts),
-        "dials": {n: [d.default, d.low, d.high, d.help] for n, d in program.dials.items()},
+        "dials": {
+            input_name(n, "dials"): [*(encode(float(v), n) for v in (d.default, d.low, d.high)), d.help]
+            for n, d in program.dials.items()
+        },
         "history": _plain(program.history),
         "origin": {
             "kind": origin.kind,
@@ -156,7 +173,7 @@ def describe_program(program: Program) -> dict[str, Any]:
             "unused": list(origin.unused),
             "notes": list(origin.notes),
             "padding": origin.padding,
-            "assets": sorted(origin.assets),
+            "assets": sorted(asset_name(name, "assets") for name in origin.assets),
         },
     }
 
@@ -164,7 +181,7 @@ def describe_program(program: Program) -> dict[str, Any]:
 def _input(spec: Any) -> dict[str, Any]:
     fill = None if spec.fill is None else [spec.fill.rule, spec.fill.like]
     return {
-        "name": spec.name,
+        "name": input_name(spec.name, "inputs"),
         "dtype": dtype_name(spec.dtype),
         "shape": list(spec.shape),
         "fill": fill,
@@ -197,7 +214,7 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(v) for v in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
