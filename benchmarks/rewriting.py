@@ -2,9 +2,10 @@
 
     python benchmarks/rewriting.py --layers 32 --runs 5
 
-All three replace ``silu(gate) * up`` by ``up * (gate * sigmoid(gate))`` at the same sites. Ours includes inferring
-and checking the shapes of all new nodes, which replace_pattern leaves out; replace_pattern compiles the graph
-itself. The time of making the graph runnable again afterwards is shown apart. Medians, and ratios to ours.
+All three replace ``silu(gate) * up`` by ``up * (gate * sigmoid(gate))`` at the same sites. Ours includes
+inferring and checking the shapes of all new nodes, which replace_pattern leaves out; replace_pattern compiles
+the graph itself. The time of making the graph runnable again afterwards is shown apart. Medians, and ratios
+to ours.
 """
 
 from __future__ import annotations

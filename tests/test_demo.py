@@ -23,7 +23,5 @@ def test_main_job_on_the_sentence_encoder(tmp_path: Path, capsys: pytest.Capture
     assert figures["ranking_1"] > 0.9, "pairs are ranked otherwise with one layer fewer"
     assert figures["folder_error"] < 1e-5
     assert figures["onnx_error"] < 1e-5
-    assert (
-        figures["saved_difference"] < 1e-6
-    )
+    assert figures["saved_difference"] < 1e-6
     assert "Report" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def run_file(path: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     assert result.shape == expected.shape
-    return float((result - expected).abs().max() / expected.abs().max())
+    return float(((result - expected).abs().max() / expected.abs().max()).detach())
 
 
 def operators(path: Path) -> set[str]:
@@ -145,7 +145,7 @@ def test_opset_23_keeps_operators_whole(tmp_path: Path) -> None:
 def test_opset_23_takes_apart_what_onnx_defines_otherwise(tmp_path: Path) -> None:
     """A failure: sinks or softcap are lost in ONNX's Attention, which has no sinks and moved its softcap."""
     for name in ("gpt_oss", "gemma2"):
-        report = lower_onnx(text_program(name), tmp_path / "a.onnx", opset=23)
+        report = lower_onnx(text_program(name), tmp_path / "a.onnx", opset=23, sizes=STATIC)
         assert "Attention" not in report.nodes
         assert max(report.errors.values()) < 2e-6
 
@@ -153,7 +153,7 @@ def test_opset_23_takes_apart_what_onnx_defines_otherwise(tmp_path: Path) -> Non
 def test_attention_masks_are_numbers(tmp_path: Path) -> None:
     """A failure: a boolean mask reaches Attention, which compilers for accelerators leave on the CPU."""
     path = tmp_path / "a.onnx"
-    lower_onnx(text_program("llama"), path, opset=23)
+    lower_onnx(text_program("llama"), path, opset=23, sizes=STATIC)
     graph = onnx.load(str(path)).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     masks = [node.input[3] for node in graph.node if node.op_type == "Attention" and len(node.input) > 3]
@@ -177,7 +177,9 @@ def test_convolutions_with_batch_norm(net: Program, opset: int, tmp_path: Path) 
 
 def test_some_sizes_fixed(tmp_path: Path) -> None:
     """A failure: a size that was given stays dynamic, or one that was not is frozen."""
-    report = lower_onnx(text_program("llama"), tmp_path / "a.onnx", sizes={"batch": 2}, dynamic=True)
+    report = lower_onnx(
+        text_program("llama"), tmp_path / "a.onnx", sizes={"batch": 2}, dynamic=True, compare=False
+    )
     assert report.inputs == {"input_ids": (2, "sequence"), "attention_mask": (2, "sequence")}
 
 
@@ -191,7 +193,7 @@ def test_dials_are_inputs(tmp_path: Path) -> None:
         scaled = program.edit.call(torch.ops.aten.mul.Tensor, logits, single)
     program.edit.set_outputs([scaled])
     path = tmp_path / "a.onnx"
-    assert lower_onnx(program, path).inputs["strength"] == ()
+    assert lower_onnx(program, path, sizes={"batch": 1, "sequence": 9}).inputs["strength"] == ()
     inputs = {"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9, dtype=torch.int64)}
     found = run_file(path, inputs | {"strength": torch.tensor(0.25, dtype=torch.float64)})
     assert relative(found["logits"], program(**inputs, strength=0.25)["logits"]) < 2e-6
@@ -201,7 +203,7 @@ def test_bfloat16_is_written_as_float32(tmp_path: Path) -> None:
     """A failure: types that ONNX Runtime's CPU has no kernels for are in the file, or weights changed."""
     program = text_program("llama", torch.bfloat16)
     path = tmp_path / "a.onnx"
-    report = lower_onnx(program, path, opset=23)
+    report = lower_onnx(program, path, opset=23, sizes=STATIC)
     assert report.errors["logits"] < 2e-6
     graph = onnx.load(str(path)).graph
     kinds = {tensor.data_type for tensor in graph.initializer}
@@ -211,12 +213,12 @@ def test_bfloat16_is_written_as_float32(tmp_path: Path) -> None:
     assert kept.dtype == torch.bfloat16
     assert torch.equal(torch.from_numpy(written.copy()), kept.float())
     with pytest.raises(LoweringError, match="ONNX Runtime does not load"):
-        lower_onnx(program, tmp_path / "b.onnx", float32=False)
+        lower_onnx(program, tmp_path / "b.onnx", float32=False, sizes=STATIC)
 
 
 def test_float16_stays(tmp_path: Path) -> None:
     """A failure: tables of another type than the hidden states are shared or cast wrongly."""
-    report = lower_onnx(text_program("llama", torch.float16), tmp_path / "a.onnx", opset=23)
+    report = lower_onnx(text_program("llama", torch.float16), tmp_path / "a.onnx", opset=23, sizes=STATIC)
     assert report.nodes["RotaryEmbedding"] == 4
     assert report.errors["logits"] < 5e-3
 
@@ -224,11 +226,14 @@ def test_float16_stays(tmp_path: Path) -> None:
 def test_the_program_is_not_changed(tmp_path: Path) -> None:
     """A failure: what the exporter guards on sizes leaks into the program, and its sizes merge."""
     program = text_program("llama")
-    before = program.signature.inputs["attention_mask"].shape, len(program.nodes)
-    shapes = [program.size_text(s) for s in program.input_nodes["attention_mask"].meta["val"].shape]
+
+    def sizes() -> list[list[int | str]]:
+        values = [node.meta["val"] for node in program.nodes if "val" in node.meta]
+        return [[program.size_text(s) for s in v.shape] for v in values if isinstance(v, torch.Tensor)]
+
+    before = sizes()
     lower_onnx(program, tmp_path / "a.onnx", compare=False)
-    assert (program.signature.inputs["attention_mask"].shape, len(program.nodes)) == before
-    assert [program.size_text(s) for s in program.input_nodes["attention_mask"].meta["val"].shape] == shapes
+    assert sizes() == before
 
 
 def test_sizes_become_numbers() -> None:
@@ -344,7 +349,7 @@ def test_external_data_of_weights_read_late(
     """A failure: weights beside the file are lost, transposed twice, or a tied one is stored twice."""
     monkeypatch.setattr(onnx_cleanup, "EAGER_BYTES", 0)
     path = tmp_path / "model.onnx"
-    report = lower_onnx(text_program(name), path, external_data=True)
+    report = lower_onnx(text_program(name), path, external_data=True, sizes=STATIC)
     beside = tmp_path / "model.onnx.data"
     assert report.files == (path, beside)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]

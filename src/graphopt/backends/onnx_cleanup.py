@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from ..ir.errors import LoweringError
@@ -73,13 +77,14 @@ def simplify(model: Any) -> None:
     from onnxscript import optimizer
 
     common.RemoveUnusedNodesPass()(model)
-    optimizer.fold_constants(
-        model,
-        onnx_shape_inference=False,
-        input_size_limit=_FOLDED_VALUES,
-        output_size_limit=_FOLDED_VALUES,
-        should_fold=lambda node: False if any(_is_late(value) for value in node.inputs) else None,
-    )
+    with _quiet():
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=False,
+            input_size_limit=_FOLDED_VALUES,
+            output_size_limit=_FOLDED_VALUES,
+            should_fold=lambda node: False if any(_is_late(value) for value in node.inputs) else None,
+        )
     if any(node.op_type == "BatchNormalization" for node in model.graph):
         _fold_batch_norms(model)
     for step in (
@@ -99,6 +104,20 @@ def simplify(model: Any) -> None:
     for node in model.graph:
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what folding says of nodes that it leaves, and of values that are discarded later."""
+    logger = logging.getLogger("onnxscript")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _fold_batch_norms(model: Any) -> None:

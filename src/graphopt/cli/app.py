@@ -6,12 +6,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from .output import documents_shown, errors, show_json
+
+# typer has a copy of click or uses the package, by its version; either way its errors are found here
+_WrongUsage: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="graphopt",
@@ -221,14 +223,11 @@ def run(arguments: list[str]) -> int:
         command = typer.main.get_command(app)
         result = command.main(arguments, prog_name="graphopt", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return int(stop.exit_code)
-    except click.ClickException as error:
-        if as_json:
-            _show_error("UsageError", error.format_message(), 2)
-        error.show(sys.stderr)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+    except _WrongUsage as error:
+        return _misused(error, as_json)
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; nothing was written", markup=False)
         return 130
     except BrokenPipeError:
@@ -237,6 +236,17 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         # a command that shows what it found and then refuses has said it all
         return _failed(error, as_json and documents_shown() == before)
+
+
+def _misused(error: Any, as_json: bool) -> int:
+    message = str(error.format_message())
+    if as_json:
+        _show_error("UsageError", message, 2)
+    if message:
+        context = getattr(error, "ctx", None)
+        where = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
+        errors.print(f"UsageError: {message}{where}", markup=False)
+    return 2
 
 
 def _show_error(name: str, message: str, code: int) -> None:

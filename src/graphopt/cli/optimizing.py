@@ -48,7 +48,8 @@ def optimize_checkpoint(
         if writer is not None:
             writer(index, name, current)
         if print_after_all:
-            text(f"# after pass {index}, {name}\n{current.text(weights=False, blocks=True)}\n")
+            show = note if as_json else text
+            show(f"# after pass {index}, {name}\n{current.text(weights=False, blocks=True)}\n")
 
     whole = None
     if verify_with == "full":

@@ -24,7 +24,9 @@ CaptureConfiguration = Callable[[Any], Program]
 _KINDS = ("layer_types", "mlp_layer_types")
 
 
-def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: CaptureConfiguration) -> None:
+def compare_small(
+    program: Program, config: Any, dtype: torch.dtype, capture: CaptureConfiguration
+) -> None:
     """Compare a few layers with random weights, and require every layer of the program to be one of them.
 
     Args:

@@ -40,6 +40,7 @@ class Wild(Pattern):
     where: Callable[[Any], Answer] | None = None
 
     def names(self) -> set[str]:
+        """Names captured inside."""
         return {self.name}
 
 
@@ -74,6 +75,7 @@ class Listed(Pattern):
         return max((p.depth() for p in self.items if isinstance(p, Pattern)), default=0)
 
     def names(self) -> set[str]:
+        """Names captured inside."""
         return set().union(*(p.names() for p in self.items if isinstance(p, Pattern)))
 
 

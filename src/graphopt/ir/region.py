@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
+from .examples import rows_of
 from .execute import evaluate, last_uses
 from .retype import in_float64, widen
+from .schema import argument, is_operator
 from .sizes import expression
 from .weights import Drawn, TensorSource, numel
 
@@ -132,11 +134,19 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
         return int(_substituted(program, value, sizes))
     if isinstance(value, (list, tuple)):
         return [leaf_tensor(program, v, sizes, seed + i) for i, v in enumerate(value)]
-    return leaf_tensor(program, value, sizes, seed)
+    return leaf_tensor(program, value, sizes, seed, _rows(program, node))
 
 
-def leaf_tensor(program: Program, value: torch.Tensor, sizes: dict[str, int], seed: int) -> torch.Tensor:
-    """Return a random tensor of a fake one's type and shape at given sizes."""
+def _rows(program: Program, node: fx.Node) -> int:
+    """Return how many values the integers of a place may take: rows of a table, experts of a mixture."""
+    mixtures = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
+    return max([rows_of(program, node), *(int(argument(u, "up").meta["val"].shape[0]) for u in mixtures)])
+
+
+def leaf_tensor(
+    program: Program, value: torch.Tensor, sizes: dict[str, int], seed: int, rows: int = 2
+) -> torch.Tensor:
+    """Return a random tensor of a fake one's type and shape at given sizes, integers below ``rows``."""
     shape = [int(_substituted(program, s, sizes)) for s in value.shape]
     generator = torch.Generator().manual_seed(seed)
     if value.dtype is torch.bool:
@@ -148,7 +158,7 @@ def leaf_tensor(program: Program, value: torch.Tensor, sizes: dict[str, int], se
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     if value.dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.complex128)
-    return torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+    return torch.randint(0, rows, shape, generator=generator).to(value.dtype)
 
 
 def _substituted(program: Program, size: int | torch.SymInt, sizes: dict[str, int]) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VerificationError
 from .region import Region, cut, drawn_source, leaf_value
-from .schema import operator_name
+from .schema import argument, is_operator, operator_name
 from .weights import numel
 
 if TYPE_CHECKING:
@@ -74,9 +74,12 @@ def changed_values(before: Program, after: Program) -> list[tuple[fx.Node, fx.No
         )
         if touched_weight or not _same_call(old, node, final):
             pairs.append((old, node))
-    for old_value, new_value in zip(before.output_node.args[0], after.output_node.args[0], strict=False):  # type: ignore[arg-type]
-        expected = final.get(old_value.name)
-        if new_value.name != old_value.name and new_value is not expected:
+    results = after.outputs
+    for name, old_value in before.outputs.items():
+        if name not in results:
+            raise VerificationError(f"the program no longer returns {name}", node=old_value.name)
+        new_value = results[name]
+        if new_value.name != old_value.name and new_value is not final.get(old_value.name):
             pairs.append((old_value, new_value))
     return pairs
 
@@ -133,20 +136,37 @@ def check_sites(
         return node.name in kept and node.name not in changed
 
     checks: list[SiteCheck] = []
-    seen: dict[Any, tuple[float, str]] = {}
+    seen: dict[Any, SiteCheck] = {}
     for index, (old, new) in enumerate(pairs):
         pair = _Pair(old, new, cut(before, [old], stop), cut(after, [new], stop))
-        key = (pair.before.key(before), pair.after.key(after), _sharing(pair))
+        # values that the pass brought along are checked wherever they are
+        brought = tuple(n.name for n in pair.after.weights if _brought(before, after, n.name))
+        key = (pair.before.key(before), pair.after.key(after), _sharing(pair), brought)
         if key not in seen:
-            seen[key] = _compare(before, after, pair)
-            real = _real(before, after, pair)
-            if real is not None and not real <= seen[key][0]:
-                seen[key] = (real, "real and random")
-        error, weights = seen[key]
-        checks.append(SiteCheck(old.name, new.name, error, weights, before.source_line(old)))
+            seen[key] = _check(before, after, pair, bool(brought))
+        checks.append(replace(seen[key], old=old.name, new=new.name, source=before.source_line(old)))
         if progress is not None:
             progress(index + 1, len(pairs))
     return checks
+
+
+def _brought(before: Program, after: Program, name: str) -> bool:
+    """Tell whether a pass added a weight or gave it other values."""
+    return name not in before.weights or after.weights[name].source is not before.weights[name].source
+
+
+def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteCheck:
+    error, weights, reason = 0.0, "real" if brought else "random", ""
+    try:
+        if not brought:
+            error = _compare(before, pair)
+        real = _real(before, after, pair, always=brought)
+        if real is not None and not real <= error:
+            error, weights = real, "real" if brought else "real and random"
+    except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+        error = float("inf")
+        reason = f"it cannot be computed: {str(problem).strip().splitlines()[0] if str(problem) else problem!r}"
+    return SiteCheck("", "", error, weights, reason=reason)
 
 
 def _sharing(pair: _Pair) -> tuple[int, ...]:
@@ -155,21 +175,16 @@ def _sharing(pair: _Pair) -> tuple[int, ...]:
     return tuple(names.get(n.name, -1) for n in [*pair.after.leaves, *pair.after.weights])
 
 
-def _compare(before: Program, after: Program, pair: _Pair) -> tuple[float, str]:
+def _compare(before: Program, pair: _Pair) -> float:
+    """Compare on random weights."""
     worst = 0.0
-    for seed, sizes in enumerate(_sizes(before)):
+    for seed, sizes in enumerate(_sizes(before, pair)):
         values = {}
         for place, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
             values[node.name] = leaf_value(before, node, sizes, 17 * place + seed)
         seeds = {n.name: i for i, n in enumerate([*pair.before.weights, *pair.after.weights])}
 
         def load(node: fx.Node, seeds: dict[str, int] = seeds, offset: int = seed) -> torch.Tensor:
-            # a value that the pass itself brought along is part of its claim
-            if node.name not in before.weights or (
-                after.weights.get(node.name, None) is not None
-                and (after.weights[node.name].source is not before.weights[node.name].source)
-            ):
-                return (after if node in pair.after.weights else before).weights[node.name].source.load()
             if before.weights[node.name].kind != "parameter" and numel(node.meta["val"].shape) <= 4:
                 return before.weights[node.name].source.load()
             return _varied(node, drawn_source(node, 1009 * offset + seeds[node.name]).load())
@@ -177,7 +192,7 @@ def _compare(before: Program, after: Program, pair: _Pair) -> tuple[float, str]:
         worst = max(worst, _error(pair, values, load))
         if worst > LIMIT:
             break
-    return worst, "random"
+    return worst
 
 
 def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
@@ -195,26 +210,32 @@ def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _real(before: Program, after: Program, pair: _Pair) -> float | None:
+def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> float | None:
+    """Compare on the weights' own values, if they can be read and are not too many."""
     weights = {n.name: n for n in [*pair.before.weights, *pair.after.weights]}
-    if sum(numel([int(s) for s in n.meta["val"].shape]) * 8 for n in weights.values()) > _REAL_BYTES:
+    if not always and sum(numel([int(s) for s in n.meta["val"].shape]) * 8 for n in weights.values()) > _REAL_BYTES:
         return None
-    sizes = _sizes(before)[0]
     nodes = {n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}
-    values = {n.name: leaf_value(before, n, sizes, i) for i, n in enumerate(nodes.values())}
 
     def load(node: fx.Node) -> torch.Tensor:
         held = (after if node in pair.after.weights else before).weights[node.name]
         return held.source.load()
 
+    worst = 0.0
     try:
-        return _error(pair, values, load)
+        for sizes in _sizes(before, pair)[: 2 if always else 1]:
+            values = {n.name: leaf_value(before, n, sizes, i) for i, n in enumerate(nodes.values())}
+            worst = max(worst, _error(pair, values, load))
     except CheckpointError:
         return None
+    return worst
 
 
-def _sizes(program: Program) -> list[dict[str, int]]:
-    """Two choices of sizes within the program's limits; one where nothing varies."""
+def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
+    """Two choices of sizes within the program's limits; one where nothing varies.
+
+    Where windows changed, the longer one is longer than they are.
+    """
     limits = program.signature.sizes
     if not limits:
         return [{}]
@@ -223,11 +244,14 @@ def _sizes(program: Program) -> list[dict[str, int]]:
         high = limits[name].high
         return max(limits[name].low, min(wanted, high if high is not None else wanted))
 
+    windows = [{argument(n, "window") for n in r.graph.nodes if is_operator(n, "graphopt.attention")} - {None}
+               for r in (pair.before, pair.after)]  # fmt: skip
+    length = max([5, *(w + 2 for w in windows[0] ^ windows[1])])
     other = dict.fromkeys(limits, 0)
     first = {
         name: limits[name].hint
         if name not in ("batch", "sequence")
-        else within(name, 2 if name == "batch" else 5)
+        else within(name, 2 if name == "batch" else length)
         for name in other
     }
     second = {

@@ -284,7 +284,7 @@ def swapped(rank: int, first: int, second: int) -> list[int]:
 def _in_dialect(editor: Editor, overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return operator and arguments as canonicalisation spells them, or None where that is how they are."""
     name = str(overload.overloadpacket)
-    if name not in SWAPS and name not in SPLITS or not args or not isinstance(args[0], fx.Node):
+    if (name not in SWAPS and name not in SPLITS) or not args or not isinstance(args[0], fx.Node):
         return None
     given = dict(zip((a.name for a in overload._schema.arguments), args, strict=False)) | kwargs
     if name in SWAPS:

@@ -17,8 +17,14 @@ CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 _MATRICES = (*CONVOLUTIONS, "aten.linear")
 
 
-def plan_batch_norm(program: Program, node: fx.Node) -> dict[str, Any] | str:
-    """Return where a BatchNorm goes: into the operator before it, or into those after it; else why not."""
+def plan_batch_norm(program: Program, node: fx.Node, untie: bool) -> dict[str, Any] | str:
+    """Return where a BatchNorm goes: into the operator before it, or into those after it; else why not.
+
+    Args:
+        program: the program.
+        node: the BatchNorm.
+        untie: also where the matrix is used elsewhere, which then keeps its own.
+    """
     found = arguments(node)
     if found["training"]:
         return "it is in training mode: its statistics depend on the batch"
@@ -26,28 +32,30 @@ def plan_batch_norm(program: Program, node: fx.Node) -> dict[str, Any] | str:
         return "it has no running statistics"
     constant = depends_on_weights_alone(program)
     x = found["input"]
-    before = _before(x, constant)
+    before = _before(x, constant, untie)
     if before == "":
         return {"direction": "before"}
-    after = _after(program, node, constant)
+    after = _after(node, constant, untie)
     if after == "":
         return {"direction": "after"}
     return f"before it: {before}; after it: {after}"
 
 
-def _before(x: Any, constant: set[fx.Node]) -> str:
+def _before(x: Any, constant: set[fx.Node], untie: bool) -> str:
     if not is_operator(x, *_MATRICES):
         return "no convolution or linear"
     if x.args[1] not in constant:
         return "its matrix depends on the input"
     if len(x.users) != 1:
         return f"{x.name} is read by others too"
+    if len(x.args[1].users) > 1 and not untie:
+        return f"the matrix of {x.name} is used elsewhere; untie=true gives each its own"
     if is_operator(x, "aten.linear") and x.meta["val"].dim() != 2:
         return "channels of the linear are not those of the norm"
     return ""
 
 
-def _after(program: Program, node: fx.Node, constant: set[fx.Node]) -> str:
+def _after(node: fx.Node, constant: set[fx.Node], untie: bool) -> str:
     if not node.users:
         return "nothing"
     for user in node.users:
@@ -57,8 +65,8 @@ def _after(program: Program, node: fx.Node, constant: set[fx.Node]) -> str:
             return f"{user.name} pads with zeros, which the norm would have shifted"
         if is_operator(user, "aten.linear") and node.meta["val"].dim() != 2:
             return "channels of the linear are not those of the norm"
-        if len(user.args[1].users) > 1:  # type: ignore[union-attr]
-            return f"the matrix of {user.name} is used elsewhere"
+        if len(user.args[1].users) > 1 and not untie:  # type: ignore[union-attr]
+            return f"the matrix of {user.name} is used elsewhere; untie=true gives each its own"
     return ""
 
 

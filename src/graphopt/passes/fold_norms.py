@@ -48,7 +48,7 @@ class FoldNorms(Pass):
         plan = Plan()
         for node in program.graph.nodes:
             if is_operator(node, "aten.batch_norm") and self.which in ("all", "batch-norm"):
-                found: dict[str, Any] | str | None = plan_batch_norm(program, node)
+                found: dict[str, Any] | str | None = plan_batch_norm(program, node, self.untie)
             elif (is_operator(node, "graphopt.rms_norm") and self.which in ("all", "rms-norm")) or (
                 is_operator(node, "aten.layer_norm") and self.which in ("all", "layer-norm")
             ):

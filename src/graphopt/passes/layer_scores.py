@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.nn import functional as F
 
 from ..ir.errors import PassRefusedError, PipelineError
@@ -164,10 +165,11 @@ def _distances(
         working = program.copy()
         by_name = {node.name: node for node in working.graph.nodes}
         ends = {n: (units[n].reads.name, units[n].writes.name) for n in names}
+        working.edit.journal.clear()
         _remove_in_place(working, options, gone)
-        # what a removed neighbour wrote is read from before it
-        alias = {units[g].writes.name: units[g].reads.name for g in gone}
-        pairs = {n: tuple(by_name[_resolve(alias, e)] for e in ends[n]) for n in names}
+        # what took the place of what a removed neighbour wrote
+        replaced = dict(working.edit.journal)
+        pairs = {n: tuple(_present(by_name[e], replaced) for e in ends[n]) for n in names}
     else:
         pairs = {n: (units[n].reads, units[n].writes) for n in names}
     totals = dict.fromkeys(names, 0.0)
@@ -183,10 +185,10 @@ def _distances(
     return {name: total / max(count, 1) for name, total in totals.items()}
 
 
-def _resolve(alias: dict[str, str], name: str) -> str:
-    while name in alias:
-        name = alias[name]
-    return name
+def _present(node: fx.Node, replaced: dict[str, fx.Node]) -> fx.Node:
+    while replaced.get(node.name, node) is not node:
+        node = replaced[node.name]
+    return node
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str) -> float:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..ir.cost import cost
-from ..ir.errors import ContractError, GraphoptError, PassRefusedError, PipelineError
+from ..ir.errors import ContractError, GraphoptError, PassRefusedError, PipelineError, VerificationError
 from ..ir.program import Program
 from ..ir.report import PassReport, Refusal, Report
-from ..ir.sites import LIMIT, check_sites
+from ..ir.sites import LIMIT, changed_values, check_sites
 from ..ir.verify import compare_programs, verify
+from ..ir.weights import InMemory
 from .base import Pass
 from .context import Context
 from .contracts import AddsOutputs, Approximate, Exact, ExactAt
@@ -124,12 +125,15 @@ def run_pass(
         )
     began = time.perf_counter()
     working = program.copy()
+    written = _versions(program)
     working.edit.author = step.name
     step.rewrite(working, plan)
     touched = [n for n in working.edit.touched if not n._erased]
     seconds["rewrite"] = time.perf_counter() - began
     began = time.perf_counter()
     verify(working, touched)
+    verify(working, [new for _, new in changed_values(program, working)])
+    _untouched(program, written)
     seconds["verify"] = time.perf_counter() - began
     contract = step.promises()
     entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites])
@@ -149,6 +153,22 @@ def run_pass(
     working.edit.journal.clear()
     working.edit.touched.clear()
     return working, entry
+
+
+def _versions(program: Program) -> dict[str, int]:
+    held = ((name, weight.source) for name, weight in program.weights.items())
+    tensors = {name: source.tensor for name, source in held if isinstance(source, InMemory)}
+    return {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
+
+
+def _untouched(program: Program, versions: dict[str, int]) -> None:
+    """Check that nobody wrote to the tensors that all copies of a program, and the model, share."""
+    for name, version in _versions(program).items():
+        if name in versions and versions[name] != version:
+            raise VerificationError(
+                f"the values of weight {program.weights[name].name} were written to in place",
+                hint="weights are shared with the model; give the weight another source instead",
+            )
 
 
 def _reasons(plan: Plan) -> str:
@@ -180,7 +200,7 @@ def _hold(
             worst = max(broken, key=lambda c: c.error)
             raise ContractError(
                 f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by "
-                f"{worst.error:.2g} relative ({worst.weights} weights, limit {LIMIT:.0e}; "
+                f"{worst.error:.2g} relative{': ' + worst.reason if worst.reason else ''} ({worst.weights} weights, limit {LIMIT:.0e}; "
                 f"{len(broken)} of {len(checks)} sites)",
                 node=worst.old,
                 source=worst.source,

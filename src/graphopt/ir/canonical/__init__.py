@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .cleanup import clean, drop_dead, share_equal
+from .cleanup import clean, drop_dead, settle_sizes, share_equal
 from .experts import raise_experts
 from .functional import functionalise
 from .linears import raise_linears
@@ -30,6 +30,7 @@ def canonicalise(program: Program) -> None:
     from .attention import raise_attention
 
     functionalise(program)
+    settle_sizes(program)
     clean(program)
     raise_linears(program)
     share_equal(program)

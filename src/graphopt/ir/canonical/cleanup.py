@@ -12,6 +12,7 @@ from torch import fx
 from ..errors import VerificationError
 from ..infer import same_value
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
+from ..sizes import expression
 from ..weights import InMemory
 
 if TYPE_CHECKING:
@@ -66,6 +67,23 @@ def clean(program: Program) -> None:
         if not node._erased:
             normalise(node)
     drop_dead(program)
+
+
+def settle_sizes(program: Program) -> None:
+    """Write sizes that turned out to be fixed while the model was traced as plain numbers."""
+
+    def settled(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(settled(item) for item in value)
+        if isinstance(value, torch.SymInt):
+            return int(expression(value)) if expression(value).is_Integer else value
+        if isinstance(value, torch.Tensor) and any(settled(size) is not size for size in value.shape):
+            return program.fake([settled(size) for size in value.shape], value.dtype)
+        return value
+
+    for node in program.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = settled(node.meta["val"])
 
 
 def respell_transposes(program: Program) -> None:

@@ -19,35 +19,39 @@ from ..errors import CheckpointError
 from ..operators import DIALECT
 
 _ATEN = """
-abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-add addbmm addcdiv addcmul addmm addmv addr all amax amin aminmax any arange argmax argmin argsort asin asinh atan
-atan2 atanh avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernoulli bilinear bincount bitwise_and
-bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to bucketize cat cdist ceil
-celu channel_shuffle chunk clamp clamp_max clamp_min clone col2im complex concat constant_pad_nd contiguous conv1d
-conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution copysign cos cosh cosine_similarity
-count_nonzero cross cummax cummin cumprod cumsum deg2rad diag diag_embed diagonal diagonal_scatter diff digamma dist
-div dot dropout einsum elu embedding embedding_bag empty eq erf erfc erfinv exp exp2 expand expand_as expm1 eye
-fake_quantize_per_channel_affine fake_quantize_per_tensor_affine fft_fft fft_fft2 fft_fftn fft_ifft fft_ifft2 fft_irfft
-fft_irfft2 fft_rfft fft_rfft2 flatten flip floor floor_divide fmod frac frobenius_norm full full_like gather ge gelu
-ger glu grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gt hardshrink hardsigmoid hardswish hardtanh
-heaviside histc hypot im2col index index_add index_copy index_fill index_put index_select instance_norm inverse isclose
-isfinite isinf isnan item kron layer_norm le leaky_relu lerp lgamma linalg_inv linalg_matrix_norm linalg_norm
-linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp
-logical_and logical_not logical_or logical_xor logit logspace logsumexp lstm lt mH mT masked_fill masked_scatter
-masked_select matmul max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean median meshgrid min
-minimum mish mm mode movedim mul multinomial mv nan_to_num nanmean nansum narrow native_batch_norm native_dropout
-native_group_norm native_layer_norm ne neg new_empty new_full new_ones new_zeros nonzero norm normal nuclear_norm
-numpy_T one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle polar pow prelu prod quantile quick_gelu
-rad2deg rand randn real reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder repeat
-repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll rot90 round rrelu rsqrt rsub
-scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu
-sgn sigmoid sign signbit silu sin sinc sinh slice slice_scatter softmax softplus softshrink sort split split_with_sizes
-sqrt square squeeze stack std std_mean stft sub sum swapaxes sym_size t take take_along_dim tan tanh tanhshrink
-tensor_split threshold tile to topk trace transpose tril tril_indices triu triu_indices true_divide trunc unbind unflatten
-unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
-upsample_nearest3d upsample_trilinear3d vander var var_mean vdot view view_as view_as_complex view_as_real vstack where
-xlogy zeros zeros_like _softmax _log_softmax _to_copy _native_batch_norm_legit_no_training imag hstack dstack
-histogram addcmul fmax fmin reshape_as type_as new_empty_strided as_strided expand_copy
+abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+adaptive_max_pool2d add addbmm addcdiv addcmul addmm addmv addr all amax amin aminmax any arange argmax
+argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernoulli
+bilinear bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
+broadcast_to bucketize cat cdist ceil celu channel_shuffle chunk clamp clamp_max clamp_min clone col2im
+complex concat constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+conv_transpose3d convolution copysign cos cosh cosine_similarity count_nonzero cross cummax cummin cumprod
+cumsum deg2rad diag diag_embed diagonal diagonal_scatter diff digamma dist div dot dropout einsum elu
+embedding embedding_bag empty eq erf erfc erfinv exp exp2 expand expand_as expm1 eye
+fake_quantize_per_channel_affine fake_quantize_per_tensor_affine fft_fft fft_fft2 fft_fftn fft_ifft
+fft_ifft2 fft_irfft fft_irfft2 fft_rfft fft_rfft2 flatten flip floor floor_divide fmod frac frobenius_norm
+full full_like gather ge gelu ger glu grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gt
+hardshrink hardsigmoid hardswish hardtanh heaviside histc hypot im2col index index_add index_copy index_fill
+index_put index_select instance_norm inverse isclose isfinite isinf isnan item kron layer_norm le leaky_relu
+lerp lgamma linalg_inv linalg_matrix_norm linalg_norm linalg_vector_norm linear linspace log log10 log1p
+log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not logical_or
+logical_xor logit logspace logsumexp lstm lt mH mT masked_fill masked_scatter masked_select matmul max
+max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean median meshgrid min minimum mish mm
+mode movedim mul multinomial mv nan_to_num nanmean nansum narrow native_batch_norm native_dropout
+native_group_norm native_layer_norm ne neg new_empty new_full new_ones new_zeros nonzero norm normal
+nuclear_norm numpy_T one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle polar pow prelu
+prod quantile quick_gelu rad2deg rand randn real reciprocal reflection_pad1d reflection_pad2d
+reflection_pad3d relu relu6 remainder repeat repeat_interleave replication_pad1d replication_pad2d
+replication_pad3d reshape roll rot90 round rrelu rsqrt rsub scalar_tensor scaled_dot_product_attention
+scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid sign signbit silu sin
+sinc sinh slice slice_scatter softmax softplus softshrink sort split split_with_sizes sqrt square squeeze
+stack std std_mean stft sub sum swapaxes sym_size t take take_along_dim tan tanh tanhshrink tensor_split
+threshold tile to topk trace transpose tril tril_indices triu triu_indices true_divide trunc unbind
+unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+upsample_nearest2d upsample_nearest3d upsample_trilinear3d vander var var_mean vdot view view_as
+view_as_complex view_as_real vstack where xlogy zeros zeros_like _softmax _log_softmax _to_copy
+_native_batch_norm_legit_no_training imag hstack dstack histogram addcmul fmax fmin reshape_as type_as
+new_empty_strided as_strided expand_copy
 """.split()
 
 PLAIN: dict[str, Callable[..., Any]] = {
