@@ -161,6 +161,9 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
         if not brought:
             error = _compare(before, pair)
         real = _real(before, after, pair, always=brought)
+        if brought and real is None:
+            # the claim is about values that cannot be had; unchecked is not exact
+            return SiteCheck("", "", float("inf"), weights, reason="weights it is computed from have no values")
         if real is not None and not real <= error:
             error, weights = real, "real" if brought else "real and random"
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:

@@ -215,8 +215,9 @@ class _Reader:
             program.dials[input_name(name, "dials")] = Dial(limits[0], limits[1], limits[2], str(text))
         origin = document.table("origin")
         assets = {}
-        for name in origin.get("assets", ()):
-            assets[asset_name(name, "assets")] = _checked(self.folder, f"assets/{name}", self.files)
+        for listed in origin.get("assets", ()):
+            name = asset_name(listed, "assets")
+            assets[name] = _checked(self.folder, f"assets/{name}", self.files)
         program.origin = Origin(
             str(origin["kind"]), str(origin["model_class"]), dict(origin["config"]), assets,
             tuple(origin["unused"]), tuple(origin["notes"]), str(origin["padding"]),
