@@ -40,7 +40,9 @@ def captured(checkpoint: Callable[[str], Path]) -> Callable[[str], Program]:
 
 
 @pytest.fixture(scope="session")
-def saved(captured: Callable[[str], Program], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def saved(
+    captured: Callable[[str], Program], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Return the folder of a saved program of a model of the zoo. Copy it before changing it."""
     made: dict[str, Path] = {}
 
@@ -50,3 +52,9 @@ def saved(captured: Callable[[str], Program], tmp_path_factory: pytest.TempPathF
         return made[name]
 
     return folder
+
+
+@pytest.fixture
+def whole(saved: Callable[[str], Path]) -> Path:
+    """Return the folder of a saved program, to be read only."""
+    return saved("llama")

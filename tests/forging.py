@@ -8,10 +8,13 @@ import json
 import os
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 class Canary:
@@ -100,3 +103,16 @@ def everything_in(folder: Path) -> dict[str, bytes]:
         for at, _, names in os.walk(folder)
         for name in names
     }
+
+
+def refused(
+    whole: Path, folder: Path, edit: Callable[[dict[str, Any]], Any], match: str | None = None
+) -> None:
+    """Check that a forged copy of a saved program is not read, promptly, and that no ``canary`` beside it was made."""
+    import graphopt
+
+    began = time.perf_counter()
+    with pytest.raises(graphopt.CheckpointError, match=match):
+        graphopt.load(forge(whole, folder, edit))
+    assert not (folder.parent / "canary").exists(), "reading a forged program ran code from it"
+    assert time.perf_counter() - began < 20, "a forged program keeps the reader busy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -26,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphopt
-from graphopt import CheckpointError, GraphoptError, Program, UsageError
+from graphopt import CheckpointError, GraphoptError
 from graphopt.frontends.checkpoint_files import read_folder
 from graphopt.ir.safetensors_file import read_header
 
@@ -137,10 +138,9 @@ def test_any_bytes_are_a_weight_file_or_refused(
         write_safetensors(path, raw[:100], raw[100:])
     else:
         path.write_bytes(raw)
-    try:
+    # any other error would reach the user as an internal one
+    with contextlib.suppress(CheckpointError):
         read_header(path)
-    except CheckpointError:
-        pass  # any other error would reach the user as an internal one
 
 
 def test_the_format_s_own_reader_agrees_with_ours(checkpoint: Folders) -> None:
@@ -174,18 +174,22 @@ def test_a_split_checkpoint_holds_the_same_tensors(folder: Path, checkpoint: Fol
     assert all(torch.equal(found[name].load(), expected[name].load()) for name in expected)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "{outside}", "sub/../../outside.safetensors", "", ".", "x\0y"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "{outside}", "sub/../../outside.safetensors", "", ".", "x\0y"]
+)
 def test_an_index_cannot_name_a_file_outside_its_folder(name: str, folder: Path, tmp_path: Path) -> None:
     index = split(folder)
     shutil.copy(folder / "part-1.safetensors", tmp_path / "outside.safetensors")
     lost = {k: v.replace("part-1.safetensors", name.format(outside=tmp_path / "outside.safetensors"))
             for k, v in index["weight_map"].items()}  # fmt: skip
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": lost}))
-    with pytest.raises(CheckpointError, match="not a plain file name|does not exist|cannot be read|outside"):
+    with pytest.raises(CheckpointError, match=r"not a plain file name|does not exist|cannot be read|outside"):
         read_folder(folder)
 
 
-def test_links_out_of_the_folder_are_not_followed_except_those_of_the_cache(folder: Path, tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_not_followed_except_those_of_the_cache(
+    folder: Path, tmp_path: Path
+) -> None:
     outside = shutil.move(folder / "model.safetensors", tmp_path / "private.safetensors")
     (folder / "model.safetensors").symlink_to(outside)
     with pytest.raises(CheckpointError, match="link that leaves its folder"):
@@ -234,11 +238,19 @@ def test_a_tensor_in_two_files_is_the_one_that_the_index_names(folder: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "config", ["", "[]", "{", "[" * 100_000, '{"model_type": ["llama"]}', '{"architectures": [5], "model_type": "llama"}']
+    "config",
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"model_type": ["llama"]}',
+        '{"architectures": [5], "model_type": "llama"}',
+    ],
 )
 def test_a_configuration_that_is_none_is_refused(config: str, folder: Path) -> None:
     (folder / "config.json").write_text(config)
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config.json"):
         graphopt.capture(folder)
 
 
@@ -250,10 +262,10 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path, tmp_path: Path) -> None
     assert canary.exists(), "the canary must work"
     canary.unlink()
     edit_config(folder, auto_map=auto, model_type="evil")
-    with pytest.raises(CheckpointError, match="auto_map.*never run"):
+    with pytest.raises(CheckpointError, match=r"auto_map.*never run"):
         graphopt.capture(folder)
     edit_config(folder, model_type="llama", architectures=["EvilForCausalLM"])
-    with pytest.raises(CheckpointError, match="EvilForCausalLM.*not one of transformers' own"):
+    with pytest.raises(CheckpointError, match=r"EvilForCausalLM.*not one of transformers' own"):
         graphopt.capture(folder)
     for name in ("AutoModel", "pipeline", "PreTrainedModel.__init__", "os.system"):
         edit_config(folder, architectures=[name])
@@ -277,14 +289,20 @@ def test_pickles_in_place_of_weights_are_refused_unread(name: str, folder: Path,
     program = graphopt.capture(folder, compare=False)
     assert name not in program.origin.assets, "a pickle would be passed on to whoever gets the saved program"
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="pickle.*can run code"):
+    with pytest.raises(CheckpointError, match=r"pickle.*can run code"):
         graphopt.capture(folder)
     assert not canary.exists(), "the pickle was run"
 
 
 def test_a_name_that_is_no_folder_is_not_looked_up_on_the_network(tmp_path: Path) -> None:
     (tmp_path / "file.safetensors").write_bytes(b"")
-    for source in (tmp_path / "none", tmp_path / "file.safetensors", "nobody/has-this-model", "./none", "a/b/c"):
+    for source in (
+        tmp_path / "none",
+        tmp_path / "file.safetensors",
+        "nobody/has-this-model",
+        "./none",
+        "a/b/c",
+    ):
         with pytest.raises(CheckpointError):
             graphopt.capture(source)
 
@@ -307,7 +325,9 @@ def hostile(archive: Path, target: Path, canary: Path, road: str) -> Path:
             return pickled(Canary(canary))
         if road == "expression" and name.endswith("models/model.json"):
             document = json.loads(raw)
-            sizes = [s for t in document["graph_module"]["graph"]["tensor_values"].values() for s in t["sizes"]]
+            sizes = [
+                s for t in document["graph_module"]["graph"]["tensor_values"].values() for s in t["sizes"]
+            ]
             next(s["as_expr"] for s in sizes if "as_expr" in s)["expr_str"] = canary_code(canary)
             return json.dumps(document).encode()
         return raw
@@ -325,10 +345,8 @@ def test_a_pt2_file_is_not_opened_unless_trusted(road: str, archive: Path, tmp_p
     with pytest.raises(CheckpointError, match="trust=True"):
         graphopt.optimize(path, "fuse-projections")
     assert not canary.exists(), f"code was run from a file nobody vouched for ({road})"
-    try:
+    with contextlib.suppress(Exception):
         torch.export.load(path)
-    except Exception:
-        pass
     if not canary.exists():
         pytest.skip("torch runs this road no longer, so the forgery proves nothing")
 
@@ -343,66 +361,3 @@ def test_a_trusted_pt2_file_is_a_program_and_a_damaged_one_an_error(archive: Pat
     with pytest.raises(CheckpointError, match="does not exist"):
         graphopt.capture(tmp_path / "none.pt2", trust=True)
     assert everything_in(tmp_path).keys() == {"cut.pt2"}, "reading left something behind"
-
-
-# -- inputs -----------------------------------------------------------------------------------------------
-
-IDS = torch.full((2, 5), 7)
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "message"),
-    [
-        ((), {}, "missing input input_ids"),
-        ((IDS,), {"input_ids": IDS}, "given twice"),
-        ((IDS, IDS, IDS, IDS), {}, "4 inputs given"),
-        ((IDS,), {"inputs_embeds": IDS}, "takes no input 'inputs_embeds'"),
-        ((IDS.int(),), {}, "int32.*int64"),
-        ((IDS.float(),), {}, "float32.*int64"),
-        ((IDS, torch.ones(2, 5)), {}, "'attention_mask' is torch.float32"),
-        ((IDS, torch.ones(2, 5, dtype=torch.bool)), {}, "'attention_mask' is torch.bool"),
-        ((IDS[0],), {}, "1 dimensions"),
-        ((IDS, torch.ones(2, 6, dtype=torch.long)), {}, "sequence is 6 in 'attention_mask' and 5"),
-        ((IDS, torch.ones(3, 5, dtype=torch.long)), {}, "batch is 3 in 'attention_mask' and 2"),
-        ((IDS[:0],), {}, "batch is 0"),
-        ((IDS[:, :0],), {}, "sequence is 0"),
-        (([[7, 7]],), {}, "must be a tensor, not list"),
-        ((None,), {}, "missing input input_ids"),
-    ],
-)
-def test_wrong_inputs_are_named(
-    args: Any, kwargs: Any, message: str, captured: Callable[[str], Program]
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        captured("llama")(*args, **kwargs)
-
-
-def test_a_size_beyond_the_table_of_positions_is_refused(captured: Callable[[str], Program]) -> None:
-    program = captured("bert")
-    assert program(torch.full((1, 64), 7)).last_hidden_state.shape == (1, 64, 32)
-    with pytest.raises(UsageError, match="sequence is 65.*up to 64"):
-        program(torch.full((1, 65), 7))
-
-
-def test_a_size_computed_from_another_is_checked() -> None:
-    class Doubled(torch.nn.Module):
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return torch.cat([x, x]) + y
-
-    program = graphopt.capture(Doubled(), {"x": torch.randn(4, 5), "y": torch.randn(8, 5)})
-    assert program(x=torch.randn(3, 5), y=torch.randn(6, 5)).shape == (6, 5)
-    with pytest.raises(UsageError, match="must be .*= 6"):
-        program(x=torch.randn(3, 5), y=torch.randn(7, 5))
-
-
-def test_packed_sequences_without_a_mask_are_refused(captured: Callable[[str], Program]) -> None:
-    program = captured("llama")
-    packed = torch.tensor([[0, 1, 2, 0, 1]]).repeat(2, 1)
-    with pytest.raises(UsageError, match="packs several sequences"):
-        program(IDS, position_ids=packed)
-    plain = program(IDS, position_ids=torch.arange(5).repeat(2, 1)).logits
-    assert torch.equal(plain, program(IDS).logits), "positions filled in are not those of one sequence"
-    with_mask = program(IDS, torch.ones_like(IDS), packed).logits
-    assert not torch.allclose(with_mask, plain), "positions that are given have no effect"
-    shifted = program(IDS, position_ids=torch.arange(3, 8).repeat(2, 1)).logits
-    assert torch.allclose(shifted, plain, atol=1e-5), "rotary positions are relative: a shift changes nothing"

@@ -102,6 +102,7 @@ class Call(Pattern):
         return 1 + max((p.depth() for p in inner if isinstance(p, Pattern)), default=0)
 
     def names(self) -> set[str]:
+        """Names captured inside."""
         inner = [*self.positional, *self.named.values()]
         return set().union(*(p.names() for p in inner if isinstance(p, Pattern)))
 
@@ -121,6 +122,7 @@ class Either(Pattern):
         return max(p.depth() for p in self.options if isinstance(p, Pattern))
 
     def names(self) -> set[str]:
+        """Names captured inside."""
         options = [p.names() if isinstance(p, Pattern) else set() for p in self.options]
         return set.intersection(*options) if options else set()
 

@@ -150,7 +150,7 @@ def parse_size(size: object, symbols: Mapping[str, sympy.Symbol], where: str = "
         value = parser.sum()
         if parser.next != len(parser.tokens):
             raise ValueError(f"unexpected {parser.peek()!r}")
-    except (ValueError, RecursionError, ZeroDivisionError, OverflowError) as error:
+    except (ValueError, RecursionError, ArithmeticError, AssertionError) as error:
         shown = size if len(size) <= 60 else size[:57] + "..."
         raise CheckpointError(f"{where}: {shown!r} is not a size: {error}") from None
     return value

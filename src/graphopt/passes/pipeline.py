@@ -31,6 +31,8 @@ def as_passes(passes: str | Pass | Sequence[str | Pass]) -> list[Pass]:
     """Return passes given as objects, text, or a mixture."""
     if isinstance(passes, (str, Pass)):
         passes = [passes]
+    if not isinstance(passes, Iterable):
+        raise PipelineError(f"{passes!r} is neither a pass nor its text")
     found: list[Pass] = []
     for entry in passes:
         if isinstance(entry, Pass):

@@ -117,6 +117,9 @@ def write_plans(steps: list[tuple[str, Plan]], note: str = "") -> str:
     if note:
         document["note"] = note
     text: str = yaml.safe_dump(document, sort_keys=False, width=110, allow_unicode=True)
+    if not text.isprintable() and yaml.safe_load(text) != document:
+        # rare line separators would come back as spaces
+        text = yaml.safe_dump(document, sort_keys=False, width=110, allow_unicode=False)
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,9 @@ def _inverse(program: Program, step: fx.Node, source: fx.Node, value: fx.Node) -
         span: tuple[Any, ...] = (source, value, found["dim"], found["start"], found["end"], found["step"])
         return _call(program, aten.slice_scatter.default, span)
     if name == "aten.narrow":
-        end = found["start"] + found["length"]
+        end = found["start"] + found["length"] if isinstance(found["length"], int) else None
+        if end is None:
+            end = _call(program, operator.add, (found["start"], found["length"]))
         return _call(program, aten.slice_scatter.default, (source, value, found["dim"], found["start"], end))
     if name == "aten.select":
         return _call(program, aten.select_scatter.default, (source, value, found["dim"], found["index"]))
