@@ -6,7 +6,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import sympy
@@ -348,9 +348,3 @@ def test_values_of_options_are_written_so_that_fractions_stay_short() -> None:
     assert [format_value(v) for v in (1 / 16, 1 / 3, 0.1, 2.0, 1e300, True, None, "a b", "true", "1", [])] == [
         "0.0625", "1/3", "0.1", "2.0", "1e+300", "true", "none", '"a b"', '"true"', '"1"', "[]",
     ]  # fmt: skip
-
-
-def test_the_base_of_passes_keeps_its_own_options() -> None:
-    assert "allow_no_match" in options_of(Everything)
-    assert isinstance(Everything.name, str)
-    assert typing.get_type_hints(Pass)["name"] == ClassVar[str]

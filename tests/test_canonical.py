@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from graphopt.frontends.compare import compare_outputs
 from graphopt.frontends.torch_module import capture_module
@@ -263,7 +263,13 @@ def test_random_chains_of_spellings_keep_their_values(names: list[str], seed: in
     wanted: Counter[str] = Counter()
     for name in names:
         wanted.update(STEPS[name][1])
-    for operator in ("aten.linear", "aten.layer_norm", "graphopt.rms_norm", "graphopt.rotary", "graphopt.routed_ffn"):
+    for operator in (
+        "aten.linear",
+        "aten.layer_norm",
+        "graphopt.rms_norm",
+        "graphopt.rotary",
+        "graphopt.routed_ffn",
+    ):
         assert program.operators[operator] == wanted[operator], (operator, names)
     before, count = program.text(), len(program.nodes)
     canonicalise(program)
@@ -346,7 +352,9 @@ def test_a_number_and_a_truth_value_stay_apart() -> None:
     """Wrong if sharing equal calls took 1, 1.0 and True for one argument."""
 
     def types(p: Any, x: torch.Tensor) -> torch.Tensor:
-        full = [torch.full_like(x, value, dtype=dtype) for value, dtype in ((1, D), (1.0, D), (True, torch.bool))]
+        full = [
+            torch.full_like(x, value, dtype=dtype) for value, dtype in ((1, D), (1.0, D), (True, torch.bool))
+        ]
         return x * full[0] + full[1] * full[2]
 
     assert lower_and_compare(Function(types)).operators["aten.full_like"] >= 2

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from graphopt.frontends.compare import compare_outputs
 from graphopt.frontends.torch_module import capture_module
@@ -52,7 +52,11 @@ class Attention(nn.Module):
         def draw(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, generator=generator, dtype=D) / 3)
 
-        self.query, self.key, self.value = draw(HEADS * HEAD, SIZE), draw(kv * HEAD, SIZE), draw(kv * HEAD, SIZE)
+        self.query, self.key, self.value = (
+            draw(HEADS * HEAD, SIZE),
+            draw(kv * HEAD, SIZE),
+            draw(kv * HEAD, SIZE),
+        )
         self.out, self.slopes, self.kv = draw(SIZE, HEADS * HEAD), draw(HEADS), kv
         self.register_buffer("lower", torch.tril(torch.ones(64, 64, dtype=torch.bool)))
 
@@ -110,7 +114,11 @@ class Attention(nn.Module):
         self, x: torch.Tensor, mask: torch.Tensor | None = None, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         s, (b, n, _) = self.spelling, x.shape
-        q, k, v = self.split(x, self.query, HEADS), self.split(x, self.key, self.kv), self.split(x, self.value, self.kv)
+        q, k, v = (
+            self.split(x, self.query, HEADS),
+            self.split(x, self.key, self.kv),
+            self.split(x, self.value, self.kv),
+        )
         k, v = self.grouped(k), self.grouped(v)
         if s.bias == "slopes":
             bias = self.slopes[:, None, None] * (torch.arange(n)[None, :] - torch.arange(n)[:, None]).to(D)
@@ -155,7 +163,9 @@ class Attention(nn.Module):
             seen = visible if seen is None else visible & (seen if seen.dtype is torch.bool else seen == 0)
         if bias is not None and seen is not None:
             seen = bias.masked_fill(~seen, float("-inf")) if seen.dtype is torch.bool else seen + bias
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias if seen is None else seen, is_causal=causal)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias if seen is None else seen, is_causal=causal
+        )
         return F.linear(out.transpose(1, 2).flatten(2), self.out)
 
 
@@ -250,7 +260,9 @@ LEFT_ALONE: dict[str, Callable[..., torch.Tensor]] = {
     "only the last query": lambda q, k, v, m: torch.softmax(q @ k.mT, -1)[:, :, -1:] @ v,
     "causal from the first key on": _causal_from_the_first_key,
     "scaled after the cap": lambda q, k, v, m: torch.softmax(torch.tanh(q @ k.mT / 5) * 5 * 0.5, -1) @ v,
-    "bias inside the cap": lambda q, k, v, m: torch.softmax(torch.tanh((q @ k.mT + v @ v.mT) / 5) * 5, -1) @ v,
+    "bias inside the cap": lambda q, k, v, m: (
+        torch.softmax(torch.tanh((q @ k.mT + v @ v.mT) / 5) * 5, -1) @ v
+    ),
 }
 
 
@@ -321,7 +333,9 @@ def test_weights_that_are_returned_stay_in_the_graph() -> None:
             self.inner = Attention(Spelling())
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            q, k, v = (self.inner.split(x, w, HEADS) for w in (self.inner.query, self.inner.key, self.inner.value))
+            q, k, v = (
+                self.inner.split(x, w, HEADS) for w in (self.inner.query, self.inner.key, self.inner.value)
+            )
             weights = torch.softmax(q @ k.mT, -1)
             return weights @ v, weights
 

@@ -65,7 +65,9 @@ def test_plan_says_why(folder: Path, capsys) -> None:
     assert "no groups" in capsys.readouterr().out
 
 
-def test_verify_holds_and_a_tampered_program_does_not(folder: Path, fused: Path, tmp_path: Path, capsys) -> None:
+def test_verify_holds_and_a_tampered_program_does_not(
+    folder: Path, fused: Path, tmp_path: Path, capsys
+) -> None:
     found = printed(capsys, ["verify", str(folder), str(fused)])
     assert found["verdict"] == "holds" and max(found["errors"].values()) < 1e-6
     import graphopt
@@ -73,7 +75,9 @@ def test_verify_holds_and_a_tampered_program_does_not(folder: Path, fused: Path,
     program = graphopt.load(fused)
     program.insert_after(program.anatomy.ffn[0].parts["down"], lambda x: x * 1.01)
     program.save(tmp_path / "tampered")
-    assert run(["verify", str(folder), str(tmp_path / "tampered")]) == 5, "a changed function passed for an exact one"
+    assert run(["verify", str(folder), str(tmp_path / "tampered")]) == 5, (
+        "a changed function passed for an exact one"
+    )
 
 
 def test_diff_shows_what_changed(folder: Path, fused: Path, capsys) -> None:
@@ -82,8 +86,22 @@ def test_diff_shows_what_changed(folder: Path, fused: Path, capsys) -> None:
 
 
 def test_export_lower_and_run(fused: Path, tmp_path: Path, capsys) -> None:
-    assert max(printed(capsys, ["export", str(fused), "--to", "huggingface", "-o", str(tmp_path / "hf")])["errors"].values()) < 1e-5
-    assert max(printed(capsys, ["export", str(fused), "--to", "pt2", "-o", str(tmp_path / "p.pt2")])["errors"].values()) < 1e-4
+    assert (
+        max(
+            printed(capsys, ["export", str(fused), "--to", "huggingface", "-o", str(tmp_path / "hf")])[
+                "errors"
+            ].values()
+        )
+        < 1e-5
+    )
+    assert (
+        max(
+            printed(capsys, ["export", str(fused), "--to", "pt2", "-o", str(tmp_path / "p.pt2")])[
+                "errors"
+            ].values()
+        )
+        < 1e-4
+    )
     printed(capsys, ["lower", str(fused), "--to", "onnx", "-o", str(tmp_path / "m.onnx")])
     assert (tmp_path / "m.onnx").is_file()
     import numpy
@@ -103,8 +121,16 @@ def test_catalogue_and_devices(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["optimize", "{folder}", "-p", "fuse-projektions", "-o", "{out}"], 2, "did you mean 'fuse-projections'"),
-        (["optimize", "{folder}", "-p", "fuse-projections{layuot=plain}", "-o", "{out}"], 2, "did you mean 'layout'"),
+        (
+            ["optimize", "{folder}", "-p", "fuse-projektions", "-o", "{out}"],
+            2,
+            "did you mean 'fuse-projections'",
+        ),
+        (
+            ["optimize", "{folder}", "-p", "fuse-projections{layuot=plain}", "-o", "{out}"],
+            2,
+            "did you mean 'layout'",
+        ),
         (["optimize", "{folder}", "-o", "{out}"], 2, "-p, or a plan"),
         (["optimize", "{folder}", "--nonsense"], 2, "No such option"),
         (["inspect", "{folder}", "--device", "h2000"], 2, "h200"),

@@ -45,7 +45,9 @@ def test_killed_while_saving(program, tmp_path: Path, stop: signal.Signals) -> N
     target = tmp_path / "saved"
     program.save(target)
     before = (target / "program.json").read_bytes()
-    child = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert child.stdout.readline().strip() == b"writing"
     child.send_signal(stop)
     child.wait(timeout=30)
@@ -69,7 +71,9 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
             print(type(error).__name__)
         """
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "saved")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "saved")], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == WriteError.__name__, done.stderr
     assert not list(tmp_path.iterdir()), "a full disk left files behind"
 
@@ -103,4 +107,3 @@ def test_loads_and_runs_where_transformers_is_not_installed(tmp_path: Path) -> N
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert abs(float(done.stdout) - float(program(input_ids=ids).logits.double().sum())) < 1e-3
-

@@ -80,10 +80,7 @@ def verify_programs(
 def rounding(*programs: Program) -> float:
     """Return the largest relative error that the rounding of stored weights explains."""
     stored = {
-        w.source.dtype
-        for p in programs
-        for w in p.weights.values()
-        if w.source.dtype.is_floating_point
+        w.source.dtype for p in programs for w in p.weights.values() if w.source.dtype.is_floating_point
     }
     return max((ROUNDING.get(dtype, 1e-2) for dtype in stored), default=1e-4)
 

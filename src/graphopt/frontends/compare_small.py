@@ -24,9 +24,7 @@ CaptureConfiguration = Callable[[Any], Program]
 _KINDS = ("layer_types", "mlp_layer_types")
 
 
-def compare_small(
-    program: Program, config: Any, dtype: torch.dtype, capture: CaptureConfiguration
-) -> None:
+def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: CaptureConfiguration) -> None:
     """Compare a few layers with random weights, and require every layer of the program to be one of them.
 
     Args:
@@ -70,7 +68,9 @@ def fewer_layers(config: Any) -> Any:
     text = small.get_text_config() if hasattr(small, "get_text_config") else small
     count = int(getattr(text, "num_hidden_layers", 1))
     needed = [i for i in (0, 1) if i < count]
-    kinds = [list(getattr(text, name)) for name in _KINDS if isinstance(getattr(text, name, None), (list, tuple))]
+    kinds = [
+        list(getattr(text, name)) for name in _KINDS if isinstance(getattr(text, name, None), (list, tuple))
+    ]
     for index in range(count):
         kind = tuple(k[index] for k in kinds if index < len(k))
         if kind and kind not in {tuple(k[i] for k in kinds if i < len(k)) for i in needed}:
@@ -91,6 +91,8 @@ def fewer_layers(config: Any) -> Any:
 
 def layer_key(program: Program, layer: Layer) -> Any:
     """Return what makes two layers the same computation on other weights."""
-    order: dict[Any, int] = program.derived("order", lambda: {n: i for i, n in enumerate(program.graph.nodes)})
+    order: dict[Any, int] = program.derived(
+        "order", lambda: {n: i for i, n in enumerate(program.graph.nodes)}
+    )
     inside = set(between(layer.reads, layer.writes, order))
     return cut(program, [layer.writes], lambda node: node not in inside).key(program)

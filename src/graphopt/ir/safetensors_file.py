@@ -28,7 +28,9 @@ def inside(folder: Path, name: str, where: Path) -> Path:
         CheckpointError: the name leads elsewhere, or there is no such file.
     """
     if Path(name).name != name or name in ("", ".", ".."):
-        raise CheckpointError(f"{where} names the file {name!r}, which is not a plain file name in this folder")
+        raise CheckpointError(
+            f"{where} names the file {name!r}, which is not a plain file name in this folder"
+        )
     return contained(folder, name, where)
 
 
@@ -104,7 +106,9 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
     """
 
     def wrong(why: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not a whole safetensors file: {why}", hint="copy or download it again")
+        return CheckpointError(
+            f"{path} is not a whole safetensors file: {why}", hint="copy or download it again"
+        )
 
     try:
         stamp = _stamp(path)
@@ -134,8 +138,14 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
         except (TypeError, KeyError, ValueError):
             raise wrong(f"the entry of {name!r} is incomplete") from None
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name!r} has the type {str(dtype)[:40]!r}, which is not supported")
-        if not isinstance(shape, list) or len(shape) > 64 or not all(type(s) is int and 0 <= s < 2**40 for s in shape):
+            raise CheckpointError(
+                f"{path}: {name!r} has the type {str(dtype)[:40]!r}, which is not supported"
+            )
+        if (
+            not isinstance(shape, list)
+            or len(shape) > 64
+            or not all(type(s) is int and 0 <= s < 2**40 for s in shape)
+        ):
             raise wrong(f"the shape of {name!r} is {str(shape)[:80]}")
         if type(start) is not int or type(end) is not int or not 0 <= start <= end <= size:
             raise wrong(f"the place of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
@@ -193,7 +203,9 @@ def write_file(
         for name in order:
             tensor = tensors[name].load()
             if tuple(tensor.shape) != tuple(tensors[name].shape) or tensor.dtype != tensors[name].dtype:
-                raise CheckpointError(f"{name} was announced as {tensors[name].shape} and came as {tuple(tensor.shape)}")
+                raise CheckpointError(
+                    f"{name} was announced as {tensors[name].shape} and came as {tuple(tensor.shape)}"
+                )
             data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
             file.write(data.data)
             if progress is not None:

@@ -163,12 +163,16 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
         real = _real(before, after, pair, always=brought)
         if brought and real is None:
             # the claim is about values that cannot be had; unchecked is not exact
-            return SiteCheck("", "", float("inf"), weights, reason="weights it is computed from have no values")
+            return SiteCheck(
+                "", "", float("inf"), weights, reason="weights it is computed from have no values"
+            )
         if real is not None and not real <= error:
             error, weights = real, "real" if brought else "real and random"
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
         error = float("inf")
-        reason = f"it cannot be computed: {str(problem).strip().splitlines()[0] if str(problem) else problem!r}"
+        reason = (
+            f"it cannot be computed: {str(problem).strip().splitlines()[0] if str(problem) else problem!r}"
+        )
     return SiteCheck("", "", error, weights, reason=reason)
 
 
@@ -216,7 +220,10 @@ def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
 def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> float | None:
     """Compare on the weights' own values, if they can be read and are not too many."""
     weights = {n.name: n for n in [*pair.before.weights, *pair.after.weights]}
-    if not always and sum(numel([int(s) for s in n.meta["val"].shape]) * 8 for n in weights.values()) > _REAL_BYTES:
+    if (
+        not always
+        and sum(numel([int(s) for s in n.meta["val"].shape]) * 8 for n in weights.values()) > _REAL_BYTES
+    ):
         return None
     nodes = {n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}
 

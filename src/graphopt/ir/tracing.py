@@ -213,7 +213,7 @@ class Value:
 
         def method(*args: Any, **kwargs: Any) -> Any:
             if (
-                name in ("reshape", "view", "permute", "expand", "repeat")
+                name in ("reshape", "view", "permute", "expand", "repeat", "flip")
                 and args
                 and not isinstance(args[0], (list, tuple))
             ):
@@ -268,7 +268,13 @@ def unwrap(argument: Any) -> Any:
     return argument
 
 
-SWAPS = {"aten.transpose": None, "aten.swapaxes": None, "aten.swapdims": None, "aten.t": (-2, -1), "aten.mT": (-2, -1)}
+SWAPS = {
+    "aten.transpose": None,
+    "aten.swapaxes": None,
+    "aten.swapdims": None,
+    "aten.t": (-2, -1),
+    "aten.mT": (-2, -1),
+}
 SPLITS = ("aten.split", "aten.chunk")
 # calls that canonicalisation takes out of every graph
 NOTHING = ("aten.contiguous", "aten.clone", "aten.detach", "aten.alias")

@@ -200,8 +200,8 @@ def _hold(
             worst = max(broken, key=lambda c: c.error)
             raise ContractError(
                 f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by "
-                f"{worst.error:.2g} relative{': ' + worst.reason if worst.reason else ''} ({worst.weights} weights, limit {LIMIT:.0e}; "
-                f"{len(broken)} of {len(checks)} sites)",
+                f"{worst.error:.2g} relative{': ' + worst.reason if worst.reason else ''} "
+                f"({worst.weights} weights, limit {LIMIT:.0e}; {len(broken)} of {len(checks)} sites)",
                 node=worst.old,
                 source=worst.source,
                 hint="the program is left as it was; print the graph around the node with --print-after-all",

@@ -151,6 +151,11 @@ def _heads(program: Program, value: fx.Node, like: fx.Node | None) -> fx.Node:
         return program.edit.call(aten.unsqueeze.default, value, 1)
     batch, heads = like.meta["val"].shape[:2]
     length, size = value.meta["val"].shape[1:]
+    if is_operator(value, "aten.reshape"):
+        source = value.args[0]
+        before = source.meta["val"].shape  # type: ignore[union-attr]
+        if len(before) == 4 and all(map(same_size, before, (batch, heads, length, size))):
+            return source  # type: ignore[return-value]
     shape = program.size_nodes([batch, heads, length, size])
     return program.edit.call(aten.reshape.default, value, shape)
 

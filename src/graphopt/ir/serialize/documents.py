@@ -24,7 +24,9 @@ class Entry:
     def table(self, name: str, kind: type | None = None) -> dict[str, Any]:
         """Return an object, all of whose values are of one kind."""
         found = self.data.get(name)
-        if not isinstance(found, dict) or (kind is not None and not all(isinstance(v, kind) for v in found.values())):
+        if not isinstance(found, dict) or (
+            kind is not None and not all(isinstance(v, kind) for v in found.values())
+        ):
             raise CheckpointError(f"{self.where}: {name!r} is missing or damaged")
         return found
 
@@ -46,7 +48,9 @@ def read_document(path: Path, data: bytes | None = None) -> Entry:
         raw = path.read_bytes() if data is None else data
         found = json.loads(raw)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist", hint="give a folder written by Program.save") from None
+        raise CheckpointError(
+            f"{path} does not exist", hint="give a folder written by Program.save"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):

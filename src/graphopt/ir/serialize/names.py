@@ -35,7 +35,12 @@ def weight_name(name: Any, where: str) -> str:
     Raises:
         CheckpointError: it is empty, too long, or holds quotes or characters that cannot be printed.
     """
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST or not name.isprintable() or _QUOTES & set(name):
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= _LONGEST
+        or not name.isprintable()
+        or _QUOTES & set(name)
+    ):
         raise CheckpointError(f"{where}: {_shown(name)} cannot be the name of a weight")
     return name
 
@@ -47,7 +52,9 @@ def asset_name(name: Any, where: str) -> str:
         CheckpointError: it leads out of its folder, or is of a kind that is never carried along.
     """
     if not isinstance(name, str) or not is_asset(name):
-        raise CheckpointError(f"{where}: {_shown(name)} is not the name of a file that goes along with a program")
+        raise CheckpointError(
+            f"{where}: {_shown(name)} is not the name of a file that goes along with a program"
+        )
     return name
 
 

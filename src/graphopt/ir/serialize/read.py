@@ -55,7 +55,9 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
         raise
     except Exception as error:
         # whatever a damaged or forged file makes the libraries below say, it is the file that is wrong
-        raise CheckpointError(f"{folder / 'program.json'} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{folder / 'program.json'} is damaged: {type(error).__name__}: {error}"
+        ) from error
     if check_hashes:
         for name in files:
             _require_hash(folder, name, files)
@@ -109,7 +111,9 @@ class _Reader:
         program = Program(fx.Graph(), self.mode, {}, signature)
         for name, limits in document.table("sizes", list).items():
             low, high, hint = limits
-            if not name.isidentifier() or not all(_is_size(v) for v in (low, hint, *([] if high is None else [high]))):
+            if not name.isidentifier() or not all(
+                _is_size(v) for v in (low, hint, *([] if high is None else [high]))
+            ):
                 raise CheckpointError(f"the size {name!r} has limits {str(limits)[:80]}")
             program.add_size(name, SizeRange(low, high, hint))
         for entry in document.list("inputs"):
@@ -187,8 +191,14 @@ class _Reader:
         if entry is None or entry.get("kind") not in ("parameter", "buffer", "constant"):
             raise CheckpointError(f"the weight {name!r} is not described")
         file = entry["file"]
-        if file not in self.files or not file.startswith("weights/") or Path(file).name != file.removeprefix("weights/"):
-            raise CheckpointError(f"the weight {name!r} lies in {file!r}, which is not a file of this program")
+        if (
+            file not in self.files
+            or not file.startswith("weights/")
+            or Path(file).name != file.removeprefix("weights/")
+        ):
+            raise CheckpointError(
+                f"the weight {name!r} lies in {file!r}, which is not a file of this program"
+            )
         if file not in self.headers:
             self.headers[file] = read_header(_place(self.folder, file))
         source = self.headers[file].get(name)
@@ -253,13 +263,17 @@ def _check_signature(signature: Signature) -> None:
         _check_structure(structure)
         leaves.extend(leaf_names(structure))
     if sorted(leaves) != sorted(signature.inputs):
-        raise CheckpointError(f"the parameters lead to {sorted(leaves)}, the inputs are {sorted(signature.inputs)}")
+        raise CheckpointError(
+            f"the parameters lead to {sorted(leaves)}, the inputs are {sorted(signature.inputs)}"
+        )
     for spec in signature.inputs.values():
         passed = {spec.name}
         current = spec
         while current.fill is not None:
             if current.fill.like in passed or current.fill.like not in signature.inputs:
-                raise CheckpointError(f"input {spec.name!r} is filled from {current.fill.like!r}, which leads nowhere")
+                raise CheckpointError(
+                    f"input {spec.name!r} is filled from {current.fill.like!r}, which leads nowhere"
+                )
             passed.add(current.fill.like)
             current = signature.inputs[current.fill.like]
     _check_structure(signature.outputs)
