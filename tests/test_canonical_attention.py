@@ -357,3 +357,15 @@ def test_sinks_take_part_in_the_softmax() -> None:
     _, (attention,) = captured(model)  # type: ignore[arg-type]
     assert attention["sinks"] is not None
     assert attention["scale"] == pytest.approx(0.3)
+
+
+def test_a_choice_between_two_biases_hides_nothing() -> None:
+    """Wrong if the other side of a choice were dropped as if it hid the key."""
+
+    def chosen(q: Any, k: Any, v: Any, m: Any) -> torch.Tensor:
+        near = torch.tril(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool))
+        bias = torch.where(near, (q @ k.mT).tanh(), 0.5)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    _, (attention,) = captured(Function(chosen))  # type: ignore[arg-type]
+    assert not attention["causal"]

@@ -90,7 +90,7 @@ def operators(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TEXT)
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", [20, 23])
 def test_dynamic_text_model(name: str, opset: int, tmp_path: Path) -> None:
     """A failure: the file computes something else at some size, or is named after torch's nodes."""
     program = text_program(name)
@@ -116,7 +116,7 @@ def test_dynamic_text_model(name: str, opset: int, tmp_path: Path) -> None:
         assert relative(found[first][mask.bool()], expected[mask.bool()]) < 2e-6
 
 
-@pytest.mark.parametrize(("name", "opset"), [("llama", 20), *((name, 23) for name in TEXT)])
+@pytest.mark.parametrize(("name", "opset"), [("llama", 23), *((name, 21) for name in TEXT)])
 def test_static_text_model_has_no_shape_arithmetic(name: str, opset: int, tmp_path: Path) -> None:
     """A failure: the file has other sizes, or mask and shape arithmetic stays for devices to refuse."""
     program = text_program(name)
@@ -321,8 +321,8 @@ def test_attention_options(name: str, tmp_path: Path) -> None:
     program = capture_module(model, example, dynamic=axes | masks, compare=False)
     assert program.operators["graphopt.attention"] == 1
     path = tmp_path / "a.onnx"
-    static = name in ("causal_longer", "window", "segments_longer", "bias_alone")
-    for opset, dynamic in ((20, True), (23, True), *([(23, False)] * static)):
+    # what is shared by the opsets is tried dynamic at one and static at the other
+    for opset, dynamic in ((23, True), (20, False)):
         report = lower_onnx(program, path, opset=opset, dynamic=dynamic, compare=False)
         fused = opset == 23 and name not in ("sinks", "softcap")
         assert report.nodes.get("Attention", 0) == fused

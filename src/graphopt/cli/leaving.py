@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,20 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
     from ..ir.sites import value_error
 
     with Working("exporting"), atomic_file(output) as place:
-        # torch insists on the suffix
-        named = place.with_suffix(".pt2")
-        try:
-            torch.export.save(program.exported_program(core_aten=True), named)
-            inputs = example_inputs(program)
+        # through memory: on a full disk torch's own writer ends the process
+        buffer = io.BytesIO()
+        torch.export.save(program.exported_program(core_aten=True), buffer)
+        place.write_bytes(buffer.getbuffer())
+        del buffer
+        inputs = example_inputs(program)
+        with place.open("rb") as file:
             # our own file of a moment ago
-            again = torch.export.load(named).module()(**inputs)
-            expected = run(program, inputs)
-            errors = {name: value_error(again[name], value) for name, value in expected.items()}
-            worst = max(errors, key=lambda name: errors[name])
-            if not errors[worst] <= rounding(program):
-                raise LoweringError(f"the file's output {worst} differs by {errors[worst]:.2g} relative")
-            named.rename(place)
-        finally:
-            named.unlink(missing_ok=True)
+            again = torch.export.load(file).module()(**inputs)
+        expected = run(program, inputs)
+        errors = {name: value_error(again[name], value) for name, value in expected.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        if not errors[worst] <= rounding(program):
+            raise LoweringError(f"the file's output {worst} differs by {errors[worst]:.2g} relative")
     return errors
 
 

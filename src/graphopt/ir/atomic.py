@@ -29,48 +29,70 @@ def atomic_folder(path: str | os.PathLike[str], *, may_replace: Callable[[Path],
         UsageError: something else is already there.
         WriteError: the disk is full or not writable; nothing is left.
     """
-    target = Path(path)
-    if target.is_symlink():
-        target = target.resolve()
-    try:
-        require_free(target, may_replace)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _fresh(target)
+    with _beside(path, lambda target: require_free(target, may_replace)) as (target, temporary):
         temporary.mkdir()
-    except OSError as error:
-        raise WriteError(f"cannot write to {target}: {error}") from error
-    try:
         yield temporary
         _settle(temporary)
         _take_place(temporary, target, may_replace)
-    except OSError as error:
-        raise WriteError(
-            f"cannot write {target}: {error}", hint="nothing was written; free space, or choose another place"
-        ) from error
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file that takes the place of ``path`` when the block ends without an error."""
-    target = Path(path)
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder", hint="give the name of a file")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"cannot write to {target}: {error}") from error
-    temporary = _fresh(target)
-    try:
+    """Give a temporary file that takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        UsageError: a folder is there.
+        WriteError: the disk is full or not writable; nothing is left.
+    """
+    with _beside(path, _require_no_folder) as (target, temporary):
         yield temporary
         _settle(temporary)
         os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def _beside(path: str | os.PathLike[str], check: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
+    """Give the real place and a temporary name beside it; whatever happens, the temporary one is gone afterwards."""
+    target = Path(path)
+    made: list[Path] = []
+    temporary = None
+    try:
+        # what a link leads to is replaced, not the link
+        target = target.resolve() if target.is_symlink() else target
+        check(target)
+        made = _make_folders(target.parent)
+        temporary = _fresh(target)
+        yield target, temporary
+        made = []
     except OSError as error:
-        raise WriteError(f"cannot write {target}: {error}", hint="nothing was written") from error
+        raise WriteError(
+            f"cannot write {path}: {error}", hint="nothing was written; free space, or choose another place"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            _remove(temporary)
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; return the ones that were not there, outermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _require_no_folder(target: Path) -> None:
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder", hint="give the name of a file")
 
 
 def _fresh(target: Path) -> Path:

@@ -13,11 +13,12 @@ import sympy
 import torch
 from torch import fx
 from torch._export.verifier import load_verifier
+from torch._guards import SLoc
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -54,6 +55,9 @@ def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint
     upper = int_oo if high is None else high
     # torch takes sizes of 0 and 1 for special while it traces; what it traced runs at 1 all the same
     env.var_to_range[symbol] = ValueRanges(max(low, 2) if hint >= 2 else low, upper)
+    # a range that a guard narrows later must have a place it came from
+    place = SLoc("graphopt", None)
+    env.var_to_range_sloc[symbol] = ValueRangesSLoc(place, place)
     # decompositions and ONNX export ask where a symbol came from
     env.var_to_stack[symbol] = CapturedTraceback.extract()  # type: ignore[no-untyped-call]
     return symbol

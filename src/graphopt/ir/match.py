@@ -99,6 +99,9 @@ class Matcher:
                 after = state.bound(pattern.name, value)
                 if after is not None:
                     yield after
+                else:
+                    held = state.captured[pattern.name]
+                    self._fail(len(state.inside), f"{pattern.name} would be {held} and {value}", None)
             else:
                 node = value if isinstance(value, fx.Node) else None
                 self._fail(len(state.inside), answer or f"{pattern.name} does not qualify", node)
@@ -112,6 +115,8 @@ class Matcher:
             literal = pattern if isinstance(pattern, Exactly) else Exactly(pattern)
             if literal.matches(value):
                 yield state
+            else:
+                self._fail(len(state.inside), f"{value!r} where {literal.value!r} was expected", None)
 
     def _all(self, pairs: list[tuple[Any, Any]], state: _State) -> Iterator[_State]:
         if not pairs:

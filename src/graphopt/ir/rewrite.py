@@ -137,15 +137,20 @@ def _place(match: Match) -> fx.Node | str:
     readers = [u for root in match.roots for u in root.users if u not in match.inside]
     if len(match.roots) == 1 or not readers or min(readers) > last:
         return last
-    # insert early enough for the first reader: right after everything the match reads exists
-    reads = [v for v in match.captured.values() if isinstance(v, fx.Node) and v not in match.inside]
-    latest = max(reads)
-    if any(reader <= latest for reader in readers):
-        return "its results are read before all that it reads is there"
-    anchor = latest.next
-    while anchor.op == "placeholder":
-        anchor = anchor.next
-    return anchor
+    # before the first reader, once all that the match reads is there
+    first = min(readers)
+    late: dict[fx.Node, None] = {}
+    work = [v for v in match.captured.values() if isinstance(v, fx.Node) and v not in match.inside]
+    while work:
+        node = work.pop()
+        if node in match.inside or node is first:
+            return "its results are read before all that it reads is there"
+        if node > first and node not in late:
+            late[node] = None
+            work.extend(node.all_input_nodes)
+    for node in sorted(late):
+        first.prepend(node)
+    return first
 
 
 __all__ = ["Call", "Match", "Rewrites", "depends_on_weights_alone", "rewrite"]

@@ -28,6 +28,10 @@ class Site:
         return f"Site({self.block!r}{chosen})"
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.choices:
+            raise PipelineError(
+                f"the plan's site {self.block!r} does not say {name!r}", hint="plan again, or add it"
+            )
         return self.choices[name]
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from ..examples import rows_of
 from ..execute import interpret, needed_for
 from ..operators.attention import visible
+from ..schema import arguments, is_operator
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -225,10 +226,9 @@ def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
 def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, list[Any]]:
     """Return the part of a mask that hides positions, and the terms that are added to scores.
 
-    ``a + b`` and ``where(seen, bias, hidden)`` are taken apart; what has no meaning is returned whole.
+    ``a + b``, ``where(seen, bias, hidden)`` and ``bias.masked_fill(...)`` are taken apart; what has no
+    meaning is returned whole.
     """
-    from ..schema import arguments, is_operator
-
     meaning = mask_meaning(program, mask)
     if meaning is not None:
         return meaning, []
@@ -238,11 +238,26 @@ def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, lis
                 meaning = mask_meaning(program, pure)
                 if meaning is not None:
                     return meaning, [bias]
-    if is_operator(mask, "aten.where"):
-        found = arguments(mask)
-        seen, bias = found["condition"], found["self"]
-        if isinstance(seen, fx.Node) and isinstance(bias, fx.Node):
-            meaning = mask_meaning(program, seen)
-            if meaning is not None:
-                return meaning, [bias]
+    seen, bias = _where(program, mask)
+    if isinstance(seen, fx.Node) and isinstance(bias, fx.Node):
+        meaning = mask_meaning(program, seen)
+        if meaning is not None:
+            return meaning, [bias]
     return None, [mask]
+
+
+def _where(program: Program, mask: fx.Node) -> tuple[Any, Any]:
+    """Read a choice between a bias and a number that hides: where the bias is, and the bias."""
+    from .scores import constant
+
+    if not is_operator(mask, "aten.where", "aten.masked_fill"):
+        return None, None
+    found = arguments(mask)
+    filled = is_operator(mask, "aten.masked_fill")
+    low = constant(program, found["value"] if filled else found["other"])
+    if low is None or low > HIDDEN:
+        return None, None
+    if not filled:
+        return found["condition"], found["self"]
+    with program.edit.before(mask):
+        return program.edit.call(torch.ops.aten.bitwise_not.default, found["mask"]), found["self"]

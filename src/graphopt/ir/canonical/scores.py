@@ -115,13 +115,13 @@ def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
     if is_operator(node, "aten.maximum", "aten.clamp"):
         # the floor that keeps a sum of masks finite
         floor = node.args[1] if is_operator(node, "aten.maximum") else argument(node, "min")
-        low = _constant(program, floor)
+        low = constant(program, floor)
         above = is_operator(node, "aten.clamp") and argument(node, "max") is not None
         return None if low is None or low > _HIDDEN or above else (node.args[0], "", None)
     if is_operator(node, "aten.add") and argument(node, "alpha") == 1:
         return _sum(node)
     if is_operator(node, "aten.mul", "aten.div"):
-        value = _constant(program, node.args[1])
+        value = constant(program, node.args[1])
         if value is not None and is_operator(node, "aten.mul"):
             cap = _cap(program, node, value)
             if cap is not None:
@@ -152,11 +152,11 @@ def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
     found = arguments(node)
     if is_operator(node, "aten.masked_fill"):
         scores, hidden, value = found["self"], found["mask"], found["value"]
-    elif _constant(program, found["self"]) is not None:
+    elif constant(program, found["self"]) is not None:
         scores, hidden, value = found["other"], found["condition"], found["self"]
     else:
         scores, hidden, value = found["self"], None, found["other"]
-    low = _constant(program, value)
+    low = constant(program, value)
     if low is None or low > _HIDDEN or not isinstance(scores, fx.Node):
         return None
     if hidden is None:
@@ -185,13 +185,13 @@ def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
     if not is_operator(tanh, "aten.tanh"):
         return None
     inner = tanh.args[0]  # type: ignore[union-attr]
-    if is_operator(inner, "aten.div") and _constant(program, inner.args[1]) == value:  # type: ignore[union-attr]
+    if is_operator(inner, "aten.div") and constant(program, inner.args[1]) == value:  # type: ignore[union-attr]
         source = inner.args[0]  # type: ignore[union-attr]
         return source if isinstance(source, fx.Node) else None
     return None
 
 
-def _constant(program: Program, value: Any) -> float | None:
+def constant(program: Program, value: Any) -> float | None:
     """Return a number, also where it is a tensor of one element that no input can change."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
@@ -256,7 +256,7 @@ def _product(
         q, transposed = node.args[:2]
     while is_operator(transposed, "aten.mul", "aten.div"):
         # DeBERTa scales the keys instead of the scores
-        value = _constant(program, transposed.args[1])
+        value = constant(program, transposed.args[1])
         if value is None:
             break
         factor *= value if is_operator(transposed, "aten.mul") else 1.0 / value

@@ -124,7 +124,7 @@ def attention(
         (batch, heads, queries, value size).
     """
     queries, keys = q.shape[-2], k.shape[-2]
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     mask, plain_causal = _mask_for(queries, keys, key_mask, segments, causal, window, q.device)
     if sinks is None and softcap is None:
         if bias is None and mask is None:
