@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import zoo
 
@@ -58,3 +61,31 @@ def saved(
 def whole(saved: Callable[[str], Path]) -> Path:
     """Return the folder of a saved program, to be read only."""
     return saved("llama")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen rows of tokens: two batches, one to calibrate and one to judge."""
+    path = tmp_path_factory.mktemp("data") / "rows.npz"
+    numpy.savez(path, input_ids=numpy.random.default_rng(0).integers(3, 100, (16, 8)))
+    return path
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a command with --json and return its document; standard output must hold that and nothing else."""
+
+    from graphopt.cli.app import run
+
+    def call(*arguments: Any, status: int = 0) -> Any:
+        capsys.readouterr()
+        found = run([*map(str, arguments), "--json"])
+        shown = capsys.readouterr()
+        assert found == status, f"exit status {found}: {shown.err}"
+        document = json.loads(shown.out)
+        if status and isinstance(document, dict) and "error" in document:
+            assert document["exit_status"] == status
+            assert document["message"], "an error without a message"
+        return document
+
+    return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..api import plan_passes
 from ..ir.atomic import atomic_file
@@ -32,10 +33,10 @@ def plan_checkpoint(
     context = read_context(program, data, amount, work_dir, as_json)
     planned = plan_passes(program, passes, context)
     steps = [(str(step), plan) for step, plan in planned]
-    if as_json:
+    if why is not None:
+        _why(planned, why, as_json)
+    elif as_json:
         show_json([{"pass": name, **plan.as_dict()} for name, plan in steps])
-    elif why is not None:
-        _why(planned, why)
     else:
         for step, plan in planned:
             rows = [
@@ -59,29 +60,32 @@ def plan_checkpoint(
             )
 
 
-def _why(planned: list[tuple[Pass, Plan]], name: str) -> None:
-    found = False
+def _why(planned: list[tuple[Pass, Plan]], name: str, as_json: bool) -> None:
+    """Say what each pass does to one block, and why."""
+    found: list[dict[str, Any]] = []
+    lines: list[str] = []
     for step, plan in planned:
         for site in plan.sites:
             if site.block == name or name in map(str, site.choices.get("parts", ())):
-                found = True
+                found.append({"pass": str(step), "taken": True, "block": site.block, **site.choices})
                 choices = ", ".join(f"{k}={v}" for k, v in site.choices.items())
-                text(f"{step.name} takes {site.block}: {choices}")
+                lines.append(f"{step.name} takes {site.block}: {choices}")
         for refused in plan.refused:
             if refused.block == name:
-                found = True
-                text(
-                    f"{step.name} leaves {name} alone: {refused.reason}"
-                    + (f"  [{refused.source}]" if refused.source else "")
-                )
+                found.append({"pass": str(step), "taken": False, **vars(refused)})
+                place = f"  [{refused.source}]" if refused.source else ""
+                lines.append(f"{step.name} leaves {name} alone: {refused.reason}{place}")
     if not found:
-        known = [s.block for _, plan in planned for s in plan.sites] + [
-            r.block for _, p in planned for r in p.refused
-        ]
         import difflib
 
+        taken = [site.block for _, plan in planned for site in plan.sites]
+        known = taken + [refused.block for _, plan in planned for refused in plan.refused]
         near = difflib.get_close_matches(name, known, n=3)
         raise UsageError(
             f"no pass of this pipeline looks at {name!r}",
             hint=f"it looks at {', '.join(near or known[:6]) or 'nothing'}",
         )
+    if as_json:
+        show_json(found)
+    else:
+        text("\n".join(lines))
