@@ -152,7 +152,6 @@ def test_a_plan_edited_wrongly_is_refused(
     assert set(everything_in(tmp_path)) == {"p.yaml"}
 
 
-@pytest.mark.xfail(strict=True, reason="passes look up the blocks of a plan without saying which is unknown")
 @pytest.mark.parametrize("passes", ["fuse-projections", "skip-layers{layers=[0]}", "fold-norms"])
 def test_a_block_that_is_not_there_is_a_wrong_plan_and_no_internal_error(
     passes: str, whole: Path, told: Callable[..., Any], tmp_path: Path

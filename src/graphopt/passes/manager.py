@@ -115,6 +115,7 @@ def run_pass(
     seconds: dict[str, float] = {}
     context.notes = []
     began = time.perf_counter()
+    given = plan is not None
     if plan is None:
         plan = step.plan(program, context)
     seconds["plan"] = time.perf_counter() - began
@@ -127,7 +128,15 @@ def run_pass(
     working = program.copy()
     written = _versions(program)
     working.edit.author = step.name
-    step.rewrite(working, plan)
+    try:
+        step.rewrite(working, plan)
+    except KeyError as error:
+        if not given:
+            raise
+        raise PipelineError(
+            f"the plan of {step.name} names {error.args[0]!r}, which this program does not have",
+            hint="graphopt plan lists the sites there are",
+        ) from error
     touched = [n for n in working.edit.touched if not n._erased]
     seconds["rewrite"] = time.perf_counter() - began
     began = time.perf_counter()
