@@ -35,6 +35,7 @@ __all__ = [
     "new_fake_mode",
     "symbol_range",
     "symint",
+    "without_guards",
 ]
 
 Symbol = sympy.Symbol
@@ -74,6 +75,12 @@ def symbol_range(mode: FakeTensorMode, symbol: sympy.Symbol) -> tuple[int, int |
         high,
         int((getattr(env, "backed_var_to_val", None) or env.var_to_val)[symbol]),
     )
+
+
+def without_guards(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:
+    """Decide questions about sizes by their example values, and keep nothing of the answers."""
+    assert mode.shape_env is not None
+    return mode.shape_env.suppress_guards()
 
 
 def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:

@@ -157,6 +157,13 @@ def _brought(before: Program, after: Program, name: str) -> bool:
 
 def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteCheck:
     error, weights, reason = 0.0, "real" if brought else "random", ""
+    added = _roundings(pair.after) - _roundings(pair.before)
+    if added:
+        # float64, in which both are compared, would not show it
+        narrow = ", ".join(sorted(str(dtype) for dtype in added))
+        return SiteCheck(
+            "", "", float("inf"), weights, reason=f"it rounds to {narrow}, which it did not before"
+        )
     try:
         if not brought:
             error = _compare(before, pair)
@@ -174,6 +181,17 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
             f"it cannot be computed: {str(problem).strip().splitlines()[0] if str(problem) else problem!r}"
         )
     return SiteCheck("", "", error, weights, reason=reason)
+
+
+def _roundings(region: Region) -> set[torch.dtype]:
+    """Types that a region's values are rounded to."""
+    found: set[torch.dtype] = set()
+    for node in region.graph.nodes:
+        if is_operator(node, "aten.to"):
+            before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+            if before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize:
+                found.add(after)
+    return found
 
 
 def _sharing(pair: _Pair) -> tuple[int, ...]:
