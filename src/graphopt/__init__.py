@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import capture, load, optimize
+    from .evaluation import Evaluation, evaluate
     from .ir.cost import cost
     from .ir.errors import (
         CaptureError,
@@ -26,6 +27,8 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("capture", "load", "optimize"), "graphopt.api"),
     "cost": "graphopt.ir.cost",
+    "Evaluation": "graphopt.evaluation",
+    "evaluate": "graphopt.evaluation",
     "Program": "graphopt.ir.program",
     "rewrite": "graphopt.ir.rewrite",
     **dict.fromkeys(
@@ -48,6 +51,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ContractError",
+    "Evaluation",
     "GraphoptError",
     "LoweringError",
     "PassRefusedError",
@@ -58,6 +62,7 @@ __all__ = [
     "__version__",
     "capture",
     "cost",
+    "evaluate",
     "load",
     "optimize",
     "rewrite",

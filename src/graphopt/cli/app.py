@@ -150,6 +150,42 @@ def diff(
 
 
 @app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Hugging Face folders or cached ids, saved programs, .pt2 files.")
+    ],
+    data: Annotated[list[str], typer.Option("--data", help="A .jsonl, .txt or .npz file; may be repeated.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="perplexity, accuracy, bits_per_byte, kl, agreement, cosine, or a function of yours, "
+            "(program) or (program, batches), as FILE.py:FUNCTION; may be repeated.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original, for kl, agreement and cosine.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", help="Rows of data at most; all by default.", min=1)
+    ] = None,
+    length: Length = 2048,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a batch.", min=1)] = 8,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Compute as stored, or in float32 or float64.")
+    ] = "stored",
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Measure programs on data: perplexity, next-token accuracy, distance to an original, or your own."""
+    from .evaluating import evaluate_programs
+
+    evaluate_programs(
+        checkpoints, data, metric or [], against, (sequences, length, batch), dtype, as_json, trust
+    )
+
+
+@app.command()
 def lower(
     program: Checkpoint,
     to: Annotated[str, typer.Option("--to", help="onnx.")],

@@ -75,20 +75,22 @@ def read_data(
     program: Program,
     source: str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]],
     *,
-    sequences: int = 128,
+    sequences: int | None = 128,
     length: int = 2048,
     batch: int = 8,
     seed: int = 0,
+    shuffle: bool = True,
 ) -> tuple[list[Batch], str]:
     """Return batches by input name, and one sample as text for the user to look at.
 
     Args:
         program: whose inputs are made.
         source: a .jsonl (``text`` or ``messages`` a line), .txt or .npz file, or batches themselves.
-        sequences: how many rows at most.
+        sequences: how many rows at most; None takes all there are.
         length: tokens a row at most; no more than the program takes.
         batch: rows a batch.
         seed: of the choice where there are more.
+        shuffle: take texts in random order, else in the file's.
 
     Raises:
         UsageError: the file is of no known kind, or holds nothing usable.
@@ -103,13 +105,12 @@ def read_data(
     if path.suffix not in (".jsonl", ".txt", ".json"):
         raise UsageError(f"{path}: data is read from .jsonl, .txt and .npz files")
     tokenizer = Tokenizer(program)
-    limit = program.signature.sizes.get("sequence")
-    if limit is not None and limit.high is not None:
-        length = min(length, limit.high)
+    length = min(length, longest(program) or length)
     texts = list(_texts(path, tokenizer))
     if not texts:
         raise UsageError(f"{path} holds no text")
-    random.Random(seed).shuffle(texts)
+    if shuffle:
+        random.Random(seed).shuffle(texts)
     rows = _rows(program, tokenizer, texts, sequences, length)
     pad = _padding_id(tokenizer)
     batches = [_padded(program, rows[i : i + batch], pad) for i in range(0, len(rows), batch)]
@@ -118,6 +119,23 @@ def read_data(
         half = len(rows) // 2
         batches = [_padded(program, rows[:half], pad), _padded(program, rows[half:], pad)]
     return batches, tokenizer.decode(rows[0])[:300]
+
+
+# as configurations call the number of positions that a model was made for
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+def longest(program: Program) -> int | None:
+    """Return how many tokens a row may have: what the graph takes and the checkpoint says it was made for."""
+    size = program.signature.sizes.get("sequence")
+    limits = [size.high] if size is not None and size.high is not None else []
+    config = program.origin.config
+    text = config.get("text_config")
+    for table in (config, text if isinstance(text, dict) else {}):
+        limits += [
+            v for k in _CONTEXT if isinstance(v := table.get(k), int) and not isinstance(v, bool) and v > 1
+        ]
+    return min(limits, default=None)
 
 
 def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
@@ -143,7 +161,7 @@ def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _rows(
-    program: Program, tokenizer: Tokenizer, texts: list[str], sequences: int, length: int
+    program: Program, tokenizer: Tokenizer, texts: list[str], sequences: int | None, length: int
 ) -> list[list[int]]:
     """One text a row for encoders; for models that predict tokens, texts joined and cut."""
     rows: list[list[int]] = []
@@ -157,11 +175,11 @@ def _rows(
     joined: list[int] = []
     for text in texts:
         joined.extend(tokenizer.encode(text))
-        while len(joined) >= length and len(rows) < sequences:
+        while len(joined) >= length:
             rows.append(joined[:length])
             joined = joined[length:]
-        if len(rows) >= sequences:
-            return rows
+        if sequences is not None and len(rows) >= sequences:
+            return rows[:sequences]
     if len(joined) > 1:
         rows.append(joined)
     return rows

@@ -39,10 +39,10 @@ class Computed:
     def load(self) -> torch.Tensor:
         """Compute the value; operands are read and freed one after the other."""
         from .execute import evaluate, last_uses
-        from .retype import in_float64
+        from .retype import in_type
 
         plain = all(operator_name(n.target) in MOVEMENT for n in self.graph.nodes if n.op == "call_function")
-        graph = self.graph if plain else in_float64(self.graph)
+        graph = self.graph if plain else in_type(self.graph)
         freed = last_uses(graph.nodes)
         values: dict[fx.Node, object] = {}
         sources = iter(self.inputs)

@@ -11,7 +11,7 @@ from torch import fx
 
 from .examples import rows_of
 from .execute import evaluate, last_uses
-from .retype import in_float64, widen
+from .retype import in_type, widen
 from .schema import argument, is_operator
 from .sizes import expression
 from .weights import Drawn, TensorSource, numel
@@ -36,7 +36,7 @@ class Region:
             values: the value of each leaf by node name.
             load: returns a weight by its placeholder.
         """
-        graph = in_float64(self.graph)
+        graph = in_type(self.graph)
         freed = last_uses(graph.nodes)
         originals = {n.name: n for n in self.weights}
         known: dict[fx.Node, Any] = {}

@@ -11,10 +11,9 @@ from torch import fx
 from .errors import VerificationError
 from .execute import interpret
 from .infer import describe_value, infer, same_value
-from .retype import in_float64, widen
+from .retype import retyped, widen
 from .schema import is_mutable, operator_name
 from .sites import value_error
-from .weights import InMemory
 
 if TYPE_CHECKING:
     from .program import Program
@@ -125,37 +124,5 @@ def compare_programs(
 def _run(program: Program, inputs: dict[str, torch.Tensor], float64: bool) -> dict[str, Any]:
     if not float64:
         return interpret(program, inputs)
-    wide = retyped(program)
+    wide = retyped(program, shapes=False)
     return interpret(wide, {name: widen(value) for name, value in inputs.items()})
-
-
-class _Widened:
-    """A source whose values are widened to float64 as they are loaded."""
-
-    def __init__(self, source: Any):
-        self.source = source
-        self.shape = source.shape
-        self.dtype = torch.float64 if source.dtype.is_floating_point else source.dtype
-
-    def load(self) -> torch.Tensor:
-        return widen(self.source.load())
-
-
-def retyped(program: Program) -> Program:
-    """Return the program in float64, weights widened as they are read. For running, not for editing."""
-    wide = program.copy()
-    graph = in_float64(wide.graph)
-    pairs = dict(zip(wide.graph.nodes, graph.nodes, strict=True))
-    wide.graph = graph
-    wide.checkpoint = {name: pairs[node] for name, node in wide.checkpoint.items()}
-    wide.weights = {
-        name: weight.with_source(
-            InMemory(widen(weight.source.tensor))
-            if isinstance(weight.source, InMemory)
-            else _Widened(weight.source)
-        )
-        for name, weight in wide.weights.items()
-    }
-    wide.edit.graph = graph
-    wide.changed()
-    return wide

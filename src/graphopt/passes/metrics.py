@@ -1,10 +1,10 @@
-"""How far a program is from what it should be: perplexity, divergence from and distance to the original."""
+"""How far a program is from what it should be: perplexity, accuracy, divergence from the original."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -13,9 +13,151 @@ from ..ir.errors import PipelineError
 from ..ir.program import Program
 
 Batch = Mapping[str, torch.Tensor]
-Run = Callable[[Batch], Mapping[str, Any]]
+Outputs = Mapping[str, Any]
+Run = Callable[[Batch], Outputs]
 
+# what budgets and scores can be stated in; lower is better
 METRICS = ("perplexity", "kl", "cosine")
+
+
+class Metric:
+    """A mean over positions, gathered batch by batch."""
+
+    compares: ClassVar[bool] = False  # needs the outputs of another program beside these
+    needs: ClassVar[str] = "a program with input_ids and logits"
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+
+    def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
+        """Count a batch.
+
+        Raises:
+            PipelineError: the program has not what the metric is made of.
+        """
+        raise NotImplementedError
+
+    def value(self) -> float:
+        """Return the metric over all that was counted; not a number where nothing was."""
+        return self.total / self.count if self.count else float("nan")
+
+    def _logits(self, outputs: Outputs | None) -> torch.Tensor:
+        logits = (outputs or {}).get("logits")
+        if not isinstance(logits, torch.Tensor) or logits.dim() < 2:
+            raise PipelineError(
+                f"{type(self).__name__.lower()} needs {self.needs}", hint="choose kl or cosine"
+            )
+        return logits
+
+
+def valid(batch: Batch, like: torch.Tensor) -> torch.Tensor | None:
+    """Return which positions count: the mask's, where outputs have positions."""
+    mask = batch.get("attention_mask")
+    if mask is None or like.dim() < 3 or like.shape[:2] != mask.shape:
+        return None
+    return mask.bool()
+
+
+def _next_tokens(
+    metric: Metric, batch: Batch, outputs: Outputs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, the tokens they should predict, and which of them count."""
+    logits = metric._logits(outputs)
+    if "input_ids" not in batch or logits.shape[:2] != batch["input_ids"].shape:
+        raise PipelineError(
+            f"{type(metric).__name__.lower()} needs {metric.needs}", hint="choose kl or cosine"
+        )
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    counted = torch.ones_like(ids[:, 1:]) if mask is None else mask[:, 1:] * mask[:, :-1]
+    return logits[:, :-1], ids[:, 1:], counted.bool()
+
+
+class Perplexity(Metric):
+    """``exp`` of the mean negative log likelihood of each next token, over positions that are not padding."""
+
+    def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
+        """Count a batch."""
+        logits, ids, counted = _next_tokens(self, batch, outputs)
+        each = F.cross_entropy(logits.double().transpose(1, 2), ids, reduction="none")
+        self.total += float(each[counted].sum())
+        self.count += int(counted.sum())
+
+    def value(self) -> float:
+        """Return the perplexity; infinite where a token was impossible."""
+        mean = super().value()
+        return math.exp(mean) if not mean > 700 else float("inf")
+
+
+class Accuracy(Metric):
+    """Share of next tokens that had the highest logit, over positions that are not padding."""
+
+    def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
+        """Count a batch."""
+        logits, ids, counted = _next_tokens(self, batch, outputs)
+        self.total += int((logits.argmax(-1) == ids)[counted].sum())
+        self.count += int(counted.sum())
+
+
+class Divergence(Metric):
+    """Mean Kullback-Leibler divergence of the logits from the original's, in nats a position."""
+
+    compares = True
+    needs = "a program with logits"
+
+    def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
+        """Count a batch."""
+        found, expected = self._logits(outputs).double(), self._logits(reference).double()
+        log_found, log_expected = found.log_softmax(-1), expected.log_softmax(-1)
+        _count(self, batch, expected, (log_expected.exp() * (log_expected - log_found)).sum(-1))
+
+
+class Agreement(Metric):
+    """Share of positions where the highest logit is the original's."""
+
+    compares = True
+    needs = "a program with logits"
+
+    def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
+        """Count a batch."""
+        found, expected = self._logits(outputs), self._logits(reference)
+        _count(self, batch, expected, (found.argmax(-1) == expected.argmax(-1)).double())
+
+
+class Cosine(Metric):
+    """Mean of one minus the cosine between the first output and the original's, over valid positions."""
+
+    compares = True
+
+    def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
+        """Count a batch."""
+        found, expected = _first(outputs), _first(reference or {})
+        each = 1 - F.cosine_similarity(found.double(), expected.double(), dim=-1)
+        _count(self, batch, expected, each)
+
+
+def _count(metric: Metric, batch: Batch, like: torch.Tensor, each: torch.Tensor) -> None:
+    where = valid(batch, like)
+    each = each[where] if where is not None else each.reshape(-1)
+    metric.total += float(each.sum())
+    metric.count += each.numel()
+
+
+def _first(outputs: Outputs) -> torch.Tensor:
+    for value in outputs.values():
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() >= 2:
+            return value
+    raise PipelineError("the program has no output with channels to compare")
+
+
+BY_NAME: dict[str, type[Metric]] = {
+    "perplexity": Perplexity,
+    "accuracy": Accuracy,
+    "kl": Divergence,
+    "agreement": Agreement,
+    "cosine": Cosine,
+}
 
 
 def default_metric(program: Program) -> str:
@@ -28,77 +170,41 @@ def default_metric(program: Program) -> str:
     )
 
 
-def valid(batch: Batch, like: torch.Tensor) -> torch.Tensor | None:
-    """Return which positions count: the mask's, where outputs have positions."""
-    mask = batch.get("attention_mask")
-    if mask is None or like.dim() < 3 or like.shape[:2] != mask.shape:
-        return None
-    return mask.bool()
+def measure_all(
+    names: Iterable[str], run: Run, reference: Run | None, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Return several metrics by name from one run over the data.
 
+    Args:
+        names: of metrics in ``BY_NAME``.
+        run: computes a program's outputs for a batch.
+        reference: the same for the original; run only where a metric compares.
+        batches: the data.
 
-def perplexity(run: Run, batches: Iterable[Batch]) -> float:
-    """``exp`` of the mean negative log likelihood of each next token, over positions that are not padding."""
-    total, count = 0.0, 0
+    Raises:
+        PipelineError: there is no such metric, or the program has not what it is made of.
+    """
+    metrics: dict[str, Metric] = {}
+    for name in names:
+        if name not in BY_NAME:
+            raise PipelineError(f"there is no metric {name!r}", hint=f"metrics are {', '.join(BY_NAME)}")
+        metrics[name] = BY_NAME[name]()
+    compares = [name for name, metric in metrics.items() if metric.compares]
+    if compares and reference is None:
+        raise PipelineError(
+            f"{', '.join(compares)} compares with another program", hint="say which: against="
+        )
     for batch in batches:
-        logits = run(batch).get("logits")
-        if logits is None or "input_ids" not in batch:
-            raise PipelineError(
-                "perplexity needs a program with input_ids and logits", hint="choose kl or cosine"
-            )
-        ids = batch["input_ids"]
-        loss = F.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
-        mask = batch.get("attention_mask")
-        counted = torch.ones_like(loss) if mask is None else (mask[:, 1:] * mask[:, :-1]).to(loss.dtype)
-        total += float((loss * counted).sum())
-        count += int(counted.sum())
-    return math.exp(total / count) if count else float("nan")
-
-
-def divergence(run: Run, reference: Run, batches: Iterable[Batch]) -> float:
-    """Mean Kullback-Leibler divergence of the logits from the original's, in nats a position."""
-    total, count = 0.0, 0
-    for batch in batches:
-        found, expected = run(batch).get("logits"), reference(batch).get("logits")
-        if found is None or expected is None:
-            raise PipelineError("kl needs a program with logits", hint="choose cosine")
-        log_found, log_expected = found.double().log_softmax(-1), expected.double().log_softmax(-1)
-        each = (log_expected.exp() * (log_expected - log_found)).sum(-1)
-        where = valid(batch, expected)
-        each = each[where] if where is not None else each.reshape(-1)
-        total += float(each.sum())
-        count += each.numel()
-    return total / count if count else float("nan")
-
-
-def cosine_distance(run: Run, reference: Run, batches: Iterable[Batch]) -> float:
-    """Mean of one minus the cosine between the first output and the original's, over valid positions."""
-    total, count = 0.0, 0
-    for batch in batches:
-        found, expected = _first(run(batch)), _first(reference(batch))
-        each = 1 - F.cosine_similarity(found.double(), expected.double(), dim=-1)
-        where = valid(batch, expected)
-        each = each[where] if where is not None else each.reshape(-1)
-        total += float(each.sum())
-        count += each.numel()
-    return total / count if count else float("nan")
-
-
-def _first(outputs: Mapping[str, Any]) -> torch.Tensor:
-    for value in outputs.values():
-        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() >= 2:
-            return value
-    raise PipelineError("the program has no output with channels to compare")
+        outputs = run(batch)
+        other = reference(batch) if compares and reference is not None else None
+        for metric in metrics.values():
+            metric.add(batch, outputs, other)
+    return {name: metric.value() for name, metric in metrics.items()}
 
 
 def measure(metric: str, run: Run, reference: Run, batches: Iterable[Batch]) -> float:
-    """Return a metric by name; lower is better for all of them."""
-    if metric == "perplexity":
-        return perplexity(run, batches)
-    if metric == "kl":
-        return divergence(run, reference, batches)
-    if metric == "cosine":
-        return cosine_distance(run, reference, batches)
-    raise PipelineError(f"there is no metric {metric!r}", hint=f"metrics are {', '.join(METRICS)}")
+    """Return one metric by name."""
+    return measure_all([metric], run, reference, batches)[metric]
 
 
 def relative_loss(metric: str, value: float, original: float) -> float:

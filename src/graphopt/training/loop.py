@@ -1,0 +1,174 @@
+"""The loop: batch, loss, update, and a state on disk from which it goes on after any interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..ir.errors import GraphoptError
+from .settings import Settings, adamw
+from .shown import Quiet, TrainingProgress
+from .state import Record, load_state, locked, save_state
+
+Batch = Mapping[str, torch.Tensor]
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+class DivergedError(GraphoptError):
+    """The loss is no longer a finite number."""
+
+    exit_code = 5
+
+
+def train(
+    module: nn.Module,
+    batch: Callable[[int], Batch],
+    loss: Loss,
+    settings: Settings,
+    *,
+    work_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    optimizer: Callable[[nn.Module], Optimizer] | None = None,
+    measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    measure_every: int = 0,
+    save_every: float = 60.0,
+    progress: TrainingProgress | None = None,
+) -> Record:
+    """Train a module in place and return what was seen on the way.
+
+    With a ``work_dir`` the run goes on where it stopped, after Ctrl-C, ``kill -9`` or a power cut, and ends
+    with the weights that an uninterrupted run would have had, as long as the device and the number of
+    threads are the same: batches and random numbers depend on the step alone.
+
+    Args:
+        module: what is trained; parameters that do not require gradients stay as they are.
+        batch: returns batch number n, counted from 0 over the whole run; the same for the same n.
+        loss: returns the mean loss of a batch.
+        settings: steps, learning rate and the like.
+        work_dir: where the state is kept; None keeps none.
+        device: where to train; None takes a GPU if there is one.
+        optimizer: makes the optimizer; None makes AdamW.
+        measure: returns values worth recording, such as a validation loss; called in evaluation mode.
+        measure_every: steps between measurements; 0 measures at the end alone.
+        save_every: seconds between states on disk.
+        progress: hears of every step.
+
+    Raises:
+        UsageError: the folder holds another run, or another process trains there.
+        CheckpointError: the state in the folder is damaged.
+        DivergedError: the loss became infinite or not a number; the last state on disk is from before.
+        KeyboardInterrupt: after Ctrl-C, once the state is on disk.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module.to(where)
+    update = (optimizer or adamw(settings))(module)
+    folder = Path(work_dir) if work_dir is not None else None
+    shown = progress or Quiet()
+    with contextlib.ExitStack() as stack:
+        record = Record()
+        if folder is not None:
+            stack.enter_context(locked(folder))
+            record = load_state(folder, module, update, settings)
+        # the seeds below are nobody else's
+        stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
+        stopped = stack.enter_context(_stop_between_steps())
+        stack.callback(shown.end)
+        shown.begin(settings.steps, record.step)
+        saved = began = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved, began
+            now = time.monotonic()
+            record.seconds += now - began
+            saved = began = now
+            if folder is not None:
+                save_state(folder, module, update, record, settings)
+
+        was_training = module.training
+        stack.callback(module.train, was_training)
+        while record.step < settings.steps:
+            value = _step(module, batch, loss, update, settings, record.step, where)
+            record.losses.append(value)
+            note = ""
+            last = record.step == settings.steps
+            if measure is not None and (last or (measure_every and record.step % measure_every == 0)):
+                values = _measure(module, measure)
+                record.measured.append((record.step, values))
+                note = ", ".join(f"{name} {v:.4g}" for name, v in values.items())
+            shown.step(record.step, value, note)
+            if last or stopped.is_set() or time.monotonic() - saved > save_every:
+                save()
+            if stopped.is_set() and not last:
+                raise KeyboardInterrupt(f"stopped after step {record.step}")
+    return record
+
+
+def _step(
+    module: nn.Module,
+    batch: Callable[[int], Batch],
+    loss: Loss,
+    update: Optimizer,
+    settings: Settings,
+    step: int,
+    device: torch.device,
+) -> float:
+    module.train()
+    for group in update.param_groups:
+        group["lr"] = settings.rate(step)
+    total = 0.0
+    for part in range(settings.accumulate):
+        number = step * settings.accumulate + part
+        # dropout and the like draw the same numbers after a resumption
+        torch.manual_seed(settings.seed * 1_000_003 + number)
+        inputs = {name: t.to(device) for name, t in batch(number).items()}
+        value = loss(module, inputs) / settings.accumulate
+        value.backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+    if not math.isfinite(total):
+        raise DivergedError(
+            f"the loss is {total} at step {step + 1}",
+            hint="lower the learning rate, or warm up longer; the state on disk is from an earlier step",
+        )
+    if settings.clip:
+        nn.utils.clip_grad_norm_([p for g in update.param_groups for p in g["params"]], settings.clip)
+    update.step()
+    update.zero_grad(set_to_none=True)
+    return total
+
+
+def _measure(module: nn.Module, measure: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
+    module.eval()
+    with torch.no_grad():
+        return {name: float(value) for name, value in measure(module).items()}
+
+
+@contextlib.contextmanager
+def _stop_between_steps() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a wish, so that no step is cut in the middle; the second one interrupts."""
+    wish = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if wish.is_set():
+            raise KeyboardInterrupt
+        wish.set()
+
+    before: Any = signal.signal(signal.SIGINT, ask)
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, before)

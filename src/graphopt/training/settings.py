@@ -1,0 +1,95 @@
+"""How long and how fast a module is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from ..ir.errors import UsageError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of; a run that is taken up again must have the same.
+
+    Args:
+        steps: updates of the weights.
+        learning_rate: its highest value.
+        warmup: steps over which the learning rate rises from zero.
+        schedule: how it falls afterwards: cosine, linear, or constant.
+        final: what it falls to, as a fraction of ``learning_rate``.
+        weight_decay: decoupled (Loshchilov and Hutter, 2019), on tensors of two dimensions and more.
+        betas: of AdamW.
+        clip: largest norm of the gradient; 0 leaves it alone.
+        accumulate: batches whose gradients are averaged for one update.
+        seed: of everything random.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    schedule: Schedule = "cosine"
+    final: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {"steps": 1, "warmup": 0, "accumulate": 1}
+        for name, lowest in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise UsageError(f"{name} must be a whole number from {lowest}, not {value!r}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UsageError(f"learning_rate must be positive, not {self.learning_rate!r}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise UsageError(f"schedule is cosine, linear or constant, not {self.schedule!r}")
+        if not 0 <= self.final <= 1:
+            raise UsageError(f"final is a fraction of the learning rate, not {self.final!r}")
+        if self.clip < 0 or self.weight_decay < 0:
+            raise UsageError("clip and weight_decay are not negative")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+        return self.learning_rate * (self.final + (1 - self.final) * left)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as JSON holds them."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Return how other settings, read from a run, differ from these."""
+        mine = self.plain()
+        names = [f.name for f in fields(self)] + sorted(set(other) - set(mine))
+        return [f"{n} was {other.get(n)!r}, is {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
+
+
+def adamw(settings: Settings) -> Callable[[nn.Module], Optimizer]:
+    """Return what makes AdamW for a module, weight decay on matrices alone."""
+
+    def make(module: nn.Module) -> Optimizer:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return AdamW(
+            [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True
+        )
+
+    return make
