@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / n for n in ("writing-a-pass.md", "debugging-a-pass.md")] + sorted(
-    (ROOT / "docs/passes").glob("*.md")
-)
+PAGES = [
+    ROOT / "docs" / n for n in ("writing-a-pass.md", "debugging-a-pass.md", "evaluating.md", "training.md")
+] + sorted((ROOT / "docs/passes").glob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 

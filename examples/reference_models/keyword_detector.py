@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from graphopt.training import Record, Settings, train
-from graphopt.training.shown import Shown
+from graphopt.training import Record, Settings, Shown, train
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "models" / "keyword_detector"

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from vocabulary import vocabulary
 
-from graphopt.training import Record, Settings, train
-from graphopt.training.shown import Shown
+from graphopt.training import Record, Settings, Shown, train
 
 HERE = Path(__file__).parent
 TOKENS_A_STEP = 4096

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .loop import train
 from .settings import Settings
+from .shown import Shown
 from .state import Record
 
-__all__ = ["Record", "Settings", "train"]
+__all__ = ["Record", "Settings", "Shown", "train"]
