@@ -133,7 +133,7 @@ def publish(module: KeywordDetector, record: Record, output: Path, results: dict
     (output / "config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
     parameters = sum(p.numel() for p in module.parameters())
     minutes = round(record.seconds / 60, 1)
-    numbers = {"parameters": parameters, "steps": record.step, "minutes": minutes, "test": results}
+    numbers = {"parameters": parameters, "steps": record.step, "minutes": minutes, "threads": torch.get_num_threads(), "test": results}
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     draw_losses(record, output / "loss.png", "keyword detector", {})
     settings = "\n".join(f"| {k} | {v} |" for k, v in {**SHAPE, **SETTINGS.plain()}.items())
@@ -164,8 +164,8 @@ that differ from the keyword by one sound or an exchange of two.
 
 ![loss over steps](loss.png)
 
-{trained:,} generated clips, {steps} steps of {batch}, {minutes} minutes on two processor cores shared with other work:
-`python examples/reference_models/keyword_detector.py` makes audio and model again.
+{trained:,} generated clips, {steps} steps of {batch}, {minutes} minutes on a machine of two processor cores,
+shared with other work: `python examples/reference_models/keyword_detector.py` makes audio and model again.
 
 | | |
 | --- | --- |

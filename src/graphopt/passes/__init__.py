@@ -26,6 +26,7 @@ __all__ = [
     "Exact",
     "ExactAt",
     "FoldNorms",
+    "FuseBranches",
     "FuseProjections",
     "NewFunction",
     "Pass",

@@ -18,6 +18,7 @@ BUILT_IN: dict[str, str] = {
     "fuse-projections": "graphopt.passes.fuse_projections:FuseProjections",
     "split-projections": "graphopt.passes.split_projections:SplitProjections",
     "fold-norms": "graphopt.passes.fold_norms:FoldNorms",
+    "fuse-branches": "graphopt.passes.fuse_branches:FuseBranches",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
 }
 

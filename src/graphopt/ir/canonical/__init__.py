@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .cleanup import clean, drop_dead, settle_sizes, share_equal
+from .convolutions import raise_convolutions
 from .experts import raise_experts
 from .functional import functionalise
 from .linears import raise_linears
@@ -32,6 +33,7 @@ def canonicalise(program: Program) -> None:
     functionalise(program)
     settle_sizes(program)
     clean(program)
+    raise_convolutions(program)
     raise_linears(program)
     share_equal(program)
     raise_norms(program)

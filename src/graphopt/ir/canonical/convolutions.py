@@ -1,0 +1,78 @@
+"""Convolutions and BatchNorm as models write them, in graphs that were decomposed already."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..infer import same_value
+from ..schema import arguments, is_operator
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+_BY_AXES = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_NORMS = (
+    "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm", "aten.cudnn_batch_norm",
+    "aten.miopen_batch_norm",
+)  # fmt: skip
+_END = 2**63 - 1
+
+
+def raise_convolutions(program: Program) -> None:
+    """Spell ``convolution`` and the forms of BatchNorm that it comes with as ``conv2d`` and ``batch_norm``."""
+    for node in list(program.graph.nodes):
+        if node._erased:
+            continue
+        if is_operator(node, "aten.convolution", "aten._convolution"):
+            _convolution(program, node)
+        elif is_operator(node, *_NORMS):
+            _batch_norm(program, node)
+        elif is_operator(node, "aten.slice_scatter"):
+            _written_whole(program, node)
+
+
+def _convolution(program: Program, node: fx.Node) -> None:
+    found = arguments(node)
+    target = _BY_AXES.get(node.meta["val"].dim() - 2)
+    if found["transposed"] or any(found["output_padding"]) or target is None:
+        return
+    order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    with program.edit.before(node):
+        new = program.edit.call(target, *(found[name] for name in order))
+    if same_value(new.meta["val"], node.meta["val"]):
+        program.edit.replace(node, new, record=False)
+    else:
+        program.edit.erase_dead([new])
+
+
+def _batch_norm(program: Program, node: fx.Node) -> None:
+    """The first of the values that these operators return is the norm; in evaluation nobody reads the others."""
+    found = arguments(node)
+    if found.get("training"):
+        return
+    if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
+        return
+    x = found.get("input", found.get("self"))
+    with program.edit.before(node):
+        new = program.edit.call(
+            aten.batch_norm.default, x, found["weight"], found["bias"], found["running_mean"],
+            found["running_var"], False, found.get("momentum", found.get("exponential_average_factor", 0.1)),
+            found.get("eps", found.get("epsilon")), False,
+        )  # fmt: skip
+    for user in list(node.users):
+        program.edit.replace(user, new, record=False)
+
+
+def _written_whole(program: Program, node: fx.Node) -> None:
+    """Writing all of a dimension leaves nothing of what was there."""
+    found = arguments(node)
+    end, written = found["end"], found["src"]
+    whole = end is None or (isinstance(end, int) and end >= _END)
+    whole = whole and found["start"] in (None, 0) and found["step"] == 1 and isinstance(written, fx.Node)
+    if whole and same_value(written.meta["val"], node.meta["val"]):
+        program.edit.replace(node, written, record=False)

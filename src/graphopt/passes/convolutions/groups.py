@@ -1,0 +1,229 @@
+"""Which values of a graph are best computed as one convolution of an earlier one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.fold import depends_on_weights_alone
+from ...ir.program import Program
+from ...ir.schema import is_operator
+from .borders import filled, read_border
+from .forms import Form, add, follow
+from .reading import NotLinear, as_it_is, read_operator, spatial_axes
+
+_DEEPEST = 12  # sources tried for one value, so that the search stays linear in the graph
+
+
+@dataclass
+class Found:
+    """Forms chosen, by the value they give, in the order of the graph; and why others are none."""
+
+    forms: dict[fx.Node, Form] = field(default_factory=dict)
+    reasons: dict[fx.Node, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Search:
+    program: Program
+    constant: set[fx.Node]
+    allow_growth: bool
+    forms: dict[fx.Node, list[Form]] = field(default_factory=dict)
+    own: dict[fx.Node, float] = field(default_factory=dict)
+    best: dict[fx.Node, float] = field(default_factory=dict)
+    reasons: dict[fx.Node, str] = field(default_factory=dict)
+
+
+def find_groups(program: Program, *, allow_growth: bool = False) -> Found:
+    """Return disjoint groups of operators, each of which one convolution replaces.
+
+    Forms are found from the inputs on: every linear operator is one of its input, sequences and sums of forms
+    are forms where that is exact. Of all forms of a value the one with the fewest multiply-adds is chosen,
+    what it leaves to be computed before it included; of equals the one that replaces most.
+
+    Args:
+        program: a canonical program.
+        allow_growth: prefer few operators to few multiply-adds.
+    """
+    search = _Search(program, depends_on_weights_alone(program), allow_growth)
+    order = [n for n in program.graph.nodes if n.op == "call_function" and spatial_axes(n) > 0]
+    for node in order:
+        _visit(search, node)
+    found = Found()
+    covered: set[fx.Node] = set()
+    for node in reversed(order):
+        if node in covered or node not in search.forms:
+            continue
+        form = _chosen(search, node, covered)
+        if form is not None:
+            found.forms[node] = form
+            covered |= form.nodes
+    found.forms = {node: found.forms[node] for node in order if node in found.forms}
+    inner = {n for form in found.forms.values() for n in form.nodes}
+    found.reasons = {n: reason for n, reason in search.reasons.items() if n not in inner}
+    return found
+
+
+def _visit(search: _Search, node: fx.Node) -> None:
+    try:
+        form = read_operator(node, search.constant)
+    except NotLinear as problem:
+        search.reasons[node] = str(problem)
+        return
+    if form is not None:
+        search.own[node] = _work(form) if form.size > 1 or form.convolutions else _numel(node)
+        if is_operator(node, "aten.pad", "aten.constant_pad_nd", "aten.slice"):
+            search.own[node] = 0.0
+        found = [form]
+    elif is_operator(node, "aten.slice_scatter"):
+        search.own[node] = 0.0
+        found = _borders(search, node)
+    elif is_operator(node, "aten.add") and len(node.args) == 2 and not node.kwargs:
+        search.own[node] = 0.0
+        found = _sums(search, node)
+    else:
+        return
+    if found:
+        search.forms[node] = _deeper(search, found)
+        search.best[node] = _cost(search, node, search.forms[node])
+
+
+def _borders(search: _Search, node: fx.Node) -> list[Form]:
+    """A filled border is a form only together with what it fills around."""
+    border = read_border(node, search.constant)
+    if border is None or any(user not in border[0].nodes for user in border[0].source.users):
+        return []
+    made: list[Form] = []
+    for before in search.forms.get(border[0].source, ()):
+        following = filled(search.program, *border, before)
+        if isinstance(following, str):
+            search.reasons[node] = following
+        else:
+            made.append(following)
+    for inner in border[0].nodes - {node}:
+        search.reasons.pop(inner, None)
+    return made
+
+
+def _numel(node: fx.Node) -> float:
+    total = 1.0
+    for size in node.meta["val"].shape:
+        total *= size.node.hint if isinstance(size, torch.SymInt) else size
+    return total
+
+
+def _work(form: Form) -> float:
+    return _numel(form.value) * form.size
+
+
+def _sums(search: _Search, node: fx.Node) -> list[Form]:
+    first, second = node.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):
+        return []
+    if (
+        first in search.constant
+        or second in search.constant
+        or spatial_axes(first) < 0
+        or spatial_axes(second) < 0
+    ):
+        return []
+    if first.meta["val"].shape != second.meta["val"].shape:
+        return []
+    terms = [_terms(search, operand, node) for operand in (first, second)]
+    made: list[Form] = []
+    problem = ""
+    for one in terms[0]:
+        for two in terms[1]:
+            if one.source is two.source and (one.nodes or two.nodes):
+                found = add(node, one, two)
+                if isinstance(found, str):
+                    problem = found
+                else:
+                    made.append(found)
+    if problem and not made:
+        search.reasons[node] = problem
+    elif not made:
+        _explain(search, node, (first, second))
+    return made
+
+
+def _terms(search: _Search, operand: fx.Node, reader: fx.Node) -> list[Form]:
+    """The operand as it is, and as forms of what came before, if nobody else reads it."""
+    alone = all(user is reader for user in operand.users)
+    return [as_it_is(operand), *(search.forms.get(operand, []) if alone else [])]
+
+
+def _explain(search: _Search, node: fx.Node, operands: tuple[fx.Node, fx.Node]) -> None:
+    """Terms that would add up to a form if one of them were not read elsewhere."""
+    every = [[as_it_is(o), *search.forms.get(o, [])] for o in operands]
+    if any(a.source is b.source and (a.nodes or b.nodes) for a in every[0] for b in every[1]):
+        for operand in operands:
+            others = [u.name for u in operand.users if u is not node]
+            if others and search.forms.get(operand):
+                search.reasons[node] = f"its term {operand.name} is read by {others[0]} as well"
+
+
+def _deeper(search: _Search, found: list[Form]) -> list[Form]:
+    """Add the forms over what the source itself is a form of, as long as nothing else reads the source."""
+    made = list(found)
+    index = 0
+    while index < len(made) and len(made) < _DEEPEST:
+        form = made[index]
+        index += 1
+        source = form.source
+        if not all(user in form.nodes for user in source.users):
+            continue
+        for before in search.forms.get(source, ()):
+            if before.source is form.source or any(before.source is m.source for m in made):
+                continue
+            following = follow(form, before)
+            if isinstance(following, str):
+                search.reasons.setdefault(form.value, following)
+            else:
+                made.append(following)
+    return made
+
+
+def _below(search: _Search, form: Form) -> float:
+    """What must still be computed for a form's source, where only the form needs it."""
+    source = form.source
+    if source in search.best and all(user in form.nodes for user in source.users):
+        return search.best[source]
+    return 0.0
+
+
+def _plain(search: _Search, node: fx.Node) -> float:
+    """The cost of leaving an operator as it is, with the best of what only it reads."""
+    inputs = {n for n in node.all_input_nodes if n in search.best and all(u is node for u in n.users)}
+    return search.own[node] + sum(search.best[n] for n in inputs)
+
+
+def _cost(search: _Search, node: fx.Node, forms: list[Form]) -> float:
+    return min([_plain(search, node), *(_work(f) + _below(search, f) for f in forms if f.convolutions)])
+
+
+def _chosen(search: _Search, node: fx.Node, covered: set[fx.Node]) -> Form | None:
+    useful = [
+        f for f in search.forms[node]
+        if f.convolutions and len(f.nodes) > 1 and not f.nodes & covered and _replaces_something(f)
+    ]  # fmt: skip
+    if not useful:
+        return None
+    if search.allow_growth:
+        return max(useful, key=lambda f: (len(f.nodes), -_work(f)))
+    costs: list[tuple[float, int, Any]] = [(_work(f) + _below(search, f), -len(f.nodes), f) for f in useful]
+    cost, _, form = min(costs, key=lambda c: c[:2])
+    return form if cost <= _plain(search, node) * (1 + 1e-9) else None
+
+
+def _replaces_something(form: Form) -> bool:
+    """Padding and the convolution that it belongs to are what a form is written as, and no gain."""
+    return any(not is_operator(n, "aten.pad", "aten.constant_pad_nd") for n in form.nodes - {form.value}) or (
+        form.branches > 1
+    )
+
+
+__all__ = ["Found", "find_groups"]

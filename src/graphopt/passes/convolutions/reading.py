@@ -1,0 +1,286 @@
+"""Operators that are linear over space or time, read as forms of their input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.schema import arguments, is_operator
+from .algebra import on_diagonal
+from .forms import Build, Form, Reader, extension
+from .geometry import Axis
+
+CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
+POOLINGS = {"aten.avg_pool1d": 1, "aten.avg_pool2d": 2, "aten.avg_pool3d": 3}
+SCALES = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub", "aten.neg")
+MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+class NotLinear(Exception):
+    """An operator that looks linear is not one convolution; the message says why."""
+
+
+def spatial_axes(node: fx.Node) -> int:
+    """Return how many axes of space or time a value (batch, channels, ...) has; -1 if it is no such value."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not 3 <= value.dim() <= 5 or not value.dtype.is_floating_point:
+        return -1
+    return value.dim() - 2 if isinstance(value.shape[1], int) else -1
+
+
+def as_it_is(node: fx.Node) -> Form:
+    """Return a value as the form of itself: one tap that changes nothing."""
+    axes = spatial_axes(node)
+    channels = int(node.meta["val"].shape[1])
+    dtype = node.meta["val"].dtype
+
+    def build(read: Reader) -> tuple[Any, Any]:
+        return on_diagonal(read.constant([channels], 1.0, dtype), channels, axes), None
+
+    return Form(node, node, channels, channels, channels, (Axis(),) * axes, "", build, False)
+
+
+def read_operator(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    """Return the form of an operator over its input; None if it is not of the kind.
+
+    Raises:
+        NotLinear: it is of the kind, but not one convolution of its input.
+    """
+    if spatial_axes(node) < 0 or node in constant:
+        return None
+    if is_operator(node, *CONVOLUTIONS):
+        return _convolution(node, constant)
+    if is_operator(node, *POOLINGS):
+        return _pooling(node)
+    if is_operator(node, "aten.batch_norm"):
+        return _batch_norm(node, constant)
+    if is_operator(node, "aten.pad", "aten.constant_pad_nd"):
+        return _padded(node)
+    if is_operator(node, "aten.slice"):
+        return _sliced(node)
+    if is_operator(node, *SCALES):
+        return _scaled(node, constant)
+    return None
+
+
+def _many(value: Any, axes: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return [int(v) for v in (values * axes if len(values) == 1 else values)]
+
+
+def _convolution(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    found = arguments(node)
+    source, weight, bias = found["input"], found["weight"], found["bias"]
+    axes = spatial_axes(node)
+    if source.meta["val"].dim() != axes + 2:
+        return None
+    if weight not in constant or (bias is not None and bias not in constant):
+        raise NotLinear("its kernel depends on the input")
+    if len(weight.users) > 1:
+        raise NotLinear(f"its kernel {weight.name} is shared with {_other(weight, node)}")
+    shape = [int(s) for s in weight.meta["val"].shape]
+    steps, strides = _many(found["dilation"], axes), _many(found["stride"], axes)
+    padding = found["padding"]
+    if isinstance(padding, str):
+        spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(steps, shape[2:], strict=True)]
+        ends = [(s // 2, s - s // 2) for s in spans]
+    else:
+        ends = [(p, p) for p in _many(padding, axes)]
+    line = tuple(
+        Axis(-low, step if count > 1 else 1, count, stride, high)
+        for (low, high), step, count, stride in zip(ends, steps, shape[2:], strides, strict=True)
+    )
+    return Form(
+        source,
+        node,
+        shape[0],
+        shape[1] * int(found["groups"]),
+        int(found["groups"]),
+        line,
+        extension(line, "zeros"),
+        lambda read: (read(weight), None if bias is None else read(bias)),
+        bias is not None,
+        frozenset([node]),
+        1,
+    )
+
+
+def _other(weight: fx.Node, node: fx.Node) -> str:
+    return next((u.name for u in weight.users if u is not node), "another use")
+
+
+def _pooling(node: fx.Node) -> Form | None:
+    found = arguments(node)
+    axes = spatial_axes(node)
+    source = found["self"]
+    if found["ceil_mode"]:
+        raise NotLinear("its last window may be cut short (ceil_mode)")
+    sizes = _many(found["kernel_size"], axes)
+    strides = _many(found["stride"] or sizes, axes)
+    padding = _many(found["padding"], axes)
+    if any(padding) and not found["count_include_pad"]:
+        raise NotLinear("its windows count fewer values at the border (count_include_pad=False)")
+    divisor = found.get("divisor_override") or math.prod(sizes)
+    channels = int(node.meta["val"].shape[1])
+    dtype = node.meta["val"].dtype
+    line = tuple(
+        Axis(-p, 1, size, stride, p) for p, size, stride in zip(padding, sizes, strides, strict=True)
+    )
+
+    def build(read: Reader) -> tuple[Any, Any]:
+        return read.constant([channels, 1, *sizes], 1.0 / divisor, dtype), None
+
+    return Form(
+        source, node, channels, channels, channels, line, extension(line, "zeros"), build, False,
+        frozenset([node]), 1,
+    )  # fmt: skip
+
+
+def _pointwise(node: fx.Node, source: fx.Node, build: Build, biased: bool) -> Form:
+    channels = int(node.meta["val"].shape[1])
+    axes = (Axis(),) * spatial_axes(node)
+    return Form(source, node, channels, channels, channels, axes, "", build, biased, frozenset([node]))
+
+
+def _batch_norm(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    found = arguments(node)
+    axes, channels = spatial_axes(node), int(node.meta["val"].shape[1])
+    if found["training"]:
+        raise NotLinear("it is a BatchNorm in training mode: its statistics depend on the batch")
+    if found["running_mean"] is None or found["running_var"] is None:
+        raise NotLinear("it is a BatchNorm without running statistics")
+    weight, bias = found["weight"], found["bias"]
+    tensors = [found["running_mean"], found["running_var"], weight, bias]
+    if any(t is not None and t not in constant for t in tensors):
+        raise NotLinear("its statistics depend on the input")
+
+    def build(read: Reader) -> tuple[Any, Any]:
+        scale = torch.rsqrt(torch.add(read(found["running_var"]), float(found["eps"])))
+        if weight is not None:
+            scale = torch.mul(scale, read(weight))
+        shift = torch.neg(torch.mul(read(found["running_mean"]), scale))
+        if bias is not None:
+            shift = torch.add(shift, read(bias))
+        return on_diagonal(scale, channels, axes), shift
+
+    return _pointwise(node, found["input"], build, True)
+
+
+def _padded(node: fx.Node) -> Form | None:
+    found = arguments(node)
+    source = found["self"]
+    mode = MODES.get(found.get("mode", "constant"))
+    if mode is None:
+        return None
+    value = found.get("value") or 0.0
+    sizes = found["pad"]
+    if not all(isinstance(s, int) for s in sizes):
+        return None
+    if mode == "zeros" and value != 0:
+        raise NotLinear(f"it pads with {value}")
+    axes = spatial_axes(node)
+    if len(sizes) > 2 * axes:
+        return None
+    ends = [(0, 0)] * axes
+    for index in range(len(sizes) // 2):
+        ends[axes - 1 - index] = (int(sizes[2 * index]), int(sizes[2 * index + 1]))
+    line = tuple(Axis(-low, 1, 1, 1, high) for low, high in ends)
+    plain = as_it_is(source)
+    return Form(
+        source, node, plain.outputs, plain.inputs, plain.groups, line, extension(line, mode), plain.build,
+        False, frozenset([node]),
+    )  # fmt: skip
+
+
+def _sliced(node: fx.Node) -> Form | None:
+    found = arguments(node)
+    source, axis = found["self"], int(found["dim"]) - 2
+    if found["step"] != 1 or axis < 0 or spatial_axes(source) < 0:
+        return None
+    start = found["start"] or 0
+    before, after = (n.meta["val"].shape[axis + 2] for n in (source, node))
+    if not isinstance(start, int):
+        return None
+    try:
+        cut = int(_expression(after) - _expression(before))
+        start = start + int(before) if start < 0 and isinstance(before, int) else start
+    except TypeError:
+        return None  # what is cut depends on the size
+    if start < 0:
+        return None
+    line = [Axis()] * spatial_axes(node)
+    line[axis] = Axis(start, 1, 1, 1, cut + start)
+    plain = as_it_is(source)
+    return Form(
+        source, node, plain.outputs, plain.inputs, plain.groups, tuple(line), "", plain.build, False,
+        frozenset([node]),
+    )  # fmt: skip
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _scaled(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    """Multiplication by, and addition of, one value a channel."""
+    operands = list(node.args[:2])
+    if node.kwargs or len(node.args) > 2:
+        return None
+    varying = [a for a in operands if isinstance(a, fx.Node) and a not in constant]
+    if len(varying) != 1 or spatial_axes(varying[0]) < 0:
+        return None
+    source = varying[0]
+    if (
+        source.meta["val"].shape[1] != node.meta["val"].shape[1]
+        or source.meta["val"].dim() != node.meta["val"].dim()
+    ):
+        return None
+    other = next((a for a in operands if a is not source), None)
+    axes, channels = spatial_axes(node), int(node.meta["val"].shape[1])
+    if isinstance(other, fx.Node) and not one_a_channel(other, axes, channels):
+        return None
+    source_first = operands[0] is source
+    name = str(node.target).split(".")[1]
+    if name == "div" and not source_first:
+        return None
+    dtype = node.meta["val"].dtype
+
+    def build(read: Reader) -> tuple[Any, Any]:
+        ones = read.constant([channels], 1.0, dtype)
+        if name == "neg":
+            return on_diagonal(torch.neg(ones), channels, axes), None
+        value = _vector(read, other, channels, ones)
+        if name in ("mul", "div"):
+            scale = value if name == "mul" else torch.reciprocal(value)
+            return on_diagonal(scale, channels, axes), None
+        sign = -1.0 if (name == "sub" and not source_first) or name == "rsub" else 1.0
+        shift = torch.neg(value) if name == "sub" and source_first else value
+        return on_diagonal(torch.mul(ones, sign), channels, axes), shift
+
+    return _pointwise(node, source, build, name not in ("mul", "div", "neg"))
+
+
+def one_a_channel(node: fx.Node, axes: int, channels: int) -> bool:
+    """Tell whether a constant has one value a channel, or one for all, when it meets (batch, channels, ...)."""
+    shape = list(node.meta["val"].shape)
+    shape = [1] * (axes + 2 - len(shape)) + shape
+    return (
+        len(shape) == axes + 2
+        and shape[1] in (1, channels)
+        and all(s == 1 for i, s in enumerate(shape) if i != 1)
+    )
+
+
+def _vector(read: Reader, other: Any, channels: int, ones: Any) -> Any:
+    if not isinstance(other, fx.Node):
+        return torch.mul(ones, float(other))
+    held = read(other)
+    count = math.prod(int(s) for s in other.meta["val"].shape)
+    flat = torch.reshape(held, [count])
+    return torch.mul(ones, flat) if count == 1 else flat
+
+
+__all__ = ["CONVOLUTIONS", "NotLinear", "as_it_is", "one_a_channel", "read_operator", "spatial_axes"]

@@ -1,0 +1,84 @@
+"""Writing a form into the graph as one convolution, and computing its kernel as a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.execute import interpret
+from ...ir.program import Program
+from ...ir.tracing import Value
+from .forms import Form
+
+aten = torch.ops.aten
+_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+class OnGraph:
+    """Reads nodes as operands, so that kernels become nodes over the weights."""
+
+    def __init__(self, program: Program):
+        self.program = program
+
+    def __call__(self, node: fx.Node) -> Any:
+        """Return the node as an operand."""
+        return Value(self.program.edit, node)
+
+    def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
+        """Return a tensor of equal values."""
+        node = self.program.edit.call(aten.full.default, shape, value, dtype=dtype)
+        return Value(self.program.edit, node)
+
+
+class OnTensors:
+    """Reads nodes as float64 tensors, for reports."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.known: dict[fx.Node, torch.Tensor] = {}
+
+    def __call__(self, node: fx.Node) -> Any:
+        """Return the node's value."""
+        if node not in self.known:
+            if node.op == "placeholder":
+                value = self.program.weights[node.name].source.load()
+            else:
+                value = interpret(self.program, {}, record=[node], stop=True)[node.name]
+            self.known[node] = value.double()
+        return self.known[node]
+
+    def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
+        """Return a tensor of equal values."""
+        return torch.full(shape, value, dtype=torch.float64)
+
+
+def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
+    """Insert the convolution that a form is, reading ``source``, and return it."""
+    kernel, bias = form.build(OnGraph(program))
+    low, high = [a.low for a in form.axes], [a.high for a in form.axes]
+    padding = [0] * len(low)
+    if low == high and min(low) >= 0 and form.mode in ("", "zeros"):
+        padding = low
+    else:
+        source = _padded(program, source, low, high, form.mode)
+    return program.edit.call(
+        _CONVOLUTIONS[len(form.axes)], source, kernel.node, None if bias is None else bias.node,
+        [a.stride for a in form.axes], padding, [a.step for a in form.axes], form.groups,
+    )  # fmt: skip
+
+
+def _padded(program: Program, source: fx.Node, low: list[int], high: list[int], mode: str) -> fx.Node:
+    def sizes(values: list[tuple[int, int]]) -> list[int]:
+        flat = [size for pair in reversed(values) for size in pair]
+        return flat if any(flat) else []
+
+    pairs = list(zip(low, high, strict=True))
+    if mode in ("", "zeros"):
+        pad = sizes(pairs)
+        return program.edit.call(aten.pad.default, source, pad) if pad else source
+    grown = sizes([(max(a, 0), max(b, 0)) for a, b in pairs])
+    source = program.edit.call(aten.pad.default, source, grown, mode)
+    cut = sizes([(min(a, 0), min(b, 0)) for a, b in pairs])
+    return program.edit.call(aten.pad.default, source, cut) if cut else source
