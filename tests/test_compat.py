@@ -28,6 +28,19 @@ def test_fake_tensors_carry_symbols_through_operators() -> None:
     assert product.shape[1] == 7
 
 
+def test_looking_at_sizes_leaves_them_as_wide_as_they_were() -> None:
+    """Wrong if the tables that answers are written to moved, or kernels of fixed sizes are chosen again."""
+    mode = compat.new_fake_mode()
+    symbol = compat.add_symbol(mode, "n", 1, None, 5)
+    value = compat.fake_tensor(mode, (2, 3, compat.symint(mode, symbol, 5)), torch.float32)
+    before = compat.symbol_range(mode, symbol)
+    with mode, compat.symbolic_kernels(), compat.without_guards(mode):
+        padded = torch.ops.aten.constant_pad_nd.default(value, [1, 0])
+        assert value.shape[2] < 64
+    assert str(padded.shape[2]) in ("n + 1", "1 + n"), "padding gave a fixed size"
+    assert compat.symbol_range(mode, symbol) == before
+
+
 def test_plain_tensors_are_told_from_traced_ones() -> None:
     mode = compat.new_fake_mode()
     assert compat.is_plain_tensor(torch.ones(2))

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._export.verifier import load_verifier
 from torch._guards import SLoc
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,6 +35,7 @@ __all__ = [
     "is_plain_tensor",
     "new_fake_mode",
     "symbol_range",
+    "symbolic_kernels",
     "symint",
     "without_guards",
 ]
@@ -77,10 +79,33 @@ def symbol_range(mode: FakeTensorMode, symbol: sympy.Symbol) -> tuple[int, int |
     )
 
 
-def without_guards(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:
-    """Decide questions about sizes by their example values, and keep nothing of the answers."""
-    assert mode.shape_env is not None
-    return mode.shape_env.suppress_guards()
+def symbolic_kernels() -> contextlib.AbstractContextManager[None]:
+    """Prefer implementations that keep sizes symbolic, as torch.export does while it traces."""
+    return enable_python_dispatcher()
+
+
+@contextlib.contextmanager
+def without_guards(mode: FakeTensorMode) -> Iterator[None]:
+    """Decide questions about sizes by their example values, and keep nothing of the answers.
+
+    The environment's own switch for that makes some operators give fixed sizes; what an answer leaves behind
+    is taken back instead.
+    """
+    env = mode.shape_env
+    assert env is not None
+    tables: list[dict[Any, Any]] = [env.var_to_range, env.var_to_range_sloc, env.replacements, env.axioms]
+    before = [dict(table) for table in tables]
+    guards = len(env.guards)
+    try:
+        yield
+    finally:
+        if len(env.guards) != guards or tables != before:
+            del env.guards[guards:]
+            for table, old in zip(tables, before, strict=True):
+                table.clear()
+                table.update(old)
+            # answers are remembered by version
+            env._update_version_counter()
 
 
 def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:

@@ -24,6 +24,9 @@ MOVEMENT = {
 }  # fmt: skip
 
 
+_FACTORIES = ("aten.full", "aten.ones", "aten.zeros")
+
+
 @dataclass(frozen=True)
 class Computed:
     """The value of a small graph over other tensors, computed when asked for.
@@ -71,13 +74,16 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
 
     def find() -> set[fx.Node]:
         constant: set[fx.Node] = set(program.weight_nodes)
+        neutral: set[fx.Node] = set()
         for node in program.graph.nodes:
-            if (
-                node.op == "call_function"
-                and node.all_input_nodes
-                and all(n in constant for n in node.all_input_nodes)
-            ):
-                constant.add(node)
+            if node.op != "call_function":
+                continue
+            inputs = node.all_input_nodes
+            if not inputs and operator_name(node.target) in _FACTORIES:
+                neutral.add(node)
+            elif inputs and all(n in constant or n in neutral for n in inputs):
+                # a table of equal numbers is no weight, but what is made of it and of weights is
+                (constant if any(n in constant for n in inputs) else neutral).add(node)
         return constant
 
     found: set[fx.Node] = program.derived("weights_alone", find)

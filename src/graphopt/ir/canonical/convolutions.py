@@ -34,6 +34,8 @@ def raise_convolutions(program: Program) -> None:
             _batch_norm(program, node)
         elif is_operator(node, "aten.slice_scatter"):
             _written_whole(program, node)
+        elif is_operator(node, "aten.copy"):
+            _copied(program, node)
 
 
 def _convolution(program: Program, node: fx.Node) -> None:
@@ -76,3 +78,10 @@ def _written_whole(program: Program, node: fx.Node) -> None:
     whole = whole and found["start"] in (None, 0) and found["step"] == 1 and isinstance(written, fx.Node)
     if whole and same_value(written.meta["val"], node.meta["val"]):
         program.edit.replace(node, written, record=False)
+
+
+def _copied(program: Program, node: fx.Node) -> None:
+    """A copy is what was copied."""
+    source = arguments(node)["src"]
+    if isinstance(source, fx.Node) and same_value(source.meta["val"], node.meta["val"]):
+        program.edit.replace(node, source, record=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import fx
 
 from ...ir.execute import interpret
+from ...ir.fold import depends_on_weights_alone
 from ...ir.program import Program
 from ...ir.tracing import Value
 from .forms import Form
@@ -56,7 +58,7 @@ class OnTensors:
 
 def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
     """Insert the convolution that a form is, reading ``source``, and return it."""
-    kernel, bias = form.build(OnGraph(program))
+    kernel, bias = (_held(program, v) for v in form.build(OnGraph(program)))
     low, high = [a.low for a in form.axes], [a.high for a in form.axes]
     padding = [0] * len(low)
     if low == high and min(low) >= 0 and form.mode in ("", "zeros"):
@@ -64,9 +66,23 @@ def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
     else:
         source = _padded(program, source, low, high, form.mode)
     return program.edit.call(
-        _CONVOLUTIONS[len(form.axes)], source, kernel.node, None if bias is None else bias.node,
+        _CONVOLUTIONS[len(form.axes)], source, kernel, bias,
         [a.stride for a in form.axes], padding, [a.step for a in form.axes], form.groups,
     )  # fmt: skip
+
+
+def _held(program: Program, value: Any) -> fx.Node | None:
+    """Return a kernel's node; one that no weight is part of, as of a pooling, becomes a weight."""
+    if value is None:
+        return None
+    node: fx.Node = value.node
+    if node in depends_on_weights_alone(program):
+        return node
+    tensor = interpret(program, {}, record=[node], stop=True)[node.name]
+    program.edit.erase_dead([node])
+    taken = {name for weight in program.weights.values() for name in weight.all_names}
+    name = next(n for n in (f"fused.kernel_{i}" for i in itertools.count()) if n not in taken)
+    return program.edit.add_weight(name, tensor, kind="buffer")
 
 
 def _padded(program: Program, source: fx.Node, low: list[int], high: list[int], mode: str) -> fx.Node:
