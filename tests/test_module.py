@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import zoo
+from torch import nn
 
 import graphopt
 
@@ -22,8 +23,8 @@ def test_names_blocks_and_gradients_are_the_models(llama) -> None:
     model, ids, program = llama
     module = program.module()
     assert set(dict(module.named_parameters())) == set(dict(model.named_parameters()))
-    assert len(module.blocks()) == 2
-    assert len({type(block) for block in module.blocks()}) == 1, (
+    assert len(module.program_blocks()) == 2
+    assert len({type(block) for block in module.program_blocks()}) == 1, (
         "equal layers must share code to compile once"
     )
     expected, found = model(input_ids=ids).logits, module(input_ids=ids).logits
@@ -99,6 +100,26 @@ def test_blocks_compile(llama) -> None:
     _, ids, program = llama
     module = program.module()
     expected = module(input_ids=ids).logits
-    for block in module.blocks():
+    for block in module.program_blocks():
         block.compile(dynamic=True, backend="aot_eager")
     assert torch.allclose(module(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_a_model_may_call_its_parts_as_it_likes() -> None:
+    """Wrong if a name of the module's own, such as that of its list of blocks, is in the way."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.graph, self.program = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = torch.relu(block(x))
+            return self.program(self.graph(x))
+
+    model, x = Named(), torch.randn(3, 4)
+    module = graphopt.capture(model, x).module()
+    assert set(module.state_dict()) == set(model.state_dict())
+    assert torch.allclose(module(x), model(x))

@@ -40,7 +40,7 @@ class ProgramModule(nn.Module):
     """A program that trains: call it as the model was called.
 
     Dropout and batch statistics are as they were at capture. Blocks with the same computation share one
-    class, so that ``for block in module.blocks(): block.compile(dynamic=True)`` compiles it once.
+    class, so that ``for block in module.program_blocks(): block.compile(dynamic=True)`` compiles it once.
     """
 
     def __init__(self, program: Program):
@@ -48,7 +48,7 @@ class ProgramModule(nn.Module):
         self.__dict__["_calling"] = _Calling(program)
         self.__dict__["_block_paths"] = []
 
-    def blocks(self) -> list[nn.Module]:
+    def program_blocks(self) -> list[nn.Module]:
         """Return the submodules that are layers, in execution order."""
         return [self.get_submodule(path) for path in self.__dict__["_block_paths"]]
 

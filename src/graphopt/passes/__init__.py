@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .base import Pass
-from .contracts import AddsOutputs, Approximate, Contract, Exact, ExactAt, NewFunction
+from .contracts import AddsOutputs, Approximate, Contract, Exact, ExactAt, ExactInChunks, NewFunction
 from .option import option
 from .pipeline import format_pipeline, parse_pipeline
 from .plan import Plan, Refused, Site
@@ -13,10 +13,13 @@ from .registry import BUILT_IN, find_pass, pass_locations
 
 if TYPE_CHECKING:
     from .context import Context
+    from .expand_branches import ExpandBranches
     from .fold_norms import FoldNorms
+    from .fuse_branches import FuseBranches
     from .fuse_projections import FuseProjections
     from .skip_layers import SkipLayers
     from .split_projections import SplitProjections
+    from .stream_convolutions import StreamConvolutions
 
 __all__ = [
     "AddsOutputs",
@@ -25,6 +28,8 @@ __all__ = [
     "Contract",
     "Exact",
     "ExactAt",
+    "ExactInChunks",
+    "ExpandBranches",
     "FoldNorms",
     "FuseBranches",
     "FuseProjections",
@@ -35,6 +40,7 @@ __all__ = [
     "Site",
     "SkipLayers",
     "SplitProjections",
+    "StreamConvolutions",
     "find_pass",
     "format_pipeline",
     "option",

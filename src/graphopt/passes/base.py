@@ -14,6 +14,7 @@ from .plan import Plan
 from .values import format_value
 
 if TYPE_CHECKING:
+    from ..ir.report import PassReport
     from .context import Context
 
 
@@ -56,6 +57,10 @@ class Pass:
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Do what the plan says, and nothing else."""
         raise TypeError(f"pass {self.name} does not rewrite")
+
+    def check(self, before: Program, after: Program, entry: PassReport) -> None:
+        """Hold the pass to a contract that only it can check; raise ContractError if it is broken."""
+        raise TypeError(f"pass {self.name} checks no contract of its own")
 
     def promises(self) -> Contract:
         """Return the contract of this pass with these options."""

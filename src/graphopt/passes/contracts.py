@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,19 @@ class ExactAt(Contract):
 
     def __str__(self) -> str:
         return f"exact at {self.option}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class ExactInChunks(Contract):
+    """Outputs of pieces, one after the other, equal those of the whole: in float64 to 1e-10, on random pieces.
+
+    The pass compares them itself, by a method ``check(before, after, entry)``.
+    """
+
+    limit: ClassVar[float] = 1e-10
+
+    def __str__(self) -> str:
+        return "exact in chunks"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..ir.verify import compare_programs, verify
 from ..ir.weights import InMemory
 from .base import Pass
 from .context import Context
-from .contracts import AddsOutputs, Approximate, Exact, ExactAt
+from .contracts import AddsOutputs, Approximate, Exact, ExactAt, ExactInChunks
 from .pipeline import format_pipeline
 from .plan import Plan
 
@@ -217,6 +217,8 @@ def _hold(
             )
         if how == "full":
             _whole(before, after, step, entry, inputs)
+    elif isinstance(contract, ExactInChunks):
+        step.check(before, after, entry)
     elif isinstance(contract, Approximate):
         _approximate(before, after, step, context, entry)
 

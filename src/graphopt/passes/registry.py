@@ -19,6 +19,8 @@ BUILT_IN: dict[str, str] = {
     "split-projections": "graphopt.passes.split_projections:SplitProjections",
     "fold-norms": "graphopt.passes.fold_norms:FoldNorms",
     "fuse-branches": "graphopt.passes.fuse_branches:FuseBranches",
+    "expand-branches": "graphopt.passes.expand_branches:ExpandBranches",
+    "stream-convolutions": "graphopt.passes.stream_convolutions:StreamConvolutions",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
 }
 

@@ -15,7 +15,7 @@ from ...ir.tracing import Value
 from .forms import Form
 
 aten = torch.ops.aten
-_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
 class OnGraph:
@@ -59,16 +59,19 @@ class OnTensors:
 def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
     """Insert the convolution that a form is, reading ``source``, and return it."""
     kernel, bias = (_held(program, v) for v in form.build(OnGraph(program)))
-    low, high = [a.low for a in form.axes], [a.high for a in form.axes]
-    padding = [0] * len(low)
-    if low == high and min(low) >= 0 and form.mode in ("", "zeros"):
-        padding = low
-    else:
-        source = _padded(program, source, low, high, form.mode)
+    source, padding = pad_source(program, form, source)
     return program.edit.call(
-        _CONVOLUTIONS[len(form.axes)], source, kernel, bias,
+        CONVOLUTION[len(form.axes)], source, kernel, bias,
         [a.stride for a in form.axes], padding, [a.step for a in form.axes], form.groups,
     )  # fmt: skip
+
+
+def pad_source(program: Program, form: Form, source: fx.Node) -> tuple[fx.Node, list[int]]:
+    """Return what a form's convolution reads and the padding it is given: its own, where that can be."""
+    low, high = [a.low for a in form.axes], [a.high for a in form.axes]
+    if low == high and min(low) >= 0 and form.mode in ("", "zeros"):
+        return source, low
+    return _padded(program, source, low, high, form.mode), [0] * len(low)
 
 
 def _held(program: Program, value: Any) -> fx.Node | None:

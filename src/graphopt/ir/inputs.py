@@ -1,0 +1,49 @@
+"""Inputs that a pass adds to a program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from .errors import UsageError
+from .signature import Input, SizeRange
+from .sizes import format_size
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+def add_input(program: Program, name: str, shape: list[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
+    """Let the program take one more tensor, by name, and return its node.
+
+    Raises:
+        UsageError: it takes one of that name already.
+    """
+    signature = program.signature
+    if name in signature.parameters or name in signature.inputs or name in program.dials:
+        raise UsageError(f"the program already takes {name!r}")
+    last = list(program.graph.find_nodes(op="placeholder"))[-1]
+    with program.graph.inserting_after(last):
+        node = program.graph.placeholder(name)
+    node.target = node.name
+    node.meta.update(val=program.fake(shape, dtype), input=name)
+    sizes = tuple(format_size(size, program.symbols) for size in shape)
+    program.signature = replace(
+        signature,
+        inputs={**signature.inputs, name: Input(name, dtype, sizes)},
+        parameters={**signature.parameters, name: {"leaf": name}},
+    )
+    program.changed()
+    return node
+
+
+def lower_limit(program: Program, size: str, low: int) -> None:
+    """Let a size be as small as ``low``."""
+    signature = program.signature
+    known = signature.sizes[size]
+    program.signature = replace(
+        signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), known.high, known.hint)}
+    )

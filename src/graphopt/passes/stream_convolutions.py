@@ -1,0 +1,248 @@
+"""Make a causal temporal network take its input piece by piece, its past in states that it takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..ir.errors import ContractError
+from ..ir.fold import depends_on_weights_alone
+from ..ir.inputs import add_input, lower_limit
+from ..ir.program import Program
+from ..ir.report import PassReport
+from ..ir.schema import is_operator
+from ..ir.sizes import expression
+from .base import Pass
+from .contracts import ExactInChunks
+from .convolutions.forms import Form, follow
+from .convolutions.reading import CONVOLUTIONS, POOLINGS, NotLinear, read_operator
+from .option import option
+from .plan import Plan, Refused, Site
+from .streaming import compare_in_chunks
+
+if TYPE_CHECKING:
+    from .context import Context
+
+aten = torch.ops.aten
+PASSING = ("aten.pad", "aten.constant_pad_nd", "aten.slice")
+
+
+@dataclass
+class _Reach:
+    """One convolution along time: where its value is, what it reads, how many frames back."""
+
+    root: fx.Node
+    node: fx.Node
+    source: fx.Node
+    frames: int
+    axis: int
+
+
+@dataclass
+class _Found:
+    reaches: list[_Reach] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConvolutions(Pass):
+    """Turn zero padding in the past into the past itself.
+
+    A convolution that reads L frames back reads them from a state, which is the last L frames of what it
+    read before; all states are inputs ``state_0``, ``state_1``, ... and their successors are outputs
+    ``next_state_0``, ... States of zeros are the beginning. Whatever the pieces, one frame or all, their
+    outputs one after the other are the outputs of the whole: this is checked on random pieces in float64.
+    """
+
+    name = "stream-convolutions"
+    contract = ExactInChunks()
+    provides = ("streaming",)
+    excludes = ("streaming",)
+    paper = "arXiv 2406.02652"
+
+    axis: str = option(
+        "auto", help="the name of the size that is time; auto takes the only one besides the batch"
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find what reads earlier frames; refuse what reads later ones or all of them."""
+        plan = Plan()
+        time = self._time(program)
+        if time is None:
+            plan.refused.append(
+                Refused("inputs", f"no size to take for time: {', '.join(program.signature.sizes)}")
+            )
+            return plan
+        found = _find(program, time)
+        plan.refused = found.refused
+        if found.refused:
+            return plan
+        states: dict[fx.Node, int] = {}
+        for reach in found.reaches:
+            states[reach.source] = max(states.get(reach.source, 0), reach.frames)
+        for source, frames in states.items():
+            readers = [r.root.name for r in found.reaches if r.source is source]
+            plan.sites.append(Site(source.name, frames=frames, readers=readers, time=str(time)))
+        if plan.sites:
+            problem = self._trial(program, plan)
+            if problem is not None:
+                plan.refused.append(problem)
+                plan.sites = []
+        return plan
+
+    def _time(self, program: Program) -> str | None:
+        names = list(program.signature.sizes)
+        if self.axis != "auto":
+            return self.axis if self.axis in names else None
+        first = {str(spec.shape[0]) for spec in program.signature.inputs.values() if spec.shape}
+        others = [name for name in names if name not in first]
+        return others[0] if len(others) == 1 else None
+
+    def _trial(self, program: Program, plan: Plan) -> Refused | None:
+        """Run both forms: what depends on other frames in a way that no state carries shows by its values."""
+        trial = program.copy()
+        self.rewrite(trial, plan)
+        wrong = compare_in_chunks(program, trial, plan.sites[0]["time"], every_value=True)
+        if wrong is None or wrong.error <= ExactInChunks.limit:
+            return None
+        node = next((n for n in program.graph.nodes if n.name == wrong.name), None)
+        line = program.source_line(node) if node is not None else ""
+        return Refused(
+            wrong.name, "its values depend on frames outside the piece, which no convolution explains", line
+        )
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Put the state before each value that is read back, and return what follows it."""
+        nodes = {node.name: node for node in program.graph.nodes}
+        time = plan.sites[0]["time"]
+        reaches = {r.root.name: r for r in _find(program, time).reaches}
+        names = list(program.signature.output_names)
+        for number, site in enumerate(plan.sites):
+            source, frames = nodes[site.block], int(site["frames"])
+            axis = reaches[site["readers"][0]].axis
+            shape = list(source.meta["val"].shape)
+            shape[axis] = frames
+            state = add_input(program, f"state_{number}", shape, source.meta["val"].dtype)
+            with program.edit.after(source):
+                joined = program.edit.call(aten.cat.default, [state, source], axis)
+            for reader in site["readers"]:
+                _reread(program, reaches[reader], joined, frames)
+            with program.edit.after(joined):
+                following = program.edit.call(aten.slice.Tensor, joined, axis, -frames)
+            program.add_output(f"next_state_{number}", following)
+        lower_limit(program, time, 1)
+        program.facts["streaming"] = {"time": time, "outputs": names}
+        program.facts.setdefault("unwritable", "a streaming program has states, which no checkpoint holds")
+
+    def check(self, before: Program, after: Program, entry: PassReport) -> None:
+        """Compare pieces with the whole; see :class:`~graphopt.passes.contracts.ExactInChunks`."""
+        worst = compare_in_chunks(before, after, after.facts["streaming"]["time"])
+        entry.checks, entry.error = 1, 0.0 if worst is None else worst.error
+        if worst is not None and not worst.error <= ExactInChunks.limit:
+            raise ContractError(
+                f"{self.name}: output {worst.name} of pieces differs from that of the whole by {worst.error:.2g}"
+            )
+
+
+def _find(program: Program, time: str) -> _Found:
+    constant = depends_on_weights_alone(program)
+    symbol = next(s for s, name in program.symbols.items() if name == time)
+    found = _Found()
+    for node in program.graph.nodes:
+        if not is_operator(node, *CONVOLUTIONS, *POOLINGS):
+            continue
+        axes = [
+            i for i, s in enumerate(node.args[0].meta["val"].shape) if symbol in expression(s).free_symbols
+        ]
+        if not axes:
+            continue
+        reach = _reach(program, node, constant, axes[0])
+        if isinstance(reach, str):
+            found.refused.append(Refused(node.name, reach, program.source_line(node)))
+        elif reach is not None:
+            found.reaches.append(reach)
+    return found
+
+
+def _reach(program: Program, node: fx.Node, constant: set[fx.Node], axis: int) -> _Reach | str | None:
+    """Return what a convolution reads along time, why it cannot stream, or None if it reads no other frame."""
+    form = _whole(node, constant)
+    if isinstance(form, str):
+        return form
+    if axis < 2:
+        return "it mixes frames as channels"
+    line = form.axes[axis - 2]
+    if line.stride != 1:
+        return "it has a stride along time"
+    if line.count == 1 and line.first == 0 and line.high == 0:
+        return None
+    if line.last > 0:
+        return f"it reads {line.last} frames ahead"
+    if form.mode not in ("", "zeros"):
+        return f"its past is padded by {form.mode}, not by zeros"
+    sizes = [form.source.meta["val"].shape[axis], form.value.meta["val"].shape[axis]]
+    if expression(sizes[0]) != expression(sizes[1]):
+        return "it gives another number of frames than it reads"
+    return _Reach(form.value, node, form.source, -line.first, axis)
+
+
+def _whole(node: fx.Node, constant: set[fx.Node]) -> Form | str:
+    """Return the form of a convolution with the padding before it and the cut after it."""
+    try:
+        form = read_operator(node, constant)
+        if form is None:
+            return "it is no convolution of the kind that streams"
+        while is_operator(form.source, *PASSING):
+            before = read_operator(form.source, constant)
+            joined = follow(form, before) if before is not None else "?"
+            if isinstance(joined, str):
+                break
+            form = joined
+        while len(form.value.users) == 1 and is_operator(user := next(iter(form.value.users)), "aten.slice"):
+            after = read_operator(user, constant)
+            joined = follow(after, form) if after is not None else "?"
+            if isinstance(joined, str):
+                break
+            form = joined
+    except NotLinear as problem:
+        return str(problem)
+    return form
+
+
+def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> None:
+    """Let a convolution read the past and the present, and pad nothing along time."""
+    node, place = reach.node, reach.axis
+    with program.edit.before(reach.root):
+        source = joined
+        if frames > reach.frames:
+            source = program.edit.call(aten.slice.Tensor, joined, place, frames - reach.frames)
+        padding: Any = [0] * (node.meta["val"].dim() - 2)
+        held = read_operator(node, depends_on_weights_alone(program))
+        assert held is not None
+        for index, axis in enumerate(held.axes):
+            if index != place - 2:
+                padding[index] = axis.low
+        if is_operator(node, *POOLINGS):
+            new = program.edit.call(
+                node.target, source, node.args[1], node.args[2] if len(node.args) > 2 else [], padding
+            )
+        else:
+            new = program.edit.call(
+                node.target if not isinstance(_given(node, "padding"), str) else _plain(node), source,
+                node.args[1], _given(node, "bias"), _given(node, "stride"), padding, _given(node, "dilation"),
+                _given(node, "groups"),
+            )  # fmt: skip
+    program.edit.replace(reach.root, new)
+
+
+def _given(node: fx.Node, name: str) -> Any:
+    from ..ir.schema import arguments
+
+    return arguments(node)[name]
+
+
+def _plain(node: fx.Node) -> Any:
+    return {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}[node.meta["val"].dim()]

@@ -1,0 +1,174 @@
+"""Running a streaming program piece by piece, and comparing it with the program it was made of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir.errors import UsageError
+from ..ir.execute import interpret, run
+from ..ir.program import Program
+from ..ir.retype import retyped
+from ..ir.sizes import expression
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The value that differs most, and by how much of the largest value."""
+
+    name: str
+    error: float
+
+
+def states_of(program: Program) -> list[str]:
+    """Return the names of a streaming program's states, without the ``next_`` of those it gives."""
+    return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
+
+
+def initial_state(program: Program, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Return the states of the beginning: zeros, by input name.
+
+    Args:
+        program: made by stream-convolutions.
+        batch: how many streams run side by side.
+
+    Raises:
+        UsageError: the program has no states.
+    """
+    names = states_of(program)
+    if not names:
+        raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
+    made = {}
+    for name in names:
+        spec = program.signature.inputs[name]
+        made[name] = torch.zeros([s if isinstance(s, int) else batch for s in spec.shape], dtype=spec.dtype)
+    return made
+
+
+def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch.Tensor]) -> Iterator[Any]:
+    """Yield what a streaming program makes of each piece, the states carried from one to the next.
+
+    Args:
+        program: made by stream-convolutions.
+        pieces: inputs by name, or the only input.
+    """
+    state: dict[str, torch.Tensor] | None = None
+    others = [name for name in program.signature.inputs if name not in states_of(program)]
+    for piece in pieces:
+        given = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
+        if state is None:
+            state = initial_state(program, next(iter(given.values())).shape[0])
+        results = run(program, program.bind((), {**given, **state}))
+        state = {name: results.pop(f"next_{name}") for name in state}
+        yield next(iter(results.values())) if len(results) == 1 else results
+
+
+def compare_in_chunks(
+    whole: Program, streaming: Program, time: str, *, every_value: bool = False, seed: int = 0
+) -> Difference | None:
+    """Run random pieces in float64 and return where they differ most from the whole.
+
+    Args:
+        whole: the program that takes all frames at once.
+        streaming: the one that takes pieces.
+        time: the name of the size that is cut.
+        every_value: compare all values of the graph that both have, and return the first that differs.
+        seed: of inputs and pieces.
+    """
+    wide, cut = retyped(whole), retyped(streaming)
+    generator = torch.Generator().manual_seed(seed)
+    draw = random.Random(seed)
+    back = max(
+        (int(s) for n in states_of(cut) for s in cut.signature.inputs[n].shape[2:] if isinstance(s, int)),
+        default=1,
+    )
+    frames = 2 * back + 7
+    inputs, axes = _inputs(wide, time, frames, generator)
+    recorded = [n for n in wide.graph.nodes if _timed(wide, n, time) is not None] if every_value else []
+    expected = interpret(wide, inputs, record=recorded)
+    worst: Difference | None = None
+    for pieces in ([1] * frames, _pieces(frames, draw), [frames]):
+        found = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
+        for name in [*[n.name for n in recorded], *whole.signature.output_names]:
+            error = _error(wide, name, found.get(name), expected, time)
+            if error is not None and (worst is None or error > worst.error):
+                if every_value and error > 1e-9:
+                    return Difference(name, error)
+                worst = Difference(name, error)
+    return worst
+
+
+def _pieces(frames: int, draw: random.Random) -> list[int]:
+    sizes: list[int] = []
+    while sum(sizes) < frames:
+        sizes.append(min(draw.randint(1, 5), frames - sum(sizes)))
+    return sizes
+
+
+def _inputs(
+    program: Program, time: str, frames: int, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    made, axes = {}, {}
+    for name, spec in program.signature.inputs.items():
+        shape = [frames if s == time else s if isinstance(s, int) else 2 for s in spec.shape]
+        if spec.dtype.is_floating_point:
+            made[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
+        else:
+            made[name] = torch.ones(shape, dtype=spec.dtype)
+        if time in spec.shape:
+            axes[name] = spec.shape.index(time)
+    return made, axes
+
+
+def _in_pieces(
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    axes: Mapping[str, int],
+    pieces: Sequence[int],
+    names: Sequence[str],
+) -> dict[str, list[torch.Tensor]]:
+    found: dict[str, list[torch.Tensor]] = {}
+    batch = next(iter(inputs.values())).shape[0]
+    state = {n: t.double() for n, t in initial_state(program, batch).items()}
+    nodes = {n.name: n for n in program.graph.nodes}
+    place = 0
+    for size in pieces:
+        given = {n: t.narrow(axes[n], place, size) if n in axes else t for n, t in inputs.items()}
+        place += size
+        values = interpret(program, {**given, **state}, record=[nodes[n] for n in names if n in nodes])
+        state = {name: values[f"next_{name}"] for name in state}
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _timed(program: Program, node: Any, time: str) -> int | None:
+    """The axis of a value that is time, if exactly one is."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor):
+        return None
+    axes = [i for i, s in enumerate(value.shape) if program.symbols.get(expression(s)) == time]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _error(
+    program: Program, name: str, parts: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
+) -> float | None:
+    """The difference of a value's pieces, one after the other, from the whole; None where there are none."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    node = nodes.get(name)
+    if name in program.signature.output_names:
+        node = dict(zip(program.signature.output_names, program.output_node.args[0], strict=True))[name]  # type: ignore[arg-type]
+    if parts is None or node is None:
+        return None
+    axis = _timed(program, node, time)
+    if axis is None:
+        return float("inf") if name in program.signature.output_names else None
+    joined, whole = torch.cat(parts, axis), expected[name]
+    if joined.shape != whole.shape:
+        return float("inf")
+    return float((joined - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
