@@ -133,7 +133,13 @@ def publish(module: KeywordDetector, record: Record, output: Path, results: dict
     (output / "config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
     parameters = sum(p.numel() for p in module.parameters())
     minutes = round(record.seconds / 60, 1)
-    numbers = {"parameters": parameters, "steps": record.step, "minutes": minutes, "threads": torch.get_num_threads(), "test": results}
+    numbers = {
+        "parameters": parameters,
+        "steps": record.step,
+        "minutes": minutes,
+        "threads": torch.get_num_threads(),
+        "test": results,
+    }
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     draw_losses(record, output / "loss.png", "keyword detector", {})
     settings = "\n".join(f"| {k} | {v} |" for k, v in {**SHAPE, **SETTINGS.plain()}.items())

@@ -79,24 +79,21 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
     for block in blocks:
         key, graph = _block_graph(block, names)
         if key not in classes:
-            classes[key] = _class_of(
-                f"Block{len(classes)}", module.get_submodule(block.path), graph, nn.Module
-            )
+            classes[key] = _class_of(f"Block{len(classes)}", graph, nn.Module)
         _install(module, block.path, classes[key])
     module.__dict__["_block_paths"] = list(dict.fromkeys(block.path for block in blocks))
     root = _root_graph(work, blocks, names)
-    module.__class__ = cast(
-        type[ProgramModule], _class_of("ProgramModule", module, root, ProgramModule, "_run")
-    )
+    module.__class__ = cast(type[ProgramModule], _class_of("ProgramModule", root, ProgramModule, "_run"))
     return module
 
 
-def _class_of(
-    name: str, owner: nn.Module, graph: fx.Graph, base: type[nn.Module], method: str = "forward"
-) -> type[nn.Module]:
+def _class_of(name: str, graph: fx.Graph, base: type[nn.Module], method: str = "forward") -> type[nn.Module]:
     """Return a plain class whose method is the graph's code."""
-    compiled = fx.GraphModule(owner, graph)
-    function: Callable[..., Any] = type(compiled).forward
+    # not by way of a GraphModule, which keeps a part of the model that is called "graph" from being one
+    code = graph.python_code(root_module="self")
+    namespace: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, f"<{name}>", "exec"), namespace)
+    function: Callable[..., Any] = namespace["forward"]
     return type(name, (base,), {method: function, "__module__": __name__})
 
 

@@ -130,8 +130,9 @@ def fold(program: Program) -> Program:
         source, operands = computed(folded, node)
         name = _name(node, operands, taken)
         taken.add(name)
-        trainable = all(w.trainable for w in operands)
-        kind = "parameter" if all(w.kind == "parameter" for w in operands) else "buffer"
+        # a kernel into which statistics were folded is trained as the kernel was
+        trainable = any(w.trainable for w in operands)
+        kind = "parameter" if any(w.kind == "parameter" for w in operands) else "buffer"
         new = folded.edit.add_weight(name, source, kind=kind, persistent=any(w.persistent for w in operands))
         new.meta["val"] = node.meta["val"]
         folded.weights[new.name] = Weight(name, source, kind, (), True, trainable)  # type: ignore[arg-type]

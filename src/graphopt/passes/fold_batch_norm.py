@@ -129,7 +129,7 @@ def _into_after(program: Program, node: fx.Node, user: fx.Node, scale: fx.Node, 
     shape = [int(s) for s in weight.meta["val"].shape]
     groups = int(arguments(user).get("groups", 1))
     with program.edit.before(user):
-        columns, offsets = (_per_group(program, v, shape, groups) for v in (scale, shift))
+        columns, offsets = (per_group(program, v, shape, groups) for v in (scale, shift))
         folded = call(aten.mul.Tensor, weight, columns)
         moved = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weight, offsets), list(range(1, len(shape))))
         bias = arguments(user)["bias"]
@@ -138,7 +138,7 @@ def _into_after(program: Program, node: fx.Node, user: fx.Node, scale: fx.Node, 
     program.edit.replace(user, new)
 
 
-def _per_group(program: Program, vector: fx.Node, shape: list[int], groups: int) -> fx.Node:
+def per_group(program: Program, vector: fx.Node, shape: list[int], groups: int) -> fx.Node:
     """Lay a value per input channel out for a (outputs, inputs / groups, ...) matrix."""
     rest = [1] * (len(shape) - 2)
     if groups == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -10,8 +10,10 @@ from torch import fx
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Exact
+from .convolutions.equalise import equalise, find_pairs
 from .convolutions.forms import Form
 from .convolutions.groups import find_groups
+from .convolutions.quantisation import compare, described
 from .convolutions.writing import write_form
 from .option import option
 from .plan import Plan, Refused, Site
@@ -37,6 +39,9 @@ class FuseBranches(Pass):
     paper = "arXiv 2406.02652"
 
     allow_growth: bool = option(False, help="fuse also where that takes more multiply-adds than before")
+    equalize: bool = option(
+        False, help="then scale channels between convolutions so that their ranges meet, where that is exact"
+    )
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Take each group that one convolution can stand for without more multiply-adds."""
@@ -44,27 +49,44 @@ class FuseBranches(Pass):
         plan = Plan()
         for node, form in found.forms.items():
             plan.sites.append(Site(node.name, source=form.source.name, **_described(form)))
+            both = compare(program, form)
+            if both is not None:
+                plan.notes.append(described(node.name, *both))
         for node, reason in found.reasons.items():
             plan.refused.append(Refused(node.name, reason, program.source_line(node)))
+        if self.equalize:
+            trial = program.copy()
+            self._fuse(trial, plan.sites)
+            pairs = [[pair.first.name, pair.second.name] for pair in find_pairs(trial)]
+            if pairs:
+                plan.sites.append(Site("channels", equalize=pairs))
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Write the convolutions, in the order of the graph."""
+        """Write the convolutions, in the order of the graph; then scale channels between them."""
+        self._fuse(program, [site for site in plan.sites if site.block != "channels"])
+        wanted = [tuple(pair) for site in plan.sites if site.block == "channels" for pair in site["equalize"]]
+        now: dict[fx.Node, fx.Node] = {}
+        for pair in find_pairs(program) if wanted else []:
+            if (pair.first.name, pair.second.name) in wanted:
+                first = now.get(pair.first, pair.first)
+                now[pair.second] = equalise(program, replace(pair, first=first))
+        program.facts.setdefault(
+            "unwritable", "branches were fused, which a checkpoint of this architecture would keep"
+        )
+
+    def _fuse(self, program: Program, sites: list[Site]) -> None:
         found = find_groups(program, allow_growth=self.allow_growth)
         by_name = {node.name: form for node, form in found.forms.items()}
+        order = {name: index for index, name in enumerate(by_name)}
         now: dict[fx.Node, fx.Node] = {}
-        for site in sorted(
-            plan.sites, key=lambda s: list(by_name).index(s.block) if s.block in by_name else -1
-        ):
+        for site in sorted(sites, key=lambda s: order.get(s.block, -1)):
             form = by_name[site.block]
             old = form.value
             with program.edit.before(old):
                 new = write_form(program, form, now.get(form.source, form.source))
             program.edit.replace(old, new)
             now[old] = new
-        program.facts.setdefault(
-            "unwritable", "branches were fused, which a checkpoint of this architecture would keep"
-        )
 
 
 def _described(form: Form) -> dict[str, object]:

@@ -40,7 +40,7 @@ def initial_state(program: Program, batch: int = 1) -> dict[str, torch.Tensor]:
         UsageError: the program has no states.
     """
     names = states_of(program)
-    if not names:
+    if not names and "streaming" not in program.facts:
         raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
     made = {}
     for name in names:

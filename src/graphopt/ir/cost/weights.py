@@ -47,7 +47,7 @@ def count_weights(program: Program) -> WeightCount:
         if node.op == "placeholder":
             trained[node] = program.weights[node.name].kind == "parameter"
         else:
-            trained[node] = all(trained.get(source, True) for source in node.all_input_nodes)
+            trained[node] = any(trained.get(source, False) for source in node.all_input_nodes)
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or all(user in constant for user in node.users):
             continue
