@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=HERE / "reference_models" / "runs")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "keyword_spotting.json")
     arguments = parser.parse_args()
-    inputs, labels = dataset(
-        JUDGED_ON, TEST_SEED, arguments.work_dir / "keyword_detector" / "test.safetensors"
-    )
+    inputs, _ = dataset(JUDGED_ON, TEST_SEED, arguments.work_dir / "keyword_detector" / "test.safetensors")
     rows: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for form, shape in FORMS.items():

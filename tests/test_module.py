@@ -123,3 +123,25 @@ def test_a_model_may_call_its_parts_as_it_likes() -> None:
     module = graphopt.capture(model, x).module()
     assert set(module.state_dict()) == set(model.state_dict())
     assert torch.allclose(module(x), model(x))
+
+
+def test_a_trained_module_becomes_a_program_again() -> None:
+    """Wrong if training is lost on the way back, or if the program follows the module afterwards."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.randn(5, 4)
+    program = graphopt.capture(model, x)
+    module = program.module()
+    before = model(x).detach()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1)
+    trained = graphopt.capture(copy.deepcopy(module))
+    expected = module(x).detach()
+    assert torch.allclose(trained(x), expected, atol=1e-6)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    assert torch.allclose(trained(x), expected, atol=1e-6)
+    assert torch.allclose(program(x), before, atol=1e-6), "the first program was trained too"

@@ -36,8 +36,9 @@ def capture(
     """Return a model as a Program, compared with the model before it counts.
 
     Args:
-        model: an ``nn.Module``; a Hugging Face folder or an id in the local cache; a folder written by
-            ``Program.save``; a ``.pt2`` file; an ExportedProgram; or a Program, returned as it is.
+        model: an ``nn.Module``; what ``program.module()`` returned, trained since; a Hugging Face folder or an
+            id in the local cache; a folder written by ``Program.save``; a ``.pt2`` file; an ExportedProgram;
+            or a Program, returned as it is.
         inputs: an example: tensor, tuple, dict, or (args, kwargs). May be left out for checkpoints.
         dynamic: "auto" lets sizes vary where the model does; None fixes them; or
             ``{"input_ids": {0: "batch", 1: "sequence"}}``.
@@ -55,6 +56,10 @@ def capture(
 
         return capture_exported(model)
     if isinstance(model, nn.Module):
+        from .backends.module import ProgramModule, program_of
+
+        if isinstance(model, ProgramModule):
+            return program_of(model)
         return _module(model, inputs, dynamic, compare)
     if not isinstance(model, (str, os.PathLike)):
         raise UsageError(

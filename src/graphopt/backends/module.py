@@ -28,9 +28,10 @@ class _Block:
 class _Calling:
     """How a program is called; shared by copies of a module, as it never changes."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, held: Program):
         self.signature = program.signature
         self.bind = program.bind
+        self.held = held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Calling:
         return self
@@ -43,9 +44,9 @@ class ProgramModule(nn.Module):
     class, so that ``for block in module.program_blocks(): block.compile(dynamic=True)`` compiles it once.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, held: Program):
         super().__init__()
-        self.__dict__["_calling"] = _Calling(program)
+        self.__dict__["_calling"] = _Calling(program, held)
         self.__dict__["_block_paths"] = []
 
     def program_blocks(self) -> list[nn.Module]:
@@ -72,7 +73,7 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
             original parameters through those computations.
     """
     work = fold(program) if fold_weights else program.copy()
-    module = ProgramModule(program)
+    module = ProgramModule(program, work.copy())
     names = _register(module, work)
     blocks = _cut(work, names)
     classes: dict[Any, type[nn.Module]] = {}
@@ -85,6 +86,24 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
     root = _root_graph(work, blocks, names)
     module.__class__ = cast(type[ProgramModule], _class_of("ProgramModule", root, ProgramModule, "_run"))
     return module
+
+
+def program_of(module: ProgramModule) -> Program:
+    """Return the program that a module was made of, with the weights that the module has now.
+
+    The weights are copies: training the module further leaves the program as it is.
+    """
+    program: Program = module.__dict__["_calling"].held.copy()
+    now = dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False)
+    )
+    for node in program.weight_nodes:
+        weight = program.weights[node.name]
+        value = now.get(weight.name)
+        if value is not None:
+            program.weights[node.name] = weight.with_source(InMemory(value.detach().cpu().clone()))
+    program.changed()
+    return program
 
 
 def _class_of(name: str, graph: fx.Graph, base: type[nn.Module], method: str = "forward") -> type[nn.Module]:

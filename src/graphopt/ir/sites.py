@@ -225,6 +225,8 @@ def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
     for user in node.users:
         if operator_name(user.target) == "aten.batch_norm" and len(user.args) > 4 and user.args[4] is node:
             return tensor.abs() + 1e-3
+        if operator_name(user.target) == "graphopt.norm_scale" and user.args[0] is node:
+            return tensor.abs() + 1e-3
         vector = operator_name(user.target) in ("aten.add", "aten.sqrt", "aten.rsqrt") and tensor.dim() == 1
         if vector and any(
             operator_name(u.target) in ("aten.rsqrt", "aten.sqrt", "aten.pow") for u in (user, *user.users)

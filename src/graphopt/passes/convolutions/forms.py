@@ -10,17 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from .algebra import in_sequence, on_lattice, with_groups
 from .geometry import Axis, lattice, one_after_another
 
+aten, dialect = torch.ops.aten, torch.ops.graphopt
 Build = Callable[["Reader"], tuple[Any, Any]]
 
 
 class Reader(Protocol):
-    """Turns what kernels are made of into tensors, or into operands of the graph."""
+    """Makes kernels of tensors, or of nodes of the graph."""
 
     def __call__(self, node: fx.Node) -> Any:
         """Return the value of a node that depends on weights alone."""
+
+    def apply(self, operator: Any, *arguments: Any) -> Any:
+        """Call an operator on such values."""
 
     def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
         """Return a tensor of equal values."""
@@ -39,7 +42,9 @@ class Form:
         axes: spatial axes.
         mode: how the source goes on beyond its ends: "zeros", "reflect", "replicate", "circular", or "" where
             nothing beyond them is read.
-        build: given what turns a node into a tensor or an operand, returns kernel and bias.
+        build: given a reader, returns kernel and bias.
+        vector: for values that are scaled and shifted by a value a channel: given a reader, returns scale
+            (None for 1) and shift (None for 0).
         biased: whether there is a bias.
         nodes: what is computed by the form, the value included; empty for a value as it is.
         convolutions: how many of them are convolutions or poolings.
@@ -58,6 +63,7 @@ class Form:
     nodes: frozenset[fx.Node] = frozenset()
     convolutions: int = 0
     branches: int = 1
+    vector: Build | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -84,16 +90,38 @@ def follow(second: Form, first: Form) -> Form | str:
         mode = second.mode
     groups = math.gcd(first.groups, second.groups)
     axes = tuple(one_after_another(a, b) for a, b in zip(first.axes, second.axes, strict=True))
-    places = [
-        (_ratio(a.stride * b.step, axis.step, b.count), _ratio(a.step, axis.step, a.count), axis.count)
+    counts = [axis.count for axis in axes]
+    apart = [
+        (_ratio(a.step, axis.step, a.count), _ratio(a.stride * b.step, axis.step, b.count))
         for a, b, axis in zip(first.axes, second.axes, axes, strict=True)
     ]
 
     def build(read: Reader) -> tuple[Any, Any]:
         one, one_bias = first.build(read)
+        if second.vector is not None:
+            return scaled(read, one, one_bias, *second.vector(read))
         two, two_bias = second.build(read)
-        one, two = with_groups(one, first.groups, groups), with_groups(two, second.groups, groups)
-        return in_sequence(one, one_bias, two, two_bias, groups, places)
+        kernel = read.apply(
+            dialect.kernel_sequence.default, one, two, first.groups, second.groups, groups,
+            [a for a, _ in apart], [b for _, b in apart], counts,
+        )  # fmt: skip
+        if one_bias is None:
+            return kernel, two_bias
+        return kernel, read.apply(dialect.bias_sequence.default, one_bias, two, second.groups, two_bias)
+
+    vector = None
+    if first.vector is not None and second.vector is not None:
+        inner, outer = first.vector, second.vector
+
+        def vector(read: Reader) -> tuple[Any, Any]:
+            scale, shift = inner(read)
+            times, plus = outer(read)
+            if times is not None:
+                scale = times if scale is None else read.apply(aten.mul.Tensor, scale, times)
+                shift = None if shift is None else read.apply(aten.mul.Tensor, shift, times)
+            return scale, plus if shift is None else shift if plus is None else read.apply(
+                aten.add.Tensor, shift, plus
+            )
 
     return Form(
         first.source,
@@ -108,7 +136,18 @@ def follow(second: Form, first: Form) -> Form | str:
         first.nodes | second.nodes,
         first.convolutions + second.convolutions,
         max(first.branches, second.branches),
+        vector,
     )
+
+
+def scaled(read: Reader, kernel: Any, bias: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
+    """Return kernel and bias of a convolution whose value is scaled and shifted, a value a channel."""
+    if scale is not None:
+        kernel = read.apply(dialect.kernel_scaled.default, kernel, scale)
+        bias = None if bias is None else read.apply(aten.mul.Tensor, bias, scale)
+    if shift is not None:
+        bias = shift if bias is None else read.apply(aten.add.Tensor, bias, shift)
+    return kernel, bias
 
 
 def _ratio(step: int, lattice_step: int, count: int) -> int:
@@ -152,17 +191,20 @@ def add(value: fx.Node, first: Form, second: Form) -> Form | str:
         axes.append(Axis(start, step, count, a.stride, max(ends) + end))
     groups = math.gcd(first.groups, second.groups)
     terms = [(form, _spread(form, axes)) for form in (first, second)]
+    counts = [a.count for a in axes]
 
     def build(read: Reader) -> tuple[Any, Any]:
         kernels, biases = [], []
         for form, (ratios, before) in terms:
             kernel, bias = form.build(read)
-            kernel = with_groups(kernel, form.groups, groups)
-            kernels.append(on_lattice(kernel, ratios, before, [a.count for a in axes]))
+            if form.groups != groups or [a.count for a in form.axes] != counts:
+                kernel = read.apply(
+                    dialect.kernel_spread.default, kernel, form.groups, groups, ratios, before, counts
+                )
+            kernels.append(kernel)
             biases += [] if bias is None else [bias]
-        return kernels[0] + kernels[1], (
-            biases[0] + biases[1] if len(biases) == 2 else next(iter(biases), None)
-        )
+        total = read.apply(aten.add.Tensor, *kernels)
+        return total, read.apply(aten.add.Tensor, *biases) if len(biases) == 2 else next(iter(biases), None)
 
     return Form(
         first.source,

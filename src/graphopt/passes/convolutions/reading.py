@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from ...ir.schema import arguments, is_operator
-from .algebra import on_diagonal
 from .forms import Build, Form, Reader, extension
 from .geometry import Axis
 
+aten, dialect = torch.ops.aten, torch.ops.graphopt
 CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
 POOLINGS = {"aten.avg_pool1d": 1, "aten.avg_pool2d": 2, "aten.avg_pool3d": 3}
 SCALES = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub", "aten.neg")
@@ -37,10 +37,23 @@ def as_it_is(node: fx.Node) -> Form:
     channels = int(node.meta["val"].shape[1])
     dtype = node.meta["val"].dtype
 
-    def build(read: Reader) -> tuple[Any, Any]:
-        return on_diagonal(read.constant([channels], 1.0, dtype), channels, axes), None
+    build = _diagonal(lambda read: (None, None), channels, axes, dtype)
+    return Form(
+        node, node, channels, channels, channels, (Axis(),) * axes, "", build, False,
+        vector=lambda read: (None, None),
+    )  # fmt: skip
 
-    return Form(node, node, channels, channels, channels, (Axis(),) * axes, "", build, False)
+
+def _diagonal(vector: Build, channels: int, axes: int, dtype: torch.dtype) -> Build:
+    """Return what builds the kernel of a scale and a shift, a value a channel."""
+
+    def build(read: Reader) -> tuple[Any, Any]:
+        scale, shift = vector(read)
+        if scale is None:
+            scale = read.constant([channels], 1.0, dtype)
+        return read.apply(dialect.kernel_diagonal.default, scale, channels, axes), shift
+
+    return build
 
 
 def read_operator(node: fx.Node, constant: set[fx.Node]) -> Form | None:
@@ -139,15 +152,18 @@ def _pooling(node: fx.Node) -> Form | None:
     )  # fmt: skip
 
 
-def _pointwise(node: fx.Node, source: fx.Node, build: Build, biased: bool) -> Form:
+def _pointwise(node: fx.Node, source: fx.Node, vector: Build, biased: bool) -> Form:
     channels = int(node.meta["val"].shape[1])
-    axes = (Axis(),) * spatial_axes(node)
-    return Form(source, node, channels, channels, channels, axes, "", build, biased, frozenset([node]))
+    axes = spatial_axes(node)
+    build = _diagonal(vector, channels, axes, node.meta["val"].dtype)
+    return Form(
+        source, node, channels, channels, channels, (Axis(),) * axes, "", build, biased, frozenset([node]),
+        vector=vector,
+    )  # fmt: skip
 
 
 def _batch_norm(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     found = arguments(node)
-    axes, channels = spatial_axes(node), int(node.meta["val"].shape[1])
     if found["training"]:
         raise NotLinear("it is a BatchNorm in training mode: its statistics depend on the batch")
     if found["running_mean"] is None or found["running_var"] is None:
@@ -157,16 +173,19 @@ def _batch_norm(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     if any(t is not None and t not in constant for t in tensors):
         raise NotLinear("its statistics depend on the input")
 
-    def build(read: Reader) -> tuple[Any, Any]:
-        scale = torch.rsqrt(torch.add(read(found["running_var"]), float(found["eps"])))
-        if weight is not None:
-            scale = torch.mul(scale, read(weight))
-        shift = torch.neg(torch.mul(read(found["running_mean"]), scale))
-        if bias is not None:
-            shift = torch.add(shift, read(bias))
-        return on_diagonal(scale, channels, axes), shift
+    def vector(read: Reader) -> tuple[Any, Any]:
+        scale = read.apply(
+            dialect.norm_scale.default, read(found["running_var"]), None if weight is None else read(weight),
+            float(found["eps"]),
+        )  # fmt: skip
+        return scale, read.apply(
+            dialect.norm_shift.default,
+            read(found["running_mean"]),
+            scale,
+            None if bias is None else read(bias),
+        )
 
-    return _pointwise(node, found["input"], build, True)
+    return _pointwise(node, found["input"], vector, True)
 
 
 def _padded(node: fx.Node) -> Form | None:
@@ -248,19 +267,19 @@ def _scaled(node: fx.Node, constant: set[fx.Node]) -> Form | None:
         return None
     dtype = node.meta["val"].dtype
 
-    def build(read: Reader) -> tuple[Any, Any]:
-        ones = read.constant([channels], 1.0, dtype)
+    def vector(read: Reader) -> tuple[Any, Any]:
         if name == "neg":
-            return on_diagonal(torch.neg(ones), channels, axes), None
-        value = _vector(read, other, channels, ones)
-        if name in ("mul", "div"):
-            scale = value if name == "mul" else torch.reciprocal(value)
-            return on_diagonal(scale, channels, axes), None
-        sign = -1.0 if (name == "sub" and not source_first) or name == "rsub" else 1.0
-        shift = torch.neg(value) if name == "sub" and source_first else value
-        return on_diagonal(torch.mul(ones, sign), channels, axes), shift
+            return read.constant([channels], -1.0, dtype), None
+        value = _vector(read, other, channels, dtype)
+        if name == "mul":
+            return value, None
+        if name == "div":
+            return read.apply(aten.reciprocal.default, value), None
+        negative = (name == "sub" and not source_first) or name == "rsub"
+        scale = read.constant([channels], -1.0, dtype) if negative else None
+        return scale, read.apply(aten.neg.default, value) if name == "sub" and source_first else value
 
-    return _pointwise(node, source, build, name not in ("mul", "div", "neg"))
+    return _pointwise(node, source, vector, name not in ("mul", "div", "neg"))
 
 
 def one_a_channel(node: fx.Node, axes: int, channels: int) -> bool:
@@ -274,13 +293,13 @@ def one_a_channel(node: fx.Node, axes: int, channels: int) -> bool:
     )
 
 
-def _vector(read: Reader, other: Any, channels: int, ones: Any) -> Any:
+def _vector(read: Reader, other: Any, channels: int, dtype: torch.dtype) -> Any:
+    """The constant operand as one value a channel."""
     if not isinstance(other, fx.Node):
-        return torch.mul(ones, float(other))
-    held = read(other)
+        return read.constant([channels], float(other), dtype)
     count = math.prod(int(s) for s in other.meta["val"].shape)
-    flat = torch.reshape(held, [count])
-    return torch.mul(ones, flat) if count == 1 else flat
+    flat = read.apply(aten.reshape.default, read(other), [count])
+    return read.apply(aten.expand.default, flat, [channels]) if count != channels else flat
 
 
 __all__ = ["CONVOLUTIONS", "NotLinear", "as_it_is", "one_a_channel", "read_operator", "spatial_axes"]

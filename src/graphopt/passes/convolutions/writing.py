@@ -9,9 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.execute import interpret
-from ...ir.fold import depends_on_weights_alone
 from ...ir.program import Program
-from ...ir.tracing import Value
 from .forms import Form
 
 aten = torch.ops.aten
@@ -19,19 +17,22 @@ CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.de
 
 
 class OnGraph:
-    """Reads nodes as operands, so that kernels become nodes over the weights."""
+    """Makes kernels as nodes over the weights."""
 
     def __init__(self, program: Program):
         self.program = program
 
     def __call__(self, node: fx.Node) -> Any:
-        """Return the node as an operand."""
-        return Value(self.program.edit, node)
+        """Return the node."""
+        return node
+
+    def apply(self, operator: Any, *arguments: Any) -> Any:
+        """Insert a call."""
+        return self.program.edit.call(operator, *arguments)
 
     def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
         """Return a tensor of equal values."""
-        node = self.program.edit.call(aten.full.default, shape, value, dtype=dtype)
-        return Value(self.program.edit, node)
+        return self.program.edit.call(aten.full.default, shape, value, dtype=dtype)
 
 
 class OnTensors:
@@ -50,6 +51,10 @@ class OnTensors:
                 value = interpret(self.program, {}, record=[node], stop=True)[node.name]
             self.known[node] = value.double()
         return self.known[node]
+
+    def apply(self, operator: Any, *arguments: Any) -> Any:
+        """Compute a call."""
+        return operator(*arguments)
 
     def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
         """Return a tensor of equal values."""
@@ -74,18 +79,26 @@ def pad_source(program: Program, form: Form, source: fx.Node) -> tuple[fx.Node, 
     return _padded(program, source, low, high, form.mode), [0] * len(low)
 
 
-def _held(program: Program, value: Any) -> fx.Node | None:
+def _held(program: Program, node: fx.Node | None) -> fx.Node | None:
     """Return a kernel's node; one that no weight is part of, as of a pooling, becomes a weight."""
-    if value is None:
-        return None
-    node: fx.Node = value.node
-    if node in depends_on_weights_alone(program):
+    if node is None or _reads_a_weight(program, node):
         return node
     tensor = interpret(program, {}, record=[node], stop=True)[node.name]
     program.edit.erase_dead([node])
     taken = {name for weight in program.weights.values() for name in weight.all_names}
     name = next(n for n in (f"fused.kernel_{i}" for i in itertools.count()) if n not in taken)
     return program.edit.add_weight(name, tensor, kind="buffer")
+
+
+def _reads_a_weight(program: Program, node: fx.Node) -> bool:
+    work, seen = [node], {node}
+    while work:
+        current = work.pop()
+        if current.name in program.weights:
+            return True
+        work += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return False
 
 
 def _padded(program: Program, source: fx.Node, low: list[int], high: list[int], mode: str) -> fx.Node:
