@@ -145,6 +145,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.networks:
-        compare(name, torch.randn(4, 3, 96, 96))
+        compare(name, torch.randn(8, 3, 224, 224))
     for layers in arguments.layers:
         depth(layers)

@@ -33,12 +33,11 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
     Raises:
         VerificationError: the operator does not accept arguments of these shapes or types.
     """
-    fake_args, fake_kwargs = value_of(args), value_of(kwargs)
     known = _KNOWN.setdefault(mode, {})
-    key = _key((target, fake_args, fake_kwargs))
+    key = _key((target, args, kwargs))
     if key is not None and key in known:
         return known[key]
-    result = _infer(mode, target, fake_args, fake_kwargs)
+    result = _infer(mode, target, value_of(args), value_of(kwargs))
     if key is not None:
         known[key] = result
     return result
@@ -50,6 +49,8 @@ _KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
 
 def _key(value: Any) -> Any:
     """Return what a call's value depends on, or None where that is more than types and sizes."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
     if isinstance(value, torch.Tensor):
         return (value.dtype, *(_size_key(size) for size in value.shape))
     if isinstance(value, (list, tuple)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -72,23 +72,22 @@ class Region:
                 )
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
-                placed = fx.map_arg((node.args, node.kwargs), lambda n: cast(Any, _Place(place[n])))
-                frozen = _frozen(placed)
-                key.append((node.op, str(node.target), frozen))
+                key.append((node.op, node.target, _frozen(node.args, place), _frozen(node.kwargs, place)))
         return tuple(key)
 
 
-@dataclass(frozen=True)
-class _Place:
-    index: int
+_PLAIN = (int, float, str, type(None))
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: Any, place: dict[fx.Node, int]) -> Any:
+    """An argument as something to compare: nodes by their place, numbers by type as well, for 1 == 1.0 == True."""
+    if isinstance(value, fx.Node):
+        return (fx.Node, place[value])
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
+        return tuple(_frozen(v, place) for v in value)
     if isinstance(value, dict):
-        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
-    return value if isinstance(value, _Place) else repr(value)
+        return tuple(sorted((k, _frozen(v, place)) for k, v in value.items()))
+    return (type(value), value) if type(value) in _PLAIN or isinstance(value, bool) else repr(value)
 
 
 def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool]) -> Region:

@@ -12,6 +12,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from .errors import VerificationError
 
 
+@lru_cache(maxsize=4096)
 def operator_name(target: object) -> str:
     """Return the short name of an operator: ``aten.linear``, ``graphopt.attention``, ``getitem``."""
     if isinstance(target, OpOverload):
