@@ -14,6 +14,7 @@ WALLS = {
     "passes": {"ir", "passes"},
     "frontends": {"ir", "frontends"},
     "backends": {"ir", "backends"},
+    "training": {"ir", "training"},
 }
 FOLDERS = {p.name for p in SOURCE.iterdir() if p.is_dir()} | {"api"}
 

@@ -30,7 +30,7 @@ MODEL = LanguageModel(
     title="a small Llama",
     build=lambda: LlamaForCausalLM(CONFIG),
     settings=Settings(
-        steps=1600, learning_rate=4e-3, warmup=100, schedule="cosine", final=0.02, weight_decay=0.1, seed=1
+        steps=1600, learning_rate=1.5e-3, warmup=50, schedule="cosine", final=0.02, weight_decay=0.1, seed=1
     ),
 )
 
