@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from ...ir.schema import arguments, is_operator
+from ...ir.schema import arguments, operator_name
 from .forms import Build, Form, Reader, extension
 from .geometry import Axis
 
@@ -62,21 +63,10 @@ def read_operator(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     Raises:
         NotLinear: it is of the kind, but not one convolution of its input.
     """
-    if spatial_axes(node) < 0 or node in constant:
+    reader = _READERS.get(operator_name(node.target)) if node.op == "call_function" else None
+    if reader is None or node in constant or spatial_axes(node) < 0:
         return None
-    if is_operator(node, *CONVOLUTIONS):
-        return _convolution(node, constant)
-    if is_operator(node, *POOLINGS):
-        return _pooling(node)
-    if is_operator(node, "aten.batch_norm"):
-        return _batch_norm(node, constant)
-    if is_operator(node, "aten.pad", "aten.constant_pad_nd"):
-        return _padded(node)
-    if is_operator(node, "aten.slice"):
-        return _sliced(node)
-    if is_operator(node, *SCALES):
-        return _scaled(node, constant)
-    return None
+    return reader(node, constant)
 
 
 def _many(value: Any, axes: int) -> list[int]:
@@ -125,7 +115,7 @@ def _other(weight: fx.Node, node: fx.Node) -> str:
     return next((u.name for u in weight.users if u is not node), "another use")
 
 
-def _pooling(node: fx.Node) -> Form | None:
+def _pooling(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     found = arguments(node)
     axes = spatial_axes(node)
     source = found["self"]
@@ -188,7 +178,7 @@ def _batch_norm(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     return _pointwise(node, found["input"], vector, True)
 
 
-def _padded(node: fx.Node) -> Form | None:
+def _padded(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     found = arguments(node)
     source = found["self"]
     mode = MODES.get(found.get("mode", "constant"))
@@ -214,7 +204,7 @@ def _padded(node: fx.Node) -> Form | None:
     )  # fmt: skip
 
 
-def _sliced(node: fx.Node) -> Form | None:
+def _sliced(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     found = arguments(node)
     source, axis = found["self"], int(found["dim"]) - 2
     if found["step"] != 1 or axis < 0 or spatial_axes(source) < 0:
@@ -301,5 +291,14 @@ def _vector(read: Reader, other: Any, channels: int, dtype: torch.dtype) -> Any:
     flat = read.apply(aten.reshape.default, read(other), [count])
     return read.apply(aten.expand.default, flat, [channels]) if count != channels else flat
 
+
+_READERS: dict[str, Callable[[fx.Node, set[fx.Node]], Form | None]] = {
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(POOLINGS, _pooling),
+    **dict.fromkeys(SCALES, _scaled),
+    **dict.fromkeys(("aten.pad", "aten.constant_pad_nd"), _padded),
+    "aten.batch_norm": _batch_norm,
+    "aten.slice": _sliced,
+}
 
 __all__ = ["CONVOLUTIONS", "NotLinear", "as_it_is", "one_a_channel", "read_operator", "spatial_axes"]
