@@ -36,6 +36,8 @@ def publish(
     if output.exists():
         shutil.rmtree(output)
     module.generation_config.pad_token_id = PADDING_ID
+    if hasattr(module.config, "output_router_logits"):
+        module.config.output_router_logits = False  # they balance experts in training, and are no output
     module.half().save_pretrained(output)
     as_pretrained(tokenizer, LONG).save_pretrained(output)
     read_split("validation", data)

@@ -18,7 +18,7 @@ import torch
 
 from .api import Model, capture
 from .frontends.data import read_data
-from .ir.errors import PipelineError, UsageError
+from .ir.errors import UsageError
 from .ir.execute import run
 from .ir.program import Program
 from .ir.retype import retyped
@@ -247,4 +247,4 @@ def _module(place: str) -> ModuleType:
         raise UsageError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-__all__ = ["Evaluation", "PipelineError", "evaluate", "find_judge"]
+__all__ = ["Evaluation", "evaluate", "find_judge"]
