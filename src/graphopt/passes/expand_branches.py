@@ -114,7 +114,7 @@ class ExpandBranches(Pass):
             form = read_operator(node, constant)
             assert form is not None
             with program.edit.after(node):
-                total = _restated(program, node)
+                total = program.edit.call(node.target, *node.args, **node.kwargs)
                 for index, kind in enumerate(site["branches"]):
                     seed = self.seed * 1_000_003 + number * 101 + index
                     branch = _branch(program, node, form, str(kind), site["align"], index, seed)
@@ -123,10 +123,6 @@ class ExpandBranches(Pass):
         program.facts.setdefault(
             "unwritable", "branches were added, which a checkpoint of this architecture does not hold"
         )
-
-
-def _restated(program: Program, node: fx.Node) -> fx.Node:
-    return program.edit.call(node.target, *node.args, **node.kwargs)
 
 
 def _branch(

@@ -118,7 +118,7 @@ def _into_before(program: Program, node: fx.Node, scale: fx.Node, shift: fx.Node
         folded = call(aten.mul.Tensor, weight, rows)
         bias = arguments(matrix_node)["bias"]
         offset = shift if bias is None else call(aten.add.Tensor, call(aten.mul.Tensor, bias, scale), shift)
-        new = _again(program, matrix_node, matrix_node.args[0], folded, offset)
+        new = repeated(program, matrix_node, matrix_node.args[0], folded, offset)
     program.edit.replace(node, new)
 
 
@@ -134,7 +134,7 @@ def _into_after(program: Program, node: fx.Node, user: fx.Node, scale: fx.Node, 
         moved = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weight, offsets), list(range(1, len(shape))))
         bias = arguments(user)["bias"]
         offset = moved if bias is None else call(aten.add.Tensor, moved, bias)
-        new = _again(program, user, x, folded, offset)
+        new = repeated(program, user, x, folded, offset)
     program.edit.replace(user, new)
 
 
@@ -148,6 +148,6 @@ def per_group(program: Program, vector: fx.Node, shape: list[int], groups: int) 
     return _shaped(program, spread, [shape[0], shape[1], *rest])
 
 
-def _again(program: Program, node: fx.Node, x: Any, weight: fx.Node, bias: fx.Node) -> fx.Node:
+def repeated(program: Program, node: fx.Node, x: Any, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
     """Repeat a convolution or linear with another input, matrix and bias."""
     return program.edit.call(node.target, x, weight, bias, *node.args[3:], **node.kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ Run = Callable[[Batch], Outputs]
 METRICS = ("perplexity", "kl", "cosine")
 
 
-class Metric:
+class Metric(ABC):
     """A mean over positions, gathered batch by batch."""
 
     compares: ClassVar[bool] = False  # needs the outputs of another program beside these
@@ -30,13 +31,13 @@ class Metric:
         self.total = 0.0
         self.count = 0
 
+    @abstractmethod
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
         """Count a batch.
 
         Raises:
             PipelineError: the program has not what the metric is made of.
         """
-        raise NotImplementedError
 
     def value(self) -> float:
         """Return the metric over all that was counted; not a number where nothing was."""

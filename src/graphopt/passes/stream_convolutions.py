@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -13,12 +13,13 @@ from ..ir.fold import depends_on_weights_alone
 from ..ir.inputs import add_input, lower_limit
 from ..ir.program import Program
 from ..ir.report import PassReport
-from ..ir.schema import is_operator
+from ..ir.schema import arguments, is_operator
 from ..ir.sizes import expression
 from .base import Pass
 from .contracts import ExactInChunks
 from .convolutions.forms import Form, follow
 from .convolutions.reading import CONVOLUTIONS, POOLINGS, NotLinear, read_operator
+from .convolutions.writing import CONVOLUTION
 from .option import option
 from .plan import Plan, Refused, Site
 from .streaming import compare_in_chunks
@@ -216,34 +217,19 @@ def _whole(node: fx.Node, constant: set[fx.Node]) -> Form | str:
 def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> None:
     """Let a convolution read the past and the present, and pad nothing along time."""
     node, place = reach.node, reach.axis
+    found = arguments(node)
+    held = read_operator(node, depends_on_weights_alone(program))
+    assert held is not None
+    padding = [0 if index == place - 2 else axis.low for index, axis in enumerate(held.axes)]
     with program.edit.before(reach.root):
         source = joined
         if frames > reach.frames:
             source = program.edit.call(aten.slice.Tensor, joined, place, frames - reach.frames)
-        padding: Any = [0] * (node.meta["val"].dim() - 2)
-        held = read_operator(node, depends_on_weights_alone(program))
-        assert held is not None
-        for index, axis in enumerate(held.axes):
-            if index != place - 2:
-                padding[index] = axis.low
         if is_operator(node, *POOLINGS):
-            new = program.edit.call(
-                node.target, source, node.args[1], node.args[2] if len(node.args) > 2 else [], padding
-            )
+            new = program.edit.call(node.target, source, found["kernel_size"], found["stride"], padding)
         else:
             new = program.edit.call(
-                node.target if not isinstance(_given(node, "padding"), str) else _plain(node), source,
-                node.args[1], _given(node, "bias"), _given(node, "stride"), padding, _given(node, "dilation"),
-                _given(node, "groups"),
+                CONVOLUTION[len(held.axes)], source, found["weight"], found["bias"], found["stride"], padding,
+                found["dilation"], found["groups"],
             )  # fmt: skip
     program.edit.replace(reach.root, new)
-
-
-def _given(node: fx.Node, name: str) -> Any:
-    from ..ir.schema import arguments
-
-    return arguments(node)[name]
-
-
-def _plain(node: fx.Node) -> Any:
-    return {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}[node.meta["val"].dim()]

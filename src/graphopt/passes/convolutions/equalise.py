@@ -11,7 +11,7 @@ from torch import fx
 from ...ir.fold import depends_on_weights_alone
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
-from ..fold_batch_norm import per_group
+from ..fold_batch_norm import per_group, repeated
 from .reading import CONVOLUTIONS
 
 aten = torch.ops.aten
@@ -74,14 +74,14 @@ def equalise(program: Program, pair: Pair) -> fx.Node:
         axes = one.meta["val"].dim() - 1
         rows = call(aten.reshape.default, scale, [-1, *[1] * axes])
         bias = first["bias"]
-        place = _again(
+        place = repeated(
             program, pair.first, first["input"], call(aten.div.Tensor, one, rows),
             None if bias is None else call(aten.div.Tensor, bias, scale),
         )  # fmt: skip
         for node in pair.between:
             place = call(node.target, place, *node.args[1:], **node.kwargs)
         columns = per_group(program, scale, [int(s) for s in two.meta["val"].shape], groups)
-        new = _again(program, pair.second, place, call(aten.mul.Tensor, two, columns), second["bias"])
+        new = repeated(program, pair.second, place, call(aten.mul.Tensor, two, columns), second["bias"])
     program.edit.replace(pair.second, new)
     return new
 
@@ -96,7 +96,3 @@ def _scale(one: Any, two: Any, groups: int) -> Any:
     # a channel of zeros has no range to meet
     first, second = torch.clamp(first, 1e-12), torch.clamp(second, 1e-12)
     return torch.clamp(torch.sqrt(torch.div(first, second)), 1e-4, 1e4)
-
-
-def _again(program: Program, node: fx.Node, x: Any, weight: fx.Node, bias: Any) -> fx.Node:
-    return program.edit.call(node.target, x, weight, bias, *node.args[3:], **node.kwargs)

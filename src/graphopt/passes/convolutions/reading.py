@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ...ir.schema import arguments, operator_name
+from ...ir.sizes import expression
 from .forms import Build, Form, Reader, extension
 from .geometry import Axis
 
@@ -214,7 +215,7 @@ def _sliced(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     if not isinstance(start, int):
         return None
     try:
-        cut = int(_expression(after) - _expression(before))
+        cut = int(expression(after) - expression(before))
         start = start + int(before) if start < 0 and isinstance(before, int) else start
     except TypeError:
         return None  # what is cut depends on the size
@@ -227,10 +228,6 @@ def _sliced(node: fx.Node, constant: set[fx.Node]) -> Form | None:
         source, node, plain.outputs, plain.inputs, plain.groups, tuple(line), "", plain.build, False,
         frozenset([node]),
     )  # fmt: skip
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _scaled(node: fx.Node, constant: set[fx.Node]) -> Form | None:
