@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,40 @@ if TYPE_CHECKING:
 
 @dataclass
 class Region:
-    """Nodes that compute ``targets`` from ``leaves`` (values where it was cut) and weights."""
+    """Nodes that compute ``targets`` from ``leaves`` (values where it was cut) and weights.
 
-    graph: fx.Graph
+    Attributes:
+        nodes: leaves, weights and operators in an order in which they can be computed.
+        leaves: where it was cut.
+        weights: what it reads of weights.
+        targets: what it computes.
+    """
+
+    nodes: list[fx.Node]
     leaves: list[fx.Node]
     weights: list[fx.Node]
     targets: list[fx.Node]
+
+    @cached_property
+    def operators(self) -> list[fx.Node]:
+        """What it computes between leaves, weights and targets."""
+        given = {*self.leaves, *self.weights}
+        return [node for node in self.nodes if node not in given]
+
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """The region as a graph of its own; most regions are never run, so it is made when asked for."""
+        graph = fx.Graph()
+        given = {*self.leaves, *self.weights}
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            if node in given:
+                copies[node] = graph.placeholder(node.name)
+                copies[node].meta["val"] = node.meta["val"]
+            else:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output([copies[n] for n in self.targets])
+        return graph
 
     def run(self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> list[torch.Tensor]:
         """Evaluate in float64; a weight is loaded at its first use and freed after its last.
@@ -60,11 +89,12 @@ class Region:
     def key(self, program: Program) -> tuple[Any, ...]:
         """Return what makes two regions the same computation on other weights: operators, wiring, shapes."""
         place: dict[fx.Node, int] = {}
+        given = {*self.leaves, *self.weights}
         key: list[Any] = []
-        for index, node in enumerate(self.graph.nodes):
+        for index, node in enumerate(self.nodes):
             place[node] = index
-            value = node.meta.get("val")
-            if node.op == "placeholder":
+            if node in given:
+                value = node.meta.get("val")
                 shape = (
                     tuple(str(program.size_text(s)) for s in value.shape)
                     if isinstance(value, torch.Tensor)
@@ -73,7 +103,7 @@ class Region:
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
                 key.append((node.op, node.target, _frozen(node.args, place), _frozen(node.kwargs, place)))
-        return tuple(key)
+        return (*key, *(place[target] for target in self.targets))
 
 
 _PLAIN = (int, float, str, type(None))
@@ -112,16 +142,7 @@ def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool
             else:
                 work.append((node, True))
                 work.extend((n, False) for n in reversed(node.all_input_nodes))
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in order:
-        if node in leaves or node in weights:
-            copies[node] = graph.placeholder(node.name)
-            copies[node].meta["val"] = node.meta["val"]
-        else:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output([copies[n] for n in targets])
-    return Region(graph, list(leaves), list(weights), targets)
+    return Region(order, list(leaves), list(weights), targets)
 
 
 def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:

@@ -186,7 +186,7 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
 def _roundings(region: Region) -> set[torch.dtype]:
     """Types that a region's values are rounded to."""
     found: set[torch.dtype] = set()
-    for node in region.graph.nodes:
+    for node in region.operators:
         if is_operator(node, "aten.to"):
             before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
             if before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize:
@@ -274,7 +274,7 @@ def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
         high = limits[name].high
         return max(limits[name].low, min(wanted, high if high is not None else wanted))
 
-    windows = [{argument(n, "window") for n in r.graph.nodes if is_operator(n, "graphopt.attention")} - {None}
+    windows = [{argument(n, "window") for n in r.operators if is_operator(n, "graphopt.attention")} - {None}
                for r in (pair.before, pair.after)]  # fmt: skip
     length = max([5, *(w + 2 for w in windows[0] ^ windows[1])])
     other = dict.fromkeys(limits, 0)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..ir.cost import cost
+from ..ir.collector import settled_objects
+from ..ir.cost import run_totals
 from ..ir.errors import ContractError, GraphoptError, PassRefusedError, PipelineError, VerificationError
 from ..ir.program import Program
 from ..ir.report import PassReport, Refusal, Report
@@ -112,6 +113,18 @@ def run_pass(
     inputs: dict[str, Any] | None = None,
 ) -> tuple[Program, PassReport]:
     """Run one pass on a copy; the copy counts only when it has passed its checks."""
+    with settled_objects():
+        return _run_pass(program, step, context, plan, verify_with, inputs)
+
+
+def _run_pass(
+    program: Program,
+    step: Pass,
+    context: Context,
+    plan: Plan | None,
+    verify_with: Verify,
+    inputs: dict[str, Any] | None,
+) -> tuple[Program, PassReport]:
     seconds: dict[str, float] = {}
     context.notes = []
     began = time.perf_counter()
@@ -261,11 +274,8 @@ def _approximate(before: Program, after: Program, step: Pass, context: Context, 
 
 
 def _change(before: Program, after: Program) -> dict[str, tuple[float, float]]:
-    first, second = cost(before), cost(after)
-    return {
-        name: (float(getattr(first, name)), float(getattr(second, name)))
-        for name in ("parameters", "parameter_bytes", "flops", "bytes", "peak_memory")
-    }
+    first, second = run_totals(before), run_totals(after)
+    return {name: (float(value), float(second[name])) for name, value in first.items()}
 
 
 def _record(step: Pass, plan: Plan, contract: Any, entry: PassReport, context: Context) -> dict[str, Any]:

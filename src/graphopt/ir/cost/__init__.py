@@ -22,7 +22,7 @@ from .liveness import Peak, peak_memory
 from .operands import Call, Operand, Size, Work, moved
 from .registry import FORMULAS, Formula, formula
 from .roofline import Bound, Timing, time_call, total
-from .summary import BlockCost, Cost, cost, expressions, works_by_node
+from .summary import BlockCost, Cost, cost, expressions, run_totals, works_by_node
 from .survey import VIEWS, Survey, survey
 from .transformer import Transformer, decode_time, forward_work, prefill_time
 from .weights import WeightCount, count_weights
@@ -66,6 +66,7 @@ __all__ = [
     "peak_memory",
     "prefill_time",
     "ring",
+    "run_totals",
     "survey",
     "time_call",
     "total",

@@ -141,6 +141,23 @@ def cost(
     )
 
 
+def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return what changes of a program are reported by, without its shares by block: parameters,
+    parameter_bytes, flops, bytes and peak_memory, as in :class:`Cost`."""
+    found = survey(program)
+    number = Numbers(program, sizes)
+    works, _ = _works(found, number, None)
+    everything = _Tally(works, None).of(found.call_of.values())
+    weights = count_weights(program)
+    return {
+        "parameters": weights.parameters,
+        "parameter_bytes": weights.parameter_bytes,
+        "flops": everything.flops,
+        "bytes": everything.bytes,
+        "peak_memory": find_peak(program, number).bytes,
+    }
+
+
 def works_by_node(program: Program, sizes: Mapping[str, int] | None = None) -> dict[fx.Node, Work]:
     """Return the work, in numbers, of every operator that computes something when the program runs.
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.fold import depends_on_weights_alone
+from ...ir.infer import same_value
 from ...ir.program import Program
 from ...ir.schema import is_operator
 from .borders import filled, read_border
@@ -130,7 +131,7 @@ def _sums(search: _Search, node: fx.Node) -> list[Form]:
         or spatial_axes(second) < 0
     ):
         return []
-    if first.meta["val"].shape != second.meta["val"].shape:
+    if not same_value(first.meta["val"], second.meta["val"]):
         return []
     terms = [_terms(search, operand, node) for operand in (first, second)]
     made: list[Form] = []
