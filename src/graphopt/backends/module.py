@@ -30,8 +30,36 @@ class _Calling:
 
     def __init__(self, program: Program, held: Program):
         self.signature = program.signature
-        self.bind = program.bind
+        self.program = program
         self.held = held
+        plain = [{"leaf": name} for name in program.signature.inputs]
+        self.positional = (
+            list(program.signature.parameters.values()) == plain
+            and not program.dials
+            and not any(i.filled_positions_only for i in program.signature.inputs.values())
+        )
+        self.names = list(program.signature.inputs)
+        self.output_names = program.signature.output_names
+        self.accepted: set[tuple[tuple[torch.dtype, torch.Size], ...]] = set()
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the flat inputs; types and sizes that were accepted before are not checked again."""
+        quick = self.positional and not kwargs and len(args) == len(self.names)
+        if not quick or torch.compiler.is_compiling() or any(type(a) is not torch.Tensor for a in args):
+            return self.program.bind(args, kwargs)
+        key = tuple((a.dtype, a.shape) for a in args)
+        if key in self.accepted:
+            return dict(zip(self.names, args, strict=True))
+        bound = self.program.bind(args, kwargs)
+        if len(self.accepted) < 256:
+            self.accepted.add(key)
+        return bound
+
+    def results(self, values: Any) -> Any:
+        """Return the outputs in the structure of the model's own."""
+        if "leaf" in self.signature.outputs:
+            return values[0]
+        return self.signature.unflatten(dict(zip(self.output_names, values, strict=True)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Calling:
         return self
@@ -56,9 +84,7 @@ class ProgramModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the model's inputs; those that may be left out are filled."""
         calling = self.__dict__["_calling"]
-        values = self._run(**calling.bind(args, kwargs))
-        signature = calling.signature
-        return signature.unflatten(dict(zip(signature.output_names, values, strict=True)))
+        return calling.results(self._run(**calling.bind(args, kwargs)))
 
     def _run(self, **inputs: torch.Tensor) -> Any:
         raise RuntimeError("a ProgramModule is made by Program.module()")

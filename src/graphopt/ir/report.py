@@ -51,6 +51,8 @@ class Report:
         return "\n".join(lines) if lines else "no passes ran"
 
 
+_SHOWN = 8  # notes of a pass that are printed; a deep network has hundreds
+
 _UNITS = {"parameters": "", "parameter_bytes": "B", "flops": "FLOP", "bytes": "B", "peak_memory": "B"}
 
 
@@ -92,5 +94,7 @@ def _lines(entry: PassReport) -> list[str]:
         lines.append(
             "  seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in entry.seconds.items())
         )
-    lines.extend(f"  {note}" for note in entry.notes)
+    lines.extend(f"  {note}" for note in entry.notes[:_SHOWN])
+    if len(entry.notes) > _SHOWN:
+        lines.append(f"  and {len(entry.notes) - _SHOWN} notes more, which as_dict() and --json hold")
     return lines

@@ -188,7 +188,7 @@ def _roundings(region: Region) -> set[torch.dtype]:
     found: set[torch.dtype] = set()
     for node in region.operators:
         if is_operator(node, "aten.to"):
-            before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+            before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
             if before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize:
                 found.add(after)
     return found
