@@ -70,3 +70,9 @@ class LoweringError(GraphoptError):
     """A program cannot be written in the form asked for."""
 
     exit_code = 4
+
+
+class DistributedError(GraphoptError):
+    """Ranks could not work together: one ended, hung, or computed something else than the others."""
+
+    exit_code = 1

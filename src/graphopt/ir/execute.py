@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .ranks import StandIns, runnable, stand_ins
 from .schema import operator_name
 from .weights import TensorSource
 
@@ -48,6 +49,7 @@ def run(
         inputs: a tensor per input and dial.
         streamed: load each weight at its first use and free it after its last; decided by size if None.
     """
+    program = runnable(program)
     if streamed is None:
         streamed = sum(weight.bytes for weight in program.weights.values()) > memory_available() // 2
     if streamed:
@@ -110,9 +112,13 @@ def interpret(
         given: values known beforehand; what only they need is not computed.
 
     Returns:
-        Outputs by flat name, unless ``stop``, and recorded values by node name.
+        Outputs by flat name, unless ``stop``, and recorded values by node name. Of a sharded program that runs
+        in one process, a value that differs from rank to rank is a list, one a rank.
     """
     wanted = list(record)
+    standing = stand_ins(program)
+    if standing is not None:
+        return _interpret_ranks(standing, inputs, wanted, stop, hook, sources, given or {})
     targets = wanted if stop else [*wanted, program.output_node]
     needed = needed_for(targets, given or {})
     order = [n for n in program.graph.nodes if n in needed]
@@ -144,6 +150,32 @@ def interpret(
                 values.pop(dead, None)
     for node in wanted:
         results[node.name] = values[node]
+    return results
+
+
+def _interpret_ranks(
+    standing: StandIns,
+    inputs: Mapping[str, torch.Tensor],
+    wanted: list[fx.Node],
+    stop: bool,
+    hook: Hook | None,
+    sources: Mapping[str, TensorSource] | None,
+    given: Mapping[fx.Node, Any],
+) -> dict[str, Any]:
+    """Run a sharded program by the nodes that stand for its own: of all ranks, or of this process's."""
+    known: dict[fx.Node, Any] = {}
+    for node, value in given.items():
+        copies = standing.nodes(node)
+        known.update(zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True))
+    record = [copy for node in wanted for copy in standing.nodes(node)]
+    found = interpret(
+        standing.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=known
+    )
+    names = {copy.name for copy in record}
+    results = {name: value for name, value in found.items() if name not in names}
+    for node in wanted:
+        values = [found[copy.name] for copy in standing.nodes(node)]
+        results[node.name] = values[0] if len(values) == 1 else values
     return results
 
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from .examples import rows_of
 from .execute import evaluate, last_uses
+from .ranks import ranks_of, unroll
 from .retype import in_type, widen
 from .schema import argument, is_operator
 from .sizes import expression
@@ -30,12 +31,14 @@ class Region:
         leaves: where it was cut.
         weights: what it reads of weights.
         targets: what it computes.
+        ranks: how many ranks compute it together.
     """
 
     nodes: list[fx.Node]
     leaves: list[fx.Node]
     weights: list[fx.Node]
     targets: list[fx.Node]
+    ranks: int = 1
 
     @cached_property
     def operators(self) -> list[fx.Node]:
@@ -56,7 +59,7 @@ class Region:
             else:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output([copies[n] for n in self.targets])
-        return graph
+        return graph if self.ranks == 1 else unroll(graph, self.ranks)[0]
 
     def run(self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> list[torch.Tensor]:
         """Evaluate in float64; a weight is loaded at its first use and freed after its last.
@@ -142,7 +145,7 @@ def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool
             else:
                 work.append((node, True))
                 work.extend((n, False) for n in reversed(node.all_input_nodes))
-    return Region(order, list(leaves), list(weights), targets)
+    return Region(order, list(leaves), list(weights), targets, ranks_of(program))
 
 
 def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:

@@ -22,6 +22,7 @@ BUILT_IN: dict[str, str] = {
     "expand-branches": "graphopt.passes.expand_branches:ExpandBranches",
     "stream-convolutions": "graphopt.passes.stream_convolutions:StreamConvolutions",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
+    "shard-tensor-parallel": "graphopt.passes.shard_tensor_parallel:ShardTensorParallel",
 }
 
 

@@ -7,6 +7,7 @@ Each is defined by a reference in plain PyTorch, registered as a composite, so t
 from __future__ import annotations
 
 from .attention import attention
+from .collectives import all_gather, all_reduce, local_embedding, local_slice, reduce_scatter, unreduced
 from .kernels import (
     bias_sequence,
     kernel_diagonal,
@@ -18,11 +19,14 @@ from .kernels import (
 )
 from .library import DIALECT, dialect_operator
 from .norm import rms_norm
+from .quantized import quantized_all_reduce, quantized_sum
 from .rotary import rotary
 from .routed_ffn import routed_ffn
 
 __all__ = [
     "DIALECT",
+    "all_gather",
+    "all_reduce",
     "attention",
     "bias_sequence",
     "dialect_operator",
@@ -30,9 +34,15 @@ __all__ = [
     "kernel_scaled",
     "kernel_sequence",
     "kernel_spread",
+    "local_embedding",
+    "local_slice",
     "norm_scale",
     "norm_shift",
+    "quantized_all_reduce",
+    "quantized_sum",
+    "reduce_scatter",
     "rms_norm",
     "rotary",
     "routed_ffn",
+    "unreduced",
 ]

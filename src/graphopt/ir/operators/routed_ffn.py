@@ -44,7 +44,7 @@ def activate(
 
 @dialect_operator(
     "routed_ffn(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
-    'Tensor? down_bias=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
+    'Tensor? down_bias=None, Tensor? first=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
     "bool transposed=False, float limit=0.0, float alpha=1.0) -> Tensor"
 )
 def routed_ffn(
@@ -55,6 +55,7 @@ def routed_ffn(
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    first: Tensor | None = None,
     *,
     activation: str = "silu",
     gated: bool = True,
@@ -73,6 +74,7 @@ def routed_ffn(
         down: (experts, size, inner), likewise.
         up_bias: (experts, inner or 2 * inner).
         down_bias: (experts, size).
+        first: (1,), the number of the first expert given, where the others are on other ranks.
         activation: one of silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped.
         gated: the first half of the up projection is the gate of the second.
         interleaved: gate and up alternate instead of lying in halves.
@@ -81,22 +83,29 @@ def routed_ffn(
         alpha: slope of swiglu_clamped.
 
     Returns:
-        (tokens, size). Work is proportional to tokens times k where values are known; a traced graph
-        gathers the experts' matrices instead, because its shapes may not depend on the routing.
+        (tokens, size). An expert that is not among those given adds nothing. Work is proportional to tokens
+        times k where values are known; a traced graph gathers the experts' matrices instead, because its
+        shapes may not depend on the routing.
     """
 
     def project(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, matrix.mT if transposed else matrix, bias)
 
     tokens, k = experts.shape
+    if first is not None:
+        experts = experts - first
     if is_plain_tensor(x) and is_plain_tensor(experts) and not x.requires_grad:
         out = torch.zeros(
             tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device
         )
-        order = torch.argsort(experts.reshape(-1), stable=True)
-        counts = torch.bincount(experts.reshape(-1), minlength=up.shape[0])
+        known = experts.reshape(-1)
+        if first is not None:
+            # the numbers of absent experts sort behind all others
+            known = known.where((known >= 0) & (known < up.shape[0]), torch.full_like(known, up.shape[0]))
+        order = torch.argsort(known, stable=True)
+        counts = torch.bincount(known, minlength=up.shape[0])
         for expert, chosen in enumerate(torch.split(order, counts.tolist())):
-            if chosen.numel() == 0:
+            if chosen.numel() == 0 or expert >= up.shape[0]:
                 continue
             token = chosen // k
             hidden = project(x[token], up[expert], None if up_bias is None else up_bias[expert])
@@ -104,6 +113,10 @@ def routed_ffn(
             result = project(hidden, down[expert], None if down_bias is None else down_bias[expert])
             out.index_add_(0, token, (result * weights.reshape(-1)[chosen, None]).to(out.dtype))
         return out.to(x.dtype)
+    if first is not None:
+        present = (experts >= 0) & (experts < up.shape[0])
+        weights = weights.masked_fill(present.logical_not(), 0.0)
+        experts = experts.clamp(0, up.shape[0] - 1)
     flat = experts.reshape(-1)
     rows = x.repeat_interleave(k, dim=0).unsqueeze(1)
 

@@ -1,0 +1,280 @@
+"""Sums over ranks whose terms travel in a few bits (arXiv 2411.07942).
+
+A value of E features is ordered so that the ``kept`` outliers come first. Those travel in bfloat16; the rest as
+integers of ``bits`` bits, either with static scales, a number per rank and feature known to everybody, or with a
+scale per ``block`` of features and token that travels along in float16.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import groups
+from .library import dialect_operator
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return ``clip(round(x / scale), -2^(bits-1), 2^(bits-1) - 1)`` as int8; arithmetic in float32."""
+    top = 1 << (bits - 1)
+    return torch.round(x.float() / scale.float()).clamp(-top, top - 1).to(torch.int8)
+
+
+def packed_bytes(features: int, bits: int) -> int:
+    """Return how many bytes ``features`` integers of ``bits`` bits take."""
+    return -(-features * bits // 8)
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Pack (..., n) signed integers of ``bits`` bits into (..., ceil(n * bits / 8)) bytes."""
+    offset = (q.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    if bits == 8:
+        return offset
+    count = packed_bytes(q.shape[-1], bits)
+    if 8 % bits == 0:
+        each = 8 // bits
+        parts = torch.nn.functional.pad(offset, [0, count * each - q.shape[-1]]).unflatten(-1, (count, each))
+        total = parts[..., 0]
+        for place in range(1, each):
+            total = total | (parts[..., place] << (bits * place))
+        return total
+    places = torch.arange(bits, device=q.device, dtype=torch.uint8)
+    stream = ((offset.unsqueeze(-1) >> places) & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, [0, count * 8 - stream.shape[-1]]).unflatten(-1, (count, 8))
+    weights = 1 << torch.arange(8, device=q.device, dtype=torch.int32)
+    return (stream.to(torch.int32) * weights).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, features: int, bits: int) -> Tensor:
+    """Return the (..., ``features``) signed integers, as int8, that :func:`pack` packed."""
+    if bits == 8:
+        offset = packed[..., :features]
+    elif 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+        parts = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        offset = parts.flatten(-2)[..., :features]
+    else:
+        places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+        stream = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : features * bits]
+        weights = 1 << torch.arange(bits, device=packed.device, dtype=torch.int32)
+        offset = (stream.unflatten(-1, (features, bits)).to(torch.int32) * weights).sum(-1)
+    return (offset.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _blocks(features: int, block: int) -> int:
+    return -(-features // block) if block else 0
+
+
+def _dynamic_scale(x: Tensor, bits: int, block: int) -> Tensor:
+    """Return a float16 scale per token and block of features: the largest absolute value over 2^(bits-1) - 1."""
+    count = _blocks(x.shape[-1], block)
+    spread = torch.nn.functional.pad(x.float(), [0, count * block - x.shape[-1]]).unflatten(
+        -1, (count, block)
+    )
+    top = (1 << (bits - 1)) - 1
+    # float16 has no number above 65,504, and a scale of zero divides nothing
+    return (spread.abs().amax(-1) / max(top, 1)).clamp(6e-8, 65504.0).to(torch.float16)
+
+
+def encode(x: Tensor, scale: Tensor | None, kept: int, bits: int, block: int) -> Tensor:
+    """Return the bytes of (..., features) ordered values: outliers, then scales that travel, then integers."""
+    outliers = x[..., :kept].to(torch.bfloat16).contiguous().view(torch.uint8)
+    rest = x[..., kept:]
+    if scale is not None:
+        return torch.cat([outliers, pack(quantize(rest, scale, bits), bits)], -1)
+    travelling = _dynamic_scale(rest, bits, block)
+    wide = travelling.repeat_interleave(block, -1)[..., : rest.shape[-1]]
+    packed = pack(quantize(rest, wide, bits), bits)
+    return torch.cat([outliers, travelling.contiguous().view(torch.uint8), packed], -1)
+
+
+def decode(payload: Tensor, scale: Tensor | None, features: int, kept: int, bits: int, block: int) -> Tensor:
+    """Return the (..., ``features``) float32 values that :func:`encode` wrote."""
+    outliers = payload[..., : 2 * kept].contiguous().view(torch.bfloat16).float()
+    rest, place = features - kept, 2 * kept
+    if scale is None:
+        count = _blocks(rest, block)
+        travelling = payload[..., place : place + 2 * count].contiguous().view(torch.float16)
+        scale = travelling.float().repeat_interleave(block, -1)[..., :rest]
+        place += 2 * count
+    whole = unpack(payload[..., place : place + packed_bytes(rest, bits)], rest, bits)
+    return torch.cat([outliers, whole.float() * scale.float()], -1)
+
+
+def payload_bytes(features: int, kept: int, bits: int, block: int) -> int:
+    """Return how many bytes a token's values take."""
+    rest = features - kept
+    return 2 * kept + 2 * _blocks(rest, block) + packed_bytes(rest, bits)
+
+
+def shares(count: int, ranks: int) -> list[tuple[int, int]]:
+    """Return the range of each rank when ``count`` things are shared out as evenly as they can be."""
+    size, more = divmod(count, ranks)
+    ends = [0]
+    for rank in range(ranks):
+        ends.append(ends[-1] + size + (rank < more))
+    return list(itertools.pairwise(ends))
+
+
+def chosen_algorithm(
+    algorithm: str, tokens: int, features: int, ranks: int, bits: int, crossover: int
+) -> str:
+    """Return the form that a sum takes: by message size where ``auto`` leaves it open.
+
+    Gathering takes one step and moves (N-1) n bytes a rank, two steps move 2 (N-1)/N n: gathering is
+    faster while n (N-1)(1 - 2/N) < latency * bandwidth, which ``crossover`` is, in bytes.
+    """
+    if algorithm != "auto":
+        return algorithm
+    message = tokens * features * bits / 8
+    return "gather" if message * (ranks - 1) * (1 - 2 / ranks) < crossover else "two-step"
+
+
+def _part(x: Tensor, kept: int, rank: int, ranks: int) -> tuple[Tensor, slice, int]:
+    """Return a rank's share of ordered features, its range of static scales, and how many of it are outliers."""
+    outliers, rest = shares(kept, ranks)[rank], shares(x.shape[-1] - kept, ranks)[rank]
+    own = torch.cat([x[..., outliers[0] : outliers[1]], x[..., kept + rest[0] : kept + rest[1]]], -1)
+    return own, slice(*rest), outliers[1] - outliers[0]
+
+
+def _together(parts: Sequence[Tensor], kept: int, ranks: int) -> Tensor:
+    """Put the shares of all ranks back into one ordered value."""
+    counts = [end - start for start, end in shares(kept, ranks)]
+    first = [part[..., :count] for part, count in zip(parts, counts, strict=True)]
+    second = [part[..., count:] for part, count in zip(parts, counts, strict=True)]
+    return torch.cat([*first, *second], -1)
+
+
+def _static(scales: Tensor, row: int, columns: slice, block: int) -> Tensor | None:
+    return None if block else scales[row, columns]
+
+
+@dialect_operator(
+    "quantized_sum(Tensor[] parts, Tensor order, Tensor inverse, Tensor scales, Tensor reduced, int kept, "
+    "int bits, int block, str algorithm, int crossover) -> Tensor"
+)
+def quantized_sum(
+    parts: Sequence[Tensor],
+    order: Tensor,
+    inverse: Tensor,
+    scales: Tensor,
+    reduced: Tensor,
+    kept: int,
+    bits: int,
+    block: int,
+    algorithm: str,
+    crossover: int,
+) -> Tensor:
+    """Return what :func:`quantized_all_reduce` gives on every rank, computed in one process from all terms."""
+    ranks, features = len(parts), parts[0].shape[-1]
+    form = chosen_algorithm(algorithm, parts[0][..., 0].numel(), features, ranks, bits, crossover)
+    ordered = [p.index_select(-1, order) for p in parts]
+
+    def added(owner: int | None) -> Tensor:
+        total: Tensor | None = None
+        for rank, value in enumerate(ordered):
+            own, columns, outliers = (
+                (value, slice(None), kept) if owner is None else _part(value, kept, owner, ranks)
+            )
+            scale = _static(scales, rank, columns, block)
+            sent = encode(own, scale, outliers, bits, block)
+            term = decode(sent, scale, own.shape[-1], outliers, bits, block)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    if form == "gather":
+        return added(None).index_select(-1, inverse).to(parts[0].dtype)
+    done = []
+    for rank in range(ranks):
+        _, columns, outliers = _part(ordered[0], kept, rank, ranks)
+        value = added(rank)
+        scale = None if block else reduced[columns]
+        sent = encode(value, scale, outliers, bits, block)
+        done.append(decode(sent, scale, value.shape[-1], outliers, bits, block))
+    return _together(done, kept, ranks).index_select(-1, inverse).to(parts[0].dtype)
+
+
+@dialect_operator(
+    "quantized_all_reduce(Tensor x, Tensor order, Tensor inverse, Tensor scales, Tensor reduced, int kept, "
+    "int bits, int block, str algorithm, int crossover, str group) -> Tensor"
+)
+def quantized_all_reduce(
+    x: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    scales: Tensor,
+    reduced: Tensor,
+    kept: int,
+    bits: int,
+    block: int,
+    algorithm: str,
+    crossover: int,
+    group: str,
+) -> Tensor:
+    """Return the sum of all ranks' values, sent in about ``bits`` bits a feature; the same bits on every rank.
+
+    Args:
+        x: (..., features).
+        order: (features,) features with the ``kept`` outliers first.
+        inverse: (features,) the inverse of ``order``.
+        scales: (ranks, features - kept) static scales in that order; (ranks, 0) where scales travel.
+        reduced: (features - kept,) static scales of the sum, for the second of two steps; (0,) likewise.
+        kept: how many outliers travel in bfloat16.
+        bits: of the integers, 2 to 8.
+        block: features that share a scale which travels along; 0 for static scales.
+        algorithm: ``gather`` (everybody gets everything and adds), ``two-step`` (everybody adds its share of
+            the features and sends the sums on, quantised again), ``auto`` by message size.
+        crossover: for ``auto``, latency times bandwidth of the link in bytes.
+        group: whose ranks.
+
+    Sums are in float32, in the order of ranks.
+    """
+    bound = groups.bound_group(group, x)
+    if bound is None:
+        return torch.empty_like(x)
+    ranks, features = bound.size, x.shape[-1]
+    form = chosen_algorithm(algorithm, x[..., 0].numel(), features, ranks, bits, crossover)
+    ordered = x.index_select(-1, order)
+    if form == "gather":
+        sent = encode(ordered, _static(scales, bound.rank, slice(None), block), kept, bits, block)
+        received = groups.all_gather(sent.unsqueeze(0), bound)
+        total = None
+        for rank in range(ranks):
+            scale = _static(scales, rank, slice(None), block)
+            term = decode(received[rank], scale, features, kept, bits, block)
+            total = term if total is None else total + term
+        assert total is not None
+        return total.index_select(-1, inverse).to(x.dtype)
+    width = max(
+        payload_bytes((b - a) + (d - c), b - a, bits, block)
+        for (a, b), (c, d) in zip(shares(kept, ranks), shares(features - kept, ranks), strict=True)
+    )
+
+    def sized(message: Tensor) -> Tensor:
+        return torch.nn.functional.pad(message, [0, width - message.shape[-1]])
+
+    messages = []
+    for rank in range(ranks):
+        own, columns, outliers = _part(ordered, kept, rank, ranks)
+        scale = _static(scales, bound.rank, columns, block)
+        messages.append(sized(encode(own, scale, outliers, bits, block)))
+    received = groups.all_to_all(torch.stack(messages), bound)
+    own, columns, outliers = _part(ordered, kept, bound.rank, ranks)
+    total = None
+    for rank in range(ranks):
+        scale = _static(scales, rank, columns, block)
+        term = decode(received[rank], scale, own.shape[-1], outliers, bits, block)
+        total = term if total is None else total + term
+    assert total is not None
+    scale = None if block else reduced[columns]
+    gathered = groups.all_gather(sized(encode(total, scale, outliers, bits, block)).unsqueeze(0), bound)
+    done = []
+    for rank in range(ranks):
+        part, columns, outliers = _part(ordered, kept, rank, ranks)
+        scale = None if block else reduced[columns]
+        done.append(decode(gathered[rank], scale, part.shape[-1], outliers, bits, block))
+    return _together(done, kept, ranks).index_select(-1, inverse).to(x.dtype)

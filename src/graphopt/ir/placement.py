@@ -1,0 +1,365 @@
+"""What each rank holds of each value: all of it, a term of a sum, or a part along one dimension.
+
+The types are DTensor's: ``Replicate``, ``Partial``, ``Shard(dim)``. A partial value may pass through what is linear
+and into a collective, nothing else; adding a whole value to a partial one would count it once a rank, which is the
+error behind wrong biases and residuals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .dimensions import carried
+from .errors import VerificationError
+from .schema import arguments, is_operator, operator_name
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank has the whole value."""
+
+    def __str__(self) -> str:
+        return "whole"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Every rank has a term; the value is their sum."""
+
+    def __str__(self) -> str:
+        return "a partial sum"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every rank has ``length`` entries of ``total`` along ``dim``, from its own start on.
+
+    Where several values that are cut alike lie one after the other (gate and up projection in one matrix),
+    ``segments`` counts them.
+    """
+
+    dim: int
+    starts: tuple[int, ...]
+    length: int
+    total: int
+    segments: int = 1
+
+    @property
+    def even(self) -> bool:
+        """Tell whether the parts, in the order of ranks, are the whole without gap or overlap."""
+        return self.starts == tuple(range(0, self.total, self.length)) and (
+            self.length * len(self.starts) == self.total
+        )
+
+    def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Shard | None:
+        """Return the same cut on another dimension, each entry now ``factor / divisor`` entries; None if none."""
+        numbers = (*self.starts, self.length, self.total)
+        if any(n * factor % divisor for n in numbers):
+            return None
+        *starts, length, total = (n * factor // divisor for n in numbers)
+        return Shard(dim, tuple(starts), length, total, self.segments)
+
+    def __str__(self) -> str:
+        return f"cut along dimension {self.dim}"
+
+
+Placement = Replicate | Partial | Shard
+WHOLE, PARTIAL = Replicate(), Partial()
+
+# of a partial operand and whole ones, linear in the partial one
+_SCALING = ("aten.mul", "aten.div")
+_LINEAR = ("aten.reshape", "aten.permute", "aten.transpose", "aten.neg", "aten.sum", "aten.unsqueeze",
+           "aten.squeeze", "aten.slice", "aten.select", "aten.expand", "aten.clone", "aten.contiguous",
+           "aten.flatten", "getitem", "aten.index_select", "aten.unbind", "aten.split_with_sizes", "aten.to")  # fmt: skip
+
+
+def mark_cut(node: fx.Node, dim: int) -> None:
+    """Write down along which dimension a value is cut: a part of one entry does not show it."""
+    custom = dict(node.meta.get("custom") or {})
+    custom["graphopt"] = {**custom.get("graphopt", {}), "cut": dim}
+    node.meta["custom"] = custom
+
+
+def cut_along(node: fx.Node) -> int | None:
+    """Return the dimension along which whoever made a value cut it, if it was written down."""
+    found = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
+    return int(found) if found is not None else None
+
+
+def placements(program: Program) -> dict[fx.Node, Placement]:
+    """Return the placement of every value of a sharded program.
+
+    Raises:
+        VerificationError: an operator reads operands that ranks hold in ways that do not fit together.
+    """
+    found: dict[fx.Node, Placement] = program.derived("placements", lambda: _infer(program))
+    return found
+
+
+def _infer(program: Program) -> dict[fx.Node, Placement]:
+    placed: dict[fx.Node, Placement] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            placed[node] = WHOLE
+        elif node.op == "call_function":
+            try:
+                placed[node] = _place(node, placed)
+            except _Misplaced as problem:
+                raise VerificationError(
+                    f"{node.name} = {operator_name(node.target)}: {problem}",
+                    node=node.name, source=program.source_line(node),
+                    hint="reduce or gather the value first, or add what is whole after the sum",
+                ) from None  # fmt: skip
+        elif node.op == "output":
+            for name, value in zip(program.signature.output_names, node.args[0], strict=True):
+                if placed[value] != WHOLE:
+                    raise VerificationError(
+                        f"output {name} is {placed[value]} on each rank",
+                        node=value.name, source=program.source_line(value),
+                        hint="a partial or sharded value must be reduced or gathered before it is returned",
+                    )  # fmt: skip
+    return placed
+
+
+class _Misplaced(Exception):
+    pass
+
+
+def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    name = operator_name(node.target)
+    rule = _RULES.get(name)
+    if rule is not None:
+        return rule(node, placed)
+    held = {n: placed[n] for n in node.all_input_nodes}
+    if all(p == WHOLE for p in held.values()):
+        return WHOLE
+    if any(p == PARTIAL for p in held.values()):
+        return _linear(node, name, held)
+    return _along(node, name, held)
+
+
+def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
+    others = [n for n, p in held.items() if p != PARTIAL]
+    tensors = [n for n in others if isinstance(n.meta.get("val"), torch.Tensor)]
+    if name in ("aten.add", "aten.sub"):
+        if not others and not any(isinstance(a, (int, float)) for a in node.args):
+            return PARTIAL
+        what = f"{others[0].name}, which is {held[others[0]]}" if others else "a number"
+        raise _Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
+    if name in _SCALING and all(held[n] == WHOLE for n in others):
+        first = node.args[0]
+        if sum(p == PARTIAL for p in held.values()) == 1 and (
+            name == "aten.mul" or held.get(first) == PARTIAL
+        ):
+            return PARTIAL
+    if name in _LINEAR and not tensors:
+        return PARTIAL
+    partial = next(n for n, p in held.items() if p == PARTIAL)
+    raise _Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
+
+
+def _along(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
+    """An operator that treats every entry of the cut dimension apart, or moves it."""
+    results: set[Placement] = set()
+    for source, placement in held.items():
+        if not isinstance(placement, Shard):
+            continue
+        moved = carried(node, source, placement.dim, cut_along(node))
+        if moved is None:
+            raise _Misplaced(
+                f"{source.name} is {placement}, which this operator mixes or whose place is lost"
+            )
+        made = placement.at(moved.dim, moved.factor, moved.divisor)
+        if made is None:
+            raise _Misplaced(f"{source.name} is {placement}, and the cut falls inside an entry here")
+        results.add(made)
+    if len(results) > 1:
+        raise _Misplaced("its operands are cut in different ways: " + "; ".join(sorted(map(str, results))))
+    (result,) = results
+    assert isinstance(result, Shard)
+    for source, placement in held.items():
+        value = source.meta.get("val")
+        if (
+            placement == WHOLE
+            and isinstance(value, torch.Tensor)
+            and not _fits_whole(node, value, result.dim)
+        ):
+            raise _Misplaced(f"{source.name} is whole where the other operand is {result}")
+    return result
+
+
+def _fits_whole(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
+    """Tell whether a whole operand broadcasts over the cut dimension of the result."""
+    result = node.meta["val"]
+    if not isinstance(result, torch.Tensor):
+        return True
+    if is_operator(node, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", *_BROADCAST):
+        place = value.dim() - (result.dim() - dim % result.dim())
+        return place < 0 or bool(value.shape[place] == 1)
+    return True
+
+
+_BROADCAST = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.maximum",
+              "aten.minimum", "aten.pow")  # fmt: skip
+
+
+def _whole(*operands: tuple[Any, dict[fx.Node, Placement]]) -> None:
+    for value, placed in operands:
+        if isinstance(value, fx.Node) and placed[value] != WHOLE:
+            raise _Misplaced(f"{value.name} must be whole here and is {placed[value]}")
+
+
+def _of(value: Any, placed: dict[fx.Node, Placement]) -> Placement:
+    return placed[value] if isinstance(value, fx.Node) else WHOLE
+
+
+def _cut(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    _whole((found["x"], placed))
+    rank = found["x"].meta["val"].dim()
+    total = found["x"].meta["val"].shape[found["dim"]]
+    return Shard(found["dim"] % rank, tuple(found["starts"]), int(found["length"]), int(total))
+
+
+def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Linear: columns of the matrix cut with the input's channels give a term, rows cut give channels."""
+    found = arguments(node)
+    x, weight, bias = (_of(found[n], placed) for n in ("input", "weight", "bias"))
+    last = node.meta["val"].dim() - 1
+    if PARTIAL in (weight, bias):
+        raise _Misplaced("its weights are partial sums")
+    if x == PARTIAL:
+        if weight != WHOLE or found["bias"] is not None:
+            raise _Misplaced("a bias added to a partial sum would count once a rank")
+        return PARTIAL
+    if isinstance(x, Shard) and x.dim == last:
+        if (
+            not isinstance(weight, Shard)
+            or weight.dim != 1
+            or (x.starts, x.length) != (weight.starts, weight.length)
+        ):
+            raise _Misplaced(f"its input is {x}, and its matrix not along the same columns")
+        if not x.even:
+            raise _Misplaced("two ranks hold the same columns, which the sum would count twice")
+        if found["bias"] is not None:
+            raise _Misplaced("its bias would be added once a rank; add it after the sum")
+        return PARTIAL
+    if isinstance(weight, Shard):
+        if weight.dim != 0 or x != WHOLE:
+            raise _Misplaced(f"its matrix is {weight}, and its input is {x}")
+        same = isinstance(bias, Shard) and (bias.starts, bias.length) == (weight.starts, weight.length)
+        if found["bias"] is not None and not same:
+            raise _Misplaced("its matrix is cut by rows, and its bias is not cut with them")
+        return Shard(last, weight.starts, weight.length, weight.total)
+    if bias != WHOLE:
+        raise _Misplaced("its bias is cut, and its matrix is not")
+    return x
+
+
+def _attention(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    q, k, v = (_of(found[n], placed) for n in ("q", "k", "v"))
+    if (q, k, v) == (WHOLE, WHOLE, WHOLE):
+        _whole(*((found[n], placed) for n in ("key_mask", "bias", "sinks", "segments")))
+        return WHOLE
+    if not all(isinstance(p, Shard) and p.dim == 1 for p in (q, k, v)):
+        raise _Misplaced(f"its queries are {q}, its keys {k}, its values {v}; all must be cut by heads")
+    assert isinstance(q, Shard)
+    assert isinstance(k, Shard)
+    assert isinstance(v, Shard)
+    if (k.starts, k.length) != (v.starts, v.length):
+        raise _Misplaced("keys and values are cut by different heads")
+    group = q.total // k.total
+    if any(first // group != other for first, other in zip(q.starts, k.starts, strict=True)):
+        raise _Misplaced("queries of a rank do not belong to its keys")
+    _whole((found["key_mask"], placed), (found["segments"], placed))
+    bias, sinks = _of(found["bias"], placed), _of(found["sinks"], placed)
+    if isinstance(found["bias"], fx.Node):
+        by_head = found["bias"].meta["val"].shape[1] != 1
+        if by_head and not (isinstance(bias, Shard) and (bias.dim, bias.starts) == (1, q.starts)):
+            raise _Misplaced(f"its bias is {bias}, its heads are cut")
+    if isinstance(found["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
+        raise _Misplaced(f"its sinks are {sinks}, its heads are cut")
+    return q
+
+
+def _experts(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    _whole(*((found[n], placed) for n in ("x", "weights")))
+    up, down = _of(found["up"], placed), _of(found["down"], placed)
+    if up == WHOLE and down == WHOLE:
+        return WHOLE
+    if not (isinstance(up, Shard) and isinstance(down, Shard)):
+        raise _Misplaced(f"its first matrices are {up}, its second {down}")
+    if found["down_bias"] is not None and up.dim != 0:
+        raise _Misplaced("its bias would be added once a rank; add it after the sum")
+    return PARTIAL
+
+
+def _collective(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    held, name = placed[found["x"]], operator_name(node.target)
+    if name == "graphopt.all_gather":
+        if not (
+            isinstance(held, Shard) and held.even and held.dim == found["dim"] % found["x"].meta["val"].dim()
+        ):
+            raise _Misplaced(f"{found['x'].name} is {held}, and cannot be put together along {found['dim']}")
+        return WHOLE
+    if held != PARTIAL:
+        raise _Misplaced(f"{found['x'].name} is {held}; only a partial sum is reduced")
+    if name == "graphopt.reduce_scatter":
+        size, dim = int(found["size"]), found["dim"] % node.meta["val"].dim()
+        length = int(node.meta["val"].shape[dim])
+        return Shard(dim, tuple(range(0, size * length, length)), length, size * length)
+    return WHOLE
+
+
+def _local_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    table, start = placed[found["weight"]], placed[found["start"]]
+    if not (isinstance(table, Shard) and isinstance(start, Shard) and table.dim == 0 and table.even):
+        raise _Misplaced(f"its table is {table}, its first row {start}")
+    return PARTIAL
+
+
+def _joined(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Values cut alike, one after the other along the cut."""
+    held = [placed[n] for n in node.args[0]]  # type: ignore[union-attr, index]
+    dim = int(arguments(node)["dim"]) % node.meta["val"].dim()
+    first = held[0]
+    if isinstance(first, Shard) and first.dim == dim and all(p == first for p in held):
+        return Shard(dim, first.starts, first.length, first.total, first.segments * len(held))
+    if all(p == WHOLE for p in held):
+        return WHOLE
+    if all(p == PARTIAL for p in held):
+        return PARTIAL
+    return _along(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
+
+
+def _refuse(reason: str) -> Placement:
+    raise _Misplaced(reason)
+
+
+_RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
+    "graphopt.local_slice": _cut,
+    "graphopt.all_reduce": _collective,
+    "graphopt.all_gather": _collective,
+    "graphopt.reduce_scatter": _collective,
+    "graphopt.quantized_all_reduce": _collective,
+    "aten.linear": _matmul,
+    "aten.cat": _joined,
+    "graphopt.local_embedding": _local_rows,
+    "graphopt.attention": _attention,
+    "graphopt.routed_ffn": _experts,
+    "graphopt.unreduced": lambda node, placed: (
+        WHOLE if placed[node.args[0]] == PARTIAL else _refuse("only a partial sum can go unreduced")  # type: ignore[index]
+    ),
+}

@@ -1,0 +1,1 @@
+"""Parts of sharding: cutting values, placing blocks, merging sums."""

@@ -1,0 +1,292 @@
+"""Which blocks of a model can be cut over ranks, and cutting them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.anatomy import Block
+from ...ir.errors import PipelineError
+from ...ir.groups import TENSOR_PARALLEL
+from ...ir.placement import Shard
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator, normal_call
+from ..plan import Plan, Refused, Site
+from .cutting import Cutter, all_reduce, even, local_starts, row_parallel
+from .huggingface_plan import chosen_by, read_plan
+
+if TYPE_CHECKING:
+    from ..shard_tensor_parallel import ShardTensorParallel
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+_LARGE_TABLE = 64 << 20
+
+
+def possible_sizes(program: Program) -> list[int]:
+    """Return the numbers of ranks over which all heads divide."""
+    heads = [b.sizes["heads"] for b in program.anatomy.attention if "heads" in b.sizes]
+    return [n for n in range(2, max(heads, default=1) + 1) if all(h % n == 0 for h in heads)]
+
+
+class Placer:
+    """Cuts the blocks of one program."""
+
+    def __init__(self, program: Program, options: ShardTensorParallel):
+        self.program = program
+        self.options = options
+        self.ranks = options.ranks
+        self.cutter = Cutter(program)
+        self.blocks = {block.name: block for block in program.anatomy.blocks}
+        self.ends = {"embedding": list(program.anatomy.embedding), "head": list(program.anatomy.head)}
+        self.wanted = read_plan(options.huggingface_plan) if options.huggingface_plan else None
+
+    def plan(self) -> Plan:
+        """Cut everything that can be cut, in the order of the graph, and say what was."""
+        plan = Plan()
+        for name, block in self.blocks.items():
+            site = self._site(block)
+            if isinstance(site, str):
+                plan.refused.append(Refused(name, site, self.program.source_line(block.term)))
+                continue
+            before = len(self.cutter.whole)
+            try:
+                self.cut(site)
+            except _CannotCut as problem:
+                plan.refused.append(Refused(name, str(problem), self.program.source_line(block.term)))
+                continue
+            plan.sites.append(site)
+            inside = set(block.nodes)
+            for node, reason in self.cutter.whole[before:]:
+                if node not in inside:
+                    continue  # position biases and masks, which cost little
+                plan.notes.append(f"{name}: {node.name} is computed whole on every rank, then cut: {reason}")
+        for name in ("embedding", "head"):
+            for node in self.ends[name]:
+                site = self._end(name, node)
+                if isinstance(site, str):
+                    if site:
+                        plan.refused.append(Refused(node.name, site, self.program.source_line(node)))
+                    continue
+                self.cut(site)
+                plan.sites.append(site)
+        return plan
+
+    # -- what is possible -----------------------------------------------------------------------------
+
+    def _site(self, block: Block) -> Site | str:
+        kinds: dict[str, Callable[[Block], Site | str]] = {
+            "attention": self._attention_site, "ffn": self._ffn_site, "experts": self._experts_site,
+        }  # fmt: skip
+        if block.kind not in kinds:
+            return f"it is no attention, feed-forward or mixture ({block.kind}); every rank computes it whole"
+        if self.wanted is not None:
+            refusal = chosen_by(self.wanted, self.program, block)
+            if refusal:
+                return refusal
+        return kinds[block.kind](block)
+
+    def _attention_site(self, block: Block) -> Site | str:
+        if self.options.attention == "replicate":
+            return "attention=replicate keeps it whole"
+        core, out = block.parts.get("core"), block.parts.get("o")
+        if core is None:
+            return "its scores were not recognised as one attention operator; every rank computes it whole"
+        if out is None or not is_operator(out, "aten.linear"):
+            return "no linear reads its heads"
+        heads, shared = block.sizes["heads"], block.sizes["kv_heads"]
+        if heads % self.ranks:
+            return f"its {heads} heads do not divide over {self.ranks} ranks"
+        if shared % self.ranks and self.ranks % shared:
+            return (
+                f"its {shared} key-value heads neither divide over {self.ranks} ranks nor are shared evenly"
+            )
+        keys = "split" if shared % self.ranks == 0 else "replicated"
+        return Site(
+            block.name, heads=heads // self.ranks, key_value_heads=max(1, shared // self.ranks), keys=keys
+        )
+
+    def _ffn_site(self, block: Block) -> Site | str:
+        width = int(block.sizes["width"])
+        if width % self.ranks:
+            return f"its width of {width} does not divide over {self.ranks} ranks"
+        return Site(block.name, width=width // self.ranks)
+
+    def _experts_site(self, block: Block) -> Site | str:
+        core = block.parts.get("core")
+        if core is None:
+            return "its experts were not recognised as one operator; every rank computes it whole"
+        found = arguments(core)
+        inner = int(found["down"].meta["val"].shape[1 if found["transposed"] else 2])
+        count = int(found["up"].meta["val"].shape[0])
+        how = self.options.experts
+        if how == "auto":
+            how = "width" if inner % self.ranks == 0 else "expert"
+        if how == "replicate":
+            return "experts=replicate keeps it whole"
+        number, what = (inner, "width") if how == "width" else (count, "experts")
+        if number % self.ranks:
+            return f"its {what} of {number} do not divide over {self.ranks} ranks"
+        return Site(block.name, by=how, share=number // self.ranks)
+
+    def _end(self, name: str, node: fx.Node) -> Site | str:
+        if self.options.embedding == "replicate" or self.wanted is not None:
+            return ""
+        if not is_operator(node, "aten.embedding" if name == "embedding" else "aten.linear"):
+            return ""
+        table = arguments(node)["weight"]
+        rows = int(table.meta["val"].shape[0])
+        large = table.meta["val"].numel() * table.meta["val"].dtype.itemsize > _LARGE_TABLE
+        if self.options.embedding == "auto" and not large:
+            return ""
+        if table not in self.cutter.constant:
+            return "its table depends on the input"
+        if rows % self.ranks:
+            return f"its {rows} rows do not divide over {self.ranks} ranks"
+        if name == "embedding" and arguments(node).get("max_norm") is not None:
+            return "its rows are renormalised"
+        return Site(node.name, part=name, rows=rows // self.ranks)
+
+    # -- cutting --------------------------------------------------------------------------------------
+
+    def cut(self, site: Site) -> None:
+        """Cut one site.
+
+        Raises:
+            PipelineError: the program has no such site.
+        """
+        if "part" in site.choices:
+            nodes = {n.name: n for n in self.ends[str(site["part"])]}
+            if site.block not in nodes:
+                raise PipelineError(
+                    f"the plan names {site.block!r}, which is no {site['part']} of this program"
+                )
+            (self._cut_table if site["part"] == "embedding" else self._cut_head)(nodes[site.block])
+            return
+        block = self.blocks.get(site.block)
+        if block is None:
+            raise PipelineError(
+                f"the plan names {site.block!r}, which this program does not have",
+                hint=f"its blocks are {', '.join(self.blocks)}",
+            )
+        again = self._site(block)
+        if isinstance(again, str):
+            raise PipelineError(f"the plan cuts {site.block}, which cannot be: {again}")
+        if block.kind == "attention":
+            self._cut_attention(block)
+        elif block.kind == "ffn":
+            self._cut_ffn(block.parts["down"], block.name)
+        else:
+            self._cut_experts(block, str(site["by"]))
+
+    def _cut_attention(self, block: Block) -> None:
+        out = block.parts["o"]
+        width = int(arguments(out)["weight"].meta["val"].shape[1])
+        if width % self.ranks:
+            raise _CannotCut(f"what its last projection reads, {width} wide, does not divide over its heads")
+        row_parallel(self.program, self.cutter, out, even(width, self.ranks, 0))
+        if block.parts["core"] not in self.cutter.cut_cores:
+            # every rank would compute all heads: correct, and of no use
+            reason = (
+                self.cutter.whole[-1][1] if self.cutter.whole else "the way to its heads is not understood"
+            )
+            raise _CannotCut(f"its heads cannot be computed apart: {reason}")
+
+    def _cut_ffn(self, down: fx.Node, name: str) -> None:
+        width = int(arguments(down)["weight"].meta["val"].shape[1])
+        if width % self.ranks:
+            raise _CannotCut(f"its width of {width} does not divide over {self.ranks} ranks")
+        row_parallel(self.program, self.cutter, down, even(width, self.ranks, 0))
+
+    def _cut_experts(self, block: Block, how: str) -> None:
+        core = block.parts["core"]
+        (self._cut_expert_width if how == "width" else self._cut_by_expert)(core)
+        shared = block.parts.get("shared_down")
+        if shared is not None and is_operator(shared, "aten.linear"):
+            width = int(arguments(shared)["weight"].meta["val"].shape[1])
+            if width % self.ranks == 0:
+                row_parallel(self.program, self.cutter, shared, even(width, self.ranks, 0))
+
+    def _cut_expert_width(self, core: fx.Node) -> None:
+        found = dict(arguments(core))
+        call = self.program.edit.call
+        rows, columns = (2, 1) if found["transposed"] else (1, 2)
+        inner = int(found["down"].meta["val"].shape[columns])
+        cut = even(inner, self.ranks, 0)
+        bias = found["down_bias"]
+        with self.program.edit.before(core):
+            found["up"] = self._hidden(found["up"], rows, cut, found)
+            if found["up_bias"] is not None:
+                found["up_bias"] = self._hidden(found["up_bias"], 1, cut, found)
+            found["down"] = self.cutter.part(found["down"], Shard(columns, cut.starts, cut.length, cut.total))
+            found["down_bias"] = None
+            total = all_reduce(self.program, self._call(core, found))
+            if bias is not None:
+                chosen = call(aten.embedding.default, bias, found["experts"])
+                weights = call(aten.unsqueeze.default, found["weights"], -1)
+                added = call(aten.sum.dim_IntList, call(aten.mul.Tensor, chosen, weights), [1])
+                if added.meta["val"].dtype != total.meta["val"].dtype:
+                    added = call(aten.to.dtype, added, total.meta["val"].dtype)
+                total = call(aten.add.Tensor, total, added)
+        self.program.edit.replace(core, total)
+
+    def _hidden(self, tensor: fx.Node, dim: int, cut: Shard, found: dict[str, Any]) -> fx.Node:
+        """The rows of a rank's share of the width, of the gate and of what it multiplies."""
+        if not found["gated"]:
+            return self.cutter.part(tensor, Shard(dim, cut.starts, cut.length, cut.total))
+        if found["interleaved"]:
+            twice = cut.at(dim, 2)
+            assert twice is not None
+            return self.cutter.part(tensor, twice)
+        call = self.program.edit.call
+        halves = [
+            call(aten.slice.Tensor, tensor, dim, half * cut.total, (half + 1) * cut.total) for half in (0, 1)
+        ]
+        parts = [self.cutter.part(half, Shard(dim, cut.starts, cut.length, cut.total)) for half in halves]
+        return call(aten.cat.default, parts, dim)
+
+    def _cut_by_expert(self, core: fx.Node) -> None:
+        found = dict(arguments(core))
+        count = int(found["up"].meta["val"].shape[0])
+        cut = even(count, self.ranks, 0)
+        with self.program.edit.before(core):
+            for name in ("up", "down", "up_bias", "down_bias"):
+                if found[name] is not None:
+                    found[name] = self.cutter.part(found[name], cut)
+            found["first"] = local_starts(self.program, cut)
+            total = all_reduce(self.program, self._call(core, found))
+        self.program.edit.replace(core, total)
+
+    def _call(self, core: fx.Node, found: dict[str, Any]) -> fx.Node:
+        args, kwargs = normal_call(core.target, found)
+        return self.program.edit.call(core.target, *args, **kwargs)
+
+    def _cut_table(self, node: fx.Node) -> None:
+        found = arguments(node)
+        rows = int(found["weight"].meta["val"].shape[0])
+        cut = even(rows, self.ranks, 0)
+        with self.program.edit.before(node):
+            table = self.cutter.part(found["weight"], cut)
+            start = local_starts(self.program, cut)
+            local = self.program.edit.call(dialect.local_embedding.default, table, found["indices"], start)
+            total = all_reduce(self.program, local)
+        self.program.edit.replace(node, total)
+
+    def _cut_head(self, node: fx.Node) -> None:
+        rows = int(arguments(node)["weight"].meta["val"].shape[0])
+        last = node.meta["val"].dim() - 1
+        with self.program.edit.before(node):
+            part = self.cutter.part(node, even(rows, self.ranks, last))
+            whole = self.program.edit.call(
+                dialect.all_gather.default, part, last, self.ranks, TENSOR_PARALLEL
+            )
+        self.program.edit.replace(node, whole)
+
+
+class _CannotCut(Exception):
+    """A block cannot be cut after all; the message says why."""
+
+
+__all__ = ["Placer", "possible_sizes"]
