@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -73,20 +74,14 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
 
 
 def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int] | None:
-    """Return how many elements an entry of a dimension has after a reshape, and had before it.
+    """Return sizes (of the source's dimension, of the result's) if a reshape keeps the order of their entries.
 
-    None where the dimension of the result does not hold the source's entries in order.
+    It does where as many elements lie outside of one as outside of the other. None otherwise.
     """
-    for ins, outs in groups_of(before, after):
-        if source in ins and result in outs:
-            first, second = ins.index(source), outs.index(result)
-            if not all(_one(before[i]) for i in ins[:first]) or not all(
-                _one(after[o]) for o in outs[:second]
-            ):
-                return None
-            inner, outer = _product(before, ins[first + 1 :]), _product(after, outs[second + 1 :])
-            return None if inner is None or outer is None else (outer, inner)
-    return None
+    if bool((_product(before[:source]) - _product(after[:result])).expand() != 0):
+        return None
+    sizes = expression(before[source]), expression(after[result])
+    return (int(sizes[0]), int(sizes[1])) if all(size.is_Integer for size in sizes) else None
 
 
 _RESHAPES = ("aten.reshape", "aten.view", "aten.flatten", "aten.squeeze", "aten.unflatten")
@@ -199,55 +194,22 @@ def _factory(node: fx.Node, dim: int) -> Sources:
     return dict.fromkeys(_tensors(node))
 
 
-def groups_of(before: Any, after: Any) -> list[tuple[list[int], list[int]]]:
-    """Return which dimensions of a shape become which of another of as many elements, in minimal groups."""
-    found: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        ins, outs = [], []
-        left, right = expression(1), expression(1)
-        left_hint = right_hint = 1
-        started = False
-        while not started or bool((left - right).expand() != 0):
-            take_left = i < len(before) and (not ins or left_hint <= right_hint or j >= len(after))
-            if take_left and not (started and left_hint == right_hint and j < len(after) and not outs):
-                ins.append(i)
-                left, left_hint = left * expression(before[i]), left_hint * _hint(before[i])
-                i += 1
-            elif j < len(after):
-                outs.append(j)
-                right, right_hint = right * expression(after[j]), right_hint * _hint(after[j])
-                j += 1
-            else:
-                return found
-            started = bool(ins) and (bool(outs) or j >= len(after))
-        found.append((ins, outs))
-    return found
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
 def _reshape(node: fx.Node, dim: int) -> Sources | None:
     source = arguments(node)["self"]
     before, after = source.meta["val"].shape, node.meta["val"].shape
-    for ins, outs in groups_of(before, after):
-        if dim in outs and ins:
-            # a size of one has no entries to cut
-            first = next((i for i in ins if not _one(before[i])), ins[0])
-            counts = related(before, after, first, dim)
-            return None if counts is None else {source: Along(first, *counts)}
+    # a size of one has no entries to cut
+    order = sorted(range(len(before)), key=lambda d: _one(before[d]))
+    for place in order:
+        counts = related(before, after, place, dim)
+        if counts is not None:
+            return {source: Along(place, *counts)}
     return None
 
 
-def _product(shape: Any, dims: list[int]) -> int | None:
-    total = 1
-    for dim in dims:
-        size = expression(shape[dim])
-        if not size.is_Integer:
-            return None
-        total *= int(size)
+def _product(shape: Any) -> sympy.Expr:
+    total = sympy.Integer(1)
+    for size in shape:
+        total = total * expression(size)
     return total
 
 
@@ -302,4 +264,4 @@ _RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
 # a stack adds the dimension that it names
 _RULES["aten.stack"] = lambda node, dim: None
 
-__all__ = ["Along", "Sources", "carried", "groups_of", "sources_of"]
+__all__ = ["Along", "Sources", "carried", "related", "sources_of"]

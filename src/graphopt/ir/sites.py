@@ -138,7 +138,7 @@ def check_sites(
     checks: list[SiteCheck] = []
     seen: dict[Any, SiteCheck] = {}
     for index, (old, new) in enumerate(pairs):
-        pair = _Pair(old, new, cut(before, [old], stop), cut(after, [new], stop))
+        pair = _cut_alike(before, after, old, new, stop)
         # values that the pass brought along are checked wherever they are
         brought = tuple(n.name for n in pair.after.weights if _brought(before, after, n.name))
         key = (pair.before.key(before), pair.after.key(after), _sharing(pair), brought)
@@ -148,6 +148,44 @@ def check_sites(
         if progress is not None:
             progress(index + 1, len(pairs))
     return checks
+
+
+def _cut_alike(
+    before: Program, after: Program, old: fx.Node, new: fx.Node, stop: Callable[[fx.Node], bool]
+) -> _Pair:
+    """Cut both regions so that neither is given a value that the other computes from what it is given."""
+    through: set[str] = set()
+
+    def ends(node: fx.Node) -> bool:
+        return stop(node) and node.name not in through
+
+    while True:
+        pair = _Pair(old, new, cut(before, [old], ends), cut(after, [new], ends))
+        first, second = ({n.name: n for n in r.leaves} for r in (pair.before, pair.after))
+        known = first.keys() | second.keys()
+        further = {
+            name
+            for name in first.keys() ^ second.keys()
+            if _descends(first.get(name) or second[name], known - {name})
+        }
+        if not further:
+            return pair
+        through |= further
+
+
+def _descends(node: fx.Node, names: set[str], limit: int = 400) -> bool:
+    """Tell whether a value is computed from one of those named."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return False  # a size is the same wherever it is read
+    work, seen = list(node.all_input_nodes), set()
+    while work and len(seen) < limit:
+        current = work.pop(0)
+        if current.name in names:
+            return True
+        if current not in seen:
+            seen.add(current)
+            work.extend(current.all_input_nodes)
+    return False
 
 
 def _brought(before: Program, after: Program, name: str) -> bool:
@@ -277,16 +315,19 @@ def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
     windows = [{argument(n, "window") for n in r.operators if is_operator(n, "graphopt.attention")} - {None}
                for r in (pair.before, pair.after)]  # fmt: skip
     length = max([5, *(w + 2 for w in windows[0] ^ windows[1])])
-    other = dict.fromkeys(limits, 0)
+    # a size that the tracer saw twice has a number behind its name
+    kinds = {name: name.split("_")[0] for name in limits}
     first = {
-        name: limits[name].hint
-        if name not in ("batch", "sequence")
-        else within(name, 2 if name == "batch" else length)
-        for name in other
+        name: within(name, {"batch": 2, "sequence": length}[kind])
+        if kind in ("batch", "sequence")
+        else limits[name].hint
+        for name, kind in kinds.items()
     }
     second = {
-        name: first[name] if name not in ("batch", "sequence") else within(name, 1 if name == "batch" else 3)
-        for name in other
+        name: within(name, {"batch": 1, "sequence": 3}[kind])
+        if kind in ("batch", "sequence")
+        else first[name]
+        for name, kind in kinds.items()
     }
     return [first, second]
 

@@ -11,6 +11,7 @@ from torch import fx
 from ...ir.dimensions import sources_of
 from ...ir.fold import depends_on_weights_alone
 from ...ir.groups import TENSOR_PARALLEL
+from ...ir.infer import same_value
 from ...ir.placement import Shard, mark_cut
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator, normal_call, operator_name
@@ -18,6 +19,8 @@ from ...ir.schema import arguments, is_operator, normal_call, operator_name
 dialect = torch.ops.graphopt
 _SIZES = {"aten.reshape": "shape", "aten.view": "size", "aten.expand": "size", "aten.new_empty": "size",
           "aten.new_zeros": "size", "aten.new_ones": "size", "aten.new_full": "size"}  # fmt: skip
+
+_FACTORIES = ("aten.new_empty", "aten.new_zeros", "aten.new_ones", "aten.new_full")
 
 
 def even(total: int, ranks: int, dim: int) -> Shard:
@@ -73,7 +76,7 @@ class Cutter:
         if is_operator(node, "graphopt.attention"):
             return self._attention(node, cut)
         root = _root(node)
-        if root is not None and root.meta["val"].shape == node.meta["val"].shape:
+        if root is not None and same_value(root.meta["val"], node.meta["val"]):
             return self.part(root, cut)
         sources = sources_of(node, cut.dim)
         if sources is None:
@@ -102,6 +105,11 @@ class Cutter:
             if isinstance(sizes[cut.dim], int) and sizes[cut.dim] != -1:
                 sizes[cut.dim] = cut.length
             found[key] = sizes
+        if operator_name(node.target) in _FACTORIES:
+            # it only says which type; the value that it named need not be computed whole
+            dtype = found["self"].meta["val"].dtype
+            typed = (n for n in self.program.weight_nodes if n.meta["val"].dtype == dtype)
+            found["self"] = next(typed, found["self"])
         args, kwargs = normal_call(node.target, found)
         args, kwargs = fx.map_arg((args, kwargs), lambda n: parts.get(n, n))
         made = self.program.edit.call(node.target, *args, **kwargs)
