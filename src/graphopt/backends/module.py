@@ -12,6 +12,7 @@ from torch import fx, nn
 from ..ir.anatomy.residual import between
 from ..ir.fold import fold
 from ..ir.program import Program
+from ..ir.ranks import runnable
 from ..ir.weights import InMemory, Weight
 
 
@@ -93,11 +94,14 @@ class ProgramModule(nn.Module):
 def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module:
     """Return the program as a module with parameters of its own.
 
+    Of a sharded program, the module is this process's rank; in a single process it is all ranks at once.
+
     Args:
         program: stays as it is; its tensors are copied, so that training changes nothing of it or the model.
         fold_weights: compute what depends on weights alone once, for running; otherwise gradients reach the
             original parameters through those computations.
     """
+    program = runnable(program)
     work = fold(program) if fold_weights else program.copy()
     module = ProgramModule(program, work.copy())
     names = _register(module, work)

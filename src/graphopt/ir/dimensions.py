@@ -64,7 +64,7 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
     for index in range(value.dim()) if place is None else [place]:
         if operator_name(node.target) in _RESHAPES:
             counts = related(source.meta["val"].shape, value.shape, dim, index)
-            found = {source: Along(dim, *counts)} if counts is not None else None
+            found: Sources | None = {source: Along(dim, *counts)} if counts is not None else None
         else:
             found = sources_of(node, index)
         along = found.get(source) if found is not None else None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .schema import operator_name
-from .weights import TensorSource, Weight
+from .schema import arguments, is_operator, operator_name
+from .weights import TensorSource, Weight, load_part
 
 if TYPE_CHECKING:
     from .program import Program
@@ -60,13 +60,39 @@ class Computed:
                     continue
                 for used in node.all_input_nodes:
                     if used in pending:
-                        tensor = pending.pop(used).load()
+                        source = pending.pop(used)
+                        cut = _first_cut(used)
+                        # what reads a part of a matrix loads that part alone
+                        tensor = source.load() if cut is None else load_part(source, *cut)
                         wide = not plain and tensor.dtype.is_floating_point
                         values[used] = tensor.to(torch.float64) if wide else tensor
-                values[node] = evaluate(node, values)
+                start = node.args[0] if node.args else None
+                whole = not isinstance(start, fx.Node) or start.op != "placeholder"
+                if not whole and isinstance(start, fx.Node) and _first_cut(start) is not None:
+                    values[node] = values[start]
+                else:
+                    values[node] = evaluate(node, values)
                 for dead in freed.get(node, ()):
                     values.pop(dead, None)
         raise AssertionError("a graph without an output")
+
+
+def _first_cut(node: fx.Node) -> tuple[int, int, int] | None:
+    """Return (dimension, start, end) if a tensor is read through one slice of consecutive entries only."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if not is_operator(user, "aten.slice"):
+        return None
+    found = arguments(user)
+    shape = node.meta["val"].shape
+    dim = int(found["dim"]) % len(shape)
+    size = int(shape[dim])
+    start, end = found["start"] or 0, size if found["end"] is None else found["end"]
+    if found["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
+        return None
+    start, end = (max(0, min(size, value + size if value < 0 else value)) for value in (start, end))
+    return (dim, start, max(start, end))
 
 
 def depends_on_weights_alone(program: Program) -> set[fx.Node]:
@@ -92,7 +118,7 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
 
 def frontier(program: Program) -> list[fx.Node]:
     """Return the computed values, depending on weights alone, that the rest of the graph reads."""
-    constant = depends_on_weights_alone(program)
+    constant = _foldable(program)
     kept = set(program.checkpoint.values())
     return [
         node
@@ -102,6 +128,16 @@ def frontier(program: Program) -> list[fx.Node]:
         and isinstance(node.meta.get("val"), torch.Tensor)
         and (any(user not in constant for user in node.users) or (node in kept and not _movement_only(node)))
     ]
+
+
+def _foldable(program: Program) -> set[fx.Node]:
+    """What depends on weights alone, and is the same on every rank."""
+    constant = depends_on_weights_alone(program)
+    apart: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if is_operator(node, "graphopt.local_slice") or any(n in apart for n in node.all_input_nodes):
+            apart.add(node)
+    return constant - apart if apart else constant
 
 
 def _movement_only(node: fx.Node) -> bool:

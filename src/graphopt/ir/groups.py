@@ -48,7 +48,7 @@ def bind(group: str, process_group: Any = None) -> Bound:
             "torch.distributed is not initialised",
             hint="start with torchrun, or call init_process_group first",
         )
-    held = process_group if process_group is not None else dist.group.WORLD
+    held: Any = process_group if process_group is not None else dist.group.WORLD
     bound = Bound(str(held.group_name), dist.get_rank(held), dist.get_world_size(held))
     _BOUND[group] = bound
     return bound

@@ -155,7 +155,7 @@ def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placeme
         what = f"{others[0].name}, which is {held[others[0]]}" if others else "a number"
         raise _Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
     if name in _SCALING and all(held[n] == WHOLE for n in others):
-        first = node.args[0]
+        first: Any = node.args[0]
         if sum(p == PARTIAL for p in held.values()) == 1 and (
             name == "aten.mul" or held.get(first) == PARTIAL
         ):
@@ -270,6 +270,9 @@ def _attention(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     if (q, k, v) == (WHOLE, WHOLE, WHOLE):
         _whole(*((found[n], placed) for n in ("key_mask", "bias", "sinks", "segments")))
         return WHOLE
+    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and found["k"].meta["val"].shape[1] == 1:
+        # the one head of keys and values is every rank's
+        k = v = Shard(1, (0,) * len(q.starts), 1, 1)
     if not all(isinstance(p, Shard) and p.dim == 1 for p in (q, k, v)):
         raise _Misplaced(f"its queries are {q}, its keys {k}, its values {v}; all must be cut by heads")
     assert isinstance(q, Shard)

@@ -140,7 +140,8 @@ class _Unroller:
         self.copies[node] = [self.call(node, target, self.terms(node), *fixed, *settings)]
 
     def output(self, node: fx.Node) -> None:
-        self.new.output([n for value in node.args[0] for n in self.copies[value]])
+        values: Any = node.args[0]
+        self.new.output([n for value in values for n in self.copies[value]])
 
 
 def unroll(graph: fx.Graph, ranks: int) -> tuple[fx.Graph, dict[fx.Node, list[fx.Node]]]:
@@ -218,7 +219,7 @@ def _bound_to(program: Program, rank: int) -> Program:
                 )
             own.edit.replace(node, part, same=False)
         elif is_operator(node, "graphopt.unreduced"):
-            own.edit.replace(node, node.args[0], same=False)  # type: ignore[arg-type]
+            own.edit.replace(node, arguments(node)["x"], same=False)
     own.facts["rank"] = rank
     replaced = dict(own.edit.journal)
     own.derived("replaced by", lambda: replaced)

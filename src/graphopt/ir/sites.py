@@ -177,7 +177,8 @@ def _descends(node: fx.Node, names: set[str], limit: int = 400) -> bool:
     """Tell whether a value is computed from one of those named."""
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return False  # a size is the same wherever it is read
-    work, seen = list(node.all_input_nodes), set()
+    work = list(node.all_input_nodes)
+    seen: set[fx.Node] = set()
     while work and len(seen) < limit:
         current = work.pop(0)
         if current.name in names:

@@ -11,6 +11,8 @@ from torch import fx
 from .errors import VerificationError
 from .execute import interpret
 from .infer import describe_value, infer, same_value
+from .placement import placements
+from .ranks import ranks_of
 from .retype import retyped, widen
 from .schema import is_mutable, operator_name
 from .sites import value_error
@@ -29,6 +31,8 @@ def verify(program: Program, nodes: Iterable[fx.Node] | None = None) -> None:
         VerificationError: with the node, its source line and the graph around it.
     """
     _structure(program)
+    if ranks_of(program) > 1 and "rank" not in program.facts:
+        placements(program)
     for node in program.graph.nodes if nodes is None else nodes:
         if node._erased or node.op != "call_function":
             continue

@@ -85,6 +85,42 @@ class SafetensorsEntry:
             )
         return raw.view(self.dtype).reshape(self.shape)
 
+    def load_part(self, dim: int, start: int, end: int) -> torch.Tensor:
+        """Read ``end - start`` entries along a dimension from the file, and nothing else of it."""
+        inner = numel(self.shape[dim + 1 :]) * self.dtype.itemsize
+        outer, length = numel(self.shape[:dim]), (end - start) * inner
+        raw = torch.empty(outer * length, dtype=torch.uint8)
+        place = memoryview(raw.numpy().data).cast("B") if raw.numel() else memoryview(b"")
+        read = 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for row in range(outer if length else 0):
+                    file.seek(self.start + row * self.shape[dim] * inner + start * inner)
+                    row_read = 0
+                    while row_read < length:
+                        count = file.readinto(place[row * length + row_read : (row + 1) * length])
+                        if not count:
+                            break
+                        row_read += count
+                    read += row_read
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
+        if read != outer * length:
+            raise CheckpointError(
+                f"{self.path} ends within tensor {self.key!r}",
+                hint="the file changed since it was opened; restore it, or load the checkpoint again",
+            )
+        return raw.view(self.dtype).reshape(*self.shape[:dim], end - start, *self.shape[dim + 1 :])
+
+
+def load_part(source: TensorSource, dim: int, start: int, end: int) -> torch.Tensor:
+    """Return a part of a tensor along one dimension; where the source can, only that part is read."""
+    reader = getattr(source, "load_part", None)
+    if reader is not None:
+        part: torch.Tensor = reader(dim, start, end)
+        return part
+    return source.load().narrow(dim, start, end - start)
+
 
 @dataclass(frozen=True)
 class Absent:

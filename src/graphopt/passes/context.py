@@ -210,6 +210,14 @@ class Context:
             self._write(store, found)
         return found
 
+    def stored(self, program: Program, key: str) -> dict[str, float]:
+        """Return numbers that :meth:`store` kept for this program, data and key; none if there are none."""
+        return self._read(self._store(program, key))
+
+    def store(self, program: Program, key: str, numbers: dict[str, float]) -> None:
+        """Keep numbers in ``work_dir``, where there is one, for a run that goes on later."""
+        self._write(self._store(program, key), numbers)
+
     def _store(self, program: Program, key: str) -> Path | None:
         if self.work_dir is None:
             return None

@@ -19,6 +19,7 @@ _SHAPE = ("aten.reshape", "aten.permute", "aten.to", "getitem", "aten.split_with
 _PASSING = (*_SHAPE, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", "aten.mul", "aten.div",
             "aten.cat", "aten.add", "aten.roll", "aten.constant_pad_nd", "aten.clamp",
             "aten.sigmoid")  # fmt: skip
+_REDUCING = ("graphopt.all_reduce", "graphopt.quantized_all_reduce")
 PROJECTIONS = ("aten.linear", "aten.conv2d", "aten.conv1d")
 
 
@@ -118,7 +119,14 @@ def _last_linear(block: Block) -> fx.Node | None:
             assert isinstance(node, fx.Node)
             return node
         if not is_operator(
-            node, *_SHAPE, "aten.mul", "aten.add", "graphopt.rms_norm", "aten.layer_norm", "aten.div"
+            node,
+            *_SHAPE,
+            *_REDUCING,
+            "aten.mul",
+            "aten.add",
+            "graphopt.rms_norm",
+            "aten.layer_norm",
+            "aten.div",
         ):
             return None
         operands = [a for a in node.args if isinstance(a, fx.Node) and a in set(block.nodes)]

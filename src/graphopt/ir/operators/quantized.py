@@ -36,16 +36,22 @@ def pack(q: Tensor, bits: int) -> Tensor:
     count = packed_bytes(q.shape[-1], bits)
     if 8 % bits == 0:
         each = 8 // bits
-        parts = torch.nn.functional.pad(offset, [0, count * each - q.shape[-1]]).unflatten(-1, (count, each))
-        total = parts[..., 0]
+        parts = _rows(offset, count, each)
+        total: Tensor = parts[..., 0]
         for place in range(1, each):
             total = total | (parts[..., place] << (bits * place))
         return total
     places = torch.arange(bits, device=q.device, dtype=torch.uint8)
     stream = ((offset.unsqueeze(-1) >> places) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, [0, count * 8 - stream.shape[-1]]).unflatten(-1, (count, 8))
+    stream = _rows(stream, count, 8)
     weights = 1 << torch.arange(8, device=q.device, dtype=torch.int32)
     return (stream.to(torch.int32) * weights).sum(-1).to(torch.uint8)
+
+
+def _rows(x: Tensor, count: int, each: int) -> Tensor:
+    """Return (..., count, each) of (..., n), filled up with zeros."""
+    filled = torch.nn.functional.pad(x, [0, count * each - x.shape[-1]])
+    return filled.reshape(*x.shape[:-1], count, each)
 
 
 def unpack(packed: Tensor, features: int, bits: int) -> Tensor:
@@ -60,7 +66,7 @@ def unpack(packed: Tensor, features: int, bits: int) -> Tensor:
         places = torch.arange(8, device=packed.device, dtype=torch.uint8)
         stream = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : features * bits]
         weights = 1 << torch.arange(bits, device=packed.device, dtype=torch.int32)
-        offset = (stream.unflatten(-1, (features, bits)).to(torch.int32) * weights).sum(-1)
+        offset = (_rows(stream, features, bits).to(torch.int32) * weights).sum(-1)
     return (offset.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
@@ -71,9 +77,7 @@ def _blocks(features: int, block: int) -> int:
 def _dynamic_scale(x: Tensor, bits: int, block: int) -> Tensor:
     """Return a float16 scale per token and block of features: the largest absolute value over 2^(bits-1) - 1."""
     count = _blocks(x.shape[-1], block)
-    spread = torch.nn.functional.pad(x.float(), [0, count * block - x.shape[-1]]).unflatten(
-        -1, (count, block)
-    )
+    spread = _rows(x.float(), count, block)
     top = (1 << (bits - 1)) - 1
     # float16 has no number above 65,504, and a scale of zero divides nothing
     return (spread.abs().amax(-1) / max(top, 1)).clamp(6e-8, 65504.0).to(torch.float16)

@@ -1,0 +1,96 @@
+"""What each sync point is worth: the metric as they are dropped from the last block backwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...ir.execute import interpret
+from ...ir.program import Program
+from ..metrics import BY_NAME, default_metric
+from .sync_points import drop, find_sync_points
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+
+def backward_sweep(
+    program: Program, context: Context, metric: str, log: Callable[[str], None]
+) -> dict[str, float]:
+    """Return by block S_i = metric(dropped from i on) - metric(dropped from i + 1 on), and the original's as "base".
+
+    After section 4 of arXiv 2502.20727: L + 1 evaluations, from the last block backwards. A batch runs once
+    through the original; each variant begins at its first changed block, with the stream as it was there. Sums
+    over batches are kept in the work directory after each batch, so an interrupted sweep goes on.
+    """
+    points, _ = find_sync_points(program)
+    names = list(points)
+    name = default_metric(program) if metric == "auto" else metric
+    variants: dict[str, Program] = {}
+    for index, first in enumerate(names):
+        variant = program.copy()
+        drop(variant, names[index:])
+        variants[first] = variant
+    batches = context.batches()
+    store = f"drop-sync-points:{name}:{len(batches)}"
+    sums = context.stored(program, store)
+    context.progress.start(f"dropping {len(names)} sync points one after the other", len(batches))
+    began = time.perf_counter()
+    done = int(sums.get("batches", 0))
+    try:
+        for number, batch in enumerate(batches):
+            if number < done:
+                context.progress.step("kept from before")
+                continue
+            inputs = context.bound(program, batch)
+            reads = [points[n].attention.reads for n in names]
+            outputs = interpret(program, inputs, record=dict.fromkeys(reads))
+            _count(sums, "base", name, batch, outputs, outputs)
+            for first, variant in variants.items():
+                start = points[first].attention.reads
+                here = next(n for n in variant.graph.nodes if n.name == start.name)
+                found = interpret(variant, inputs, given={here: outputs[start.name]})
+                _count(sums, first, name, batch, found, outputs)
+            sums["batches"] = float(number + 1)
+            context.store(program, store, sums)
+            if number == done and len(batches) > done + 1:
+                each = time.perf_counter() - began
+                log(
+                    f"the sweep takes about {each * (len(batches) - done):.3g} s: {len(batches)} batches of {each:.2g} s"
+                )
+            context.progress.step()
+    finally:
+        context.progress.done()
+    values = {n: _value(sums, n, name) for n in ("base", *names)}
+    found_scores = {"base": values["base"]}
+    for index, first in enumerate(names):
+        later = values[names[index + 1]] if index + 1 < len(names) else values["base"]
+        found_scores[first] = values[first] - later
+    return found_scores
+
+
+def _count(sums: dict[str, float], key: str, metric: str, batch: Any, outputs: Any, reference: Any) -> None:
+    made = BY_NAME[metric]()
+    made.add(batch, outputs, reference)
+    sums[f"{key}.total"] = sums.get(f"{key}.total", 0.0) + made.total
+    sums[f"{key}.count"] = sums.get(f"{key}.count", 0.0) + made.count
+
+
+def _value(sums: dict[str, float], key: str, metric: str) -> float:
+    made = BY_NAME[metric]()
+    made.total, made.count = sums[f"{key}.total"], int(sums[f"{key}.count"])
+    return made.value()
+
+
+def classify(scores: dict[str, float], insensitive: float, sensitive: float) -> dict[str, str]:
+    """Return the class of each block: insensitive, sensitive, extremely sensitive; thresholds relative to the base."""
+    base = abs(scores["base"]) or 1.0
+    classes = {}
+    for name, score in scores.items():
+        if name != "base":
+            relative = score / base
+            classes[name] = "insensitive" if relative <= insensitive else (
+                "sensitive" if relative <= sensitive else "extremely sensitive"
+            )  # fmt: skip
+    return classes

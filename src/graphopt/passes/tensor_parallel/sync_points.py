@@ -1,0 +1,196 @@
+"""Sync points of a sharded model, and dropping the one after attention: the block form of SPD.
+
+With x the stream before attention, P_i the partial result of its last projection on rank i and Z_i that of the
+feed-forward, a block computes ``u = x + sum(P_i) + b``, ``y = u + sum(Z_i(u)) + c``. Dropped, it computes
+``u_i = x + P_i + b`` on each rank and ``y = x + b + c + sum(P_i + Z_i(u_i))``: what attention adds to the stream stays
+exact, the feed-forward sees a part of it (arXiv 2502.20727).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...ir.anatomy import Block
+from ...ir.fold import depends_on_weights_alone
+from ...ir.groups import TENSOR_PARALLEL
+from ...ir.program import Program
+from ...ir.schema import is_operator
+from .cutting import all_reduce
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+_VIEWS = ("aten.reshape", "aten.permute", "aten.transpose", "aten.unsqueeze", "aten.squeeze", "aten.to")
+NAME = "drop-sync-points"
+
+
+@dataclass
+class Term:
+    """What a block adds to the stream: a partial value, and the steps that its sum goes through.
+
+    ``steps`` are operators with the place of the operand that changes; among them the addition of a bias.
+    """
+
+    partial: fx.Node
+    steps: list[tuple[fx.Node, int]]
+
+
+@dataclass
+class SyncPoint:
+    """An attention whose all-reduce can be dropped, and the feed-forward that takes it over."""
+
+    attention: Block
+    ffn: Block
+    first: Term
+    second: Term
+
+
+def find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
+    """Return what can be dropped by the name of the attention block, and why the others cannot."""
+    found: dict[str, SyncPoint] = {}
+    refused: dict[str, str] = {}
+    constant = depends_on_weights_alone(program)
+    following: dict[fx.Node, list[Block]] = {}
+    for block in program.anatomy.blocks:
+        following.setdefault(block.reads, []).append(block)
+    for block in program.anatomy.attention:
+        made = _sync_point(block, following, constant)
+        if isinstance(made, str):
+            refused[block.name] = made
+        else:
+            found[block.name] = made
+    return found, refused
+
+
+def _sync_point(
+    block: Block, following: dict[fx.Node, list[Block]], constant: set[fx.Node]
+) -> SyncPoint | str:
+    if block.parallel:
+        return "attention and feed-forward run side by side and share one all-reduce already"
+    if block.norms in ("sandwich", "branch"):
+        return "a norm follows its all-reduce: the norm of a sum is not the sum of norms"
+    if block.norms == "post" or block.writes is not block.add:
+        return "a norm on the stream follows its all-reduce: the norm of a sum is not the sum of norms"
+    first = term_of(block, constant)
+    if first is None:
+        return "no all-reduce of its own: it is not sharded, or was dropped before"
+    after = following.get(block.writes, [])
+    if not after:
+        return "nothing follows it whose all-reduce could take over its sum"
+    if len(after) > 1 or after[0].parallel:
+        return "more than one block reads what it writes"
+    ffn = after[0]
+    if ffn.kind == "experts":
+        return "a mixture follows: routers that see different values choose different experts on each rank"
+    if ffn.kind != "ffn":
+        return f"a feed-forward must follow, and {ffn.name} is none"
+    if ffn.norms in ("sandwich", "branch", "post") or ffn.writes is not ffn.add:
+        return f"a norm follows the all-reduce of {ffn.name}"
+    second = term_of(ffn, constant)
+    if second is None:
+        return f"{ffn.name}, which follows, has no all-reduce that could take over its sum"
+    inside = {*ffn.nodes, ffn.add}
+    others = [user.name for user in block.add.users if user not in inside]
+    if others:
+        return f"what it writes is read by {others[0]} as well"
+    if set(block.add.args) != {block.reads, block.term} or set(ffn.add.args) != {ffn.reads, ffn.term}:
+        return "its addition has other terms besides"
+    return SyncPoint(block, ffn, first, second)
+
+
+def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
+    """Return a block's partial value and the way of its sum to the stream; None if it has none of its own."""
+    steps: list[tuple[fx.Node, int]] = []
+    node = block.term
+    while True:
+        if len(node.users) != 1:
+            return None
+        if is_operator(node, "graphopt.all_reduce"):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            return Term(source, steps[::-1])
+        if is_operator(node, *_VIEWS, "aten.div"):
+            place = 0
+        elif is_operator(node, "aten.add", "aten.mul") and not node.kwargs:
+            changing = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a not in constant]
+            if len(changing) != 1:
+                return None
+            place = changing[0]
+        else:
+            return None
+        steps.append((node, place))
+        operand = node.args[place]
+        if not isinstance(operand, fx.Node):
+            return None
+        node = operand
+
+
+def _scaled(program: Program, term: Term) -> fx.Node:
+    """The partial value after all steps but additions."""
+    value = term.partial
+    for node, place in term.steps:
+        if not is_operator(node, "aten.add"):
+            args = list(node.args)
+            args[place] = value
+            value = program.edit.call(node.target, *args, **node.kwargs)
+    return value
+
+
+def _offset(program: Program, term: Term) -> fx.Node | None:
+    """What the steps add to a sum of zeros: the bias, and what later steps make of it."""
+    value: fx.Node | None = None
+    for node, place in term.steps:
+        if is_operator(node, "aten.add"):
+            other = node.args[1 - place]
+            assert isinstance(other, fx.Node)
+            value = other if value is None else program.edit.call(aten.add.Tensor, value, other)
+        elif value is not None and not is_operator(node, *_VIEWS):
+            args = list(node.args)
+            args[place] = value
+            value = program.edit.call(node.target, *args, **node.kwargs)
+    return value
+
+
+def drop(program: Program, names: list[str]) -> None:
+    """Drop the sync points after these attention blocks, first to last.
+
+    Raises:
+        KeyError: a name is none of a block whose sync point can be dropped.
+    """
+    found, _ = find_sync_points(program)
+    now: dict[fx.Node, fx.Node] = {}
+    chosen = [found[name] for name in names]
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    for point in sorted(chosen, key=lambda p: order[p.attention.add]):
+        _drop_one(program, point, now)
+
+
+def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -> None:
+    call = program.edit.call
+    x = now.get(point.attention.reads, point.attention.reads)
+    with program.edit.before(point.attention.add):
+        partial = _scaled(program, point.first)
+        offset = _offset(program, point.first)
+        own = call(dialect.unreduced.default, partial, TENSOR_PARALLEL)
+        if offset is not None:
+            own = call(aten.add.Tensor, own, offset)
+        own = call(aten.add.Tensor, x, own)
+    with program.edit.before(point.ffn.add):
+        total = all_reduce(program, call(aten.add.Tensor, partial, _scaled(program, point.second)))
+        base = x
+        for term in (offset, _offset(program, point.second)):
+            if term is not None:
+                base = call(aten.add.Tensor, base, term)
+        written = call(aten.add.Tensor, base, total)
+    program.edit.replace(point.ffn.add, written)
+    program.edit.replace(point.attention.add, own)
+    now[point.ffn.add] = written
+
+
+def count_dropped(program: Program) -> int:
+    """Return how many partial values are used as if they were whole."""
+    return program.operators["graphopt.unreduced"]
+
+
+__all__ = ["SyncPoint", "Term", "count_dropped", "drop", "find_sync_points", "term_of"]
