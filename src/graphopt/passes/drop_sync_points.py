@@ -38,7 +38,7 @@ class DropSyncPoints(Pass):
     name = "drop-sync-points"
     contract = Approximate("perplexity")
     requires = ("tensor_parallel",)
-    invalidates = ("calibrated_communication",)
+    excludes = ("quantized_communication",)
     paper = "arXiv 2502.20727"
 
     fraction: float | None = option(

@@ -24,6 +24,7 @@ BUILT_IN: dict[str, str] = {
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
     "shard-tensor-parallel": "graphopt.passes.shard_tensor_parallel:ShardTensorParallel",
     "drop-sync-points": "graphopt.passes.drop_sync_points:DropSyncPoints",
+    "quantize-communication": "graphopt.passes.quantize_communication:QuantizeCommunication",
 }
 
 

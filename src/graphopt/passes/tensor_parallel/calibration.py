@@ -1,0 +1,165 @@
+"""Ranges of what ranks send, gathered over calibration data: moving averages of each feature's extremes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir import groups
+from ...ir.errors import PipelineError
+from ...ir.execute import interpret
+from ...ir.program import Program
+from ...ir.ranks import rank_copies, ranks_of, runnable
+from ...ir.schema import arguments
+from ..metrics import Batch
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+FLOOR = 1e-8
+_KEPT: dict[str, dict[str, torch.Tensor]] = {}
+
+
+@dataclass
+class Extremes:
+    """Moving averages of the smallest and largest value of each feature, by rank.
+
+    ``m <- (1 - rate) m + rate * min over a sequence``, likewise the largest; the first sequence sets them
+    (arXiv 2411.07942; a rate of 0.01).
+    """
+
+    rate: float
+    low: dict[int, torch.Tensor] = field(default_factory=dict)
+    high: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, rank: int, sequence: torch.Tensor) -> None:
+        """Count one sequence (positions, features)."""
+        low, high = sequence.float().amin(0), sequence.float().amax(0)
+        if rank in self.low:
+            low = torch.lerp(self.low[rank], low, self.rate)
+            high = torch.lerp(self.high[rank], high, self.rate)
+        self.low[rank], self.high[rank] = low, high
+
+    def largest(self, ranks: int) -> torch.Tensor:
+        """Return max(|m|, |M|), (ranks, features)."""
+        return torch.stack([torch.maximum(self.low[r].abs(), self.high[r].abs()) for r in range(ranks)])
+
+
+def calibrate(
+    program: Program, context: Context, sums: list[fx.Node], rate: float
+) -> dict[str, torch.Tensor]:
+    """Return the ranges of what each rank adds to each sum, and of the sums.
+
+    Returns:
+        By name of the all-reduce: (ranks, features) largest absolute values; under ``<name>.sum`` those of the
+        result, (features,).
+    """
+    ranks = ranks_of(program)
+    running, copies = _running(program)
+    watched: dict[fx.Node, list[tuple[str, int]]] = {}
+    seen: dict[str, Extremes] = {}
+    for node in sums:
+        for rank, copy in enumerate(copies(arguments(node)["x"])):
+            watched.setdefault(copy, []).append((node.name, rank))
+        watched.setdefault(copies(node)[0], []).append((f"{node.name}.sum", 0))
+        seen[node.name], seen[f"{node.name}.sum"] = Extremes(rate), Extremes(rate)
+    batches = context.batches()
+    context.progress.start(f"calibrating {len(sums)} sums", len(batches))
+    for batch in batches:
+
+        def record(node: fx.Node, value: Any, batch: Batch = batch) -> Any:
+            for name, rank in watched.get(node, ()):
+                for sequence in _sequences(value, batch):
+                    seen[name].add(rank, sequence)
+            return value
+
+        interpret(running, context.bound(program, batch), hook=record)
+        context.progress.step()
+    context.progress.done()
+    alone = "rank" not in running.facts
+    found = {}
+    for node in sums:
+        own = seen[node.name].largest(ranks if alone else 1)
+        found[node.name] = own if alone else _gathered(own)
+        found[f"{node.name}.sum"] = seen[f"{node.name}.sum"].largest(1)[0]
+    return found
+
+
+def _running(program: Program) -> tuple[Program, Any]:
+    running = runnable(program)
+    if "rank" not in running.facts:
+        return running, rank_copies(program).__getitem__
+    by_name = {n.name: n for n in running.graph.nodes}
+    return running, lambda node: [by_name[node.name]]
+
+
+def _gathered(own: torch.Tensor) -> torch.Tensor:
+    bound = groups.group_for(groups.world_size())
+    assert bound is not None
+    return groups.all_gather(own, bound)
+
+
+def _sequences(value: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """The rows of a batch, padding left out."""
+    flat = value.reshape(-1, value.shape[-1])
+    mask = batch.get("attention_mask")
+    if mask is None or mask.numel() != flat.shape[0]:
+        return [value.reshape(-1, value.shape[-1])] if value.dim() < 3 else list(value)
+    rows = flat.reshape(*mask.shape, -1)
+    return [row[own] for row, own in zip(rows, mask.bool(), strict=True) if bool(own.any())]
+
+
+def clipped(
+    parts: list[torch.Tensor], scales: torch.Tensor, order: torch.Tensor, kept: int, bits: int
+) -> float:
+    """Return which share of the integers sent is cut off at the ends of their range."""
+    top = 1 << (bits - 1)
+    outside = total = 0
+    for part, scale in zip(parts, scales, strict=True):
+        ratio = torch.round(part.index_select(-1, order)[..., kept:].float() / scale)
+        outside += int(((ratio < -top) | (ratio > top - 1)).sum())
+        total += ratio.numel()
+    return outside / max(total, 1)
+
+
+def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[str, Any]) -> str:
+    """Keep ranges for the rewrite, in memory and in the work directory; return where: a key or a file."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    _KEPT[key] = found
+    if work_dir is None:
+        return key
+    from ...ir.safetensors_file import write_file
+    from ...ir.weights import InMemory
+
+    work_dir.mkdir(parents=True, exist_ok=True)
+    path = work_dir / f"ranges-{key}.safetensors"
+    write_file(path, {name: InMemory(tensor.contiguous()) for name, tensor in found.items()})
+    return str(path)
+
+
+def kept(where: str) -> dict[str, torch.Tensor]:
+    """Return the ranges that a plan speaks of.
+
+    Raises:
+        PipelineError: they are not to be had any more.
+    """
+    key = Path(where).stem.removeprefix("ranges-")
+    if key in _KEPT:
+        return _KEPT[key]
+    if Path(where).is_file():
+        from safetensors.torch import load_file
+
+        return load_file(where)
+    raise PipelineError(
+        f"the ranges that the plan was made with ({where}) are not there",
+        hint="plan again with data; with work_dir they are kept in a file",
+    )
+
+
+__all__ = ["FLOOR", "Extremes", "calibrate", "clipped", "keep", "kept"]
