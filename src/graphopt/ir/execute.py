@@ -149,6 +149,8 @@ def interpret(
             for dead in freed.get(node, ()):
                 values.pop(dead, None)
     for node in wanted:
+        if node not in values and node.name in program.weights:
+            values[node] = (sources or {}).get(node.name, program.weights[node.name].source).load()
         results[node.name] = values[node]
     return results
 

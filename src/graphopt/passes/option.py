@@ -57,6 +57,8 @@ def check(owner: str, name: str, field: dataclasses.Field[Any], annotation: Any,
     Raises:
         PipelineError: it has another type, is out of range, or is not one of the choices.
     """
+    if value is None and "none" in (field.metadata.get("choices") or ()):
+        value = "none"  # the word, which the text of a pipeline otherwise takes for nothing
     converted = _convert(annotation, value)
     if converted is _WRONG:
         raise PipelineError(f"{owner}: option {name} must be {describe(annotation)}, not {value!r}")

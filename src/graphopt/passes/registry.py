@@ -23,6 +23,7 @@ BUILT_IN: dict[str, str] = {
     "stream-convolutions": "graphopt.passes.stream_convolutions:StreamConvolutions",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
     "shard-tensor-parallel": "graphopt.passes.shard_tensor_parallel:ShardTensorParallel",
+    "group-heads": "graphopt.passes.group_heads:GroupHeads",
     "drop-sync-points": "graphopt.passes.drop_sync_points:DropSyncPoints",
     "quantize-communication": "graphopt.passes.quantize_communication:QuantizeCommunication",
 }

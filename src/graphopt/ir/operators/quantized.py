@@ -95,14 +95,22 @@ def encode(x: Tensor, scale: Tensor | None, kept: int, bits: int, block: int) ->
     return torch.cat([outliers, travelling.contiguous().view(torch.uint8), packed], -1)
 
 
+def _typed(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return bytes as numbers; a part without any keeps the strides of what it was cut from unless it is copied."""
+    return payload.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def decode(payload: Tensor, scale: Tensor | None, features: int, kept: int, bits: int, block: int) -> Tensor:
     """Return the (..., ``features``) float32 values that :func:`encode` wrote."""
-    outliers = payload[..., : 2 * kept].contiguous().view(torch.bfloat16).float()
+    outliers = _typed(payload[..., : 2 * kept], torch.bfloat16).float()
     rest, place = features - kept, 2 * kept
     if scale is None:
         count = _blocks(rest, block)
-        travelling = payload[..., place : place + 2 * count].contiguous().view(torch.float16)
-        scale = travelling.float().repeat_interleave(block, -1)[..., :rest]
+        scale = (
+            _typed(payload[..., place : place + 2 * count], torch.float16)
+            .float()
+            .repeat_interleave(block, -1)[..., :rest]
+        )
         place += 2 * count
     whole = unpack(payload[..., place : place + packed_bytes(rest, bits)], rest, bits)
     return torch.cat([outliers, whole.float() * scale.float()], -1)

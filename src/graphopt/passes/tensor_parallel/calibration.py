@@ -155,7 +155,8 @@ def kept(where: str) -> dict[str, torch.Tensor]:
     if Path(where).is_file():
         from safetensors.torch import load_file
 
-        return load_file(where)
+        found: dict[str, torch.Tensor] = load_file(where)
+        return found
     raise PipelineError(
         f"the ranges that the plan was made with ({where}) are not there",
         hint="plan again with data; with work_dir they are kept in a file",

@@ -42,37 +42,54 @@ def key_value_cut(cut: Shard, key_value_heads: int) -> Shard | str:
 class Cutter:
     """Makes nodes for parts of values, each once; they go to the editor's insertion point.
 
+    A part is anything that says how it moves to another dimension (``at``): a rank's share, an order of heads.
     ``whole`` lists values that every rank computes whole before it cuts them, and why.
     """
 
     program: Program
     constant: set[fx.Node] = field(default_factory=set)
-    made: dict[tuple[fx.Node, Shard], fx.Node] = field(default_factory=dict)
+    made: dict[tuple[fx.Node, Any], fx.Node] = field(default_factory=dict)
     whole: list[tuple[fx.Node, str]] = field(default_factory=list)
     cut_cores: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.constant = set(depends_on_weights_alone(self.program))
 
-    def part(self, node: fx.Node, cut: Shard) -> fx.Node:
+    def part(self, node: fx.Node, cut: Any) -> fx.Node:
         """Return a node with this rank's part of a value."""
-        if cut.length == cut.total and len(cut.starts) > 1:
-            return node  # every rank has all of it
+        if self.is_all(cut):
+            return node
         key = (node, cut)
         if key not in self.made:
             found = self._through(node, cut)
             if isinstance(found, str):
                 if node not in self.constant:
                     self.whole.append((node, found))
-                found = self.program.edit.call(
-                    dialect.local_slice.default, node, cut.dim, list(cut.starts), cut.length, TENSOR_PARALLEL
-                )
+                found = self.take(node, cut)
             if found is not node:
-                mark_cut(found, cut.dim)
+                self.mark(found, cut)
             self.made[key] = found
         return self.made[key]
 
-    def _through(self, node: fx.Node, cut: Shard) -> fx.Node | str:
+    def is_all(self, cut: Any) -> bool:
+        """Tell whether every rank has all of the value."""
+        return bool(cut.length == cut.total and len(cut.starts) > 1)
+
+    def take(self, node: fx.Node, cut: Any) -> fx.Node:
+        """Take the part of a value that exists whole."""
+        return self.program.edit.call(
+            dialect.local_slice.default, node, cut.dim, list(cut.starts), cut.length, TENSOR_PARALLEL
+        )
+
+    def mark(self, node: fx.Node, cut: Any) -> None:
+        """Write down what a node is."""
+        mark_cut(node, cut.dim)
+
+    def keys(self, cut: Any, key_value_heads: int) -> Any:
+        """Return the part of keys and values that a part of the queries needs, or why there is none."""
+        return key_value_cut(cut, key_value_heads)
+
+    def _through(self, node: fx.Node, cut: Any) -> fx.Node | str:
         if node.op != "call_function":
             return "it is an input"
         if is_operator(node, "graphopt.attention"):
@@ -84,7 +101,7 @@ class Cutter:
         if sources is None:
             return f"{operator_name(node.target)} mixes what would be cut"
         parts: dict[fx.Node, fx.Node] = {}
-        wanted: dict[fx.Node, Shard] = {}
+        wanted: dict[fx.Node, Any] = {}
         for operand, along in sources.items():
             if along is not None:
                 moved = cut.at(along.dim, along.factor, along.divisor)
@@ -97,7 +114,7 @@ class Cutter:
             parts[operand] = self.part(operand, moved)
         return self._again(node, parts, cut)
 
-    def _again(self, node: fx.Node, parts: dict[fx.Node, fx.Node], cut: Shard) -> fx.Node:
+    def _again(self, node: fx.Node, parts: dict[fx.Node, fx.Node], cut: Any) -> fx.Node:
         """Call the operator on parts, with the sizes that it names made to fit."""
         found = dict(arguments(node))
         name = _SIZES.get(operator_name(node.target))
@@ -120,11 +137,11 @@ class Cutter:
                 made.meta[key] = node.meta[key]
         return made
 
-    def _attention(self, node: fx.Node, cut: Shard) -> fx.Node | str:
+    def _attention(self, node: fx.Node, cut: Any) -> fx.Node | str:
         if cut.dim != 1:
             return "attention mixes what would be cut"
         found = dict(arguments(node))
-        keys = key_value_cut(cut, int(found["k"].meta["val"].shape[1]))
+        keys = self.keys(cut, int(found["k"].meta["val"].shape[1]))
         if isinstance(keys, str):
             return keys
         found["q"] = self.part(found["q"], cut)
@@ -132,7 +149,7 @@ class Cutter:
         if found["bias"] is not None and found["bias"].meta["val"].shape[1] != 1:
             found["bias"] = self.part(found["bias"], cut)
         if found["sinks"] is not None:
-            found["sinks"] = self.part(found["sinks"], Shard(0, cut.starts, cut.length, cut.total))
+            found["sinks"] = self.part(found["sinks"], cut.at(0))
         args, kwargs = normal_call(node.target, found)
         self.cut_cores.add(node)
         return self.program.edit.call(node.target, *args, **kwargs)

@@ -152,8 +152,8 @@ def _offset(program: Program, term: Term) -> fx.Node | None:
     return value
 
 
-def drop(program: Program, names: list[str]) -> None:
-    """Drop the sync points after these attention blocks, first to last.
+def drop(program: Program, names: list[str]) -> dict[str, fx.Node]:
+    """Drop the sync points after these attention blocks, first to last; return what each pair of blocks writes now.
 
     Raises:
         KeyError: a name is none of a block whose sync point can be dropped.
@@ -164,6 +164,7 @@ def drop(program: Program, names: list[str]) -> None:
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     for point in sorted(chosen, key=lambda p: order[p.attention.add]):
         _drop_one(program, point, now)
+    return {point.attention.name: now[point.ffn.add] for point in chosen}
 
 
 def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -> None:
