@@ -15,7 +15,6 @@ import zoo
 import graphopt
 from graphopt import Program
 
-
 # started in the background, a shell leaves Ctrl-C ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

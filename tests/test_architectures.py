@@ -11,6 +11,7 @@ import zoo
 import graphopt
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.examples import example_inputs
+from graphopt.ir.ranks import synchronisations
 from graphopt.ir.schema import argument
 from graphopt.ir.verify import compare_programs, verify
 from graphopt.passes import parse_pipeline
@@ -83,6 +84,33 @@ def test_exact_passes_are_exact(captured) -> None:
     inputs = example_inputs(program)
     errors = compare_programs(program, rewritten, program.bind((), inputs))
     assert max(errors.values()) < 1e-10, "a pass that promises exactness changed the function"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_over_ranks(captured, ranks: int) -> None:
+    name, _, program = captured
+    case = zoo.CASES[name]
+    heads = {b.sizes["heads"] for b in program.anatomy.attention if "heads" in b.sizes}
+    if not heads:
+        with pytest.raises(graphopt.ir.errors.PassRefusedError, match="every rank computes it whole"):
+            graphopt.optimize(program, f"shard-tensor-parallel{{size={ranks}}}")
+        return
+    if any(h % ranks for h in heads):
+        with pytest.raises(graphopt.ir.errors.PassRefusedError, match="heads do not divide"):
+            graphopt.optimize(program, f"shard-tensor-parallel{{size={ranks}}}")
+        return
+    sharded = graphopt.optimize(program, f"shard-tensor-parallel{{size={ranks}}}")
+    taken = [s for s in sharded.report.passes[-1].sites if "." in s]
+    assert len(taken) == sum(case.blocks.values()), f"left whole: {sharded.report.passes[-1].refused}"
+    per_block = 0.5 if "parallel" in case.features else 1
+    assert len(synchronisations(sharded)) == per_block * len(taken), "a sum too many, or one too few"
+    inputs = example_inputs(program)
+    errors = compare_programs(program, sharded, program.bind((), inputs))
+    assert max(errors.values()) < 1e-10, "the ranks together do not compute what the model does"
+    first, second = program(**inputs), sharded(**inputs)
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value, second[key], atol=1e-5), f"output {key} differs in float32"
 
 
 def test_saved_and_loaded_is_equal(captured, tmp_path: Path) -> None:

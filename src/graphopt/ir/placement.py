@@ -8,7 +8,7 @@ error behind wrong biases and residuals.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,17 +40,12 @@ class Partial:
 
 @dataclass(frozen=True)
 class Shard:
-    """Every rank has ``length`` entries of ``total`` along ``dim``, from its own start on.
-
-    Where several values that are cut alike lie one after the other (gate and up projection in one matrix),
-    ``segments`` counts them.
-    """
+    """Every rank has ``length`` entries of ``total`` along ``dim``, from its own start on."""
 
     dim: int
     starts: tuple[int, ...]
     length: int
     total: int
-    segments: int = 1
 
     @property
     def even(self) -> bool:
@@ -65,13 +60,38 @@ class Shard:
         if any(n * factor % divisor for n in numbers):
             return None
         *starts, length, total = (n * factor // divisor for n in numbers)
-        return Shard(dim, tuple(starts), length, total, self.segments)
+        return Shard(dim, tuple(starts), length, total)
 
     def __str__(self) -> str:
         return f"cut along dimension {self.dim}"
 
 
-Placement = Replicate | Partial | Shard
+@dataclass(frozen=True)
+class Joined:
+    """Several values, each cut in its own way, one after the other along ``dim``: fused projections."""
+
+    dim: int
+    pieces: tuple[Shard, ...]
+
+    def part(self, start: int, end: int) -> Shard | None:
+        """Return the piece that lies from ``start`` to ``end``; None if none does."""
+        place = 0
+        for piece in self.pieces:
+            following = place + piece.length
+            if (start, end) == (place, following):
+                return piece
+            place = following
+        return None
+
+    def at(self, dim: int) -> Joined:
+        """Return the same along another dimension."""
+        return Joined(dim, tuple(replace(piece, dim=dim) for piece in self.pieces))
+
+    def __str__(self) -> str:
+        return f"{len(self.pieces)} values cut along dimension {self.dim}, side by side"
+
+
+Placement = Replicate | Partial | Shard | Joined
 WHOLE, PARTIAL = Replicate(), Partial()
 
 # of a partial operand and whole ones, linear in the partial one
@@ -113,9 +133,10 @@ def _infer(program: Program) -> dict[fx.Node, Placement]:
             try:
                 placed[node] = _place(node, placed)
             except _Misplaced as problem:
+                near = [node, *node.all_input_nodes]
                 raise VerificationError(
                     f"{node.name} = {operator_name(node.target)}: {problem}",
-                    node=node.name, source=program.source_line(node),
+                    node=node.name, source=next(filter(None, map(program.source_line, near)), ""),
                     hint="reduce or gather the value first, or add what is whole after the sum",
                 ) from None  # fmt: skip
         elif node.op == "output":
@@ -141,6 +162,8 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     held = {n: placed[n] for n in node.all_input_nodes}
     if all(p == WHOLE for p in held.values()):
         return WHOLE
+    if any(isinstance(p, Joined) for p in held.values()):
+        return _apart(node, name, held)
     if any(p == PARTIAL for p in held.values()):
         return _linear(node, name, held)
     return _along(node, name, held)
@@ -156,7 +179,7 @@ def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placeme
         raise _Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
     if name in _SCALING and all(held[n] == WHOLE for n in others):
         first: Any = node.args[0]
-        if sum(p == PARTIAL for p in held.values()) == 1 and (
+        if sum(isinstance(a, fx.Node) and held[a] == PARTIAL for a in node.args) == 1 and (
             name == "aten.mul" or held.get(first) == PARTIAL
         ):
             return PARTIAL
@@ -164,6 +187,35 @@ def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placeme
         return PARTIAL
     partial = next(n for n, p in held.items() if p == PARTIAL)
     raise _Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
+
+
+def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
+    """Values that lie side by side are taken apart again."""
+    source = next(n for n, p in held.items() if isinstance(p, Joined))
+    joined = held[source]
+    assert isinstance(joined, Joined)
+    found = arguments(node)
+    if name == "aten.split_with_sizes" and found["dim"] % source.meta["val"].dim() == joined.dim:
+        return joined
+    piece: Shard | None = None
+    if name == "aten.slice" and found["dim"] % source.meta["val"].dim() == joined.dim and found["step"] == 1:
+        size = int(source.meta["val"].shape[joined.dim])
+        piece = joined.part(found["start"] or 0, min(size, size if found["end"] is None else found["end"]))
+    elif name == "getitem":
+        sizes = [int(v.shape[joined.dim]) for v in source.meta["val"]]
+        number = int(node.args[1])  # type: ignore[arg-type]
+        piece = joined.part(sum(sizes[:number]), sum(sizes[: number + 1]))
+    if piece is not None:
+        return piece
+    moved = carried(node, source, joined.dim)
+    others = [n for n, p in held.items() if n is not source]
+    if moved is None or moved.factor != moved.divisor or any(held[n] != WHOLE for n in others):
+        raise _Misplaced(f"{source.name} is {joined}, and this takes no whole piece of it")
+    for other in others:
+        value = other.meta.get("val")
+        if isinstance(value, torch.Tensor) and not _fits_whole(node, value, moved.dim):
+            raise _Misplaced(f"{other.name} is whole where the other operand is {joined}")
+    return joined.at(moved.dim)
 
 
 def _along(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
@@ -252,6 +304,10 @@ def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
         if found["bias"] is not None:
             raise _Misplaced("its bias would be added once a rank; add it after the sum")
         return PARTIAL
+    if isinstance(weight, Joined):
+        if weight.dim != 0 or x != WHOLE or (found["bias"] is not None and bias != weight):
+            raise _Misplaced(f"its matrix is {weight}, its input is {x}, its bias is {bias}")
+        return weight.at(last)
     if isinstance(weight, Shard):
         if weight.dim != 0 or x != WHOLE:
             raise _Misplaced(f"its matrix is {weight}, and its input is {x}")
@@ -298,6 +354,8 @@ def _experts(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     found = arguments(node)
     _whole(*((found[n], placed) for n in ("x", "weights")))
     up, down = _of(found["up"], placed), _of(found["down"], placed)
+    if isinstance(up, Joined) and len(set(up.pieces)) == 1:
+        up = up.pieces[0]  # gate and what it multiplies, cut alike
     if up == WHOLE and down == WHOLE:
         return WHOLE
     if not (isinstance(up, Shard) and isinstance(down, Shard)):
@@ -337,13 +395,12 @@ def _joined(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     """Values cut alike, one after the other along the cut."""
     held = [placed[n] for n in node.args[0]]  # type: ignore[union-attr, index]
     dim = int(arguments(node)["dim"]) % node.meta["val"].dim()
-    first = held[0]
-    if isinstance(first, Shard) and first.dim == dim and all(p == first for p in held):
-        return Shard(dim, first.starts, first.length, first.total, first.segments * len(held))
     if all(p == WHOLE for p in held):
         return WHOLE
     if all(p == PARTIAL for p in held):
         return PARTIAL
+    if all(isinstance(p, Shard) and p.dim == dim for p in held):
+        return Joined(dim, tuple(p for p in held if isinstance(p, Shard)))
     return _along(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
 
 

@@ -30,8 +30,8 @@ ON_RANKS = (*COLLECTIVES, "graphopt.local_slice", "graphopt.unreduced")
 
 
 def ranks_of(program: Program) -> int:
-    """Return how many ranks a program is for; 1 if it is not sharded."""
-    return int(program.facts.get("ranks", 1))
+    """Return how many ranks a program is for; 0 if it is not sharded, or is one rank's."""
+    return 0 if "rank" in program.facts else int(program.facts.get("ranks", 0))
 
 
 def synchronisations(program: Program) -> list[fx.Node]:
@@ -49,12 +49,14 @@ class _Unroller:
         self.copies: dict[fx.Node, list[fx.Node]] = {}
 
     def run(self) -> None:
+        # first, so that they keep their names, by which they are given values
+        for node in self.old.nodes:
+            if node.op == "placeholder":
+                self.copies[node] = [self.copy(node, 0)]
         for node in self.old.nodes:
             if node.op == "output":
                 self.output(node)
-            elif node.op == "placeholder":
-                self.copies[node] = [self.copy(node, 0)]
-            else:
+            elif node.op != "placeholder":
                 rule = getattr(self, operator_name(node.target).rpartition(".")[2], None)
                 if rule is not None and is_operator(node, *ON_RANKS):
                     rule(node)
@@ -221,6 +223,7 @@ def _bound_to(program: Program, rank: int) -> Program:
         elif is_operator(node, "graphopt.unreduced"):
             own.edit.replace(node, arguments(node)["x"], same=False)
     own.facts["rank"] = rank
+    own.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
     replaced = dict(own.edit.journal)
     own.derived("replaced by", lambda: replaced)
     own.edit.journal.clear()
@@ -259,7 +262,7 @@ def runnable(program: Program) -> Program:
         UsageError: another number of processes runs than the program is for.
     """
     ranks = ranks_of(program)
-    if ranks == 1 or "rank" in program.facts:
+    if not ranks:
         return program
     bound = groups.group_for(ranks)
     return unrolled(program) if bound is None else rank_program(program, bound.rank)

@@ -31,14 +31,14 @@ class Region:
         leaves: where it was cut.
         weights: what it reads of weights.
         targets: what it computes.
-        ranks: how many ranks compute it together.
+        ranks: how many ranks compute it together; 0 if it is not sharded.
     """
 
     nodes: list[fx.Node]
     leaves: list[fx.Node]
     weights: list[fx.Node]
     targets: list[fx.Node]
-    ranks: int = 1
+    ranks: int = 0
 
     @cached_property
     def operators(self) -> list[fx.Node]:
@@ -59,7 +59,7 @@ class Region:
             else:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output([copies[n] for n in self.targets])
-        return graph if self.ranks == 1 else unroll(graph, self.ranks)[0]
+        return graph if not self.ranks else unroll(graph, self.ranks)[0]
 
     def run(self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> list[torch.Tensor]:
         """Evaluate in float64; a weight is loaded at its first use and freed after its last.

@@ -73,6 +73,14 @@ class _Unchanged(SafetensorsEntry):
     stamp: tuple[int, ...] = ()
 
     def load(self) -> torch.Tensor:
+        self._same_file()
+        return super().load()
+
+    def load_part(self, dim: int, start: int, end: int) -> torch.Tensor:
+        self._same_file()
+        return super().load_part(dim, start, end)
+
+    def _same_file(self) -> None:
         try:
             now = _stamp(self.path)
         except OSError as error:
@@ -82,7 +90,6 @@ class _Unchanged(SafetensorsEntry):
                 f"{self.path} has changed since tensor {self.key!r} was found in it",
                 hint="load the checkpoint or program again; to go on with this one, save it to another place",
             )
-        return super().load()
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def verify(program: Program, nodes: Iterable[fx.Node] | None = None) -> None:
         VerificationError: with the node, its source line and the graph around it.
     """
     _structure(program)
-    if ranks_of(program) > 1 and "rank" not in program.facts:
+    if ranks_of(program):
         placements(program)
     for node in program.graph.nodes if nodes is None else nodes:
         if node._erased or node.op != "call_function":

@@ -96,7 +96,9 @@ def encode(x: Tensor, scale: Tensor | None, kept: int, bits: int, block: int) ->
 
 
 def _typed(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bytes as numbers; a part without any keeps the strides of what it was cut from unless it is copied."""
+    """Return bytes as numbers; an empty tensor has strides that no other type accepts."""
+    if payload.shape[-1] == 0:
+        return payload.new_empty(payload.shape, dtype=dtype)
     return payload.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
