@@ -82,7 +82,7 @@ class GroupHeads(Pass):
             plan.sites.append(Site(block.name, order=order))
             plan.scores[block.name] = gain
         if plan.scores:
-            plan.notes.append("scores: difference within groups, relative to the order that there was")
+            plan.notes.append("scores: difference within groups, relative to groups at random")
         return plan
 
     def _refusal(self, block: Block) -> str:

@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float]:
-    """Return equal groups with large distances within, and their sum relative to that of groups in order.
+    """Return equal groups with large distances within, and their sum relative to that of groups at random.
 
     Exchanges of two members go on until none gains (arXiv 2502.20727 leaves the method open).
 
@@ -18,7 +18,6 @@ def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float
     units = len(distances)
     size = units // count
     groups = [list(range(g * size, (g + 1) * size)) for g in range(count)]
-    start = _within(distances, groups)
     gained = True
     while gained:
         gained = False
@@ -26,7 +25,9 @@ def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float
             for b in range(a + 1, count):
                 gained = _exchange(distances, groups[a], groups[b]) or gained
     groups = sorted(sorted(group) for group in groups)
-    return groups, _within(distances, groups) / start if start > 0 else 1.0
+    # of all pairs, so many lie within a group
+    expected = float(distances.sum()) / 2 * (size - 1) / (units - 1)
+    return groups, _within(distances, groups) / expected if expected > 0 else 1.0
 
 
 def _within(distances: torch.Tensor, groups: list[list[int]]) -> float:

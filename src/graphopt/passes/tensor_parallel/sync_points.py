@@ -75,6 +75,8 @@ def _sync_point(
     first = term_of(block, constant)
     if first is None:
         return "no all-reduce of its own: it is not sharded, or was dropped before"
+    if is_operator(first.partial, "aten.add"):
+        return "attention and feed-forward run side by side and share one all-reduce already"
     after = following.get(block.writes, [])
     if not after:
         return "nothing follows it whose all-reduce could take over its sum"
