@@ -15,6 +15,7 @@ WALLS = {
     "frontends": {"ir", "frontends"},
     "backends": {"ir", "backends"},
     "training": {"ir", "training"},
+    "decoding": {"ir", "decoding"},
 }
 FOLDERS = {p.name for p in SOURCE.iterdir() if p.is_dir()} | {"api"}
 

@@ -31,6 +31,7 @@ _HOMES = {
     "evaluate": "graphopt.evaluation",
     "Program": "graphopt.ir.program",
     "rewrite": "graphopt.ir.rewrite",
+    "generate": "graphopt.decoding",
     **dict.fromkeys(
         (
             "CaptureError",
@@ -63,6 +64,7 @@ __all__ = [
     "capture",
     "cost",
     "evaluate",
+    "generate",
     "load",
     "optimize",
     "rewrite",

@@ -17,6 +17,7 @@ from .ir.cost import cost
 from .ir.errors import CheckpointError, LoweringError, UsageError
 from .ir.examples import example_inputs
 from .ir.program import EXITS, Program
+from .ir.ranks import ranks_of
 from .ir.serialize import load_program, save_program
 from .ir.serialize.write import is_saved_program
 from .passes.base import Pass
@@ -206,7 +207,16 @@ def load(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program
     return load_program(path, check_hashes=check_hashes)
 
 
+def _one_graph(program: Program) -> None:
+    if ranks_of(program):
+        raise LoweringError(
+            f"the program is for {ranks_of(program)} ranks, and a file of this kind holds one graph",
+            hint="save() keeps all ranks; write the program out before it is sharded",
+        )
+
+
 def _lower(program: Program, to: str, path: str | os.PathLike[str], **options: Any) -> Any:
+    _one_graph(program)
     if to == "onnx":
         from .backends.onnx import lower_onnx
 
@@ -225,6 +235,7 @@ def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: 
 def _exported(program: Program, **options: Any) -> ExportedProgram:
     from .backends.exported import exported_program
 
+    _one_graph(program)
     return exported_program(program, **options)
 
 

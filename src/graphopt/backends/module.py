@@ -197,13 +197,16 @@ def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
             for other in owners
         ):
             continue
-        owners[path] = tuple(weights)
-        taken |= inside
         block = _Block(path, sorted(inside, key=lambda n: order[n]))
         # in the order of use, which is the same in equal layers wherever their inputs come from
         used = (n for node in block.nodes for n in node.all_input_nodes)
         block.reads = list(dict.fromkeys(n for n in used if n not in inside and n not in names))
         block.gives = [n for n in block.nodes if any(u not in inside for u in n.users)]
+        readers = [order[u] for n in block.gives for u in n.users if u not in inside]
+        if max((order[n] for n in block.reads), default=-1) >= min(readers, default=len(order)):
+            continue  # a part of it is needed before all that it reads is there
+        owners[path] = tuple(weights)
+        taken |= inside
         blocks.append(block)
     return blocks
 

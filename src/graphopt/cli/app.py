@@ -251,8 +251,57 @@ def devices(as_json: Json = False) -> None:
     show_devices(as_json)
 
 
+@app.command()
+def generate(
+    program: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0)] = 0.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Continue a text."""
+    from .generating import generate_text
+
+    generate_text(program, prompt, max_new_tokens, temperature, seed, as_json, trust)
+
+
+@app.command()
+def links(
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Measure the processes that torchrun started; latency and bandwidth."),
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the fitted link to this JSON file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the links that communication can be estimated for, or fit one to your own machines."""
+    from .linking import show_links
+
+    show_links(fit, output, as_json)
+
+
 def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit status."""
+    """Run the command line and return its exit status.
+
+    Under torchrun every rank runs it; the first prints and writes, all print errors.
+    """
+    rank = int(os.environ.get("RANK", "0") or 0) if "WORLD_SIZE" in os.environ else 0
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    status = _run(arguments, f"rank {rank}: " if rank else "")
+    if status and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        # the others may be waiting for this rank in a collective; ending at once tells them
+        errors.file.flush()
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def _run(arguments: list[str], who: str) -> int:
     as_json = "--json" in arguments
     before = documents_shown()
     try:
@@ -271,7 +320,7 @@ def run(arguments: list[str]) -> int:
         return 0
     except Exception as error:
         # a command that shows what it found and then refuses has said it all
-        return _failed(error, as_json and documents_shown() == before)
+        return _failed(error, as_json and documents_shown() == before, who)
 
 
 def _misused(error: Any, as_json: bool) -> int:
@@ -289,7 +338,7 @@ def _show_error(name: str, message: str, code: int) -> None:
     show_json({"error": name, "message": message, "exit_status": code})
 
 
-def _failed(error: Exception, as_json: bool) -> int:
+def _failed(error: Exception, as_json: bool, who: str = "") -> int:
     code = getattr(error, "exit_code", None)
     notes = list(getattr(error, "__notes__", []))
     if code is None:
@@ -306,5 +355,5 @@ def _failed(error: Exception, as_json: bool) -> int:
         message += f"\n  in {line}"
     if as_json:
         _show_error(type(error).__name__, str(error), int(code))
-    errors.print(message, markup=False)
+    errors.print(who + message, markup=False)
     return int(code)

@@ -12,6 +12,7 @@ import torch
 from ..frontends.data import read_data
 from ..ir.atomic import atomic_file
 from ..ir.errors import LoweringError, UsageError
+from ..ir.groups import rank
 from ..ir.infer import describe_value
 from .output import note, show_json, text
 from .progress import Working, Written
@@ -122,7 +123,7 @@ def run_program(source: str, inputs: str, output: str | None, as_json: bool, tru
         note(f"input: {sample!r}")
     known = {k: v for k, v in batches[0].items() if k in program.signature.parameters}
     values = run(program, program.bind((), known))
-    if output is not None:
+    if output is not None and rank() == 0:
         import numpy
 
         arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}

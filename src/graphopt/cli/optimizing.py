@@ -10,6 +10,7 @@ from ..ir.atomic import require_free
 from ..ir.cost import cost
 from ..ir.errors import UsageError
 from ..ir.examples import example_inputs
+from ..ir.groups import barrier, rank
 from ..ir.program import Program
 from ..ir.serialize.write import is_saved_program
 from ..passes.manager import Verify, check_order, dump_to, run_pipeline
@@ -42,7 +43,7 @@ def optimize_checkpoint(
     program = read_program(source, trust)
     check_order(program, steps)
     context = read_context(program, data, amount, work_dir, as_json)
-    writer = dump_to(dump_dir) if dump_dir else None
+    writer = dump_to(dump_dir) if dump_dir and rank() == 0 else None
 
     def dump(index: int, name: str, current: Program) -> None:
         if writer is not None:
@@ -56,8 +57,10 @@ def optimize_checkpoint(
         whole = context.bound(program, context.data[0]) if context.data else example_inputs(program)
     checks = cast(Verify, verify_with)
     result = run_pipeline(program, steps, context, plans=plans, verify_with=checks, dump=dump, inputs=whole)
-    with Written(f"writing {output}") as written:
-        result.save(output, progress=written)
+    if rank() == 0:
+        with Written(f"writing {output}") as written:
+            result.save(output, progress=written)
+    barrier()
     if as_json:
         assert result.report is not None
         show_json(

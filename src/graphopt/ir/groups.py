@@ -131,6 +131,17 @@ def bound_group(group: str, like: torch.Tensor) -> Bound | None:
     return found
 
 
+def barrier() -> None:
+    """Wait until all ranks are here; does nothing where this process is alone.
+
+    Raises:
+        DistributedError: a rank did not come.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        with _explained("a barrier", Bound("", dist.get_rank(), dist.get_world_size())):
+            dist.barrier()
+
+
 @contextlib.contextmanager
 def _explained(what: str, group: Bound) -> Iterator[None]:
     try:

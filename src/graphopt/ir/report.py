@@ -53,7 +53,14 @@ class Report:
 
 _SHOWN = 8  # notes of a pass that are printed; a deep network has hundreds
 
-_UNITS = {"parameters": "", "parameter_bytes": "B", "flops": "FLOP", "bytes": "B", "peak_memory": "B"}
+_UNITS = {
+    "parameters": "",
+    "parameter_bytes": "B",
+    "flops": "FLOP",
+    "bytes": "B",
+    "peak_memory": "B",
+    "sent_bytes": "B",
+}
 
 
 def quantity(value: float, unit: str = "") -> str:

@@ -13,9 +13,11 @@ from .collectives import (
     in_switch,
     one_shot,
     ring,
+    star,
     tree,
     two_shot,
 )
+from .communication import Sync, communication, sent_bytes
 from .devices import DEVICES, Device, find_device
 from .formulas import known, work
 from .liveness import Peak, peak_memory
@@ -44,12 +46,14 @@ __all__ = [
     "Peak",
     "Size",
     "Survey",
+    "Sync",
     "Timing",
     "Transformer",
     "WeightCount",
     "Work",
     "all_gather",
     "all_reduce",
+    "communication",
     "cost",
     "count_weights",
     "decode_time",
@@ -67,6 +71,8 @@ __all__ = [
     "prefill_time",
     "ring",
     "run_totals",
+    "sent_bytes",
+    "star",
     "survey",
     "time_call",
     "total",

@@ -6,8 +6,10 @@ returns seconds, and 0 for one rank.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import UsageError
 from .devices import Device
@@ -50,12 +52,14 @@ LINKS: dict[str, Link] = {
 
 
 def find_link(name: str, device: Device | None = None) -> Link:
-    """Return a link by name; ``nvlink`` at the rate of the device, where one is given.
+    """Return a link by name, or from a JSON file that ``graphopt links --fit`` wrote.
+
+    ``nvlink`` has the rate of the device, where one is given.
 
     Raises:
-        UsageError: there is none of that name, or the device has none.
+        UsageError: there is none of that name, the file holds none, or the device has none.
     """
-    found = LINKS.get(name.lower())
+    found = _read_link(name) if name.endswith(".json") else LINKS.get(name.lower())
     if found is None:
         raise UsageError(f"no link is called {name!r}", hint=nearest(name, LINKS))
     if device is None or found.name != "nvlink":
@@ -65,6 +69,24 @@ def find_link(name: str, device: Device | None = None) -> Link:
             f"{device.name} has no NVLink", hint=nearest("", (n for n in LINKS if n != "nvlink"))
         )
     return found if device.link >= found.bandwidth else replace(LINKS["nvlink3"], bandwidth=device.link)
+
+
+def _read_link(path: str) -> Link:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        link = Link(
+            str(data["name"]),
+            float(data["bandwidth"]),
+            float(data["latency"]),
+            note=str(data.get("note", "")),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is no link: {error!r}", hint="graphopt links --fit -o FILE.json writes one"
+        ) from None
+    if not (link.bandwidth > 0 and link.latency >= 0):
+        raise UsageError(f"{path}: bandwidth must be positive and latency not negative")
+    return link
 
 
 def _hops(ranks: int) -> int:
@@ -101,6 +123,11 @@ def two_shot(size: float, ranks: int, link: Link) -> float:
     return 2 * link.latency + 2 * (ranks - 1) / ranks * size / link.bandwidth if _hops(ranks) else 0.0
 
 
+def star(size: float, ranks: int, link: Link) -> float:
+    """Everybody sends to one rank, which adds and sends back: 2α + 2(p−1)n/β (TPI-LLM, arXiv 2410.00531)."""
+    return 2 * link.latency + 2 * (ranks - 1) * size / link.bandwidth if _hops(ranks) else 0.0
+
+
 def in_switch(size: float, ranks: int, link: Link) -> float:
     """The switch adds (NVLS): 2α + n/β."""
     return 2 * link.latency + size / link.bandwidth if _hops(ranks) else 0.0
@@ -117,6 +144,7 @@ ALL_REDUCE: dict[str, Callable[[float, int, Link], float]] = {
     "double-tree": double_tree,
     "one-shot": one_shot,
     "two-shot": two_shot,
+    "star": star,
 }
 """All-reduce algorithms that every link can run."""
 

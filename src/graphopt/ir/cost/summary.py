@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch import fx
 
+from .communication import sent_bytes
 from .devices import Device, find_device
 from .formulas import work
 from .liveness import Peak, find_peak
@@ -143,7 +144,7 @@ def cost(
 
 def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return what changes of a program are reported by, without its shares by block: parameters,
-    parameter_bytes, flops, bytes and peak_memory, as in :class:`Cost`."""
+    parameter_bytes, flops, bytes and peak_memory, as in :class:`Cost`, and what a rank sends."""
     found = survey(program)
     number = Numbers(program, sizes)
     works, _ = _works(found, number, None)
@@ -155,6 +156,7 @@ def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict
         "flops": everything.flops,
         "bytes": everything.bytes,
         "peak_memory": find_peak(program, number).bytes,
+        "sent_bytes": sent_bytes(program, sizes),
     }
 
 

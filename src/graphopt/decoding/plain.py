@@ -1,0 +1,87 @@
+"""One token at a time, the whole text through the program for each: right for any program that returns logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..ir.errors import UsageError
+from ..ir.execute import run
+from ..ir.program import Program
+
+
+def continuations(
+    program: Program,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield tokens that continue one row.
+
+    Ranks of a sharded program all call this with the same arguments and yield the same tokens.
+
+    Args:
+        program: takes ``input_ids`` and returns ``logits`` (batch, positions, vocabulary).
+        input_ids: (1, positions), at least one.
+        max_new_tokens: how many at most.
+        eos_token_id: tokens after which to stop; they are yielded.
+        temperature: 0 takes the most likely token, else tokens are drawn.
+        seed: of the draws.
+
+    Raises:
+        UsageError: the program has no such inputs and outputs, or the row is empty.
+    """
+    if "input_ids" not in program.signature.inputs or "logits" not in program.outputs:
+        raise UsageError("only a program that takes input_ids and returns logits generates text")
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
+        raise UsageError(f"input_ids must be one row of at least one token, not {tuple(input_ids.shape)}")
+    if max_new_tokens < 1 or temperature < 0:
+        raise UsageError("max_new_tokens is at least 1, temperature at least 0")
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    limit = _longest(program)
+    generator = torch.Generator().manual_seed(seed)
+    ids = input_ids
+    for _ in range(max_new_tokens):
+        if limit is not None and ids.shape[1] > limit:
+            raise UsageError(f"the text has {ids.shape[1]} tokens, the program takes {limit}")
+        logits = run(program, program.bind((), {"input_ids": ids}))["logits"][0, -1].float()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            odds = torch.softmax(logits.double() / temperature, -1)
+            token = int(torch.multinomial(odds, 1, generator=generator))
+        yield token
+        if token in ends:
+            return
+        ids = torch.cat([ids, torch.tensor([[token]], dtype=ids.dtype)], 1)
+
+
+def _longest(program: Program) -> int | None:
+    size = program.signature.inputs["input_ids"].shape[-1]
+    if isinstance(size, int):
+        return size
+    known = program.signature.sizes.get(size)
+    return known.high if known is not None else None
+
+
+def generate(
+    program: Program,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Return one row with what continues it, (1, positions + new); see :func:`continuations`."""
+    new = list(
+        continuations(
+            program, input_ids, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
+            temperature=temperature, seed=seed,
+        )
+    )  # fmt: skip
+    return torch.cat([input_ids, torch.tensor([new], dtype=input_ids.dtype)], 1)
