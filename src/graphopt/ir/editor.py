@@ -153,7 +153,7 @@ class Editor:
         """
         if isinstance(source, torch.Tensor):
             source = InMemory(source.detach())
-        if any(name in weight.all_names for weight in self.program.weights.values()):
+        if any(name == w.name or name in w.names for w in self.program.weights.values()):
             raise VerificationError(f"the program already has a weight named {name!r}")
         known = [n for n in self.program.weight_nodes if n.name in self.program.weights]
         place = self.graph.inserting_before(like) if like is not None else None

@@ -149,17 +149,21 @@ class QuantizeCommunication(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Replace the sums that the plan names."""
         nodes = {n.name: n for n in program.graph.nodes}
+        shared: dict[tuple[Any, ...], fx.Node] = {}
         for site in plan.sites:
             node = nodes[site.block]
             if not is_operator(node, "graphopt.all_reduce"):
                 raise PipelineError(f"the plan names {site.block}, which is no all-reduce")
             tables = _tables(site, int(node.meta["val"].shape[-1]), ranks_of(program))
-            held = {
-                name: program.edit.add_weight(
-                    f"communication.{node.name}.{name}", table, kind="buffer", persistent=True
-                )
-                for name, table in tables.items()
-            }
+            held = {}
+            for name, table in tables.items():
+                # sites that order their features alike share the table
+                key = (name, tuple(table.shape), table.numpy().tobytes())
+                if key not in shared:
+                    shared[key] = program.edit.add_weight(
+                        f"communication.{node.name}.{name}", table, kind="buffer", persistent=True
+                    )
+                held[name] = shared[key]
             with program.edit.before(node):
                 made = program.edit.call(
                     torch.ops.graphopt.quantized_all_reduce.default, arguments(node)["x"], held["order"],
