@@ -109,8 +109,13 @@ def what_passes_could_do(program: Program) -> list[dict[str, Any]]:
     for name in sorted(pass_locations()):
         try:
             cls = find_pass(name)
-            options: dict[str, Any] = {"layers": [0]} if name == "skip-layers" else {}
-            plan = cls.from_options(options).plan(program, Context())
+            missing = [fact for fact in cls.requires if fact not in program.facts]
+            if missing:
+                entries.append(
+                    {"pass": name, "could_take": "nothing", "refused": f"requires {', '.join(missing)}"}
+                )
+                continue
+            plan = cls.from_options(dict(cls.trial)).plan(program, Context())
             taken = len(program.anatomy.layers) if name == "skip-layers" else len(plan.sites)
             unit = "layers to choose from" if name == "skip-layers" else "sites"
             reasons = "" if name == "skip-layers" else _reasons(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +27,8 @@ class Pass:
     constructor, the pipeline text, the plan file, the help and the page in the catalogue.
 
     ``requires`` lists facts the program must have, ``provides`` facts it has afterwards, ``invalidates``
-    facts it loses, ``excludes`` facts it must not have.
+    facts it loses, ``excludes`` facts it must not have. ``trial`` holds options with which ``graphopt inspect`` plans it,
+    where it cannot do without.
     """
 
     name: ClassVar[str] = ""
@@ -37,6 +39,7 @@ class Pass:
     excludes: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = False
+    trial: ClassVar[Mapping[str, Any]] = {}
 
     allow_no_match: bool = option(False, help="a pass that matches nothing is not an error")
 

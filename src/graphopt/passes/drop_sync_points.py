@@ -39,6 +39,7 @@ class DropSyncPoints(Pass):
     contract = Approximate("perplexity")
     requires = ("tensor_parallel",)
     excludes = ("quantized_communication",)
+    trial = {"fraction": 1}  # noqa: RUF012
     paper = "arXiv 2502.20727"
 
     fraction: float | None = option(

@@ -40,6 +40,7 @@ class GroupHeads(Pass):
     excludes = ("tensor_parallel",)
     paper = "arXiv 2502.20727"
     needs_data = True
+    trial = {"size": 2}  # noqa: RUF012
 
     size: int = option(8, help="number of ranks the heads will be split over", low=2, high=1024)
     blocks: list[int] | None = option(None, help="numbers of the attention blocks, from 0; all if not given")  # noqa: RUF009

@@ -46,6 +46,7 @@ class QuantizeCommunication(Pass):
     contract = Approximate("perplexity")
     requires = ("tensor_parallel",)
     excludes = ("quantized_communication",)
+    trial = {"group": 32, "outliers": "none"}  # noqa: RUF012
     provides = ("quantized_communication", "calibrated_communication")
     paper = "arXiv 2411.07942"
 

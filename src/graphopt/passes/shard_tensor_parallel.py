@@ -40,6 +40,7 @@ class ShardTensorParallel(Pass):
     contract = Exact()
     provides = ("tensor_parallel",)
     excludes = ("tensor_parallel",)
+    trial = {"size": 2}  # noqa: RUF012
     paper = "arXiv 1909.08053"
 
     size: int | None = option(

@@ -38,6 +38,7 @@ class SkipLayers(Pass):
     contract = Approximate()
     paper = "arXiv 2404.06954, 2403.03853, 2403.17887"
     invalidates = ("calibrated",)
+    trial = {"layers": [0]}  # noqa: RUF012
 
     layers: list[int] | None = option(None, help="numbers of the layers to remove, from 0")  # noqa: RUF009
     remove: int | None = option(None, help="how many to remove, chosen by score", low=1)

@@ -14,7 +14,6 @@ from .. import groups
 from ..errors import UsageError
 from .collectives import Link
 
-
 SIZES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of the messages measured: one token of a small model to a prompt of a large one."""
 

@@ -55,10 +55,11 @@ def backward_sweep(
             sums["batches"] = float(number + 1)
             context.store(program, store, sums)
             if number == done and len(batches) > done + 1:
-                each = time.perf_counter() - began
-                log(
-                    f"the sweep takes about {each * (len(batches) - done):.3g} s: {len(batches)} batches of {each:.2g} s"
-                )
+                each, left = time.perf_counter() - began, len(batches) - done - 1
+                note = f"the sweep takes about {each * left:.3g} s more: {left} batches of {each:.2g} s"
+                log(note)
+                context.progress.done()
+                context.progress.start(note, left + 1)
             context.progress.step()
     finally:
         context.progress.done()
