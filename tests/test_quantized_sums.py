@@ -227,20 +227,20 @@ def test_calibration_counts_no_padding() -> None:
 
 
 def test_ranges_survive_in_the_plan(tmp_path: Path) -> None:
+    from graphopt.passes import kept_tensors
     from graphopt.passes.quantize_communication import QuantizeCommunication
-    from graphopt.passes.tensor_parallel import calibration
 
     program = sharded()
     step = QuantizeCommunication()
     plan = step.plan(program, Context(data(), work_dir=tmp_path))
     direct = graphopt.optimize(program, [step], plan=[plan], verify="off")
-    calibration._KEPT.clear()
+    kept_tensors._KEPT.clear()
     again = graphopt.optimize(program, [step], plan=[plan], verify="off")
     assert loss(direct, again) == 0.0, "a plan read later makes another program"
-    calibration._KEPT.clear()
+    kept_tensors._KEPT.clear()
     for path in tmp_path.glob("ranges-*"):
         path.unlink()
-    with pytest.raises(PipelineError, match="are not there"):
+    with pytest.raises(PipelineError, match="is not there"):
         graphopt.optimize(program, [step], plan=[plan], verify="off")
 
 

@@ -23,7 +23,7 @@ from ..ir.program import Program
 from ..ir.safetensors_file import write_file
 from ..ir.sites import value_error
 from ..ir.weights import TensorSource, numel
-from .huggingface_config import renumbered, without_layers
+from .huggingface_config import renumbered, with_widths, without_layers
 
 SHARD_BYTES = 5 << 30
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -115,7 +115,8 @@ def contents(program: Program) -> tuple[dict[str, TensorSource], dict[str, Any]]
             tensors[renumbered(name, removed)] = program.weights[node.name].source
         else:
             tensors[renumbered(name, removed)] = computed(program, node)[0]
-    return tensors, without_layers(program.origin.config, removed)
+    widths = [(int(a), int(b)) for a, b in program.facts.get("ffn_widths", [])]
+    return tensors, with_widths(without_layers(program.origin.config, removed), widths)
 
 
 def _is_folder_of_ours(path: Path) -> bool:

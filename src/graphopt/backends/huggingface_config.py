@@ -72,6 +72,36 @@ def _reindex(config: dict[str, Any], count: int, kept: list[int]) -> None:
             config[name] = [value[i] for i in kept]
 
 
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "mlp_dim",
+           "ffn_hidden_size", "hidden_dim", "inner_dim")  # fmt: skip
+
+
+def with_widths(config: dict[str, Any], widths: list[tuple[int, int]]) -> dict[str, Any]:
+    """Return a configuration for a model whose feed-forwards have other widths.
+
+    Args:
+        config: plain data, as in config.json.
+        widths: pairs of a width before and after, in the order of the changes.
+
+    Raises:
+        LoweringError: nothing in the configuration holds the width.
+    """
+    edited = copy.deepcopy(config)
+    for before, after in widths:
+        tables = [edited, *(v for v in edited.values() if isinstance(v, dict))]
+        places = [(t, n) for t in tables for n in _WIDTHS if t.get(n) == before]
+        hidden = next((t for t in tables if "n_inner" in t and t["n_inner"] is None), None)
+        if not places and hidden is not None and hidden.get("n_embd") and before == 4 * hidden["n_embd"]:
+            places = [(hidden, "n_inner")]  # left out, it is four times the model's width
+        if not places:
+            raise LoweringError(
+                f"the configuration has no entry that holds the feed-forwards' width of {before}"
+            )
+        for table, name in places:
+            table[name] = after
+    return edited
+
+
 def renumbered(name: str, removed: list[dict[str, Any]]) -> str:
     """Return the name of a tensor after the layers before its own have left."""
     for stack in removed:

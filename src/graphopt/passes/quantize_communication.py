@@ -18,9 +18,10 @@ from ..ir.ranks import ranks_of
 from ..ir.schema import arguments, is_operator
 from .base import Pass
 from .contracts import Approximate, Contract
+from .kept_tensors import keep, kept
 from .option import option
 from .plan import Plan, Refused, Site
-from .tensor_parallel.calibration import FLOOR, calibrate, keep, kept
+from .tensor_parallel.calibration import FLOOR, calibrate
 
 if TYPE_CHECKING:
     from .context import Context
@@ -107,7 +108,7 @@ class QuantizeCommunication(Pass):
             ranges = calibrate(program, context, sums, self.rate)
             identity = {"data": context.data_hash(), "ranks": ranks_of(program), "rate": self.rate,
                         "program": program.text()}  # fmt: skip
-            where = keep(ranges, context.work_dir, identity)
+            where = keep(ranges, context.work_dir, identity, "ranges")
         link = find_link(self.link)
         total_bits = []
         for node in sums:

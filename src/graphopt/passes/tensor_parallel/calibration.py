@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from ...ir import groups
-from ...ir.errors import PipelineError
 from ...ir.execute import interpret
 from ...ir.program import Program
 from ...ir.ranks import rank_copies, ranks_of, runnable
@@ -23,7 +19,6 @@ if TYPE_CHECKING:
     from ..context import Context
 
 FLOOR = 1e-8
-_KEPT: dict[str, dict[str, torch.Tensor]] = {}
 
 
 @dataclass
@@ -128,39 +123,4 @@ def clipped(
     return outside / max(total, 1)
 
 
-def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[str, Any]) -> str:
-    """Keep ranges for the rewrite, in memory and in the work directory; return where: a key or a file."""
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    _KEPT[key] = found
-    if work_dir is None:
-        return key
-    from ...ir.safetensors_file import write_file
-    from ...ir.weights import InMemory
-
-    work_dir.mkdir(parents=True, exist_ok=True)
-    path = work_dir / f"ranges-{key}.safetensors"
-    write_file(path, {name: InMemory(tensor.contiguous()) for name, tensor in found.items()})
-    return str(path)
-
-
-def kept(where: str) -> dict[str, torch.Tensor]:
-    """Return the ranges that a plan speaks of.
-
-    Raises:
-        PipelineError: they are not to be had any more.
-    """
-    key = Path(where).stem.removeprefix("ranges-")
-    if key in _KEPT:
-        return _KEPT[key]
-    if Path(where).is_file():
-        from safetensors.torch import load_file
-
-        found: dict[str, torch.Tensor] = load_file(where)
-        return found
-    raise PipelineError(
-        f"the ranges that the plan was made with ({where}) are not there",
-        hint="plan again with data; with work_dir they are kept in a file",
-    )
-
-
-__all__ = ["FLOOR", "Extremes", "calibrate", "clipped", "keep", "kept"]
+__all__ = ["FLOOR", "Extremes", "calibrate", "clipped"]

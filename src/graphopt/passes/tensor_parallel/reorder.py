@@ -106,15 +106,44 @@ def reorder_heads(program: Program, block: Block, units: list[int]) -> None:
     if stuck:
         raise ValueError(f"{stuck[0][0].name}: {stuck[0][1]}")
     program.edit.replace(out, made)
-    _to_checkpoint(program, reorderer)
+    to_checkpoint(program, reorderer)
 
 
-def _to_checkpoint(program: Program, reorderer: Reorderer) -> None:
-    """The checkpoint's tensors are the reordered ones, where nothing else reads them as they were."""
-    for (node, _), made in reorderer.made.items():
-        if node.op != "placeholder" or not is_operator(made, "aten.index_select"):
+def to_checkpoint(program: Program, reorderer: Reorderer) -> None:
+    """Let the checkpoint's tensors be the reordered ones, where nothing else reads them as they were."""
+    taken = {
+        node: made for (node, _), made in reorderer.made.items() if is_operator(made, "aten.index_select")
+    }
+    for name, held in list(program.checkpoint.items()):
+        if held.op != "placeholder":
             continue
-        if all(user is made for user in node.users):
-            for name, held in list(program.checkpoint.items()):
-                if held is node:
-                    program.checkpoint[name] = made
+        if held in taken and all(user is taken[held] for user in held.users):
+            program.checkpoint[name] = taken[held]
+        else:
+            joined = _joined(program, held, taken)
+            if joined is not None:
+                program.checkpoint[name] = joined
+
+
+def _joined(program: Program, held: fx.Node, taken: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """A tensor that is read in parts, each reordered: the parts, one after the other."""
+    parts: list[tuple[int, int, fx.Node]] = []
+    for user in held.users:
+        if not is_operator(user, "aten.slice") or user not in taken or set(user.users) != {taken[user]}:
+            return None
+        found = arguments(user)
+        size = int(held.meta["val"].shape[0])
+        if found["dim"] != 0 or found["step"] != 1:
+            return None
+        end = size if found["end"] is None else min(found["end"], size)
+        parts.append((found["start"] or 0, end, taken[user]))
+    parts.sort(key=lambda part: part[0])
+    edges = [0, *(end for _, end, _ in parts)]
+    if (
+        not parts
+        or [start for start, _, _ in parts] != edges[:-1]
+        or edges[-1] != int(held.meta["val"].shape[0])
+    ):
+        return None
+    with program.edit.after(max(part for _, _, part in parts)):
+        return program.edit.call(aten.cat.default, [part for _, _, part in parts], 0)

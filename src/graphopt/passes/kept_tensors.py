@@ -1,0 +1,56 @@
+"""Tensors that a plan was made with: too large for its text, kept in memory and in the work directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ir.errors import PipelineError
+
+_KEPT: dict[str, dict[str, torch.Tensor]] = {}
+
+
+def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[str, Any], kind: str) -> str:
+    """Keep tensors for the rewrite; return what a plan calls them: a key, or a file where there is a work directory.
+
+    Args:
+        found: by name.
+        work_dir: of the run.
+        identity: plain data that makes them what they are: program, data, options.
+        kind: the first part of the file's name.
+    """
+    key = f"{kind}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]}"
+    _KEPT[key] = found
+    if work_dir is None:
+        return key
+    from ..ir.safetensors_file import write_file
+    from ..ir.weights import InMemory
+
+    work_dir.mkdir(parents=True, exist_ok=True)
+    path = work_dir / f"{key}.safetensors"
+    write_file(path, {name: InMemory(tensor.contiguous()) for name, tensor in found.items()})
+    return str(path)
+
+
+def kept(where: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that a plan speaks of.
+
+    Raises:
+        PipelineError: they are not to be had any more.
+    """
+    key = Path(where).name.removesuffix(".safetensors")
+    if key in _KEPT:
+        return _KEPT[key]
+    if Path(where).is_file():
+        from safetensors.torch import load_file
+
+        found: dict[str, torch.Tensor] = load_file(where)
+        return found
+    raise PipelineError(
+        f"what the plan was made with ({where}) is not there",
+        hint="plan again with data; with work_dir it is kept in a file",
+    )

@@ -1,0 +1,88 @@
+"""Some hidden channels of a feed-forward, in some order, from its last projection back to the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...ir.anatomy import Block
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator
+from ..tensor_parallel.reorder import Order, Reorderer, to_checkpoint
+
+
+@dataclass(frozen=True)
+class Selection(Order):
+    """Some entries of a dimension: entry i of the result is entry ``order[i]`` of ``total``."""
+
+    total: int = 0
+
+    def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Selection | None:
+        """Return the same selection on another dimension; None where it would take parts of entries."""
+        moved = super().at(dim, factor, divisor)
+        if moved is None or self.total * factor % divisor:
+            return None
+        return Selection(dim, moved.order, self.total * factor // divisor)
+
+
+class Taker(Reorderer):
+    """Makes values of which some entries are taken."""
+
+    def is_all(self, cut: Selection) -> bool:
+        """Tell whether all are taken, as they are."""
+        return cut.order == tuple(range(cut.total))
+
+
+def take_channels(program: Program, blocks: list[Block], chosen: dict[str, torch.Tensor]) -> None:
+    """Let feed-forwards have only some hidden channels, in the order given.
+
+    Args:
+        program: is changed.
+        blocks: feed-forwards, in the order of the graph; those that share weights together.
+        chosen: channels by block name.
+
+    Raises:
+        ValueError: a channel cannot be followed back to weights.
+    """
+    taker = Taker(program)
+    for block in blocks:
+        down = block.parts["down"]
+        found = arguments(down)
+        total = int(found["weight"].meta["val"].shape[1])
+        last = found["input"].meta["val"].dim() - 1
+        selection = Selection(last, tuple(int(i) for i in chosen[block.name]), total)
+        before = len(taker.whole)
+        with program.edit.before(down):
+            x = taker.part(found["input"], selection)
+            columns = selection.at(1)
+            assert columns is not None
+            weight = taker.part(found["weight"], columns)
+            made = program.edit.call(down.target, x, weight, *down.args[2:], **down.kwargs)
+        inside = set(block.nodes)
+        stuck = [(node, reason) for node, reason in taker.whole[before:] if node in inside]
+        if stuck:
+            raise ValueError(f"{block.name}: {stuck[0][0].name}: {stuck[0][1]}")
+        program.edit.replace(down, made)
+    to_checkpoint(program, taker)
+
+
+def tied(blocks: list[Block]) -> list[list[Block]]:
+    """Return feed-forwards in groups that share the weights of their last projection."""
+    groups: dict[fx.Node, list[Block]] = {}
+    for block in blocks:
+        groups.setdefault(arguments(block.parts["down"])["weight"], []).append(block)
+    return list(groups.values())
+
+
+def refusal(program: Program, block: Block) -> str:
+    """Return why the hidden channels of a feed-forward cannot be chosen; an empty string if they can."""
+    down = block.parts.get("down")
+    if down is None or not is_operator(down, "aten.linear"):
+        return "no linear reads its hidden channels"
+    hidden = arguments(down)["input"]
+    others = [u.name for u in hidden.users if u is not down]
+    if others:
+        return f"its hidden channels are read by {others[0]} as well"
+    return ""
