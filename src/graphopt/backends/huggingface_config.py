@@ -102,6 +102,31 @@ def with_widths(config: dict[str, Any], widths: list[tuple[int, int]]) -> dict[s
     return edited
 
 
+_ACTIVE = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "top_k",
+    "num_selected_experts",
+    "moe_topk",
+)
+
+
+def with_active_experts(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
+    """Return a configuration for a model whose tokens go to another number of experts.
+
+    Raises:
+        LoweringError: nothing in the configuration holds the number.
+    """
+    edited = copy.deepcopy(config)
+    for table in (edited, *(v for v in edited.values() if isinstance(v, dict))):
+        for name in _ACTIVE:
+            if table.get(name) == before:
+                table[name] = after
+                return edited
+    raise LoweringError(f"the configuration has no entry that holds the {before} active experts")
+
+
 def renumbered(name: str, removed: list[dict[str, Any]]) -> str:
     """Return the name of a tensor after the layers before its own have left."""
     for stack in removed:

@@ -19,6 +19,7 @@ class Experts(Nodes):
         down: Any,
         up_bias: Any = None,
         down_bias: Any = None,
+        first: Any = None,
         *,
         activation: str = "silu",
         gated: bool = True,
@@ -33,6 +34,10 @@ class Experts(Nodes):
         they stay constants of ordinary matrix products, for more arithmetic.
         """
         op = self.op
+        if first is not None:
+            dtype = experts.dtype
+            experts = op.Sub(experts, first)  # one that is not among those given equals none of them
+            experts.dtype = dtype
         count = int(up.shape[0])
         ids = op.Constant(value=self.ir.tensor(list(range(count)), dtype=experts.dtype))
         chosen = op.Equal(op.Unsqueeze(experts, self.integers(-1)), ids)

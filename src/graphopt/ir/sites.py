@@ -205,7 +205,7 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
         )
     try:
         if not brought:
-            error = _compare(before, pair)
+            error = _compare(before, after, pair)
         real = _real(before, after, pair, always=brought)
         if brought and real is None:
             # the claim is about values that cannot be had; unchecked is not exact
@@ -239,13 +239,21 @@ def _sharing(pair: _Pair) -> tuple[int, ...]:
     return tuple(names.get(n.name, -1) for n in [*pair.after.leaves, *pair.after.weights])
 
 
-def _compare(before: Program, pair: _Pair) -> float:
+def _given(before: Program, after: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
+    """A random value for a place where a region was cut; dials stand where they stand by default."""
+    dial = after.dials.get(str(node.meta.get("input", ""))) if node.op == "placeholder" else None
+    if dial is not None:
+        return torch.tensor(dial.default, dtype=torch.float64)
+    return leaf_value(before, node, sizes, seed)
+
+
+def _compare(before: Program, after: Program, pair: _Pair) -> float:
     """Compare on random weights."""
     worst = 0.0
     for seed, sizes in enumerate(_sizes(before, pair)):
         values = {}
         for place, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
-            values[node.name] = leaf_value(before, node, sizes, 17 * place + seed)
+            values[node.name] = _given(before, after, node, sizes, 17 * place + seed)
         seeds = {n.name: i for i, n in enumerate([*pair.before.weights, *pair.after.weights])}
 
         def load(node: fx.Node, seeds: dict[str, int] = seeds, offset: int = seed) -> torch.Tensor:
@@ -293,7 +301,7 @@ def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> floa
     worst = 0.0
     try:
         for sizes in _sizes(before, pair)[: 2 if always else 1]:
-            values = {n.name: leaf_value(before, n, sizes, i) for i, n in enumerate(nodes.values())}
+            values = {n.name: _given(before, after, n, sizes, i) for i, n in enumerate(nodes.values())}
             worst = max(worst, _error(pair, values, load))
     except CheckpointError:
         return None

@@ -30,7 +30,7 @@ class ExactAt(Contract):
     value: float
 
     def __str__(self) -> str:
-        return f"exact at {self.option}={self.value:g}"
+        return f"exact at {self.option}" + (f"={self.value:g}" if self.value == self.value else " as trained")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ from .norm import rms_norm
 from .quantized import quantized_all_reduce, quantized_sum
 from .rotary import rotary
 from .routed_ffn import routed_ffn
+from .routing import active_experts, active_weights
 
 __all__ = [
     "DIALECT",
+    "active_experts",
+    "active_weights",
     "all_gather",
     "all_reduce",
     "attention",

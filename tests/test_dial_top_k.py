@@ -1,0 +1,121 @@
+"""The number of active experts as a dial: exact as trained, elsewhere what a model with that number computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import graphopt
+from graphopt.ir.errors import PassRefusedError, PipelineError, UsageError
+from graphopt.ir.examples import example_inputs
+from graphopt.ir.program import Program
+from graphopt.ir.verify import compare_programs
+
+MIXTURES = [name for name, case in zoo.CASES.items() if case.blocks.get("experts")]
+
+
+def logits(program: Program, **settings: float) -> torch.Tensor:
+    found = program(**example_inputs(program), **settings)
+    return next(v for v in found.values() if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_as_trained_nothing_changes(name: str, captured: Callable[[str], Program]) -> None:
+    program = captured(name)
+    done = graphopt.optimize(program, "dial-top-k{allow_no_match=true}")
+    entry = done.report.passes[-1]
+    if not entry.sites:
+        assert all("top-k" in r.reason for r in entry.refused)
+        return
+    inputs = example_inputs(program)
+    bound = {
+        **program.bind((), inputs),
+        **{n: torch.tensor(d.default, dtype=torch.float64) for n, d in done.dials.items()},
+    }
+    errors = compare_programs(program, done, bound)
+    assert max(errors.values()) < 1e-10
+    assert torch.allclose(logits(done), logits(program), atol=1e-6)
+    assert not torch.allclose(logits(done, active_experts=1), logits(program), atol=1e-6), (
+        "the dial turns nothing"
+    )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "olmoe", "qwen3_moe"])
+def test_turned_down_it_is_a_model_with_that_number(
+    name: str, captured: Callable[[str], Program], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    program = captured(name)
+    done = graphopt.optimize(program, "dial-top-k")
+    config = copy.deepcopy(AutoConfig.from_pretrained(checkpoint(name)))
+    config.num_experts_per_tok = 1
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(name), config=config).eval()
+    inputs = {k: v for k, v in example_inputs(program).items() if k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    found = done(**inputs, active_experts=1)["logits"]
+    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    assert torch.allclose(found[seen], expected[seen], atol=1e-4), (
+        "one expert is not what a model with one computes"
+    )
+    fixed = graphopt.optimize(program, "dial-top-k{fixed=1}")
+    assert torch.equal(logits(fixed), logits(done, active_experts=1))
+    fixed.save_pretrained(tmp_path / "hf")
+    assert AutoConfig.from_pretrained(tmp_path / "hf").num_experts_per_tok == 1
+
+
+def test_dials_by_layer_and_their_limits(captured: Callable[[str], Program], tmp_path: Path) -> None:
+    program = captured("mixtral")
+    done = graphopt.optimize(program, "dial-top-k{per_layer=true}")
+    assert set(done.dials) == {"active_experts_0", "active_experts_1"}
+    one, both = logits(done, active_experts_0=1), logits(done, active_experts_0=1, active_experts_1=1)
+    assert not torch.allclose(one, both, atol=1e-6)
+    again = graphopt.load(done.save(tmp_path / "saved"))
+    assert torch.equal(logits(again, active_experts_0=1), one)
+    for wrong in (0, 3):
+        with pytest.raises(UsageError, match="its range is 1.0 to 2.0"):
+            logits(done, active_experts_0=wrong)
+    with pytest.raises(PassRefusedError, match="trained with 2 active experts"):
+        graphopt.optimize(program, "dial-top-k{fixed=5}")
+    with pytest.raises(PipelineError, match="exclude one another"):
+        graphopt.optimize(program, "dial-top-k{fixed=1 per_layer=true}")
+    with pytest.raises(graphopt.LoweringError, match="dial"):
+        done.save_pretrained(tmp_path / "hf")
+
+
+def test_unnormalised_routers_are_named(captured: Callable[[str], Program]) -> None:
+    loose = graphopt.optimize(captured("olmoe"), "dial-top-k").report.passes[-1]
+    tight = graphopt.optimize(captured("mixtral"), "dial-top-k").report.passes[-1]
+    assert any("adds less" in note for note in loose.notes)
+    assert not any("adds less" in note for note in tight.notes)
+
+
+def test_experts_that_take_no_part_are_not_computed(captured: Callable[[str], Program]) -> None:
+    """Work must follow the dial: an expert whose matrices are not numbers shows if it is touched."""
+    from graphopt.ir.operators import routed_ffn
+
+    x, up, down = torch.randn(6, 4), torch.randn(3, 10, 4), torch.randn(3, 4, 5)
+    up[2] = float("nan")
+    experts, weights = torch.tensor([[0, 3], [1, 3]]).repeat(3, 1), torch.rand(6, 2)
+    found = routed_ffn(x, experts, weights, up, down, None, None, torch.zeros(1, dtype=torch.long))
+    assert bool(found.isfinite().all())
+    alone = routed_ffn(x, experts[:, :1], weights[:, :1], up, down)
+    assert torch.allclose(found, alone)
+    traced = routed_ffn(
+        x.requires_grad_(), experts, weights, up, down, None, None, torch.zeros(1, dtype=torch.long)
+    )
+    assert traced.shape == alone.shape
+
+
+def test_dialled_mixture_is_sharded_and_lowered(captured: Callable[[str], Program], tmp_path: Path) -> None:
+    done = graphopt.optimize(captured("mixtral"), "dial-top-k{fixed=1}")
+    for how in ("width", "expert"):
+        sharded = graphopt.optimize(done, f"shard-tensor-parallel{{size=2 experts={how}}}")
+        assert torch.allclose(logits(sharded), logits(done), atol=1e-5)
+    done.lower("onnx", tmp_path / "m.onnx")
