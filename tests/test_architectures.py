@@ -102,7 +102,7 @@ def test_shards_over_ranks(captured, ranks: int) -> None:
     sharded = graphopt.optimize(program, f"shard-tensor-parallel{{size={ranks}}}")
     taken = [s for s in sharded.report.passes[-1].sites if "." in s]
     assert len(taken) == sum(case.blocks.values()), f"left whole: {sharded.report.passes[-1].refused}"
-    per_block = 0.5 if "parallel" in case.features else 1
+    per_block = 0.5 if program.anatomy.blocks[0].parallel else 1
     assert len(synchronisations(sharded)) == per_block * len(taken), "a sum too many, or one too few"
     inputs = example_inputs(program)
     errors = compare_programs(program, sharded, program.bind((), inputs))

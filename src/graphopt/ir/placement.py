@@ -8,7 +8,6 @@ error behind wrong biases and residuals.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,102 +15,18 @@ from torch import fx
 
 from .dimensions import carried
 from .errors import VerificationError
+from .placement_types import PARTIAL, WHOLE, Joined, Partial, Placement, Replicate, Shard, cut_along, mark_cut
 from .schema import arguments, is_operator, operator_name
 
 if TYPE_CHECKING:
     from .program import Program
 
 
-@dataclass(frozen=True)
-class Replicate:
-    """Every rank has the whole value."""
-
-    def __str__(self) -> str:
-        return "whole"
-
-
-@dataclass(frozen=True)
-class Partial:
-    """Every rank has a term; the value is their sum."""
-
-    def __str__(self) -> str:
-        return "a partial sum"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Every rank has ``length`` entries of ``total`` along ``dim``, from its own start on."""
-
-    dim: int
-    starts: tuple[int, ...]
-    length: int
-    total: int
-
-    @property
-    def even(self) -> bool:
-        """Tell whether the parts, in the order of ranks, are the whole without gap or overlap."""
-        return self.starts == tuple(range(0, self.total, self.length)) and (
-            self.length * len(self.starts) == self.total
-        )
-
-    def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Shard | None:
-        """Return the same cut on another dimension, each entry now ``factor / divisor`` entries; None if none."""
-        numbers = (*self.starts, self.length, self.total)
-        if any(n * factor % divisor for n in numbers):
-            return None
-        *starts, length, total = (n * factor // divisor for n in numbers)
-        return Shard(dim, tuple(starts), length, total)
-
-    def __str__(self) -> str:
-        return f"cut along dimension {self.dim}"
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Several values, each cut in its own way, one after the other along ``dim``: fused projections."""
-
-    dim: int
-    pieces: tuple[Shard, ...]
-
-    def part(self, start: int, end: int) -> Shard | None:
-        """Return the piece that lies from ``start`` to ``end``; None if none does."""
-        place = 0
-        for piece in self.pieces:
-            following = place + piece.length
-            if (start, end) == (place, following):
-                return piece
-            place = following
-        return None
-
-    def at(self, dim: int) -> Joined:
-        """Return the same along another dimension."""
-        return Joined(dim, tuple(replace(piece, dim=dim) for piece in self.pieces))
-
-    def __str__(self) -> str:
-        return f"{len(self.pieces)} values cut along dimension {self.dim}, side by side"
-
-
-Placement = Replicate | Partial | Shard | Joined
-WHOLE, PARTIAL = Replicate(), Partial()
-
 # of a partial operand and whole ones, linear in the partial one
 _SCALING = ("aten.mul", "aten.div")
 _LINEAR = ("aten.reshape", "aten.permute", "aten.transpose", "aten.neg", "aten.sum", "aten.unsqueeze",
            "aten.squeeze", "aten.slice", "aten.select", "aten.expand", "aten.clone", "aten.contiguous",
            "aten.flatten", "getitem", "aten.index_select", "aten.unbind", "aten.split_with_sizes", "aten.to")  # fmt: skip
-
-
-def mark_cut(node: fx.Node, dim: int) -> None:
-    """Write down along which dimension a value is cut: a part of one entry does not show it."""
-    custom = dict(node.meta.get("custom") or {})
-    custom["graphopt"] = {**custom.get("graphopt", {}), "cut": dim}
-    node.meta["custom"] = custom
-
-
-def cut_along(node: fx.Node) -> int | None:
-    """Return the dimension along which whoever made a value cut it, if it was written down."""
-    found = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
-    return int(found) if found is not None else None
 
 
 def placements(program: Program) -> dict[fx.Node, Placement]:
@@ -423,3 +338,7 @@ _RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
         WHOLE if placed[node.args[0]] == PARTIAL else _refuse("only a partial sum can go unreduced")  # type: ignore[index]
     ),
 }
+
+__all__ = [
+    "PARTIAL", "WHOLE", "Joined", "Partial", "Placement", "Replicate", "Shard", "cut_along", "mark_cut", "placements",
+]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.cost.collectives import find_link
-from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.errors import PassRefusedError, PipelineError, UsageError
 from ..ir.groups import TENSOR_PARALLEL
 from ..ir.operators.quantized import payload_bytes
 from ..ir.placement import placements
@@ -74,7 +74,10 @@ class QuantizeCommunication(Pass):
 
     def validate(self) -> None:
         """The link must be known."""
-        find_link(self.link)
+        try:
+            find_link(self.link)
+        except UsageError as error:
+            raise PipelineError(f"{self.name}: {error.message}", hint=error.hint) from None
 
     def promises(self) -> Contract:
         """Judged by the metric asked for."""
