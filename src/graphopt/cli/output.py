@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -47,5 +48,6 @@ def text(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a remark where it does not disturb results."""
-    errors.print(message, markup=False)
+    """Print a remark where it does not disturb results; under torchrun the first rank does."""
+    if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
+        errors.print(message, markup=False)
