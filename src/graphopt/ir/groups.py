@@ -90,7 +90,7 @@ def join(timeout_seconds: float | None = None) -> None:
     seconds = timeout_seconds or float(os.environ.get("GRAPHOPT_TIMEOUT", TIMEOUT_SECONDS))
     backend = "gloo"
     if torch.cuda.is_available():
-        backend = "nccl"
+        backend = "cpu:gloo,cuda:nccl"  # a program's own tensors may be on either
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
 
