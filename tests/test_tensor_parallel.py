@@ -63,9 +63,6 @@ def test_ranks_together_compute_what_the_model_does(shape: Shape, ranks: int, em
     sums = sum("all_reduce" in str(n.target) for n in synchronisations(sharded))
     expected = shape.layers * (1 if shape.placement == "parallel" else 2) + (embedding == "shard")
     assert sums == expected, "sums that could be one are several, or one is missing"
-    own = rank_program(sharded, ranks - 1)
-    weights = [w for n, w in own.weights.items() if own.weight_nodes]
-    assert weights
 
 
 @given(st.integers(2, 6), st.integers(1, 4), st.integers(2, 7))
