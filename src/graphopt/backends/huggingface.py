@@ -23,7 +23,7 @@ from ..ir.program import Program
 from ..ir.safetensors_file import write_file
 from ..ir.sites import value_error
 from ..ir.weights import TensorSource, numel
-from .huggingface_config import renumbered, with_active_experts, with_widths, without_layers
+from .huggingface_config import renumbered, with_experts, with_widths, without_layers
 
 SHARD_BYTES = 5 << 30
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -118,7 +118,9 @@ def contents(program: Program) -> tuple[dict[str, TensorSource], dict[str, Any]]
     widths = [(int(a), int(b)) for a, b in program.facts.get("ffn_widths", [])]
     config = with_widths(without_layers(program.origin.config, removed), widths)
     if "fixed_experts" in program.facts:
-        config = with_active_experts(config, *map(int, program.facts["fixed_experts"]))
+        config = with_experts(config, *map(int, program.facts["fixed_experts"]), active=True)
+    for before, after in program.facts.get("expert_counts", []):
+        config = with_experts(config, int(before), int(after), active=False)
     return tensors, config
 
 

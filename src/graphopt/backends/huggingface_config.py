@@ -112,19 +112,24 @@ _ACTIVE = (
 )
 
 
-def with_active_experts(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """Return a configuration for a model whose tokens go to another number of experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def with_experts(config: dict[str, Any], before: int, after: int, *, active: bool) -> dict[str, Any]:
+    """Return a configuration for a model with another number of experts, or of those that a token goes to.
 
     Raises:
         LoweringError: nothing in the configuration holds the number.
     """
     edited = copy.deepcopy(config)
     for table in (edited, *(v for v in edited.values() if isinstance(v, dict))):
-        for name in _ACTIVE:
+        for name in _ACTIVE if active else _EXPERTS:
             if table.get(name) == before:
                 table[name] = after
                 return edited
-    raise LoweringError(f"the configuration has no entry that holds the {before} active experts")
+    raise LoweringError(
+        f"the configuration has no entry that holds the {before} {'active ' if active else ''}experts"
+    )
 
 
 def renumbered(name: str, removed: list[dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ BUILT_IN: dict[str, str] = {
     "stream-convolutions": "graphopt.passes.stream_convolutions:StreamConvolutions",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
     "dial-top-k": "graphopt.passes.dial_top_k:DialTopK",
+    "prune-experts": "graphopt.passes.prune_experts:PruneExperts",
     "sort-ffn": "graphopt.passes.sort_ffn:SortFfn",
     "prune-ffn": "graphopt.passes.prune_ffn:PruneFfn",
     "shard-tensor-parallel": "graphopt.passes.shard_tensor_parallel:ShardTensorParallel",

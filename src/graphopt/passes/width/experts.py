@@ -1,0 +1,157 @@
+"""Mixtures with fewer experts: importance by what routers give them, and taking some of them out."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.anatomy import Block
+from ...ir.errors import VerificationError
+from ...ir.fold import depends_on_weights_alone
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator, normal_call
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+aten = torch.ops.aten
+
+
+def expert_scores(
+    program: Program, context: Context, blocks: list[Block], score: str
+) -> dict[str, torch.Tensor]:
+    """Return a score an expert by block name: ``weight``, the sum of its routing weights over calibration tokens;
+    ``count``, how many tokens go to it; ``random``, a control."""
+    if score == "random":
+        return {b.name: torch.rand(int(b.sizes["experts"]), generator=context.rng).double() for b in blocks}
+    found = {b.name: torch.zeros(int(b.sizes["experts"]), dtype=torch.float64) for b in blocks}
+    reads = {b.name: [arguments(b.parts["core"])[n] for n in ("experts", "weights")] for b in blocks}
+    for batch, values in context.record(program, dict.fromkeys(n for pair in reads.values() for n in pair)):
+        mask = batch.get("attention_mask")
+        for name, (chosen, weights) in reads.items():
+            experts, given = values[chosen.name], values[weights.name].double()
+            if mask is not None and mask.numel() == len(experts):
+                seen = mask.reshape(-1).bool()
+                experts, given = experts[seen], given[seen]
+            amounts = torch.ones_like(given) if score == "count" else given
+            found[name].index_add_(0, experts.reshape(-1), amounts.reshape(-1))
+    return found
+
+
+def take_experts(program: Program, block: Block, left: list[int]) -> None:
+    """Let a mixture have only some of its experts; its router chooses among them.
+
+    Raises:
+        ValueError: the way from the router to the choice depends on how many experts there are.
+    """
+    core, router = block.parts["core"], block.parts["router"]
+    found = dict(arguments(core))
+    count = int(found["up"].meta["val"].shape[0])
+    index = _index(program, left)
+    constant = depends_on_weights_alone(program)
+    renamed = _renamed(program, block, left, count)
+    inside = _between(router, [found["experts"], found["weights"]])
+    now: dict[fx.Node, fx.Node] = {}
+    with program.edit.before(core):
+        given = dict(arguments(router))
+        for name in ("weight", "bias"):
+            if given.get(name) is not None:
+                given[name] = _rows(program, given[name], index)
+        args, kwargs = normal_call(router.target, given)
+        now[router] = program.edit.call(router.target, *args, **kwargs)
+        for node in inside:
+            now[node] = _again(program, node, now, constant, count, index)
+        for name in ("up", "down", "up_bias", "down_bias"):
+            if found[name] is not None:
+                found[name] = _rows(program, found[name], index)
+        for name in ("experts", "weights"):
+            found[name] = now[found[name]]
+        args, kwargs = normal_call(core.target, found)
+        made = program.edit.call(core.target, *args, **kwargs)
+    program.edit.replace(core, made)
+    named = ((renamed.get(name, name), node) for name, node in program.checkpoint.items())
+    program.checkpoint = {name: node for name, node in named if name}
+
+
+def _index(program: Program, left: list[int]) -> fx.Node:
+    taken = {w.name for w in program.weights.values()}
+    name = next(f"experts_left.{n}" for n in range(10**6) if f"experts_left.{n}" not in taken)
+    return program.edit.add_weight(name, torch.tensor(left), kind="constant", persistent=False)
+
+
+def _rows(program: Program, tensor: fx.Node, index: fx.Node) -> fx.Node:
+    made = program.edit.call(aten.index_select.default, tensor, 0, index)
+    if tensor.op == "placeholder":
+        for name, held in list(program.checkpoint.items()):
+            if held is tensor:
+                program.checkpoint[name] = made
+    return made
+
+
+def _between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
+    """What is computed from a router's scores on the way to the choice, in order."""
+    needed: set[fx.Node] = set()
+    work = list(ends)
+    while work:
+        node = work.pop()
+        if node not in needed and node is not start and node.op == "call_function":
+            needed.add(node)
+            work.extend(node.all_input_nodes)
+    reached, order = {start}, []
+    for node in sorted(needed):
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+            order.append(node)
+    return order
+
+
+def _again(
+    program: Program,
+    node: fx.Node,
+    now: dict[fx.Node, fx.Node],
+    constant: set[fx.Node],
+    count: int,
+    index: fx.Node,
+) -> fx.Node:
+    """Call an operator for fewer experts."""
+
+    def other(value: fx.Node) -> fx.Node:
+        if value in now:
+            return now[value]
+        held = value.meta.get("val")
+        if value in constant and isinstance(held, torch.Tensor) and held.dim() and held.shape[-1] == count:
+            return program.edit.call(aten.index_select.default, value, held.dim() - 1, index)
+        return value
+
+    if is_operator(node, "aten.reshape", "aten.expand", "aten.scatter", "aten.zeros_like", "aten.new_zeros"):
+        raise ValueError(f"{node.name} arranges the router's scores in groups")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), other)
+    try:
+        return program.edit.call(node.target, *args, **kwargs)
+    except VerificationError as error:
+        raise ValueError(f"{node.name} does not accept fewer experts: {error.message}") from None
+
+
+def _renamed(program: Program, block: Block, left: list[int], count: int) -> dict[str, str]:
+    """New names for tensors that a checkpoint holds one an expert; an empty name for those that go."""
+    found = arguments(block.parts["core"])
+    nodes: set[fx.Node] = set()
+    work: list[Any] = [found[n] for n in ("up", "down", "up_bias", "down_bias") if found[n] is not None]
+    while work:
+        node = work.pop()
+        if node not in nodes:
+            nodes.add(node)
+            work.extend(node.all_input_nodes)
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for name, node in program.checkpoint.items():
+        for match in re.finditer(r"(?<=\.)\d+(?=\.)", name) if node in nodes else ():
+            groups.setdefault((name[: match.start()], name[match.end() :]), {})[int(match.group())] = name
+    renamed: dict[str, str] = {}
+    for (before, after), members in groups.items():
+        if set(members) == set(range(count)):
+            for number, name in members.items():
+                renamed[name] = f"{before}{left.index(number)}{after}" if number in left else ""
+    return renamed

@@ -1,0 +1,84 @@
+"""Experts taken out of mixtures: the same as a router that never chooses them, and back to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import graphopt
+from graphopt.ir.errors import PassRefusedError, PipelineError
+from graphopt.ir.examples import example_inputs
+from graphopt.ir.execute import interpret
+from graphopt.ir.program import Program
+from graphopt.ir.schema import arguments
+
+MIXTURES = [name for name, case in zoo.CASES.items() if case.blocks.get("experts")]
+
+
+def data(program: Program, count: int = 4) -> list[dict[str, torch.Tensor]]:
+    return [example_inputs(program, seed=s) for s in range(count)]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gone_is_never_chosen(name: str, captured: Callable[[str], Program], tmp_path: Path) -> None:
+    """A router whose scores of the pruned experts are minus infinity chooses as the pruned one does."""
+    program = captured(name)
+    done = graphopt.optimize(program, "prune-experts{keep=3 allow_no_match=true}", data=data(program))
+    entry = done.report.passes[-1]
+    if not entry.sites:
+        assert all("in groups" in r.reason for r in entry.refused)
+        return
+    left = {s["block"]: s["left"] for s in done.history[-1]["plan"]["sites"]}
+    routers = {b.parts["router"].name: left[b.name] for b in program.anatomy.experts if b.name in left}
+
+    def forbid(node, value):
+        if node.name in routers:
+            gone = [e for e in range(value.shape[-1]) if e not in routers[node.name]]
+            value = value.clone()
+            value[..., gone] = float("-inf")
+        return value
+
+    inputs = program.bind((), example_inputs(program, seed=9))
+    expected = interpret(program, inputs, hook=forbid)
+    found = done(**example_inputs(program, seed=9))
+    key = next(k for k, v in found.items() if isinstance(v, torch.Tensor))
+    assert torch.allclose(found[key], expected[key], atol=1e-5)
+    core = done.anatomy.experts[0].parts["core"]
+    assert arguments(core)["up"].meta["val"].shape[0] == 3
+    done.save_pretrained(tmp_path / "hf")
+    again = graphopt.capture(tmp_path / "hf")
+    assert {b.sizes["experts"] for b in again.anatomy.experts} == {3}
+    second = again(**example_inputs(program, seed=9))
+    assert torch.allclose(second[key], found[key], atol=1e-5), "the folder computes something else"
+
+
+def test_scores_follow_the_router(captured: Callable[[str], Program]) -> None:
+    from graphopt.passes.context import Context
+    from graphopt.passes.width.experts import expert_scores
+
+    program = captured("mixtral")
+    blocks = program.anatomy.experts
+    context = Context(data(program))
+    counts = expert_scores(program, context, blocks, "count")
+    weights = expert_scores(program, context, blocks, "weight")
+    tokens = sum(
+        int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in context.batches()
+    )
+    for block in blocks:
+        assert float(counts[block.name].sum()) == 2 * tokens, "padding was counted, or tokens were missed"
+        assert float(weights[block.name].sum()) == pytest.approx(tokens, rel=1e-5)
+
+
+def test_impossible_numbers(captured: Callable[[str], Program]) -> None:
+    program = captured("mixtral")
+    for keep in (1, 9):
+        with pytest.raises(PassRefusedError, match="cannot stay"):
+            graphopt.optimize(program, f"prune-experts{{keep={keep} score=random}}")
+    with pytest.raises(PipelineError, match="say how many"):
+        graphopt.optimize(program, "prune-experts")
+    with pytest.raises(PipelineError, match="needs data"):
+        graphopt.optimize(program, "prune-experts{keep=3}")
