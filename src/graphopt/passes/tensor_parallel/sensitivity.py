@@ -47,6 +47,16 @@ def backward_sweep(
             reads = [points[n].attention.reads for n in names]
             outputs = interpret(program, inputs, record=dict.fromkeys(reads))
             _count(sums, "base", name, batch, outputs, outputs)
+            if number == done:
+                # each variant runs the part of the model behind its first block
+                each = (time.perf_counter() - began) * (1 + (len(names) + 1) / 2)
+                left = len(batches) - done
+                note = (
+                    f"the sweep takes about {each * left:.3g} s: {left} batches, {len(names) + 1} runs each"
+                )
+                log(note)
+                context.progress.done()
+                context.progress.start(note, left)
             for first, variant in variants.items():
                 start = points[first].attention.reads
                 here = next(n for n in variant.graph.nodes if n.name == start.name)
@@ -54,12 +64,6 @@ def backward_sweep(
                 _count(sums, first, name, batch, found, outputs)
             sums["batches"] = float(number + 1)
             context.store(program, store, sums)
-            if number == done and len(batches) > done + 1:
-                each, left = time.perf_counter() - began, len(batches) - done - 1
-                note = f"the sweep takes about {each * left:.3g} s more: {left} batches of {each:.2g} s"
-                log(note)
-                context.progress.done()
-                context.progress.start(note, left + 1)
             context.progress.step()
     finally:
         context.progress.done()
