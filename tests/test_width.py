@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -197,5 +196,3 @@ def test_pruned_program_shards_and_saves(tmp_path: Path) -> None:
     )
     again = graphopt.load(done.save(tmp_path / "saved"))
     assert float((logits(again) - logits(done)).abs().max()) < 1e-12
-    config = json.loads((tmp_path / "saved" / "program.json").read_text())
-    assert config

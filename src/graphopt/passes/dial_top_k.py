@@ -79,6 +79,7 @@ class DialTopK(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Limit the experts of the mixtures that the plan names."""
+        blocks = {b.name: b for b in program.anatomy.experts}
         shared: fx.Node | None = None
         if self.fixed is not None and plan.sites:
             value = torch.tensor(float(self.fixed), dtype=torch.float64)
@@ -94,7 +95,7 @@ class DialTopK(Pass):
                     f"{DIAL}_{number}",
                     Dial(float(most), 1.0, float(most), f"experts a token goes to in {site.block}"),
                 )
-            _limit(program, program.anatomy.block(site.block), k, bool(site["renormalised"]))
+            _limit(program, blocks[site.block], k, bool(site["renormalised"]))
         counts = {int(site["most"]) for site in plan.sites}
         if self.fixed is not None and len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
             program.facts["fixed_experts"] = [counts.pop(), self.fixed]

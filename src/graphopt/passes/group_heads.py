@@ -66,15 +66,16 @@ class GroupHeads(Pass):
         if not able:
             return plan
         distances = self._distances(program, context, able)
+        trial = program.copy()
+        trials = {b.name: b for b in trial.anatomy.attention}
         for block in able:
             groups, gain = scatter(distances[block.name], self.size)
             following = self._ffn_after(program, block) if self.match else None
             if following is not None:
                 groups = self._matched(program, context, block, following, groups)
             order = [unit for group in groups for unit in group]
-            trial = program.copy()
             try:
-                reorder_heads(trial, trial.anatomy.block(block.name), order)
+                reorder_heads(trial, trials[block.name], order)
             except ValueError as problem:
                 plan.refused.append(
                     Refused(block.name, f"its heads cannot be followed to weights: {problem}")
@@ -153,8 +154,9 @@ class GroupHeads(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put the heads into the planned order."""
+        blocks = {b.name: b for b in program.anatomy.attention}
         for site in plan.sites:
-            reorder_heads(program, program.anatomy.block(site.block), [int(u) for u in site["order"]])
+            reorder_heads(program, blocks[site.block], [int(u) for u in site["order"]])
 
 
 def _maps(core: fx.Node, values: dict[str, torch.Tensor]) -> torch.Tensor:

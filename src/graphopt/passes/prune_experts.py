@@ -64,6 +64,8 @@ class PruneExperts(Pass):
         if not able:
             return plan
         scores = expert_scores(program, context, able, self.score)
+        trial = program.copy()
+        trials = {b.name: b for b in trial.anatomy.experts}
         for block in able:
             count, active = int(block.sizes["experts"]), int(block.sizes["active"])
             left = self.keep if self.keep is not None else count - int(count * (self.fraction or 0.0))
@@ -72,9 +74,8 @@ class PruneExperts(Pass):
                     f"{self.name}: {block.name} has {count} experts, {active} of them active; {left} cannot stay"
                 )
             chosen = sorted(scores[block.name].argsort(descending=True, stable=True)[:left].tolist())
-            attempt = program.copy()
             try:
-                take_experts(attempt, attempt.anatomy.block(block.name), chosen)
+                take_experts(trial, trials[block.name], chosen)
             except ValueError as problem:
                 plan.refused.append(Refused(block.name, str(problem), program.source_line(block.term)))
                 continue
@@ -83,8 +84,9 @@ class PruneExperts(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Take the experts out that the plan does not name."""
+        blocks = {b.name: b for b in program.anatomy.experts}
         for site in plan.sites:
-            take_experts(program, program.anatomy.block(site.block), [int(e) for e in site["left"]])
+            take_experts(program, blocks[site.block], [int(e) for e in site["left"]])
         counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
         if len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
             program.facts["expert_counts"] = [*program.facts.get("expert_counts", []), list(counts.pop())]

@@ -12,8 +12,8 @@ from .base import Pass
 from .contracts import Approximate, Contract
 from .option import option
 from .plan import Plan
-from .shard_tensor_parallel import split_all
 from .sort_ffn import plan_orders, take_planned
+from .split_projections import split_all
 from .width.scores import SCORES, importance_of_blocks
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from .base import Pass
 from .contracts import Exact
 from .option import option
 from .plan import Plan
-from .split_projections import SplitProjections
+from .split_projections import split_all
 from .tensor_parallel.blocks import Placer, possible_sizes
 from .tensor_parallel.merging import merge_sums
 
@@ -100,15 +100,5 @@ class ShardTensorParallel(Pass):
         placer = Placer(program, self)
         for site in plan.sites:
             placer.cut(site)
-        merged = merge_sums(program)
-        if merged:
-            program.facts["merged_synchronisations"] = merged
+        merge_sums(program)
         placements(program)
-
-
-def split_all(program: Program) -> None:
-    """Take fused projections apart, which place by head and by channel needs."""
-    from .context import Context
-
-    splitting = SplitProjections(allow_no_match=True)
-    splitting.rewrite(program, splitting.plan(program, Context()))

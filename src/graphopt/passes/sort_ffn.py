@@ -14,7 +14,7 @@ from .contracts import Exact
 from .kept_tensors import keep, kept
 from .option import option
 from .plan import Plan, Refused, Site
-from .shard_tensor_parallel import split_all
+from .split_projections import split_all
 from .width.scores import SCORES, hidden_scores
 from .width.taking import refusal, take_channels, tied
 
@@ -85,10 +85,8 @@ def plan_orders(
                 "data": context.data_hash()}  # fmt: skip
     where = keep(orders, context.work_dir, identity, "channels")
     for group in tied(able):
-        attempt = trial.copy()
-        names = {b.name for b in group}
         try:
-            take_channels(attempt, [b for b in attempt.anatomy.ffn if b.name in names], orders)
+            take_channels(trial, group, orders)
         except ValueError as problem:
             plan.refused += [
                 Refused(b.name, f"its channels cannot be followed to weights: {problem}") for b in group

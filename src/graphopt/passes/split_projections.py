@@ -76,6 +76,14 @@ class SplitProjections(Pass):
                 _separate(program, linear, piece)
 
 
+def split_all(program: Program) -> None:
+    """Take fused projections apart, as placing by head or by channel needs."""
+    from .context import Context
+
+    splitting = SplitProjections(allow_no_match=True)
+    splitting.rewrite(program, splitting.plan(program, Context()))
+
+
 def find_pieces(linear: fx.Node) -> list[_View] | str:
     """Return the parts of a linear's result that are used, or why it cannot be taken apart.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ..operators.quantized import chosen_algorithm, payload_bytes, shares
+from ..operators.quantized import chosen_algorithm, payload_bytes, share_bytes
 from ..ranks import ranks_of, synchronisations
 from ..schema import arguments, operator_name
 from ..sizes import expression
@@ -92,10 +92,7 @@ def _quantized(node: fx.Node, tokens: int, features: int, ranks: int, link: Link
         message = tokens * payload_bytes(features, kept, bits, block)
         seconds = None if link is None else one_shot(message, ranks, link)
         return Sync(node.name, form, message, (ranks - 1) * message, seconds)
-    largest = max(
-        payload_bytes((b - a) + (d - c), b - a, bits, block)
-        for (a, b), (c, d) in zip(shares(kept, ranks), shares(features - kept, ranks), strict=True)
-    )
+    largest = share_bytes(features, kept, bits, block, ranks)
     message = tokens * largest * ranks
     seconds = None if link is None else two_shot(message, ranks, link)
     return Sync(node.name, form, message, 2 * (ranks - 1) * tokens * largest, seconds)

@@ -133,6 +133,14 @@ def shares(count: int, ranks: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
+def share_bytes(features: int, kept: int, bits: int, block: int, ranks: int) -> int:
+    """Return how many bytes a token takes in the largest share that a rank has of it."""
+    return max(
+        payload_bytes((b - a) + (d - c), b - a, bits, block)
+        for (a, b), (c, d) in zip(shares(kept, ranks), shares(features - kept, ranks), strict=True)
+    )
+
+
 def chosen_algorithm(
     algorithm: str, tokens: int, features: int, ranks: int, bits: int, crossover: int
 ) -> str:
@@ -263,10 +271,7 @@ def quantized_all_reduce(
             total = term if total is None else total + term
         assert total is not None
         return total.index_select(-1, inverse).to(x.dtype)
-    width = max(
-        payload_bytes((b - a) + (d - c), b - a, bits, block)
-        for (a, b), (c, d) in zip(shares(kept, ranks), shares(features - kept, ranks), strict=True)
-    )
+    width = share_bytes(features, kept, bits, block, ranks)
 
     def sized(message: Tensor) -> Tensor:
         return torch.nn.functional.pad(message, [0, width - message.shape[-1]])
