@@ -9,25 +9,16 @@ models are the hard case for SPD: the paper finds blocks that bear no dropping o
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from study import CALIBRATION, HERE, MODELS, Results, calibration, perplexity, reference_model
 
 import graphopt
 from graphopt.distillation import distil_sync_points
 from graphopt.ir.ranks import synchronisations
-from graphopt.ir.retype import retyped
 from graphopt.training import Settings, Shown
 
-HERE = Path(__file__).parent
-MODELS = HERE / "reference_models"
-CALIBRATION, JUDGED = MODELS / "data" / "calibration.jsonl", MODELS / "data" / "validation.jsonl"
 BITS = (2, 3, 4, 5, 6, 8)
 KINDS = {
     "4 bits, calibrated outliers": "",
@@ -39,40 +30,10 @@ KINDS = {
 }
 
 
-class Results:
-    """Numbers by ranks and name, kept after each so that nothing is measured twice."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return a number, measured if it is not known."""
-        if key not in self.rows:
-            began = time.perf_counter()
-            self.rows[key] = measure()
-            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
-            Console().print(f"{key}: {self.rows[key]} ({time.perf_counter() - began:.0f} s)")
-        return self.rows[key]
-
-
-def judge(program: graphopt.Program, sequences: int) -> float:
-    """Return the perplexity on validation text."""
-    found = graphopt.evaluate(program, JUDGED, "perplexity", sequences=sequences, length=256)
-    return round(found.values["perplexity"], 4)
-
-
 def quantized(program: graphopt.Program, options: str, sequences: int) -> graphopt.Program:
     """Quantise the sums that are left; the contract is judged here, on other data."""
     data = calibration(program, sequences)
     return graphopt.optimize(program, "quantize-communication{" + options + "}", data=data, verify="off")
-
-
-def calibration(program: graphopt.Program, sequences: int) -> Any:
-    """Return calibration batches; passes use the first half of them."""
-    from graphopt.frontends.data import read_data
-
-    return read_data(program, CALIBRATION, sequences=2 * sequences, length=256)[0]
 
 
 def dropped(program: graphopt.Program, names: list[str]) -> graphopt.Program:
@@ -87,9 +48,9 @@ def study(ranks: int, results: Results, quick: bool) -> None:
     """Measure everything for one number of ranks."""
     judged, sequences = (16, 8) if quick else (96, 64)
     steps = 40 if quick else 640
-    whole = retyped(graphopt.capture(MODELS / "models" / "llama"), torch.float32)
+    whole = reference_model("llama")
     program = graphopt.optimize(whole, f"shard-tensor-parallel{{size={ranks}}}")
-    base = results.get(f"{ranks} ranks: as it was", lambda: judge(program, judged))
+    base = results.get(f"{ranks} ranks: as it was", lambda: perplexity(program, judged))
     scores = results.get(f"{ranks} ranks: scores", lambda: sensitivities(program, sequences))
     order = sorted((n for n in scores if n != "base"), key=lambda n: scores[n])
     training = Settings(steps=steps, learning_rate=3e-4, warmup=steps // 20)
@@ -103,19 +64,20 @@ def study(ranks: int, results: Results, quick: bool) -> None:
     for count in (2, 4, 6, 8):
         names = order[:count]
         results.get(
-            f"{ranks} ranks: {count} of 8 dropped", lambda n=names: judge(dropped(program, n), judged)
+            f"{ranks} ranks: {count} of 8 dropped", lambda n=names: perplexity(dropped(program, n), judged)
         )
         results.get(
-            f"{ranks} ranks: {count} of 8 dropped, distilled", lambda n=names: judge(distilled(n), judged)
+            f"{ranks} ranks: {count} of 8 dropped, distilled",
+            lambda n=names: perplexity(distilled(n), judged),
         )
     for bits in BITS:
         results.get(
             f"{ranks} ranks: {bits} bits",
-            lambda b=bits: judge(quantized(program, f"bits={b}", sequences), judged),
+            lambda b=bits: perplexity(quantized(program, f"bits={b}", sequences), judged),
         )
     for kind, options in KINDS.items():
         results.get(
-            f"{ranks} ranks: {kind}", lambda o=options: judge(quantized(program, o, sequences), judged)
+            f"{ranks} ranks: {kind}", lambda o=options: perplexity(quantized(program, o, sequences), judged)
         )
     best: tuple[float, str] | None = None
     for count in (8, 7, 6, 5, 4, 3, 2, 1):
@@ -123,7 +85,7 @@ def study(ranks: int, results: Results, quick: bool) -> None:
             key = f"{ranks} ranks: {count} dropped and distilled, {bits} bits"
             value = results.get(
                 key,
-                lambda c=count, b=bits: judge(
+                lambda c=count, b=bits: perplexity(
                     quantized(distilled(order[:c]), f"bits={b}", sequences), judged
                 ),
             )
@@ -147,10 +109,11 @@ def sensitivities(program: graphopt.Program, sequences: int) -> dict[str, float]
 def grouping(results: Results, quick: bool) -> None:
     """Head grouping has something to choose where ranks get several key-value heads: here at two ranks."""
     judged, sequences = (16, 8) if quick else (96, 32)
-    whole = retyped(graphopt.capture(MODELS / "models" / "llama"), torch.float32)
+    whole = reference_model("llama")
     data = calibration(whole, sequences)
     results.get(
-        "2 ranks: as it was", lambda: judge(graphopt.optimize(whole, "shard-tensor-parallel{size=2}"), judged)
+        "2 ranks: as it was",
+        lambda: perplexity(graphopt.optimize(whole, "shard-tensor-parallel{size=2}"), judged),
     )
     for title, first in {
         "": "",
@@ -162,7 +125,7 @@ def grouping(results: Results, quick: bool) -> None:
             def measure(first: str = first, count: int = count) -> float:
                 made = graphopt.optimize(whole, first + "shard-tensor-parallel{size=2}", data=data)
                 names = [f"attention.{i}" for i in range(8 - count, 8)]
-                return judge(dropped(made, names), judged)
+                return perplexity(dropped(made, names), judged)
 
             results.get(f"2 ranks: last {count} dropped{title}", measure)
 

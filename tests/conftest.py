@@ -80,7 +80,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Run a command with --json and return its document; standard output must hold that and nothing else."""
 
-    from graphopt.cli.app import run
+    from graphopt.cli.running import run
 
     def call(*arguments: Any, status: int = 0) -> Any:
         capsys.readouterr()

@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_older_program_and_nothing_else(small_disk: Path,
 
 
 def test_commands_on_a_full_disk_fail_and_leave_nothing(small_disk: Path, whole: Path) -> None:
-    from graphopt.cli.app import run
+    from graphopt.cli.running import run
 
     (small_disk / "filling").write_bytes(b"\0" * 150_000)
     assert run(["optimize", str(whole), "-p", "fuse-projections", "-o", str(small_disk / "o")]) == 1

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from graphopt import CheckpointError, PipelineError, Program
+from graphopt.ir.option import options_of
 from graphopt.ir.sizes import format_size, parse_size
 from graphopt.passes import Pass, Plan, Refused, Site, format_pipeline, option, parse_pipeline
 from graphopt.passes.manager import check_order
-from graphopt.passes.option import options_of
 from graphopt.passes.pipeline import as_passes
 from graphopt.passes.plan import read_plans, write_plans
 from graphopt.passes.registry import BUILT_IN, find_pass

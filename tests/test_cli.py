@@ -15,7 +15,7 @@ import yaml
 from forging import everything_in
 
 import graphopt
-from graphopt.cli.app import run
+from graphopt.cli.running import run
 
 SOURCE = Path(__file__).parents[1] / "src"
 

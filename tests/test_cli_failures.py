@@ -16,7 +16,7 @@ import yaml
 from forging import Canary, everything_in, list_file, safetensors_parts, write_safetensors
 
 import graphopt
-from graphopt.cli.app import run
+from graphopt.cli.running import run
 
 
 @pytest.mark.parametrize(

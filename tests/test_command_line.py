@@ -11,7 +11,7 @@ import pytest
 import yaml
 import zoo
 
-from graphopt.cli.app import run
+from graphopt.cli.running import run
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def printed(capsys: pytest.CaptureFixture[str], arguments: list[str], status: in
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; from graphopt.cli.app import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from graphopt.cli.running import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, "help waits seconds for torch"
     assert "inspect" in done.stdout and "lower" in done.stdout

@@ -15,7 +15,7 @@ from torch import nn
 
 import graphopt
 from graphopt import PipelineError, UsageError, evaluate
-from graphopt.cli.app import run as main
+from graphopt.cli.running import run as main
 
 TEXTS = [
     "Return the sum of array elements over a given axis.",

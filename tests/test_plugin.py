@@ -52,7 +52,7 @@ print(str(program.report).splitlines()[0])
 
 
 def test_listed_in_the_catalogue(installed: Path) -> None:
-    done = run(installed, "from graphopt.cli.app import run; run(['passes', '--json'])")
+    done = run(installed, "from graphopt.cli.running import run; run(['passes', '--json'])")
     assert "swap-addends" in done.stdout, done.stderr
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.cli.app import run
+from graphopt.cli.running import run
 
 HOME = Path(__file__).parents[1] / "examples" / "reference_models"
 sys.path.insert(0, str(HOME))

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     )
     from .ir.program import Program
     from .ir.rewrite import rewrite
+    from .learning import train
+    from .oracle import routing_oracle
+    from .sweeping import sweep
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,9 @@ _HOMES = {
     "Program": "graphopt.ir.program",
     "rewrite": "graphopt.ir.rewrite",
     "generate": "graphopt.decoding",
+    "routing_oracle": "graphopt.oracle",
+    "sweep": "graphopt.sweeping",
+    "train": "graphopt.learning",
     **dict.fromkeys(
         (
             "CaptureError",
@@ -68,6 +74,9 @@ __all__ = [
     "load",
     "optimize",
     "rewrite",
+    "routing_oracle",
+    "sweep",
+    "train",
 ]
 
 

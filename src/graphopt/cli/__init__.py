@@ -11,6 +11,6 @@ def main() -> None:
     # progress and tables are ours; libraries stay quiet unless asked
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from .app import run
+    from .running import run
 
     sys.exit(run(sys.argv[1:]))

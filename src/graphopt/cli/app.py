@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from .output import documents_shown, errors, show_json
-
-# typer has a copy of click or uses the package, by its version; either way its errors are found here
-_WrongUsage: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="graphopt",
@@ -284,76 +275,93 @@ def links(
     show_links(fit, output, as_json)
 
 
-def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit status.
+@app.command()
+def train(
+    program: Checkpoint,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="What to learn, e.g. 'dynamoe{theta=0.9}'; see graphopt recipes.")
+    ],
+    data: Annotated[str, typer.Option("--data", help="A .jsonl, .txt or .npz file.")],
+    output: Output,
+    steps: Annotated[int, typer.Option("--steps", help="Updates of the weights.")],
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Its highest value.")] = 1e-4,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps over which it rises.")] = 0,
+    schedule: Annotated[str, typer.Option("--schedule", help="cosine, linear or constant.")] = "cosine",
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="On matrices alone.")] = 0.0,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches averaged for one update.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a batch.", min=1)] = 8,
+    length: Annotated[int, typer.Option("--length", help="Tokens a row at most.", min=2)] = 256,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", help="Rows of data at most; all by default.", min=1)
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option("--validation", help="Data of which the recipe's loss is shown too.")
+    ] = None,
+    measure_every: Annotated[
+        int, typer.Option("--measure-every", help="Steps between such measurements; 0: at the end.", min=0)
+    ] = 0,
+    seed: Seed = 0,
+    work_dir: Annotated[
+        str | None, typer.Option("--work-dir", help="Where the run is kept; OUTPUT.training by default.")
+    ] = None,
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Train a program by a recipe; an interrupted run goes on. Under torchrun, on several processes."""
+    from .learning import train_program
 
-    Under torchrun every rank runs it; the first prints and writes, all print errors.
-    """
-    rank = int(os.environ.get("RANK", "0") or 0) if "WORLD_SIZE" in os.environ else 0
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-    status = _run(arguments, f"rank {rank}: " if rank else "")
-    if status and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
-        # the others may be waiting for this rank in a collective; ending at once tells them
-        errors.file.flush()
-        sys.stdout.flush()
-        os._exit(status)
-    return status
-
-
-def _run(arguments: list[str], who: str) -> int:
-    as_json = "--json" in arguments
-    before = documents_shown()
-    try:
-        command = typer.main.get_command(app)
-        result = command.main(arguments, prog_name="graphopt", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except typer.Exit as stop:
-        return int(stop.exit_code)
-    except _WrongUsage as error:
-        return _misused(error, as_json)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; nothing was written", markup=False)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        # a command that shows what it found and then refuses has said it all
-        return _failed(error, as_json and documents_shown() == before, who)
-
-
-def _misused(error: Any, as_json: bool) -> int:
-    message = str(error.format_message())
-    if as_json:
-        _show_error("UsageError", message, 2)
-    if message:
-        context = getattr(error, "ctx", None)
-        where = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
-        errors.print(f"UsageError: {message}{where}", markup=False)
-    return 2
+    settings = {
+        "steps": steps, "learning_rate": learning_rate, "warmup": warmup, "schedule": schedule,
+        "weight_decay": weight_decay, "accumulate": accumulate, "seed": seed,
+    }  # fmt: skip
+    train_program(
+        program, output, recipe, data, settings, (sequences, length, batch), validation, measure_every, work_dir,
+        as_json, trust,
+    )  # fmt: skip
 
 
-def _show_error(name: str, message: str, code: int) -> None:
-    show_json({"error": name, "message": message, "exit_status": code})
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe.")] = None, as_json: Json = False
+) -> None:
+    """List what programs can be trained by, or describe one recipe with its options."""
+    from .learning import show_recipes
+
+    show_recipes(name, as_json)
 
 
-def _failed(error: Exception, as_json: bool, who: str = "") -> int:
-    code = getattr(error, "exit_code", None)
-    notes = list(getattr(error, "__notes__", []))
-    if code is None:
-        if os.environ.get("GRAPHOPT_TRACEBACK"):
-            traceback.print_exc()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        message = f"internal error: {type(error).__name__}: {error}\n  at {place}"
-        message += "\n  what to do: report it; GRAPHOPT_TRACEBACK=1 prints the whole traceback"
-        code = 1
-    else:
-        message = f"{type(error).__name__}: {error}"
-    for line in notes:
-        message += f"\n  in {line}"
-    if as_json:
-        _show_error(type(error).__name__, str(error), int(code))
-    errors.print(who + message, markup=False)
-    return int(code)
+@app.command()
+def sweep(
+    program: Checkpoint,
+    data: Annotated[str, typer.Option("--data", help="A .jsonl, .txt or .npz file.")],
+    dial: Annotated[
+        str | None, typer.Option("--dial", help="Which dial; may be left out where there is one.")
+    ] = None,
+    values: Annotated[str | None, typer.Option("--values", help="Where to put it: '0 0.5 1'.")] = None,
+    points: Annotated[int, typer.Option("--points", help="How many settings, without --values.", min=2)] = 5,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="As of graphopt evaluate; may be repeated.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The original; else the program at the dial's default.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", help="Rows of data at most; all by default.", min=1)
+    ] = None,
+    length: Length = 2048,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a batch.", min=1)] = 8,
+    csv: Annotated[str | None, typer.Option("--csv", help="Write the table to this file.")] = None,
+    picture: Annotated[
+        str | None, typer.Option("--picture", help="Draw quality against FLOPs: a .png, .svg or .pdf file.")
+    ] = None,
+    work_dir: WorkDir = None,
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Measure quality and active FLOPs at every setting of a dial."""
+    from .learning import sweep_program
+
+    sweep_program(
+        program, data, dial, values, points, metric or [], against, (sequences, length, batch), csv, picture, work_dir,
+        as_json, trust,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 from ..ir.errors import UsageError
-from ..passes.option import default_of, describe, options_of
+from ..ir.option import default_of, describe, options_of
 from ..passes.registry import find_pass, pass_locations
 from ..passes.values import format_value
 from .output import show_json, table, text

@@ -56,12 +56,12 @@ def verify_programs(
     verdict = ("holds" if holds else "does not hold") if judged else "was not judged; give --data"
     if as_json:
         show_json(
-            {"passes": [e.get("pass") for e in new], "exact": exact, "errors": errors,
+            {"passes": [e.get("pass", e.get("recipe")) for e in new], "exact": exact, "errors": errors,
              "limit": limit if exact else None, "metrics": metrics, "verdict": verdict, "budgets": budget}
         )  # fmt: skip
     else:
         for entry in new:
-            text(f"{entry.get('pass')}  ({entry.get('contract')})")
+            text(f"{entry.get('pass', entry.get('recipe'))}  ({entry.get('contract')})")
         table(
             "Outputs, relative error in float64",
             ("output", "error"),
@@ -96,6 +96,8 @@ def _broken_budgets(
         return []
     broken = []
     for entry in history:
+        if "pass" not in entry:
+            continue
         step = parse_pipeline(str(entry.get("pass")))[0]
         budget = getattr(step, "budget", None)
         if budget is not None:

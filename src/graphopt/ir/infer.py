@@ -19,6 +19,8 @@ _DIALECT_SHAPES: dict[str, Callable[..., torch.Tensor]] = {
         x.shape, dtype=torch.promote_types(x.dtype, cos.dtype)
     ),
     "graphopt::routed_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
+    "graphopt::nested_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
+    "graphopt::soft_nested_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
 }
 
 

@@ -47,3 +47,13 @@ def lower_limit(program: Program, size: str, low: int) -> None:
     program.signature = replace(
         signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), known.high, known.hint)}
     )
+
+
+def remove_dial(program: Program, name: str) -> None:
+    """Take a dial away that nothing reads any more."""
+    node = program.input_nodes[name]
+    if node.users:
+        raise UsageError(f"dial {name} is still read by {next(iter(node.users)).name}")
+    program.graph.erase_node(node)
+    del program.dials[name]
+    program.changed()

@@ -280,6 +280,35 @@ def _experts(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     return PARTIAL
 
 
+def _nested(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Each rank has a share of every range of channels between two widths, so that all shrink alike."""
+    found = arguments(node)
+    _whole((found["x"], placed), (found["choice"], placed))
+    names = [n for n in ("up", "gate", "up_bias", "gate_bias") if found[n] is not None]
+    held = [_of(found[n], placed) for n in names]
+    down = _of(found["down"], placed)
+    if down == WHOLE and all(p == WHOLE for p in held):
+        return WHOLE
+    for name, placement in zip(names, held, strict=True):
+        if not _alike(placement, down):
+            raise _Misplaced(f"its {name} is {placement}, its last matrix {down}")
+    if found["down_bias"] is not None:
+        raise _Misplaced("its bias would be added once a rank; add it after the sum")
+    return PARTIAL
+
+
+def _alike(first: Placement, second: Placement) -> bool:
+    """Tell whether rows of one matrix are cut as the columns of another."""
+    pieces = [p.pieces if isinstance(p, Joined) else (p,) for p in (first, second)]
+    if len(pieces[0]) != len(pieces[1]):
+        return False
+    return all(
+        isinstance(a, Shard) and isinstance(b, Shard) and a.dim == 0 and b.dim == 1 and a.even
+        and (a.starts, a.length) == (b.starts, b.length)
+        for a, b in zip(*pieces, strict=True)
+    )  # fmt: skip
+
+
 def _collective(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     found = arguments(node)
     held, name = placed[found["x"]], operator_name(node.target)
@@ -334,6 +363,7 @@ _RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
     "graphopt.local_embedding": _local_rows,
     "graphopt.attention": _attention,
     "graphopt.routed_ffn": _experts,
+    "graphopt.nested_ffn": _nested,
     "graphopt.unreduced": lambda node, placed: (
         WHOLE if placed[node.args[0]] == PARTIAL else _refuse("only a partial sum can go unreduced")  # type: ignore[index]
     ),

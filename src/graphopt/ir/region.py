@@ -163,7 +163,9 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
 def _rows(program: Program, node: fx.Node) -> int:
     """Return how many values the integers of a place may take: rows of a table, experts of a mixture."""
     mixtures = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
-    return max([rows_of(program, node), *(int(argument(u, "up").meta["val"].shape[0]) for u in mixtures)])
+    nested = [u for u in node.users if is_operator(u, "graphopt.nested_ffn") and u.args[1] is node]
+    experts = [int(argument(u, "up").meta["val"].shape[0]) for u in mixtures]
+    return max([rows_of(program, node), *experts, *(len(argument(u, "widths")) for u in nested)])
 
 
 def leaf_tensor(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..ir.option import option
 from .base import Pass
 from .contracts import AddsOutputs, Approximate, Contract, Exact, ExactAt, ExactInChunks, NewFunction
-from .option import option
 from .pipeline import format_pipeline, parse_pipeline
 from .plan import Plan, Refused, Site
 from .registry import BUILT_IN, find_pass, pass_locations

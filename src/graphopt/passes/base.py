@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..ir.errors import PipelineError
+from ..ir.option import check, default_of, option, options_of
 from ..ir.program import Program
 from .contracts import Contract, Exact
-from .option import check, default_of, option, options_of
 from .plan import Plan
 from .values import format_value
 

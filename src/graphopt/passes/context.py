@@ -132,8 +132,11 @@ class Context:
             yield batch, interpret(program, self.bound(program, batch), record=wanted, stop=True)
 
     def bound(self, program: Program, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return a batch as a program takes it: what it does not take left out, what is missing filled."""
-        known = {k: v for k, v in batch.items() if k in program.signature.parameters}
+        """Return a batch as a program takes it: what it does not take left out, what is missing filled.
+
+        Dials are taken from it too, where it has them.
+        """
+        known = {k: v for k, v in batch.items() if k in program.signature.parameters or k in program.dials}
         return program.bind((), known)
 
     def evaluate(

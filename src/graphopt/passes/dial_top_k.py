@@ -10,12 +10,12 @@ from torch import fx
 
 from ..ir.anatomy import Block
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.option import option
 from ..ir.program import Dial, Program
 from ..ir.region import cut, drawn_source, leaf_value
 from ..ir.schema import arguments, is_operator, normal_call
 from .base import Pass
 from .contracts import Approximate, Contract, ExactAt
-from .option import option
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:

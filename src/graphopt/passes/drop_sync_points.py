@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.option import option
 from ..ir.placement import placements
 from ..ir.program import Program
 from ..ir.ranks import synchronisations
 from .base import Pass
 from .contracts import Approximate, Contract
-from .option import option
 from .plan import Plan, Refused, Site
 from .tensor_parallel.sensitivity import backward_sweep, classify
 from .tensor_parallel.sync_points import drop, find_sync_points

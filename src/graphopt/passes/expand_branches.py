@@ -11,6 +11,7 @@ from torch import fx
 
 from ..ir.errors import PipelineError
 from ..ir.fold import depends_on_weights_alone
+from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import is_operator
 from ..ir.weights import Drawn, InMemory
@@ -20,7 +21,6 @@ from .convolutions.forms import Form, extension, follow
 from .convolutions.geometry import Axis
 from .convolutions.reading import CONVOLUTIONS, NotLinear, read_operator
 from .convolutions.writing import CONVOLUTION, pad_source
-from .option import option
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from ..ir.fold import depends_on_weights_alone
+from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import argument, arguments, is_operator
 from .base import Pass
 from .contracts import Exact
 from .fold_batch_norm import fold_batch_norm, plan_batch_norm
-from .option import option
 from .plan import Plan, Refused, Site
 from .scale_columns import matrix_readers, scale_reader
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Exact
@@ -15,7 +16,6 @@ from .convolutions.forms import Form
 from .convolutions.groups import find_groups
 from .convolutions.quantisation import compare, described
 from .convolutions.writing import write_form
-from .option import option
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:

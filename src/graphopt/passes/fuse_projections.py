@@ -11,11 +11,11 @@ from torch import fx
 
 from ..ir.anatomy import Block
 from ..ir.fold import depends_on_weights_alone
+from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import is_operator
 from .base import Pass
 from .contracts import Exact
-from .option import option
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from torch import fx
 from ..ir.anatomy import Block
 from ..ir.errors import PipelineError
 from ..ir.execute import interpret
+from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
 from .base import Pass
 from .contracts import Exact
-from .option import option
 from .plan import Plan, Refused, Site
 from .tensor_parallel.grouping import match, scatter
 from .tensor_parallel.reorder import reorder_heads

@@ -12,6 +12,7 @@ import torch
 from ..ir.errors import PipelineError
 
 _KEPT: dict[str, dict[str, torch.Tensor]] = {}
+_MOST = 64  # a process that plans for days does not grow
 
 
 def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[str, Any], kind: str) -> str:
@@ -24,7 +25,10 @@ def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[s
         kind: the first part of the file's name.
     """
     key = f"{kind}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]}"
+    _KEPT.pop(key, None)
     _KEPT[key] = found
+    while len(_KEPT) > _MOST:
+        _KEPT.pop(next(iter(_KEPT)))
     if work_dir is None:
         return key
     from ..ir.safetensors_file import write_file

@@ -22,6 +22,15 @@ def parse_pipeline(text: str) -> list[Pass]:
     return _Reader(text).pipeline()
 
 
+def parse_calls(text: str, what: str = "a pass") -> list[tuple[str, dict[str, Any]]]:
+    """Return names with their options, ``name{option=value}, name``, of things that need not be passes.
+
+    Raises:
+        PipelineError: with the place in the text, if it is not of that form.
+    """
+    return _Reader(text).calls(what)
+
+
 def format_pipeline(passes: Iterable[Pass]) -> str:
     """Return the text that :func:`parse_pipeline` reads back to these passes."""
     return ", ".join(str(p) for p in passes)
@@ -85,17 +94,20 @@ class _Reader:
         return self.text[start : self.place]
 
     def pipeline(self) -> list[Pass]:
-        passes: list[Pass] = []
+        return [find_pass(name).from_options(options) for name, options in self.calls("a pass")]
+
+    def calls(self, what: str) -> list[tuple[str, dict[str, Any]]]:
+        found: list[tuple[str, dict[str, Any]]] = []
         if not self.peek():
-            raise self.fail("a pipeline names at least one pass")
+            raise self.fail("a pipeline names at least one pass" if what == "a pass" else f"expected {what}")
         while True:
-            passes.append(self.one())
+            found.append(self.one(what))
             if not self.peek():
-                return passes
+                return found
             self.take(",")
 
-    def one(self) -> Pass:
-        name = self.word("the name of a pass")
+    def one(self, what: str) -> tuple[str, dict[str, Any]]:
+        name = self.word(f"the name of {what}")
         options: dict[str, Any] = {}
         if self.peek() == "{":
             self.take("{")
@@ -106,7 +118,7 @@ class _Reader:
                 self.take("=")
                 options[key] = self.value(0)
             self.take("}")
-        return find_pass(name).from_options(options)
+        return name, options
 
     def value(self, depth: int) -> Any:
         character = self.peek()

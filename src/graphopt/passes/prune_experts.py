@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ..ir.anatomy import Block
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate, Contract
-from .option import option
 from .plan import Plan, Refused, Site
 from .width.experts import expert_scores, take_experts
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate, Contract
-from .option import option
 from .plan import Plan
 from .sort_ffn import plan_orders, take_planned
 from .split_projections import split_all

@@ -12,6 +12,7 @@ from ..ir.cost.collectives import find_link
 from ..ir.errors import PassRefusedError, PipelineError, UsageError
 from ..ir.groups import TENSOR_PARALLEL
 from ..ir.operators.quantized import payload_bytes
+from ..ir.option import option
 from ..ir.placement import placements
 from ..ir.program import Program
 from ..ir.ranks import ranks_of
@@ -19,7 +20,6 @@ from ..ir.schema import arguments, is_operator
 from .base import Pass
 from .contracts import Approximate, Contract
 from .kept_tensors import keep, kept
-from .option import option
 from .plan import Plan, Refused, Site
 from .tensor_parallel.calibration import FLOOR, calibrate
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.groups import world_size
+from ..ir.option import option
 from ..ir.placement import placements
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Exact
-from .option import option
 from .plan import Plan
 from .split_projections import split_all
 from .tensor_parallel.blocks import Placer, possible_sizes

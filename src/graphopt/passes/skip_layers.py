@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .checkpoint_layers import forget_removed
 from .contracts import Approximate, Contract
 from .layer_scores import choose, unified_rule
-from .option import option
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:

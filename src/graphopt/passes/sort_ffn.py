@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..ir.anatomy import Block
+from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Exact
 from .kept_tensors import keep, kept
-from .option import option
 from .plan import Plan, Refused, Site
 from .split_projections import split_all
 from .width.scores import SCORES, hidden_scores

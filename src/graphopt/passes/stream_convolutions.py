@@ -11,6 +11,7 @@ from torch import fx
 from ..ir.errors import ContractError
 from ..ir.fold import depends_on_weights_alone
 from ..ir.inputs import add_input, lower_limit
+from ..ir.option import option
 from ..ir.program import Program
 from ..ir.report import PassReport
 from ..ir.schema import arguments, is_operator
@@ -20,7 +21,6 @@ from .contracts import ExactInChunks
 from .convolutions.forms import Form, follow
 from .convolutions.reading import CONVOLUTIONS, POOLINGS, NotLinear, read_operator
 from .convolutions.writing import CONVOLUTION
-from .option import option
 from .plan import Plan, Refused, Site
 from .streaming import compare_in_chunks
 

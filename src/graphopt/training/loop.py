@@ -18,6 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..ir.errors import GraphoptError
+from ..ir.groups import started_by_torchrun
+from .replicas import Replicas
 from .settings import Settings, adamw
 from .shown import Quiet, TrainingProgress
 from .state import Record, load_state, locked, save_state
@@ -52,6 +54,9 @@ def train(
     with the weights that an uninterrupted run would have had, as long as the device and the number of
     threads are the same: batches and random numbers depend on the step alone.
 
+    Under torchrun every process trains a copy (DistributedDataParallel): n processes take n times as many batches a
+    step, and average their gradients; the first keeps the state, and the folder must be one that all see.
+
     Args:
         module: what is trained; parameters that do not require gradients stay as they are.
         batch: returns batch number n, counted from 0 over the whole run; the same for the same n.
@@ -71,16 +76,23 @@ def train(
         DivergedError: the loss became infinite or not a number; the last state on disk is from before.
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or _default_device())
+    replicas = Replicas(where)
     module.to(where)
     update = (optimizer or adamw(settings))(module)
     folder = Path(work_dir) if work_dir is not None else None
     shown = progress or Quiet()
+    if replicas.rank:
+        shown = Quiet()
     with contextlib.ExitStack() as stack:
         record = Record()
         if folder is not None:
-            stack.enter_context(locked(folder))
+            if replicas.rank == 0:
+                stack.enter_context(locked(folder))
+            replicas.wait()
             record = load_state(folder, module, update, settings)
+            replicas.wait()
+        whole = replicas.wrap(module)
         # the seeds below are nobody else's
         stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
         stopped = stack.enter_context(_stop_between_steps())
@@ -93,13 +105,15 @@ def train(
             now = time.monotonic()
             record.seconds += now - began
             saved = began = now
-            if folder is not None:
+            if folder is not None and replicas.rank == 0:
                 save_state(folder, module, update, record, settings)
 
         was_training = module.training
         stack.callback(module.train, was_training)
         while record.step < settings.steps:
-            value = _step(module, batch, loss, update, settings, record.step, where)
+            value, stopping = _step(
+                whole, batch, loss, update, settings, record.step, replicas, stopped.is_set()
+            )
             record.losses.append(value)
             note = ""
             last = record.step == settings.steps
@@ -108,11 +122,17 @@ def train(
                 record.measured.append((record.step, values))
                 note = ", ".join(f"{name} {v:.4g}" for name, v in values.items())
             shown.step(record.step, value, note)
-            if last or stopped.is_set() or time.monotonic() - saved > save_every:
+            if last or stopping or time.monotonic() - saved > save_every:
                 save()
-            if stopped.is_set() and not last:
+            if stopping and not last:
                 raise KeyboardInterrupt(f"stopped after step {record.step}")
     return record
+
+
+def _default_device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if started_by_torchrun() else "cuda"
 
 
 def _step(
@@ -122,20 +142,23 @@ def _step(
     update: Optimizer,
     settings: Settings,
     step: int,
-    device: torch.device,
-) -> float:
+    replicas: Replicas,
+    stop: bool,
+) -> tuple[float, bool]:
     module.train()
     for group in update.param_groups:
         group["lr"] = settings.rate(step)
     total = 0.0
     for part in range(settings.accumulate):
-        number = step * settings.accumulate + part
+        number = (step * settings.accumulate + part) * replicas.size + replicas.rank
         # dropout and the like draw the same numbers after a resumption
         torch.manual_seed(settings.seed * 1_000_003 + number)
-        inputs = {name: t.to(device) for name, t in batch(number).items()}
-        value = loss(module, inputs) / settings.accumulate
-        value.backward()  # type: ignore[no-untyped-call]
+        with replicas.apart(module, part + 1 < settings.accumulate):
+            inputs = {name: t.to(replicas.device) for name, t in batch(number).items()}
+            value = loss(module, inputs) / settings.accumulate
+            value.backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
+    total, stop = replicas.agree(total, stop)
     if not math.isfinite(total):
         raise DivergedError(
             f"the loss is {total} at step {step + 1}",
@@ -145,7 +168,7 @@ def _step(
         nn.utils.clip_grad_norm_([p for g in update.param_groups for p in g["params"]], settings.clip)
     update.step()
     update.zero_grad(set_to_none=True)
-    return total
+    return total, stop
 
 
 def _measure(module: nn.Module, measure: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import fx
 
 from ..schema import is_operator, operator_name
 from .blocks import Block
-from .parts import attention_parts, experts_parts, ffn_parts
+from .parts import attention_parts, experts_parts, ffn_parts, nested_parts
 from .residual import NORMS, Addition
 
 if TYPE_CHECKING:
@@ -35,7 +35,32 @@ def classify(program: Program, addition: Addition) -> list[Block]:
         block.norms = _norms(block, norms_after)
         _name(program, block)
         blocks.append(block)
-    return _with_shared_experts(blocks)
+    return _with_shared_experts(_one_choice(blocks))
+
+
+def _one_choice(blocks: list[Block]) -> list[Block]:
+    """Feed-forwards between which one router chooses are one block."""
+    first: dict[fx.Node, Block] = {}
+    rest: list[Block] = []
+    for block in blocks:
+        choice = block.parts.get("choice")
+        if choice is None or choice not in first:
+            if choice is not None:
+                first[choice] = block
+            rest.append(block)
+            continue
+        joined = first[choice]
+        inside = set(joined.nodes)
+        joined.nodes.extend(n for n in block.nodes if n not in inside)
+        joined.shared_terms.append(block.term)
+        joined.parts["other_core"] = block.parts["core"]
+        if int(block.sizes["width"]) > int(joined.sizes["width"]):
+            joined.parts["core"], joined.parts["other_core"] = block.parts["core"], joined.parts["core"]
+            joined.sizes["width"] = block.sizes["width"]
+        joined.evidence.append(f"a feed-forward of width {block.sizes['width']} is chosen by the same router")
+    for block in rest:
+        block.parallel = len(rest) > 1
+    return rest
 
 
 def _with_shared_experts(blocks: list[Block]) -> list[Block]:
@@ -71,6 +96,9 @@ def _name(program: Program, block: Block) -> None:
     elif "aten.topk" in operators and operators & {"aten.bmm", "aten.matmul", "aten.index", "aten.index_add"}:
         block.kind = "experts"
         block.evidence.append("the largest of a router's scores choose weights to multiply with")
+    elif "graphopt.nested_ffn" in operators:
+        block.kind = "ffn"
+        nested_parts(block)
     elif _mixes_positions(block, operators):
         block.kind = "mixer"
         block.evidence.append("positions are mixed by a convolution or a scan, without attention")

@@ -209,6 +209,21 @@ def experts_parts(program: Program, block: Block) -> None:
     block.evidence.append(f"graphopt.routed_ffn: {chosen.shape[1]} of {up.shape[0]} experts a token")
 
 
+def nested_parts(block: Block) -> None:
+    """Name the core of a feed-forward of several widths, what chooses among them, and the choice."""
+    core = next(n for n in block.nodes if is_operator(n, "graphopt.nested_ffn"))
+    found = arguments(core)
+    block.parts.update(core=core, choice=found["choice"])
+    chosen = found["choice"]
+    if is_operator(chosen, "graphopt.choose_width"):
+        block.parts["router"] = arguments(chosen)["logits"]
+    widths = [int(w) for w in found["widths"]]
+    block.sizes.update(width=max(widths), widths=tuple(widths))
+    block.evidence.append(
+        f"graphopt.nested_ffn: a width for each token, out of {', '.join(map(str, widths))}"
+    )
+
+
 def _router(node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
     work, seen = [node], set()
     while work:

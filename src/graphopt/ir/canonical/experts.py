@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..activation import clamps, plain_region, run_region
 from ..fold import depends_on_weights_alone
 from ..infer import same_value
+from ..operators.activations import ACTIVATIONS, activate
 from ..schema import arguments, is_operator
 
 if TYPE_CHECKING:
@@ -133,31 +135,20 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
 
 
 def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
-    """Recognise what lies between the projections by trying it: nine forms on the same random numbers."""
-    from ..execute import needed_for
-    from ..operators.routed_ffn import ACTIVATIONS, activate
-
+    """Recognise what lies between the projections by trying it: each form on the same random numbers."""
     size = source.meta["val"].shape[-1]
-    if not isinstance(size, int):
-        return None
-    region = needed_for([target], {source: None})
-    if any(n.op == "placeholder" for n in region if n is not source):
+    region = plain_region(target, [source])
+    if not isinstance(size, int) or region is None:
         return None
     probe = torch.randn(5, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
-    found = _run_region(source, target, probe)
+    found = run_region(target, {source: probe}, region)
     if found is None:
         return None
-    numbers = sorted({float(a) for n in region for a in _numbers(n)} | {0.0, 1.0})
     for activation in ACTIVATIONS:
         for gated, interleaved in ((True, False), (True, True), (False, False)):
-            choices = [(0.0, 1.0)]
-            if activation == "swiglu_clamped":
-                choices = (
-                    [(limit, alpha) for limit in numbers if limit > 0 for alpha in numbers if alpha > 0]
-                    if gated
-                    else []
-                )
-            for limit, alpha in choices:
+            if activation == "swiglu_clamped" and not gated:
+                continue
+            for limit, alpha in clamps(activation, region):
                 expected = activate(probe, activation, gated, interleaved, limit, alpha)
                 if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
                     return {
@@ -168,29 +159,6 @@ def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
                         "alpha": alpha,
                     }
     return None
-
-
-def _numbers(node: fx.Node) -> list[float]:
-    values = [*node.args, *node.kwargs.values()]
-    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-
-
-def _run_region(source: fx.Node, target: fx.Node, probe: torch.Tensor) -> torch.Tensor | None:
-    from ..execute import evaluate, needed_for
-
-    region = needed_for([target], {source: None})
-    values: dict[fx.Node, Any] = {source: probe}
-    for node in source.graph.nodes:
-        if node in region and node is not source:
-            if is_operator(node, "aten.to"):
-                values[node] = values[node.args[0]]
-                continue
-            try:
-                values[node] = evaluate(node, values)
-            except (RuntimeError, KeyError):
-                return None
-    result = values.get(target)
-    return result if isinstance(result, torch.Tensor) else None
 
 
 def _repeated(node: Any) -> tuple[fx.Node | None, int]:

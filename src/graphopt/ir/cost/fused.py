@@ -115,3 +115,35 @@ def routed_ffn(call: Call) -> Work:
     work = moved(call, flops, {name: touched * product(call.tensor(name).shape[1:]) for name in given})
     hidden = 2 * rows * inner * x.dtype.itemsize
     return Work(work.flops, work.weight_bytes, work.activation_bytes + hidden)
+
+
+@formula("graphopt.nested_ffn")
+def nested_ffn(call: Call) -> Work:
+    """FLOPs of the largest width, as any token may need it: tokens · (2 · elements of the matrices + activation).
+
+    What tokens really use is measured: see :func:`graphopt.sweep`. Bytes as of a mixture: hidden values are written
+    and read once between the two products.
+    """
+    return _nested(call, max(call.arguments["widths"]))
+
+
+@formula("graphopt.soft_nested_ffn")
+def soft_nested_ffn(call: Call) -> Work:
+    """As nested_ffn at its largest width, and a factor for each channel."""
+    return _nested(call, max(call.arguments["widths"]))
+
+
+@formula("graphopt.nested_similarity")
+def nested_similarity(call: Call) -> Work:
+    """As nested_ffn at its largest width, and a product of outputs for each width."""
+    return _nested(call, max(call.arguments["widths"]))
+
+
+def _nested(call: Call, width: int) -> Work:
+    x, up = call.tensor("x"), call.tensor("up")
+    tokens = product(x.shape[:-1])
+    matrices = [name for name in ("up", "gate", "down") if call.arguments.get(name) is not None]
+    each = ACTIVATION_FLOPS + len(matrices) - 2
+    flops = tokens * width * (2 * len(matrices) * x.shape[-1] + each)
+    work = moved(call, flops, dict.fromkeys(matrices, width * x.shape[-1]) if width < up.shape[0] else {})
+    return Work(work.flops, work.weight_bytes, work.activation_bytes + 2 * tokens * width * x.dtype.itemsize)

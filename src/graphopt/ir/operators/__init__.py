@@ -18,11 +18,12 @@ from .kernels import (
     norm_shift,
 )
 from .library import DIALECT, dialect_operator
+from .nested_ffn import nested_ffn, nested_similarity, soft_nested_ffn
 from .norm import rms_norm
 from .quantized import quantized_all_reduce, quantized_sum
 from .rotary import rotary
 from .routed_ffn import routed_ffn
-from .routing import active_experts, active_weights
+from .routing import active_experts, active_weights, choose_width, softened_weights
 
 __all__ = [
     "DIALECT",
@@ -32,6 +33,7 @@ __all__ = [
     "all_reduce",
     "attention",
     "bias_sequence",
+    "choose_width",
     "dialect_operator",
     "kernel_diagonal",
     "kernel_scaled",
@@ -39,6 +41,8 @@ __all__ = [
     "kernel_spread",
     "local_embedding",
     "local_slice",
+    "nested_ffn",
+    "nested_similarity",
     "norm_scale",
     "norm_shift",
     "quantized_all_reduce",
@@ -47,5 +51,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "routed_ffn",
+    "soft_nested_ffn",
+    "softened_weights",
     "unreduced",
 ]

@@ -7,39 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
+from .activations import activate
 from .library import dialect_operator
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped")
-
-
-def activate(
-    hidden: Tensor, activation: str, gated: bool, interleaved: bool, limit: float, alpha: float
-) -> Tensor:
-    """Apply the activation of an FFN, and its gate where it has one, to (..., inner or 2 * inner)."""
-    up: Tensor | None = None
-    if gated:
-        if interleaved:
-            hidden, up = hidden[..., ::2], hidden[..., 1::2]
-        else:
-            hidden, up = hidden.chunk(2, dim=-1)
-    if activation == "swiglu_clamped":
-        assert up is not None
-        hidden = hidden.clamp(max=limit)
-        up = up.clamp(min=-limit, max=limit) + 1
-        return up * (hidden * torch.sigmoid(hidden * alpha))
-    if activation == "silu":
-        active = F.silu(hidden)
-    elif activation == "gelu":
-        active = F.gelu(hidden)
-    elif activation == "gelu_tanh":
-        active = F.gelu(hidden, approximate="tanh")
-    elif activation == "relu2":
-        active = F.relu(hidden).square()
-    elif activation == "relu":
-        active = F.relu(hidden)
-    else:
-        raise ValueError(f"routed_ffn knows no activation {activation!r}; it knows {', '.join(ACTIVATIONS)}")
-    return active if up is None else active * up
 
 
 @dialect_operator(
@@ -75,7 +44,7 @@ def routed_ffn(
         up_bias: (experts, inner or 2 * inner).
         down_bias: (experts, size).
         first: (1,), the number of the first expert given, where the others are on other ranks.
-        activation: one of silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped.
+        activation: one of ``ACTIVATIONS``.
         gated: the first half of the up projection is the gate of the second.
         interleaved: gate and up alternate instead of lying in halves.
         transposed: expert matrices are stored input first.
@@ -94,7 +63,7 @@ def routed_ffn(
     tokens, k = experts.shape
     if first is not None:
         experts = experts - first
-    if is_plain_tensor(x) and is_plain_tensor(experts) and not x.requires_grad:
+    if is_plain_tensor(x) and is_plain_tensor(experts):
         out = torch.zeros(
             tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device
         )

@@ -1,4 +1,4 @@
-"""How many of the chosen experts take part: a dial on the width of top-k routing (arXiv 2509.23012)."""
+"""What follows a router: a dial on the number of experts (arXiv 2509.23012), and on the width of nested ones."""
 
 from __future__ import annotations
 
@@ -39,3 +39,40 @@ def active_weights(weights: Tensor, k: Tensor, renormalised: bool) -> Tensor:
         return left
     total = left.sum(-1, keepdim=True)
     return left * (weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total))
+
+
+@dialect_operator("choose_width(Tensor logits, Tensor delta) -> Tensor")
+def choose_width(logits: Tensor, delta: Tensor) -> Tensor:
+    """Return the first way up to which a router's probabilities sum to ``delta``, its ways ordered by cost.
+
+    Args:
+        logits: (..., ways).
+        delta: a number, float64: at 0 every token takes the first way, at 1 the last; with two ways, 0.5 takes the
+            likelier one.
+
+    Returns:
+        (...), integers.
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    summed = logits.to(exact).softmax(-1).cumsum(-1)[..., :-1]
+    limit = delta.to(device=logits.device)
+    # rounding may let a sum reach one before all ways are in it
+    return ((summed < limit) | (limit >= 1)).sum(-1)
+
+
+@dialect_operator("softened_weights(Tensor weights, Tensor k, bool renormalised, float epsilon) -> Tensor")
+def softened_weights(weights: Tensor, k: Tensor, renormalised: bool, epsilon: float) -> Tensor:
+    """As :func:`active_weights`, but what is beyond ``k`` counts ``epsilon`` instead of nothing (arXiv 2509.23012).
+
+    Shapes stay, and a trickle of gradient reaches the experts that a step leaves out.
+
+    Args:
+        weights: (tokens, most), the best expert's first.
+        k: a number, float64, from 1 to ``most``.
+        renormalised: scale all to the sum that they had.
+        epsilon: weight of an expert beyond k.
+    """
+    left = torch.where(_taking_part(weights, k), weights, torch.full_like(weights, epsilon))
+    if not renormalised:
+        return left
+    return left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))

@@ -17,6 +17,7 @@ from ...ir.schema import arguments, is_operator, normal_call
 from ..plan import Plan, Refused, Site
 from .cutting import Cutter, all_reduce, even, local_starts, row_parallel
 from .huggingface_plan import chosen_by, read_plan
+from .nested import cut_nested, nested_site
 
 if TYPE_CHECKING:
     from ..shard_tensor_parallel import ShardTensorParallel
@@ -110,6 +111,8 @@ class Placer:
 
     def _ffn_site(self, block: Block) -> Site | str:
         width = int(block.sizes["width"])
+        if "core" in block.parts:
+            return nested_site(block, self.ranks)
         if width % self.ranks:
             return f"its width of {width} does not divide over {self.ranks} ranks"
         return Site(block.name, width=width // self.ranks)
@@ -176,6 +179,8 @@ class Placer:
             raise PipelineError(f"the plan cuts {site.block}, which cannot be: {again}")
         if block.kind == "attention":
             self._cut_attention(block)
+        elif block.kind == "ffn" and "core" in block.parts:
+            cut_nested(self.program, self.cutter, block, self.ranks)
         elif block.kind == "ffn":
             self._cut_ffn(block.parts["down"], block.name)
         else:

@@ -79,6 +79,8 @@ def tied(blocks: list[Block]) -> list[list[Block]]:
 def refusal(program: Program, block: Block) -> str:
     """Return why the hidden channels of a feed-forward cannot be chosen; an empty string if they can."""
     down = block.parts.get("down")
+    if "core" in block.parts:
+        return "it has several widths already; extract-width leaves one of them"
     if down is None or not is_operator(down, "aten.linear"):
         return "no linear reads its hidden channels"
     hidden = arguments(down)["input"]

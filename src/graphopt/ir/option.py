@@ -1,4 +1,4 @@
-"""Options of passes: typed fields that say what they mean and where their default comes from."""
+"""Options of passes and recipes: typed fields that say what they mean and where their default comes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from ..ir.errors import PipelineError
+from .errors import PipelineError
 
 Origin = Literal["paper", "code", "recalled", "ours"]
 
@@ -22,7 +22,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """Declare an option of a pass.
+    """Declare an option of a pass or a recipe.
 
     Args:
         default: its value when not given.

@@ -1,0 +1,130 @@
+"""``graphopt train``, ``graphopt recipes`` and ``graphopt sweep``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..ir.errors import UsageError
+from ..ir.groups import rank
+from ..learning import as_method, train
+from ..sweeping import sweep, write_csv, write_picture
+from ..training import Settings, Shown
+from ..training.recipes import METHODS, find_method
+from .output import note, show_json, table, text
+from .progress import ShownProgress, Working
+from .sources import read_program
+
+
+def train_program(
+    source: str, output: str, recipe: str, data: str, settings: dict[str, Any], amount: tuple[int | None, int, int],
+    validation: str | None, measure_every: int, work_dir: str | None, as_json: bool, trust: bool,
+) -> None:  # fmt: skip
+    """Train, with progress, and save the program with what it learned."""
+    as_method(recipe)
+    made = Settings(**settings)
+    for file in (data, validation):
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"the data file {file} does not exist")
+    if Path(output).exists():
+        raise UsageError(f"{output} exists already", hint="choose another place, or remove it")
+    program = read_program(source, trust)
+    sequences, length, batch = amount
+    folder = work_dir or f"{os.path.normpath(output)}.training"
+    note(f"the run is kept in {folder}; the same command goes on from there")
+    done, record = train(
+        program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,
+        validation=validation, measure_every=measure_every, progress=Shown(recipe),
+    )  # fmt: skip
+    if rank():
+        return
+    with Working(f"writing {output}"):
+        done.save(output)
+    result = {
+        "output": output, "recipe": recipe, "steps": record.step, "seconds": record.seconds,
+        "first_loss": record.losses[0], "loss": record.losses[-1], "measured": record.measured,
+    }  # fmt: skip
+    if as_json:
+        show_json(result)
+        return
+    text(
+        f"{recipe}: {record.step} steps in {record.seconds:.0f} s, loss {record.losses[0]:.4g} -> {record.losses[-1]:.4g}"
+        + "".join(
+            f"\n  after step {n}: " + ", ".join(f"{k} {v:.4g}" for k, v in m.items())
+            for n, m in record.measured
+        )
+        + f"\nsaved to {output}"
+    )
+
+
+def show_recipes(name: str | None, as_json: bool) -> None:
+    """List recipes, or describe one."""
+    found = [find_method(name, {}).__class__] if name is not None else list(METHODS.values())
+    if as_json:
+        show_json(
+            [
+                {"name": m.name, "paper": m.paper, "about": (m.__doc__ or "").strip(),
+                 "options": [dict(zip(("name", "default", "source", "help"), o, strict=True)) for o in m.describe()]}
+                for m in found
+            ]
+        )  # fmt: skip
+        return
+    if name is None:
+        rows = [(m.name, m.paper, (m.__doc__ or "").strip().split("\n")[0]) for m in found]
+        table("", ("recipe", "paper", "what it does"), rows)
+        return
+    method = found[0]
+    lines = [line.strip() for line in (method.__doc__ or "").strip().split("\n")]
+    text(
+        f"{method.name}  ({method.paper})\n\n" + "\n".join(lines) + "\n"
+        if method.paper
+        else f"{method.name}\n\n" + "\n".join(lines) + "\n"
+    )
+    table(
+        "",
+        ("option", "default", "from", "meaning"),
+        [(n, "none" if d is None else d, s, h) for n, d, s, h in method.describe()],
+    )
+
+
+def sweep_program(
+    source: str, data: str, dial: str | None, values: str | None, points: int, metrics: list[str], against: str | None,
+    amount: tuple[int | None, int, int], csv: str | None, picture: str | None, work_dir: str | None, as_json: bool,
+    trust: bool,
+) -> None:  # fmt: skip
+    """Print quality and cost at each setting; write them as CSV and as a picture."""
+    settings = _numbers(values) if values is not None else []
+    program = read_program(source, trust)
+    original = read_program(against, trust) if against is not None else None
+    sequences, length, batch = amount
+    found = sweep(
+        program, data, dial, settings, points=points, metrics=metrics, against=original, sequences=sequences,
+        length=length, batch=batch, work_dir=work_dir, progress=ShownProgress(),
+    )  # fmt: skip
+    name = dial or next(iter(program.dials))
+    if csv is not None:
+        write_csv(csv, name, found)
+    if picture is not None:
+        write_picture(picture, name, found)
+    if as_json:
+        show_json([{"dial": name, **vars(p)} for p in found])
+        return
+    measured = list(found[0].values)
+    rows = [
+        (
+            f"{p.setting:g}",
+            *(f"{p.values[n]:.4f}" for n in measured),
+            f"{p.flops / 1e6:.3f}",
+            f"{p.share:.1%}",
+        )
+        for p in found
+    ]
+    table("", (name, *measured, "MFLOPs a token", "of what it governs"), rows)
+
+
+def _numbers(written: str) -> list[float]:
+    try:
+        return [float(word) for word in written.replace(",", " ").split()]
+    except ValueError:
+        raise UsageError(f"--values takes numbers, not {written!r}", hint="--values '0 0.5 1'") from None

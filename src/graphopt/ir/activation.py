@@ -1,0 +1,81 @@
+"""Which activation lies between two projections, recognised by trying it on random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from .execute import evaluate, needed_for
+from .operators.activations import ACTIVATIONS, gated_by
+from .schema import is_operator
+
+
+def plain_region(target: fx.Node, sources: list[fx.Node]) -> set[fx.Node] | None:
+    """Return what computes a value from others; None where it reads an input or a weight besides."""
+    region = needed_for([target], dict.fromkeys(sources))
+    if any(n.op == "placeholder" for n in region if n not in sources):
+        return None
+    return region
+
+
+def run_region(
+    target: fx.Node, given: Mapping[fx.Node, torch.Tensor], region: set[fx.Node]
+) -> torch.Tensor | None:
+    """Evaluate a region in the type of what it is given; None where an operator does not take it."""
+    values: dict[fx.Node, Any] = dict(given)
+    for node in target.graph.nodes:
+        if node in region and node not in given:
+            if is_operator(node, "aten.to"):
+                values[node] = values[node.args[0]]
+                continue
+            try:
+                values[node] = evaluate(node, values)
+            except (RuntimeError, KeyError):
+                return None
+    result = values.get(target)
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def constants(region: set[fx.Node]) -> list[float]:
+    """Return the numbers that its operators are called with, and 0 and 1."""
+    found = {0.0, 1.0}
+    for node in region:
+        for value in (*node.args, *node.kwargs.values()):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.add(float(value))
+    return sorted(found)
+
+
+def clamps(activation: str, region: set[fx.Node]) -> list[tuple[float, float]]:
+    """Return the pairs of limit and slope to try."""
+    if activation != "swiglu_clamped":
+        return [(0.0, 1.0)]
+    positive = [n for n in constants(region) if n > 0]
+    return [(limit, alpha) for limit in positive for alpha in positive]
+
+
+def activation_between(up: fx.Node, gate: fx.Node | None, hidden: fx.Node) -> dict[str, Any] | None:
+    """Return ``activation``, ``limit`` and ``alpha`` of ``hidden = activation(gate) * up``; None if none is known."""
+    sources = [up] if gate is None else [gate, up]
+    region = plain_region(hidden, sources)
+    if region is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    width = up.meta["val"].shape[-1]
+    shape = (*(2 + i for i in range(up.meta["val"].dim() - 1)), width)
+    probes = {n: torch.randn(shape, generator=generator, dtype=torch.float64) * 6 for n in sources}
+    found = run_region(hidden, probes, region)
+    if found is None or found.shape != torch.Size(shape):
+        return None
+    for activation in ACTIVATIONS:
+        if activation == "swiglu_clamped" and gate is None:
+            continue
+        for limit, alpha in clamps(activation, region):
+            first = probes[up] if gate is None else probes[gate]
+            expected = gated_by(first, None if gate is None else probes[up], activation, limit, alpha)
+            if torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
+                return {"activation": activation, "limit": limit, "alpha": alpha}
+    return None

@@ -1,0 +1,88 @@
+"""What of a program's arithmetic a run really used: tokens on narrow ways, experts left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..schema import arguments, is_operator
+from .summary import works_by_node
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def choices_of(program: Program) -> list[fx.Node]:
+    """Return the values that say which ways tokens take: to be recorded while the program runs."""
+    found: dict[fx.Node, None] = {}
+    for node in program.nodes:
+        if is_operator(node, "graphopt.nested_ffn"):
+            found[arguments(node)["choice"]] = None
+        elif is_operator(node, "graphopt.routed_ffn"):
+            found[arguments(node)["experts"]] = None
+    return list(found)
+
+
+class ActiveWork:
+    """Counts FLOPs over batches, of what tokens used and of what they could have used.
+
+    Args:
+        program: not sharded.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.routed = [
+            n for n in program.nodes if is_operator(n, "graphopt.nested_ffn", "graphopt.routed_ffn")
+        ]
+        self.used = self.possible = 0.0
+        self.routed_used = self.routed_possible = 0.0
+        self.tokens = 0
+        self._static: dict[tuple[tuple[str, int], ...], dict[fx.Node, float]] = {}
+
+    def add(self, inputs: Mapping[str, torch.Tensor], recorded: Mapping[str, Any]) -> None:
+        """Count a batch.
+
+        Args:
+            inputs: what the program ran on, by name.
+            recorded: values of :func:`choices_of`, by node name.
+        """
+        flops = self._flops(inputs)
+        total = sum(flops.values())
+        self.possible += total
+        saved = 0.0
+        for node in self.routed:
+            share = _share(node, recorded)
+            saved += flops[node] * (1 - share)
+            self.routed_used += flops[node] * share
+            self.routed_possible += flops[node]
+        self.used += total - saved
+        first = next(iter(inputs.values()))
+        self.tokens += first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
+
+    def _flops(self, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, float]:
+        sizes: dict[str, int] = {}
+        for name, spec in self.program.signature.inputs.items():
+            for wanted, size in zip(spec.shape, inputs[name].shape, strict=True):
+                if isinstance(wanted, str) and wanted in self.program.signature.sizes:
+                    sizes[wanted] = int(size)
+        key = tuple(sorted(sizes.items()))
+        if key not in self._static:
+            self._static[key] = {n: float(w.flops) for n, w in works_by_node(self.program, sizes).items()}
+        return self._static[key]
+
+
+def _share(node: fx.Node, recorded: Mapping[str, Any]) -> float:
+    found = arguments(node)
+    if is_operator(node, "graphopt.nested_ffn"):
+        widths = torch.tensor(found["widths"], dtype=torch.float64)
+        return float(widths[recorded[found["choice"].name]].mean() / widths.max())
+    experts = recorded[found["experts"].name]
+    count = int(found["up"].meta["val"].shape[0])
+    return float(((experts >= 0) & (experts < count)).double().mean())
+
+
+__all__ = ["ActiveWork", "choices_of"]

@@ -1,0 +1,49 @@
+"""What lies between the projections of a feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = (
+    "silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped", "gelu_sigmoid", "tanh",
+)  # fmt: skip
+
+
+def activate(
+    hidden: Tensor, activation: str, gated: bool, interleaved: bool, limit: float, alpha: float
+) -> Tensor:
+    """Apply the activation of an FFN, and its gate where it has one, to (..., inner or 2 * inner)."""
+    if not gated:
+        return gated_by(hidden, None, activation, limit, alpha)
+    if interleaved:
+        return gated_by(hidden[..., ::2], hidden[..., 1::2], activation, limit, alpha)
+    gate, up = hidden.chunk(2, dim=-1)
+    return gated_by(gate, up, activation, limit, alpha)
+
+
+def gated_by(gate: Tensor, up: Tensor | None, activation: str, limit: float, alpha: float) -> Tensor:
+    """Return ``activation(gate) * up``, or the activation alone where there is no ``up``."""
+    if activation == "swiglu_clamped":
+        assert up is not None
+        gate = gate.clamp(max=limit)
+        up = up.clamp(min=-limit, max=limit) + 1
+        return up * (gate * torch.sigmoid(gate * alpha))
+    if activation == "silu":
+        active = F.silu(gate)
+    elif activation == "gelu":
+        active = F.gelu(gate)
+    elif activation == "gelu_tanh":
+        active = F.gelu(gate, approximate="tanh")
+    elif activation == "gelu_sigmoid":
+        active = gate * torch.sigmoid(gate * 1.702)
+    elif activation == "relu2":
+        active = F.relu(gate).square()
+    elif activation == "relu":
+        active = F.relu(gate)
+    elif activation == "tanh":
+        active = torch.tanh(gate)
+    else:
+        raise ValueError(f"there is no activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    return active if up is None else active * up

@@ -1,0 +1,204 @@
+"""Feed-forwards of several widths in one: each is the first channels of the widest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..compat import is_plain_tensor
+from .activations import gated_by
+from .library import dialect_operator
+
+_OPTIONS = '*, str activation="silu", float limit=0.0, float alpha=1.0'
+_MATRICES = (
+    "Tensor up, Tensor down, Tensor? gate=None, Tensor? up_bias=None, Tensor? gate_bias=None, "
+    "Tensor? down_bias=None"
+)
+
+
+@dialect_operator(f"nested_ffn(Tensor x, Tensor choice, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor")
+def nested_ffn(
+    x: Tensor,
+    choice: Tensor,
+    widths: list[int],
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    limit: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """A feed-forward of which each token uses the first ``widths[choice]`` hidden channels (arXiv 2502.12325).
+
+    Args:
+        x: (..., size).
+        choice: (...), integers: which of the widths each token gets.
+        widths: in any order; a token of width 0 gets zero, without the bias.
+        up: (width, size).
+        down: (size, width).
+        gate: (width, size); ``activation(gate) * up``; without it ``activation(up)``.
+        up_bias: (width,).
+        gate_bias: (width,).
+        down_bias: (size,).
+        activation: one of ``ACTIVATIONS``.
+        limit: clamp of swiglu_clamped.
+        alpha: slope of swiglu_clamped.
+
+    Returns:
+        (..., size). Where values are known, tokens are sorted by width, and each range of channels between two widths
+        meets the tokens that reach it: every weight is read once, and arithmetic is proportional to the mean width. A
+        traced graph computes all channels and zeroes those beyond each token's width.
+    """
+
+    def part(rows: Tensor, first: int, end: int) -> Tensor:
+        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(rows, matrix[first:end], None if bias is None else bias[first:end])
+
+        upper = project(up, up_bias)
+        if gate is None:
+            return gated_by(upper, None, activation, limit, alpha)
+        return gated_by(project(gate, gate_bias), upper, activation, limit, alpha)
+
+    if not (is_plain_tensor(x) and is_plain_tensor(choice)):
+        each = torch.zeros_like(choice)
+        for number, width in enumerate(widths):
+            each = torch.where(choice == number, width, each)
+        each = each.unsqueeze(-1)
+        reached = torch.arange(up.shape[0], device=x.device) < each
+        hidden = part(x, 0, up.shape[0])
+        out = F.linear(torch.where(reached, hidden, torch.zeros_like(hidden)), down)
+        if down_bias is None:
+            return out
+        return out + (down_bias if min(widths) > 0 else torch.where(each > 0, down_bias, 0.0))
+
+    rows, chosen = x.reshape(-1, x.shape[-1]), choice.reshape(-1)
+    levels = sorted(set(widths))
+    ranks = torch.tensor([levels.index(w) for w in widths], device=chosen.device)[chosen]
+    counts = torch.bincount(ranks, minlength=len(levels)).tolist()
+    # how many tokens reach each level; the first of them when sorted by width, the widest first
+    reaching = [sum(counts[i:]) for i in range(len(levels))]
+    ranges: list[tuple[int, int, int]] = []
+    for index, end in enumerate(levels):
+        first = levels[index - 1] if index else 0
+        if end == first or not reaching[index]:
+            continue
+        if ranges and ranges[-1][2] == reaching[index]:
+            ranges[-1] = (ranges[-1][0], end, reaching[index])
+        else:
+            ranges.append((first, end, reaching[index]))
+    if not ranges:
+        return x.new_zeros(*x.shape[:-1], down.shape[0])
+    used = ranges[0][2]
+    order = (
+        torch.argsort(ranks, descending=True, stable=True)[:used]
+        if len(ranges) > 1 or used < len(rows)
+        else None
+    )
+    taken = rows if order is None else rows.index_select(0, order)
+    total: Tensor | None = None
+    for first, end, count in ranges:
+        # chunks of columns are strided views, which products take as they are
+        made = F.linear(part(taken[:count], first, end), down[:, first:end])
+        if total is None:
+            total = made if down_bias is None else made + down_bias
+        elif total.requires_grad or made.requires_grad:
+            total = torch.cat([total[:count] + made, total[count:]])
+        else:
+            total[:count] += made
+    assert total is not None
+    if order is not None:
+        total = total.new_zeros(len(rows), total.shape[1]).index_copy(0, order, total)
+    return total.reshape(*x.shape[:-1], down.shape[0])
+
+
+@dialect_operator(
+    f"soft_nested_ffn(Tensor x, Tensor shares, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor"
+)
+def soft_nested_ffn(
+    x: Tensor,
+    shares: Tensor,
+    widths: list[int],
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    limit: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """The mean of what :func:`nested_ffn` gives for each width, weighted by ``shares``: what routers learn through.
+
+    A channel counts as much as all widths together that reach it, so that this costs one feed-forward.
+
+    Args:
+        x: (..., size).
+        shares: (..., len(widths)).
+        widths: as above, as are the others.
+
+    Returns:
+        (..., size).
+    """
+    upper = F.linear(x, up, up_bias)
+    lower = upper if gate is None else F.linear(x, gate, gate_bias)
+    hidden = gated_by(lower, None if gate is None else upper, activation, limit, alpha)
+
+    def reaching(end: int) -> Tensor:
+        those = [shares[..., i : i + 1] for i, w in enumerate(widths) if w >= end]
+        return torch.cat(those, -1).sum(-1, keepdim=True).to(hidden.dtype)
+
+    ends = sorted({*widths, up.shape[0]} - {0})
+    if max(widths) < up.shape[0]:
+        hidden, ends = hidden[..., : max(widths)], ends[:-1]
+    pieces = [
+        reaching(end).expand(*hidden.shape[:-1], end - first)
+        for first, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    out = F.linear(hidden * torch.cat(pieces, -1), down[:, : max(widths)])
+    if down_bias is not None:
+        out = out + reaching(min(w for w in widths if w)) * down_bias
+    return out
+
+
+@dialect_operator(f"nested_similarity(Tensor x, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor")
+def nested_similarity(
+    x: Tensor,
+    widths: list[int],
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    limit: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """How like the widest each width's output O_e is: ``<O_e, O_last> / <O_last, O_last>`` (recalled of arXiv 2502.12325).
+
+    Args:
+        x: (..., size).
+        widths: rising; the last is the whole width. The others as in :func:`nested_ffn`.
+
+    Returns:
+        (..., len(widths)); the last is 1. Where the widest gives zero, all are 1.
+    """
+    upper = F.linear(x, up, up_bias)
+    lower = upper if gate is None else F.linear(x, gate, gate_bias)
+    hidden = gated_by(lower, None if gate is None else upper, activation, limit, alpha)
+    outputs: list[Tensor] = []
+    for first, end in zip([0, *widths[:-1]], widths, strict=True):
+        made = F.linear(hidden[..., first:end], down[:, first:end])
+        base = outputs[-1] if outputs else down_bias
+        outputs.append(made if base is None else made + base)
+    products = torch.stack([(out * outputs[-1]).sum(-1) for out in outputs], -1)
+    whole = products[..., -1:]
+    return torch.where(whole == 0, torch.ones_like(products), products / whole)

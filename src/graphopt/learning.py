@@ -1,0 +1,160 @@
+"""Training programs by recipes: data, form, loop, and the program with what was learned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .api import Model, capture
+from .frontends.data import read_data
+from .ir.errors import PipelineError, UsageError
+from .ir.groups import world_size
+from .ir.program import Program
+from .ir.ranks import ranks_of
+from .passes.pipeline import parse_calls
+from .training import Record, Settings
+from .training import train as train_module
+from .training.recipes import Method, Recipe, find_method
+from .training.shown import TrainingProgress
+
+Batch = Mapping[str, torch.Tensor]
+Source = str | os.PathLike[str] | Iterable[Batch]
+
+
+def as_method(recipe: str | Method) -> Method:
+    """Return a training method given as an object or as text, ``"dynamoe{theta=0.9}"``.
+
+    Raises:
+        PipelineError: the text names no recipe, or an option wrongly.
+    """
+    if isinstance(recipe, Method):
+        return recipe
+    found = parse_calls(recipe, "a recipe")
+    if len(found) != 1:
+        raise PipelineError(f"one recipe trains a program at a time, not {len(found)}")
+    return find_method(*found[0])
+
+
+def train(
+    model: Model,
+    recipe: str | Method,
+    data: Source,
+    settings: Settings,
+    *,
+    batch: int = 8,
+    length: int = 256,
+    sequences: int | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    validation: Source | None = None,
+    measure_every: int = 0,
+    progress: TrainingProgress | None = None,
+) -> tuple[Program, Record]:
+    """Train a program by a recipe and return it with what it learned, and the record of the run.
+
+    With a ``work_dir`` an interrupted run goes on, and ends with the same weights. Under torchrun each process takes
+    batches of its own and gradients are averaged.
+
+    Args:
+        model: what :func:`graphopt.capture` takes; it stays as it is.
+        recipe: a method, or its text: ``"dynamoe{theta=0.9}"``, ``"phds{anchor=1}"``, ``"language"``.
+        data: a .jsonl, .txt or .npz file, or batches of inputs by name; repeated in another order as often as needed.
+        settings: steps, learning rate and the like.
+        batch: rows a batch, of data read from a file.
+        length: tokens a row at most.
+        sequences: rows at most; None takes all.
+        work_dir: where the state is kept.
+        device: where to train; None takes a GPU if there is one.
+        validation: data of which the recipe's loss is recorded too.
+        measure_every: steps between such measurements; 0 measures at the end.
+        progress: hears of every step.
+
+    Raises:
+        PipelineError: the recipe's text is wrong.
+        UsageError: the program has not what the recipe trains, or there is no data.
+    """
+    method = as_method(recipe)
+    program = capture(model)
+    if ranks_of(program) and world_size() > 1:
+        raise UsageError(
+            "a sharded program does not train over processes",
+            hint="train it first, then shard what was learned",
+        )
+    rows = _batches(program, data, batch, length, sequences, settings.seed)
+    made = method.recipe(program)
+    module = made.module()
+    total = settings.steps * settings.accumulate * world_size()
+
+    def numbered(number: int) -> Batch:
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(settings.seed * 7919 + number // len(rows))
+        )
+        return made.transform(rows[int(order[number % len(rows)])], number / total)
+
+    measure = None
+    if validation is not None:
+        held = _batches(program, validation, batch, length, sequences, settings.seed)
+
+        def measure(trained: nn.Module) -> dict[str, float]:
+            return {"validation loss": _mean_loss(made, trained, held, settings.seed)}
+
+    record = train_module(
+        module, numbered, made.loss, settings, work_dir=work_dir, device=device, measure=measure,
+        measure_every=measure_every, progress=progress,
+    )  # fmt: skip
+    done = made.finish(program, module)
+    done.history.append(
+        {
+            "recipe": _text(method),
+            "contract": "trained",
+            "steps": settings.steps,
+            "settings": settings.plain(),
+            "loss": record.losses[-1],
+        }
+    )
+    return done, record
+
+
+def _text(method: Method) -> str:
+    from .ir.option import default_of, options_of
+    from .passes.values import format_value
+
+    given = {
+        n: getattr(method, n)
+        for n, f in options_of(type(method)).items()
+        if getattr(method, n) != default_of(f)
+    }
+    return method.name + (
+        "{" + " ".join(f"{n}={format_value(v)}" for n, v in given.items()) + "}" if given else ""
+    )
+
+
+def _batches(
+    program: Program, data: Source, batch: int, length: int, sequences: int | None, seed: int
+) -> list[Batch]:
+    if not isinstance(data, (str, os.PathLike)):
+        data = list(data)
+    rows: list[Any] = list(
+        read_data(program, data, sequences=sequences, length=length, batch=batch, seed=seed)[0]
+    )
+    if not rows:
+        raise UsageError("there is no data to train on")
+    return rows
+
+
+def _mean_loss(recipe: Recipe, module: nn.Module, rows: list[Batch], seed: int) -> float:
+    where = next(module.parameters()).device
+    total = 0.0
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        for number, row in enumerate(rows):
+            torch.manual_seed(seed * 1_000_003 + number)
+            given = {n: t.to(where) for n, t in recipe.transform(row, 1.0).items()}
+            total += float(recipe.loss(module, given))
+    return total / len(rows)
+
+
+__all__ = ["as_method", "train"]

@@ -1,0 +1,203 @@
+"""Programs as they are trained: with choices given from outside, made softly, or shown as outputs.
+
+A form is a program of its own with the same weights under the same names; what it learned goes back by name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ..ir.anatomy import Block
+from ..ir.errors import UsageError
+from ..ir.inputs import add_input, remove_dial
+from ..ir.program import Dial, Program
+from ..ir.schema import arguments, is_operator, normal_call
+from ..ir.weights import InMemory
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+TEMPERATURE = "temperature"
+
+
+def nested_blocks(program: Program) -> list[Block]:
+    """Return the feed-forwards among whose widths a router chooses.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [b for b in program.anatomy.ffn if "core" in b.parts and "router" in b.parts]
+    if not found:
+        raise UsageError(
+            "no feed-forward of this program has several widths", hint="run the pass split-ffn first"
+        )
+    ways = {int(b.parts["router"].meta["val"].shape[-1]) for b in found}
+    if len(ways) > 1:
+        raise UsageError(
+            f"its feed-forwards have {' and '.join(map(str, sorted(ways)))} ways; recipes take one number"
+        )
+    return found
+
+
+def way_widths(block: Block) -> list[int]:
+    """Return how many channels each way computes, the ways in their order."""
+    cores = [block.parts[n] for n in ("core", "other_core") if n in block.parts]
+    return [max(each) for each in zip(*(arguments(core)["widths"] for core in cores), strict=True)]
+
+
+def router_weights(program: Program) -> set[str]:
+    """Return the names of the weights that routers alone read."""
+    blocks = nested_blocks(program)
+    found: set[str] = set()
+    for block in blocks:
+        core = arguments(block.parts["core"])
+        work = [block.parts["router"]]
+        seen: set[fx.Node] = set()
+        while work:
+            node = work.pop()
+            if node in seen or node is core["x"]:
+                continue
+            seen.add(node)
+            if node.op == "placeholder" and node.name in program.weights:
+                found.update(program.weights[node.name].all_names)
+            work.extend(node.all_input_nodes)
+    return found
+
+
+def given_choices(program: Program) -> Program:
+    """Return the program with an input ``routing`` (feed-forwards, batch, sequence) that says every token's way."""
+    form = program.copy()
+    blocks = nested_blocks(form)
+    choices = [b.parts["choice"] for b in blocks]
+    shape = list(choices[0].meta["val"].shape)
+    routing = add_input(form, "routing", [len(blocks), *shape], torch.int64)
+    for number, choice in enumerate(choices):
+        with form.edit.before(choice):
+            made = form.edit.call(aten.select.int, routing, 0, number)
+        form.edit.replace(choice, made)
+    _without_dial(form)
+    return form
+
+
+def shown_routers(program: Program) -> Program:
+    """Return the program with every token on its likeliest way, and what routers learn from as outputs.
+
+    ``router_logits`` (feed-forwards, batch, sequence, ways), and ``similarity`` of the same shape: how like the
+    whole feed-forward's output each width's is.
+
+    Raises:
+        UsageError: its experts do not share weights.
+    """
+    form = program.copy()
+    blocks = nested_blocks(form)
+    logits, similar = [], []
+    for block in blocks:
+        widths = way_widths(block)
+        if "other_core" in block.parts or widths[0] == 0:
+            raise UsageError(
+                f"{block.name}: difficulty is defined for widths of one feed-forward, without separate=true or skip=true",
+                hint="the recipes duo-distil and duo-routers train those",
+            )
+        choice, router = block.parts["choice"], block.parts["router"]
+        found = dict(arguments(block.parts["core"]))
+        with form.edit.before(choice):
+            likeliest = form.edit.call(aten.argmax.default, router, -1)
+            found.pop("choice")
+            # labels are targets: no gradient goes through them
+            for name, value in found.items():
+                if isinstance(value, fx.Node):
+                    found[name] = form.edit.call(aten.detach.default, value)
+            args, kwargs = normal_call(dialect.nested_similarity.default, found)
+            similar.append(form.edit.call(dialect.nested_similarity.default, *args, **kwargs))
+        form.edit.replace(choice, likeliest)
+        logits.append(router)
+    with form.edit.before(form.output_node):
+        shown = form.edit.call(aten.stack.default, logits)
+        labels = form.edit.call(aten.stack.default, similar)
+    form.add_output("router_logits", shown)
+    form.add_output("similarity", labels)
+    _without_dial(form)
+    return form
+
+
+def soft_choices(program: Program) -> Program:
+    """Return the program whose tokens take all ways at once, as likely as routers say at a dial's ``temperature``.
+
+    Output ``shares`` (feed-forwards, batch, sequence, ways) has the probabilities.
+    """
+    form = program.copy()
+    blocks = nested_blocks(form)
+    temperature = form.add_dial(TEMPERATURE, Dial(1.0, 1e-6, 1e6, "of the routers' softmax"))
+    shown = []
+    for block in blocks:
+        router, choice = block.parts["router"], block.parts["choice"]
+        dtype = router.meta["val"].dtype
+        with form.edit.before(choice):
+            warm = form.edit.call(aten.to.dtype, temperature, dtype)
+            shares = form.edit.call(aten.softmax.int, form.edit.call(aten.div.Tensor, router, warm), -1)
+        shown.append(shares)
+        for name in ("core", "other_core"):
+            core = block.parts.get(name)
+            if core is None:
+                continue
+            found = dict(arguments(core))
+            found.pop("choice")
+            found["shares"] = shares
+            with form.edit.before(core):
+                args, kwargs = normal_call(dialect.soft_nested_ffn.default, found)
+                made = form.edit.call(dialect.soft_nested_ffn.default, *args, **kwargs)
+            form.edit.replace(core, made)
+    with form.edit.before(form.output_node):
+        stacked = form.edit.call(aten.stack.default, shown)
+    form.add_output("shares", stacked)
+    _without_dial(form)
+    return form
+
+
+def soft_experts(program: Program, epsilon: float) -> Program:
+    """Return a program with a dial on active experts in which those beyond it count ``epsilon``, not nothing.
+
+    Raises:
+        UsageError: it has no such dial.
+    """
+    form = program.copy()
+    limited = [n for n in form.nodes if is_operator(n, "graphopt.active_weights")]
+    if not limited or not active_dials(form):
+        raise UsageError(
+            "no mixture of this program has its experts on a dial", hint="run the pass dial-top-k first"
+        )
+    for node in limited:
+        found = arguments(node)
+        with form.edit.before(node):
+            made = form.edit.call(
+                dialect.softened_weights.default, found["weights"], found["k"], found["renormalised"], epsilon
+            )
+        form.edit.replace(node, made)
+    for node in [n for n in form.nodes if is_operator(n, "graphopt.active_experts")]:
+        form.edit.replace(node, arguments(node)["experts"])
+    return form
+
+
+def active_dials(program: Program) -> list[str]:
+    """Return the dials on the number of active experts."""
+    read = {arguments(n)["k"] for n in program.nodes if is_operator(n, "graphopt.active_weights")}
+    return [name for name in program.dials if program.input_nodes[name] in read]
+
+
+def _without_dial(form: Program) -> None:
+    for name in list(form.dials):
+        if not form.input_nodes[name].users:
+            remove_dial(form, name)
+
+
+def with_weights(program: Program, module: nn.Module) -> Program:
+    """Return a program with the weights that a module has under the same names; other weights stay."""
+    now = dict(module.named_parameters(remove_duplicate=False))
+    done = program.copy()
+    for node in done.weight_nodes:
+        weight = done.weights[node.name]
+        value = now.get(weight.name)
+        if value is not None and tuple(value.shape) == tuple(weight.source.shape):
+            kept = value.detach().to("cpu", weight.source.dtype, copy=True)
+            done.weights[node.name] = weight.with_source(InMemory(kept))
+    done.changed()
+    return done

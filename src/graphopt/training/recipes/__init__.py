@@ -1,0 +1,45 @@
+"""Recipes: a loss, what is trained, and what a batch becomes, for any loop; and the methods that make them."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ...ir.errors import PipelineError
+from ...ir.option import options_of
+from .base import Batch, Method, Recipe, called, imitation, language_loss, masked_mean
+from .duo import DuoDistil, DuoRouters
+from .dynamoe import DynaMoE, difficulty
+from .language import Language
+from .phds import PHDS
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS)}
+
+
+def find_method(name: str, options: dict[str, Any]) -> Method:
+    """Return a method by name, with options.
+
+    Raises:
+        PipelineError: there is none of that name, or an option is wrong.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        raise PipelineError(
+            f"there is no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"recipes are {', '.join(METHODS)}",
+        )
+    known = options_of(METHODS[name])
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            raise PipelineError(
+                f"{name} has no option {option!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                hint=f"its options are {', '.join(known)}",
+            )
+    return METHODS[name](**options)
+
+
+__all__ = [
+    "METHODS", "PHDS", "Batch", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "Method", "Recipe", "called",
+    "difficulty", "find_method", "imitation", "language_loss", "masked_mean",
+]  # fmt: skip

@@ -1,0 +1,176 @@
+"""What a loop needs to know to train something."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...ir.errors import PipelineError, UsageError
+from ...ir.option import check, default_of, option, options_of
+from ...ir.program import Program
+from ..forms import with_weights
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A loss, what is trained, and what a batch becomes, for any loop.
+
+    Args:
+        name: for messages.
+        loss: mean loss of a module on a transformed batch.
+        transform: what a batch becomes before the loss sees it, by the share of training that is done, from 0 to 1;
+            targets are computed here, random choices drawn from torch's own generator.
+        trainable: tells by a parameter's name whether it is trained.
+        form: the program as it is trained; None where the loop brings a module of its own.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
+    transform: Callable[..., Batch] = lambda batch, done=0.0: batch
+    trainable: Callable[[str], bool] = lambda name: True
+    form: Program | None = None
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Let gradients reach what is trained, and nothing else.
+
+        Raises:
+            UsageError: nothing of the module is.
+        """
+        chosen = [parameter for name, parameter in module.named_parameters() if self.trainable(name)]
+        if not chosen:
+            raise UsageError(f"{self.name}: nothing of this program would be trained")
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(self.trainable(name))
+        return module
+
+    def module(self) -> nn.Module:
+        """Return the program as a module that this recipe's loss takes, with gradients where it trains."""
+        if self.form is None:
+            raise UsageError(f"{self.name} has no program of its own", hint="call prepare(module)")
+        return self.prepare(self.form.module())
+
+    def finish(self, program: Program, module: nn.Module) -> Program:
+        """Return a program with what a module learned, by the names of weights."""
+        return with_weights(program, module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to train a program, with options; :meth:`recipe` makes what a loop needs for one program.
+
+    Subclasses are frozen dataclasses; their fields, declared with :func:`graphopt.ir.option.option`, are the
+    constructor, the text ``name{option=value}`` and the help.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for name, field in options_of(type(self)).items():
+            object.__setattr__(self, name, check(self.name, name, field, hints[name], getattr(self, name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Check options against one another; raise PipelineError with the reason."""
+
+    def recipe(self, program: Program) -> Recipe:
+        """Return the recipe for a program.
+
+        Raises:
+            UsageError: the program has not what the method trains.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, Any, str, str]]:
+        """Return name, default, source and help of each option."""
+        return [
+            (n, default_of(f), str(f.metadata["source"]), str(f.metadata["help"]))
+            for n, f in options_of(cls).items()
+        ]
+
+
+def language_loss(outputs: Mapping[str, Any], batch: Batch) -> torch.Tensor:
+    """Mean negative log likelihood of each next token, over positions that are not padding.
+
+    Raises:
+        UsageError: the program predicts no next token.
+    """
+    logits = outputs.get("logits")
+    ids = batch.get("input_ids")
+    if not isinstance(logits, torch.Tensor) or ids is None or logits.shape[:2] != ids.shape:
+        raise UsageError("this recipe needs a program from input_ids to logits, one a token")
+    return masked_mean(
+        F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"),
+        batch,
+        following=True,
+    )
+
+
+def masked_mean(each: torch.Tensor, batch: Batch, *, following: bool = False) -> torch.Tensor:
+    """Return the mean over positions (..., batch, sequence) that are not padding.
+
+    Args:
+        each: a number a position.
+        batch: with an ``attention_mask``, or not.
+        following: positions that predict the one after them: both must count.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return each.mean()
+    counted = (mask[:, 1:] * mask[:, :-1] if following else mask).to(each.dtype)
+    return (each * counted).sum() / (counted.sum() * (each.numel() / counted.numel())).clamp(min=1)
+
+
+def called(module: nn.Module, batch: Batch, **settings: Any) -> Mapping[str, Any]:
+    """Call a module with the inputs of the program among a batch's tensors."""
+    names = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "routing")
+    found = module(**{n: batch[n] for n in names if n in batch}, **settings)
+    assert isinstance(found, Mapping)
+    return found
+
+
+def imitation(teacher: Callable[..., Any], *, output: str) -> Recipe:
+    """A module learns to return what another returns: ``mean((student - teacher)^2)`` of one output.
+
+    Block-to-block distillation of SPD (arXiv 2502.20727) is this, of a block without its sync point, with the block
+    that has it for a teacher.
+
+    Args:
+        teacher: called like the module.
+        output: the name of the output compared.
+    """
+
+    def transform(batch: Batch, done: float = 0.0) -> Batch:
+        with torch.no_grad():
+            found = teacher(**batch)
+        return {**batch, "imitated": found[output]}
+
+    def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "imitated"}
+        made: torch.Tensor = module(**inputs)[output]
+        return (made - batch["imitated"]).square().mean()
+
+    return Recipe("imitation", loss, transform)
+
+
+__all__ = [
+    "Batch",
+    "Method",
+    "PipelineError",
+    "Recipe",
+    "called",
+    "imitation",
+    "language_loss",
+    "masked_mean",
+    "option",
+]

@@ -1,0 +1,58 @@
+"""A mixture learns to work with fewer active experts than it was trained with (MoE-PHDS, arXiv 2509.23012)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...ir.errors import UsageError
+from ...ir.option import option
+from ...ir.program import Program
+from ..forms import active_dials, soft_experts
+from .base import Batch, Method, Recipe, called, language_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PHDS(Method):
+    """Every step draws one number of active experts for all layers; towards the end, more and more often a low one.
+
+    Experts beyond the number drawn count ``epsilon``. All weights are trained on the language loss. ``anchor`` is the
+    number that the end of training leans to, from ``anchor_from`` of the steps on, its probability rising to one.
+    """
+
+    name = "phds"
+    paper = "arXiv 2509.23012"
+
+    among: list[int] | None = option(  # noqa: RUF009
+        None, help="numbers of experts that are drawn; from half the trained number to all if not given"
+    )
+    anchor: int | None = option(None, help="the low number at the end", low=1)
+    anchor_from: float = option(
+        0.939, help="share of training after which the anchor comes in", source="paper", low=0, high=1
+    )
+    epsilon: float = option(1e-6, help="weight of experts left out", source="paper", low=0, high=1)
+
+    def recipe(self, program: Program) -> Recipe:
+        """Return the recipe for a program that went through dial-top-k."""
+        form = soft_experts(program, self.epsilon)
+        dials = active_dials(program)
+        most = int(min(program.dials[name].high for name in dials))
+        among = self.among or list(range(max(1, (most + 1) // 2), most + 1))
+        wrong = [k for k in [*among, *([self.anchor] if self.anchor else [])] if not 1 <= k <= most]
+        if wrong:
+            raise UsageError(f"{self.name}: {wrong[0]} active experts are not from 1 to the trained {most}")
+
+        def transform(batch: Batch, done: float = 0.0) -> Batch:
+            k = among[int(torch.randint(len(among), ()))]
+            pull = (done - self.anchor_from) / max(1e-9, 1 - self.anchor_from)
+            if self.anchor is not None and float(torch.rand(())) < pull:
+                k = self.anchor
+            return {**batch, "active": torch.tensor(k)}
+
+        def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+            settings = dict.fromkeys(dials, float(batch["active"]))
+            return language_loss(called(module, batch, **settings), batch)
+
+        return Recipe(self.name, loss, transform, form=form)
