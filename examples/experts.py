@@ -47,7 +47,8 @@ class Study:
         self.quick = quick
         self.results = Results(HERE / f"experts_{part}{'_quick' if quick else ''}.json")
         self.rows = 8 if quick else 64
-        self.settings = Settings(steps=4 if quick else 400, learning_rate=5e-4, warmup=1 if quick else 20)
+        rate = 5e-4 if part == "phds" else 3e-4
+        self.settings = Settings(steps=4 if quick else 400, learning_rate=rate, warmup=1 if quick else 20)
 
     def trained(self, program: graphopt.Program, recipe: str, name: str, **changes: Any) -> graphopt.Program:
         """Train, or take up what was trained."""
@@ -97,7 +98,7 @@ def dynamoe(study: Study) -> None:
     data = calibration(llama, 32)
     get("as it was", lambda: study.judge(llama))
     split = graphopt.optimize(llama, "split-ffn", data=data)
-    for theta in (0.8,) if study.quick else (0.8, 0.9):
+    for theta in (0.8,) if study.quick else (0.55, 0.8, 0.3):
         made = study.trained(split, f"dynamoe{{theta={theta}}}", f"dynamoe_{theta}")
         for share in SHARES:
             delta = get(

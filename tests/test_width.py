@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import Shape, Transformer, tokens
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -109,6 +109,7 @@ def test_budget_holds() -> None:
         graphopt.optimize(program, "prune-ffn{budget=0 metric=kl}", data=data(6))
 
 
+@example({"a": 0.0, "b": 1.0}, 0.9999999999999999, 1.0)
 @given(
     st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.0, 1.0), min_size=2),
     st.floats(0.1, 1.0),

@@ -51,6 +51,8 @@ def constants(region: set[fx.Node]) -> list[float]:
 
 def clamps(activation: str, region: set[fx.Node]) -> list[tuple[float, float]]:
     """Return the pairs of limit and slope to try."""
+    if activation == "gelu_tanh":
+        return [(0.0, 1.0), *((0.0, n) for n in constants(region) if 0.797 < n < 0.799)]
     if activation != "swiglu_clamped":
         return [(0.0, 1.0)]
     positive = [n for n in constants(region) if n > 0]
@@ -76,6 +78,7 @@ def activation_between(up: fx.Node, gate: fx.Node | None, hidden: fx.Node) -> di
         for limit, alpha in clamps(activation, region):
             first = probes[up] if gate is None else probes[gate]
             expected = gated_by(first, None if gate is None else probes[up], activation, limit, alpha)
-            if torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
+            # as near as sites are held to afterwards
+            if torch.allclose(expected, found, rtol=1e-12, atol=1e-12):
                 return {"activation": activation, "limit": limit, "alpha": alpha}
     return None

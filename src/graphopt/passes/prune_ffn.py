@@ -139,8 +139,9 @@ def cfsp_ratios(importance: dict[str, float], mean: float, strength: float) -> d
     raw = {n: 1 / (1 + math.exp(-strength * (v - centre) / spread)) for n, v in importance.items()}
     level = sum(raw.values()) / len(raw)
     ratios = {n: v / level * mean for n, v in raw.items()}
-    while max(ratios.values()) > 1:
+    # rounding may keep the largest a hair above one for ever
+    while max(ratios.values()) > 1 + 1e-9:
         ratios = {n: mean + (v - mean) / 1.05 for n, v in ratios.items()}
         if mean >= 1:
             return dict.fromkeys(ratios, 1.0)
-    return ratios
+    return {n: min(v, 1.0) for n, v in ratios.items()}

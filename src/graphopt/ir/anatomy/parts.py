@@ -210,18 +210,26 @@ def experts_parts(program: Program, block: Block) -> None:
 
 
 def nested_parts(block: Block) -> None:
-    """Name the core of a feed-forward of several widths, what chooses among them, and the choice."""
-    core = next(n for n in block.nodes if is_operator(n, "graphopt.nested_ffn"))
-    found = arguments(core)
-    block.parts.update(core=core, choice=found["choice"])
-    chosen = found["choice"]
+    """Name the core of a feed-forward of several widths, what chooses among them, and the choice.
+
+    Where experts have weights of their own, ``core`` is the widest and ``other_core`` the one beside it.
+    """
+
+    def widths(core: fx.Node) -> list[int]:
+        return [int(w) for w in arguments(core)["widths"]]
+
+    found = [n for n in block.nodes if is_operator(n, "graphopt.nested_ffn")]
+    cores = sorted(found, key=lambda core: -max(widths(core)))
+    chosen = arguments(cores[0])["choice"]
+    cores = [core for core in cores if arguments(core)["choice"] is chosen]
+    block.parts.update(zip(("core", "other_core"), cores, strict=False), choice=chosen)
     if is_operator(chosen, "graphopt.choose_width"):
         block.parts["router"] = arguments(chosen)["logits"]
-    widths = [int(w) for w in found["widths"]]
-    block.sizes.update(width=max(widths), widths=tuple(widths))
-    block.evidence.append(
-        f"graphopt.nested_ffn: a width for each token, out of {', '.join(map(str, widths))}"
-    )
+    block.sizes.update(width=max(widths(cores[0])), widths=tuple(widths(cores[0])))
+    for core in cores:
+        block.evidence.append(
+            f"graphopt.nested_ffn: a width for each token, out of {', '.join(map(str, widths(core)))}"
+        )
 
 
 def _router(node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:

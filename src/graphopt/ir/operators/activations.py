@@ -34,8 +34,11 @@ def gated_by(gate: Tensor, up: Tensor | None, activation: str, limit: float, alp
         active = F.silu(gate)
     elif activation == "gelu":
         active = F.gelu(gate)
-    elif activation == "gelu_tanh":
+    elif activation == "gelu_tanh" and alpha == 1.0:
         active = F.gelu(gate, approximate="tanh")
+    elif activation == "gelu_tanh":
+        # models that write out the square root of 2 / pi round it
+        active = 0.5 * gate * (1 + torch.tanh(alpha * gate * (1 + 0.044715 * gate * gate)))
     elif activation == "gelu_sigmoid":
         active = gate * torch.sigmoid(gate * 1.702)
     elif activation == "relu2":

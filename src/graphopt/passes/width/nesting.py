@@ -76,7 +76,8 @@ def own_small(program: Program, ffn: FeedForward, width: int, place: str) -> Fee
         taken = node
         if role != "down_bias":
             taken = program.edit.call(aten.slice.Tensor, node, 1 if role == "down" else 0, 0, width)
-        source, _ = computed(program, taken)
+        plain = program.weights.get(taken.name) if taken.op == "placeholder" else None
+        source = plain.source if plain is not None else computed(program, taken)[0]
         own[role] = program.edit.add_weight(free_name(program, f"{place}.small_{role}"), source)
         if taken is not node:
             program.edit.erase_dead([taken])
