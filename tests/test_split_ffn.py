@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from builders import Shape, Transformer, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,11 @@ from graphopt.ir.verify import compare_programs
 from graphopt.ir.weights import InMemory
 from graphopt.training.forms import given_choices
 
-DENSE = [name for name, case in zoo.CASES.items() if case.blocks.get("ffn")]
+# one of each kind of feed-forward, norm, mixer and storage; all others of the zoo are near one of these
+DENSE = (
+    "llama qwen2 gemma2 olmo2 phi phi3 gpt2 gpt_neox gptj gpt_bigcode falcon bloom mpt opt starcoder2 cohere nemotron "
+    "granite exaone4 deepseek_v3 bert albert deberta_v2 modernbert t5 bart vit dinov2 swin"
+).split()
 DUO = "widths=[1/4 1] separate=true"
 
 
@@ -89,7 +92,7 @@ options = st.sampled_from(
 
 
 @given(shapes, options, st.sampled_from(["peak", "activation", "none"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_whole_is_exact_and_each_width_is_its_extract(shape: Shape, text: str, score: str) -> None:
     program = captured_shape(shape)
     data = [tokens(2, 8, seed=s) for s in range(4)]
@@ -153,8 +156,11 @@ def test_tied_feed_forwards_keep_one_weight_and_have_routers_of_their_own(
         assert len(smalls) <= 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3", "gemma2"])
-@pytest.mark.parametrize("text", ["split-ffn{score=peak}", f"split-ffn{{score=peak {DUO}}}"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(n, "split-ffn{score=peak}") for n in ("gpt2", "opt", "phi3")]
+    + [(n, f"split-ffn{{score=peak {DUO}}}") for n in ("llama", "phi3")],
+)
 def test_a_width_goes_back_to_a_plain_folder(
     name: str, text: str, captured: Callable[[str], Program], tmp_path: Path
 ) -> None:

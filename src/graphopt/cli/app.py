@@ -331,6 +331,25 @@ def recipes(
 
 
 @app.command()
+def oracle(
+    program: Checkpoint,
+    data: Annotated[str, typer.Option("--data", help="A .jsonl or .txt file.")],
+    tokens: Annotated[int, typer.Option("--tokens", help="How many tokens are tried.", min=1)] = 64,
+    budget: Annotated[
+        int | None, typer.Option("--budget", help="Only paths with so many feed-forwards at their largest.")
+    ] = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens a row at most.", min=2)] = 128,
+    seed: Seed = 0,
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Try every path of some tokens through feed-forwards of several widths: a bound for routers."""
+    from .learning import show_oracle
+
+    show_oracle(program, data, tokens, budget, length, seed, as_json, trust)
+
+
+@app.command()
 def sweep(
     program: Checkpoint,
     data: Annotated[str, typer.Option("--data", help="A .jsonl, .txt or .npz file.")],

@@ -9,6 +9,7 @@ from typing import Any
 from ..ir.errors import UsageError
 from ..ir.groups import rank
 from ..learning import as_method, train
+from ..oracle import routing_oracle
 from ..sweeping import sweep, write_csv, write_picture
 from ..training import Settings, Shown
 from ..training.recipes import METHODS, find_method
@@ -121,6 +122,49 @@ def sweep_program(
         for p in found
     ]
     table("", (name, *measured, "MFLOPs a token", "of what it governs"), rows)
+
+
+def show_oracle(
+    source: str,
+    data: str,
+    tokens: int,
+    budget: int | None,
+    length: int,
+    seed: int,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Print the best paths' losses by how much they compute, and which tokens would have gained most."""
+    program = read_program(source, trust)
+    found = routing_oracle(
+        program, data, budget=budget, tokens=tokens, length=length, seed=seed, progress=ShownProgress()
+    )
+    if as_json:
+        show_json(
+            {"tokens": [{**vars(t), "difficulty": t.difficulty} for t in found.tokens], "exactly": found.exactly,
+             "all_largest": found.all_largest, "best": found.best, "mean_difficulty": found.mean_difficulty}
+        )  # fmt: skip
+        return
+    rows = [
+        (count, f"{loss:.4f}", f"{loss - found.all_largest:+.4f}") for count, loss in found.exactly.items()
+    ]
+    table(
+        f"Least loss by how many of {found.layers} feed-forwards are at their largest, over {len(found.tokens)} tokens",
+        ("largest", "nats", "to all largest"), rows,
+    )  # fmt: skip
+    text(
+        f"all at their largest: {found.all_largest:.4f}; the best paths: {found.best:.4f}\n"
+        "the oracle knows the answer and takes the least of many: a bound, nothing that can be run"
+    )
+    hardest = sorted(found.tokens, key=lambda t: -t.difficulty)[:8]
+    table(
+        "Tokens that a better path would have helped most",
+        ("difficulty", "loss", "path", "text"),
+        [
+            (f"{t.difficulty:.3f}", f"{t.all_largest:.3f}", "".join(map(str, t.path)), repr(t.text))
+            for t in hardest
+        ],
+    )
 
 
 def _numbers(written: str) -> list[float]:

@@ -118,7 +118,9 @@ def to_checkpoint(program: Program, reorderer: Reorderer) -> None:
         if held in taken and all(user is taken[held] for user in held.users):
             program.checkpoint[name] = taken[held]
         else:
-            joined = _joined(program, held, taken) if held.op == "placeholder" else _again(program, held, taken)
+            joined = (
+                _joined(program, held, taken) if held.op == "placeholder" else _again(program, held, taken)
+            )
             if joined is not None:
                 program.checkpoint[name] = joined
 
