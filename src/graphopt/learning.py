@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from torch import nn
 
 from .api import Model, capture
 from .frontends.data import read_data
-from .ir.errors import PipelineError, UsageError
-from .ir.groups import world_size
+from .ir.atomic import atomic_file
+from .ir.errors import CheckpointError, PipelineError, UsageError
+from .ir.groups import rank, world_size
 from .ir.program import Program
 from .ir.ranks import ranks_of
+from .passes.context import Context, program_hash
 from .passes.pipeline import parse_calls
 from .training import Record, Settings
 from .training import train as train_module
@@ -52,6 +56,7 @@ def train(
     device: torch.device | str | None = None,
     validation: Source | None = None,
     measure_every: int = 0,
+    save_every: float = 60.0,
     progress: TrainingProgress | None = None,
 ) -> tuple[Program, Record]:
     """Train a program by a recipe and return it with what it learned, and the record of the run.
@@ -71,6 +76,7 @@ def train(
         device: where to train; None takes a GPU if there is one.
         validation: data of which the recipe's loss is recorded too.
         measure_every: steps between such measurements; 0 measures at the end.
+        save_every: seconds between states on disk.
         progress: hears of every step.
 
     Raises:
@@ -85,6 +91,8 @@ def train(
             hint="train it first, then shard what was learned",
         )
     rows = _batches(program, data, batch, length, sequences, settings.seed)
+    if work_dir is not None:
+        _one_run(Path(work_dir), program, method, rows)
     made = method.recipe(program)
     module = made.module()
     total = settings.steps * settings.accumulate * world_size()
@@ -104,7 +112,7 @@ def train(
 
     record = train_module(
         module, numbered, made.loss, settings, work_dir=work_dir, device=device, measure=measure,
-        measure_every=measure_every, progress=progress,
+        measure_every=measure_every, save_every=save_every, progress=progress,
     )  # fmt: skip
     done = made.finish(program, module)
     done.history.append(
@@ -117,6 +125,34 @@ def train(
         }
     )
     return done, record
+
+
+def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
+    """Write down what a folder's run is made of, or refuse a folder of another run.
+
+    Raises:
+        UsageError: the folder holds a run of another recipe, program or data.
+    """
+    mine = {"recipe": _text(method), "program": program_hash(program), "data": Context(rows).data_hash()}
+    path = folder / "run.json"
+    if not path.is_file():
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as made:
+                made.write_text(json.dumps(mine, indent=1))
+        return
+    try:
+        held = json.loads(path.read_text())
+        other = [name for name, value in mine.items() if held.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not say what was trained: {error}", hint="remove the folder"
+        ) from None
+    if other:
+        raise UsageError(
+            f"{folder} holds a run with another {' and another '.join(other)}",
+            hint="start anew in another folder, or remove it",
+        )
 
 
 def _text(method: Method) -> str:

@@ -304,6 +304,9 @@ def train(
     work_dir: Annotated[
         str | None, typer.Option("--work-dir", help="Where the run is kept; OUTPUT.training by default.")
     ] = None,
+    save_every: Annotated[
+        float, typer.Option("--save-every", help="Seconds between states on disk.", min=0)
+    ] = 60.0,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
@@ -315,8 +318,8 @@ def train(
         "weight_decay": weight_decay, "accumulate": accumulate, "seed": seed,
     }  # fmt: skip
     train_program(
-        program, output, recipe, data, settings, (sequences, length, batch), validation, measure_every, work_dir,
-        as_json, trust,
+        program, output, recipe, data, settings, (sequences, length, batch), validation, measure_every,
+        (work_dir, save_every), as_json, trust,
     )  # fmt: skip
 
 
