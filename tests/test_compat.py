@@ -75,3 +75,16 @@ def test_transformers_conversion_tables_are_where_we_read_them() -> None:
     assert all(
         (get_model_conversion_mapping, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key)
     )
+
+
+def test_tracing_is_noticed() -> None:
+    """An operator that looks at values would write what it saw into the graph."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from graphopt.ir.compat import is_plain_tensor
+
+    seen = []
+    make_fx(lambda x: seen.append(is_plain_tensor(x)) or x + 1)(torch.ones(2))
+    torch.compile(lambda x: seen.append(is_plain_tensor(x)) or x + 1, backend="eager")(torch.ones(2))
+    assert seen == [False, False]
+    assert is_plain_tensor(torch.ones(2))

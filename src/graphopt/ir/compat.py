@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
@@ -127,7 +128,9 @@ def fake_tensor(
 
 def is_plain_tensor(value: object) -> bool:
     """Tell whether ``value`` holds data: not fake, functional or otherwise traced."""
-    return type(value) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    # make_fx traces tensors that look like any other
+    return plain and get_proxy_mode() is None
 
 
 def build_exported_program(

@@ -77,20 +77,7 @@ def nested_ffn(
         return out + (down_bias if min(widths) > 0 else torch.where(each > 0, down_bias, 0.0))
 
     rows, chosen = x.reshape(-1, x.shape[-1]), choice.reshape(-1)
-    levels = sorted(set(widths))
-    ranks = torch.tensor([levels.index(w) for w in widths], device=chosen.device)[chosen]
-    counts = torch.bincount(ranks, minlength=len(levels)).tolist()
-    # how many tokens reach each level; the first of them when sorted by width, the widest first
-    reaching = [sum(counts[i:]) for i in range(len(levels))]
-    ranges: list[tuple[int, int, int]] = []
-    for index, end in enumerate(levels):
-        first = levels[index - 1] if index else 0
-        if end == first or not reaching[index]:
-            continue
-        if ranges and ranges[-1][2] == reaching[index]:
-            ranges[-1] = (ranges[-1][0], end, reaching[index])
-        else:
-            ranges.append((first, end, reaching[index]))
+    ranks, ranges = _ranges(chosen, widths)
     if not ranges:
         return x.new_zeros(*x.shape[:-1], down.shape[0])
     used = ranges[0][2]
@@ -114,6 +101,28 @@ def nested_ffn(
     if order is not None:
         total = total.new_zeros(len(rows), total.shape[1]).index_copy(0, order, total)
     return total.reshape(*x.shape[:-1], down.shape[0])
+
+
+def _ranges(chosen: Tensor, widths: list[int]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Return a rank for each token, higher for wider ones, and ranges of channels with how many tokens reach them."""
+    if chosen.numel() == 1:
+        width = widths[int(chosen)]
+        return chosen, [(0, width, 1)] if width else []
+    levels = sorted(set(widths))
+    ranks = torch.tensor([levels.index(w) for w in widths], device=chosen.device)[chosen]
+    counts = torch.bincount(ranks, minlength=len(levels)).tolist()
+    ranges: list[tuple[int, int, int]] = []
+    for index, end in enumerate(levels):
+        first = levels[index - 1] if index else 0
+        # when sorted by width, the widest first, these are the first tokens
+        reaching = sum(counts[index:])
+        if end == first or not reaching:
+            continue
+        if ranges and ranges[-1][2] == reaching:
+            ranges[-1] = (ranges[-1][0], end, reaching)
+        else:
+            ranges.append((first, end, reaching))
+    return ranks, ranges
 
 
 @dialect_operator(
