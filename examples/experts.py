@@ -111,6 +111,11 @@ def dynamoe(study: Study) -> None:
                         "mflops": round(point.flops / 1e6, 4)}  # fmt: skip
 
             get(f"theta {theta}, {share:.0%}: routed", measure)
+            if share in (0.5, 0.75):
+                get(
+                    f"theta {theta}, {share:.0%}: the same widths, given to other tokens",
+                    lambda m=made, d=delta: shuffled(m, d, study.rows),
+                )
             if share < 1:
                 get(
                     f"theta {theta}, {share:.0%}: every token the same width",
@@ -127,6 +132,24 @@ def dynamoe(study: Study) -> None:
         name = f"pruned_{int(100 * share)}"
         tuned = study.trained(pruned, "language", name)
         get(f"pruned to {share:.0%}, trained", lambda t=tuned: study.judge(t))
+
+
+def shuffled(program: graphopt.Program, delta: float, rows: int) -> float:
+    """Perplexity where each layer gives the widths that its router chose to tokens at random."""
+    from graphopt.frontends.data import read_data
+    from graphopt.ir.execute import interpret
+    from graphopt.training.forms import given_choices, nested_blocks
+
+    form = given_choices(program)
+    choices = [b.parts["choice"] for b in nested_blocks(program)]
+    generator = torch.Generator().manual_seed(0)
+    given = []
+    for batch in read_data(program, JUDGED, sequences=rows, length=256, shuffle=False)[0]:
+        found = interpret(program, program.bind((), {**batch, "delta": delta}), record=choices, stop=True)
+        each = [found[c.name] for c in choices]
+        mixed = [c.flatten()[torch.randperm(c.numel(), generator=generator)].reshape(c.shape) for c in each]
+        given.append({**batch, "routing": torch.stack(mixed)})
+    return round(graphopt.evaluate(form, given, "perplexity").values["perplexity"], 4)
 
 
 def duo(study: Study) -> None:

@@ -264,6 +264,33 @@ def test_programs_that_a_recipe_cannot_train_are_refused(captured) -> None:
         DuoDistil(train="small").recipe(split()).module()
 
 
+def test_any_loop_trains_what_split_ffn_made(captured, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example's plain loop and transformers' Trainer; and ``program.module()`` as it is."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from train_experts import plain_loop, trainer
+
+    program = graphopt.optimize(captured("llama"), "split-ffn{score=peak}")
+    rows = [
+        {"input_ids": torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(s))}
+        for s in range(2)
+    ]
+    recipe = DynaMoE(train="routers").recipe(program)
+    routers = router_weights(program)
+    for loop in (plain_loop, trainer):
+        done = recipe.finish(program, loop(recipe, rows, 3))
+        before, after = weights_of(program), weights_of(done)
+        assert {n for n in before if not torch.equal(before[n], after[n])} <= routers
+        assert any(not torch.equal(before[n], after[n]) for n in routers)
+    module = program.module()
+    module(input_ids=rows[0]["input_ids"], delta=0.5)["logits"].square().mean().backward()
+    touched = {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert touched
+    assert not touched & routers, "the choice is hard: no gradient goes through it"
+
+
 def test_weights_go_back_by_name() -> None:
     program = split()
     module = program.module()

@@ -152,3 +152,10 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "anchor_from" in capsys.readouterr().out
     assert run(["recipes", "phd"]) == 2
     assert "did you mean 'phds'" in capsys.readouterr().err
+
+
+def test_programs_with_dials_are_verified_at_their_defaults(
+    saved: Callable[[str], Path], program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(saved("llama")), str(program)]) == 0
+    assert "verdict: the contract holds" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def compare_programs(
     Args:
         before: the reference.
         after: what is checked.
-        inputs: by input name, for both.
+        inputs: by input name, for both; dials that are not among them stand at their defaults.
         float64: retype both, so that rounding does not hide errors.
     """
     first, second = (_run(p, inputs, float64) for p in (before, after))
@@ -126,6 +126,8 @@ def compare_programs(
 
 
 def _run(program: Program, inputs: dict[str, torch.Tensor], float64: bool) -> dict[str, Any]:
+    dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
+    inputs = dials | inputs
     if not float64:
         return interpret(program, inputs)
     wide = retyped(program, shapes=False)
