@@ -174,7 +174,7 @@ def duo(study: Study) -> None:
             return {"perplexity": round(point.values["perplexity"], 4), "share": round(point.share, 4)}
 
         get(f"routers for {target:.0%} big", measure)
-    get("random routing", lambda: random_routing(made, 3 if study.quick else 100, study.rows // 4))
+    get("random routing", lambda: random_routing(made, 3 if study.quick else 100, study.rows))
     get("oracle", lambda: oracle(made, 2 if study.quick else 96))
 
 

@@ -29,8 +29,8 @@ def test_gone_is_never_chosen(name: str, captured: Callable[[str], Program], tmp
     program = captured(name)
     done = graphopt.optimize(program, "prune-experts{keep=3 allow_no_match=true}", data=data(program))
     entry = done.report.passes[-1]
-    if not entry.sites:
-        assert all("in groups" in r.reason for r in entry.refused)
+    if not entry.sites:  # DeepSeek's: two groups of two
+        assert all("2 groups, which 3 do not fill" in r.reason for r in entry.refused)
         return
     left = {s["block"]: s["left"] for s in done.history[-1]["plan"]["sites"]}
     routers = {b.parts["router"].name: left[b.name] for b in program.anatomy.experts if b.name in left}
@@ -54,6 +54,38 @@ def test_gone_is_never_chosen(name: str, captured: Callable[[str], Program], tmp
     assert {b.sizes["experts"] for b in again.anatomy.experts} == {3}
     second = again(**example_inputs(program, seed=9))
     assert torch.allclose(second[key], found[key], atol=1e-5), "the folder computes something else"
+
+
+def test_groups_stay_groups(tmp_path: Path) -> None:
+    """DeepSeek's router first chooses among groups of experts: as many must go of each."""
+    import transformers
+
+    case = zoo.CASES["deepseek_v3"]
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        **{**case.options, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    )
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    for name, buffer in model.named_buffers():
+        if "correction" in name:
+            buffer.normal_()
+    model.save_pretrained(tmp_path / "whole")
+    program = graphopt.capture(tmp_path / "whole")
+    done = graphopt.optimize(program, "prune-experts{keep=4}", data=data(program))
+    left = done.history[-1]["plan"]["sites"][0]["left"]
+    assert [sum(e < 4 for e in left), sum(e >= 4 for e in left)] == [2, 2]
+    done.save_pretrained(tmp_path / "pruned")
+    pruned = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert pruned.config.n_routed_experts == 4
+    whole = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    gate = next(m for n, m in whole.named_modules() if n.endswith("mlp.gate"))
+    expected = next(m for n, m in pruned.named_modules() if n.endswith("mlp.gate"))
+    assert torch.equal(gate.weight[left], expected.weight)
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(done(input_ids=ids)["logits"], pruned(input_ids=ids).logits, atol=2e-5)
+    with pytest.raises(PassRefusedError, match="2 groups, which 5 do not fill"):
+        graphopt.optimize(program, "prune-experts{keep=5}", data=data(program))
 
 
 def test_scores_follow_the_router(captured: Callable[[str], Program]) -> None:

@@ -17,6 +17,7 @@ from ..ir.schema import arguments, is_operator, normal_call
 from .base import Pass
 from .contracts import Approximate, Contract, ExactAt
 from .plan import Plan, Refused, Site
+from .width.experts import between
 
 if TYPE_CHECKING:
     from .context import Context
@@ -58,7 +59,7 @@ class DialTopK(Pass):
         plan = Plan()
         loose: list[str] = []
         for block in program.anatomy.experts:
-            reason, most = _most(block)
+            reason, most = _most(program, block)
             if reason:
                 plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
                 continue
@@ -105,30 +106,38 @@ class DialTopK(Pass):
             )
 
 
-def _most(block: Block) -> tuple[str, int]:
+def _most(program: Program, block: Block) -> tuple[str, int]:
     core = block.parts.get("core")
     if core is None:
         return "its experts were not recognised as one operator", 0
     if block.parts.get("router") is None:
         return "its router was not recognised", 0
     chosen = arguments(core)["experts"]
-    if not (
-        is_operator(chosen, "getitem") and chosen.args[1] == 1 and is_operator(chosen.args[0], "aten.topk")
-    ):
-        return "its experts do not come straight from a top-k, so the best need not come first", 0
-    if arguments(chosen.args[0]).get("sorted") is False:
-        return "its top-k is not sorted", 0
-    return "", int(chosen.meta["val"].shape[-1])
+    most = int(chosen.meta["val"].shape[-1])
+    top = is_operator(chosen, "getitem") and chosen.args[1] == 1 and is_operator(chosen.args[0], "aten.topk")
+    if not top and not _ranked(program, block, most):
+        return "its experts come neither from a top-k nor in the order of its router's scores", 0
+    return "", most
+
+
+def _ranked(program: Program, block: Block, most: int) -> bool:
+    """Tell whether experts come best first, by choosing some for random scores."""
+    found, scores = _from_random_scores(program, block, "experts")
+    return torch.equal(found, scores.topk(most).indices)
+
+
+def _from_random_scores(program: Program, block: Block, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    router = block.parts["router"]
+    region = cut(program, [arguments(block.parts["core"])[what]], lambda node: node is router)
+    sizes = {name: limits.hint for name, limits in program.signature.sizes.items()}
+    values = {node.name: leaf_value(program, node, sizes, seed) for seed, node in enumerate(region.leaves)}
+    (found,) = region.run(values, lambda node: drawn_source(node, 1).load())
+    return found, values[router.name]
 
 
 def _normalised(program: Program, block: Block) -> bool:
     """Tell whether routing weights have the same sum for all tokens, by computing some from random logits."""
-    router = block.parts["router"]
-    weights = arguments(block.parts["core"])["weights"]
-    region = cut(program, [weights], lambda node: node is router)
-    sizes = {name: limits.hint for name, limits in program.signature.sizes.items()}
-    values = {node.name: leaf_value(program, node, sizes, seed) for seed, node in enumerate(region.leaves)}
-    (found,) = region.run(values, lambda node: drawn_source(node, 1).load())
+    found, _ = _from_random_scores(program, block, "weights")
     sums = found.sum(-1)
     return bool((sums - sums.mean()).abs().max() <= 1e-9 * sums.abs().max())
 
@@ -143,6 +152,7 @@ def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> No
         "first_expert", torch.zeros(1, dtype=torch.int64), kind="constant", persistent=False
     )  # fmt: skip
     with program.edit.before(core):
+        found["experts"], found["weights"] = _best_first(program, found["experts"], found["weights"])
         found["experts"] = call(dialect.active_experts.default, found["experts"], k, absent)
         found["weights"] = call(dialect.active_weights.default, found["weights"], k, renormalised)
         if found["first"] is None:
@@ -150,3 +160,20 @@ def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> No
         args, kwargs = normal_call(core.target, found)
         made = call(core.target, *args, **kwargs)
     program.edit.replace(core, made)
+
+
+def _best_first(program: Program, experts: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Choose again with the best first, where a top-k may come in any order; the mixture is a sum and does not mind."""
+    top = experts.args[0]
+    if not (is_operator(experts, "getitem") and isinstance(top, fx.Node)):
+        return experts, weights
+    given = dict(arguments(top))
+    if given.get("sorted") is not False:
+        return experts, weights
+    given["sorted"] = True
+    args, kwargs = normal_call(top.target, given)
+    now = {top: program.edit.call(top.target, *args, **kwargs)}
+    for node in between(top, [experts, weights]):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: now.get(n, n))
+        now[node] = program.edit.call(node.target, *args, **kwargs)
+    return now[experts], now[weights]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..ir.anatomy import Block
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.option import option
@@ -12,7 +14,7 @@ from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate, Contract
 from .plan import Plan, Refused, Site
-from .width.experts import expert_scores, take_experts
+from .width.experts import expert_scores, groups_of, take_experts
 
 if TYPE_CHECKING:
     from .context import Context
@@ -73,7 +75,21 @@ class PruneExperts(Pass):
                 raise PassRefusedError(
                     f"{self.name}: {block.name} has {count} experts, {active} of them active; {left} cannot stay"
                 )
-            chosen = sorted(scores[block.name].argsort(descending=True, stable=True)[:left].tolist())
+            groups = groups_of(block)
+            if left % groups:
+                plan.refused.append(
+                    Refused(block.name, f"its router looks at experts in {groups} groups, which {left} do not fill evenly",
+                            program.source_line(block.term))
+                )  # fmt: skip
+                continue
+            # as many of each group, so that groups stay groups
+            each = (
+                scores[block.name]
+                .reshape(groups, -1)
+                .argsort(dim=1, descending=True, stable=True)[:, : left // groups]
+            )
+            starts = torch.arange(0, count, count // groups)[:, None]
+            chosen = sorted((each + starts).flatten().tolist())
             try:
                 take_experts(trial, trials[block.name], chosen)
             except ValueError as problem:

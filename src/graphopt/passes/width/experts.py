@@ -41,6 +41,17 @@ def expert_scores(
     return found
 
 
+def groups_of(block: Block) -> int:
+    """Return in how many groups a router looks at its experts; 1 where it looks at them together."""
+    found = arguments(block.parts["core"])
+    count = int(found["up"].meta["val"].shape[0])
+    for node in between(block.parts["router"], [found["experts"], found["weights"]]):
+        shape = list(node.meta["val"].shape) if is_operator(node, "aten.reshape") else []
+        if len(shape) > 2 and all(isinstance(s, int) for s in shape[-2:]) and shape[-2] * shape[-1] == count:
+            return int(shape[-2])
+    return 1
+
+
 def take_experts(program: Program, block: Block, left: list[int]) -> None:
     """Let a mixture have only some of its experts; its router chooses among them.
 
@@ -53,7 +64,7 @@ def take_experts(program: Program, block: Block, left: list[int]) -> None:
     index = _index(program, left)
     constant = depends_on_weights_alone(program)
     renamed = _renamed(program, block, left, count)
-    inside = _between(router, [found["experts"], found["weights"]])
+    inside = between(router, [found["experts"], found["weights"]])
     now: dict[fx.Node, fx.Node] = {}
     with program.edit.before(core):
         given = dict(arguments(router))
@@ -82,8 +93,9 @@ def _index(program: Program, left: list[int]) -> fx.Node:
     return program.edit.add_weight(name, torch.tensor(left), kind="constant", persistent=False)
 
 
-def _rows(program: Program, tensor: fx.Node, index: fx.Node) -> fx.Node:
-    made = program.edit.call(aten.index_select.default, tensor, 0, index)
+def _rows(program: Program, tensor: fx.Node, index: fx.Node, dim: int = 0) -> fx.Node:
+    """Take entries of a weight, which is then what the checkpoint holds."""
+    made = program.edit.call(aten.index_select.default, tensor, dim, index)
     if tensor.op == "placeholder":
         for name, held in list(program.checkpoint.items()):
             if held is tensor:
@@ -91,7 +103,7 @@ def _rows(program: Program, tensor: fx.Node, index: fx.Node) -> fx.Node:
     return made
 
 
-def _between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
+def between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
     """What is computed from a router's scores on the way to the choice, in order."""
     needed: set[fx.Node] = set()
     work = list(ends)
@@ -123,16 +135,28 @@ def _again(
             return now[value]
         held = value.meta.get("val")
         if value in constant and isinstance(held, torch.Tensor) and held.dim() and held.shape[-1] == count:
-            return program.edit.call(aten.index_select.default, value, held.dim() - 1, index)
+            return _rows(program, value, index, held.dim() - 1)
         return value
 
-    if is_operator(node, "aten.reshape", "aten.expand", "aten.scatter", "aten.zeros_like", "aten.new_zeros"):
-        raise ValueError(f"{node.name} arranges the router's scores in groups")
     args, kwargs = fx.map_arg((node.args, node.kwargs), other)
+    if is_operator(node, "aten.reshape", "aten.expand"):
+        sizes: Any = args[1]
+        args = (args[0], _fewer(list(sizes), count, int(index.meta["val"].shape[0])), *args[2:])
     try:
         return program.edit.call(node.target, *args, **kwargs)
     except VerificationError as error:
         raise ValueError(f"{node.name} does not accept fewer experts: {error.message}") from None
+
+
+def _fewer(sizes: list[Any], count: int, left: int) -> list[Any]:
+    """Sizes that name how many experts there are, or how many a group has, with as many as are left."""
+    if (
+        len(sizes) > 2
+        and all(isinstance(s, int) and s > 0 for s in sizes[-2:])
+        and sizes[-2] * sizes[-1] == count
+    ):
+        return [*sizes[:-1], left // sizes[-2]]
+    return [*sizes[:-1], left] if sizes and sizes[-1] == count else sizes
 
 
 def _renamed(program: Program, block: Block, left: list[int], count: int) -> dict[str, str]:
