@@ -296,6 +296,51 @@ def show(parts: list[str], quick: bool) -> None:
         Console(width=140).print(table)
 
 
+def draw() -> None:
+    """Draw what was measured; without matplotlib there is no picture."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    found = {part: Results(HERE / f"experts_{part}.json").rows for part in PARTS}
+    if not all(found.values()):
+        return
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    rows = found["dynamoe"]
+    left.plot(
+        [25, 50, 75, 100],
+        [rows[f"pruned to {s:.0%}, trained"] for s in SHARES],
+        "ko-",
+        label="pruned, trained",
+    )
+    left.plot([25, 50, 75], [rows[f"pruned to {s:.0%}"] for s in SHARES[:3]], "k:", label="pruned")
+    for theta in (0.3, 0.55, 0.8):
+        points = [rows[f"theta {theta}, {s:.0%}: routed"] for s in SHARES]
+        left.plot(
+            [100 * p["share"] for p in points],
+            [p["perplexity"] for p in points],
+            "o-",
+            label=f"routed, theta {theta}",
+        )
+    left.set(ylim=(20, 45), xlabel="mean width, %", ylabel="perplexity", title="Nested experts (DynaMoE)")
+    rows = found["duo"]
+    exact = rows["oracle"]["exactly"]
+    middle.plot([int(b) for b in exact], list(exact.values()), "o-", label="best path with so many")
+    middle.axhline(rows["oracle"]["all big"], color="grey", linestyle=":", label="all big")
+    middle.set(xlabel="big feed-forwards, of 8", ylabel="nats a token", title="Oracle (Duo-LLM)")
+    rows = found["phds"]
+    for name in ("before", "multi-k", "trained at 1", "trained at 2"):
+        right.plot([1, 2], [rows[f"{name}: {k} active"] for k in (1, 2)], "o-", label=name)
+    right.set(xticks=[1, 2], xlabel="active experts", ylabel="perplexity", title="The dial on k (MoE-PHDS)")
+    for axis in (left, middle, right):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(HERE / "experts.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
@@ -306,6 +351,8 @@ def main() -> None:
     for part in parts:
         {"dynamoe": dynamoe, "duo": duo, "phds": phds, "pruning": pruning}[part](Study(part, arguments.quick))
     show(parts, arguments.quick)
+    if not arguments.quick:
+        draw()
 
 
 if __name__ == "__main__":
