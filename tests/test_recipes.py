@@ -291,6 +291,26 @@ def test_any_loop_trains_what_split_ffn_made(captured, capsys: pytest.CaptureFix
     assert not touched & routers, "the choice is hard: no gradient goes through it"
 
 
+def test_sixteen_bits_learn_in_thirty_two(tmp_path) -> None:
+    """A step of 1e-4 is lost on a bfloat16 of size one; the sum of many must not be."""
+    import zoo
+
+    zoo.make("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    program = graphopt.capture(tmp_path)
+    ids = [{"input_ids": torch.randint(3, 100, (2, 8))}]
+    settings_ = Settings(steps=40, learning_rate=1e-4, schedule="constant")
+    moved = {}
+    for dtype in ("float32", "stored"):
+        done, _ = graphopt.train(program, "language", ids, settings_, device="cpu", dtype=dtype)
+        before, after = weights_of(program), weights_of(done)
+        assert {t.dtype for t in after.values()} == {t.dtype for t in before.values()}
+        norms = [n for n in before if "norm" in n]
+        moved[dtype] = sum(int((before[n] != after[n]).sum()) for n in norms)
+    assert moved["float32"] > 2 * moved["stored"]
+    with pytest.raises(UsageError, match="float32 or stored"):
+        graphopt.train(program, "language", ids, settings_, dtype="float8")
+
+
 def test_weights_go_back_by_name() -> None:
     program = split()
     module = program.module()

@@ -18,6 +18,7 @@ from .ir.errors import CheckpointError, PipelineError, UsageError
 from .ir.groups import rank, world_size
 from .ir.program import Program
 from .ir.ranks import ranks_of
+from .ir.retype import retyped
 from .passes.context import Context, program_hash
 from .passes.pipeline import parse_calls
 from .training import Record, Settings
@@ -25,6 +26,7 @@ from .training import train as train_module
 from .training.recipes import Method, Recipe, find_method
 from .training.shown import TrainingProgress
 
+HALVES = {torch.float16, torch.bfloat16}
 Batch = Mapping[str, torch.Tensor]
 Source = str | os.PathLike[str] | Iterable[Batch]
 
@@ -54,6 +56,7 @@ def train(
     sequences: int | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
+    dtype: str = "float32",
     validation: Source | None = None,
     measure_every: int = 0,
     save_every: float = 60.0,
@@ -74,6 +77,8 @@ def train(
         sequences: rows at most; None takes all.
         work_dir: where the state is kept.
         device: where to train; None takes a GPU if there is one.
+        dtype: what weights and arithmetic are in while it learns: "float32", as small updates vanish in sixteen bits, or
+            "stored". The result has the types that were stored.
         validation: data of which the recipe's loss is recorded too.
         measure_every: steps between such measurements; 0 measures at the end.
         save_every: seconds between states on disk.
@@ -93,7 +98,7 @@ def train(
     rows = _batches(program, data, batch, length, sequences, settings.seed)
     if work_dir is not None:
         _one_run(Path(work_dir), program, method, rows)
-    made = method.recipe(program)
+    made = method.recipe(_typed(program, dtype))
     module = made.module()
     total = settings.steps * settings.accumulate * world_size()
 
@@ -125,6 +130,13 @@ def train(
         }
     )
     return done, record
+
+
+def _typed(program: Program, dtype: str) -> Program:
+    if dtype not in ("float32", "stored"):
+        raise UsageError(f"dtype is float32 or stored, not {dtype!r}")
+    held = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
+    return retyped(program, torch.float32) if dtype == "float32" and held & HALVES else program
 
 
 def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:

@@ -300,6 +300,9 @@ def train(
     measure_every: Annotated[
         int, typer.Option("--measure-every", help="Steps between such measurements; 0: at the end.", min=0)
     ] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Learn in float32, or as stored; saved as stored.")
+    ] = "float32",
     seed: Seed = 0,
     work_dir: Annotated[
         str | None, typer.Option("--work-dir", help="Where the run is kept; OUTPUT.training by default.")
@@ -319,7 +322,7 @@ def train(
     }  # fmt: skip
     train_program(
         program, output, recipe, data, settings, (sequences, length, batch), validation, measure_every,
-        (work_dir, save_every), as_json, trust,
+        (work_dir, save_every, dtype), as_json, trust,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from .sources import read_program
 
 def train_program(
     source: str, output: str, recipe: str, data: str, settings: dict[str, Any], amount: tuple[int | None, int, int],
-    validation: str | None, measure_every: int, kept: tuple[str | None, float], as_json: bool, trust: bool,
+    validation: str | None, measure_every: int, kept: tuple[str | None, float, str], as_json: bool, trust: bool,
 ) -> None:  # fmt: skip
     """Train, with progress, and save the program with what it learned."""
     as_method(recipe)
@@ -32,12 +32,13 @@ def train_program(
         raise UsageError(f"{output} exists already", hint="choose another place, or remove it")
     program = read_program(source, trust)
     sequences, length, batch = amount
-    work_dir, save_every = kept
+    work_dir, save_every, dtype = kept
     folder = work_dir or f"{os.path.normpath(output)}.training"
     note(f"the run is kept in {folder}; the same command goes on from there")
     done, record = train(
         program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,
-        validation=validation, measure_every=measure_every, save_every=save_every, progress=Shown(recipe),
+        validation=validation, measure_every=measure_every, save_every=save_every,
+        dtype=dtype, progress=Shown(recipe),
     )  # fmt: skip
     if rank():
         return
