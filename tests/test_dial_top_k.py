@@ -11,7 +11,7 @@ import torch
 import zoo
 
 import graphopt
-from graphopt.ir.errors import PassRefusedError, PipelineError, UsageError
+from graphopt.ir.errors import LoweringError, PassRefusedError, PipelineError, UsageError
 from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
 from graphopt.ir.verify import compare_programs
@@ -116,3 +116,29 @@ def test_dialled_mixture_is_sharded_and_lowered(captured: Callable[[str], Progra
         sharded = graphopt.optimize(done, f"shard-tensor-parallel{{size=2 experts={how}}}")
         assert torch.allclose(logits(sharded), logits(done), atol=1e-5)
     done.lower("onnx", tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_trained_dial_goes_back_to_a_folder(
+    k: int, captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """What was trained at many settings is shipped at one."""
+    from transformers import AutoModelForCausalLM
+
+    from graphopt.training import Settings
+
+    dialled = graphopt.optimize(captured("olmoe"), "dial-top-k")
+    ids = torch.randint(3, 100, (2, 8))
+    trained, _ = graphopt.train(
+        dialled, "phds", [{"input_ids": ids}], Settings(steps=2, learning_rate=1e-2), device="cpu"
+    )
+    with pytest.raises(LoweringError, match="freeze-dial"):
+        trained.save_pretrained(tmp_path / "dialled")
+    still = graphopt.optimize(trained, f"freeze-dial{{value={k}}}")
+    still.save_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.num_experts_per_tok == k
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    assert torch.allclose(trained(input_ids=ids, active_experts=k)["logits"], expected, atol=1e-5)
+    assert not torch.allclose(captured("olmoe")(input_ids=ids)["logits"], expected, atol=1e-3)

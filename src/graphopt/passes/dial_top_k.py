@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 dialect = torch.ops.graphopt
 DIAL = "active_experts"
+DIALLED = (
+    "the number of active experts is a dial, which a configuration has not; freeze-dial makes it one number"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +104,17 @@ class DialTopK(Pass):
         if self.fixed is not None and len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
             program.facts["fixed_experts"] = [counts.pop(), self.fixed]
         else:
-            program.facts.setdefault(
-                "unwritable", "the number of active experts is a dial, which a configuration has not"
-            )
+            program.facts.setdefault("unwritable", DIALLED)
+
+
+def frozen_number(program: Program, value: float, most: float) -> None:
+    """Let a folder have the number at which a dial over all mixtures stands for its own setting."""
+    active = {int(b.sizes["active"]) for b in program.anatomy.experts}
+    limited = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
+    whole = active == {int(most)} and len(limited) == len(program.anatomy.experts)
+    if whole and value.is_integer() and program.facts.get("unwritable") == DIALLED:
+        del program.facts["unwritable"]
+        program.facts["fixed_experts"] = [int(most), int(value)]
 
 
 def _most(program: Program, block: Block) -> tuple[str, int]:

@@ -13,6 +13,8 @@ from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate
+from .dial_top_k import DIAL as EXPERTS
+from .dial_top_k import frozen_number
 from .plan import Plan, Site
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 class FreezeDial(Pass):
     """Set a dial for good: the program no longer takes it, and runs as it did with the dial at this value.
 
-    What a setting found by ``graphopt sweep`` becomes before it is shipped or lowered.
+    What a setting found by ``graphopt sweep`` becomes before it is shipped or lowered. A number of active experts becomes
+    a Hugging Face folder's own setting.
     """
 
     name = "freeze-dial"
@@ -65,4 +68,7 @@ class FreezeDial(Pass):
             held = torch.tensor(float(site["value"]), dtype=torch.float64)
             constant = program.edit.add_weight(f"dial.{site.block}", held, kind="constant", persistent=False)
             program.edit.replace(program.input_nodes[site.block], constant)
+            most = program.dials[site.block].high
             remove_dial(program, site.block)
+            if site.block == EXPERTS:
+                frozen_number(program, float(site["value"]), most)
