@@ -142,3 +142,15 @@ def test_a_trained_dial_goes_back_to_a_folder(
         expected = model(input_ids=ids).logits
     assert torch.allclose(trained(input_ids=ids, active_experts=k)["logits"], expected, atol=1e-5)
     assert not torch.allclose(captured("olmoe")(input_ids=ids)["logits"], expected, atol=1e-3)
+
+
+def test_dials_of_layers_that_stand_alike_are_one_number(captured: Callable[[str], Program]) -> None:
+    apart = graphopt.optimize(captured("olmoe"), "dial-top-k{per_layer=true}")
+    names = list(apart.dials)
+    alike, apart_still = apart, apart
+    for number, name in enumerate(names):
+        alike = graphopt.optimize(alike, f"freeze-dial{{dial={name} value=1}}")
+        apart_still = graphopt.optimize(apart_still, f"freeze-dial{{dial={name} value={1 + (number > 0)}}}")
+    assert "unwritable" not in alike.facts
+    assert alike.facts["fixed_experts"] == [2, 1]
+    assert "different numbers" in apart_still.facts["unwritable"]

@@ -86,6 +86,14 @@ def test_more_paths_are_never_worse_and_budgets_are_kept(captured: Callable[[str
         graphopt.routing_oracle(captured("llama"), token_rows())
 
 
+def test_rows_of_a_batch_are_tried_one_by_one(captured: Callable[[str], Program]) -> None:
+    """As many rows as paths would otherwise be taken for paths."""
+    program = split(captured, "llama", "widths=[1/4 1]")
+    one_by_one = graphopt.routing_oracle(program, token_rows(2), tokens=6)
+    together = [{n: torch.cat([a[n], b[n]]) for n in a} for a, b in [token_rows(2)]]
+    assert graphopt.routing_oracle(program, together, tokens=6).tokens == one_by_one.tokens
+
+
 @pytest.fixture(scope="module")
 def dialled(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = graphopt.optimize(graphopt.load(saved("llama")), "split-ffn{score=peak widths=[1/4 1]}")
@@ -109,6 +117,13 @@ def test_commands_on_a_dial(
     assert written[0] == ["delta", "perplexity", "kl", "flops_a_token", "share"]
     assert [float(line[0]) for line in written[1:]] == [0, 0.5, 1]
     assert picture.read_text().lstrip().startswith("<?xml")
+    # a comparison with another original is another sweep
+    program = graphopt.load(dialled)
+    half = graphopt.optimize(program, "freeze-dial{value=0}")
+    given = [{"input_ids": torch.randint(3, 100, (2, 9))}]
+    kept = {"work_dir": tmp_path / "k", "metrics": ["kl"], "settings": [1.0]}
+    (same,), (other,) = (graphopt.sweep(program, given, against=a, **kept) for a in (program, half))
+    assert same.values["kl"] < 1e-9 < other.values["kl"]
     # what was measured is not measured again
     assert len(list((tmp_path / "w").glob("sweep-*.json"))) == 1
     assert (

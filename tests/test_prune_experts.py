@@ -114,3 +114,11 @@ def test_impossible_numbers(captured: Callable[[str], Program]) -> None:
         graphopt.optimize(program, "prune-experts")
     with pytest.raises(PipelineError, match="needs data"):
         graphopt.optimize(program, "prune-experts{keep=3}")
+
+
+def test_a_mixture_whose_dial_was_fixed_is_pruned_by_what_is_left(captured: Callable[[str], Program]) -> None:
+    """Experts left out carry a number that no expert has; a score must not count them."""
+    program = captured("mixtral")
+    for first in ("dial-top-k{fixed=1}", "dial-top-k, freeze-dial{value=1}"):
+        done = graphopt.optimize(program, f"{first}, prune-experts{{keep=3}}", data=data(program))
+        assert done.anatomy.experts[0].sizes["experts"] == 3

@@ -311,6 +311,49 @@ def test_sixteen_bits_learn_in_thirty_two(tmp_path) -> None:
         graphopt.train(program, "language", ids, settings_, dtype="float8")
 
 
+def test_a_folder_belongs_to_one_run(tmp_path) -> None:
+    """Equal weights in another graph are another program; an attempt that trained nothing leaves the folder free."""
+    short = Settings(steps=2, schedule="constant")
+    plain = graphopt.capture(Transformer(Shape(width=16)), tokens(2, 6))
+    with pytest.raises(UsageError, match="split-ffn first"):
+        graphopt.train(plain, "dynamoe", batches(), short, device="cpu", work_dir=tmp_path)
+    graphopt.train(split(), "dynamoe", batches(), short, device="cpu", work_dir=tmp_path)
+    other = split("score=peak widths=[1/8 1/2 3/4 1]")
+    with pytest.raises(UsageError, match="another program"):
+        graphopt.train(other, "dynamoe", batches(), short, device="cpu", work_dir=tmp_path)
+
+
+class Flat(torch.nn.Module):
+    """Feed-forwards that see the tokens of all rows one after the other, as GPT-2's once did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(17, 8)
+        self.up = torch.nn.ModuleList(torch.nn.Linear(8, 16) for _ in range(2))
+        self.down = torch.nn.ModuleList(torch.nn.Linear(16, 8) for _ in range(2))
+        self.norm = torch.nn.ModuleList(torch.nn.LayerNorm(8) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embed(input_ids)
+        for up, down, norm in zip(self.up, self.down, self.norm, strict=True):
+            flat = norm(x).reshape(-1, 8)
+            x = x + down(torch.relu(up(flat))).reshape(x.shape)
+        return {"logits": x @ self.embed.weight.T}
+
+
+@pytest.mark.parametrize("recipe", ["dynamoe", "duo-distil", "duo-routers"])
+def test_feed_forwards_on_flattened_tokens_are_trained_alike(recipe: str) -> None:
+    program = graphopt.capture(Flat(), {"input_ids": torch.randint(0, 17, (3, 5))})
+    done = graphopt.optimize(program, "split-ffn{score=peak widths=[1/4 1]}")
+    assert done.anatomy.ffn[0].parts["choice"].meta["val"].dim() == 1, "this test is about flattened tokens"
+    rows = [{"input_ids": torch.randint(0, 17, (2, 6))}]
+    _, record = graphopt.train(done, recipe, rows, Settings(steps=2), device="cpu")
+    assert record.step == 2
+    shown = shown_routers(done)(**rows[0])
+    assert shown["similarity"].shape == (2, 2, 6, 2)
+
+
 def test_weights_go_back_by_name() -> None:
     program = split()
     module = program.module()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -23,8 +24,10 @@ from .passes.context import Context, program_hash
 from .passes.pipeline import parse_calls
 from .training import Record, Settings
 from .training import train as train_module
+from .training.loop import default_device
 from .training.recipes import Method, Recipe, find_method
 from .training.shown import TrainingProgress
+from .training.state import FILE as STATE
 
 HALVES = {torch.float16, torch.bfloat16}
 Batch = Mapping[str, torch.Tensor]
@@ -96,17 +99,19 @@ def train(
             hint="train it first, then shard what was learned",
         )
     rows = _batches(program, data, batch, length, sequences, settings.seed)
-    if work_dir is not None:
-        _one_run(Path(work_dir), program, method, rows)
     made = method.recipe(_typed(program, dtype))
     module = made.module()
+    if work_dir is not None:
+        _one_run(Path(work_dir), program, method, rows)
+    where = torch.device(device or default_device())
     total = settings.steps * settings.accumulate * world_size()
 
     def numbered(number: int) -> Batch:
         order = torch.randperm(
             len(rows), generator=torch.Generator().manual_seed(settings.seed * 7919 + number // len(rows))
         )
-        return made.transform(rows[int(order[number % len(rows)])], number / total)
+        row = {name: tensor.to(where) for name, tensor in rows[int(order[number % len(rows)])].items()}
+        return made.transform(row, number / total)
 
     measure = None
     if validation is not None:
@@ -116,7 +121,7 @@ def train(
             return {"validation loss": _mean_loss(made, trained, held, settings.seed)}
 
     record = train_module(
-        module, numbered, made.loss, settings, work_dir=work_dir, device=device, measure=measure,
+        module, numbered, made.loss, settings, work_dir=work_dir, device=where, measure=measure,
         measure_every=measure_every, save_every=save_every, progress=progress,
     )  # fmt: skip
     done = made.finish(program, module)
@@ -145,9 +150,13 @@ def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) 
     Raises:
         UsageError: the folder holds a run of another recipe, program or data.
     """
-    mine = {"recipe": _text(method), "program": program_hash(program), "data": Context(rows).data_hash()}
+    graph = hashlib.sha256(f"{program.text()}{program_hash(program)}".encode()).hexdigest()[:16]
+    mine = {
+        "recipe": _text(method), "program": graph, "data": Context(rows).data_hash(),
+        "number of processes": world_size(),
+    }  # fmt: skip
     path = folder / "run.json"
-    if not path.is_file():
+    if not path.is_file() or not (folder / STATE).is_file():  # nothing was trained there yet
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as made:
@@ -200,7 +209,8 @@ def _mean_loss(recipe: Recipe, module: nn.Module, rows: list[Batch], seed: int) 
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         for number, row in enumerate(rows):
             torch.manual_seed(seed * 1_000_003 + number)
-            given = {n: t.to(where) for n, t in recipe.transform(row, 1.0).items()}
+            given = recipe.transform({n: t.to(where) for n, t in row.items()}, 1.0)
+            given = {n: t.to(where) for n, t in given.items()}
             total += float(recipe.loss(module, given))
     return total / len(rows)
 

@@ -131,7 +131,12 @@ def routing_oracle(
     form = given_choices(program)
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
-    rows = read_data(program, data, sequences=sequences, length=length, batch=1, seed=seed)[0]
+    batches = read_data(program, data, sequences=sequences, length=length, batch=1, seed=seed)[0]
+    rows = [
+        {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(len(batch["input_ids"]))
+    ]
     places = _places(rows, tokens, seed)
     if not places:
         raise UsageError("there is no row with a token to predict")

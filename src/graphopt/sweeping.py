@@ -31,7 +31,7 @@ class Point:
     Args:
         setting: of the dial.
         values: by metric.
-        flops: floating-point operations a token, of what tokens used.
+        flops: floating-point operations a token, of what tokens used; a row, where the program takes no tokens.
         share: of the arithmetic that routers and dials govern, how much was used: the mean width, or k of the experts.
     """
 
@@ -103,7 +103,9 @@ def sweep(
         raise UsageError(f"there is no metric {unknown[0]!r}", hint=f"metrics are {', '.join(BY_NAME)}")
     reference = capture(against) if against is not None else program
     context = Context(rows)
-    store = _Kept(work_dir, program, name, names, context.data_hash())
+    compared = any(BY_NAME[n].compares for n in names)
+    original = [reference.text(), program_hash(reference)] if compared else []
+    store = _Kept(work_dir, program, name, [*names, *original], context.data_hash())
     shown: Progress = progress or Silent()
     shown.start(f"{len(wanted)} settings of {name}", len(wanted) * len(rows))
     found: list[Point] = []

@@ -65,9 +65,22 @@ def activation_between(up: fx.Node, gate: fx.Node | None, hidden: fx.Node) -> di
     region = plain_region(hidden, sources)
     if region is None:
         return None
+    width = int(up.meta["val"].shape[-1])
+    for size in dict.fromkeys(
+        (min(width, 64), width)
+    ):  # few channels tell, unless the region names how many there are
+        found = _recognised(up, gate, hidden, region, size)
+        if found is not None:
+            return found
+    return None
+
+
+def _recognised(
+    up: fx.Node, gate: fx.Node | None, hidden: fx.Node, region: set[fx.Node], width: int
+) -> dict[str, Any] | None:
     generator = torch.Generator().manual_seed(0)
-    width = up.meta["val"].shape[-1]
     shape = (*(2 + i for i in range(up.meta["val"].dim() - 1)), width)
+    sources = [up] if gate is None else [gate, up]
     probes = {n: torch.randn(shape, generator=generator, dtype=torch.float64) * 6 for n in sources}
     found = run_region(hidden, probes, region)
     if found is None or found.shape != torch.Size(shape):

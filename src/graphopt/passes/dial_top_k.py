@@ -27,6 +27,7 @@ DIAL = "active_experts"
 DIALLED = (
     "the number of active experts is a dial, which a configuration has not; freeze-dial makes it one number"
 )
+UNEVEN = "mixtures have different numbers of active experts, for which the configuration has one entry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +105,25 @@ class DialTopK(Pass):
         if self.fixed is not None and len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
             program.facts["fixed_experts"] = [counts.pop(), self.fixed]
         else:
-            program.facts.setdefault("unwritable", DIALLED)
+            program.facts.setdefault("unwritable", DIALLED if self.fixed is None else UNEVEN)
 
 
-def frozen_number(program: Program, value: float, most: float) -> None:
-    """Let a folder have the number at which a dial over all mixtures stands for its own setting."""
-    active = {int(b.sizes["active"]) for b in program.anatomy.experts}
+def frozen_numbers(program: Program) -> None:
+    """Let a folder have the number at which all mixtures stand for its own setting, once no dial is left."""
+    if program.facts.get("unwritable") != DIALLED:
+        return
     limited = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
-    whole = active == {int(most)} and len(limited) == len(program.anatomy.experts)
-    if whole and value.is_integer() and program.facts.get("unwritable") == DIALLED:
-        del program.facts["unwritable"]
-        program.facts["fixed_experts"] = [int(most), int(value)]
+    limits = [arguments(n)["k"] for n in limited]
+    if any(k.name not in program.weights for k in limits):
+        return
+    numbers = {float(program.weights[k.name].source.load()) for k in limits}
+    active = {int(b.sizes["active"]) for b in program.anatomy.experts}
+    program.facts["unwritable"] = UNEVEN
+    if len(limited) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
+        number = numbers.pop()
+        if number.is_integer():
+            del program.facts["unwritable"]
+            program.facts["fixed_experts"] = [active.pop(), int(number)]
 
 
 def _most(program: Program, block: Block) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate
 from .dial_top_k import DIAL as EXPERTS
-from .dial_top_k import frozen_number
+from .dial_top_k import frozen_numbers
 from .plan import Plan, Site
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ class FreezeDial(Pass):
             held = torch.tensor(float(site["value"]), dtype=torch.float64)
             constant = program.edit.add_weight(f"dial.{site.block}", held, kind="constant", persistent=False)
             program.edit.replace(program.input_nodes[site.block], constant)
-            most = program.dials[site.block].high
             remove_dial(program, site.block)
-            if site.block == EXPERTS:
-                frozen_number(program, float(site["value"]), most)
+            if site.block.startswith(EXPERTS):
+                frozen_numbers(program)

@@ -121,6 +121,8 @@ class GroupHeads(Pass):
         after = [b for b in program.anatomy.blocks if b.reads is block.writes]
         if len(after) != 1 or after[0].kind != "ffn" or block.parallel or block.term is not block.parts["o"]:
             return None
+        if "down" not in after[0].parts:  # it has several widths
+            return None
         return after[0] if int(after[0].sizes["width"]) % self.size == 0 else None
 
     def _matched(

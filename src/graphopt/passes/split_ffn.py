@@ -12,6 +12,7 @@ from torch import fx
 from ..ir.errors import PipelineError
 from ..ir.option import option
 from ..ir.program import Dial, Program
+from ..ir.weights import Drawn
 from .base import Pass
 from .contracts import ExactAt
 from .plan import Plan, Refused, Site
@@ -193,8 +194,7 @@ class SplitFfn(Pass):
         kind = self.router if self.router != "auto" else ("linear" if self.separate else "two-layer")
         if kind == "two-layer":
             inner = self.router_size or max(ways, size // 16)
-            generator = torch.Generator().manual_seed(sum(place.encode()))
-            first = (torch.randn(inner, size, generator=generator) * size**-0.5).to(value.dtype)
+            first = Drawn((inner, size), value.dtype, sum(place.encode()), size**-0.5)  # made when it is read
             weight = add(free_name(program, f"{place}.router_in.weight"), first)
             bias = add(free_name(program, f"{place}.router_in.bias"), torch.zeros(inner, dtype=value.dtype))
             x = call(aten.relu.default, call(aten.linear.default, x, weight, bias))

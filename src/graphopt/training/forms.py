@@ -68,11 +68,13 @@ def given_choices(program: Program) -> Program:
     form = program.copy()
     blocks = nested_blocks(form)
     choices = [b.parts["choice"] for b in blocks]
-    shape = list(choices[0].meta["val"].shape)
+    shape = _tokens(form, choices[0])
     routing = add_input(form, "routing", [len(blocks), *shape], torch.int64)
     for number, choice in enumerate(choices):
         with form.edit.before(choice):
             made = form.edit.call(aten.select.int, routing, 0, number)
+            if choice.meta["val"].dim() == 1 and len(shape) == 2:
+                made = form.edit.call(aten.reshape.default, made, [-1])
         form.edit.replace(choice, made)
     _without_dial(form)
     return form
@@ -111,8 +113,8 @@ def shown_routers(program: Program) -> Program:
         form.edit.replace(choice, likeliest)
         logits.append(router)
     with form.edit.before(form.output_node):
-        shown = form.edit.call(aten.stack.default, logits)
-        labels = form.edit.call(aten.stack.default, similar)
+        shown = form.edit.call(aten.stack.default, [_by_row(form, n) for n in logits])
+        labels = form.edit.call(aten.stack.default, [_by_row(form, n) for n in similar])
     form.add_output("router_logits", shown)
     form.add_output("similarity", labels)
     _without_dial(form)
@@ -147,10 +149,26 @@ def soft_choices(program: Program) -> Program:
                 made = form.edit.call(dialect.soft_nested_ffn.default, *args, **kwargs)
             form.edit.replace(core, made)
     with form.edit.before(form.output_node):
-        stacked = form.edit.call(aten.stack.default, shown)
+        stacked = form.edit.call(aten.stack.default, [_by_row(form, n) for n in shown])
     form.add_output("shares", stacked)
     _without_dial(form)
     return form
+
+
+def _tokens(form: Program, choice: fx.Node) -> list[int | torch.SymInt]:
+    """(batch, sequence), also where a feed-forward sees tokens of all rows one after the other."""
+    ids = form.input_nodes.get("input_ids")
+    flat = choice.meta["val"].dim() == 1
+    return list((ids if flat and ids is not None else choice).meta["val"].shape)
+
+
+def _by_row(form: Program, value: fx.Node) -> fx.Node:
+    """Return (tokens, ways) as (batch, sequence, ways)."""
+    ids = form.input_nodes.get("input_ids")
+    if value.meta["val"].dim() != 2 or ids is None:
+        return value
+    sizes = form.size_nodes([*ids.meta["val"].shape, int(value.meta["val"].shape[-1])])
+    return form.edit.call(aten.reshape.default, value, sizes)
 
 
 def soft_experts(program: Program, epsilon: float) -> Program:

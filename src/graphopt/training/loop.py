@@ -76,7 +76,7 @@ def train(
         DivergedError: the loss became infinite or not a number; the last state on disk is from before.
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
-    where = torch.device(device or _default_device())
+    where = torch.device(device or default_device())
     replicas = Replicas(where)
     module.to(where)
     update = (optimizer or adamw(settings))(module)
@@ -129,7 +129,8 @@ def train(
     return record
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """Return this process's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if started_by_torchrun() else "cuda"

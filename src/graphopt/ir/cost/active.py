@@ -27,7 +27,7 @@ def choices_of(program: Program) -> list[fx.Node]:
 
 
 class ActiveWork:
-    """Counts FLOPs over batches, of what tokens used and of what they could have used.
+    """Counts FLOPs over batches, of what tokens used and of what they could have used; padding counts as it computes.
 
     Args:
         program: not sharded.
@@ -60,8 +60,9 @@ class ActiveWork:
             self.routed_used += flops[node] * share
             self.routed_possible += flops[node]
         self.used += total - saved
-        first = next(iter(inputs.values()))
-        self.tokens += first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
+        # where there are no tokens, by row
+        read = next((inputs[n] for n in ("input_ids", "inputs_embeds") if n in inputs), None)
+        self.tokens += len(next(iter(inputs.values()))) if read is None else read.shape[0] * read.shape[1]
 
     def _flops(self, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, float]:
         sizes: dict[str, int] = {}

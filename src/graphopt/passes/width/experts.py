@@ -36,6 +36,9 @@ def expert_scores(
             if mask is not None and mask.numel() == len(experts):
                 seen = mask.reshape(-1).bool()
                 experts, given = experts[seen], given[seen]
+            # a dial that was fixed lower marks those left out by a number that no expert has
+            there = experts < found[name].numel()
+            experts, given = experts[there], given[there]
             amounts = torch.ones_like(given) if score == "count" else given
             found[name].index_add_(0, experts.reshape(-1), amounts.reshape(-1))
     return found
