@@ -10,6 +10,8 @@ side by side.
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +37,9 @@ PARTS = ("dynamoe", "duo", "phds", "pruning")
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
+Lazily = Callable[[], graphopt.Program]
+
+
 class Study:
     """One part: its numbers, how much it trains and judges.
 
@@ -50,23 +55,21 @@ class Study:
         rate = 5e-4 if part == "phds" else 3e-4
         self.settings = Settings(steps=4 if quick else 400, learning_rate=rate, warmup=1 if quick else 20)
 
-    def trained(self, program: graphopt.Program, recipe: str, name: str, **changes: Any) -> graphopt.Program:
-        """Train, or take up what was trained."""
-        settings = replace(self.settings, **changes)
-        work = MODELS / "runs" / f"experts_{name}_{settings.steps}"
-        done, record = graphopt.train(
-            program,
-            recipe,
-            TRAINING,
-            settings,
-            batch=8,
-            length=256,
-            work_dir=work,
-            device="cpu",
-            progress=Shown(name),
-        )
-        self.results.get(f"{name}: seconds a step", lambda: round(record.seconds / record.step, 2))
-        return done
+    def trained(self, program: Lazily, recipe: str, name: str, **changes: Any) -> Lazily:
+        """Return what trains a program, or takes up what was trained, once its result is asked for."""
+
+        @functools.cache
+        def train() -> graphopt.Program:
+            settings = replace(self.settings, **changes)
+            work = MODELS / "runs" / f"experts_{name}_{settings.steps}"
+            done, record = graphopt.train(
+                program(), recipe, TRAINING, settings, batch=8, length=256, work_dir=work, device="cpu",
+                progress=Shown(name),
+            )  # fmt: skip
+            self.results.get(f"{name}: seconds a step", lambda: round(record.seconds / record.step, 2))
+            return done
+
+        return train
 
     def judge(self, program: graphopt.Program) -> float:
         """Return the perplexity on validation text."""
@@ -99,14 +102,14 @@ def dynamoe(study: Study) -> None:
     get("as it was", lambda: study.judge(llama))
     split = graphopt.optimize(llama, "split-ffn", data=data)
     for theta in (0.8,) if study.quick else (0.55, 0.8, 0.3):
-        made = study.trained(split, f"dynamoe{{theta={theta}}}", f"dynamoe_{theta}")
+        made = study.trained(lambda: split, f"dynamoe{{theta={theta}}}", f"dynamoe_{theta}")
         for share in SHARES:
             delta = get(
-                f"theta {theta}, {share:.0%}: delta", lambda m=made, s=share: round(at_share(m, s), 4)
+                f"theta {theta}, {share:.0%}: delta", lambda m=made, s=share: round(at_share(m(), s), 4)
             )
 
-            def measure(made: graphopt.Program = made, delta: float = delta) -> dict[str, float]:
-                (point,) = graphopt.sweep(made, JUDGED, settings=[delta], sequences=study.rows, length=256)
+            def measure(made: Lazily = made, delta: float = delta) -> dict[str, float]:
+                (point,) = graphopt.sweep(made(), JUDGED, settings=[delta], sequences=study.rows, length=256)
                 return {"perplexity": round(point.values["perplexity"], 4), "share": round(point.share, 4),
                         "mflops": round(point.flops / 1e6, 4)}  # fmt: skip
 
@@ -114,13 +117,13 @@ def dynamoe(study: Study) -> None:
             if share in (0.5, 0.75):
                 get(
                     f"theta {theta}, {share:.0%}: the same widths, given to other tokens",
-                    lambda m=made, d=delta: shuffled(m, d, study.rows),
+                    lambda m=made, d=delta: shuffled(m(), d, study.rows),
                 )
             if share < 1:
                 get(
                     f"theta {theta}, {share:.0%}: every token the same width",
                     lambda m=made, s=share: study.judge(
-                        graphopt.optimize(m, f"extract-width{{width={s}}}", verify="off")
+                        graphopt.optimize(m(), f"extract-width{{width={s}}}", verify="off")
                     ),
                 )
     for share in SHARES:
@@ -130,8 +133,8 @@ def dynamoe(study: Study) -> None:
             pruned = graphopt.optimize(llama, text, data=data, verify="off")
             get(f"pruned to {share:.0%}", lambda p=pruned: study.judge(p))
         name = f"pruned_{int(100 * share)}"
-        tuned = study.trained(pruned, "language", name)
-        get(f"pruned to {share:.0%}, trained", lambda t=tuned: study.judge(t))
+        tuned = study.trained(lambda p=pruned: p, "language", name)
+        get(f"pruned to {share:.0%}, trained", lambda t=tuned: study.judge(t()))
 
 
 def shuffled(program: graphopt.Program, delta: float, rows: int) -> float:
@@ -159,23 +162,23 @@ def duo(study: Study) -> None:
     split = graphopt.optimize(llama, "split-ffn{widths=[1/16 1] separate=true}", data=calibration(llama, 32))
     get("all big, before", lambda: study.judge(llama))
     get("all small, before", lambda: study.judge(frozen(split, 0.0)))
-    made = study.trained(split, "duo-distil{language=1}", "duo_distil")
-    get("all big", lambda: study.judge(frozen(made, 1.0)))
-    get("all small", lambda: study.judge(frozen(made, 0.0)))
+    made = study.trained(lambda: split, "duo-distil{language=1}", "duo_distil")
+    get("all big", lambda: study.judge(frozen(made(), 1.0)))
+    get("all small", lambda: study.judge(frozen(made(), 0.0)))
     for target in (0.5,) if study.quick else (0.25, 0.5, 0.75):
         steps = study.settings.steps // 2
         routed = study.trained(
             made, f"duo-routers{{target={target}}}", f"duo_routers_{target}", steps=steps, learning_rate=3e-3
         )
 
-        def measure(routed: graphopt.Program = routed) -> dict[str, float]:
-            (point,) = graphopt.sweep(routed, JUDGED, settings=[0.5], sequences=study.rows, length=256)
+        def measure(routed: Lazily = routed) -> dict[str, float]:
+            (point,) = graphopt.sweep(routed(), JUDGED, settings=[0.5], sequences=study.rows, length=256)
             # the share of the arithmetic counts small experts too
             return {"perplexity": round(point.values["perplexity"], 4), "share": round(point.share, 4)}
 
         get(f"routers for {target:.0%} big", measure)
-    get("random routing", lambda: random_routing(made, 3 if study.quick else 100, study.rows))
-    get("oracle", lambda: oracle(made, 2 if study.quick else 96))
+    get("random routing", lambda: random_routing(made(), 3 if study.quick else 100, study.rows))
+    get("oracle", lambda: oracle(made(), 2 if study.quick else 96))
 
 
 def random_routing(program: graphopt.Program, patterns: int, rows: int) -> dict[str, Any]:
@@ -222,18 +225,18 @@ def phds(study: Study) -> None:
     get = study.results.get
     mixture = graphopt.optimize(reference_model("mixture"), "dial-top-k")
     made = {
-        "before": mixture,
-        "multi-k": study.trained(mixture, "phds", "phds"),
-        "multi-k, anchor 1": study.trained(mixture, "phds{anchor=1}", "phds_anchor"),
+        "before": lambda: mixture,
+        "multi-k": study.trained(lambda: mixture, "phds", "phds"),
+        "multi-k, anchor 1": study.trained(lambda: mixture, "phds{anchor=1}", "phds_anchor"),
         "multi-k, anchor 1 in the second half": study.trained(
-            mixture, "phds{anchor=1 anchor_from=0.5}", "phds_early"
+            lambda: mixture, "phds{anchor=1 anchor_from=0.5}", "phds_early"
         ),
-        "trained at 1": study.trained(mixture, "language{dial=1}", "phds_at_1"),
-        "trained at 2": study.trained(mixture, "language{dial=2}", "phds_at_2"),
+        "trained at 1": study.trained(lambda: mixture, "language{dial=1}", "phds_at_1"),
+        "trained at 2": study.trained(lambda: mixture, "language{dial=2}", "phds_at_2"),
     }
     for name, program in made.items():
         for k in (1, 2):
-            get(f"{name}: {k} active", lambda p=program, k=k: study.judge(frozen(p, k)))
+            get(f"{name}: {k} active", lambda p=program, k=k: study.judge(frozen(p(), k)))
 
 
 def pruning(study: Study) -> None:
@@ -343,11 +346,13 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
+    parser.add_argument("parts", nargs="*", help=f"out of {', '.join(PARTS)}; all of them if none is given")
     parser.add_argument("--quick", action="store_true", help="little data and few steps: to see that it runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     parts = arguments.parts or list(PARTS)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"there is no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
     for part in parts:
         {"dynamoe": dynamoe, "duo": duo, "phds": phds, "pruning": pruning}[part](Study(part, arguments.quick))
     show(parts, arguments.quick)
