@@ -66,9 +66,8 @@ def activation_between(up: fx.Node, gate: fx.Node | None, hidden: fx.Node) -> di
     if region is None:
         return None
     width = int(up.meta["val"].shape[-1])
-    for size in dict.fromkeys(
-        (min(width, 64), width)
-    ):  # few channels tell, unless the region names how many there are
+    # few channels tell, unless the region names how many there are
+    for size in dict.fromkeys((min(width, 64), width)):
         found = _recognised(up, gate, hidden, region, size)
         if found is not None:
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -36,6 +37,22 @@ def option(
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def require_known(owner: str, cls: type, options: dict[str, Any]) -> None:
+    """Refuse options that a class does not have, with the nearest name.
+
+    Raises:
+        PipelineError: there is such an option.
+    """
+    known = options_of(cls)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise PipelineError(
+                f"{owner} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                hint=f"its options are {', '.join(known)}",
+            )
 
 
 def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..ir.errors import PipelineError
-from ..ir.option import check, default_of, option, options_of
+from ..ir.option import check, default_of, option, options_of, require_known
 from ..ir.program import Program
 from .contracts import Contract, Exact
 from .plan import Plan
@@ -85,14 +84,5 @@ class Pass:
         Raises:
             PipelineError: an option is unknown or has a wrong value.
         """
-        import difflib
-
-        known = options_of(cls)
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise PipelineError(
-                    f"{cls.name} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                    hint=f"its options are {', '.join(known)}",
-                )
+        require_known(cls.name, cls, options)
         return cls(**options)

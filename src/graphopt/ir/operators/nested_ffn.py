@@ -56,13 +56,10 @@ def nested_ffn(
     """
 
     def part(rows: Tensor, first: int, end: int) -> Tensor:
-        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(rows, matrix[first:end], None if bias is None else bias[first:end])
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[first:end]
 
-        upper = project(up, up_bias)
-        if gate is None:
-            return gated_by(upper, None, activation, limit, alpha)
-        return gated_by(project(gate, gate_bias), upper, activation, limit, alpha)
+        return _hidden(rows, up[first:end], cut(gate), cut(up_bias), cut(gate_bias), activation, limit, alpha)
 
     if not (is_plain_tensor(x) and is_plain_tensor(choice)):
         each = torch.zeros_like(choice)
@@ -101,6 +98,15 @@ def nested_ffn(
     if order is not None:
         total = total.new_zeros(len(rows), total.shape[1]).index_copy(0, order, total)
     return total.reshape(*x.shape[:-1], down.shape[0])
+
+
+def _hidden(
+    x: Tensor, up: Tensor, gate: Tensor | None, up_bias: Tensor | None, gate_bias: Tensor | None,
+    activation: str, limit: float, alpha: float,
+) -> Tensor:  # fmt: skip
+    upper = F.linear(x, up, up_bias)
+    lower = upper if gate is None else F.linear(x, gate, gate_bias)
+    return gated_by(lower, None if gate is None else upper, activation, limit, alpha)
 
 
 def _ranges(chosen: Tensor, widths: list[int]) -> tuple[Tensor, list[tuple[int, int, int]]]:
@@ -155,9 +161,7 @@ def soft_nested_ffn(
     Returns:
         (..., size).
     """
-    upper = F.linear(x, up, up_bias)
-    lower = upper if gate is None else F.linear(x, gate, gate_bias)
-    hidden = gated_by(lower, None if gate is None else upper, activation, limit, alpha)
+    hidden = _hidden(x, up, gate, up_bias, gate_bias, activation, limit, alpha)
 
     def reaching(end: int) -> Tensor:
         those = [shares[..., i : i + 1] for i, w in enumerate(widths) if w >= end]
@@ -200,9 +204,7 @@ def nested_similarity(
     Returns:
         (..., len(widths)); the last is 1. Where the widest gives zero, all are 1.
     """
-    upper = F.linear(x, up, up_bias)
-    lower = upper if gate is None else F.linear(x, gate, gate_bias)
-    hidden = gated_by(lower, None if gate is None else upper, activation, limit, alpha)
+    hidden = _hidden(x, up, gate, up_bias, gate_bias, activation, limit, alpha)
     outputs: list[Tensor] = []
     for first, end in zip([0, *widths[:-1]], widths, strict=True):
         made = F.linear(hidden[..., first:end], down[:, first:end])

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from ...ir.errors import PipelineError
-from ...ir.option import options_of
+from ...ir.option import require_known
 from .base import Batch, Method, Recipe, called, imitation, language_loss, masked_mean
 from .duo import DuoDistil, DuoRouters
 from .dynamoe import DynaMoE, difficulty
@@ -28,14 +28,7 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
             f"there is no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint=f"recipes are {', '.join(METHODS)}",
         )
-    known = options_of(METHODS[name])
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            raise PipelineError(
-                f"{name} has no option {option!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                hint=f"its options are {', '.join(known)}",
-            )
+    require_known(name, METHODS[name], options)
     return METHODS[name](**options)
 
 

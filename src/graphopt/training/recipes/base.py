@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...ir.errors import PipelineError, UsageError
-from ...ir.option import check, default_of, option, options_of
+from ...ir.errors import UsageError
+from ...ir.option import check, default_of, options_of
 from ...ir.program import Program
 from ..forms import with_weights
 
@@ -63,7 +64,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """A way to train a program, with options; :meth:`recipe` makes what a loop needs for one program.
 
     Subclasses are frozen dataclasses; their fields, declared with :func:`graphopt.ir.option.option`, are the
@@ -79,16 +80,16 @@ class Method:
             object.__setattr__(self, name, check(self.name, name, field, hints[name], getattr(self, name)))
         self.validate()
 
-    def validate(self) -> None:
+    def validate(self) -> None:  # noqa: B027  most have nothing to check
         """Check options against one another; raise PipelineError with the reason."""
 
+    @abstractmethod
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program.
 
         Raises:
             UsageError: the program has not what the method trains.
         """
-        raise NotImplementedError
 
     @classmethod
     def describe(cls) -> list[tuple[str, Any, str, str]]:
@@ -163,14 +164,4 @@ def imitation(teacher: Callable[..., Any], *, output: str) -> Recipe:
     return Recipe("imitation", loss, transform)
 
 
-__all__ = [
-    "Batch",
-    "Method",
-    "PipelineError",
-    "Recipe",
-    "called",
-    "imitation",
-    "language_loss",
-    "masked_mean",
-    "option",
-]
+__all__ = ["Batch", "Method", "Recipe", "called", "imitation", "language_loss", "masked_mean"]
