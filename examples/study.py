@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ HERE = Path(__file__).parent
 MODELS = HERE / "reference_models"
 DATA = MODELS / "data"
 CALIBRATION, JUDGED, TRAINING = (DATA / f"{n}.jsonl" for n in ("calibration", "validation", "train"))
+
+
+if not all(path.is_file() for path in (CALIBRATION, JUDGED, TRAINING)):
+    print(f"the text is not there yet: python {MODELS / 'corpus.py'} makes it in {DATA}", file=sys.stderr)
 
 
 class Results:
