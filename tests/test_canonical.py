@@ -226,6 +226,23 @@ def mixture(p: Any, x: torch.Tensor) -> torch.Tensor:
     return out.view(x.shape)
 
 
+def every_expert(p: Any, flat: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Experts on every token times its score, stored input first."""
+    rows = flat.repeat(3, 1) * scores.T.reshape(-1, 1)
+    gate, up = torch.bmm(rows.view(3, -1, SIZE), p.experts_up.mT.contiguous()).chunk(2, -1)
+    out = torch.bmm(up * F.silu(gate), p.experts_down.mT.contiguous())
+    return out.reshape(-1, SIZE).view(3, -1, SIZE).sum(0)
+
+
+@step(graphopt__routed_ffn=1, aten__linear=1)
+def mixture_of_scored_inputs(p: Any, x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1, SIZE)
+    logits = flat @ p.router.T
+    best, chosen = torch.topk(logits, 2, dim=1)
+    scores = torch.full_like(logits, float("-inf")).scatter_(1, chosen, best).sigmoid()
+    return every_expert(p, flat, scores).view(x.shape)
+
+
 @step(aten__mul=1)
 def neutral_arithmetic(p: Any, x: torch.Tensor) -> torch.Tensor:
     return ((x + 0) * 1 - 0) / 1 * p.b
@@ -314,6 +331,13 @@ LOOKALIKES: dict[str, tuple[Step, str]] = {
         lambda p, x: torch.addmm(p.b, x.reshape(-1, SIZE), p.w, beta=0.5).view(x.shape), "aten.linear",
     ),
     "product from the left": (lambda p, x: (p.w @ x.mT).mT, "aten.linear"),
+    "experts that were not chosen as well": (
+        lambda p, x: every_expert(
+            p, x.reshape(-1, SIZE),
+            (x.reshape(-1, SIZE) @ p.router.T).scatter(
+                1, (x.reshape(-1, SIZE) @ p.router.T).topk(2, dim=1).indices, 3.0).sigmoid(),
+        ).view(x.shape), "graphopt.routed_ffn",
+    ),
     "two products at once": (lambda p, x: torch.einsum("bsi,bti->bst", x, x) @ x, "aten.linear"),
 }  # fmt: skip
 

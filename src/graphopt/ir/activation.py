@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .execute import evaluate, needed_for
-from .operators.activations import ACTIVATIONS, gated_by
+from .operators.activations import ACTIVATIONS, activate, gated_by
 from .schema import is_operator
 
 
@@ -53,9 +53,11 @@ def clamps(activation: str, region: set[fx.Node]) -> list[tuple[float, float]]:
     """Return the pairs of limit and slope to try."""
     if activation == "gelu_tanh":
         return [(0.0, 1.0), *((0.0, n) for n in constants(region) if 0.797 < n < 0.799)]
-    if activation != "swiglu_clamped":
+    if not activation.endswith(("_clamped", "_softcapped")):
         return [(0.0, 1.0)]
     positive = [n for n in constants(region) if n > 0]
+    if activation == "silu_clamped":
+        return [(limit, 1.0) for limit in positive]
     return [(limit, alpha) for limit in positive for alpha in positive]
 
 
@@ -93,4 +95,37 @@ def _recognised(
             # as near as sites are held to afterwards
             if torch.allclose(expected, found, rtol=1e-12, atol=1e-12):
                 return {"activation": activation, "limit": limit, "alpha": alpha}
+    return None
+
+
+def activation_of_experts(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
+    """Return how ``graphopt.routed_ffn`` says what lies between the two projections of experts; None if it cannot.
+
+    Args:
+        source: (..., inner or 2 * inner), with the gate, if there is one, in one half or in every other place.
+        target: (..., inner), what the second projection reads.
+    """
+    size = source.meta["val"].shape[-1]
+    region = plain_region(target, [source])
+    if not isinstance(size, int) or region is None:
+        return None
+    shape = [5, *(2 for _ in range(source.meta["val"].dim() - 2)), size]
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
+    found = run_region(target, {source: probe}, region)
+    if found is None:
+        return None
+    for activation in ACTIVATIONS:
+        for gated, interleaved in ((True, False), (True, True), (False, False)):
+            if activation == "swiglu_clamped" and not gated:
+                continue
+            for limit, alpha in clamps(activation, region):
+                expected = activate(probe, activation, gated, interleaved, limit, alpha)
+                if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
+                    return {
+                        "activation": activation,
+                        "gated": gated,
+                        "interleaved": interleaved,
+                        "limit": limit,
+                        "alpha": alpha,
+                    }
     return None

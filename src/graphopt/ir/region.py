@@ -148,6 +148,29 @@ def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool
     return Region(order, list(leaves), list(weights), targets, ranks_of(program))
 
 
+def evaluated(
+    program: Program, targets: list[fx.Node], sources: list[fx.Node]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Compute targets from random values of sources, in float64 at the usual sizes.
+
+    Returns:
+        The values of the targets and of the sources; None where they depend on an input or a weight besides.
+    """
+    region = cut(
+        program, targets, lambda node: node in sources or isinstance(node.meta.get("val"), torch.SymInt)
+    )
+    tensors = {leaf for leaf in region.leaves if isinstance(leaf.meta.get("val"), torch.Tensor)}
+    if region.weights or tensors != set(sources):
+        return None
+    sizes = {name: limits.hint for name, limits in program.signature.sizes.items()}
+    values = {node.name: leaf_value(program, node, sizes, seed) for seed, node in enumerate(region.leaves)}
+
+    def load(node: fx.Node) -> torch.Tensor:
+        raise AssertionError(node)
+
+    return region.run(values, load), [values[source.name] for source in sources]
+
+
 def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
     """Return a random value for a place where a region was cut, at given sizes."""
     value = node.meta["val"]

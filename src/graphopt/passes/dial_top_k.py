@@ -17,7 +17,6 @@ from ..ir.schema import arguments, is_operator, normal_call
 from .base import Pass
 from .contracts import Approximate, Contract, ExactAt
 from .plan import Plan, Refused, Site
-from .width.experts import between
 
 if TYPE_CHECKING:
     from .context import Context
@@ -164,6 +163,7 @@ def _normalised(program: Program, block: Block) -> bool:
 
 def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> None:
     core = block.parts["core"]
+    _best_first(program, arguments(core)["experts"])
     found = dict(arguments(core))
     call = program.edit.call
     absent = int(found["up"].meta["val"].shape[0])
@@ -172,7 +172,6 @@ def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> No
         "first_expert", torch.zeros(1, dtype=torch.int64), kind="constant", persistent=False
     )  # fmt: skip
     with program.edit.before(core):
-        found["experts"], found["weights"] = _best_first(program, found["experts"], found["weights"])
         found["experts"] = call(dialect.active_experts.default, found["experts"], k, absent)
         found["weights"] = call(dialect.active_weights.default, found["weights"], k, renormalised)
         if found["first"] is None:
@@ -182,18 +181,16 @@ def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> No
     program.edit.replace(core, made)
 
 
-def _best_first(program: Program, experts: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Choose again with the best first, where a top-k may come in any order; the mixture is a sum and does not mind."""
+def _best_first(program: Program, experts: fx.Node) -> None:
+    """Let the best come first where a top-k may give them in any order, which then nobody can rely on."""
     top = experts.args[0]
     if not (is_operator(experts, "getitem") and isinstance(top, fx.Node)):
-        return experts, weights
+        return
     given = dict(arguments(top))
     if given.get("sorted") is not False:
-        return experts, weights
+        return
     given["sorted"] = True
     args, kwargs = normal_call(top.target, given)
-    now = {top: program.edit.call(top.target, *args, **kwargs)}
-    for node in between(top, [experts, weights]):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: now.get(n, n))
-        now[node] = program.edit.call(node.target, *args, **kwargs)
-    return now[experts], now[weights]
+    with program.edit.before(top):
+        made = program.edit.call(top.target, *args, **kwargs)
+    program.edit.replace(top, made)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .blocks import Anatomy, Block, Branches, Layer, Stream
 from .branches import find_branches
 from .ends import find_embedding, find_head
-from .kinds import classify
+from .kinds import classify, mixtures_beside
 from .layers import group_layers
 from .residual import find_residual
 
@@ -28,8 +28,9 @@ def find_anatomy(program: Program) -> Anatomy:
             continue
         for block in classify(program, addition):
             anatomy.blocks.append(block)
+    anatomy.beside = mixtures_beside(program, anatomy.blocks)
     counts: dict[str, int] = {}
-    for block in anatomy.blocks:
+    for block in (*anatomy.blocks, *anatomy.beside):
         block.index = counts.get(block.kind, 0)
         counts[block.kind] = block.index + 1
     anatomy.streams = found.streams(anatomy.blocks)

@@ -118,7 +118,11 @@ class Branches:
 
 @dataclass
 class Anatomy:
-    """What a graph is made of, in execution order."""
+    """What a graph is made of, in execution order.
+
+    ``beside`` are mixtures on no residual stream that was recognised, as between hyper-connections: passes that work
+    inside a mixture take them, passes that move blocks do not.
+    """
 
     blocks: list[Block] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
@@ -126,6 +130,7 @@ class Anatomy:
     branches: list[Branches] = field(default_factory=list)
     embedding: list[fx.Node] = field(default_factory=list)
     head: list[fx.Node] = field(default_factory=list)
+    beside: list[Block] = field(default_factory=list)
 
     def of(self, kind: str) -> list[Block]:
         """Blocks of one kind."""
@@ -149,7 +154,7 @@ class Anatomy:
     @property
     def experts(self) -> list[Block]:
         """Mixtures of experts."""
-        return self.of("experts")
+        return [*self.of("experts"), *self.beside]
 
     @property
     def mixers(self) -> list[Block]:
@@ -167,7 +172,7 @@ class Anatomy:
         Raises:
             KeyError: there is none.
         """
-        for block in self.blocks:
+        for block in (*self.blocks, *self.beside):
             if block.name == name:
                 return block
         raise KeyError(name)
@@ -175,6 +180,6 @@ class Anatomy:
     def summary(self) -> dict[str, int]:
         """Count blocks by kind."""
         counts: dict[str, int] = {}
-        for block in self.blocks:
+        for block in (*self.blocks, *self.beside):
             counts[block.kind] = counts.get(block.kind, 0) + 1
         return counts

@@ -9,7 +9,7 @@ from torch import fx
 from ..schema import is_operator, operator_name
 from .blocks import Block
 from .parts import attention_parts, experts_parts, ffn_parts, nested_parts
-from .residual import NORMS, Addition
+from .residual import NORMS, Addition, between
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -26,16 +26,39 @@ _ACTIVATIONS = ("aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoi
 
 def classify(program: Program, addition: Addition) -> list[Block]:
     """Return a block per term of an addition on the stream."""
-    blocks = []
+    blocks: list[Block] = []
     writes, norms_after = _writes(addition)
-    for term in addition.terms:
+    # a term that another is made from, as in a + f(a), is no block beside it
+    outer = [
+        t for t in addition.terms if not any(t in addition.inside[o] for o in addition.terms if o is not t)
+    ]
+    for term in outer:
         nodes = addition.inside[term]
         block = Block("unrecognised", addition.base, writes, term, addition.node, nodes)
-        block.parallel = len(addition.terms) > 1
+        block.parallel = len(outer) > 1
+        block.shared_terms = [t for t in addition.terms if t not in outer and t in nodes]
         block.norms = _norms(block, norms_after)
         _name(program, block)
         blocks.append(block)
     return _with_shared_experts(_one_choice(blocks))
+
+
+def mixtures_beside(program: Program, blocks: list[Block]) -> list[Block]:
+    """Return a block for each mixture that no block is about: what leads from its tokens through its router to its sum."""
+    named = {block.parts.get("core") for block in blocks}
+    cores = [n for n in program.nodes if is_operator(n, "graphopt.routed_ffn") and n not in named]
+    order = {node: i for i, node in enumerate(program.graph.nodes)} if cores else {}
+    found = []
+    for core in cores:
+        reads = core.args[0]
+        while is_operator(reads, "aten.reshape"):
+            reads = reads.args[0]  # type: ignore[union-attr]
+        assert isinstance(reads, fx.Node)
+        block = Block("experts", reads, core, core, core, between(reads, core, order))
+        block.evidence.append("on no residual stream that was recognised")
+        experts_parts(program, block)
+        found.append(block)
+    return found
 
 
 def _one_choice(blocks: list[Block]) -> list[Block]:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..activation import clamps, plain_region, run_region
+from ..activation import activation_of_experts
 from ..fold import depends_on_weights_alone
 from ..infer import same_value
-from ..operators.activations import ACTIVATIONS, activate
 from ..schema import arguments, is_operator
+from .dense_experts import raise_dense_experts
+from .sorted_experts import raise_sorted_experts
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def raise_experts(program: Program) -> None:
     """Replace pairs of gathered products over the same experts by one operator."""
-    unraised: list[str] = []
+    unraised = [*raise_dense_experts(program), *raise_sorted_experts(program)]
     products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
     for up in products:
         for down in products:
@@ -108,7 +109,7 @@ def _reaches(source: fx.Node, target: Any) -> bool:
 def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
     if up["transposed"] != down["transposed"]:
         return "the two projections are stored in different orders"
-    gate = _gate(up["result"], down["input"])
+    gate = activation_of_experts(up["result"], down["input"])
     if gate is None:
         return "an activation that graphopt.routed_ffn does not know"
     rows, k = _repeated(up["input"])
@@ -132,33 +133,6 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
         return "the raised operator has another type or shape"
     program.edit.replace(result, new, record=False)
     return ""
-
-
-def _gate(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
-    """Recognise what lies between the projections by trying it: each form on the same random numbers."""
-    size = source.meta["val"].shape[-1]
-    region = plain_region(target, [source])
-    if not isinstance(size, int) or region is None:
-        return None
-    probe = torch.randn(5, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
-    found = run_region(target, {source: probe}, region)
-    if found is None:
-        return None
-    for activation in ACTIVATIONS:
-        for gated, interleaved in ((True, False), (True, True), (False, False)):
-            if activation == "swiglu_clamped" and not gated:
-                continue
-            for limit, alpha in clamps(activation, region):
-                expected = activate(probe, activation, gated, interleaved, limit, alpha)
-                if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
-                    return {
-                        "activation": activation,
-                        "gated": gated,
-                        "interleaved": interleaved,
-                        "limit": limit,
-                        "alpha": alpha,
-                    }
-    return None
 
 
 def _repeated(node: Any) -> tuple[fx.Node | None, int]:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ACTIVATIONS = (
-    "silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped", "gelu_sigmoid", "tanh",
+    "silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped", "silu_clamped", "silu_softcapped",
+    "gelu_sigmoid", "tanh",
 )  # fmt: skip
 
 
@@ -30,7 +31,13 @@ def gated_by(gate: Tensor, up: Tensor | None, activation: str, limit: float, alp
         gate = gate.clamp(max=limit)
         up = up.clamp(min=-limit, max=limit) + 1
         return up * (gate * torch.sigmoid(gate * alpha))
-    if activation == "silu":
+    if activation == "silu_softcapped":
+        # limit bounds the gate's linear factor, alpha the other half, each as c * tanh(x / c)
+        active = limit * torch.tanh(gate / limit) * torch.sigmoid(gate)
+        return active if up is None else active * (alpha * torch.tanh(up / alpha))
+    if activation == "silu_clamped":
+        gate, up = gate.clamp(max=limit), None if up is None else up.clamp(min=-limit, max=limit)
+    if activation in ("silu", "silu_clamped"):
         active = F.silu(gate)
     elif activation == "gelu":
         active = F.gelu(gate)

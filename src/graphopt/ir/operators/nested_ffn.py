@@ -46,8 +46,8 @@ def nested_ffn(
         gate_bias: (width,).
         down_bias: (size,).
         activation: one of ``ACTIVATIONS``.
-        limit: clamp of swiglu_clamped.
-        alpha: slope of swiglu_clamped.
+        limit: clamp of swiglu_clamped and silu_clamped; cap on the gate of silu_softcapped.
+        alpha: slope of swiglu_clamped; cap on the other half of silu_softcapped.
 
     Returns:
         (..., size). Where values are known, tokens are sorted by width, and each range of channels between two widths

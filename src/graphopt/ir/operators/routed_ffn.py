@@ -14,7 +14,7 @@ from .library import dialect_operator
 @dialect_operator(
     "routed_ffn(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
     'Tensor? down_bias=None, Tensor? first=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
-    "bool transposed=False, float limit=0.0, float alpha=1.0) -> Tensor"
+    "bool transposed=False, float limit=0.0, float alpha=1.0, bool weigh_inputs=False) -> Tensor"
 )
 def routed_ffn(
     x: Tensor,
@@ -32,6 +32,7 @@ def routed_ffn(
     transposed: bool = False,
     limit: float = 0.0,
     alpha: float = 1.0,
+    weigh_inputs: bool = False,
 ) -> Tensor:
     """Sum of the chosen experts' outputs, each times its routing weight.
 
@@ -48,8 +49,9 @@ def routed_ffn(
         gated: the first half of the up projection is the gate of the second.
         interleaved: gate and up alternate instead of lying in halves.
         transposed: expert matrices are stored input first.
-        limit: clamp of swiglu_clamped.
-        alpha: slope of swiglu_clamped.
+        limit: clamp of swiglu_clamped and silu_clamped; cap on the gate of silu_softcapped.
+        alpha: slope of swiglu_clamped; cap on the other half of silu_softcapped.
+        weigh_inputs: weights are factors on what experts are given, as in Llama 4, instead of on what they give.
 
     Returns:
         (tokens, size). An expert that is not among those given adds nothing. Work is proportional to tokens
@@ -77,17 +79,27 @@ def routed_ffn(
             if chosen.numel() == 0 or expert >= up.shape[0]:
                 continue
             token = chosen // k
-            hidden = project(x[token], up[expert], None if up_bias is None else up_bias[expert])
+            factor = weights.reshape(-1)[chosen, None]
+            rows = x[token] * factor.to(x.dtype) if weigh_inputs else x[token]
+            hidden = project(rows, up[expert], None if up_bias is None else up_bias[expert])
             hidden = activate(hidden, activation, gated, interleaved, limit, alpha)
             result = project(hidden, down[expert], None if down_bias is None else down_bias[expert])
-            out.index_add_(0, token, (result * weights.reshape(-1)[chosen, None]).to(out.dtype))
+            out.index_add_(0, token, (result if weigh_inputs else result * factor).to(out.dtype))
         return out.to(x.dtype)
     if first is not None:
-        present = (experts >= 0) & (experts < up.shape[0])
-        weights = weights.masked_fill(present.logical_not(), 0.0)
+        absent = (experts < 0) | (experts >= up.shape[0])
+        weights = weights.masked_fill(absent, 0.0)
         experts = experts.clamp(0, up.shape[0] - 1)
     flat = experts.reshape(-1)
-    rows = x.repeat_interleave(k, dim=0).unsqueeze(1)
+    rows = x.repeat_interleave(k, dim=0)
+    factors = weights.reshape(-1, 1)
+    if weigh_inputs:
+        rows = rows * factors.to(x.dtype)
+        # an expert that is not here gives nothing, although its biases would
+        factors = (
+            torch.ones_like(factors) if first is None else absent.logical_not().to(x.dtype).reshape(-1, 1)
+        )
+    rows = rows.unsqueeze(1)
 
     def batched(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         chosen = matrices.index_select(0, flat)
@@ -95,5 +107,5 @@ def routed_ffn(
         return product if bias is None else product + bias.index_select(0, flat).unsqueeze(1)
 
     hidden = activate(batched(rows, up, up_bias), activation, gated, interleaved, limit, alpha)
-    result = batched(hidden, down, down_bias).squeeze(1) * weights.reshape(-1, 1)
+    result = batched(hidden, down, down_bias).squeeze(1) * factors
     return result.reshape(tokens, k, -1).sum(dim=1).to(x.dtype)

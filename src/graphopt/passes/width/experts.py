@@ -11,6 +11,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.errors import VerificationError
 from ...ir.fold import depends_on_weights_alone
+from ...ir.infer import same_value
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator, normal_call
 
@@ -69,15 +70,20 @@ def take_experts(program: Program, block: Block, left: list[int]) -> None:
     renamed = _renamed(program, block, left, count)
     inside = between(router, [found["experts"], found["weights"]])
     now: dict[fx.Node, fx.Node] = {}
-    with program.edit.before(core):
+    with program.edit.before(router):
         given = dict(arguments(router))
         for name in ("weight", "bias"):
             if given.get(name) is not None:
-                given[name] = _rows(program, given[name], index)
+                # scores behind the experts' are those of shared ones
+                rows = int(given[name].meta["val"].shape[0])
+                scored = index if rows == count else _index(program, [*left, *range(count, rows)])
+                given[name] = _rows(program, given[name], scored)
         args, kwargs = normal_call(router.target, given)
         now[router] = program.edit.call(router.target, *args, **kwargs)
-        for node in inside:
+    for node in inside:
+        with program.edit.before(node):
             now[node] = _again(program, node, now, constant, count, index)
+    with program.edit.before(core):
         for name in ("up", "down", "up_bias", "down_bias"):
             if found[name] is not None:
                 found[name] = _rows(program, found[name], index)
@@ -85,6 +91,11 @@ def take_experts(program: Program, block: Block, left: list[int]) -> None:
             found[name] = now[found[name]]
         args, kwargs = normal_call(core.target, found)
         made = program.edit.call(core.target, *args, **kwargs)
+    # what a shared expert is weighted by comes the same way
+    for node in [n for n in inside if any(user not in inside and user is not core for user in n.users)]:
+        if not same_value(node.meta["val"], now[node].meta["val"]):
+            raise ValueError(f"{node.name} is read besides, and has a number for each expert")
+        program.edit.replace(node, now[node], record=False)
     program.edit.replace(core, made)
     named = ((renamed.get(name, name), node) for name, node in program.checkpoint.items())
     program.checkpoint = {name: node for name, node in named if name}

@@ -1,0 +1,139 @@
+"""Raise mixtures that run every expert on every token, with scores of zero for those not chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..activation import activation_of_experts
+from ..fold import depends_on_weights_alone
+from ..infer import same_value
+from ..region import evaluated
+from ..schema import arguments, is_operator
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def raise_dense_experts(program: Program) -> list[str]:
+    """Replace ``sum over experts of f(score * x)`` by one operator on the chosen ones; return what could not be.
+
+    Experts have no biases, so one with a score of 0 gives 0, and only the chosen need to be computed. Llama 4's.
+    """
+    unraised: list[str] = []
+    constant = depends_on_weights_alone(program)
+
+    def stacked(node: Any) -> bool:
+        return (
+            is_operator(node, "aten.bmm")
+            and node.args[1] in constant
+            and node.args[0] not in constant
+            and isinstance(node.args[0], fx.Node)
+        )
+
+    for up in [n for n in program.graph.nodes if stacked(n)]:
+        down = next((n for n in _downstream(up) if stacked(n)), None)
+        total = (
+            None if down is None else next((n for n in _downstream(down) if is_operator(n, "aten.sum")), None)
+        )
+        scored = _scores(up.args[0])
+        if down is None or total is None or scored is None:
+            continue
+        reason = _raise(program, up, down, total, *scored)
+        if reason:
+            unraised.append(f"{up.name}: {reason}")
+    return unraised
+
+
+def _downstream(node: fx.Node, limit: int = 12) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    work = list(node.users)
+    while work and len(found) < limit:
+        current = work.pop(0)
+        if current not in found:
+            found[current] = None
+            work.extend(current.users)
+    return list(found)
+
+
+def _raise(
+    program: Program,
+    up: fx.Node,
+    down: fx.Node,
+    total: fx.Node,
+    rows: fx.Node,
+    scores: fx.Node,
+    chosen: fx.Node,
+) -> str:
+    inputs, weighed = _inputs(program, up.args[0], rows, scores, chosen)
+    if inputs is None or not torch.equal(inputs, weighed):
+        return "the experts' inputs are not tokens times scores, with 0 for experts that were not chosen"
+    gate = activation_of_experts(up, down.args[0])  # type: ignore[arg-type]
+    if gate is None:
+        return "an activation that graphopt.routed_ffn does not know"
+    if not _sums(program, down, total):
+        return "expert outputs are not summed"
+    with program.edit.before(total):
+        weights = program.edit.call(torch.ops.aten.gather.default, scores, 1, chosen)
+        new = program.edit.call(
+            torch.ops.graphopt.routed_ffn.default,
+            rows, chosen, weights, up.args[1], down.args[1],
+            transposed=True, weigh_inputs=True, **gate,
+        )  # fmt: skip
+    if not same_value(new.meta["val"], total.meta["val"]):
+        program.edit.erase_dead([new])
+        return "the raised operator has another type or shape"
+    program.edit.replace(total, new, record=False)
+    return ""
+
+
+def _scores(inputs: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Find the tokens (tokens, size), their scores (tokens, experts) and the numbers of those chosen (tokens, k)."""
+    while is_operator(inputs, "aten.reshape", "aten.to"):
+        inputs = inputs.args[0]
+    if not is_operator(inputs, "aten.mul"):
+        return None
+    rows = scores = None
+    for factor in inputs.args:
+        source = factor
+        while is_operator(source, "aten.reshape", "aten.permute", "aten.unsqueeze", "aten.to"):
+            source = source.args[0]
+        if is_operator(source, "aten.repeat", "aten.expand"):
+            rows = source.args[0]
+        else:
+            scores = source
+    if not (isinstance(rows, fx.Node) and isinstance(scores, fx.Node)):
+        return None
+    node: Any = scores
+    for _ in range(6):
+        if is_operator(node, "aten.scatter"):
+            chosen = arguments(node)["index"]
+            if is_operator(chosen, "getitem") and is_operator(chosen.args[0], "aten.topk"):
+                return rows, scores, chosen
+            return None
+        node = node.args[0] if isinstance(node, fx.Node) and node.args else None
+    return None
+
+
+def _inputs(
+    program: Program, inputs: Any, rows: fx.Node, scores: fx.Node, chosen: fx.Node
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Evaluate what experts are given for random tokens and logits, and what they should be given."""
+    logits = arguments(chosen.args[0])["self"]  # type: ignore[arg-type]
+    found = evaluated(program, [inputs, scores, chosen], [rows, logits])
+    if found is None:
+        return None, torch.empty(0)
+    (given, table, numbers), (tokens, _) = found
+    kept = torch.zeros_like(table).scatter(1, numbers, table.gather(1, numbers))
+    return given, kept.T.unsqueeze(-1) * tokens
+
+
+def _sums(program: Program, down: fx.Node, total: fx.Node) -> bool:
+    found = evaluated(program, [total], [down])
+    if found is None:
+        return False
+    (result,), (given,) = found
+    expected = given.sum(0)
+    return result.shape == expected.shape and bool(torch.allclose(result, expected, rtol=1e-12, atol=1e-12))

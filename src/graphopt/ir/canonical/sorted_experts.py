@@ -1,0 +1,171 @@
+"""Raise mixtures that sort tokens by expert and give each expert its stretch of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..activation import activation_of_experts
+from ..fold import depends_on_weights_alone
+from ..infer import same_value
+from ..region import evaluated
+from ..schema import arguments, is_operator
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """One product for each expert: rows, split by how many go to each, with matrices (experts, out, in)."""
+
+    rows: fx.Node
+    counts: tuple[Any, ...]
+    weight: fx.Node
+    result: fx.Node
+
+
+def raise_sorted_experts(program: Program) -> list[str]:
+    """Replace two split, multiplied and joined projections by one operator; return what could not be. JetMoE's."""
+    unraised: list[str] = []
+    constant = depends_on_weights_alone(program)
+    projections = [p for n in program.graph.nodes if (p := _projection(n, constant)) is not None]
+    for up in projections:
+        for down in projections:
+            if up is down or up.counts != down.counts or up.result._erased or down.result._erased:
+                continue
+            gate = activation_of_experts(up.result, down.rows)
+            # projections with something else between them, as attention, are no feed-forward
+            if gate is not None:
+                reason = _raise(program, up, down, gate)
+                if reason:
+                    unraised.append(f"{up.result.name}: {reason}")
+    return unraised
+
+
+def _projection(node: fx.Node, constant: set[fx.Node]) -> _Projection | None:
+    if not is_operator(node, "aten.cat") or arguments(node).get("dim", 0) != 0:
+        return None
+    parts = arguments(node)["tensors"]
+    split = weight = None
+    for place, part in enumerate(parts):
+        if not is_operator(part, "aten.linear") or arguments(part).get("bias") is not None:
+            return None
+        rows, matrix = part.args[:2]
+        if not (
+            is_operator(rows, "getitem") and rows.args[1] == place and is_operator(matrix, "aten.select")
+        ):
+            return None
+        if matrix.args[1:] != (0, place) or matrix.args[0] not in constant:
+            return None
+        split, weight = split or rows.args[0], weight or matrix.args[0]
+        if rows.args[0] is not split or matrix.args[0] is not weight:
+            return None
+    if split is None or weight is None or not is_operator(split, "aten.split_with_sizes"):
+        return None
+    given = arguments(split)
+    if given.get("dim", 0) != 0 or int(weight.meta["val"].shape[0]) != len(parts):
+        return None
+    return _Projection(given["self"], tuple(given["split_sizes"]), weight, node)
+
+
+def _raise(program: Program, up: _Projection, down: _Projection, gate: dict[str, Any]) -> str:
+    table = _counted(up.counts)
+    if table is None:
+        return "the stretches are not as long as the experts' numbers of tokens"
+    end = _weighted_sum(down.result)
+    if end is None or not is_operator(up.rows, "aten.index"):
+        return "expert outputs are not weighted and added to their tokens"
+    result, weights, order, token = end
+    chosen = _sorted_table(order)
+    indices = up.rows.args[1]
+    if chosen is None or not isinstance(indices, (list, tuple)) or list(indices) != [token]:
+        return "the tokens are not sorted by expert"
+    k = int(chosen.meta["val"].shape[1])
+    counted = evaluated(program, [table, order, token], [_scores_of(chosen)])
+    if counted is None:
+        return "the order depends on more than the router's scores"
+    (counts, places, tokens), (scores,) = counted
+    experts = scores.topk(k, dim=1).indices.flatten()
+    right = (
+        torch.equal(counts.long(), experts.bincount(minlength=len(up.counts)))
+        and torch.equal(experts[places], experts.sort().values)
+        and torch.equal(tokens, places // k)
+    )
+    if not right or weights.meta["val"].shape != chosen.meta["val"].shape:
+        return "the tokens are not sorted by expert"
+    with program.edit.before(result):
+        new = program.edit.call(
+            torch.ops.graphopt.routed_ffn.default,
+            up.rows.args[0],
+            chosen,
+            weights,
+            up.weight,
+            down.weight,
+            **gate,
+        )
+    if not same_value(new.meta["val"], result.meta["val"]):
+        program.edit.erase_dead([new])
+        return "the raised operator has another type or shape"
+    program.edit.replace(result, new, record=False)
+    return ""
+
+
+def _counted(counts: tuple[Any, ...]) -> fx.Node | None:
+    """Find the vector whose elements, in order, are the numbers."""
+    table = None
+    for place, count in enumerate(counts):
+        element = count.args[0] if is_operator(count, "aten.item") else None
+        if not is_operator(element, "getitem") or element.args[1] != place:  # type: ignore[union-attr]
+            return None
+        unbound = element.args[0]  # type: ignore[union-attr]
+        if not is_operator(unbound, "aten.unbind") or table not in (None, unbound.args[0]):
+            return None
+        table = unbound.args[0]
+    return table if isinstance(table, fx.Node) else None
+
+
+def _weighted_sum(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
+    """Follow ``zeros.index_add(0, token, out * weights.flatten()[order][:, None])``.
+
+    Returns:
+        Its result, weights (tokens, k), the order, and the token of each place.
+    """
+    if len(node.users) != 1:
+        return None
+    product = next(iter(node.users))
+    factor = next((a for a in product.args if a is not node), None)
+    if not is_operator(product, "aten.mul") or len(product.users) != 1:
+        return None
+    while is_operator(factor, "aten.unsqueeze", "aten.reshape"):
+        factor = factor.args[0]  # type: ignore[union-attr]
+    if not is_operator(factor, "aten.index"):
+        return None
+    flat, indices = factor.args[:2]  # type: ignore[union-attr]
+    if not is_operator(flat, "aten.reshape") or not isinstance(indices, (list, tuple)) or len(indices) != 1:
+        return None
+    result = next(iter(product.users))
+    given = arguments(result) if is_operator(result, "aten.index_add") else {}
+    if given.get("source") is not product or given.get("dim") != 0 or given.get("alpha", 1) != 1:
+        return None
+    if not is_operator(given["self"], "aten.zeros"):
+        return None
+    weights = flat.args[0]  # type: ignore[union-attr]
+    return result, weights, indices[0], given["index"]  # type: ignore[return-value]
+
+
+def _sorted_table(order: Any) -> fx.Node | None:
+    """Return the (tokens, k) numbers of experts that an order sorts."""
+    if not (is_operator(order, "getitem") and order.args[1] == 1 and is_operator(order.args[0], "aten.sort")):
+        return None
+    flat = order.args[0].args[0]
+    table = flat.args[0] if is_operator(flat, "aten.reshape") else None
+    top = table.args[0] if is_operator(table, "getitem") and table.args[1] == 1 else None  # type: ignore[union-attr]
+    return table if is_operator(top, "aten.topk") and table.meta["val"].dim() == 2 else None  # type: ignore[union-attr]
+
+
+def _scores_of(chosen: fx.Node) -> fx.Node:
+    return arguments(chosen.args[0])["self"]  # type: ignore[arg-type, no-any-return]
