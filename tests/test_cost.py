@@ -54,7 +54,7 @@ from graphopt.ir.cost import (
 from graphopt.ir.cost.fused import visible_pairs
 from graphopt.ir.cost.registry import FORMULAS
 from graphopt.ir.errors import UsageError
-from graphopt.ir.operators.attention import visible
+from graphopt.ir.operators.attention import visible_keys
 from graphopt.ir.program import Program
 from graphopt.ir.schema import operator_name
 
@@ -303,7 +303,7 @@ def test_visible_pairs_are_those_of_the_attention_operator(
 ) -> None:
     """Wrong if the closed form counted other pairs than the reference computes."""
     keys = queries + extra
-    mask = visible(queries, keys, None, None, causal, window, torch.device("cpu"))
+    mask = visible_keys(queries, keys, None, None, causal, window, torch.device("cpu"))
     expected = queries * keys if mask is None else int(mask.expand(1, 1, queries, keys).sum())
     assert visible_pairs(queries, keys, causal, window) == expected
     t, s = sympy.symbols("t s", integer=True, positive=True)

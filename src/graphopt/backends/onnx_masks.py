@@ -35,8 +35,9 @@ class Masks(Nodes):
         return self._memo[full][0]
 
     def additive(
-        self, q: Any, k: Any, key_mask: Any, segments: Any, *, causal: bool, window: int | None, dtype: Any
-    ) -> Any:
+        self, q: Any, k: Any, key_mask: Any, segments: Any, visible: Any = None, *,
+        causal: bool, window: int | None, dtype: Any,
+    ) -> Any:  # fmt: skip
         """Return the mask of one attention, or None where every key is seen.
 
         Args:
@@ -44,6 +45,7 @@ class Masks(Nodes):
             k: (batch, heads, keys, size), likewise.
             key_mask: (batch, keys), true where a key may be seen, or None.
             segments: (batch, keys), or None.
+            visible: (batch, 1, queries, keys), true where a key may be seen, or None.
             causal: hide later positions.
             window: positions seen, or None.
             dtype: of the result, which broadcasts to (batch, heads, queries, keys).
@@ -58,12 +60,14 @@ class Masks(Nodes):
                 terms.append(self._hide(self._same_segment(q, k, segments), dtype))
             if key_mask is not None:
                 terms.append(self._keys(key_mask, dtype))
+            if visible is not None:
+                terms.append(self._hide(visible, dtype))
             mask = None
             for term in terms:
                 mask = term if mask is None else self.op.Add(mask, term)
             return self.op.Max(mask, self.number(2 * HIDDEN, dtype)) if len(terms) > 2 else mask
 
-        return self.once(key, (key_mask, segments), make)
+        return self.once(key, (key_mask, segments, visible), make)
 
     def for_every_query(self, mask: Any, q: Any) -> Any:
         """Return a mask that may have one row for all queries with a row for each, as runtimes want it."""

@@ -161,6 +161,7 @@ class Dialect(Experts):
         bias: Any = None,
         sinks: Any = None,
         segments: Any = None,
+        visible: Any = None,
         *,
         scale: float,
         causal: bool = False,
@@ -170,16 +171,16 @@ class Dialect(Experts):
         """``graphopt.attention``; masks are added, never boolean, and finite."""
         # ONNX's text has had softcap on either side of the mask, and runtimes differ
         fused = self._can_fuse(q) and sinks is None and softcap is None
-        alone = key_mask is None and segments is None and bias is None and window is None
+        alone = all(mask is None for mask in (key_mask, segments, bias, window, visible))
         own_causal = fused and causal and alone and same_size(q.shape[2], k.shape[2])
         mask = self.masks.additive(
-            q, k, key_mask, segments, causal=causal and not own_causal, window=window, dtype=q.dtype
+            q, k, key_mask, segments, visible, causal=causal and not own_causal, window=window, dtype=q.dtype
         )
         if bias is not None:
             bias = self._four_dimensions(self.cast(bias, q.dtype))
             mask = bias if mask is None else self.op.Add(bias, mask)
         if fused:
-            if mask is not None and not (causal or window is not None or segments is not None):
+            if mask is not None and not (causal or any(m is not None for m in (window, segments, visible))):
                 mask = self.masks.for_every_query(mask, q)
             return self.fused.Attention(q, k, v, mask, scale=scale, is_causal=int(own_causal))[0]
         return self._plain_attention(q, k, v, mask, sinks, scale, softcap)

@@ -50,10 +50,12 @@ def new_fake_mode() -> FakeTensorMode:
 
 
 def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint: int) -> sympy.Symbol:
-    """Add a size symbol with its range and an example value to ``mode``."""
+    """Add a size symbol with its range and an example value to ``mode``; copies of a program share both."""
     env = mode.shape_env
     assert env is not None
     symbol = sympy.Symbol(name, integer=True, positive=True)
+    if symbol in env.var_to_range:
+        return symbol
     # older releases call the table of example values var_to_val
     (getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val)(symbol, hint)
     upper = int_oo if high is None else high

@@ -15,6 +15,10 @@ from .schema import operator_name
 
 _DIALECT_SHAPES: dict[str, Callable[..., torch.Tensor]] = {
     "graphopt::attention": lambda q, k, v, *rest, **options: q.new_empty((*q.shape[:-1], v.shape[-1])),
+    "graphopt::cache_store": lambda cache, *rest: cache.new_empty(cache.shape),
+    "graphopt::cache_visible": lambda positions, slots, cache, *rest, **options: positions.new_empty(
+        (positions.shape[0], 1, positions.shape[1], cache.shape[2]), dtype=torch.bool
+    ),
     "graphopt::rotary": lambda x, cos, sin, **options: x.new_empty(
         x.shape, dtype=torch.promote_types(x.dtype, cos.dtype)
     ),

@@ -40,6 +40,26 @@ def add_input(program: Program, name: str, shape: list[int | torch.SymInt], dtyp
     return node
 
 
+def remove_input(program: Program, name: str) -> None:
+    """Take an input away that nothing reads any more.
+
+    Raises:
+        UsageError: something reads it, or it is one part of a larger parameter.
+    """
+    signature, node = program.signature, program.input_nodes[name]
+    if node.users:
+        raise UsageError(f"input {name!r} is still read by {next(iter(node.users)).name}")
+    if signature.parameters.get(name) != {"leaf": name}:
+        raise UsageError(f"input {name!r} is part of a larger parameter")
+    program.graph.erase_node(node)
+    program.signature = replace(
+        signature,
+        inputs={k: v for k, v in signature.inputs.items() if k != name},
+        parameters={k: v for k, v in signature.parameters.items() if k != name},
+    )
+    program.changed()
+
+
 def lower_limit(program: Program, size: str, low: int) -> None:
     """Let a size be as small as ``low``."""
     signature = program.signature

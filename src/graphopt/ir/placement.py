@@ -239,7 +239,7 @@ def _attention(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     found = arguments(node)
     q, k, v = (_of(found[n], placed) for n in ("q", "k", "v"))
     if (q, k, v) == (WHOLE, WHOLE, WHOLE):
-        _whole(*((found[n], placed) for n in ("key_mask", "bias", "sinks", "segments")))
+        _whole(*((found[n], placed) for n in ("key_mask", "bias", "sinks", "segments", "visible")))
         return WHOLE
     if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and found["k"].meta["val"].shape[1] == 1:
         # the one head of keys and values is every rank's
@@ -254,7 +254,7 @@ def _attention(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     group = q.total // k.total
     if any(first // group != other for first, other in zip(q.starts, k.starts, strict=True)):
         raise _Misplaced("queries of a rank do not belong to its keys")
-    _whole((found["key_mask"], placed), (found["segments"], placed))
+    _whole(*((found[n], placed) for n in ("key_mask", "segments", "visible")))
     bias, sinks = _of(found["bias"], placed), _of(found["sinks"], placed)
     if isinstance(found["bias"], fx.Node):
         by_head = found["bias"].meta["val"].shape[1] != 1
@@ -348,6 +348,15 @@ def _joined(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     return _along(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
 
 
+def _stored(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    cache, values = _of(found["cache"], placed), _of(found["values"], placed)
+    _whole((found["slots"], placed))
+    if cache != values:
+        raise _Misplaced(f"its cache is {cache}, and what is stored is {values}")
+    return cache
+
+
 def _refuse(reason: str) -> Placement:
     raise _Misplaced(reason)
 
@@ -362,6 +371,7 @@ _RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
     "aten.cat": _joined,
     "graphopt.local_embedding": _local_rows,
     "graphopt.attention": _attention,
+    "graphopt.cache_store": _stored,
     "graphopt.routed_ffn": _experts,
     "graphopt.nested_ffn": _nested,
     "graphopt.unreduced": lambda node, placed: (

@@ -21,6 +21,7 @@ BUILT_IN: dict[str, str] = {
     "fuse-branches": "graphopt.passes.fuse_branches:FuseBranches",
     "expand-branches": "graphopt.passes.expand_branches:ExpandBranches",
     "stream-convolutions": "graphopt.passes.stream_convolutions:StreamConvolutions",
+    "insert-kv-cache": "graphopt.passes.insert_kv_cache:InsertKVCache",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
     "dial-top-k": "graphopt.passes.dial_top_k:DialTopK",
     "prune-experts": "graphopt.passes.prune_experts:PruneExperts",

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..examples import rows_of
 from ..execute import interpret, needed_for
-from ..operators.attention import visible
+from ..operators.attention import visible_keys
 from ..schema import arguments, is_operator
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
     padding = case.padding if meaning.key_mask is not None else None
     if padding is not None and padding.shape[1] != keys:
         return False
-    expected = visible(queries, keys, padding, None, meaning.causal, meaning.window, value.device)
+    expected = visible_keys(queries, keys, padding, None, meaning.causal, meaning.window, value.device)
     if expected is None:
         expected = torch.ones(1, 1, queries, keys, dtype=torch.bool)
     while seen.dim() < 4:

@@ -82,6 +82,20 @@ def attention(call: Call) -> Work:
     return _attention(call, "q", "k", "v", pairs, reached)
 
 
+@formula("graphopt.cache_store")
+def cache_store(call: Call) -> Work:
+    """Bytes: the new tokens' values, read and written in place; no arithmetic."""
+    values = call.tensor("values")
+    return Work(0, 0, 2 * product(values.shape) * values.dtype.itemsize)
+
+
+@formula("graphopt.cache_visible")
+def cache_visible(call: Call) -> Work:
+    """Two comparisons for each token and slot; bytes of the result."""
+    pairs = product(call.tensor("positions").shape) * call.tensor("cache").shape[2]
+    return Work(2 * pairs, 0, pairs)
+
+
 @formula("aten.scaled_dot_product_attention")
 def scaled_dot_product_attention(call: Call) -> Work:
     """As attention; causal queries are aligned with the first keys, as torch defines it."""

@@ -7,6 +7,7 @@ Each is defined by a reference in plain PyTorch, registered as a composite, so t
 from __future__ import annotations
 
 from .attention import attention
+from .cache import cache_positions, cache_store, cache_visible
 from .collectives import all_gather, all_reduce, local_embedding, local_slice, reduce_scatter, unreduced
 from .kernels import (
     bias_sequence,
@@ -33,6 +34,9 @@ __all__ = [
     "all_reduce",
     "attention",
     "bias_sequence",
+    "cache_positions",
+    "cache_store",
+    "cache_visible",
     "choose_width",
     "dialect_operator",
     "kernel_diagonal",

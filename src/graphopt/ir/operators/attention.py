@@ -14,7 +14,7 @@ from .library import dialect_operator
 _last_masks: list[tuple[weakref.ref[Tensor], tuple[object, ...], Tensor | None, bool]] = []
 
 
-def visible(
+def visible_keys(
     queries: int,
     keys: int,
     key_mask: Tensor | None,
@@ -49,6 +49,10 @@ def visible(
     return mask
 
 
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor | None:
+    return visible_keys(queries, keys, None, None, True, None, device)
+
+
 def _mask_for(
     queries: int,
     keys: int,
@@ -68,7 +72,7 @@ def _mask_for(
         if queries == keys:
             return None, True
     if key_mask is None or segments is not None or not is_plain_tensor(key_mask):
-        return visible(queries, keys, key_mask, segments, causal, window, device), False
+        return visible_keys(queries, keys, key_mask, segments, causal, window, device), False
     key = (queries, keys, causal, window, key_mask._version, key_mask.data_ptr())
     for owner, seen_key, mask, plain in _last_masks:
         if owner() is key_mask and seen_key == key:
@@ -79,7 +83,7 @@ def _mask_for(
     if full and (window is None or window >= keys) and (not causal or queries == keys):
         plain = causal
     else:
-        mask = visible(queries, keys, None if full else key_mask, None, causal, window, device)
+        mask = visible_keys(queries, keys, None if full else key_mask, None, causal, window, device)
     _last_masks.append((weakref.ref(key_mask), key, mask, plain))
     del _last_masks[:-4]
     return mask, plain
@@ -87,7 +91,7 @@ def _mask_for(
 
 @dialect_operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, "
-    "Tensor? sinks=None, Tensor? segments=None, *, float scale, bool causal=False, "
+    "Tensor? sinks=None, Tensor? segments=None, Tensor? visible=None, *, float scale, bool causal=False, "
     "int? window=None, float? softcap=None) -> Tensor"
 )
 def attention(
@@ -98,6 +102,7 @@ def attention(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     segments: Tensor | None = None,
+    visible: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -115,6 +120,7 @@ def attention(
         bias: added to the scores, broadcastable to (batch, heads, queries, keys).
         sinks: (heads,), a score per head that takes part in the softmax and carries no value.
         segments: (batch, keys), integers; a query sees keys of its own segment.
+        visible: (batch, 1, queries, keys), true where a key may be seen, besides all else; what a cache says.
         scale: factor on the scores.
         causal: a query sees no later position.
         window: number of positions seen, counting its own (both ways when not causal).
@@ -126,6 +132,10 @@ def attention(
     queries, keys = q.shape[-2], k.shape[-2]
     grouped = bool(q.shape[1] != k.shape[1])
     mask, plain_causal = _mask_for(queries, keys, key_mask, segments, causal, window, q.device)
+    if visible is not None:
+        if plain_causal:
+            mask, plain_causal = _causal(queries, keys, q.device), False
+        mask = visible if mask is None else mask & visible
     if sinks is None and softcap is None:
         if bias is None and mask is None:
             return F.scaled_dot_product_attention(
@@ -134,12 +144,12 @@ def attention(
         added = mask
         if bias is not None:
             if plain_causal:
-                mask = visible(queries, keys, None, None, True, None, q.device)
+                mask = _causal(queries, keys, q.device)
             bias = bias.to(q.dtype)
             added = bias if mask is None else bias.masked_fill(mask.logical_not(), float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=grouped)
     if plain_causal:
-        mask = visible(queries, keys, None, None, True, None, q.device)
+        mask = _causal(queries, keys, q.device)
     if grouped:
         repeat = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(repeat, dim=1)

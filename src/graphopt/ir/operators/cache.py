@@ -1,0 +1,82 @@
+"""Keys and values of earlier tokens: where new ones are stored, and what a token sees of them.
+
+A cache has a slot for each token of a row; committed tokens lie in the slot of their position. Tokens of one step may
+lie in other slots (the nodes of a tree share positions), after the committed ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .library import dialect_operator
+
+
+@dialect_operator("cache_store(Tensor cache, Tensor values, Tensor slots) -> Tensor")
+def cache_store(cache: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """Return the cache with new tokens' keys, or values, in their slots.
+
+    Args:
+        cache: (batch, key-value heads, capacity, size).
+        values: (batch, key-value heads, tokens, size).
+        slots: (batch, tokens), integers below the capacity, all different in a row.
+    """
+    places = slots[:, None, :, None].expand(values.shape)
+    return cache.scatter(2, places, values.to(cache.dtype))
+
+
+@dialect_operator("cache_positions(Tensor positions, Tensor slots, SymInt capacity) -> Tensor")
+def cache_positions(positions: Tensor, slots: Tensor, capacity: int) -> Tensor:
+    """Return the position of what each slot holds: its own number, but for slots of this step.
+
+    Args:
+        positions: (batch, tokens), of the new tokens.
+        slots: (batch, tokens), where they are stored.
+        capacity: number of slots.
+
+    Returns:
+        (batch, capacity), integers.
+    """
+    numbers = torch.arange(capacity, device=positions.device, dtype=positions.dtype)
+    return numbers.expand(positions.shape[0], -1).scatter(1, slots, positions)
+
+
+@dialect_operator(
+    "cache_visible(Tensor positions, Tensor slots, Tensor cache, Tensor? step_mask=None, *, int? window=None) -> Tensor"
+)
+def cache_visible(
+    positions: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    step_mask: Tensor | None = None,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """Return which slots each new token sees: those of no later position, within its window.
+
+    Args:
+        positions: (batch, tokens), of the new tokens.
+        slots: (batch, tokens), where they are stored.
+        cache: (batch, heads, capacity, size), read for its capacity.
+        step_mask: (batch, tokens, tokens), true where a new token sees another one of the same step, as in a tree;
+            positions alone tell if left out.
+        window: how many positions a token sees, its own included.
+
+    Returns:
+        (batch, 1, tokens, capacity), booleans. Slots behind the new tokens hold nothing that is seen: their position
+        is taken to be their number.
+    """
+    capacity = cache.shape[2]
+    held = cache_positions(positions, slots, capacity)
+    distance = positions[:, :, None] - held[:, None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance < window)
+    if step_mask is not None:
+        tokens = positions.shape[1]
+        # a row of zeros in front stands for slots that are not of this step
+        order = torch.arange(1, tokens + 1, device=positions.device).expand(positions.shape)
+        place = torch.zeros_like(held).scatter(1, slots, order)
+        among = torch.cat([step_mask.new_ones(step_mask.shape[0], tokens, 1), step_mask], dim=2)
+        seen = seen & among.to(torch.bool).gather(2, place[:, None, :].expand(-1, tokens, -1))
+    return seen[:, None]

@@ -1,0 +1,116 @@
+"""A program with a cache, run in pieces in float64, against the one without."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...ir.execute import interpret
+from ...ir.retype import retyped
+from ..streaming import Difference, states_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from ...ir.anatomy import Layer
+    from ...ir.program import Program
+
+LARGE = 1 << 26
+
+
+def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: int = 0) -> Difference | None:
+    """Give two rows of tokens in pieces, the second row one token behind, and return the largest difference.
+
+    Args:
+        whole: takes all tokens at once.
+        cached: takes pieces, and caches.
+        tokens: how many, at most the capacity.
+        seed: of tokens and pieces.
+    """
+    facts = cached.facts["kv_cache"]
+    capacity = facts["capacity"] if isinstance(facts["capacity"], int) else tokens + 3
+    tokens = min(tokens, capacity - 1)
+    wide, cut = retyped(whole), retyped(cached)
+    generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
+    spec = whole.signature.inputs[facts["tokens"]]
+    shape = (2, tokens, *(s for s in spec.shape[2:] if isinstance(s, int)))
+    if spec.dtype.is_floating_point:
+        given = torch.randn(shape, generator=generator, dtype=torch.float64)
+    else:
+        given = torch.randint(0, vocabulary(whole), shape, generator=generator).to(spec.dtype)
+    expected = interpret(wide, wide.bind((), {facts["tokens"]: given}))
+    worst: Difference | None = None
+    state = empty_caches(cut, 2, capacity, torch.float64)
+    start = 0
+    while start < tokens:
+        size = min(draw.randint(1, 3) if start else 3, tokens - start)
+        # the second row has one token less each time, and one that only fills the piece
+        offset = torch.tensor([[0], [min(start, 1)]])
+        positions = torch.arange(start, start + size)[None] - offset
+        piece = torch.stack([given[row].index_select(0, positions[row]) for row in range(2)])
+        inputs = {facts["tokens"]: piece, facts["positions"]: positions, **state}
+        if facts["tree"]:
+            inputs["cache_slots"] = positions
+            inputs["step_mask"] = torch.ones(2, size, size, dtype=torch.bool)
+        values = interpret(cut, cut.bind((), inputs))
+        state = {name: values.pop(f"next_{name}") for name in state}
+        for name, value in values.items():
+            reference = expected[name]
+            if not isinstance(value, torch.Tensor) or value.dim() < 2 or reference.shape[:2] != (2, tokens):
+                continue
+            picked = torch.stack([reference[row].index_select(0, positions[row]) for row in range(2)])
+            error = float((value - picked).abs().max() / reference.abs().max().clamp(min=1e-30))
+            if worst is None or not error <= worst.error:
+                worst = Difference(name, error)
+        start += size
+    return worst
+
+
+def empty_caches(program: Program, batch: int, capacity: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Return caches in which nothing is stored, by input name."""
+    made = {}
+    for name in states_of(program):
+        spec = program.signature.inputs[name]
+        _, heads, _, size = spec.shape
+        made[name] = torch.zeros(batch, heads, capacity, size, dtype=dtype or spec.dtype)  # type: ignore[arg-type]
+    return made
+
+
+def vocabulary(program: Program) -> int:
+    """Return how many tokens the embedding has."""
+    rows = [
+        int(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+        for node in program.anatomy.embedding
+        if node.op == "call_function" and "embedding" in str(node.target)
+    ]
+    return max(rows, default=2)
+
+
+def reduced(program: Program) -> Program:
+    """Return a program with one layer of each kind, where the whole would be large."""
+    total = sum(torch.Size(w.source.shape).numel() for w in program.weights.values())
+    if total < LARGE or len(program.anatomy.layers) < 3:
+        return program
+    small = program.copy()
+    seen: set[object] = set()
+    for layer in list(small.anatomy.layers):
+        kind = _kind(small, layer)
+        if kind in seen:
+            for block in reversed(layer.blocks):
+                small.remove(block)
+        seen.add(kind)
+    return small
+
+
+def _kind(program: Program, layer: Layer) -> object:
+    def said(node: fx.Node) -> object:
+        settings = [a for a in (*node.args, *node.kwargs.items()) if not hasattr(a, "op")]
+        weights = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if n.name in program.weights]
+        return (str(node.target), str([s for s in settings if "%" not in str(s)]), str(weights))
+
+    return tuple(tuple(said(node) for node in block.nodes) for block in layer.blocks)
+
+
+__all__ = ["compare_with_cache", "empty_caches", "reduced", "vocabulary"]

@@ -1,0 +1,216 @@
+"""What a decoder computes from positions and masks alone, for tokens that come later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from ...ir.errors import VerificationError
+from ...ir.execute import evaluate
+from ...ir.fold import depends_on_weights_alone
+from ...ir.region import cut, drawn_source, leaf_value
+from ...ir.schema import is_operator
+from ...ir.sizes import expression
+from ...ir.weights import numel
+
+if TYPE_CHECKING:
+    from ...ir.program import Program
+
+aten = torch.ops.aten
+_SMALL = 1 << 24
+
+
+class NotCausal(ValueError):
+    """Why a program has no form with a cache, and at which node."""
+
+    def __init__(self, node: fx.Node, reason: str):
+        super().__init__(reason)
+        self.node = node
+
+
+class Decoder:
+    """Reads a decoder: its tokens, positions and masks, and what descends from tokens.
+
+    Args:
+        program: with one input of tokens (batch, sequence), and possibly positions and a mask of the same shape.
+
+    Raises:
+        NotCausal: it has no such inputs.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        inputs = program.signature.inputs
+        # what may be left out is positions and masks; what may not is text
+        given = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
+        first = program.input_nodes[given[0]] if given else next(iter(program.graph.nodes))
+        if len(given) != 1 or len(inputs[given[0]].shape) < 2:
+            raise NotCausal(
+                first, f"it takes {', '.join(given) or 'nothing'}, where a decoder takes one row of tokens"
+            )
+        self.tokens = program.input_nodes[given[0]]
+        fills = {n: spec.fill.rule for n, spec in inputs.items() if spec.fill is not None}
+        nodes = program.input_nodes
+        self.positions = [nodes[n] for n, rule in fills.items() if rule.startswith("positions")]
+        self.masks = [nodes[n] for n, rule in fills.items() if rule == "ones"]
+        self.zeros = [nodes[n] for n, rule in fills.items() if rule == "zeros"]
+        batch, sequence = self.tokens.meta["val"].shape[:2]
+        if not isinstance(sequence, torch.SymInt) or not expression(sequence).is_Symbol:
+            raise NotCausal(self.tokens, f"its rows have {sequence} tokens, no more and no less")
+        self.sequence: sympy.Symbol = expression(sequence)
+        self.batch = expression(batch) if isinstance(batch, torch.SymInt) else None
+        self.moving: set[fx.Node] = {self.tokens}
+        for node in program.graph.nodes:
+            if node.op == "call_function" and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
+                if any(n in self.moving for n in node.all_input_nodes):
+                    self.moving.add(node)
+
+    def has_length(self, node: Any) -> list[int]:
+        """Return the dimensions of a value whose size depends on how many tokens there are."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return []
+        return [
+            d
+            for d, size in enumerate(value.shape)
+            if isinstance(size, torch.SymInt) and self.sequence in expression(size).free_symbols
+        ]
+
+    def still(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return the values with a length that tokens meet but do not change, and the nodes at which they do."""
+        constant = depends_on_weights_alone(self.program)
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.program.graph.nodes:
+            if node in self.moving:
+                for used in node.all_input_nodes:
+                    if used not in self.moving and used not in constant and self.has_length(used):
+                        found.setdefault(used, []).append(node)
+        return found
+
+    def follows_positions(self, node: fx.Node) -> bool:
+        """Tell whether a value at a token depends on that token's position alone, by shuffling positions."""
+        if len(self.positions) != 1 or len(self.has_length(node)) != 1:
+            return False
+        (dim,) = self.has_length(node)
+        region = cut(self.program, [node], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
+        tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
+        if tensors != self.positions:
+            return False
+        sizes = {n: 5 if self.program.symbols.get(self.sequence) == n else 1 for n in self.program.signature.sizes}
+        values = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(5, generator=generator)
+        positions = torch.tensor([[3, 4, 0, 9, 6]])
+        found = []
+        for given in (positions, positions[:, order]):
+            values[self.positions[0].name] = given
+            try:
+                found.append(region.run(values, self._load)[0])
+            except (RuntimeError, IndexError):
+                return False
+        return torch.equal(found[0].index_select(dim, order), found[1])
+
+    def _load(self, node: fx.Node) -> torch.Tensor:
+        source = self.program.weights[node.name].source
+        return source.load() if numel(source.shape) < _SMALL else drawn_source(node, 0).load()
+
+    def sees_everything(self, mask: fx.Node) -> bool:
+        """Tell whether a mask hides nothing when no input hides anything."""
+        region = cut(self.program, [mask], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
+        tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
+        if region.weights or not set(tensors) <= {*self.masks, *self.positions, *self.zeros}:
+            return False
+        sizes = {name: limits.hint for name, limits in self.program.signature.sizes.items()}
+        values = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
+        for node in tensors:
+            shape = values[node.name].shape
+            values[node.name] = (
+                torch.arange(shape[-1]).expand(shape) if node in self.positions else torch.ones(shape).long()
+            )
+        return bool(region.run(values, self._load)[0].bool().all())
+
+
+class AtCapacity:
+    """Copies what depends on positions and masks, for all places of a cache: rows without padding, batch 1.
+
+    Args:
+        decoder: what is copied from.
+        capacity: number of slots, or the node that has it.
+    """
+
+    def __init__(self, decoder: Decoder, capacity: int | fx.Node):
+        self.decoder = decoder
+        self.capacity = capacity
+        self.copies: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """Return the copy of a node; new nodes are inserted at the insertion point.
+
+        Raises:
+            VerificationError: an operator does not accept these sizes.
+        """
+        if node not in self.copies:
+            self.copies[node] = self._copy(node)
+        return self.copies[node]
+
+    def _copy(self, node: fx.Node) -> Any:
+        decoder, program = self.decoder, self.decoder.program
+        call = program.edit.call
+        if node.op == "placeholder":
+            if node in decoder.positions:
+                numbers = call(aten.arange.default, self.capacity, dtype=node.meta["val"].dtype)
+                return call(aten.unsqueeze.default, numbers, 0)
+            if node in decoder.masks or node in decoder.zeros:
+                fill = int(node in decoder.masks)
+                return call(aten.full.default, [1, self.capacity], fill, dtype=node.meta["val"].dtype)
+            return node
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return self._size(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
+        return call(node.target, *args, **kwargs)
+
+    def _size(self, node: fx.Node) -> Any:
+        size = expression(node.meta["val"])
+        if size == self.decoder.sequence:
+            return self.capacity
+        if size == self.decoder.batch:
+            return 1
+        if not size.free_symbols & {self.decoder.sequence, self.decoder.batch}:
+            return node
+        args = fx.map_arg(node.args, self.value)
+        if any(isinstance(a, fx.Node) for a in args):
+            return self.decoder.program.edit.call(node.target, *args)
+        return evaluate(node, dict(zip(node.all_input_nodes, (self.value(n) for n in node.all_input_nodes), strict=True)))
+
+
+def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.Node) -> fx.Node:
+    """Take the entries of a table at each token's position: (1, ..., capacity, ...) or without the leading 1.
+
+    Returns:
+        The value with (batch, ..., tokens, ...): a leading 1 becomes the batch, or the batch is put in front.
+
+    Raises:
+        VerificationError: the table differs from row to row.
+    """
+    call = program.edit.call
+    shape = list(table.meta["val"].shape)
+    if dim > 0:
+        if expression(shape[0]) != 1:
+            raise VerificationError("it differs from row to row")
+        table, dim, shape = call(aten.squeeze.dim, table, 0), dim - 1, shape[1:]
+    flat = call(aten.reshape.default, positions, [-1])
+    taken = call(aten.index_select.default, table, dim, flat)
+    batch, tokens = (call(aten.sym_size.int, positions, d) for d in (0, 1))
+    split = call(aten.reshape.default, taken, [*shape[:dim], batch, tokens, *shape[dim + 1 :]])
+    if dim == 0:
+        return split
+    order = [dim, *(d for d in range(len(shape) + 1) if d != dim)]
+    return call(aten.permute.default, split, order)
+
+
+def size_of_input(node: Any) -> bool:
+    """Tell whether a node reads a size of an input."""
+    return is_operator(node, "aten.sym_size") and node.args[0].op == "placeholder"

@@ -1,0 +1,318 @@
+"""Let a decoder take its text piece by piece: keys and values of earlier tokens in caches that it takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..ir.errors import ContractError, VerificationError
+from ..ir.inputs import add_input, lower_limit, remove_input
+from ..ir.option import option
+from ..ir.placement import placements
+from ..ir.placement_types import WHOLE, Shard
+from ..ir.program import Program
+from ..ir.ranks import ON_RANKS, ranks_of
+from ..ir.report import PassReport
+from ..ir.schema import arguments, is_operator, normal_call
+from ..ir.signature import SizeRange
+from .base import Pass
+from .caching.comparing import compare_with_cache, reduced
+from .caching.positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
+from .contracts import ExactInChunks
+from .plan import Plan, Refused, Site
+
+if TYPE_CHECKING:
+    from .context import Context
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export it before insert-kv-cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertKVCache(Pass):
+    """Store keys and values, so that a token that follows is computed alone.
+
+    The program takes new tokens and their ``position_ids`` (batch, tokens), and for each attention ``key_cache_0``,
+    ``value_cache_0``, ... (batch, key-value heads, capacity, size), and returns ``next_key_cache_0``, ... One program
+    serves the prompt and every token after it; rows may stand at different positions. Padding has no place in a cache:
+    rows begin at position 0, and masks of padding are no input any more. With ``tree``, tokens of one step say in
+    which slots they are stored and which of one another they see.
+    """
+
+    name = "insert-kv-cache"
+    contract = ExactInChunks()
+    provides = ("kv_cache",)
+    excludes = ("kv_cache", "streaming")
+
+    max_length: int | None = option(
+        None, help="slots of each cache, fixed; left out, caches are as long as they are given", low=2
+    )
+    tree: bool = option(
+        False, help="inputs cache_slots and step_mask, for several candidates that share a position"
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find what is stored, and try the result in pieces."""
+        plan = Plan()
+        try:
+            decoder = Decoder(program)
+            sites = _sites(decoder)
+            limit = self._limit(program, decoder)
+        except NotCausal as problem:
+            plan.refused.append(Refused(problem.node.name, str(problem), program.source_line(problem.node)))
+            return plan
+        if limit is not None and self.max_length is not None and self.max_length > limit:
+            plan.refused.append(
+                Refused("max_length", f"the model has positions for {limit} tokens, {self.max_length} are more", "")
+            )
+            return plan
+        plan.sites = sites
+        problem = self._trial(program, plan)
+        if problem is not None:
+            plan.refused.append(problem)
+            plan.sites = []
+        return plan
+
+    def _limit(self, program: Program, decoder: Decoder) -> int | None:
+        return program.signature.sizes[program.symbols[decoder.sequence]].high
+
+    def _trial(self, program: Program, plan: Plan) -> Refused | None:
+        """Run a small form of both: what mixes tokens in a way that no cache carries shows by its values."""
+        small = reduced(program)
+        trial = small.copy()
+        try:
+            self._insert(trial)
+            worst = compare_with_cache(small, trial)
+        except (VerificationError, NotCausal) as problem:
+            node = getattr(problem, "node", None)
+            name = node.name if isinstance(node, fx.Node) else str(node or "inputs")
+            text = getattr(problem, "message", str(problem))
+            return Refused(name, text, program.source_line(node) if isinstance(node, fx.Node) else "")
+        if worst is None or worst.error <= ExactInChunks.limit:
+            return None
+        return Refused(
+            worst.name, f"pieces differ from the whole by {worst.error:.1g}: tokens meet elsewhere than in attention", ""
+        )
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Put a cache before each attention."""
+        if plan.sites:
+            self._insert(program)
+
+    def _insert(self, program: Program) -> None:
+        decoder = Decoder(program)
+        pairs = [(s["key"], s["value"]) for s in _sites(decoder)]
+        nodes = {n.name: n for n in program.graph.nodes}
+        still = decoder.still()
+        positions = _positions(program, decoder)
+        slots, step_mask = positions, None
+        batch, tokens = decoder.tokens.meta["val"].shape[:2]
+        if self.tree:
+            slots = add_input(program, "cache_slots", [batch, tokens], torch.int64)
+            step_mask = add_input(program, "step_mask", [batch, tokens, tokens], torch.bool)
+        capacity: Any = self.max_length
+        if capacity is None:
+            high = self._limit(program, decoder)
+            capacity = program.add_size("capacity", SizeRange(1, high, min(32, high or 32)))
+        caches = [self._caches(program, number, nodes[k], nodes[v], batch, capacity) for number, (k, v) in enumerate(pairs)]
+        first = next(n for n in program.graph.nodes if n.op == "call_function")
+        with program.edit.before(first):
+            length = capacity if isinstance(capacity, int) else program.edit.call(aten.sym_size.int, caches[0][0], 2)
+        stored = {}
+        for number, ((k, v), pair) in enumerate(zip(pairs, caches, strict=True)):
+            stored[k, v] = tuple(
+                _stored(program, cache, nodes[name], slots, f"next_{cache.meta['input']}", number)
+                for cache, name in zip(pair, (k, v), strict=True)
+            )
+        tables = AtCapacity(decoder, length)
+        seen: dict[Any, fx.Node] = {}
+        for node in [n for n in program.graph.nodes if is_operator(n, "graphopt.attention")]:
+            found = dict(arguments(node))
+            key, value = stored[found["k"].name, found["v"].name]
+            if found["window"] not in seen:
+                with program.edit.before(first):
+                    seen[found["window"]] = program.edit.call(
+                        dialect.cache_visible.default, positions, slots, caches[0][0], step_mask, window=found["window"]
+                    )
+            bias = found["bias"]
+            if isinstance(bias, fx.Node):
+                bias = self._bias(program, tables, bias, positions, slots, first)
+            found.update(
+                k=key, v=value, key_mask=None, bias=bias, segments=None, visible=seen[found["window"]],
+                causal=False, window=None,
+            )  # fmt: skip
+            with program.edit.before(node):
+                args, kwargs = normal_call(node.target, found)
+                made = program.edit.call(node.target, *args, **kwargs)
+            program.edit.replace(node, made, record=False)
+        for value, users in still.items():
+            left = [u for u in users if not u._erased and value in u.all_input_nodes]
+            if left and not value._erased and not decoder.follows_positions(value):
+                self._token_wise(program, decoder, tables, value, left, positions, first)
+        _drop_masks(program, decoder)
+        lower_limit(program, program.symbols[decoder.sequence], 1)
+        program.facts["kv_cache"] = {
+            "capacity": self.max_length if self.max_length is not None else "capacity",
+            "layers": len(pairs), "tree": self.tree, "tokens": decoder.tokens.meta["input"],
+            "positions": positions.meta["input"], "logits": _logits(program),
+        }  # fmt: skip
+        program.facts["unwritable"] = NO_FOLDER
+
+    def _caches(
+        self, program: Program, number: int, k: fx.Node, v: fx.Node, batch: Any, capacity: Any
+    ) -> tuple[fx.Node, fx.Node]:
+        made = []
+        for name, node in (("key", k), ("value", v)):
+            value = node.meta["val"]
+            heads = value.shape[1]
+            if ranks_of(program):
+                placed = placements(program)[node]
+                if isinstance(placed, Shard):
+                    heads = placed.total
+            made.append(
+                add_input(program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype)
+            )
+        return made[0], made[1]
+
+    def _bias(
+        self, program: Program, tables: AtCapacity, bias: fx.Node, positions: fx.Node, slots: fx.Node, first: fx.Node
+    ) -> fx.Node:
+        """Return what is added to the scores of new tokens for every slot."""
+        if bias in tables.decoder.moving:
+            raise NotCausal(bias, "what is added to its scores depends on the tokens")
+        with program.edit.before(first):
+            table = tables.value(bias)
+            if not isinstance(table, fx.Node):
+                raise NotCausal(bias, "what is added to its scores is no tensor")
+            queries = table.meta["val"].shape[-2]
+            if queries != 1:
+                table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
+                table = program.edit.call(aten.permute.default, table, [0, 2, 1, 3])
+            if self.tree:
+                keys = program.edit.call(dialect.cache_positions.default, positions, slots, tables.capacity)
+                heads, rows = table.meta["val"].shape[1], table.meta["val"].shape[2]
+                index = program.edit.call(aten.unsqueeze.default, keys, 1)
+                index = program.edit.call(aten.unsqueeze.default, index, 1)
+                index = program.edit.call(aten.expand.default, index, program.size_nodes([-1, heads, rows, -1]))
+                wide = program.edit.call(
+                    aten.expand.default, table, [program.edit.call(aten.sym_size.int, positions, 0), -1, -1, -1]
+                )
+                table = program.edit.call(aten.gather.default, wide, 3, index)
+        return table
+
+    def _token_wise(
+        self, program: Program, decoder: Decoder, tables: AtCapacity, value: fx.Node, users: list[fx.Node],
+        positions: fx.Node, first: fx.Node,
+    ) -> None:  # fmt: skip
+        """Let a value of the tokens' places be that of their positions."""
+        dims = decoder.has_length(value)
+        if len(dims) != 1:
+            raise NotCausal(users[0], "tokens meet one another there, and it is no attention that was recognised")
+        with program.edit.before(first):
+            table = tables.value(value)
+            rows = rows_of_positions(program, table, dims[0], positions)
+            gap = value.meta["val"].dim() - rows.meta["val"].dim()
+            if gap > 0:
+                raise NotCausal(value, "its tokens are not where a batch can be put before them")
+        if dims[0] > 1:
+            # (batch, tokens, heads, ...) back to where the tokens were
+            order = list(range(2, rows.meta["val"].dim()))
+            order.insert(dims[0] - 1, 1)
+            with program.edit.before(first):
+                rows = program.edit.call(aten.permute.default, rows, [0, *order])
+        for user in users:
+            user.replace_input_with(value, rows)
+        program.changed()
+
+    def check(self, before: Program, after: Program, entry: PassReport) -> None:
+        """Compare pieces with the whole; see :class:`~graphopt.passes.contracts.ExactInChunks`."""
+        small = reduced(before)
+        if small is not before:
+            trial = small.copy()
+            self._insert(trial)
+            after = trial
+        worst = compare_with_cache(small, after, seed=1)
+        entry.checks, entry.error = 1, 0.0 if worst is None else worst.error
+        if worst is not None and not worst.error <= ExactInChunks.limit:
+            raise ContractError(
+                f"{self.name}: output {worst.name} of pieces differs from that of the whole by {worst.error:.2g}"
+            )
+
+
+def _sites(decoder: Decoder) -> list[Site]:
+    """Return what is stored: each pair of keys and values once, however many attentions read it."""
+    program = decoder.program
+    found: dict[tuple[str, str], Site] = {}
+    for node in program.graph.nodes:
+        if not is_operator(node, "graphopt.attention"):
+            continue
+        given = arguments(node)
+        k, v = given["k"], given["v"]
+        if not given["causal"]:
+            raise NotCausal(node, "an attention sees later tokens")
+        if decoder.has_length(k) != [2] or k not in decoder.moving:
+            raise NotCausal(node, "the keys of an attention come from elsewhere than the row of tokens")
+        if given["segments"] is not None:
+            raise NotCausal(node, "an attention keeps segments of a row apart")
+        if given["key_mask"] is not None and not decoder.sees_everything(given["key_mask"]):
+            raise NotCausal(node, "an attention hides keys for another reason than padding")
+        heads, size = k.meta["val"].shape[1], k.meta["val"].shape[-1]
+        found.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=int(heads), size=int(size)))
+    if not found:
+        raise NotCausal(decoder.tokens, "no attention was recognised")
+    return list(found.values())
+
+
+def _positions(program: Program, decoder: Decoder) -> fx.Node:
+    """Return the input of positions, which from now on is given."""
+    if not decoder.positions:
+        batch, tokens = decoder.tokens.meta["val"].shape[:2]
+        return add_input(program, "position_ids", [batch, tokens], torch.int64)
+    node = decoder.positions[0]
+    name = str(node.meta["input"])
+    spec = replace(program.signature.inputs[name], fill=None, filled_positions_only=False)
+    program.signature = replace(program.signature, inputs={**program.signature.inputs, name: spec})
+    return node
+
+
+def _stored(program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, output: str, number: int) -> fx.Node:
+    group = ""
+    placed = WHOLE
+    if ranks_of(program):
+        placed = placements(program)[values]
+        group = next(str(arguments(n)["group"]) for n in program.graph.nodes if is_operator(n, *ON_RANKS))
+    with program.edit.after(values):
+        if isinstance(placed, Shard):
+            cache = program.edit.call(
+                dialect.local_slice.default, cache, 1, list(placed.starts), placed.length, group
+            )
+        made = program.edit.call(dialect.cache_store.default, cache, values, slots)
+        whole = made
+        if isinstance(placed, Shard):
+            if not placed.even:
+                raise NotCausal(values, "ranks share key-value heads, which a cache would hold twice")
+            whole = program.edit.call(dialect.all_gather.default, made, 1, ranks_of(program), group)
+    program.add_output(output, whole)
+    return made
+
+
+def _drop_masks(program: Program, decoder: Decoder) -> None:
+    """Take away the inputs that say what is padding; their sizes are those of the tokens."""
+    for node in [*decoder.masks, *decoder.zeros, *(p for p in decoder.positions[1:])]:
+        for user in list(node.users):
+            if size_of_input(user):
+                with program.edit.before(user):
+                    made = program.edit.call(aten.sym_size.int, decoder.tokens, user.args[1])
+                user.replace_all_uses_with(made)
+                program.graph.erase_node(user)
+        program.edit.erase_dead(list(node.users))
+        if not node.users:
+            remove_input(program, str(node.meta["input"]))
+    program.changed()
+
+
+def _logits(program: Program) -> str:
+    return "logits" if "logits" in program.outputs else next(iter(program.outputs))
