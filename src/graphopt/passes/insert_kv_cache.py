@@ -44,8 +44,8 @@ class InsertKVCache(Pass):
 
     name = "insert-kv-cache"
     contract = ExactInChunks()
-    provides = ("kv_cache",)
-    excludes = ("kv_cache", "streaming")
+    provides = ("cached",)
+    excludes = ("cached", "streaming")
 
     max_length: int | None = option(
         None, help="slots of each cache, fixed; left out, caches are as long as they are given", low=2

@@ -1,0 +1,181 @@
+"""A decoder that runs with its caches: rows that stand at different places, trees of candidates, accepted paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..ir.errors import UsageError
+from ..ir.program import Program
+from .running import Buffer, Running, Step
+
+PIECE = 512
+"""Tokens of a prompt that are computed at once."""
+
+
+class CachedDecoder:
+    """Runs a program that insert-kv-cache made.
+
+    Invariant: row ``b`` has ``lengths[b]`` tokens whose keys and values lie in the slots of their positions; whatever
+    lies behind is never seen.
+
+    Args:
+        program: with a cache.
+        batch: rows.
+        capacity: slots; as many as the longest row will have, with the candidates of a step.
+        outputs: names of what is computed each step; the logits if left out.
+        device: where it runs; the CPU if left out.
+
+    Raises:
+        UsageError: the program has no cache, or not as many slots.
+    """
+
+    def __init__(
+        self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        facts = program.facts.get("kv_cache")
+        if facts is None:
+            raise UsageError(
+                "this program has no cache", hint="graphopt.optimize(program, 'insert-kv-cache') gives it one"
+            )
+        self.facts: dict[str, Any] = facts
+        limit = longest(program)
+        if isinstance(facts["capacity"], int):
+            if capacity > facts["capacity"]:
+                raise UsageError(
+                    f"the text may have {capacity} tokens, the program's caches have {facts['capacity']} slots",
+                    hint="fewer new tokens, or insert-kv-cache with a larger max_length",
+                )
+            capacity = facts["capacity"]
+        elif limit is not None and capacity > limit:
+            raise UsageError(
+                f"the text may have {capacity} tokens, the model has positions for {limit}", hint="fewer new tokens"
+            )
+        self.program = program
+        self.batch, self.capacity = batch, capacity
+        self.device = torch.device(device)
+        self._loaded: dict[str, torch.Tensor] = {}
+        self._graphs: dict[tuple[str, ...], Running] = {}
+        self.buffers: dict[Buffer, torch.Tensor] = {}
+        self.lengths = [0] * batch
+        self.outputs = tuple(outputs or (facts["logits"],))
+        self.graph(self.outputs)
+
+    def graph(self, outputs: Sequence[str]) -> Running:
+        """Return the graph that computes these outputs; all of them share weights and caches."""
+        key = tuple(outputs)
+        if key not in self._graphs:
+            made = Running(self.program, self.capacity, self._loaded, key, self.device)
+            for buffer, (heads, size, dtype) in made.buffers.items():
+                if buffer not in self.buffers:
+                    shape = (self.batch, heads, self.capacity, size)
+                    self.buffers[buffer] = torch.zeros(shape, dtype=dtype, device=self.device)
+            self._graphs[key] = made
+        return self._graphs[key]
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None,
+        step_mask: torch.Tensor | None = None, outputs: Sequence[str] | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Compute new tokens and store their keys and values; rows grow only by :meth:`advance`.
+
+        Args:
+            ids: (batch, tokens).
+            positions: (batch, tokens).
+            slots: (batch, tokens), where they are stored; the positions if left out.
+            step_mask: (batch, tokens, tokens), which new token sees which, where positions do not tell.
+            outputs: what to compute, if not the usual.
+        """
+        running = self.graph(outputs or self.outputs)
+        placed = positions if slots is None else slots
+        limit = int(placed.max()) + 1
+        if limit > self.capacity:
+            raise UsageError(f"slot {limit - 1} lies behind the {self.capacity} of the caches")
+        start = None
+        tokens = ids.shape[1]
+        if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
+            start = limit - tokens
+        step = Step(self.buffers, positions, placed, limit, start, step_mask)
+        given = {self.facts["tokens"]: ids, self.facts["positions"]: positions}
+        if self.facts["tree"]:
+            given |= {"cache_slots": placed}
+        return running(step, {n: given[n] for n in running.inputs})
+
+    def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Compute tokens that follow each row's; rows do not grow yet.
+
+        Args:
+            ids: (batch, tokens).
+            outputs: what to compute, if not the usual.
+        """
+        start = torch.tensor(self.lengths, device=self.device)[:, None]
+        positions = start + torch.arange(ids.shape[1], device=self.device)[None]
+        return self.forward(ids, positions, outputs=outputs)
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+        """Compute the beginnings of rows, of different lengths, and let them grow by it.
+
+        Returns:
+            For each row its outputs at its last token.
+        """
+        longest_row = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), longest_row, dtype=torch.int64, device=self.device)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(list(row))
+        before = list(self.lengths)
+        last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
+        for first in range(0, longest_row, PIECE):
+            piece = ids[:, first : first + PIECE]
+            found = self.extend(piece)
+            self.lengths = [n + piece.shape[1] for n in self.lengths]
+            for number, row in enumerate(rows):
+                place = len(row) - 1 - first
+                if 0 <= place < piece.shape[1]:
+                    last[number] = {name: value[number, place] for name, value in found.items()}
+        # what stands behind a shorter row is stale, and is written over
+        self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
+        return last
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Let rows grow by tokens that lie in the slots after them."""
+        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+
+    def accept(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep of each row's last step the tokens of one path, in its order, and let the row grow by them.
+
+        Args:
+            paths: for each row, numbers of tokens of the step, which lie in the slots after the row.
+        """
+        moved = [any(p != i for i, p in enumerate(path)) for path in paths]
+        if any(moved):
+            for buffer in self.buffers.values():
+                for row, path in enumerate(paths):
+                    if moved[row]:
+                        start = self.lengths[row]
+                        places = torch.tensor(path, device=self.device) + start
+                        buffer[row, :, start : start + len(path)] = buffer[row, :, places]
+        self.advance([len(path) for path in paths])
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        if list(rows) == list(range(self.batch)):
+            return
+        index = torch.tensor(list(rows), device=self.device)
+        self.buffers = {name: buffer.index_select(0, index) for name, buffer in self.buffers.items()}
+        self.lengths = [self.lengths[row] for row in rows]
+        self.batch = len(rows)
+
+
+def longest(program: Program) -> int | None:
+    """Return for how many tokens a program has positions; None if nothing limits it."""
+    tokens = program.facts.get("kv_cache", {}).get("tokens", "input_ids")
+    if tokens not in program.signature.inputs:
+        return None
+    size = program.signature.inputs[tokens].shape[1]
+    if isinstance(size, int):
+        return size
+    known = program.signature.sizes.get(size)
+    return known.high if known is not None else None

@@ -1,0 +1,202 @@
+"""The graph of a program with caches, as it runs step after step: caches written in place and read up to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.execute import evaluate, needed_for
+from ..ir.fold import fold
+from ..ir.operators import attention, cache_positions, cache_visible
+from ..ir.program import Program
+from ..ir.ranks import runnable
+from ..ir.schema import arguments, is_operator
+
+Buffer = tuple[str, int, int]
+
+
+@dataclass
+class Step:
+    """What one call of a running graph is about, and the caches it writes into.
+
+    Attributes:
+        buffers: (batch, heads, capacity, size) by cache input and the heads of it that are held.
+        positions: (batch, tokens), of the new tokens.
+        slots: (batch, tokens), where they are stored.
+        limit: one more than the last slot in use.
+        start: the slot of the first token where all rows stand alike and tokens follow one another; else None.
+        step_mask: (batch, tokens, tokens), which new token sees which; None where positions tell.
+    """
+
+    buffers: dict[Buffer, torch.Tensor]
+    positions: torch.Tensor
+    slots: torch.Tensor
+    limit: int
+    start: int | None
+    step_mask: torch.Tensor | None = None
+    seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
+        """Write new tokens into a cache and return the part of it that is in use."""
+        cache = self.buffers[buffer]
+        if self.start is not None:
+            cache[:, :, self.start : self.limit] = values
+        else:
+            cache.scatter_(2, self.slots[:, None, :, None].expand(values.shape), values.to(cache.dtype))
+        return cache[:, :, : self.limit]
+
+    def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
+        """Return which slots new tokens see; computed once a step."""
+        if window not in self.seen:
+            self.seen[window] = cache_visible(self.positions, self.slots, cache, self.step_mask, window=window)
+        return self.seen[window]
+
+
+def store(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
+    """``graphopt.cache_store`` in place."""
+    return step.store(buffer, values)
+
+
+def attend(
+    step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
+    sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """``graphopt.attention`` over caches: no mask where one token sees all there is."""
+    if bias is not None:
+        bias = bias[..., : step.limit]
+    visible = None
+    if step.start is None or step.step_mask is not None:
+        visible = step.visible(window, k)
+    elif q.shape[2] == 1:
+        if window is not None and window < step.limit:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+            bias = bias if bias is None else bias[..., -window:]
+    elif step.start == 0 and window is None:
+        return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
+    else:
+        visible = step.visible(window, k)
+    return attention(q, k, v, None, bias, sinks, None, visible, scale=scale, softcap=softcap)
+
+
+def positions_of_slots(step: Step) -> torch.Tensor:
+    """``graphopt.cache_positions`` of the slots in use."""
+    return cache_positions(step.positions, step.slots, step.limit)
+
+
+class Running:
+    """A graph that computes some outputs of a program with caches.
+
+    Args:
+        program: with a cache.
+        capacity: slots of each cache.
+        loaded: weights by node name, shared with other graphs of the program; filled.
+        outputs: names of outputs; nothing else is computed.
+        device: where it runs.
+
+    Attributes:
+        buffers: the caches it writes: heads and size of each.
+    """
+
+    def __init__(
+        self, program: Program, capacity: int, loaded: dict[str, torch.Tensor], outputs: Iterable[str],
+        device: torch.device,
+    ):  # fmt: skip
+        self.device = device
+        self.source = fold(runnable(program))
+        self.capacity = capacity
+        self.outputs = list(outputs)
+        self.buffers: dict[Buffer, tuple[int, int, torch.dtype]] = {}
+        self.inputs: list[str] = []
+        copy = self.source.copy()
+        wanted = [copy.outputs[name] for name in self.outputs]
+        windows = self._rewrite(copy, copy.graph)
+        wanted = [windows.get(n, n) for n in wanted]
+        graph = self._cut(copy, wanted, loaded)
+        self.module = fx.GraphModule(torch.nn.Module(), graph)
+
+    def __call__(self, step: Step, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run one step and return the outputs by name."""
+        with torch.inference_mode():
+            values = self.module(step, *self.constants, *(inputs[name] for name in self.inputs))
+        return dict(zip(self.outputs, values, strict=True))
+
+    def _rewrite(self, program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+        """Replace operators on caches by those that work in place."""
+        first = next(iter(graph.nodes))
+        with graph.inserting_before(first):
+            self.step = graph.placeholder("decoding_step")
+        replaced: dict[fx.Node, fx.Node] = {}
+        nodes = list(graph.nodes)
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            target: Any = None
+            args: tuple[Any, ...] = ()
+            if is_operator(node, "graphopt.cache_store"):
+                found = arguments(node)
+                buffer = self._buffer(found["cache"])
+                target, args = store, (self.step, buffer, found["values"])
+            elif is_operator(node, "graphopt.cache_positions"):
+                target, args = positions_of_slots, (self.step,)
+            elif is_operator(node, "graphopt.attention") and arguments(node)["visible"] is not None:
+                found = arguments(node)
+                window = arguments(found["visible"])["window"]
+                kept = [found[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
+                target, args = attend, (self.step, *kept, window)
+            if target is not None:
+                with graph.inserting_before(node):
+                    made = graph.call_function(target, args)
+                made.meta = dict(node.meta)
+                node.replace_all_uses_with(made)
+                replaced[node] = made
+        for node in nodes:
+            # all caches are as long as they are made
+            if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):  # type: ignore[union-attr]
+                node.replace_all_uses_with(self.capacity)  # type: ignore[arg-type]
+        return replaced
+
+    def _buffer(self, cache: fx.Node) -> Buffer:
+        first, last = 0, int(cache.meta["val"].shape[1])
+        held = cache
+        if is_operator(cache, "aten.slice"):
+            found = arguments(cache)
+            first, last, held = int(found["start"] or 0), int(found["end"]), found["self"]
+        buffer = (str(held.meta["input"]), first, last)
+        value = held.meta["val"]
+        self.buffers[buffer] = (last - first, int(value.shape[-1]), value.dtype)
+        return buffer
+
+    def _cut(self, program: Program, wanted: list[fx.Node], loaded: dict[str, torch.Tensor]) -> fx.Graph:
+        """Keep what the outputs need; what no input changes is computed once, here."""
+        needed = needed_for(wanted, {})
+        order = [n for n in program.graph.nodes if n in needed or n is self.step]
+        known: dict[fx.Node, Any] = {}
+        for node in order:
+            if node.op == "placeholder" and node.name in program.weights:
+                if node.name not in loaded:
+                    loaded[node.name] = program.weights[node.name].source.load().to(self.device)
+                known[node] = loaded[node.name]
+            elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+                if any(isinstance(n.meta.get("val"), torch.Tensor) for n in (node, *node.all_input_nodes)):
+                    with torch.inference_mode():
+                        known[node] = evaluate(node, known)
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {self.step: graph.placeholder("decoding_step")}
+        edge = [n for n in order if n in known and any(u in needed and u not in known for u in n.users)]
+        edge += [n for n in wanted if n in known and n not in edge]
+        self.constants = [known[n] for n in edge]
+        for node in edge:
+            copies[node] = graph.placeholder(f"constant_{node.name}")
+        for node in order:
+            if node.op == "placeholder" and node is not self.step and node not in known:
+                copies[node] = graph.placeholder(node.name)
+                self.inputs.append(str(node.meta["input"]))
+        for node in order:
+            if node.op == "call_function" and node not in known:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output([copies[n] for n in wanted])
+        return graph
