@@ -34,7 +34,8 @@ _HOMES = {
     "evaluate": "graphopt.evaluation",
     "Program": "graphopt.ir.program",
     "rewrite": "graphopt.ir.rewrite",
-    "generate": "graphopt.decoding",
+    "generate": "graphopt.generation",
+    "stream": "graphopt.generation",
     "routing_oracle": "graphopt.oracle",
     "sweep": "graphopt.sweeping",
     "train": "graphopt.learning",
@@ -75,6 +76,7 @@ __all__ = [
     "optimize",
     "rewrite",
     "routing_oracle",
+    "stream",
     "sweep",
     "train",
 ]

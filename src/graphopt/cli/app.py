@@ -243,22 +243,6 @@ def devices(as_json: Json = False) -> None:
 
 
 @app.command()
-def generate(
-    program: Checkpoint,
-    prompt: Annotated[str, typer.Option("--prompt", help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0)] = 0.0,
-    seed: Seed = 0,
-    as_json: Json = False,
-    trust: Trust = False,
-) -> None:
-    """Continue a text."""
-    from .generating import generate_text
-
-    generate_text(program, prompt, max_new_tokens, temperature, seed, as_json, trust)
-
-
-@app.command()
 def links(
     fit: Annotated[
         bool,

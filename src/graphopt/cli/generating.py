@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+from typing import Any
 
-import torch
-
-from ..decoding import continuations
+from ..decoding.drafters import DraftProgram
+from ..decoding.speculating import Statistics
 from ..frontends.data import Tokenizer
+from ..generation import as_strategy, stream
 from ..ir.errors import UsageError
-from ..ir.program import Program
 from .output import note, show_json
 from .sources import read_program
 
 
 def generate_text(
-    source: str, prompt: str, count: int, temperature: float, seed: int, as_json: bool, trust: bool
-) -> None:
+    source: str, prompt: str, count: int, strategy: str | None, draft: str | None, sampling: dict[str, Any],
+    as_json: bool, trust: bool,
+) -> None:  # fmt: skip
     """Print what a program makes of a prompt, with its rate."""
+    if strategy is not None and draft is not None:
+        raise UsageError("--strategy and --draft exclude one another")
+    proposing = None if strategy is None else as_strategy(strategy)
     program = read_program(source, trust)
+    if draft is not None:
+        proposing = DraftProgram(_same_tokenizer(program, read_program(draft, trust), source, draft))
     tokenizer = Tokenizer(program)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
-    began, new, shown = time.perf_counter(), [], ""
-    stream = continuations(
-        program, torch.tensor([ids]), max_new_tokens=count, eos_token_id=end_tokens(program),
-        temperature=temperature, seed=seed,
-    )  # fmt: skip
-    for token in stream:
-        new.append(token)
+    began, shown = time.perf_counter(), ""
+    new: list[int] = []
+    tokens = stream(program, [ids], max_new_tokens=count, strategy=proposing, **sampling)
+    for _, piece in tokens:
+        new.extend(piece)
         if not as_json:
             whole = tokenizer.decode(new)
             # bytes of a character that has not come to its end yet are shown with the next token
@@ -40,22 +43,30 @@ def generate_text(
                 sys.stdout.flush()
                 shown = whole
     seconds = time.perf_counter() - began
+    found = tokens.statistics
     if as_json:
-        show_json({"prompt": prompt, "text": tokenizer.decode(new), "tokens": new, "seconds": seconds})
+        show_json(
+            {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new, "seconds": seconds,
+             "steps": found.steps, "tokens_per_step": found.tokens_per_step, "acceptance": found.acceptance,
+             "time": found.seconds, "notes": found.notes}
+        )  # fmt: skip
         return
     sys.stdout.write("\n")
-    note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / max(seconds, 1e-9):.1f} a second")
+    note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / max(seconds, 1e-9):.1f} a second" + _said(found))
 
 
-def end_tokens(program: Program) -> list[int]:
-    """Return the tokens after which the checkpoint's configuration says to stop."""
-    found = program.origin.config.get("eos_token_id")
-    given = program.origin.assets.get("generation_config.json")
-    if given is not None:
-        try:
-            found = json.loads(given).get("eos_token_id", found)
-        except ValueError:
-            note("generation_config.json is not JSON and was left aside")
-    if isinstance(found, int):
-        return [found]
-    return [int(t) for t in found] if isinstance(found, list) else []
+def _said(found: Statistics) -> str:
+    if not found.proposed:
+        return ""
+    depths = ", ".join(f"{share:.0%}" for share in found.acceptance)
+    return f"; {found.tokens_per_step:.2f} a step, accepted by depth: {depths}"
+
+
+def _same_tokenizer(program: Any, draft: Any, source: str, other: str) -> Any:
+    ours, theirs = (p.origin.assets.get("tokenizer.json") for p in (program, draft))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise UsageError(
+            f"{other} has another tokenizer than {source}: its tokens mean something else",
+            hint="a draft is trained on the tokens of the program that it drafts for",
+        )
+    return draft

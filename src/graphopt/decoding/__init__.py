@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from .plain import continuations, generate
+from .drafters import DraftProgram, PromptLookup, TokenRecycling
+from .drafts import Draft, Drafter
+from .plain import continuations
+from .sampling import Sampling
+from .speculating import Statistics
 
-__all__ = ["continuations", "generate"]
+__all__ = [
+    "Draft",
+    "DraftProgram",
+    "Drafter",
+    "PromptLookup",
+    "Sampling",
+    "Statistics",
+    "TokenRecycling",
+    "continuations",
+]

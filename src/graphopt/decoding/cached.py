@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..ir.errors import UsageError
+from ..ir.inputs import settings_of
 from ..ir.program import Program
+from ..ir.schema import arguments, is_operator
 from .running import Buffer, Running, Step
 
 PIECE = 512
@@ -27,6 +29,7 @@ class CachedDecoder:
         capacity: slots; as many as the longest row will have, with the candidates of a step.
         outputs: names of what is computed each step; the logits if left out.
         device: where it runs; the CPU if left out.
+        dials: settings of the program that are not to be the usual.
 
     Raises:
         UsageError: the program has no cache, or not as many slots.
@@ -34,7 +37,7 @@ class CachedDecoder:
 
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None,
     ):  # fmt: skip
         facts = program.facts.get("kv_cache")
         if facts is None:
@@ -52,17 +55,40 @@ class CachedDecoder:
             capacity = facts["capacity"]
         elif limit is not None and capacity > limit:
             raise UsageError(
-                f"the text may have {capacity} tokens, the model has positions for {limit}", hint="fewer new tokens"
+                f"the text may have {capacity} tokens, the model has positions for {limit}",
+                hint="fewer new tokens",
             )
         self.program = program
         self.batch, self.capacity = batch, capacity
         self.device = torch.device(device)
+        self.dials = {n: t.to(self.device) for n, t in settings_of(program, dials or {}).items()}
         self._loaded: dict[str, torch.Tensor] = {}
         self._graphs: dict[tuple[str, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (facts["logits"],))
         self.graph(self.outputs)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the logits are of."""
+        return int(self.program.outputs[self.facts["logits"]].meta["val"].shape[-1])
+
+    @property
+    def embedded(self) -> int | None:
+        """How many tokens the program can read; None where it takes no numbers."""
+        rows = [
+            int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+            for user in self.program.input_nodes[self.facts["tokens"]].users
+            if is_operator(user, "aten.embedding")
+        ]
+        return min(rows, default=None)
+
+    @property
+    def biased(self) -> bool:
+        """Tell whether an attention adds a bias by position."""
+        cores = (n for n in self.program.nodes if is_operator(n, "graphopt.attention"))
+        return any(arguments(core)["bias"] is not None for core in cores)
 
     def graph(self, outputs: Sequence[str]) -> Running:
         """Return the graph that computes these outputs; all of them share weights and caches."""
@@ -99,7 +125,7 @@ class CachedDecoder:
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
         step = Step(self.buffers, positions, placed, limit, start, step_mask)
-        given = {self.facts["tokens"]: ids, self.facts["positions"]: positions}
+        given = {self.facts["tokens"]: ids, self.facts["positions"]: positions, **self.dials}
         if self.facts["tree"]:
             given |= {"cache_slots": placed}
         return running(step, {n: given[n] for n in running.inputs})
@@ -163,7 +189,7 @@ class CachedDecoder:
         """Go on with some of the rows only."""
         if list(rows) == list(range(self.batch)):
             return
-        index = torch.tensor(list(rows), device=self.device)
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         self.buffers = {name: buffer.index_select(0, index) for name, buffer in self.buffers.items()}
         self.lengths = [self.lengths[row] for row in rows]
         self.batch = len(rows)
@@ -171,11 +197,5 @@ class CachedDecoder:
 
 def longest(program: Program) -> int | None:
     """Return for how many tokens a program has positions; None if nothing limits it."""
-    tokens = program.facts.get("kv_cache", {}).get("tokens", "input_ids")
-    if tokens not in program.signature.inputs:
-        return None
-    size = program.signature.inputs[tokens].shape[1]
-    if isinstance(size, int):
-        return size
-    known = program.signature.sizes.get(size)
-    return known.high if known is not None else None
+    limit: int | None = program.facts["kv_cache"]["limit"]
+    return limit

@@ -66,22 +66,3 @@ def _longest(program: Program) -> int | None:
         return size
     known = program.signature.sizes.get(size)
     return known.high if known is not None else None
-
-
-def generate(
-    program: Program,
-    input_ids: torch.Tensor,
-    *,
-    max_new_tokens: int,
-    eos_token_id: int | list[int] | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> torch.Tensor:
-    """Return one row with what continues it, (1, positions + new); see :func:`continuations`."""
-    new = list(
-        continuations(
-            program, input_ids, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
-            temperature=temperature, seed=seed,
-        )
-    )  # fmt: skip
-    return torch.cat([input_ids, torch.tensor([new], dtype=input_ids.dtype)], 1)

@@ -52,7 +52,9 @@ class Step:
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
         """Return which slots new tokens see; computed once a step."""
         if window not in self.seen:
-            self.seen[window] = cache_visible(self.positions, self.slots, cache, self.step_mask, window=window)
+            self.seen[window] = cache_visible(
+                self.positions, self.slots, cache, self.step_mask, window=window
+            )
         return self.seen[window]
 
 
@@ -155,8 +157,8 @@ class Running:
                 replaced[node] = made
         for node in nodes:
             # all caches are as long as they are made
-            if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):  # type: ignore[union-attr]
-                node.replace_all_uses_with(self.capacity)  # type: ignore[arg-type]
+            if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):
+                node.replace_all_uses_with(self.capacity)
         return replaced
 
     def _buffer(self, cache: fx.Node) -> Buffer:
@@ -181,9 +183,8 @@ class Running:
                     loaded[node.name] = program.weights[node.name].source.load().to(self.device)
                 known[node] = loaded[node.name]
             elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
-                if any(isinstance(n.meta.get("val"), torch.Tensor) for n in (node, *node.all_input_nodes)):
-                    with torch.inference_mode():
-                        known[node] = evaluate(node, known)
+                with torch.inference_mode():
+                    known[node] = evaluate(node, known)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {self.step: graph.placeholder("decoding_step")}
         edge = [n for n in order if n in known and any(u in needed and u not in known for u in n.users)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,23 @@ def remove_dial(program: Program, name: str) -> None:
     program.graph.erase_node(node)
     del program.dials[name]
     program.changed()
+
+
+def settings_of(program: Program, given: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Return the value of each dial: as given, or its default.
+
+    Raises:
+        UsageError: there is no such dial, or a value is out of its range.
+    """
+    for name in given:
+        if name not in program.dials:
+            raise UsageError(
+                f"the program has no dial {name!r}", hint=f"it has {', '.join(program.dials) or 'none'}"
+            )
+    found = {}
+    for name, dial in program.dials.items():
+        value = float(given.get(name, dial.default))
+        if not dial.low <= value <= dial.high:
+            raise UsageError(f"dial {name} is {value}, its range is {dial.low} to {dial.high}")
+        found[name] = torch.tensor(value, dtype=torch.float64)
+    return found

@@ -16,6 +16,7 @@ from torch import fx
 from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
 from .editor import Editor
 from .errors import UsageError, VerificationError
+from .inputs import settings_of
 from .schema import operator_name
 from .signature import Fill, Input, Signature, SizeRange
 from .sizes import expression, format_size, parse_size
@@ -260,12 +261,7 @@ class Program:
     ) -> dict[str, torch.Tensor]:
         """Return the value of each placeholder that is not a weight, by input name."""
         given = dict(kwargs or {})
-        settings = {}
-        for name, dial in self.dials.items():
-            value = float(given.pop(name, dial.default))
-            if not dial.low <= value <= dial.high:
-                raise UsageError(f"dial {name} is {value}, its range is {dial.low} to {dial.high}")
-            settings[name] = torch.tensor(value, dtype=torch.float64)
+        settings = settings_of(self, {n: given.pop(n) for n in self.dials if n in given})
         return self.signature.bind(args, given) | settings
 
     # -- editing verbs --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ..ir.errors import ContractError, VerificationError
 from ..ir.inputs import add_input, lower_limit, remove_input
 from ..ir.option import option
 from ..ir.placement import placements
-from ..ir.placement_types import WHOLE, Shard
+from ..ir.placement_types import WHOLE, Placement, Shard
 from ..ir.program import Program
 from ..ir.ranks import ON_RANKS, ranks_of
 from ..ir.report import PassReport
@@ -60,26 +60,27 @@ class InsertKVCache(Pass):
         try:
             decoder = Decoder(program)
             sites = _sites(decoder)
-            limit = self._limit(program, decoder)
+            limit = decoder.limit()
         except NotCausal as problem:
             plan.refused.append(Refused(problem.node.name, str(problem), program.source_line(problem.node)))
             return plan
         if limit is not None and self.max_length is not None and self.max_length > limit:
             plan.refused.append(
-                Refused("max_length", f"the model has positions for {limit} tokens, {self.max_length} are more", "")
+                Refused(
+                    "max_length",
+                    f"the model has positions for {limit} tokens, {self.max_length} are more",
+                    "",
+                )
             )
             return plan
         plan.sites = sites
-        problem = self._trial(program, plan)
-        if problem is not None:
-            plan.refused.append(problem)
+        failed = self._trial(program)
+        if failed is not None:
+            plan.refused.append(failed)
             plan.sites = []
         return plan
 
-    def _limit(self, program: Program, decoder: Decoder) -> int | None:
-        return program.signature.sizes[program.symbols[decoder.sequence]].high
-
-    def _trial(self, program: Program, plan: Plan) -> Refused | None:
+    def _trial(self, program: Program) -> Refused | None:
         """Run a small form of both: what mixes tokens in a way that no cache carries shows by its values."""
         small = reduced(program)
         trial = small.copy()
@@ -94,7 +95,9 @@ class InsertKVCache(Pass):
         if worst is None or worst.error <= ExactInChunks.limit:
             return None
         return Refused(
-            worst.name, f"pieces differ from the whole by {worst.error:.1g}: tokens meet elsewhere than in attention", ""
+            worst.name,
+            f"pieces differ from the whole by {worst.error:.1g}: tokens meet elsewhere than in attention",
+            "",
         )
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -104,6 +107,7 @@ class InsertKVCache(Pass):
 
     def _insert(self, program: Program) -> None:
         decoder = Decoder(program)
+        limit = decoder.limit()
         pairs = [(s["key"], s["value"]) for s in _sites(decoder)]
         nodes = {n.name: n for n in program.graph.nodes}
         still = decoder.still()
@@ -115,12 +119,18 @@ class InsertKVCache(Pass):
             step_mask = add_input(program, "step_mask", [batch, tokens, tokens], torch.bool)
         capacity: Any = self.max_length
         if capacity is None:
-            high = self._limit(program, decoder)
-            capacity = program.add_size("capacity", SizeRange(1, high, min(32, high or 32)))
-        caches = [self._caches(program, number, nodes[k], nodes[v], batch, capacity) for number, (k, v) in enumerate(pairs)]
+            capacity = program.add_size("capacity", SizeRange(1, limit, min(32, limit or 32)))
+        caches = [
+            self._caches(program, number, nodes[k], nodes[v], batch, capacity)
+            for number, (k, v) in enumerate(pairs)
+        ]
         first = next(n for n in program.graph.nodes if n.op == "call_function")
         with program.edit.before(first):
-            length = capacity if isinstance(capacity, int) else program.edit.call(aten.sym_size.int, caches[0][0], 2)
+            length = (
+                capacity
+                if isinstance(capacity, int)
+                else program.edit.call(aten.sym_size.int, caches[0][0], 2)
+            )
         stored = {}
         for number, ((k, v), pair) in enumerate(zip(pairs, caches, strict=True)):
             stored[k, v] = tuple(
@@ -135,7 +145,12 @@ class InsertKVCache(Pass):
             if found["window"] not in seen:
                 with program.edit.before(first):
                     seen[found["window"]] = program.edit.call(
-                        dialect.cache_visible.default, positions, slots, caches[0][0], step_mask, window=found["window"]
+                        dialect.cache_visible.default,
+                        positions,
+                        slots,
+                        caches[0][0],
+                        step_mask,
+                        window=found["window"],
                     )
             bias = found["bias"]
             if isinstance(bias, fx.Node):
@@ -157,7 +172,7 @@ class InsertKVCache(Pass):
         program.facts["kv_cache"] = {
             "capacity": self.max_length if self.max_length is not None else "capacity",
             "layers": len(pairs), "tree": self.tree, "tokens": decoder.tokens.meta["input"],
-            "positions": positions.meta["input"], "logits": _logits(program),
+            "positions": positions.meta["input"], "limit": limit, "logits": _logits(program),
         }  # fmt: skip
         program.facts["unwritable"] = NO_FOLDER
 
@@ -173,12 +188,20 @@ class InsertKVCache(Pass):
                 if isinstance(placed, Shard):
                     heads = placed.total
             made.append(
-                add_input(program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype)
+                add_input(
+                    program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype
+                )
             )
         return made[0], made[1]
 
     def _bias(
-        self, program: Program, tables: AtCapacity, bias: fx.Node, positions: fx.Node, slots: fx.Node, first: fx.Node
+        self,
+        program: Program,
+        tables: AtCapacity,
+        bias: fx.Node,
+        positions: fx.Node,
+        slots: fx.Node,
+        first: fx.Node,
     ) -> fx.Node:
         """Return what is added to the scores of new tokens for every slot."""
         if bias in tables.decoder.moving:
@@ -192,15 +215,15 @@ class InsertKVCache(Pass):
                 table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
                 table = program.edit.call(aten.permute.default, table, [0, 2, 1, 3])
             if self.tree:
-                keys = program.edit.call(dialect.cache_positions.default, positions, slots, tables.capacity)
-                heads, rows = table.meta["val"].shape[1], table.meta["val"].shape[2]
-                index = program.edit.call(aten.unsqueeze.default, keys, 1)
-                index = program.edit.call(aten.unsqueeze.default, index, 1)
-                index = program.edit.call(aten.expand.default, index, program.size_nodes([-1, heads, rows, -1]))
-                wide = program.edit.call(
-                    aten.expand.default, table, [program.edit.call(aten.sym_size.int, positions, 0), -1, -1, -1]
+                call = program.edit.call
+                keys = call(dialect.cache_positions.default, positions, slots, tables.capacity)
+                heads, rows = (call(aten.sym_size.int, table, dim) for dim in (1, 2))
+                index = call(aten.unsqueeze.default, call(aten.unsqueeze.default, keys, 1), 1)
+                index = call(aten.expand.default, index, [-1, heads, rows, -1])
+                batch = call(aten.sym_size.int, positions, 0)
+                table = call(
+                    aten.gather.default, call(aten.expand.default, table, [batch, -1, -1, -1]), 3, index
                 )
-                table = program.edit.call(aten.gather.default, wide, 3, index)
         return table
 
     def _token_wise(
@@ -210,7 +233,9 @@ class InsertKVCache(Pass):
         """Let a value of the tokens' places be that of their positions."""
         dims = decoder.has_length(value)
         if len(dims) != 1:
-            raise NotCausal(users[0], "tokens meet one another there, and it is no attention that was recognised")
+            raise NotCausal(
+                users[0], "tokens meet one another there, and it is no attention that was recognised"
+            )
         with program.edit.before(first):
             table = tables.value(value)
             rows = rows_of_positions(program, table, dims[0], positions)
@@ -260,7 +285,9 @@ def _sites(decoder: Decoder) -> list[Site]:
         if given["key_mask"] is not None and not decoder.sees_everything(given["key_mask"]):
             raise NotCausal(node, "an attention hides keys for another reason than padding")
         heads, size = k.meta["val"].shape[1], k.meta["val"].shape[-1]
-        found.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=int(heads), size=int(size)))
+        found.setdefault(
+            (k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=int(heads), size=int(size))
+        )
     if not found:
         raise NotCausal(decoder.tokens, "no attention was recognised")
     return list(found.values())
@@ -278,9 +305,11 @@ def _positions(program: Program, decoder: Decoder) -> fx.Node:
     return node
 
 
-def _stored(program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, output: str, number: int) -> fx.Node:
+def _stored(
+    program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, output: str, number: int
+) -> fx.Node:
     group = ""
-    placed = WHOLE
+    placed: Placement = WHOLE
     if ranks_of(program):
         placed = placements(program)[values]
         group = next(str(arguments(n)["group"]) for n in program.graph.nodes if is_operator(n, *ON_RANKS))

@@ -9,6 +9,7 @@ import torch
 
 from ...ir.execute import interpret
 from ...ir.retype import retyped
+from ...ir.schema import is_operator
 from ..streaming import Difference, states_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     if spec.dtype.is_floating_point:
         given = torch.randn(shape, generator=generator, dtype=torch.float64)
     else:
-        given = torch.randint(0, vocabulary(whole), shape, generator=generator).to(spec.dtype)
+        given = torch.randint(0, vocabulary(whole, facts["tokens"]), shape, generator=generator).to(spec.dtype)
     expected = interpret(wide, wide.bind((), {facts["tokens"]: given}))
     worst: Difference | None = None
     state = empty_caches(cut, 2, capacity, torch.float64)
@@ -68,7 +69,9 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     return worst
 
 
-def empty_caches(program: Program, batch: int, capacity: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def empty_caches(
+    program: Program, batch: int, capacity: int, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Return caches in which nothing is stored, by input name."""
     made = {}
     for name in states_of(program):
@@ -78,14 +81,16 @@ def empty_caches(program: Program, batch: int, capacity: int, dtype: torch.dtype
     return made
 
 
-def vocabulary(program: Program) -> int:
-    """Return how many tokens the embedding has."""
-    rows = [
-        int(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-        for node in program.anatomy.embedding
-        if node.op == "call_function" and "embedding" in str(node.target)
-    ]
-    return max(rows, default=2)
+def vocabulary(program: Program, tokens: str) -> int:
+    """Return how many tokens there are, by the smallest table that the input of tokens is looked up in."""
+    found, work = [], [program.input_nodes[tokens]]
+    while work:
+        for user in work.pop().users:
+            if is_operator(user, "aten.embedding"):
+                found.append(int(user.all_input_nodes[0].meta["val"].shape[0]))
+            elif is_operator(user, "aten.reshape", "aten.to"):
+                work.append(user)
+    return min(found, default=2)
 
 
 def reduced(program: Program) -> Program:

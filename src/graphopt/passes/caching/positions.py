@@ -11,7 +11,7 @@ from torch import fx
 from ...ir.errors import VerificationError
 from ...ir.execute import evaluate
 from ...ir.fold import depends_on_weights_alone
-from ...ir.region import cut, drawn_source, leaf_value
+from ...ir.region import Region, cut, drawn_source, leaf_value
 from ...ir.schema import is_operator
 from ...ir.sizes import expression
 from ...ir.weights import numel
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _SMALL = 1 << 24
+_LONGEST = 1 << 17
+_LOOKUPS = ("aten.embedding", "aten.index_select", "aten.index")
 
 
 class NotCausal(ValueError):
@@ -64,9 +66,9 @@ class Decoder:
         self.batch = expression(batch) if isinstance(batch, torch.SymInt) else None
         self.moving: set[fx.Node] = {self.tokens}
         for node in program.graph.nodes:
-            if node.op == "call_function" and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
-                if any(n in self.moving for n in node.all_input_nodes):
-                    self.moving.add(node)
+            holds = isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+            if node.op == "call_function" and holds and any(n in self.moving for n in node.all_input_nodes):
+                self.moving.add(node)
 
     def has_length(self, node: Any) -> list[int]:
         """Return the dimensions of a value whose size depends on how many tokens there are."""
@@ -99,7 +101,9 @@ class Decoder:
         tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
         if tensors != self.positions:
             return False
-        sizes = {n: 5 if self.program.symbols.get(self.sequence) == n else 1 for n in self.program.signature.sizes}
+        sizes = {
+            n: 5 if self.program.symbols.get(self.sequence) == n else 1 for n in self.program.signature.sizes
+        }
         values = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(5, generator=generator)
@@ -112,6 +116,51 @@ class Decoder:
             except (RuntimeError, IndexError):
                 return False
         return torch.equal(found[0].index_select(dim, order), found[1])
+
+    def limit(self) -> int | None:
+        """Return for how many tokens the program has positions; None if nothing was found that limits them."""
+        most = self.program.signature.sizes[self.program.symbols[self.sequence]].high
+        found = [most] if most is not None else []
+        biases = [n for n in self.still() if any(is_operator(u, "graphopt.attention") for u in n.users)]
+        for value in self.still():
+            region = cut(self.program, [value], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
+            tables = [n.all_input_nodes[0] for n in region.nodes if is_operator(n, *_LOOKUPS)]
+            rows = [int(table.meta["val"].shape[0]) for table in tables]
+            plain = all(
+                expression(value.meta["val"].shape[d]) == self.sequence for d in self.has_length(value)
+            )
+            if rows or (value in biases and not plain):
+                found.append(self._longest(value, region, max(rows, default=_LONGEST)))
+        return min(found, default=None)
+
+    def _longest(self, value: fx.Node, region: Region, most: int) -> int:
+        """Search for how many tokens a value can be computed."""
+        name = self.program.symbols[self.sequence]
+
+        def works(count: int) -> bool:
+            sizes = {n: count if n == name else 1 for n in self.program.signature.sizes}
+            values = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
+            for node in (*self.positions, *self.masks, *self.zeros):
+                if node in region.leaves:
+                    shape = values[node.name].shape
+                    numbers = torch.arange(count).expand(shape)
+                    values[node.name] = (
+                        numbers if node in self.positions else torch.full(shape, int(node in self.masks))
+                    )
+            try:
+                (made,) = region.run(values, self._load)
+            except (RuntimeError, IndexError):
+                return False
+            return all(made.shape[dim] in (1, count) for dim in self.has_length(value))
+
+        low, high = 1, 2
+        while high <= most and works(high):
+            low, high = high, 2 * high
+        high = min(high, most + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if works(middle) else (low, middle)
+        return low
 
     def _load(self, node: fx.Node) -> torch.Tensor:
         source = self.program.weights[node.name].source
@@ -183,7 +232,9 @@ class AtCapacity:
         args = fx.map_arg(node.args, self.value)
         if any(isinstance(a, fx.Node) for a in args):
             return self.decoder.program.edit.call(node.target, *args)
-        return evaluate(node, dict(zip(node.all_input_nodes, (self.value(n) for n in node.all_input_nodes), strict=True)))
+        return evaluate(
+            node, dict(zip(node.all_input_nodes, (self.value(n) for n in node.all_input_nodes), strict=True))
+        )
 
 
 def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.Node) -> fx.Node:

@@ -1,0 +1,115 @@
+"""Candidates from a smaller program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...ir.errors import UsageError
+from ...ir.program import Program
+from ..cached import CachedDecoder
+from ..drafts import Draft, Drafter
+from ..sampling import Sampling, draw
+
+
+class DraftProgram(Drafter):
+    """Proposes a chain that a smaller program with the same vocabulary continues the row by.
+
+    Where tokens are drawn, candidates are drawn too, in the same way, and accepted by speculative sampling.
+
+    Args:
+        program: with a cache.
+        tokens: how many are proposed.
+        threshold: stop where the draft's most likely token has less than this probability.
+
+    Raises:
+        UsageError: fewer than one token.
+    """
+
+    name = "draft-program"
+
+    def __init__(self, program: Program, tokens: int = 4, threshold: float = 0.0):
+        if tokens < 1 or not 0 <= threshold <= 1:
+            raise UsageError("draft-program: tokens is at least 1, threshold from 0 to 1")
+        self.program, self.room, self.threshold = program, tokens, threshold
+        mapped = program.facts.get("vocabulary")
+        self.ids = None if mapped is None else torch.tensor(mapped["ids"])
+
+    def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Compute the beginnings of rows.
+
+        Raises:
+            UsageError: the draft knows other tokens than the program.
+        """
+        super().begin(decoder, rows, sampling)
+        self.draft = CachedDecoder(self.program, len(rows), decoder.capacity, device=decoder.device)
+        size = decoder.vocabulary
+        if self.ids is None and self.draft.vocabulary != size:
+            raise UsageError(
+                f"the draft has {self.draft.vocabulary} tokens, the program {size}",
+                hint="a draft needs the program's tokenizer; trim-vocabulary leaves a map where some tokens are gone",
+            )
+        self.generator = torch.Generator().manual_seed(0)
+        self.held: list[list[int]] = [[] for _ in rows]
+        self.logits = self.draft.facts["logits"]
+
+    def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
+        """Take up what was committed since, and continue it."""
+        for number, row in enumerate(rows):
+            # the row's last token is computed again even if it is there, for what follows it
+            same = _shared(self.held[number], row[:-1])
+            self.held[number] = list(row[:same])
+        self.draft.lengths = [len(held) for held in self.held]
+        last = self.draft.prefill([row[len(held) :] for row, held in zip(rows, self.held, strict=True)])
+        logits = torch.stack([found[self.logits] for found in last])
+        self.held = [list(row) for row in rows]
+        tokens: list[list[int]] = [[] for _ in rows]
+        odds: list[list[torch.Tensor]] = [[] for _ in rows]
+        going = [deep > 0 for deep in room]
+        for step in range(min(self.room, max(room))):
+            for number in range(len(rows)):
+                if going[number] and step < room[number]:
+                    token, drawn_from = self._take(logits[number])
+                    if token is None:
+                        going[number] = False
+                        continue
+                    tokens[number].append(token)
+                    if drawn_from is not None:
+                        odds[number].append(drawn_from)
+            if step + 1 == min(self.room, max(room)) or not any(going):
+                break
+            ids = torch.tensor([[t[-1] if t else 0] for t in tokens], device=self.draft.device)
+            logits = self.draft.extend(ids)[self.logits][:, -1]
+            self.draft.advance([1] * len(rows))
+            for number, row in enumerate(tokens):
+                self.held[number].append(row[-1] if row else 0)
+        return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
+
+    def _take(self, logits: torch.Tensor) -> tuple[int | None, torch.Tensor | None]:
+        if self.sampling.greedy:
+            token = int(logits.argmax())
+            if self.threshold and float(logits.double().softmax(-1)[token]) < self.threshold:
+                return None, None
+            return (token if self.ids is None else int(self.ids[token])), None
+        odds = self.sampling.distribution(logits.cpu())
+        if self.threshold and float(odds.max()) < self.threshold:
+            return None, None
+        if self.ids is not None:
+            odds = torch.zeros(self.decoder.vocabulary, dtype=odds.dtype).scatter(0, self.ids, odds)
+        return draw(odds, self.generator), odds
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        self.draft.keep_rows(rows)
+        self.held = [self.held[row] for row in rows]
+
+
+def _shared(held: Sequence[int], row: Sequence[int]) -> int:
+    """Return how many first tokens two rows share."""
+    count = 0
+    for first, second in zip(held, row, strict=False):
+        if first != second:
+            break
+        count += 1
+    return count

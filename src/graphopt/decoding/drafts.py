@@ -1,0 +1,134 @@
+"""What may come next: candidates as a tree, and who proposes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from .cached import CachedDecoder
+    from .sampling import Sampling
+
+
+@dataclass
+class Draft:
+    """Candidates for the tokens after a row, parents before children.
+
+    Attributes:
+        tokens: of each candidate.
+        parents: the candidate that each follows; -1 follows the row itself.
+        odds: (vocabulary,) the distribution that each token was drawn from; empty where none was drawn.
+
+    Raises:
+        UsageError: a parent does not come before its child.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    odds: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.parents) or any(not -1 <= p < i for i, p in enumerate(self.parents)):
+            raise UsageError("candidates are given parents before children, one parent each")
+        if self.odds and (len(self.odds) != len(self.tokens) or not self.chain):
+            raise UsageError("distributions belong to a chain of candidates, one each")
+
+    @classmethod
+    def line(cls, tokens: Sequence[int], odds: Sequence[torch.Tensor] = ()) -> Draft:
+        """Return candidates each of which follows the one before."""
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)), list(odds))
+
+    @property
+    def chain(self) -> bool:
+        """Tell whether each candidate follows the one before."""
+        return self.parents == list(range(-1, len(self.tokens) - 1))
+
+    @property
+    def depths(self) -> list[int]:
+        """How many tokens after the row's last each candidate stands, from 1 on."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(1 if parent < 0 else found[parent] + 1)
+        return found
+
+    def children(self, node: int) -> list[int]:
+        """Return the candidates that follow one; -1 for the row itself."""
+        return [i for i, parent in enumerate(self.parents) if parent == node]
+
+    def cut(self, depth: int) -> Draft:
+        """Return the candidates of at most a depth."""
+        kept = [i for i, d in enumerate(self.depths) if d <= depth]
+        if len(kept) == len(self.tokens):
+            return self
+        place = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        return Draft(
+            [self.tokens[i] for i in kept],
+            [place[self.parents[i]] for i in kept],
+            [self.odds[i] for i in kept] if self.odds else [],
+        )
+
+
+@dataclass
+class Seen:
+    """What a step showed of one row.
+
+    Attributes:
+        tokens: the row's last token and the candidates, as they were fed.
+        path: which of them were accepted, the row's last token first.
+        outputs: what the program computed at each of them: (tokens, ...) by name.
+    """
+
+    tokens: list[int]
+    path: list[int]
+    outputs: Mapping[str, torch.Tensor]
+
+
+class Drafter:
+    """Proposes candidates. Whatever it proposes, what is generated stays the same; only speed depends on it.
+
+    Rows are numbered as they stand in the batch at the moment.
+    """
+
+    name: ClassVar[str] = ""
+    outputs: tuple[str, ...] = ()
+    """What it reads of the program besides the logits."""
+
+    room: int = 0
+    """How many candidates it proposes at most."""
+
+    def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Take up new rows.
+
+        Args:
+            decoder: the program that decides.
+            rows: their beginnings.
+            sampling: how tokens are taken.
+        """
+        self.decoder, self.sampling = decoder, sampling
+
+    def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
+        """Return candidates for what follows each row.
+
+        Args:
+            rows: all tokens of each.
+            room: how deep candidates may stand.
+        """
+        return [
+            self.propose_row(number, row, deep)
+            for number, (row, deep) in enumerate(zip(rows, room, strict=True))
+        ]
+
+    def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
+        """Return candidates for one row."""
+        return Draft()
+
+    def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
+        """Learn from a step: ``row`` with what it committed, and what was seen."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""

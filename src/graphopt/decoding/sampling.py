@@ -1,0 +1,60 @@
+"""From logits to tokens: the most likely one, or one that is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..ir.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is taken.
+
+    Attributes:
+        temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
+        top_k: only among so many most likely ones.
+        top_p: only among the most likely ones that have this probability together.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UsageError(f"temperature is {self.temperature}; it is 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k is {self.top_k}; it is 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it lies above 0, up to 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Tell whether the most likely token is taken."""
+        return self.temperature == 0
+
+    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return probabilities (..., vocabulary) in float64, after temperature, top-k and top-p, in this order."""
+        wide = logits.double() / self.temperature
+        if self.top_k is not None and self.top_k < wide.shape[-1]:
+            least = wide.topk(self.top_k, dim=-1).values[..., -1:]
+            wide = wide.masked_fill(wide < least, float("-inf"))
+        odds = torch.softmax(wide, -1)
+        if self.top_p is not None:
+            ordered, order = odds.sort(dim=-1, descending=True, stable=True)
+            # a token stays if those before it have not reached the share yet
+            gone = ordered.cumsum(-1) - ordered >= self.top_p
+            odds = odds.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), 0.0)
+            odds = odds / odds.sum(-1, keepdim=True)
+        return odds
+
+
+def draw(odds: torch.Tensor, generator: torch.Generator) -> int:
+    """Return one number drawn by its odds (vocabulary,)."""
+    return int(torch.multinomial(odds, 1, generator=generator))

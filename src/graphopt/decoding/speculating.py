@@ -1,0 +1,265 @@
+"""The loop: candidates are computed in one step, and those that the program would have taken are committed."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .cached import CachedDecoder
+from .drafts import Draft, Drafter, Seen
+from .sampling import Sampling, draw
+from .stopping import Stop
+
+
+@dataclass
+class Statistics:
+    """What decoding did.
+
+    Attributes:
+        steps: how often the program ran after the prompts.
+        row_steps: the same, counted once a row.
+        tokens: committed, over all rows.
+        proposed: for each depth how many rows had a candidate there.
+        accepted: for each depth how often one was accepted.
+        seconds: spent on prompts, candidates, the program, and all else.
+        notes: what went wrong on the way.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    tokens: int = 0
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("prompt", "candidates", "program", "rest"), 0.0)
+    )
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a row commits in a step, on average."""
+        return self.tokens / max(self.row_steps, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of the rows that had a candidate at a depth, the share that accepted one, from depth 1 on."""
+        return [a / p if p else 0.0 for a, p in zip(self.accepted, self.proposed, strict=True)]
+
+    def count(self, draft: Draft, accepted: int) -> None:
+        """Add one row's candidates."""
+        deepest = max(draft.depths, default=0)
+        while len(self.proposed) < deepest:
+            self.proposed.append(0)
+            self.accepted.append(0)
+        for depth in range(deepest):
+            self.proposed[depth] += 1
+            self.accepted[depth] += depth < accepted
+
+
+@dataclass
+class Commit:
+    """What one step adds to one row: its number in the batch as it began, the tokens, whether the row has ended."""
+
+    row: int
+    tokens: list[int]
+    ended: bool
+
+
+class Loop:
+    """Generates with caches, and with candidates if somebody proposes them.
+
+    Greedy output is that of one token after the other: a candidate counts only if it is what the program takes
+    there. Drawn output has the program's distribution: a token is drawn from it at each place, and candidates that
+    were chosen without chance count if they are that token; candidates that were drawn are accepted by the rule of
+    speculative sampling (arXiv 2211.17192).
+
+    Args:
+        decoder: empty.
+        drafter: who proposes candidates, or None.
+        sampling: how tokens are taken.
+        stop: when rows end.
+        seed: of draws.
+    """
+
+    def __init__(
+        self, decoder: CachedDecoder, drafter: Drafter | None, sampling: Sampling, stop: Stop, seed: int = 0
+    ):  # fmt: skip
+        self.decoder, self.drafter, self.sampling, self.stop = decoder, drafter, sampling, stop
+        self.generator = torch.Generator().manual_seed(seed)
+        self.statistics = Statistics()
+        self.logits = decoder.facts["logits"]
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Commit]]:
+        """Yield what each step commits, rows in order; those that have ended take no part any more.
+
+        Args:
+            prompts: at least one token each.
+        """
+        began = time.perf_counter()
+        rows = [list(prompt) for prompt in prompts]
+        start = [len(row) for row in rows]
+        alive = list(range(len(rows)))
+        if any(len(row) > 1 for row in rows):
+            self.decoder.prefill([row[:-1] for row in rows])
+        self._guarded("begin", self.decoder, rows, self.sampling)
+        self.statistics.seconds["prompt"] += time.perf_counter() - began
+        while alive:
+            step_began = time.perf_counter()
+            spent = dict(self.statistics.seconds)
+            commits, seen = self._step(
+                [rows[r] for r in alive], [len(rows[r]) - start[r] for r in alive], alive
+            )
+            kept: list[int] = []
+            for place, (row, tokens) in enumerate(zip(alive, commits, strict=True)):
+                new, ended = self.stop.cut(rows[row][start[row] :], tokens)
+                rows[row].extend(new)
+                self.statistics.tokens += len(new)
+                commits[place] = new
+                if not ended:
+                    kept.append(place)
+            result = [
+                Commit(row, tokens, p not in kept)
+                for p, (row, tokens) in enumerate(zip(alive, commits, strict=True))
+            ]
+            for place in kept:
+                self._guarded("observe", place, rows[alive[place]], seen[place])
+            if 0 < len(kept) < len(alive):
+                self.decoder.keep_rows(kept)
+                self._guarded("keep", kept)
+            alive = [alive[place] for place in kept]
+            named = sum(self.statistics.seconds[n] - spent[n] for n in ("candidates", "program"))
+            self.statistics.seconds["rest"] += time.perf_counter() - step_began - named
+            yield result
+
+    def _guarded(self, what: str, *arguments: Any) -> Any:
+        """Ask who proposes candidates; if that fails, go on without."""
+        if self.drafter is None:
+            return None
+        try:
+            found = getattr(self.drafter, what)(*arguments)
+            return _checked(found, arguments[0], self.decoder) if what == "propose" else found
+        except Exception as error:
+            note = (
+                f"{self.drafter.name or type(self.drafter).__name__} failed ({type(error).__name__}: {error}); "
+                "decoding goes on without candidates"
+            )
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
+            self.statistics.notes.append(note)
+            self.drafter = None
+            return None
+
+    def _drafts(self, rows: list[list[int]], new: list[int]) -> list[Draft]:
+        # the last token of a step is the program's own
+        room = [
+            max(0, min(self.stop.max_new_tokens - n - 1, self.decoder.capacity - len(row)))
+            for row, n in zip(rows, new, strict=True)
+        ]
+        if self.drafter is None or not any(room):
+            return [Draft() for _ in rows]
+        began = time.perf_counter()
+        lengths = list(self.decoder.lengths)
+        found = self._guarded("propose", rows, room)
+        self.decoder.lengths = lengths
+        self.statistics.seconds["candidates"] += time.perf_counter() - began
+        if found is None:
+            return [Draft() for _ in rows]
+        drafts = [draft.cut(deep) for draft, deep in zip(found, room, strict=True)]
+        most = self.decoder.capacity - max(len(row) for row in rows)
+        return [draft if len(draft.tokens) <= most else Draft() for draft in drafts]
+
+    def _step(
+        self, rows: list[list[int]], new: list[int], alive: list[int]
+    ) -> tuple[list[list[int]], list[Seen]]:
+        drafts = self._drafts(rows, new)
+        width = 1 + max(len(draft.tokens) for draft in drafts)
+        began = time.perf_counter()
+        names = [self.logits, *(self.drafter.outputs if self.drafter else ())]
+        outputs = self._forward(rows, drafts, width, names)
+        self.statistics.seconds["program"] += time.perf_counter() - began
+        self.statistics.steps += 1
+        self.statistics.row_steps += len(rows)
+        commits, paths, seen = [], [], []
+        for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            path, tokens = self._walk(draft, outputs[self.logits][place])
+            self.statistics.count(draft, len(tokens) - 1)
+            commits.append(tokens)
+            paths.append(path)
+            fed = 1 + len(draft.tokens)
+            seen.append(Seen([row[-1], *draft.tokens], path, {n: v[place, :fed] for n, v in outputs.items()}))
+        self.decoder.accept(paths)
+        return commits, seen
+
+    def _forward(
+        self, rows: list[list[int]], drafts: list[Draft], width: int, names: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        decoder, device = self.decoder, self.decoder.device
+        ids = torch.tensor(
+            [
+                [row[-1], *d.tokens, *[0] * (width - 1 - len(d.tokens))]
+                for row, d in zip(rows, drafts, strict=True)
+            ],
+            device=device,
+        )
+        if all(draft.chain for draft in drafts):
+            return decoder.extend(ids, outputs=names)
+        start = torch.tensor(decoder.lengths, device=device)[:, None]
+        slots = start + torch.arange(width, device=device)[None]
+        # what fills a row up to the width sees itself alone, and nobody sees it
+        depths = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
+        for place, draft in enumerate(drafts):
+            count = len(draft.tokens)
+            depths[place, 1 : 1 + count] = torch.tensor(draft.depths, dtype=torch.int64)
+            for node, parent in enumerate(draft.parents):
+                mask[place, node + 1] |= mask[place, parent + 1]
+        return decoder.forward(ids, start + depths.to(device), slots, mask.to(device), outputs=names)
+
+    def _walk(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Return the accepted nodes, the row's last token first as 0, and the tokens to commit."""
+        if draft.odds and not self.sampling.greedy:
+            return self._accept_drawn(draft, logits)
+        path, tokens, node = [0], [], -1
+        best = logits.argmax(-1).tolist() if self.sampling.greedy else None
+        while True:
+            at = node + 1
+            token = best[at] if best is not None else self._draw(logits[at])
+            tokens.append(token)
+            following = next((c for c in draft.children(node) if draft.tokens[c] == token), None)
+            if following is None:
+                return path, tokens
+            path.append(following + 1)
+            node = following
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        return draw(self.sampling.distribution(logits.cpu()), self.generator)
+
+    def _accept_drawn(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        path, tokens = [0], []
+        for node, (token, drawn_from) in enumerate(zip(draft.tokens, draft.odds, strict=True)):
+            odds = self.sampling.distribution(logits[node].cpu())
+            other = drawn_from.double().cpu()
+            coin = torch.rand((), generator=self.generator, dtype=torch.float64)
+            if coin * other[token] < odds[token]:
+                path.append(node + 1)
+                tokens.append(token)
+                continue
+            rest = (odds - other).clamp(min=0)
+            tokens.append(draw(rest if rest.sum() > 0 else odds, self.generator))
+            return path, tokens
+        tokens.append(self._draw(logits[len(draft.tokens)]))
+        return path, tokens
+
+
+def _checked(drafts: list[Draft], rows: list[list[int]], decoder: CachedDecoder) -> list[Draft]:
+    if len(drafts) != len(rows):
+        raise ValueError(f"{len(drafts)} proposals for {len(rows)} rows")
+    for draft in drafts:
+        wrong = [t for t in draft.tokens if not 0 <= t < decoder.vocabulary]
+        if wrong:
+            raise ValueError(f"token {wrong[0]} lies outside the vocabulary of {decoder.vocabulary}")
+    return drafts

@@ -1,0 +1,240 @@
+"""Caches that are put in: text token for token as transformers writes it, piece by piece as in one go, and refusals."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphopt
+from graphopt.decoding.cached import CachedDecoder
+from graphopt.ir.errors import ContractError, PassRefusedError, UsageError
+from graphopt.ir.program import Program
+from graphopt.ir.report import PassReport
+from graphopt.ir.schema import is_operator
+from graphopt.ir.weights import InMemory
+from graphopt.passes.caching.comparing import compare_with_cache
+from graphopt.passes.insert_kv_cache import InsertKVCache
+
+DECODERS = [n for n, case in zoo.CASES.items() if case.model.endswith(("CausalLM", "LMHeadModel"))]
+ROWS = [[5, 9, 17, 40, 3, 8, 22], [12], [7, 7, 30]]
+NEW = 16
+
+
+def varied(name: str, program: Program) -> tuple[Program, Any]:
+    """Return a program and its model with weights whose text is not one token over and over."""
+    model = zoo.make(name)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(drawn * 0.3)
+            else:
+                parameter.add_(drawn * 0.1)
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    changed = program.copy()
+    for node, weight in program.weights.items():
+        tensor = next((held[n] for n in weight.all_names if n in held), None)
+        if tensor is None and weight.kind == "parameter":  # experts, which a folder holds one by one
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                changed = graphopt.capture(folder)
+                for other, read in changed.weights.items():
+                    changed.weights[other] = replace(read, source=InMemory(read.source.load().clone()))
+            return changed, model.eval()
+        if tensor is not None:
+            changed.weights[node] = replace(weight, source=InMemory(tensor.detach().clone()))
+    return changed, model.eval()
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+
+
+def reference(model: Any, rows: list[list[int]], count: int = NEW) -> torch.Tensor:
+    ids, mask = padded(rows)
+    with torch.no_grad():
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[:, ids.shape[1] :]
+
+
+def generated(program: Program, rows: list[list[int]], count: int = NEW, **options: Any) -> torch.Tensor:
+    ids, mask = padded(rows)
+    found = graphopt.generate(
+        program, ids, attention_mask=mask, max_new_tokens=count, eos_token_id=None, **options
+    )
+    assert torch.equal(found[:, : ids.shape[1]], ids)
+    return found[:, ids.shape[1] :]
+
+
+SEEN: dict[str, int] = {}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_text_is_that_of_transformers(name: str, captured: Callable[[str], Program]) -> None:
+    """Three rows side by side, one of a single token, padded on the left, and the first of them alone."""
+    program, model = varied(name, captured(name))
+    expected = reference(model, ROWS)
+    assert torch.equal(generated(program, ROWS), expected)
+    assert torch.equal(generated(program, ROWS[:1]), reference(model, ROWS[:1]))
+    SEEN[name] = max(len(set(row.tolist())) for row in expected)
+
+
+def test_the_texts_say_something() -> None:
+    """One token over and over would be equal whatever the caches held."""
+    if len(SEEN) == len(DECODERS):
+        assert sum(count >= 4 for count in SEEN.values()) >= 25, SEEN
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "gpt_oss", "deepseek_v3"])
+def test_forms_of_the_cache_agree(name: str, captured: Callable[[str], Program], tmp_path: Any) -> None:
+    """Growing, of fixed length, for trees, and after it was saved and loaded."""
+    program, model = varied(name, captured(name))
+    expected = reference(model, ROWS)
+    for text in (
+        "insert-kv-cache",
+        "insert-kv-cache{max_length=30}",
+        "insert-kv-cache{tree=true max_length=30}",
+    ):
+        made = graphopt.optimize(program, text)
+        assert torch.equal(generated(made, ROWS), expected), text
+    again = graphopt.load(made.save(tmp_path / "saved"))
+    assert torch.equal(generated(again, ROWS), expected)
+    with pytest.raises(UsageError, match="caches have 30 slots"):
+        generated(made, ROWS, 24)
+    with pytest.raises(graphopt.LoweringError, match="cache"):
+        made.save_pretrained(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "passes",
+    ["skip-layers{remove=1}", "fuse-projections", "fold-norms", "split-ffn{widths=[1/2 1]}",
+     "shard-tensor-parallel{size=2}", "shard-tensor-parallel{size=2}, drop-sync-points{fraction=1 allow_no_match=true}"],
+)  # fmt: skip
+def test_after_other_passes(passes: str, captured: Callable[[str], Program]) -> None:
+    """The cached form of a changed program writes what the changed program writes, computed whole each time."""
+    program, _ = varied("llama", captured("llama"))
+    data = [{"input_ids": torch.randint(3, 100, (2, 9))} for _ in range(2)]
+    changed = graphopt.optimize(program, passes, data=data)
+    row = list(ROWS[0])
+    for _ in range(8):
+        row.append(int(changed(input_ids=torch.tensor([row]))["logits"][0, -1].argmax()))
+    assert generated(changed, ROWS[:1], 8)[0].tolist() == row[len(ROWS[0]) :]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    rows=st.integers(1, 3),
+    name=st.sampled_from(["mistral", "gemma2", "falcon_alibi"]),
+    seed=st.integers(0, 99),
+)
+def test_any_pieces_give_the_whole(
+    pieces: list[int], rows: int, name: str, seed: int, captured_programs: Any
+) -> None:
+    """Logits of pieces are those of all tokens at once, whatever the pieces."""
+    program = captured_programs(name)
+    made = program.derived("test cache", lambda: graphopt.optimize(program, "insert-kv-cache"))
+    ids = torch.randint(3, 100, (rows, sum(pieces)), generator=torch.Generator().manual_seed(seed))
+    whole = program(input_ids=ids)["logits"]
+    decoder = CachedDecoder(made, rows, sum(pieces) + 2)
+    found = []
+    for part in ids.split(pieces, dim=1):
+        found.append(decoder.extend(part)["logits"])
+        decoder.advance([part.shape[1]] * rows)
+    assert torch.allclose(torch.cat(found, 1), whole, atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def captured_programs(captured: Callable[[str], Program]) -> Callable[[str], Program]:
+    return captured
+
+
+def test_wrong_caches_are_caught(captured: Callable[[str], Program]) -> None:
+    """The comparison in pieces must see a token stored in a wrong slot, and one seen that should not be."""
+    program = captured("llama")
+    made = graphopt.optimize(program, "insert-kv-cache", verify="off")
+    assert compare_with_cache(program, made).error < 1e-12
+    for operator, change in (
+        ("graphopt.cache_store", lambda node: (node.args[0], node.args[1], shifted(node))),
+        ("graphopt.cache_visible", lambda node: (shifted(node, 0), *node.args[1:])),
+    ):
+        broken = made.copy()
+
+        def shifted(node: Any, place: int = 2, broken: Program = broken) -> Any:
+            with broken.edit.before(node):
+                return broken.edit.call(torch.ops.aten.add.Tensor, node.args[place], 1)
+
+        node = next(n for n in broken.nodes if is_operator(n, operator))
+        node.args = change(node)
+        broken.changed()
+        assert not compare_with_cache(program, broken).error < 1e-3, operator
+
+
+def test_what_has_no_such_form_is_refused(captured: Callable[[str], Program]) -> None:
+    for name, reason in (
+        ("bert", "sees later tokens"),
+        ("t5", "takes|later tokens|elsewhere"),
+        ("vit", "its rows have 3"),
+    ):
+        with pytest.raises(PassRefusedError, match=reason):
+            graphopt.optimize(captured(name), "insert-kv-cache")
+    with pytest.raises(PassRefusedError, match="positions for 64 tokens, 65 are more"):
+        graphopt.optimize(captured("mpt"), "insert-kv-cache{max_length=65}")
+    done = graphopt.optimize(captured("llama"), "insert-kv-cache")
+    with pytest.raises(graphopt.PipelineError):
+        graphopt.optimize(done, "insert-kv-cache")
+
+
+class Mixing(nn.Module):
+    """A decoder that also takes the mean of all tokens up to each, which no cache of keys carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(8, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, -1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        return self.head(x + x.cumsum(1))
+
+
+def test_tokens_that_meet_elsewhere_are_noticed() -> None:
+    program = graphopt.capture(Mixing().eval(), {"input_ids": torch.randint(0, 20, (2, 6))})
+    with pytest.raises(PassRefusedError, match="meet elsewhere than in attention"):
+        graphopt.optimize(program, "insert-kv-cache")
+    made = program.copy()
+    InsertKVCache()._insert(made)
+    with pytest.raises(ContractError, match="pieces differs"):
+        InsertKVCache().check(program, made, PassReport("insert-kv-cache", "", ""))
+
+
+def test_bad_input_is_said(captured: Callable[[str], Program]) -> None:
+    program = captured("llama")
+    for given_, message in (
+        ({"input_ids": [[101]]}, "token 101, the program knows 0 to 100"),
+        ({"input_ids": [[]]}, "at least one token"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, "1 dimensions"),
+        ({"input_ids": [[3]], "temperature": -1.0}, "0 or more"),
+        ({"input_ids": [[3]], "top_p": 0.0}, "above 0"),
+        ({"input_ids": [[3]], "strategy": "medusas"}, "no strategy"),
+        ({"input_ids": [[3]], "dtype": "int8"}, "dtype is"),
+        ({"input_ids": [[3]], "eos_token_id": "none"}, "eos_token_id is 'none'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            graphopt.generate(program, **{"max_new_tokens": 4, **given_})
+    with pytest.raises(UsageError, match="positions for 64"):
+        graphopt.generate(captured("gpt2"), [[3]], max_new_tokens=64)
