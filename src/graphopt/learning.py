@@ -124,7 +124,10 @@ def train(
         module, numbered, made.loss, settings, work_dir=work_dir, device=where, measure=measure,
         measure_every=measure_every, save_every=save_every, progress=progress,
     )  # fmt: skip
-    done = made.finish(program, module)
+    judged = (
+        rows if validation is None else _batches(program, validation, batch, length, sequences, settings.seed)
+    )
+    done = made.after(made.finish(program, module), judged[:4])
     done.history.append(
         {
             "recipe": _text(method),

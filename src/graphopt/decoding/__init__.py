@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .drafters import DraftProgram, PromptLookup, TokenRecycling
+from .drafters import DraftProgram, EarlyExit, MultiTokenHeads, PromptLookup, TokenRecycling
 from .drafts import Draft, Drafter
 from .plain import continuations
 from .sampling import Sampling
@@ -12,6 +12,8 @@ __all__ = [
     "Draft",
     "DraftProgram",
     "Drafter",
+    "EarlyExit",
+    "MultiTokenHeads",
     "PromptLookup",
     "Sampling",
     "Statistics",

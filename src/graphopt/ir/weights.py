@@ -157,6 +157,18 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """A tensor of zeros, made when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        """Return zeros."""
+        return torch.zeros(self.shape, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
 class Weight:
     """A tensor of the model: its name, the names tied to it, and where its values are.
 

@@ -40,7 +40,9 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     if spec.dtype.is_floating_point:
         given = torch.randn(shape, generator=generator, dtype=torch.float64)
     else:
-        given = torch.randint(0, vocabulary(whole, facts["tokens"]), shape, generator=generator).to(spec.dtype)
+        given = torch.randint(0, vocabulary(whole, facts["tokens"]), shape, generator=generator).to(
+            spec.dtype
+        )
     expected = interpret(wide, wide.bind((), {facts["tokens"]: given}))
     worst: Difference | None = None
     state = empty_caches(cut, 2, capacity, torch.float64)

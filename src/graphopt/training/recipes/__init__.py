@@ -11,9 +11,12 @@ from .base import Batch, Method, Recipe, called, imitation, language_loss, maske
 from .duo import DuoDistil, DuoRouters
 from .dynamoe import DynaMoE, difficulty
 from .language import Language
+from .medusa import Medusa, head_loss
 from .phds import PHDS
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa)
+}
 
 
 def find_method(name: str, options: dict[str, Any]) -> Method:
@@ -33,6 +36,6 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
 
 
 __all__ = [
-    "METHODS", "PHDS", "Batch", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "Method", "Recipe", "called",
-    "difficulty", "find_method", "imitation", "language_loss", "masked_mean",
+    "METHODS", "PHDS", "Batch", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "Medusa", "Method", "Recipe", "called",
+    "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ class Recipe:
             targets are computed here, random choices drawn from torch's own generator.
         trainable: tells by a parameter's name whether it is trained.
         form: the program as it is trained; None where the loop brings a module of its own.
+        after: writes down in the trained program what is measured of it on some batches.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Recipe:
     transform: Callable[..., Batch] = lambda batch, done=0.0: batch
     trainable: Callable[[str], bool] = lambda name: True
     form: Program | None = None
+    after: Callable[[Program, Sequence[Batch]], Program] = lambda program, batches: program
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Let gradients reach what is trained, and nothing else.

@@ -1,0 +1,77 @@
+"""Candidates from the program's own first layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...ir.errors import UsageError
+from ..cached import CachedDecoder
+from ..drafts import Draft, Drafter
+from ..sampling import Sampling, draw
+
+
+class EarlyExit(Drafter):
+    """Proposes what an exit after some layers says (arXiv 2404.16710); those layers' caches are the program's own.
+
+    Args:
+        tokens: how many are proposed.
+        output: which exit; the only one if left out.
+        threshold: stop where the exit's most likely token has less than this probability.
+
+    Raises:
+        UsageError: fewer than one token.
+    """
+
+    name = "early-exit"
+
+    def __init__(self, tokens: int = 3, output: str | None = None, threshold: float = 0.0):
+        if tokens < 1 or not 0 <= threshold <= 1:
+            raise UsageError("early-exit: tokens is at least 1, threshold from 0 to 1")
+        self.room, self.output, self.threshold = tokens, output, threshold
+
+    def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Find the exit.
+
+        Raises:
+            UsageError: the program has none, or several and none is named.
+        """
+        super().begin(decoder, rows, sampling)
+        exits = list(decoder.program.facts.get("early_exits", {}))
+        if not exits:
+            raise UsageError("this program has no exits", hint="attach-early-exit adds them")
+        if self.output is None and len(exits) > 1:
+            raise UsageError(f"this program has the exits {', '.join(exits)}", hint="say which: output=...")
+        if self.output is not None and self.output not in exits:
+            raise UsageError(f"this program has no exit {self.output!r}, but {', '.join(exits)}")
+        self.exit = self.output or exits[0]
+        self.generator = torch.Generator().manual_seed(0)
+
+    def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
+        """Continue all rows by the first layers; what they store is written again when all layers decide."""
+        tokens: list[list[int]] = [[] for _ in rows]
+        odds: list[list[torch.Tensor]] = [[] for _ in rows]
+        going = [deep > 0 for deep in room]
+        last = [row[-1] for row in rows]
+        for step in range(min(self.room, max(room))):
+            ids = torch.tensor([[token] for token in last], device=self.decoder.device)
+            logits = self.decoder.extend(ids, outputs=(self.exit,))[self.exit][:, -1].cpu()
+            self.decoder.advance([1] * len(rows))
+            for number in range(len(rows)):
+                if not going[number] or step >= room[number]:
+                    continue
+                likely = logits[number].double().softmax(-1)
+                if self.threshold and float(likely.max()) < self.threshold:
+                    going[number] = False
+                    continue
+                if self.sampling.greedy:
+                    token = int(logits[number].argmax())
+                else:
+                    odds[number].append(self.sampling.distribution(logits[number]))
+                    token = draw(odds[number][-1], self.generator)
+                tokens[number].append(token)
+                last[number] = token
+            if not any(going):
+                break
+        return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]

@@ -1,0 +1,115 @@
+"""Candidates from heads that predict several tokens (Medusa, arXiv 2401.10774)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from ...ir.errors import UsageError
+from ..cached import CachedDecoder
+from ..drafts import Draft, Drafter, Seen
+from ..sampling import Sampling
+
+OUTPUT = "multi_token_logits"
+ASSUMED = (0.55, 0.15, 0.07, 0.04, 0.03, 0.02)
+"""Share of right predictions by rank that a tree is built for where nothing was measured; halved with each depth."""
+
+
+class MultiTokenHeads(Drafter):
+    """Proposes a tree of what the heads hold likely after the last accepted token.
+
+    The tree has the ``nodes`` most promising paths of ranks, by the measured accuracy of each head and rank; a
+    candidate's parent is always there. Nothing is padded: a row has as many candidates as its tree.
+
+    Args:
+        nodes: how many candidates.
+        accuracy: (heads, ranks), how often each head's prediction of each rank is right; measured or assumed if
+            left out.
+
+    Raises:
+        UsageError: fewer than one node.
+    """
+
+    name = "multi-token-heads"
+    outputs = (OUTPUT,)
+
+    def __init__(self, nodes: int = 8, accuracy: Sequence[Sequence[float]] | None = None):
+        if nodes < 1:
+            raise UsageError("multi-token-heads: nodes is at least 1")
+        self.room, self.accuracy = nodes, accuracy
+
+    def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Build the tree.
+
+        Raises:
+            UsageError: the program has no heads.
+        """
+        super().begin(decoder, rows, sampling)
+        facts = decoder.program.facts.get("multi_token_heads")
+        if not isinstance(facts, dict) or OUTPUT not in decoder.program.outputs:
+            raise UsageError(
+                "this program has no multi-token heads", hint="attach-multi-token-heads adds them"
+            )
+        heads = int(facts["heads"])
+        measured = self.accuracy or facts.get("accuracy")
+        if measured is None:
+            measured = [[a / 2**depth for a in ASSUMED] for depth in range(heads)]
+        self.paths = best_paths(measured[:heads], self.room)
+        self.ranks = 1 + max(path[-1] for path in self.paths)
+        self.next: list[torch.Tensor | None] = [None] * len(rows)
+
+    def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
+        """Keep what the heads say at the last accepted token."""
+        self.next[number] = seen.outputs[OUTPUT][seen.path[-1]].topk(self.ranks, dim=-1).indices.cpu()
+
+    def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
+        """Fill the tree."""
+        said = self.next[number]
+        if said is None:
+            return Draft()
+        place = {path: node for node, path in enumerate(self.paths)}
+        tokens = [int(said[len(path) - 1, path[-1]]) for path in self.paths]
+        return Draft(tokens, [place.get(path[:-1], -1) for path in self.paths])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        self.next = [self.next[row] for row in rows]
+
+
+def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
+    """Return the paths of ranks most likely to be right, parents before children.
+
+    A path's chance is taken to be the product of its steps'; a path is never likelier than its parent, nor than the
+    same path with a better last rank, so the best ones are found by growing the best so far.
+
+    Args:
+        accuracy: (heads, ranks).
+        nodes: how many paths.
+    """
+    heap: list[tuple[float, tuple[int, ...]]] = [(-float(accuracy[0][0]), (0,))]
+    found: list[tuple[int, ...]] = []
+    while heap and len(found) < nodes:
+        chance, path = heapq.heappop(heap)
+        if chance == 0.0:
+            break
+        found.append(path)
+        depth, rank = len(path) - 1, path[-1]
+        if rank + 1 < len(accuracy[depth]) and accuracy[depth][rank]:
+            ratio = min(1.0, accuracy[depth][rank + 1] / accuracy[depth][rank])
+            heapq.heappush(heap, (chance * ratio, (*path[:-1], rank + 1)))
+        if depth + 1 < len(accuracy):
+            heapq.heappush(heap, (chance * min(1.0, float(accuracy[depth + 1][0])), (*path, 0)))
+    return found or [(0,)]
+
+
+def expected_tokens(accuracy: Sequence[Sequence[float]], paths: Sequence[tuple[int, ...]]) -> float:
+    """Return how many tokens a step commits on average, the program's own counted, if heads are right as often as said."""
+    total = 1.0
+    for path in paths:
+        chance = 1.0
+        for depth, rank in enumerate(path):
+            chance *= float(accuracy[depth][rank])
+        total += chance
+    return total

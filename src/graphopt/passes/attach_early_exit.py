@@ -1,0 +1,133 @@
+"""What a decoder would say after some of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..ir.errors import PassRefusedError
+from ..ir.extract import extract
+from ..ir.option import option
+from ..ir.program import Program
+from .base import Pass
+from .contracts import AddsOutputs
+from .heads import find_head, repeat_way
+from .plan import Plan, Refused, Site
+
+if TYPE_CHECKING:
+    from .context import Context
+
+OUTPUT = "exit_logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachEarlyExit(Pass):
+    """Read the residual stream after a layer through the final norm and head, as one more output.
+
+    ``exit_logits`` (batch, sequence, vocabulary), or ``exit_logits_3``, ``exit_logits_7`` for several layers. Nothing
+    is added to the weights. Decoding drafts with it: the first layers propose, all layers decide, and both share one
+    cache.
+    """
+
+    name = "attach-early-exit"
+    contract = AddsOutputs()
+    paper = "arXiv 2404.16710, 2504.05598"
+    provides = ("early_exit",)
+    excludes = ("early_exit",)
+    trial = {"layers": [0]}  # noqa: RUF012
+
+    layers: list[int] | None = option(  # noqa: RUF009
+        None,
+        help="numbers of the layers after which the stream is read, from 0; a third of the way if not given",
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find the layers and the head."""
+        plan = Plan()
+        head = find_head(program)
+        layers = program.anatomy.layers
+        if isinstance(head, str):
+            plan.refused.append(Refused("head", head, ""))
+            return plan
+        chosen = self.layers if self.layers is not None else [max(0, len(layers) // 3 - 1)]
+        wrong = [n for n in chosen if not 0 <= n < len(layers) - 1]
+        if wrong or len(set(chosen)) != len(chosen):
+            raise PassRefusedError(
+                f"{self.name}: {'layer ' + str(wrong[0]) if wrong else 'a layer twice'}; "
+                f"exits lie after different layers from 0 to {len(layers) - 2}"
+            )
+        for number in sorted(chosen):
+            name = OUTPUT if len(chosen) == 1 else f"{OUTPUT}_{number}"
+            plan.sites.append(Site(layers[number].name, layer=number, output=name))
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Copy the way from the stream to the logits for each exit."""
+        head = find_head(program)
+        layers = list(program.anatomy.layers)
+        for site in plan.sites:
+            assert not isinstance(head, str)
+            copies: dict[fx.Node, fx.Node] = {head.stream: layers[int(site["layer"])].writes}
+            with program.edit.after(head.way[-1]):
+                repeat_way(program, head.way, copies)
+            program.add_output(str(site["output"]), copies[head.logits])
+        if plan.sites:
+            program.facts["early_exits"] = {str(s["output"]): int(s["layer"]) for s in plan.sites}
+            program.facts.setdefault(
+                "unwritable", "a checkpoint names no exits; write it before attach-early-exit"
+            )
+
+
+def split_at(program: Program, layer: int) -> tuple[Program, Program]:
+    """Return the layers up to one, and those after it; one after the other they compute the same bits.
+
+    Args:
+        program: a decoder.
+        layer: number of the last layer of the first part.
+
+    Returns:
+        A program with the output ``hidden`` (batch, sequence, size), and one that takes it with the other inputs.
+
+    Raises:
+        PassRefusedError: there is no such layer, or nothing after it.
+    """
+    layers = program.anatomy.layers
+    if not 0 <= layer < len(layers) - 1:
+        raise PassRefusedError(
+            f"a program of {len(layers)} layers is split after one from 0 to {len(layers) - 2}"
+        )
+    value = layers[layer].writes
+    first = extract(program, {}, {"hidden": value})
+    second = extract(program, {"hidden": value}, dict(program.outputs))
+    return first, second
+
+
+def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Return for each layer but the last how often its exit's most likely token is the program's own.
+
+    Args:
+        program: a decoder without exits.
+        batch: inputs by name.
+
+    Raises:
+        PassRefusedError: it has no head that could read a layer.
+    """
+    from ..ir.execute import interpret
+
+    count = len(program.anatomy.layers)
+    if count < 2:
+        return []
+    done = program.copy()
+    step = AttachEarlyExit(layers=list(range(count - 1)))
+    plan = step.plan(done, None)  # type: ignore[arg-type]
+    if not plan.sites:
+        raise PassRefusedError(f"no exit: {plan.refused[0].reason}")
+    step.rewrite(done, plan)
+    found = interpret(done, done.bind((), batch))
+    mask = batch.get("attention_mask")
+    seen = torch.ones(found["logits"].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    best = found["logits"].argmax(-1)
+    return [float((found[str(s["output"])].argmax(-1) == best)[seen].float().mean()) for s in plan.sites]

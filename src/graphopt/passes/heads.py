@@ -1,0 +1,97 @@
+"""Where a decoder's logits come from, for passes that add outputs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..ir.execute import needed_for
+from ..ir.schema import arguments, is_operator
+
+if TYPE_CHECKING:
+    from ..ir.program import Program
+
+
+@dataclass(frozen=True)
+class Head:
+    """The way from the residual stream to the logits.
+
+    Attributes:
+        logits: (batch, sequence, vocabulary).
+        projection: the linear that has the vocabulary for its width.
+        hidden: (batch, sequence, size), what it reads.
+        stream: the last value of the stream.
+        way: the operators between the stream and the logits, in order.
+    """
+
+    logits: fx.Node
+    projection: fx.Node
+    hidden: fx.Node
+    stream: fx.Node
+    way: tuple[fx.Node, ...]
+
+
+def find_head(program: Program) -> Head | str:
+    """Return a decoder's head, or why there is none."""
+    logits = program.outputs.get("logits")
+    if logits is None:
+        return "it returns no logits"
+    vocabulary = logits.meta["val"].shape[-1]
+    wide = [
+        n
+        for n in program.anatomy.head
+        if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary
+    ]
+    if not wide:
+        return "no linear makes its logits"
+    if not program.anatomy.streams:
+        return "no residual stream was recognised"
+    ends = {s.blocks[-1].writes for s in program.anatomy.streams if s.blocks}
+    ends |= {s.blocks[-1].add for s in program.anatomy.streams if s.blocks}
+    back = needed_for([logits], dict.fromkeys(ends))
+    reached = [n for n in program.graph.nodes if n in ends and n in back]
+    if not reached:
+        return "its logits do not come from the end of a residual stream"
+    stream = reached[-1]
+    descending = {stream}
+    way = []
+    for node in program.graph.nodes:
+        if node in back and node is not stream and any(n in descending for n in node.all_input_nodes):
+            descending.add(node)
+            way.append(node)
+    projection = wide[-1]
+    hidden = arguments(projection)["input"]
+    if not isinstance(hidden, fx.Node) or hidden.meta["val"].dim() != 3 or projection not in descending:
+        return "its head does not read (batch, sequence, size)"
+    return Head(logits, projection, hidden, stream, tuple(way))
+
+
+def value_size(node: fx.Node) -> int:
+    """Return the number of channels of a value."""
+    size = node.meta["val"].shape[-1]
+    assert isinstance(size, int)
+    return size
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """Return the type of a value."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.Node]) -> None:
+    """Call the operators of a way again on other values; new nodes are inserted at the insertion point.
+
+    Args:
+        program: whose graph it is.
+        way: operators in order; those that read nothing that changes are left out.
+        now: what takes the place of what; what the operators give is added.
+    """
+    for node in way:
+        if node not in now and any(n in now for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: now.get(n, n))
+            now[node] = program.edit.call(node.target, *args, **kwargs)

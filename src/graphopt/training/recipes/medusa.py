@@ -1,0 +1,128 @@
+"""Heads learn to predict the tokens after the next (Medusa, arXiv 2401.10774)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...ir.errors import UsageError
+from ...ir.execute import interpret
+from ...ir.option import option
+from ...ir.program import Program
+from .base import Batch, Method, Recipe, called, language_loss, masked_mean
+
+OUTPUT = "multi_token_logits"
+PREFIX = "multi_token_heads."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medusa(Method):
+    """Sum over heads k of ``decay^k`` times the cross-entropy of the token k + 2 places on.
+
+    Medusa-1 trains the heads alone, the model stays as it is. ``joint`` is Medusa-2: the model is trained with them,
+    on its own loss plus ``joint_weight`` times the heads'. ``targets=model`` lets heads learn what the model itself
+    would say there (soft targets from its own logits), which needs no text that it was trained on.
+    """
+
+    name = "medusa"
+    paper = "arXiv 2401.10774"
+
+    decay: float = option(0.8, help="weight of each further head", source="paper", low=0, high=1)
+    targets: str = option("text", help="what heads learn to say", choices=("text", "model"))
+    joint: bool = option(False, help="train the model as well (Medusa-2)")
+    joint_weight: float = option(
+        0.2, help="weight of the heads' loss where the model is trained", source="recalled", low=0
+    )
+
+    def recipe(self, program: Program) -> Recipe:
+        """Return the recipe for a program that went through attach-multi-token-heads."""
+        if OUTPUT not in program.outputs:
+            raise UsageError(
+                "this program has no multi-token heads", hint="run the pass attach-multi-token-heads first"
+            )
+
+        def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+            found = called(module, batch)
+            heads = head_loss(found[OUTPUT], found["logits"], batch, self.decay, self.targets == "model")
+            return language_loss(found, batch) + self.joint_weight * heads if self.joint else heads
+
+        names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
+        return Recipe(
+            self.name, loss, trainable=lambda name: self.joint or name in names, form=program, after=with_accuracy
+        )  # fmt: skip
+
+
+def with_accuracy(program: Program, batches: Sequence[Batch]) -> Program:
+    """Return the program with how often each head's predictions are right: what decoding builds its tree from."""
+    measured = program.copy()
+    measured.facts["multi_token_heads"] = {
+        **program.facts["multi_token_heads"], "accuracy": head_accuracy(program, batches)
+    }  # fmt: skip
+    return measured
+
+
+def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) -> list[list[float]]:
+    """Return (heads, ranks): how often the prediction of each rank is what the model itself says at that place.
+
+    A head is asked at places where all before it were right in the text, so rates are those that a tree meets only
+    if depths are independent; they are measured on the model's own most likely tokens, not on the text.
+    """
+    right: torch.Tensor | None = None
+    counted = 0.0
+    for batch in batches:
+        inputs = {n: batch[n] for n in program.signature.inputs if n in batch}
+        found = interpret(program, program.bind((), inputs))
+        said, own = found[OUTPUT], found["logits"].argmax(-1)
+        heads = said.shape[2]
+        if own.shape[1] <= heads + 1:
+            continue
+        mask = batch.get("attention_mask", torch.ones_like(own)).bool()
+        best = said.topk(min(ranks, said.shape[-1]), dim=-1).indices
+        last = own.shape[1] - heads - 1
+        seen = mask[:, :last] & mask[:, heads + 1 :]
+        hits = torch.stack(
+            [
+                (best[:, :last, k] == own[:, k + 1 : k + 1 + last, None])[seen].double().sum(0)
+                for k in range(heads)
+            ]
+        )
+        right = hits if right is None else right + hits
+        counted += float(seen.sum())
+    if right is None or not counted:
+        raise UsageError("rows are too short to measure the heads on", hint="longer rows of data")
+    return [[round(float(x), 4) for x in row] for row in right / counted]
+
+
+def head_loss(
+    said: torch.Tensor, logits: torch.Tensor, batch: Batch, decay: float, from_model: bool = False
+) -> torch.Tensor:
+    """Return the heads' loss.
+
+    Args:
+        said: (batch, sequence, heads, vocabulary).
+        logits: (batch, sequence, vocabulary), of the model.
+        batch: with ``input_ids``; positions count whose target is no padding.
+        decay: weight of each further head.
+        from_model: targets are the model's own distributions at the places before them, instead of the text.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    total = said.new_zeros((), dtype=torch.float32)
+    for head in range(said.shape[2]):
+        ahead = head + 2
+        if ids.shape[1] <= ahead:
+            break
+        mine = said[:, :-ahead, head].float().transpose(1, 2)
+        # the model's logits at a place are about the token after it
+        target = (
+            logits[:, ahead - 1 : -1].detach().float().softmax(-1).transpose(1, 2)
+            if from_model
+            else ids[:, ahead:]
+        )
+        each = F.cross_entropy(mine, target, reduction="none")
+        counted = {} if mask is None else {"attention_mask": mask[:, ahead:] * mask[:, :-ahead]}
+        total = total + decay**head * masked_mean(each, counted)
+    return total
