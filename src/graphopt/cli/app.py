@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from .app_generate import generate
+from .options import Checkpoint, Data, Json, Length, Output, Pipeline, Seed, Sequences, Trust, WorkDir
+
 app = typer.Typer(
     name="graphopt",
     help="Change the structure of a trained model by checked passes over one graph.",
@@ -13,28 +16,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Checkpoint = Annotated[
-    str, typer.Argument(help="A Hugging Face folder or cached id, a saved program, or a .pt2 file.")
-]
-Pipeline = Annotated[
-    str | None,
-    typer.Option("-p", "--passes", help="Passes, e.g. 'fuse-projections, skip-layers{remove=2}'."),
-]
-Data = Annotated[
-    str | None, typer.Option("--data", help="Calibration and judging data: .jsonl, .txt or .npz.")
-]
-Sequences = Annotated[int, typer.Option("--sequences", help="Rows of data at most.", min=1)]
-Length = Annotated[int, typer.Option("--length", help="Tokens a row at most.", min=2)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Read a .pt2 file although reading can run code from it.")
-]
-WorkDir = Annotated[
-    str | None, typer.Option("--work-dir", help="Where scores are kept, so that a run can go on.")
-]
-Output = Annotated[str, typer.Option("-o", "--output", help="Where to write.")]
 
 
 @app.command()
@@ -45,13 +26,16 @@ def inspect(
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows for the cost.", min=1)] = 1,
     sequence: Annotated[int, typer.Option(help="Tokens a row for the cost.", min=1)] = 128,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Show how good an exit after each layer would be on this.")
+    ] = None,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Show blocks and the evidence for them, cost, and what each pass could do."""
     from .inspecting import inspect_checkpoint
 
-    inspect_checkpoint(checkpoint, device, batch, sequence, as_json, trust)
+    inspect_checkpoint(checkpoint, device, batch, sequence, data, as_json, trust)
 
 
 @app.command()
@@ -196,12 +180,12 @@ def lower(
 @app.command()
 def export(
     program: Checkpoint,
-    to: Annotated[str, typer.Option("--to", help="huggingface or pt2.")],
+    to: Annotated[str, typer.Option("--to", help="huggingface, pt2, or medusa for the heads alone.")],
     output: Output,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
-    """Write a Hugging Face folder or a .pt2 file; it is read back and compared before it counts."""
+    """Write a Hugging Face folder, a .pt2 file or multi-token heads; they are read back and compared before they count."""
     from .leaving import export_program
 
     export_program(program, to, output, as_json, trust)
@@ -374,3 +358,6 @@ def sweep(
         program, data, dial, values, points, metric or [], against, (sequences, length, batch), csv, picture, work_dir,
         as_json, trust,
     )  # fmt: skip
+
+
+app.command()(generate)

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .app import Checkpoint, Json, Seed, Trust, app
+from .options import Checkpoint, Json, Seed, Trust
 
 
-@app.command()
 def generate(
     program: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="What to continue.")],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..frontends.data import read_data
 from ..ir.cost import cost
 from ..ir.errors import GraphoptError
 from ..ir.program import Program
 from ..ir.report import quantity
+from ..passes.attach_early_exit import exit_quality
 from ..passes.context import Context
 from ..passes.registry import find_pass, pass_locations
 from .output import show_json, table, text
@@ -15,7 +17,7 @@ from .sources import read_program
 
 
 def inspect_checkpoint(
-    source: str, device: str | None, batch: int, sequence: int, as_json: bool, trust: bool
+    source: str, device: str | None, batch: int, sequence: int, data: str | None, as_json: bool, trust: bool
 ) -> None:
     """Print what a checkpoint is made of."""
     program = read_program(source, trust)
@@ -28,6 +30,7 @@ def inspect_checkpoint(
     found = cost(program, sizes, device)
     anatomy = program.anatomy
     possible = what_passes_could_do(program)
+    exits = _exits(program, data) if data is not None else []
     if as_json:
         show_json(
             {
@@ -50,6 +53,7 @@ def inspect_checkpoint(
                 "operators": dict(program.operators),
                 "cost": found.as_dict(),
                 "passes": possible,
+                "exits": exits,
                 "unused_tensors": list(program.origin.unused),
                 "facts": {k: v for k, v in program.facts.items() if k.startswith("unraised")},
             }
@@ -79,11 +83,20 @@ def inspect_checkpoint(
         )
         + "\n"
     )
+    if exits:
+        shares = [(f"layer {n}", f"{share:.1%}") for n, share in enumerate(exits)]
+        table("Exits", ("after", "says what the whole program says"), shares)
     table(
         "Passes",
         ("pass", "could take", "refused"),
         [(p["pass"], p["could_take"], p["refused"]) for p in possible],
     )
+
+
+def _exits(program: Program, data: str) -> list[float]:
+    """Return for each layer but the last how often an exit after it is right, on the first rows of the data."""
+    batches, _ = read_data(program, data, sequences=8, length=256)
+    return exit_quality(program, batches[0])
 
 
 def _block_rows(program: Program) -> list[tuple[str, str, str]]:

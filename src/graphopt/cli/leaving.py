@@ -14,6 +14,7 @@ from ..ir.atomic import atomic_file
 from ..ir.errors import LoweringError, UsageError
 from ..ir.groups import rank
 from ..ir.infer import describe_value
+from ..passes.attach_multi_token_heads import write_heads
 from .output import note, show_json, text
 from .progress import Working, Written
 from .sources import read_program
@@ -65,8 +66,10 @@ def _lines(report: Any) -> str:
 
 def export_program(source: str, to: str, output: str, as_json: bool, trust: bool) -> None:
     """Write a Hugging Face folder or a .pt2 file."""
-    if to not in ("huggingface", "pt2"):
-        raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface or --to pt2")
+    if to not in ("huggingface", "pt2", "medusa"):
+        raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface, pt2 or medusa")
+    if to == "medusa" and not output.endswith(".safetensors"):
+        raise UsageError(f"{output} should end in .safetensors")
     if to == "pt2" and not output.endswith(".pt2"):
         raise UsageError(f"{output} should end in .pt2")
     program = read_program(source, trust)
@@ -79,11 +82,16 @@ def export_program(source: str, to: str, output: str, as_json: bool, trust: bool
             "checked": report.checked,
             "files": report.files,
         }
+    elif to == "medusa":
+        result = {"path": output, "tensors": write_heads(program, output), "errors": {}}
     else:
         result = {"path": output, "errors": _write_pt2(program, output)}
     if as_json:
         show_json(result)
     else:
+        if to == "medusa":
+            text(f"written: {output}, {len(result['tensors'])} tensors")
+            return
         worst = max(result["errors"].values(), default=0.0)
         text(f"written: {output}\nread back and compared: largest relative error {worst:.2g}")
 

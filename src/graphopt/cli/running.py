@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 
-from . import app_generate as _generate  # noqa: F401  adds its command
 from .app import app
 from .output import documents_shown, errors, show_json
 

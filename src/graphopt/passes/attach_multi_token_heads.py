@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..ir.errors import PassRefusedError
+from ..ir.errors import CheckpointError, PassRefusedError, UsageError
 from ..ir.fold import computed
 from ..ir.option import option
 from ..ir.program import Program
-from ..ir.safetensors_file import read_header
+from ..ir.safetensors_file import read_header, write_file
 from ..ir.schema import arguments
 from ..ir.weights import InMemory, TensorSource, Zeros
 from .base import Pass
@@ -128,22 +128,34 @@ def _copied(program: Program, matrix: fx.Node) -> TensorSource:
     return program.weights[matrix.name].source if matrix.op == "placeholder" else computed(program, matrix)[0]
 
 
-def head_tensors(program: Program) -> dict[str, torch.Tensor]:
-    """Return the heads' tensors under the names of the published layout.
+def write_heads(program: Program, path: str | Path) -> list[str]:
+    """Write the heads to a safetensors file of the published layout, read it back, and return the tensors' names.
 
     Raises:
-        PassRefusedError: the program has no heads.
+        UsageError: the program has no heads, or the file exists.
+        CheckpointError: what was read back is something else.
     """
     found = {
-        w.name.removeprefix(PREFIX + "."): w.source.load()
+        w.name.removeprefix(PREFIX + "."): w.source
         for w in program.weights.values()
         if w.name.startswith(PREFIX + ".")
     }
     if not found:
-        raise PassRefusedError(
-            "this program has no multi-token heads", hint="attach-multi-token-heads adds them"
-        )
-    return found
+        raise UsageError("this program has no multi-token heads", hint="attach-multi-token-heads adds them")
+    path = Path(path)
+    if path.exists():
+        raise UsageError(f"{path} exists already", hint="choose another place, or remove it")
+    beside = path.with_name(path.name + ".part")
+    try:
+        write_file(beside, found)
+        held = read_header(beside)
+        for name, source in found.items():
+            if not torch.equal(held[name].load(), source.load()):
+                raise CheckpointError(f"{name} was read back as something else")
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return sorted(found)
 
 
 def _given(

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...ir.execute import interpret
+from ...ir.fold import drop_unread_weights
+from ...ir.region import drawn_source
 from ...ir.retype import retyped
 from ...ir.schema import is_operator
+from ...ir.weights import Absent, numel
 from ..streaming import Difference, states_of
 
 if TYPE_CHECKING:
@@ -95,20 +98,35 @@ def vocabulary(program: Program, tokens: str) -> int:
     return min(found, default=2)
 
 
-def reduced(program: Program) -> Program:
-    """Return a program with one layer of each kind, where the whole would be large."""
-    total = sum(torch.Size(w.source.shape).numel() for w in program.weights.values())
-    if total < LARGE or len(program.anatomy.layers) < 3:
-        return program
-    small = program.copy()
-    seen: set[object] = set()
-    for layer in list(small.anatomy.layers):
-        kind = _kind(small, layer)
-        if kind in seen:
-            for block in reversed(layer.blocks):
-                small.remove(block)
-        seen.add(kind)
+def reduced(program: Program) -> Program | None:
+    """Return a program with one layer of each kind where the whole would be large; None where that is large too.
+
+    Weights that are not there are drawn.
+    """
+    small = program
+    if _elements(program) >= LARGE and len(program.anatomy.layers) > 2:
+        small = program.copy()
+        seen: set[object] = set()
+        for layer in list(small.anatomy.layers):
+            kind = _kind(small, layer)
+            if kind in seen:
+                for block in reversed(layer.blocks):
+                    small.remove(block)
+            seen.add(kind)
+        drop_unread_weights(small)
+    if _elements(small) >= 4 * LARGE:
+        return None
+    absent = [n for n, w in small.weights.items() if isinstance(w.source, Absent)]
+    if absent:
+        small = small.copy() if small is program else small
+        nodes = {n.name: n for n in small.weight_nodes}
+        for seed, name in enumerate(absent):
+            small.weights[name] = small.weights[name].with_source(drawn_source(nodes[name], seed))
     return small
+
+
+def _elements(program: Program) -> int:
+    return sum(numel(w.source.shape) for w in program.weights.values())
 
 
 def _kind(program: Program, layer: Layer) -> object:
