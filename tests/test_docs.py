@@ -51,7 +51,11 @@ def test_commands_of_the_readme_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *PAGES, *(ROOT / "docs" / n for n in ("architecture.md", "experts.md"))]:
+    for page in [
+        ROOT / "README.md",
+        *PAGES,
+        *(ROOT / "docs" / n for n in ("architecture.md", "experts.md", "decoding.md")),
+    ]:
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#:]+)\)", prose):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

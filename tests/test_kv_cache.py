@@ -118,6 +118,33 @@ def test_forms_of_the_cache_agree(name: str, captured: Callable[[str], Program],
         made.save_pretrained(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("form", ["max_length=30", "tree=true"])
+def test_onnx_runtime_writes_the_same(form: str, captured: Callable[[str], Program], tmp_path: Any) -> None:
+    """Prompt and tokens from one file, caches handed from step to step."""
+    import onnxruntime
+
+    program, model = varied("llama", captured("llama"))
+    made = graphopt.optimize(program, f"insert-kv-cache{{{form}}}")
+    made.lower("onnx", tmp_path / "decoder.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "decoder.onnx"))
+    names = [i.name for i in session.get_inputs()]
+    state = {n: torch.zeros(1, 2, 30, 8).numpy() for n in names if "_cache_" in n}
+    new, start = list(ROWS[0]), 0
+    written: list[int] = []
+    while len(written) < 12:
+        positions = torch.arange(start, start + len(new))[None]
+        given = {"input_ids": torch.tensor([new]), "position_ids": positions, "cache_slots": positions}
+        given["step_mask"] = torch.ones(1, len(new), len(new), dtype=torch.bool).tril()
+        fed = {n: given[n].numpy() for n in names if n in given}
+        values = session.run(None, {**fed, **state})
+        found = dict(zip([o.name for o in session.get_outputs()], values, strict=True))
+        state = {n: found[f"next_{n}"] for n in state}
+        start += len(new)
+        new = [int(found["logits"][0, -1].argmax())]
+        written.extend(new)
+    assert written == reference(model, ROWS[:1], 12)[0].tolist()
+
+
 @pytest.mark.parametrize(
     "passes",
     ["skip-layers{remove=1}", "fuse-projections", "fold-norms", "split-ffn{widths=[1/2 1]}",
@@ -196,6 +223,45 @@ def test_what_has_no_such_form_is_refused(captured: Callable[[str], Program]) ->
     done = graphopt.optimize(captured("llama"), "insert-kv-cache")
     with pytest.raises(graphopt.PipelineError):
         graphopt.optimize(done, "insert-kv-cache")
+
+
+class Biased(nn.Module):
+    """Attention with a bias for each pair of query and key, by their distance and, apart from it, by the query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.head = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(8, 20)
+        self.slopes = nn.Parameter(torch.tensor([0.3, -0.7]))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        batch, length = input_ids.shape
+        x = self.embed(input_ids)
+        q, k, v = self.qkv(x).view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        places = torch.arange(length)
+        distance = (places[:, None] - places[None]).float()
+        bias = self.slopes[:, None, None] * distance.abs().sqrt() * (1 + places[:, None] % 3)
+        bias = bias.masked_fill(distance < 0, float("-inf"))[None]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return {"logits": self.head(x + mixed.transpose(1, 2).reshape(batch, length, 8)) * 9}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("tree", ["", "tree=true "])
+@pytest.mark.parametrize("what", ["bias", "rotary"])
+def test_positions_that_are_no_input(what: str, tree: str, captured: Callable[[str], Program]) -> None:
+    """Tables for all places, read where tokens stand: of queries and keys, and of rotations."""
+    model = Biased().eval() if what == "bias" else zoo.make("llama").eval()
+    program = graphopt.capture(model, {"input_ids": torch.randint(3, 20, (2, 6))})
+    assert "position_ids" not in program.signature.inputs
+    made = graphopt.optimize(program, f"insert-kv-cache{{{tree}max_length=24}}")
+    rows = [[3, 5, 9, 4], [7]]
+    found = graphopt.generate(made, rows, max_new_tokens=9, eos_token_id=None)[:, 4:]
+    for number, row in enumerate(rows):
+        text = list(row)
+        for _ in range(9):
+            text.append(int(program(input_ids=torch.tensor([text]))["logits"][0, -1].argmax()))
+        assert found[number].tolist() == text[len(row) :]
+    assert what == "rotary" or len(set(found[0].tolist())) > 1
 
 
 class Mixing(nn.Module):

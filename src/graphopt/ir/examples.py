@@ -60,6 +60,9 @@ def example_inputs(
         shape = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
         if spec.dtype.is_floating_point:
             made[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(spec.dtype)
+        elif name == "step_mask":
+            # every new token sees those before it
+            made[name] = torch.ones(shape, dtype=spec.dtype).tril()
         elif "mask" in name:
             mask = torch.ones(shape, dtype=spec.dtype)
             hidden = shape[-1] // 3
@@ -68,7 +71,7 @@ def example_inputs(
             elif padding == "left" and hidden:
                 mask[0, ..., :hidden] = 0
             made[name] = mask
-        elif "position" in name:
+        elif "position" in name or name == "cache_slots":
             made[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
         elif spec.fill is not None and spec.fill.rule == "zeros":
             made[name] = torch.zeros(shape, dtype=spec.dtype)

@@ -213,7 +213,6 @@ class InsertKVCache(Pass):
             queries = table.meta["val"].shape[-2]
             if queries != 1:
                 table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
-                table = program.edit.call(aten.permute.default, table, [0, 2, 1, 3])
             if self.tree:
                 call = program.edit.call
                 keys = call(dialect.cache_positions.default, positions, slots, tables.capacity)
@@ -242,12 +241,6 @@ class InsertKVCache(Pass):
             gap = value.meta["val"].dim() - rows.meta["val"].dim()
             if gap > 0:
                 raise NotCausal(value, "its tokens are not where a batch can be put before them")
-        if dims[0] > 1:
-            # (batch, tokens, heads, ...) back to where the tokens were
-            order = list(range(2, rows.meta["val"].dim()))
-            order.insert(dims[0] - 1, 1)
-            with program.edit.before(first):
-                rows = program.edit.call(aten.permute.default, rows, [0, *order])
         for user in users:
             user.replace_input_with(value, rows)
         program.changed()
@@ -278,7 +271,7 @@ def _sites(decoder: Decoder) -> list[Site]:
             continue
         given = arguments(node)
         k, v = given["k"], given["v"]
-        if not given["causal"]:
+        if not given["causal"] and not decoder.hides_later(given["bias"]):
             raise NotCausal(node, "an attention sees later tokens")
         if decoder.has_length(k) != [2] or k not in decoder.moving:
             raise NotCausal(node, "the keys of an attention come from elsewhere than the row of tokens")

@@ -168,18 +168,34 @@ class Decoder:
 
     def sees_everything(self, mask: fx.Node) -> bool:
         """Tell whether a mask hides nothing when no input hides anything."""
-        region = cut(self.program, [mask], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
-        tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
-        if region.weights or not set(tensors) <= {*self.masks, *self.positions, *self.zeros}:
+        found = self._unpadded(mask)
+        return found is not None and bool(found.bool().all())
+
+    def hides_later(self, bias: Any) -> bool:
+        """Tell whether what is added to scores leaves nothing of later tokens when no input hides anything."""
+        if not isinstance(bias, fx.Node) or bias in self.moving:
             return False
+        found = self._unpadded(bias)
+        if found is None or found.dim() < 2 or found.shape[-1] != found.shape[-2]:
+            return False
+        later = torch.ones(found.shape[-2:], dtype=torch.bool).triu(1)
+        return bool((found[..., later] < -1e4).all())
+
+    def _unpadded(self, node: fx.Node) -> torch.Tensor | None:
+        """Compute a value for rows without padding; None where it depends on tokens."""
+        region = cut(self.program, [node], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
+        tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
+        if not set(tensors) <= {*self.masks, *self.positions, *self.zeros}:
+            return None
         sizes = {name: limits.hint for name, limits in self.program.signature.sizes.items()}
         values = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
-        for node in tensors:
-            shape = values[node.name].shape
-            values[node.name] = (
-                torch.arange(shape[-1]).expand(shape) if node in self.positions else torch.ones(shape).long()
+        for leaf in tensors:
+            shape = values[leaf.name].shape
+            numbers = torch.arange(shape[-1]).expand(shape)
+            values[leaf.name] = (
+                numbers if leaf in self.positions else torch.full(shape, int(leaf in self.masks))
             )
-        return bool(region.run(values, self._load)[0].bool().all())
+        return region.run(values, self._load)[0]
 
 
 class AtCapacity:
@@ -241,7 +257,8 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
     """Take the entries of a table at each token's position: (1, ..., capacity, ...) or without the leading 1.
 
     Returns:
-        The value with (batch, ..., tokens, ...): a leading 1 becomes the batch, or the batch is put in front.
+        The value with (batch, ..., tokens, ...): a leading 1 becomes the batch, or the batch is put in front; tokens stay
+        where they were.
 
     Raises:
         VerificationError: the table differs from row to row.
