@@ -14,6 +14,8 @@ from test_kv_cache import ROWS, generated, varied
 import graphopt
 from graphopt.decoding import DraftProgram, EarlyExit, MultiTokenHeads
 from graphopt.decoding.drafters import best_paths, expected_tokens
+from graphopt.decoding.drafters.multi_token_heads import best_size
+from graphopt.generation import with_cache
 from graphopt.ir.errors import CheckpointError, PassRefusedError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.weights import InMemory
@@ -185,6 +187,18 @@ def test_trees_hold_the_likeliest_paths_with_their_parents() -> None:
     assert chances[1] == pytest.approx(1.6)
     assert chances[3] == pytest.approx(1 + 0.6 + 0.3 + 0.2), "the best three are (0), (0, 0) and (1)"
     assert all(chances[n] <= chances[n + 1] + 1e-12 for n in range(1, 18))
+
+
+def test_trees_are_sized_for_a_device_and_a_batch(llama: Program) -> None:
+    """Tokens of a step are free while weights are read, and cost once the batch is large."""
+    heads = with_cache(graphopt.optimize(llama, "attach-multi-token-heads{heads=3}"))
+    accuracy = [[0.6, 0.2, 0.1, 0.05], [0.5, 0.2, 0.1, 0.05], [0.4, 0.2, 0.1, 0.05]]
+    alone, crowded = (best_size(heads, accuracy, "h200", batch, 64) for batch in (1, 4096))
+    assert alone > crowded
+    expected = generated(llama, ROWS)
+    assert torch.equal(generated(heads, ROWS, strategy=MultiTokenHeads(None, device="h200")), expected)
+    with pytest.raises(UsageError, match="how many nodes, or for which device"):
+        MultiTokenHeads(None)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "cohere", "mixtral"])

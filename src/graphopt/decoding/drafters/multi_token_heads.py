@@ -7,12 +7,17 @@ from collections.abc import Sequence
 
 import torch
 
+from ...ir.cost import cost
 from ...ir.errors import UsageError
+from ...ir.program import Program
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter, Seen
 from ..sampling import Sampling
 
 OUTPUT = "multi_token_logits"
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
+"""Numbers of candidates that are tried."""
+
 ASSUMED = (0.55, 0.15, 0.07, 0.04, 0.03, 0.02)
 """Share of right predictions by rank that a tree is built for where nothing was measured; halved with each depth."""
 
@@ -24,21 +29,27 @@ class MultiTokenHeads(Drafter):
     candidate's parent is always there. Nothing is padded: a row has as many candidates as its tree.
 
     Args:
-        nodes: how many candidates.
+        nodes: how many candidates; None for as many as the cost model finds best on ``device``.
         accuracy: (heads, ranks), how often each head's prediction of each rank is right; measured or assumed if
             left out.
+        device: the device that the number of candidates is chosen for; see ``graphopt devices``.
 
     Raises:
-        UsageError: fewer than one node.
+        UsageError: fewer than one node, or no number and no device.
     """
 
     name = "multi-token-heads"
     outputs = (OUTPUT,)
 
-    def __init__(self, nodes: int = 8, accuracy: Sequence[Sequence[float]] | None = None):
-        if nodes < 1:
+    def __init__(
+        self, nodes: int | None = 8, accuracy: Sequence[Sequence[float]] | None = None, device: str | None = None
+    ):  # fmt: skip
+        if nodes is not None and nodes < 1:
             raise UsageError("multi-token-heads: nodes is at least 1")
-        self.room, self.accuracy = nodes, accuracy
+        if nodes is None and device is None:
+            raise UsageError("multi-token-heads: say how many nodes, or for which device")
+        self.nodes, self.accuracy, self.on = nodes, accuracy, device
+        self.room = max(SIZES) if nodes is None else nodes
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Build the tree.
@@ -56,7 +67,10 @@ class MultiTokenHeads(Drafter):
         measured = self.accuracy or facts.get("accuracy")
         if measured is None:
             measured = [[a / 2**depth for a in ASSUMED] for depth in range(heads)]
-        self.paths = best_paths(measured[:heads], self.room)
+        nodes = self.nodes or best_size(
+            decoder.program, measured[:heads], str(self.on), len(rows), decoder.capacity
+        )
+        self.paths = best_paths(measured[:heads], nodes)
         self.ranks = 1 + max(path[-1] for path in self.paths)
         self.next: list[torch.Tensor | None] = [None] * len(rows)
 
@@ -102,6 +116,31 @@ def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[in
         if depth + 1 < len(accuracy):
             heapq.heappush(heap, (chance * min(1.0, float(accuracy[depth + 1][0])), (*path, 0)))
     return found or [(0,)]
+
+
+def best_size(
+    program: Program, accuracy: Sequence[Sequence[float]], device: str, batch: int, context: int
+) -> int:
+    """Return the number of candidates with the most tokens a second, by measured accuracy and the cost model.
+
+    Args:
+        program: with a cache and heads.
+        accuracy: (heads, ranks).
+        device: see ``graphopt devices``.
+        batch: rows that are computed together.
+        context: slots of the caches that are read.
+    """
+    shape = program.signature.inputs[program.facts["kv_cache"]["tokens"]].shape
+
+    def seconds(tokens: int) -> float:
+        sizes = {str(shape[0]): batch, str(shape[1]): tokens, "capacity": context}
+        known = {n: s for n, s in sizes.items() if n in program.signature.sizes}
+        found = cost(program, known, device).time_seconds
+        assert found is not None
+        return found
+
+    rates = {n: expected_tokens(accuracy, best_paths(accuracy, n)) / seconds(n + 1) for n in SIZES}
+    return max(rates, key=lambda n: rates[n])
 
 
 def expected_tokens(accuracy: Sequence[Sequence[float]], paths: Sequence[tuple[int, ...]]) -> float:
