@@ -225,6 +225,47 @@ def test_what_has_no_such_form_is_refused(captured: Callable[[str], Program]) ->
         graphopt.optimize(done, "insert-kv-cache")
 
 
+@pytest.mark.parametrize("layers", ["[1]", "[1 2]", "[0 3]"])
+def test_layers_skipped_while_decoding_alone(layers: str) -> None:
+    """All layers read the prompt; tokens after it pass the kept ones, over the caches that the prompt left there."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, initializer_range=0.3)
+    ).eval()  # fmt: skip
+    program = graphopt.capture(
+        model, {"input_ids": torch.randint(3, 100, (2, 6)), "attention_mask": torch.ones(2, 6).long()}
+    )
+    done = graphopt.optimize(program, f"skip-layers{{layers={layers} phase=decode}}")
+    ids = torch.tensor(ROWS[:1])
+    assert torch.equal(done(input_ids=ids)["logits"], program(input_ids=ids)["logits"])
+    fewer = graphopt.optimize(program, f"skip-layers{{layers={layers}}}")
+    assert torch.allclose(
+        done(input_ids=ids, decoding=1)["logits"], fewer(input_ids=ids)["logits"], atol=1e-5
+    )
+    # by hand: two programs, the caches of the kept layers handed over after the prompt
+    whole, short = (CachedDecoder(graphopt.optimize(p, "insert-kv-cache"), 1, 30) for p in (program, fewer))
+    token = int(whole.prefill(ROWS[:1])[0]["logits"].argmax())
+    kept = [n for n in range(4) if str(n) not in layers]
+    for name, buffer in short.buffers.items():
+        kind, _, number = name[0].rpartition("_")
+        source = next(b for key, b in whole.buffers.items() if key[0] == f"{kind}_{kept[int(number)]}")
+        buffer.copy_(source)
+    short.lengths = list(whole.lengths)
+    expected = [token]
+    while len(expected) < 12:
+        expected.append(int(short.extend(torch.tensor([[expected[-1]]]))["logits"][0, -1].argmax()))
+        short.advance([1])
+    assert generated(done, ROWS[:1], 12)[0].tolist() == expected
+    assert generated(done, ROWS, 12)[0].tolist() == expected, "another row changed it"
+    assert generated(done, ROWS[:1], 12, strategy="prompt-lookup")[0].tolist() == expected
+    assert expected != generated(program, ROWS[:1], 12)[0].tolist(), "the layers do nothing here"
+    with pytest.raises(graphopt.LoweringError):
+        done.save_pretrained("nowhere")
+
+
 class Biased(nn.Module):
     """Attention with a bias for each pair of query and key, by their distance and, apart from it, by the query."""
 

@@ -23,6 +23,10 @@ class CachedDecoder:
     Invariant: row ``b`` has ``lengths[b]`` tokens whose keys and values lie in the slots of their positions; whatever
     lies behind is never seen.
 
+    Attributes:
+        phased: the program skips layers while tokens are added to a prompt.
+        decoding: it does so from now on.
+
     Args:
         program: with a cache.
         batch: rows.
@@ -63,10 +67,12 @@ class CachedDecoder:
         self.device = torch.device(device)
         self.dials = {n: t.to(self.device) for n, t in settings_of(program, dials or {}).items()}
         self._loaded: dict[str, torch.Tensor] = {}
-        self._graphs: dict[tuple[str, ...], Running] = {}
+        self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (facts["logits"],))
+        self.phased = "decode_layers" in program.facts
+        self.decoding = not self.phased
         self.graph(self.outputs)
 
     @property
@@ -92,9 +98,11 @@ class CachedDecoder:
 
     def graph(self, outputs: Sequence[str]) -> Running:
         """Return the graph that computes these outputs; all of them share weights and caches."""
-        key = tuple(outputs)
+        key: tuple[str | bool, ...] = (*outputs, self.decoding)
         if key not in self._graphs:
-            made = Running(self.program, self.capacity, self._loaded, key, self.device)
+            made = Running(
+                self.program, self.capacity, self._loaded, outputs, self.device, decoding=self.decoding
+            )  # fmt: skip
             for buffer, (heads, size, dtype) in made.buffers.items():
                 if buffer not in self.buffers:
                     shape = (self.batch, heads, self.capacity, size)

@@ -98,6 +98,7 @@ class Running:
         loaded: weights by node name, shared with other graphs of the program; filled.
         outputs: names of outputs; nothing else is computed.
         device: where it runs.
+        decoding: leave out the layers that are skipped while tokens are added.
 
     Attributes:
         buffers: the caches it writes: heads and size of each.
@@ -105,9 +106,9 @@ class Running:
 
     def __init__(
         self, program: Program, capacity: int, loaded: dict[str, torch.Tensor], outputs: Iterable[str],
-        device: torch.device,
+        device: torch.device, decoding: bool = True,
     ):  # fmt: skip
-        self.device = device
+        self.device, self.decoding = device, decoding
         self.source = fold(runnable(program))
         self.capacity = capacity
         self.outputs = list(outputs)
@@ -149,6 +150,11 @@ class Running:
                 window = arguments(found["visible"])["window"]
                 kept = [found[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
                 target, args = attend, (self.step, *kept, window)
+            elif is_operator(node, "graphopt.skipped"):
+                kept = node.args[0 if self.decoding else 1]
+                assert isinstance(kept, fx.Node)
+                node.replace_all_uses_with(kept)
+                replaced[node] = kept
             if target is not None:
                 with graph.inserting_before(node):
                     made = graph.call_function(target, args)

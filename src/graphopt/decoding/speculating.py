@@ -175,7 +175,9 @@ class Loop:
     def _step(
         self, rows: list[list[int]], new: list[int], alive: list[int]
     ) -> tuple[list[list[int]], list[Seen]]:
-        drafts = self._drafts(rows, new)
+        # the last token of a prompt is read as the prompt is, by all layers
+        reading = self.decoder.phased and not self.decoder.decoding
+        drafts = [Draft() for _ in rows] if reading else self._drafts(rows, new)
         width = 1 + max(len(draft.tokens) for draft in drafts)
         began = time.perf_counter()
         names = [self.logits, *(self.drafter.outputs if self.drafter else ())]
@@ -192,6 +194,7 @@ class Loop:
             fed = 1 + len(draft.tokens)
             seen.append(Seen([row[-1], *draft.tokens], path, {n: v[place, :fed] for n, v in outputs.items()}))
         self.decoder.accept(paths)
+        self.decoder.decoding = True
         return commits, seen
 
     def _forward(

@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.option import option
-from ..ir.program import Program
+from ..ir.program import Dial, Program
 from .base import Pass
 from .checkpoint_layers import forget_removed
-from .contracts import Approximate, Contract
+from .contracts import Approximate, Contract, ExactAt
 from .layer_scores import choose, unified_rule
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
     from .context import Context
+
+
+PHASE = "decoding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class SkipLayers(Pass):
     2403.03853), ``angular`` the angle in half turns (arXiv 2403.17887), ``perplexity``, ``kl`` and ``cosine``
     what the whole model loses without the layer. ``one-shot`` removes the lowest-scored; ``greedy`` scores
     again after each removal; ``contiguous`` removes the best run of neighbours.
+
+    ``phase=decode`` leaves the layers in, for prompts: a dial ``decoding`` skips them for the tokens that follow, as
+    Unified Layer Skipping does it, and keys and values of the layers that are kept stay sound.
     """
 
     name = "skip-layers"
@@ -59,6 +66,11 @@ class SkipLayers(Pass):
     metric: str = option(
         "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
     )
+    phase: str = option(
+        "always",
+        help="when they are skipped: always, or decode, by a dial: all layers read the prompt",
+        choices=("always", "decode"),
+    )
 
     def validate(self) -> None:
         """Exactly one way of saying what goes."""
@@ -73,8 +85,8 @@ class SkipLayers(Pass):
             raise PipelineError(f"{self.name}: layers lists a number twice")
 
     def promises(self) -> Contract:
-        """Judged by the metric asked for."""
-        return Approximate(self.metric)
+        """Judged by the metric asked for; exact where prompts are read, if layers are skipped afterwards only."""
+        return ExactAt(PHASE, 0.0) if self.phase == "decode" else Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score units and choose."""
@@ -118,6 +130,11 @@ class SkipLayers(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Take the planned units out, last first, so that what an earlier one reads is still there."""
+        if self.phase == "decode":
+            _skip_while_decoding(
+                program, [u for u in units_of(program, self.unit) if u.name in {s.block for s in plan.sites}]
+            )
+            return
         units = {unit.name: unit for unit in units_of(program, self.unit)}
         layers = list(units.values())
         removed = [units[site.block] for site in plan.sites]
@@ -129,6 +146,29 @@ class SkipLayers(Pass):
         forget_removed(
             program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer"
         )
+
+
+def _skip_while_decoding(program: Program, units: list[Any]) -> None:
+    """Let a dial choose between what the units wrote and what they read."""
+    if not units:
+        return
+    phase = program.add_dial(PHASE, Dial(0.0, 0.0, 1.0, "0 while a prompt is read, 1 while tokens are added"))
+    now: dict[fx.Node, fx.Node] = {}
+    for unit in units:
+        writes = unit.writes
+        reads = now.get(unit.reads, unit.reads)
+        users = list(writes.users)
+        with program.edit.after(writes):
+            chosen = program.edit.call(torch.ops.graphopt.skipped.default, reads, writes, phase)
+        for user in users:
+            user.replace_input_with(writes, chosen)
+            program.edit.touched[user] = None
+        now[writes] = chosen
+    program.changed()
+    program.facts["decode_layers"] = [unit.name for unit in units]
+    program.facts.setdefault(
+        "unwritable", "layers are skipped while decoding alone, which a configuration cannot say"
+    )
 
 
 def units_of(program: Program, unit: str) -> list[Any]:

@@ -68,6 +68,9 @@ def origin(node: fx.Node, owner: dict[fx.Node, Stream]) -> Stream | None:
     for _ in range(12):
         if node in owner:
             return owner[node]
+        if is_operator(node, "graphopt.skipped"):
+            node = node.args[1]  # type: ignore[assignment]
+            continue
         if not is_operator(node, *TRANSPARENT, "aten.mul", "aten.add"):
             return None
         # a constant factor or offset on the stream leads back through its one changing operand

@@ -24,7 +24,7 @@ from .norm import rms_norm
 from .quantized import quantized_all_reduce, quantized_sum
 from .rotary import rotary
 from .routed_ffn import routed_ffn
-from .routing import active_experts, active_weights, choose_width, softened_weights
+from .routing import active_experts, active_weights, choose_width, skipped, softened_weights
 
 __all__ = [
     "DIALECT",
@@ -55,6 +55,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "routed_ffn",
+    "skipped",
     "soft_nested_ffn",
     "softened_weights",
     "unreduced",

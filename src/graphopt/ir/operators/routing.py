@@ -1,4 +1,4 @@
-"""What follows a router: a dial on the number of experts (arXiv 2509.23012), and on the width of nested ones."""
+"""What dials choose while a program runs: experts (arXiv 2509.23012), the width of nested ones, layers."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def active_weights(weights: Tensor, k: Tensor, renormalised: bool) -> Tensor:
         return left
     total = left.sum(-1, keepdim=True)
     return left * (weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total))
+
+
+@dialect_operator("skipped(Tensor before, Tensor after, Tensor phase) -> Tensor")
+def skipped(before: Tensor, after: Tensor, phase: Tensor) -> Tensor:
+    """Return a stream's value after some layers at phase 0, and before them at phase 1.
+
+    Args:
+        before: what the layers read.
+        after: what they wrote, of the same shape.
+        phase: a number, float64: 0 while a prompt is read, 1 while tokens are added to it.
+    """
+    return torch.where(phase.to(before.device) >= 0.5, before, after)
 
 
 @dialect_operator("choose_width(Tensor logits, Tensor delta) -> Tensor")
