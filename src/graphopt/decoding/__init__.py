@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .drafters import DraftProgram, EarlyExit, MultiTokenHeads, PromptLookup, TokenRecycling
+from .drafters import AttachedDraft, DraftProgram, EarlyExit, MultiTokenHeads, PromptLookup, TokenRecycling
 from .drafts import Draft, Drafter
 from .plain import continuations
 from .sampling import Sampling
 from .speculating import Statistics
 
 __all__ = [
+    "AttachedDraft",
     "Draft",
     "DraftProgram",
     "Drafter",

@@ -96,12 +96,13 @@ class CachedDecoder:
         cores = (n for n in self.program.nodes if is_operator(n, "graphopt.attention"))
         return any(arguments(core)["bias"] is not None for core in cores)
 
-    def graph(self, outputs: Sequence[str]) -> Running:
-        """Return the graph that computes these outputs; all of them share weights and caches."""
-        key: tuple[str | bool, ...] = (*outputs, self.decoding)
+    def graph(self, outputs: Sequence[str], taken: Sequence[str] = ()) -> Running:
+        """Return the graph that computes these outputs from others; all graphs share weights and caches."""
+        key: tuple[str | bool, ...] = (*outputs, self.decoding, *taken)
         if key not in self._graphs:
             made = Running(
-                self.program, self.capacity, self._loaded, outputs, self.device, decoding=self.decoding
+                self.program, self.capacity, self._loaded, outputs, self.device,
+                decoding=self.decoding, taken=taken,
             )  # fmt: skip
             for buffer, (heads, size, dtype) in made.buffers.items():
                 if buffer not in self.buffers:
@@ -113,6 +114,7 @@ class CachedDecoder:
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None,
         step_mask: torch.Tensor | None = None, outputs: Sequence[str] | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Compute new tokens and store their keys and values; rows grow only by :meth:`advance`.
 
@@ -122,8 +124,10 @@ class CachedDecoder:
             slots: (batch, tokens), where they are stored; the positions if left out.
             step_mask: (batch, tokens, tokens), which new token sees which, where positions do not tell.
             outputs: what to compute, if not the usual.
+            given: values of other inputs, and of outputs that are not to be computed but taken.
         """
-        running = self.graph(outputs or self.outputs)
+        taken = [name for name in given or {} if name in self.program.outputs]
+        running = self.graph(outputs or self.outputs, taken)
         placed = positions if slots is None else slots
         limit = int(placed.max()) + 1
         if limit > self.capacity:
@@ -133,10 +137,10 @@ class CachedDecoder:
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
         step = Step(self.buffers, positions, placed, limit, start, step_mask)
-        given = {self.facts["tokens"]: ids, self.facts["positions"]: positions, **self.dials}
+        fed = {self.facts["tokens"]: ids, self.facts["positions"]: positions, **self.dials, **(given or {})}
         if self.facts["tree"]:
-            given |= {"cache_slots": placed}
-        return running(step, {n: given[n] for n in running.inputs})
+            fed["cache_slots"] = placed
+        return running(step, {n: fed[n] for n in running.inputs})
 
     def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Compute tokens that follow each row's; rows do not grow yet.

@@ -99,6 +99,7 @@ class Running:
         outputs: names of outputs; nothing else is computed.
         device: where it runs.
         decoding: leave out the layers that are skipped while tokens are added.
+        taken: names of outputs that are given, not computed.
 
     Attributes:
         buffers: the caches it writes: heads and size of each.
@@ -106,7 +107,7 @@ class Running:
 
     def __init__(
         self, program: Program, capacity: int, loaded: dict[str, torch.Tensor], outputs: Iterable[str],
-        device: torch.device, decoding: bool = True,
+        device: torch.device, decoding: bool = True, taken: Iterable[str] = (),
     ):  # fmt: skip
         self.device, self.decoding = device, decoding
         self.source = fold(runnable(program))
@@ -116,9 +117,10 @@ class Running:
         self.inputs: list[str] = []
         copy = self.source.copy()
         wanted = [copy.outputs[name] for name in self.outputs]
+        given = {name: copy.outputs[name] for name in taken}
         windows = self._rewrite(copy, copy.graph)
         wanted = [windows.get(n, n) for n in wanted]
-        graph = self._cut(copy, wanted, loaded)
+        graph = self._cut(copy, wanted, loaded, {windows.get(n, n): name for name, n in given.items()})
         self.module = fx.GraphModule(torch.nn.Module(), graph)
 
     def __call__(self, step: Step, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -178,9 +180,15 @@ class Running:
         self.buffers[buffer] = (last - first, int(value.shape[-1]), value.dtype)
         return buffer
 
-    def _cut(self, program: Program, wanted: list[fx.Node], loaded: dict[str, torch.Tensor]) -> fx.Graph:
+    def _cut(
+        self,
+        program: Program,
+        wanted: list[fx.Node],
+        loaded: dict[str, torch.Tensor],
+        given: dict[fx.Node, str],
+    ) -> fx.Graph:
         """Keep what the outputs need; what no input changes is computed once, here."""
-        needed = needed_for(wanted, {})
+        needed = needed_for(wanted, dict.fromkeys(given))
         order = [n for n in program.graph.nodes if n in needed or n is self.step]
         known: dict[fx.Node, Any] = {}
         for node in order:
@@ -188,7 +196,11 @@ class Running:
                 if node.name not in loaded:
                     loaded[node.name] = program.weights[node.name].source.load().to(self.device)
                 known[node] = loaded[node.name]
-            elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            elif (
+                node.op == "call_function"
+                and node not in given
+                and all(n in known for n in node.all_input_nodes)
+            ):
                 with torch.inference_mode():
                     known[node] = evaluate(node, known)
         graph = fx.Graph()
@@ -203,7 +215,11 @@ class Running:
                 copies[node] = graph.placeholder(node.name)
                 self.inputs.append(str(node.meta["input"]))
         for node in order:
-            if node.op == "call_function" and node not in known:
+            if node in given:
+                copies[node] = graph.placeholder(node.name)
+                self.inputs.append(given[node])
+        for node in order:
+            if node.op == "call_function" and node not in known and node not in given:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output([copies[n] for n in wanted])
         return graph

@@ -10,15 +10,25 @@ import torch
 from torch import fx
 
 from .errors import UsageError
-from .signature import Input, SizeRange
+from .signature import Fill, FillRule, Input, SizeRange
 from .sizes import format_size
 
 if TYPE_CHECKING:
     from .program import Program
 
 
-def add_input(program: Program, name: str, shape: list[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
+def add_input(
+    program: Program, name: str, shape: list[int | torch.SymInt], dtype: torch.dtype,
+    *, fill: tuple[FillRule, str] | None = None,
+) -> fx.Node:  # fmt: skip
     """Let the program take one more tensor, by name, and return its node.
+
+    Args:
+        program: which takes it.
+        name: of the input.
+        shape: numbers and sizes of the program.
+        dtype: of its elements.
+        fill: how it is made, and from which input, where it is left out.
 
     Raises:
         UsageError: it takes one of that name already.
@@ -34,7 +44,7 @@ def add_input(program: Program, name: str, shape: list[int | torch.SymInt], dtyp
     sizes = tuple(format_size(size, program.symbols) for size in shape)
     program.signature = replace(
         signature,
-        inputs={**signature.inputs, name: Input(name, dtype, sizes)},
+        inputs={**signature.inputs, name: Input(name, dtype, sizes, None if fill is None else Fill(*fill))},
         parameters={**signature.parameters, name: {"leaf": name}},
     )
     program.changed()

@@ -13,7 +13,7 @@ from .errors import UsageError
 from .sizes import parse_size
 from .structure import Structure, flatten, leaf_names, rebuild
 
-FillRule = Literal["ones", "zeros", "positions", "positions_from_mask"]
+FillRule = Literal["ones", "zeros", "positions", "positions_from_mask", "following"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Fill:
 
     ``ones`` and ``zeros`` have the shape of ``like``. ``positions`` counts 0, 1, ... along the last
     dimension; ``positions_from_mask`` counts the ones of the mask ``like`` (masked places get 1, as the
-    models that use it do).
+    models that use it do). ``following`` is ``like`` one place on, with a 0 at the end.
     """
 
     rule: FillRule
@@ -191,6 +191,8 @@ def make_fill(fill: Fill, dtype: torch.dtype, like: torch.Tensor) -> torch.Tenso
     if fill.rule == "positions_from_mask":
         counted = like.long().cumsum(-1) - 1
         return counted.masked_fill(like == 0, 1).to(dtype)
+    if fill.rule == "following":
+        return torch.cat([like[:, 1:], torch.zeros_like(like[:, :1])], 1).to(dtype)
     shape, device = like.shape[:2], like.device
     if fill.rule == "ones":
         return torch.ones(shape, dtype=dtype, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..drafts import Drafter
+from .attached_draft import AttachedDraft
 from .draft_program import DraftProgram
 from .early_exit import EarlyExit
 from .multi_token_heads import MultiTokenHeads, best_paths, expected_tokens
@@ -10,11 +11,12 @@ from .prompt_lookup import PromptLookup
 from .token_recycling import TokenRecycling
 
 BY_NAME: dict[str, type[Drafter]] = {
-    d.name: d for d in (PromptLookup, TokenRecycling, EarlyExit, MultiTokenHeads)
+    d.name: d for d in (PromptLookup, TokenRecycling, EarlyExit, MultiTokenHeads, AttachedDraft)
 }
 """Strategies that need nothing but the program."""
 
 __all__ = [
-    "BY_NAME", "DraftProgram", "EarlyExit", "MultiTokenHeads", "PromptLookup", "TokenRecycling", "best_paths",
+    "BY_NAME",
+    "AttachedDraft", "DraftProgram", "EarlyExit", "MultiTokenHeads", "PromptLookup", "TokenRecycling", "best_paths",
     "expected_tokens",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from ...ir.fold import drop_unread_weights
 from ...ir.region import drawn_source
 from ...ir.retype import retyped
 from ...ir.schema import is_operator
+from ...ir.signature import make_fill
 from ...ir.weights import Absent, numel
 from ..streaming import Difference, states_of
 
@@ -57,6 +58,10 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
         positions = torch.arange(start, start + size)[None] - offset
         piece = torch.stack([given[row].index_select(0, positions[row]) for row in range(2)])
         inputs = {facts["tokens"]: piece, facts["positions"]: positions, **state}
+        for name, spec_ in cut.signature.inputs.items():
+            if spec_.fill is not None and spec_.fill.rule == "following":
+                ahead = make_fill(spec_.fill, spec_.dtype, given)
+                inputs[name] = torch.stack([ahead[row].index_select(0, positions[row]) for row in range(2)])
         if facts["tree"]:
             inputs["cache_slots"] = positions
             inputs["step_mask"] = torch.ones(2, size, size, dtype=torch.bool)

@@ -64,7 +64,10 @@ class Decoder:
             raise NotCausal(self.tokens, f"its rows have {sequence} tokens, no more and no less")
         self.sequence: sympy.Symbol = expression(sequence)
         self.batch = expression(batch) if isinstance(batch, torch.SymInt) else None
-        self.moving: set[fx.Node] = {self.tokens}
+        self.moving: set[fx.Node] = {
+            self.tokens,
+            *(nodes[n] for n, rule in fills.items() if rule == "following"),
+        }
         for node in program.graph.nodes:
             holds = isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
             if node.op == "call_function" and holds and any(n in self.moving for n in node.all_input_nodes):

@@ -8,6 +8,7 @@ from typing import Any
 from ...ir.errors import PipelineError
 from ...ir.option import require_known
 from .base import Batch, Method, Recipe, called, imitation, language_loss, masked_mean
+from .draft import Draft
 from .duo import DuoDistil, DuoRouters
 from .dynamoe import DynaMoE, difficulty
 from .language import Language
@@ -15,7 +16,7 @@ from .medusa import Medusa, head_loss
 from .phds import PHDS
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa)
+    m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa, Draft)
 }
 
 
@@ -36,6 +37,6 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
 
 
 __all__ = [
-    "METHODS", "PHDS", "Batch", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "Medusa", "Method", "Recipe", "called",
-    "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean",
+    "METHODS", "PHDS", "Batch", "Draft", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "Medusa", "Method", "Recipe",
+    "called", "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean",
 ]  # fmt: skip

@@ -1,0 +1,130 @@
+"""Candidates from a draft that sees what the program thinks (after EAGLE-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...ir.errors import UsageError
+from ..cached import CachedDecoder
+from ..drafts import Draft, Drafter, Seen
+from ..sampling import Sampling, draw
+
+FEATURES, HIDDEN, LOGITS = "draft_features", "draft_hidden", "draft_logits"
+
+
+class AttachedDraft(Drafter):
+    """Proposes a chain: the first token from the program's own features, each one after from the draft's hidden state.
+
+    The draft's keys and values lie in caches of the same program. Place t holds the features at t and the token after
+    it, so that the draft of a row of n tokens has n - 1 places.
+
+    Args:
+        tokens: how many are proposed.
+        threshold: stop where the draft's most likely token has less than this probability.
+
+    Raises:
+        UsageError: fewer than one token.
+    """
+
+    name = "attached-draft"
+    outputs = (FEATURES,)
+
+    def __init__(self, tokens: int = 4, threshold: float = 0.0):
+        if tokens < 1 or not 0 <= threshold <= 1:
+            raise UsageError("attached-draft: tokens is at least 1, threshold from 0 to 1")
+        self.room, self.threshold = tokens, threshold
+
+    def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Read the prompts once more, for their features.
+
+        Raises:
+            UsageError: the program has no draft.
+        """
+        super().begin(decoder, rows, sampling)
+        if LOGITS not in decoder.program.outputs:
+            raise UsageError("this program has no draft", hint="attach-draft adds one")
+        self.generator = torch.Generator().manual_seed(0)
+        self.waiting: list[list[torch.Tensor]] = [[] for _ in rows]
+        self.places = [0] * len(rows)
+        width = max(len(row) for row in rows) - 1
+        if width:
+            ids = torch.zeros(len(rows), width, dtype=torch.int64)
+            for number, row in enumerate(rows):
+                ids[number, : len(row) - 1] = torch.tensor(list(row[:-1]))
+            positions = torch.arange(width).expand(len(rows), -1)
+            found = decoder.forward(ids.to(decoder.device), positions.to(decoder.device), outputs=(FEATURES,))
+            for number, row in enumerate(rows):
+                self.waiting[number] = list(found[FEATURES][number, : len(row) - 1])
+
+    def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
+        """Keep the features of what was accepted."""
+        self.waiting[number].extend(seen.outputs[FEATURES][node] for node in seen.path)
+
+    def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
+        """Take up what was committed since, and go on from there."""
+        features, following, positions, last = self._waiting(rows)
+        found = self._run(features, following, positions)
+        tokens: list[list[int]] = [[] for _ in rows]
+        odds: list[list[torch.Tensor]] = [[] for _ in rows]
+        going = [deep > 0 and place >= 0 for deep, place in zip(room, last, strict=True)]
+        logits = torch.stack([found[LOGITS][n, max(place, 0)] for n, place in enumerate(last)])
+        hidden = torch.stack([found[HIDDEN][n, max(place, 0)] for n, place in enumerate(last)])
+        for step in range(min(self.room, max(room))):
+            for number in range(len(rows)):
+                if going[number] and step < room[number]:
+                    going[number] = self._take(logits[number].cpu(), tokens[number], odds[number])
+            if step + 1 == min(self.room, max(room)) or not any(going):
+                break
+            ids = torch.tensor([[t[-1] if t else 0] for t in tokens], device=self.decoder.device)
+            at = torch.tensor([[place + step] for place in self.places], device=self.decoder.device)
+            found = self._run(hidden[:, None], ids, at)
+            logits, hidden = found[LOGITS][:, 0], found[HIDDEN][:, 0]
+        return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
+
+    def _waiting(
+        self, rows: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+        """Put what waits side by side, and count it as read."""
+        width = max(1, *(len(waiting) for waiting in self.waiting))
+        size = next(
+            (w[0].shape[-1] for w in self.waiting if w),
+            self.decoder.program.outputs[FEATURES].meta["val"].shape[-1],
+        )
+        dtype = self.decoder.program.outputs[FEATURES].meta["val"].dtype
+        features = torch.zeros(len(rows), width, int(size), dtype=dtype, device=self.decoder.device)
+        following = torch.zeros(len(rows), width, dtype=torch.int64, device=self.decoder.device)
+        start = torch.tensor(self.places, device=self.decoder.device)[:, None]
+        last = []
+        for number, (row, waiting) in enumerate(zip(rows, self.waiting, strict=True)):
+            if waiting:
+                features[number, : len(waiting)] = torch.stack(waiting)
+                first = self.places[number] + 1
+                following[number, : len(waiting)] = torch.tensor(list(row[first : first + len(waiting)]))
+            last.append(len(waiting) - 1)
+            self.places[number] += len(waiting)
+        self.waiting = [[] for _ in rows]
+        return features, following, start + torch.arange(width, device=self.decoder.device)[None], last
+
+    def _run(
+        self, features: torch.Tensor, following: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        return self.decoder.forward(
+            following, positions, outputs=(HIDDEN, LOGITS), given={FEATURES: features, "draft_ids": following}
+        )
+
+    def _take(self, logits: torch.Tensor, tokens: list[int], odds: list[torch.Tensor]) -> bool:
+        if self.threshold and float(logits.double().softmax(-1).max()) < self.threshold:
+            return False
+        if self.sampling.greedy:
+            tokens.append(int(logits.argmax()))
+        else:
+            odds.append(self.sampling.distribution(logits))
+            tokens.append(draw(odds[-1], self.generator))
+        return True
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        self.waiting = [self.waiting[row] for row in rows]
+        self.places = [self.places[row] for row in rows]
