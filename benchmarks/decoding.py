@@ -1,10 +1,11 @@
 """Several tokens a step: tokens a step, acceptance by depth, and time against one token a step, strategy by strategy.
 
-    python benchmarks/decoding.py [--heads FOLDER] [--rows 8] [--new 128] [--prompt 64] [--threads 1]
+    python benchmarks/decoding.py [--heads FOLDER] [--drafted FOLDER] [--rows 8] [--new 128] [--prompt 64] [--threads 1]
 
 The reference Llama continues texts of its own kind and of another, one row at a time; all strategies in turns, medians of
 ``--rounds``. Every text is compared with the one that the plain loop writes. ``--heads`` is a program with trained heads
-(attach-multi-token-heads, then ``graphopt train --recipe medusa``); without it heads are left out.
+(attach-multi-token-heads, then ``graphopt train --recipe medusa``), ``--drafted`` one with a trained draft (attach-draft,
+then ``--recipe draft``); what is not given is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 import graphopt
-from graphopt.decoding import Drafter, DraftProgram, EarlyExit, MultiTokenHeads, PromptLookup, TokenRecycling
+from graphopt.decoding import (
+    AttachedDraft,
+    Drafter,
+    DraftProgram,
+    EarlyExit,
+    MultiTokenHeads,
+    PromptLookup,
+    TokenRecycling,
+)
 from graphopt.frontends.data import Tokenizer
 from graphopt.ir.program import Program
 
@@ -62,6 +71,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", help="a program with trained heads")
+    parser.add_argument("--drafted", help="a program with a trained draft of its own")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=64)
@@ -85,6 +95,9 @@ def main() -> None:
     }
     if heads is not None:
         ways |= {f"multi-token-heads, {n}": (heads, lambda n=n: MultiTokenHeads(n)) for n in (3, 6, 12)}  # type: ignore[misc]
+    if given.drafted:
+        drafted = graphopt.load(given.drafted)
+        ways |= {f"attached-draft, {n}": (drafted, lambda n=n: AttachedDraft(n)) for n in (2, 3, 4)}  # type: ignore[misc]
     tokenizer, console = Tokenizer(plain), Console(width=120)
     for name in ("validation", "out_of_domain"):
         rows = prompts(tokenizer, HERE / "data" / f"{name}.jsonl", given.rows, given.prompt)
