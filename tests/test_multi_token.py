@@ -218,6 +218,23 @@ def test_an_exit_says_what_the_program_without_later_layers_says(
     assert len(exit_quality(program, IDS)) == 1
 
 
+def test_heads_exits_and_a_draft_in_one_program(llama: Program) -> None:
+    """Each pass finds the model's own head among what the others added, in any order."""
+    expected = generated(llama, ROWS, 8)
+    whole = None
+    for order in (("attach-multi-token-heads", "attach-early-exit{layers=[0]}", "attach-draft"),
+                  ("attach-draft", "attach-early-exit{layers=[0]}", "attach-multi-token-heads")):  # fmt: skip
+        done = graphopt.optimize(llama, ", ".join(order))
+        found = done(**IDS)
+        assert torch.equal(found["logits"], llama(**IDS)["logits"])
+        if whole is not None:
+            for name in ("exit_logits", "draft_logits", "multi_token_logits"):
+                assert torch.equal(found[name], whole[name]), f"{name} depends on the order of passes"
+        whole = found
+        for strategy in ("multi-token-heads", "early-exit", "attached-draft"):
+            assert torch.equal(generated(done, ROWS, 8, strategy=strategy), expected)
+
+
 def test_first_layers_draft_for_all(llama: Program) -> None:
     expected = generated(llama, ROWS)
     done = graphopt.optimize(llama, "attach-early-exit{layers=[0]}")

@@ -17,7 +17,7 @@ from ..ir.schema import arguments, is_operator
 from ..ir.weights import InMemory
 from .base import Pass
 from .contracts import AddsOutputs
-from .heads import Head, dtype_of, find_head, repeat_way, value_size
+from .heads import Head, dtype_of, find_head, layers_to_logits, repeat_way, value_size
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class AttachDraft(Pass):
     def plan(self, program: Program, context: Context) -> Plan:
         """Find the layers, the embedding and the head."""
         plan = Plan()
-        head, layers = find_head(program), program.anatomy.layers
+        head, layers = find_head(program), layers_to_logits(program)
         reason = head if isinstance(head, str) else ""
         if not reason and len(layers) < 2:
             reason = f"{len(layers)} layers were recognised"
@@ -83,7 +83,7 @@ class AttachDraft(Pass):
         head, table = find_head(program), _embedding(program)
         assert isinstance(head, Head)
         assert table is not None
-        layers, call = list(program.anatomy.layers), program.edit.call
+        layers, call = layers_to_logits(program), program.edit.call
         layer = layers[number]
         size, dtype = value_size(layer.writes), dtype_of(layer.writes)
         order = {node: i for i, node in enumerate(program.graph.nodes)}

@@ -14,7 +14,7 @@ from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import AddsOutputs
-from .heads import find_head, repeat_way
+from .heads import find_head, layers_to_logits, repeat_way
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class AttachEarlyExit(Pass):
         """Find the layers and the head."""
         plan = Plan()
         head = find_head(program)
-        layers = program.anatomy.layers
+        layers = layers_to_logits(program)
         if isinstance(head, str):
             plan.refused.append(Refused("head", head, ""))
             return plan
@@ -67,7 +67,7 @@ class AttachEarlyExit(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Copy the way from the stream to the logits for each exit."""
         head = find_head(program)
-        layers = list(program.anatomy.layers)
+        layers = layers_to_logits(program)
         for site in plan.sites:
             assert not isinstance(head, str)
             copies: dict[fx.Node, fx.Node] = {head.stream: layers[int(site["layer"])].writes}
@@ -94,7 +94,7 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
     Raises:
         PassRefusedError: there is no such layer, or nothing after it.
     """
-    layers = program.anatomy.layers
+    layers = layers_to_logits(program)
     if not 0 <= layer < len(layers) - 1:
         raise PassRefusedError(
             f"a program of {len(layers)} layers is split after one from 0 to {len(layers) - 2}"
@@ -117,7 +117,7 @@ def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float
     """
     from ..ir.execute import interpret
 
-    count = len(program.anatomy.layers)
+    count = len(layers_to_logits(program))
     if count < 2:
         return []
     done = program.copy()

@@ -13,6 +13,7 @@ from ..ir.execute import needed_for
 from ..ir.schema import arguments, is_operator
 
 if TYPE_CHECKING:
+    from ..ir.anatomy import Layer
     from ..ir.program import Program
 
 
@@ -41,17 +42,10 @@ def find_head(program: Program) -> Head | str:
     if logits is None:
         return "it returns no logits"
     vocabulary = logits.meta["val"].shape[-1]
-    wide = [
-        n
-        for n in program.anatomy.head
-        if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary
-    ]
-    if not wide:
-        return "no linear makes its logits"
     if not program.anatomy.streams:
         return "no residual stream was recognised"
-    ends = {s.blocks[-1].writes for s in program.anatomy.streams if s.blocks}
-    ends |= {s.blocks[-1].add for s in program.anatomy.streams if s.blocks}
+    # heads that were attached look like blocks of the stream; the last block on the way to the logits counts
+    ends = {node for block in program.anatomy.blocks for node in (block.writes, block.add)}
     back = needed_for([logits], dict.fromkeys(ends))
     reached = [n for n in program.graph.nodes if n in ends and n in back]
     if not reached:
@@ -63,11 +57,21 @@ def find_head(program: Program) -> Head | str:
         if node in back and node is not stream and any(n in descending for n in node.all_input_nodes):
             descending.add(node)
             way.append(node)
+    wide = [n for n in way if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary]
+    if not wide:
+        return "no linear makes its logits"
     projection = wide[-1]
     hidden = arguments(projection)["input"]
     if not isinstance(hidden, fx.Node) or hidden.meta["val"].dim() != 3 or projection not in descending:
         return "its head does not read (batch, sequence, size)"
     return Head(logits, projection, hidden, stream, tuple(way))
+
+
+def layers_to_logits(program: Program) -> list[Layer]:
+    """Return the layers that logits are made by, without what was attached beside them."""
+    logits = program.outputs.get("logits")
+    back = needed_for([logits], {}) if logits is not None else set()
+    return [layer for layer in program.anatomy.layers if all(block.add in back for block in layer.blocks)]
 
 
 def value_size(node: fx.Node) -> int:

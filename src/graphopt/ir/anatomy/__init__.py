@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..execute import needed_for
 from .blocks import Anatomy, Block, Branches, Layer, Stream
 from .branches import find_branches
 from .ends import find_embedding, find_head
@@ -33,7 +34,7 @@ def find_anatomy(program: Program) -> Anatomy:
     for block in (*anatomy.blocks, *anatomy.beside):
         block.index = counts.get(block.kind, 0)
         counts[block.kind] = block.index + 1
-    anatomy.streams = found.streams(anatomy.blocks)
+    anatomy.streams = [part for s in found.streams(anatomy.blocks) for part in _by_output(program, s)]
     anatomy.layers = [layer for stream in anatomy.streams for layer in group_layers(stream)]
     for index, layer in enumerate(anatomy.layers):
         layer.index = index
@@ -42,3 +43,18 @@ def find_anatomy(program: Program) -> Anatomy:
     anatomy.embedding = find_embedding(program, anatomy)
     anatomy.head = find_head(program, anatomy)
     return anatomy
+
+
+def _by_output(program: Program, stream: Stream) -> list[Stream]:
+    """Take apart what a stream adds on the way to the first output, and what others put beside it (attached heads)."""
+    values = list(program.outputs.values())
+    if len(values) < 2:
+        return [stream]
+    back = program.derived("first output", lambda: needed_for(values[:1], {}))
+    main: list[Block] = []
+    rest: list[Block] = []
+    for block in stream.blocks:
+        (main if block.add in back else rest).append(block)
+    if not main or not rest:
+        return [stream]
+    return [Stream(stream.start, main), Stream(rest[0].reads, rest)]
