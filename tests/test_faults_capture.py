@@ -22,7 +22,7 @@ ORIGINAL: dict[str, Any] = {
     "ungrouped": attention.ungrouped,
     "_following": norms._following,
     "_raise": rotary._raise,
-    "_gate": experts._gate,
+    "activation_of_experts": experts.activation_of_experts,
     "_vector": norms._vector,
     "_frozen": cleanup._frozen,
     "raise_linears": linears.raise_linears,
@@ -69,7 +69,7 @@ def _other_pairs(program: Any, match: Any, interleaved: bool) -> None:
 
 
 def _another_activation(source: Any, target: Any) -> Any:
-    found = ORIGINAL["_gate"](source, target)
+    found = ORIGINAL["activation_of_experts"](source, target)
     return found if found is None else {**found, "activation": "gelu"}
 
 
@@ -130,7 +130,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], Any, str, Any]] = {
         lambda: chain("layer_norm_written_out"), norms, "_vector", lambda program, weight, size: None,
     ),
     "rotation of other pairs": (lambda: chain("rotary_in_halves"), rotary, "_raise", _other_pairs),
-    "another activation of experts": (lambda: chain("mixture"), experts, "_gate", _another_activation),
+    "another activation of experts": (lambda: chain("mixture"), experts, "activation_of_experts", _another_activation),
     "unequal calls taken for equal": (lambda: function(_powers), cleanup, "_frozen", _numbers_alike),
     "a matrix transposed": (
         lambda: chain("matmul_transposed"), graphopt.ir.canonical, "raise_linears", _transposed,

@@ -30,9 +30,9 @@ def generate_text(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
+    tokens = stream(program, [ids], max_new_tokens=count, strategy=proposing, **sampling)
     began, shown = time.perf_counter(), ""
     new: list[int] = []
-    tokens = stream(program, [ids], max_new_tokens=count, strategy=proposing, **sampling)
     for _, piece in tokens:
         new.extend(piece)
         if not as_json:
