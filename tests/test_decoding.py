@@ -252,6 +252,40 @@ def test_drawn_text_has_the_programs_distribution(
     assert statistic < chi2.ppf(0.999, len(likely)), (statistic, len(likely))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-6, 6), min_size=2, max_size=9), st.floats(0.01, 1.0))
+def test_typical_acceptance_takes_what_is_likely(logits: list[float], epsilon: float) -> None:
+    sampling = Sampling(1.0, typical=epsilon)
+    odds = sampling.distribution(torch.tensor(logits))
+    entropy = float(torch.distributions.Categorical(odds).entropy())
+    threshold = min(epsilon, epsilon**0.5 * torch.exp(torch.tensor(-entropy)).item())
+    fine = sampling.acceptable(odds)
+    assert (
+        bool(fine[odds.argmax()]) == (float(odds.max()) > threshold)
+        or abs(float(odds.max()) - threshold) < 1e-6
+    )
+    assert all(bool(f) <= (float(p) > threshold - 1e-6) for f, p in zip(fine, odds, strict=True))
+
+
+def test_typical_acceptance_is_another_text_and_says_so(small: Any) -> None:
+    program = small(0)
+    truth = plainly(program, [1, 2], 20)
+    options = {"max_new_tokens": 12, "temperature": 4.0, "seed": 3}
+    exact = graphopt.stream(program, [[1, 2]], strategy=Oracle(truth, 4), **options)
+    loose = graphopt.stream(program, [[1, 2]], strategy=Oracle(truth, 4), typical_acceptance=0.05, **options)
+    for found in (exact, loose):
+        for _ in found:
+            pass
+    assert loose.statistics.steps < exact.statistics.steps
+    assert loose.statistics.notes and not exact.statistics.notes
+    for wrong in (
+        {"temperature": 0.0, "typical_acceptance": 0.1},
+        {"temperature": 1.0, "typical_acceptance": 0.0},
+    ):
+        with pytest.raises(UsageError, match="typical acceptance takes"):
+            graphopt.generate(program, [[1]], max_new_tokens=2, **wrong)
+
+
 def test_ends_inside_of_a_commit(small: Any) -> None:
     """K6: nothing stands after an end, and token 0 is a token like others."""
     program = small(0)

@@ -17,6 +17,7 @@ class Sampling:
         temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
         top_k: only among so many most likely ones.
         top_p: only among the most likely ones that have this probability together.
+        typical: accept a candidate where it is not unlikely, instead of by its odds: the text is then another one.
 
     Raises:
         UsageError: a value out of its range.
@@ -25,6 +26,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    typical: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -33,6 +35,19 @@ class Sampling:
             raise UsageError(f"top_k is {self.top_k}; it is 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it lies above 0, up to 1")
+
+        if self.typical is not None and not (0 < self.typical <= 1 and self.temperature > 0):
+            raise UsageError("typical acceptance takes a number above 0, up to 1, and a temperature above 0")
+
+    def acceptable(self, odds: torch.Tensor) -> torch.Tensor:
+        """Return which tokens typical acceptance takes: ``p > min(e, sqrt(e) * exp(-entropy))`` (arXiv 2401.10774).
+
+        Args:
+            odds: (vocabulary,), float64.
+        """
+        assert self.typical is not None
+        entropy = -(odds * odds.clamp(min=1e-300).log()).sum()
+        return odds > torch.minimum(torch.tensor(self.typical), self.typical**0.5 * torch.exp(-entropy))
 
     @property
     def greedy(self) -> bool:

@@ -224,6 +224,8 @@ class Loop:
 
     def _walk(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the accepted nodes, the row's last token first as 0, and the tokens to commit."""
+        if self.sampling.typical is not None:
+            return self._accept_typical(draft, logits)
         if draft.odds and not self.sampling.greedy:
             return self._accept_drawn(draft, logits)
         path, tokens, node = [0], [], -1
@@ -237,6 +239,20 @@ class Loop:
                 return path, tokens
             path.append(following + 1)
             node = following
+
+    def _accept_typical(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Take the likeliest candidate that is not unlikely, as long as there is one; then draw. Not lossless."""
+        path, node = [0], -1
+        tokens: list[int] = []
+        while True:
+            odds = self.sampling.distribution(logits[node + 1].cpu())
+            fine = self.sampling.acceptable(odds)
+            able = [c for c in draft.children(node) if fine[draft.tokens[c]]]
+            if not able:
+                return path, [*tokens, draw(odds, self.generator)]
+            node = max(able, key=lambda c: float(odds[draft.tokens[c]]))
+            path.append(node + 1)
+            tokens.append(draft.tokens[node])
 
     def _draw(self, logits: torch.Tensor) -> int:
         return draw(self.sampling.distribution(logits.cpu()), self.generator)
