@@ -252,6 +252,25 @@ def test_drawn_text_has_the_programs_distribution(
     assert statistic < chi2.ppf(0.999, len(likely)), (statistic, len(likely))
 
 
+def test_seeds_have_the_distribution_one_by_one(small: Any) -> None:
+    """Over seeds, not over rows: candidates that were the same for every seed would bend what a user draws."""
+    from scipy.stats import chi2
+
+    program, draft, prompt = with_cache(small(0)), with_cache(small(1)), [3, 1]
+    sampling = Sampling(10.0)  # at which the draft is sure of nothing
+    expected = odds_of(small(0), prompt, sampling, 1)
+    decoder, drafter, draws = CachedDecoder(program, 1, 12), DraftProgram(draft, 1), 600
+    counted: Counter[int] = Counter()
+    for seed in range(draws):
+        decoder.lengths = [0]
+        loop = Loop(decoder, drafter, sampling, Stop(2), seed=seed)
+        counted[next(iter(loop.run([prompt])))[0].tokens[0]] += 1
+        assert loop.statistics.proposed == [1], "nothing was proposed, so nothing is shown"
+        assert not loop.statistics.notes
+    statistic = sum((counted[t] - o * draws) ** 2 / (o * draws) for (t,), o in expected.items())
+    assert statistic < chi2.ppf(0.999, len(expected) - 1), (statistic, counted)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-6, 6), min_size=2, max_size=9), st.floats(0.01, 1.0))
 def test_typical_acceptance_takes_what_is_likely(logits: list[float], epsilon: float) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..ir.errors import UsageError
+from .sampling import Sampling, draw
 
 if TYPE_CHECKING:
     from .cached import CachedDecoder
-    from .sampling import Sampling
 
 
 @dataclass
@@ -101,6 +101,12 @@ class Drafter:
     room: int = 0
     """How many candidates it proposes at most."""
 
+    generator: torch.Generator
+    """Of candidates that are drawn; set by the loop from its seed, apart from the loop's own draws."""
+
+    threshold: float = 0.0
+    """Candidates end where the most likely token has less than this probability."""
+
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Take up new rows.
 
@@ -126,6 +132,16 @@ class Drafter:
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
         """Return candidates for one row."""
         return Draft()
+
+    def take(self, logits: torch.Tensor) -> tuple[int | None, torch.Tensor | None]:
+        """Return the candidate that logits (vocabulary,) give, and what it was drawn from; no candidate if too unsure."""
+        likely = logits.double().softmax(-1) if self.threshold else None
+        if likely is not None and float(likely.max()) < self.threshold:
+            return None, None
+        if self.sampling.greedy:
+            return int(logits.argmax()), None
+        odds = self.sampling.distribution(logits.cpu())
+        return draw(odds, self.generator), odds
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
         """Learn from a step: ``row`` with what it committed, and what was seen."""

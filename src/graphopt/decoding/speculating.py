@@ -91,6 +91,10 @@ class Loop:
     ):  # fmt: skip
         self.decoder, self.drafter, self.sampling, self.stop = decoder, drafter, sampling, stop
         self.generator = torch.Generator().manual_seed(seed)
+        if drafter is not None:
+            # candidates must be drawn apart from the coins that accept them, and anew for every seed
+            apart = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+            drafter.generator = torch.Generator().manual_seed(apart)
         self.statistics = Statistics()
         self.logits = decoder.facts["logits"]
 

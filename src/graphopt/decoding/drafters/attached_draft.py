@@ -9,7 +9,7 @@ import torch
 from ...ir.errors import UsageError
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter, Seen
-from ..sampling import Sampling, draw
+from ..sampling import Sampling
 
 FEATURES, HIDDEN, LOGITS = "draft_features", "draft_hidden", "draft_logits"
 
@@ -45,7 +45,6 @@ class AttachedDraft(Drafter):
         super().begin(decoder, rows, sampling)
         if LOGITS not in decoder.program.outputs:
             raise UsageError("this program has no draft", hint="attach-draft adds one")
-        self.generator = torch.Generator().manual_seed(0)
         self.waiting: list[list[torch.Tensor]] = [[] for _ in rows]
         self.places = [0] * len(rows)
         width = max(len(row) for row in rows) - 1
@@ -74,7 +73,10 @@ class AttachedDraft(Drafter):
         for step in range(min(self.room, max(room))):
             for number in range(len(rows)):
                 if going[number] and step < room[number]:
-                    going[number] = self._take(logits[number].cpu(), tokens[number], odds[number])
+                    token, drawn_from = self.take(logits[number])
+                    going[number] = token is not None
+                    tokens[number].extend([] if token is None else [token])
+                    odds[number].extend([] if drawn_from is None else [drawn_from])
             if step + 1 == min(self.room, max(room)) or not any(going):
                 break
             ids = torch.tensor([[t[-1] if t else 0] for t in tokens], device=self.decoder.device)
@@ -88,12 +90,10 @@ class AttachedDraft(Drafter):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """Put what waits side by side, and count it as read."""
         width = max(1, *(len(waiting) for waiting in self.waiting))
-        size = next(
-            (w[0].shape[-1] for w in self.waiting if w),
-            self.decoder.program.outputs[FEATURES].meta["val"].shape[-1],
-        )
-        dtype = self.decoder.program.outputs[FEATURES].meta["val"].dtype
-        features = torch.zeros(len(rows), width, int(size), dtype=dtype, device=self.decoder.device)
+        shown = self.decoder.program.outputs[FEATURES].meta["val"]
+        features = torch.zeros(
+            len(rows), width, int(shown.shape[-1]), dtype=shown.dtype, device=self.decoder.device
+        )  # fmt: skip
         following = torch.zeros(len(rows), width, dtype=torch.int64, device=self.decoder.device)
         start = torch.tensor(self.places, device=self.decoder.device)[:, None]
         last = []
@@ -113,16 +113,6 @@ class AttachedDraft(Drafter):
         return self.decoder.forward(
             following, positions, outputs=(HIDDEN, LOGITS), given={FEATURES: features, "draft_ids": following}
         )
-
-    def _take(self, logits: torch.Tensor, tokens: list[int], odds: list[torch.Tensor]) -> bool:
-        if self.threshold and float(logits.double().softmax(-1).max()) < self.threshold:
-            return False
-        if self.sampling.greedy:
-            tokens.append(int(logits.argmax()))
-        else:
-            odds.append(self.sampling.distribution(logits))
-            tokens.append(draw(odds[-1], self.generator))
-        return True
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows only."""

@@ -10,7 +10,7 @@ from ...ir.errors import UsageError
 from ...ir.program import Program
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter
-from ..sampling import Sampling, draw
+from ..sampling import Sampling
 
 
 class DraftProgram(Drafter):
@@ -50,7 +50,6 @@ class DraftProgram(Drafter):
                 f"the draft has {self.draft.vocabulary} tokens, the program {size}",
                 hint="a draft needs the program's tokenizer; trim-vocabulary leaves a map where some tokens are gone",
             )
-        self.generator = torch.Generator().manual_seed(0)
         self.held: list[list[int]] = [[] for _ in rows]
         self.logits = self.draft.facts["logits"]
 
@@ -87,17 +86,13 @@ class DraftProgram(Drafter):
         return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
 
     def _take(self, logits: torch.Tensor) -> tuple[int | None, torch.Tensor | None]:
-        if self.sampling.greedy:
-            token = int(logits.argmax())
-            if self.threshold and float(logits.double().softmax(-1)[token]) < self.threshold:
-                return None, None
-            return (token if self.ids is None else int(self.ids[token])), None
-        odds = self.sampling.distribution(logits.cpu())
-        if self.threshold and float(odds.max()) < self.threshold:
-            return None, None
-        if self.ids is not None:
+        """As :meth:`take`, in the numbers of the deciding program's tokens."""
+        token, odds = self.take(logits)
+        if self.ids is None or token is None:
+            return token, odds
+        if odds is not None:
             odds = torch.zeros(self.decoder.vocabulary, dtype=odds.dtype).scatter(0, self.ids, odds)
-        return draw(odds, self.generator), odds
+        return int(self.ids[token]), odds
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows only."""

@@ -9,7 +9,7 @@ import torch
 from ...ir.errors import UsageError
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter
-from ..sampling import Sampling, draw
+from ..sampling import Sampling
 
 
 class EarlyExit(Drafter):
@@ -46,7 +46,6 @@ class EarlyExit(Drafter):
         if self.output is not None and self.output not in exits:
             raise UsageError(f"this program has no exit {self.output!r}, but {', '.join(exits)}")
         self.exit = self.output or exits[0]
-        self.generator = torch.Generator().manual_seed(0)
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
         """Continue all rows by the first layers; what they store is written again when all layers decide."""
@@ -61,15 +60,11 @@ class EarlyExit(Drafter):
             for number in range(len(rows)):
                 if not going[number] or step >= room[number]:
                     continue
-                likely = logits[number].double().softmax(-1)
-                if self.threshold and float(likely.max()) < self.threshold:
+                token, drawn_from = self.take(logits[number])
+                if token is None:
                     going[number] = False
                     continue
-                if self.sampling.greedy:
-                    token = int(logits[number].argmax())
-                else:
-                    odds[number].append(self.sampling.distribution(logits[number]))
-                    token = draw(odds[number][-1], self.generator)
+                odds[number].extend([] if drawn_from is None else [drawn_from])
                 tokens[number].append(token)
                 last[number] = token
             if not any(going):
