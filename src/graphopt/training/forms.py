@@ -155,6 +155,23 @@ def soft_choices(program: Program) -> Program:
     return form
 
 
+def given_features(program: Program) -> Program:
+    """Return a program with a draft that takes features from outside where asked, instead of the program's own.
+
+    Inputs ``draft_given`` (batch, sequence, size) and ``draft_taken`` (batch, sequence, 1), true where they are taken.
+    """
+    form = program.copy()
+    features = form.outputs["draft_features"]
+    value = features.meta["val"]
+    given = add_input(form, "draft_given", list(value.shape), value.dtype)
+    taken = add_input(form, "draft_taken", [*value.shape[:2], 1], torch.bool)
+    with form.edit.after(features):
+        made = form.edit.call(aten.where.self, taken, given, features)
+    form.edit.replace(features, made)
+    form.edit.set_outputs([features if name == "draft_features" else n for name, n in form.outputs.items()])
+    return form
+
+
 def _tokens(form: Program, choice: fx.Node) -> list[int | torch.SymInt]:
     """(batch, sequence), also where a feed-forward sees tokens of all rows one after the other."""
     ids = form.input_nodes.get("input_ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from ...ir.errors import UsageError
 from ...ir.option import option
 from ...ir.program import Program
+from ..forms import given_features
 from .base import Batch, Method, Recipe, called, masked_mean
 
 PREFIX = "draft."
@@ -20,6 +22,11 @@ PREFIX = "draft."
 class Draft(Method):
     """Cross-entropy of the draft's prediction with the model's own distribution one place later; the model stays as it is.
 
+    While decoding, candidates after the first come from the draft's own hidden states. So it is trained on them as well:
+    in the second step, and those after, a ``share`` of the places is given what the step before made of the place before,
+    in place of the model's features (EAGLE-3's training-time test, at random places instead of with a mask for each step).
+    Each step counts ``decay`` times the one before.
+
     ``noise`` shakes what the draft is given of the next token: with this probability another token of the batch stands
     there, so that it does not lean on words alone.
     """
@@ -27,12 +34,19 @@ class Draft(Method):
     name = "draft"
     paper = "arXiv 2503.01840"
 
+    steps: int = option(
+        2, help="how often the draft goes on from its own hidden states, the first included", low=1
+    )
+    share: float = option(0.5, help="of the places that are given them", low=0, high=1)
+    decay: float = option(0.8, help="weight of each further step", source="paper", low=0, high=1)
     noise: float = option(0.0, help="probability that the token given is another one", low=0, high=1)
 
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program that went through attach-draft."""
         if "draft_logits" not in program.outputs:
             raise UsageError("this program has no draft", hint="run the pass attach-draft first")
+        shape = program.outputs["draft_features"].meta["val"]
+        size, dtype = int(shape.shape[-1]), shape.dtype
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             ids = batch["input_ids"]
@@ -40,16 +54,31 @@ class Draft(Method):
             if self.noise:
                 others = following.flatten()[torch.randint(following.numel(), following.shape)]
                 following = torch.where(torch.rand(following.shape) < self.noise, others, following)
-            return {**batch, "draft_ids": following}
+            taken = torch.rand(self.steps - 1, *ids.shape, 1) < self.share
+            taken[:, :, 0] = False  # nothing stands before the first place
+            return {**batch, "draft_ids": following, "taken": taken}
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-            found = called(module, batch, draft_ids=batch["draft_ids"])
-            # the draft at t and the model at t + 1 are about the same token
-            target = found["logits"][:, 1:].detach().float().softmax(-1).transpose(1, 2)
-            said = found["draft_logits"][:, :-1].float().transpose(1, 2)
-            each = F.cross_entropy(said, target, reduction="none")
-            mask = batch.get("attention_mask")
-            return masked_mean(each, {} if mask is None else {"attention_mask": mask[:, 1:]})
+            ids, total = batch["input_ids"], torch.zeros((), device=batch["input_ids"].device)
+            given = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
+            none = torch.zeros(1, *ids.shape, 1, dtype=torch.bool, device=ids.device)
+            for step, taken in enumerate(torch.cat([none, batch["taken"]])):
+                found = called(
+                    module, batch, draft_ids=batch["draft_ids"], draft_given=given, draft_taken=taken
+                )
+                total = total + self.decay**step * _imitation(found, batch)
+                given = torch.cat([found["draft_hidden"][:, :1], found["draft_hidden"][:, :-1]], 1)
+            return total
 
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
-        return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=program)
+        form = given_features(program)
+        return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=form)
+
+
+def _imitation(found: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    # the draft at t and the model at t + 1 are about the same token
+    target = found["logits"][:, 1:].detach().float().softmax(-1).transpose(1, 2)
+    said = found["draft_logits"][:, :-1].float().transpose(1, 2)
+    each = F.cross_entropy(said, target, reduction="none")
+    mask = batch.get("attention_mask")
+    return masked_mean(each, {} if mask is None else {"attention_mask": mask[:, 1:]})
