@@ -31,7 +31,7 @@ from graphopt.decoding import (
     PromptLookup,
     TokenRecycling,
 )
-from graphopt.frontends.data import Tokenizer
+from graphopt.frontends.tokenizer import Tokenizer
 from graphopt.ir.program import Program
 
 HERE = Path(__file__).parents[1] / "examples" / "reference_models"

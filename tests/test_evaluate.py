@@ -85,7 +85,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(program: graphopt.Program,
     path = tmp_path / "one.txt"
     path.write_text(TEXTS[0])
     found = evaluate(program, path, ["perplexity", "bits_per_byte"])
-    from graphopt.frontends.data import Tokenizer
+    from graphopt.frontends.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(program)
     ids = tokenizer.encode(TEXTS[0])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answering import answer
     from .api import capture, load, optimize
     from .evaluation import Evaluation, evaluate
+    from .generation import generate, stream
     from .ir.cost import cost
     from .ir.errors import (
         CaptureError,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("capture", "load", "optimize"), "graphopt.api"),
+    "answer": "graphopt.answering",
     "cost": "graphopt.ir.cost",
     "Evaluation": "graphopt.evaluation",
     "evaluate": "graphopt.evaluation",
@@ -68,6 +71,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "answer",
     "capture",
     "cost",
     "evaluate",

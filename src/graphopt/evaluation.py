@@ -166,7 +166,7 @@ def _counted(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Ba
 
 
 def _bytes_a_token(program: Program, batches: Sequence[Batch]) -> float:
-    from .frontends.data import Tokenizer
+    from .frontends.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(program)
     size = count = 0

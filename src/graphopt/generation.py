@@ -7,6 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .decoding.plain import continuations
 from .decoding.sampling import Sampling
 from .decoding.speculating import Loop, Statistics
 from .decoding.stopping import Stop
+from .frontends.data import encoded
+from .frontends.tokenizer import Tokenizer
 from .ir.errors import PassRefusedError, UsageError
 from .ir.program import Program
 from .ir.retype import retyped
@@ -44,12 +47,12 @@ def with_cache(program: Program) -> Program:
     return found
 
 
-def as_strategy(text: str) -> Drafter:
-    """Return who proposes candidates, by name and options.
+def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
+    """Return whom a text names to propose candidates, and the options that it gives.
 
     Raises:
-        PipelineError: the text is not of that form, or names an option that there is not.
-        UsageError: there is nobody of that name.
+        PipelineError: the text is not of that form.
+        UsageError: there is nobody of that name, or no such option.
     """
     calls = parse_calls(text, "a strategy")
     if len(calls) != 1:
@@ -65,7 +68,35 @@ def as_strategy(text: str) -> Drafter:
     for option in options:
         if option not in known:
             raise UsageError(f"{name} has no option {option!r}", hint=f"its options are {', '.join(known)}")
-    return BY_NAME[name](**options)
+    return BY_NAME[name], options
+
+
+def as_strategy(text: str, program: Program) -> Drafter:
+    """Return who proposes candidates for a program, by name and options; ``texts`` are files that its tokenizer reads.
+
+    Raises:
+        PipelineError: the text is not of that form.
+        UsageError: there is nobody of that name, or an option is wrong.
+    """
+    kind, options = named_strategy(text)
+    if isinstance(options.get("texts"), str):
+        options["texts"] = texts_of(program, options["texts"])
+    return kind(**options)
+
+
+def texts_of(program: Program, file: str) -> list[list[int]]:
+    """Return the tokens of the texts and conversations of a .jsonl or .txt file.
+
+    Raises:
+        UsageError: the file is missing or of another kind.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(f"the data file {path} does not exist")
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise UsageError(f"{path}: texts are read from .jsonl and .txt files")
+    tokenizer = Tokenizer(program)
+    return [row.ids for row in encoded(path, tokenizer)]
 
 
 def end_tokens(program: Program) -> list[int]:
@@ -137,7 +168,7 @@ def stream(
     """
     rows = _rows(input_ids, attention_mask)
     if isinstance(strategy, str):
-        strategy = as_strategy(strategy)
+        strategy = as_strategy(strategy, program)
     sampling = Sampling(temperature, top_k, top_p, typical_acceptance)
     if isinstance(eos_token_id, str):
         if eos_token_id != CHECKPOINT:

@@ -63,6 +63,7 @@ def train(
     validation: Source | None = None,
     measure_every: int = 0,
     save_every: float = 60.0,
+    loss_on: str = "all",
     progress: TrainingProgress | None = None,
 ) -> tuple[Program, Record]:
     """Train a program by a recipe and return it with what it learned, and the record of the run.
@@ -85,6 +86,7 @@ def train(
         validation: data of which the recipe's loss is recorded too.
         measure_every: steps between such measurements; 0 measures at the end.
         save_every: seconds between states on disk.
+        loss_on: "all" tokens, or those that the "assistant" says, where the data are conversations.
         progress: hears of every step.
 
     Raises:
@@ -98,7 +100,7 @@ def train(
             "a sharded program does not train over processes",
             hint="train it first, then shard what was learned",
         )
-    rows = _batches(program, data, batch, length, sequences, settings.seed)
+    rows = _batches(program, data, batch, length, sequences, settings.seed, loss_on)
     made = method.recipe(_typed(program, dtype))
     module = made.module()
     if work_dir is not None:
@@ -115,7 +117,7 @@ def train(
 
     measure = None
     if validation is not None:
-        held = _batches(program, validation, batch, length, sequences, settings.seed)
+        held = _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
 
         def measure(trained: nn.Module) -> dict[str, float]:
             return {"validation loss": _mean_loss(made, trained, held, settings.seed)}
@@ -125,7 +127,9 @@ def train(
         measure_every=measure_every, save_every=save_every, progress=progress,
     )  # fmt: skip
     judged = (
-        rows if validation is None else _batches(program, validation, batch, length, sequences, settings.seed)
+        rows
+        if validation is None
+        else _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
     )
     done = made.after(made.finish(program, module), judged[:4])
     done.history.append(
@@ -194,12 +198,20 @@ def _text(method: Method) -> str:
 
 
 def _batches(
-    program: Program, data: Source, batch: int, length: int, sequences: int | None, seed: int
+    program: Program,
+    data: Source,
+    batch: int,
+    length: int,
+    sequences: int | None,
+    seed: int,
+    loss_on: str,
 ) -> list[Batch]:
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
     rows: list[Any] = list(
-        read_data(program, data, sequences=sequences, length=length, batch=batch, seed=seed)[0]
+        read_data(program, data, sequences=sequences, length=length, batch=batch, seed=seed, loss_on=loss_on)[
+            0
+        ]
     )
     if not rows:
         raise UsageError("there is no data to train on")

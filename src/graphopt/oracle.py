@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .api import Model, capture
-from .frontends.data import Tokenizer, read_data
+from .frontends.data import read_data
+from .frontends.tokenizer import Tokenizer
 from .ir.errors import UsageError
 from .ir.paths import Paths
 from .ir.program import Program

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app_generate import generate
+from .app_generate import answer, generate
 from .options import Checkpoint, Data, Json, Length, Output, Pipeline, Seed, Sequences, Trust, WorkDir
 
 app = typer.Typer(
@@ -271,6 +271,9 @@ def train(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Learn in float32, or as stored; saved as stored.")
     ] = "float32",
+    loss_on: Annotated[
+        str, typer.Option("--loss-on", help="all tokens, or those that the assistant says in conversations.")
+    ] = "all",
     seed: Seed = 0,
     work_dir: Annotated[
         str | None, typer.Option("--work-dir", help="Where the run is kept; OUTPUT.training by default.")
@@ -290,7 +293,7 @@ def train(
     }  # fmt: skip
     train_program(
         program, output, recipe, data, settings, (sequences, length, batch), validation, measure_every,
-        (work_dir, save_every, dtype), as_json, trust,
+        (work_dir, save_every, dtype), loss_on, as_json, trust,
     )  # fmt: skip
 
 
@@ -361,3 +364,4 @@ def sweep(
 
 
 app.command()(generate)
+app.command()(answer)

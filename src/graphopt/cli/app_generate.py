@@ -1,4 +1,4 @@
-"""The command ``graphopt generate`` and what it takes. Nothing here imports torch."""
+"""The commands ``graphopt generate`` and ``graphopt answer`` and what they take. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Checkpoint, Json, Seed, Trust
+from .options import Checkpoint, Json, Output, Seed, Trust
 
 
 def generate(
@@ -43,3 +43,30 @@ def generate(
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "dtype": dtype}
     generate_text(program, prompt, max_new_tokens, strategy, draft, sampling, as_json, trust)
+
+
+def answer(
+    program: Checkpoint,
+    data: Annotated[str, typer.Option("--data", help="Texts or conversations: a .jsonl or .txt file.")],
+    output: Output,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", help="Rows at most; all by default.", min=1)
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens that are kept of a text.", min=1)] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens that are written at most, a turn.", min=1)
+    ] = 128,
+    batch: Annotated[int, typer.Option("--batch", help="Rows side by side.", min=1)] = 32,
+    strategy: Annotated[
+        str | None, typer.Option(help="Who proposes candidates; the text stays the same.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0)] = 0.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Let a model write data itself: it continues texts, and speaks for the assistant in conversations."""
+    from .generating import answer_texts
+
+    amount = (sequences, prompt_tokens, max_new_tokens, batch)
+    answer_texts(program, data, output, amount, strategy, temperature, seed, as_json, trust)

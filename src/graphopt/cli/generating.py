@@ -6,12 +6,15 @@ import sys
 import time
 from typing import Any
 
+from ..answering import answer
 from ..decoding.drafters import DraftProgram
+from ..decoding.drafts import Drafter
 from ..decoding.speculating import Statistics
-from ..frontends.data import Tokenizer
-from ..generation import as_strategy, stream
+from ..frontends.tokenizer import Tokenizer
+from ..generation import as_strategy, named_strategy, stream
 from ..ir.errors import UsageError
-from .output import note, show_json
+from .output import note, show_json, text
+from .progress import ShownProgress
 from .sources import read_program
 
 
@@ -22,8 +25,10 @@ def generate_text(
     """Print what a program makes of a prompt, with its rate."""
     if strategy is not None and draft is not None:
         raise UsageError("--strategy and --draft exclude one another")
-    proposing = None if strategy is None else as_strategy(strategy)
+    if strategy is not None:
+        named_strategy(strategy)
     program = read_program(source, trust)
+    proposing: Drafter | None = None if strategy is None else as_strategy(strategy, program)
     if draft is not None:
         proposing = DraftProgram(_same_tokenizer(program, read_program(draft, trust), source, draft))
     tokenizer = Tokenizer(program)
@@ -70,3 +75,31 @@ def _same_tokenizer(program: Any, draft: Any, source: str, other: str) -> Any:
             hint="a draft is trained on the tokens of the program that it drafts for",
         )
     return draft
+
+
+def answer_texts(
+    source: str, data: str, output: str, amount: tuple[int | None, int, int, int], strategy: str | None,
+    temperature: float, seed: int, as_json: bool, trust: bool,
+) -> None:  # fmt: skip
+    """Let a program write data, and say how much it wrote."""
+    if strategy is not None:
+        named_strategy(strategy)
+    sequences, prompt_tokens, count, batch = amount
+    began = time.perf_counter()
+    found = answer(
+        read_program(source, trust), data, output, sequences=sequences, prompt_tokens=prompt_tokens, max_new_tokens=count,
+        batch=batch, temperature=temperature, seed=seed, strategy=strategy, progress=ShownProgress(),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    if as_json:
+        show_json({"output": output, **vars(found), "seconds": seconds})
+        return
+    text(
+        f"{found.rows} rows, {found.tokens} tokens written in {seconds:.0f} s"
+        + (
+            f"; {found.left_out} rows left out: they do not fit into the model's positions"
+            if found.left_out
+            else ""
+        )
+        + f"\nsaved to {output}"
+    )

@@ -20,7 +20,8 @@ from .sources import read_program
 
 def train_program(
     source: str, output: str, recipe: str, data: str, settings: dict[str, Any], amount: tuple[int | None, int, int],
-    validation: str | None, measure_every: int, kept: tuple[str | None, float, str], as_json: bool, trust: bool,
+    validation: str | None, measure_every: int, kept: tuple[str | None, float, str], loss_on: str, as_json: bool,
+    trust: bool,
 ) -> None:  # fmt: skip
     """Train, with progress, and save the program with what it learned."""
     as_method(recipe)
@@ -38,7 +39,7 @@ def train_program(
     done, record = train(
         program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,
         validation=validation, measure_every=measure_every, save_every=save_every,
-        dtype=dtype, progress=Shown(recipe),
+        dtype=dtype, loss_on=loss_on, progress=Shown(recipe),
     )  # fmt: skip
     if rank():
         return

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .drafters import AttachedDraft, DraftProgram, EarlyExit, MultiTokenHeads, PromptLookup, TokenRecycling
+from .drafters import (
+    AttachedDraft,
+    DraftProgram,
+    EarlyExit,
+    MultiTokenHeads,
+    PromptLookup,
+    Retrieval,
+    TokenRecycling,
+)
 from .drafts import Draft, Drafter
 from .plain import continuations
 from .sampling import Sampling
@@ -16,6 +24,7 @@ __all__ = [
     "EarlyExit",
     "MultiTokenHeads",
     "PromptLookup",
+    "Retrieval",
     "Sampling",
     "Statistics",
     "TokenRecycling",

@@ -188,13 +188,12 @@ class CachedDecoder:
             paths: for each row, numbers of tokens of the step, which lie in the slots after the row.
         """
         moved = [any(p != i for i, p in enumerate(path)) for path in paths]
-        if any(moved):
-            for buffer in self.buffers.values():
-                for row, path in enumerate(paths):
-                    if moved[row]:
-                        start = self.lengths[row]
-                        places = torch.tensor(path, device=self.device) + start
-                        buffer[row, :, start : start + len(path)] = buffer[row, :, places]
+        for row, path in enumerate(paths):
+            if moved[row]:
+                start = self.lengths[row]
+                places = torch.tensor(path, device=self.device) + start
+                for buffer in self.buffers.values():
+                    buffer[row, :, start : start + len(path)] = buffer[row].index_select(1, places)
         self.advance([len(path) for path in paths])
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -217,14 +217,15 @@ class Loop:
         start = torch.tensor(decoder.lengths, device=device)[:, None]
         slots = start + torch.arange(width, device=device)[None]
         # what fills a row up to the width sees itself alone, and nobody sees it
-        depths = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
-        for place, draft in enumerate(drafts):
-            count = len(draft.tokens)
-            depths[place, 1 : 1 + count] = torch.tensor(draft.depths, dtype=torch.int64)
+        depths, seen = [], []
+        for draft in drafts:
+            depths.append([0, *draft.depths, *[0] * (width - 1 - len(draft.tokens))])
+            mine = [{node} for node in range(width)]
             for node, parent in enumerate(draft.parents):
-                mask[place, node + 1] |= mask[place, parent + 1]
-        return decoder.forward(ids, start + depths.to(device), slots, mask.to(device), outputs=names)
+                mine[node + 1] |= mine[parent + 1]
+            seen.append([[other in mine[node] for other in range(width)] for node in range(width)])
+        mask = torch.tensor(seen, device=device)
+        return decoder.forward(ids, start + torch.tensor(depths, device=device), slots, mask, outputs=names)
 
     def _walk(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the accepted nodes, the row's last token first as 0, and the tokens to commit."""

@@ -6,69 +6,17 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..ir.errors import CheckpointError, UsageError
+from ..ir.errors import UsageError
 from ..ir.program import Program
+from .tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
-
-
-class Tokenizer:
-    """The tokenizer that came with a checkpoint, without any of its library's code paths."""
-
-    def __init__(self, program: Program):
-        data = program.origin.assets.get("tokenizer.json")
-        if data is None:
-            raise UsageError(
-                "this program has no tokenizer, so text cannot be its data",
-                hint="give a .npz file, or batches of tensors in Python",
-            )
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError:
-            raise UsageError(
-                "reading text needs tokenizers", hint='pip install "graphopt[huggingface]"'
-            ) from None
-        try:
-            self.fast = Fast.from_str(data.decode("utf-8"))
-        except Exception as error:
-            raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
-        self.fast.no_padding()
-        self.fast.no_truncation()
-        raw = program.origin.assets.get("tokenizer_config.json", b"{}")
-        self.config: dict[str, Any] = json.loads(raw)
-        template = program.origin.assets.get("chat_template.jinja")
-        self.template = template.decode() if template else self.config.get("chat_template")
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, special ones included."""
-        return list(self.fast.encode(text).ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of tokens."""
-        return str(self.fast.decode(list(ids)))
-
-    def chat(self, messages: list[dict[str, Any]]) -> str:
-        """Return a conversation in the checkpoint's own form; the template runs in a sandbox."""
-        if not self.template:
-            return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in messages)
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        special = {
-            k: v if isinstance(v, str) else v.get("content", "")
-            for k, v in self.config.items()
-            if k.endswith("_token") and v
-        }
-        return str(
-            environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=False, **special
-            )
-        )
 
 
 def read_data(
@@ -80,6 +28,7 @@ def read_data(
     batch: int = 8,
     seed: int = 0,
     shuffle: bool = True,
+    loss_on: str = "all",
 ) -> tuple[list[Batch], str]:
     """Return batches by input name, and one sample as text for the user to look at.
 
@@ -91,34 +40,44 @@ def read_data(
         batch: rows a batch.
         seed: of the choice where there are more.
         shuffle: take texts in random order, else in the file's.
+        loss_on: "assistant" adds ``loss_mask`` (batch, sequence), 1 at tokens that the assistant says in conversations.
 
     Raises:
-        UsageError: the file is of no known kind, or holds nothing usable.
+        UsageError: the file is of no known kind, or holds nothing usable, or no conversations where they are asked for.
     """
     if not isinstance(source, (str, os.PathLike)):
         return [dict(b) for b in source], ""
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"the data file {path} does not exist")
+    if loss_on not in ("all", "assistant"):
+        raise UsageError(f"the loss is on all tokens or those of the assistant, not {loss_on!r}")
     if path.suffix == ".npz":
+        if loss_on != "all":
+            raise UsageError(f"{path} holds no conversations, so the assistant says nothing in it")
         return _arrays(program, path, batch), ""
     if path.suffix not in (".jsonl", ".txt", ".json"):
         raise UsageError(f"{path}: data is read from .jsonl, .txt and .npz files")
     tokenizer = Tokenizer(program)
     length = min(length, longest(program) or length)
-    texts = list(_texts(path, tokenizer))
+    texts = list(encoded(path, tokenizer, assistant=loss_on == "assistant"))
     if not texts:
         raise UsageError(f"{path} holds no text")
     if shuffle:
         random.Random(seed).shuffle(texts)
-    rows = _rows(program, tokenizer, texts, sequences, length)
+    rows = _rows(program, texts, sequences, length)
+    if loss_on == "assistant":
+        rows = [row for row in rows if any(row.counted[1:])]
+        if not rows:
+            raise UsageError(f"{path}: within {length} tokens the assistant says nothing", hint="longer rows")
     pad = _padding_id(tokenizer)
-    batches = [_padded(program, rows[i : i + batch], pad) for i in range(0, len(rows), batch)]
+    marked = loss_on == "assistant"
+    batches = [_padded(program, rows[i : i + batch], pad, marked) for i in range(0, len(rows), batch)]
     # judging needs data of its own
     if len(batches) == 1 and len(rows) > 1:
         half = len(rows) // 2
-        batches = [_padded(program, rows[:half], pad), _padded(program, rows[half:], pad)]
-    return batches, tokenizer.decode(rows[0])[:300]
+        batches = [_padded(program, part, pad, marked) for part in (rows[:half], rows[half:])]
+    return batches, tokenizer.decode(rows[0].ids)[:300]
 
 
 # as configurations call the number of positions that a model was made for
@@ -138,50 +97,87 @@ def longest(program: Program) -> int | None:
     return min(limits, default=None)
 
 
-def _texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
+@dataclass
+class Row:
+    """Tokens, and of each whether the loss counts it (1) or not (0)."""
+
+    ids: list[int]
+    counted: list[int]
+
+
+def entries(path: Path) -> Iterator[tuple[int, str | list[dict[str, Any]]]]:
+    """Yield the texts and conversations of a file, with their lines' numbers.
+
+    Raises:
+        UsageError: a line is neither.
+    """
     with path.open(encoding="utf-8", errors="replace") as file:
-        if path.suffix == ".txt":
-            yield from (line.strip() for line in file if line.strip())
-            return
         for number, line in enumerate(file, start=1):
             if not line.strip():
+                continue
+            if path.suffix == ".txt":
+                yield number, line.strip()
                 continue
             try:
                 entry = json.loads(line)
             except ValueError as error:
                 raise UsageError(f"{path}, line {number} is not JSON: {error}") from None
             if isinstance(entry, str):
-                yield entry
+                yield number, entry
             elif isinstance(entry, dict) and isinstance(entry.get("text"), str):
-                yield entry["text"]
-            elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-                yield tokenizer.chat(entry["messages"])
+                yield number, entry["text"]
+            elif (
+                isinstance(entry, dict)
+                and isinstance(entry.get("messages"), list)
+                and all(isinstance(m, dict) for m in entry["messages"])
+            ):
+                yield number, entry["messages"]
             else:
                 raise UsageError(f'{path}, line {number} has neither "text" nor "messages"')
 
 
-def _rows(
-    program: Program, tokenizer: Tokenizer, texts: list[str], sequences: int | None, length: int
-) -> list[list[int]]:
+def encoded(path: Path, tokenizer: Tokenizer, *, assistant: bool = False) -> Iterator[Row]:
+    """Yield the tokens of a file's texts and conversations; with ``assistant``, those that it says are counted alone."""
+    for number, entry in entries(path):
+        if isinstance(entry, str):
+            if assistant:
+                raise UsageError(
+                    f"{path}, line {number} is a text; it has no turns of an assistant",
+                    hint='conversations are {"messages": [{"role": ..., "content": ...}]}',
+                )
+            ids = tokenizer.encode(entry)
+            yield Row(ids, [1] * len(ids))
+            continue
+        try:
+            text, spans = tokenizer.turns(entry) if assistant else (tokenizer.chat(entry), [])
+        except UsageError as error:
+            raise UsageError(f"{path}, line {number}: {error.message}", hint=error.hint) from error
+        ids, places = tokenizer.encode_chat(text)
+        said = [int(any(a < end and b > start and b > a for start, end in spans)) for a, b in places]
+        yield Row(ids, said if assistant else [1] * len(ids))
+
+
+def _rows(program: Program, texts: list[Row], sequences: int | None, length: int) -> list[Row]:
     """One text a row for encoders; for models that predict tokens, texts joined and cut."""
-    rows: list[list[int]] = []
+    rows: list[Row] = []
     if program.origin.padding != "causal":
         for text in texts[:sequences]:
-            ids = tokenizer.encode(text)
+            ids, counted = text.ids, text.counted
             if len(ids) > length:
-                ids = [*ids[: length - 1], ids[-1]]
-            rows.append(ids)
-        return [row for row in rows if row]
-    joined: list[int] = []
+                ids, counted = [*ids[: length - 1], ids[-1]], [*counted[: length - 1], counted[-1]]
+            rows.append(Row(ids, counted))
+        return [row for row in rows if row.ids]
+    ids, counted = [], []
     for text in texts:
-        joined.extend(tokenizer.encode(text))
-        while len(joined) >= length:
-            rows.append(joined[:length])
-            joined = joined[length:]
+        ids.extend(text.ids)
+        counted.extend(text.counted)
+        while len(ids) >= length:
+            rows.append(Row(ids[:length], counted[:length]))
+            ids, counted = ids[length:], counted[length:]
         if sequences is not None and len(rows) >= sequences:
             return rows[:sequences]
-    if len(joined) > 1:
-        rows.append(joined)
+    if len(ids) > 1:
+        rows.append(Row(ids, counted))
     return rows
 
 
@@ -195,18 +191,20 @@ def _padding_id(tokenizer: Tokenizer) -> int:
     return 0
 
 
-def _padded(program: Program, rows: list[list[int]], pad: int) -> Batch:
-    longest = max(len(row) for row in rows)
+def _padded(program: Program, rows: list[Row], pad: int, marked: bool) -> Batch:
+    longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    mask, counted = torch.zeros_like(ids), torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
+        size = len(row.ids)
+        ids[index, :size] = torch.tensor(row.ids)
+        counted[index, :size] = torch.tensor(row.counted)
+        mask[index, :size] = 1
     made = {"input_ids": ids, "attention_mask": mask}
     kept = {k: v for k, v in made.items() if k in program.signature.inputs}
     if not kept:
         raise UsageError("the program takes no input_ids, so text cannot be its data")
-    return kept
+    return {**kept, "loss_mask": counted} if marked else kept
 
 
 def _arrays(program: Program, path: Path, batch: int) -> list[Batch]:

@@ -115,22 +115,29 @@ def language_loss(outputs: Mapping[str, Any], batch: Batch) -> torch.Tensor:
     return masked_mean(
         F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"),
         batch,
-        following=True,
+        ahead=1,
     )
 
 
-def masked_mean(each: torch.Tensor, batch: Batch, *, following: bool = False) -> torch.Tensor:
-    """Return the mean over positions (..., batch, sequence) that are not padding.
+def masked_mean(each: torch.Tensor, batch: Batch, *, ahead: int = 0) -> torch.Tensor:
+    """Return the mean over positions that count: no padding, and tokens of the batch's ``loss_mask`` if it has one.
 
     Args:
-        each: a number a position.
-        batch: with an ``attention_mask``, or not.
-        following: positions that predict the one after them: both must count.
+        each: a number a position, (..., batch, sequence - ahead).
+        batch: with an ``attention_mask`` and a ``loss_mask`` (batch, sequence), or without.
+        ahead: each number is about the token so many places on; both must be there, and the loss counts that token.
     """
-    mask = batch.get("attention_mask")
-    if mask is None:
+    counted = None
+    mask, wanted = batch.get("attention_mask"), batch.get("loss_mask")
+    last = each.shape[-1]
+    if mask is not None:
+        counted = mask[:, ahead : ahead + last] * mask[:, :last]
+    if wanted is not None:
+        here = wanted[:, ahead : ahead + last]
+        counted = here if counted is None else counted * here
+    if counted is None:
         return each.mean()
-    counted = (mask[:, 1:] * mask[:, :-1] if following else mask).to(each.dtype)
+    counted = counted.to(each.dtype)
     return (each * counted).sum() / (counted.sum() * (each.numel() / counted.numel())).clamp(min=1)
 
 

@@ -76,9 +76,7 @@ class Draft(Method):
 
 
 def _imitation(found: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-    # the draft at t and the model at t + 1 are about the same token
-    target = found["logits"][:, 1:].detach().float().softmax(-1).transpose(1, 2)
-    said = found["draft_logits"][:, :-1].float().transpose(1, 2)
-    each = F.cross_entropy(said, target, reduction="none")
-    mask = batch.get("attention_mask")
-    return masked_mean(each, {} if mask is None else {"attention_mask": mask[:, 1:]})
+    # the draft at t and the model at t + 1 are about the token at t + 2, which is not there for the last two places
+    target = found["logits"][:, 1:-1].detach().float().softmax(-1).transpose(1, 2)
+    said = found["draft_logits"][:, :-2].float().transpose(1, 2)
+    return masked_mean(F.cross_entropy(said, target, reduction="none"), batch, ahead=2)

@@ -109,7 +109,7 @@ def head_loss(
         decay: weight of each further head.
         from_model: targets are the model's own distributions at the places before them, instead of the text.
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    ids = batch["input_ids"]
     total = said.new_zeros((), dtype=torch.float32)
     for head in range(said.shape[2]):
         ahead = head + 2
@@ -123,6 +123,5 @@ def head_loss(
             else ids[:, ahead:]
         )
         each = F.cross_entropy(mine, target, reduction="none")
-        counted = {} if mask is None else {"attention_mask": mask[:, ahead:] * mask[:, :-ahead]}
-        total = total + decay**head * masked_mean(each, counted)
+        total = total + decay**head * masked_mean(each, batch, ahead=ahead)
     return total

@@ -1,0 +1,155 @@
+"""What followed runs of tokens: counted in texts beforehand, and in what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy
+from numpy.typing import NDArray
+
+Followers = dict[int, float]
+_FACTOR = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class Counted:
+    """Counts of the tokens after each run of up to ``order`` tokens, in texts that do not change.
+
+    Runs are known by a hash of 64 bits, all of them in one sorted array: 16 bytes for each pair of a run and a
+    follower. Two runs of one hash would mix their followers, which makes a candidate worse and nothing wrong.
+
+    Args:
+        texts: tokens of each.
+        order: length of the longest run.
+        kept: followers of a run at most, the most frequent ones.
+    """
+
+    def __init__(self, texts: Iterable[Sequence[int]], order: int, kept: int = 6):
+        rows = [numpy.asarray(row, dtype=numpy.uint64) for row in texts]
+        self.order = order
+        hashes, following = [], []
+        for length in range(1, order + 1):
+            for row in rows:
+                if len(row) > length:
+                    hashes.append(_run_hashes(row, length))
+                    following.append(row[length:])
+        if not hashes:
+            self.runs = numpy.zeros(0, numpy.uint64)
+            return
+        run, next_token = numpy.concatenate(hashes), numpy.concatenate(following)
+        by_pair = numpy.lexsort((next_token, run))
+        run, next_token = run[by_pair], next_token[by_pair]
+        new = numpy.ones(len(run), bool)
+        new[1:] = (run[1:] != run[:-1]) | (next_token[1:] != next_token[:-1])
+        first = numpy.flatnonzero(new)
+        count = numpy.diff(numpy.append(first, len(run)))
+        run, next_token = run[first], next_token[first]
+        by_count = numpy.lexsort((-count, run))
+        run, next_token, count = run[by_count], next_token[by_count], count[by_count]
+        new = numpy.ones(len(run), bool)
+        new[1:] = run[1:] != run[:-1]
+        begins = numpy.flatnonzero(new)
+        rank = numpy.arange(len(run)) - numpy.repeat(begins, numpy.diff(numpy.append(begins, len(run))))
+        few = rank < kept
+        run = run[few]
+        self.next: NDArray[numpy.int32] = next_token[few].astype(numpy.int32)
+        self.count: NDArray[numpy.int32] = count[few].astype(numpy.int32)
+        new = new[few]
+        self.begins = numpy.append(numpy.flatnonzero(new), len(run))
+        self.runs = run[new]
+        self._known: dict[tuple[int, ...], Followers] = {}
+
+    def after(self, run: tuple[int, ...]) -> Followers:
+        """Return how often each token followed a run of at most ``order`` tokens."""
+        if not len(self.runs):
+            return {}
+        found = self._known.get(run)
+        if found is None:
+            wanted = numpy.uint64(_hash(run))
+            place = int(self.runs.searchsorted(wanted))
+            found = {}
+            if place < len(self.runs) and self.runs[place] == wanted:
+                part = slice(int(self.begins[place]), int(self.begins[place + 1]))
+                found = dict(zip(self.next[part].tolist(), self.count[part].tolist(), strict=True))
+            if len(self._known) > 200_000:
+                self._known.clear()
+            self._known[run] = found
+        return found
+
+
+class Counting:
+    """The same of texts that grow.
+
+    Args:
+        order: length of the longest run.
+    """
+
+    def __init__(self, order: int):
+        self.order = order
+        self.table: dict[tuple[int, ...], Followers] = {}
+
+    def add(self, row: Sequence[int], start: int) -> None:
+        """Count the tokens of a row from a place on."""
+        for place in range(max(start, 1), len(row)):
+            token = row[place]
+            for length in range(1, min(self.order, place) + 1):
+                seen = self.table.setdefault(tuple(row[place - length : place]), {})
+                seen[token] = seen.get(token, 0) + 1
+
+    def after(self, run: tuple[int, ...]) -> Followers:
+        """Return how often each token followed a run."""
+        return self.table.get(run, {})
+
+
+def likely(run: Sequence[int], sources: Sequence[tuple[Counted | Counting, float]], order: int) -> Followers:
+    """Return how likely each token follows a run, by its longest endings that were seen, the shorter ones for the rest.
+
+    Witten and Bell's interpolation: an ending that was seen ``n`` times with ``d`` different followers answers for
+    ``n / (n + d)`` of what longer endings left.
+
+    Args:
+        run: tokens.
+        sources: who counted, and how much each count weighs.
+        order: length of the longest ending.
+    """
+    found: Followers = {}
+    left = 1.0
+    for length in range(min(order, len(run)), 0, -1):
+        ending = tuple(run[-length:])
+        seen: Followers = {}
+        for source, weight in sources:
+            for token, count in source.after(ending).items():
+                seen[token] = seen.get(token, 0.0) + weight * count
+        if not seen:
+            continue
+        total = sum(seen.values())
+        share = total / (total + _DIFFERENT * len(seen))
+        for token, count in seen.items():
+            found[token] = found.get(token, 0.0) + left * share * count / total
+        left *= 1 - share
+        if left < _ENOUGH:
+            break
+    return found
+
+
+_DIFFERENT = 0.6
+"""What a follower weighs against a count; 1 in the paper, less where texts repeat themselves as a model's do."""
+_ENOUGH = 0.05
+
+
+def _hash(run: Sequence[int]) -> int:
+    value = len(run)
+    for token in run:
+        value = ((value ^ (token + 1)) * _FACTOR) & _MASK
+        value ^= value >> 29
+    return value
+
+
+def _run_hashes(row: NDArray[numpy.uint64], length: int) -> NDArray[numpy.uint64]:
+    """Hashes of all runs of a length that something follows."""
+    count = len(row) - length
+    value = numpy.full(count, length, numpy.uint64)
+    for offset in range(length):
+        value = (value ^ (row[offset : offset + count] + numpy.uint64(1))) * numpy.uint64(_FACTOR)
+        value ^= value >> numpy.uint64(29)
+    return value
