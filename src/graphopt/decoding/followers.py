@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Followers = dict[int, float]
 _FACTOR = 0x9E3779B97F4A7C15
+_SEED = 0xD1B54A32D192ED03
 _MASK = (1 << 64) - 1
 
 
@@ -138,7 +139,7 @@ _ENOUGH = 0.05
 
 
 def _hash(run: Sequence[int]) -> int:
-    value = len(run)
+    value = (len(run) * _SEED) & _MASK
     for token in run:
         value = ((value ^ (token + 1)) * _FACTOR) & _MASK
         value ^= value >> 29
@@ -148,7 +149,7 @@ def _hash(run: Sequence[int]) -> int:
 def _run_hashes(row: NDArray[numpy.uint64], length: int) -> NDArray[numpy.uint64]:
     """Hashes of all runs of a length that something follows."""
     count = len(row) - length
-    value = numpy.full(count, length, numpy.uint64)
+    value = numpy.full(count, (length * _SEED) & _MASK, numpy.uint64)
     for offset in range(length):
         value = (value ^ (row[offset : offset + count] + numpy.uint64(1))) * numpy.uint64(_FACTOR)
         value ^= value >> numpy.uint64(29)
