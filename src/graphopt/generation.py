@@ -160,6 +160,7 @@ def stream(
     device: torch.device | str = "cpu",
     dtype: str = "auto",
     dials: Mapping[str, float] | None = None,
+    compiled: bool = False,
 ) -> Stream:
     """Generate step by step; see :func:`generate` for the arguments.
 
@@ -192,7 +193,10 @@ def stream(
     if isinstance(strategy, DraftProgram):
         strategy.program = with_cache(_typed(strategy.program, dtype, device))
     size = max(len(row) for row in rows) + max_new_tokens
-    decoder = CachedDecoder(cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials)
+    decoder = CachedDecoder(
+        cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
+        compiled=compiled,
+    )  # fmt: skip
     _check_tokens(rows, decoder)
     if strategy is not None and not cached.facts["kv_cache"]["tree"] and decoder.biased:
         raise UsageError(
@@ -236,6 +240,8 @@ def generate(
         device: where it runs.
         dtype: "stored", "float32", or "auto": as stored, but in float32 where a CPU would compute in 16 bits.
         dials: settings of the program that are not to be the usual.
+        compiled: compile what lies between attentions (torch.compile, once for all layers of a kind), and on a GPU replay
+            steps as CUDA graphs. The first steps take seconds; sums may be rounded in another order.
 
     Returns:
         (batch, positions + new): the given rows, then what continues each; rows that ended earlier are filled with

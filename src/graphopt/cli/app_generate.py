@@ -35,13 +35,19 @@ def generate(
             "--dtype", help="auto (float32 where a CPU would compute in 16 bits), stored or float32."
         ),
     ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile what lies between attentions; CUDA graphs on a GPU.")
+    ] = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Continue a text, one token after the other or several a step."""
     from .generating import generate_text
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "dtype": dtype}
+    sampling = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "dtype": dtype,
+        "compiled": compiled,
+    }  # fmt: skip
     generate_text(program, prompt, max_new_tokens, strategy, draft, sampling, as_json, trust)
 
 

@@ -11,6 +11,7 @@ from ..ir.errors import UsageError
 from ..ir.inputs import settings_of
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
+from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Buffer, Running, Step
 
 PIECE = 512
@@ -34,6 +35,7 @@ class CachedDecoder:
         outputs: names of what is computed each step; the logits if left out.
         device: where it runs; the CPU if left out.
         dials: settings of the program that are not to be the usual.
+        compiled: compile what lies between attentions, and on a GPU record steps as CUDA graphs.
 
     Raises:
         UsageError: the program has no cache, or not as many slots.
@@ -41,7 +43,7 @@ class CachedDecoder:
 
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
-        device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None,
+        device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
     ):  # fmt: skip
         facts = program.facts.get("kv_cache")
         if facts is None:
@@ -63,8 +65,11 @@ class CachedDecoder:
                 hint="fewer new tokens",
             )
         self.program = program
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.compiled = batch, capacity, compiled
         self.device = torch.device(device)
+        self.recorder: Recorder | None = None
+        if compiled and self.device.type == "cuda":
+            self.recorder = CudaRecorder()
         self.dials = {n: t.to(self.device) for n, t in settings_of(program, dials or {}).items()}
         self._loaded: dict[str, torch.Tensor] = {}
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
@@ -102,7 +107,7 @@ class CachedDecoder:
         if key not in self._graphs:
             made = Running(
                 self.program, self.capacity, self._loaded, outputs, self.device,
-                decoding=self.decoding, taken=taken,
+                decoding=self.decoding, taken=taken, compiled=self.compiled,
             )  # fmt: skip
             for buffer, (heads, size, dtype) in made.buffers.items():
                 if buffer not in self.buffers:
@@ -136,11 +141,15 @@ class CachedDecoder:
         tokens = ids.shape[1]
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
-        step = Step(self.buffers, positions, placed, limit, start, step_mask)
         fed = {self.facts["tokens"]: ids, self.facts["positions"]: positions, **self.dials, **(given or {})}
         if self.facts["tree"]:
             fed["cache_slots"] = placed
-        return running(step, {n: fed[n] for n in running.inputs})
+        inputs = {n: fed[n] for n in running.inputs}
+        if self.recorder is not None and tokens <= RECORDED:
+            return self.recorder.run(
+                running, Step(self.buffers, positions, placed, self.capacity, None, step_mask), inputs
+            )
+        return running(Step(self.buffers, positions, placed, limit, start, step_mask), inputs)
 
     def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Compute tokens that follow each row's; rows do not grow yet.

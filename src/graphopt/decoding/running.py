@@ -15,6 +15,7 @@ from ..ir.operators import attention, cache_positions, cache_visible
 from ..ir.program import Program
 from ..ir.ranks import runnable
 from ..ir.schema import arguments, is_operator
+from .compiled import in_pieces
 
 Buffer = tuple[str, int, int]
 
@@ -100,6 +101,7 @@ class Running:
         device: where it runs.
         decoding: leave out the layers that are skipped while tokens are added.
         taken: names of outputs that are given, not computed.
+        compiled: compile what lies between attentions.
 
     Attributes:
         buffers: the caches it writes: heads and size of each.
@@ -107,7 +109,7 @@ class Running:
 
     def __init__(
         self, program: Program, capacity: int, loaded: dict[str, torch.Tensor], outputs: Iterable[str],
-        device: torch.device, decoding: bool = True, taken: Iterable[str] = (),
+        device: torch.device, decoding: bool = True, taken: Iterable[str] = (), compiled: bool = False,
     ):  # fmt: skip
         self.device, self.decoding = device, decoding
         self.source = fold(runnable(program))
@@ -121,7 +123,10 @@ class Running:
         windows = self._rewrite(copy, copy.graph)
         wanted = [windows.get(n, n) for n in wanted]
         graph = self._cut(copy, wanted, loaded, {windows.get(n, n): name for name, n in given.items()})
-        self.module = fx.GraphModule(torch.nn.Module(), graph)
+        if compiled:
+            self.module = in_pieces(graph, next(iter(graph.nodes)))
+        else:
+            self.module = fx.GraphModule(torch.nn.Module(), graph)
 
     def __call__(self, step: Step, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one step and return the outputs by name."""

@@ -43,7 +43,9 @@ class DraftProgram(Drafter):
             UsageError: the draft knows other tokens than the program.
         """
         super().begin(decoder, rows, sampling)
-        self.draft = CachedDecoder(self.program, len(rows), decoder.capacity, device=decoder.device)
+        self.draft = CachedDecoder(
+            self.program, len(rows), decoder.capacity, device=decoder.device, compiled=decoder.compiled
+        )  # fmt: skip
         size = decoder.vocabulary
         if self.ids is None and self.draft.vocabulary != size:
             raise UsageError(
