@@ -1,11 +1,11 @@
 """Several tokens a step: tokens a step, acceptance by depth, and time against one token a step, strategy by strategy.
 
-    python benchmarks/decoding.py [--heads FOLDER] [--drafted FOLDER] [--rows 8] [--new 128] [--prompt 64] [--threads 1]
+    python benchmarks/decoding.py [--texts FILE] [--heads FOLDER] [--drafted FOLDER] [--masked FOLDER] [--rows 8] [--new 128]
 
-The reference Llama continues texts of its own kind and of another, one row at a time; all strategies in turns, medians of
-``--rounds``. Every text is compared with the one that the plain loop writes. ``--heads`` is a program with trained heads
-(attach-multi-token-heads, then ``graphopt train --recipe medusa``), ``--drafted`` one with a trained draft (attach-draft,
-then ``--recipe draft``); what is not given is left out.
+The reference Llama continues texts of its own kind and of another, one row at a time; all strategies in turns, operator by
+operator and compiled, medians of ``--rounds``. Every text is compared with the one that the plain loop writes. ``--texts`` is what
+``graphopt answer`` wrote, ``--heads``, ``--drafted`` and ``--masked`` are programs with trained heads, draft and mask tokens; what
+is not given is left out.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from graphopt.decoding import (
     EarlyExit,
     MultiTokenHeads,
     PromptLookup,
+    Retrieval,
     TokenRecycling,
 )
 from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.generation import texts_of
 from graphopt.ir.program import Program
 
 HERE = Path(__file__).parents[1] / "examples" / "reference_models"
@@ -50,12 +52,14 @@ def prompts(tokenizer: Tokenizer, file: Path, rows: int, length: int) -> list[li
 
 
 def run(
-    program: Program, rows: list[list[int]], new: int, strategy: Drafter | None
+    program: Program, rows: list[list[int]], new: int, strategy: Drafter | None, compiled: bool = False
 ) -> tuple[float, list, list]:
     """Return seconds, texts and statistics of all rows one after the other."""
     seconds, texts, found = 0.0, [], []
     for row in rows:
-        stream = graphopt.stream(program, [row], max_new_tokens=new, eos_token_id=None, strategy=strategy)
+        stream = graphopt.stream(
+            program, [row], max_new_tokens=new, eos_token_id=None, strategy=strategy, compiled=compiled
+        )
         began = time.perf_counter()
         for _ in stream:
             pass
@@ -70,6 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--texts", help="a .jsonl file that the program wrote")
+    parser.add_argument("--plainly", action="store_true", help="leave out what is compiled")
     parser.add_argument("--heads", help="a program with trained heads")
     parser.add_argument("--drafted", help="a program with a trained draft of its own")
     parser.add_argument("--rows", type=int, default=8)
@@ -87,60 +93,62 @@ def main() -> None:
         "plain": (plain, lambda: None),
         "prompt-lookup, 8": (plain, PromptLookup),
         "token-recycling, 20": (plain, TokenRecycling),
-        "draft-program, 2": (plain, lambda: DraftProgram(draft, 2)),
         "draft-program, 3": (plain, lambda: DraftProgram(draft, 3)),
         "draft-program, 4": (plain, lambda: DraftProgram(draft, 4)),
-        "draft-program, 6, sure of 0.5": (plain, lambda: DraftProgram(draft, 6, 0.5)),
         "early-exit after 3 of 8, 2": (exits, lambda: EarlyExit(2)),
+        "retrieval, nothing before, 8": (plain, lambda: Retrieval(nodes=8)),
     }
+    if given.texts:
+        texts = texts_of(plain, given.texts)
+        ways |= {f"retrieval, {n}": (plain, lambda n=n: Retrieval(texts, n)) for n in (8, 16, 24)}  # type: ignore[misc]
     if heads is not None:
-        ways |= {f"multi-token-heads, {n}": (heads, lambda n=n: MultiTokenHeads(n)) for n in (3, 6, 12)}  # type: ignore[misc]
+        ways |= {f"multi-token-heads, {n}": (heads, lambda n=n: MultiTokenHeads(n)) for n in (3, 6)}  # type: ignore[misc]
     if given.drafted:
         drafted = graphopt.load(given.drafted)
         ways |= {f"attached-draft, {n}": (drafted, lambda n=n: AttachedDraft(n)) for n in (2, 3, 4)}  # type: ignore[misc]
-    tokenizer, console = Tokenizer(plain), Console(width=120)
+    tokenizer, console = Tokenizer(plain), Console(width=150)
+    modes = (False,) if given.plainly else (False, True)
     for name in ("validation", "out_of_domain"):
         rows = prompts(tokenizer, HERE / "data" / f"{name}.jsonl", given.rows, given.prompt)
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        shown = {}
-        expected = None
-        for _ in range(given.rounds):
+        times: dict[tuple[str, bool], list[float]] = {}
+        shown, expected = {}, None
+        for turn in range(-1, given.rounds):
             for way, (program, make) in ways.items():
-                seconds, texts, found = run(program, rows, given.new, make())
-                expected = expected or texts
-                assert texts == expected, f"{way} writes another text"
-                times[way].append(seconds)
-                shown[way] = found
+                for compiled in modes:
+                    if turn < 0 and not compiled:
+                        continue  # the first round is for the compiler
+                    strategy = make()
+                    seconds, written, found = run(program, rows, given.new, strategy, compiled)
+                    expected = expected or written
+                    assert written == expected, f"{way} writes another text"
+                    if turn >= 0:
+                        times.setdefault((way, compiled), []).append(seconds)
+                        shown[way] = found
         table = Table(
-            "strategy",
-            "tokens a step",
-            "accepted by depth",
-            "ms a token",
-            "candidates, %",
-            "faster",
-            title=name,
-            box=None,
-        )
-        base = statistics.median(times["plain"])
+            "strategy", "tokens a step", "accepted by depth", "candidates, %", "ms a token", "of plain", title=name, box=None
+        )  # fmt: skip
+        if not given.plainly:
+            for column in ("compiled, ms", "of plain", "of compiled plain"):
+                table.add_column(column)
+        median = {key: statistics.median(values) for key, values in times.items()}
         for way, found in shown.items():
-            seconds = statistics.median(times[way])
             tokens, steps = sum(s.tokens for s in found), sum(s.row_steps for s in found)
-            depth = max(len(s.proposed) for s in found)
             shares = []
-            for d in range(depth):
+            for d in range(max(len(s.proposed) for s in found)):
                 asked = sum(s.proposed[d] for s in found if d < len(s.proposed))
                 shares.append(sum(s.accepted[d] for s in found if d < len(s.accepted)) / max(asked, 1))
-            drafting = sum(s.seconds["candidates"] for s in found) / sum(
-                sum(s.seconds.values()) for s in found
-            )
-            table.add_row(
-                way,
-                f"{tokens / steps:.2f}",
-                " ".join(f"{a:.2f}" for a in shares[:6]),
-                f"{seconds / tokens * 1e3:.2f}",
-                f"{drafting:.0%}",
-                f"{base / seconds:.2f}",
-            )
+            total = sum(sum(s.seconds.values()) for s in found)
+            cells = [
+                way, f"{tokens / steps:.2f}", " ".join(f"{a:.2f}" for a in shares[:6]),
+                f"{sum(s.seconds['candidates'] for s in found) / total:.0%}",
+                f"{median[way, False] / tokens * 1e3:.2f}", f"{median['plain', False] / median[way, False]:.2f}",
+            ]  # fmt: skip
+            if not given.plainly:
+                cells += [
+                    f"{median[way, True] / tokens * 1e3:.2f}", f"{median['plain', False] / median[way, True]:.2f}",
+                    f"{median['plain', True] / median[way, True]:.2f}",
+                ]  # fmt: skip
+            table.add_row(*cells)
         console.print(table)
 
 

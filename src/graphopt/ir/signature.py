@@ -13,7 +13,7 @@ from .errors import UsageError
 from .sizes import parse_size
 from .structure import Structure, flatten, leaf_names, rebuild
 
-FillRule = Literal["ones", "zeros", "positions", "positions_from_mask", "following"]
+FillRule = Literal["ones", "zeros", "positions", "positions_from_mask", "following", "marks"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Fill:
 
     ``ones`` and ``zeros`` have the shape of ``like``. ``positions`` counts 0, 1, ... along the last
     dimension; ``positions_from_mask`` counts the ones of the mask ``like`` (masked places get 1, as the
-    models that use it do). ``following`` is ``like`` one place on, with a 0 at the end.
+    models that use it do). ``following`` is ``like`` one place on, with a 0 at the end. ``marks`` is zeros that say of
+    each token that it is an ordinary one.
     """
 
     rule: FillRule
@@ -196,6 +197,6 @@ def make_fill(fill: Fill, dtype: torch.dtype, like: torch.Tensor) -> torch.Tenso
     shape, device = like.shape[:2], like.device
     if fill.rule == "ones":
         return torch.ones(shape, dtype=dtype, device=device)
-    if fill.rule == "zeros":
+    if fill.rule in ("zeros", "marks"):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.arange(shape[-1], dtype=dtype, device=device).expand(shape).contiguous()

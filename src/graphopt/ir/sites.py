@@ -244,7 +244,13 @@ def _given(before: Program, after: Program, node: fx.Node, sizes: dict[str, int]
     dial = after.dials.get(str(node.meta.get("input", ""))) if node.op == "placeholder" else None
     if dial is not None:
         return torch.tensor(dial.default, dtype=torch.float64)
-    return leaf_value(before, node, sizes, seed)
+    drawn = leaf_value(before, node, sizes, seed)
+    name = str(node.meta.get("input", ""))
+    spec = after.signature.inputs.get(name) if node.op == "placeholder" else None
+    new = spec is not None and name not in before.signature.inputs
+    if new and spec.fill is not None and spec.fill.rule == "marks":  # type: ignore[union-attr]
+        return torch.zeros_like(drawn)  # what was there before is about tokens of the text
+    return drawn
 
 
 def _compare(before: Program, after: Program, pair: _Pair) -> float:

@@ -123,6 +123,21 @@ def load_part(source: TensorSource, dim: int, start: int, end: int) -> torch.Ten
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Numbers drawn evenly from ``-bound`` to ``bound``, the same ones each time; drawn when they are asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bound: float
+    seed: int
+
+    def load(self) -> torch.Tensor:
+        """Draw."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return ((torch.rand(self.shape, generator=generator) * 2 - 1) * self.bound).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class Absent:
     """A tensor whose values nobody has: a graph captured from a configuration alone."""
 

@@ -13,11 +13,10 @@ from ..ir.errors import PassRefusedError
 from ..ir.inputs import add_input
 from ..ir.option import option
 from ..ir.program import Program
-from ..ir.schema import arguments, is_operator
 from ..ir.weights import InMemory
 from .base import Pass
 from .contracts import AddsOutputs
-from .heads import Head, dtype_of, find_head, layers_to_logits, repeat_way, value_size
+from .heads import Head, dtype_of, find_head, layers_to_logits, repeat_way, token_embedding, value_size
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class AttachDraft(Pass):
         reason = head if isinstance(head, str) else ""
         if not reason and len(layers) < 2:
             reason = f"{len(layers)} layers were recognised"
-        if not reason and _embedding(program) is None:
+        if not reason and token_embedding(program) is None:
             reason = "its tokens are not looked up in a table"
         if reason:
             plan.refused.append(Refused("head", reason, ""))
@@ -80,7 +79,7 @@ class AttachDraft(Pass):
             self._build(program, [int(t) for t in site["taps"]], int(site["layer"]))
 
     def _build(self, program: Program, taps: list[int], number: int) -> None:
-        head, table = find_head(program), _embedding(program)
+        head, table = find_head(program), token_embedding(program)
         assert isinstance(head, Head)
         assert table is not None
         layers, call = layers_to_logits(program), program.edit.call
@@ -138,18 +137,3 @@ class AttachDraft(Pass):
         program.facts.setdefault(
             "unwritable", "a folder has no place for a draft; write it before attach-draft"
         )
-
-
-def _embedding(program: Program) -> fx.Node | None:
-    """Return the look-up of the tokens."""
-    inputs = {n for n, spec in program.signature.inputs.items() if spec.fill is None}
-    for node in program.anatomy.embedding:
-        if is_operator(node, "aten.embedding"):
-            read = arguments(node)["indices"]
-            if (
-                isinstance(read, fx.Node)
-                and read.op == "placeholder"
-                and str(read.meta.get("input")) in inputs
-            ):
-                return node
-    return None

@@ -99,3 +99,18 @@ def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.N
         if node not in now and any(n in now for n in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: now.get(n, n))
             now[node] = program.edit.call(node.target, *args, **kwargs)
+
+
+def token_embedding(program: Program) -> fx.Node | None:
+    """Return the look-up of the tokens."""
+    inputs = {n for n, spec in program.signature.inputs.items() if spec.fill is None}
+    for node in program.anatomy.embedding:
+        if is_operator(node, "aten.embedding"):
+            read = arguments(node)["indices"]
+            if (
+                isinstance(read, fx.Node)
+                and read.op == "placeholder"
+                and str(read.meta.get("input")) in inputs
+            ):
+                return node
+    return None

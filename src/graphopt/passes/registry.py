@@ -24,6 +24,7 @@ BUILT_IN: dict[str, str] = {
     "insert-kv-cache": "graphopt.passes.insert_kv_cache:InsertKVCache",
     "attach-multi-token-heads": "graphopt.passes.attach_multi_token_heads:AttachMultiTokenHeads",
     "attach-draft": "graphopt.passes.attach_draft:AttachDraft",
+    "attach-mask-tokens": "graphopt.passes.attach_mask_tokens:AttachMaskTokens",
     "attach-early-exit": "graphopt.passes.attach_early_exit:AttachEarlyExit",
     "trim-vocabulary": "graphopt.passes.trim_vocabulary:TrimVocabulary",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",

@@ -96,6 +96,14 @@ def cache_visible(call: Call) -> Work:
     return Work(2 * pairs, 0, pairs)
 
 
+@formula("graphopt.gated_lora")
+def gated_lora(call: Call) -> Work:
+    """FLOPs: 2 · rank · (in + out) a token, and two for each element of the result; at all places, marked or not."""
+    rank, inner = call.tensor("down").shape
+    rows = product(call.tensor("x").shape[:-1])
+    return moved(call, rows * 2 * rank * (inner + call.output.shape[-1]) + 2 * call.output.numel)
+
+
 @formula("aten.scaled_dot_product_attention")
 def scaled_dot_product_attention(call: Call) -> Work:
     """As attention; causal queries are aligned with the first keys, as torch defines it."""

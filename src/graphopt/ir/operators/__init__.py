@@ -19,6 +19,7 @@ from .kernels import (
     norm_shift,
 )
 from .library import DIALECT, dialect_operator
+from .mask_tokens import gated_lora, marked_embedding
 from .nested_ffn import nested_ffn, nested_similarity, soft_nested_ffn
 from .norm import rms_norm
 from .quantized import quantized_all_reduce, quantized_sum
@@ -39,12 +40,14 @@ __all__ = [
     "cache_visible",
     "choose_width",
     "dialect_operator",
+    "gated_lora",
     "kernel_diagonal",
     "kernel_scaled",
     "kernel_sequence",
     "kernel_spread",
     "local_embedding",
     "local_slice",
+    "marked_embedding",
     "nested_ffn",
     "nested_similarity",
     "norm_scale",

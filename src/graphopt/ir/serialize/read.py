@@ -24,7 +24,7 @@ from .encode import decode, dtype_of
 from .names import asset_name, input_name, weight_name
 from .write import FORMAT, VERSION, file_hash
 
-_RULES = ("ones", "zeros", "positions", "positions_from_mask", "following")
+_RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
 
 
 def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program:

@@ -66,7 +66,7 @@ class Decoder:
         self.batch = expression(batch) if isinstance(batch, torch.SymInt) else None
         self.moving: set[fx.Node] = {
             self.tokens,
-            *(nodes[n] for n, rule in fills.items() if rule == "following"),
+            *(nodes[n] for n, rule in fills.items() if rule in ("following", "marks")),
         }
         for node in program.graph.nodes:
             holds = isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))

@@ -1,0 +1,39 @@
+"""Mask tokens: places of a row that stand for tokens not known yet, and what is computed at them alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .library import dialect_operator
+
+
+@dialect_operator("marked_embedding(Tensor embedded, Tensor table, Tensor marks) -> Tensor")
+def marked_embedding(embedded: Tensor, table: Tensor, marks: Tensor) -> Tensor:
+    """Put the vectors of mask tokens in the places that are marked.
+
+    Args:
+        embedded: (batch, tokens, size).
+        table: (mask tokens, size).
+        marks: (batch, tokens), integers: the number of the mask token from 1 on, 0 where a token of the text stands.
+    """
+    own = F.embedding((marks - 1).clamp(min=0), table).to(embedded.dtype)
+    return torch.where(marks.unsqueeze(-1) > 0, own, embedded)
+
+
+@dialect_operator(
+    "gated_lora(Tensor y, Tensor x, Tensor down, Tensor up, Tensor marks, float scale) -> Tensor"
+)
+def gated_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor, marks: Tensor, scale: float) -> Tensor:
+    """Return ``y + scale * up (down x)`` in places that are marked, and ``y`` itself, bit for bit, elsewhere.
+
+    Args:
+        y: (batch, tokens, out), what a linear makes of x.
+        x: (batch, tokens, in).
+        down: (rank, in).
+        up: (out, rank).
+        marks: (batch, tokens), integers, 0 where nothing is added.
+        scale: of what is added.
+    """
+    return torch.where(marks.unsqueeze(-1) > 0, y + scale * F.linear(F.linear(x, down), up), y)
