@@ -14,6 +14,9 @@ from ..ir.schema import arguments, is_operator
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Buffer, Running, Step
 
+MARKS = "mask_index"
+"""The input that says where mask tokens stand."""
+
 PIECE = 512
 """Tokens of a prompt that are computed at once."""
 
@@ -101,13 +104,13 @@ class CachedDecoder:
         cores = (n for n in self.program.nodes if is_operator(n, "graphopt.attention"))
         return any(arguments(core)["bias"] is not None for core in cores)
 
-    def graph(self, outputs: Sequence[str], taken: Sequence[str] = ()) -> Running:
+    def graph(self, outputs: Sequence[str], taken: Sequence[str] = (), marked: bool = False) -> Running:
         """Return the graph that computes these outputs from others; all graphs share weights and caches."""
-        key: tuple[str | bool, ...] = (*outputs, self.decoding, *taken)
+        key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
             made = Running(
                 self.program, self.capacity, self._loaded, outputs, self.device,
-                decoding=self.decoding, taken=taken, compiled=self.compiled,
+                decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
             )  # fmt: skip
             for buffer, (heads, size, dtype) in made.buffers.items():
                 if buffer not in self.buffers:
@@ -132,7 +135,7 @@ class CachedDecoder:
             given: values of other inputs, and of outputs that are not to be computed but taken.
         """
         taken = [name for name in given or {} if name in self.program.outputs]
-        running = self.graph(outputs or self.outputs, taken)
+        running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
         placed = positions if slots is None else slots
         limit = int(placed.max()) + 1
         if limit > self.capacity:

@@ -23,6 +23,8 @@ class Draft:
         tokens: of each candidate.
         parents: the candidate that each follows; -1 follows the row itself.
         odds: (vocabulary,) the distribution that each token was drawn from; empty where none was drawn.
+        probes: mask tokens that are computed beside the candidates and never committed: the node that each follows (-1
+            the row, then candidates, then probes before it), and which mask token it is, from 1 on.
 
     Raises:
         UsageError: a parent does not come before its child.
@@ -31,12 +33,15 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     odds: list[torch.Tensor] = field(default_factory=list)
+    probes: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.parents) or any(not -1 <= p < i for i, p in enumerate(self.parents)):
             raise UsageError("candidates are given parents before children, one parent each")
         if self.odds and (len(self.odds) != len(self.tokens) or not self.chain):
             raise UsageError("distributions belong to a chain of candidates, one each")
+        if any(not -1 <= p < len(self.tokens) + i or mark < 1 for i, (p, mark) in enumerate(self.probes)):
+            raise UsageError("probes follow what comes before them, and mask tokens are numbered from 1")
 
     @classmethod
     def line(cls, tokens: Sequence[int], odds: Sequence[torch.Tensor] = ()) -> Draft:
@@ -51,8 +56,13 @@ class Draft:
     @property
     def depths(self) -> list[int]:
         """How many tokens after the row's last each candidate stands, from 1 on."""
+        return self.all_depths[: len(self.tokens)]
+
+    @property
+    def all_depths(self) -> list[int]:
+        """The same of candidates, and after them of probes."""
         found: list[int] = []
-        for parent in self.parents:
+        for parent in self.all_parents:
             found.append(1 if parent < 0 else found[parent] + 1)
         return found
 
@@ -61,7 +71,7 @@ class Draft:
 
         Caches need not be rearranged where it does.
         """
-        if self.odds or self.chain:
+        if self.odds or self.probes or self.chain:
             return self
         following: list[list[int]] = [[] for _ in range(len(self.tokens) + 1)]
         for node, parent in enumerate(self.parents):
@@ -75,6 +85,16 @@ class Draft:
         place = {-1: -1} | {old: new for new, old in enumerate(order)}
         return Draft([self.tokens[n] for n in order], [place[self.parents[n]] for n in order])
 
+    @property
+    def width(self) -> int:
+        """How many places it takes after the row's last token."""
+        return len(self.tokens) + len(self.probes)
+
+    @property
+    def all_parents(self) -> list[int]:
+        """What each candidate, and after them each probe, follows."""
+        return [*self.parents, *(parent for parent, _ in self.probes)]
+
     def children(self, node: int) -> list[int]:
         """Return the candidates that follow one; -1 for the row itself."""
         return [i for i, parent in enumerate(self.parents) if parent == node]
@@ -85,10 +105,16 @@ class Draft:
         if len(kept) == len(self.tokens):
             return self
         place = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        probes: list[tuple[int, int]] = []
+        for number, (parent, mark) in enumerate(self.probes):
+            if parent in place:  # what follows a candidate that is cut goes with it
+                place[len(self.tokens) + number] = len(kept) + len(probes)
+                probes.append((place[parent], mark))
         return Draft(
             [self.tokens[i] for i in kept],
             [place[self.parents[i]] for i in kept],
             [self.odds[i] for i in kept] if self.odds else [],
+            probes,
         )
 
 
@@ -98,11 +124,13 @@ class Seen:
 
     Attributes:
         tokens: the row's last token and the candidates, as they were fed.
+        draft: the candidates, with their probes.
         path: which of them were accepted, the row's last token first.
-        outputs: what the program computed at each of them: (tokens, ...) by name.
+        outputs: what the program computed at each of them, and after them at probes: (tokens, ...) by name.
     """
 
     tokens: list[int]
+    draft: Draft
     path: list[int]
     outputs: Mapping[str, torch.Tensor]
 

@@ -18,6 +18,8 @@ from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 
 Buffer = tuple[str, int, int]
+AT_MASKS = ("graphopt.gated_lora", "graphopt.marked_embedding")
+"""Operators that give their first operand where no mask token stands."""
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Running:
         decoding: leave out the layers that are skipped while tokens are added.
         taken: names of outputs that are given, not computed.
         compiled: compile what lies between attentions.
+        marked: mask tokens may stand among the new ones; else what is computed at them alone is left out.
 
     Attributes:
         buffers: the caches it writes: heads and size of each.
@@ -110,8 +113,9 @@ class Running:
     def __init__(
         self, program: Program, capacity: int, loaded: dict[str, torch.Tensor], outputs: Iterable[str],
         device: torch.device, decoding: bool = True, taken: Iterable[str] = (), compiled: bool = False,
+        marked: bool = False,
     ):  # fmt: skip
-        self.device, self.decoding = device, decoding
+        self.device, self.decoding, self.marked = device, decoding, marked
         self.source = fold(runnable(program))
         self.capacity = capacity
         self.outputs = list(outputs)
@@ -157,8 +161,10 @@ class Running:
                 window = arguments(found["visible"])["window"]
                 kept = [found[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
                 target, args = attend, (self.step, *kept, window)
-            elif is_operator(node, "graphopt.skipped"):
-                kept = node.args[0 if self.decoding else 1]
+            elif (phased := is_operator(node, "graphopt.skipped")) or (
+                not self.marked and is_operator(node, *AT_MASKS)
+            ):
+                kept = node.args[0 if self.decoding or not phased else 1]
                 assert isinstance(kept, fx.Node)
                 node.replace_all_uses_with(kept)
                 replaced[node] = kept

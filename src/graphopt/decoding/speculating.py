@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .cached import CachedDecoder
+from .cached import MARKS, CachedDecoder
 from .drafts import Draft, Drafter, Seen
 from .sampling import Sampling, draw
 from .stopping import Stop
@@ -174,7 +174,7 @@ class Loop:
             return [Draft() for _ in rows]
         drafts = [draft.cut(deep) for draft, deep in zip(found, room, strict=True)]
         most = self.decoder.capacity - max(len(row) for row in rows)
-        return [draft if len(draft.tokens) <= most else Draft() for draft in drafts]
+        return [draft if draft.width <= most else Draft() for draft in drafts]
 
     def _step(
         self, rows: list[list[int]], new: list[int], alive: list[int]
@@ -182,7 +182,7 @@ class Loop:
         # the last token of a prompt is read as the prompt is, by all layers
         reading = self.decoder.phased and not self.decoder.decoding
         drafts = [Draft() for _ in rows] if reading else self._drafts(rows, new)
-        width = 1 + max(len(draft.tokens) for draft in drafts)
+        width = 1 + max(draft.width for draft in drafts)
         began = time.perf_counter()
         names = [self.logits, *(self.drafter.outputs if self.drafter else ())]
         outputs = self._forward(rows, drafts, width, names)
@@ -195,8 +195,9 @@ class Loop:
             self.statistics.count(draft, len(tokens) - 1)
             commits.append(tokens)
             paths.append(path)
-            fed = 1 + len(draft.tokens)
-            seen.append(Seen([row[-1], *draft.tokens], path, {n: v[place, :fed] for n, v in outputs.items()}))
+            fed = 1 + draft.width
+            shown = {n: v[place, :fed] for n, v in outputs.items()}
+            seen.append(Seen([row[-1], *draft.tokens], draft, path, shown))
         self.decoder.accept(paths)
         self.decoder.decoding = True
         return commits, seen
@@ -212,20 +213,29 @@ class Loop:
             ],
             device=device,
         )
-        if all(draft.chain for draft in drafts):
+        probing = any(draft.probes for draft in drafts)
+        if not probing and all(draft.chain for draft in drafts):
             return decoder.extend(ids, outputs=names)
         start = torch.tensor(decoder.lengths, device=device)[:, None]
         slots = start + torch.arange(width, device=device)[None]
         # what fills a row up to the width sees itself alone, and nobody sees it
         depths, seen = [], []
         for draft in drafts:
-            depths.append([0, *draft.depths, *[0] * (width - 1 - len(draft.tokens))])
+            depths.append([0, *draft.all_depths, *[0] * (width - 1 - draft.width)])
             mine = [{node} for node in range(width)]
-            for node, parent in enumerate(draft.parents):
+            for node, parent in enumerate(draft.all_parents):
                 mine[node + 1] |= mine[parent + 1]
             seen.append([[other in mine[node] for other in range(width)] for node in range(width)])
         mask = torch.tensor(seen, device=device)
-        return decoder.forward(ids, start + torch.tensor(depths, device=device), slots, mask, outputs=names)
+        given = None
+        if probing:
+            marks = [
+                [0] * (1 + len(d.tokens)) + [mark for _, mark in d.probes] + [0] * (width - 1 - d.width)
+                for d in drafts
+            ]
+            given = {MARKS: torch.tensor(marks, device=device)}
+        places = start + torch.tensor(depths, device=device)
+        return decoder.forward(ids, places, slots, mask, outputs=names, given=given)
 
     def _walk(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the accepted nodes, the row's last token first as 0, and the tokens to commit."""

@@ -176,7 +176,8 @@ def _rows(program: Program, texts: list[Row], sequences: int | None, length: int
             ids, counted = ids[length:], counted[length:]
         if sequences is not None and len(rows) >= sequences:
             return rows[:sequences]
-    if len(ids) > 1:
+    # where no input hides padding, all rows are of one length
+    if len(ids) > 1 and (not rows or "attention_mask" in program.signature.inputs):
         rows.append(Row(ids, counted))
     return rows
 

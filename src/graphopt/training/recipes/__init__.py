@@ -12,11 +12,12 @@ from .draft import Draft
 from .duo import DuoDistil, DuoRouters
 from .dynamoe import DynaMoE, difficulty
 from .language import Language
+from .mask_tokens import MaskTokens
 from .medusa import Medusa, head_loss
 from .phds import PHDS
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa, Draft)
+    m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa, Draft, MaskTokens)
 }
 
 
@@ -37,6 +38,6 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
 
 
 __all__ = [
-    "METHODS", "PHDS", "Batch", "Draft", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "Medusa", "Method", "Recipe",
-    "called", "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean",
+    "METHODS", "PHDS", "Batch", "Draft", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "MaskTokens", "Medusa", "Method",
+    "Recipe", "called", "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean",
 ]  # fmt: skip

@@ -1,0 +1,98 @@
+"""Candidates from mask tokens behind the row (arXiv 2507.11851)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...ir.errors import UsageError
+from ..cached import CachedDecoder
+from ..drafts import Draft, Drafter, Seen
+from ..sampling import Sampling
+
+HIDDEN, LOGITS, BEFORE = "mask_hidden", "mask_logits", "sampler_ids"
+
+
+class MaskTokens(Drafter):
+    """Proposes a chain of what the sampler makes of the mask tokens after the last accepted token.
+
+    Mask tokens are computed in the same step as the candidates, beside them. ``quadratic`` puts some after every
+    candidate, so that there are new candidates however many are accepted; ``linear`` after the last one alone, so that
+    there are none unless all are. With k mask tokens a step has (k + 1)^2 places, or 2 k + 1.
+
+    Args:
+        tokens: how many are proposed; as many as the program has mask tokens if left out.
+        layout: "quadratic" or "linear".
+
+    Raises:
+        UsageError: fewer than one token, or another layout.
+    """
+
+    name = "mask-tokens"
+    outputs = (HIDDEN,)
+
+    def __init__(self, tokens: int | None = None, layout: str = "quadratic"):
+        if (tokens is not None and tokens < 1) or layout not in ("quadratic", "linear"):
+            raise UsageError("mask-tokens: tokens is at least 1, layout is quadratic or linear")
+        self.tokens, self.layout = tokens, layout
+        self.room = 16 * 17 if tokens is None else tokens * (tokens + 2)
+
+    def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Look at the mask tokens that the program has.
+
+        Raises:
+            UsageError: it has none, or fewer than are asked for, or no way to put them behind a row.
+        """
+        super().begin(decoder, rows, sampling)
+        facts = decoder.program.facts.get("mask_tokens")
+        if not isinstance(facts, dict) or LOGITS not in decoder.program.outputs:
+            raise UsageError("this program has no mask tokens", hint="attach-mask-tokens adds them")
+        self.count = int(facts["masks"]) if self.tokens is None else self.tokens
+        if self.count > int(facts["masks"]):
+            raise UsageError(f"the program has {facts['masks']} mask tokens, {self.count} are asked for")
+        self.hidden: list[torch.Tensor | None] = [None] * len(rows)
+
+    def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
+        """Keep what the mask tokens after the last accepted token show."""
+        last, candidates = seen.path[-1], len(seen.draft.tokens)
+        self.hidden[number] = None
+        if not seen.draft.probes or (self.layout == "linear" and last < candidates):
+            return  # they saw tokens that are not there
+        first = 1 + candidates + (last * self.count if self.layout == "quadratic" else 0)
+        self.hidden[number] = seen.outputs[HIDDEN][first : first + self.count]
+
+    def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
+        """Sample candidates one after the other, and put mask tokens behind them."""
+        chains = self._sampled(rows, room)
+        drafts = []
+        for chain in chains:
+            anchors = range(-1, len(chain)) if self.layout == "quadratic" else (len(chain) - 1,)
+            probes: list[tuple[int, int]] = []
+            for anchor in anchors:
+                for mark in range(1, self.count + 1):
+                    probes.append((anchor if mark == 1 else len(chain) + len(probes) - 1, mark))
+            line = Draft.line(chain)
+            drafts.append(Draft(line.tokens, line.parents, [], probes))
+        return drafts
+
+    def _sampled(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[list[int]]:
+        known = [n for n, hidden in enumerate(self.hidden) if hidden is not None and room[n] > 0]
+        chains: list[list[int]] = [[] for _ in rows]
+        if not known:
+            return chains
+        hidden = torch.stack([self.hidden[n] for n in known])  # type: ignore[misc]
+        device = self.decoder.device
+        before = torch.tensor([[rows[n][-1]] for n in known], device=device)
+        nowhere = torch.zeros_like(before)
+        for place in range(min(self.count, max(room))):
+            given = {HIDDEN: hidden[:, place : place + 1], BEFORE: before}
+            logits = self.decoder.forward(nowhere, nowhere, outputs=(LOGITS,), given=given)[LOGITS]
+            before = logits.argmax(-1)
+            for n, token in zip(known, before[:, 0].tolist(), strict=True):
+                chains[n].append(token)
+        return [chain[:deep] for chain, deep in zip(chains, room, strict=True)]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        self.hidden = [self.hidden[row] for row in rows]
