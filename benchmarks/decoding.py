@@ -1,11 +1,11 @@
 """Several tokens a step: tokens a step, acceptance by depth, and time against one token a step, strategy by strategy.
 
-    python benchmarks/decoding.py [--texts FILE] [--heads FOLDER] [--drafted FOLDER] [--masked FOLDER] [--rows 8] [--new 128]
+    python benchmarks/decoding.py [--texts FILE] [--heads FOLDER] [--drafted FOLDER] [--masked FOLDER] [--rows 8]
 
-The reference Llama continues texts of its own kind and of another, one row at a time; all strategies in turns, operator by
-operator and compiled, medians of ``--rounds``. Every text is compared with the one that the plain loop writes. ``--texts`` is what
-``graphopt answer`` wrote, ``--heads``, ``--drafted`` and ``--masked`` are programs with trained heads, draft and mask tokens; what
-is not given is left out.
+The reference Llama continues texts of its own kind and of another, one row at a time; all strategies in turns, operator
+by operator and compiled, medians of ``--rounds``. Every text is compared with the one that the plain loop writes.
+``--texts`` is what ``graphopt answer`` wrote; ``--heads``, ``--drafted`` and ``--masked`` are programs with trained heads,
+draft and mask tokens. What is not given is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from graphopt.decoding import (
     Drafter,
     DraftProgram,
     EarlyExit,
+    MaskTokens,
     MultiTokenHeads,
     PromptLookup,
     Retrieval,
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--plainly", action="store_true", help="leave out what is compiled")
     parser.add_argument("--heads", help="a program with trained heads")
     parser.add_argument("--drafted", help="a program with a trained draft of its own")
+    parser.add_argument("--masked", help="a program with trained mask tokens")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=64)
@@ -106,6 +108,12 @@ def main() -> None:
     if given.drafted:
         drafted = graphopt.load(given.drafted)
         ways |= {f"attached-draft, {n}": (drafted, lambda n=n: AttachedDraft(n)) for n in (2, 3, 4)}  # type: ignore[misc]
+    if given.masked:
+        masked = graphopt.load(given.masked)
+        for layout, counts in (("quadratic", (2, 3)), ("linear", (3,))):
+            for n in counts:
+                way = f"mask-tokens, {n}, {layout}"
+                ways[way] = (masked, lambda n=n, layout=layout: MaskTokens(n, layout))  # type: ignore[misc]
     tokenizer, console = Tokenizer(plain), Console(width=150)
     modes = (False,) if given.plainly else (False, True)
     for name in ("validation", "out_of_domain"):
@@ -125,7 +133,8 @@ def main() -> None:
                         times.setdefault((way, compiled), []).append(seconds)
                         shown[way] = found
         table = Table(
-            "strategy", "tokens a step", "accepted by depth", "candidates, %", "ms a token", "of plain", title=name, box=None
+            "strategy", "tokens a step", "accepted by depth", "candidates, %", "ms a token", "of plain",
+            title=name, box=None,
         )  # fmt: skip
         if not given.plainly:
             for column in ("compiled, ms", "of plain", "of compiled plain"):

@@ -1,0 +1,132 @@
+"""What devices take: data files beside this one, each made by a sweep of single operators through its compiler."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from ...ir.errors import LoweringError
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a compiler made of one operator in one type.
+
+    Attributes:
+        placed: it was taken, with no other node left over.
+        snr: its simulator against ONNX Runtime on the same file, in decibels; None where nothing was computed.
+        why: what was said, where it was not taken.
+    """
+
+    placed: bool
+    snr: float | None
+    why: str
+
+    @property
+    def right(self) -> bool:
+        """Tell whether it is taken and computes what it should."""
+        return self.placed and (self.snr is None or self.snr >= LEAST_SNR)
+
+
+LEAST_SNR = 25.0
+"""Decibels below which an operator counts as wrong: rounding alone leaves more in every type."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to write files for.
+
+    Attributes:
+        name: as given to ``target=``.
+        opset: that its compiler takes best.
+        soc: Qualcomm's number of the system on a chip.
+        arch: version of the HTP.
+        wheel: the compiler's package and version that the sweep was made with.
+        operators: for each ONNX operator the verdict in each type (float, w8a8, w8a16), the worst of its forms.
+        most_dimensions: of operators that take fewer than ONNX does.
+    """
+
+    name: str
+    opset: int
+    soc: int
+    arch: int
+    wheel: str
+    operators: Mapping[str, Mapping[str, Verdict]]
+    most_dimensions: Mapping[str, int]
+
+    def refuses(self, operator: str, dimensions: int, kind: str = FLOAT) -> str:
+        """Return why an operator cannot go to the device; empty if it can.
+
+        Args:
+            operator: of ONNX's standard.
+            dimensions: of its first operand.
+            kind: "float", "w8a8" or "w8a16".
+        """
+        known = self.operators.get(operator)
+        if known is None:
+            return f"{operator} was never tried on {self.name}"
+        verdict = known.get(kind)
+        if verdict is None:
+            verdict = known.get(FLOAT)
+        if verdict is not None and not verdict.placed:
+            return f"{self.name} does not take {operator}" + (f": {verdict.why}" if verdict.why else "")
+        if verdict is not None and not verdict.right:
+            return f"{self.name} computes {operator} wrongly in {kind} ({verdict.snr:.0f} dB)"
+        most = self.most_dimensions.get(operator)
+        if most is not None and dimensions > most:
+            return f"{self.name} takes {operator} of at most {most} dimensions, here are {dimensions}"
+        return ""
+
+
+def names() -> list[str]:
+    """Return the devices that are known."""
+    return sorted(
+        f.name.removesuffix(".json") for f in resources.files(__name__).iterdir() if f.name.endswith(".json")
+    )
+
+
+@cache
+def find_target(name: str) -> Target:
+    """Return a device by name.
+
+    Raises:
+        LoweringError: there is none of that name.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        raise LoweringError(
+            f"no rules are known for the target {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"targets are {', '.join(names())}; without one, the file is plain ONNX",
+        )
+    return read_target(name, json.loads((resources.files(__name__) / f"{name}.json").read_text()))
+
+
+def read_target(name: str, data: Mapping[str, Any]) -> Target:
+    """Return a device from what its file holds: of an operator's usual forms the worst verdict counts."""
+    operators: dict[str, dict[str, Verdict]] = {}
+    most: dict[str, int] = {}
+    for case in data["cases"]:
+        for kind, said in case["verdicts"].items():
+            verdict = Verdict(bool(said["placed"]), said.get("snr"), said.get("why", ""))
+            if not case["usual"]:
+                if not verdict.placed:
+                    most[case["operator"]] = int(case["dimensions"]) - 1
+                continue
+            held = operators.setdefault(case["operator"], {})
+            if kind not in held or _badness(verdict) > _badness(held[kind]):
+                held[kind] = verdict
+    device = data["device"]
+    return Target(
+        name, int(device["opset"]), int(device["soc"]), int(device["arch"]), str(data["wheel"]), operators, most
+    )  # fmt: skip
+
+
+def _badness(verdict: Verdict) -> tuple[bool, float]:
+    return not verdict.placed, -(verdict.snr if verdict.snr is not None else 1e9)
