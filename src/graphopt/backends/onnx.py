@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from .onnx_check import check_file
 from .onnx_compare import compare_with_runtime, comparison_cases
 from .onnx_graph import build_graph
 from .onnx_sizes import fixed_sizes, uses_bfloat16, with_sizes
+from .onnx_target import TargetReport, check_on_target, require_fixed, require_taken
+from .qnn.run import require as require_compiler
+from .targets import FLOAT, find_target
 
 OPSETS = (20, 21, 23)
 EXTERNAL_FROM = 1_900_000_000
@@ -41,18 +45,20 @@ class OnnxReport:
     seconds: float
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
+    checked: TargetReport | None = None
 
 
 def lower_onnx(
     program: Program,
     path: str | os.PathLike[str],
     *,
-    opset: int = 20,
+    opset: int | None = None,
     dynamic: bool | None = None,
     sizes: Mapping[str, int] | None = None,
     compare: bool = True,
     external_data: Literal["auto"] | bool = "auto",
     target: str | None = None,
+    check: bool = False,
     float32: bool = True,
     tolerance: float | None = None,
 ) -> OnnxReport:
@@ -65,37 +71,57 @@ def lower_onnx(
     Args:
         program: not changed.
         path: of the file; its folder must exist.
-        opset: 20, 21 or 23. At 23 attention, RMS norm and rotary embedding are one node each.
+        opset: 20, 21 or 23; the target's by default, or 20. At 23 attention, RMS norm and rotary embedding are one node
+            each.
         dynamic: keep sizes dynamic, under their names. By default so if ``sizes`` is not given. With False,
             sizes not given have the value seen at capture.
         sizes: values of sizes, for a static graph: ``{"batch": 1, "sequence": 128}``. With ``dynamic=True``
             the sizes not given stay dynamic.
         compare: run both and compare, at one size if static, at two if dynamic, with padding on either side.
         external_data: weights beside the file, as ``<name>.data``; by default from 1.9 GB on.
-        target: rules of a device to follow; none are known here yet.
+        target: a device to write for, such as "qnn-htp-v75": fixed sizes, and nothing that its compiler would not take.
+        check: let the device's compiler and simulator run in a process of their own: no node on the CPU, a context binary
+            beside the file, and the same values as ONNX Runtime. Needs ``graphopt[qnn]``.
         float32: write bfloat16 as float32, since ONNX Runtime has few kernels for bfloat16. float16 stays.
         tolerance: largest relative error that is accepted; by default 1e-4, and 2e-2 for float16.
 
     Raises:
         LoweringError: missing packages, an opset or size that is not supported, an operator that ONNX lacks,
-            a file that the checker refuses, or results that differ.
+            a file that the checker refuses, or results that differ; nodes that a target does not take, one by one; a
+            compiler that refuses, crashes or hangs, with what it said.
     """
     started = time.perf_counter()
     _require(["onnx", "onnxscript", "onnx_ir"] + ["onnxruntime"] * compare)
+    device = None if target is None or target == "onnx" else find_target(target)
+    if opset is None:
+        opset = 20 if device is None else device.opset
     if opset not in OPSETS:
         raise LoweringError(f"opset {opset} is not supported", hint=f"use {', '.join(map(str, OPSETS))}")
-    if target is not None:
-        raise LoweringError(f"no rules are known for the target {target!r}", hint="leave target out")
+    if check:
+        if device is None:
+            raise LoweringError("a check asks a device's compiler", hint="target= names the device")
+        require_compiler()
     place = Path(path).absolute()
+    if device is not None and place.suffix != ".onnx":
+        if place.exists():
+            raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")
+        return _in_folder(
+            place, program, opset=opset, dynamic=dynamic, sizes=sizes, compare=compare, external_data=external_data,
+            target=target, check=check, float32=float32, tolerance=tolerance,
+        )  # fmt: skip
     if not place.parent.is_dir():
         raise LoweringError(f"the folder {place.parent} does not exist")
     if place.is_dir():
         raise LoweringError(f"{place} is a folder", hint="name the file, for example model.onnx")
     dynamic = (sizes is None) if dynamic is None else dynamic
     fixed = fixed_sizes(program, sizes or {}, everything=not dynamic)
+    if device is not None:
+        require_fixed(program, fixed, device)
     widen = float32 and uses_bfloat16(program)
     lowered = with_sizes(program, fixed, float32=widen)
     graph = build_graph(lowered, opset)
+    if device is not None:
+        require_taken(graph, lowered, device, FLOAT)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     apart = total >= EXTERNAL_FROM if external_data == "auto" else bool(external_data)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
@@ -108,6 +134,12 @@ def lower_onnx(
             reference = with_sizes(program, {}, float32=True) if widen else program.copy()
             cases = list(comparison_cases(reference, fixed, dynamic))
             errors = compare_with_runtime(draft, reference, cases, tolerance)
+        checked = None
+        if check and device is not None:
+            cases = list(comparison_cases(program, fixed, False))
+            context = draft.with_name(f"{draft.stem}_ctx.onnx")
+            checked = check_on_target(draft, program, program, cases, device, FLOAT, context)
+            checked = replace(checked, context=tuple(place.parent / f.name for f in checked.context))
         files = _put_in_place(Path(folder), place)
     return OnnxReport(
         path=place,
@@ -119,7 +151,37 @@ def lower_onnx(
         seconds=time.perf_counter() - started,
         inputs={value.name: _shape(value) for value in graph.graph.inputs},
         outputs={value.name: _shape(value) for value in graph.graph.outputs},
+        checked=checked,
     )
+
+
+def _in_folder(place: Path, program: Program, **options: Any) -> OnnxReport:
+    """Write model.onnx, what was compiled, and report.json into a folder that appears when all of it is there."""
+    with tempfile.TemporaryDirectory(dir=_existing(place.parent), prefix=f".{place.name}.") as name:
+        draft = Path(name) / place.name
+        draft.mkdir()
+        report = lower_onnx(program, draft / "model.onnx", **options)
+        moved = _elsewhere(report, draft, place)
+        written = json.dumps(asdict(moved), default=str, indent=1)
+        (draft / "report.json").write_text(written + "\n")
+        os.replace(draft, place)
+    return moved
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise LoweringError(f"the folder {folder} does not exist")
+    return folder
+
+
+def _elsewhere(report: OnnxReport, draft: Path, place: Path) -> OnnxReport:
+    def moved(files: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(place / file.relative_to(draft) for file in files)
+
+    checked = report.checked
+    if checked is not None:
+        checked = replace(checked, context=moved(checked.context))
+    return replace(report, path=place / "model.onnx", files=moved(report.files), checked=checked)
 
 
 def _require(packages: list[str]) -> None:

@@ -99,18 +99,27 @@ def _to_numpy(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().numpy()
 
 
-def _error(result: torch.Tensor, reference: torch.Tensor, case: Case) -> float | None:
-    """Return the relative error, or None where the case says nothing about this output."""
-    if result.shape != reference.shape:
-        return float("inf")
+def counted(
+    result: torch.Tensor, reference: torch.Tensor, case: Case
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what is to be compared of two values: no padded places; None where the case says nothing about them."""
     mask = case.mask
     if mask is not None:
         if reference.dim() >= 2 and reference.shape[:2] == mask.shape:
             result, reference = result[mask], reference[mask]
         elif case.left:
             return None
-    if reference.numel() == 0:
+    return (result, reference) if reference.numel() else None
+
+
+def _error(result: torch.Tensor, reference: torch.Tensor, case: Case) -> float | None:
+    """Return the relative error, or None where the case says nothing about this output."""
+    if result.shape != reference.shape:
+        return float("inf")
+    pair = counted(result, reference, case)
+    if pair is None:
         return None
+    result, reference = pair
     got, expected = result.to(torch.float64), reference.to(torch.float64)
     difference = torch.where(got == expected, 0.0, (got - expected).abs())
     finite = expected[expected.isfinite()].abs()

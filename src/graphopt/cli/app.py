@@ -165,16 +165,27 @@ def lower(
     program: Checkpoint,
     to: Annotated[str, typer.Option("--to", help="onnx.")],
     output: Output,
-    opset: Annotated[int, typer.Option(help="ONNX opset: 20, 21 or 23.")] = 20,
-    sizes: Annotated[str | None, typer.Option("--sizes", help="Fix sizes: batch=1,sequence=128.")] = None,
-    target: Annotated[str | None, typer.Option(help="The runtime or chip it is for.")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset: 20, 21 or 23; the target's by default, or 20.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option("--sizes", "--shape", help="Fix sizes: batch=1,sequence=128.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="The device it is for, such as qnn-htp-v75; the output is then a folder."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Compile for the target and run its simulator; needs graphopt[qnn]."),
+    ] = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Write a program for another runtime and compare it there."""
     from .leaving import lower_program
 
-    lower_program(program, to, output, opset, sizes, target, as_json, trust)
+    lower_program(program, to, output, opset, sizes, target, check, as_json, trust)
 
 
 @app.command()

@@ -25,9 +25,10 @@ def lower_program(
     source: str,
     to: str,
     output: str,
-    opset: int,
+    opset: int | None,
     sizes: str | None,
     target: str | None,
+    check: bool,
     as_json: bool,
     trust: bool,
 ) -> None:
@@ -37,7 +38,7 @@ def lower_program(
     fixed = _sizes(sizes)
     program = read_program(source, trust)
     with Working(f"lowering to {to}"):
-        report = program.lower(to, output, opset=opset, sizes=fixed, target=target)
+        report = program.lower(to, output, opset=opset, sizes=fixed, target=target, check=check)
     if as_json:
         show_json(_plain(report))
     else:

@@ -127,9 +127,14 @@ def _moved(file: Path, folder: Path) -> Path:
     return beside
 
 
+def child_command(request: Path) -> list[str]:
+    """Return the command of the process that compiles and simulates."""
+    return [sys.executable, "-m", "graphopt.backends.qnn.child", str(request)]
+
+
 def _ended(folder: Path, timeout: float) -> str:
     """Run the child and return what it said, where it came to no result."""
-    command = [sys.executable, "-m", "graphopt.backends.qnn.child", str(folder / "request.json")]
+    command = child_command(folder / "request.json")
     log = folder / "log"
     with log.open("wb") as out:
         child = subprocess.Popen(

@@ -19,6 +19,7 @@ from typing import Any
 from rich.progress import track
 
 from .cases import CASES, Case, Operand
+from .measures import reference, signal_to_noise
 from .run import simulate
 
 DEVICES: dict[str, dict[str, int]] = {
@@ -143,30 +144,6 @@ def _model(nodes: Any, inputs: Any, outputs: Any, initialisers: Any, opset: int)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
-def reference(path: Path, feed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ONNX Runtime computes on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [v.name for v in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feed)), strict=True))
-
-
-def signal_to_noise(found: Any, expected: Any) -> float:
-    """Return the ratio of a signal to how far another is from it, in decibels; 200 where they are equal."""
-    import numpy
-
-    a, b = numpy.asarray(found, "float64"), numpy.asarray(expected, "float64")
-    if not numpy.isfinite(a).all():
-        return -200.0
-    noise, power = float(((a - b) ** 2).sum()), float((b**2).sum())
-    if noise == 0:
-        return 200.0
-    return float(numpy.clip(10 * numpy.log10(max(power, 1e-30) / noise), -200, 200))
-
-
 def verdict(case: Case, kind: str, device: Mapping[str, int]) -> dict[str, Any] | None:
     """Try one case in one type; None where the type says nothing about it."""
     if kind != "float" and case.output != "float":
@@ -248,10 +225,11 @@ def main() -> None:
     parser.add_argument("--against")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    old = json.loads(Path(given.against).read_text()) if given.against else None
     found = sweep(given.device, given.workers)
     Path(given.output).write_text(json.dumps(found, indent=1) + "\n")
-    if given.against:
-        lines = differences(json.loads(Path(given.against).read_text()), found)
+    if old is not None:
+        lines = differences(old, found)
         print("\n".join(lines) or "nothing changed")
 
 

@@ -1,0 +1,31 @@
+"""What a file computes on the CPU, and how far a device's result is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def reference(path: Path, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ONNX Runtime computes on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [v.name for v in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+
+def signal_to_noise(found: Any, expected: Any) -> float:
+    """Return the ratio of a signal to how far another is from it, in decibels; 200 where they are equal."""
+    import numpy
+
+    a, b = numpy.asarray(found, "float64"), numpy.asarray(expected, "float64")
+    if not numpy.isfinite(a).all():
+        return -200.0
+    noise, power = float(((a - b) ** 2).sum()), float((b**2).sum())
+    if noise == 0:
+        return 200.0
+    return float(numpy.clip(10 * numpy.log10(max(power, 1e-30) / noise), -200, 200))

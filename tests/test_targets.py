@@ -1,0 +1,181 @@
+"""Files for one device: what it would refuse is said beforehand, and a compiler that fails takes nothing else with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.backends import onnx_target, targets
+from graphopt.backends.qnn import run
+from graphopt.backends.qnn.cases import CASES
+from graphopt.backends.qnn.measures import signal_to_noise
+from graphopt.backends.qnn.sweep import DEVICES, differences, verdict
+from graphopt.cli.running import run as command
+from graphopt.ir.errors import LoweringError
+from graphopt.ir.program import Program
+
+NPU = "qnn-htp-v75"
+compiler = pytest.mark.skipif(not run.available(), reason="onnxruntime-qnn is not installed")
+
+
+class Net(nn.Module):
+    def __init__(self, last: Any = torch.relu) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head, self.last = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 5),
+            last,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        return self.last(self.head(y.mean((2, 3))))
+
+
+def program(last: Any = torch.relu, dynamic: bool = False) -> Program:
+    torch.manual_seed(0)
+    sizes = {"x": {0: "batch"}} if dynamic else None
+    return graphopt.capture(Net(last).eval(), {"x": torch.randn(2, 3, 8, 8)}, dynamic=sizes)
+
+
+def test_targets_are_read_from_their_sweeps() -> None:
+    """Known faults of the compiler stand in the file: an operator that it takes and computes wrongly is refused."""
+    device = targets.find_target(NPU)
+    assert device.refuses("MatMul", 3) == ""
+    assert device.refuses("Attention", 4, "w8a16") == ""
+    assert "does not take Erf" in device.refuses("Erf", 3)
+    assert "computes Reciprocal wrongly in w8a8" in device.refuses("Reciprocal", 3, "w8a8")
+    assert "wrongly in w8a16" in device.refuses("Log", 3, "w8a16")
+    assert device.refuses("Log", 3) == ""
+    assert "at most 5 dimensions, here are 6" in device.refuses("Transpose", 6)
+    assert "never tried" in device.refuses("NonMaxSuppression", 3)
+    assert device.wheel.startswith("onnxruntime-qnn ")
+    swept = json.loads((Path(targets.__file__).parent / f"{NPU}.json").read_text())
+    assert [(c["operator"], c["form"]) for c in swept["cases"]] == [(c.operator, c.form) for c in CASES], (
+        "the file was not made with these cases: run the sweep again"
+    )
+    with pytest.raises(LoweringError, match="did you mean 'qnn-htp-v75'"):
+        targets.find_target("qnn-htp-v7")
+
+
+def test_differences_of_two_sweeps_are_told() -> None:
+    def of(snr: float, placed: bool = True) -> dict[str, Any]:
+        said = {"float": {"placed": placed, "snr": snr if placed else None, "why": "" if placed else "no"}}
+        return {"cases": [{"operator": "Mul", "form": "a", "verdicts": said}]}
+
+    assert differences(of(60), of(62)) == []
+    assert differences(of(60), of(12)) == ["Mul (a), float: 60 dB -> 12 dB"]
+    assert differences(of(60), of(60, placed=False)) == ["Mul (a), float: refused now no"]
+    assert differences({"cases": []}, of(60)) == ["Mul (a): new"]
+
+
+def test_what_varies_or_cannot_be_placed_is_refused_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="no sizes that vary, and batch would"):
+        program(dynamic=True).lower("onnx", tmp_path / "a.onnx", target=NPU)
+    with pytest.raises(LoweringError) as told:
+        program(torch.erf).lower("onnx", tmp_path / "a.onnx", target=NPU)
+    assert "1 nodes cannot go to qnn-htp-v75" in told.value.message
+    assert "Erf" in told.value.message
+    assert "test_targets.py" in told.value.message, "the line of the model is not said"
+    with pytest.raises(LoweringError, match="asks a device's compiler"):
+        program().lower("onnx", tmp_path / "a.onnx", check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_compiler_all_but_the_check_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "available", lambda: False)
+    report = program().lower("onnx", tmp_path / "out", target=NPU)
+    assert report.opset == 23
+    assert report.checked is None
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["model.onnx", "report.json"]
+    with pytest.raises(LoweringError, match="needs onnxruntime-qnn") as told:
+        program().lower("onnx", tmp_path / "again", target=NPU, check=True)
+    assert "graphopt[qnn]" in told.value.hint
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import os, sys; print('finalize failed', file=sys.stderr); os.kill(os.getpid(), 11)", "ended by SIGSEGV: finalize failed"),
+        ("import sys; print('out of licence'); sys.exit(7)", "ended with status 7: out of licence"),
+        ("import time; print('working', flush=True); time.sleep(60)", "did not end within 2 s: working"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_crashes_or_hangs_is_ended_and_heard(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "available", lambda: True)
+    monkeypatch.setattr(run, "child_command", lambda request: [sys.executable, "-c", script])
+    found = run.simulate(tmp_path / "m.onnx", [], soc=57, arch=75, timeout=2)
+    assert said in found.error
+    monkeypatch.setattr(onnx_target, "simulate", lambda *a, **k: found)
+    monkeypatch.setattr("graphopt.backends.onnx.require_compiler", lambda: None)
+    with pytest.raises(LoweringError) as told:
+        program().lower("onnx", tmp_path / "out", target=NPU, check=True)
+    assert said in told.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_signal_to_noise_in_decibels() -> None:
+    a = numpy.array([1.0, 2.0])
+    assert signal_to_noise(a, a) == 200
+    assert signal_to_noise(a * 1.1, a) == pytest.approx(20)
+    assert signal_to_noise(numpy.array([numpy.nan, 0]), a) == -200
+
+
+@compiler
+def test_compiled_and_simulated_with_no_node_elsewhere(tmp_path: Path, capsys: Any) -> None:
+    made = program().save(tmp_path / "program")
+    assert (
+        command(["lower", str(made), "--to", "onnx", "--target", NPU, "--check", "-o", str(tmp_path / "out")])
+        == 0
+    )
+    files = {f.name for f in (tmp_path / "out").iterdir()}
+    assert files >= {"model.onnx", "model_ctx.onnx", "report.json"}
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["checked"]
+    assert told["nodes"] > 3
+    assert min(told["against_runtime"].values()) > 40
+    assert min(told["against_float"].values()) > 40
+    for file in told["context"]:
+        assert Path(file).is_file(), "the report names files that are not there"
+    assert command(["lower", str(made), "--to", "onnx", "--target", NPU, "-o", str(tmp_path / "out")]) != 0
+    capsys.readouterr()
+
+
+@compiler
+def test_a_wrong_simulation_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = run.simulate
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        found = honest(*arguments, **options)
+        found.outputs = [{k: v + 0.1 * v.std() for k, v in o.items()} for o in found.outputs]
+        return found
+
+    monkeypatch.setattr(onnx_target, "simulate", wrong)
+    with pytest.raises(LoweringError, match="computes something else than ONNX Runtime"):
+        program().lower("onnx", tmp_path / "out", target=NPU, check=True)
+    assert not (tmp_path / "out").exists()
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("operator", "kind", "right"),
+    [("MatMul", "w8a16", True), ("Log", "w8a16", False), ("Erf", "float", False)],
+)
+def test_the_sweep_says_what_its_file_says(operator: str, kind: str, right: bool) -> None:
+    case = next(c for c in CASES if c.operator == operator)
+    said = verdict(case, kind, DEVICES[NPU])
+    assert said is not None
+    assert (said["placed"] and said["snr"] >= targets.LEAST_SNR) == right
