@@ -24,6 +24,8 @@ MOVEMENT = {
 }  # fmt: skip
 
 
+_KEPT = ("graphopt.local_slice", "graphopt.fake_quantize", "graphopt.fake_quantize_channels")
+"""What differs from rank to rank, and what says how a weight is stored."""
 _FACTORIES = ("aten.full", "aten.ones", "aten.zeros")
 
 
@@ -135,7 +137,7 @@ def _foldable(program: Program) -> set[fx.Node]:
     constant = depends_on_weights_alone(program)
     apart: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if is_operator(node, "graphopt.local_slice") or any(n in apart for n in node.all_input_nodes):
+        if is_operator(node, *_KEPT) or any(n in apart for n in node.all_input_nodes):
             apart.add(node)
     return constant - apart if apart else constant
 

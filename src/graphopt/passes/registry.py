@@ -21,6 +21,8 @@ BUILT_IN: dict[str, str] = {
     "fuse-branches": "graphopt.passes.fuse_branches:FuseBranches",
     "expand-branches": "graphopt.passes.expand_branches:ExpandBranches",
     "stream-convolutions": "graphopt.passes.stream_convolutions:StreamConvolutions",
+    "fit-target": "graphopt.passes.fit_target:FitTarget",
+    "quantize": "graphopt.passes.quantize:Quantize",
     "insert-kv-cache": "graphopt.passes.insert_kv_cache:InsertKVCache",
     "attach-multi-token-heads": "graphopt.passes.attach_multi_token_heads:AttachMultiTokenHeads",
     "attach-draft": "graphopt.passes.attach_draft:AttachDraft",

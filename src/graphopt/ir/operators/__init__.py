@@ -22,6 +22,7 @@ from .library import DIALECT, dialect_operator
 from .mask_tokens import gated_lora, marked_embedding
 from .nested_ffn import nested_ffn, nested_similarity, soft_nested_ffn
 from .norm import rms_norm
+from .quantize import additive_mask, fake_quantize, fake_quantize_channels
 from .quantized import quantized_all_reduce, quantized_sum
 from .rotary import rotary
 from .routed_ffn import routed_ffn
@@ -31,6 +32,7 @@ __all__ = [
     "DIALECT",
     "active_experts",
     "active_weights",
+    "additive_mask",
     "all_gather",
     "all_reduce",
     "attention",
@@ -40,6 +42,8 @@ __all__ = [
     "cache_visible",
     "choose_width",
     "dialect_operator",
+    "fake_quantize",
+    "fake_quantize_channels",
     "gated_lora",
     "kernel_diagonal",
     "kernel_scaled",

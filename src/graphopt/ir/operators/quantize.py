@@ -1,0 +1,86 @@
+"""Values stored in few bits, and masks as numbers that can be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import visible_keys
+from .library import dialect_operator
+
+INTEGERS = {
+    "uint8": (0, 255),
+    "int8": (-128, 127),
+    "uint16": (0, 65535),
+    "int16": (-32768, 32767),
+    "int4": (-8, 7),
+}
+"""Least and largest number of each type."""
+
+
+@dialect_operator("fake_quantize(Tensor x, float scale, int zero_point, *, str dtype) -> Tensor")
+def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Tensor:
+    """Return ``(clamp(round(x / scale) + zero_point) - zero_point) * scale``: x as it is after being stored as integers.
+
+    Args:
+        x: of any shape.
+        scale: what one step is worth.
+        zero_point: the integer that stands for 0.
+        dtype: of the integers, see ``INTEGERS``.
+    """
+    low, high = INTEGERS[dtype]
+    wide = x if x.dtype == torch.float64 else x.float()
+    return ((wide / scale).round() + zero_point).clamp(low, high).sub(zero_point).mul(scale).to(x.dtype)
+
+
+@dialect_operator("fake_quantize_channels(Tensor x, Tensor scale, *, int axis, str dtype) -> Tensor")
+def fake_quantize_channels(x: Tensor, scale: Tensor, *, axis: int, dtype: str) -> Tensor:
+    """The same with a scale for each entry of a dimension, and 0 stored as 0; the range is symmetric.
+
+    Args:
+        x: of any shape.
+        scale: (entries of the dimension,).
+        axis: the dimension.
+        dtype: of the integers.
+    """
+    high = INTEGERS[dtype][1]
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    wide = x if x.dtype == torch.float64 else x.float()
+    step = scale.reshape(shape).to(wide.dtype)
+    return (wide / step).round().clamp(-high, high).mul(step).to(x.dtype)
+
+
+@dialect_operator(
+    "additive_mask(Tensor? key_mask, Tensor? segments, Tensor? visible, SymInt queries, SymInt keys, *, bool causal=False, "
+    "int? window=None, float hidden=-100.) -> Tensor"
+)
+def additive_mask(
+    key_mask: Tensor | None, segments: Tensor | None, visible: Tensor | None, queries: int, keys: int, *,
+    causal: bool = False, window: int | None = None, hidden: float = -100.0,
+) -> Tensor:  # fmt: skip
+    """Return what attention's masks come to as numbers to add to scores: 0 where a key is seen, ``hidden`` elsewhere.
+
+    Args:
+        key_mask: (batch, keys), true where a key may be seen.
+        segments: (batch, keys), integers; a query sees keys of its own segment.
+        visible: (batch, 1, queries, keys), true where a key may be seen.
+        queries: how many.
+        keys: how many.
+        causal: a query sees no later position.
+        window: number of positions seen.
+        hidden: low enough that its softmax is nothing, and no lower, where a range stored in few bits has to hold it.
+
+    Returns:
+        (batch or 1, 1, queries, keys), float32.
+    """
+    given = [t for t in (key_mask, segments, visible) if t is not None]
+    device = given[0].device if given else torch.device("cpu")
+    seen = visible_keys(queries, keys, key_mask, segments, causal, window, device)
+    if visible is not None:
+        seen = visible if seen is None else seen & visible
+    if seen is None:
+        return torch.zeros(1, 1, queries, keys)
+    if seen.shape[2] != queries:
+        seen = seen.expand(-1, -1, queries, -1)
+    return torch.where(seen, 0.0, hidden)

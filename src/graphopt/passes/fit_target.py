@@ -1,0 +1,98 @@
+"""Forms that compilers for accelerators take, and of which every value can be stored in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..ir.option import option
+from ..ir.program import Program
+from ..ir.schema import arguments, is_operator, normal_call
+from .base import Pass
+from .plan import Plan, Site
+
+if TYPE_CHECKING:
+    from .context import Context
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+MASKS = ("key_mask", "segments", "visible")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTarget(Pass):
+    """Masks of attention become numbers that are added to scores; SiLU and biases of linears become operators of their own.
+
+    What a device computes is then one operator for each value, so that quantize can say how each of them is stored; masks
+    depend on integers alone, so that lowering leaves them, with positions, to the host. ``hidden`` takes the place of minus
+    infinity: a row in which no key is seen gets the mean of all values, where it got zeros.
+    """
+
+    name = "fit-target"
+    provides = ("fitted",)
+    excludes = ("fitted",)
+
+    hidden: float = option(-100.0, help="what is added to the score of a key that is not seen", high=-20.0)
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find masks, SiLUs and biases."""
+        plan = Plan()
+        for node in program.nodes:
+            if is_operator(node, "graphopt.attention") and _masked(node):
+                plan.sites.append(Site(node.name, what="mask"))
+            elif is_operator(node, "aten.silu"):
+                plan.sites.append(Site(node.name, what="silu"))
+            elif (
+                is_operator(node, "aten.linear")
+                and arguments(node)["bias"] is not None
+                and node.meta["val"].dim() != 2
+            ):
+                plan.sites.append(Site(node.name, what="bias"))
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Replace each."""
+        nodes = {n.name: n for n in program.nodes}
+        masks: dict[Any, fx.Node] = {}
+        for site in plan.sites:
+            node = nodes[site.block]
+            found = dict(arguments(node))
+            call = program.edit.call
+            with program.edit.before(node):
+                if site["what"] == "silu":
+                    made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "bias":
+                    made = call(
+                        aten.add.Tensor,
+                        call(aten.linear.default, found["input"], found["weight"]),
+                        found["bias"],
+                    )
+                else:
+                    made = self._attention(program, node, found, masks)
+            program.edit.replace(node, made)
+
+    def _attention(
+        self, program: Program, node: fx.Node, found: dict[str, Any], masks: dict[Any, fx.Node]
+    ) -> fx.Node:
+        call = program.edit.call
+        queries, keys = found["q"].meta["val"].shape[2], found["k"].meta["val"].shape[2]
+        key = (*(found[n] for n in MASKS), str(queries), str(keys), found["causal"], found["window"])
+        if key not in masks:
+            sizes = program.size_nodes([queries, keys])
+            masks[key] = call(
+                dialect.additive_mask.default, *(found[n] for n in MASKS), *sizes, causal=found["causal"],
+                window=found["window"], hidden=self.hidden,
+            )  # fmt: skip
+        bias = masks[key]
+        if found["bias"] is not None:
+            bias = call(aten.add.Tensor, found["bias"], bias)
+        found.update(key_mask=None, segments=None, visible=None, bias=bias, causal=False, window=None)
+        args, kwargs = normal_call(node.target, found)
+        return call(node.target, *args, **kwargs)
+
+
+def _masked(node: fx.Node) -> bool:
+    found = arguments(node)
+    return found["causal"] or found["window"] is not None or any(found[n] is not None for n in MASKS)
