@@ -12,8 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..ir.errors import LoweringError
 from ..ir.program import Program
+from ..ir.retype import retyped
+from .host_split import Split, prepared, split
 from .onnx_check import check_file
 from .onnx_compare import compare_with_runtime, comparison_cases
 from .onnx_graph import build_graph
@@ -117,11 +121,16 @@ def lower_onnx(
     fixed = fixed_sizes(program, sizes or {}, everything=not dynamic)
     if device is not None:
         require_fixed(program, fixed, device)
+    quantized = program.facts.get("quantized")
+    kind = str(quantized["kind"]) if isinstance(quantized, dict) else FLOAT
+    if kind != FLOAT:
+        program = retyped(program, torch.float32)
     widen = float32 and uses_bfloat16(program)
     lowered = with_sizes(program, fixed, float32=widen)
-    graph = build_graph(lowered, opset)
+    parts = Split(None, lowered) if device is None else split(lowered)
+    graph = build_graph(parts.device, opset)
     if device is not None:
-        require_taken(graph, lowered, device, FLOAT)
+        require_taken(graph, parts.device, device, kind)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     apart = total >= EXTERNAL_FROM if external_data == "auto" else bool(external_data)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
@@ -129,16 +138,22 @@ def lower_onnx(
         _write(graph, draft, apart)
         nodes = check_file(draft, opset)
         errors: dict[str, float] = {}
+        # a copy, so that the weights it loads to run leave with it
+        reference = with_sizes(program, {}, float32=True) if widen else program.copy()
+        cases = list(comparison_cases(reference, fixed, dynamic)) if compare or check else []
+        if parts.host is not None:
+            beside = draft.with_name(f"{draft.stem}_host.onnx")
+            _write(build_graph(parts.host, opset), beside, False)
+            check_file(beside, opset)
+            if compare:
+                errors |= compare_with_runtime(beside, parts.host, cases, tolerance)
+            reference, cases = parts.device, [prepared(case, parts.host) for case in cases]
         if compare:
-            # a copy, so that the weights it loads to run leave with it
-            reference = with_sizes(program, {}, float32=True) if widen else program.copy()
-            cases = list(comparison_cases(reference, fixed, dynamic))
-            errors = compare_with_runtime(draft, reference, cases, tolerance)
+            errors |= compare_with_runtime(draft, reference, cases, tolerance)
         checked = None
         if check and device is not None:
-            cases = list(comparison_cases(program, fixed, False))
             context = draft.with_name(f"{draft.stem}_ctx.onnx")
-            checked = check_on_target(draft, program, program, cases, device, FLOAT, context)
+            checked = check_on_target(draft, reference, cases, device, kind, context)
             checked = replace(checked, context=tuple(place.parent / f.name for f in checked.context))
         files = _put_in_place(Path(folder), place)
     return OnnxReport(

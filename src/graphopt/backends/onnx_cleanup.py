@@ -71,6 +71,11 @@ def _is_late(value: Any) -> bool:
     return value is not None and isinstance(value.const_value, onnx_ir.LazyTensor)
 
 
+def _stays(node: Any) -> bool:
+    """Tell whether a node says how a value is stored, or reads a weight that is not there yet."""
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear") or any(_is_late(v) for v in node.inputs)
+
+
 def simplify(model: Any) -> None:
     """Fold, share and drop nodes in place; sizes are inferred and provenance is removed at the end."""
     from onnx_ir.passes import common
@@ -83,7 +88,7 @@ def simplify(model: Any) -> None:
             onnx_shape_inference=False,
             input_size_limit=_FOLDED_VALUES,
             output_size_limit=_FOLDED_VALUES,
-            should_fold=lambda node: False if any(_is_late(value) for value in node.inputs) else None,
+            should_fold=lambda node: False if _stays(node) else None,
         )
     if any(node.op_type == "BatchNormalization" for node in model.graph):
         _fold_batch_norms(model)

@@ -16,7 +16,8 @@ from ..ir.program import Program
 from ..ir.weights import Weight
 from .exported import exported_program
 from .onnx_cleanup import attach_weights, simplify
-from .onnx_operators import translation_table
+from .onnx_operators import QUANTIZED_FROM, translation_table
+from .onnx_quantized import pairs_in, require_quantized, store_weights
 
 
 def build_graph(program: Program, opset: int) -> Any:
@@ -29,9 +30,15 @@ def build_graph(program: Program, opset: int) -> Any:
     Raises:
         LoweringError: an operator has no translation, or two names collide.
     """
+    if pairs_in(program) and opset < QUANTIZED_FROM:
+        raise LoweringError(f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}")
     model, weights = _translate(fold(program), opset)
     attach_weights(model, weights)
     simplify(model)
+    expected = pairs_in(program)
+    if expected:
+        store_weights(model)
+        require_quantized(model, expected)
     _rename(model, [*program.signature.inputs, *program.dials], program.signature.output_names)
     _require_dynamic(model, program)
     model.producer_name, model.producer_version = "graphopt", None

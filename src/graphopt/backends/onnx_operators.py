@@ -14,6 +14,9 @@ from .onnx_nodes import is_scalar, same_size
 FUSED_FROM = 23
 """First opset with Attention, RMSNormalization and RotaryEmbedding."""
 
+QUANTIZED_FROM = 21
+"""First opset whose QuantizeLinear makes integers of 16 and 4 bits."""
+
 _THROUGH = {"Cos", "Sin", "Cast", "Unsqueeze", "Mul", "Identity", "Reshape"}
 
 
@@ -26,7 +29,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     dialect = Dialect(opset)
     operators = torch.ops.graphopt
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
-    for name in ("attention", "rms_norm", "rotary", "routed_ffn"):
+    names = ("attention", "rms_norm", "rotary", "routed_ffn", "fake_quantize", "fake_quantize_channels")
+    for name in names:
         table[getattr(operators, name).default] = _unannotated(getattr(dialect, name))
     # the exporter knows these two only after its decomposition, which is most of its time
     table[torch.ops.aten.to.dtype] = _unannotated(dialect.to)
@@ -47,7 +51,31 @@ class Dialect(Experts):
         from onnxscript import values
 
         self.fused: Any = values.Opset("", FUSED_FROM) if opset >= FUSED_FROM else None
+        self.wide: Any = values.Opset("", opset) if opset >= QUANTIZED_FROM else None
         self.masks = Masks()
+
+    def fake_quantize(self, x: Any, scale: float, zero_point: int, *, dtype: str) -> Any:
+        """``graphopt.fake_quantize``: QuantizeLinear and DequantizeLinear."""
+        kind = self.ir.DataType[dtype.upper()]
+        return self._pair(x, self.number(scale, x.dtype), self.number(zero_point, kind), kind, {})
+
+    def fake_quantize_channels(self, x: Any, scale: Any, *, axis: int, dtype: str) -> Any:
+        """``graphopt.fake_quantize_channels``: the same along an axis, zero stored as zero."""
+        import numpy
+
+        kind = self.ir.DataType[dtype.upper()]
+        zeros = numpy.zeros(int(scale.shape[0]), kind.numpy())
+        zero = self.op.Constant(value=self.ir.tensor(zeros, dtype=kind))
+        return self._pair(x, scale, zero, kind, {"axis": axis})
+
+    def _pair(self, x: Any, scale: Any, zero: Any, kind: Any, options: dict[str, int]) -> Any:
+        if self.wide is None:
+            raise ValueError("quantised programs are written at opset 21 or later")
+        stored = self.wide.QuantizeLinear(x, scale, zero, **options)
+        stored.dtype, stored.shape = kind, x.shape
+        back = self.wide.DequantizeLinear(stored, scale, zero, **options)
+        back.dtype, back.shape = x.dtype, x.shape
+        return back
 
     def _can_fuse(self, value: Any) -> bool:
         return self.fused is not None and (value.dtype == self.ir.DataType.FLOAT or self.half(value))

@@ -13,6 +13,7 @@ from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
 from .onnx_compare import Case, counted
+from .onnx_quantized import DEQUANTIZE, QUANTIZE, without_rounding
 from .qnn.measures import reference, signal_to_noise
 from .qnn.run import simulate
 from .targets import FLOAT, Target
@@ -71,6 +72,8 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
     places = {node.name: node for node in program.nodes} | dict(program.outputs)
     found = []
     for node in model.graph:
+        if node.op_type in (QUANTIZE, DEQUANTIZE):
+            continue
         first = next((v for v in node.inputs if v is not None and v.shape is not None), None)
         rank = len(first.shape) if first is not None else 0
         why = target.refuses(node.op_type, rank, kind)
@@ -101,14 +104,13 @@ def _origin(node: Any, places: Mapping[str, Any]) -> Any:
 
 
 def check_on_target(
-    path: Path, program: Program, original: Program, cases: Sequence[Case], target: Target, kind: str, context: Path
-) -> TargetReport:  # fmt: skip
+    path: Path, program: Program, cases: Sequence[Case], target: Target, kind: str, context: Path
+) -> TargetReport:
     """Compile a file strictly, simulate it, and compare.
 
     Args:
         path: of the file.
-        program: what it was written from.
-        original: the program whose values are the truth.
+        program: what it was written from; its values without rounding are the truth.
         cases: inputs.
         target: the device.
         kind: the type that it computes in.
@@ -118,8 +120,8 @@ def check_on_target(
         LoweringError: a node is left on the CPU, the compiler refuses, crashes or hangs, or the simulator computes
             something else than ONNX Runtime.
     """
-    names = list(program.signature.inputs)
-    feeds = [{n: t.contiguous().numpy() for n, t in case.inputs.items() if n in names} for case in cases]
+    original = without_rounding(program)
+    feeds = [{n: t.contiguous().numpy() for n, t in case.inputs.items()} for case in cases]
     known = _taken(path)
     feeds = [{n: a for n, a in feed.items() if n in known} for feed in feeds]
     found = simulate(path, feeds, soc=target.soc, arch=target.arch, context=context)
@@ -136,7 +138,7 @@ def check_on_target(
     floating: dict[str, float] = {}
     for case, feed, outputs in zip(cases, feeds, found.outputs, strict=True):
         expected = reference(path, feed)
-        truth = run(original, case.inputs)
+        truth = run(original, {n: v for n, v in case.inputs.items() if n in original.input_nodes})
         for name, value in outputs.items():
             for ratios, other in ((runtime, torch.from_numpy(expected[name])), (floating, truth[name])):
                 pair = counted(torch.from_numpy(value), other, case)

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from .program import Program
+from .schema import is_operator
 
 
 def host_nodes(program: Program) -> set[fx.Node]:
@@ -28,7 +29,8 @@ def host_nodes(program: Program) -> set[fx.Node]:
             else:
                 driven.add(node)
         elif node.op == "call_function":
-            if any(n in heavy for n in node.all_input_nodes):
+            # how a value is stored is the device's business
+            if is_operator(node, "graphopt.fake_quantize") or any(n in heavy for n in node.all_input_nodes):
                 heavy.add(node)
             elif any(n in driven for n in node.all_input_nodes):
                 driven.add(node)

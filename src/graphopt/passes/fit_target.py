@@ -23,7 +23,7 @@ MASKS = ("key_mask", "segments", "visible")
 
 @dataclass(frozen=True, kw_only=True)
 class FitTarget(Pass):
-    """Masks of attention become numbers that are added to scores; SiLU and biases of linears become operators of their own.
+    """Masks of attention become numbers that are added to scores; SiLU, rotation and biases become operators of their own.
 
     What a device computes is then one operator for each value, so that quantize can say how each of them is stored; masks
     depend on integers alone, so that lowering leaves them, with positions, to the host. ``hidden`` takes the place of minus
@@ -44,6 +44,8 @@ class FitTarget(Pass):
                 plan.sites.append(Site(node.name, what="mask"))
             elif is_operator(node, "aten.silu"):
                 plan.sites.append(Site(node.name, what="silu"))
+            elif is_operator(node, "graphopt.rotary") and not arguments(node)["interleaved"]:
+                plan.sites.append(Site(node.name, what="rotary"))
             elif (
                 is_operator(node, "aten.linear")
                 and arguments(node)["bias"] is not None
@@ -63,6 +65,8 @@ class FitTarget(Pass):
             with program.edit.before(node):
                 if site["what"] == "silu":
                     made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "rotary":
+                    made = _turned(program, found)
                 elif site["what"] == "bias":
                     made = call(
                         aten.add.Tensor,
@@ -91,6 +95,17 @@ class FitTarget(Pass):
         found.update(key_mask=None, segments=None, visible=None, bias=bias, causal=False, window=None)
         args, kwargs = normal_call(node.target, found)
         return call(node.target, *args, **kwargs)
+
+
+def _turned(program: Program, found: dict[str, Any]) -> fx.Node:
+    call, x = program.edit.call, found["x"]
+    half = int(x.meta["val"].shape[-1]) // 2
+    first = call(aten.slice.Tensor, x, -1, 0, half)
+    second = call(aten.slice.Tensor, x, -1, half, 2 * half)
+    turned = call(aten.cat.default, [call(aten.neg.default, second), first], -1)
+    return call(
+        aten.add.Tensor, call(aten.mul.Tensor, x, found["cos"]), call(aten.mul.Tensor, turned, found["sin"])
+    )
 
 
 def _masked(node: fx.Node) -> bool:

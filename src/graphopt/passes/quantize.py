@@ -89,10 +89,10 @@ class Quantize(Pass):
         return plan
 
     def _constants(self, program: Program, plan: Plan, dtype: str, steps: int) -> list[Site]:
-        constant = depends_on_weights_alone(program)
+        constant, host = depends_on_weights_alone(program), host_nodes(program)
         sites: dict[str, Site] = {}
         for node in program.nodes:
-            if node in constant or node.op != "call_function":
+            if node in constant or node in host or node.op != "call_function":
                 continue
             for name, value in arguments(node).items():
                 if not isinstance(value, fx.Node) or value not in constant or value.name in sites:
@@ -105,7 +105,7 @@ class Quantize(Pass):
                     stored = "int8" if self.weights == 8 else "int4"
                     sites[value.name] = Site(value.name, what="matrix", dtype=stored)
                 else:
-                    tensor = interpret(program, {}, record=[value], stop=True)[value.name]
+                    tensor = _constant(program, value)
                     scale, zero = _scale(float(tensor.min()), float(tensor.max()), steps)
                     sites[value.name] = Site(
                         value.name, what="constant", dtype=dtype, scale=scale, zero_point=zero
@@ -119,7 +119,7 @@ class Quantize(Pass):
         for site in plan.sites:
             node = nodes[site.block]
             if site["what"] == "matrix":
-                tensor = interpret(program, {}, record=[node], stop=True)[node.name].float()
+                tensor = _constant(program, node).float()
                 high = 127.0 if site["dtype"] == "int8" else 7.0
                 largest = tensor.flatten(1).abs().amax(1).clamp(min=1e-12)
                 known = program.weights.get(node.name)
@@ -142,6 +142,13 @@ class Quantize(Pass):
             **counts,
         }  # fmt: skip
         program.facts["unwritable"] = "a folder has no place for ranges of activations; lower it, or save it"
+
+
+def _constant(program: Program, node: fx.Node) -> torch.Tensor:
+    if node.op == "placeholder":
+        return program.weights[node.name].source.load()
+    found: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
+    return found
 
 
 def _values(program: Program) -> list[fx.Node]:

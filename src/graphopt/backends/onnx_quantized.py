@@ -1,0 +1,134 @@
+"""Q and DQ of a quantised program: weights stored as integers, and nothing that a device computes left between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ..ir.errors import LoweringError
+from ..ir.program import Program
+from ..ir.schema import is_operator
+
+ROUNDINGS = ("graphopt.fake_quantize", "graphopt.fake_quantize_channels")
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+
+
+def pairs_in(program: Program) -> int:
+    """Return how many roundings a program has."""
+    return sum(is_operator(n, *ROUNDINGS) for n in program.nodes)
+
+
+def without_rounding(program: Program) -> Program:
+    """Return a program whose values are not stored in few bits: what was quantised."""
+    done = program.copy()
+    for node in list(done.nodes):
+        if is_operator(node, *ROUNDINGS):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            done.graph.erase_node(node)
+    done.changed()
+    return done
+
+
+def store_weights(model: Any) -> None:
+    """Let initialisers be the integers that DequantizeLinear reads, as they lie after a transposition, in place."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != QUANTIZE or not node.inputs[0].is_initializer():
+            continue
+        weight, scale, zero = node.inputs
+        (use,) = node.outputs[0].uses()
+        back = use.node
+        # a scale alone has an axis too, which says nothing
+        axis = node.attributes["axis"].as_int() if len(scale.shape) else None
+        order = None
+        readers = [u.node for u in back.outputs[0].uses()]
+        if axis is not None and readers and all(r.op_type == "Transpose" for r in readers):
+            orders = {tuple(r.attributes["perm"].as_ints()) for r in readers}
+            order = list(orders.pop()) if len(orders) == 1 else None
+        name = f"{weight.name}_{back.outputs[0].name}"
+        stored = _value(weight, scale, zero, axis, order, name)
+        graph.register_initializer(stored)
+        back.replace_input_with(0, stored)
+        if order is not None:
+            import onnx_ir
+
+            assert axis is not None
+            back.attributes["axis"] = onnx_ir.AttrInt64("axis", order.index(axis))
+            back.outputs[0].shape = stored.shape
+            for reader in readers:
+                reader.outputs[0].replace_all_uses_with(back.outputs[0])
+                graph.remove(reader, safe=True)
+        graph.remove(node, safe=True)
+        if not weight.uses():
+            del graph.initializers[weight.name]
+
+
+def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int] | None, name: str) -> Any:
+    """Return an initialiser whose integers are computed when they are written."""
+    import numpy
+    import onnx_ir
+
+    kind = zero.dtype
+    low, high = _limits(kind)
+    shape = [int(s) for s in weight.shape]
+    if order is not None:
+        shape = [shape[i] for i in order]
+
+    def read() -> Any:
+        values = weight.const_value.numpy().astype(numpy.float32)
+        step, offset = (
+            scale.const_value.numpy().astype(numpy.float32),
+            zero.const_value.numpy().astype(numpy.float32),
+        )
+        if axis is not None:
+            wide = [1] * values.ndim
+            wide[axis] = -1
+            step, offset = step.reshape(wide), offset.reshape(wide)
+        integers = numpy.clip(numpy.rint(values / step) + offset, low, high)
+        if order is not None:
+            integers = integers.transpose(order)
+        return onnx_ir.tensor(numpy.ascontiguousarray(integers).astype(kind.numpy()), dtype=kind, name=name)
+
+    lazy = onnx_ir.LazyTensor(read, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
+    return onnx_ir.Value(
+        name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(kind), const_value=lazy
+    )
+
+
+def _limits(kind: Any) -> tuple[int, int]:
+    import onnx_ir
+
+    bounds = {
+        onnx_ir.DataType.UINT8: (0, 255), onnx_ir.DataType.INT8: (-127, 127), onnx_ir.DataType.UINT16: (0, 65535),
+        onnx_ir.DataType.INT16: (-32768, 32767), onnx_ir.DataType.INT4: (-7, 7),
+    }  # fmt: skip
+    found: tuple[int, int] = bounds[kind]
+    return found
+
+
+def require_quantized(model: Any, expected: int) -> None:
+    """Refuse a graph in which a pair is lost, or a device would compute a number that nobody said how to store.
+
+    Raises:
+        LoweringError: which.
+    """
+    counts = Counter(node.op_type for node in model.graph)
+    if counts[DEQUANTIZE] < expected:
+        raise LoweringError(
+            f"{expected} values are quantised in the program, and {counts[DEQUANTIZE]} are in the file"
+        )
+    bare = []
+    for node in model.graph:
+        if node.op_type in (QUANTIZE, DEQUANTIZE):
+            continue
+        for value in node.outputs:
+            numbers = value.dtype is not None and value.dtype.is_floating_point()
+            users = [u.node.op_type for u in value.uses()]
+            if numbers and (value.is_graph_output() or any(u != QUANTIZE for u in users)):
+                bare.append(f"{node.op_type} {value.name}")
+    if bare:
+        more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
+        raise LoweringError(
+            f"nobody said how these values are stored: {', '.join(bare[:8])}{more}",
+            hint="they appear when an operator is written as several; fit-target takes such operators apart beforehand",
+        )
