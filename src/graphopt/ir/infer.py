@@ -19,6 +19,8 @@ _DIALECT_SHAPES: dict[str, Callable[..., torch.Tensor]] = {
     "graphopt::cache_visible": lambda positions, slots, cache, *rest, **options: positions.new_empty(
         (positions.shape[0], 1, positions.shape[1], cache.shape[2]), dtype=torch.bool
     ),
+    "graphopt::fake_quantize": lambda x, *rest, **options: x.new_empty(x.shape),
+    "graphopt::fake_quantize_channels": lambda x, *rest, **options: x.new_empty(x.shape),
     "graphopt::rotary": lambda x, cos, sin, **options: x.new_empty(
         x.shape, dtype=torch.promote_types(x.dtype, cos.dtype)
     ),

@@ -281,13 +281,19 @@ def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
         if operator_name(user.target) == "graphopt.norm_scale" and user.args[0] is node:
             return tensor.abs() + 1e-3
         vector = operator_name(user.target) in ("aten.add", "aten.sqrt", "aten.rsqrt") and tensor.dim() == 1
-        if vector and any(
-            operator_name(u.target) in ("aten.rsqrt", "aten.sqrt", "aten.pow") for u in (user, *user.users)
-        ):
+        if vector and any(_takes_root(u) for u in (user, *user.users)):
             return tensor.abs() + 1e-3
         if operator_name(user.target) == "aten.to":
             return _varied(user, tensor)
     return tensor
+
+
+def _takes_root(node: fx.Node) -> bool:
+    name = operator_name(node.target)
+    if name == "aten.pow":
+        power = node.args[1] if len(node.args) > 1 else None
+        return not isinstance(power, (int, float)) or power != int(power) or power < 0
+    return name in ("aten.rsqrt", "aten.sqrt")
 
 
 def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> float | None:

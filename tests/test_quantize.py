@@ -1,0 +1,223 @@
+"""Values in few bits: forms that keep what a program computes, scales by calibration, files of integers, and the NPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphopt
+from graphopt.backends.host_split import split
+from graphopt.backends.onnx_quantized import pairs_in, without_rounding
+from graphopt.backends.onnx_sizes import fixed_sizes, with_sizes
+from graphopt.backends.qnn import run as compiler
+from graphopt.ir.errors import ContractError, LoweringError, PipelineError
+from graphopt.ir.execute import run
+from graphopt.ir.operators.quantize import INTEGERS
+from graphopt.ir.program import Program
+from graphopt.passes.plan import Plan
+
+NPU = "qnn-htp-v75"
+needs_compiler = pytest.mark.skipif(not compiler.available(), reason="onnxruntime-qnn is not installed")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.dense, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+        for tensor in (self.norm.running_mean, self.norm.bias):
+            nn.init.normal_(tensor, std=0.3)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(torch.nn.functional.gelu(self.dense(y)))
+
+
+def images(count: int = 6, batch: int = 2) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"x": torch.randn(batch, 3, 8, 8, generator=generator)} for _ in range(count)]
+
+
+def tokens(count: int = 6) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(3, 100, (2, 8), generator=generator)} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def net() -> Program:
+    return graphopt.optimize(
+        graphopt.capture(Net().eval(), images()[0]), "fold-norms, fit-target{allow_no_match=true}"
+    )
+
+
+def quantized(program: Program, data: Any, **options: Any) -> Program:
+    given = " ".join(f"{k}={v}" for k, v in options.items())
+    return graphopt.optimize(program, f"quantize{{{given}}}", data=data)
+
+
+def decibels(found: torch.Tensor, expected: torch.Tensor) -> float:
+    noise = (found.double() - expected.double()).square().sum()
+    return float(10 * torch.log10(expected.double().square().sum() / noise.clamp(min=1e-30)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=20),
+    st.floats(1e-3, 2),
+    st.sampled_from(sorted(INTEGERS)),
+    st.data(),
+)
+def test_rounding_is_that_of_integers(values: list[float], scale: float, dtype: str, data: Any) -> None:
+    """Every result is a whole number of steps within the type's range, the nearest one; done twice it changes nothing."""
+    low, high = INTEGERS[dtype]
+    zero = data.draw(st.integers(low, high))
+    x = torch.tensor(values, dtype=torch.float64)
+    found = torch.ops.graphopt.fake_quantize(x, scale, zero, dtype=dtype)
+    whole = found / scale + zero
+    assert torch.allclose(whole, whole.round(), atol=1e-6)
+    assert whole.min() >= low - 1e-6 and whole.max() <= high + 1e-6
+    inside = (x / scale + zero > low) & (x / scale + zero < high)
+    assert ((found - x).abs()[inside] <= scale / 2 + 1e-9).all()
+    assert torch.allclose(torch.ops.graphopt.fake_quantize(found, scale, zero, dtype=dtype), found, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "vit", "mistral", "phi3"])
+def test_fitted_programs_compute_the_same(name: str, captured: Callable[[str], Program]) -> None:
+    """Padding included, where a row sees something; wrong if a window, a cap or a grouped head were lost."""
+    from graphopt.ir.examples import example_inputs
+
+    program = captured(name)
+    made = graphopt.optimize(program, "fit-target{allow_no_match=true}")
+    for padding in ("none", "right"):
+        inputs = example_inputs(program, padding=padding)
+        mask = inputs.get("attention_mask")
+        for key, value in run(program, inputs).items():
+            other = run(made, inputs)[key]
+            if mask is not None and mask.dim() == 2 and value.shape[:2] == mask.shape:
+                value, other = value[mask.bool()], other[mask.bool()]
+            assert torch.allclose(other, value, atol=1e-4), f"{key}, padded {padding}"
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 25.0), (16, 35.0)])
+def test_more_bits_are_nearer(bits: int, least: float, net: Program) -> None:
+    data = images()
+    done = quantized(net, data, activations=bits)
+    expected = net(**data[-1])
+    assert decibels(done(**data[-1]), expected) > least
+    assert decibels(done(**data[-1]), expected) > decibels(
+        quantized(net, data, weights=4, activations=bits)(**data[-1]), expected
+    )
+    assert torch.equal(without_rounding(done)(**data[-1]), expected), (
+        "something else than rounding was changed"
+    )
+    assert done.facts["quantized"]["kind"] == f"w8a{bits}"
+    assert "quantize" in str(done.report)
+
+
+def test_scales_come_from_calibration_alone(net: Program) -> None:
+    """Half of the data calibrates; a value that is only moved has the scale of what it was."""
+    plan = _plan(net, images())
+    again = _plan(net, [*images()[:3], *[{"x": 100 * b["x"]} for b in images()[3:]]])
+    assert plan.sites == again.sites, "data for judging was calibrated on"
+    wider = _plan(net, [{"x": 2 * b["x"]} for b in images()])
+    first = next(s for s in plan.sites if s.block == "x")
+    assert next(s for s in wider.sites if s.block == "x")["scale"] == pytest.approx(2 * first["scale"])
+    kinds = Counter(s["what"] for s in plan.sites)
+    assert kinds["matrix"] == 3
+    with pytest.raises(PipelineError, match="needs data"):
+        graphopt.optimize(net, "quantize")
+    with pytest.raises(PipelineError, match="requires fitted"):
+        graphopt.optimize(graphopt.capture(Net().eval(), images()[0]), "quantize", data=images())
+    with pytest.raises(ContractError, match="its budget is 1e-09"):
+        graphopt.optimize(net, "quantize{weights=4 activations=8 budget=1e-9}", data=images())
+
+
+def _plan(program: Program, data: Any) -> Plan:
+    from graphopt.passes.context import Context
+    from graphopt.passes.quantize import Quantize
+
+    return Quantize().plan(program, Context(data))
+
+
+@pytest.mark.parametrize(("bits", "weights"), [(8, 8), (16, 8), (16, 4)])
+def test_files_hold_integers_and_every_pair(bits: int, weights: int, net: Program, tmp_path: Path) -> None:
+    """What ONNX Runtime computes from the integers is what the program computes; wrong if a zero point or axis were off."""
+    import onnx
+    from onnx import numpy_helper
+
+    done = quantized(net, images(), activations=bits, weights=weights)
+    report = done.lower("onnx", tmp_path / "q.onnx", opset=21)
+    assert report.nodes["DequantizeLinear"] >= pairs_in(done)
+    model = onnx.load(tmp_path / "q.onnx")
+    kinds = Counter(onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer)
+    assert kinds["INT8" if weights == 8 else "INT4"] >= 3
+    stored = {
+        t.name: numpy_helper.to_array(t)
+        for t in model.graph.initializer
+        if t.name.startswith("dense.weight_")
+    }
+    ((name, held),) = stored.items()
+    original = next(w for w in done.weights.values() if w.name == "dense.weight").source.load()
+    scale = next(w for w in done.weights.values() if w.name == "dense.weight.quantize_scale").source.load()
+    whole = (original / scale[:, None]).round().numpy()
+    assert numpy.array_equal(held.astype(float), whole if held.shape == whole.shape else whole.T), name
+    with pytest.raises(LoweringError, match="opset 21 or later"):
+        done.lower("onnx", tmp_path / "old.onnx", opset=20)
+
+
+def test_host_and_device_together_are_the_program(captured: Callable[[str], Program]) -> None:
+    program = graphopt.optimize(captured("llama"), "fit-target")
+    fixed = with_sizes(program, fixed_sizes(program, {"batch": 2, "sequence": 8}, everything=True))
+    parts = split(fixed)
+    assert parts.host is not None
+    assert not any(w.kind == "parameter" for w in parts.host.weights.values())
+    assert "attention_mask" not in parts.device.signature.inputs
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 6:] = 0
+    inputs = {
+        "input_ids": tokens()[0]["input_ids"],
+        "attention_mask": mask,
+        "position_ids": torch.arange(8).expand(2, -1),
+    }
+    given_to = {n: v for n, v in inputs.items() if n in parts.host.signature.inputs}
+    made = run(parts.host, given_to)
+    taken = {n: v for n, v in {**inputs, **made}.items() if n in parts.device.signature.inputs}
+    assert torch.allclose(run(parts.device, taken)["logits"], run(fixed, inputs)["logits"], atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("bits", "least"), [(8, 20.0), (16, 35.0)])
+def test_a_quantised_decoder_on_the_npu(
+    bits: int, least: float, captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Every node is taken, and the simulator computes what ONNX Runtime does from the same integers."""
+    done = quantized(graphopt.optimize(captured("llama"), "fit-target"), tokens(), activations=bits)
+    report = done.lower("onnx", tmp_path / "out", target=NPU, check=True, sizes={"batch": 1, "sequence": 8})
+    assert report.checked is not None
+    assert report.checked.against_runtime["logits"] > least
+    assert report.checked.against_float["logits"] > least - 10
+    assert {f.name for f in (tmp_path / "out").iterdir()} >= {
+        "model.onnx",
+        "model_host.onnx",
+        "model_ctx.onnx",
+    }
+
+
+@needs_compiler
+def test_a_quantised_network_on_the_npu(net: Program, tmp_path: Path) -> None:
+    done = quantized(net, images(batch=1), activations=8)
+    report = done.lower(
+        "onnx", tmp_path / "out", target=NPU, check=True, sizes=dict.fromkeys(net.signature.sizes, 1)
+    )
+    assert report.checked is not None
+    assert min(report.checked.against_runtime.values()) > 20
