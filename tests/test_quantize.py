@@ -91,7 +91,7 @@ def test_rounding_is_that_of_integers(values: list[float], scale: float, dtype: 
     assert torch.allclose(torch.ops.graphopt.fake_quantize(found, scale, zero, dtype=dtype), found, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "vit", "mistral", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert"])
 def test_fitted_programs_compute_the_same(name: str, captured: Callable[[str], Program]) -> None:
     """Padding included, where a row sees something; wrong if a window, a cap or a grouped head were lost."""
     from graphopt.ir.examples import example_inputs

@@ -1,0 +1,156 @@
+"""Models on the NPU's simulator: nodes, signal-to-noise ratios, and what it does to what they are for.
+
+    python benchmarks/npu.py [--target qnn-htp-v75] [--sequence 32]
+
+The packaged sentence encoder (do its similarities keep their order?) and the reference Llama (does it say the same next
+tokens?), in float16 and quantised, calibrated on data that is not judged on.
+Needs ``pip install "graphopt[qnn]"``. Compiled and simulated; no device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+import graphopt
+from graphopt.backends.qnn.measures import reference
+from graphopt.backends.qnn.run import simulate
+from graphopt.backends.targets import find_target
+from graphopt.frontends.data import read_data
+from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.ir.program import Program
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+FORMS = ("", "w8a16", "w8a8")
+
+
+def small(program: Program, form: str, data: list[dict[str, torch.Tensor]]) -> Program:
+    """Return a program fitted, and quantised unless the form is empty."""
+    passes = "fold-norms{allow_no_match=true}, fit-target{allow_no_match=true}"
+    if form:
+        passes += f", quantize{{weights={form[1]} activations={form[3:]}}}"
+    return graphopt.optimize(program, passes, data=data)
+
+
+def on_npu(
+    program: Program, batches: list[dict[str, torch.Tensor]], sizes: dict[str, int], name: str
+) -> tuple[Any, Iterator[dict[str, Any]]]:
+    """Lower, check, and simulate inputs; return the report and the outputs."""
+    device = find_target(name)
+    folder = tempfile.mkdtemp()
+    place = Path(folder) / "out"
+    report = program.lower("onnx", place, target=name, check=True, sizes=sizes)
+    feeds = []
+    for batch in batches:
+        given = {k: v.numpy() for k, v in program.bind((), batch).items()}
+        host = place / "model_host.onnx"
+        if host.is_file():
+            taken = _inputs(host)
+            given |= reference(host, {k: v for k, v in given.items() if k in taken})
+        feeds.append({k: v for k, v in given.items() if k in _inputs(place / "model.onnx")})
+    found = simulate(place / "model.onnx", feeds, soc=device.soc, arch=device.arch, timeout=1800)
+    if found.error:
+        raise SystemExit(found.error)
+    return report, iter(found.outputs)
+
+
+def _inputs(path: Path) -> set[str]:
+    import onnx
+
+    return {v.name for v in onnx.load(str(path), load_external_data=False).graph.input}
+
+
+def encoder(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
+    """Yield the encoder's forms with the rank correlation of all similarities between sentences."""
+    import sentence_encoder as example
+
+    program = graphopt.capture(example.checkpoint_folder())
+    tokenizer = Tokenizer(program)
+    sentences = [s for pair in example.read_pairs() for s in pair]
+    rows = []
+    for sentence in sentences:
+        ids = tokenizer.encode(sentence)[:length]
+        fill = length - len(ids)
+        mask = [1] * len(ids) + [0] * fill
+        rows.append({"input_ids": torch.tensor([ids + [0] * fill]), "attention_mask": torch.tensor([mask])})
+    judged, kept = rows[:16], rows[16:32] or rows
+    calibration = [
+        {k: torch.cat([r[k] for r in kept[i : i + 4]]) for k in kept[0]} for i in range(0, len(kept), 4)
+    ]
+
+    def similar(hidden: list[torch.Tensor]) -> numpy.ndarray:
+        made = torch.cat([example.pool(h, r["attention_mask"]) for h, r in zip(hidden, judged, strict=True)])
+        upper = torch.triu_indices(len(made), len(made), 1)
+        return (made @ made.T)[upper[0], upper[1]].numpy()
+
+    expected = similar([program(**r)["last_hidden_state"] for r in judged])
+    for form in ("", "w8a16"):  # eight bits lose a BERT with outliers, whatever computes them
+        report, outputs = on_npu(
+            small(program, form, calibration), judged, {"batch": 1, "sequence": length}, target
+        )
+        hidden = [torch.from_numpy(o["last_hidden_state"]).float() for o in outputs]
+        kept_order = spearmanr(similar(hidden), expected).statistic
+        yield (
+            "sentence encoder, 22.7 M",
+            form,
+            report,
+            f"rank correlation of {len(expected)} similarities {kept_order:.4f}",
+        )
+
+
+def language(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
+    """Yield the language model's forms with how often the next token is the same."""
+    here = EXAMPLES / "reference_models"
+    program = graphopt.capture(here / "models" / "llama")
+    calibration = read_data(
+        program, here / "data" / "calibration.jsonl", sequences=16, length=length, batch=4
+    )[0]
+    judged = read_data(program, here / "data" / "validation.jsonl", sequences=8, length=length, batch=1)[0]
+    for form in FORMS:
+        report, outputs = on_npu(
+            small(program, form, calibration), judged, {"batch": 1, "sequence": length}, target
+        )
+        same = [
+            (torch.from_numpy(o["logits"]).argmax(-1) == program(**r)["logits"].argmax(-1)).double().mean()
+            for o, r in zip(outputs, judged, strict=True)
+        ]
+        yield (
+            "reference Llama, prefill",
+            form,
+            report,
+            f"same next token at {float(sum(same) / len(same)):.1%} of places",
+        )
+
+
+def main() -> None:
+    """Run all and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default="qnn-htp-v75")
+    parser.add_argument("--sequence", type=int, default=32)
+    given = parser.parse_args()
+    table = Table("model", "form", "nodes", "to ONNX Runtime, dB", "to float, dB", "what it is for", box=None)
+    for rows in (encoder, language):
+        for model, form, report, purpose in rows(given.target, given.sequence):
+            told = report.checked
+            table.add_row(
+                model, form or "float16", str(told.nodes), f"{min(told.against_runtime.values()):.1f}",
+                f"{min(told.against_float.values()):.1f}", purpose,
+            )  # fmt: skip
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
