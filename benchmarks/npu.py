@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=32)
     given = parser.parse_args()
     table = Table("model", "form", "nodes", "to ONNX Runtime, dB", "to float, dB", "what it is for", box=None)
-    for rows in (encoder, language):
+    for rows in (language, encoder):
         for model, form, report, purpose in rows(given.target, given.sequence):
             told = report.checked
             table.add_row(

@@ -44,6 +44,8 @@ class FitTarget(Pass):
                 plan.sites.append(Site(node.name, what="mask"))
             elif is_operator(node, "aten.silu"):
                 plan.sites.append(Site(node.name, what="silu"))
+            elif is_operator(node, "graphopt.rms_norm") and arguments(node)["weight"] is None:
+                plan.sites.append(Site(node.name, what="norm"))
             elif is_operator(node, "graphopt.rotary") and not arguments(node)["interleaved"]:
                 plan.sites.append(Site(node.name, what="rotary"))
             elif (
@@ -65,6 +67,14 @@ class FitTarget(Pass):
             with program.edit.before(node):
                 if site["what"] == "silu":
                     made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "norm":
+                    # the fused operator of ONNX has a weight
+                    size, dtype = int(node.meta["val"].shape[-1]), node.meta["val"].dtype
+                    found["weight"] = program.edit.add_weight(
+                        f"{node.name}.ones", torch.ones(size, dtype=dtype), kind="buffer"
+                    )
+                    args, kwargs = normal_call(node.target, found)
+                    made = call(node.target, *args, **kwargs)
                 elif site["what"] == "rotary":
                     made = _turned(program, found)
                 elif site["what"] == "bias":
