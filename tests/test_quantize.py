@@ -214,6 +214,19 @@ def test_a_quantised_decoder_on_the_npu(
 
 
 @needs_compiler
+def test_prompt_and_step_with_caches_on_the_npu(captured: Callable[[str], Program], tmp_path: Path) -> None:
+    """One program with fixed slots; the host makes masks, so that no cache is read for its length."""
+    cached = graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=12}, fit-target")
+    for count in (1, 6):
+        sizes = {"batch": 1, "sequence": count}
+        report = cached.lower("onnx", tmp_path / f"out{count}", target=NPU, check=True, sizes=sizes)
+        assert report.checked is not None
+        assert report.checked.against_float["logits"] > 40
+        taken = {n for n in report.inputs if n.startswith("host_")}
+        assert any("mask" in n for n in taken), "the mask is computed on the device"
+
+
+@needs_compiler
 def test_a_quantised_network_on_the_npu(net: Program, tmp_path: Path) -> None:
     done = quantized(net, images(batch=1), activations=8)
     report = done.lower(

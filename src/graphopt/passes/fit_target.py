@@ -42,6 +42,8 @@ class FitTarget(Pass):
         for node in program.nodes:
             if is_operator(node, "graphopt.attention") and _masked(node):
                 plan.sites.append(Site(node.name, what="mask"))
+            elif is_operator(node, "graphopt.cache_visible") and isinstance(_slots(node), int):
+                plan.sites.append(Site(node.name, what="slots"))
             elif is_operator(node, "aten.silu"):
                 plan.sites.append(Site(node.name, what="silu"))
             elif is_operator(node, "graphopt.rms_norm") and arguments(node)["weight"] is None:
@@ -67,6 +69,11 @@ class FitTarget(Pass):
             with program.edit.before(node):
                 if site["what"] == "silu":
                     made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "slots":
+                    # a cache is read for its length alone, which is known
+                    found["cache"] = call(aten.zeros.default, [1, 1, _slots(node), 1])
+                    args, kwargs = normal_call(node.target, found)
+                    made = call(node.target, *args, **kwargs)
                 elif site["what"] == "norm":
                     # the fused operator of ONNX has a weight
                     size, dtype = int(node.meta["val"].shape[-1]), node.meta["val"].dtype
@@ -116,6 +123,11 @@ def _turned(program: Program, found: dict[str, Any]) -> fx.Node:
     return call(
         aten.add.Tensor, call(aten.mul.Tensor, x, found["cos"]), call(aten.mul.Tensor, turned, found["sin"])
     )
+
+
+def _slots(node: fx.Node) -> Any:
+    cache = arguments(node)["cache"]
+    return None if is_operator(cache, "aten.zeros") else cache.meta["val"].shape[2]
 
 
 def _masked(node: fx.Node) -> bool:
