@@ -57,9 +57,9 @@ def require_fixed(program: Program, fixed: Mapping[str, int], target: Target) ->
     if moving:
         raise LoweringError(
             f"{target.name} takes no sizes that vary, and {', '.join(moving)} would",
-            hint="sizes={"
-            + ", ".join(f'"{n}": {program.signature.sizes[n].hint}' for n in moving)
-            + "} fixes them",
+            hint="--shape "
+            + ",".join(f"{n}={1 if n == 'batch' else program.signature.sizes[n].hint}" for n in moving)
+            + " fixes them; in Python, sizes=",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ..answering import answer
@@ -84,6 +85,10 @@ def answer_texts(
     """Let a program write data, and say how much it wrote."""
     if strategy is not None:
         named_strategy(strategy)
+    if not Path(data).is_file():
+        raise UsageError(f"the data file {data} does not exist")
+    if Path(output).exists():
+        raise UsageError(f"{output} exists already", hint="choose another place, or remove it")
     sequences, prompt_tokens, count, batch = amount
     began = time.perf_counter()
     found = answer(
