@@ -103,12 +103,10 @@ def test_loss_counts_what_the_assistant_says_and_nothing_else(speaker: Program, 
     said = batch["loss_mask"][:, 1:].bool()
     assert found == pytest.approx(float(each[said].mean()), rel=1e-5)
     other = {**batch, "input_ids": batch["input_ids"].clone()}
-    last = int(batch["input_ids"].shape[1]) - 1
-    if not batch["loss_mask"][0, last]:
-        other["input_ids"][0, last] = 7
-        assert float(recipe.loss(module, other)) == pytest.approx(found, rel=1e-6), (
-            "an uncounted target counts"
-        )
+    # the last token of a row is a target and nothing else
+    row = int((batch["loss_mask"][:, -1] == 0).nonzero()[0])
+    other["input_ids"][row, -1] = 7
+    assert float(recipe.loss(module, other)) == pytest.approx(found, rel=1e-6), "an uncounted target counts"
     done, record = graphopt.train(
         speaker, "language", data, Settings(steps=3, learning_rate=1e-3), length=48, loss_on="assistant"
     )

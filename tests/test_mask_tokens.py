@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_kv_cache import varied
 from torch.nn import functional as F
 
 import graphopt
 from graphopt.decoding import MaskTokens
-from graphopt.decoding.drafts import Draft
+from graphopt.decoding.drafts import Draft, Drafter
 from graphopt.ir.errors import PassRefusedError, PipelineError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.retype import retyped
@@ -116,11 +120,62 @@ def test_whatever_mask_tokens_say_the_text_is_the_same(
     expected = graphopt.generate(program, ROWS, **options)
     for made in (graphopt.optimize(program, PASSES), shaken(graphopt.optimize(program, PASSES), 3)):
         for tokens in ("", " tokens=2"):
-            found = graphopt.generate(
-                made, ROWS, strategy=f"mask-tokens{{layout={layout}{tokens}}}", **options
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                found = graphopt.generate(
+                    made, ROWS, strategy=f"mask-tokens{{layout={layout}{tokens}}}", **options
+                )
             assert torch.equal(found, expected)
         assert torch.equal(graphopt.generate(made, ROWS, **options), expected)
+
+
+class Probing(Drafter):
+    """Proposes random trees, half of them right, with random mask tokens behind any of their nodes."""
+
+    name, room = "probing", 14
+
+    def __init__(self, seed: int, truth: list[list[int]]) -> None:
+        self.draw, self.truth = random.Random(seed), truth
+
+    def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
+        whole = next(t for t in self.truth if t[: len(row)] == list(row))
+        tokens: list[int] = []
+        parents: list[int] = []
+        for node in range(self.draw.randint(0, 5)):
+            parents.append(self.draw.randint(-1, node - 1))
+            place = len(row) + Draft([*tokens, 0], parents).depths[-1] - 1
+            right = whole[place] if place < len(whole) else 0
+            tokens.append(right if self.draw.random() < 0.5 else self.draw.randrange(90))
+        count = len(tokens)
+        probes = [
+            (self.draw.randint(-1, count + n - 1), self.draw.randint(1, 3))
+            for n in range(self.draw.randint(0, 9))
+        ]
+        return Draft(tokens, parents, [], probes)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    rows=st.lists(st.lists(st.integers(3, 90), min_size=1, max_size=5), min_size=1, max_size=3),
+)
+def test_mask_tokens_anywhere_change_no_text(seed: int, rows: list[list[int]], noisy: Program) -> None:
+    """Wrong if one were committed, kept in a cache, or seen by a candidate."""
+    expected = graphopt.generate(noisy, rows, max_new_tokens=9, eos_token_id=None)
+    truth = graphopt.stream(noisy, rows, max_new_tokens=9, eos_token_id=None)
+    for _ in truth:
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # who fails is left out, which would hide everything
+        found = graphopt.generate(
+            noisy, rows, max_new_tokens=9, eos_token_id=None, strategy=Probing(seed, truth.rows)
+        )
+    assert torch.equal(found, expected)
+
+
+@pytest.fixture(scope="session")
+def noisy(captured: Callable[[str], Program]) -> Program:
+    return shaken(graphopt.optimize(captured("llama"), PASSES))
 
 
 @pytest.mark.parametrize("layout", ["quadratic", "linear"])

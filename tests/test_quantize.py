@@ -227,8 +227,9 @@ def test_prompt_and_step_with_caches_on_the_npu(captured: Callable[[str], Progra
 
 
 @needs_compiler
-def test_a_quantised_network_on_the_npu(net: Program, tmp_path: Path) -> None:
-    done = quantized(net, images(batch=1), activations=8)
+@pytest.mark.parametrize("weights", [8, 4])
+def test_a_quantised_network_on_the_npu(weights: int, net: Program, tmp_path: Path) -> None:
+    done = quantized(net, images(batch=1), activations=8, weights=weights)
     report = done.lower(
         "onnx", tmp_path / "out", target=NPU, check=True, sizes=dict.fromkeys(net.signature.sizes, 1)
     )

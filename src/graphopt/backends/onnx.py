@@ -122,7 +122,8 @@ def lower_onnx(
     if device is not None:
         require_fixed(program, fixed, device)
     quantized = program.facts.get("quantized")
-    kind = str(quantized["kind"]) if isinstance(quantized, dict) else FLOAT
+    # operators were tried with weights of eight bits; those of four change none of their activations
+    kind = f"w8a{quantized['activations']}" if isinstance(quantized, dict) else FLOAT
     if kind != FLOAT:
         program = retyped(program, torch.float32)
     widen = float32 and uses_bfloat16(program)
