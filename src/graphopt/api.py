@@ -216,12 +216,16 @@ def _one_graph(program: Program) -> None:
 
 
 def _lower(program: Program, to: str, path: str | os.PathLike[str], **options: Any) -> Any:
+    if to == "triton":
+        from .backends.triton import lower_triton
+
+        return lower_triton(program, path, **options)
     _one_graph(program)
     if to == "onnx":
         from .backends.onnx import lower_onnx
 
         return lower_onnx(program, path, **options)
-    raise LoweringError(f"programs are not lowered to {to!r}", hint="onnx")
+    raise LoweringError(f"programs are not lowered to {to!r}", hint="onnx or triton")
 
 
 def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -181,7 +182,12 @@ class Program:
 
     def add_size(self, name: str, limits: SizeRange) -> torch.SymInt:
         """Add a named size to the signature and return it as a symbolic integer."""
-        symbol = add_symbol(self.mode, name, limits.low, limits.high, limits.hint)
+        # Inductor takes only symbols for sizes that are called as torch calls its own, s and a number;
+        # the same name gives the same symbol, as copies share what is known of it
+        number = 1000 + zlib.crc32(name.encode()) % 10**6
+        while self.symbols.get(sympy.Symbol(f"s{number}", integer=True, positive=True), name) != name:
+            number += 1
+        symbol = add_symbol(self.mode, f"s{number}", limits.low, limits.high, limits.hint)
         self.symbols[symbol] = name
         self.signature.sizes[name] = limits
         size = symint(self.mode, symbol, limits.hint)

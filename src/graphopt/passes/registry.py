@@ -29,6 +29,8 @@ BUILT_IN: dict[str, str] = {
     "attach-mask-tokens": "graphopt.passes.attach_mask_tokens:AttachMaskTokens",
     "attach-early-exit": "graphopt.passes.attach_early_exit:AttachEarlyExit",
     "trim-vocabulary": "graphopt.passes.trim_vocabulary:TrimVocabulary",
+    "take-top-k": "graphopt.passes.take_top_k:TakeTopK",
+    "fuse-kernels": "graphopt.passes.fuse_kernels:FuseKernels",
     "skip-layers": "graphopt.passes.skip_layers:SkipLayers",
     "dial-top-k": "graphopt.passes.dial_top_k:DialTopK",
     "prune-experts": "graphopt.passes.prune_experts:PruneExperts",

@@ -24,6 +24,29 @@ def norm(call: Call) -> Work:
     return moved(call, NORM_FLOPS * call.output.numel)
 
 
+@formula("graphopt.add_rms_norm")
+def add_rms_norm(call: Call) -> Work:
+    """FLOPs: 8 per element. Bytes: two values read and two written."""
+    x = call.tensor("x")
+    work = moved(call, (NORM_FLOPS + 1) * x.numel)
+    return Work(work.flops, work.weight_bytes, 4 * x.bytes)
+
+
+@formula("graphopt.gated_product")
+def gated_product(call: Call) -> Work:
+    """FLOPs: 5 per element."""
+    return moved(call, (ACTIVATION_FLOPS + 1) * call.output.numel)
+
+
+@formula("graphopt.linear_top_k")
+def linear_top_k(call: Call) -> Work:
+    """FLOPs: 2 · rows · size · vocabulary. Bytes: operands and the k entries found, not the logits."""
+    x, weight = call.tensor("x"), call.tensor("weight")
+    rows = product(x.shape[:-1])
+    work = moved(call, rows * (2 * x.shape[-1] + 1) * weight.shape[0])
+    return Work(work.flops, work.weight_bytes, x.bytes + rows * call.arguments["k"] * (x.dtype.itemsize + 8))
+
+
 @formula("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
 def softmax(call: Call) -> Work:
     """FLOPs: 5 per element."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .attention import attention
 from .cache import cache_positions, cache_store, cache_visible
 from .collectives import all_gather, all_reduce, local_embedding, local_slice, reduce_scatter, unreduced
+from .fused import add_rms_norm, gated_product, linear_top_k
 from .kernels import (
     bias_sequence,
     kernel_diagonal,
@@ -18,7 +19,7 @@ from .kernels import (
     norm_scale,
     norm_shift,
 )
-from .library import DIALECT, dialect_operator
+from .library import DIALECT, KERNELS, dialect_operator
 from .mask_tokens import gated_lora, marked_embedding
 from .nested_ffn import nested_ffn, nested_similarity, soft_nested_ffn
 from .norm import rms_norm
@@ -30,8 +31,10 @@ from .routing import active_experts, active_weights, choose_width, skipped, soft
 
 __all__ = [
     "DIALECT",
+    "KERNELS",
     "active_experts",
     "active_weights",
+    "add_rms_norm",
     "additive_mask",
     "all_gather",
     "all_reduce",
@@ -45,10 +48,12 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_channels",
     "gated_lora",
+    "gated_product",
     "kernel_diagonal",
     "kernel_scaled",
     "kernel_sequence",
     "kernel_spread",
+    "linear_top_k",
     "local_embedding",
     "local_slice",
     "marked_embedding",

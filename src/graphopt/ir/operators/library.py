@@ -1,9 +1,10 @@
-"""Registration of graphopt's own operators."""
+"""Registration of graphopt's own operators, and of kernels that may stand in for their references."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -12,7 +13,28 @@ _LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-c
 DIALECT: dict[str, str] = {}
 """Operator name to schema, for the reader's allow-list and the documentation."""
 
-Reference = TypeVar("Reference", bound=Callable[..., torch.Tensor])
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What is asked before a reference runs, by name: it returns the result, or None where it does not apply."""
+
+Reference = TypeVar("Reference", bound=Callable[..., Any])
+
+
+def kernel_point(name: str) -> Callable[[Reference], Reference]:
+    """Let the kernel of a name stand in for the decorated function where one is in use and applies."""
+
+    def wrap(reference: Reference) -> Reference:
+        @functools.wraps(reference)
+        def either(*args: Any, **kwargs: Any) -> Any:
+            kernel = KERNELS.get(name)
+            if kernel is not None:
+                made = kernel(*args, **kwargs)
+                if made is not None:
+                    return made
+            return reference(*args, **kwargs)
+
+        return cast(Reference, either)
+
+    return wrap
 
 
 def dialect_operator(schema: str) -> Callable[[Reference], Reference]:
@@ -21,7 +43,7 @@ def dialect_operator(schema: str) -> Callable[[Reference], Reference]:
     def register(reference: Reference) -> Reference:
         name = schema.split("(", 1)[0]
         _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-        _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, kernel_point(name)(reference), "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
         DIALECT[name] = schema
         return reference
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import groups
-from .library import dialect_operator
+from .library import dialect_operator, kernel_point
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -116,6 +116,57 @@ def decode(payload: Tensor, scale: Tensor | None, features: int, kept: int, bits
         place += 2 * count
     whole = unpack(payload[..., place : place + packed_bytes(rest, bits)], rest, bits)
     return torch.cat([outliers, whole.float() * scale.float()], -1)
+
+
+@kernel_point("quantize_pack")
+def quantize_pack(
+    x: Tensor, columns: Tensor | None, scale: Tensor | None, kept: int, bits: int, block: int, width: int
+) -> Tensor:
+    """Return the message that is sent for x: (..., ``width``) bytes, zeros behind what is needed.
+
+    Args:
+        x: (..., features).
+        columns: which features are sent, outliers first; all in their order if left out.
+        scale: (columns - kept,) static scales; None where they travel.
+        kept: how many outliers come first.
+        bits: of an integer.
+        block: features that share a scale which travels.
+        width: of the message.
+    """
+    message = encode(x if columns is None else x.index_select(-1, columns), scale, kept, bits, block)
+    return torch.nn.functional.pad(message, [0, width - message.shape[-1]])
+
+
+@kernel_point("unpack_sum")
+def unpack_sum(
+    payload: Tensor,
+    columns: Tensor | None,
+    scales: Tensor | None,
+    count: int,
+    kept: int,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """Return the float32 sum of what all ranks sent, added in their order.
+
+    Args:
+        payload: (ranks, ..., bytes).
+        columns: (count,), the feature that each value is; all features, once each.
+        scales: (ranks, count - kept) static scales; None where they travel.
+        count: how many values a token has.
+        kept, bits, block: as in :func:`quantize_pack`.
+
+    Returns:
+        (..., count).
+    """
+    total: Tensor | None = None
+    for rank in range(payload.shape[0]):
+        term = decode(payload[rank], None if scales is None else scales[rank], count, kept, bits, block)
+        total = term if total is None else total + term
+    assert total is not None
+    if columns is None:
+        return total
+    return torch.empty_like(total).index_copy(-1, columns, total)
 
 
 def payload_bytes(features: int, kept: int, bits: int, block: int) -> int:
@@ -260,40 +311,28 @@ def quantized_all_reduce(
         return torch.empty_like(x)
     ranks, features = bound.size, x.shape[-1]
     form = chosen_algorithm(algorithm, x[..., 0].numel(), features, ranks, bits, crossover)
-    ordered = x.index_select(-1, order)
     if form == "gather":
-        sent = encode(ordered, _static(scales, bound.rank, slice(None), block), kept, bits, block)
+        width = payload_bytes(features, kept, bits, block)
+        own = _static(scales, bound.rank, slice(None), block)
+        sent = quantize_pack(x, order, own, kept, bits, block, width)
         received = groups.all_gather(sent.unsqueeze(0), bound)
-        total = None
-        for rank in range(ranks):
-            scale = _static(scales, rank, slice(None), block)
-            term = decode(received[rank], scale, features, kept, bits, block)
-            total = term if total is None else total + term
-        assert total is not None
-        return total.index_select(-1, inverse).to(x.dtype)
+        static = None if block else scales
+        return unpack_sum(received, order, static, features, kept, bits, block).to(x.dtype)
     width = share_bytes(features, kept, bits, block, ranks)
-
-    def sized(message: Tensor) -> Tensor:
-        return torch.nn.functional.pad(message, [0, width - message.shape[-1]])
-
     messages = []
     for rank in range(ranks):
-        own, columns, outliers = _part(ordered, kept, rank, ranks)
+        part, columns, outliers = _part(order, kept, rank, ranks)
         scale = _static(scales, bound.rank, columns, block)
-        messages.append(sized(encode(own, scale, outliers, bits, block)))
+        messages.append(quantize_pack(x, part, scale, outliers, bits, block, width))
     received = groups.all_to_all(torch.stack(messages), bound)
-    own, columns, outliers = _part(ordered, kept, bound.rank, ranks)
-    total = None
-    for rank in range(ranks):
-        scale = _static(scales, rank, columns, block)
-        term = decode(received[rank], scale, own.shape[-1], outliers, bits, block)
-        total = term if total is None else total + term
-    assert total is not None
-    scale = None if block else reduced[columns]
-    gathered = groups.all_gather(sized(encode(total, scale, outliers, bits, block)).unsqueeze(0), bound)
+    part, columns, outliers = _part(order, kept, bound.rank, ranks)
+    count = part.shape[0]
+    total = unpack_sum(received, None, None if block else scales[:, columns], count, outliers, bits, block)
+    sent = quantize_pack(total, None, None if block else reduced[columns], outliers, bits, block, width)
+    gathered = groups.all_gather(sent.unsqueeze(0), bound)
     done = []
     for rank in range(ranks):
-        part, columns, outliers = _part(ordered, kept, rank, ranks)
-        scale = None if block else reduced[columns]
-        done.append(decode(gathered[rank], scale, part.shape[-1], outliers, bits, block))
+        part, columns, outliers = _part(order, kept, rank, ranks)
+        scale = None if block else reduced[columns][None]
+        done.append(unpack_sum(gathered[rank : rank + 1], None, scale, part.shape[0], outliers, bits, block))
     return _together(done, kept, ranks).index_select(-1, inverse).to(x.dtype)

@@ -1,0 +1,267 @@
+"""Calls that every kernel is tried with: small ones to compare with references, large ones to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir.operators.activations import ACTIVATIONS
+from ...ir.operators.quantized import payload_bytes, quantize_pack
+
+GATES = tuple(a for a in ACTIVATIONS if a not in ("tanh",))
+
+
+@dataclass
+class Made:
+    """Makes tensors: random ones, or with ``meta`` none but their shapes."""
+
+    dtype: torch.dtype
+    device: str = "cpu"
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value.to(self.device)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers."""
+        dtype = dtype or self.dtype
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return self._placed((torch.randn(shape, generator=self.generator) * scale).to(dtype))
+
+    def integers(self, *shape: int, high: int, low: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Integers from ``low`` to below ``high``."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return self._placed(torch.randint(low, high, shape, generator=self.generator).to(dtype))
+
+    def order(self, count: int) -> Tensor:
+        """A permutation."""
+        if self.device == "meta":
+            return torch.empty(count, dtype=torch.int64, device="meta")
+        return self._placed(torch.randperm(count, generator=self.generator))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Attributes:
+        operator: its name.
+        what: what is special about this call.
+        args: of it, with a maker of tensors.
+        exact: whether the kernel's result is the reference's to the bit.
+        dtypes: types that it is tried in; none where a call has one of its own.
+    """
+
+    operator: str
+    what: str
+    args: Callable[[Made], tuple[tuple[Any, ...], dict[str, Any]]]
+    exact: bool = False
+    typed: bool = True
+
+
+def _norms(large: bool) -> Iterator[Case]:
+    rows, size = (64, 4096) if large else (5, 72)
+
+    def call(add: bool, weight: bool, **options: Any) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            first = (m.normal(2, rows, size), *([m.normal(2, rows, size)] if add else []))
+            return (*first, m.normal(size) if weight else None, 1e-5), options
+
+        return made
+
+    for add in (False, True):
+        name = "add_rms_norm" if add else "rms_norm"
+        yield Case(name, "weight", call(add, True))
+        yield Case(name, "no weight", call(add, False))
+        yield Case(name, "weight before cast", call(add, True, weight_before_cast=True))
+
+
+def _products(large: bool) -> Iterator[Case]:
+    rows, size = (64, 8192) if large else (3, 1100)
+    for activation in GATES if not large else ("silu", "gelu"):
+
+        def halves(m: Made, activation: str = activation) -> Any:
+            gate, up = m.normal(2, rows, 2 * size, scale=3.0).chunk(2, -1)
+            return (gate, up), {"activation": activation, "limit": 2.5, "alpha": 1.3}
+
+        yield Case("gated_product", activation, halves)
+    yield Case("gated_product", "separate", lambda m: ((m.normal(rows, size), m.normal(rows, size)), {}))
+
+
+def _nested(large: bool) -> Iterator[Case]:
+    tokens, size, inner = (512, 2048, 8192) if large else (37, 40, 80)
+    widths = [inner // 4, inner] if large else [16, 80, 0, 48]
+
+    def call(gated: bool, bias: bool, activation: str) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            args: list[Any] = [
+                m.normal(1, tokens, size),
+                m.integers(1, tokens, high=len(widths)),
+                widths,
+                m.normal(inner, size, scale=size**-0.5),
+                m.normal(size, inner, scale=inner**-0.5),
+                m.normal(inner, size, scale=size**-0.5) if gated else None,
+                m.normal(inner) if bias else None,
+                m.normal(inner) if bias and gated else None,
+                m.normal(size) if bias else None,
+            ]
+            return tuple(args), {"activation": activation}
+
+        return made
+
+    yield Case("nested_ffn", "gated", call(True, False, "silu"))
+    yield Case("nested_ffn", "gated with biases", call(True, True, "silu"))
+    yield Case("nested_ffn", "plain with biases", call(False, True, "gelu"))
+
+
+def _routed(large: bool) -> Iterator[Case]:
+    tokens, each, experts, size, inner = (512, 8, 64, 2048, 1024) if large else (21, 2, 5, 40, 48)
+
+    def call(bias: bool = False, absent: bool = False, **options: Any) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            wide = inner * (2 if options.get("gated", True) else 1)
+            up = m.normal(experts, wide, size, scale=size**-0.5)
+            down = m.normal(experts, size, inner, scale=inner**-0.5)
+            if options.get("transposed"):
+                up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+            first = m.integers(1, high=3, low=2) if absent else None
+            args = (
+                m.normal(tokens, size),
+                m.integers(tokens, each, high=experts),
+                m.normal(tokens, each).softmax(-1),
+                up,
+                down,
+                m.normal(experts, wide) if bias else None,
+                m.normal(experts, size) if bias else None,
+                first,
+            )
+            return args, options
+
+        return made
+
+    yield Case("routed_ffn", "gated", call())
+    yield Case("routed_ffn", "plain with biases", call(bias=True, gated=False, activation="gelu"))
+    yield Case("routed_ffn", "input first", call(transposed=True))
+    yield Case("routed_ffn", "weighed inputs", call(weigh_inputs=True))
+    yield Case("routed_ffn", "experts of other ranks", call(absent=True, bias=True))
+    yield Case(
+        "routed_ffn",
+        "interleaved, clamped, with biases",
+        call(True, interleaved=True, activation="swiglu_clamped", limit=1.5, alpha=1.7),
+    )
+
+
+def _attention(large: bool) -> Iterator[Case]:
+    batch, heads, held, queries, keys, size, value = (
+        (4, 32, 8, 16, 4096, 64, 64) if large else (2, 6, 2, 5, 150, 24, 16)
+    )
+
+    def call(mask: bool = False, sinks: bool = False, tokens: int = queries, **options: Any) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            seen = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
+            if m.device != "meta":
+                # the first row's first query sees nothing, and nobody sees the end of the cache
+                seen[0, :, 0] = False
+                seen[..., keys // 2 :] = False
+            args = (
+                m.normal(batch, heads, tokens, size),
+                m.normal(batch, held, keys, size),
+                m.normal(batch, held, keys, value),
+                m.integers(batch, keys, high=2, dtype=torch.bool) if mask else None,
+                None,
+                m.normal(heads) if sinks else None,
+                None,
+                seen,
+            )
+            return args, {"scale": size**-0.5, **options}
+
+        return made
+
+    yield Case("attention", "tree", call())
+    yield Case("attention", "one token", call(tokens=1))
+    yield Case("attention", "key mask and softcap", call(mask=True, softcap=2.0))
+    yield Case("attention", "sinks", call(sinks=True))
+
+
+def _lora(large: bool) -> Iterator[Case]:
+    tokens, size, width, rank = (64, 2048, 8192, 16) if large else (21, 72, 150, 6)
+
+    def call(high: int) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            marks = m.integers(2, tokens, high=high) if high else m.integers(2, tokens, high=1)
+            if high and m.device != "meta":
+                marks[:, : tokens // 2] = 0
+            down, up = m.normal(rank, size, scale=size**-0.5), m.normal(width, rank)
+            return (m.normal(2, tokens, width), m.normal(2, tokens, size), down, up, marks, 2.0), {}
+
+        return made
+
+    yield Case("gated_lora", "some marked", call(3))
+    yield Case("gated_lora", "none marked", call(0), exact=True)
+
+
+def _heads(large: bool) -> Iterator[Case]:
+    rows, size, vocabulary = (8, 2048, 128256) if large else (3, 72, 300)
+
+    def call(bias: bool, k: int) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            own = m.normal(vocabulary) if bias else None
+            return (m.normal(2, rows, size), m.normal(vocabulary, size, scale=size**-0.5), own, k), {}
+
+        return made
+
+    yield Case("linear_top_k", "ten", call(False, 10))
+    yield Case("linear_top_k", "one, with bias", call(True, 1))
+
+
+def _packing(large: bool) -> Iterator[Case]:
+    tokens, features = (64, 4096) if large else (3, 203)
+
+    def call(bits: int, kept: int, block: int, permuted: bool, unpack: bool) -> Callable[[Made], Any]:
+        def made(m: Made) -> Any:
+            rest = features - kept
+            width = payload_bytes(features, kept, bits, block) + 3
+            columns = m.order(features) if permuted else None
+            static = None
+            if not block:
+                static = m.normal(3, rest, dtype=torch.float32)
+                static = static.abs() + 0.1 if m.device != "meta" else static
+            if not unpack:
+                own = None if static is None else static[0]
+                return (m.normal(2, tokens, features, scale=2.0), columns, own, kept, bits, block, width), {}
+            if m.device == "meta":
+                payload = torch.empty(3, tokens, width, dtype=torch.uint8, device="meta")
+            else:
+                parts = [
+                    quantize_pack(
+                        m.normal(tokens, features, scale=2.0), None, None if static is None else static[r], kept,
+                        bits, block, width,
+                    )
+                    for r in range(3)
+                ]  # fmt: skip
+                payload = torch.stack(parts)
+            return (payload, columns, static, features, kept, bits, block), {}
+
+        return made
+
+    for bits in range(2, 9) if not large else (4, 5):
+        block = 32 if bits % 2 else 0
+        what = f"{bits} bits, {'travelling' if block else 'static'} scales"
+        yield Case("quantize_pack", what, call(bits, bits % 3, block, bits > 4, False), True)
+        yield Case("unpack_sum", what, call(bits, bits % 3, block, bits > 4, True), typed=False)
+
+
+def cases(large: bool = False) -> list[Case]:
+    """Return all calls: small ones for an interpreter, or those of a model of about a billion weights."""
+    every = (_norms, _products, _nested, _routed, _attention, _lora, _heads, _packing)
+    return [case for family in every for case in family(large)]

@@ -1,0 +1,111 @@
+"""What runs in a process of its own: kernels in Triton's interpreter, or compiled for GPUs that are not here.
+
+Both change Triton for the whole process. A request is one JSON object on standard input, the answer one on the last
+line of standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    from .cases import cases
+    from .comparing import Compared, compare
+
+    found = []
+    for case in cases():
+        if request["operators"] and case.operator not in request["operators"]:
+            continue
+        # bfloat16 is silently wrong in the interpreter
+        for dtype in (torch.float32, torch.float16) if case.typed else (torch.float32,):
+            try:
+                result = compare(case, dtype)
+            except Exception as error:
+                name = str(dtype).removeprefix("torch.")
+                result = Compared(case.operator, case.what, name, 0.0, 0.0, f"{type(error).__name__}: {error}")
+            found.append({**asdict(result), "holds": result.holds})
+    return found
+
+
+def _tensors(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, dict) and "shape" in value:
+        dtype = getattr(torch, value["dtype"])
+        return torch.empty_strided(value["shape"], value["stride"], dtype=dtype, device="meta")
+    return value
+
+
+def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
+    from .launching import launching
+    from .resources import resources_of
+    from .stub_driver import ARCHITECTURES, pretend
+    from .wiring import TABLE
+
+    folder = Path(request["folder"]) if request["folder"] else None
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(request["architectures"]):
+        architecture = ARCHITECTURES[name]
+        pretend(architecture, number)
+        seen: set[str] = set()
+        for call in request["calls"]:
+            launched: list[tuple[Any, Any]] = []
+
+            def compiled(
+                kernel: Any, grid: Sequence[Any], args: Any, meta: Any, into: list[Any] = launched
+            ) -> None:
+                into.append((kernel, kernel.warmup(*args, grid=(1,), **meta)))
+
+            row = {"operator": call["operator"], "what": call["what"], "architecture": name}
+            try:
+                with launching(compiled):
+                    args = [_tensors(a) for a in call["args"]]
+                    options = {k: _tensors(v) for k, v in call["options"].items()}
+                    TABLE[call["operator"]].launch(*args, **options)
+                for kernel, made in launched:
+                    used = resources_of(made, architecture)
+                    file = f"{kernel.__name__}-{made.hash[:12]}.{name}"
+                    if folder is not None and file not in seen:
+                        seen.add(file)
+                        _write(folder, file, made)
+                    reason = used.too_much(architecture)
+                    rows.append({**row, "kernel": kernel.__name__, "file": file, "reason": reason, **asdict(used)})
+            except Exception as error:
+                rows.append({**row, "kernel": "", "file": "", "reason": f"{type(error).__name__}: {error}"[:600]})
+    return rows
+
+
+def _write(folder: Path, name: str, compiled: Any) -> None:
+    for kind in ("cubin", "ptx", "hsaco"):
+        if kind in compiled.asm:
+            held = compiled.asm[kind]
+            (folder / f"{name}.{kind}").write_bytes(held if isinstance(held, bytes) else held.encode())
+    known = {k: v for k, v in compiled.metadata._asdict().items() if isinstance(v, (str, int, float, bool))}
+    text = json.dumps(known, indent=1, sort_keys=True)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    # fused multiplication and addition, said before Triton's default changes
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if request["mode"] == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"
+        rows = _interpret(request)
+    else:
+        rows = _compile(request)
+    print("\n" + json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

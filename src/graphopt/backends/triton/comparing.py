@@ -1,0 +1,81 @@
+"""A kernel's result against its operator's reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Made
+from .wiring import TABLE
+
+LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest difference that counts as rounding, as a share of the largest value."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a kernel gave.
+
+    Attributes:
+        operator, what: the call.
+        dtype: of its floating-point inputs.
+        error: largest difference to the reference, as a share of its largest value.
+        limit: what the error may be.
+        reason: why the call failed, empty otherwise.
+    """
+
+    operator: str
+    what: str
+    dtype: str
+    error: float
+    limit: float
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the kernel computes what the reference does."""
+        return not self.reason and self.error <= self.limit
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _error(made: Tensor, expected: Tensor) -> float:
+    if made.shape != expected.shape:
+        return float("inf")
+    difference = (made.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+
+
+def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
+    """Run a call with its kernel and with the reference in float64 (in the call's own type where bits must agree)."""
+    args, options = case.args(Made(dtype, device))
+    kernel = TABLE[case.operator]
+    name = str(dtype).removeprefix("torch.")
+    if not kernel.takes(*args, **options):
+        return Compared(case.operator, case.what, name, 0.0, 0.0, "the kernel does not take this call")
+    made = kernel.launch(*args, **options)
+    if case.exact:
+        expected = kernel.reference(*args, **options)
+        equal = torch.equal(made, expected) and made.dtype == expected.dtype
+        return Compared(case.operator, case.what, name, 0.0 if equal else 1.0, 0.0)
+    expected = kernel.reference(*(_wide(a) for a in args), **options)
+    if case.operator == "linear_top_k":
+        # equal logits may come in any order: what counts is that the numbers have those values
+        logits = torch.nn.functional.linear(_wide(args[0]), _wide(args[1]), _wide(args[2]))
+        named = logits.gather(-1, made[1])
+        distinct = all(row.unique().numel() == row.numel() for row in made[1].reshape(-1, made[1].shape[-1]))
+        error = max(_error(made[0], expected[0]), _error(named, expected[0])) if distinct else float("inf")
+    elif isinstance(made, tuple):
+        error = max(_error(a, b) for a, b in zip(made, expected, strict=True))
+    else:
+        error = _error(made, expected)
+    if case.operator == "gated_lora":
+        plain = args[4] == 0
+        if not torch.equal(made[plain], args[0][plain]):
+            error = float("inf")
+    return Compared(case.operator, case.what, name, error, LIMITS[dtype])

@@ -1,0 +1,36 @@
+"""Rows sorted by the group that they go to, in blocks of which each belongs to one group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sorted_blocks(chosen: Tensor, groups: int, block: int) -> tuple[Tensor, Tensor]:
+    """Sort rows by group and fill each group up to whole blocks, without asking the device for a number.
+
+    Args:
+        chosen: (rows,), integers: each row's group; those outside 0 to ``groups`` - 1 go nowhere.
+        groups: how many.
+        block: rows a block.
+
+    Returns:
+        (blocks * block,) the row in each place, -1 in places left over; (blocks,) the group of each block, ``groups``
+        for blocks behind the last one. There are as many blocks as the worst case takes.
+    """
+    rows = chosen.shape[0]
+    known = torch.where((chosen >= 0) & (chosen < groups), chosen, groups).to(torch.int64)
+    order = torch.argsort(known, stable=True)
+    number = torch.arange(groups + 1, device=chosen.device)
+    counts = (known[:, None] == number).sum(0)
+    padded = (counts + block - 1) // block * block
+    starts, own = counts.cumsum(0) - counts, padded.cumsum(0) - padded
+    group = known[order]
+    places = own[group] + torch.arange(rows, device=chosen.device) - starts[group]
+    # each group may leave most of a block empty, the one for rows that go nowhere too
+    blocks = (rows + block - 1) // block + groups + 1
+    held = torch.full((blocks * block,), -1, dtype=torch.int32, device=chosen.device)
+    held = held.scatter(0, places, order.to(torch.int32))
+    ends = padded[:groups].cumsum(0)
+    belongs = torch.searchsorted(ends, torch.arange(blocks, device=chosen.device) * block, right=True)
+    return held, belongs.to(torch.int32)

@@ -1,0 +1,34 @@
+"""How kernels are started: on a GPU, by Triton's interpreter, or only compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Launch = Callable[[Any, tuple[Any, ...], tuple[Any, ...], dict[str, Any]], None]
+
+
+def _start(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    # seen by torch.compile and AOTInductor as a Triton kernel, and an ordinary launch everywhere else
+    from torch.library import wrap_triton
+
+    wrap_triton(kernel)[grid](*args, **meta)
+
+
+_current: list[Launch] = [_start]
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **meta: Any) -> None:
+    """Start a kernel: ``grid`` programs, its arguments in order, its compile-time constants and options by name."""
+    _current[-1](kernel, grid, args, meta)
+
+
+@contextmanager
+def launching(how: Launch) -> Iterator[None]:
+    """Let ``how`` start kernels instead: to compile them for a GPU that is not here."""
+    _current.append(how)
+    try:
+        yield
+    finally:
+        _current.pop()

@@ -1,0 +1,52 @@
+"""A Program as an AOTInductor package in which kernels stand beside Inductor's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import LoweringError
+from ...ir.examples import example_inputs
+from ...ir.execute import run
+from ...ir.program import Program
+from ...ir.sites import value_error
+from ..exported import exported_program
+from .wiring import kernels_in_use
+
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def write_package(program: Program, path: Path, device: str) -> dict[str, float]:
+    """Compile the program for a device, load the package again and compare it at two sizes.
+
+    Returns:
+        Largest relative error of each output.
+
+    Raises:
+        LoweringError: an output differs.
+    """
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch.export.passes import move_to_device_pass
+
+    exported = exported_program(program)
+    if device != "cpu":
+        exported = move_to_device_pass(exported, device)
+    with torch.no_grad(), kernels_in_use(everywhere=True):
+        aoti_compile_and_package(exported, package_path=str(path))
+    loaded = aoti_load_package(str(path))
+    errors: dict[str, float] = {}
+    limits: dict[str, float] = {}
+    for seed in (0, 1):
+        inputs = example_inputs(program, seed=seed, padding="right" if seed else "left")
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        made = loaded(**moved)
+        for name, value in run(program, inputs).items():
+            error = value_error(made[name].cpu(), value)
+            errors[name] = max(errors.get(name, 0.0), error)
+            limits[name] = LIMITS.get(value.dtype, 0.0)
+    worst = max(errors, key=lambda name: errors[name] - limits[name])
+    if not errors[worst] <= limits[worst]:
+        raise LoweringError(f"the package's output {worst} differs by {errors[worst]:.2g} relative on {device}")
+    return errors

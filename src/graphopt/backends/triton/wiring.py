@@ -1,0 +1,166 @@
+"""Which kernel stands for which operator, and how programs come to use them."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import UsageError
+from ...ir.operators import KERNELS, quantized
+from ...ir.operators import attention as attention_reference
+from ...ir.operators import fused, gated_lora, nested_ffn, rms_norm, routed_ffn
+from .kernels import feed_forward, gated, gated_lora as lora, linear_top_k, norm, packing, tree_attention
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for one operator.
+
+    Attributes:
+        launch: the operator by the kernel.
+        reference: the operator in plain PyTorch.
+        takes: whether the kernel computes these arguments.
+    """
+
+    launch: Callable[..., Any]
+    reference: Callable[..., Any]
+    takes: Callable[..., bool]
+
+
+def _takes_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None,
+    sinks: Tensor | None = None, segments: Tensor | None = None, visible: Tensor | None = None, *, scale: float,
+    causal: bool = False, window: int | None = None, softcap: float | None = None,
+) -> bool:  # fmt: skip
+    return tree_attention.takes(q, k, v, bias, segments, visible, causal, window)
+
+
+def _takes_nested(
+    x: Tensor, choice: Tensor, widths: list[int], up: Tensor, down: Tensor, gate: Tensor | None = None,
+    *biases: Tensor | None, **options: Any,
+) -> bool:  # fmt: skip
+    return feed_forward.takes(x, up, down, gate)
+
+
+def _takes_routed(
+    x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor | None, **options: Any
+) -> bool:
+    return feed_forward.takes(x, up, down)
+
+
+def _takes_packing(bits: int) -> bool:
+    return 2 <= bits <= 8
+
+
+def _takes_norm(
+    x: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True, weight_before_cast: bool = False
+) -> bool:
+    return norm.takes(x, weight, float32)
+
+
+def _takes_added_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True,
+    weight_before_cast: bool = False,
+) -> bool:  # fmt: skip
+    same = x.shape == residual.shape and x.dtype == residual.dtype
+    return same and norm.takes(x, weight, float32)
+
+
+TABLE = {
+    "add_rms_norm": Kernel(norm.add_rms_norm, fused.add_rms_norm, _takes_added_norm),
+    "attention": Kernel(tree_attention.attention, attention_reference, _takes_attention),
+    "gated_lora": Kernel(
+        lora.gated_lora, gated_lora, lambda y, x, down, up, marks, scale: lora.takes(y, x, down, up)
+    ),
+    "gated_product": Kernel(gated.gated_product, fused.gated_product, lambda gate, up, **_: gated.takes(gate, up)),
+    "linear_top_k": Kernel(linear_top_k.linear_top_k, fused.linear_top_k, linear_top_k.takes),
+    "nested_ffn": Kernel(feed_forward.nested_ffn, nested_ffn, _takes_nested),
+    "quantize_pack": Kernel(
+        packing.quantize_pack, quantized.quantize_pack,
+        lambda x, columns, scale, kept, bits, block, width: _takes_packing(bits),
+    ),
+    "rms_norm": Kernel(norm.rms_norm, rms_norm, _takes_norm),
+    "routed_ffn": Kernel(feed_forward.routed_ffn, routed_ffn, _takes_routed),
+    "unpack_sum": Kernel(
+        packing.unpack_sum, quantized.unpack_sum,
+        lambda payload, columns, scales, count, kept, bits, block: _takes_packing(bits),
+    ),
+}  # fmt: skip
+"""Kernels by operator."""
+
+_operators: dict[str, Any] = {}
+
+
+def operator(name: str) -> Any:
+    """Return the operator ``graphopt_triton::name``: the kernel on a GPU, the reference elsewhere.
+
+    A branch on the device inside one operator, rather than an implementation for each device: torch.compile and
+    AOTInductor follow it on CPUs and GPUs alike.
+    """
+    if name not in _operators:
+        kernel = TABLE[name]
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            on_gpu = any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args)
+            return (kernel.launch if on_gpu else kernel.reference)(*args, **kwargs)
+
+        body.__signature__ = _signature(kernel.reference)  # type: ignore[attr-defined]
+        _operators[name] = torch.library.triton_op(f"graphopt_triton::{name}", body, mutates_args=())
+    return _operators[name]
+
+
+def _signature(reference: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature with types instead of their names, from which torch makes a schema."""
+    hints = typing.get_type_hints(reference)
+    found = inspect.signature(reference)
+    typed = [p.replace(annotation=hints[n]) for n, p in found.parameters.items()]
+    return found.replace(parameters=typed, return_annotation=hints["return"])
+
+
+def _hook(name: str, everywhere: bool) -> Callable[..., Any]:
+    kernel = TABLE[name]
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not everywhere and not any(t.device.type == "cuda" for t in tensors):
+            return None
+        # kernels have no gradients
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return None
+        if not kernel.takes(*args, **kwargs):
+            return None
+        return operator(name)(*args, **kwargs)
+
+    return either
+
+
+@contextmanager
+def kernels_in_use(names: Iterable[str] | None = None, everywhere: bool = False) -> Iterator[None]:
+    """Let operators on a GPU run these kernels, all if not said, while the context is open.
+
+    Args:
+        names: operators, see ``TABLE``.
+        everywhere: on any device go through the kernels' operators, which compute by their references where there is
+            no GPU.
+
+    Raises:
+        UsageError: there is no such kernel.
+    """
+    wanted = list(TABLE) if names is None else list(names)
+    for name in wanted:
+        if name not in TABLE:
+            raise UsageError(f"there is no kernel for {name!r}", hint=", ".join(sorted(TABLE)))
+    before = dict(KERNELS)
+    KERNELS.update({name: _hook(name, everywhere) for name in wanted})
+    try:
+        yield
+    finally:
+        KERNELS.clear()
+        KERNELS.update(before)

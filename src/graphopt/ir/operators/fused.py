@@ -1,0 +1,71 @@
+"""What is computed together where memory is what takes the time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import gated_by
+from .library import dialect_operator
+from .norm import rms_norm
+
+
+@dialect_operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, *, bool float32=True, "
+    "bool weight_before_cast=False) -> (Tensor, Tensor)"
+)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True,
+    weight_before_cast: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the sum of a stream and what a block adds to it, and the sum's norm.
+
+    Args:
+        x: (..., size).
+        residual: the same shape and type.
+        weight: (size,), or None.
+        eps: as in ``rms_norm``, as are the others.
+
+    Returns:
+        ``x + residual``, and ``rms_norm`` of it.
+    """
+    summed = x + residual
+    return summed, rms_norm(
+        summed, weight, eps, float32=float32, weight_before_cast=weight_before_cast
+    )
+
+
+@dialect_operator(
+    'gated_product(Tensor gate, Tensor up, *, str activation="silu", float limit=0.0, float alpha=1.0) -> Tensor'
+)
+def gated_product(
+    gate: Tensor, up: Tensor, *, activation: str = "silu", limit: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """Return ``activation(gate) * up``.
+
+    Args:
+        gate: (..., width).
+        up: the same shape.
+        activation: one of ``ACTIVATIONS``.
+        limit: clamp of swiglu_clamped and silu_clamped; cap on the gate of silu_softcapped.
+        alpha: slope of swiglu_clamped; cap on the other half of silu_softcapped.
+    """
+    return gated_by(gate, up, activation, limit, alpha)
+
+
+@dialect_operator("linear_top_k(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)")
+def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of ``x weight^T + bias``, the largest first, and which they are.
+
+    Args:
+        x: (..., size).
+        weight: (vocabulary, size).
+        bias: (vocabulary,), or None.
+        k: how many.
+
+    Returns:
+        (..., k) values, and (..., k) numbers as int64; which of equals comes first is not said.
+    """
+    found = torch.topk(F.linear(x, weight, bias), k, dim=-1)
+    return found.values, found.indices
