@@ -163,7 +163,7 @@ def evaluate(
 @app.command()
 def lower(
     program: Checkpoint,
-    to: Annotated[str, typer.Option("--to", help="onnx.")],
+    to: Annotated[str, typer.Option("--to", help="onnx or triton.")],
     output: Output,
     opset: Annotated[
         int | None, typer.Option(help="ONNX opset: 20, 21 or 23; the target's by default, or 20.")
@@ -173,19 +173,29 @@ def lower(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="The device it is for, such as qnn-htp-v75; the output is then a folder."),
+        typer.Option(
+            help="What it is for: qnn-htp-v75, or GPUs such as sm_80,sm_90; the output is then a folder."
+        ),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Compile for the target and run its simulator; needs graphopt[qnn]."),
+        typer.Option(
+            "--check", help="Try it in the NPU's simulator (graphopt[qnn]), or in Triton's interpreter."
+        ),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where an AOTInductor package is made, cuda or cpu; by default on a GPU that is there."
+        ),
+    ] = None,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Write a program for another runtime and compare it there."""
     from .leaving import lower_program
 
-    lower_program(program, to, output, opset, sizes, target, check, as_json, trust)
+    lower_program(program, to, output, opset, sizes, target, check, device, as_json, trust)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ..ir.errors import LoweringError, UsageError
 from ..ir.groups import rank
 from ..ir.infer import describe_value
 from ..passes.attach_multi_token_heads import write_heads
-from .output import note, show_json, text
+from .output import note, show_json, table, text
 from .progress import Working, Written
 from .sources import read_program
 from .verifying import rounding
@@ -29,13 +29,23 @@ def lower_program(
     sizes: str | None,
     target: str | None,
     check: bool,
+    device: str | None,
     as_json: bool,
     trust: bool,
 ) -> None:
     """Write a program for another runtime."""
-    if to != "onnx":
-        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx")
+    if to not in ("onnx", "triton"):
+        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx or triton")
     fixed = _sizes(sizes)
+    if to == "triton":
+        if opset is not None:
+            raise UsageError("--opset is ONNX's", hint="--to onnx")
+        if device not in (None, "cpu", "cuda"):
+            raise UsageError(f"--device is cpu or cuda, not {device!r}")
+        _lower_triton(source, output, fixed, target, check, device, as_json, trust)
+        return
+    if device is not None:
+        raise UsageError("--device is for AOTInductor packages", hint="--to triton")
     program = read_program(source, trust)
     with Working(f"lowering to {to}"):
         report = program.lower(to, output, opset=opset, sizes=fixed, target=target, check=check)
@@ -43,6 +53,48 @@ def lower_program(
         show_json(_plain(report))
     else:
         text(str(report) if not dataclasses.is_dataclass(report) else _lines(report))
+
+
+def _lower_triton(
+    source: str,
+    output: str,
+    sizes: dict[str, int] | None,
+    target: str | None,
+    check: bool,
+    device: str | None,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    from ..backends.triton import as_json as plain
+
+    program = read_program(source, trust)
+    options: dict[str, Any] = {"sizes": sizes, "check": check, "device": device}
+    if target is not None:
+        options["architectures"] = tuple(name.strip() for name in target.split(","))
+    with Working("compiling kernels"):
+        report = program.lower("triton", output, **options)
+    if as_json:
+        show_json({"path": output, **plain(report)})
+        return
+    table(
+        "",
+        ("operator", "kernel", "for", "nodes", "registers", "spilled", "shared", "warps"),
+        [
+            (k.operator, k.kernel, k.architecture, k.nodes, k.registers, k.spilled, f"{k.shared:,}", k.warps)
+            for k in report.kernels
+        ],
+    )
+    sizes_text = ", ".join(f"{name} {size}" for name, size in report.sizes.items()) or "fixed sizes"
+    text(f"compiled for {sizes_text}: {report.path}/kernels")
+    for node, reason in report.without.items():
+        text(f"without a kernel: {node}: {reason}")
+    if report.compared:
+        worst = max(report.compared, key=lambda name: report.compared[name])
+        text(f"interpreter against references: largest error {report.compared[worst]:.2g} ({worst})")
+    if report.package is not None:
+        text(f"package: {report.package}, largest error {max(report.errors.values(), default=0.0):.2g}")
+    else:
+        text("no package: there is no GPU here; --device cpu makes one for this machine")
 
 
 def _sizes(given: str | None) -> dict[str, int] | None:

@@ -48,9 +48,7 @@ class _Pair:
     after: Region
 
 
-def changed_values(
-    before: Program, after: Program, may_lose: bool = False
-) -> list[tuple[fx.Node, fx.Node]]:
+def changed_values(before: Program, after: Program, may_lose: bool = False) -> list[tuple[fx.Node, fx.Node]]:
     """Return pairs (old value, new value) whose equality makes both programs equal.
 
     They are the values that the pass replaced, the operators whose arguments it changed in place, the

@@ -24,7 +24,7 @@ aten, dialect = torch.ops.aten, torch.ops.graphopt
 
 @dataclass(frozen=True, kw_only=True)
 class FuseKernels(Pass):
-    """Make one operator of an addition to the residual stream with the norm that reads it, and of an activation times a gate.
+    """Make one operator of an addition to the stream and the norm that reads it, and one of an activation and its gate.
 
     Both are limited by memory: apart, the sum is written and read again, and so is what the activation gives. There is a
     Triton kernel for each; elsewhere they compute what they stand for. Blocks are found by additions to the stream, which

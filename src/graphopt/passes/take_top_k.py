@@ -98,7 +98,9 @@ def _linears(node: fx.Node) -> list[fx.Node]:
     return parts if inner and all(is_operator(part, "aten.linear") for part in parts) else []
 
 
-def _stacked(program: Program, node: fx.Node, pairs: list[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node, fx.Node]:
+def _stacked(
+    program: Program, node: fx.Node, pairs: list[tuple[fx.Node, fx.Node]]
+) -> tuple[fx.Node, fx.Node]:
     dim = int(arguments(node)["dim"])
     first, second = ([pair[i] for pair in pairs] for i in (0, 1))
     call = program.edit.call

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...ir.operators.activations import ACTIVATIONS
 from ...ir.operators.quantized import payload_bytes, quantize_pack
+
+Scale = Literal["ragged", "even", "large"]
+RAGGED: Scale = "ragged"
+EVEN: Scale = "even"
+LARGE: Scale = "large"
 
 GATES = tuple(a for a in ACTIVATIONS if a not in ("tanh",))
 
@@ -69,8 +74,8 @@ class Case:
     typed: bool = True
 
 
-def _norms(large: bool) -> Iterator[Case]:
-    rows, size = (64, 4096) if large else (5, 72)
+def _norms(scale: Scale) -> Iterator[Case]:
+    rows, size = {LARGE: (64, 4096), EVEN: (4, 64), RAGGED: (5, 72)}[scale]
 
     def call(add: bool, weight: bool, **options: Any) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
@@ -86,9 +91,9 @@ def _norms(large: bool) -> Iterator[Case]:
         yield Case(name, "weight before cast", call(add, True, weight_before_cast=True))
 
 
-def _products(large: bool) -> Iterator[Case]:
-    rows, size = (64, 8192) if large else (3, 1100)
-    for activation in GATES if not large else ("silu", "gelu"):
+def _products(scale: Scale) -> Iterator[Case]:
+    rows, size = {LARGE: (64, 8192), EVEN: (2, 1024), RAGGED: (3, 1100)}[scale]
+    for activation in GATES if scale == RAGGED else ("silu", "gelu"):
 
         def halves(m: Made, activation: str = activation) -> Any:
             gate, up = m.normal(2, rows, 2 * size, scale=3.0).chunk(2, -1)
@@ -98,9 +103,9 @@ def _products(large: bool) -> Iterator[Case]:
     yield Case("gated_product", "separate", lambda m: ((m.normal(rows, size), m.normal(rows, size)), {}))
 
 
-def _nested(large: bool) -> Iterator[Case]:
-    tokens, size, inner = (512, 2048, 8192) if large else (37, 40, 80)
-    widths = [inner // 4, inner] if large else [16, 80, 0, 48]
+def _nested(scale: Scale) -> Iterator[Case]:
+    tokens, size, inner = {LARGE: (512, 2048, 8192), EVEN: (32, 64, 128), RAGGED: (37, 40, 80)}[scale]
+    widths = [16, 80, 0, 48] if scale == RAGGED else [inner // 4, inner]
 
     def call(gated: bool, bias: bool, activation: str) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
@@ -124,8 +129,10 @@ def _nested(large: bool) -> Iterator[Case]:
     yield Case("nested_ffn", "plain with biases", call(False, True, "gelu"))
 
 
-def _routed(large: bool) -> Iterator[Case]:
-    tokens, each, experts, size, inner = (512, 8, 64, 2048, 1024) if large else (21, 2, 5, 40, 48)
+def _routed(scale: Scale) -> Iterator[Case]:
+    tokens, each, experts, size, inner = {
+        LARGE: (512, 8, 64, 2048, 1024), EVEN: (16, 1, 4, 32, 64), RAGGED: (21, 2, 5, 40, 48)
+    }[scale]  # fmt: skip
 
     def call(bias: bool = False, absent: bool = False, **options: Any) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
@@ -161,12 +168,14 @@ def _routed(large: bool) -> Iterator[Case]:
     )
 
 
-def _attention(large: bool) -> Iterator[Case]:
-    batch, heads, held, queries, keys, size, value = (
-        (4, 32, 8, 16, 4096, 64, 64) if large else (2, 6, 2, 5, 150, 24, 16)
-    )
+def _attention(scale: Scale) -> Iterator[Case]:
+    batch, heads, held, queries, keys, size, value = {
+        LARGE: (4, 32, 8, 16, 4096, 64, 64), EVEN: (1, 4, 4, 16, 1024, 32, 32), RAGGED: (2, 6, 2, 5, 150, 24, 16)
+    }[scale]  # fmt: skip
 
-    def call(mask: bool = False, sinks: bool = False, tokens: int = queries, **options: Any) -> Callable[[Made], Any]:
+    def call(
+        mask: bool = False, sinks: bool = False, tokens: int = queries, **options: Any
+    ) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
             seen = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
             if m.device != "meta":
@@ -193,8 +202,12 @@ def _attention(large: bool) -> Iterator[Case]:
     yield Case("attention", "sinks", call(sinks=True))
 
 
-def _lora(large: bool) -> Iterator[Case]:
-    tokens, size, width, rank = (64, 2048, 8192, 16) if large else (21, 72, 150, 6)
+def _lora(scale: Scale) -> Iterator[Case]:
+    tokens, size, width, rank = {
+        LARGE: (64, 2048, 8192, 16),
+        EVEN: (16, 64, 128, 16),
+        RAGGED: (21, 72, 150, 6),
+    }[scale]
 
     def call(high: int) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
@@ -210,8 +223,8 @@ def _lora(large: bool) -> Iterator[Case]:
     yield Case("gated_lora", "none marked", call(0), exact=True)
 
 
-def _heads(large: bool) -> Iterator[Case]:
-    rows, size, vocabulary = (8, 2048, 128256) if large else (3, 72, 300)
+def _heads(scale: Scale) -> Iterator[Case]:
+    rows, size, vocabulary = {LARGE: (8, 2048, 128256), EVEN: (8, 128, 256), RAGGED: (3, 72, 300)}[scale]
 
     def call(bias: bool, k: int) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
@@ -224,8 +237,8 @@ def _heads(large: bool) -> Iterator[Case]:
     yield Case("linear_top_k", "one, with bias", call(True, 1))
 
 
-def _packing(large: bool) -> Iterator[Case]:
-    tokens, features = (64, 4096) if large else (3, 203)
+def _packing(scale: Scale) -> Iterator[Case]:
+    tokens, features = {LARGE: (64, 4096), EVEN: (2, 512), RAGGED: (3, 203)}[scale]
 
     def call(bits: int, kept: int, block: int, permuted: bool, unpack: bool) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
@@ -254,14 +267,14 @@ def _packing(large: bool) -> Iterator[Case]:
 
         return made
 
-    for bits in range(2, 9) if not large else (4, 5):
+    for bits in range(2, 9) if scale == RAGGED else (4, 5):
         block = 32 if bits % 2 else 0
         what = f"{bits} bits, {'travelling' if block else 'static'} scales"
         yield Case("quantize_pack", what, call(bits, bits % 3, block, bits > 4, False), True)
         yield Case("unpack_sum", what, call(bits, bits % 3, block, bits > 4, True), typed=False)
 
 
-def cases(large: bool = False) -> list[Case]:
-    """Return all calls: small ones for an interpreter, or those of a model of about a billion weights."""
+def cases(scale: Scale = RAGGED) -> list[Case]:
+    """Return all calls: small ones whose sizes fill tiles or do not, or those of a model of a billion weights."""
     every = (_norms, _products, _nested, _routed, _attention, _lora, _heads, _packing)
-    return [case for family in every for case in family(large)]
+    return [case for family in every for case in family(scale)]

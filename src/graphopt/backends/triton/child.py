@@ -18,11 +18,11 @@ from typing import Any
 def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    from .cases import cases
+    from .cases import EVEN, RAGGED, cases
     from .comparing import Compared, compare
 
     found = []
-    for case in cases():
+    for case in [*cases(RAGGED), *cases(EVEN)]:
         if request["operators"] and case.operator not in request["operators"]:
             continue
         # bfloat16 is silently wrong in the interpreter
@@ -31,9 +31,40 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
                 result = compare(case, dtype)
             except Exception as error:
                 name = str(dtype).removeprefix("torch.")
-                result = Compared(case.operator, case.what, name, 0.0, 0.0, f"{type(error).__name__}: {error}")
+                result = Compared(
+                    case.operator, case.what, name, 0.0, 0.0, f"{type(error).__name__}: {error}"
+                )
             found.append({**asdict(result), "holds": result.holds})
     return found
+
+
+def _trace(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trace what launches kernels with sizes that vary, as torch.compile and AOTInductor do."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from .cases import Made, cases
+    from .stub_driver import ARCHITECTURES, pretend
+    from .wiring import TABLE
+
+    pretend(ARCHITECTURES["sm_90"], 0)
+    rows = []
+    for case in cases():
+        args, options = case.args(Made(torch.float32))
+        places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+        def launched(
+            *given: Any, case: Any = case, args: Any = args, options: Any = options, places: Any = places
+        ) -> Any:
+            every = list(args)
+            for place, tensor in zip(places, given, strict=True):
+                every[place] = tensor
+            return TABLE[case.operator].launch(*every, **options)
+
+        graph = make_fx(launched, tracing_mode="symbolic")(*(args[i] for i in places)).graph
+        kernels = sum("triton_kernel_wrapper" in str(node.target) for node in graph.nodes)
+        rows.append({"operator": case.operator, "what": case.what, "kernels": kernels})
+    return rows
 
 
 def _tensors(value: Any) -> Any:
@@ -78,9 +109,13 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
                         seen.add(file)
                         _write(folder, file, made)
                     reason = used.too_much(architecture)
-                    rows.append({**row, "kernel": kernel.__name__, "file": file, "reason": reason, **asdict(used)})
+                    rows.append(
+                        {**row, "kernel": kernel.__name__, "file": file, "reason": reason, **asdict(used)}
+                    )
             except Exception as error:
-                rows.append({**row, "kernel": "", "file": "", "reason": f"{type(error).__name__}: {error}"[:600]})
+                rows.append(
+                    {**row, "kernel": "", "file": "", "reason": f"{type(error).__name__}: {error}"[:600]}
+                )
     return rows
 
 
@@ -102,6 +137,8 @@ def main() -> None:
     if request["mode"] == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
         rows = _interpret(request)
+    elif request["mode"] == "trace":
+        rows = _trace(request)
     else:
         rows = _compile(request)
     print("\n" + json.dumps(rows))

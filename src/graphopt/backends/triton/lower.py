@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from ...ir.atomic import atomic_folder
 from ...ir.cost.resolve import Numbers
 from ...ir.errors import LoweringError
-from ...ir.ranks import ranks_of
 from ...ir.program import Program
+from ...ir.ranks import ranks_of
 from ...ir.schema import arguments, normal_call, operator_name
 from ...ir.sizes import expression
 from .run import call_of, compile_ahead, interpret, require
@@ -125,7 +125,7 @@ def lower_triton(
         reasons = "".join(f"\n    {node}: {reason}" for node, reason in list(without.items())[:8])
         raise LoweringError(
             f"no operator of this program has a kernel{reasons}",
-            hint="fuse-kernels, split-ffn, insert-kv-cache, take-top-k and quantize-communication bring operators that have",
+            hint="fuse-kernels, split-ffn, insert-kv-cache, take-top-k quantize-communication bring operators with one",
         )
     with atomic_folder(path, may_replace=lambda _: False) as place:
         (place / "kernels").mkdir()
@@ -138,7 +138,14 @@ def lower_triton(
             errors = write_package(program, place / "model.pt2", device)
         package = None if device is None else Path(path) / "model.pt2"
         report = TritonReport(
-            Path(path), numbers.sizes, kernels, without, compared, package, errors, time.perf_counter() - began
+            Path(path),
+            numbers.sizes,
+            kernels,
+            without,
+            compared,
+            package,
+            errors,
+            time.perf_counter() - began,
         )
         (place / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
     return report
@@ -169,6 +176,9 @@ def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], di
 
     def add(operator: str, node: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         if not TABLE[operator].takes(*args, **options):
+            if operator == "attention" and arguments(node)["visible"] is None:
+                # torch's own attention is for whole rows; ours is for a few tokens over a cache
+                return
             kinds = sorted({str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor)})
             without[node.name] = f"the kernel of {operator} does not take this call ({', '.join(kinds)})"
             return
@@ -182,11 +192,11 @@ def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], di
             for operator, args in _messages(node, numbers, ranks_of(program) or 2):
                 add(operator, node, args, {})
         elif name in TABLE:
-            args, options = normal_call(node.target, arguments(node))
+            given, options = normal_call(node.target, arguments(node))
             add(
                 name,
                 node,
-                [_shown(a, numbers) for a in args],
+                [_shown(a, numbers) for a in given],
                 {k: _shown(v, numbers) for k, v in options.items()},
             )
     return list(found.values()), without

@@ -48,5 +48,7 @@ def write_package(program: Program, path: Path, device: str) -> dict[str, float]
             limits[name] = LIMITS.get(value.dtype, 0.0)
     worst = max(errors, key=lambda name: errors[name] - limits[name])
     if not errors[worst] <= limits[worst]:
-        raise LoweringError(f"the package's output {worst} differs by {errors[worst]:.2g} relative on {device}")
+        raise LoweringError(
+            f"the package's output {worst} differs by {errors[worst]:.2g} relative on {device}"
+        )
     return errors

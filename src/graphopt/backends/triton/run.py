@@ -29,9 +29,7 @@ def require() -> None:
         raise UsageError("Triton is not installed", hint=INSTALL)
 
 
-def call_of(
-    operator: str, what: str, args: Sequence[Any], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def call_of(operator: str, what: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call as plain data: of tensors, their shapes, strides and types."""
 
     def plain(value: Any) -> Any:
@@ -85,6 +83,11 @@ def interpret(operators: Sequence[str] = ()) -> list[dict[str, Any]]:
     return in_child({"mode": "interpret", "operators": list(operators)})
 
 
+def trace() -> list[dict[str, Any]]:
+    """Trace what starts kernels with sizes that vary: a row for each call, with how many kernels were seen."""
+    return in_child({"mode": "trace"})
+
+
 def compile_ahead(
     calls: Sequence[Mapping[str, Any]], architectures: Sequence[str], folder: str | None = None
 ) -> list[dict[str, Any]]:
@@ -95,5 +98,10 @@ def compile_ahead(
         architectures: see ``ARCHITECTURES``.
         folder: where binaries are written; nowhere if left out.
     """
-    request = {"mode": "compile", "calls": list(calls), "architectures": list(architectures), "folder": folder}
+    request = {
+        "mode": "compile",
+        "calls": list(calls),
+        "architectures": list(architectures),
+        "folder": folder,
+    }
     return in_child(request)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import UsageError
-from ...ir.operators import KERNELS, quantized
+from ...ir.operators import KERNELS, fused, gated_lora, nested_ffn, quantized, rms_norm, routed_ffn
 from ...ir.operators import attention as attention_reference
-from ...ir.operators import fused, gated_lora, nested_ffn, rms_norm, routed_ffn
-from .kernels import feed_forward, gated, gated_lora as lora, linear_top_k, norm, packing, tree_attention
+from .kernels import feed_forward, gated, linear_top_k, norm, packing, tree_attention
+from .kernels import gated_lora as lora
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ def _takes_nested(
 
 
 def _takes_routed(
-    x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor | None, **options: Any
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *biases: Tensor | None,
+    **options: Any,
 ) -> bool:
     return feed_forward.takes(x, up, down)
 

@@ -15,6 +15,9 @@ from ..drafts import Draft, Drafter, Seen
 from ..sampling import Sampling
 
 OUTPUT = "multi_token_logits"
+TOKENS = f"{OUTPUT}_tokens"
+"""What take-top-k leaves of them: the likeliest tokens, the best first."""
+
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
 """Numbers of candidates that are tried."""
 
@@ -59,7 +62,8 @@ class MultiTokenHeads(Drafter):
         """
         super().begin(decoder, rows, sampling)
         facts = decoder.program.facts.get("multi_token_heads")
-        if not isinstance(facts, dict) or OUTPUT not in decoder.program.outputs:
+        self.taken = TOKENS in decoder.program.outputs
+        if not isinstance(facts, dict) or not (self.taken or OUTPUT in decoder.program.outputs):
             raise UsageError(
                 "this program has no multi-token heads", hint="attach-multi-token-heads adds them"
             )
@@ -72,11 +76,20 @@ class MultiTokenHeads(Drafter):
         )
         self.paths = best_paths(measured[:heads], nodes)
         self.ranks = 1 + max(path[-1] for path in self.paths)
+        self.outputs = (TOKENS if self.taken else OUTPUT,)
+        if self.taken:
+            held = int(decoder.program.outputs[TOKENS].meta["val"].shape[-1])
+            if held < self.ranks:
+                raise UsageError(
+                    f"the tree looks at {self.ranks} tokens of a head, the program gives {held}",
+                    hint="take-top-k{k=...} says how many, nodes= how large the tree is",
+                )
         self.next: list[torch.Tensor | None] = [None] * len(rows)
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
         """Keep what the heads say at the last accepted token."""
-        self.next[number] = seen.outputs[OUTPUT][seen.path[-1]].topk(self.ranks, dim=-1).indices.cpu()
+        said = seen.outputs[self.outputs[0]][seen.path[-1]]
+        self.next[number] = (said if self.taken else said.topk(self.ranks, dim=-1).indices).cpu()
 
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
         """Fill the tree."""

@@ -31,9 +31,7 @@ def add_rms_norm(
         ``x + residual``, and ``rms_norm`` of it.
     """
     summed = x + residual
-    return summed, rms_norm(
-        summed, weight, eps, float32=float32, weight_before_cast=weight_before_cast
-    )
+    return summed, rms_norm(summed, weight, eps, float32=float32, weight_before_cast=weight_before_cast)
 
 
 @dialect_operator(

@@ -40,7 +40,9 @@ def widen_kernel(
     expert = group.to(tl.int64)
     x_at = x + token[:, None] * x_stride + feature[None, :]
     up_at = up + expert * up_group + channel[None, :].to(tl.int64) * up_row + feature[:, None] * up_column
-    gate_at = gate + expert * gate_group + channel[None, :].to(tl.int64) * gate_row + feature[:, None] * gate_column
+    gate_at = (
+        gate + expert * gate_group + channel[None, :].to(tl.int64) * gate_row + feature[:, None] * gate_column
+    )
     upper = tl.zeros((M, N), dtype=tl.float32)
     lower = tl.zeros((M, N), dtype=tl.float32)
     for start in range(0, size, K):
@@ -59,7 +61,9 @@ def widen_kernel(
         factor = tl.load(factors + tl.maximum(row, 0)).to(tl.float32)
         upper, lower = upper * factor[:, None], lower * factor[:, None]
     if BIAS:
-        upper += tl.load(up_bias + expert * bias_group + channel * bias_row, mask=used, other=0.0).to(tl.float32)[None, :]
+        upper += tl.load(up_bias + expert * bias_group + channel * bias_row, mask=used, other=0.0).to(
+            tl.float32
+        )[None, :]
         if GATED:
             at = gate_bias + expert * bias_group + channel * bias_row
             lower += tl.load(at, mask=used, other=0.0).to(tl.float32)[None, :]
@@ -93,7 +97,9 @@ def narrow_kernel(
     channel = tl.arange(0, K)
     expert = group.to(tl.int64)
     hidden_at = hidden + place[:, None].to(tl.int64) * hidden_stride + channel[None, :]
-    down_at = down + expert * down_group + column[None, :].to(tl.int64) * down_row + channel[:, None] * down_column
+    down_at = (
+        down + expert * down_group + column[None, :].to(tl.int64) * down_row + channel[:, None] * down_column
+    )
     total = tl.zeros((M, N), dtype=tl.float32)
     for start in range(0, width, K):
         inside = channel < width - start
@@ -186,8 +192,8 @@ def nested_ffn(
         zeros = torch.zeros_like(other)
         up_bias, given = (up_bias, zeros) if gate_bias is None else (zeros, gate_bias)
     _grouped(
-        flat, choice.reshape(-1), 1, wide, math.gcd(16, *widths), alone(gate), up_all, down_all, alone(given), alone(up_bias),
-        alone(down_bias), None, False, out, activation, limit, alpha,
+        flat, choice.reshape(-1), 1, wide, math.gcd(16, *widths), alone(gate), up_all, down_all, alone(given),
+        alone(up_bias), alone(down_bias), None, False, out, activation, limit, alpha,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], down.shape[0])
 
@@ -209,15 +215,14 @@ def routed_ffn(
         inner = tensor.shape[1] // 2
         return tensor[:, number::2] if interleaved else tensor[:, number * inner : (number + 1) * inner]
 
-    gate, gate_bias = (half(up, 0), None) if gated else (None, None)
+    gate = half(up, 0) if gated else None
+    gate_bias = half(up_bias, 0) if gated and up_bias is not None else None
     if gated:
-        up = half(up, 1)
-        if up_bias is not None:
-            gate_bias, up_bias = half(up_bias, 0), half(up_bias, 1)
+        up, up_bias = half(up, 1), None if up_bias is None else half(up_bias, 1)
     widths = torch.full((up.shape[0],), up.shape[1], dtype=torch.int32, device=x.device)
     out = torch.zeros(tokens * each, down.shape[1], dtype=torch.float32, device=x.device)
     _grouped(
-        x.contiguous(), experts.reshape(-1), each, widths, math.gcd(16, up.shape[1]), gate, up, down, gate_bias, up_bias, down_bias,
-        weights.reshape(-1).contiguous(), weigh_inputs, out, activation, limit, alpha,
+        x.contiguous(), experts.reshape(-1), each, widths, math.gcd(16, up.shape[1]), gate, up, down, gate_bias,
+        up_bias, down_bias, weights.reshape(-1).contiguous(), weigh_inputs, out, activation, limit, alpha,
     )  # fmt: skip
     return out.reshape(tokens, each, -1).sum(1).to(x.dtype)

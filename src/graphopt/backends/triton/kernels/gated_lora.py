@@ -54,7 +54,9 @@ def add_kernel(
         low_at = low + row[:, None].to(tl.int64) * R + number[None, :]
         tile = tl.load(low_at, mask=marked[:, None], other=0.0)
         matrix = tl.load(
-            up + column[None, :] * rank + number[:, None], mask=(number < rank)[:, None] & used[None, :], other=0.0
+            up + column[None, :] * rank + number[:, None],
+            mask=(number < rank)[:, None] & used[None, :],
+            other=0.0,
         )
         more = own.to(tl.float32) + scale * tl.dot(tile, matrix, input_precision=PRECISION)
         own = tl.where(marked[:, None], more.to(own.dtype), own)

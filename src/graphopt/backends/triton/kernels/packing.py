@@ -143,7 +143,13 @@ def quantize_pack(
 
 
 def unpack_sum(
-    payload: Tensor, columns: Tensor | None, scales: Tensor | None, count: int, kept: int, bits: int, block: int
+    payload: Tensor,
+    columns: Tensor | None,
+    scales: Tensor | None,
+    count: int,
+    kept: int,
+    bits: int,
+    block: int,
 ) -> Tensor:
     """As :func:`graphopt.ir.operators.quantized.unpack_sum`."""
     ranks, width, leading = payload.shape[0], payload.shape[-1], payload.shape[1:-1]

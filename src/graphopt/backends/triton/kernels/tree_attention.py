@@ -27,7 +27,13 @@ def share_kernel(
     live = row < queries * group
     query, own = row % queries, row // queries
     feature, value = tl.arange(0, D), tl.arange(0, V)
-    q_at = q + batch * q_batch + (head * group + own)[:, None] * q_head + query[:, None] * q_token + feature[None, :]
+    q_at = (
+        q
+        + batch * q_batch
+        + (head * group + own)[:, None] * q_head
+        + query[:, None] * q_token
+        + feature[None, :]
+    )
     asked = tl.load(q_at, mask=live[:, None] & (feature < size)[None, :], other=0.0)
     highest = tl.full((R,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((R,), dtype=tl.float32)
@@ -153,7 +159,8 @@ def attention(
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     launch(
         share_kernel, (programs, count), q, k, v, seen, begins.int(), ends.int(), part, part_max, part_sum, queries, keys,
-        size, value_size, share, group, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], seen.stride(0), seen.stride(2), scale,
+        size, value_size, share, group, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], seen.stride(0),
+        seen.stride(2), scale,
         softcap or 0.0, SOFTCAP=softcap is not None, PRECISION=precision, HEADS=held, R=rows, C=tile, D=wide,
         V=wide_value, num_warps=warps, num_stages=2,
     )  # fmt: skip
