@@ -24,6 +24,9 @@ def without_rounding(program: Program) -> Program:
     for node in list(done.nodes):
         if is_operator(node, *ROUNDINGS):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            for name, held in done.checkpoint.items():
+                if held is node:
+                    done.checkpoint[name] = node.args[0]  # type: ignore[assignment]
             done.graph.erase_node(node)
     done.changed()
     return done

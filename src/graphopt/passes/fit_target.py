@@ -12,7 +12,8 @@ from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
 from .base import Pass
-from .plan import Plan, Site
+from .fit_nested import masked, unfit
+from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
     from .context import Context
@@ -37,13 +38,21 @@ class FitTarget(Pass):
     hidden: float = option(-100.0, help="what is added to the score of a key that is not seen", high=-20.0)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find masks, SiLUs and biases."""
+        """Find masks, SiLUs, biases, stacks and feed-forwards of several widths."""
         plan = Plan()
         for node in program.nodes:
             if is_operator(node, "graphopt.attention") and _masked(node):
                 plan.sites.append(Site(node.name, what="mask"))
             elif is_operator(node, "graphopt.cache_visible") and isinstance(_slots(node), int):
                 plan.sites.append(Site(node.name, what="slots"))
+            elif is_operator(node, "graphopt.nested_ffn"):
+                reason = unfit(program, node)
+                if reason:
+                    plan.refused.append(Refused(node.name, reason, program.source_line(node)))
+                else:
+                    plan.sites.append(Site(node.name, what="widths"))
+            elif is_operator(node, "aten.stack"):
+                plan.sites.append(Site(node.name, what="stack"))
             elif is_operator(node, "aten.silu"):
                 plan.sites.append(Site(node.name, what="silu"))
             elif is_operator(node, "graphopt.rms_norm") and arguments(node)["weight"] is None:
@@ -69,6 +78,12 @@ class FitTarget(Pass):
             with program.edit.before(node):
                 if site["what"] == "silu":
                     made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "widths":
+                    made = masked(program, node)
+                elif site["what"] == "stack":
+                    dim = found["dim"] % node.meta["val"].dim()
+                    apart = [call(aten.unsqueeze.default, part, dim) for part in found["tensors"]]
+                    made = call(aten.cat.default, apart, dim)
                 elif site["what"] == "slots":
                     # a cache is read for its length alone, which is known
                     found["cache"] = call(aten.zeros.default, [1, 1, _slots(node), 1])

@@ -123,7 +123,7 @@ class Quantize(Pass):
                 high = 127.0 if site["dtype"] == "int8" else 7.0
                 largest = tensor.flatten(1).abs().amax(1).clamp(min=1e-12)
                 known = program.weights.get(node.name)
-                name = f"{known.name if known is not None else node.name}.quantize_scale"
+                name = f"{known.name if known is not None else node.name}_quantize_scale"
                 scale = edit.add_weight(name, largest / high, kind="buffer")
                 with edit.after(node):
                     made = edit.call(
