@@ -65,10 +65,12 @@ def on_npu(
     return report, iter(found.outputs)
 
 
-def _inputs(path: Path) -> set[str]:
+def _inputs(path: Path) -> dict[str, Any]:
+    """Return the inputs of a file and their types."""
     import onnx
 
-    return {v.name for v in onnx.load(str(path), load_external_data=False).graph.input}
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in graph.input}
 
 
 def encoder(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
@@ -133,6 +135,56 @@ def language(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
         )
 
 
+def decoding(target: str, prompt: int = 16, count: int = 64) -> Iterator[tuple[str, str, Any, str]]:
+    """Yield forms of the language model with caches: a prompt, then tokens one by one, caches carried by the simulator.
+
+    Each step is given the token that the program in PyTorch, in floats, wrote before it. Where every step says the float's
+    next token, what the NPU generates by itself is the same text; where one does not, it says at which token they part.
+    """
+    here = EXAMPLES / "reference_models"
+    program = graphopt.capture(here / "models" / "llama")
+    calibration = read_data(program, here / "data" / "calibration.jsonl", sequences=16, length=64, batch=4)[0]
+    ids = read_data(program, here / "data" / "validation.jsonl", sequences=1, length=prompt, batch=1)[0][0]
+    row = ids["input_ids"][:, :prompt]
+    for _ in range(count):
+        row = torch.cat([row, program(input_ids=row)["logits"][:, -1:].argmax(-1)], 1)
+    cached = graphopt.optimize(program, f"insert-kv-cache{{max_length={prompt + count}}}")
+    device = find_target(target)
+    for form in ("", "w8a16"):
+        done = small(cached, form, calibration)
+        caches = [n for n in done.signature.inputs if f"next_{n}" in done.outputs]
+        held = done.signature.inputs
+        carried = {n: torch.zeros([1, *held[n].shape[1:]], dtype=held[n].dtype).numpy() for n in caches}
+        said, report = [], None
+        for steps in ([(0, prompt)], [(i, i + 1) for i in range(prompt, prompt + count - 1)]):
+            place = Path(tempfile.mkdtemp()) / "out"
+            sizes = {"batch": 1, "sequence": steps[0][1] - steps[0][0]}
+            report = done.lower("onnx", place, target=target, check=True, sizes=sizes)
+            taken = _inputs(place / "model_host.onnx")
+            feeds = []
+            for first, end in steps:
+                given = {
+                    "input_ids": row[:, first:end].numpy(),
+                    "position_ids": torch.arange(first, end)[None].numpy(),
+                }
+                given |= reference(place / "model_host.onnx", {k: v for k, v in given.items() if k in taken})
+                types = _inputs(place / "model.onnx")
+                feeds.append({k: v.astype(types[k]) for k, v in {**given, **carried}.items() if k in types})
+            found = simulate(
+                place / "model.onnx", feeds, soc=device.soc, arch=device.arch, timeout=1800, carry=caches
+            )
+            if found.error:
+                raise SystemExit(found.error)
+            said += [int(o["logits"][0, -1].argmax()) for o in found.outputs]
+            carried = {n: found.outputs[-1][f"next_{n}"] for n in caches}
+        same = [a == b for a, b in zip(said, row[0, prompt:].tolist(), strict=True)]
+        first = same.index(False) if False in same else None
+        what = f"{sum(same)} of {count} tokens the float's" + (
+            ", generation is the same" if first is None else f", parts at token {first + 1}"
+        )
+        yield "reference Llama, prompt and steps", form, report, what
+
+
 def main() -> None:
     """Run all and print a table."""
     parser = argparse.ArgumentParser(
@@ -142,8 +194,13 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=32)
     given = parser.parse_args()
     table = Table("model", "form", "nodes", "to ONNX Runtime, dB", "to float, dB", "what it is for", box=None)
-    for rows in (language, encoder):
-        for model, form, report, purpose in rows(given.target, given.sequence):
+    runs = [
+        language(given.target, given.sequence),
+        decoding(given.target),
+        encoder(given.target, given.sequence),
+    ]
+    for rows in runs:
+        for model, form, report, purpose in rows:
             told = report.checked
             table.add_row(
                 model, form or "float16", str(told.nodes), f"{min(told.against_runtime.values()):.1f}",

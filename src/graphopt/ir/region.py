@@ -180,7 +180,20 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
         return int(_substituted(program, value, sizes))
     if isinstance(value, (list, tuple)):
         return [leaf_tensor(program, v, sizes, seed + i) for i, v in enumerate(value)]
+    if _are_slots(program, node):
+        # no two tokens of a row go into one slot
+        shape = [int(_substituted(program, s, sizes)) for s in value.shape]
+        order = torch.randperm(shape[-1], generator=torch.Generator().manual_seed(seed))
+        return order.to(value.dtype).expand(shape).contiguous()
     return leaf_tensor(program, value, sizes, seed, _rows(program, node))
+
+
+def _are_slots(program: Program, node: fx.Node) -> bool:
+    if node.meta["val"].dtype not in (torch.int64, torch.int32):
+        return False
+    # the node may be that of a rewritten copy, in which caches are stored otherwise
+    own = next((n for n in program.graph.nodes if n.name == node.name), node)
+    return any(is_operator(u, "graphopt.cache_store") and argument(u, "slots") is own for u in own.users)
 
 
 def _rows(program: Program, node: fx.Node) -> int:

@@ -18,6 +18,7 @@ from ..ir.errors import PipelineError
 from ..ir.execute import interpret, run
 from ..ir.program import Program
 from ..ir.weights import digest
+from .carried import begun
 from .metrics import Batch, default_metric, measure, relative_loss
 
 
@@ -134,10 +135,10 @@ class Context:
     def bound(self, program: Program, batch: Batch) -> dict[str, torch.Tensor]:
         """Return a batch as a program takes it: what it does not take left out, what is missing filled.
 
-        Dials are taken from it too, where it has them.
+        Dials are taken from it too, where it has them. Caches and states are those of a first step.
         """
         known = {k: v for k, v in batch.items() if k in program.signature.parameters or k in program.dials}
-        return program.bind((), known)
+        return program.bind((), begun(program, known))
 
     def evaluate(
         self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True

@@ -1,4 +1,4 @@
-"""Feed-forwards of several widths as a device takes them: all channels, and a mask made of numbers instead of comparisons."""
+"""Feed-forwards of several widths as a device takes them: all channels, and a mask made by arithmetic."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def masked(program: Program, node: fx.Node) -> fx.Node:
     reached = (torch.arange(inner)[:, None] < torch.tensor(widths)).to(dtype)
 
     def table(part: str, value: Tensor) -> fx.Node:
-        return program.edit.add_weight(f"{node.name}.{part}", value.to(dtype), kind="constant", persistent=False)
+        return program.edit.add_weight(
+            f"{node.name}.{part}", value.to(dtype), kind="constant", persistent=False
+        )
 
     names = ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
     given: dict[str, Any] = {name: found[name] for name in names if found[name] is not None}

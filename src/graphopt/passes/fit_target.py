@@ -51,6 +51,8 @@ class FitTarget(Pass):
                     plan.refused.append(Refused(node.name, reason, program.source_line(node)))
                 else:
                     plan.sites.append(Site(node.name, what="widths"))
+            elif is_operator(node, "graphopt.cache_store") and isinstance(node.meta["val"].shape[2], int):
+                plan.sites.append(Site(node.name, what="store"))
             elif is_operator(node, "aten.stack"):
                 plan.sites.append(Site(node.name, what="stack"))
             elif is_operator(node, "aten.silu"):
@@ -80,6 +82,8 @@ class FitTarget(Pass):
                     made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
                 elif site["what"] == "widths":
                     made = masked(program, node)
+                elif site["what"] == "store":
+                    made = _stored(program, found, masks)
                 elif site["what"] == "stack":
                     dim = found["dim"] % node.meta["val"].dim()
                     apart = [call(aten.unsqueeze.default, part, dim) for part in found["tensors"]]
@@ -127,6 +131,23 @@ class FitTarget(Pass):
         found.update(key_mask=None, segments=None, visible=None, bias=bias, causal=False, window=None)
         args, kwargs = normal_call(node.target, found)
         return call(node.target, *args, **kwargs)
+
+
+def _stored(program: Program, found: dict[str, Any], tables: dict[Any, fx.Node]) -> fx.Node:
+    """Return a cache with new values in their slots by a product with ones and zeros, which the host makes of integers."""
+    call, cache, slots = program.edit.call, found["cache"], found["slots"]
+    capacity, dtype = int(cache.meta["val"].shape[2]), cache.meta["val"].dtype
+    key = (slots, capacity, dtype)
+    if key not in tables:
+        number = call(aten.unsqueeze.default, call(aten.arange.default, capacity), 1)
+        wide = call(aten.unsqueeze.default, call(aten.unsqueeze.default, slots, 1), 1)
+        tables[key] = call(aten.to.dtype, call(aten.eq.Tensor, wide, number), dtype)
+        tables["kept", *key] = call(aten.rsub.Scalar, call(aten.sum.dim_IntList, tables[key], [-1], True), 1)
+    values = found["values"]
+    if values.meta["val"].dtype != dtype:
+        values = call(aten.to.dtype, values, dtype)
+    kept = call(aten.mul.Tensor, cache, tables["kept", *key])
+    return call(aten.add.Tensor, kept, call(aten.matmul.default, tables[key], values))
 
 
 def _turned(program: Program, found: dict[str, Any]) -> fx.Node:

@@ -17,8 +17,10 @@ from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, operator_name
 from ..ir.sides import border, host_nodes
 from .base import Pass
+from .carried import in_steps
 from .contracts import Approximate, Contract
 from .plan import Plan, Refused, Site
+from .streaming import states_of
 
 if TYPE_CHECKING:
     from .context import Context
@@ -115,7 +117,7 @@ class Quantize(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put the rounding behind each value and weight."""
         nodes = {n.name: n for n in program.graph.nodes}
-        edit = program.edit
+        edit, host = program.edit, host_nodes(program)
         for site in plan.sites:
             node = nodes[site.block]
             if site["what"] == "matrix":
@@ -136,6 +138,9 @@ class Quantize(Pass):
                         dtype=site["dtype"],
                     )  # fmt: skip
             edit.replace(node, made, record=False)
+            for user in [u for u in made.users if u in host]:
+                # what a host makes of a value is made of it as it was
+                user.replace_input_with(made, node)
         counts = {w: sum(s["what"] == w for s in plan.sites) for w in ("value", "matrix", "constant")}
         program.facts["quantized"] = {
             "weights": self.weights, "activations": self.activations, "kind": f"w{self.weights}a{self.activations}",
@@ -161,7 +166,9 @@ def _values(program: Program) -> list[fx.Node]:
         if node in constant or node.op == "output" or not isinstance(value, torch.Tensor):
             continue
         numbers = value.dtype.is_floating_point and str(node.meta.get("input")) not in program.dials
-        if numbers and (node not in host or node in given):
+        # what only a host reads, for its shape, is no value of the device
+        read = any(user not in host for user in node.users)
+        if numbers and read and (node not in host or node in given):
             found.append(node)
     return found
 
@@ -190,14 +197,28 @@ def _observed(
             ranges[node] = (min(low, before[0]), max(high, before[1]))
         return value
 
-    batches = context.batches()
+    batches, kept = context.batches(), states_of(program)
     context.progress.start("observing ranges", len(batches))
     for batch in batches:
         inputs = context.bound(program, batch)
-        _see_inputs(program, inputs, see)
-        interpret(program, inputs, hook=see)
+
+        def step(given: dict[str, torch.Tensor]) -> Mapping[str, Any]:
+            _see_inputs(program, given, see)
+            return interpret(program, given, hook=see)
+
+        if kept:
+            in_steps(program, inputs, step)
+        else:
+            step(inputs)
         context.progress.step()
     context.progress.done()
+    for name in kept:
+        # what comes back has the steps it left with, or it would be rounded anew at every token
+        pair = [program.input_nodes[name], program.outputs[f"next_{name}"]]
+        known = [ranges[node] for node in pair if node in ranges]
+        for node in pair:
+            if node in ranges:
+                ranges[node] = (min(low for low, _ in known), max(high for _, high in known))
     return ranges
 
 

@@ -54,15 +54,21 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     found["nodes"] = {name: len(nodes) for name, nodes in placed.items()}
     found["elsewhere"] = [node for name, nodes in placed.items() if name != PROVIDER for node in nodes]
     names = [value.name for value in session.get_outputs()]
+    carried: dict[str, Any] = {}
     began = time.perf_counter()
     for number, file in enumerate(request["inputs"]):
         with numpy.load(file, allow_pickle=False) as arrays:
-            feed = {value.name: arrays[value.name] for value in session.get_inputs()}
+            given = {**arrays, **carried}
+            feed = {value.name: given[value.name] for value in session.get_inputs()}
         try:
             results = session.run(names, feed)
         except Exception as error:
             return {**found, "error": f"the simulator failed: {str(error).strip()}"}
-        numpy.savez(folder / f"outputs_{number}.npz", **dict(zip(names, results, strict=True)))
+        made = dict(zip(names, results, strict=True))
+        carried = {taken: made.pop(given) for given, taken in request["carry"].items()}
+        # what goes on to the next step is written after the last one alone
+        last = carried if number + 1 == len(request["inputs"]) else {}
+        numpy.savez(folder / f"outputs_{number}.npz", **made, **{f"next_{k}": v for k, v in last.items()})
     found["simulate_seconds"] = time.perf_counter() - began
     return found
 

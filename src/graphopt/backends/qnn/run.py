@@ -64,7 +64,7 @@ def require() -> None:
 
 def simulate(
     model: Path, inputs: Sequence[Mapping[str, Any]], *, soc: int, arch: int, strict: bool = True,
-    context: Path | None = None, timeout: float = TIMEOUT,
+    context: Path | None = None, timeout: float = TIMEOUT, carry: Sequence[str] = (),
 ) -> Simulated:  # fmt: skip
     """Compile a model and run the simulator, in a process of its own.
 
@@ -76,6 +76,7 @@ def simulate(
         strict: fail where a node would run on the CPU.
         context: where the compiled context goes (an ONNX file that holds it, and a binary beside it).
         timeout: seconds after which the child is ended.
+        carry: inputs that each set after the first gets from the one before, from outputs called ``next_`` and their name.
 
     Returns:
         What was found; ``error`` says what failed. Nothing is raised for a compiler that refuses, crashes or hangs.
@@ -94,7 +95,7 @@ def simulate(
             numpy.savez(files[-1], **arrays)
         request = {
             "model": str(model), "inputs": files, "folder": name, "soc": soc, "arch": arch, "strict": strict,
-            "context": context.name if context is not None else "",
+            "context": context.name if context is not None else "", "carry": {f"next_{name}": name for name in carry},
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
         message = _ended(folder, timeout)
