@@ -164,11 +164,11 @@ def test_files_hold_integers_and_every_pair(bits: int, weights: int, net: Progra
     stored = {
         t.name: numpy_helper.to_array(t)
         for t in model.graph.initializer
-        if t.name.startswith("dense.weight_")
+        if t.name.startswith("dense.weight_fake")
     }
     ((name, held),) = stored.items()
     original = next(w for w in done.weights.values() if w.name == "dense.weight").source.load()
-    scale = next(w for w in done.weights.values() if w.name == "dense.weight.quantize_scale").source.load()
+    scale = next(w for w in done.weights.values() if w.name == "dense.weight_quantize_scale").source.load()
     whole = (original / scale[:, None]).round().numpy()
     assert numpy.array_equal(held.astype(float), whole if held.shape == whole.shape else whole.T), name
     with pytest.raises(LoweringError, match="opset 21 or later"):

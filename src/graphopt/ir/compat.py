@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -32,8 +33,10 @@ __all__ = [
     "Symbol",
     "add_symbol",
     "build_exported_program",
+    "compile_package",
     "fake_tensor",
     "is_plain_tensor",
+    "load_package",
     "new_fake_mode",
     "symbol_range",
     "symbolic_kernels",
@@ -174,3 +177,18 @@ def quiet_onnx_registration() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def compile_package(exported: ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Compile an exported program with AOTInductor, for the device that its tensors are on."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(exported, package_path=os.fspath(path))
+
+
+def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """Return a compiled package as a callable; what it holds is code and is run, so only for files of our own."""
+    from torch._inductor import aoti_load_package
+
+    loaded: Callable[..., Any] = aoti_load_package(os.fspath(path))
+    return loaded

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..ir.errors import PassRefusedError
 from ..ir.execute import interpret
-from ..ir.fold import MOVEMENT, depends_on_weights_alone
+from ..ir.fold import MOVEMENT
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, operator_name
@@ -91,7 +91,7 @@ class Quantize(Pass):
         return plan
 
     def _constants(self, program: Program, plan: Plan, dtype: str, steps: int) -> list[Site]:
-        constant, host = depends_on_weights_alone(program), host_nodes(program)
+        constant, host = _settled(program), host_nodes(program)
         sites: dict[str, Site] = {}
         for node in program.nodes:
             if node in constant or node in host or node.op != "call_function":
@@ -156,9 +156,19 @@ def _constant(program: Program, node: fx.Node) -> torch.Tensor:
     return found
 
 
+def _settled(program: Program) -> set[fx.Node]:
+    """Return what no input reaches: weights, what is made of them, and tables of equal numbers."""
+    reached: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        given = node.op == "placeholder" and node.name not in program.weights
+        if given or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    return {n for n in program.graph.nodes if n not in reached}
+
+
 def _values(program: Program) -> list[fx.Node]:
     """Return the numbers that a device computes or is given, in order."""
-    constant, host = depends_on_weights_alone(program), host_nodes(program)
+    constant, host = _settled(program), host_nodes(program)
     given = set(border(program))
     found = []
     for node in program.graph.nodes:

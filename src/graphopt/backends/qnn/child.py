@@ -58,7 +58,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     for number, file in enumerate(request["inputs"]):
         with numpy.load(file, allow_pickle=False) as arrays:
-            given = {**arrays, **carried}
+            # a set that brings a value begins anew
+            given = {**carried, **arrays}
             feed = {value.name: given[value.name] for value in session.get_inputs()}
         try:
             results = session.run(names, feed)

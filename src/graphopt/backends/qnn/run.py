@@ -76,7 +76,7 @@ def simulate(
         strict: fail where a node would run on the CPU.
         context: where the compiled context goes (an ONNX file that holds it, and a binary beside it).
         timeout: seconds after which the child is ended.
-        carry: inputs that each set after the first gets from the one before, from outputs called ``next_`` and their name.
+        carry: inputs that a set which lacks them gets from the one before, from outputs called ``next_`` and their name.
 
     Returns:
         What was found; ``error`` says what failed. Nothing is raised for a compiler that refuses, crashes or hangs.

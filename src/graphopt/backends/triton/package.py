@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...ir.compat import compile_package, load_package
 from ...ir.errors import LoweringError
 from ...ir.examples import example_inputs
 from ...ir.execute import run
@@ -27,15 +28,14 @@ def write_package(program: Program, path: Path, device: str) -> dict[str, float]
     Raises:
         LoweringError: an output differs.
     """
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch.export.passes import move_to_device_pass
 
     exported = exported_program(program)
     if device != "cpu":
         exported = move_to_device_pass(exported, device)
     with torch.no_grad(), kernels_in_use(everywhere=True):
-        aoti_compile_and_package(exported, package_path=str(path))
-    loaded = aoti_load_package(str(path))
+        compile_package(exported, path)
+    loaded = load_package(path)
     errors: dict[str, float] = {}
     limits: dict[str, float] = {}
     for seed in (0, 1):
