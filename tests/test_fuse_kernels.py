@@ -28,7 +28,7 @@ SHAPES = st.builds(
 
 
 @given(SHAPES, st.integers(0, 2**20))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_joining_keeps_the_function(shape: Shape, seed: int) -> None:
     torch.manual_seed(seed)
     program = graphopt.capture(Transformer(shape), tokens(3, 13))
