@@ -2,8 +2,9 @@
 
     python benchmarks/npu.py [--target qnn-htp-v75] [--sequence 32]
 
-The packaged sentence encoder (do its similarities keep their order?) and the reference Llama (does it say the same next
-tokens?), in float16 and quantised, calibrated on data that is not judged on.
+The packaged sentence encoder (do its similarities keep their order?), the reference Llama (does it say the same next
+tokens, at once and token by token with caches?) and the keyword detector (does it decide the same, fused and streaming?),
+in float16 and quantised, calibrated on data that is not judged on.
 Needs ``pip install "graphopt[qnn]"``. Compiled and simulated; no device.
 """
 
@@ -251,6 +252,7 @@ def main() -> None:
     runs = [
         language(given.target, given.sequence),
         decoding(given.target),
+        detector(given.target),
         encoder(given.target, given.sequence),
     ]
     for rows in runs:

@@ -1,4 +1,4 @@
-"""Each kernel against torch.compile of its operator's reference, and against the memory or compute roof, on the GPU here.
+"""Each kernel against torch.compile of its operator's reference, and against the time that memory needs, on the GPU here.
 
     python benchmarks/triton_kernels.py [--dtype bfloat16] [--device h200] [--repeat 50]
 

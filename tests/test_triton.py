@@ -83,25 +83,28 @@ def test_a_program_goes_through_the_kernels_operators_only_where_asked(program: 
     ids = {"input_ids": torch.randint(3, 100, (2, 7))}
     expected = program(**ids)["logits"]
     asked: list[str] = []
-    kernel = wiring.TABLE["gated_product"]
+    operator = wiring.operator
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        asked.append("reference")
-        return kernel.reference(*args, **kwargs)
+    def recording(name: str) -> Any:
+        asked.append(name)
+        return operator(name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(wiring.TABLE, "gated_product", wiring.Kernel(kernel.launch, counted, kernel.takes))
-        patch.delitem(wiring._operators, "gated_product", raising=False)
-        counted.__signature__ = wiring._signature(kernel.reference)  # type: ignore[attr-defined]
-        counted.__annotations__ = kernel.reference.__annotations__
-        with wiring.kernels_in_use(["gated_product"]):
+        patch.setattr(wiring, "operator", recording)
+        with wiring.kernels_in_use():
             assert torch.equal(program(**ids)["logits"], expected)
-        assert not asked, "there is no GPU, and the kernel's operator was asked all the same"
+        assert not asked, "there is no GPU, and a kernel's operator was asked all the same"
+        with wiring.kernels_in_use(["gated_product"], everywhere=True), torch.no_grad():
+            program(**ids)
+        assert set(asked) == {"gated_product"}, "another kernel than the one asked for is in use"
+        with wiring.kernels_in_use(everywhere=True), torch.no_grad():
+            assert torch.equal(program(**ids)["logits"], expected)
+            assert set(asked) == {"add_rms_norm", "gated_product", "rms_norm"}, "a kernel is passed by"
+            asked.clear()
+            compiled = torch.compile(program.module(), dynamic=True, backend="aot_eager")
+            assert torch.allclose(compiled(**ids)["logits"], expected, atol=1e-6)
+            assert asked, "what torch.compile sees goes by the references"
     assert not KERNELS, "kernels stay in use behind the context"
-    with wiring.kernels_in_use(everywhere=True), torch.no_grad():
-        assert torch.equal(program(**ids)["logits"], expected)
-        compiled = torch.compile(program.module(), dynamic=True, backend="aot_eager")
-        assert torch.allclose(compiled(**ids)["logits"], expected, atol=1e-6)
     with pytest.raises(UsageError, match="no kernel for 'softmax'"), wiring.kernels_in_use(["softmax"]):
         pass
 

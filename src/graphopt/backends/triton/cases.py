@@ -64,7 +64,7 @@ class Case:
         what: what is special about this call.
         args: of it, with a maker of tensors.
         exact: whether the kernel's result is the reference's to the bit.
-        dtypes: types that it is tried in; none where a call has one of its own.
+        typed: whether it is tried in several floating-point types; not where a call has types of its own.
     """
 
     operator: str

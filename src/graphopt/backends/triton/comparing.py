@@ -48,7 +48,9 @@ def _error(made: Tensor, expected: Tensor) -> float:
     if made.shape != expected.shape:
         return float("inf")
     difference = (made.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+    error = float(difference / expected.double().abs().max().clamp(min=1e-30))
+    # max() of Python loses what is not a number
+    return error if error == error else float("inf")
 
 
 def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:

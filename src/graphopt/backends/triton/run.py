@@ -60,10 +60,8 @@ def in_child(request: Mapping[str, Any], limit: float = 600.0) -> list[dict[str,
     """
     require()
     environment = dict(os.environ)
+    # the child sets it where it interprets, before it imports Triton
     environment.pop("TRITON_INTERPRET", None)
-    if request["mode"] == "interpret":
-        # read when Triton is imported
-        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "graphopt.backends.triton.child"]
     try:
         done = subprocess.run(
