@@ -13,6 +13,7 @@ import graphopt
 from graphopt.backends.qnn import run
 from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
+from graphopt.ir.schema import arguments, is_operator
 from graphopt.ir.sides import host_nodes
 from graphopt.passes.carried import begun, in_steps
 
@@ -131,3 +132,45 @@ def test_calibration_runs_a_prompt_and_then_tokens(captured: Callable[[str], Pro
     assert [part.shape[1] for part in logits] == [8, 1, 1, 1, 1]
     whole = captured("llama")(input_ids=ids[:, :12])["logits"]
     assert torch.allclose(torch.cat(logits, 1), whole, atol=1e-5)
+
+
+class Spread(torch.nn.Module):
+    """A depthwise convolution of nine entries with a dilation of 2, in one dimension or two, and others beside it."""
+
+    def __init__(self, dims: int, kernel: int, dilation: int, groups: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = torch.nn.Conv1d if dims == 1 else torch.nn.Conv2d
+        self.first = kind(8, 8, kernel, padding="same", dilation=dilation, groups=groups)
+        self.second = kind(8, 8, kernel, padding=2, stride=2, dilation=dilation, groups=groups, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_convolutions_that_are_computed_wrongly_lose_their_dilation(dims: int) -> None:
+    """Exact, site by site, and whole; others are left alone."""
+    x = torch.randn(2, 8, *([40] * dims), dtype=torch.float64)
+    module = Spread(dims, 9, 2, 8).double().eval()
+    program = graphopt.capture(module, x)
+    done = graphopt.optimize(program, "fit-target", verify="full", inputs=x)
+    assert torch.allclose(done(x=x), module(x), atol=1e-12)
+    name = f"aten.conv{dims}d"
+    found = [n for n in done.nodes if is_operator(n, name)]
+    assert len(found) == 2
+    assert all(max(arguments(n)["dilation"]) == 1 for n in found)
+    for kernel, dilation, groups in ((7, 2, 8), (9, 3, 8), (9, 2, 2)):
+        other = graphopt.capture(Spread(dims, kernel, dilation, groups).eval(), x.float())
+        assert graphopt.optimize(other, "fit-target{allow_no_match=true}").operators == other.operators
+
+
+@needs_compiler
+@pytest.mark.parametrize("dims", [1, 2])
+def test_they_come_out_right_on_the_npu(dims: int, tmp_path: Path) -> None:
+    x = torch.randn(1, 8, *([40] * dims))
+    program = graphopt.capture(Spread(dims, 9, 2, 8).eval(), x)
+    report = graphopt.optimize(program, "fit-target").lower(
+        "onnx", tmp_path / "out", target=NPU, check=True, sizes={}
+    )
+    assert min(report.checked.against_float.values()) > 40

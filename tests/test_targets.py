@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.backends import onnx_target, targets
+from graphopt.backends import onnx_target
 from graphopt.backends.qnn import run
 from graphopt.backends.qnn.cases import CASES
 from graphopt.backends.qnn.measures import signal_to_noise
 from graphopt.backends.qnn.sweep import DEVICES, differences, verdict
 from graphopt.cli.running import run as command
+from graphopt.ir import targets
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Program
 
@@ -171,11 +172,19 @@ def test_a_wrong_simulation_is_no_success(tmp_path: Path, monkeypatch: pytest.Mo
 
 @compiler
 @pytest.mark.parametrize(
-    ("operator", "kind", "right"),
-    [("MatMul", "w8a16", True), ("Log", "w8a16", False), ("Erf", "float", False)],
+    ("operator", "form", "kind", "right"),
+    [
+        ("MatMul", "weight", "w8a16", True),
+        ("MatMul", "weight in blocks of 32", "w4a16", True),
+        ("Conv", "depthwise, nine entries, dilated", "float", False),
+        ("Conv", "depthwise, nine entries of which each second is zero", "float", True),
+        ("Log", "", "w8a16", False),
+        ("Erf", "", "float", False),
+    ],
 )
-def test_the_sweep_says_what_its_file_says(operator: str, kind: str, right: bool) -> None:
-    case = next(c for c in CASES if c.operator == operator)
+def test_the_sweep_says_what_its_file_says(operator: str, form: str, kind: str, right: bool) -> None:
+    """Where the compiler has mended a fault, this fails, and what goes round it can go."""
+    case = next(c for c in CASES if (c.operator, c.form) == (operator, form))
     said = verdict(case, kind, DEVICES[NPU])
     assert said is not None
     assert (said["placed"] and said["snr"] >= targets.LEAST_SNR) == right

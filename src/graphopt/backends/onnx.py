@@ -17,6 +17,7 @@ import torch
 from ..ir.errors import LoweringError
 from ..ir.program import Program
 from ..ir.retype import retyped
+from ..ir.targets import FLOAT, find_target
 from .host_split import Split, prepared, split
 from .onnx_check import check_file
 from .onnx_compare import compare_with_runtime, comparison_cases
@@ -24,7 +25,6 @@ from .onnx_graph import build_graph
 from .onnx_sizes import fixed_sizes, uses_bfloat16, with_sizes
 from .onnx_target import TargetReport, check_on_target, require_fixed, require_taken
 from .qnn.run import require as require_compiler
-from .targets import FLOAT, find_target
 
 OPSETS = (20, 21, 23)
 EXTERNAL_FROM = 1_900_000_000
@@ -122,8 +122,9 @@ def lower_onnx(
     if device is not None:
         require_fixed(program, fixed, device)
     quantized = program.facts.get("quantized")
-    # operators were tried with weights of eight bits; those of four change none of their activations
-    kind = f"w8a{quantized['activations']}" if isinstance(quantized, dict) else FLOAT
+    kind = FLOAT
+    if isinstance(quantized, dict):
+        kind = f"w{4 if quantized.get('four_bits') else 8}a{quantized['activations']}"
     if kind != FLOAT:
         program = retyped(program, torch.float32)
     widen = float32 and uses_bfloat16(program)

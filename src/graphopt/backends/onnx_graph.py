@@ -17,7 +17,7 @@ from ..ir.weights import Weight
 from .exported import exported_program
 from .onnx_cleanup import attach_weights, simplify
 from .onnx_operators import QUANTIZED_FROM, translation_table
-from .onnx_quantized import pairs_in, require_quantized, store_weights
+from .onnx_quantized import pairs_in, require_quantized, store_weights, with_integers
 
 
 def build_graph(program: Program, opset: int) -> Any:
@@ -32,7 +32,7 @@ def build_graph(program: Program, opset: int) -> Any:
     """
     if pairs_in(program) and opset < QUANTIZED_FROM:
         raise LoweringError(f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}")
-    model, weights = _translate(fold(program), opset)
+    model, weights = _translate(fold(with_integers(program)), opset)
     attach_weights(model, weights)
     simplify(model)
     expected = pairs_in(program)

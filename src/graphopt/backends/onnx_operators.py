@@ -59,13 +59,20 @@ class Dialect(Experts):
         kind = self.ir.DataType[dtype.upper()]
         return self._pair(x, self.number(scale, x.dtype), self.number(zero_point, kind), kind, {})
 
-    def fake_quantize_channels(self, x: Any, scale: Any, *, axis: int, dtype: str) -> Any:
-        """``graphopt.fake_quantize_channels``: the same along an axis, zero stored as zero."""
+    def fake_quantize_channels(
+        self, x: Any, scale: Any, integers: Any = None, *, axis: int, dtype: str
+    ) -> Any:
+        """``graphopt.fake_quantize_channels``: the same along an axis, or in blocks of it, zero stored as zero."""
         import numpy
 
+        assert integers is None, "weights stand for their integers before they are written"
         kind = self.ir.DataType[dtype.upper()]
-        zeros = numpy.zeros(int(scale.shape[0]), kind.numpy())
+        zeros = numpy.zeros([int(s) for s in scale.shape], kind.numpy())
         zero = self.op.Constant(value=self.ir.tensor(zeros, dtype=kind))
+        if len(scale.shape) == 2:
+            return self._pair(
+                x, scale, zero, kind, {"axis": 1, "block_size": int(x.shape[1]) // int(scale.shape[1])}
+            )
         return self._pair(x, scale, zero, kind, {"axis": axis})
 
     def _pair(self, x: Any, scale: Any, zero: Any, kind: Any, options: dict[str, int]) -> Any:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..ir.errors import LoweringError
+from ..ir.fold import drop_unread_weights
 from ..ir.program import Program
-from ..ir.schema import is_operator
+from ..ir.schema import arguments, is_operator, normal_call
+from ..ir.weights import TensorSource
 
 ROUNDINGS = ("graphopt.fake_quantize", "graphopt.fake_quantize_channels")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -32,6 +37,52 @@ def without_rounding(program: Program) -> Program:
     return done
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What integers stand for, computed when it is read."""
+
+    integers: TensorSource
+    scale: TensorSource
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the integers."""
+        return self.integers.shape
+
+    def load(self) -> torch.Tensor:
+        """Multiply."""
+        integers = self.integers.load()
+        call = torch.ops.graphopt.fake_quantize_channels
+        restored: torch.Tensor = call(
+            torch.empty(integers.shape, dtype=torch.float32),
+            self.scale.load(),
+            integers,
+            axis=0,
+            dtype="int8",
+        )
+        return restored.to(self.dtype)
+
+
+def with_integers(program: Program) -> Program:
+    """Return a program whose weights are what their integers stand for, where those were fitted to data."""
+    done = program.copy()
+    for node in list(done.nodes):
+        if not is_operator(node, "graphopt.fake_quantize_channels"):
+            continue
+        found = dict(arguments(node))
+        if found["integers"] is None:
+            continue
+        held, scale = (done.weights[found[n].name] for n in ("integers", "scale"))
+        source = Restored(held.source, scale.source, found["x"].meta["val"].dtype)
+        found["x"] = done.edit.add_weight(f"{held.name}_restored", source)
+        found["integers"] = None
+        node.args, node.kwargs = normal_call(node.target, found)
+    drop_unread_weights(done)
+    done.changed()
+    return done
+
+
 def store_weights(model: Any) -> None:
     """Let initialisers be the integers that DequantizeLinear reads, as they lie after a transposition, in place."""
     graph = model.graph
@@ -50,6 +101,12 @@ def store_weights(model: Any) -> None:
             order = list(orders.pop()) if len(orders) == 1 else None
         name = f"{weight.name}_{back.outputs[0].name}"
         stored = _value(weight, scale, zero, axis, order, name)
+        if order is not None and len(scale.shape) == 2:
+            # scales of blocks lie as their weight does
+            for place, held in ((1, scale), (2, zero)):
+                back.replace_input_with(
+                    place, _turned(graph, held, f"{name}_{'scale' if place == 1 else 'zero'}")
+                )
         graph.register_initializer(stored)
         back.replace_input_with(0, stored)
         if order is not None:
@@ -83,7 +140,10 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
             scale.const_value.numpy().astype(numpy.float32),
             zero.const_value.numpy().astype(numpy.float32),
         )
-        if axis is not None:
+        if len(step.shape) == 2:
+            step = numpy.repeat(step, values.shape[1] // step.shape[1], 1)
+            offset = numpy.zeros(1, numpy.float32)
+        elif axis is not None:
             wide = [1] * values.ndim
             wide[axis] = -1
             step, offset = step.reshape(wide), offset.reshape(wide)
@@ -96,6 +156,18 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
     return onnx_ir.Value(
         name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(kind), const_value=lazy
     )
+
+
+def _turned(graph: Any, held: Any, name: str) -> Any:
+    import numpy
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(numpy.ascontiguousarray(held.const_value.numpy().T), dtype=held.dtype, name=name)
+    value = onnx_ir.Value(
+        name=name, shape=tensor.shape, type=onnx_ir.TensorType(held.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def _limits(kind: Any) -> tuple[int, int]:

@@ -12,13 +12,13 @@ import torch
 from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
+from ..ir.targets import FLOAT, Target
 from .onnx_compare import Case, counted
 from .onnx_quantized import DEQUANTIZE, QUANTIZE, without_rounding
 from .qnn.measures import reference, signal_to_noise
 from .qnn.run import simulate
-from .targets import FLOAT, Target
 
-LEAST = {FLOAT: 25.0, "w8a8": 20.0, "w8a16": 35.0}
+LEAST = {FLOAT: 25.0, "w8a8": 20.0, "w8a16": 35.0, "w4a8": 20.0, "w4a16": 35.0}
 """Decibels that a simulator must reach against ONNX Runtime on the same file: below, something is wrong, not rounded."""
 
 

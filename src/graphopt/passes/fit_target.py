@@ -12,6 +12,7 @@ from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
 from .base import Pass
+from .fit_dilation import misread, undilated
 from .fit_nested import masked, unfit
 from .plan import Plan, Refused, Site
 
@@ -38,7 +39,7 @@ class FitTarget(Pass):
     hidden: float = option(-100.0, help="what is added to the score of a key that is not seen", high=-20.0)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find masks, SiLUs, biases, stacks and feed-forwards of several widths."""
+        """Find masks, SiLUs, biases, stacks, feed-forwards of several widths, and convolutions computed wrongly."""
         plan = Plan()
         for node in program.nodes:
             if is_operator(node, "graphopt.attention") and _masked(node):
@@ -53,6 +54,8 @@ class FitTarget(Pass):
                     plan.sites.append(Site(node.name, what="widths"))
             elif is_operator(node, "graphopt.cache_store") and isinstance(node.meta["val"].shape[2], int):
                 plan.sites.append(Site(node.name, what="store"))
+            elif misread(node):
+                plan.sites.append(Site(node.name, what="dilation"))
             elif is_operator(node, "aten.stack"):
                 plan.sites.append(Site(node.name, what="stack"))
             elif is_operator(node, "aten.silu"):
@@ -80,6 +83,8 @@ class FitTarget(Pass):
             with program.edit.before(node):
                 if site["what"] == "silu":
                     made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "dilation":
+                    made = undilated(program, node)
                 elif site["what"] == "widths":
                     made = masked(program, node)
                 elif site["what"] == "store":

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from ..ir.errors import PassRefusedError
-from ..ir.execute import interpret
-from ..ir.fold import MOVEMENT
+from ..ir.errors import LoweringError, PassRefusedError, PipelineError
 from ..ir.option import option
 from ..ir.program import Program
-from ..ir.schema import arguments, is_operator, operator_name
-from ..ir.sides import border, host_nodes
+from ..ir.schema import arguments, is_operator
+from ..ir.sides import host_nodes
+from ..ir.targets import Target, find_target
 from .base import Pass
-from .carried import in_steps
 from .contracts import Approximate, Contract
+from .kept_tensors import keep, kept
 from .plan import Plan, Refused, Site
-from .streaming import states_of
+from .quantization.precision import bearing
+from .quantization.ranges import Ranges, observe, scale_of
+from .quantization.rounding import Moments, fitted, matrix_scales, nearest
+from .quantization.values import (
+    constant_value,
+    features_of,
+    matrices_of,
+    moved,
+    silent_inputs,
+    tables_of,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from .context import Context
 
 dialect = torch.ops.graphopt
-MATRICES = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")
 STORED = {8: ("uint8", 255), 16: ("uint16", 65535)}
+WHOLE = {8: ("int8", 127), 4: ("int4", 7)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +46,11 @@ class Quantize(Pass):
     """Store activations as integers of 8 or 16 bits and weights of 8 or 4: calibrated on data, judged on other data.
 
     Activations have one scale and zero point each, by the least and largest value that calibration met; values that are
-    only moved keep those of what they were. Matrices have a symmetric scale for each output channel. Tables of embeddings,
-    weights of norms and other constants are stored as activations are. In PyTorch the program computes what the
-    integers stand for; lowering writes QuantizeLinear and DequantizeLinear, and nothing else.
+    only moved keep those of what they were. Matrices have a symmetric scale for each output channel, or for each block
+    of its inputs; four bits are fitted to what the matrix is multiplied with (GPTQ, arXiv 2210.17323). With ``mixed``
+    matrices that bear few bits worst, as measured, keep eight. Tables of embeddings, weights of norms and other constants
+    are stored as activations are. In PyTorch the program computes what the integers stand for; lowering writes
+    QuantizeLinear and DequantizeLinear, and nothing else.
     """
 
     name = "quantize"
@@ -46,39 +59,84 @@ class Quantize(Pass):
     provides = ("quantized_values",)
     excludes = ("quantized_values",)
     needs_data = True
+    paper = "rounding: arXiv 2210.17323"
 
     weights: int = option(8, help="bits of a matrix's weight", choices=(8, 4))
     activations: int = option(16, help="bits of an activation", choices=(8, 16))
+    block: int = option(0, help="inputs of a matrix that share a scale; 0: all of a row", low=0)
+    rounding: str = option(
+        "auto",
+        help="to which integers weights go; auto: fitted for 4 bits",
+        choices=("auto", "nearest", "fitted"),
+    )
+    mixed: bool = option(False, help="keep at 8 bits what bears 4 worst, until the loss is within the budget")
+    target: str | None = option(None, help="a device: what it does not take in so few bits is stored in more")
     budget: float | None = option(None, help="largest relative loss", low=0)
     metric: str = option(
         "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
     )
 
+    def validate(self) -> None:
+        """The target must be known; mixing needs something to mix, and a budget."""
+        if self.target is not None:
+            try:
+                find_target(self.target)
+            except LoweringError as error:
+                raise PipelineError(f"{self.name}: {error.message}", hint=error.hint) from None
+        if self.mixed and (self.weights != 4 or self.budget is None):
+            raise PipelineError(
+                f"{self.name}: mixed=true chooses between 4 and 8 bits by a budget",
+                hint="quantize{weights=4 mixed=true budget=0.01}",
+            )
+
     def promises(self) -> Contract:
         """Judged by the metric asked for."""
         return Approximate(self.metric)
 
+    @property
+    def _fits(self) -> bool:
+        return self.rounding == "fitted" or (self.rounding == "auto" and self.weights == 4)
+
     def plan(self, program: Program, context: Context) -> Plan:
-        """Observe ranges on calibration data, and give each value its scale."""
+        """Observe ranges on calibration data, give each value its scale, and each matrix its bits and integers."""
         plan = Plan()
-        values = _values(program)
-        ranges = _observed(program, context, values)
+        values, matrices = values_of(program), matrices_of(program)
+        features = {node: dim for users in matrices.values() for node, dim in (features_of(u) for u in users)}
+        ranges = observe(program, context, values, features)
+        self._plan_values(program, plan, values, ranges)
+        plan.sites += self._constants(program, matrices)
+        plan.notes += silent_inputs(matrices, ranges)
+        found = self._plan_matrices(program, plan, matrices)
+        where = ""
+        if self._fits:
+            where = self._fit(program, context, found, matrices)
+            for site in found:
+                site.choices["integers"] = where
+        if self.mixed:
+            self._mix(program, context, plan, found)
+        plan.sites += found
+        return plan
+
+    def _plan_values(self, program: Program, plan: Plan, values: list[fx.Node], ranges: Ranges) -> None:
         dtype, steps = STORED[self.activations]
         scales: dict[fx.Node, tuple[float, int]] = {}
         for node in values:
-            source = _moved(node)
+            source = moved(node)
             if source is not None and source in scales:
                 scales[node] = scales[source]
-            elif node not in ranges:
+            elif node not in ranges.of:
                 plan.refused.append(
                     Refused(node.name, "calibration never computed it", program.source_line(node))
                 )
                 continue
             else:
-                low, high = ranges[node]
+                low, high = ranges.of[node]
                 if low == high == 0.0:
-                    plan.notes.append(f"{node.name} is zero on all calibration data")
-                scales[node] = _scale(low, high, steps)
+                    plan.notes.append(
+                        f"{node.name} is zero on all calibration data, and will be zero on all other"
+                        f" [{program.source_line(node)}]"
+                    )
+                scales[node] = scale_of(low, high, steps)
             plan.sites.append(
                 Site(node.name, what="value", dtype=dtype, scale=scales[node][0], zero_point=scales[node][1])
             )
@@ -87,32 +145,86 @@ class Quantize(Pass):
                 f"{self.name}: calibration never computed {plan.refused[0].block}",
                 hint="data that takes every way through the model",
             )
-        plan.sites += self._constants(program, plan, dtype, steps)
-        return plan
 
-    def _constants(self, program: Program, plan: Plan, dtype: str, steps: int) -> list[Site]:
-        constant, host = _settled(program), host_nodes(program)
-        sites: dict[str, Site] = {}
-        for node in program.nodes:
-            if node in constant or node in host or node.op != "call_function":
-                continue
-            for name, value in arguments(node).items():
-                if not isinstance(value, fx.Node) or value not in constant or value.name in sites:
-                    continue
-                if not value.meta["val"].dtype.is_floating_point or (
-                    name == "bias" and is_operator(node, *MATRICES)
-                ):
-                    continue
-                if name == "weight" and is_operator(node, *MATRICES):
-                    stored = "int8" if self.weights == 8 else "int4"
-                    sites[value.name] = Site(value.name, what="matrix", dtype=stored)
-                else:
-                    tensor = _constant(program, value)
-                    scale, zero = _scale(float(tensor.min()), float(tensor.max()), steps)
-                    sites[value.name] = Site(
-                        value.name, what="constant", dtype=dtype, scale=scale, zero_point=zero
-                    )
-        return list(sites.values())
+    def _constants(self, program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[Site]:
+        dtype, steps = STORED[self.activations]
+        sites = []
+        for value in tables_of(program, matrices):
+            tensor = constant_value(program, value)
+            scale, zero = scale_of(float(tensor.min()), float(tensor.max()), steps)
+            sites.append(Site(value.name, what="constant", dtype=dtype, scale=scale, zero_point=zero))
+        return sites
+
+    def _plan_matrices(
+        self, program: Program, plan: Plan, matrices: dict[fx.Node, list[fx.Node]]
+    ) -> list[Site]:
+        """Give each matrix the bits and blocks asked for, or what the target takes of them."""
+        target = find_target(self.target) if self.target is not None else None
+        sites = []
+        for node, users in matrices.items():
+            bits, block = self.weights, self.block
+            linear = all(is_operator(u, "aten.linear") for u in users)
+            inputs = int(node.meta["val"].shape[1])
+            if block and (not linear or inputs % block):
+                why = "no matrix of linear operators" if not linear else f"of {inputs} inputs"
+                plan.notes.append(
+                    f"{node.name} is {why}, and has a scale for each channel, not for {block} inputs"
+                )
+                block = 0
+            if target is not None:
+                bits, block, said = _taken(target, users, bits, self.activations, block)
+                plan.notes += [f"{node.name}: {s}" for s in said]
+            sites.append(Site(node.name, what="matrix", dtype=WHOLE[bits][0], block_size=block))
+        return sites
+
+    def _fit(
+        self, program: Program, context: Context, sites: list[Site], matrices: dict[fx.Node, list[fx.Node]]
+    ) -> str:
+        """Return where the integers are kept that were fitted to calibration data."""
+        by_name = {n.name: n for n in matrices}
+        found: dict[str, torch.Tensor] = {}
+        chosen = {s.block: s for s in sites}
+        for node, moments in Moments(program, context).each(by_name[s.block] for s in sites):
+            site = chosen[node.name]
+            weight, high = constant_value(program, node), dict(WHOLE.values())[site["dtype"]]
+            scale = matrix_scales(weight, high, int(site["block_size"]))
+            rows = weight.flatten(1).chunk(moments.shape[0]), scale.chunk(moments.shape[0])
+            parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
+            found[node.name] = torch.cat(parts).reshape(weight.shape)
+        identity = {"program": program.text(), "data": context.data_hash(),
+                    "sites": json.dumps([s.choices | {"block": s.block} for s in sites])}  # fmt: skip
+        return keep(found, context.work_dir, identity, "integers")
+
+    def _mix(self, program: Program, context: Context, plan: Plan, sites: list[Site]) -> None:
+        """Keep at eight bits what bears four worst."""
+        by_name = {s.block: s for s in sites if s["dtype"] == "int4"}
+        eight = {
+            n: Site(n, what="matrix", dtype="int8", block_size=s["block_size"]) for n, s in by_name.items()
+        }
+
+        def few(edited: Program, name: str) -> None:
+            node = next(n for n in edited.graph.nodes if n.name == name)
+            _round_matrix(edited, node, by_name[name])
+
+        def all_of(names: Sequence[str]) -> Program:
+            made = program.copy()
+            chosen = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
+            self.rewrite(made, Plan(sites=[*plan.sites, *chosen]))
+            return made
+
+        sizes = {n.name: n.meta["val"].numel() for n in program.graph.nodes if n.name in by_name}
+        assert self.budget is not None
+        taken, alone, loss = bearing(
+            program, context, list(by_name), sizes, few, all_of, self.budget, self.metric, str(self)
+        )
+        for site in sites:
+            if site.block in eight and site.block not in taken:
+                site.choices = dict(eight[site.block].choices)
+        plan.scores = {name: alone[name] for name in by_name}
+        plan.notes.append(
+            f"{len(taken)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in taken)} of "
+            f"{sum(sizes.values())} numbers; loss on calibration data {loss:.3g}, budget {self.budget:g}"
+        )
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put the rounding behind each value and weight."""
@@ -121,124 +233,76 @@ class Quantize(Pass):
         for site in plan.sites:
             node = nodes[site.block]
             if site["what"] == "matrix":
-                tensor = _constant(program, node).float()
-                high = 127.0 if site["dtype"] == "int8" else 7.0
-                largest = tensor.flatten(1).abs().amax(1).clamp(min=1e-12)
-                known = program.weights.get(node.name)
-                name = f"{known.name if known is not None else node.name}_quantize_scale"
-                scale = edit.add_weight(name, largest / high, kind="buffer")
-                with edit.after(node):
-                    made = edit.call(
-                        dialect.fake_quantize_channels.default, node, scale, axis=0, dtype=site["dtype"]
-                    )
+                made = _round_matrix(program, node, site)
             else:
                 with edit.after(node):
                     made = edit.call(
                         dialect.fake_quantize.default, node, float(site["scale"]), int(site["zero_point"]),
                         dtype=site["dtype"],
                     )  # fmt: skip
-            edit.replace(node, made, record=False)
+                edit.replace(node, made, record=False)
             for user in [u for u in made.users if u in host]:
                 # what a host makes of a value is made of it as it was
                 user.replace_input_with(made, node)
         counts = {w: sum(s["what"] == w for s in plan.sites) for w in ("value", "matrix", "constant")}
+        few = sum(s["what"] == "matrix" and s["dtype"] == "int4" for s in plan.sites)
+        weights = "4" if few == counts["matrix"] else "8" if not few else "4or8"
         program.facts["quantized"] = {
-            "weights": self.weights, "activations": self.activations, "kind": f"w{self.weights}a{self.activations}",
-            **counts,
+            "weights": self.weights, "activations": self.activations, "kind": f"w{weights}a{self.activations}",
+            **counts, "four_bits": few,
         }  # fmt: skip
         program.facts["unwritable"] = "a folder has no place for ranges of activations; lower it, or save it"
 
 
-def _constant(program: Program, node: fx.Node) -> torch.Tensor:
-    if node.op == "placeholder":
-        return program.weights[node.name].source.load()
-    found: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
-    return found
+def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
+    """Put a matrix's rounding behind it, to the nearest integers or to those that were kept."""
+    edit, high = program.edit, dict(WHOLE.values())[site["dtype"]]
+    weight = constant_value(program, node)
+    known = program.weights.get(node.name)
+    name = known.name if known is not None else node.name
+    steps = matrix_scales(weight, high, int(site.choices.get("block_size", 0)))
+    scale = edit.add_weight(f"{name}_quantize_scale", steps, kind="buffer")
+    integers = None
+    where = site.choices.get("integers")
+    if where:
+        whole = kept(str(where))[node.name]
+        # where the nearest are the fitted ones, nothing has to be kept
+        if not torch.equal(whole.flatten(1), nearest(weight, steps, high)):
+            integers = edit.add_weight(f"{name}_quantize_integers", whole, kind="buffer")
+    with edit.after(node):
+        made = edit.call(
+            dialect.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
+        )
+    edit.replace(node, made, record=False)
+    return made
 
 
-def _settled(program: Program) -> set[fx.Node]:
-    """Return what no input reaches: weights, what is made of them, and tables of equal numbers."""
-    reached: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        given = node.op == "placeholder" and node.name not in program.weights
-        if given or any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-    return {n for n in program.graph.nodes if n not in reached}
+def _taken(
+    target: Target, users: list[fx.Node], bits: int, activations: int, block: int
+) -> tuple[int, int, list[str]]:
+    """Return the bits and blocks that a target takes for a matrix, no more than asked for, and what it does not take."""
+    said: list[str] = []
+    kinds = {_onnx_operator(u): u.meta["val"].dim() for u in users}
+
+    def refused(bits: int) -> str:
+        whys = (target.refuses(name, dims, f"w{bits}a{activations}") for name, dims in kinds.items())
+        return next((why for why in whys if why), "")
+
+    why = refused(bits)
+    if bits == 4 and why:
+        said.append(f"8 bits, since {why}")
+        bits = 8
+    kind = f"w{bits}a{activations}"
+    if block and not all(target.takes_blocks(name, kind) for name in kinds):
+        said.append(
+            f"a scale for each channel, since {target.name} takes no blocks of inputs for it in {kind}"
+        )
+        block = 0
+    return bits, block, said
 
 
-def _values(program: Program) -> list[fx.Node]:
-    """Return the numbers that a device computes or is given, in order."""
-    constant, host = _settled(program), host_nodes(program)
-    given = set(border(program))
-    found = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node in constant or node.op == "output" or not isinstance(value, torch.Tensor):
-            continue
-        numbers = value.dtype.is_floating_point and str(node.meta.get("input")) not in program.dials
-        # what only a host reads, for its shape, is no value of the device
-        read = any(user not in host for user in node.users)
-        if numbers and read and (node not in host or node in given):
-            found.append(node)
-    return found
-
-
-def _moved(node: fx.Node) -> fx.Node | None:
-    """Return what a value was before it was moved, if that is all that happened to it."""
-    if node.op != "call_function" or operator_name(node.target) not in MOVEMENT:
-        return None
-    sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
-    if len(sources) != 1:
-        return None
-    (source,) = sources
-    return _moved(source) if not isinstance(source.meta["val"], torch.Tensor) else source
-
-
-def _observed(
-    program: Program, context: Context, values: list[fx.Node]
-) -> dict[fx.Node, tuple[float, float]]:
-    wanted = set(values)
-    ranges: dict[fx.Node, tuple[float, float]] = {}
-
-    def see(node: fx.Node, value: Any) -> Any:
-        if node in wanted and isinstance(value, torch.Tensor) and value.numel():
-            low, high = (float(v) for v in value.aminmax())
-            before = ranges.get(node, (low, high))
-            ranges[node] = (min(low, before[0]), max(high, before[1]))
-        return value
-
-    batches, kept = context.batches(), states_of(program)
-    context.progress.start("observing ranges", len(batches))
-    for batch in batches:
-        inputs = context.bound(program, batch)
-
-        def step(given: dict[str, torch.Tensor]) -> Mapping[str, Any]:
-            _see_inputs(program, given, see)
-            return interpret(program, given, hook=see)
-
-        if kept:
-            in_steps(program, inputs, step)
-        else:
-            step(inputs)
-        context.progress.step()
-    context.progress.done()
-    for name in kept:
-        # what comes back has the steps it left with, or it would be rounded anew at every token
-        pair = [program.input_nodes[name], program.outputs[f"next_{name}"]]
-        known = [ranges[node] for node in pair if node in ranges]
-        for node in pair:
-            if node in ranges:
-                ranges[node] = (min(low for low, _ in known), max(high for _, high in known))
-    return ranges
-
-
-def _see_inputs(program: Program, inputs: Mapping[str, torch.Tensor], see: Any) -> None:
-    for name, node in program.input_nodes.items():
-        if name in inputs:
-            see(node, inputs[name])
-
-
-def _scale(low: float, high: float, steps: int) -> tuple[float, int]:
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max(high - low, 1e-8) / steps
-    return scale, round(-low / scale)
+def _onnx_operator(node: fx.Node) -> str:
+    if not is_operator(node, "aten.linear"):
+        return "Conv"
+    found = arguments(node)
+    return "Gemm" if found["bias"] is not None and node.meta["val"].dim() == 2 else "MatMul"

@@ -14,7 +14,7 @@ class Operand:
 
     Attributes:
         shape: its sizes.
-        role: "input", "weight" (a constant that is quantised as weights are), "constant", or "integers".
+        role: "input", "weight" (a constant that is quantised as weights are), "constant", "condition" or "integers".
         low: least value.
         high: largest value.
         values: of integers.
@@ -38,7 +38,9 @@ class Case:
         attributes: of the node.
         output: rank of the output does not matter; its type: "float", "int64" or "bool".
         passes: the operator moves values and computes nothing, so that quantised forms share one scale.
-        usual: a form that programs have; others tell limits.
+        limit: empty for a form that programs have; others tell a limit: of "dimensions", or whether weights may have a
+            scale for each "block" of inputs; "fault": known to go wrong, and written otherwise by fit-target.
+        block: how many inputs share a weight's scale; 0: all.
     """
 
     operator: str
@@ -47,7 +49,13 @@ class Case:
     attributes: dict[str, Any] = field(default_factory=dict)
     output: str = "float"
     passes: bool = False
-    usual: bool = True
+    limit: str = ""
+    block: int = 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it has a weight, which may have fewer bits than activations."""
+        return any(o is not None and o.role == "weight" for o in self.operands)
 
 
 def x(*shape: int, low: float = -1.0, high: float = 1.0) -> Operand:
@@ -63,6 +71,11 @@ def w(*shape: int) -> Operand:
 def c(*shape: int, low: float = -1.0, high: float = 1.0) -> Operand:
     """Another constant of numbers."""
     return Operand(shape, "constant", low, high)
+
+
+def b(*shape: int) -> Operand:
+    """An input of truths."""
+    return Operand(shape, "condition")
 
 
 def i(*values: int, shape: Shape | None = None) -> Operand:
@@ -91,6 +104,15 @@ CASES: tuple[Case, ...] = (
     Case("Conv", "two-dimensional", (x(1, 8, 12, 12), w(16, 8, 3, 3), c(16)), {"pads": [1, 1, 1, 1]}),
     Case("Conv", "depthwise", (x(1, 8, 12, 12), w(8, 1, 3, 3), c(8)), {"group": 8, "pads": [1, 1, 1, 1]}),
     Case("Conv", "one-dimensional, dilated", (x(1, 8, 24), w(8, 8, 3), c(8)), {"dilations": [2]}),
+    Case("Conv", "one-dimensional, dilated, two rows", (x(2, 8, 24), w(8, 8, 3), c(8)), {"dilations": [2]}),
+    Case("Conv", "two-dimensional, dilated", (x(1, 8, 12, 12), w(8, 8, 3, 3), c(8)), {"dilations": [2, 2]}),
+    Case("Conv", "two-dimensional, dilated, two rows", (x(2, 8, 12, 12), w(8, 8, 3, 3), c(8)), {"dilations": [2, 2]}),
+    Case("Conv", "depthwise, nine entries, dilated", (x(1, 16, 42), w(16, 1, 9), c(16)), {"dilations": [2], "group": 16},
+         limit="fault"),
+    Case("Conv", "depthwise, nine entries of which each second is zero", (x(1, 16, 42), w(16, 1, 17), c(16)),
+         {"group": 16}),
+    Case("MatMul", "weight in blocks of 32", (x(1, 8, 64), w(64, 24)), limit="block", block=32),
+    Case("Gemm", "weight in blocks of 32", (x(4, 64), w(64, 24), c(24)), limit="block", block=32),
     Case("ConvTranspose", "", (x(1, 8, 6, 6), w(8, 4, 2, 2), c(4)), {"strides": [2, 2]}),
     Case("Softmax", "last axis", (X4,), {"axis": -1}),
     Case("LogSoftmax", "last axis", (X3,), {"axis": -1}),
@@ -112,7 +134,8 @@ CASES: tuple[Case, ...] = (
     Case("Reshape", "", (X3, i(1, 16, 8)), passes=True),
     Case("Transpose", "", (X4,), {"perm": [0, 2, 1, 3]}, passes=True),
     Case("Transpose", "five dimensions", (x(1, 2, 4, 4, 8),), {"perm": [0, 1, 3, 2, 4]}, passes=True),
-    Case("Transpose", "six dimensions", (x(1, 2, 2, 4, 4, 4),), {"perm": [0, 2, 1, 4, 3, 5]}, passes=True, usual=False),
+    Case("Transpose", "six dimensions", (x(1, 2, 2, 4, 4, 4),), {"perm": [0, 2, 1, 4, 3, 5]}, passes=True,
+         limit="dimensions"),
     Case("Slice", "", (X3, i(1), i(5), i(1)), passes=True),
     Case("Concat", "", (X3, X3), {"axis": 1}),
     Case("Split", "", (X3,), {"axis": -1, "num_outputs": 2}, passes=True),
@@ -136,7 +159,12 @@ CASES: tuple[Case, ...] = (
     Case("ArgMax", "", (X3,), {"axis": -1, "keepdims": 0}, output="int64"),
     Case("TopK", "", (X3, i(4)), {"axis": -1}, passes=True),
     Case("Trilu", "", (x(8, 8),), passes=True),
-    Case("Greater", "", (X3, x(1, 8, 16)), output="bool"),
+    *(Case(name, "", (X3, x(1, 8, 16)), output="bool") for name in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual")),
+    Case("Equal", "integers", (i(*range(8), shape=(1, 8)), i(*[3] * 8, shape=(1, 8))), output="bool"),
+    *(Case(name, "", (b(1, 8, 16), b(1, 8, 16)), output="bool") for name in ("And", "Or", "Xor")),
+    Case("Not", "", (b(1, 8, 16),), output="bool"),
+    Case("Where", "two inputs", (b(1, 8, 16), X3, x(1, 8, 16))),
+    Case("Where", "a number", (b(1, 8, 16), X3, Operand((), "constant", -0.5, -0.5))),
     Case("Cast", "integers to float", (i(*range(8), shape=(1, 8)),), {"to": 1}),
     Case("Identity", "", (X3,), passes=True),
 )  # fmt: skip

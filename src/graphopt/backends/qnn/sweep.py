@@ -2,7 +2,7 @@
 
     python -m graphopt.backends.qnn.sweep qnn-htp-v75 -o qnn-htp-v75.json [--against OLD.json]
 
-The file goes beside ``graphopt/backends/targets``. With ``--against`` differences to an older sweep are listed, as when
+The file goes beside ``graphopt/ir/targets``. With ``--against`` differences to an older sweep are listed, as when
 the compiler's package has moved.
 """
 
@@ -30,12 +30,13 @@ DEVICES: dict[str, dict[str, int]] = {
 }
 """Qualcomm's numbers of systems on a chip, and the architecture of the HTP in each."""
 
-KINDS = ("float", "w8a8", "w8a16")
-_STORED = {"w8a8": ("uint8", 255), "w8a16": ("uint16", 65535)}
+KINDS = ("float", "w8a8", "w8a16", "w4a8", "w4a16")
+_STORED = {"a8": ("uint8", 255), "a16": ("uint16", 65535)}
 
 
 def build(case: Case, kind: str, path: Path, opset: int) -> dict[str, Any]:
     """Write the one-operator model of a case in a type, and return its inputs."""
+    import ml_dtypes
     import numpy
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -52,7 +53,7 @@ def build(case: Case, kind: str, path: Path, opset: int) -> dict[str, Any]:
         """A value as it is after being stored in the activations' type."""
         if kind == "float":
             return name
-        dtype, steps = _STORED[kind]
+        dtype, steps = _STORED[kind[2:]]
         low, high = min(low, 0.0), max(high, 0.0)
         scale = numpy.float32(max(high - low, 1e-6) / steps)
         zero = numpy.array(round(-low / float(scale))).astype(dtype)
@@ -64,12 +65,14 @@ def build(case: Case, kind: str, path: Path, opset: int) -> dict[str, Any]:
     def weight(name: str, value: Any) -> str:
         if kind == "float":
             return constant(name, value)
-        scale = numpy.array(abs(value).max() / 127, numpy.float32)
-        whole = constant(f"{name}_q", numpy.clip(numpy.round(value / scale), -127, 127).astype("int8"))
-        zero = constant(f"{name}_zero", numpy.array(0, "int8"))
+        axis = 0 if case.operator == "Conv" else 1
+        scale, wide, options = _scales(value, axis, case.block, 127 if kind.startswith("w8") else 7)
+        stored_as = ml_dtypes.int4 if kind.startswith("w4") else numpy.int8
+        whole = constant(f"{name}_q", numpy.round(value / wide).astype(stored_as))
+        zero = constant(f"{name}_zero", numpy.zeros(scale.shape, stored_as))
         nodes.append(
             helper.make_node(
-                "DequantizeLinear", [whole, constant(f"{name}_scale", scale), zero], [f"{name}_dq"]
+                "DequantizeLinear", [whole, constant(f"{name}_scale", scale), zero], [f"{name}_dq"], **options
             )
         )
         return f"{name}_dq"
@@ -87,6 +90,11 @@ def build(case: Case, kind: str, path: Path, opset: int) -> dict[str, Any]:
                 read.append(name)
             else:
                 read.append(constant(name, value))
+            continue
+        if operand.role == "condition":
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.BOOL, operand.shape))
+            feed[name] = draw.uniform(size=operand.shape) < 0.5
+            read.append(name)
             continue
         value = draw.uniform(operand.low, operand.high, operand.shape).astype("float32")
         if operand.role == "input":
@@ -115,6 +123,19 @@ def build(case: Case, kind: str, path: Path, opset: int) -> dict[str, Any]:
     outputs = [helper.make_tensor_value_info(e, types[case.output], dims) for e in ends]
     onnx.save(_model(nodes, inputs, outputs, initialisers, opset), str(path))
     return feed
+
+
+def _scales(value: Any, axis: int, block: int, high: int) -> tuple[Any, Any, dict[str, int]]:
+    """Return a weight's scales as the pass makes them, one for each entry of the weight, and how the node says it."""
+    import numpy
+
+    if block:  # along the other dimension
+        parts = value.reshape(-1, block, value.shape[1])
+        scale = (abs(parts).max(1) / high).astype("float32")
+        return scale, numpy.repeat(scale, block, 0), {"axis": 0, "block_size": block}
+    others = tuple(d for d in range(value.ndim) if d != axis)
+    scale = (abs(value).max(others) / high).astype("float32")
+    return scale, numpy.expand_dims(scale, others), {"axis": axis}
 
 
 def _plain(case: Case, number: int, operand: Operand) -> bool:
@@ -147,6 +168,8 @@ def _model(nodes: Any, inputs: Any, outputs: Any, initialisers: Any, opset: int)
 def verdict(case: Case, kind: str, device: Mapping[str, int]) -> dict[str, Any] | None:
     """Try one case in one type; None where the type says nothing about it."""
     if kind != "float" and case.output != "float":
+        return None
+    if (kind.startswith("w4") and not case.weighted) or (kind == "float" and case.block):
         return None
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "case.onnx"
@@ -187,7 +210,7 @@ def sweep(name: str, workers: int = 2) -> dict[str, Any]:
         sizes = [len(o.shape) for o in case.operands if o is not None and o.role == "input"]
         cases.append(
             {
-                "operator": case.operator, "form": case.form, "usual": case.usual,
+                "operator": case.operator, "form": case.form, "limit": case.limit,
                 "dimensions": max(sizes, default=0), "verdicts": found,
             }
         )  # fmt: skip

@@ -33,22 +33,31 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
     return ((wide / scale).round() + zero_point).clamp(low, high).sub(zero_point).mul(scale).to(x.dtype)
 
 
-@dialect_operator("fake_quantize_channels(Tensor x, Tensor scale, *, int axis, str dtype) -> Tensor")
-def fake_quantize_channels(x: Tensor, scale: Tensor, *, axis: int, dtype: str) -> Tensor:
+@dialect_operator(
+    "fake_quantize_channels(Tensor x, Tensor scale, Tensor? integers=None, *, int axis, str dtype) -> Tensor"
+)
+def fake_quantize_channels(
+    x: Tensor, scale: Tensor, integers: Tensor | None = None, *, axis: int, dtype: str
+) -> Tensor:
     """The same with a scale for each entry of a dimension, and 0 stored as 0; the range is symmetric.
 
     Args:
         x: of any shape.
-        scale: (entries of the dimension,).
+        scale: (entries of the dimension,); or of a matrix, whose axis is 0, (rows, blocks): columns are as many blocks, and
+            each has scales of its own.
+        integers: of x's shape, what is stored in place of the nearest integers, where data decided otherwise; x is then
+            what was stored.
         axis: the dimension.
         dtype: of the integers.
     """
     high = INTEGERS[dtype][1]
-    shape = [1] * x.dim()
-    shape[axis] = -1
     wide = x if x.dtype == torch.float64 else x.float()
-    step = scale.reshape(shape).to(wide.dtype)
-    return (wide / step).round().clamp(-high, high).mul(step).to(x.dtype)
+    if scale.dim() == 2:
+        step = scale.to(wide.dtype).repeat_interleave(x.shape[1] // scale.shape[1], 1)
+    else:
+        step = scale.to(wide.dtype).reshape([-1 if d == axis else 1 for d in range(x.dim())])
+    whole = (wide / step).round().clamp(-high, high) if integers is None else integers.to(wide.dtype)
+    return whole.mul(step).to(x.dtype)
 
 
 @dialect_operator(

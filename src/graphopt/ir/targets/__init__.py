@@ -10,7 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ...ir.errors import LoweringError
+from ..errors import LoweringError
 
 FLOAT = "float"
 
@@ -49,8 +49,10 @@ class Target:
         soc: Qualcomm's number of the system on a chip.
         arch: version of the HTP.
         wheel: the compiler's package and version that the sweep was made with.
-        operators: for each ONNX operator the verdict in each type (float, w8a8, w8a16), the worst of its forms.
+        operators: for each ONNX operator the verdict in each type (float, w8a8, w8a16, w4a8, w4a16), the worst of its
+            forms.
         most_dimensions: of operators that take fewer than ONNX does.
+        blocks: operators and types whose weights may have a scale for each block of inputs.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Target:
     wheel: str
     operators: Mapping[str, Mapping[str, Verdict]]
     most_dimensions: Mapping[str, int]
+    blocks: frozenset[tuple[str, str]] = frozenset()
 
     def refuses(self, operator: str, dimensions: int, kind: str = FLOAT) -> str:
         """Return why an operator cannot go to the device; empty if it can.
@@ -67,14 +70,15 @@ class Target:
         Args:
             operator: of ONNX's standard.
             dimensions: of its first operand.
-            kind: "float", "w8a8" or "w8a16".
+            kind: "float", "w8a8", "w8a16", "w4a8" or "w4a16".
         """
         known = self.operators.get(operator)
         if known is None:
             return f"{operator} was never tried on {self.name}"
         verdict = known.get(kind)
         if verdict is None:
-            verdict = known.get(FLOAT)
+            # bits of weights say nothing about what has none
+            verdict = known.get(kind.replace("w4", "w8"), known.get(FLOAT))
         if verdict is not None and not verdict.placed:
             return f"{self.name} does not take {operator}" + (f": {verdict.why}" if verdict.why else "")
         if verdict is not None and not verdict.right:
@@ -83,6 +87,10 @@ class Target:
         if most is not None and dimensions > most:
             return f"{self.name} takes {operator} of at most {most} dimensions, here are {dimensions}"
         return ""
+
+    def takes_blocks(self, operator: str, kind: str) -> bool:
+        """Tell whether a weight may have a scale for each block of inputs."""
+        return (operator, kind) in self.blocks
 
 
 def names() -> list[str]:
@@ -112,19 +120,24 @@ def read_target(name: str, data: Mapping[str, Any]) -> Target:
     """Return a device from what its file holds: of an operator's usual forms the worst verdict counts."""
     operators: dict[str, dict[str, Verdict]] = {}
     most: dict[str, int] = {}
+    blocks: set[tuple[str, str]] = set()
     for case in data["cases"]:
         for kind, said in case["verdicts"].items():
             verdict = Verdict(bool(said["placed"]), said.get("snr"), said.get("why", ""))
-            if not case["usual"]:
-                if not verdict.placed:
-                    most[case["operator"]] = int(case["dimensions"]) - 1
+            name_of, dimensions = case["operator"], int(case["dimensions"])
+            if case["limit"] == "dimensions" and not verdict.placed:
+                most[name_of] = dimensions - 1
+            elif case["limit"] == "block" and verdict.right:
+                blocks.add((name_of, kind))
+            if case["limit"]:
                 continue
             held = operators.setdefault(case["operator"], {})
             if kind not in held or _badness(verdict) > _badness(held[kind]):
                 held[kind] = verdict
     device = data["device"]
     return Target(
-        name, int(device["opset"]), int(device["soc"]), int(device["arch"]), str(data["wheel"]), operators, most
+        name, int(device["opset"]), int(device["soc"]), int(device["arch"]), str(data["wheel"]), operators, most,
+        frozenset(blocks),
     )  # fmt: skip
 
 

@@ -1,0 +1,63 @@
+"""Which matrices bear four bits: measured one by one, then together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ...ir.program import Program
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+MARGIN = 0.75
+"""Share of the budget that is used up on calibration data, since other data judges."""
+
+
+def bearing(
+    program: Program,
+    context: Context,
+    matrices: Sequence[str],
+    sizes: dict[str, int],
+    few: Callable[[Program, str], None],
+    all_of: Callable[[Sequence[str]], Program],
+    budget: float,
+    metric: str,
+    key: str,
+) -> tuple[list[str], dict[str, float], float]:
+    """Return the matrices that are stored in few bits, the metric with each of them alone, and the loss with all.
+
+    Matrices are taken in the order of what they cost by number saved, as many as keep the loss of the whole program on
+    calibration data within three quarters of the budget: found by halving, so that a dozen evaluations do for a
+    thousand matrices.
+
+    Args:
+        program: in floats.
+        context: with calibration data; its work directory keeps the measurements.
+        matrices: names.
+        sizes: numbers in each.
+        few: rounds one matrix of a program to few bits, in place.
+        all_of: makes the whole program with some matrices in few bits.
+        budget: largest relative loss.
+        metric: it is measured by.
+        key: of the measurements in the work directory.
+    """
+    alone = context.score(program, list(matrices), few, metric=metric, key=key)
+    least = min(alone.values(), default=0.0)
+    order = sorted(matrices, key=lambda name: ((alone[name] - least) / sizes[name], name))
+
+    def loss(count: int) -> float:
+        return context.loss(all_of(order[:count]), program, metric=metric, judge=False)
+
+    low, high, found = 0, len(order), loss(len(order))
+    if found <= MARGIN * budget:
+        return order, alone, found
+    found = loss(0)
+    while high - low > 1:
+        middle = (low + high) // 2
+        here = loss(middle)
+        if here <= MARGIN * budget:
+            low, found = middle, here
+        else:
+            high = middle
+    return order[:low], alone, found

@@ -1,0 +1,102 @@
+"""Ranges of values on calibration data, and the steps that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.execute import interpret
+from ...ir.program import Program
+from ..carried import in_steps
+from ..streaming import states_of
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+
+@dataclass
+class Ranges:
+    """What calibration met.
+
+    Attributes:
+        of: least and largest number of each value.
+        silent: for values whose features were asked for, which of them were zero throughout.
+    """
+
+    of: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
+    silent: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+
+
+def watch(
+    program: Program, context: Context, see: Callable[[fx.Node, torch.Tensor], None], what: str
+) -> None:
+    """Show every value that a program computes on calibration data, inputs included; caches and states are carried."""
+
+    def hook(node: fx.Node, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.numel():
+            see(node, value)
+        return value
+
+    def step(given: dict[str, torch.Tensor]) -> Mapping[str, Any]:
+        for name, node in program.input_nodes.items():
+            if name in given:
+                hook(node, given[name])
+        return interpret(program, given, hook=hook)
+
+    batches, carries = context.batches(), bool(states_of(program))
+    context.progress.start(what, len(batches))
+    try:
+        for batch in batches:
+            inputs = context.bound(program, batch)
+            if carries:
+                in_steps(program, inputs, step)
+            else:
+                step(inputs)
+            context.progress.step()
+    finally:
+        context.progress.done()
+
+
+def observe(
+    program: Program, context: Context, values: list[fx.Node], features: Mapping[fx.Node, int]
+) -> Ranges:
+    """Return the ranges of values, and which features of some were never anything but zero.
+
+    Args:
+        program: not changed.
+        context: with calibration data.
+        values: to be stored in few bits.
+        features: the dimension of features of values that matrices read.
+    """
+    wanted, found = set(values), Ranges()
+
+    def see(node: fx.Node, value: torch.Tensor) -> None:
+        if node in wanted:
+            low, high = (float(v) for v in value.aminmax())
+            before = found.of.get(node, (low, high))
+            found.of[node] = (min(low, before[0]), max(high, before[1]))
+        if node in features:
+            others = [d for d in range(value.dim()) if d != features[node] % value.dim()]
+            zero = (value == 0).all(dim=others) if others else value == 0
+            found.silent[node] = found.silent[node] & zero if node in found.silent else zero
+
+    watch(program, context, see, "observing ranges")
+    for name in states_of(program):
+        # what comes back has the steps it left with, or it would be rounded anew at every token
+        pair = [program.input_nodes[name], program.outputs[f"next_{name}"]]
+        known = [found.of[node] for node in pair if node in found.of]
+        for node in pair:
+            if node in found.of:
+                found.of[node] = (min(low for low, _ in known), max(high for _, high in known))
+    return found
+
+
+def scale_of(low: float, high: float, steps: int) -> tuple[float, int]:
+    """Return what a step is worth, and the integer of zero, for a range that is made to have zero in it."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, 1e-8) / steps
+    return scale, round(-low / scale)

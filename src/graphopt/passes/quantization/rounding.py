@@ -1,0 +1,199 @@
+"""Integers for a matrix: the nearest, or fitted to what it is multiplied with (GPTQ, arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator
+from .ranges import watch
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+Key = tuple[object, ...]
+
+DAMPING = 0.01
+"""Added to the diagonal of second moments, as a share of its mean (the paper's)."""
+MEMORY = 1 << 30
+"""Bytes of second moments that are gathered in one run over the data."""
+
+
+def matrix_scales(weight: Tensor, high: int, block: int) -> Tensor:
+    """Return what a step is worth, by row or by row and block of inputs: the largest value is the largest integer.
+
+    Args:
+        weight: (outputs, ...).
+        high: largest integer.
+        block: inputs that share a scale; 0: all.
+
+    Returns:
+        (outputs,) or (outputs, blocks).
+    """
+    flat = weight.float().flatten(1)
+    if block:
+        return flat.reshape(len(flat), -1, block).abs().amax(2).clamp(min=1e-12) / high
+    return flat.abs().amax(1).clamp(min=1e-12) / high
+
+
+def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
+    """Return integers for which the product with the inputs, rather than each weight, changes least.
+
+    Column after column is rounded to the nearest step, and what that changes is made up for by the columns that are not
+    rounded yet, in the order of how much their inputs count.
+
+    Args:
+        weight: (outputs, inputs); of a grouped convolution the outputs of one group.
+        scale: (outputs,) or (outputs, blocks).
+        moments: (inputs, inputs), sum over calibration data of products of inputs.
+        high: largest integer; the range is symmetric.
+
+    Returns:
+        Of the weight's shape, int8.
+    """
+    values, steps = weight.double().clone(), _spread(scale, weight.shape[1]).double()
+    moments = moments.double().clone()
+    silent = moments.diagonal() == 0
+    moments.diagonal()[silent] = 1.0
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    values, steps, moments = values[:, order], steps[:, order], moments[order][:, order]
+    damping = DAMPING * moments.diagonal().mean()
+    while True:
+        moments.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if not int(failed):
+            break
+        damping = damping * 10
+    # the rows of this factor of the inverse say how much later columns make up
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    made = torch.empty_like(values)
+    for column in range(values.shape[1]):
+        made[:, column] = (values[:, column] / steps[:, column]).round().clamp(-high, high)
+        error = (values[:, column] - made[:, column] * steps[:, column]) / spread[column, column]
+        values[:, column:] -= error[:, None] * spread[column, column:][None]
+    whole = torch.empty_like(made)
+    whole[:, order] = made
+    return whole.to(torch.int8)
+
+
+def nearest(weight: Tensor, scale: Tensor, high: int) -> Tensor:
+    """Return the integers nearest to a weight, (outputs, inputs), int8."""
+    flat = weight.double().flatten(1)
+    return (flat / _spread(scale, flat.shape[1])).round().clamp(-high, high).to(torch.int8)
+
+
+def _spread(scale: Tensor, inputs: int) -> Tensor:
+    return (
+        scale[:, None].expand(-1, inputs)
+        if scale.dim() == 1
+        else scale.repeat_interleave(inputs // scale.shape[1], 1)
+    )
+
+
+class Moments:
+    """Second moments of what matrices are multiplied with; matrices that read one value share theirs."""
+
+    def __init__(self, program: Program, context: Context):
+        self.program, self.context = program, context
+
+    def each(self, matrices: Iterable[fx.Node]) -> Iterable[tuple[fx.Node, Tensor]]:
+        """Yield each matrix with its moments, (groups, inputs, inputs); as many at once as memory holds.
+
+        Args:
+            matrices: weights of linear operators and convolutions.
+        """
+        waves: list[dict[Key, list[fx.Node]]] = [{}]
+        held = 0
+        for matrix in matrices:
+            readers = [n for n in matrix.users if _multiplies(n, matrix)]
+            key: Key = tuple(sorted({_reading(n) for n in readers}, key=str))
+            size = _groups(readers[0]) * (matrix.meta["val"][0].numel() ** 2) * 8
+            if key not in waves[-1]:
+                if held and held + size > MEMORY:
+                    waves.append({})
+                    held = 0
+                held += size
+            waves[-1].setdefault(key, []).append(matrix)
+        for number, wave in enumerate(waves):
+            if not wave:
+                continue
+            sums: dict[Key, Tensor] = {}
+            by_node: dict[fx.Node, list[tuple[Key, fx.Node]]] = {}
+            for key, held_matrices in wave.items():
+                readers = [n for n in held_matrices[0].users if _multiplies(n, held_matrices[0])]
+                for source in {_source(n): n for n in readers}.items():
+                    by_node.setdefault(source[0], []).append((key, source[1]))
+
+            def see(
+                node: fx.Node,
+                value: Tensor,
+                into: dict[Key, Tensor] = sums,
+                asked: object = by_node,
+            ) -> None:
+                for key, reader in asked.get(node, ()):  # type: ignore[attr-defined]
+                    rows = _rows(reader, value)
+                    product = rows.transpose(1, 2) @ rows
+                    into[key] = into[key] + product if key in into else product
+
+            watch(self.program, self.context, see, f"inputs of matrices, {number + 1} of {len(waves)}")
+            for key, held_matrices in wave.items():
+                for matrix in held_matrices:
+                    if key in sums:
+                        yield matrix, sums[key]
+
+
+def _multiplies(node: fx.Node, matrix: fx.Node) -> bool:
+    return node.op == "call_function" and arguments(node).get("weight") is matrix
+
+
+def _source(node: fx.Node) -> fx.Node:
+    found: fx.Node = arguments(node)["input"]
+    return found
+
+
+def _groups(node: fx.Node) -> int:
+    return int(arguments(node).get("groups") or 1)
+
+
+def _reading(node: fx.Node) -> Key:
+    """Return what decides how a node reads its input."""
+    if is_operator(node, "aten.linear"):
+        return (_source(node).name,)
+    found = arguments(node)
+    shape = tuple(int(s) for s in found["weight"].meta["val"].shape[1:])
+    places = tuple(str(found[n]) for n in ("stride", "padding", "dilation", "groups"))
+    return (_source(node).name, shape, *places)
+
+
+def _rows(node: fx.Node, value: Tensor) -> Tensor:
+    """Return what each output is a product with, (groups, rows, inputs), float64."""
+    value = value.double()
+    if is_operator(node, "aten.linear"):
+        return value.reshape(1, -1, value.shape[-1])
+    found = arguments(node)
+    kernel = [int(s) for s in found["weight"].meta["val"].shape[2:]]
+    if value.dim() == len(kernel) + 1:
+        value = value[None]
+    dilation, stride = ([int(v) for v in found[n]] for n in ("dilation", "stride"))
+    sides = _sides(found["padding"], kernel, dilation)
+    value = torch.nn.functional.pad(value, [p for side in reversed(sides) for p in side])
+    for place, (size, apart, step) in enumerate(zip(kernel, dilation, stride, strict=True), start=2):
+        # a new last dimension for the kernel's entries
+        value = value.unfold(place, apart * (size - 1) + 1, step)[..., ::apart]
+    groups, dims = _groups(node), len(kernel)
+    value = value.reshape(len(value), groups, -1, *value.shape[2:])
+    # (batch, groups, channels, places..., kernel...) to (groups, batch, places..., channels, kernel...)
+    order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
+    moved = value.permute(order)
+    return moved.reshape(groups, -1, int(found["weight"].meta["val"][0].numel()))
+
+
+def _sides(padding: object, kernel: list[int], dilation: list[int]) -> list[tuple[int, int]]:
+    if isinstance(padding, str):
+        spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        return [(span // 2, span - span // 2) for span in spans]
+    return [(int(p), int(p)) for p in padding]  # type: ignore[attr-defined]
