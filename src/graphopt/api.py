@@ -225,7 +225,11 @@ def _lower(program: Program, to: str, path: str | os.PathLike[str], **options: A
         from .backends.onnx import lower_onnx
 
         return lower_onnx(program, path, **options)
-    raise LoweringError(f"programs are not lowered to {to!r}", hint="onnx or triton")
+    if to == "genai":
+        from .backends.genai import lower_genai
+
+        return lower_genai(program, path, **options)
+    raise LoweringError(f"programs are not lowered to {to!r}", hint="onnx, genai or triton")
 
 
 def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: Any) -> Any:

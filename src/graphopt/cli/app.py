@@ -163,7 +163,7 @@ def evaluate(
 @app.command()
 def lower(
     program: Checkpoint,
-    to: Annotated[str, typer.Option("--to", help="onnx or triton.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, genai (a folder for onnxruntime-genai), or triton.")],
     output: Output,
     opset: Annotated[
         int | None, typer.Option(help="ONNX opset: 20, 21 or 23; the target's by default, or 20.")
@@ -180,7 +180,8 @@ def lower(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Try it in the NPU's simulator (graphopt[qnn]), or in Triton's interpreter."
+            "--check",
+            help="Try it: in the NPU's simulator (graphopt[qnn]), by onnxruntime-genai, in Triton's interpreter.",
         ),
     ] = False,
     device: Annotated[

@@ -34,8 +34,8 @@ def lower_program(
     trust: bool,
 ) -> None:
     """Write a program for another runtime."""
-    if to not in ("onnx", "triton"):
-        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx or triton")
+    if to not in ("onnx", "genai", "triton"):
+        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
     fixed = _sizes(sizes)
     if to == "triton":
         if opset is not None:
@@ -46,9 +46,16 @@ def lower_program(
         return
     if device is not None:
         raise UsageError("--device is for AOTInductor packages", hint="--to triton")
+    options: dict[str, Any] = {"opset": opset, "check": check}
+    if to == "onnx":
+        options |= {"sizes": fixed, "target": target}
+    elif fixed is not None or target is not None:
+        raise UsageError(
+            "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
+        )
     program = read_program(source, trust)
     with Working(f"lowering to {to}"):
-        report = program.lower(to, output, opset=opset, sizes=fixed, target=target, check=check)
+        report = program.lower(to, output, **options)
     if as_json:
         show_json(_plain(report))
     else:

@@ -15,9 +15,11 @@ from .language import Language
 from .mask_tokens import MaskTokens
 from .medusa import Medusa, head_loss
 from .phds import PHDS
+from .r2 import RangeRegularization, penalty
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa, Draft, MaskTokens)
+    m.name: m
+    for m in (Language, DynaMoE, DuoDistil, DuoRouters, PHDS, Medusa, Draft, MaskTokens, RangeRegularization)
 }
 
 
@@ -39,5 +41,6 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS", "PHDS", "Batch", "Draft", "DuoDistil", "DuoRouters", "DynaMoE", "Language", "MaskTokens", "Medusa", "Method",
-    "Recipe", "called", "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean",
+    "RangeRegularization", "Recipe", "called",
+    "difficulty", "find_method", "head_loss", "imitation", "language_loss", "masked_mean", "penalty",
 ]  # fmt: skip

@@ -31,6 +31,7 @@ class Recipe:
             targets are computed here, random choices drawn from torch's own generator.
         trainable: tells by a parameter's name whether it is trained.
         form: the program as it is trained; None where the loop brings a module of its own.
+        prepared: gives a module what is learned beside its weights and is no part of the program.
         after: writes down in the trained program what is measured of it on some batches.
     """
 
@@ -39,6 +40,7 @@ class Recipe:
     transform: Callable[..., Batch] = lambda batch, done=0.0: batch
     trainable: Callable[[str], bool] = lambda name: True
     form: Program | None = None
+    prepared: Callable[[nn.Module], nn.Module] = lambda module: module
     after: Callable[[Program, Sequence[Batch]], Program] = lambda program, batches: program
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -47,6 +49,7 @@ class Recipe:
         Raises:
             UsageError: nothing of the module is.
         """
+        module = self.prepared(module)
         chosen = [parameter for name, parameter in module.named_parameters() if self.trainable(name)]
         if not chosen:
             raise UsageError(f"{self.name}: nothing of this program would be trained")

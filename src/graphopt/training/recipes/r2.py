@@ -1,0 +1,154 @@
+"""Weights learn to lie in narrow ranges, so that few bits can hold them (R², arXiv 2303.08253)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ir.errors import UsageError
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator
+from .base import Batch, Method, Recipe, called, language_loss
+
+HELD = "range_regularization"
+PENALTY = "range_penalty"
+_MULTIPLYING = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")
+
+
+def largest(weight: Tensor) -> Tensor:
+    """``max |w|``: the gradient is that of one weight."""
+    return weight.abs().max()
+
+
+def outside(weight: Tensor, margin: Tensor) -> Tensor:
+    """``|M| + sum of max(|w| - |M|, 0)``: weights outside a margin are drawn in, while the margin shrinks.
+
+    Args:
+        weight: of any shape.
+        margin: a learned number, for this weight alone.
+    """
+    return margin.abs() + (weight.abs() - margin.abs()).clamp(min=0).sum()
+
+
+def soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
+    """``s_max - s_min + exp(-a)``: least and largest weight, as means weighted by ``exp(a w)`` and ``exp(-a w)``.
+
+    No symmetry is asked for, which suits compression by clusters. The last term draws the temperature up, towards the true
+    range.
+
+    Args:
+        weight: of any shape.
+        temperature: a learned number, for this weight alone.
+    """
+    flat = weight.flatten()
+    high = (flat * (temperature * (flat - flat.max())).softmax(0)).sum()
+    low = (flat * (-temperature * (flat - flat.min())).softmax(0)).sum()
+    return high - low + (-temperature).exp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeRegularization(Method):
+    """Next tokens, and a penalty on the range of every matrix, for networks that will be stored in few bits.
+
+    Penalties are the paper's: ``infinity`` is the largest weight, ``margin`` what lies outside a learned margin, both for
+    symmetric steps; ``soft`` is a soft range with a learned temperature. Biases, norms and embeddings are left alone. The
+    strength is quoted from memory; margins begin at twice the standard deviation, temperatures at one tenth of what
+    tells apart the largest weight.
+    """
+
+    name = "r2"
+    paper = "arXiv 2303.08253"
+
+    form: str = option("margin", help="of the penalty", choices=("infinity", "margin", "soft"))
+    strength: float = option(0.01, help="weight of the penalty beside the loss", source="recalled", low=0)
+
+    def recipe(self, program: Program) -> Recipe:
+        """Return the recipe; a loop with a loss of its own adds ``penalty(module)`` to it.
+
+        Raises:
+            UsageError: the program multiplies with no matrix of its own.
+        """
+        names = list(matrices(program))
+        if not names:
+            raise UsageError("this program has no matrices whose range could be kept small")
+
+        def prepared(module: nn.Module) -> nn.Module:
+            if not hasattr(module, HELD):
+                regularize(module, names, self.form, self.strength)
+            return module
+
+        def loss(module: nn.Module, batch: Batch) -> Tensor:
+            found = called(module, batch)
+            penalized: Tensor = language_loss(found, batch) + found[PENALTY]
+            return penalized
+
+        return Recipe(self.name, loss, form=program, prepared=prepared)
+
+
+def matrices(program: Program) -> Iterable[str]:
+    """Yield the names of weights that linear operators and convolutions multiply with, and nothing else reads."""
+    for node in program.weight_nodes:
+        users = [u for u in node.users if u.op == "call_function"]
+        if users and all(is_operator(u, *_MULTIPLYING) and arguments(u)["weight"] is node for u in users):
+            yield program.weights[node.name].name
+
+
+def regularize(module: nn.Module, names: Iterable[str], form: str, strength: float) -> None:
+    """Give a module learned margins or temperatures, and an output ``range_penalty`` where its outputs have names.
+
+    Args:
+        module: with these weights among its parameters.
+        names: of weights.
+        form: "infinity", "margin" or "soft".
+        strength: of the penalty.
+    """
+    held = dict(module.named_parameters(remove_duplicate=False))
+    learned = nn.ParameterList()
+    for name in names if form != "infinity" else ():
+        weight = held[name].detach().float()
+        begin = 2 * weight.std() if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
+        learned.append(nn.Parameter(begin.clone()))
+    module.add_module(HELD, learned)
+    chosen = list(names)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        # inside forward, so that processes that share gradients see what it depends on
+        return (
+            {**output, PENALTY: _penalty(module, chosen, form, strength)}
+            if isinstance(output, dict)
+            else output
+        )
+
+    module.register_forward_hook(hook)
+    object.__setattr__(module, "range_penalty", lambda: _penalty(module, chosen, form, strength))
+
+
+def penalty(module: nn.Module) -> Tensor:
+    """Return the penalty of a module that went through a recipe's ``prepare``, for a loop with a loss of its own.
+
+    Raises:
+        UsageError: it did not.
+    """
+    found = getattr(module, "range_penalty", None)
+    if found is None:
+        raise UsageError(
+            "this module has no penalty on ranges", hint="RangeRegularization().recipe(program).module()"
+        )
+    made: Tensor = found()
+    return made
+
+
+def _penalty(module: nn.Module, names: list[str], form: str, strength: float) -> Tensor:
+    held = dict(module.named_parameters(remove_duplicate=False))
+    learned = list(module.get_submodule(HELD).parameters())
+    if form == "infinity":
+        parts = [largest(held[name].float()) for name in names]
+    else:
+        each = outside if form == "margin" else soft_range
+        parts = [each(held[name].float(), own) for name, own in zip(names, learned, strict=True)]
+    return strength * torch.stack(parts).sum()
