@@ -13,7 +13,7 @@ import zoo
 from torch import nn
 
 from graphopt.backends import onnx as lowering
-from graphopt.backends import onnx_check, onnx_cleanup
+from graphopt.backends import onnx_check, onnx_cleanup, onnx_model
 from graphopt.backends.onnx import OPSETS, lower_onnx
 from graphopt.backends.onnx_sizes import static_sizes, with_sizes
 from graphopt.frontends.torch_module import capture_module
@@ -458,7 +458,7 @@ def test_a_failure_leaves_what_was_there(
 
     expected: type[BaseException] = KeyboardInterrupt if failure == "interrupt" else LoweringError
     if failure == "check":
-        monkeypatch.setattr(lowering, "check_file", fail)
+        monkeypatch.setattr(onnx_model, "check_file", fail)
     elif failure == "move":
         real = lowering.os.replace
 
@@ -470,7 +470,7 @@ def test_a_failure_leaves_what_was_there(
 
         monkeypatch.setattr(lowering.os, "replace", replace)
     else:
-        monkeypatch.setattr(lowering, "compare_with_runtime", fail)
+        monkeypatch.setattr(onnx_model, "compare_with_runtime", fail)
     with pytest.raises(expected):
         lower_onnx(text_program("llama"), path, external_data=True, sizes=STATIC)
     assert _files(tmp_path) == before
@@ -488,7 +488,7 @@ def test_an_older_file_is_replaced_on_success(tmp_path: Path) -> None:
 
 def test_a_difference_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure: a file with other weights than the program's passes for compared."""
-    real = lowering.build_graph
+    real = onnx_model.build_graph
 
     def changed(program: Program, opset: int) -> Any:
         graph = real(program, opset)
@@ -500,7 +500,7 @@ def test_a_difference_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         held.const_value = onnx_ir.tensor(array, name=held.name)
         return graph
 
-    monkeypatch.setattr(lowering, "build_graph", changed)
+    monkeypatch.setattr(onnx_model, "build_graph", changed)
     with pytest.raises(LoweringError, match=r"logits: \d\.\d+e-0\d on inputs of batch 1, sequence 8"):
         lower_onnx(text_program("llama"), tmp_path / "a.onnx", sizes=STATIC)
     assert list(tmp_path.iterdir()) == []

@@ -104,7 +104,13 @@ def test_what_is_trained_moves_and_nothing_else_does(recipe: str, options: str, 
 
 def test_every_recipe_is_tested_and_described() -> None:
     # the others stand in test_multi_token.py, test_attached_draft.py, test_mask_tokens.py and test_r2.py
-    tested = {text.partition("{")[0] for text, _, _ in RECIPES} | {"phds", "medusa", "draft", "mask-tokens", "r2"}
+    tested = {text.partition("{")[0] for text, _, _ in RECIPES} | {
+        "phds",
+        "medusa",
+        "draft",
+        "mask-tokens",
+        "r2",
+    }
     assert tested == set(METHODS)
     for method in METHODS.values():
         assert (method.__doc__ or "").strip()

@@ -16,7 +16,8 @@ from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
 from ..ir.schema import argument, is_operator
-from .onnx import OnnxReport, lower_onnx
+from .onnx import lower_onnx
+from .onnx_model import OnnxReport
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -81,7 +82,7 @@ def lower_genai(
     installed = find_spec("onnxruntime_genai") is not None
     if check and not installed:
         raise LoweringError(
-            "the check generates with onnxruntime-genai", hint="pip install onnxruntime-genai"
+            "the check generates with onnxruntime-genai", hint='pip install "graphopt[genai]"'
         )
     config = genai_config(program)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
@@ -126,9 +127,14 @@ def genai_config(program: Program) -> dict[str, Any]:
             f"onnxruntime-genai has nothing to give for {more}", hint="freeze-dial fixes a dial"
         )
     heads, size = next(iter(shapes))
-    queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     vocabulary = int(program.outputs[cache["logits"]].meta["val"].shape[-1])
     config = _configuration(program)
+    ends = config.get("eos_token_id")
+    # what a vocabulary was cut down to may not have them any more
+    ends = [
+        int(e) for e in (ends if isinstance(ends, list) else [ends]) if e is not None and 0 <= e < vocabulary
+    ]
+    queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
     given = cache["limit"] or config.get("max_position_embeddings") or LONGEST
     fixed = cache["capacity"] if isinstance(cache["capacity"], int) else None
@@ -153,9 +159,9 @@ def genai_config(program: Program) -> dict[str, Any]:
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": _first(config.get("bos_token_id"), 0),
-            "eos_token_id": config.get("eos_token_id") if config.get("eos_token_id") is not None else 0,
-            "pad_token_id": _first(config.get("pad_token_id"), _first(config.get("eos_token_id"), 0)),
+            "bos_token_id": _within(config.get("bos_token_id"), vocabulary),
+            "eos_token_id": ends,
+            "pad_token_id": _within(config.get("pad_token_id"), vocabulary, ends[0] if ends else 0),
             "context_length": int(fixed or given),
             "vocab_size": vocabulary,
             "decoder": decoder,
@@ -180,10 +186,8 @@ def _configuration(program: Program) -> dict[str, Any]:
     return config
 
 
-def _first(value: Any, otherwise: int) -> int:
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return otherwise if value is None else int(value)
+def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
+    return int(token) if isinstance(token, int) and 0 <= token < vocabulary else otherwise
 
 
 def _compare(program: Program, folder: Path) -> int:

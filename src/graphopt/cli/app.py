@@ -169,7 +169,12 @@ def lower(
         int | None, typer.Option(help="ONNX opset: 20, 21 or 23; the target's by default, or 20.")
     ] = None,
     sizes: Annotated[
-        str | None, typer.Option("--sizes", "--shape", help="Fix sizes: batch=1,sequence=128.")
+        list[str] | None,
+        typer.Option(
+            "--sizes",
+            "--shape",
+            help="Fix sizes: batch=1,sequence=128. Given several times: a graph for each.",
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -190,13 +195,17 @@ def lower(
             help="Where an AOTInductor package is made, cuda or cpu; by default on a GPU that is there."
         ),
     ] = None,
+    part_bytes: Annotated[
+        int | None,
+        typer.Option(help="Cut the graph into parts whose weights take at most so many bytes.", min=1),
+    ] = None,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Write a program for another runtime and compare it there."""
-    from .leaving import lower_program
+    from .lowering import lower_program
 
-    lower_program(program, to, output, opset, sizes, target, check, device, as_json, trust)
+    lower_program(program, to, output, opset, sizes, target, check, device, part_bytes, as_json, trust)
 
 
 @app.command()

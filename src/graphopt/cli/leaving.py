@@ -1,4 +1,4 @@
-"""``graphopt lower``, ``export`` and ``run``: programs that leave, and one forward."""
+"""``graphopt export`` and ``run``: programs that leave, and one forward."""
 
 from __future__ import annotations
 
@@ -15,113 +15,15 @@ from ..ir.errors import LoweringError, UsageError
 from ..ir.groups import rank
 from ..ir.infer import describe_value
 from ..passes.attach_multi_token_heads import write_heads
-from .output import note, show_json, table, text
+from .output import note, show_json, text
 from .progress import Working, Written
 from .sources import read_program
 from .verifying import rounding
 
 
-def lower_program(
-    source: str,
-    to: str,
-    output: str,
-    opset: int | None,
-    sizes: str | None,
-    target: str | None,
-    check: bool,
-    device: str | None,
-    as_json: bool,
-    trust: bool,
-) -> None:
-    """Write a program for another runtime."""
-    if to not in ("onnx", "genai", "triton"):
-        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
-    fixed = _sizes(sizes)
-    if to == "triton":
-        if opset is not None:
-            raise UsageError("--opset is ONNX's", hint="--to onnx")
-        if device not in (None, "cpu", "cuda"):
-            raise UsageError(f"--device is cpu or cuda, not {device!r}")
-        _lower_triton(source, output, fixed, target, check, device, as_json, trust)
-        return
-    if device is not None:
-        raise UsageError("--device is for AOTInductor packages", hint="--to triton")
-    options: dict[str, Any] = {"opset": opset, "check": check}
-    if to == "onnx":
-        options |= {"sizes": fixed, "target": target}
-    elif fixed is not None or target is not None:
-        raise UsageError(
-            "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
-        )
-    program = read_program(source, trust)
-    with Working(f"lowering to {to}"):
-        report = program.lower(to, output, **options)
-    if as_json:
-        show_json(_plain(report))
-    else:
-        text(str(report) if not dataclasses.is_dataclass(report) else _lines(report))
-
-
-def _lower_triton(
-    source: str,
-    output: str,
-    sizes: dict[str, int] | None,
-    target: str | None,
-    check: bool,
-    device: str | None,
-    as_json: bool,
-    trust: bool,
-) -> None:
-    from ..backends.triton import as_json as plain
-
-    program = read_program(source, trust)
-    options: dict[str, Any] = {"sizes": sizes, "check": check, "device": device}
-    if target is not None:
-        options["architectures"] = tuple(name.strip() for name in target.split(","))
-    with Working("compiling kernels"):
-        report = program.lower("triton", output, **options)
-    if as_json:
-        show_json({"path": output, **plain(report)})
-        return
-    table(
-        "",
-        ("operator", "kernel", "for", "nodes", "registers", "spilled", "shared", "warps"),
-        [
-            (k.operator, k.kernel, k.architecture, k.nodes, k.registers, k.spilled, f"{k.shared:,}", k.warps)
-            for k in report.kernels
-        ],
-    )
-    sizes_text = ", ".join(f"{name} {size}" for name, size in report.sizes.items()) or "fixed sizes"
-    text(f"compiled for {sizes_text}: {report.path}/kernels")
-    for node, reason in report.without.items():
-        text(f"without a kernel: {node}: {reason}")
-    if report.compared:
-        worst = max(report.compared, key=lambda name: report.compared[name])
-        text(f"interpreter against references: largest error {report.compared[worst]:.2g} ({worst})")
-    if report.package is not None:
-        text(f"package: {report.package}, largest error {max(report.errors.values(), default=0.0):.2g}")
-    else:
-        text("no package: there is no GPU here; --device cpu makes one for this machine")
-
-
-def _sizes(given: str | None) -> dict[str, int] | None:
-    if given is None:
-        return None
-    sizes = {}
-    for part in given.split(","):
-        name, _, value = part.partition("=")
-        if not value.strip().isdigit() or not name.strip():
-            raise UsageError(f"--sizes is name=number, separated by commas, not {given!r}")
-        sizes[name.strip()] = int(value)
-    return sizes
-
-
-def _plain(report: Any) -> Any:
+def plain(report: Any) -> Any:
+    """Return a report as plain data."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(report).items()}
-
-
-def _lines(report: Any) -> str:
-    return "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in _plain(report).items())
 
 
 def export_program(source: str, to: str, output: str, as_json: bool, trust: bool) -> None:

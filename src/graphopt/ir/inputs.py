@@ -71,12 +71,14 @@ def remove_input(program: Program, name: str) -> None:
     program.changed()
 
 
-def lower_limit(program: Program, size: str, low: int) -> None:
-    """Let a size be as small as ``low``."""
+def limit_size(program: Program, size: str, low: int, high: int | None = None) -> None:
+    """Let a size be as small as ``low``, and no larger than ``high`` if that is given."""
     signature = program.signature
     known = signature.sizes[size]
+    most = known.high if high is None else min(high, known.high or high)
+    hint = known.hint if most is None else min(known.hint, most)
     program.signature = replace(
-        signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), known.high, known.hint)}
+        signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), most, hint)}
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import ContractError, VerificationError
-from ..ir.inputs import add_input, lower_limit, remove_input
+from ..ir.inputs import add_input, limit_size, remove_input
 from ..ir.option import option
 from ..ir.placement import placements
 from ..ir.placement_types import WHOLE, Placement, Shard
@@ -168,7 +168,7 @@ class InsertKVCache(Pass):
             if left and not value._erased and not decoder.follows_positions(value):
                 self._token_wise(program, decoder, tables, value, left, positions, first)
         _drop_masks(program, decoder)
-        lower_limit(program, program.symbols[decoder.sequence], 1)
+        limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
         program.facts["kv_cache"] = {
             "capacity": self.max_length if self.max_length is not None else "capacity",
             "layers": len(pairs), "tree": self.tree, "tokens": decoder.tokens.meta["input"],

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.errors import ContractError
 from ..ir.fold import depends_on_weights_alone
-from ..ir.inputs import add_input, lower_limit
+from ..ir.inputs import add_input, limit_size
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.report import PassReport
@@ -135,7 +135,7 @@ class StreamConvolutions(Pass):
             with program.edit.after(joined):
                 following = program.edit.call(aten.slice.Tensor, joined, axis, -frames)
             program.add_output(f"next_state_{number}", following)
-        lower_limit(program, time, 1)
+        limit_size(program, time, 1)
         program.facts["time"] = time
         program.facts.setdefault("unwritable", "a streaming program has states, which no checkpoint holds")
 

@@ -1,0 +1,140 @@
+"""``graphopt lower``: programs for other runtimes, and what was written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backends.genai import GenaiReport
+from ..backends.onnx_model import OnnxReport
+from ..ir.errors import UsageError
+from .leaving import plain
+from .output import show_json, table, text
+from .progress import Working
+from .sources import read_program
+
+
+def lower_program(
+    source: str,
+    to: str,
+    output: str,
+    opset: int | None,
+    sizes: list[str] | None,
+    target: str | None,
+    check: bool,
+    device: str | None,
+    part_bytes: int | None,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Write a program for another runtime."""
+    if to not in ("onnx", "genai", "triton"):
+        raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
+    fixed = [_sizes(given) for given in sizes or ()]
+    if to != "onnx" and part_bytes is not None:
+        raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
+    if to != "triton" and device is not None:
+        raise UsageError("--device is for AOTInductor packages", hint="--to triton")
+    if to == "triton":
+        if opset is not None:
+            raise UsageError("--opset is ONNX's", hint="--to onnx")
+        if len(fixed) > 1:
+            raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
+        if device not in (None, "cpu", "cuda"):
+            raise UsageError(f"--device is cpu or cuda, not {device!r}")
+        _lower_triton(source, output, fixed[0] if fixed else None, target, check, device, as_json, trust)
+        return
+    options: dict[str, Any] = {"opset": opset, "check": check}
+    if to == "onnx":
+        shape: Any = None if not fixed else fixed[0] if len(fixed) == 1 else fixed
+        options |= {"sizes": shape, "target": target, "part_bytes": part_bytes}
+    elif fixed or target is not None:
+        raise UsageError(
+            "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
+        )
+    program = read_program(source, trust)
+    with Working(f"lowering to {to}"):
+        report = program.lower(to, output, **options)
+    if as_json:
+        show_json(plain(report))
+    elif isinstance(report, GenaiReport):
+        _show([report.model], report.files)
+        told = "not compared: onnxruntime-genai is not installed"
+        if report.compared is not None:
+            told = f"onnxruntime-genai generated {report.compared} tokens, each one that the program takes for likeliest"
+        text(told)
+    else:
+        _show([report, *report.others], report.files)
+
+
+def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
+    rows = []
+    for report in reports:
+        shapes = "; ".join(f"{n} {'x'.join(map(str, s))}" for n, s in list(report.inputs.items())[:3])
+        more = len(report.inputs) - 3
+        worst = f"{max(report.errors.values()):.2g}" if report.errors else "not compared"
+        rows.append(
+            (report.path.name, sum(report.nodes.values()), f"{report.initialiser_bytes:,}", worst,
+             shapes + (f" and {more} more" if more > 0 else ""))
+        )  # fmt: skip
+    table("", ("file", "nodes", "bytes of weights", "largest error", "inputs"), rows)
+    for report in reports:
+        told = report.checked
+        if told is not None:
+            text(
+                f"{report.path.name}: compiled and simulated for {told.target}, {told.nodes} nodes and none elsewhere; "
+                f"{min(told.against_runtime.values()):.1f} dB to ONNX Runtime, "
+                f"{min(told.against_float.values()):.1f} dB to the program in floats"
+            )
+    text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
+
+
+def _lower_triton(
+    source: str,
+    output: str,
+    sizes: dict[str, int] | None,
+    target: str | None,
+    check: bool,
+    device: str | None,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    from ..backends.triton import as_json as plain
+
+    program = read_program(source, trust)
+    options: dict[str, Any] = {"sizes": sizes, "check": check, "device": device}
+    if target is not None:
+        options["architectures"] = tuple(name.strip() for name in target.split(","))
+    with Working("compiling kernels"):
+        report = program.lower("triton", output, **options)
+    if as_json:
+        show_json({"path": output, **plain(report)})
+        return
+    table(
+        "",
+        ("operator", "kernel", "for", "nodes", "registers", "spilled", "shared", "warps"),
+        [
+            (k.operator, k.kernel, k.architecture, k.nodes, k.registers, k.spilled, f"{k.shared:,}", k.warps)
+            for k in report.kernels
+        ],
+    )
+    sizes_text = ", ".join(f"{name} {size}" for name, size in report.sizes.items()) or "fixed sizes"
+    text(f"compiled for {sizes_text}: {report.path}/kernels")
+    for node, reason in report.without.items():
+        text(f"without a kernel: {node}: {reason}")
+    if report.compared:
+        worst = max(report.compared, key=lambda name: report.compared[name])
+        text(f"interpreter against references: largest error {report.compared[worst]:.2g} ({worst})")
+    if report.package is not None:
+        text(f"package: {report.package}, largest error {max(report.errors.values(), default=0.0):.2g}")
+    else:
+        text("no package: there is no GPU here; --device cpu makes one for this machine")
+
+
+def _sizes(given: str) -> dict[str, int]:
+    sizes = {}
+    for part in given.split(","):
+        name, _, value = part.partition("=")
+        if not value.strip().isdigit() or not name.strip():
+            raise UsageError(f"--sizes is name=number, separated by commas, not {given!r}")
+        sizes[name.strip()] = int(value)
+    return sizes
