@@ -28,6 +28,7 @@ from graphopt.ir.examples import example_inputs
 from graphopt.ir.execute import run
 from graphopt.ir.program import Program
 
+NPU = "qnn-htp-v75"
 SHAPES = [{"batch": 1, "sequence": 6}, {"batch": 1, "sequence": 1}]
 
 

@@ -23,6 +23,7 @@ from graphopt.ir.errors import ContractError, LoweringError, PipelineError
 from graphopt.ir.execute import run
 from graphopt.ir.operators.quantize import INTEGERS
 from graphopt.ir.program import Program
+from graphopt.passes.manager import run_totals
 from graphopt.passes.plan import Plan
 
 NPU = "qnn-htp-v75"
@@ -122,6 +123,10 @@ def test_more_bits_are_nearer(bits: int, least: float, net: Program) -> None:
     assert torch.equal(without_rounding(done)(**data[-1]), expected), (
         "something else than rounding was changed"
     )
+    cost, before = run_totals(done), run_totals(net)
+    assert cost["parameter_bytes"] < 0.27 * before["parameter_bytes"] + 100, "weights are counted as floats"
+    assert cost["flops"] == before["flops"], "rounding is counted as work"
+    assert cost["bytes"] < 0.6 * before["bytes"]
     assert done.facts["quantized"]["kind"] == f"w8a{bits}"
     assert "quantize" in str(done.report)
 

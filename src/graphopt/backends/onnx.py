@@ -21,7 +21,7 @@ from ..ir.targets import FLOAT, find_target
 from .onnx_files import share_weights
 from .onnx_model import OnnxReport, Writing, write_models
 from .onnx_sizes import fixed_sizes, uses_bfloat16
-from .onnx_target import require_fixed
+from .onnx_target import compile_buckets, require_fixed
 from .qnn.run import require as require_compiler
 
 OPSETS = (20, 21, 23)
@@ -122,6 +122,7 @@ def lower_onnx(
     writing = Writing(
         opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data, device=device,
         kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance, part_bytes=part_bytes,
+        alone=len(buckets) == 1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
         if not folder:
@@ -136,11 +137,19 @@ def lower_onnx(
             reports += write_models(program, draft / f"model{label}.onnx", each, writing)
         if len(buckets) > 1:
             share_weights(draft)
+            if check and device is not None:
+                made = compile_buckets([r.path for r in reports], device)
+                reports = [_with_context(r, made) for r in reports]
         files = tuple(place / f.name for f in sorted(draft.iterdir()))
         report = _finished(reports, place, files, started)
         (draft / "report.json").write_text(json.dumps(asdict(report), default=str, indent=1) + "\n")
         os.replace(draft, place)
     return report
+
+
+def _with_context(report: OnnxReport, files: tuple[Path, ...]) -> OnnxReport:
+    checked = report.checked
+    return report if checked is None else replace(report, checked=replace(checked, context=files))
 
 
 def _finished(

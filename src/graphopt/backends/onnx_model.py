@@ -60,6 +60,7 @@ class Writing:
     widen: bool
     tolerance: float | None
     part_bytes: int | None
+    alone: bool
 
 
 def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: Writing) -> list[OnnxReport]:
@@ -124,7 +125,8 @@ def _write_model(
     errors = compare_with_runtime(path, reference, cases, how.tolerance) if how.compare else {}
     checked = None
     if how.check and how.device is not None:
-        context = path.with_name(f"{path.stem}_ctx.onnx")
+        # several graphs are compiled into one binary when all of them are there
+        context = path.with_name(f"{path.stem}_ctx.onnx") if how.alone else None
         checked = check_on_target(path, reference, cases, how.device, how.kind, context)
     return OnnxReport(
         path=path,

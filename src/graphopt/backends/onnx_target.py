@@ -16,7 +16,7 @@ from ..ir.targets import FLOAT, Target
 from .onnx_compare import Case, counted
 from .onnx_quantized import DEQUANTIZE, QUANTIZE, without_rounding
 from .qnn.measures import reference, signal_to_noise
-from .qnn.run import simulate
+from .qnn.run import compile_together, simulate
 
 LEAST = {FLOAT: 25.0, "w8a8": 20.0, "w8a16": 35.0, "w4a8": 20.0, "w4a16": 35.0}
 """Decibels that a simulator must reach against ONNX Runtime on the same file: below, something is wrong, not rounded."""
@@ -104,7 +104,7 @@ def _origin(node: Any, places: Mapping[str, Any]) -> Any:
 
 
 def check_on_target(
-    path: Path, program: Program, cases: Sequence[Case], target: Target, kind: str, context: Path
+    path: Path, program: Program, cases: Sequence[Case], target: Target, kind: str, context: Path | None
 ) -> TargetReport:
     """Compile a file strictly, simulate it, and compare.
 
@@ -114,7 +114,7 @@ def check_on_target(
         cases: inputs.
         target: the device.
         kind: the type that it computes in.
-        context: where the compiled context goes.
+        context: where the compiled context goes; nowhere if None.
 
     Raises:
         LoweringError: a node is left on the CPU, the compiler refuses, crashes or hangs, or the simulator computes
@@ -153,7 +153,7 @@ def check_on_target(
             f"{LEAST[kind]:.0f} dB are asked for",
             hint="it computes an operator wrongly; python -m graphopt.backends.qnn.sweep tries them one by one",
         )
-    files = tuple(sorted(context.parent.glob(f"{context.stem}*")))
+    files = () if context is None else tuple(sorted(context.parent.glob(f"{context.stem}*")))
     return TargetReport(
         target.name, found.wheel, sum(found.nodes.values()), found.compile_seconds, found.simulate_seconds, runtime,
         floating, files,
@@ -165,3 +165,15 @@ def _taken(path: Path) -> set[str]:
 
     model = onnx.load(str(path), load_external_data=False)
     return {value.name for value in model.graph.input}
+
+
+def compile_buckets(paths: Sequence[Path], target: Target) -> tuple[Path, ...]:
+    """Compile graphs that share weights into one binary, and return its files.
+
+    Raises:
+        LoweringError: the compiler refuses, crashes or hangs.
+    """
+    files, error = compile_together(paths, soc=target.soc, arch=target.arch)
+    if error:
+        raise LoweringError(f"{target.name}'s compiler, given all graphs together: {error}")
+    return tuple(files)

@@ -18,6 +18,47 @@ from typing import Any
 PROVIDER = "QNNExecutionProvider"
 
 
+def _options(request: dict[str, Any], context: Path | None) -> Any:
+    """Return a session's options: this device, strictly, and where the compiled context goes."""
+    import onnxruntime
+    import onnxruntime_qnn
+
+    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == PROVIDER]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    strict = "1" if request["strict"] else "0"
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", strict)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if context is not None:
+        options.add_session_config_entry("ep.context_enable", "1")
+        options.add_session_config_entry("ep.context_file_path", str(context))
+        options.add_session_config_entry("ep.context_embed_mode", "0")
+    settings = {
+        "backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(request["soc"]),
+        "htp_arch": str(request["arch"]),
+    }  # fmt: skip
+    options.add_provider_for_devices(devices, settings)
+    return options
+
+
+def together(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile several graphs into one binary, in which weights that they share stand once."""
+    import onnxruntime
+
+    folder, models = Path(request["folder"]), [Path(m) for m in request["together"]]
+    began, sessions = time.perf_counter(), []
+    for model in models:
+        options = _options(request, folder / f"{model.stem}_ctx.onnx")
+        options.add_session_config_entry("ep.share_ep_contexts", "1")
+        if model == models[-1]:
+            options.add_session_config_entry("ep.stop_share_ep_contexts", "1")
+        try:
+            sessions.append(onnxruntime.InferenceSession(str(model), options))
+        except Exception as error:
+            return {"error": f"{model.name}: {str(error).strip()}"}
+    return {"compile_seconds": time.perf_counter() - began}
+
+
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """Compile, and run the simulator on each set of inputs."""
     import numpy
@@ -27,21 +68,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"wheel": _version("onnxruntime-qnn"), "runtime": onnxruntime.__version__}
     folder = Path(request["folder"])
     onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
-    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == PROVIDER]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    strict = "1" if request["strict"] else "0"
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", strict)
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if request.get("context"):
-        options.add_session_config_entry("ep.context_enable", "1")
-        options.add_session_config_entry("ep.context_file_path", str(folder / request["context"]))
-        options.add_session_config_entry("ep.context_embed_mode", "0")
-    settings = {
-        "backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(request["soc"]),
-        "htp_arch": str(request["arch"]),
-    }  # fmt: skip
-    options.add_provider_for_devices(devices, settings)
+    if "together" in request:
+        return {**found, **together(request)}
+    options = _options(request, folder / request["context"] if request.get("context") else None)
     began = time.perf_counter()
     try:
         session = onnxruntime.InferenceSession(request["model"], options)

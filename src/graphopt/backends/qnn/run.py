@@ -119,6 +119,41 @@ def simulate(
         )  # fmt: skip
 
 
+def compile_together(
+    models: Sequence[Path], *, soc: int, arch: int, timeout: float = TIMEOUT
+) -> tuple[list[Path], str]:
+    """Compile graphs into one binary beside them, which holds once the weights that they share.
+
+    Args:
+        models: in one folder.
+        soc: as :func:`simulate` takes it.
+        arch: likewise.
+        timeout: seconds.
+
+    Returns:
+        The files, and what went wrong, which is empty if nothing did.
+    """
+    require()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        request = {
+            "together": [str(m) for m in models], "folder": name, "soc": soc, "arch": arch, "strict": True,
+        }  # fmt: skip
+        (folder / "request.json").write_text(json.dumps(request))
+        message = _ended(folder, timeout)
+        place = folder / "result.json"
+        if not place.is_file():
+            return [], message
+        found = json.loads(place.read_text())
+        if "error" in found:
+            return [], str(found["error"])
+        made = []
+        for file in sorted(f for f in folder.iterdir() if "_ctx" in f.name):
+            made.append(models[0].parent / file.name)
+            os.replace(_moved(file, models[0].parent), made[-1])
+        return made, ""
+
+
 def _moved(file: Path, folder: Path) -> Path:
     """Bring a file to the file system of a folder, so that putting it in place is one step."""
     import shutil

@@ -47,6 +47,7 @@ class Operand:
         dtype: element type.
         weight: known before the program runs: a weight, a value folded from weights, or a view of one.
         stored: elements in memory where an expanded view shows them more than once; None for all of them.
+        bits: of an element as it is stored, where that is fewer than its type has; None otherwise.
         position: index among the call's operands; -1 outside of a call.
     """
 
@@ -54,6 +55,7 @@ class Operand:
     dtype: torch.dtype
     weight: bool = False
     stored: Size | None = None
+    bits: int | None = None
     position: int = -1
 
     @property
@@ -69,7 +71,13 @@ class Operand:
     @property
     def bytes(self) -> Size:
         """Bytes of all elements."""
-        return self.numel * self.dtype.itemsize
+        return self.bytes_of(self.numel)
+
+    def bytes_of(self, elements: Size) -> Size:
+        """Bytes of so many elements."""
+        if self.bits is None or self.bits % 8 == 0:
+            return elements * (self.dtype.itemsize if self.bits is None else self.bits // 8)
+        return half(elements * (self.bits // 4))
 
     def at(self, number: Callable[[Size], int]) -> Operand:
         """Return the operand with numbers for sizes."""
@@ -168,7 +176,7 @@ def moved(call: Call, flops: Size = 0, read: Mapping[str, Size] | None = None) -
     for operand in call.inputs:
         elements = partly.get(operand.position, operand.distinct)
         if operand.weight:
-            weights = weights + elements * operand.dtype.itemsize
+            weights = weights + operand.bytes_of(elements)
         else:
-            others = others + elements * operand.dtype.itemsize
+            others = others + operand.bytes_of(elements)
     return Work(flops, weights, others)

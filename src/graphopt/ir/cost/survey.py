@@ -94,6 +94,21 @@ def survey(program: Program) -> Survey:
     return found
 
 
+_ROUNDINGS = ("graphopt.fake_quantize", "graphopt.fake_quantize_channels")
+
+
+def _stored_bits(node: fx.Node) -> int | None:
+    """Return in how many bits an element of a value is stored, where a rounding says so."""
+    rounding = node if node.op == "call_function" and operator_name(node.target) in _ROUNDINGS else None
+    if rounding is None and node.op == "call_function" and node.users:
+        users = list(node.users)
+        if all(u.op == "call_function" and operator_name(u.target) in _ROUNDINGS for u in users):
+            rounding = users[0]
+    if rounding is None:
+        return None
+    return int("".join(c for c in str(arguments(rounding)["dtype"]) if c.isdigit()))
+
+
 class _Surveyor:
     def __init__(self, program: Program):
         self.program = program
@@ -113,11 +128,17 @@ class _Surveyor:
             return
         constant = node in found.constant
         operands = self.read(node.meta.get("val"), constant)
+        bits = _stored_bits(node)
+        if bits is not None:
+            operands = tuple(replace(operand, bits=bits) for operand in operands)
         found.base[node] = node
         if node.op == "call_function" and operands:
             name = operator_name(node.target)
             source = next((n for n in node.all_input_nodes if found.operands.get(n)), None)
-            if name in VIEWS and source is not None and not self.copies(name, source):
+            if name in _ROUNDINGS and source is not None:
+                # how a value is stored is no work of its own
+                found.base[node] = found.base[source]
+            elif name in VIEWS and source is not None and not self.copies(name, source):
                 found.base[node] = found.base[source]
                 operands = operands if constant else self.viewed(name, source, operands)
             elif not constant:
@@ -134,8 +155,11 @@ class _Surveyor:
         if name in _REPEATS and stored is None and whole.shape != results[0].shape:
             stored = whole.numel
         if stored is not None and name in _PARTS:
-            return tuple(replace(r, weight=whole.weight, stored=minimum(stored, r.numel)) for r in results)
-        return tuple(replace(result, weight=whole.weight, stored=stored) for result in results)
+            return tuple(
+                replace(r, weight=whole.weight, stored=minimum(stored, r.numel), bits=whole.bits)
+                for r in results
+            )
+        return tuple(replace(r, weight=whole.weight, stored=stored, bits=whole.bits) for r in results)
 
     def read(self, value: Any, weight: bool) -> tuple[Operand, ...]:
         if isinstance(value, torch.Tensor):

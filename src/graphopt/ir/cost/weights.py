@@ -36,7 +36,7 @@ def count_weights(program: Program) -> WeightCount:
     What depends on weights alone is folded first: a rank that reads a slice of a matrix holds the slice.
     Weights that nothing reads are not counted.
     """
-    base = survey(program).base
+    base, operands = survey(program).base, survey(program).operands
     constant = depends_on_weights_alone(program)
     trained: dict[fx.Node, bool] = {}
     counted: set[fx.Node] = set()
@@ -57,8 +57,9 @@ def count_weights(program: Program) -> WeightCount:
         if whole in counted:
             continue
         counted.add(whole)
-        total += numel * value.dtype.itemsize
+        size = int(operands[node][0].bytes)
+        total += size
         if trained[node]:
             parameters += numel
-            parameter_bytes += numel * value.dtype.itemsize
+            parameter_bytes += size
     return WeightCount(parameters, parameter_bytes, total)
