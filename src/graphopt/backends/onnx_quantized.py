@@ -205,5 +205,6 @@ def require_quantized(model: Any, expected: int) -> None:
         more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
         raise LoweringError(
             f"nobody said how these values are stored: {', '.join(bare[:8])}{more}",
-            hint="they appear when an operator is written as several; fit-target takes such operators apart beforehand",
+            hint="they appear where one operator is written as several: opset=23 has attention and norms as one each, "
+            "and fit-target takes others apart beforehand",
         )
