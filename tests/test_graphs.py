@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphopt
-from graphopt.backends import genai, onnx_model
+from graphopt.backends import genai, genai_folder, onnx_model
 from graphopt.backends.onnx_files import share_weights
 from graphopt.backends.onnx_parts import cut_points, in_parts
 from graphopt.backends.onnx_sizes import fixed_sizes, with_sizes
@@ -87,8 +87,8 @@ def test_other_values_in_a_shared_file_are_noticed(
     assert share_weights(tmp_path / "empty") == 0
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.integers(2, 5), st.booleans(), st.floats(0.1, 1.2), st.integers(0, 100))
+@settings(max_examples=4, deadline=None)
+@given(st.integers(2, 4), st.booleans(), st.floats(0.1, 1.2), st.integers(0, 100))
 def test_parts_one_after_another_are_the_program(
     layers: int, quantized: bool, share: float, seed: int
 ) -> None:
@@ -200,9 +200,48 @@ def test_onnxruntime_genai_generates_what_the_program_does(
 
 
 @installed
+@pytest.mark.parametrize("share", [None, 0.7])
+def test_a_prompts_graph_and_a_steps_are_stages_of_genai(
+    share: float | None, cached: Program, tmp_path: Path
+) -> None:
+    """For a device too, where a host computes masks, and in parts; tried here on the CPU, with prompts in pieces."""
+    import onnxruntime_genai
+
+    fitted = graphopt.optimize(cached, "fit-target")
+    total = sum(w.bytes for w in fitted.weights.values())
+    part = None if share is None else int(share * total)
+    report = fitted.lower("onnx", tmp_path / "out", sizes=SHAPES, target=NPU, part_bytes=part)
+    said = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert said["type"] == "decoder-pipeline"
+    stages = {next(iter(s)): next(iter(s.values())) for s in said["decoder"]["pipeline"]}
+    assert len(stages) == len([report, *report.others]) + 2
+    assert all(("session_options" in s) != n.endswith("_host") for n, s in stages.items()), (
+        "a host's graph is on the device"
+    )
+    for stage in said["decoder"]["pipeline"]:
+        next(iter(stage.values())).pop("session_options", None)
+    whole = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    (tmp_path / "out" / "genai_config.json").write_text(json.dumps(whole | {"model": said}))
+    model = onnxruntime_genai.Model(str(tmp_path / "out"))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=12, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    prompt = [5, 9, 31, 7, 55, 20, 11]
+    generator.append_tokens(prompt[:6])
+    generator.append_tokens(prompt[6:])
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = torch.tensor([[int(t) for t in generator.get_sequence(0)]])
+    names = {n: torch.zeros([1, *s.shape[1:]]) for n, s in cached.signature.inputs.items() if "_cache_" in n}  # type: ignore[list-item]
+    count = found.shape[1]
+    logits = run(cached, {"input_ids": found, "position_ids": torch.arange(count)[None], **names})["logits"]
+    assert logits[0, 6 : count - 1].argmax(-1).tolist() == found[0, 7:].tolist()
+
+
+@installed
 def test_other_tokens_are_refused(cached: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = genai.run
-    monkeypatch.setattr(genai, "run", lambda *a: {k: -v for k, v in honest(*a).items()})
+    honest = genai_folder.run
+    monkeypatch.setattr(genai_folder, "run", lambda *a: {k: -v for k, v in honest(*a).items()})
     with pytest.raises(LoweringError, match="onnxruntime-genai generates token"):
         cached.lower("genai", tmp_path / "out")
     monkeypatch.setattr(
@@ -225,7 +264,7 @@ def test_what_genai_cannot_generate_from_is_refused(
     dialled = graphopt.optimize(captured("llama"), "split-ffn{score=peak}, insert-kv-cache")
     with pytest.raises(LoweringError, match="nothing to give for"):
         dialled.lower("genai", place)
-    monkeypatch.setattr(genai, "find_spec", lambda name: None)
+    monkeypatch.setattr(genai_folder, "find_spec", lambda name: None)
     with pytest.raises(LoweringError, match="generates with onnxruntime-genai"):
         cached.lower("genai", place, check=True)
     assert cached.lower("genai", place).compared is None

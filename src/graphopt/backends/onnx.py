@@ -18,6 +18,7 @@ from ..ir.errors import LoweringError
 from ..ir.program import Program
 from ..ir.retype import retyped
 from ..ir.targets import FLOAT, find_target
+from .genai_folder import beside_buckets
 from .onnx_files import share_weights
 from .onnx_model import OnnxReport, Writing, write_models
 from .onnx_sizes import fixed_sizes, uses_bfloat16
@@ -140,6 +141,7 @@ def lower_onnx(
             if check and device is not None:
                 made = compile_buckets([r.path for r in reports], device)
                 reports = [_with_context(r, made) for r in reports]
+            beside_buckets(program, reports, draft, device, compare)
         files = tuple(place / f.name for f in sorted(draft.iterdir()))
         report = _finished(reports, place, files, started)
         (draft / "report.json").write_text(json.dumps(asdict(report), default=str, indent=1) + "\n")
