@@ -33,7 +33,7 @@ from graphopt.ir.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-FORMS = ("", "w8a16", "w8a8")
+FORMS = ("", "w8a16", "w8a8", "w4a16")
 
 
 def small(program: Program, form: str, data: list[dict[str, torch.Tensor]]) -> Program:
@@ -98,7 +98,7 @@ def encoder(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
         return (made @ made.T)[upper[0], upper[1]].numpy()
 
     expected = similar([program(**r)["last_hidden_state"] for r in judged])
-    for form in ("", "w8a16"):  # eight bits lose a BERT with outliers, whatever computes them
+    for form in ("", "w8a16", "w4a16"):  # eight bits lose a BERT with outliers, whatever computes them
         report, outputs = on_npu(
             small(program, form, calibration), judged, {"batch": 1, "sequence": length}, target
         )
@@ -151,7 +151,7 @@ def decoding(target: str, prompt: int = 16, count: int = 64) -> Iterator[tuple[s
         row = torch.cat([row, program(input_ids=row)["logits"][:, -1:].argmax(-1)], 1)
     cached = graphopt.optimize(program, f"insert-kv-cache{{max_length={prompt + count}}}")
     device = find_target(target)
-    for form in ("", "w8a16"):
+    for form in ("", "w8a16", "w4a16"):
         done = small(cached, form, calibration)
         caches = [n for n in done.signature.inputs if f"next_{n}" in done.outputs]
         held = done.signature.inputs

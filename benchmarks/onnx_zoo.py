@@ -33,7 +33,7 @@ from graphopt.ir.program import Program
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 MORE = {
     "attach-multi-token-heads{heads=3}": ("llama", "qwen3", "gpt2"),
-    "split-ffn{score=peak}": ("llama", "gpt_neox", "mixtral"),
+    "split-ffn{score=peak}": ("llama", "gpt_neox", "gemma2"),
     "dial-top-k": ("mixtral", "olmoe"),
     "fit-target{allow_no_match=true}, quantize{weights=8 activations=8}": ("llama", "bert", "vit"),
     "fit-target{allow_no_match=true}, quantize{weights=4 activations=16 block=16}": ("llama", "bert"),

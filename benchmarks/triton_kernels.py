@@ -1,4 +1,4 @@
-"""Each kernel against torch.compile of its operator's reference, and against the time that memory needs, on the GPU here.
+"""Each kernel against torch.compile of its operator's reference, and against the memory or compute roof, on the GPU here.
 
     python benchmarks/triton_kernels.py [--dtype bfloat16] [--device h200] [--repeat 50]
 
@@ -10,6 +10,7 @@ medians, above one where the kernel is faster. ``--device`` names the limits, se
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from graphopt.backends.triton.cases import Made, cases
+from graphopt.backends.triton.cases import Case, Made, cases
 from graphopt.backends.triton.wiring import TABLE
 from graphopt.ir.cost.devices import find_device
+from graphopt.ir.cost.formulas import work
+from graphopt.ir.cost.operands import Call, Operand
 
 
 def milliseconds(call: Callable[[], Any], repeat: int) -> list[float]:
@@ -42,6 +45,25 @@ def moved(values: Any) -> int:
     return sum(v.numel() * v.element_size() for v in flat if isinstance(v, torch.Tensor))
 
 
+def operations(case: Case, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> int:
+    """Return the floating-point operations of a call, by the formula of its operator; 0 where it has none."""
+    places: list[Operand] = []
+
+    def operand(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            places.append(Operand(tuple(value.shape), value.dtype, position=len(places)))
+            return places[-1]
+        return value
+
+    bound = inspect.signature(TABLE[case.operator].reference).bind(*args, **options)
+    bound.apply_defaults()
+    arguments = {name: operand(value) for name, value in bound.arguments.items()}
+    inputs = tuple(places)
+    given = result if isinstance(result, tuple) else (result,)
+    outputs = tuple(Operand(tuple(v.shape), v.dtype) for v in given)
+    return int(work(Call(f"graphopt.{case.operator}", arguments, inputs, outputs)).flops)
+
+
 def main() -> None:
     """Run all and print a table."""
     parser = argparse.ArgumentParser(
@@ -54,7 +76,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here")
     dtype, limits = getattr(torch, given.dtype), find_device(given.device)
-    table = Table("operator", "call", "kernel, ms", "compiled, ms", "ratio", "of memory's roof", box=None)
+    table = Table("operator", "call", "kernel, ms", "compiled, ms", "ratio", "of the roof", "which", box=None)
     for case in cases("large"):
         args, options = case.args(Made(dtype, "cuda"))
         kernel = TABLE[case.operator]
@@ -76,10 +98,12 @@ def main() -> None:
                 times[1].extend(milliseconds(theirs, given.repeat // 5))
         own, other = (statistics.median(part) for part in times)
         # operands read and results written once; routed experts may read fewer weights
-        least = 1e3 * (moved(args) + moved(result)) / limits.bandwidth
+        memory = 1e3 * (moved(args) + moved(result)) / limits.bandwidth
+        compute = 1e3 * operations(case, args, options, result) / limits.peak(given.dtype)
         table.add_row(
-            case.operator, case.what, f"{own:.3f}", f"{other:.3f}", f"{other / own:.2f}", f"{least / own:.0%}"
-        )
+            case.operator, case.what, f"{own:.3f}", f"{other:.3f}", f"{other / own:.2f}",
+            f"{max(memory, compute) / own:.0%}", "memory" if memory >= compute else "compute",
+        )  # fmt: skip
     Console(width=130).print(table)
 
 

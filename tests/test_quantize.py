@@ -23,6 +23,7 @@ from graphopt.ir.errors import ContractError, LoweringError, PipelineError
 from graphopt.ir.execute import run
 from graphopt.ir.operators.quantize import INTEGERS
 from graphopt.ir.program import Program
+from graphopt.ir.schema import is_operator
 from graphopt.passes.manager import run_totals
 from graphopt.passes.plan import Plan
 
@@ -183,6 +184,23 @@ def test_files_hold_integers_and_every_pair(bits: int, weights: int, net: Progra
     )
     with pytest.raises(LoweringError, match="opset 21 or later"):
         done.lower("onnx", tmp_path / "old.onnx", opset=20)
+
+
+def test_a_quantised_decoder_is_one_file_for_any_runtime(
+    captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Masks and angles, which a device's host would compute, stay numbers in it; a rounding that is lost is noticed."""
+    done = quantized(graphopt.optimize(captured("llama"), "fit-target"), tokens(), activations=8)
+    report = done.lower("onnx", tmp_path / "q.onnx", opset=23)
+    assert report.nodes["DequantizeLinear"] == pairs_in(done)
+    bare = done.copy()
+    table = next(n for n in bare.nodes if is_operator(n, "aten.embedding"))
+    rounding = next(iter(table.users))
+    rounding.replace_all_uses_with(table)
+    bare.graph.erase_node(rounding)
+    bare.changed()
+    with pytest.raises(LoweringError, match="nobody said how these values are stored: Gather"):
+        bare.lower("onnx", tmp_path / "no.onnx", opset=23)
 
 
 def test_host_and_device_together_are_the_program(captured: Callable[[str], Program]) -> None:

@@ -110,6 +110,24 @@ def test_a_program_goes_through_the_kernels_operators_only_where_asked(program: 
 
 
 @triton
+def test_every_operator_comes_to_an_end_where_there_is_no_gpu() -> None:
+    """Through the function that programs call: a reference that asked for its own kernel would ask for ever."""
+    from graphopt.backends.triton.cases import Made, cases
+    from graphopt.backends.triton.wiring import TABLE, kernels_in_use
+    from graphopt.ir.operators import quantized
+
+    points = {"quantize_pack": quantized.quantize_pack, "unpack_sum": quantized.unpack_sum}
+    for case in {c.operator: c for c in cases()}.values():
+        args, options = case.args(Made(torch.float32))
+        public = points.get(case.operator) or getattr(torch.ops.graphopt, case.operator)
+        with kernels_in_use(everywhere=True), torch.no_grad():
+            made = public(*args, **options)
+        expected = TABLE[case.operator].reference(*args, **options)
+        pairs = zip(made, expected, strict=True) if isinstance(made, tuple) else [(made, expected)]
+        assert all(torch.equal(a, b) for a, b in pairs), case.operator
+
+
+@triton
 def test_training_goes_by_references() -> None:
     from graphopt.backends.triton import wiring
 

@@ -38,7 +38,7 @@ def build_graph(program: Program, opset: int) -> Any:
     expected = pairs_in(program)
     if expected:
         store_weights(model)
-        require_quantized(model, expected)
+        require_quantized(model, expected, {n for n, w in weights.items() if w.kind == "parameter"})
     _rename(model, [*program.signature.inputs, *program.dials], program.signature.output_names)
     _require_dynamic(model, program)
     model.producer_name, model.producer_version = "graphopt", None

@@ -181,8 +181,15 @@ def _limits(kind: Any) -> tuple[int, int]:
     return found
 
 
-def require_quantized(model: Any, expected: int) -> None:
+def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
     """Refuse a graph in which a pair is lost, or a device would compute a number that nobody said how to store.
+
+    What integers and tables alone decide, as masks and angles of positions, is no number of the device's.
+
+    Args:
+        model: the graph.
+        expected: how many pairs the program has.
+        parameters: names of initialisers that were trained.
 
     Raises:
         LoweringError: which.
@@ -193,9 +200,15 @@ def require_quantized(model: Any, expected: int) -> None:
             f"{expected} values are quantised in the program, and {counts[DEQUANTIZE]} are in the file"
         )
     bare = []
+    own = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
+    own |= {v for name, v in model.graph.initializers.items() if name in parameters}
     for node in model.graph:
         if node.op_type in (QUANTIZE, DEQUANTIZE):
+            own.update(node.outputs)
             continue
+        if not any(v in own for v in node.inputs):
+            continue
+        own.update(node.outputs)
         for value in node.outputs:
             numbers = value.dtype is not None and value.dtype.is_floating_point()
             users = [u.node.op_type for u in value.uses()]

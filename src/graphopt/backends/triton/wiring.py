@@ -79,6 +79,7 @@ def _takes_added_norm(
     return same and norm.takes(x, weight, float32)
 
 
+# references that ask the table themselves are unwrapped, or they would ask for ever
 TABLE = {
     "add_rms_norm": Kernel(norm.add_rms_norm, fused.add_rms_norm, _takes_added_norm),
     "attention": Kernel(tree_attention.attention, attention_reference, _takes_attention),
@@ -89,13 +90,13 @@ TABLE = {
     "linear_top_k": Kernel(linear_top_k.linear_top_k, fused.linear_top_k, linear_top_k.takes),
     "nested_ffn": Kernel(feed_forward.nested_ffn, nested_ffn, _takes_nested),
     "quantize_pack": Kernel(
-        packing.quantize_pack, quantized.quantize_pack,
+        packing.quantize_pack, inspect.unwrap(quantized.quantize_pack),
         lambda x, columns, scale, kept, bits, block, width: _takes_packing(bits),
     ),
     "rms_norm": Kernel(norm.rms_norm, rms_norm, _takes_norm),
     "routed_ffn": Kernel(feed_forward.routed_ffn, routed_ffn, _takes_routed),
     "unpack_sum": Kernel(
-        packing.unpack_sum, quantized.unpack_sum,
+        packing.unpack_sum, inspect.unwrap(quantized.unpack_sum),
         lambda payload, columns, scales, count, kept, bits, block: _takes_packing(bits),
     ),
 }  # fmt: skip
