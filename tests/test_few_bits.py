@@ -18,7 +18,9 @@ from graphopt.backends.qnn import run as compiler
 from graphopt.ir.errors import ContractError, PipelineError
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator
+from graphopt.passes.context import Context
 from graphopt.passes.quantization.rounding import _rows, fitted, matrix_scales, nearest
+from graphopt.passes.quantize import Quantize
 
 NPU = "qnn-htp-v75"
 needs_compiler = pytest.mark.skipif(not compiler.available(), reason="onnxruntime-qnn is not installed")
@@ -174,6 +176,18 @@ def test_a_target_decides_what_is_stored_in_few_bits(mixer: Program) -> None:
     assert {s["block_size"] for s in wide.history[-1]["plan"]["sites"] if s["what"] == "matrix"} == {0, 32}
     with pytest.raises(PipelineError, match="did you mean 'qnn-htp-v75'"):
         quantized(mixer, data, target="qnn-htp-v7")
+
+
+def test_a_plan_with_other_bits_than_its_integers_is_refused(mixer: Program) -> None:
+    """Integers of four bits with steps of eight would make a weight a twentieth of what it was, silently."""
+    context, step = Context(rows()), Quantize(weights=4)
+    plan = step.plan(mixer, context)
+    site = next(s for s in plan.sites if s["what"] == "matrix")
+    site.choices["dtype"] = "int8"
+    with pytest.raises(PipelineError, match="were fitted to other steps than int8"):
+        step.rewrite(mixer.copy(), plan)
+    del site.choices["integers"]
+    step.rewrite(mixer.copy(), plan)
 
 
 def test_inputs_that_calibration_never_excites_are_told() -> None:

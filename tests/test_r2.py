@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from builders import Shape, Transformer, tokens
@@ -85,6 +87,19 @@ def test_ranges_become_narrow_while_it_is_trained(form: str) -> None:
     penalty(module).backward()
     assert len(before) == (0 if form == "infinity" else len(list(matrices(program))))
     assert all(p.grad is not None and p.grad.abs() > 0 for p in module.range_regularization.parameters())
+
+
+def test_a_copy_has_a_penalty_of_its_own() -> None:
+    module = (
+        RangeRegularization(form="margin")
+        .recipe(graphopt.capture(Transformer(Shape()), tokens(2, 6)))
+        .module()
+    )
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(3)
+    assert torch.allclose(penalty(other), 3 * penalty(module)), "the copy's penalty is the original's"
 
 
 def test_a_network_whose_ranges_are_kept_small_bears_few_bits_better() -> None:

@@ -191,6 +191,7 @@ class Quantize(Pass):
             rows = weight.flatten(1).chunk(moments.shape[0]), scale.chunk(moments.shape[0])
             parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
             found[node.name] = torch.cat(parts).reshape(weight.shape)
+            found[f"{node.name}.steps"] = scale
         identity = {"program": program.text(), "data": context.data_hash(),
                     "sites": json.dumps([s.choices | {"block": s.block} for s in sites])}  # fmt: skip
         return keep(found, context.work_dir, identity, "integers")
@@ -264,8 +265,14 @@ def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
     scale = edit.add_weight(f"{name}_quantize_scale", steps, kind="buffer")
     integers = None
     where = site.choices.get("integers")
-    if where:
-        whole = kept(str(where))[node.name]
+    fitted_before = kept(str(where)) if where else {}
+    if node.name in fitted_before:
+        whole = fitted_before[node.name]
+        if not torch.equal(fitted_before[f"{node.name}.steps"], steps):
+            raise PipelineError(
+                f"the integers of {node.name} were fitted to other steps than {site['dtype']} has in the plan",
+                hint="plan again with the bits and blocks that you want, or remove integers from the site",
+            )
         # where the nearest are the fitted ones, nothing has to be kept
         if not torch.equal(whole.flatten(1), nearest(weight, steps, high)):
             integers = edit.add_weight(f"{name}_quantize_integers", whole, kind="buffer")
@@ -292,6 +299,8 @@ def _taken(
     if bits == 4 and why:
         said.append(f"8 bits, since {why}")
         bits = 8
+    elif why:
+        said.append(f"lowering will refuse it: {why}")
     kind = f"w{bits}a{activations}"
     if block and not all(target.takes_blocks(name, kind) for name in kinds):
         said.append(

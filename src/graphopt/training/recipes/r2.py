@@ -17,6 +17,7 @@ from .base import Batch, Method, Recipe, called, language_loss
 
 HELD = "range_regularization"
 PENALTY = "range_penalty"
+SETTINGS = "range_settings"
 _MULTIPLYING = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")
 
 
@@ -109,23 +110,19 @@ def regularize(module: nn.Module, names: Iterable[str], form: str, strength: flo
     """
     held = dict(module.named_parameters(remove_duplicate=False))
     learned = nn.ParameterList()
+    names = list(names)
     for name in names if form != "infinity" else ():
         weight = held[name].detach().float()
         begin = 2 * weight.std() if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
         learned.append(nn.Parameter(begin.clone()))
     module.add_module(HELD, learned)
-    chosen = list(names)
+    module.__dict__[SETTINGS] = (tuple(names), form, strength)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         # inside forward, so that processes that share gradients see what it depends on
-        return (
-            {**output, PENALTY: _penalty(module, chosen, form, strength)}
-            if isinstance(output, dict)
-            else output
-        )
+        return {**output, PENALTY: penalty(module)} if isinstance(output, dict) else output
 
     module.register_forward_hook(hook)
-    object.__setattr__(module, "range_penalty", lambda: _penalty(module, chosen, form, strength))
 
 
 def penalty(module: nn.Module) -> Tensor:
@@ -134,21 +131,17 @@ def penalty(module: nn.Module) -> Tensor:
     Raises:
         UsageError: it did not.
     """
-    found = getattr(module, "range_penalty", None)
-    if found is None:
+    own = module if SETTINGS in module.__dict__ else getattr(module, "module", module)
+    if SETTINGS not in own.__dict__:
         raise UsageError(
             "this module has no penalty on ranges", hint="RangeRegularization().recipe(program).module()"
         )
-    made: Tensor = found()
-    return made
-
-
-def _penalty(module: nn.Module, names: list[str], form: str, strength: float) -> Tensor:
-    held = dict(module.named_parameters(remove_duplicate=False))
-    learned = list(module.get_submodule(HELD).parameters())
+    names, form, strength = own.__dict__[SETTINGS]
+    held = dict(own.named_parameters(remove_duplicate=False))
     if form == "infinity":
         parts = [largest(held[name].float()) for name in names]
     else:
-        each = outside if form == "margin" else soft_range
-        parts = [each(held[name].float(), own) for name, own in zip(names, learned, strict=True)]
-    return strength * torch.stack(parts).sum()
+        each, learned = outside if form == "margin" else soft_range, own.get_submodule(HELD).parameters()
+        parts = [each(held[name].float(), number) for name, number in zip(names, learned, strict=True)]
+    total: Tensor = strength * torch.stack(parts).sum()
+    return total
