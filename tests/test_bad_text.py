@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sympy
 import yaml
+from amounts import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
@@ -104,7 +105,7 @@ def passes(draw: st.DrawFn) -> Pass:
 # -- pipelines --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(steps=st.lists(passes(), min_size=1, max_size=4))
 def test_a_pipeline_is_read_back_as_it_was_written(steps: list[Pass]) -> None:
     text = format_pipeline(steps)
@@ -124,7 +125,7 @@ _PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(text=st.one_of(st.text(max_size=40), st.lists(_PIECES, max_size=14).map("".join)))
 def test_any_text_is_a_pipeline_or_a_pipeline_error(text: str) -> None:
     try:
@@ -237,7 +238,7 @@ _PLANS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(plans=st.lists(st.tuples(st.text(max_size=20), _PLANS), max_size=3), note=st.text(max_size=20))
 def test_a_plan_file_is_read_back_as_it_was_written(plans: list[tuple[str, Plan]], note: str) -> None:
     text = write_plans(plans, note)
@@ -257,7 +258,7 @@ _YAML = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(text=st.one_of(st.text(max_size=40), st.lists(_YAML, max_size=8).map("".join)))
 def test_any_text_is_a_plan_or_a_pipeline_error(text: str) -> None:
     try:
@@ -320,7 +321,7 @@ def made(tree: Any, leaf: Any, which: int) -> Any:
     return _OPERATORS[tree[0]][which](made(tree[1], leaf, which), made(tree[2], leaf, which))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(tree=_SIZES, batch=st.integers(1, 50), length=st.integers(1, 50))
 def test_a_size_is_read_back_as_it_was_written(tree: Any, batch: int, length: int) -> None:
     """The grammar is a part of Python's, which is the judge here."""
@@ -333,7 +334,7 @@ def test_a_size_is_read_back_as_it_was_written(tree: Any, batch: int, length: in
     assert eval(str(format_size(again, SYMBOLS)), names) == expected, f"{text} is read as {again}"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(text=st.one_of(st.text(max_size=20), st.text("batch()+-*/%,max in_1923. ", max_size=60)))
 def test_any_text_is_a_size_or_refused(text: str) -> None:
     try:

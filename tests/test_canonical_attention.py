@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -216,7 +217,7 @@ def spellings(draw: Any) -> Spelling:
     )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(spelling=spellings())
 def test_random_spellings_become_one_attention(spelling: Spelling) -> None:
     """Wrong if some mixture of masks, biases and products were not raised, or were raised to another."""

@@ -185,7 +185,7 @@ installed = pytest.mark.skipif(
 @installed
 @pytest.mark.parametrize(
     ("name", "passes"),
-    [("llama", "insert-kv-cache"), ("llama", "insert-kv-cache{max_length=32}"), ("gpt2", "insert-kv-cache"), ("gemma2", "insert-kv-cache"),
+    [("llama", "insert-kv-cache"), ("llama", "insert-kv-cache{max_length=32}"), ("gpt2", "insert-kv-cache"),
      ("mistral", "skip-layers{remove=1}, insert-kv-cache")],
 )  # fmt: skip
 def test_onnxruntime_genai_generates_what_the_program_does(

@@ -172,7 +172,7 @@ def test_the_whole_way_on_the_command_line(
     blocks = json.loads(capsys.readouterr().out)["blocks"]
     layers = {"llama": 8, "mixture": 6, "draft": 2}[name]
     assert len(blocks) >= 2 * layers
-    amount = ["--sequences", "8", "--length", "256"]
+    amount = ["--sequences", "4", "--length", "128"]
     assert run(["optimize", folder, "-p", "fuse-projections", "-o", out]) == 0
     assert run(["verify", folder, out, "--data", data, *amount, "--json"]) == 0
     capsys.readouterr()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from amounts import examples
 from builders import Shape, Transformer, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,7 +93,7 @@ options = st.sampled_from(
 
 
 @given(shapes, options, st.sampled_from(["peak", "activation", "none"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 def test_whole_is_exact_and_each_width_is_its_extract(shape: Shape, text: str, score: str) -> None:
     program = captured_shape(shape)
     data = [tokens(2, 8, seed=s) for s in range(4)]
@@ -120,7 +121,7 @@ def test_whole_is_exact_and_each_width_is_its_extract(shape: Shape, text: str, s
 
 
 @given(st.integers(0, 100), st.lists(st.floats(0, 1), min_size=2, max_size=4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_cost_rises_with_the_dial(seed: int, values: list[float]) -> None:
     done = with_preferences(graphopt.optimize(captured_shape(Shape(width=16)), "split-ffn{score=peak}"), seed)
     used = []

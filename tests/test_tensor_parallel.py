@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from amounts import examples
 from builders import Shape, Transformer, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +55,7 @@ shapes = st.builds(
 
 
 @given(shapes, st.sampled_from([2, 4, 8]), st.sampled_from(["replicate", "shard"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_ranks_together_compute_what_the_model_does(shape: Shape, ranks: int, embedding: str) -> None:
     program = captured(shape)
     sharded = graphopt.optimize(program, f"shard-tensor-parallel{{size={ranks} embedding={embedding}}}")
@@ -66,7 +67,7 @@ def test_ranks_together_compute_what_the_model_does(shape: Shape, ranks: int, em
 
 
 @given(st.integers(2, 6), st.integers(1, 4), st.integers(2, 7))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_heads_that_do_not_divide_are_refused(ranks: int, groups: int, factor: int) -> None:
     heads = groups * factor
     program = captured(Shape(heads=heads, kv_heads=groups, width=60, layers=1))
@@ -120,7 +121,7 @@ def test_each_rank_reads_only_its_own_part(tmp_path: Path, checkpoint) -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_part_of_a_tensor_is_read_from_its_place(
     tmp_path_factory, shape: list[int], data: st.DataObject
 ) -> None:
