@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import zoo
+from reload_server import ReloadServer
 
 import graphopt
 from graphopt import Program
@@ -18,6 +21,35 @@ from graphopt import Program
 # started in the background, a shell leaves Ctrl-C ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def everyones(tmp_path_factory: pytest.TempPathFactory, kind: str, name: str) -> Path:
+    """Return a path that all processes of one run of the tests know."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / kind
+    folder.mkdir(exist_ok=True)
+    return folder / name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Folders are reloaded by forks of one process that has imported transformers; return what does it for users."""
+    from graphopt.backends import huggingface
+
+    server = ReloadServer(tmp_path_factory.mktemp("reloading") / "said")
+    with pytest.MonkeyPatch.context() as patch:
+        started = huggingface._child
+        patch.setattr(huggingface, "_child", server)
+        yield started
+    server.close()
+
+
+@pytest.fixture
+def own_process(reloading: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reload folders as users do, in a process of its own."""
+    from graphopt.backends import huggingface
+
+    monkeypatch.setattr(huggingface, "_child", reloading)
 
 
 @pytest.fixture(scope="session")
@@ -35,13 +67,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def captured(checkpoint: Callable[[str], Path]) -> Callable[[str], Program]:
-    """Return the program of a model of the zoo; passes leave it as it is."""
+def captured(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Program]:
+    """Return the program of a model of the zoo, captured by the first process that asks; passes leave it as it is."""
     made: dict[str, Program] = {}
 
     def program(name: str) -> Program:
         if name not in made:
-            made[name] = graphopt.capture(checkpoint(name))
+            place = everyones(tmp_path_factory, "captured", name)
+            if not place.exists():
+                made[name] = graphopt.capture(checkpoint(name))
+                with contextlib.suppress(OSError):  # another process was faster
+                    made[name].save(place.with_name(f"{name}.{os.getpid()}")).rename(place)
+            else:
+                made[name] = graphopt.load(place)
         return made[name]
 
     return program

@@ -17,6 +17,14 @@ def test_symbols_have_range_and_hint() -> None:
     assert compat.symint(mode, symbol - symbol, 0) == 0
 
 
+def test_fake_modes_are_made_without_a_cache() -> None:
+    """Wrong if the setting moved: small captures would take half as long again."""
+    with compat.without_fake_cache():
+        assert not compat.FakeTensorMode().cache_enabled
+    assert compat.FakeTensorMode().cache_enabled
+    assert not compat.new_fake_mode().cache_enabled
+
+
 def test_fake_tensors_carry_symbols_through_operators() -> None:
     mode = compat.new_fake_mode()
     size = compat.symint(mode, compat.add_symbol(mode, "n", 1, None, 5), 5)

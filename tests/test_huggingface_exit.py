@@ -48,6 +48,7 @@ def test_folded_norms_go_back_into_the_same_architecture(name: str, folder_of, t
     assert max(report.errors.values()) < 1e-5, "norm weights were folded and kept, or dropped and not folded"
 
 
+@pytest.mark.usefixtures("own_process")
 def test_fused_projections_go_back_unfused_even_after_saving(folder_of, tmp_path: Path) -> None:
     program = capture_huggingface(folder_of("llama"), compare=False)
     graphopt.optimize(program, "fuse-projections").save(tmp_path / "saved")
@@ -59,6 +60,22 @@ def test_fused_projections_go_back_unfused_even_after_saving(folder_of, tmp_path
     assert max(report.errors.values()) < 1e-6, "the way back from a fused weight is wrong"
 
 
+def test_both_ways_of_reloading_say_the_same(
+    folder_of, reloading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong if the tests' own way of starting the check saw, or said, something else than the one that users get."""
+    from graphopt.backends import huggingface
+
+    program = capture_huggingface(folder_of("llama"), compare=False)
+    served = program.save_pretrained(tmp_path / "served").errors
+    missing = huggingface._child([str(tmp_path / "none"), "LlamaForCausalLM", "a", "b", "float32"])
+    monkeypatch.setattr(huggingface, "_child", reloading)
+    assert program.save_pretrained(tmp_path / "started").errors == served
+    again = huggingface._child([str(tmp_path / "none"), "LlamaForCausalLM", "a", "b", "float32"])
+    assert missing[0] == again[0] == 1
+    assert missing[1].strip().splitlines()[-1] == again[1].strip().splitlines()[-1]
+
+
 def test_what_the_architecture_cannot_say_is_refused(folder_of, tmp_path: Path) -> None:
     program = capture_huggingface(folder_of("llama"), compare=False)
     shorter = graphopt.optimize(program, "skip-layers{layers=[1] unit=attention}")
@@ -67,6 +84,7 @@ def test_what_the_architecture_cannot_say_is_refused(folder_of, tmp_path: Path) 
     assert not (tmp_path / "out").exists(), "a refused folder was left behind"
 
 
+@pytest.mark.usefixtures("own_process")
 def test_an_unknown_change_is_caught_by_the_reload(folder_of, tmp_path: Path) -> None:
     program = capture_huggingface(folder_of("llama"), compare=False).copy()
     node = program.anatomy.ffn[0].parts["down"]

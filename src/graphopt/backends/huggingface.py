@@ -26,6 +26,7 @@ from ..ir.weights import TensorSource, numel
 from .huggingface_config import renumbered, with_experts, with_widths, without_layers
 
 SHARD_BYTES = 5 << 30
+SCRIPT = Path(__file__).with_name("huggingface_reload.py")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Recapture = Callable[[Path], Program]
@@ -165,19 +166,23 @@ def _reload(program: Program, folder: Path) -> dict[str, float]:
         from safetensors.torch import load_file, save_file
 
         save_file({k: v.contiguous() for k, v in inputs.items()}, given)
-        script = Path(__file__).with_name("huggingface_reload.py")
         name = program.origin.model_class.partition(":")[2]
-        command = [sys.executable, str(script), str(folder), name, str(given), str(made), _dtype(program)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        status, said = _child([str(folder), name, str(given), str(made), _dtype(program)])
+        if status != 0:
+            last = said.strip().splitlines()[-1:] or ["no message"]
             raise LoweringError(
                 f"transformers cannot load what was written: {last[0]}",
                 hint="the architecture cannot express this program; use program.save or program.lower",
             )
         found = load_file(made)
     return _errors(program, inputs, expected, found)
+
+
+def _child(arguments: list[str]) -> tuple[int, str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, done.stderr
 
 
 def _streamed(program: Program, again: Program) -> dict[str, float]:

