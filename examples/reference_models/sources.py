@@ -11,6 +11,7 @@ import ast
 import importlib.metadata
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,22 @@ def documentation(package: Package) -> Iterator[Document]:
         except (SyntaxError, ValueError):
             continue
         source = f"{package.module}/{'/'.join(parts)}"
-        for node in ast.walk(tree):
+        for node in statements(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = clean(ast.get_docstring(node, clean=False) or "")
                 if len(text) >= 120:
                     yield Document(text, source)
+
+
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield a module and its statements in the order of ``ast.walk``, without looking into expressions."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):  # as every kind of node orders them
+            found = getattr(node, name, ())
+            waiting.extend(found if isinstance(found, list) else ())
 
 
 def prose() -> Iterator[Document]:

@@ -50,8 +50,9 @@ Symbol = sympy.Symbol
 
 def new_fake_mode() -> FakeTensorMode:
     """Return a mode under which tensors have shapes and types, but no memory."""
-    with without_fake_cache():  # ``infer`` remembers more cheaply
-        return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mode.cache_enabled = False  # ``infer`` remembers more cheaply
+    return mode
 
 
 def without_fake_cache() -> contextlib.AbstractContextManager[None]:

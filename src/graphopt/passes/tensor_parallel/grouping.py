@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 
 def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float]:
@@ -55,6 +54,8 @@ def _exchange(distances: torch.Tensor, first: list[int], second: list[int]) -> b
 
 def match(sizes: torch.Tensor) -> list[int]:
     """Return which group each rank gets, so that the sum of ``sizes`` (groups, ranks) is largest."""
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(-sizes.double().numpy())
     chosen = [0] * len(rows)
     for group, rank in zip(rows, columns, strict=True):
