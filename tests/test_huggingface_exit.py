@@ -48,7 +48,6 @@ def test_folded_norms_go_back_into_the_same_architecture(name: str, folder_of, t
     assert max(report.errors.values()) < 1e-5, "norm weights were folded and kept, or dropped and not folded"
 
 
-@pytest.mark.usefixtures("own_process")
 def test_fused_projections_go_back_unfused_even_after_saving(folder_of, tmp_path: Path) -> None:
     program = capture_huggingface(folder_of("llama"), compare=False)
     graphopt.optimize(program, "fuse-projections").save(tmp_path / "saved")

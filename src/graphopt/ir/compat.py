@@ -38,6 +38,7 @@ __all__ = [
     "is_plain_tensor",
     "load_package",
     "new_fake_mode",
+    "quiet_failures",
     "symbol_range",
     "symbolic_kernels",
     "symint",
@@ -127,6 +128,19 @@ def without_guards(mode: FakeTensorMode) -> Iterator[None]:
                 table.update(old)
             # answers are remembered by version
             env._update_version_counter()
+
+
+@contextlib.contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Keep torch from printing the traceback of a call whose failure is expected and handled."""
+    import logging
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:

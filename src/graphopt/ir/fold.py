@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -128,7 +128,10 @@ def frontier(program: Program) -> list[fx.Node]:
         if node in constant
         and node.op == "call_function"
         and isinstance(node.meta.get("val"), torch.Tensor)
-        and (any(user not in constant for user in node.users) or (node in kept and not _movement_only(node)))
+        and (
+            any(user not in constant for user in node.users)
+            or (node in kept and not _movement_only(node, constant))
+        )
     ]
 
 
@@ -142,9 +145,9 @@ def _foldable(program: Program) -> set[fx.Node]:
     return constant - apart if apart else constant
 
 
-def _movement_only(node: fx.Node) -> bool:
+def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
     """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
-    while node.op == "call_function":
+    while node.op == "call_function" and all(user in constant for user in node.users):
         if operator_name(node.target) not in MOVEMENT or len(node.all_input_nodes) != 1:
             return False
         node = node.all_input_nodes[0]
@@ -163,8 +166,14 @@ def fold(program: Program) -> Program:
     folded = program.copy()
     by_name = {node.name: node for node in folded.graph.nodes}
     taken = {name for weight in folded.weights.values() for name in weight.all_names}
+    made: dict[Any, fx.Node] = {}
     for original in edges:
         node = by_name[original.name]
+        # the way back of a scaled weight is often what the graph computes too
+        key = expression(node)
+        if key in made:
+            _stands_for(folded, node, made[key])
+            continue
         source, operands = computed(folded, node)
         name = _name(node, operands, taken)
         taken.add(name)
@@ -174,15 +183,27 @@ def fold(program: Program) -> Program:
         new = folded.edit.add_weight(name, source, kind=kind, persistent=any(w.persistent for w in operands))
         new.meta["val"] = node.meta["val"]
         folded.weights[new.name] = Weight(name, source, kind, (), True, trainable)  # type: ignore[arg-type]
-        for key, held in list(folded.checkpoint.items()):
-            if held is node:
-                folded.checkpoint[key] = new
-        node.replace_all_uses_with(new)
-        folded.edit.erase_dead([node])
+        made[key] = new
+        _stands_for(folded, node, new)
         _way_back(folded, source, new)
     drop_unread_weights(folded)
     folded.changed()
     return folded
+
+
+def _stands_for(program: Program, node: fx.Node, new: fx.Node) -> None:
+    for name, held in list(program.checkpoint.items()):
+        if held is node:
+            program.checkpoint[name] = new
+    node.replace_all_uses_with(new)
+    program.edit.erase_dead([node])
+
+
+def expression(node: fx.Node) -> Any:
+    """Return what is equal for two nodes that compute the same of the same."""
+    if node.op != "call_function":
+        return node.name
+    return str(node.target), repr(fx.map_arg((node.args, node.kwargs), expression))
 
 
 def _way_back(program: Program, source: Computed, new: fx.Node) -> None:

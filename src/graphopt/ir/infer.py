@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-from .compat import FakeTensorMode, symbolic_kernels, without_guards
+from .compat import FakeTensorMode, quiet_failures, symbolic_kernels, without_guards
 from .errors import VerificationError
 from .schema import operator_name
 
@@ -86,7 +86,7 @@ def _infer(mode: FakeTensorMode, target: Any, fake_args: Any, fake_kwargs: dict[
     rule = _DIALECT_SHAPES.get(getattr(target, "name", lambda: "")()) if hasattr(target, "_schema") else None
     try:
         # a guard would narrow the sizes of the whole program
-        with mode, torch.no_grad(), symbolic_kernels(), without_guards(mode):
+        with mode, torch.no_grad(), symbolic_kernels(), without_guards(mode), quiet_failures():
             return (rule or target)(*fake_args, **fake_kwargs)
     except Exception as error:
         raise VerificationError(

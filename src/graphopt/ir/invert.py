@@ -69,5 +69,7 @@ def _one(program: Program, node: fx.Node, value: fx.Node, known: dict[fx.Node, f
         known[source] = call(aten.transpose.int, value, first, second)
     elif name == "aten.flip":
         known[source] = call(aten.flip.default, value, arguments(node)["dims"])
+    elif name == "aten.to":
+        known[source] = call(aten.to.dtype, value, source.meta["val"].dtype)
     elif name in ("aten.clone", "aten.contiguous"):
         known[source] = value

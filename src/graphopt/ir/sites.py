@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from .errors import CheckpointError, VerificationError
+from .fold import depends_on_weights_alone
 from .region import Region, cut, drawn_source, leaf_value
 from .schema import argument, is_operator, operator_name
 from .weights import numel
@@ -158,6 +159,7 @@ def _cut_alike(
 ) -> _Pair:
     """Cut both regions so that neither is given a value that the other computes from what it is given."""
     through: set[str] = set()
+    constant = depends_on_weights_alone(before)
 
     def ends(node: fx.Node) -> bool:
         return stop(node) and node.name not in through
@@ -165,11 +167,18 @@ def _cut_alike(
     while True:
         pair = _Pair(old, new, cut(before, [old], ends), cut(after, [new], ends))
         first, second = ({n.name: n for n in r.leaves} for r in (pair.before, pair.after))
-        known = first.keys() | second.keys()
+        weights = [{n.name for n in r.weights} for r in (pair.before, pair.after)]
+        known = first.keys() | second.keys() | weights[0] | weights[1]
         further = {
             name
             for name in first.keys() ^ second.keys()
             if _descends(first.get(name) or second[name], known - {name})
+        }
+        # a value made of weights alone that both are given, one of which reads such a weight itself
+        further |= {
+            name
+            for name in first.keys() & second.keys()
+            if first[name] in constant and _descends(first[name], weights[0] ^ weights[1])
         }
         if not further:
             return pair

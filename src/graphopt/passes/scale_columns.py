@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from ..ir.fold import depends_on_weights_alone
+from ..ir.fold import computed, depends_on_weights_alone
+from ..ir.invert import invert
 from ..ir.program import Program
 from ..ir.schema import argument, arguments, is_operator
 
@@ -96,7 +96,7 @@ def scale_reader(
                 offset = moved if offset is None else call(aten.add.Tensor, moved, offset)
             new = call(aten.linear.default, value, scaled, offset)
     if weight is not None:
-        _update_checkpoint(program, matrix, weight, reader.axis)
+        _update_checkpoint(program, matrix, scaled)
     if bias is not None and len(reader.node.args) > 2:
         for name, held in list(program.checkpoint.items()):
             if held is reader.node.args[2] and not _others(held, reader.node):
@@ -125,46 +125,22 @@ def scaled_matrix(program: Program, matrix: fx.Node, scale: fx.Node, axis: int) 
     return program.edit.call(aten.mul.Tensor, matrix, scale)
 
 
-def _update_checkpoint(program: Program, matrix: fx.Node, scale: fx.Node, axis: int) -> None:
-    """Scale the checkpoint's tensors that a matrix is made of, through joins, swaps and casts."""
-    held = [name for name, node in program.checkpoint.items() if node is matrix]
-    if held:
-        with program.edit.after(_later(matrix, scale)):
-            scaled = scaled_matrix(program, matrix, scale, axis)
-        for name in held:
-            program.checkpoint[name] = scaled
-        return
-    if is_operator(matrix, "aten.cat", "aten.stack"):
-        dim = int(argument(matrix, "dim")) % matrix.meta["val"].dim()
-        inner = axis - 1 if is_operator(matrix, "aten.stack") and dim < axis else axis
-        if dim != axis:
-            for operand in matrix.args[0]:  # type: ignore[union-attr]
-                _update_checkpoint(program, operand, scale, inner)  # type: ignore[arg-type]
-            return
-    if is_operator(matrix, "aten.permute"):
-        order = [int(d) % matrix.meta["val"].dim() for d in matrix.args[1]]  # type: ignore[union-attr, arg-type]
-        _update_checkpoint(program, matrix.args[0], scale, order[axis])  # type: ignore[arg-type]
-        return
-    if is_operator(matrix, "aten.transpose"):
-        first, second = (int(d) % matrix.meta["val"].dim() for d in matrix.args[1:3])  # type: ignore[arg-type]
-        swapped = {first: second, second: first}.get(axis, axis)
-        _update_checkpoint(program, matrix.args[0], scale, swapped)  # type: ignore[arg-type]
-        return
-    if is_operator(matrix, "aten.to", "aten.clone", "aten.contiguous"):
-        _update_checkpoint(program, matrix.args[0], scale, axis)  # type: ignore[arg-type]
-        return
-    program.facts["unwritable"] = (
-        f"{matrix.name} is made of several tensors in a way that cannot be scaled back"
-    )
-
-
-def _later(first: Any, second: Any) -> fx.Node:
-    """Return whichever of two nodes comes later in the graph."""
-    if first.op == "placeholder":
-        return second  # type: ignore[no-any-return]
-    node = first
-    while node.op != "root":
-        if node is second:
-            return second  # type: ignore[no-any-return]
-        node = node.next
-    return first  # type: ignore[no-any-return]
+def _update_checkpoint(program: Program, matrix: fx.Node, scaled: fx.Node) -> None:
+    """Let the checkpoint's tensors that a matrix is made of be what the scaled one has of them."""
+    names: dict[str, list[str]] = {}
+    for name, node in program.checkpoint.items():
+        names.setdefault(node.name, []).append(name)
+    if matrix.name in names:
+        back = {matrix.name: scaled}
+    else:
+        made_of = computed(program, matrix)[0].graph
+        with program.edit.after(scaled):
+            back = {name: node for name, node in invert(program, made_of, scaled).items() if name in names}
+        missing = {n.name for n in made_of.find_nodes(op="placeholder")} & names.keys() - back.keys()
+        if missing or not back:
+            program.facts["unwritable"] = (
+                f"{matrix.name} is made of several tensors in a way that cannot be scaled back"
+            )
+    for held, node in back.items():
+        for name in names[held]:
+            program.checkpoint[name] = node

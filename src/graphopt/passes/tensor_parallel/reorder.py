@@ -11,6 +11,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
+from ..way_back import follow
 from .cutting import Cutter
 
 aten = torch.ops.aten
@@ -114,26 +115,8 @@ def to_checkpoint(program: Program, reorderer: Reorderer) -> None:
     taken = {
         node: made for (node, _), made in reorderer.made.items() if is_operator(made, "aten.index_select")
     }
-    for name, held in list(program.checkpoint.items()):
-        if held in taken and all(user is taken[held] for user in held.users):
-            program.checkpoint[name] = taken[held]
-        else:
-            joined = (
-                _joined(program, held, taken) if held.op == "placeholder" else _again(program, held, taken)
-            )
-            if joined is not None:
-                program.checkpoint[name] = joined
-
-
-def _again(program: Program, held: fx.Node, taken: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """Parts that an earlier pass put together, now that each is taken from once more."""
-    if not is_operator(held, "aten.cat") or held.users:
-        return None
-    parts = list(held.all_input_nodes)
-    if any(part not in taken or set(part.users) - {taken[part], held} for part in parts):
-        return None
-    with program.edit.after(max(taken[part] for part in parts)):
-        return program.edit.call(aten.cat.default, [taken[part] for part in parts], arguments(held)["dim"])
+    joined = {held: _joined(program, held, taken) for held in set(program.checkpoint.values())}
+    follow(program, taken | {held: made for held, made in joined.items() if made is not None})
 
 
 def _joined(program: Program, held: fx.Node, taken: dict[fx.Node, fx.Node]) -> fx.Node | None:

@@ -14,6 +14,7 @@ from ...ir.fold import depends_on_weights_alone
 from ...ir.infer import same_value
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator, normal_call
+from ..way_back import follow
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -70,6 +71,7 @@ def take_experts(program: Program, block: Block, left: list[int]) -> None:
     renamed = _renamed(program, block, left, count)
     inside = between(router, [found["experts"], found["weights"]])
     now: dict[fx.Node, fx.Node] = {}
+    taken: dict[fx.Node, fx.Node] = {}
     with program.edit.before(router):
         given = dict(arguments(router))
         for name in ("weight", "bias"):
@@ -77,16 +79,16 @@ def take_experts(program: Program, block: Block, left: list[int]) -> None:
                 # scores behind the experts' are those of shared ones
                 rows = int(given[name].meta["val"].shape[0])
                 scored = index if rows == count else _index(program, [*left, *range(count, rows)])
-                given[name] = _rows(program, given[name], scored)
+                given[name] = _rows(program, taken, given[name], scored)
         args, kwargs = normal_call(router.target, given)
         now[router] = program.edit.call(router.target, *args, **kwargs)
     for node in inside:
         with program.edit.before(node):
-            now[node] = _again(program, node, now, constant, count, index)
+            now[node] = _again(program, node, now, taken, constant, count, index)
     with program.edit.before(core):
         for name in ("up", "down", "up_bias", "down_bias"):
             if found[name] is not None:
-                found[name] = _rows(program, found[name], index)
+                found[name] = _rows(program, taken, found[name], index)
         for name in ("experts", "weights"):
             found[name] = now[found[name]]
         args, kwargs = normal_call(core.target, found)
@@ -97,6 +99,7 @@ def take_experts(program: Program, block: Block, left: list[int]) -> None:
             raise ValueError(f"{node.name} is read besides, and has a number for each expert")
         program.edit.replace(node, now[node], record=False)
     program.edit.replace(core, made)
+    follow(program, taken, renamed)
     named = ((renamed.get(name, name), node) for name, node in program.checkpoint.items())
     program.checkpoint = {name: node for name, node in named if name}
 
@@ -107,14 +110,12 @@ def _index(program: Program, left: list[int]) -> fx.Node:
     return program.edit.add_weight(name, torch.tensor(left), kind="constant", persistent=False)
 
 
-def _rows(program: Program, tensor: fx.Node, index: fx.Node, dim: int = 0) -> fx.Node:
-    """Take entries of a weight, which is then what the checkpoint holds."""
-    made = program.edit.call(aten.index_select.default, tensor, dim, index)
-    if tensor.op == "placeholder":
-        for name, held in list(program.checkpoint.items()):
-            if held is tensor:
-                program.checkpoint[name] = made
-    return made
+def _rows(
+    program: Program, taken: dict[fx.Node, fx.Node], tensor: fx.Node, index: fx.Node, dim: int = 0
+) -> fx.Node:
+    """Take entries of a weight, and write down that they were taken."""
+    taken[tensor] = program.edit.call(aten.index_select.default, tensor, dim, index)
+    return taken[tensor]
 
 
 def between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
@@ -138,6 +139,7 @@ def _again(
     program: Program,
     node: fx.Node,
     now: dict[fx.Node, fx.Node],
+    taken: dict[fx.Node, fx.Node],
     constant: set[fx.Node],
     count: int,
     index: fx.Node,
@@ -149,7 +151,7 @@ def _again(
             return now[value]
         held = value.meta.get("val")
         if value in constant and isinstance(held, torch.Tensor) and held.dim() and held.shape[-1] == count:
-            return _rows(program, value, index, held.dim() - 1)
+            return _rows(program, taken, value, index, held.dim() - 1)
         return value
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), other)
@@ -176,16 +178,14 @@ def _fewer(sizes: list[Any], count: int, left: int) -> list[Any]:
 def _renamed(program: Program, block: Block, left: list[int], count: int) -> dict[str, str]:
     """New names for tensors that a checkpoint holds one an expert; an empty name for those that go."""
     found = arguments(block.parts["core"])
-    nodes: set[fx.Node] = set()
-    work: list[Any] = [found[n] for n in ("up", "down", "up_bias", "down_bias") if found[n] is not None]
-    while work:
-        node = work.pop()
-        if node not in nodes:
-            nodes.add(node)
-            work.extend(node.all_input_nodes)
+    nodes = _computed_from(
+        *(found[n] for n in ("up", "down", "up_bias", "down_bias") if found[n] is not None)
+    )
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name, node in program.checkpoint.items():
-        for match in re.finditer(r"(?<=\.)\d+(?=\.)", name) if node in nodes else ():
+        # a loaded program holds them together, and reads each back out of the whole
+        own = node in nodes or not nodes.isdisjoint(_computed_from(node))
+        for match in re.finditer(r"(?<=\.)\d+(?=\.)", name) if own else ():
             groups.setdefault((name[: match.start()], name[match.end() :]), {})[int(match.group())] = name
     renamed: dict[str, str] = {}
     for (before, after), members in groups.items():
@@ -193,3 +193,15 @@ def _renamed(program: Program, block: Block, left: list[int], count: int) -> dic
             for number, name in members.items():
                 renamed[name] = f"{before}{left.index(number)}{after}" if number in left else ""
     return renamed
+
+
+def _computed_from(*ends: fx.Node) -> set[fx.Node]:
+    """Return values and all that they are computed from."""
+    nodes: set[fx.Node] = set()
+    work = list(ends)
+    while work:
+        node = work.pop()
+        if node not in nodes:
+            nodes.add(node)
+            work.extend(node.all_input_nodes)
+    return nodes
