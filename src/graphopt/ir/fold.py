@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
+from .expressions import Expressions
 from .schema import arguments, is_operator, operator_name
 from .weights import TensorSource, Weight, load_part
 
@@ -166,11 +167,12 @@ def fold(program: Program) -> Program:
     folded = program.copy()
     by_name = {node.name: node for node in folded.graph.nodes}
     taken = {name for weight in folded.weights.values() for name in weight.all_names}
-    made: dict[Any, fx.Node] = {}
-    for original in edges:
+    made: dict[int, fx.Node] = {}
+    numbered = Expressions()
+    numbers = [numbered(original) for original in edges]
+    for original, key in zip(edges, numbers, strict=True):
         node = by_name[original.name]
         # the way back of a scaled weight is often what the graph computes too
-        key = expression(node)
         if key in made:
             _stands_for(folded, node, made[key])
             continue
@@ -197,13 +199,6 @@ def _stands_for(program: Program, node: fx.Node, new: fx.Node) -> None:
             program.checkpoint[name] = new
     node.replace_all_uses_with(new)
     program.edit.erase_dead([node])
-
-
-def expression(node: fx.Node) -> Any:
-    """Return what is equal for two nodes that compute the same of the same."""
-    if node.op != "call_function":
-        return node.name
-    return str(node.target), repr(fx.map_arg((node.args, node.kwargs), expression))
 
 
 def _way_back(program: Program, source: Computed, new: fx.Node) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx
 
 from ..ir.errors import VerificationError
-from ..ir.fold import expression
+from ..ir.expressions import Expressions
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
 
@@ -29,14 +28,16 @@ def follow(program: Program, taken: dict[fx.Node, fx.Node], apart: Collection[st
         apart: names of entries that stay as they are.
     """
     still = _read(program, set(taken.values()))
-    now: dict[Any, fx.Node] = {}
+    numbered = Expressions()
+    now: dict[int, fx.Node] = {}
     for old, new in taken.items():
         for known in (old, _part_of_whole(old)):
             if known is not None and known not in still:
-                now.setdefault(expression(known), new)
+                now.setdefault(numbered(known), new)
+    made_of: dict[fx.Node, fx.Node | None] = {}
     for name, held in list(program.checkpoint.items()):
         if name not in apart:
-            made = _again(program, held, now)
+            made = _again(program, held, now, numbered, made_of)
             if made is not None:
                 program.checkpoint[name] = made
 
@@ -74,19 +75,27 @@ def _part_of_whole(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _again(program: Program, held: fx.Node, now: dict[Any, fx.Node]) -> fx.Node | None:
+def _again(
+    program: Program,
+    held: fx.Node,
+    now: dict[int, fx.Node],
+    numbered: Expressions,
+    known: dict[fx.Node, fx.Node | None],
+) -> fx.Node | None:
     """Return the expression with taken values in the place of those before; None where nothing was taken."""
-    key = expression(held)
-    if key in now:
-        return now[key]
-    if held.op != "call_function":
-        return None
-    others = {n: made for n in held.all_input_nodes if (made := _again(program, n, now)) is not None}
-    if not others:
-        return None
-    if is_operator(held, *_PARTS) and any(
-        n.meta["val"].shape != m.meta["val"].shape for n, m in others.items()
-    ):
+    if held not in known:
+        number = numbered(held)
+        known[held] = now.get(number)
+        if number not in now and held.op == "call_function":
+            read = held.all_input_nodes
+            others = {n: m for n in read if (m := _again(program, n, now, numbered, known)) is not None}
+            known[held] = _call(program, held, others) if others else None
+    return known[held]
+
+
+def _call(program: Program, held: fx.Node, others: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    resized = any(n.meta["val"].shape != m.meta["val"].shape for n, m in others.items())
+    if resized and is_operator(held, *_PARTS):
         return None  # where its part begins now is not known
     args, kwargs = fx.map_arg((held.args, held.kwargs), lambda n: others.get(n, n))
     read: list[fx.Node] = []
