@@ -263,3 +263,23 @@ def test_a_quantised_network_on_the_npu(weights: int, net: Program, tmp_path: Pa
     )
     assert report.checked is not None
     assert min(report.checked.against_runtime.values()) > 20
+
+
+def test_random_inputs_stay_within_the_ranges_of_calibration() -> None:
+    """Wrong if a check gave a device numbers that its ranges cut off: it need not cut them off where ONNX Runtime does."""
+    from graphopt.backends.onnx_calibrated import within_ranges
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
+    batches = [{"input": 0.1 * torch.randn(32, 6)} for _ in range(4)]
+    program = graphopt.capture(network, batches[0])
+    made = graphopt.optimize(
+        program, "fit-target{allow_no_match=true}, quantize{weights=8 activations=8}", data=batches
+    )
+    drawn = {"input": 50 * torch.randn(8, 6)}
+    kept = within_ranges(made, drawn)["input"]
+    ratio = drawn["input"] / kept
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio)), "the pattern of the numbers changed"
+    assert float(ratio[0, 0]) >= 64
+    inside = {"input": 0.01 * torch.randn(8, 6)}
+    assert torch.equal(within_ranges(made, inside)["input"], inside["input"])

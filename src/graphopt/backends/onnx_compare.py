@@ -13,6 +13,7 @@ from ..ir.errors import GraphoptError, LoweringError
 from ..ir.examples import example_inputs
 from ..ir.execute import run
 from ..ir.program import Program
+from .onnx_calibrated import within_ranges
 from .onnx_sizes import namesake, static_sizes
 
 _TOLERANCE = 1e-4
@@ -166,12 +167,8 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
 def _inputs(program: Program, sizes: Mapping[str, int], padding: str) -> dict[str, torch.Tensor]:
     dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
     inputs = example_inputs(program, dict(sizes), padding=padding) | dials
-    carried = [name for name in program.signature.inputs if f"next_{name}" in program.outputs]
-    if carried and isinstance(program.facts.get("quantized"), dict):
-        # steps were calibrated on what comes back, and say nothing of random numbers
-        begun = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
-        made = run(program, begun)
-        inputs |= {name: made[f"next_{name}"] for name in carried}
+    if isinstance(program.facts.get("quantized"), dict):
+        return within_ranges(program, inputs)
     return inputs
 
 
