@@ -206,8 +206,11 @@ def test_an_order_that_cannot_work_is_refused_with_one_that_can(captured: Any) -
     check_order(program, parse_pipeline(refused.value.hint.partition(": ")[2]))
     with pytest.raises(PipelineError, match=r"freezing \(pass 2\) cannot run on a program that is sharded"):
         check_order(program, [sharding, freezing])
-    with pytest.raises(PipelineError, match="no order of these passes works"):
+    with pytest.raises(PipelineError, match="sharding before it provides sharded"):
         check_order(program, [dropping])
+    with pytest.raises(PipelineError) as refused:
+        check_order(program, parse_pipeline("quantize"))
+    assert refused.value.hint == "fit-target before it provides fitted"
 
 
 # -- plans ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .context import Context
 from .contracts import AddsOutputs, Approximate, Exact, ExactAt, ExactInChunks, NewFunction
 from .pipeline import format_pipeline
 from .plan import Plan
+from .registry import BUILT_IN, find_pass
 
 Verify = Literal["sites", "full", "off"]
 
@@ -40,7 +41,21 @@ def check_order(program: Program, passes: Sequence[Pass]) -> None:
             if _first_problem(set(program.facts), order) is None:
                 hint = f"this order works: {format_pipeline(order)}"
                 break
-    raise PipelineError(problem, hint=hint or "no order of these passes works")
+    raise PipelineError(
+        problem, hint=hint or _who_provides(program, passes) or "no order of these passes works"
+    )
+
+
+def _who_provides(program: Program, passes: Sequence[Pass]) -> str:
+    """Name the passes that provide what the given ones lack; nothing if there are none."""
+    provided = set(program.facts).union(*(step.provides for step in passes))
+    lacking = {fact for step in passes for fact in step.requires if fact not in provided}
+    offers = {
+        fact: [name for name in BUILT_IN if fact in find_pass(name).provides] for fact in sorted(lacking)
+    }
+    return ", ".join(
+        f"{' or '.join(names)} before it provides {fact}" for fact, names in offers.items() if names
+    )
 
 
 def _first_problem(facts: set[str], passes: Sequence[Pass]) -> str | None:
