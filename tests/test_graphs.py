@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -128,6 +129,13 @@ def test_cuts_lie_where_the_stream_alone_crosses(captured: Callable[[str], Progr
     found = cut_points(fixed)
     width = fixed.outputs["logits"].all_input_nodes[0].meta["val"].shape[-1]
     assert len([n for _, n in found if n.meta["val"].shape[-1] == width]) >= 2 * 2
+    # between blocks as well, where masks and rotations pass by: each part computes its own
+    blocks = sum(b.kind in ("attention", "ffn") for b in fixed.anatomy.blocks)
+    assert len([n for _, n in found if n.meta["val"].shape[-1] == width]) >= blocks
+    order = [n for n in fixed.graph.nodes if n.op == "call_function"]
+    first, last = (order.index(found[i][1]) for i in (0, -1))
+    gaps = [order.index(b[1]) - order.index(a[1]) for a, b in itertools.pairwise(found)]
+    assert max(gaps) < (last - first) / 2, "no cut in the middle of the program"
 
 
 def test_parts_are_written_compared_and_refused(

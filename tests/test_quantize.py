@@ -184,6 +184,7 @@ def test_files_hold_integers_and_every_pair(bits: int, weights: int, net: Progra
     )
     with pytest.raises(LoweringError, match="opset 21 or later"):
         done.lower("onnx", tmp_path / "old.onnx", opset=20)
+    assert done.lower("onnx", tmp_path / "default.onnx").opset == 23
 
 
 def test_a_quantised_decoder_is_one_file_for_any_runtime(

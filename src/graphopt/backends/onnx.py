@@ -55,8 +55,8 @@ def lower_onnx(
         program: not changed.
         path: of the file; its folder must exist. For a device, for several buckets and for parts a path that does not
             end in ``.onnx``: a new folder.
-        opset: 20, 21 or 23; the target's by default, or 20. At 23 attention, RMS norm and rotary embedding are one node
-            each.
+        opset: 20, 21 or 23; the target's by default, or 20, or 23 for what was quantised. At 23 attention, RMS norm and
+            rotary embedding are one node each.
         dynamic: keep sizes dynamic, under their names. By default so if ``sizes`` is not given. With False,
             sizes not given have the value seen at capture.
         sizes: values of sizes, for a static graph: ``{"batch": 1, "sequence": 128}``. With ``dynamic=True``
@@ -81,7 +81,8 @@ def lower_onnx(
     _require(["onnx", "onnxscript", "onnx_ir"] + ["onnxruntime"] * compare)
     device = None if target is None or target == "onnx" else find_target(target)
     if opset is None:
-        opset = 20 if device is None else device.opset
+        plain = 20 if program.facts.get("quantized") is None else 23
+        opset = plain if device is None else device.opset
     if opset not in OPSETS:
         raise LoweringError(f"opset {opset} is not supported", hint=f"use {', '.join(map(str, OPSETS))}")
     if check:

@@ -31,7 +31,10 @@ def build_graph(program: Program, opset: int) -> Any:
         LoweringError: an operator has no translation, or two names collide.
     """
     if pairs_in(program) and opset < QUANTIZED_FROM:
-        raise LoweringError(f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}")
+        raise LoweringError(
+            f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}",
+            hint="opset=23 has attention and norms as one each, and is what they get by default",
+        )
     model, weights = _translate(fold(with_integers(program)), opset)
     attach_weights(model, weights)
     simplify(model)

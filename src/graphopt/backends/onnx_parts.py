@@ -14,15 +14,32 @@ from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
 
 
+def everywhere(program: Program) -> set[fx.Node]:
+    """Return what each part computes for itself: what is made of weights alone, or of inputs and no matrix of weights.
+
+    Such are masks, positions and their rotations, slots of caches.
+    """
+    settled = set(depends_on_weights_alone(program))
+    made = {n for n in program.graph.nodes if n.op == "placeholder" and n not in settled}
+    for node in program.graph.nodes:
+        read = node.all_input_nodes
+        if node.op == "call_function" and read and node not in settled:
+            vectors = all(sum(size != 1 for size in n.meta["val"].shape) <= 1 for n in read if n in settled)
+            if vectors and all(n in made or n in settled for n in read):
+                made.add(node)
+    return settled | {n for n in made if n.op == "call_function"}
+
+
 def cut_points(program: Program) -> list[tuple[int, fx.Node]]:
     """Return where a program may be cut: after which call, and the one tensor that crosses there.
 
-    What is given from outside, and what is made of weights alone, stands on both sides of a cut and crosses nothing.
+    What is given from outside, and what is made of that or of weights alone, stands on both sides of a cut and
+    crosses nothing.
 
     Args:
         program: with fixed sizes.
     """
-    settled = depends_on_weights_alone(program)
+    settled = everywhere(program)
     order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
     place = {n: i for i, n in enumerate(order)}
     last = {n: max((place[u] for u in n.users if u in place), default=-1) for n in order}
@@ -49,14 +66,14 @@ def in_parts(program: Program, most: int) -> list[Program]:
     Raises:
         LoweringError: a piece between two places where it could be cut is larger.
     """
-    settled = depends_on_weights_alone(program)
+    settled = everywhere(program)
     order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
     ends: list[tuple[int, fx.Node | None]] = [*cut_points(program), (len(order) - 1, None)]
     chosen: list[tuple[int, fx.Node | None]] = []
     held: dict[str, int] = {}
     begin, before = 0, None
     for end in ends:
-        piece = dict(_stored(program, order[begin : end[0] + 1]))
+        piece = dict(_stored(program, order[begin : end[0] + 1], settled))
         begin = end[0] + 1
         if sum(piece.values()) > most:
             name = max(piece, key=lambda n: piece[n])
@@ -78,7 +95,7 @@ def in_parts(program: Program, most: int) -> list[Program]:
     return parts
 
 
-def _stored(program: Program, calls: list[fx.Node]) -> Iterator[tuple[str, int]]:
+def _stored(program: Program, calls: list[fx.Node], settled: set[fx.Node]) -> Iterator[tuple[str, int]]:
     """Yield the weights that calls read, with their bytes as they are written."""
     work, seen = list(calls), set(calls)
     while work:
@@ -89,7 +106,7 @@ def _stored(program: Program, calls: list[fx.Node]) -> Iterator[tuple[str, int]]
             seen.add(operand)
             if operand.name in program.weights:
                 yield operand.name, _written(program, operand)
-            elif operand.op == "call_function" and operand in depends_on_weights_alone(program):
+            elif operand.op == "call_function" and operand in settled:
                 work.append(operand)
 
 

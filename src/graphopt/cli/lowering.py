@@ -135,6 +135,6 @@ def _sizes(given: str) -> dict[str, int]:
     for part in given.split(","):
         name, _, value = part.partition("=")
         if not value.strip().isdigit() or not name.strip():
-            raise UsageError(f"--sizes is name=number, separated by commas, not {given!r}")
+            raise UsageError(f"--shape is name=number, separated by commas, numbers from 1 on, not {given!r}")
         sizes[name.strip()] = int(value)
     return sizes
