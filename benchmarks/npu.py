@@ -98,7 +98,8 @@ def encoder(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
         return (made @ made.T)[upper[0], upper[1]].numpy()
 
     expected = similar([program(**r)["last_hidden_state"] for r in judged])
-    for form in ("", "w8a16", "w4a16"):  # eight bits lose a BERT with outliers, whatever computes them
+    # eight bits lose a BERT with outliers, whatever computes them; with weights in four the check refuses it
+    for form in ("", "w8a16"):
         report, outputs = on_npu(
             small(program, form, calibration), judged, {"batch": 1, "sequence": length}, target
         )
@@ -255,14 +256,16 @@ def main() -> None:
         detector(given.target),
         encoder(given.target, given.sequence),
     ]
+    console = Console(width=140)
     for rows in runs:
         for model, form, report, purpose in rows:
+            console.print(f"{model}, {form or 'float16'}: {purpose}")
             told = report.checked
             table.add_row(
                 model, form or "float16", str(told.nodes), f"{min(told.against_runtime.values()):.1f}",
                 f"{min(told.against_float.values()):.1f}", purpose,
             )  # fmt: skip
-    Console(width=140).print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

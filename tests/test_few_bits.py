@@ -139,6 +139,8 @@ def test_four_bits_fitted_lose_less_than_the_nearest(block: int, mixer: Program,
     kept = onnx.load(tmp_path / "few.onnx").graph
     blocks = [a.i for n in kept.node for a in n.attribute if a.name == "block_size" and a.i]
     assert blocks == ([8] * 3 if block else []), "the matrix of 6 inputs has no blocks of 8"
+    read = {name for node in kept.node for name in node.input} | {o.name for o in kept.output}
+    assert {t.name for t in kept.initializer} <= read, "a tensor is stored that nothing reads"
     if block:
         assert loss(mixer, best) < loss(mixer, quantized(mixer, data, weights=4)), "finer scales lose more"
         assert "has a scale for each channel" in str(best.report)

@@ -119,8 +119,9 @@ def store_weights(model: Any) -> None:
                 reader.outputs[0].replace_all_uses_with(back.outputs[0])
                 graph.remove(reader, safe=True)
         graph.remove(node, safe=True)
-        if not weight.uses():
-            del graph.initializers[weight.name]
+        for left in (weight, scale, zero):
+            if not left.uses():
+                graph.initializers.pop(left.name, None)
 
 
 def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int] | None, name: str) -> Any:
