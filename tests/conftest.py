@@ -12,11 +12,16 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 import zoo
 from reload_server import ReloadServer
 
 import graphopt
 from graphopt import Program
+
+# some tests compare to the bit with processes of their own, and sums depend on the number of threads
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # started in the background, a shell leaves Ctrl-C ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

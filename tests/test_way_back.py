@@ -10,6 +10,8 @@ import torch
 
 import graphopt
 from graphopt import Program
+from graphopt.api import plan_passes
+from graphopt.passes.context import Context
 
 WIDTH = "split-ffn{score=peak}, extract-width{width=0.25}"
 EXPERTS = "prune-experts{fraction=0.5 score=random}"
@@ -42,6 +44,59 @@ def test_taken_weights_go_back_into_a_folder(
     report = graphopt.optimize(program, text).save_pretrained(tmp_path / "out")
     assert report.checked == "reload"
     assert max(report.errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("gpt2", ""),  # matrices are read back transposed
+        ("mixtral", ""),  # and here in parts
+        ("gemma2", ""),  # a norm's weight is stored less one
+        ("phi", "fuse-projections"),  # biases in parts
+    ],
+)
+def test_a_saved_program_folds_as_before(
+    name: str, before: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Wrong if the ways back to a folder's tensors, which a saved program has, counted as uses of its matrices."""
+    program = graphopt.capture(checkpoint(name))
+    if before:
+        program = graphopt.optimize(program, before)
+    program.save(tmp_path / "saved")
+    fresh, folded = (graphopt.optimize(p, "fold-norms") for p in (program, tmp_path / "saved"))
+    wanted, sites = (len(p.history[-1]["plan"]["sites"]) for p in (fresh, folded))
+    assert sites == wanted > 0
+    for number, each in enumerate((fresh, folded)):
+        report = each.save_pretrained(tmp_path / f"out{number}")
+        assert report.checked == "reload"
+        assert max(report.errors.values()) < 1e-5
+
+
+def test_a_bias_that_a_folder_has_no_place_for_is_named(
+    captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """A norm's bias goes into a head that has none: said by name, not as outputs that differ."""
+    folded = graphopt.optimize(captured("gpt_neox"), "fold-norms")
+    with pytest.raises(graphopt.ir.errors.LoweringError, match="gets a bias"):
+        folded.save_pretrained(tmp_path / "out")
+
+
+PLANNED = "fold-norms fuse-projections split-projections sort-ffn{score=peak} fit-target fuse-kernels".split()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen2_moe"])
+def test_passes_find_the_same_in_a_saved_program(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Wrong if what capture leaves for later, such as transposed or joined weights, hid or made a site."""
+    program = graphopt.capture(checkpoint(name))
+    loaded = graphopt.load(program.save(tmp_path / "saved"))
+    for text in PLANNED:
+        found = []
+        for each in (program, loaded):
+            (_, plan), *_ = plan_passes(each, text, Context([]))
+            found.append([len(plan.sites), len(plan.refused)])
+        assert found[0] == found[1], text
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])

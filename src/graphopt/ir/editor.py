@@ -66,6 +66,19 @@ class Editor:
         with self.graph.inserting_before(anchor.next):
             yield
 
+    def hoist(self, node: fx.Node, before: fx.Node) -> None:
+        """Move a value, and what it is computed from, before a node that it does not depend on."""
+        late: set[fx.Node] = set()
+        work = [node]
+        while work:
+            current = work.pop()
+            if current not in late and before < current:
+                late.add(current)
+                work.extend(current.all_input_nodes)
+        for current in sorted(late):
+            before.prepend(current)
+        self.program.changed()
+
     def value(self, node: fx.Node) -> Value:
         """Return the node as an operand that torch functions accept."""
         from .tracing import Value

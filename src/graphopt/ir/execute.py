@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,8 +192,8 @@ def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         raise
 
 
-def needed_for(targets: Iterable[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.Node]:
-    """Return the nodes that must be known to compute the targets."""
+def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that must be known to compute the targets, themselves included."""
     needed: set[fx.Node] = set()
     work = list(targets)
     while work:

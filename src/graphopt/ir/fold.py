@@ -146,6 +146,15 @@ def _foldable(program: Program) -> set[fx.Node]:
     return constant - apart if apart else constant
 
 
+def _number_on_kept(program: Program, node: fx.Node) -> bool:
+    kept = program.checkpoint.values()
+    while node.op == "call_function":
+        if len(node.all_input_nodes) != 1 or len(node.meta["val"].shape) != 1 or node in kept:
+            return False
+        node = node.all_input_nodes[0]
+    return node in kept
+
+
 def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
     """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
     while node.op == "call_function" and all(user in constant for user in node.users):
@@ -155,13 +164,20 @@ def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
     return True
 
 
-def fold(program: Program) -> Program:
+def fold(program: Program, *, to_store: bool = False) -> Program:
     """Return a program in which no node computes on weights alone.
 
     Nothing is computed here: each new weight knows how to compute itself when it is loaded, so that
     folding a model larger than memory streams. Checkpoint entries point at the folded values.
+
+    Args:
+        program: stays as it is.
+        to_store: leave what a number makes of a vector that is stored in any case, such as 1 + w in a norm: nothing
+            would become smaller, and what the vector is for would no longer be known.
     """
     edges = frontier(program)
+    if to_store:
+        edges = [node for node in edges if not _number_on_kept(program, node)]
     if not edges and not program.derived("unread_weights", lambda: unread_weights(program)):
         return program
     folded = program.copy()

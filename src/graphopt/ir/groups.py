@@ -6,6 +6,7 @@ the group in this process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -93,6 +94,14 @@ def join(timeout_seconds: float | None = None) -> None:
         backend = "cpu:gloo,cuda:nccl"  # a program's own tensors may be on either
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the processes that ``join`` joined; a process that ends in the middle of a group may abort."""
+    _BOUND.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def group_for(size: int, group: str = TENSOR_PARALLEL) -> Bound | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..ir.fold import depends_on_weights_alone
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
@@ -41,6 +42,7 @@ class FitTarget(Pass):
     def plan(self, program: Program, context: Context) -> Plan:
         """Find masks, SiLUs, biases, stacks, feed-forwards of several widths, and convolutions computed wrongly."""
         plan = Plan()
+        constant = depends_on_weights_alone(program)
         for node in program.nodes:
             if is_operator(node, "graphopt.attention") and _masked(node):
                 plan.sites.append(Site(node.name, what="mask"))
@@ -56,7 +58,7 @@ class FitTarget(Pass):
                 plan.sites.append(Site(node.name, what="store"))
             elif misread(node):
                 plan.sites.append(Site(node.name, what="dilation"))
-            elif is_operator(node, "aten.stack"):
+            elif is_operator(node, "aten.stack") and node not in constant:
                 plan.sites.append(Site(node.name, what="stack"))
             elif is_operator(node, "aten.silu"):
                 plan.sites.append(Site(node.name, what="silu"))

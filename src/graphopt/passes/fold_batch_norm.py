@@ -9,6 +9,7 @@ from torch import fx
 
 from ..ir.fold import depends_on_weights_alone
 from ..ir.program import Program
+from ..ir.readers import readers
 from ..ir.schema import arguments, is_operator
 from .plan import Site
 
@@ -32,30 +33,30 @@ def plan_batch_norm(program: Program, node: fx.Node, untie: bool) -> dict[str, A
         return "it has no running statistics"
     constant = depends_on_weights_alone(program)
     x = found["input"]
-    before = _before(x, constant, untie)
+    before = _before(program, x, constant, untie)
     if before == "":
         return {"direction": "before"}
-    after = _after(node, constant, untie)
+    after = _after(program, node, constant, untie)
     if after == "":
         return {"direction": "after"}
     return f"before it: {before}; after it: {after}"
 
 
-def _before(x: Any, constant: set[fx.Node], untie: bool) -> str:
+def _before(program: Program, x: Any, constant: set[fx.Node], untie: bool) -> str:
     if not is_operator(x, *_MATRICES):
         return "no convolution or linear"
     if x.args[1] not in constant:
         return "its matrix depends on the input"
     if len(x.users) != 1:
         return f"{x.name} is read by others too"
-    if len(x.args[1].users) > 1 and not untie:
+    if len(readers(program, x.args[1])) > 1 and not untie:
         return f"the matrix of {x.name} is used elsewhere; untie=true gives each its own"
     if is_operator(x, "aten.linear") and x.meta["val"].dim() != 2:
         return "channels of the linear are not those of the norm"
     return ""
 
 
-def _after(node: fx.Node, constant: set[fx.Node], untie: bool) -> str:
+def _after(program: Program, node: fx.Node, constant: set[fx.Node], untie: bool) -> str:
     if not node.users:
         return "nothing"
     for user in node.users:
@@ -65,7 +66,7 @@ def _after(node: fx.Node, constant: set[fx.Node], untie: bool) -> str:
             return f"{user.name} pads with zeros, which the norm would have shifted"
         if is_operator(user, "aten.linear") and node.meta["val"].dim() != 2:
             return "channels of the linear are not those of the norm"
-        if len(user.args[1].users) > 1 and not untie:  # type: ignore[union-attr]
+        if len(readers(program, user.args[1])) > 1 and not untie:  # type: ignore[arg-type]
             return f"the matrix of {user.name} is used elsewhere; untie=true gives each its own"
     return ""
 

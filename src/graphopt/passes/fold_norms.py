@@ -11,6 +11,7 @@ from torch import fx
 from ..ir.fold import depends_on_weights_alone
 from ..ir.option import option
 from ..ir.program import Program
+from ..ir.readers import readers as readers_of
 from ..ir.schema import argument, arguments, is_operator
 from .base import Pass
 from .contracts import Exact
@@ -79,7 +80,7 @@ class FoldNorms(Pass):
         if bias is not None and any(is_operator(r.node, "graphopt.routed_ffn") for r in readers):
             return "experts have no place for the bias of a norm"
         for reader in readers:
-            shared = [u for u in reader.matrix.users if u is not reader.node and u.op == "call_function"]
+            shared = [u for u in readers_of(program, reader.matrix) if u is not reader.node]
             if shared and not self.untie:
                 return (
                     f"{reader.matrix.name} is used by {shared[0].name} as well; untie=true gives each its own"

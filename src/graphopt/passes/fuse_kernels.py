@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..ir.fold import depends_on_weights_alone
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
@@ -42,13 +43,14 @@ class FuseKernels(Pass):
         """Find norms of sums, and products with an activation."""
         plan = Plan()
         order = {node: number for number, node in enumerate(program.nodes)}
+        constant = depends_on_weights_alone(program)
         taken: set[fx.Node] = set()
         for node in program.nodes:
             if self.where != "gates" and is_operator(node, "graphopt.rms_norm"):
                 total = arguments(node)["x"]
                 if not is_operator(total, "aten.add"):
                     continue
-                reason = _apart(node, total, order, taken)
+                reason = _apart(node, total, order, constant, taken)
                 if reason:
                     plan.refused.append(Refused(node.name, reason, program.source_line(node)))
                     continue
@@ -78,6 +80,8 @@ class FuseKernels(Pass):
                 continue
             total = nodes[site["sum"]]
             sides, given = arguments(total), arguments(node)
+            if given["weight"] is not None:
+                program.edit.hoist(given["weight"], total)
             with program.edit.before(total):
                 both = call(
                     dialect.add_rms_norm.default, sides["self"], sides["other"], given["weight"], given["eps"],
@@ -88,7 +92,9 @@ class FuseKernels(Pass):
             program.edit.replace(total, summed)
 
 
-def _apart(norm: fx.Node, total: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node]) -> str:
+def _apart(
+    norm: fx.Node, total: fx.Node, order: dict[fx.Node, int], constant: set[fx.Node], taken: set[fx.Node]
+) -> str:
     """Return why a sum and its norm stay apart, or nothing."""
     found = arguments(total)
     sides = [found["self"], found["other"]]
@@ -100,7 +106,7 @@ def _apart(norm: fx.Node, total: fx.Node, order: dict[fx.Node, int], taken: set[
     if total in taken:
         return "another norm of the same sum is computed with it"
     weight = arguments(norm)["weight"]
-    if isinstance(weight, fx.Node) and order[weight] > order[total]:
+    if isinstance(weight, fx.Node) and weight not in constant and order[weight] > order[total]:
         return "the norm's weight is computed after the sum"
     return ""
 

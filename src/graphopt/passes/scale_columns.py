@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +12,7 @@ from ..ir.fold import computed, depends_on_weights_alone
 from ..ir.invert import invert
 from ..ir.program import Program
 from ..ir.schema import argument, arguments, is_operator
+from .way_back import follow
 
 aten = torch.ops.aten
 _SHAPES = ("aten.reshape", "aten.to")
@@ -76,6 +78,10 @@ def scale_reader(
 ) -> None:
     """Let a reader of ``old = bare * weight + bias`` read ``bare``, its matrix holding the rest."""
     call = program.edit.call
+    found = arguments(reader.node)
+    moved = None
+    offset: Any = found.get("bias")
+    shift: Any = offset
     with program.edit.before(reader.node):
         value = bare
         for step in reader.path:
@@ -83,29 +89,28 @@ def scale_reader(
         matrix = reader.matrix
         scaled = matrix if weight is None else scaled_matrix(program, matrix, weight, reader.axis)
         if is_operator(reader.node, "graphopt.routed_ffn"):
-            found = arguments(reader.node) | {"x": value, "up": scaled}
+            found |= {"x": value, "up": scaled}
             positional = [found[n] for n in ("x", "experts", "weights", "up", "down", "up_bias", "down_bias")]
             options = {
                 n: found[n] for n in ("activation", "gated", "interleaved", "transposed", "limit", "alpha")
             }
             new = call(torch.ops.graphopt.routed_ffn.default, *positional, **options)
         else:
-            offset = reader.node.args[2] if len(reader.node.args) > 2 else None
             if bias is not None:
                 moved = call(aten.mv.default, matrix, _like(program, bias, matrix))
-                offset = moved if offset is None else call(aten.add.Tensor, moved, offset)
-            new = call(aten.linear.default, value, scaled, offset)
-    if weight is not None:
-        _update_checkpoint(program, matrix, scaled)
-    if bias is not None and len(reader.node.args) > 2:
-        for name, held in list(program.checkpoint.items()):
-            if held is reader.node.args[2] and not _others(held, reader.node):
-                program.checkpoint[name] = new.args[2]  # type: ignore[assignment]
+                shift = moved if offset is None else call(aten.add.Tensor, moved, offset)
+            new = call(aten.linear.default, value, scaled, shift)
     program.edit.replace(reader.node, new)
-
-
-def _others(node: fx.Node, reader: fx.Node) -> bool:
-    return any(u is not reader and is_operator(u, "aten.linear") for u in node.users)
+    if weight is not None:
+        _update_checkpoint(program, matrix, scaled, moved)
+    if bias is None:
+        return
+    if offset is None:
+        program.facts.setdefault(
+            "unwritable", f"{new.name} gets a bias, for which a checkpoint of this architecture has no place"
+        )
+    elif not any(is_operator(u, "aten.linear") for u in offset.users):
+        _update_checkpoint(program, offset, shift)
 
 
 def _like(program: Program, vector: fx.Node, matrix: fx.Node) -> fx.Node:
@@ -125,11 +130,17 @@ def scaled_matrix(program: Program, matrix: fx.Node, scale: fx.Node, axis: int) 
     return program.edit.call(aten.mul.Tensor, matrix, scale)
 
 
-def _update_checkpoint(program: Program, matrix: fx.Node, scaled: fx.Node) -> None:
-    """Let the checkpoint's tensors that a matrix is made of be what the scaled one has of them."""
+def _update_checkpoint(
+    program: Program, matrix: fx.Node, scaled: fx.Node, moved: fx.Node | None = None
+) -> None:
+    """Let the checkpoint's tensors that a matrix or bias is made of be what the new one has of them."""
     names: dict[str, list[str]] = {}
     for name, node in program.checkpoint.items():
         names.setdefault(node.name, []).append(name)
+    if matrix.op == "placeholder" and matrix.name not in names:
+        # a saved program holds what it computed; the checkpoint's tensors are read out of it
+        follow(program, {matrix: scaled}, beside=[moved] if moved is not None else [])
+        return
     if matrix.name in names:
         back = {matrix.name: scaled}
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import VerificationError
+from ..ir.execute import needed_for
 from ..ir.expressions import Expressions
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
@@ -16,7 +17,12 @@ aten = torch.ops.aten
 _PARTS = ("aten.slice", "aten.select", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind")
 
 
-def follow(program: Program, taken: dict[fx.Node, fx.Node], apart: Collection[str] = ()) -> None:
+def follow(
+    program: Program,
+    taken: dict[fx.Node, fx.Node],
+    apart: Collection[str] = (),
+    beside: Collection[fx.Node] = (),
+) -> None:
     """Let tensors of the checkpoint be computed from the taken values, where nothing reads them as they were.
 
     A tensor may be the value that was taken from, a part that a fused weight has of it, or what was made of it to
@@ -26,8 +32,10 @@ def follow(program: Program, taken: dict[fx.Node, fx.Node], apart: Collection[st
         program: its checkpoint entries are changed.
         taken: what is read now, by the value that was read before.
         apart: names of entries that stay as they are.
+        beside: what also reads the values as they were, and keeps none of them.
     """
-    still = _read(program, set(taken.values()))
+    ends = {*taken.values(), *beside}
+    still = needed_for(program.outputs.values(), ends) - ends
     numbered = Expressions()
     now: dict[int, fx.Node] = {}
     for old, new in taken.items():
@@ -40,18 +48,6 @@ def follow(program: Program, taken: dict[fx.Node, fx.Node], apart: Collection[st
             made = _again(program, held, now, numbered, made_of)
             if made is not None:
                 program.checkpoint[name] = made
-
-
-def _read(program: Program, ends: set[fx.Node]) -> set[fx.Node]:
-    """Return what the outputs are computed from without going through ``ends``."""
-    work = [n for node in program.graph.find_nodes(op="output") for n in node.all_input_nodes]
-    seen: set[fx.Node] = set()
-    while work:
-        node = work.pop()
-        if node not in seen and node not in ends:
-            seen.add(node)
-            work.extend(node.all_input_nodes)
-    return seen
 
 
 def _part_of_whole(node: fx.Node) -> fx.Node | None:

@@ -53,7 +53,7 @@ def save_program(
         CheckpointError: the program holds an operator or argument that the format does not.
         WriteError: the disk is full or the place not writable; nothing is left.
     """
-    work = fold(program) if fold_weights else program
+    work = fold(program, to_store=True) if fold_weights else program
     document = describe_program(work)
     with atomic_folder(path, may_replace=is_saved_program) as folder:
         files: dict[str, str] = {}

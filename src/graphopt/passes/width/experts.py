@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.anatomy import Block
 from ...ir.errors import VerificationError
+from ...ir.execute import needed_for
 from ...ir.fold import depends_on_weights_alone
 from ...ir.infer import same_value
 from ...ir.program import Program
@@ -178,13 +179,12 @@ def _fewer(sizes: list[Any], count: int, left: int) -> list[Any]:
 def _renamed(program: Program, block: Block, left: list[int], count: int) -> dict[str, str]:
     """New names for tensors that a checkpoint holds one an expert; an empty name for those that go."""
     found = arguments(block.parts["core"])
-    nodes = _computed_from(
-        *(found[n] for n in ("up", "down", "up_bias", "down_bias") if found[n] is not None)
-    )
+    tensors = [found[n] for n in ("up", "down", "up_bias", "down_bias") if found[n] is not None]
+    nodes = needed_for(tensors, ())
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name, node in program.checkpoint.items():
         # a loaded program holds them together, and reads each back out of the whole
-        own = node in nodes or not nodes.isdisjoint(_computed_from(node))
+        own = node in nodes or not nodes.isdisjoint(needed_for([node], ()))
         for match in re.finditer(r"(?<=\.)\d+(?=\.)", name) if own else ():
             groups.setdefault((name[: match.start()], name[match.end() :]), {})[int(match.group())] = name
     renamed: dict[str, str] = {}
@@ -193,15 +193,3 @@ def _renamed(program: Program, block: Block, left: list[int], count: int) -> dic
             for number, name in members.items():
                 renamed[name] = f"{before}{left.index(number)}{after}" if number in left else ""
     return renamed
-
-
-def _computed_from(*ends: fx.Node) -> set[fx.Node]:
-    """Return values and all that they are computed from."""
-    nodes: set[fx.Node] = set()
-    work = list(ends)
-    while work:
-        node = work.pop()
-        if node not in nodes:
-            nodes.add(node)
-            work.extend(node.all_input_nodes)
-    return nodes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...ir.errors import UsageError
 from ...ir.option import option
 from ...ir.program import Program
+from ...ir.readers import readers
 from ...ir.schema import arguments, is_operator
 from .base import Batch, Method, Recipe, called, language_loss
 
@@ -94,8 +95,8 @@ class RangeRegularization(Method):
 def matrices(program: Program) -> Iterable[str]:
     """Yield the names of weights that linear operators and convolutions multiply with, and nothing else reads."""
     for node in program.weight_nodes:
-        users = [u for u in node.users if u.op == "call_function"]
-        if users and all(is_operator(u, *_MULTIPLYING) and arguments(u)["weight"] is node for u in users):
+        read = readers(program, node)
+        if read and all(is_operator(u, *_MULTIPLYING) and arguments(u)["weight"] is node for u in read):
             yield program.weights[node.name].name
 
 
