@@ -15,9 +15,9 @@ from torch import nn
 import graphopt
 from graphopt.backends import onnx_target
 from graphopt.backends.qnn import run
-from graphopt.backends.qnn.cases import CASES
 from graphopt.backends.qnn.measures import signal_to_noise
-from graphopt.backends.qnn.sweep import DEVICES, differences, verdict
+from graphopt.backends.sweep.cases import CASES
+from graphopt.backends.sweep.verdicts import DEVICES, differences, verdict
 from graphopt.cli.running import run as command
 from graphopt.ir import targets
 from graphopt.ir.errors import LoweringError
@@ -60,12 +60,50 @@ def test_targets_are_read_from_their_sweeps() -> None:
     assert "at most 5 dimensions, here are 6" in device.refuses("Transpose", 6)
     assert "never tried" in device.refuses("NonMaxSuppression", 3)
     assert device.wheel.startswith("onnxruntime-qnn ")
-    swept = json.loads((Path(targets.__file__).parent / f"{NPU}.json").read_text())
-    assert [(c["operator"], c["form"]) for c in swept["cases"]] == [(c.operator, c.form) for c in CASES], (
-        "the file was not made with these cases: run the sweep again"
-    )
+    for name in targets.names():
+        swept = json.loads((Path(targets.__file__).parent / f"{name}.json").read_text())
+        assert [(c["operator"], c["form"]) for c in swept["cases"]] == [
+            (c.operator, c.form) for c in CASES
+        ], f"{name}.json was not made with these cases: run the sweep again"
+        assert swept["device"] == DEVICES[name]
     with pytest.raises(LoweringError, match="did you mean 'qnn-htp-v75'"):
         targets.find_target("qnn-htp-v7")
+
+
+def test_onnx_runtime_is_a_target_at_each_opset(tmp_path: Path) -> None:
+    """Sixteen bits came with opset 21, fused norms with 23; scales for blocks are not taken in w8a8."""
+    old, new = targets.find_target("onnx-20"), targets.find_target("onnx")
+    assert new.opset == 23
+    assert old.refuses("MatMul", 3, "w8a8") == ""
+    assert "does not take MatMul" in old.refuses("MatMul", 3, "w8a16")
+    assert "does not take RMSNormalization" in old.refuses("RMSNormalization", 3)
+    assert new.refuses("MatMul", 3, "w8a16") == new.refuses("RMSNormalization", 3) == ""
+    assert new.takes_blocks("MatMul", "w4a16")
+    assert not new.takes_blocks("MatMul", "w8a8")
+    report = program(dynamic=True).lower("onnx", tmp_path / "a.onnx", target="onnx", opset=21)
+    assert report.opset == 21
+    with pytest.raises(LoweringError, match="onnx-21 is opset 21, not 23"):
+        program().lower("onnx", tmp_path / "b.onnx", target="onnx-21", opset=23)
+    with pytest.raises(LoweringError, match="asks a device's compiler"):
+        program().lower("onnx", tmp_path / "b.onnx", target="onnx", check=True)
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_blocks_that_a_runtime_does_not_take_are_named_and_avoided(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    data = [{"input": torch.randn(1, 5, 64)} for _ in range(4)]
+    captured = graphopt.capture(net, data[0])
+    passes = "fit-target{{allow_no_match=true}}, quantize{{weights=8 activations=8 block=32{}}}"
+    blocked = graphopt.optimize(captured, passes.format(""), data=data)
+    with pytest.raises(LoweringError, match="2 nodes cannot go to onnx-23") as told:
+        blocked.lower("onnx", tmp_path / "a.onnx", target="onnx")
+    assert "no scale for each block of inputs in w8a8" in told.value.message
+    with pytest.raises(LoweringError, match="does not run the file"):  # where this ends, sweep again
+        blocked.lower("onnx", tmp_path / "a.onnx")
+    fitting = graphopt.optimize(captured, passes.format(" target=onnx"), data=data)
+    assert len(fitting.report.passes[-1].notes) == 2
+    fitting.lower("onnx", tmp_path / "a.onnx", target="onnx")
 
 
 def test_differences_of_two_sweeps_are_told() -> None:
@@ -168,6 +206,29 @@ def test_a_wrong_simulation_is_no_success(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(LoweringError, match="computes something else than ONNX Runtime"):
         program().lower("onnx", tmp_path / "out", target=NPU, check=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "form", "kind"),
+    [
+        ("onnx-20", "MatMul", "weight", "w8a8"),
+        ("onnx-20", "MatMul", "weight", "w8a16"),
+        ("onnx-21", "Conv", "depthwise", "w4a16"),
+        ("onnx-23", "MatMul", "weight in blocks of 32", "w8a8"),
+        ("onnx-23", "Attention", "grouped heads", "float"),
+    ],
+)
+def test_the_sweep_of_a_runtime_says_what_its_file_says(
+    name: str, operator: str, form: str, kind: str
+) -> None:
+    """Where ONNX Runtime has moved, this fails: run the sweep again, with --against."""
+    case = next(c for c in CASES if (c.operator, c.form) == (operator, form))
+    swept = json.loads((Path(targets.__file__).parent / f"{name}.json").read_text())
+    (held,) = (c for c in swept["cases"] if (c["operator"], c["form"]) == (operator, form))
+    said = verdict(case, kind, DEVICES[name])
+    assert said is not None
+    assert said["placed"] == held["verdicts"][kind]["placed"]
+    assert not said["placed"] or said["snr"] > 40
 
 
 @compiler

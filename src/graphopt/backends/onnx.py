@@ -17,7 +17,7 @@ import torch
 from ..ir.errors import LoweringError
 from ..ir.program import Program
 from ..ir.retype import retyped
-from ..ir.targets import FLOAT, find_target
+from ..ir.targets import FLOAT, Target, find_target
 from .genai_folder import beside_buckets
 from .onnx_files import share_weights
 from .onnx_model import OnnxReport, Writing, write_models
@@ -64,7 +64,8 @@ def lower_onnx(
             weights, such as a prompt's and a step's.
         compare: run both and compare, at one size if static, at two if dynamic, with padding on either side.
         external_data: weights beside the file, as ``<name>.data``; by default from 1.9 GB on.
-        target: a device to write for, such as "qnn-htp-v75": fixed sizes, and nothing that its compiler would not take.
+        target: what to write for. A device, such as "qnn-htp-v75": fixed sizes, and nothing that its compiler would not
+            take. "onnx": nothing that ONNX Runtime does not take, or computes wrongly, in the program's types.
         check: let the device's compiler and simulator run in a process of their own: no node on the CPU, a context binary
             beside the file, and the same values as ONNX Runtime. Needs ``graphopt[qnn]``.
         part_bytes: cut the graph, where only the residual stream crosses, into parts whose weights take at most so much; by
@@ -79,10 +80,10 @@ def lower_onnx(
     """
     started = time.perf_counter()
     _require(["onnx", "onnxscript", "onnx_ir"] + ["onnxruntime"] * compare)
-    device = None if target is None or target == "onnx" else find_target(target)
+    asked = _target(program, target, opset)
+    device = asked if asked is not None and asked.compiled else None
     if opset is None:
-        plain = 20 if program.facts.get("quantized") is None else 23
-        opset = plain if device is None else device.opset
+        opset = _usual_opset(program) if asked is None else asked.opset
     if opset not in OPSETS:
         raise LoweringError(f"opset {opset} is not supported", hint=f"use {', '.join(map(str, OPSETS))}")
     if check:
@@ -122,7 +123,7 @@ def lower_onnx(
     if part_bytes is None and device is not None and folder:
         part_bytes = PART_BYTES
     writing = Writing(
-        opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data, device=device,
+        opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data, asked=asked,
         kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance, part_bytes=part_bytes,
         alone=len(buckets) == 1,
     )  # fmt: skip
@@ -148,6 +149,21 @@ def lower_onnx(
         (draft / "report.json").write_text(json.dumps(asdict(report), default=str, indent=1) + "\n")
         os.replace(draft, place)
     return report
+
+
+def _usual_opset(program: Program) -> int:
+    return 20 if program.facts.get("quantized") is None else 23
+
+
+def _target(program: Program, name: str | None, opset: int | None) -> Target | None:
+    """Return what a file is for; "onnx" is ONNX Runtime at the opset asked for."""
+    if name == "onnx":
+        opset = _usual_opset(program) if opset is None else opset
+        return find_target(f"onnx-{opset}") if opset in OPSETS else None
+    found = None if name is None else find_target(name)
+    if found is not None and not found.compiled and opset not in (None, found.opset):
+        raise LoweringError(f"{found.name} is opset {found.opset}, not {opset}", hint="target=onnx takes any")
+    return found
 
 
 def _with_context(report: OnnxReport, files: tuple[Path, ...]) -> OnnxReport:

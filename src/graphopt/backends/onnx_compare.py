@@ -57,7 +57,10 @@ def compare_with_runtime(
             results = session.run(list(wanted), feed)
         except Exception as error:
             text = str(error).strip().splitlines()[0]
-            raise LoweringError(f"ONNX Runtime does not run the file on {case.label}: {text}") from error
+            raise LoweringError(
+                f"ONNX Runtime does not run the file on {case.label}: {text}",
+                hint="target=onnx names the nodes that it is known not to take in these types",
+            ) from error
         for (name, reference), result in zip(wanted.items(), results, strict=True):
             found = _error(torch.from_numpy(result.copy()), reference, case, whole)
             if found is not None and not found <= errors.get(name, -1.0):

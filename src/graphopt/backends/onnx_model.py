@@ -54,13 +54,18 @@ class Writing:
     dynamic: bool
     compare: bool
     apart: Literal["auto"] | bool
-    device: Target | None
+    asked: Target | None
     kind: str
     check: bool
     widen: bool
     tolerance: float | None
     part_bytes: int | None
     alone: bool
+
+    @property
+    def device(self) -> Target | None:
+        """The target, where it is a device with a compiler."""
+        return self.asked if self.asked is not None and self.asked.compiled else None
 
 
 def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: Writing) -> list[OnnxReport]:
@@ -111,8 +116,8 @@ def _write_model(
 ) -> OnnxReport:
     started = time.perf_counter()
     graph = build_graph(program, how.opset)
-    if how.device is not None:
-        require_taken(graph, program, how.device, how.kind)
+    if how.asked is not None:
+        require_taken(graph, program, how.asked, how.kind)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     if how.apart is False and total >= EXTERNAL_FROM:
         raise LoweringError(

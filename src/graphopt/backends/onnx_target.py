@@ -64,7 +64,7 @@ def require_fixed(program: Program, fixed: Mapping[str, int], target: Target) ->
 
 
 def require_taken(model: Any, program: Program, target: Target, kind: str) -> None:
-    """List what the device does not take, before it is asked.
+    """List what the device or runtime does not take, before it is asked.
 
     Raises:
         LoweringError: each node with the reason and the line of the user's model that it comes from.
@@ -77,6 +77,8 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
         first = next((v for v in node.inputs if v is not None and v.shape is not None), None)
         rank = len(first.shape) if first is not None else 0
         why = target.refuses(node.op_type, rank, kind)
+        if not why and any(map(_blocked, node.inputs)) and not target.takes_blocks(node.op_type, kind):
+            why = f"{target.name} takes no scale for each block of inputs in {kind}; quantize{{target={target.name}}}"
         if why:
             origin = _origin(node, places)
             line = program.source_line(origin) if origin is not None else ""
@@ -87,6 +89,15 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
             f"{len(found)} nodes cannot go to {target.name}:\n  " + "\n  ".join(found[:20]) + more,
             hint="change what the model computes there, or leave target out and let a runtime choose where nodes run",
         )
+
+
+def _blocked(value: Any) -> bool:
+    """Tell whether a value is restored with a scale for each block."""
+    made = value.producer() if value is not None else None
+    if made is None or made.op_type != DEQUANTIZE:
+        return False
+    size = made.attributes.get("block_size")
+    return size is not None and size.value > 0
 
 
 def _origin(node: Any, places: Mapping[str, Any]) -> Any:
@@ -151,7 +162,7 @@ def check_on_target(
         raise LoweringError(
             f"{target.name} computes something else than ONNX Runtime on the same file: {told}; "
             f"{LEAST[kind]:.0f} dB are asked for",
-            hint="it computes an operator wrongly; python -m graphopt.backends.qnn.sweep tries them one by one",
+            hint="it computes an operator wrongly; python -m graphopt.backends.sweep tries them one by one",
         )
     files = () if context is None else tuple(sorted(context.parent.glob(f"{context.stem}*")))
     return TargetReport(

@@ -1,4 +1,4 @@
-"""What devices take: data files beside this one, each made by a sweep of single operators through its compiler."""
+"""What devices and runtimes take: data files beside this one, each made by a sweep of single operators through it."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ LEAST_SNR = 25.0
 
 @dataclass(frozen=True)
 class Target:
-    """A device to write files for.
+    """A device or runtime to write files for.
 
     Attributes:
         name: as given to ``target=``.
-        opset: that its compiler takes best.
-        soc: Qualcomm's number of the system on a chip.
-        arch: version of the HTP.
-        wheel: the compiler's package and version that the sweep was made with.
+        opset: that its compiler takes best, or of the runtime's operators.
+        soc: Qualcomm's number of the system on a chip; 0 for a runtime.
+        arch: version of the HTP; 0 for a runtime.
+        wheel: the compiler's or runtime's package and version that the sweep was made with.
         operators: for each ONNX operator the verdict in each type (float, w8a8, w8a16, w4a8, w4a16), the worst of its
             forms.
         most_dimensions: of operators that take fewer than ONNX does.
@@ -64,6 +64,11 @@ class Target:
     most_dimensions: Mapping[str, int]
     blocks: frozenset[tuple[str, str]] = frozenset()
 
+    @property
+    def compiled(self) -> bool:
+        """Tell whether a compiler makes something of files beforehand, for sizes that are numbers."""
+        return self.soc > 0
+
     def refuses(self, operator: str, dimensions: int, kind: str = FLOAT) -> str:
         """Return why an operator cannot go to the device; empty if it can.
 
@@ -74,7 +79,8 @@ class Target:
         """
         known = self.operators.get(operator)
         if known is None:
-            return f"{operator} was never tried on {self.name}"
+            # what a runtime computes is compared in any case; a compiler may do it wrongly for a device
+            return f"{operator} was never tried on {self.name}" if self.compiled else ""
         verdict = known.get(kind)
         if verdict is None:
             # bits of weights say nothing about what has none
@@ -94,19 +100,20 @@ class Target:
 
 
 def names() -> list[str]:
-    """Return the devices that are known."""
-    return sorted(
-        f.name.removesuffix(".json") for f in resources.files(__name__).iterdir() if f.name.endswith(".json")
-    )
+    """Return the targets that are known."""
+    files = [f.name for f in resources.files(__name__).iterdir()]
+    return sorted(f.removesuffix(".json") for f in files if f.endswith(".json"))
 
 
 @cache
 def find_target(name: str) -> Target:
-    """Return a device by name.
+    """Return a device or runtime by name; "onnx" is ONNX Runtime at the newest opset.
 
     Raises:
         LoweringError: there is none of that name.
     """
+    if name == "onnx":
+        name = max(n for n in names() if n.startswith("onnx-"))
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         raise LoweringError(
@@ -136,7 +143,7 @@ def read_target(name: str, data: Mapping[str, Any]) -> Target:
                 held[kind] = verdict
     device = data["device"]
     return Target(
-        name, int(device["opset"]), int(device["soc"]), int(device["arch"]), str(data["wheel"]), operators, most,
+        name, int(device["opset"]), int(device.get("soc", 0)), int(device.get("arch", 0)), str(data["wheel"]), operators, most,
         frozenset(blocks),
     )  # fmt: skip
 

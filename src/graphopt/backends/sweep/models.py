@@ -1,34 +1,12 @@
-"""Try single operators on a device, and write down what its compiler and simulator make of them.
-
-    python -m graphopt.backends.qnn.sweep qnn-htp-v75 -o qnn-htp-v75.json [--against OLD.json]
-
-The file goes beside ``graphopt/ir/targets``. With ``--against`` differences to an older sweep are listed, as when
-the compiler's package has moved.
-"""
+"""One operator as a model of its own, in each type in which values are stored."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
-from .cases import CASES, Case, Operand
-from .measures import reference, signal_to_noise
-from .run import simulate
-
-DEVICES: dict[str, dict[str, int]] = {
-    "qnn-htp-v73": {"soc": 43, "arch": 73, "opset": 23},
-    "qnn-htp-v75": {"soc": 57, "arch": 75, "opset": 23},
-    "qnn-htp-v79": {"soc": 69, "arch": 79, "opset": 23},
-    "qnn-htp-v81": {"soc": 87, "arch": 81, "opset": 23},
-}
-"""Qualcomm's numbers of systems on a chip, and the architecture of the HTP in each."""
+from ..qnn.measures import reference
+from .cases import Case, Operand
 
 KINDS = ("float", "w8a8", "w8a16", "w4a8", "w4a16")
 _STORED = {"a8": ("uint8", 255), "a16": ("uint16", 65535)}
@@ -163,98 +141,3 @@ def _model(nodes: Any, inputs: Any, outputs: Any, initialisers: Any, opset: int)
 
     graph = helper.make_graph(nodes, "case", inputs, outputs, initialisers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-
-
-def verdict(case: Case, kind: str, device: Mapping[str, int]) -> dict[str, Any] | None:
-    """Try one case in one type; None where the type says nothing about it."""
-    if kind != "float" and case.output != "float":
-        return None
-    if (kind.startswith("w4") and not case.weighted) or (kind == "float" and case.block):
-        return None
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "case.onnx"
-        try:
-            feed = build(case, kind, path, device["opset"])
-            expected = reference(path, feed)
-        except Exception as error:  # a form that ONNX Runtime itself does not take says nothing of the device
-            return {
-                "placed": False,
-                "snr": None,
-                "why": f"ONNX Runtime: {str(error).strip().splitlines()[0][:120]}",
-            }
-        found = simulate(path, [feed], soc=device["soc"], arch=device["arch"], timeout=120)
-    if found.error or found.elsewhere or not found.outputs:
-        why = found.error.splitlines()[0][:160] if found.error else "it stays on the CPU"
-        if "fallback" in why:
-            why = "it stays on the CPU"
-        return {"placed": False, "snr": None, "why": why}
-    worst = min(signal_to_noise(found.outputs[0][n], expected[n]) for n in expected)
-    return {"placed": True, "snr": round(worst, 1), "why": "", "wheel": found.wheel}
-
-
-def sweep(name: str, workers: int = 2) -> dict[str, Any]:
-    """Return all verdicts on a device."""
-    device = DEVICES[name]
-    asked = [(case, kind) for case in CASES for kind in KINDS]
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda pair: verdict(pair[0], pair[1], device), asked)
-        said = list(track(results, f"operators on {name}", total=len(asked)))
-    wheel = next((s["wheel"] for s in said if s and "wheel" in s), "")
-    cases: list[dict[str, Any]] = []
-    for case in CASES:
-        found = {
-            kind: {k: v for k, v in s.items() if k != "wheel"}
-            for (c, kind), s in zip(asked, said, strict=True)
-            if c is case and s is not None
-        }
-        sizes = [len(o.shape) for o in case.operands if o is not None and o.role == "input"]
-        cases.append(
-            {
-                "operator": case.operator, "form": case.form, "limit": case.limit,
-                "dimensions": max(sizes, default=0), "verdicts": found,
-            }
-        )  # fmt: skip
-    return {"device": device, "wheel": f"onnxruntime-qnn {wheel}", "cases": cases}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return in words what changed from one sweep to another: what is taken, and precision by more than 6 dB."""
-    held = {(c["operator"], c["form"]): c["verdicts"] for c in old["cases"]}
-    lines = []
-    for case in new["cases"]:
-        key = (case["operator"], case["form"])
-        title = f"{case['operator']} ({case['form']})" if case["form"] else case["operator"]
-        if key not in held:
-            lines.append(f"{title}: new")
-            continue
-        for kind, now in case["verdicts"].items():
-            before = held[key].get(kind)
-            if before is None or before["placed"] != now["placed"]:
-                lines.append(
-                    f"{title}, {kind}: {'taken' if now['placed'] else 'refused'} now {now['why']}".rstrip()
-                )
-            elif now["snr"] is not None and abs(now["snr"] - (before["snr"] or 0)) > 6:
-                lines.append(f"{title}, {kind}: {before['snr']} dB -> {now['snr']} dB")
-    return lines
-
-
-def main() -> None:
-    """Sweep, write, compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("device", choices=sorted(DEVICES))
-    parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--against")
-    parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
-    old = json.loads(Path(given.against).read_text()) if given.against else None
-    found = sweep(given.device, given.workers)
-    Path(given.output).write_text(json.dumps(found, indent=1) + "\n")
-    if old is not None:
-        lines = differences(old, found)
-        print("\n".join(lines) or "nothing changed")
-
-
-if __name__ == "__main__":
-    main()

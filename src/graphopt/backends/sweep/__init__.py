@@ -1,0 +1,1 @@
+"""Trying single operators on what programs are written for."""
