@@ -143,8 +143,8 @@ def read_target(name: str, data: Mapping[str, Any]) -> Target:
                 held[kind] = verdict
     device = data["device"]
     return Target(
-        name, int(device["opset"]), int(device.get("soc", 0)), int(device.get("arch", 0)), str(data["wheel"]), operators, most,
-        frozenset(blocks),
+        name, int(device["opset"]), int(device.get("soc", 0)), int(device.get("arch", 0)), str(data["wheel"]),
+        operators, most, frozenset(blocks),
     )  # fmt: skip
 
 
