@@ -1,6 +1,6 @@
 """Models on the NPU's simulator: nodes, signal-to-noise ratios, and what it does to what they are for.
 
-    python benchmarks/npu.py [--target qnn-htp-v75] [--sequence 32]
+    python benchmarks/npu.py [--target qnn-htp-v75] [--sequence 32] [--only decoding]
 
 The packaged sentence encoder (do its similarities keep their order?), the reference Llama (does it say the same next
 tokens, at once and token by token with caches?) and the keyword detector (does it decide the same, fused and streaming?),
@@ -137,57 +137,77 @@ def language(target: str, length: int) -> Iterator[tuple[str, str, Any, str]]:
         )
 
 
-def decoding(target: str, prompt: int = 16, count: int = 64) -> Iterator[tuple[str, str, Any, str]]:
-    """Yield forms of the language model with caches: a prompt, then tokens one by one, caches carried by the simulator.
+def decoding(
+    target: str, prompts: int = 8, prompt: int = 16, count: int = 64
+) -> Iterator[tuple[str, str, Any, str]]:
+    """Yield forms of the language model with caches: prompts, then tokens one by one, caches carried by the simulator.
 
     Each step is given the token that the program in PyTorch, in floats, wrote before it. Where every step says the float's
-    next token, what the NPU generates by itself is the same text; where one does not, it says at which token they part.
+    next token, what the NPU generates by itself is the same text; where one does not, it says at which token they part, and
+    how near the float's two best tokens were there.
     """
     here = EXAMPLES / "reference_models"
     program = graphopt.capture(here / "models" / "llama")
     calibration = read_data(program, here / "data" / "calibration.jsonl", sequences=16, length=64, batch=4)[0]
-    ids = read_data(program, here / "data" / "validation.jsonl", sequences=1, length=prompt, batch=1)[0][0]
-    row = ids["input_ids"][:, :prompt]
-    for _ in range(count):
-        row = torch.cat([row, program(input_ids=row)["logits"][:, -1:].argmax(-1)], 1)
+    batches = read_data(
+        program, here / "data" / "validation.jsonl", sequences=prompts, length=prompt, batch=1
+    )[0]
+    rows, margins = [], []
+    for batch in batches:
+        row, near = batch["input_ids"][:, :prompt], []
+        for _ in range(count):
+            best = program(input_ids=row)["logits"][0, -1].topk(2)
+            near.append(float(best.values[0] - best.values[1]))
+            row = torch.cat([row, best.indices[None, :1]], 1)
+        rows.append(row)
+        margins.append(near)
     cached = graphopt.optimize(program, f"insert-kv-cache{{max_length={prompt + count}}}")
-    device = find_target(target)
+    stages = ([(0, prompt)], [(i, i + 1) for i in range(prompt, prompt + count - 1)])
     for form in ("", "w8a16", "w4a16"):
         done = small(cached, form, calibration)
-        caches = [n for n in done.signature.inputs if f"next_{n}" in done.outputs]
-        held = done.signature.inputs
-        carried = {n: torch.zeros([1, *held[n].shape[1:]], dtype=held[n].dtype).numpy() for n in caches}
-        said, report = [], None
-        for steps in ([(0, prompt)], [(i, i + 1) for i in range(prompt, prompt + count - 1)]):
-            place = Path(tempfile.mkdtemp()) / "out"
+        places, report = [], None
+        for steps in stages:
+            places.append(Path(tempfile.mkdtemp()) / "out")
             sizes = {"batch": 1, "sequence": steps[0][1] - steps[0][0]}
-            report = done.lower("onnx", place, target=target, check=True, sizes=sizes)
-            taken = _inputs(place / "model_host.onnx")
-            feeds = []
-            for first, end in steps:
-                given = {
-                    "input_ids": row[:, first:end].numpy(),
-                    "position_ids": torch.arange(first, end)[None].numpy(),
-                }
-                given |= reference(place / "model_host.onnx", {k: v for k, v in given.items() if k in taken})
-                types = _inputs(place / "model.onnx")
-                first_step = {} if feeds else carried
-                feeds.append(
-                    {k: v.astype(types[k]) for k, v in {**given, **first_step}.items() if k in types}
-                )
-            found = simulate(
-                place / "model.onnx", feeds, soc=device.soc, arch=device.arch, timeout=1800, carry=caches
-            )
-            if found.error:
-                raise SystemExit(found.error)
-            said += [int(o["logits"][0, -1].argmax()) for o in found.outputs]
-            carried = {n: found.outputs[-1][f"next_{n}"] for n in caches}
-        same = [a == b for a, b in zip(said, row[0, prompt:].tolist(), strict=True)]
-        first = same.index(False) if False in same else None
-        what = f"{sum(same)} of {count} tokens the float's" + (
-            ", generation is the same" if first is None else f", parts at token {first + 1}"
-        )
+            report = done.lower("onnx", places[-1], target=target, check=True, sizes=sizes)
+        right, parted = 0, []
+        for row, near in zip(rows, margins, strict=True):
+            said = generated(done, places, stages, row, target)
+            same = [a == b for a, b in zip(said, row[0, prompt:].tolist(), strict=True)]
+            right += sum(same)
+            if False in same:
+                parted.append((same.index(False) + 1, near[same.index(False)]))
+        what = f"{right} of {len(rows) * count} tokens the float's, {len(rows) - len(parted)} of {len(rows)} texts the same"
+        what += "".join(f"; one parts at token {n}, logits {d:.3f} apart" for n, d in parted)
         yield "reference Llama, prompt and steps", form, report, what
+
+
+def generated(done: Program, places: list[Path], stages: Any, row: torch.Tensor, target: str) -> list[int]:
+    """Return the likeliest token after each step of a row, by the simulator with its own caches."""
+    device = find_target(target)
+    caches = [n for n in done.signature.inputs if f"next_{n}" in done.outputs]
+    held = done.signature.inputs
+    carried = {n: torch.zeros([1, *held[n].shape[1:]], dtype=held[n].dtype).numpy() for n in caches}
+    said: list[int] = []
+    for place, steps in zip(places, stages, strict=True):
+        taken, types = _inputs(place / "model_host.onnx"), _inputs(place / "model.onnx")
+        feeds: list[dict[str, Any]] = []
+        for first, end in steps:
+            given: dict[str, Any] = {
+                "input_ids": row[:, first:end].numpy(),
+                "position_ids": torch.arange(first, end)[None].numpy(),
+            }
+            given |= reference(place / "model_host.onnx", {k: v for k, v in given.items() if k in taken})
+            given |= {} if feeds else carried
+            feeds.append({k: v.astype(types[k]) for k, v in given.items() if k in types})
+        found = simulate(
+            place / "model.onnx", feeds, soc=device.soc, arch=device.arch, timeout=1800, carry=caches
+        )
+        if found.error:
+            raise SystemExit(found.error)
+        said += [int(o["logits"][0, -1].argmax()) for o in found.outputs]
+        carried = {n: found.outputs[-1][f"next_{n}"] for n in caches}
+    return said
 
 
 def detector(target: str, count: int = 128, frames: int = 10) -> Iterator[tuple[str, str, Any, str]]:
@@ -248,16 +268,19 @@ def main() -> None:
     )
     parser.add_argument("--target", default="qnn-htp-v75")
     parser.add_argument("--sequence", type=int, default=32)
+    parser.add_argument("--only", choices=("language", "decoding", "detector", "encoder"))
     given = parser.parse_args()
     table = Table("model", "form", "nodes", "to ONNX Runtime, dB", "to float, dB", "what it is for", box=None)
-    runs = [
-        language(given.target, given.sequence),
-        decoding(given.target),
-        detector(given.target),
-        encoder(given.target, given.sequence),
-    ]
+    runs = {
+        "language": language(given.target, given.sequence),
+        "decoding": decoding(given.target),
+        "detector": detector(given.target),
+        "encoder": encoder(given.target, given.sequence),
+    }
     console = Console(width=140)
-    for rows in runs:
+    for name, rows in runs.items():
+        if given.only not in (None, name):
+            continue
         for model, form, report, purpose in rows:
             console.print(f"{model}, {form or 'float16'}: {purpose}")
             told = report.checked

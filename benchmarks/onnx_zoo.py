@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import graphopt
-from graphopt.backends.onnx_compare import comparison_cases
+from graphopt.backends.compare_cases import comparison_cases
 from graphopt.backends.onnx_quantized import pairs_in
 from graphopt.ir.errors import GraphoptError
 from graphopt.ir.examples import example_inputs

@@ -10,7 +10,7 @@ from ..ir.fold import drop_unread_weights
 from ..ir.inputs import add_input, remove_input
 from ..ir.program import Program
 from ..ir.sides import border
-from .onnx_compare import Case
+from .compare_cases import Case
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ def _drop_unread_inputs(program: Program) -> None:
 
 def prepared(case: Case, host: Program) -> Case:
     """Return inputs with what a host makes of them."""
-    taken = {name: value for name, value in case.inputs.items() if name in host.signature.inputs}
+    taken = {name: value for name, value in case.inputs.items() if name in host.input_nodes}
     return replace(case, inputs=case.inputs | run(host, taken))

@@ -12,9 +12,10 @@ from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
 from ..ir.targets import Target
+from .compare_cases import Case, comparison_cases
 from .host_split import Split, prepared, split
 from .onnx_check import check_file
-from .onnx_compare import Case, compare_with_runtime, comparison_cases
+from .onnx_compare import compare_with_runtime
 from .onnx_graph import build_graph
 from .onnx_parts import in_parts
 from .onnx_sizes import with_sizes
@@ -85,23 +86,30 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
     # a copy, so that the weights it loads to run leave with it
     reference = with_sizes(program, {}, float32=True) if how.widen else program.copy()
     cases = list(comparison_cases(reference, fixed, how.dynamic)) if how.compare or how.check else []
-    prepared_errors: dict[str, float] = {}
+    paths = []
     if halves.host is not None:
-        beside = draft.with_name(f"{draft.stem}_host.onnx")
-        _write(build_graph(halves.host, how.opset), beside, False)
-        check_file(beside, how.opset)
-        if how.compare:
-            prepared_errors = compare_with_runtime(beside, halves.host, cases, how.tolerance)
-        reference, cases = halves.device, [prepared(case, halves.host) for case in cases]
+        paths.append(draft.with_name(f"{draft.stem}_host.onnx"))
+        _write(build_graph(halves.host, how.opset), paths[0], False)
+        check_file(paths[0], how.opset)
     parts = [halves.device] if how.part_bytes is None else in_parts(halves.device, how.part_bytes)
     reports = []
     for number, part in enumerate(parts, start=1):
-        path = draft if len(parts) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx")
-        truth = reference if len(parts) == 1 else part
-        reports.append(_write_model(part, truth, path, cases, how))
-        if number < len(parts):
-            cases = [replace(case, inputs=case.inputs | _following(part, case)) for case in cases]
-    reports[0] = replace(reports[0], errors=prepared_errors | reports[0].errors)
+        paths.append(draft if len(parts) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx"))
+        reports.append(_write_model(part, paths[-1], how))
+    if how.compare:
+        # all files one after another are the program, whatever each of them is
+        errors = compare_with_runtime(paths, reference, cases, how.tolerance)
+        reports = [replace(r, errors={n: e for n, e in errors.items() if n in r.outputs}) for r in reports]
+    if how.check and how.device is not None:
+        if halves.host is not None:
+            cases = [prepared(case, halves.host) for case in cases]
+        for number, (part, report) in enumerate(zip(parts, reports, strict=True)):
+            # several graphs are compiled into one binary when all of them are there
+            context = report.path.with_name(f"{report.path.stem}_ctx.onnx") if how.alone else None
+            told = check_on_target(report.path, part, cases, how.device, how.kind, context)
+            reports[number] = replace(report, checked=told)
+            if number + 1 < len(parts):
+                cases = [replace(case, inputs=case.inputs | _following(part, case)) for case in cases]
     return reports
 
 
@@ -111,9 +119,7 @@ def _following(part: Program, case: Case) -> dict[str, Any]:
     return {n: v for n, v in made.items() if n.startswith("part_")}
 
 
-def _write_model(
-    program: Program, reference: Program, path: Path, cases: list[Case], how: Writing
-) -> OnnxReport:
+def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
     started = time.perf_counter()
     graph = build_graph(program, how.opset)
     if how.asked is not None:
@@ -127,23 +133,16 @@ def _write_model(
     apart = total >= EXTERNAL_FROM if how.apart == "auto" else bool(how.apart)
     _write(graph, path, apart)
     nodes = check_file(path, how.opset)
-    errors = compare_with_runtime(path, reference, cases, how.tolerance) if how.compare else {}
-    checked = None
-    if how.check and how.device is not None:
-        # several graphs are compiled into one binary when all of them are there
-        context = path.with_name(f"{path.stem}_ctx.onnx") if how.alone else None
-        checked = check_on_target(path, reference, cases, how.device, how.kind, context)
     return OnnxReport(
         path=path,
         opset=how.opset,
         nodes=dict(nodes.most_common()),
         initialiser_bytes=total,
-        errors=errors,
+        errors={},
         files=(),
         seconds=time.perf_counter() - started,
         inputs={value.name: _shape(value) for value in graph.graph.inputs},
         outputs={value.name: _shape(value) for value in graph.graph.outputs},
-        checked=checked,
     )
 
 

@@ -12,6 +12,7 @@ from ..ir.fold import depends_on_weights_alone, drop_unread_weights
 from ..ir.inputs import add_input, remove_input
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
+from .onnx_quantized import ROUNDINGS
 
 
 def everywhere(program: Program) -> set[fx.Node]:
@@ -113,14 +114,18 @@ def _stored(program: Program, calls: list[fx.Node], settled: set[fx.Node]) -> It
 def _written(program: Program, node: fx.Node) -> int:
     """Return the bytes of a weight in the type that it is stored in."""
     bits = {"int4": 4, "int8": 8, "uint8": 8, "uint16": 16, "int16": 16}
-    roundings = [
-        u for u in node.users if is_operator(u, "graphopt.fake_quantize_channels", "graphopt.fake_quantize")
-    ]
     weight = program.weights[node.name]
-    if not roundings:
-        return weight.bytes
     count = weight.bytes // max(1, weight.source.dtype.itemsize)
-    return count * bits[str(arguments(roundings[0])["dtype"])] // 8
+    sizes = []
+    for user in node.users:
+        found = arguments(user)
+        if not is_operator(user, *ROUNDINGS) or node is found["scale"]:
+            sizes.append(weight.bytes)
+        elif found.get("integers") not in (None, node):
+            sizes.append(0)  # integers that were fitted to data are written in its place
+        else:
+            sizes.append(count * bits[str(found["dtype"])] // 8)
+    return max(sizes, default=weight.bytes)
 
 
 def _part(

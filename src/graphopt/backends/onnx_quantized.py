@@ -16,6 +16,7 @@ from ..ir.weights import TensorSource
 
 ROUNDINGS = ("graphopt.fake_quantize", "graphopt.fake_quantize_channels")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+_BIASED = ("Conv", "Gemm", "ConvTranspose")
 
 
 def pairs_in(program: Program) -> int:
@@ -201,14 +202,19 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
             f"{expected} values are quantised in the program, and {counts[DEQUANTIZE]} are in the file"
         )
     bare = []
-    own = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
-    own |= {v for name, v in model.graph.initializers.items() if name in parameters}
+    given = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
+    given |= {v for name, v in model.graph.initializers.items() if name in parameters}
+    own = set(given)
     for node in model.graph:
         if node.op_type in (QUANTIZE, DEQUANTIZE):
             own.update(node.outputs)
             continue
         if not any(v in own for v in node.inputs):
             continue
+        for place, value in enumerate(node.inputs):
+            # a bias goes into sums, which are wide
+            if value in given and not (place == 2 and node.op_type in _BIASED):
+                bare.append(f"{value.name}, which {node.op_type} {node.outputs[0].name} reads")
         own.update(node.outputs)
         for value in node.outputs:
             numbers = value.dtype is not None and value.dtype.is_floating_point()

@@ -13,7 +13,7 @@ from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
 from ..ir.targets import FLOAT, Target
-from .onnx_compare import Case, counted
+from .compare_cases import Case, counted
 from .onnx_quantized import DEQUANTIZE, QUANTIZE, without_rounding
 from .qnn.measures import reference, signal_to_noise
 from .qnn.run import compile_together, simulate

@@ -166,7 +166,8 @@ def lower(
     to: Annotated[str, typer.Option("--to", help="onnx, genai (a folder for onnxruntime-genai), or triton.")],
     output: Output,
     opset: Annotated[
-        int | None, typer.Option(help="ONNX opset: 20, 21 or 23; the target's by default, or 20.")
+        int | None,
+        typer.Option(help="ONNX opset: 20, 21 or 23; the target's by default, or 20, or 23 in few bits."),
     ] = None,
     sizes: Annotated[
         list[str] | None,
@@ -179,7 +180,7 @@ def lower(
     target: Annotated[
         str | None,
         typer.Option(
-            help="What it is for: qnn-htp-v75, or GPUs such as sm_80,sm_90; the output is then a folder."
+            help="What it is for: onnx (what ONNX Runtime takes), qnn-htp-v75 or GPUs such as sm_80,sm_90 (a folder)."
         ),
     ] = None,
     check: Annotated[

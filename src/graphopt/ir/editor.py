@@ -11,7 +11,7 @@ from torch import fx
 
 from .errors import VerificationError
 from .infer import describe_value, infer, same_value
-from .schema import is_mutable, normalise
+from .schema import arguments, is_mutable, normal_call, normalise
 from .weights import InMemory, TensorSource, Weight
 
 if TYPE_CHECKING:
@@ -65,6 +65,20 @@ class Editor:
             anchor = list(self.graph.find_nodes(op="placeholder"))[-1]
         with self.graph.inserting_before(anchor.next):
             yield
+
+    def change(self, node: fx.Node, **changed: Any) -> None:
+        """Give a call other arguments, by name; its value keeps its shape and type.
+
+        Raises:
+            VerificationError: it does not.
+        """
+        args, kwargs = normal_call(node.target, {**arguments(node), **changed})
+        value = infer(self.program.mode, node.target, args, kwargs)
+        if not same_value(node.meta["val"], value):
+            raise VerificationError(f"{node.name} would become {describe_value(value)}", node=node.name)
+        node.args, node.kwargs = args, kwargs
+        self.touched[node] = None
+        self.program.changed()
 
     def hoist(self, node: fx.Node, before: fx.Node) -> None:
         """Move a value, and what it is computed from, before a node that it does not depend on."""

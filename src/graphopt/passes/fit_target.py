@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.fold import depends_on_weights_alone
+from ..ir.operators.quantize import HIDDEN
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
@@ -30,14 +31,15 @@ class FitTarget(Pass):
 
     What a device computes is then one operator for each value, so that quantize can say how each of them is stored; masks
     depend on integers alone, so that lowering leaves them, with positions, to the host. ``hidden`` takes the place of minus
-    infinity: a row in which no key is seen gets the mean of all values, where it got zeros.
+    infinity: a row in which no key is seen gets the mean of all values, where it got zeros. Unless it is given, quantize
+    brings it as near to the scores as hides: a range of few bits has to hold it.
     """
 
     name = "fit-target"
     provides = ("fitted",)
     excludes = ("fitted",)
 
-    hidden: float = option(-100.0, help="what is added to the score of a key that is not seen", high=-20.0)
+    hidden: float = option(HIDDEN, help="what is added to the score of a key that is not seen", high=-20.0)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Find masks, SiLUs, biases, stacks, feed-forwards of several widths, and convolutions computed wrongly."""

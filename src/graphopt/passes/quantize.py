@@ -20,6 +20,7 @@ from .base import Pass
 from .contracts import Approximate, Contract
 from .kept_tensors import keep, kept
 from .plan import Plan, Refused, Site
+from .quantization.masks import mask_sites
 from .quantization.precision import bearing
 from .quantization.ranges import Ranges, observe, scale_of
 from .quantization.rounding import Moments, fitted, matrix_scales, nearest
@@ -31,6 +32,7 @@ from .quantization.values import (
     silent_inputs,
     tables_of,
     values_of,
+    whole_matrices,
 )
 
 if TYPE_CHECKING:
@@ -100,11 +102,24 @@ class Quantize(Pass):
     def plan(self, program: Program, context: Context) -> Plan:
         """Observe ranges on calibration data, give each value its scale, and each matrix its bits and integers."""
         plan = Plan()
+        why = "its matrices are chosen token by token, which has no form in few bits"
+        plan.refused = [
+            Refused(n.name, why, program.source_line(n))
+            for n in program.nodes if is_operator(n, "graphopt.routed_ffn", "graphopt.nested_ffn")
+        ]  # fmt: skip
+        if plan.refused:
+            return plan
+        plan.sites, plan.notes = mask_sites(program, context)
+        if plan.sites:
+            program = program.copy()
+            self._set_masks(program, plan)
         values, matrices = values_of(program), matrices_of(program)
         features = {node: dim for users in matrices.values() for node, dim in (features_of(u) for u in users)}
         ranges = observe(program, context, values, features)
         self._plan_values(program, plan, values, ranges)
-        plan.sites += self._constants(program, matrices)
+        tables = tables_of(program, matrices)
+        plan.sites += self._constants(program, tables)
+        plan.notes += whole_matrices(tables, self.activations)
         plan.notes += silent_inputs(matrices, ranges)
         found = self._plan_matrices(program, plan, matrices)
         where = ""
@@ -146,10 +161,10 @@ class Quantize(Pass):
                 hint="data that takes every way through the model",
             )
 
-    def _constants(self, program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[Site]:
+    def _constants(self, program: Program, tables: list[fx.Node]) -> list[Site]:
         dtype, steps = STORED[self.activations]
         sites = []
-        for value in tables_of(program, matrices):
+        for value in tables:
             tensor = constant_value(program, value)
             scale, zero = scale_of(float(tensor.min()), float(tensor.max()), steps)
             sites.append(Site(value.name, what="constant", dtype=dtype, scale=scale, zero_point=zero))
@@ -227,12 +242,22 @@ class Quantize(Pass):
             f"{sum(sizes.values())} numbers; loss on calibration data {loss:.3g}, budget {self.budget:g}"
         )
 
+    @staticmethod
+    def _set_masks(program: Program, plan: Plan) -> None:
+        nodes = {n.name: n for n in program.graph.nodes}
+        for site in plan.sites:
+            if site["what"] == "mask":
+                program.edit.change(nodes[site.block], hidden=float(site["hidden"]))
+
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the rounding behind each value and weight."""
+        """Put the rounding behind each value and weight, and masks where ranges hold them."""
+        self._set_masks(program, plan)
         nodes = {n.name: n for n in program.graph.nodes}
         edit, host = program.edit, host_nodes(program)
         for site in plan.sites:
             node = nodes[site.block]
+            if site["what"] == "mask":
+                continue
             if site["what"] == "matrix":
                 made = _round_matrix(program, node, site)
             else:

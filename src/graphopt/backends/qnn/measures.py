@@ -19,11 +19,11 @@ def reference(path: Path, feed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def signal_to_noise(found: Any, expected: Any) -> float:
-    """Return the ratio of a signal to how far another is from it, in decibels; 200 where they are equal."""
+    """Return the ratio of a signal to how far another is from it, in decibels: 200 where equal, -200 for no numbers."""
     import numpy
 
     a, b = numpy.asarray(found, "float64"), numpy.asarray(expected, "float64")
-    if not numpy.isfinite(a).all():
+    if not (numpy.isfinite(a).all() and numpy.isfinite(b).all()):
         return -200.0
     noise, power = float(((a - b) ** 2).sum()), float((b**2).sum())
     if noise == 0:

@@ -12,8 +12,8 @@ from ...ir.errors import LoweringError
 from ...ir.execute import run
 from ...ir.program import Program
 from ...ir.sites import value_error
+from ..compare_cases import comparison_cases, counted
 from ..exported import exported_program
-from ..onnx_compare import comparison_cases, counted
 from .wiring import kernels_in_use
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}

@@ -16,6 +16,8 @@ INTEGERS = {
     "int4": (-8, 7),
 }
 """Least and largest number of each type."""
+HIDDEN = -30000.0
+"""What hides a key whatever the scores, and is a number in sixteen bits too."""
 
 
 @dialect_operator("fake_quantize(Tensor x, float scale, int zero_point, *, str dtype) -> Tensor")
@@ -62,11 +64,11 @@ def fake_quantize_channels(
 
 @dialect_operator(
     "additive_mask(Tensor? key_mask, Tensor? segments, Tensor? visible, SymInt queries, SymInt keys, *, bool causal=False, "
-    "int? window=None, float hidden=-100.) -> Tensor"
+    "int? window=None, float hidden=-30000.) -> Tensor"
 )
 def additive_mask(
     key_mask: Tensor | None, segments: Tensor | None, visible: Tensor | None, queries: int, keys: int, *,
-    causal: bool = False, window: int | None = None, hidden: float = -100.0,
+    causal: bool = False, window: int | None = None, hidden: float = HIDDEN,
 ) -> Tensor:  # fmt: skip
     """Return what attention's masks come to as numbers to add to scores: 0 where a key is seen, ``hidden`` elsewhere.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ...ir.errors import PassRefusedError
 from ...ir.execute import interpret
 from ...ir.program import Program
 from ..carried import in_steps
@@ -77,6 +79,12 @@ def observe(
     def see(node: fx.Node, value: torch.Tensor) -> None:
         if node in wanted:
             low, high = (float(v) for v in value.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise PassRefusedError(
+                    f"{node.name} is infinite or no number on calibration data, for which integers have no step",
+                    hint="a mask of minus infinity: let it be a large number; else the data or the model is broken",
+                    node=node.name, source=program.source_line(node),
+                )  # fmt: skip
             before = found.of.get(node, (low, high))
             found.of[node] = (min(low, before[0]), max(high, before[1]))
         if node in features:

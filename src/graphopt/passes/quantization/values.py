@@ -13,6 +13,9 @@ from ...ir.sides import border, host_nodes
 from .ranges import Ranges
 
 MATRICES = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")
+_PRODUCTS = (
+    "aten.matmul", "aten.bmm", "aten.mm", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d",
+)  # fmt: skip
 
 
 def values_of(program: Program) -> list[fx.Node]:
@@ -36,6 +39,8 @@ def moved(node: fx.Node) -> fx.Node | None:
     """Return what a value was before it was moved, if that is all that happened to it."""
     if node.op != "call_function" or operator_name(node.target) not in MOVEMENT:
         return None
+    if is_operator(node, "aten.constant_pad_nd") and arguments(node)["value"]:
+        return None  # the source's range need not hold what is put beside it
     sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
     if len(sources) != 1:
         return None
@@ -75,6 +80,22 @@ def tables_of(program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[
             if value.meta["val"].dtype.is_floating_point and not bias:
                 found[value] = None
     return list(found)
+
+
+def whole_matrices(tables: list[fx.Node], bits: int) -> list[str]:
+    """Return what to say of matrices that are stored as tables are: in more bits, with one scale for all."""
+    notes = []
+    for value in tables:
+        readers = [u for u in value.users if is_operator(u, *MATRICES, *_PRODUCTS)]
+        if readers and value.meta["val"].dim() > 1:
+            looked_up = any(is_operator(u, "aten.embedding") for u in value.users)
+            why = (
+                "it is looked up as well as multiplied"
+                if looked_up
+                else f"{readers[0].name} is no linear or convolution"
+            )
+            notes.append(f"{value.name}: {bits} bits with one scale for all of it, since {why}")
+    return notes
 
 
 def _settled(program: Program) -> set[fx.Node]:

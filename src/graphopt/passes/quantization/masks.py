@@ -1,0 +1,101 @@
+"""How far masks must be from the scores that they are added to: no nearer than hides, no farther than ranges can hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from ...ir.operators.quantize import HIDDEN
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator
+from ..plan import Site
+from .ranges import watch
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+BEYOND = 20.0
+"""What is added to the widest row of scores: exp(-20) of a key that is not seen is left, at least."""
+
+
+def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str]]:
+    """Return what each mask adds to scores of keys that are not seen, and what to say of those that somebody set.
+
+    A mask's number is the widest row of scores that calibration met (from its highest to its lowest score, before
+    masks), a quarter more, and ``BEYOND``.
+
+    Args:
+        program: fitted: masks are operators of their own.
+        context: with calibration data.
+    """
+    readers = {
+        node: found for node in program.nodes
+        if is_operator(node, "graphopt.attention") and (found := _masks_of(arguments(node)["bias"]))[0]
+    }  # fmt: skip
+    if not readers:
+        return [], []
+    spans = _spans(program, context, readers)
+    sites, notes = [], []
+    for mask in dict.fromkeys(mask for masks, _ in readers.values() for mask in masks):
+        widest = max(spans.get(node, 0.0) for node, (masks, _) in readers.items() if mask in masks)
+        held = float(arguments(mask)["hidden"])
+        wanted = -(1.25 * widest + BEYOND)
+        if held == HIDDEN:
+            sites.append(Site(mask.name, what="mask", hidden=round(wanted, 3)))
+        elif held > -(widest + BEYOND / 2):
+            notes.append(
+                f"{mask.name}: {held:g} is added to scores of hidden keys, and scores differ by up to {widest:.4g} in a "
+                f"row: keys may be seen through it; leave hidden out of fit-target, or let it be {wanted:.4g}"
+            )
+    return sites, notes
+
+
+def _masks_of(bias: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Return the masks that a bias has among its terms, and the other terms."""
+    masks: list[fx.Node] = []
+    others: list[fx.Node] = []
+    work = [bias] if bias is not None else []
+    while work:
+        node = work.pop()
+        if is_operator(node, "graphopt.additive_mask"):
+            masks.append(node)
+        elif is_operator(node, "aten.add") and all(isinstance(a, fx.Node) for a in node.args):
+            work.extend(node.all_input_nodes)
+        else:
+            others.append(node)
+    return masks, others
+
+
+def _spans(
+    program: Program, context: Context, readers: dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]
+) -> dict[fx.Node, float]:
+    """Return the widest row of scores of each attention."""
+    asked: dict[fx.Node, Tensor] = {}
+    for node, (_, others) in readers.items():
+        found = arguments(node)
+        asked |= dict.fromkeys([found["q"], found["k"], *others], torch.empty(0))
+    spans: dict[fx.Node, float] = {}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        if node in asked:
+            asked[node] = value
+        if node in readers:
+            found = arguments(node)
+            scores = _scores(asked[found["q"]], asked[found["k"]], found["scale"], found["softcap"])
+            for other in readers[node][1]:
+                scores = scores + asked[other].float()
+            widest = float((scores.amax(-1) - scores.amin(-1)).max())
+            spans[node] = max(widest, spans.get(node, 0.0))
+
+    watch(program, context, see, "observing scores")
+    return spans
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    q, k = q.float(), k.float()
+    if q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
