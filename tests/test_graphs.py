@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import zoo
 from builders import Shape, Transformer, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import graphopt
 from graphopt.backends import genai, genai_folder, onnx_model
 from graphopt.backends.onnx_files import share_weights
+from graphopt.backends.onnx_graph import build_graph
 from graphopt.backends.onnx_parts import cut_points, in_parts
 from graphopt.backends.onnx_sizes import fixed_sizes, with_sizes
 from graphopt.cli.running import run as command
@@ -121,6 +123,25 @@ def test_parts_one_after_another_are_the_program(
     assert all(torch.allclose(values[n], expected[n], atol=1e-10) for n in expected)
     if not quantized:
         assert all(sum(w.bytes for w in p.weights.values()) <= most for p in parts)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "fitted"])
+def test_parts_are_as_large_as_they_are_written(rounding: str, captured: Callable[[str], Program]) -> None:
+    """Wrong if a matrix were counted beside the integers that are written in its place: twice the parts, or none."""
+    data = [{"input_ids": torch.randint(3, 100, (2, 8))} for _ in range(4)]
+    passes = f"fit-target, quantize{{weights=4 rounding={rounding}}}"
+    done = graphopt.optimize(captured("llama"), passes, data=data)
+    fixed = with_sizes(done, fixed_sizes(done, {}, everything=True))
+
+    def written(part: Program) -> int:
+        return sum(v.const_value.nbytes for v in build_graph(part, 23).graph.initializers.values())
+
+    (whole,) = in_parts(fixed, 1 << 40)
+    total = written(whole)
+    parts = in_parts(fixed, int(0.7 * total))
+    assert len(parts) == 2
+    # beside weights there are zero points and sizes
+    assert all(written(part) <= 0.8 * total for part in parts)
 
 
 def test_cuts_lie_where_the_stream_alone_crosses(captured: Callable[[str], Program]) -> None:
@@ -244,6 +265,31 @@ def test_a_prompts_graph_and_a_steps_are_stages_of_genai(
     count = found.shape[1]
     logits = run(cached, {"input_ids": found, "position_ids": torch.arange(count)[None], **names})["logits"]
     assert logits[0, 6 : count - 1].argmax(-1).tolist() == found[0, 7:].tolist()
+
+
+@installed
+@pytest.mark.parametrize("length", [6, 8, 12])
+def test_a_cache_as_long_as_a_prompt_is_tried_all_the_same(
+    length: int, captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """A try that generates nothing is none, and one that asks for more than fits refuses what is right."""
+    cached = graphopt.optimize(captured("llama"), f"insert-kv-cache{{max_length={length}}}")
+    assert cached.lower("genai", tmp_path / "out", check=True).compared > 0
+    shapes = [{"batch": 1, "sequence": length}, {"batch": 1, "sequence": 1}]
+    cached.lower("onnx", tmp_path / "buckets", sizes=shapes)
+    assert (tmp_path / "buckets" / "genai_config.json").is_file()
+
+
+def test_a_text_without_an_end_is_refused(tmp_path: Path) -> None:
+    """genai takes token 0 for an end that nobody names; graphs of a prompt and a step are written without its settings."""
+    model = zoo.make("llama")
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    program = graphopt.capture(model, {"input_ids": torch.randint(3, 100, (2, 6))})
+    cached = graphopt.optimize(program, "insert-kv-cache{max_length=12}")
+    with pytest.raises(LoweringError, match="with which token a text ends"):
+        cached.lower("genai", tmp_path / "out")
+    cached.lower("onnx", tmp_path / "buckets", sizes=SHAPES)
+    assert not (tmp_path / "buckets" / "genai_config.json").exists()
 
 
 @installed

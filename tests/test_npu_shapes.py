@@ -11,6 +11,7 @@ from branch_networks import resnet
 
 import graphopt
 from graphopt.backends.qnn import run
+from graphopt.ir.errors import LoweringError
 from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
 from graphopt.ir.schema import arguments, is_operator
@@ -163,6 +164,15 @@ def test_convolutions_that_are_computed_wrongly_lose_their_dilation(dims: int) -
     for kernel, dilation, groups in ((7, 2, 8), (9, 3, 8), (9, 2, 2)):
         other = graphopt.capture(Spread(dims, kernel, dilation, groups).eval(), x.float())
         assert graphopt.optimize(other, "fit-target{allow_no_match=true}").operators == other.operators
+
+
+def test_those_that_are_left_are_refused_by_name(tmp_path: Path) -> None:
+    """Without fit-target the file would be written, compiled and wrong, and only a check would know."""
+    program = graphopt.capture(Spread(1, 9, 2, 8).eval(), torch.randn(1, 8, 40))
+    with pytest.raises(LoweringError, match="2 nodes cannot go to") as told:
+        program.lower("onnx", tmp_path / "out", target=NPU, sizes={})
+    assert "fit-target writes them otherwise" in told.value.message
+    assert "test_npu_shapes.py" in told.value.message
 
 
 @needs_compiler

@@ -19,13 +19,15 @@ from graphopt.backends.host_split import split
 from graphopt.backends.onnx_quantized import pairs_in, without_rounding
 from graphopt.backends.onnx_sizes import fixed_sizes, with_sizes
 from graphopt.backends.qnn import run as compiler
-from graphopt.ir.errors import ContractError, LoweringError, PipelineError
+from graphopt.ir.errors import ContractError, LoweringError, PassRefusedError, PipelineError
 from graphopt.ir.execute import run
 from graphopt.ir.operators.quantize import INTEGERS
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator
 from graphopt.passes.manager import run_totals
 from graphopt.passes.plan import Plan
+from graphopt.passes.quantization import values
+from graphopt.passes.quantize import Quantize
 
 NPU = "qnn-htp-v75"
 needs_compiler = pytest.mark.skipif(not compiler.available(), reason="onnxruntime-qnn is not installed")
@@ -142,12 +144,109 @@ def test_scales_come_from_calibration_alone(net: Program) -> None:
     assert next(s for s in wider.sites if s.block == "x")["scale"] == pytest.approx(2 * first["scale"])
     kinds = Counter(s["what"] for s in plan.sites)
     assert kinds["matrix"] == 3
+    scales = {s.block: (s["scale"], s["zero_point"]) for s in plan.sites if "scale" in s.choices}
+    before = {n.name: values.moved(n) for n in net.nodes if n.name in scales}
+    same = [scales[name] == scales[source.name] for name, source in before.items() if source is not None]
+    assert all(same)
     with pytest.raises(PipelineError, match="needs data"):
         graphopt.optimize(net, "quantize")
     with pytest.raises(PipelineError, match="requires fitted"):
         graphopt.optimize(graphopt.capture(Net().eval(), images()[0]), "quantize", data=images())
     with pytest.raises(ContractError, match="its budget is 1e-09"):
         graphopt.optimize(net, "quantize{weights=4 activations=8 budget=1e-9}", data=images())
+
+
+def test_moved_values_keep_their_steps_and_padding_has_its_own() -> None:
+    """Wrong if a reshape were rounded anew, or what is put beside a value were cut off by the value's range."""
+
+    class Padded(nn.Module):
+        def __init__(self, beside: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.beside = nn.Linear(8, 8), nn.Linear(10, 4), beside
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.sigmoid(self.a(x)).reshape(-1, 2, 8).flatten(0, 1)
+            return self.b(torch.constant_pad_nd(y, (1, 1), self.beside))
+
+    data = [{"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(s))} for s in range(4)]
+    for beside, kept in ((0.0, True), (5.0, False)):
+        program = graphopt.capture(Padded(beside).eval(), data[0])
+        program = graphopt.optimize(program, "fit-target{allow_no_match=true}")
+        done = quantized(program, data, activations=16)
+        scales = {s["block"]: s["scale"] for s in done.history[-1]["plan"]["sites"] if "scale" in s}
+        source = next(n for n in program.nodes if is_operator(n, "aten.sigmoid")).name
+        shaped = [n.name for n in program.nodes if is_operator(n, "aten.reshape", "aten.flatten")]
+        padded = next(n for n in program.nodes if is_operator(n, "aten.constant_pad_nd", "aten.pad")).name
+        assert shaped
+        assert all(scales[name] == scales[source] for name in shaped)
+        assert (scales[padded] == scales[source]) == kept or beside == 0.0
+        assert decibels(done(**data[0]), program(**data[0])) > 40
+
+
+@pytest.mark.parametrize("scale", [1.0, 3000.0])
+def test_masks_hide_whatever_the_scores(scale: float, tmp_path: Path) -> None:
+    """Scores of hundreds lie far apart: a mask of -100 hides nothing there, and one of -30000 leaves no steps."""
+    import zoo
+
+    model = zoo.make("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= scale
+    model.save_pretrained(tmp_path / "model")
+    program = graphopt.capture(tmp_path / "model")
+    fitted = graphopt.optimize(program, "fit-target")
+    ids = tokens(1)[0]["input_ids"]
+    expected = program(input_ids=ids)["logits"]
+    assert torch.allclose(fitted(input_ids=ids)["logits"], expected, atol=1e-5)
+    done = quantized(fitted, tokens(), activations=16)
+    (mask,) = [s for s in done.history[-1]["plan"]["sites"] if s["what"] == "mask"]
+    assert -30000 < mask["hidden"] < -20
+    assert (mask["hidden"] < -100) == (scale > 1)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % 90 + 3
+    first, second = (done(input_ids=i)["logits"][:, :-1] for i in (ids, other))
+    assert torch.allclose(first, second, atol=1e-5), "what comes later is seen"
+    near = graphopt.optimize(program, "fit-target{hidden=-100}, quantize{activations=16}", data=tokens())
+    assert bool(near.history[-1]["plan"]["notes"]) == (scale > 1), "nobody is told that a mask is too near"
+
+
+class Infinite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(torch.softmax(torch.where(y > 0.2, y, float("-inf")), -1))
+
+
+def test_what_has_no_steps_is_refused_by_its_line(captured: Callable[[str], Program]) -> None:
+    """Infinite values, and mixtures whose matrices tokens choose."""
+    torch.manual_seed(0)
+    data = [{"x": torch.randn(4, 8) + 1} for _ in range(4)]
+    program = graphopt.capture(Infinite().eval(), data[0])
+    with pytest.raises(PassRefusedError, match="infinite or no number") as told:
+        graphopt.optimize(program, "fit-target{allow_no_match=true}, quantize", data=data)
+    assert "test_quantize.py" in str(told.value)
+    with pytest.raises(PassRefusedError, match="chosen token by token"):
+        graphopt.optimize(captured("mixtral"), "fit-target, quantize", data=tokens())
+
+
+def test_a_matrix_that_is_looked_up_too_is_told(captured: Callable[[str], Program]) -> None:
+    done = graphopt.optimize(captured("llama_tied"), "fit-target, quantize{weights=4}", data=tokens())
+    (note,) = [n for n in done.history[-1]["plan"]["notes"] if "looked up as well as multiplied" in n]
+    assert "16 bits with one scale" in note
+
+
+def test_a_plan_without_roundings_of_inputs_and_matrices_is_refused(net: Program, tmp_path: Path) -> None:
+    """What is read, too, must be stored: a file with matrices in floats would be refused by the device."""
+    plan = _plan(net, images())
+    plan.sites = [s for s in plan.sites if s.block != "x" and s["what"] != "matrix"]
+    step = Quantize()
+    done = net.copy()
+    step.rewrite(done, plan)
+    with pytest.raises(LoweringError, match="nobody said how these values are stored: x, which Conv"):
+        done.lower("onnx", tmp_path / "a.onnx", sizes={})
 
 
 def _plan(program: Program, data: Any) -> Plan:

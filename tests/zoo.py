@@ -72,7 +72,15 @@ CASES: dict[str, Case] = {
     "gpt2": Case(
         "GPT2Config",
         "GPT2LMHeadModel",
-        {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        {
+            "vocab_size": 101,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         _MULTI,
         features=("fused_qkv",),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import torch
 
 from ..ir.errors import GraphoptError
 from ..ir.examples import example_inputs
-from ..ir.execute import run
+from ..ir.execute import interpret, run
 from ..ir.program import Program
+from ..ir.schema import arguments, is_operator
 from .onnx_calibrated import within_ranges
 from .onnx_sizes import namesake, static_sizes
 
@@ -92,16 +94,23 @@ def _masks(program: Program) -> list[str]:
 def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return inputs with masks that let everything be seen: some say so by ones, some by zeros."""
     names = _masks(program)
-    if not names or _all_numbers(program, inputs):
+    if not names or _sees(program, inputs):
         return inputs
     other = inputs | {name: 1 - inputs[name].int() for name in names}
     other |= {name: other[name].to(inputs[name].dtype) for name in names}
-    return other if _all_numbers(program, other) else inputs
+    return other if _sees(program, other) else inputs
 
 
-def _all_numbers(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
-    found = run(program, dict(inputs)).values()
-    return not any(bool(v.isnan().any()) for v in found if isinstance(v, torch.Tensor))
+def _sees(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether every row sees a key, where masks are attention's, and whether outputs are numbers."""
+    asked = [arguments(n) for n in program.nodes if is_operator(n, "graphopt.attention")]
+    masks = {given[name] for given in asked for name in ("key_mask", "bias")} - {None}
+    found = interpret(program, dict(inputs), record=masks)
+    seen = [
+        ((m := found[n.name]) != (0 if m.dtype is torch.bool else -math.inf)).any(-1).all() for n in masks
+    ]
+    numbers = [~v.isnan().any() for v in found.values() if isinstance(v, torch.Tensor)]
+    return all(map(bool, [*seen, *numbers]))
 
 
 def _turned(mask: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,8 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get("kv_cache")
     if not isinstance(cache, dict) or cache["tree"] or not cache["logits"] or program.dials:
         return None
+    if not _ends(_configuration(program), program):
+        return None
     counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache["tokens"] and s[0] == 1}
     chunk = max((int(c) for c in counts), default=0)
     firsts = sum(cache["tokens"] in r.inputs for r in reports)
@@ -152,11 +154,12 @@ def genai_config(program: Program) -> dict[str, Any]:
     heads, size = next(iter(shapes))
     vocabulary = int(program.outputs[cache["logits"]].meta["val"].shape[-1])
     config = _configuration(program)
-    ends = config.get("eos_token_id")
-    # what a vocabulary was cut down to may not have them any more
-    ends = [
-        int(e) for e in (ends if isinstance(ends, list) else [ends]) if e is not None and 0 <= e < vocabulary
-    ]
+    ends = _ends(config, program)
+    if not ends:
+        raise LoweringError(
+            "the checkpoint does not say with which token a text ends, and onnxruntime-genai would take token 0 for it",
+            hint="set eos_token_id in the checkpoint's generation_config.json and capture it again",
+        )
     queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
     given = cache["limit"] or config.get("max_position_embeddings") or LONGEST
@@ -209,6 +212,14 @@ def _configuration(program: Program) -> dict[str, Any]:
     return config
 
 
+def _ends(config: dict[str, Any], program: Program) -> list[int]:
+    """Return the tokens that end a text; what a vocabulary was cut down to may not have them any more."""
+    vocabulary = int(program.outputs[program.facts["kv_cache"]["logits"]].meta["val"].shape[-1])
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return [int(e) for e in ends if e is not None and 0 <= e < vocabulary]
+
+
 def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
     return int(token) if isinstance(token, int) and 0 <= token < vocabulary else otherwise
 
@@ -229,17 +240,26 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     cache: Any = program.facts["kv_cache"]
     config = json.loads((folder / "genai_config.json").read_text())
     vocabulary = config["model"]["vocab_size"]
-    prompt = torch.randint(vocabulary, (chunk + 2,), generator=torch.Generator().manual_seed(0)).tolist()
-    length = min(len(prompt) + TOKENS, config["search"]["max_length"])
-    fixed = isinstance(cache["capacity"], int)
+    longest, fixed = int(config["search"]["max_length"]), isinstance(cache["capacity"], int)
+    # a piece of the prompt's graph, two tokens one by one, and room for some that are generated
+    given = min(chunk + 2, longest - 1)
+    if given < 1:
+        raise LoweringError("a cache of one slot has no room for a token after a prompt's")
+    prompt = torch.randint(vocabulary, (given,), generator=torch.Generator().manual_seed(0)).tolist()
+    length = min(len(prompt) + TOKENS, longest)
     try:
-        model = onnxruntime_genai.Model(str(folder))
+        # what is tried must not end at once
+        settings = onnxruntime_genai.Config(str(folder))
+        order = _logits(program, prompt)[-1].argsort()
+        unlikely = int(order[len(order) // 2])
+        settings.overlay(json.dumps({"model": {"eos_token_id": [unlikely]}}))
+        model = onnxruntime_genai.Model(settings)
         parameters = onnxruntime_genai.GeneratorParams(model)
         parameters.set_search_options(max_length=cache["capacity"] if fixed else length, do_sample=False)
         generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(prompt[:chunk])
-        for token in prompt[chunk:]:
-            generator.append_tokens([token])
+        first = chunk if len(prompt) >= chunk else 0
+        for piece in ([prompt[:first]] if first else []) + [[token] for token in prompt[first:]]:
+            generator.append_tokens(piece)
         while not generator.is_done() and len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
         found = [int(token) for token in generator.get_sequence(0)]
@@ -247,13 +267,7 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
         raise LoweringError(
             f"onnxruntime-genai does not take the folder: {str(error).strip().splitlines()[0]}"
         ) from error
-    row = torch.tensor([found])
-    inputs = {cache["tokens"]: row, cache["positions"]: torch.arange(len(found))[None]}
-    for name, spec in program.signature.inputs.items():
-        if "_cache_" in name:
-            slots = cache["capacity"] if fixed else len(found)
-            inputs[name] = torch.zeros(1, int(spec.shape[1]), slots, int(spec.shape[3]), dtype=spec.dtype)
-    logits = run(program, inputs)[cache["logits"]][0].double()
+    logits = _logits(program, found)
     for place in range(len(prompt), len(found)):
         before = logits[place - 1]
         behind = float(before.max() - before[found[place]]) / float(before.abs().max().clamp(min=1e-30))
@@ -262,4 +276,21 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
                 f"onnxruntime-genai generates token {found[place]} at place {place}, and the program "
                 f"{int(before.argmax())}, which is likelier by {behind:.2g} of the largest logit"
             )
+    if len(found) == len(prompt):
+        raise LoweringError("onnxruntime-genai generates nothing")
     return len(found) - len(prompt)
+
+
+def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
+    """Return what a program with empty caches says after each token: (tokens, vocabulary)."""
+    cache: Any = program.facts["kv_cache"]
+    slots = cache["capacity"] if isinstance(cache["capacity"], int) else len(tokens)
+    inputs = {
+        cache["tokens"]: torch.tensor([tokens]),
+        cache["positions"]: torch.arange(len(tokens))[None],
+    }
+    for name, spec in program.signature.inputs.items():
+        if "_cache_" in name:
+            inputs[name] = torch.zeros(1, int(spec.shape[1]), slots, int(spec.shape[3]), dtype=spec.dtype)
+    said: torch.Tensor = run(program, inputs)[cache["logits"]][0].double()
+    return said

@@ -91,6 +91,10 @@ def lower_onnx(
             raise LoweringError("a check asks a device's compiler", hint="target= names the device")
         require_compiler()
     place = Path(path).absolute()
+    if sizes is not None and not isinstance(sizes, Mapping) and not len(sizes):
+        raise LoweringError(
+            "no sizes are given", hint="sizes=None keeps them dynamic; a list has a bucket for each graph"
+        )
     buckets = [sizes or {}] if sizes is None or isinstance(sizes, Mapping) else list(sizes)
     folder = place.suffix != ".onnx" and (device is not None or len(buckets) > 1 or part_bytes is not None)
     if not folder and (len(buckets) > 1 or part_bytes is not None):

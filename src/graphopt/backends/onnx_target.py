@@ -13,6 +13,7 @@ from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
 from ..ir.targets import FLOAT, Target
+from ..ir.targets.faults import misread
 from .compare_cases import Case, counted
 from .onnx_quantized import DEQUANTIZE, QUANTIZE, without_rounding
 from .qnn.measures import reference, signal_to_noise
@@ -83,6 +84,12 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
             origin = _origin(node, places)
             line = program.source_line(origin) if origin is not None else ""
             found.append(f"{node.op_type} {node.outputs[0].name}: {why}" + (f"  [{line}]" if line else ""))
+    if target.compiled and kind == FLOAT:
+        found += [
+            f"{n.name}: {target.name} computes depthwise convolutions of this length wrongly where they are dilated; "
+            f"fit-target writes them otherwise  [{program.source_line(n)}]"
+            for n in program.nodes if misread(n)
+        ]  # fmt: skip
     if found:
         more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
         raise LoweringError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..backends.genai import GenaiReport
@@ -131,10 +132,16 @@ def _lower_triton(
 
 
 def _sizes(given: str) -> dict[str, int]:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for part in given.split(","):
         name, _, value = part.partition("=")
-        if not value.strip().isdigit() or not name.strip():
+        number = re.fullmatch(r"\s*([0-9]+)\s*", value)
+        if number is None or not name.strip() or int(number[1]) < 1:
             raise UsageError(f"--shape is name=number, separated by commas, numbers from 1 on, not {given!r}")
-        sizes[name.strip()] = int(value)
+        if name.strip() in sizes:
+            raise UsageError(
+                f"--shape gives {name.strip()} twice: {given!r}",
+                hint="once for each graph: --shape A --shape B",
+            )
+        sizes[name.strip()] = int(number[1])
     return sizes

@@ -13,8 +13,9 @@ from ..ir.operators.quantize import HIDDEN
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
+from ..ir.targets.faults import misread
 from .base import Pass
-from .fit_dilation import misread, undilated
+from .fit_dilation import undilated
 from .fit_nested import masked, unfit
 from .plan import Plan, Refused, Site
 

@@ -148,7 +148,11 @@ def called(module: nn.Module, batch: Batch, **settings: Any) -> Mapping[str, Any
     """Call a module with the inputs of the program among a batch's tensors."""
     names = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "routing")
     found = module(**{n: batch[n] for n in names if n in batch}, **settings)
-    assert isinstance(found, Mapping)
+    if not isinstance(found, Mapping):
+        raise UsageError(
+            f"the module returns {type(found).__name__}, and outputs of a recipe have names",
+            hint="capture a model that returns a dictionary or an output class, such as {'logits': ...}",
+        )
     return found
 
 

@@ -114,7 +114,9 @@ def regularize(module: nn.Module, names: Iterable[str], form: str, strength: flo
     names = list(names)
     for name in names if form != "infinity" else ():
         weight = held[name].detach().float()
-        begin = 2 * weight.std() if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
+        # as torch.std, but a single number has no spread
+        spread = (weight - weight.mean()).norm() / max(1, weight.numel() - 1) ** 0.5
+        begin = 2 * spread if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
         learned.append(nn.Parameter(begin.clone()))
     module.add_module(HELD, learned)
     module.__dict__[SETTINGS] = (tuple(names), form, strength)
