@@ -60,7 +60,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(
         args, options = case.args(Made(dtype, "meta"))
         assert TABLE[case.operator].takes(*args, **options)
         calls.append(run.call_of(case.operator, case.what, args, options))
-    rows = run.compile_ahead(calls, architectures)
+    # torch.compile hands numbers over in double precision, where Triton alone has them in single
+    rows = run.compile_ahead(calls, architectures, doubles=every)
     assert {(r["operator"], r["architecture"]) for r in rows} == {
         (n, a) for n in TABLE for a in architectures
     }
@@ -220,19 +221,75 @@ def test_a_package_for_this_machine_computes_what_the_program_does(program: Prog
     assert max(report.errors.values()) < 1e-5
 
 
+@triton
+def test_attention_takes_what_fits_into_registers() -> None:
+    """What spills would be slower than torch's own; what it asks for in shared memory might not start at all."""
+    from graphopt.backends.triton.wiring import TABLE
+
+    def taken(dtype: torch.dtype, queries: int, group: int, size: int) -> bool:
+        q, k = (torch.empty(1, heads, n, size, dtype=dtype) for heads, n in ((2 * group, queries), (2, 512)))
+        seen = torch.ones(1, 1, queries, 512, dtype=torch.bool)
+        return TABLE["attention"].takes(q, k, k, None, None, None, None, seen, scale=1.0)
+
+    half, single = torch.bfloat16, torch.float32
+    assert taken(half, 1, 4, 256) and taken(half, 16, 8, 128) and taken(half, 16, 4, 256)
+    assert not taken(half, 32, 4, 256), "128 rows of 256 features"
+    assert not taken(half, 64, 4, 64), "256 rows"
+    assert taken(single, 16, 4, 64) and not taken(single, 16, 2, 128) and not taken(single, 32, 4, 64)
+    assert not taken(half, 0, 4, 64)
+
+
+@triton
+def test_a_package_says_which_kernels_it_goes_without(
+    captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Steps of a number of tokens that varies are attention by its reference, whatever was compiled ahead."""
+    cached = graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=32}, fuse-kernels")
+    sizes = {"batch": 1, "sequence": 4}
+    report = cached.lower("triton", tmp_path / "out", sizes=sizes, architectures=["sm_90"], device="cpu")
+    assert any(k.operator == "attention" for k in report.kernels)
+    assert any("takes sizes that vary" in reason for reason in report.without.values())
+
+
 @gpu
 @triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_on_a_gpu(dtype: torch.dtype) -> None:
-    from graphopt.backends.triton.cases import cases
+    from graphopt.backends.triton.cases import Made, cases
     from graphopt.backends.triton.comparing import compare
+    from graphopt.backends.triton.wiring import TABLE
 
     every = [
         compare(case, dtype, "cuda")
-        for case in [*cases(), *cases("even")]
-        if case.typed or dtype == torch.float32
+        for case in [*cases(), *cases("even"), *cases("large")]
+        if (case.typed or dtype == torch.float32) and _taken(TABLE, case, Made(dtype, "meta"))
     ]
     assert not [found for found in every if not found.holds]
+
+
+def _taken(table: Any, case: Any, made: Any) -> bool:
+    # small calls are all taken; of a model's, what would spill registers is not
+    if case.what in ("no number", "no numbers, and few that are finite"):
+        return True
+    args, options = case.args(made)
+    return table[case.operator].takes(*args, **options)
+
+
+@gpu
+@triton
+def test_operators_on_a_gpu_under_the_compiler() -> None:
+    """Inductor starts kernels with its own types of numbers."""
+    from graphopt.backends.triton.cases import Made, cases
+    from graphopt.backends.triton.wiring import TABLE, kernels_in_use, operator
+
+    for case in cases("even"):
+        torch._dynamo.reset()
+        args, options = case.args(Made(torch.float32, "cuda"))
+        with torch.no_grad(), kernels_in_use():
+            made = torch.compile(operator(case.operator))(*args, **options)
+        plain = TABLE[case.operator].launch(*args, **options)
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (made, plain)), strict=True):
+            assert torch.equal(a, b), f"{case.operator}, {case.what}"
 
 
 @gpu

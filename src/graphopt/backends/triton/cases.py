@@ -100,6 +100,19 @@ def _products(scale: Scale) -> Iterator[Case]:
             return (gate, up), {"activation": activation, "limit": 2.5, "alpha": 1.3}
 
         yield Case("gated_product", activation, halves)
+    if scale == RAGGED:
+
+        def broken(m: Made) -> Any:
+            gate = m.normal(rows, size)
+            gate[0, 3] = float("nan")
+            return (gate, m.normal(rows, size)), {"activation": "relu"}
+
+        yield Case("gated_product", "no number", broken)
+        yield Case(
+            "gated_product",
+            "one row of a wider one",
+            lambda m: ((m.normal(size, 2)[:, 0], m.normal(size)), {}),
+        )
     yield Case("gated_product", "separate", lambda m: ((m.normal(rows, size), m.normal(rows, size)), {}))
 
 
@@ -107,7 +120,7 @@ def _nested(scale: Scale) -> Iterator[Case]:
     tokens, size, inner = {LARGE: (512, 2048, 8192), EVEN: (32, 64, 128), RAGGED: (37, 40, 80)}[scale]
     widths = [16, 80, 0, 48] if scale == RAGGED else [inner // 4, inner]
 
-    def call(gated: bool, bias: bool, activation: str) -> Callable[[Made], Any]:
+    def call(gated: bool, bias: bool, activation: str, tokens: int = tokens) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
             args: list[Any] = [
                 m.normal(1, tokens, size),
@@ -127,6 +140,8 @@ def _nested(scale: Scale) -> Iterator[Case]:
     yield Case("nested_ffn", "gated", call(True, False, "silu"))
     yield Case("nested_ffn", "gated with biases", call(True, True, "silu"))
     yield Case("nested_ffn", "plain with biases", call(False, True, "gelu"))
+    if scale == RAGGED:
+        yield Case("nested_ffn", "tokens of a whole prompt", call(True, True, "silu", tokens=150))
 
 
 def _routed(scale: Scale) -> Iterator[Case]:
@@ -174,14 +189,22 @@ def _attention(scale: Scale) -> Iterator[Case]:
     }[scale]  # fmt: skip
 
     def call(
-        mask: bool = False, sinks: bool = False, tokens: int = queries, **options: Any
+        mask: bool = False,
+        sinks: bool = False,
+        tokens: int = queries,
+        keys: int = keys,
+        full: bool = False,
+        size: int = size,
+        value: int = value,
+        **options: Any,
     ) -> Callable[[Made], Any]:
         def made(m: Made) -> Any:
             seen = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
-            if m.device != "meta":
-                # the first row's first query sees nothing, and nobody sees the end of the cache
-                seen[0, :, 0] = False
+            if m.device != "meta" and not full:
+                # nobody sees the end of the cache, and the first of several queries sees nothing
                 seen[..., keys // 2 :] = False
+                if tokens > 1:
+                    seen[0, :, 0] = False
             args = (
                 m.normal(batch, heads, tokens, size),
                 m.normal(batch, held, keys, size),
@@ -200,6 +223,12 @@ def _attention(scale: Scale) -> Iterator[Case]:
     yield Case("attention", "one token", call(tokens=1))
     yield Case("attention", "key mask and softcap", call(mask=True, softcap=2.0))
     yield Case("attention", "sinks", call(sinks=True))
+    yield Case(
+        "attention", "keys in several shares", call(tokens=2, keys=max(keys, 1700), full=True, sinks=True)
+    )
+    if scale == LARGE:
+        yield Case("attention", "wide heads", call(size=128, value=128))
+        yield Case("attention", "one token, widest heads", call(tokens=1, size=256, value=256))
 
 
 def _lora(scale: Scale) -> Iterator[Case]:
@@ -234,6 +263,15 @@ def _heads(scale: Scale) -> Iterator[Case]:
         return made
 
     yield Case("linear_top_k", "ten", call(False, 10))
+    if scale == RAGGED:
+
+        def edges(m: Made) -> Any:
+            x, weight, bias = m.normal(2, rows, size), m.normal(70, size, scale=size**-0.5), m.normal(70)
+            x[0, 0] = float("nan")
+            bias[5:65] = float("-inf")
+            return (x, weight, bias, 8), {}
+
+        yield Case("linear_top_k", "no numbers, and few that are finite", edges)
     yield Case("linear_top_k", "one, with bias", call(True, 1))
 
 

@@ -20,6 +20,7 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
 
     from .cases import EVEN, RAGGED, cases
     from .comparing import Compared, compare
+    from .launching import launching, plainly
 
     found = []
     for case in [*cases(RAGGED), *cases(EVEN)]:
@@ -28,7 +29,8 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
         # bfloat16 is silently wrong in the interpreter
         for dtype in (torch.float32, torch.float16) if case.typed else (torch.float32,):
             try:
-                result = compare(case, dtype)
+                with launching(plainly):
+                    result = compare(case, dtype)
             except Exception as error:
                 name = str(dtype).removeprefix("torch.")
                 result = Compared(
@@ -109,6 +111,8 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
                         seen.add(file)
                         _write(folder, file, made)
                     reason = used.too_much(architecture)
+                    if request["doubles"] and not reason:
+                        reason = _in_doubles(made)
                     rows.append(
                         {**row, "kernel": kernel.__name__, "file": file, "reason": reason, **asdict(used)}
                     )
@@ -117,6 +121,26 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
                     {**row, "kernel": "", "file": "", "reason": f"{type(error).__name__}: {error}"[:600]}
                 )
     return rows
+
+
+def _in_doubles(made: Any) -> str:
+    """Return why a kernel cannot do with numbers in double precision, as torch.compile gives them; empty if it can."""
+    import re
+
+    import triton
+    from triton.compiler import ASTSource
+
+    source = made.src
+    signature = {name: "fp64" if kind == "fp32" else kind for name, kind in source.signature.items()}
+    if signature == dict(source.signature):
+        return ""
+    wide = ASTSource(fn=source.fn, signature=signature, constexprs=source.constants, attrs=source.attrs)
+    options = {name: getattr(made.metadata, name) for name in ("num_warps", "num_stages")}
+    compiled = triton.compile(wide, target=made.metadata.target, options=options)
+    kinds = re.findall(
+        r"\b(add|sub|mul|fma|div|max|min|setp|sqrt|rsqrt)\S*\.f64", compiled.asm.get("ptx", "")
+    )
+    return f"{len(kinds)} operations in double precision under torch.compile" if kinds else ""
 
 
 def _write(folder: Path, name: str, compiled: Any) -> None:

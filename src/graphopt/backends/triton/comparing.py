@@ -47,10 +47,21 @@ def _wide(value: Any) -> Any:
 def _error(made: Tensor, expected: Tensor) -> float:
     if made.shape != expected.shape:
         return float("inf")
-    difference = (made.double() - expected.double()).abs().max()
-    error = float(difference / expected.double().abs().max().clamp(min=1e-30))
+    if not made.numel():
+        return 0.0
+    got, wanted = made.double(), expected.double()
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    difference = torch.where(same, 0.0, (got - wanted).abs()).max()
+    largest = wanted[wanted.isfinite()].abs()
+    error = float(difference / (largest.max() if largest.numel() else wanted.new_ones(())).clamp(min=1e-30))
     # max() of Python loses what is not a number
     return error if error == error else float("inf")
+
+
+def _alike(made: Any, expected: Any) -> bool:
+    if isinstance(made, tuple):
+        return all(a.dtype == b.dtype for a, b in zip(made, expected, strict=True))
+    return bool(made.dtype == expected.dtype)
 
 
 def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
@@ -65,6 +76,9 @@ def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
         expected = kernel.reference(*args, **options)
         equal = torch.equal(made, expected) and made.dtype == expected.dtype
         return Compared(case.operator, case.what, name, 0.0 if equal else 1.0, 0.0)
+    own = kernel.reference(*args, **options)
+    if not _alike(made, own):
+        return Compared(case.operator, case.what, name, 0.0, 0.0, "the result has another type")
     expected = kernel.reference(*(_wide(a) for a in args), **options)
     if case.operator == "linear_top_k":
         # equal logits may come in any order: what counts is that the numbers have those values

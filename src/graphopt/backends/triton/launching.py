@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+
+import torch
+
+from ...ir.compat import is_plain_tensor
 
 Launch = Callable[[Any, tuple[Any, ...], tuple[Any, ...], dict[str, Any]], None]
 
@@ -13,7 +17,16 @@ def _start(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], meta: dict
     # seen by torch.compile and AOTInductor as a Triton kernel, and an ordinary launch everywhere else
     from torch.library import wrap_triton
 
-    wrap_triton(kernel)[grid](*args, **meta)
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    # Triton starts on the current device, whatever the tensors' is
+    here = torch.cuda.device(tensor.device) if is_plain_tensor(tensor) and tensor.is_cuda else nullcontext()
+    with here:
+        wrap_triton(kernel)[grid](*args, **meta)
+
+
+def plainly(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    """Start a kernel that is no compiled one: Triton's interpreter's."""
+    kernel[grid](*args, **meta)
 
 
 _current: list[Launch] = [_start]

@@ -135,7 +135,11 @@ def lower_triton(
         if device is not None:
             from .package import write_package
 
-            errors = write_package(program, place / "model.pt2", device)
+            errors, reached = write_package(program, place / "model.pt2", device)
+            without |= {
+                call["what"]: f"the package takes sizes that vary, and computes {call['operator']} by its reference"
+                for call in calls if call["operator"] not in reached
+            }  # fmt: skip
         package = None if device is None else Path(path) / "model.pt2"
         report = TritonReport(
             Path(path),

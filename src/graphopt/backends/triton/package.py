@@ -19,11 +19,11 @@ from .wiring import kernels_in_use
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def write_package(program: Program, path: Path, device: str) -> dict[str, float]:
+def write_package(program: Program, path: Path, device: str) -> tuple[dict[str, float], set[str]]:
     """Compile the program for a device, load the package again and compare it, at two sizes where sizes vary.
 
     Returns:
-        Largest relative error of each output.
+        Largest relative error of each output, and the operators whose kernels are in it.
 
     Raises:
         LoweringError: an output differs.
@@ -33,7 +33,8 @@ def write_package(program: Program, path: Path, device: str) -> dict[str, float]
     exported = exported_program(program)
     if device != "cpu":
         exported = move_to_device_pass(exported, device)
-    with torch.no_grad(), kernels_in_use(everywhere=True):
+    reached: set[str] = set()
+    with torch.no_grad(), kernels_in_use(everywhere=True, reached=reached):
         compile_package(exported, path)
     loaded = load_package(path)
     errors: dict[str, float] = {}
@@ -51,4 +52,4 @@ def write_package(program: Program, path: Path, device: str) -> dict[str, float]
         raise LoweringError(
             f"the package's output {worst} differs by {errors[worst]:.2g} relative on {device}"
         )
-    return errors
+    return errors, reached

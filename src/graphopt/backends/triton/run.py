@@ -87,7 +87,10 @@ def trace() -> list[dict[str, Any]]:
 
 
 def compile_ahead(
-    calls: Sequence[Mapping[str, Any]], architectures: Sequence[str], folder: str | None = None
+    calls: Sequence[Mapping[str, Any]],
+    architectures: Sequence[str],
+    folder: str | None = None,
+    doubles: bool = False,
 ) -> list[dict[str, Any]]:
     """Compile the kernels that calls start: a row for each call, kernel and architecture, with what it uses.
 
@@ -95,11 +98,13 @@ def compile_ahead(
         calls: as :func:`call_of` gives them.
         architectures: see ``ARCHITECTURES``.
         folder: where binaries are written; nowhere if left out.
+        doubles: compile each again with its numbers in double precision, as torch.compile gives them.
     """
     request = {
         "mode": "compile",
         "calls": list(calls),
         "architectures": list(architectures),
         "folder": folder,
+        "doubles": doubles,
     }
     return in_child(request)

@@ -112,15 +112,19 @@ def operator(name: str) -> Any:
     AOTInductor follow it on CPUs and GPUs alike.
     """
     if name not in _operators:
-        kernel = TABLE[name]
-
-        def body(*args: Any, **kwargs: Any) -> Any:
-            on_gpu = any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args)
-            return (kernel.launch if on_gpu else kernel.reference)(*args, **kwargs)
-
-        body.__signature__ = _signature(kernel.reference)  # type: ignore[attr-defined]
-        _operators[name] = torch.library.triton_op(f"graphopt_triton::{name}", body, mutates_args=())
+        _register(name)
     return _operators[name]
+
+
+def _register(name: str) -> None:
+    kernel = TABLE[name]
+
+    def body(*args: Any, **kwargs: Any) -> Any:
+        on_gpu = any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args)
+        return (kernel.launch if on_gpu else kernel.reference)(*args, **kwargs)
+
+    body.__signature__ = _signature(kernel.reference)  # type: ignore[attr-defined]
+    _operators[name] = torch.library.triton_op(f"graphopt_triton::{name}", body, mutates_args=())
 
 
 def _signature(reference: Callable[..., Any]) -> inspect.Signature:
@@ -131,7 +135,7 @@ def _signature(reference: Callable[..., Any]) -> inspect.Signature:
     return found.replace(parameters=typed, return_annotation=hints["return"])
 
 
-def _hook(name: str, everywhere: bool) -> Callable[..., Any]:
+def _hook(name: str, everywhere: bool, reached: set[str] | None) -> Callable[..., Any]:
     kernel = TABLE[name]
 
     def either(*args: Any, **kwargs: Any) -> Any:
@@ -143,19 +147,24 @@ def _hook(name: str, everywhere: bool) -> Callable[..., Any]:
             return None
         if not kernel.takes(*args, **kwargs):
             return None
+        if reached is not None:
+            reached.add(name)
         return operator(name)(*args, **kwargs)
 
     return either
 
 
 @contextmanager
-def kernels_in_use(names: Iterable[str] | None = None, everywhere: bool = False) -> Iterator[None]:
+def kernels_in_use(
+    names: Iterable[str] | None = None, everywhere: bool = False, reached: set[str] | None = None
+) -> Iterator[None]:
     """Let operators on a GPU run these kernels, all if not said, while the context is open.
 
     Args:
         names: operators, see ``TABLE``.
         everywhere: on any device go through the kernels' operators, which compute by their references where there is
             no GPU.
+        reached: is given the names of those that were asked for.
 
     Raises:
         UsageError: there is no such kernel.
@@ -164,8 +173,12 @@ def kernels_in_use(names: Iterable[str] | None = None, everywhere: bool = False)
     for name in wanted:
         if name not in TABLE:
             raise UsageError(f"there is no kernel for {name!r}", hint=", ".join(sorted(TABLE)))
+    for name in wanted:
+        # now, and not while torch.compile looks on
+        if name not in _operators:
+            _register(name)
     before = dict(KERNELS)
-    KERNELS.update({name: _hook(name, everywhere) for name in wanted})
+    KERNELS.update({name: _hook(name, everywhere, reached) for name in wanted})
     try:
         yield
     finally:

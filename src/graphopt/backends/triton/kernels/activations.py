@@ -12,18 +12,31 @@ def _tanh(x):
 
 
 @triton.jit
+def _most(x, y):
+    # as torch: of no number and another, no number
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _least(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activated(gate, up, limit, alpha, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """Return ``activation(gate) * up``, or the activation alone where nothing is GATED."""
+    # torch.compile hands numbers over in double precision
+    limit, alpha = tl.cast(limit, tl.float32), tl.cast(alpha, tl.float32)
     if ACTIVATION == "swiglu_clamped":
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+        gate = _least(gate, limit)
+        up = _least(_most(up, -limit), limit) + 1
         active = gate * tl.sigmoid(gate * alpha)
     elif ACTIVATION == "silu_softcapped":
         active = limit * _tanh(gate / limit) * tl.sigmoid(gate)
         up = alpha * _tanh(up / alpha)
     elif ACTIVATION == "silu_clamped":
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        gate = _least(gate, limit)
+        up = _least(_most(up, -limit), limit)
         active = gate * tl.sigmoid(gate)
     elif ACTIVATION == "silu":
         active = gate * tl.sigmoid(gate)
@@ -36,9 +49,9 @@ def activated(gate, up, limit, alpha, ACTIVATION: tl.constexpr, GATED: tl.conste
     elif ACTIVATION == "gelu_sigmoid":
         active = gate * tl.sigmoid(1.702 * gate)
     elif ACTIVATION == "relu2":
-        active = tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
+        active = _most(gate, 0.0) * _most(gate, 0.0)
     elif ACTIVATION == "relu":
-        active = tl.maximum(gate, 0.0)
+        active = _most(gate, 0.0)
     else:
         tl.static_assert(ACTIVATION == "tanh")
         active = _tanh(gate)

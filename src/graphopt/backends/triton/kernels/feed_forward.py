@@ -225,4 +225,4 @@ def routed_ffn(
         x.contiguous(), experts.reshape(-1), each, widths, math.gcd(16, up.shape[1]), gate, up, down, gate_bias,
         up_bias, down_bias, weights.reshape(-1).contiguous(), weigh_inputs, out, activation, limit, alpha,
     )  # fmt: skip
-    return out.reshape(tokens, each, -1).sum(1).to(x.dtype)
+    return out.reshape(tokens, each, down.shape[1]).sum(1).to(x.dtype)

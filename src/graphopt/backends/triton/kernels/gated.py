@@ -33,7 +33,10 @@ def takes(gate: Tensor, up: Tensor) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     """Return x as rows of adjacent features, without a copy where it is a slice of wider rows."""
-    flat = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x.flatten(0, -2)
+    if x.dim() == 1:
+        flat = x.unsqueeze(0)
+    else:
+        flat = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x.flatten(0, -2)
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 

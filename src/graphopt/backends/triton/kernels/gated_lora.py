@@ -41,6 +41,7 @@ def add_kernel(
     R: tl.constexpr,
 ):  # fmt: skip
     """``out = y + scale * low up^T`` where marked, y elsewhere."""
+    scale = tl.cast(scale, tl.float32)  # torch.compile hands numbers over in double precision
     row = tl.program_id(0) * M + tl.arange(0, M)
     live = row < tokens
     column = tl.program_id(1) * N + tl.arange(0, N)

@@ -35,20 +35,25 @@ def candidates_kernel(
         logits += tl.load(bias + token, mask=used, other=0.0).to(tl.float32)[None, :]
     # as the logits would have been written
     logits = logits.to(values.dtype.element_ty).to(tl.float32)
-    logits = tl.where(used[None, :], logits, -float("inf"))
     column = tl.arange(0, N)
+    free = used[None, :] & (column >= 0)[None, :] & (row >= 0)[:, None]
+    # what is no number counts as the largest, as in torch
+    ranked = tl.where(logits != logits, float("inf"), logits)
     at = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * TOP
     for place in tl.static_range(TOP):
-        best = tl.max(logits, axis=1)
-        # of equals the first, and of a row without a number left still some place of it
-        where = tl.min(tl.where(logits == best[:, None], column[None, :], N - 1), axis=1)
-        tl.store(values + at + place, best.to(values.dtype.element_ty), mask=live)
+        left = tl.where(free, ranked, -float("inf"))
+        best = tl.max(left, axis=1)
+        # of equals the first that is free; N where none is, which only the end of the last tile's places is
+        where = tl.min(tl.where(free & (left == best[:, None]), column[None, :], N), axis=1)
+        taken = column[None, :] == where[:, None]
+        value = tl.sum(tl.where(taken, logits, 0.0), axis=1)
+        tl.store(values + at + place, value.to(values.dtype.element_ty), mask=live)
         tl.store(numbers + at + place, (tl.program_id(1) * N + where).to(tl.int32), mask=live)
-        logits = tl.where(column[None, :] == where[:, None], -float("inf"), logits)
+        free = free & (column[None, :] != where[:, None])
 
 
-MOST = 32
-"""The largest k: a tile's candidates are taken out one by one."""
+MOST = 16
+"""The largest k: a tile's candidates are taken out one by one, and more of them would take the room of logits."""
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
@@ -70,8 +75,10 @@ def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
     launch(
         candidates_kernel, (triton.cdiv(rows, m), tiles), flat, weight, x if bias is None else bias, values, numbers,
         rows, size, vocabulary, BIAS=bias is not None, TOP=k, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        M=m, N=n, K=step, num_warps=4, num_stages=3,
+        M=m, N=n, K=step, num_warps=8, num_stages=3,
     )  # fmt: skip
-    best, places = values.topk(k, dim=-1)
+    # the last tile may have fewer tokens than places
+    held = (tiles - 1) * k + min(k, vocabulary - (tiles - 1) * n)
+    best, places = values[:, :held].topk(k, dim=-1)
     tokens = numbers.gather(1, places).to(torch.int64)
     return best.reshape(*x.shape[:-1], k), tokens.reshape(*x.shape[:-1], k)

@@ -16,6 +16,7 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes a row."""
+    eps = tl.cast(eps, tl.float32)  # torch.compile hands numbers over in double precision
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size

@@ -19,6 +19,7 @@ def scales_kernel(
     x, columns, out, size, first, rest, top, columns_used: tl.constexpr, BLOCK: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The scale of one token's block of features: its largest absolute value over the largest integer, in float16."""
+    top = tl.cast(top, tl.float32)  # torch.compile hands numbers over in double precision
     token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = number * BLOCK + tl.arange(0, B)
     inside = (tl.arange(0, B) < BLOCK) & (place < rest)
@@ -26,6 +27,9 @@ def scales_kernel(
     value = tl.abs(tl.load(x + token * size + column, mask=inside, other=0.0).to(tl.float32))
     scale = tl.div_rn(tl.max(value, axis=0), top)
     scale = tl.minimum(tl.maximum(scale, 6e-8), 65504.0)
+    # largest values leave out what is no number; the whole block is none then
+    lost = tl.max((value != value).to(tl.int32), axis=0) > 0
+    scale = tl.where(lost, float("nan"), scale)
     tl.store(out + token * tl.num_programs(1) + number, scale.to(tl.float16))
 
 

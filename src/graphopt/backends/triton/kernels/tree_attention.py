@@ -20,6 +20,8 @@ def share_kernel(
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """A program takes all queries of the R rows that read one key-value head, and one share of its keys."""
+    # torch.compile hands numbers over in double precision
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     pair = tl.program_id(0)
     batch, head = (pair // HEADS).to(tl.int64), (pair % HEADS).to(tl.int64)
     number = tl.program_id(1)
@@ -105,6 +107,11 @@ def join_kernel(
 
 MOST_ROWS = 128
 """Queries times heads that share keys: one tile of the product."""
+WIDEST = {torch.float32: (64, 64 * 64), torch.float16: (256, 128 * 128), torch.bfloat16: (256, 128 * 128)}
+"""Features of a head, and rows times features of that tile: more is kept in memory instead of registers.
+
+Exact products in float32 go without tensor cores, all their numbers in registers.
+"""
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: Tensor | None, visible: Tensor | None,
@@ -116,9 +123,18 @@ def takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: Tensor
     if not all(isinstance(size, int) for size in sizes):
         return False
     queries, heads, held, size, value_size = sizes
-    floats = (torch.float16, torch.bfloat16, torch.float32)
-    fits = queries * heads // held <= MOST_ROWS and max(size, value_size) <= 256
-    return fits and q.dtype in floats and q.dtype == k.dtype == v.dtype
+    if q.dtype not in WIDEST or not q.dtype == k.dtype == v.dtype or not queries:
+        return False
+    rows, wide, wide_value = _tile(queries * heads // held, size, value_size)
+    features, numbers = WIDEST[q.dtype]
+    widest = max(wide, wide_value)
+    return rows <= MOST_ROWS and widest <= features and rows * widest <= numbers
+
+
+def _tile(rows: int, size: int, value_size: int) -> tuple[int, int, int]:
+    """Return rows and features as a product of tiles takes them."""
+    padded = [max(16, triton.next_power_of_2(count)) for count in (rows, size, value_size)]
+    return padded[0], padded[1], padded[2]
 
 
 def _shares(keys: Any, tile: int) -> tuple[int, Any]:
@@ -145,8 +161,7 @@ def attention(
     place = torch.arange(keys, device=q.device, dtype=torch.int32)
     begins, ends = place.where(some, keys).amin(1), (place + 1).where(some, 0).amax(1)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    rows = max(16, triton.next_power_of_2(queries * group))
-    wide, wide_value = (max(16, triton.next_power_of_2(s)) for s in (size, value_size))
+    rows, wide, wide_value = _tile(queries * group, size, value_size)
     tile = 32 if rows > 32 or max(wide, wide_value) > 128 or q.dtype == torch.float32 else 64
     warps = 4 if rows <= 32 else 8
     count, share = _shares(keys, tile)
