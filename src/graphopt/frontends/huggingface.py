@@ -268,6 +268,17 @@ def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, 
             }
             with contextlib.suppress(CaptureError):
                 return export(model, example, shapes)
+        # torch 2.11 cannot prove some guards of one size: the others keep their names
+        told = re.findall(r"Constraints violated \(([^)]*)\)", str(error.__cause__))
+        doubted = {name for names in told for name in names.split(", ")}
+        if doubted and doubted < set(sizes):
+            partly = {
+                name: {d: Dim.AUTO if n in doubted else sizes[n] for d, n in named[name].items()}
+                if name in named else None
+                for name in example
+            }  # fmt: skip
+            with contextlib.suppress(CaptureError):
+                return export(model, example, partly)
         # a size that the model ties to another one, or to a number; let the tracer say which
         automatic = {
             name: dict.fromkeys(named[name], Dim.AUTO) if name in named else None for name in example
