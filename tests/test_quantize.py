@@ -232,6 +232,27 @@ def test_what_has_no_steps_is_refused_by_its_line(captured: Callable[[str], Prog
         graphopt.optimize(captured("mixtral"), "fit-target, quantize", data=tokens())
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(torch.softmax(y.masked_fill(y < -0.5, torch.finfo(torch.float32).min), -1))
+
+
+def test_a_value_that_loses_all_its_steps_to_a_mask_is_told() -> None:
+    """Nothing is refused, and the loss may be within a budget: the report says where it comes from."""
+    torch.manual_seed(0)
+    data = [{"x": torch.randn(4, 8)} for _ in range(4)]
+    program = graphopt.capture(Masked().eval(), data[0])
+    done = graphopt.optimize(program, "fit-target{allow_no_match=true}, quantize", data=data)
+    (note,) = [n for n in done.history[-1]["plan"]["notes"] if "less than a step" in n]
+    assert "masked_fill" in note and "test_quantize.py" in note
+
+
 def test_a_matrix_that_is_looked_up_too_is_told(captured: Callable[[str], Program]) -> None:
     done = graphopt.optimize(captured("llama_tied"), "fit-target, quantize{weights=4}", data=tokens())
     (note,) = [n for n in done.history[-1]["plan"]["notes"] if "looked up as well as multiplied" in n]

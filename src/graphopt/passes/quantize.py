@@ -152,6 +152,12 @@ class Quantize(Pass):
                         f" [{program.source_line(node)}]"
                     )
                 scales[node] = scale_of(low, high, steps)
+                usual = ranges.usual[node]
+                if scales[node][0] > usual > 0:
+                    plan.notes.append(
+                        f"{node.name} reaches from {low:.4g} to {high:.4g}, and half of its numbers are below {usual:.4g}, less "
+                        f"than a step: they are lost; a mask's number would be nearer [{program.source_line(node)}]"
+                    )
             plan.sites.append(
                 Site(node.name, what="value", dtype=dtype, scale=scales[node][0], zero_point=scales[node][1])
             )

@@ -26,10 +26,12 @@ class Ranges:
 
     Attributes:
         of: least and largest number of each value.
+        usual: what half of the numbers of each value that are not zero are below, on the first of the data.
         silent: for values whose features were asked for, which of them were zero throughout.
     """
 
     of: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
+    usual: dict[fx.Node, float] = field(default_factory=dict)
     silent: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
 
 
@@ -85,6 +87,9 @@ def observe(
                     hint="a mask of minus infinity: let it be a large number; else the data or the model is broken",
                     node=node.name, source=program.source_line(node),
                 )  # fmt: skip
+            if node not in found.usual:
+                numbers = value[value != 0].abs()
+                found.usual[node] = float(numbers.median()) if numbers.numel() else 0.0
             before = found.of.get(node, (low, high))
             found.of[node] = (min(low, before[0]), max(high, before[1]))
         if node in features:
