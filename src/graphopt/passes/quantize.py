@@ -155,8 +155,8 @@ class Quantize(Pass):
                 usual = ranges.usual[node]
                 if scales[node][0] > usual > 0:
                     plan.notes.append(
-                        f"{node.name} reaches from {low:.4g} to {high:.4g}, and half of its numbers are below {usual:.4g}, less "
-                        f"than a step: they are lost; a mask's number would be nearer [{program.source_line(node)}]"
+                        f"{node.name} reaches from {low:.4g} to {high:.4g}, and half of its numbers are below {usual:.4g}, "
+                        f"less than a step: they are lost; a mask's number would be nearer [{program.source_line(node)}]"
                     )
             plan.sites.append(
                 Site(node.name, what="value", dtype=dtype, scale=scales[node][0], zero_point=scales[node][1])
