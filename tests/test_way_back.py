@@ -99,18 +99,22 @@ def test_passes_find_the_same_in_a_saved_program(
         assert found[0] == found[1], text
 
 
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_scaled_weights_are_stored_once(
-    name: str, captured: Callable[[str], Program], tmp_path: Path
+    name: str, saved: bool, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Wrong if a matrix that a norm was folded into were kept again for the way back."""
-    folded = graphopt.optimize(captured(name), "fold-norms")
+    program = graphopt.capture(checkpoint(name))
+    if saved:
+        program = graphopt.load(program.save(tmp_path / "saved"))
+    folded = graphopt.optimize(program, "fold-norms")
 
     def stored(program: Program, folder: Path) -> int:
         program.save(folder)
         return sum(file.stat().st_size for file in (folder / "weights").iterdir())
 
-    assert stored(folded, tmp_path / "folded") < 1.05 * stored(captured(name), tmp_path / "plain")
+    assert stored(folded, tmp_path / "folded") < 1.05 * stored(program, tmp_path / "plain")
 
 
 def test_a_refusal_prints_no_traceback_of_torch(

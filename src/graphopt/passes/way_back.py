@@ -43,11 +43,15 @@ def follow(
             if known is not None and known not in still:
                 now.setdefault(numbered(known), new)
     made_of: dict[fx.Node, fx.Node | None] = {}
+    left: list[fx.Node] = []
     for name, held in list(program.checkpoint.items()):
         if name not in apart:
             made = _again(program, held, now, numbered, made_of)
             if made is not None:
                 program.checkpoint[name] = made
+                left.append(held)
+    # an old way back would keep alive, and stored, what is no longer read
+    program.edit.erase_dead(n for n in left if n not in taken)
 
 
 def _part_of_whole(node: fx.Node) -> fx.Node | None:
