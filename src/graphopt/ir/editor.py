@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .errors import VerificationError
+from .errors import UsageError, VerificationError
 from .infer import describe_value, infer, same_value
 from .schema import arguments, is_mutable, normal_call, normalise
 from .weights import InMemory, TensorSource, Weight
@@ -40,6 +40,9 @@ class Editor:
         """Insert a call at the insertion point, with its value inferred."""
         value = infer(self.program.mode, target, args, kwargs)
         node = self.graph.call_function(target, args, kwargs)
+        if stale := [n for n in node.all_input_nodes if n._erased or n.graph is not self.graph]:
+            self.graph.erase_node(node)
+            self.require_present(*stale)
         node.meta["val"] = value
         self._sign(node)
         normalise(node)
@@ -54,12 +57,14 @@ class Editor:
     @contextlib.contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
         """Insert new nodes before ``node``."""
+        self.require_present(node)
         with self.graph.inserting_before(node):
             yield
 
     @contextlib.contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
         """Insert new nodes after ``node`` (after all placeholders, where it is one)."""
+        self.require_present(node)
         anchor = node
         if node.op == "placeholder":
             anchor = list(self.graph.find_nodes(op="placeholder"))[-1]
@@ -72,6 +77,7 @@ class Editor:
         Raises:
             VerificationError: it does not.
         """
+        self.require_present(node)
         args, kwargs = normal_call(node.target, {**arguments(node), **changed})
         value = infer(self.program.mode, node.target, args, kwargs)
         if not same_value(node.meta["val"], value):
@@ -112,7 +118,9 @@ class Editor:
 
         Raises:
             VerificationError: the values differ in shape or type, and ``same`` asks that they do not.
+            UsageError: a node is no part of the program any more.
         """
+        self.require_present(old, new)
         if same:
             self.require_same(old, new)
         self._carry(old, new)
@@ -126,6 +134,24 @@ class Editor:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.program.changed()
         self.erase_dead([old])
+
+    def require_present(self, *nodes: fx.Node) -> None:
+        """Check that nodes are in this graph: an edit through one that left it would be lost, or break it.
+
+        Raises:
+            UsageError: one was erased by an earlier edit, or belongs to another program.
+        """
+        for node in nodes:
+            if node.graph is not self.graph:
+                raise UsageError(
+                    f"{node.name} belongs to another program",
+                    hint=f"find it in this one: program.node({node.name!r})",
+                )
+            if node._erased:
+                raise UsageError(
+                    f"{node.name} is no part of the program any more: an earlier edit replaced or removed it",
+                    hint="look nodes and blocks up again after an edit: program.anatomy, program.node(name)",
+                )
 
     def require_same(self, old: fx.Node, new: fx.Node) -> None:
         """Check that a value may stand for another.
@@ -214,6 +240,7 @@ class Editor:
 
     def set_outputs(self, values: Sequence[fx.Node]) -> None:
         """Make these the values that the program returns, in the order of its signature."""
+        self.require_present(*values)
         output = self.program.output_node
         output.args = (tuple(values),)
         output.meta["val"] = tuple(v.meta["val"] for v in values)

@@ -25,7 +25,7 @@ from .structure import Structure
 from .weights import Weight
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
+    from .anatomy import Anatomy, Block, Layer
     from .report import Report
 
 
@@ -293,9 +293,6 @@ class Program:
             new = self.edit.emit(function, node)
         for user in users:
             user.replace_input_with(node, new)
-        for name, kept in list(self.checkpoint.items()):
-            if kept is node:
-                self.checkpoint[name] = kept
         self.changed()
         assert isinstance(new, fx.Node)
         return new
@@ -304,34 +301,18 @@ class Program:
         """Let everything that read ``value`` read ``with_``, and drop what only ``value`` needed."""
         self.edit.replace(value, with_)
 
-    def remove(self, block: Any) -> None:
+    def remove(self, block: Block | Layer) -> None:
         """Take a block, or a layer, out of the residual stream: what it added is no longer added.
 
         A post-norm goes with its block, as when a layer leaves a model. Blocks that share an addition with
-        others leave alone.
-        """
-        blocks = getattr(block, "blocks", [block])
-        if len(blocks) > 1 or not block.parallel:
-            self.bypass(block.writes, with_=block.reads)
-            return
-        terms = set(block.terms)
-        rest = [leaf for leaf in self._summands(block.add, terms) if leaf not in terms]
-        with self.edit.before(block.add):
-            total = rest[0]
-            for term in rest[1:]:
-                total = self.edit.call(torch.ops.aten.add.Tensor, total, term)
-        self.edit.replace(block.add, total)
+        others leave alone. A block that was read before other edits is looked up again.
 
-    def _summands(self, node: fx.Node, terms: set[fx.Node]) -> list[fx.Node]:
-        found: list[fx.Node] = []
-        for operand in node.all_input_nodes:
-            nested = (
-                operator_name(operand.target) == "aten.add"
-                and len(operand.users) == 1
-                and operand not in terms
-            )
-            found.extend(self._summands(operand, terms) if nested else [operand])
-        return found
+        Raises:
+            UsageError: it is no part of the program, or not any more.
+        """
+        from .anatomy.removing import remove
+
+        remove(self, block)
 
     def add_parameter(self, name: str, value: torch.Tensor) -> fx.Node:
         """Add a trainable tensor and return its node."""
@@ -339,6 +320,7 @@ class Program:
 
     def add_output(self, name: str, node: fx.Node) -> None:
         """Return one more value, under this name."""
+        self.edit.require_present(node)
         if "dict" not in self.signature.outputs:
             only = self.signature.outputs
             if "leaf" not in only:

@@ -111,13 +111,11 @@ def reduced(program: Program) -> Program | None:
     small = program
     if _elements(program) >= LARGE and len(program.anatomy.layers) > 2:
         small = program.copy()
-        seen: set[object] = set()
-        for layer in list(small.anatomy.layers):
-            kind = _kind(small, layer)
-            if kind in seen:
-                for block in reversed(layer.blocks):
-                    small.remove(block)
-            seen.add(kind)
+        first: dict[object, Layer] = {}
+        layers = small.anatomy.layers
+        repeated = [layer for layer in layers if first.setdefault(_kind(small, layer), layer) is not layer]
+        for layer in reversed(repeated):
+            small.remove(layer)
         drop_unread_weights(small)
     if _elements(small) >= 4 * LARGE:
         return None

@@ -1,0 +1,72 @@
+"""Take blocks and layers out of the residual stream, also those that were read before an earlier edit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..errors import UsageError
+from ..schema import operator_name
+from .blocks import Block, Layer
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def remove(program: Program, block: Block | Layer) -> None:
+    """Let the stream pass by a block or a layer.
+
+    Raises:
+        UsageError: it is no part of the program, or not any more.
+    """
+    blocks = [present(program, b) for b in (block.blocks if isinstance(block, Layer) else [block])]
+    if len(blocks) > 1 or not blocks[0].parallel:
+        program.bypass(blocks[-1].writes, with_=blocks[0].reads)
+        return
+    (block,) = blocks
+    terms = set(block.terms)
+    rest = [leaf for leaf in _summands(block.add, terms) if leaf not in terms]
+    with program.edit.before(block.add):
+        total = rest[0]
+        for term in rest[1:]:
+            total = program.edit.call(torch.ops.aten.add.Tensor, total, term)
+    program.edit.replace(block.add, total)
+
+
+def present(program: Program, block: Block) -> Block:
+    """Return a block as it stands now: edits since it was read may have changed what it reads and writes.
+
+    Raises:
+        UsageError: it is no part of the program, or not any more.
+    """
+    if block.add.graph is not program.graph:
+        raise UsageError(
+            f"{block.name} is a block of another program", hint="a copy has blocks of its own: copy.anatomy"
+        )
+    ends = (block.reads, block.writes, block.add, *block.terms)
+    inside = (block.add, *block.nodes)
+    if not any(n._erased for n in ends) and any(block.reads in n.all_input_nodes for n in inside):
+        return block
+    now = program.anatomy.blocks
+    for found in now:
+        if any(term in block.terms and not term._erased for term in found.terms):
+            return found
+    for found in now:
+        if found.add is block.add and not found.parallel and not block.parallel:
+            return found
+    raise UsageError(
+        f"{block.name} is no part of the program any more: an edit removed or replaced it",
+        hint="read program.anatomy again after an edit",
+    )
+
+
+def _summands(node: fx.Node, terms: set[fx.Node]) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for operand in node.all_input_nodes:
+        nested = (
+            operator_name(operand.target) == "aten.add" and len(operand.users) == 1 and operand not in terms
+        )
+        found.extend(_summands(operand, terms) if nested else [operand])
+    return found
