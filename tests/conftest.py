@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 import zoo
+from hypothesis import HealthCheck, settings
 from reload_server import ReloadServer
 
 import graphopt
@@ -23,9 +24,21 @@ from graphopt import Program
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# hypothesis measures how long an example and its making take; a loaded machine must not decide
+settings.register_profile(
+    "graphopt", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("graphopt")
+
 # started in the background, a shell leaves Ctrl-C ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give each test the same random numbers whichever tests ran before it; GRAPHOPT_SEED gives others."""
+    torch.manual_seed(int(os.environ.get("GRAPHOPT_SEED", "0")))
 
 
 def everyones(tmp_path_factory: pytest.TempPathFactory, kind: str, name: str) -> Path:
