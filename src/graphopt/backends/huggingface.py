@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ..ir.atomic import atomic_folder
+from ..ir.comparison import relative_error
 from ..ir.errors import LoweringError
 from ..ir.examples import example_inputs
 from ..ir.execute import memory_available, run
 from ..ir.fold import computed
 from ..ir.program import Program
 from ..ir.safetensors_file import write_file
-from ..ir.sites import value_error
 from ..ir.weights import TensorSource, numel
 from .huggingface_config import renumbered, with_experts, with_widths, without_layers
 
@@ -210,7 +210,7 @@ def _errors(
             and other.shape == value.shape
         ):
             value, other = value[mask.bool()], other[mask.bool()]
-        errors[name] = value_error(other.double(), value.double())
+        errors[name] = relative_error(other, value)
     if not errors:
         raise LoweringError(f"the reloaded model returns none of {', '.join(expected)}")
     return errors

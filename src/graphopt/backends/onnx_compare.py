@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ir.comparison import relative_error
 from ..ir.errors import LoweringError
 from ..ir.execute import run
 from ..ir.program import Program
@@ -151,20 +152,4 @@ def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, whole: boo
     if pair is None:
         return None
     result, reference = pair
-    got, expected = result.to(torch.float64), reference.to(torch.float64)
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    difference = torch.where(same, 0.0, (got - expected).abs())
-    if whole:
-        return float(difference.norm() / expected.norm().clamp(min=1e-30))
-    beside = expected.abs().nan_to_num(nan=1.0).clamp(min=_usual(expected))
-    worst = float((difference / beside).max())
-    return float("inf") if worst != worst else worst
-
-
-def _usual(values: torch.Tensor) -> float:
-    """Return the largest value that is no mask's: not a million times what a quarter of all are below."""
-    sizes = values[values.isfinite() & (values != 0)].abs()
-    if not sizes.numel():
-        return 1e-30
-    quarter = sizes.kthvalue((sizes.numel() + 3) // 4).values
-    return float(sizes[sizes <= 1e6 * quarter].max())
+    return relative_error(result, reference, beside="norm" if whole else "element")

@@ -59,9 +59,9 @@ def export_program(source: str, to: str, output: str, as_json: bool, trust: bool
 
 
 def _write_pt2(program: Any, output: str) -> dict[str, float]:
+    from ..ir.comparison import relative_error
     from ..ir.examples import example_inputs
     from ..ir.execute import run
-    from ..ir.sites import value_error
 
     with Working("exporting"), atomic_file(output) as place:
         # through memory: on a full disk torch's own writer ends the process
@@ -74,7 +74,7 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
             # our own file of a moment ago
             again = torch.export.load(file).module()(**inputs)
         expected = run(program, inputs)
-        errors = {name: value_error(again[name], value) for name, value in expected.items()}
+        errors = {name: relative_error(again[name], value) for name, value in expected.items()}
         worst = max(errors, key=lambda name: errors[name])
         if not errors[worst] <= rounding(program):
             raise LoweringError(f"the file's output {worst} differs by {errors[worst]:.2g} relative")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .comparison import relative_error
 from .errors import CheckpointError, VerificationError
 from .fold import depends_on_weights_alone
 from .region import Region, cut, drawn_source, leaf_value
@@ -373,24 +374,4 @@ def _error(pair: _Pair, values: dict[str, Any], load: Callable[[fx.Node], torch.
         (expected, found) = (
             (expected * len(found), found) if len(expected) == 1 else (expected, found * len(expected))
         )
-    return value_error(found, expected)
-
-
-def value_error(found: Any, expected: Any) -> float:
-    """Largest difference relative to the largest expected value; infinite if shapes or finiteness differ."""
-    if isinstance(expected, (list, tuple)):
-        return max((value_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
-    if not isinstance(expected, torch.Tensor):
-        return 0.0 if found == expected else float("inf")
-    found, expected = found.detach(), expected.detach()
-    if found.shape != expected.shape:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    if not expected.dtype.is_floating_point:
-        return float((found != expected).double().max())
-    same = found == expected
-    difference = torch.where(same, torch.zeros_like(expected), (found - expected).abs())
-    scale = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.tensor(1.0)
-    worst = float(difference.max() / scale.clamp(min=1e-30))
-    return float("inf") if worst != worst else worst
+    return relative_error(found, expected)

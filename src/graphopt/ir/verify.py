@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .comparison import relative_error
 from .errors import VerificationError
 from .execute import interpret
 from .infer import describe_value, infer, same_value
@@ -15,7 +16,6 @@ from .placement import placements
 from .ranks import ranks_of
 from .retype import retyped, widen
 from .schema import is_mutable, operator_name
-from .sites import value_error
 
 if TYPE_CHECKING:
     from .program import Program
@@ -122,7 +122,7 @@ def compare_programs(
         float64: retype both, so that rounding does not hide errors.
     """
     first, second = (_run(p, inputs, float64) for p in (before, after))
-    return {name: value_error(second[name], first[name]) for name in first if name in second}
+    return {name: relative_error(second[name], first[name]) for name in first if name in second}
 
 
 def _run(program: Program, inputs: dict[str, torch.Tensor], float64: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ir.comparison import relative_error
 from .cases import Case, Made
 from .wiring import TABLE
 
@@ -44,20 +45,6 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _error(made: Tensor, expected: Tensor) -> float:
-    if made.shape != expected.shape:
-        return float("inf")
-    if not made.numel():
-        return 0.0
-    got, wanted = made.double(), expected.double()
-    same = (got == wanted) | (got.isnan() & wanted.isnan())
-    difference = torch.where(same, 0.0, (got - wanted).abs()).max()
-    largest = wanted[wanted.isfinite()].abs()
-    error = float(difference / (largest.max() if largest.numel() else wanted.new_ones(())).clamp(min=1e-30))
-    # max() of Python loses what is not a number
-    return error if error == error else float("inf")
-
-
 def _alike(made: Any, expected: Any) -> bool:
     if isinstance(made, tuple):
         return all(a.dtype == b.dtype for a, b in zip(made, expected, strict=True))
@@ -85,11 +72,15 @@ def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
         logits = torch.nn.functional.linear(_wide(args[0]), _wide(args[1]), _wide(args[2]))
         named = logits.gather(-1, made[1])
         distinct = all(row.unique().numel() == row.numel() for row in made[1].reshape(-1, made[1].shape[-1]))
-        error = max(_error(made[0], expected[0]), _error(named, expected[0])) if distinct else float("inf")
+        error = (
+            max(relative_error(made[0], expected[0]), relative_error(named, expected[0]))
+            if distinct
+            else float("inf")
+        )
     elif isinstance(made, tuple):
-        error = max(_error(a, b) for a, b in zip(made, expected, strict=True))
+        error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
     else:
-        error = _error(made, expected)
+        error = relative_error(made, expected)
     if case.operator == "gated_lora":
         plain = args[4] == 0
         if not torch.equal(made[plain], args[0][plain]):

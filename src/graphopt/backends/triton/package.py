@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...ir.comparison import relative_error
 from ...ir.compat import compile_package, load_package
 from ...ir.errors import LoweringError
 from ...ir.execute import run
 from ...ir.program import Program
-from ...ir.sites import value_error
 from ..compare_cases import comparison_cases, counted
 from ..exported import exported_program
 from .wiring import kernels_in_use
@@ -45,7 +45,7 @@ def write_package(program: Program, path: Path, device: str) -> tuple[dict[str, 
         for name, value in run(program, inputs).items():
             pair = counted(made[name].cpu(), value, case)
             if pair is not None:
-                errors[name] = max(errors.get(name, 0.0), value_error(*pair))
+                errors[name] = max(errors.get(name, 0.0), relative_error(*pair))
                 limits[name] = LIMITS.get(value.dtype, 0.0)
     worst = max(errors, key=lambda name: errors[name] - limits[name])
     if not errors[worst] <= limits[worst]:
