@@ -13,6 +13,7 @@ import torch
 from .frontends.data import read_data
 from .ir.errors import UsageError
 from .ir.execute import interpret
+from .ir.export_blockers import block_export
 from .ir.extract import extract
 from .ir.program import Program
 from .ir.weights import InMemory
@@ -96,7 +97,7 @@ def distil_sync_points(
             done.weights[node.name] = weight.with_source(
                 InMemory(trained[weight.name].to(weight.source.dtype))
             )
-    done.facts["unwritable"] = "blocks were trained without their sync points"
+    block_export(done, "blocks were trained without their sync points", by="block-to-block distillation")
     done.changed()
     return done, records
 

@@ -19,6 +19,7 @@ from ..ir.comparison import relative_error
 from ..ir.errors import LoweringError
 from ..ir.examples import example_inputs
 from ..ir.execute import memory_available, run
+from ..ir.export_blockers import export_blockers
 from ..ir.fold import computed
 from ..ir.program import Program
 from ..ir.safetensors_file import write_file
@@ -103,10 +104,10 @@ def contents(program: Program) -> tuple[dict[str, TensorSource], dict[str, Any]]
             "this program was not captured from a Hugging Face checkpoint",
             hint="use program.save, program.lower or program.exported_program",
         )
-    reason = program.facts.get("unwritable")
-    if reason:
+    if blockers := export_blockers(program):
+        reasons = "; ".join(f"{reason} ({by})" for by, told in blockers.items() for reason in told)
         raise LoweringError(
-            f"a Hugging Face folder cannot hold this program: {reason}",
+            f"a Hugging Face folder cannot hold this program: {reasons}",
             hint="use program.save or program.lower",
         )
     removed = list(program.facts.get("renumbered", ()))

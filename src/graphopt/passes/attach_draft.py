@@ -10,6 +10,7 @@ from torch import fx
 
 from ..ir.anatomy.residual import between
 from ..ir.errors import PassRefusedError
+from ..ir.export_blockers import block_export
 from ..ir.inputs import add_input
 from ..ir.option import option
 from ..ir.program import Program
@@ -134,6 +135,4 @@ class AttachDraft(Pass):
         ):  # fmt: skip
             program.add_output(name, value)
         program.facts["draft"] = {"taps": taps, "layer": number}
-        program.facts.setdefault(
-            "unwritable", "a folder has no place for a draft; write it before attach-draft"
-        )
+        block_export(program, "a folder has no place for a draft; write it before attach-draft")

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import PassRefusedError
+from ..ir.export_blockers import block_export
 from ..ir.extract import extract
 from ..ir.option import option
 from ..ir.program import Program
@@ -76,9 +77,7 @@ class AttachEarlyExit(Pass):
             program.add_output(str(site["output"]), copies[head.logits])
         if plan.sites:
             program.facts["early_exits"] = {str(s["output"]): int(s["layer"]) for s in plan.sites}
-            program.facts.setdefault(
-                "unwritable", "a checkpoint names no exits; write it before attach-early-exit"
-            )
+            block_export(program, "a checkpoint names no exits; write it before attach-early-exit")
 
 
 def split_at(program: Program, layer: int) -> tuple[Program, Program]:

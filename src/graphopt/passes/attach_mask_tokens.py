@@ -11,6 +11,7 @@ from torch import fx
 
 from ..ir.anatomy.residual import between
 from ..ir.errors import VerificationError
+from ..ir.export_blockers import block_export
 from ..ir.fold import computed
 from ..ir.inputs import add_input
 from ..ir.option import option
@@ -126,9 +127,7 @@ class AttachMaskTokens(Pass):
         edit.replace(table, marked)
         self._sampler(program, table, tokens, size)
         program.facts["mask_tokens"] = {"masks": self.masks, "rank": self.rank}
-        program.facts.setdefault(
-            "unwritable", "a folder has no place for mask tokens; write it before attach-mask-tokens"
-        )
+        block_export(program, "a folder has no place for mask tokens; write it before attach-mask-tokens")
 
     def _add(
         self, program: Program, linear: fx.Node, marks: fx.Node, rank: int, scale: float, seed: int

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import CheckpointError, PassRefusedError, UsageError
+from ..ir.export_blockers import block_export
 from ..ir.fold import computed
 from ..ir.option import option
 from ..ir.program import Program
@@ -113,8 +114,8 @@ class AttachMultiTokenHeads(Pass):
             stacked = program.edit.call(aten.stack.default, made, 2)
         program.add_output(OUTPUT, stacked)
         program.facts["multi_token_heads"] = {"heads": self.heads, "layers": self.layers, "share": self.share}
-        program.facts.setdefault(
-            "unwritable",
+        block_export(
+            program,
             "a folder of the model has no place for heads; graphopt export --to medusa writes them alone",
         )
 

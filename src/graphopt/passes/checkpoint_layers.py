@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from ..ir.export_blockers import block_export
 from ..ir.program import Program
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -32,10 +33,13 @@ def forget_removed(
         program.edit.remove_weight(node)
     renumbered = numbering(names, removed) if whole else None
     if renumbered is None:
-        program.facts["unwritable"] = (
-            "parts of layers were removed, which no configuration can say"
-            if not whole
-            else "the checkpoint's names do not number its layers"
+        block_export(
+            program,
+            (
+                "parts of layers were removed, which no configuration can say"
+                if not whole
+                else "the checkpoint's names do not number its layers"
+            ),
         )
         return
     history: list[Any] = list(program.facts.get("renumbered", ()))

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..ir.anatomy import Block
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export, export_blockers, unblock_export
 from ..ir.option import option
 from ..ir.program import Dial, Program
 from ..ir.region import cut, drawn_source, leaf_value
@@ -104,12 +105,12 @@ class DialTopK(Pass):
         if self.fixed is not None and len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
             program.facts["fixed_experts"] = [counts.pop(), self.fixed]
         else:
-            program.facts.setdefault("unwritable", DIALLED if self.fixed is None else UNEVEN)
+            block_export(program, DIALLED if self.fixed is None else UNEVEN)
 
 
 def frozen_numbers(program: Program) -> None:
     """Let a folder have the number at which all mixtures stand for its own setting, once no dial is left."""
-    if program.facts.get("unwritable") != DIALLED:
+    if DIALLED not in export_blockers(program).get(DialTopK.name, ()):
         return
     limited = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
     limits = [arguments(n)["k"] for n in limited]
@@ -117,12 +118,13 @@ def frozen_numbers(program: Program) -> None:
         return
     numbers = {float(program.weights[k.name].source.load()) for k in limits}
     active = {int(b.sizes["active"]) for b in program.anatomy.experts}
-    program.facts["unwritable"] = UNEVEN
+    unblock_export(program, by=DialTopK.name)
     if len(limited) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
         number = numbers.pop()
         if number.is_integer():
-            del program.facts["unwritable"]
             program.facts["fixed_experts"] = [active.pop(), int(number)]
+            return
+    block_export(program, UNEVEN, by=DialTopK.name)
 
 
 def _most(program: Program, block: Block) -> tuple[str, int]:

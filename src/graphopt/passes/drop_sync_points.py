@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.placement import placements
 from ..ir.program import Program
@@ -154,9 +155,7 @@ class DropSyncPoints(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Drop what the plan says."""
         drop(program, [site.block for site in plan.sites])
-        program.facts["unwritable"] = (
-            "sync points were dropped, which the architecture's own code does not do"
-        )
+        block_export(program, ("sync points were dropped, which the architecture's own code does not do"))
         placements(program)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.fold import depends_on_weights_alone
 from ..ir.option import option
 from ..ir.program import Program
@@ -120,9 +121,7 @@ class ExpandBranches(Pass):
                     branch = _branch(program, node, form, str(kind), site["align"], index, seed)
                     total = program.edit.call(aten.add.Tensor, total, branch)
             program.edit.replace(node, total)
-        program.facts.setdefault(
-            "unwritable", "branches were added, which a checkpoint of this architecture does not hold"
-        )
+        block_export(program, "branches were added, which a checkpoint of this architecture does not hold")
 
 
 def _branch(

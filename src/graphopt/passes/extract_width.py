@@ -10,6 +10,7 @@ from torch import fx
 
 from ..ir.anatomy import Block
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export, unblock_export
 from ..ir.fold import drop_unread_weights
 from ..ir.inputs import remove_dial
 from ..ir.option import option
@@ -19,7 +20,7 @@ from .base import Pass
 from .contracts import Approximate
 from .plan import Plan, Refused, Site
 from .split_ffn import DIAL
-from .width.nesting import MATRICES, NESTED, dense
+from .width.nesting import MATRICES, dense
 from .width.taking import take_channels
 
 if TYPE_CHECKING:
@@ -91,14 +92,15 @@ class ExtractWidth(Pass):
             remove_dial(program, DIAL)
         drop_unread_weights(program)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
-        if set(kept) != several or program.facts.get("unwritable") != NESTED:
+        if set(kept) != several:
             return
-        del program.facts["unwritable"]
+        # no feed-forward has several widths any more
+        unblock_export(program, by="split-ffn")
         if not writable:
-            program.facts["unwritable"] = "the weights of its small experts have no place in the checkpoint"
+            block_export(program, "the weights of its small experts have no place in the checkpoint")
         elif len(widths) > 1 or set(kept) != set(ffns):
-            program.facts["unwritable"] = (
-                "feed-forwards have different widths, for which the configuration has one entry"
+            block_export(
+                program, "feed-forwards have different widths, for which the configuration has one entry"
             )
         elif (pair := widths.pop())[0] != pair[1]:
             program.facts["ffn_widths"] = [*program.facts.get("ffn_widths", []), list(pair)]

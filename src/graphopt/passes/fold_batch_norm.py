@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ir.export_blockers import block_export
 from ..ir.fold import depends_on_weights_alone
 from ..ir.program import Program
 from ..ir.readers import readers
@@ -88,9 +89,7 @@ def fold_batch_norm(program: Program, node: fx.Node, site: Site, nodes: dict[str
         for user in list(node.users):
             _into_after(program, node, user, scale, shift)
         program.edit.erase_dead([node])
-    program.facts.setdefault(
-        "unwritable", "a BatchNorm was folded, which a checkpoint of this architecture would keep"
-    )
+    block_export(program, "a BatchNorm was folded, which a checkpoint of this architecture would keep")
 
 
 def _affine(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
@@ -71,9 +72,7 @@ class FuseBranches(Pass):
             if (pair.first.name, pair.second.name) in wanted:
                 first = now.get(pair.first, pair.first)
                 now[pair.second] = equalise(program, replace(pair, first=first))
-        program.facts.setdefault(
-            "unwritable", "branches were fused, which a checkpoint of this architecture would keep"
-        )
+        block_export(program, "branches were fused, which a checkpoint of this architecture would keep")
 
     def _fuse(self, program: Program, sites: list[Site]) -> None:
         found = find_groups(program, allow_growth=self.allow_growth)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import ContractError, VerificationError
+from ..ir.export_blockers import block_export
 from ..ir.inputs import add_input, limit_size, remove_input
 from ..ir.option import option
 from ..ir.placement import placements
@@ -174,7 +175,7 @@ class InsertKVCache(Pass):
             "layers": len(pairs), "tree": self.tree, "tokens": decoder.tokens.meta["input"],
             "positions": positions.meta["input"], "limit": limit, "logits": _logits(program),
         }  # fmt: skip
-        program.facts["unwritable"] = NO_FOLDER
+        block_export(program, NO_FOLDER, by=self.name)
 
     def _caches(
         self, program: Program, number: int, k: fx.Node, v: fx.Node, batch: Any, capacity: Any

@@ -9,6 +9,7 @@ import torch
 
 from ..ir.anatomy import Block
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
@@ -107,7 +108,7 @@ class PruneExperts(Pass):
         if len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
             program.facts["expert_counts"] = [*program.facts.get("expert_counts", []), list(counts.pop())]
         else:
-            program.facts.setdefault(
-                "unwritable",
+            block_export(
+                program,
                 "mixtures have different numbers of experts, for which the configuration has one entry",
             )

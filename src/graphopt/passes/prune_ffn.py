@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
@@ -117,8 +118,8 @@ class PruneFfn(Pass):
             if pair[0] != pair[1]:
                 program.facts["ffn_widths"] = [*program.facts.get("ffn_widths", []), list(pair)]
         else:
-            program.facts.setdefault(
-                "unwritable", "feed-forwards have different widths, for which the configuration has one entry"
+            block_export(
+                program, "feed-forwards have different widths, for which the configuration has one entry"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import LoweringError, PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
@@ -283,7 +284,7 @@ class Quantize(Pass):
             "weights": self.weights, "activations": self.activations, "kind": f"w{weights}a{self.activations}",
             **counts, "four_bits": few,
         }  # fmt: skip
-        program.facts["unwritable"] = "a folder has no place for ranges of activations; lower it, or save it"
+        block_export(program, "a folder has no place for ranges of activations; lower it, or save it")
 
 
 def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ir.export_blockers import block_export
 from ..ir.fold import computed, depends_on_weights_alone
 from ..ir.invert import invert
 from ..ir.program import Program
@@ -106,8 +107,8 @@ def scale_reader(
     if bias is None:
         return
     if offset is None:
-        program.facts.setdefault(
-            "unwritable", f"{new.name} gets a bias, for which a checkpoint of this architecture has no place"
+        block_export(
+            program, f"{new.name} gets a bias, for which a checkpoint of this architecture has no place"
         )
     elif not any(is_operator(u, "aten.linear") for u in offset.users):
         _update_checkpoint(program, offset, shift)
@@ -149,8 +150,8 @@ def _update_checkpoint(
             back = {name: node for name, node in invert(program, made_of, scaled).items() if name in names}
         missing = {n.name for n in made_of.find_nodes(op="placeholder")} & names.keys() - back.keys()
         if missing or not back:
-            program.facts["unwritable"] = (
-                f"{matrix.name} is made of several tensors in a way that cannot be scaled back"
+            block_export(
+                program, (f"{matrix.name} is made of several tensors in a way that cannot be scaled back")
             )
     for held, node in back.items():
         for name in names[held]:

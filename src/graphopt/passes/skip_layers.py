@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Dial, Program
 from .base import Pass
@@ -166,9 +167,7 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
         now[writes] = chosen
     program.changed()
     program.facts["decode_layers"] = [unit.name for unit in units]
-    program.facts.setdefault(
-        "unwritable", "layers are skipped while decoding alone, which a configuration cannot say"
-    )
+    block_export(program, "layers are skipped while decoding alone, which a configuration cannot say")
 
 
 def units_of(program: Program, unit: str) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Dial, Program
 from ..ir.weights import Drawn
@@ -168,7 +169,7 @@ class SplitFfn(Pass):
                 else:
                     made = nested(program, ffn, choice, widths)
             program.edit.replace(ffn.down, made)
-        program.facts.setdefault("unwritable", NESTED)
+        block_export(program, NESTED)
 
     def _apart(
         self, program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int], place: str,

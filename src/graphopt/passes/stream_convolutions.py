@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import ContractError
+from ..ir.export_blockers import block_export
 from ..ir.fold import depends_on_weights_alone
 from ..ir.inputs import add_input, limit_size
 from ..ir.option import option
@@ -137,7 +138,7 @@ class StreamConvolutions(Pass):
             program.add_output(f"next_state_{number}", following)
         limit_size(program, time, 1)
         program.facts["time"] = time
-        program.facts.setdefault("unwritable", "a streaming program has states, which no checkpoint holds")
+        block_export(program, "a streaming program has states, which no checkpoint holds")
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
         """Compare pieces with the whole; see :class:`~graphopt.passes.contracts.ExactInChunks`."""

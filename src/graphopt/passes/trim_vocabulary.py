@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.export_blockers import block_export
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
@@ -114,7 +115,7 @@ class TrimVocabulary(Pass):
             program.edit.replace(head.logits, now[head.logits], same=False, record=False)
             program.edit.set_outputs([now.get(n, n) for n in program.outputs.values()])
             program.facts["vocabulary"] = {"size": int(site["tokens"]), "ids": kept}
-            program.facts["unwritable"] = "a folder has one vocabulary for its embedding and its head"
+            block_export(program, "a folder has one vocabulary for its embedding and its head")
 
 
 def special_tokens(program: Program) -> set[int]:

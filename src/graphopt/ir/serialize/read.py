@@ -12,6 +12,7 @@ from torch import fx
 
 from ..compat import new_fake_mode
 from ..errors import CheckpointError
+from ..export_blockers import block_export
 from ..infer import same_size
 from ..program import Dial, Origin, Program
 from ..safetensors_file import contained, read_header
@@ -217,6 +218,10 @@ class _Reader:
     def rest(self, program: Program) -> None:
         document = self.document
         program.facts = dict(document.table("facts"))
+        if reason := program.facts.pop(
+            "unwritable", None
+        ):  # as programs were saved before there could be several
+            block_export(program, str(reason), by="an earlier pass")
         program.history = list(document.list("history"))
         if not all(isinstance(entry, dict) for entry in program.history):
             raise CheckpointError("the history is damaged")
