@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError, CheckpointError
+from ..ir.weights import TensorSource
 
 
 def require_transformers() -> Any:
@@ -51,6 +52,19 @@ def load_config(folder: Path, raw: dict[str, Any]) -> Any:
         ) from error
 
 
+def config_from(raw: dict[str, Any], where: Path) -> Any:
+    """Return the configuration object of plain data made from the file ``where``.
+
+    Raises:
+        CheckpointError: the library does not take it.
+    """
+    transformers = require_transformers()
+    try:
+        return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    except Exception as error:
+        raise CheckpointError(f"{where} does not describe a {raw['model_type']}: {error}") from error
+
+
 def model_class(config: Any) -> Any:
     """Return the library's class for a configuration: the one it was saved with, or the base model.
 
@@ -70,6 +84,28 @@ def model_class(config: Any) -> Any:
         with contextlib.suppress(KeyError):
             return family._model_mapping[type(config)]
     raise CheckpointError(f"transformers has no model for {type(config).__name__}")
+
+
+def filled(config: Any, tensors: Mapping[str, TensorSource], dtype: torch.dtype) -> Any:
+    """Return the library's model of a configuration with the values of tensors, read one at a time.
+
+    Args:
+        config: of transformers; not changed.
+        tensors: under the names of the model's own state.
+        dtype: of the parameters.
+    """
+    import copy
+
+    from transformers import initialization
+
+    with initialization.no_init_weights():
+        model = model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in tensors:
+                value.copy_(tensors[name].load())
+    return model
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -10,8 +10,8 @@ from torch import fx
 from ..ir.errors import CheckpointError
 from ..ir.infer import infer
 from ..ir.program import Program
-from ..ir.weights import Absent, SafetensorsEntry, Weight
-from .checkpoint_files import CheckpointFiles
+from ..ir.weights import Absent, Weight
+from .checkpoint_files import CheckpointFiles, FileTensor
 from .checkpoint_names import Mapped, Recipe
 
 
@@ -26,7 +26,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
         weight = program.weights[node.name]
         key = next((keys[name] for name in weight.all_names if name in keys), None)
         if key is not None:
-            _plain(program, node, weight, key)
+            _plain(program, node, weight, key, files.tensors[key])
     for recipe in mapped.made:
         _made(program, recipe, files)
     for node in program.weight_nodes:
@@ -38,9 +38,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
             )
 
 
-def _plain(program: Program, node: fx.Node, weight: Weight, key: str) -> None:
-    source = weight.source
-    assert isinstance(source, SafetensorsEntry)
+def _plain(program: Program, node: fx.Node, weight: Weight, key: str, source: FileTensor) -> None:
     value = node.meta["val"]
     if tuple(int(s) for s in value.shape) != source.shape:
         raise CheckpointError(

@@ -1,29 +1,50 @@
-"""The tensors of a checkpoint folder, found without reading their values, and never unpickled."""
+"""The tensors of a checkpoint, found without reading their values, and never unpickled."""
 
 from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..ir.errors import CheckpointError
 from ..ir.safetensors_file import contained, inside, read_header
 from ..ir.serialize.names import is_asset
-from ..ir.weights import SafetensorsEntry, numel
+from ..ir.weights import SafetensorsEntry, TensorSource, numel
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _ASSETS = 64 << 20
 
 
+class FileTensor(TensorSource, Protocol):
+    """A tensor of a file, under the name it has there."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        ...
+
+
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A folder with its configuration, tensors by name, and the small files beside them."""
+    """A checkpoint with its configuration, tensors by name, and the small files beside them.
+
+    ``folder`` is a file where a single one holds everything; ``given`` are then the small files made from it, and
+    ``note`` says what is worth knowing of how it was read.
+    """
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, SafetensorsEntry]
+    tensors: Mapping[str, FileTensor]
+    given: Mapping[str, builtins.bytes] | None = None
+    note: str = ""
 
     @property
     def bytes(self) -> int:
@@ -32,6 +53,8 @@ class CheckpointFiles:
 
     def assets(self) -> dict[str, builtins.bytes]:
         """Return the small files that belong to the checkpoint: tokenizer, cards, pooling."""
+        if self.given is not None:
+            return dict(self.given)
         found: dict[str, bytes] = {}
         total = 0
         for path in sorted(self.folder.rglob("*")):

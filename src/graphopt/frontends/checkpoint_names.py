@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ir.compat import FakeTensorMode, fake_tensor
 from ..ir.errors import CheckpointError
-from ..ir.weights import SafetensorsEntry
+from ..ir.weights import TensorSource
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Mapped:
     unused: list[str] = field(default_factory=list)
 
 
-def map_names(model: Any, tensors: Mapping[str, SafetensorsEntry], mode: FakeTensorMode) -> Mapped:
+def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorMode) -> Mapped:
     """Return where each weight of a transformers model comes from in a checkpoint.
 
     Args:
@@ -85,7 +85,7 @@ def _trace(
     first: str,
     converter: Any,
     members: list[tuple[str, str]],
-    tensors: Mapping[str, SafetensorsEntry],
+    tensors: Mapping[str, TensorSource],
     mode: FakeTensorMode,
 ) -> Recipe:
     names: list[str] = []

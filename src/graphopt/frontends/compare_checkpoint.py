@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..ir.errors import CaptureError
-from ..ir.execute import memory_available
+from ..ir.execute import memory_available, release
 from ..ir.program import Program
 from ..ir.signature import Fill
-from .architecture import model_class
+from ..ir.weights import InMemory
+from .architecture import filled, model_class
 from .checkpoint_files import CheckpointFiles
 from .compare import compare_outputs, require_equal, tolerance_of
 from .example_inputs import example_inputs
@@ -39,9 +41,31 @@ def compare_with_checkpoint(
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = model_class(config).from_pretrained(files.folder, dtype=dtype, local_files_only=True)
+        if files.folder.is_dir():
+            model = model_class(config).from_pretrained(files.folder, dtype=dtype, local_files_only=True)
+        else:
+            model = filled(config, files.tensors, dtype)
     model.eval()
-    compare_with_model(program, model)
+    with _loaded_once(program, files, model):
+        compare_with_model(program, model)
+
+
+@contextlib.contextmanager
+def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterator[None]:
+    """Let the program read the values that the model holds already where both come from one source; free them after."""
+    before = dict(program.weights)
+    if not files.folder.is_dir():
+        state = model.state_dict()
+        values = {id(source): state[name] for name, source in files.tensors.items() if name in state}
+        for name, weight in before.items():
+            value = values.get(id(weight.source))
+            if value is not None and value.dtype == weight.source.dtype:
+                program.weights[name] = weight.with_source(InMemory(value))
+    try:
+        yield
+    finally:
+        program.weights.update(before)
+        release(program)
 
 
 def compare_with_model(program: Program, model: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder, or an id in the local cache, to a Program whose weights stay on disk."""
+"""From a Hugging Face folder, an id in the local cache or a GGUF file to a Program whose weights stay on disk."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from ..ir.errors import CaptureError, CheckpointError, GraphoptError
 from ..ir.program import Origin, Program
 from ..ir.signature import Fill, Input
 from ..ir.weights import Absent, InMemory, TensorSource
-from .architecture import build, load_config, model_class, require_transformers
+from .architecture import build, config_from, load_config, model_class, require_transformers
 from .bind_weights import bind
 from .checkpoint_files import CheckpointFiles, read_folder
 from .checkpoint_names import Mapped, map_names
 from .compare_checkpoint import compare_with_checkpoint
 from .compare_small import compare_small
 from .example_inputs import causal, example_inputs, size_names
+from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
 from .torch_module import export
 
@@ -45,18 +46,21 @@ class _Built:
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """Return the folder of a checkpoint: a path, or an id in the local Hugging Face cache.
+    """Return where a checkpoint is: a folder or GGUF file as given, or an id in the local Hugging Face cache.
 
     Raises:
-        CheckpointError: there is no such folder, and the cache does not hold the id.
+        CheckpointError: there is no such folder or file, and the cache does not hold the id.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     text = str(source)
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{text} does not exist", hint="give the path of a GGUF file")
     if path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{text} is not a folder", hint="give a folder with config.json and safetensors files"
+            f"{text} is not a folder",
+            hint="give a folder with config.json and safetensors files, or a GGUF file",
         )
     require_transformers()
     from huggingface_hub import snapshot_download
@@ -94,20 +98,24 @@ def capture_huggingface(
     """Capture a checkpoint; weights are read when they are needed.
 
     Args:
-        source: a folder, or an id in the local cache.
+        source: a folder, an id in the local cache, or a GGUF file.
         inputs: an example by name; made up from the configuration if None.
         dynamic: "auto", None, or sizes by input and dimension.
         compare: run the model and the program on padded and unpadded inputs of several sizes.
 
     Raises:
-        CheckpointError: the folder cannot be read, or asks for what is never done.
+        CheckpointError: the checkpoint cannot be read, or asks for what is never done.
         CaptureError: the architecture cannot be captured, or the graph differs from the model.
     """
-    folder = resolve(source)
-    files = read_folder(folder)
-    if "quantization_config" in files.config:
-        raise CheckpointError(f"{folder} is a quantised checkpoint, which cannot be read yet")
-    config = load_config(folder, files.config)
+    place = resolve(source)
+    if place.is_dir():
+        files = read_folder(place)
+        if "quantization_config" in files.config:
+            raise CheckpointError(f"{place} is a quantised checkpoint, which cannot be read yet")
+        config = load_config(place, files.config)
+    else:
+        files = CheckpointFiles(place, *read_gguf(place))
+        config = config_from(files.config, place)
     dtype = element_type(config, files)
     program = _climb(config, dtype, inputs, dynamic, files, compare)
     program.origin = Origin(
@@ -116,7 +124,7 @@ def capture_huggingface(
         config=files.config,
         assets=files.assets(),
         unused=program.origin.unused,
-        notes=program.origin.notes,
+        notes=(*program.origin.notes, *([files.note] if files.note else [])),
         padding="causal" if causal(config) else "",
     )
     return program

@@ -59,6 +59,11 @@ def run(
     return dict(zip(program.signature.output_names, values, strict=True))
 
 
+def release(program: Program) -> None:
+    """Free the weights that were loaded to run a program; they are loaded again when it runs again."""
+    program._derived.pop("compiled", None)
+
+
 def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:
     """Return a function of the inputs with everything that depends on weights alone computed once."""
     from .fold import fold

@@ -1,0 +1,1 @@
+"""GGUF files, llama.cpp's one-file checkpoints, read like a Hugging Face folder."""

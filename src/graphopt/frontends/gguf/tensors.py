@@ -1,0 +1,107 @@
+"""A tensor of a GGUF file, dequantised when it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...ir.errors import CheckpointError
+from ...ir.weights import numel
+from .header import Header, StoredTensor, stamp_of
+from .library import block_of, dequantise, dequantised_types, dequantises
+
+# values dequantised at a time: what the library needs beside the result is several times as large
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor as the model's own library has it, in float32; read by its place in the file, not mapped.
+
+    Float32 holds every value of every type exactly: blocks are half-precision scales times small integers, which
+    llama.cpp and transformers multiply in float32 as well.
+
+    ``key`` is its name in the file, ``rotated`` the number of heads whose rows llama.cpp reordered for its way of
+    rotating (0: none), ``offset`` what was added to the values before they were stored.
+    """
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    code: int
+    start: int
+    bytes: int
+    stamp: tuple[int, ...]
+    rotated: int = 0
+    offset: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32."""
+        return torch.float32
+
+    def load(self) -> torch.Tensor:
+        """Read and dequantise the values, a few rows at a time."""
+        block = block_of(self.code)
+        assert block is not None
+        columns = self.shape[-1]
+        rows, width = numel(self.shape[:-1]), columns // block[1] * block[2]
+        made = torch.empty((rows, columns), dtype=torch.float32)
+        step = max(1, _PIECE // columns)
+        raw = torch.empty(min(step, rows) * width, dtype=torch.uint8)
+        try:
+            if stamp_of(self.path) != self.stamp:
+                raise CheckpointError(
+                    f"{self.path} has changed since tensor {self.key!r} was found in it",
+                    hint="load the checkpoint again",
+                )
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                for first in range(0, rows, step):
+                    last = min(first + step, rows)
+                    blocks = raw[: (last - first) * width]
+                    self._fill(file, blocks)
+                    values = dequantise(blocks.numpy().reshape(last - first, width), self.code)
+                    made[first:last] = torch.from_numpy(values)
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
+        if self.offset:
+            made -= self.offset
+        made = made.reshape(self.shape)
+        return _in_halves(made, self.rotated) if self.rotated else made
+
+    def _fill(self, file: object, blocks: torch.Tensor) -> None:
+        place = memoryview(blocks.numpy().data).cast("B")
+        read = 0
+        while read < len(place):
+            count = file.readinto(place[read:])  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(
+                    f"{self.path} ends within tensor {self.key!r}",
+                    hint="the file changed since it was opened; load the checkpoint again",
+                )
+            read += count
+
+
+def _in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Put the rows of each head back from pairs (first, second, first, ...) into halves, as the library rotates them."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def tensor_of(header: Header, stored: StoredTensor, *, rotated: int = 0, offset: float = 0.0) -> GGUFTensor:
+    """Return a stored tensor as a source of values.
+
+    Raises:
+        CheckpointError: the library does not dequantise its type.
+    """
+    if not dequantises(stored.code):
+        raise CheckpointError(
+            f"{header.path}: {stored.name!r} is stored as {stored.kind}, which the library gguf does not dequantise",
+            hint=f"convert the model to one of {', '.join(dequantised_types())}, for example with llama-quantize",
+        )
+    return GGUFTensor(
+        header.path, stored.name, stored.shape, stored.code, stored.start, stored.bytes, header.stamp,
+        rotated, offset,
+    )  # fmt: skip
