@@ -22,7 +22,8 @@ from .ir.serialize import load_program, save_program
 from .ir.serialize.write import is_saved_program
 from .passes.base import Pass
 from .passes.context import Context, Progress
-from .passes.manager import Verify, check_order, run_pipeline
+from .passes.holding import Verify
+from .passes.manager import check_order, run_pipeline
 from .passes.metrics import Batch
 from .passes.pipeline import as_passes
 from .passes.plan import Plan, read_plans

@@ -13,7 +13,8 @@ from ..ir.examples import example_inputs
 from ..ir.groups import barrier, rank
 from ..ir.program import Program
 from ..ir.serialize.write import is_saved_program
-from ..passes.manager import Verify, check_order, dump_to, run_pipeline
+from ..passes.holding import Verify
+from ..passes.manager import check_order, dump_to, run_pipeline
 from .output import note, show_json, text
 from .progress import Written
 from .sources import read_context, read_program

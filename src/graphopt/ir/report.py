@@ -8,11 +8,15 @@ from typing import Any
 
 @dataclass
 class Refusal:
-    """A place a pass left alone: the block or node, why, and the line of the model."""
+    """A place a pass left alone: the block or node, why, and the line of the model.
+
+    ``rolled_back`` says that the pass took it and failed there: a fault of the pass, though not of the result.
+    """
 
     block: str
     reason: str
     source: str = ""
+    rolled_back: bool = False
 
 
 @dataclass
@@ -71,21 +75,30 @@ def quantity(value: float, unit: str = "") -> str:
     return f"{value:.4g} {unit}".rstrip()
 
 
+def _refusals(title: str, refused: list[Refusal]) -> list[str]:
+    if not refused:
+        return []
+    lines = [f"  {title}: {len(refused)}"]
+    by_reason: dict[str, list[Refusal]] = {}
+    for refusal in refused:
+        by_reason.setdefault(refusal.reason, []).append(refusal)
+    for reason, members in by_reason.items():
+        where = ", ".join(r.block for r in members[:4]) + (" ..." if len(members) > 4 else "")
+        source = f"  [{members[0].source}]" if members[0].source else ""
+        lines.append(f"    {where}: {reason}{source}")
+    return lines
+
+
 def _lines(entry: PassReport) -> list[str]:
     lines = [f"{entry.text}  ({entry.contract})"]
     shown = ", ".join(entry.sites[:12]) + (
         f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else ""
     )
     lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {shown}" if shown else ""))
-    if entry.refused:
-        lines.append(f"  sites refused: {len(entry.refused)}")
-        by_reason: dict[str, list[Refusal]] = {}
-        for refusal in entry.refused:
-            by_reason.setdefault(refusal.reason, []).append(refusal)
-        for reason, members in by_reason.items():
-            where = ", ".join(r.block for r in members[:4]) + (" ..." if len(members) > 4 else "")
-            source = f"  [{members[0].source}]" if members[0].source else ""
-            lines.append(f"    {where}: {reason}{source}")
+    lines.extend(_refusals("sites refused", [r for r in entry.refused if not r.rolled_back]))
+    lines.extend(
+        _refusals("sites ROLLED BACK, a fault of this pass", [r for r in entry.refused if r.rolled_back])
+    )
     if entry.error is not None:
         lines.append(f"  measured error: {entry.error:.2g} relative, float64, {entry.checks} sites compared")
     for name, value in entry.metric.items():

@@ -13,6 +13,7 @@ from .comparison import relative_error
 from .errors import CheckpointError, VerificationError
 from .fold import depends_on_weights_alone
 from .region import Region, cut, drawn_source, leaf_value
+from .roundings import new_roundings
 from .schema import argument, is_operator, operator_name
 from .weights import numel
 
@@ -27,7 +28,10 @@ _REAL_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """The comparison of one site: which values, the largest relative error, and on which weights."""
+    """The comparison of one site: which values, the largest relative error, and on which weights.
+
+    ``through`` names other changed values between the site and where both were cut.
+    """
 
     old: str
     new: str
@@ -35,6 +39,7 @@ class SiteCheck:
     weights: str
     source: str = ""
     reason: str = ""
+    through: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -149,7 +154,9 @@ def check_sites(
         key = (pair.before.key(before), pair.after.key(after), _sharing(pair), brought)
         if key not in seen:
             seen[key] = _check(before, after, pair, bool(brought))
-        checks.append(replace(seen[key], old=old.name, new=new.name, source=before.source_line(old)))
+        through = tuple(n.name for n in pair.before.operators if n.name in changed and n is not old)
+        places = {"old": old.name, "new": new.name, "source": before.source_line(old), "through": through}
+        checks.append(replace(seen[key], **places))  # type: ignore[arg-type]
         if progress is not None:
             progress(index + 1, len(pairs))
     return checks
@@ -209,7 +216,7 @@ def _brought(before: Program, after: Program, name: str) -> bool:
 
 def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteCheck:
     error, weights, reason = 0.0, "real" if brought else "random", ""
-    added = _roundings(pair.after) - _roundings(pair.before)
+    added = new_roundings(pair.before, pair.after)
     if added:
         # float64, in which both are compared, would not show it
         narrow = ", ".join(sorted(str(dtype) for dtype in added))
@@ -222,9 +229,8 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
         real = _real(before, after, pair, always=brought)
         if brought and real is None:
             # the claim is about values that cannot be had; unchecked is not exact
-            return SiteCheck(
-                "", "", float("inf"), weights, reason="weights it is computed from have no values"
-            )
+            reason = "weights it is computed from have no values"
+            return SiteCheck("", "", float("inf"), weights, reason=reason)
         if real is not None and not real <= error:
             error, weights = real, "real" if brought else "real and random"
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
@@ -233,17 +239,6 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
             f"it cannot be computed: {str(problem).strip().splitlines()[0] if str(problem) else problem!r}"
         )
     return SiteCheck("", "", error, weights, reason=reason)
-
-
-def _roundings(region: Region) -> set[torch.dtype]:
-    """Types that a region's values are rounded to."""
-    found: set[torch.dtype] = set()
-    for node in region.operators:
-        if is_operator(node, "aten.to"):
-            before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
-            if before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize:
-                found.add(after)
-    return found
 
 
 def _sharing(pair: _Pair) -> tuple[int, ...]:

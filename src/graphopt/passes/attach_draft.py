@@ -41,6 +41,7 @@ class AttachDraft(Pass):
 
     name = "attach-draft"
     contract = AddsOutputs()
+    together = True
     paper = "arXiv 2503.01840"
     provides = ("drafting",)
     excludes = ("drafting",)

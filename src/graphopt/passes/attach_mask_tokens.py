@@ -45,6 +45,7 @@ class AttachMaskTokens(Pass):
 
     name = "attach-mask-tokens"
     contract = AddsOutputs()
+    together = True
     paper = "arXiv 2507.11851"
     provides = ("masked",)
     excludes = ("masked", "cached")

@@ -42,6 +42,7 @@ class AttachMultiTokenHeads(Pass):
 
     name = "attach-multi-token-heads"
     contract = AddsOutputs()
+    together = True
     paper = "arXiv 2401.10774"
     provides = ("multi_token",)
     excludes = ("multi_token",)

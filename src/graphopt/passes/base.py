@@ -27,7 +27,8 @@ class Pass:
 
     ``requires`` lists facts the program must have, ``provides`` facts it has afterwards, ``invalidates``
     facts it loses, ``excludes`` facts it must not have. ``trial`` holds options with which ``graphopt inspect`` plans it,
-    where it cannot do without.
+    where it cannot do without. ``together`` says that its sites make sense as a whole only: where one of them
+    fails, none is taken; otherwise that one is rolled back and the others are taken.
     """
 
     name: ClassVar[str] = ""
@@ -39,6 +40,7 @@ class Pass:
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = False
     trial: ClassVar[Mapping[str, Any]] = {}
+    together: ClassVar[bool] = False
 
     allow_no_match: bool = option(False, help="a pass that matches nothing is not an error")
 

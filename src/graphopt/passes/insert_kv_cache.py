@@ -45,6 +45,7 @@ class InsertKVCache(Pass):
 
     name = "insert-kv-cache"
     contract = ExactInChunks()
+    together = True
     provides = ("cached",)
     excludes = ("cached", "streaming")
 

@@ -6,24 +6,24 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..ir.collector import settled_objects
 from ..ir.cost import run_totals
-from ..ir.errors import ContractError, GraphoptError, PassRefusedError, PipelineError, VerificationError
+from ..ir.errors import GraphoptError, PassRefusedError, PipelineError, VerificationError
 from ..ir.program import Program
 from ..ir.report import PassReport, Refusal, Report
-from ..ir.sites import LIMIT, changed_values, check_sites
-from ..ir.verify import compare_programs, verify
+from ..ir.sites import changed_values
+from ..ir.verify import verify
 from ..ir.weights import InMemory
 from .base import Pass
 from .context import Context
-from .contracts import AddsOutputs, Approximate, Exact, ExactAt, ExactInChunks, NewFunction
+from .contracts import Approximate, NewFunction
+from .holding import Verify, hold, judge
 from .pipeline import format_pipeline
 from .plan import Plan
 from .registry import BUILT_IN, find_pass
-
-Verify = Literal["sites", "full", "off"]
+from .rollback import SiteError, may_be_left_out, settle
 
 
 def check_order(program: Program, passes: Sequence[Pass]) -> None:
@@ -152,44 +152,92 @@ def _run_pass(
             f"{step.name} matched nothing" + _reasons(plan),
             hint="allow_no_match=true lets the pipeline go on",
         )
-    began = time.perf_counter()
-    working = program.copy()
     written = _versions(program)
-    working.edit.author = step.name
-    try:
-        step.rewrite(working, plan)
-    except KeyError as error:
-        if not given:
-            raise
-        raise PipelineError(
-            f"the plan of {step.name} names {error.args[0]!r}, which this program does not have",
-            hint="graphopt plan lists the sites there are",
-        ) from error
-    touched = [n for n in working.edit.touched if not n._erased]
-    seconds["rewrite"] = time.perf_counter() - began
-    began = time.perf_counter()
-    verify(working, touched)
-    new_function = isinstance(step.promises(), NewFunction)
-    verify(working, [new for _, new in changed_values(program, working, may_lose=new_function)])
+
+    def attempt(chosen: Plan) -> tuple[Program, PassReport]:
+        return _attempt(program, step, chosen, seconds, verify_with, inputs, planned=not given)
+
+    settled = settle(plan, attempt, together=step.together)
     _untouched(program, written)
-    seconds["verify"] = time.perf_counter() - began
-    contract = step.promises()
-    entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites])
+    if settled.error is not None and settled.result is None and not step.allow_no_match:
+        raise settled.error
+    plan = settled.plan
+    try:
+        working, entry = settled.result or attempt(plan)
+    except SiteError as problem:
+        raise problem.error from problem
     entry.refused = [Refusal(r.block, r.reason, r.source) for r in plan.refused]
-    entry.seconds = seconds
-    if verify_with != "off" and plan.sites:
+    if settled.failed:
+        for refusal in entry.refused[-len(settled.failed) :]:
+            refusal.rolled_back = True
+        context.log(
+            f"a fault of {step.name}: {len(settled.failed)} sites were rolled back, first "
+            f"{settled.failed[0].block}: {settled.failed[0].reason}; please report it"
+        )
+    if verify_with != "off" and plan.sites and isinstance(step.promises(), Approximate):
         began = time.perf_counter()
-        _hold(program, working, step, context, entry, verify_with, inputs)
+        judge(program, working, step, context, entry)
         seconds["contract"] = time.perf_counter() - began
     for fact in step.invalidates:
         working.facts.pop(fact, None)
     working.facts.update(dict.fromkeys(step.provides, True))
     entry.change = _change(program, working)
     entry.notes = [*plan.notes, *context.notes]
-    working.history.append(_record(step, plan, contract, entry, context))
+    working.history.append(_record(step, plan, entry, context))
     working.edit.author = ""
     working.edit.journal.clear()
     working.edit.touched.clear()
+    return working, entry
+
+
+def _attempt(
+    program: Program,
+    step: Pass,
+    plan: Plan,
+    seconds: dict[str, float],
+    verify_with: Verify,
+    inputs: dict[str, Any] | None,
+    *,
+    planned: bool,
+) -> tuple[Program, PassReport]:
+    """Do what a plan says on a copy and check it; times of several attempts add up.
+
+    Raises:
+        SiteError: it failed in a way that leaving sites out may mend.
+    """
+    began = time.perf_counter()
+
+    def count(what: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        seconds[what] = seconds.get(what, 0.0) + now - began
+        began = now
+
+    working = program.copy()
+    working.edit.author = step.name
+    contract = step.promises()
+    entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites], seconds=seconds)
+    try:
+        step.rewrite(working, plan)
+        count("rewrite")
+        verify(working, [n for n in working.edit.touched if not n._erased])
+        lossy = isinstance(contract, NewFunction)
+        verify(working, [new for _, new in changed_values(program, working, may_lose=lossy)])
+    except KeyError as error:
+        if planned:
+            raise SiteError(error) from error
+        raise PipelineError(
+            f"the plan of {step.name} names {error.args[0]!r}, which this program does not have",
+            hint="graphopt plan lists the sites there are",
+        ) from error
+    except Exception as error:
+        if may_be_left_out(error):
+            raise SiteError(error) from error
+        raise
+    count("verify")
+    if verify_with != "off" and plan.sites and not isinstance(contract, Approximate):
+        hold(program, working, step, entry, verify_with, inputs)
+        count("contract")
     return working, entry
 
 
@@ -219,87 +267,17 @@ def _reasons(plan: Plan) -> str:
     return "".join(lines) + more
 
 
-def _hold(
-    before: Program,
-    after: Program,
-    step: Pass,
-    context: Context,
-    entry: PassReport,
-    how: Verify,
-    inputs: dict[str, Any] | None,
-) -> None:
-    contract = step.promises()
-    if isinstance(contract, (Exact, ExactAt, AddsOutputs)):
-        checks = check_sites(before, after)
-        entry.checks = len(checks)
-        entry.error = max((c.error for c in checks), default=0.0)
-        broken = [c for c in checks if not c.holds]
-        if broken:
-            worst = max(broken, key=lambda c: c.error)
-            raise ContractError(
-                f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by "
-                f"{worst.error:.2g} relative{': ' + worst.reason if worst.reason else ''} "
-                f"({worst.weights} weights, limit {LIMIT:.0e}; {len(broken)} of {len(checks)} sites)",
-                node=worst.old,
-                source=worst.source,
-                hint="the program is left as it was; print the graph around the node with --print-after-all",
-            )
-        if how == "full":
-            _whole(before, after, step, entry, inputs)
-    elif isinstance(contract, ExactInChunks):
-        step.check(before, after, entry)
-    elif isinstance(contract, Approximate):
-        _approximate(before, after, step, context, entry)
-
-
-def _whole(
-    before: Program, after: Program, step: Pass, entry: PassReport, inputs: dict[str, Any] | None
-) -> None:
-    if inputs is None:
-        raise PipelineError('verify="full" needs inputs', hint="give inputs= or data")
-    errors = compare_programs(before, after, inputs)
-    worst = max(errors, key=lambda name: errors[name])
-    entry.metric[f"whole program, {worst}"] = errors[worst]
-    # differences grow through a network; sites are held to the tighter limit
-    if not errors[worst] <= 1e-8:
-        raise ContractError(
-            f"{step.name} promised to be exact: output {worst} differs by {errors[worst]:.2g} relative"
-        )
-
-
-def _approximate(before: Program, after: Program, step: Pass, context: Context, entry: PassReport) -> None:
-    if not context.data and context.user_metric is None:
-        entry.notes.append("not judged: no data was given")
-        context.log("quality was not measured: give data to judge this pass")
-        return
-    contract = step.promises()
-    metric = getattr(contract, "metric", "auto")
-    name, value = context.evaluate(after, before, metric=metric)
-    entry.metric[name] = value
-    if name not in ("kl", "cosine"):
-        entry.metric[f"{name} before"] = context.evaluate(before, before, metric=metric)[1]
-    budget = getattr(step, "budget", None)
-    if budget is not None:
-        loss = context.loss(after, before, metric=metric)
-        entry.metric["relative loss"] = loss
-        if loss > budget * (1 + 1e-9):
-            raise ContractError(
-                f"{step.name} loses {loss:.3g} by {name}, its budget is {budget:g}",
-                hint="raise the budget, or take fewer sites",
-            )
-
-
 def _change(before: Program, after: Program) -> dict[str, tuple[float, float]]:
     first, second = run_totals(before), run_totals(after)
     return {name: (float(value), float(second[name])) for name, value in first.items()}
 
 
-def _record(step: Pass, plan: Plan, contract: Any, entry: PassReport, context: Context) -> dict[str, Any]:
+def _record(step: Pass, plan: Plan, entry: PassReport, context: Context) -> dict[str, Any]:
     import torch
 
     return {
         "pass": str(step),
-        "contract": str(contract),
+        "contract": entry.contract,
         "plan": plan.as_dict(),
         "checks": entry.checks,
         "error": entry.error,

@@ -61,6 +61,7 @@ class StreamConvolutions(Pass):
 
     name = "stream-convolutions"
     contract = ExactInChunks()
+    together = True
     provides = ("streaming",)
     excludes = ("streaming",)
     paper = "arXiv 2406.02652"

@@ -35,6 +35,7 @@ class TakeTopK(Pass):
 
     name = "take-top-k"
     contract = NewFunction()
+    together = True
     trial = {"output": "multi_token_logits"}  # noqa: RUF012
 
     k: int = option(10, help="how many entries", low=1, high=1024)

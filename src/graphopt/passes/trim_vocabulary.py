@@ -36,6 +36,7 @@ class TrimVocabulary(Pass):
 
     name = "trim-vocabulary"
     contract = NewFunction()
+    together = True
     paper = "arXiv 2506.22694"
     provides = ("trimmed_vocabulary",)
     excludes = ("trimmed_vocabulary",)

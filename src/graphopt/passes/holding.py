@@ -1,0 +1,114 @@
+"""Holding a pass to its contract: exact ones site by site, approximate ones by a metric and a budget."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ..ir.errors import ContractError, PipelineError
+from ..ir.program import Program
+from ..ir.report import PassReport
+from ..ir.sites import LIMIT, SiteCheck, check_sites
+from ..ir.verify import compare_programs
+from .base import Pass
+from .context import Context
+from .contracts import AddsOutputs, Exact, ExactAt, ExactInChunks
+from .rollback import SiteError
+
+Verify = Literal["sites", "full", "off"]
+
+
+def hold(
+    before: Program,
+    after: Program,
+    step: Pass,
+    entry: PassReport,
+    how: Verify,
+    inputs: dict[str, Any] | None,
+) -> None:
+    """Check what a contract says of values, and note the largest error.
+
+    Raises:
+        SiteError: the contract is broken; it names the values at which that shows first.
+    """
+    contract = step.promises()
+    if isinstance(contract, (Exact, ExactAt, AddsOutputs)):
+        checks = check_sites(before, after)
+        entry.checks = len(checks)
+        entry.error = max((c.error for c in checks), default=0.0)
+        broken = [c for c in checks if not c.holds]
+        if broken:
+            raise _broken(step, broken, len(checks))
+        if how == "full":
+            _whole(before, after, step, entry, inputs)
+    elif isinstance(contract, ExactInChunks):
+        try:
+            step.check(before, after, entry)
+        except ContractError as error:
+            raise SiteError(error) from error
+
+
+def _broken(step: Pass, broken: list[SiteCheck], count: int) -> SiteError:
+    names = {c.old for c in broken}
+    # a fault shows again in whatever is compared through it
+    first = [c for c in broken if not names & set(c.through)] or broken
+    worst = max(first, key=lambda c: c.error)
+    error = ContractError(
+        f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by "
+        f"{worst.error:.2g} relative{': ' + worst.reason if worst.reason else ''} "
+        f"({worst.weights} weights, limit {LIMIT:.0e}; {len(broken)} of {count} sites)",
+        node=worst.old,
+        source=worst.source,
+        hint="the program is left as it was; print the graph around the node with --print-after-all",
+    )
+    return SiteError(
+        error,
+        {
+            c.old: f"contract not held at {c.old}, which differs by {c.error:.2g} relative"
+            + (f": {c.reason}" if c.reason else "")
+            for c in first
+        },
+    )
+
+
+def _whole(
+    before: Program, after: Program, step: Pass, entry: PassReport, inputs: dict[str, Any] | None
+) -> None:
+    if inputs is None:
+        raise PipelineError('verify="full" needs inputs', hint="give inputs= or data")
+    errors = compare_programs(before, after, inputs)
+    worst = max(errors, key=lambda name: errors[name])
+    entry.metric[f"whole program, {worst}"] = errors[worst]
+    # differences grow through a network; sites are held to the tighter limit
+    if not errors[worst] <= 1e-8:
+        raise SiteError(
+            ContractError(
+                f"{step.name} promised to be exact: output {worst} differs by {errors[worst]:.2g} relative"
+            )
+        )
+
+
+def judge(before: Program, after: Program, step: Pass, context: Context, entry: PassReport) -> None:
+    """Measure what an approximate pass lost.
+
+    Raises:
+        ContractError: more than its budget.
+    """
+    if not context.data and context.user_metric is None:
+        entry.notes.append("not judged: no data was given")
+        context.log("quality was not measured: give data to judge this pass")
+        return
+    contract = step.promises()
+    metric = getattr(contract, "metric", "auto")
+    name, value = context.evaluate(after, before, metric=metric)
+    entry.metric[name] = value
+    if name not in ("kl", "cosine"):
+        entry.metric[f"{name} before"] = context.evaluate(before, before, metric=metric)[1]
+    budget = getattr(step, "budget", None)
+    if budget is not None:
+        loss = context.loss(after, before, metric=metric)
+        entry.metric["relative loss"] = loss
+        if loss > budget * (1 + 1e-9):
+            raise ContractError(
+                f"{step.name} loses {loss:.3g} by {name}, its budget is {budget:g}",
+                hint="raise the budget, or take fewer sites",
+            )
