@@ -233,3 +233,26 @@ def test_a_norm_of_two_readers_is_folded_into_both() -> None:
         assert folded.operators["aten.linear"] == program.operators["aten.linear"] == 2
         (norm,) = (n for n in folded.nodes if "layer_norm" in str(n.target))
         assert norm.args[2:4] in ((), (None, None))
+
+
+def test_experts_whose_inputs_are_weighed_stay_that_way() -> None:
+    """Llama 4 multiplies what experts read, not what they give; for experts that bend, the two differ."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=4, pad_token_id=0,
+        interleave_moe_layer_step=1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.rand_like(parameter) + 0.5
+    ids = {"input_ids": torch.randint(3, 60, (2, 7))}
+    program = graphopt.capture(model, ids)
+    folded = graphopt.optimize(program, "fold-norms")
+    assert not any(r.rolled_back for r in folded.report.passes[-1].refused)
+    assert len(folded.report.passes[-1].sites) == 3
+    assert [n.kwargs["weigh_inputs"] for n in folded.graph.nodes if "routed_ffn" in n.name] == [True]
+    torch.testing.assert_close(folded(**ids), program(**ids), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from ..ir.readers import readers as readers_of
 from ..ir.schema import argument, arguments, is_operator
 from .base import Pass
 from .contracts import Exact
-from .fold_batch_norm import fold_batch_norm, plan_batch_norm
+from .fold_batch_norm import as_type_of, fold_batch_norm, plan_batch_norm
 from .plan import Plan, Refused, Site
 from .scale_columns import matrix_readers, scale_reader
 
@@ -29,10 +29,11 @@ aten = torch.ops.aten
 class FoldNorms(Pass):
     """Fold what norms multiply and add into neighbouring weights.
 
-    BatchNorm in evaluation mode is an affine map: it goes into the convolution or linear before it, or into
-    one after it where no padding lies between. The weight of an RMSNorm, and weight and bias of a LayerNorm,
+    BatchNorm in evaluation mode is an affine map: it goes into the (transposed) convolution or linear before
+    it, or into those after it where no padding lies between; reshapes and permutations that keep channels
+    together part them from nothing. The weight of an RMSNorm, and weight and bias of a LayerNorm,
     go into the linears (and experts) that read the norm, if nothing else does. Folding happens in float64;
-    the folded matrix is rounded once to its type.
+    the folded matrix is rounded once to the type it had, whatever that of the norm.
     """
 
     name = "fold-norms"
@@ -114,6 +115,8 @@ def _fold_affine(program: Program, node: fx.Node, constant: set[fx.Node]) -> Non
             bare = program.edit.call(
                 torch.ops.graphopt.rms_norm.default, x, None, found["eps"], float32=argument(node, "float32")
             )
+        # a weight of a wider type made the value one of that type
+        bare = as_type_of(program, bare, node)
     _neutral_in_checkpoint(program, weight, 1.0)
     _neutral_in_checkpoint(program, bias, 0.0)
     for reader in readers:

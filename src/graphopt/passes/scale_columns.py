@@ -12,7 +12,8 @@ from ..ir.export_blockers import block_export
 from ..ir.fold import computed, depends_on_weights_alone
 from ..ir.invert import invert
 from ..ir.program import Program
-from ..ir.schema import argument, arguments, is_operator
+from ..ir.schema import argument, arguments, is_operator, normal_call
+from .fold_batch_norm import as_type_of
 from .way_back import follow
 
 aten = torch.ops.aten
@@ -23,7 +24,7 @@ _SHAPES = ("aten.reshape", "aten.to")
 class Reader:
     """A linear or mixture that multiplies a value with a matrix.
 
-    ``path`` are the reshapes between the value and the reader; ``axis`` is the matrix's input dimension.
+    ``path`` are the reshapes and casts between the value and the reader; ``axis`` is the matrix's input dimension.
     """
 
     node: fx.Node
@@ -56,7 +57,7 @@ def matrix_readers(
             elif (
                 is_operator(user, *_SHAPES)
                 and user.meta["val"].shape[-1] == size
-                and node.meta["val"].dtype == user.meta["val"].dtype
+                and user.meta["val"].dtype.is_floating_point
             ):
                 work.append((user, [*path, user]))
                 continue
@@ -90,15 +91,11 @@ def scale_reader(
         matrix = reader.matrix
         scaled = matrix if weight is None else scaled_matrix(program, matrix, weight, reader.axis)
         if is_operator(reader.node, "graphopt.routed_ffn"):
-            found |= {"x": value, "up": scaled}
-            positional = [found[n] for n in ("x", "experts", "weights", "up", "down", "up_bias", "down_bias")]
-            options = {
-                n: found[n] for n in ("activation", "gated", "interleaved", "transposed", "limit", "alpha")
-            }
-            new = call(torch.ops.graphopt.routed_ffn.default, *positional, **options)
+            args, kwargs = normal_call(reader.node.target, found | {"x": value, "up": scaled})
+            new = call(reader.node.target, *args, **kwargs)
         else:
             if bias is not None:
-                moved = call(aten.mv.default, matrix, _like(program, bias, matrix))
+                moved = call(aten.mv.default, matrix, as_type_of(program, bias, matrix))
                 shift = moved if offset is None else call(aten.add.Tensor, moved, offset)
             new = call(aten.linear.default, value, scaled, shift)
     program.edit.replace(reader.node, new)
@@ -114,18 +111,12 @@ def scale_reader(
         _update_checkpoint(program, offset, shift)
 
 
-def _like(program: Program, vector: fx.Node, matrix: fx.Node) -> fx.Node:
-    if vector.meta["val"].dtype == matrix.meta["val"].dtype:
-        return vector
-    return program.edit.call(aten.to.dtype, vector, matrix.meta["val"].dtype)
-
-
 def scaled_matrix(program: Program, matrix: fx.Node, scale: fx.Node, axis: int) -> fx.Node:
     """Return a matrix with its input channels multiplied by a vector."""
     rank = matrix.meta["val"].dim()
     shape = [1] * rank
     shape[axis % rank] = int(scale.meta["val"].numel())
-    scale = _like(program, scale, matrix)
+    scale = as_type_of(program, scale, matrix)
     if rank - 1 != axis % rank or scale.meta["val"].dim() != 1:
         scale = program.edit.call(aten.reshape.default, scale, shape)
     return program.edit.call(aten.mul.Tensor, matrix, scale)

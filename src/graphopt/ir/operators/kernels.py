@@ -79,6 +79,12 @@ def _with_groups(kernel: torch.Tensor, have: int, want: int) -> torch.Tensor:
     return spread.permute(0, 4, 1, 5, 2, 3).reshape(shape[0], blocks * inputs, *shape[2:])
 
 
+def _one_type(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the wider type: a norm's float32 beside a kernel's bfloat16."""
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(dtype)
+
+
 def _on_lattice(
     kernel: torch.Tensor, ratios: Sequence[int], before: Sequence[int], counts: Sequence[int]
 ) -> torch.Tensor:
@@ -124,6 +130,7 @@ def kernel_sequence(
         counts: taps of the result, per axis.
     """
     first, second = _with_groups(first, have_first, groups), _with_groups(second, have_second, groups)
+    first, second = _one_type(first, second)
     one, two = first.shape[2:], second.shape[2:]
     middle, inputs, outputs = first.shape[0] // groups, first.shape[1], second.shape[0] // groups
     left = second.reshape(groups, outputs, middle, -1).permute(0, 1, 3, 2)
@@ -154,5 +161,6 @@ def bias_sequence(
 ) -> torch.Tensor:
     """Return the bias of two convolutions one after the other: the second applied to the first's bias, plus its own."""
     summed = second.reshape(have_second, second.shape[0] // have_second, second.shape[1], -1).sum(-1)
+    summed, first = _one_type(summed, first)
     moved = (summed @ first.reshape(have_second, -1, 1)).reshape(-1)
     return moved if bias is None else moved + bias

@@ -67,7 +67,11 @@ def read_operator(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     reader = _READERS.get(operator_name(node.target)) if node.op == "call_function" else None
     if reader is None or node in constant or spatial_axes(node) < 0:
         return None
-    return reader(node, constant)
+    form = reader(node, constant)
+    if form is not None and form.source.meta["val"].dtype != node.meta["val"].dtype:
+        types = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (node, form.source))
+        raise NotLinear("it gives {} of {}, which no convolution does".format(*types))
+    return form
 
 
 def _many(value: Any, axes: int) -> list[int]:

@@ -63,7 +63,7 @@ class OnTensors:
 
 def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
     """Insert the convolution that a form is, reading ``source``, and return it."""
-    kernel, bias = (_held(program, v) for v in form.build(OnGraph(program)))
+    kernel, bias = (_held(program, v, source) for v in form.build(OnGraph(program)))
     source, padding = pad_source(program, form, source)
     return program.edit.call(
         CONVOLUTION[len(form.axes)], source, kernel, bias,
@@ -79,9 +79,14 @@ def pad_source(program: Program, form: Form, source: fx.Node) -> tuple[fx.Node, 
     return _padded(program, source, low, high, form.mode), [0] * len(low)
 
 
-def _held(program: Program, node: fx.Node | None) -> fx.Node | None:
-    """Return a kernel's node; one that no weight is part of, as of a pooling, becomes a weight."""
-    if node is None or _reads_a_weight(program, node):
+def _held(program: Program, node: fx.Node | None, source: fx.Node) -> fx.Node | None:
+    """Return a kernel's node in the type of what it is applied to; one that reads no weight becomes a weight."""
+    if node is None:
+        return None
+    dtype = source.meta["val"].dtype
+    if node.meta["val"].dtype != dtype:
+        node = program.edit.call(aten.to.dtype, node, dtype)  # folding rounds it once
+    if _reads_a_weight(program, node):
         return node
     tensor = interpret(program, {}, record=[node], stop=True)[node.name]
     program.edit.erase_dead([node])
