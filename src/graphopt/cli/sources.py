@@ -16,6 +16,8 @@ def read_program(source: str, trust: bool = False) -> Program:
     """Return a checkpoint or saved program."""
     with Working(f"reading and capturing {source}"):
         program = capture(source, trust=trust)
+    for said in program.origin.notes:
+        note(said)
     for name in program.origin.unused[:5]:
         note(f"the checkpoint's tensor {name} is read by nothing")
     return program

@@ -68,7 +68,8 @@ class Tokenizer:
         special = {
             k: v if isinstance(v, str) else v.get("content", "")
             for k, v in self.config.items()
-            if k.endswith("_token") and v
+            # add_bos_token and its like are flags
+            if k.endswith("_token") and isinstance(v, (str, dict)) and v
         }
         try:
             return str(self._compiled.render(messages=messages, add_generation_prompt=answering, **special))

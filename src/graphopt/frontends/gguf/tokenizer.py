@@ -10,11 +10,13 @@ from ...ir.serialize.names import is_asset
 from .header import Header
 from .splitting import SPLITTINGS, Splitting
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPECIAL = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id", "sep_token": "seperator_token_id", "mask_token": "mask_token_id",
 }  # fmt: skip
+# what llama.cpp takes for sentencepiece where a file says nothing
+_SENTENCEPIECE_SPECIAL = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
 # turns and messages end at these as well
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _KEY = "tokenizer.ggml."
@@ -52,34 +54,35 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
     if len(vocabulary) != len(tokens):
         twice = next(t for n, t in enumerate(tokens) if vocabulary[t] != n)
         raise header.wrong(f"its tokens list {twice[:60]!r} twice")
-    kinds = [1] * len(tokens)
+    kinds = [_NORMAL] * len(tokens)
     if header.has(_KEY + "token_type"):
         kinds = header.numbers(_KEY + "token_type").tolist()
         if len(kinds) != len(tokens):
             raise header.wrong(f"it has {len(tokens)} tokens, and kinds for {len(kinds)}")
     for name, key in _SPECIAL.items():
-        if header.has(_KEY + key):
-            found.special[name] = _number(header, key, len(tokens))
-    found.ends = list(
-        dict.fromkeys(_number(header, key, len(tokens)) for key in _ENDS if header.has(_KEY + key))
-    )
+        default = _SENTENCEPIECE_SPECIAL.get(name) if kind == "llama" else None
+        if header.has(_KEY + key) or (default is not None and default < len(tokens)):
+            found.special[name] = _number(header, key, len(tokens), default)
+    listed = (_number(header, key, len(tokens)) for key in _ENDS if header.has(_KEY + key))
+    found.ends = list(dict.fromkeys(listed))
+    if not found.ends and "eos_token" in found.special:
+        found.ends = [found.special["eos_token"]]
     if kind == "gpt2":
         made, splitting = _byte_level(header, vocabulary)
     elif kind == "llama":
-        made, splitting = _sentencepiece(header, tokens, kinds, architecture, found.special), Splitting(())
-        splitting = Splitting((), add_bos=True)
+        made, splitting = _sentencepiece(header, tokens, kinds, found.special), Splitting((), add_bos=True)
     else:
         raise header.wrong(
             f"its tokenizer is of the kind {kind[:40]!r}, which is not read",
             hint="gpt2 (byte pairs) and llama (sentencepiece) are; or give the model's Hugging Face folder",
         )
     texts = {name: tokens[number] for name, number in found.special.items()}
+    stripping = architecture == "phi3" and kind == "llama"
     made["added_tokens"] = [
-        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": kinds[number] != _USER_DEFINED}
+        _added(number, token, number in found.special.values() or kinds[number] == _CONTROL, stripping)
         for number, token in enumerate(tokens)
         if token and (kinds[number] in (_CONTROL, _USER_DEFINED) or number in found.special.values())
-    ]  # fmt: skip
+    ]
     around = _around(header, splitting, found.special)
     made["post_processor"] = _template(
         [tokens[n] for n in around[0]], [tokens[n] for n in around[1]], vocabulary
@@ -102,8 +105,17 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _number(header: Header, key: str, tokens: int) -> int:
-    return header.count(_KEY + key, low=0, high=tokens)
+def _number(header: Header, key: str, tokens: int, default: int | None = None) -> int:
+    return header.count(_KEY + key, default, low=0, high=tokens)
+
+
+def _added(number: int, token: str, special: bool, stripping: bool) -> dict[str, Any]:
+    """Return the entry of a token that is found whole in a text; those of Phi-3 take the spaces after them along."""
+    strip = stripping and token not in ("<unk>", "<s>", "<|endoftext|>")
+    return {
+        "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": strip, "normalized": False,
+        "special": special,
+    }  # fmt: skip
 
 
 def _byte_level(header: Header, vocabulary: dict[str, int]) -> tuple[dict[str, Any], Splitting]:
@@ -144,7 +156,7 @@ def _pairs(vocabulary: dict[str, int], merges: list[list[str]], **more: Any) -> 
 
 
 def _sentencepiece(
-    header: Header, tokens: list[str], kinds: list[int], architecture: str, special: dict[str, int]
+    header: Header, tokens: list[str], kinds: list[int], special: dict[str, int]
 ) -> dict[str, Any]:
     scores = header.numbers(_KEY + "scores")
     if scores.size != len(tokens):
@@ -182,7 +194,8 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[li
     Sentencepiece joins the neighbours whose piece has the highest score, the leftmost first; as byte pairs, that is
     one merge for each way of cutting a piece in two pieces, in the order of scores.
     """
-    pieces = {t: n for n, t in enumerate(tokens) if t and kinds[n] in (1, _USER_DEFINED)}
+    # tokens of a user's own are found whole before anything is joined, and joined with nothing
+    pieces = {t: n for n, t in enumerate(tokens) if t and kinds[n] == _NORMAL}
     ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, number in pieces.items():
         for cut in range(1, len(token)):
