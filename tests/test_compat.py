@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+import graphopt
 from graphopt.ir import compat
 
 
@@ -49,6 +51,49 @@ def test_looking_at_sizes_leaves_them_as_wide_as_they_were() -> None:
     assert compat.symbol_range(mode, symbol) == before
 
 
+def test_answers_about_sizes_are_forgotten() -> None:
+    """Wrong if a size that was looked at stood as a number, or what was answered once were answered again."""
+    mode = compat.new_fake_mode()
+    symbol = compat.add_symbol(mode, "n", 1, None, 5)
+    size = compat.symint(mode, symbol, 5)
+    doubled = size * 2
+    value = compat.fake_tensor(mode, (2, size), torch.float32)
+    with compat.without_guards(mode):
+        assert int(value.shape[1]) == int(size) == 5
+        assert doubled % 5 == 0
+        assert doubled != 12
+    assert (str(value.shape), str(size), str(doubled)) == ("torch.Size([2, n])", "n", "2*n")
+    assert str(doubled // 5) == "((2*n)//5)"
+    with mode:
+        assert str((value + 1).shape) == "torch.Size([2, n])"
+    with compat.refusing_guards(mode):
+        for ask in (lambda: int(size), lambda: bool(doubled == 12), lambda: bool(doubled % 5 == 0)):
+            with pytest.raises(graphopt.VerificationError, match="sizes in it vary"):
+                ask()
+    assert mode.shape_env.guards == []
+
+
+def test_questions_about_sizes_are_refused_where_they_must_not_be_asked() -> None:
+    """Wrong if the place that torch asks before it adds a guard moved."""
+    mode = compat.new_fake_mode()
+    size = compat.symint(mode, compat.add_symbol(mode, "n", 2, None, 5), 5)
+    with compat.refusing_guards(mode):
+        assert size >= 2, "the range says so"
+        with compat.without_guards(mode):
+            assert size == 5
+        for ask in (
+            lambda: float(size),
+            lambda: range(size),
+            lambda: [0] * size,
+            lambda: max(size, 7),
+            lambda: size == 5 or None,
+            lambda: size in (5, 6),
+        ):
+            with pytest.raises(graphopt.VerificationError, match="n"):
+                ask()
+    assert size == 5
+
+
 def test_plain_tensors_are_told_from_traced_ones() -> None:
     mode = compat.new_fake_mode()
     assert compat.is_plain_tensor(torch.ones(2))
@@ -56,8 +101,6 @@ def test_plain_tensors_are_told_from_traced_ones() -> None:
 
 
 def test_exported_programs_can_be_built() -> None:
-    import graphopt
-
     program = graphopt.capture(torch.nn.Linear(3, 2), torch.randn(4, 3))
     exported = program.exported_program()
     x = torch.randn(6, 3)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -20,12 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 from torch.utils._traceback import CapturedTraceback
+
+from .errors import GraphoptError, VerificationError
 
 __all__ = [
     "FakeTensor",
@@ -35,10 +38,13 @@ __all__ = [
     "build_exported_program",
     "compile_package",
     "fake_tensor",
+    "fresh",
     "is_plain_tensor",
     "load_package",
     "new_fake_mode",
     "quiet_failures",
+    "recording",
+    "refusing_guards",
     "symbol_range",
     "symbolic_kernels",
     "symint",
@@ -115,32 +121,117 @@ def without_guards(mode: FakeTensorMode) -> Iterator[None]:
     """
     env = mode.shape_env
     assert env is not None
-    tables: list[dict[Any, Any]] = [env.var_to_range, env.var_to_range_sloc, env.replacements, env.axioms]
-    before = [dict(table) for table in tables]
-    guards = len(env.guards)
+    tables: list[Any] = [env.var_to_range, env.var_to_range_sloc, env.replacements, env.axioms, env.divisible]
+    before = [table.copy() for table in tables]
+    guards, unbacked = len(env.guards), len(env.pending_fresh_unbacked_symbols)
+    refusing = vars(env).pop(_GUARDING, None)
     try:
         yield
     finally:
+        if refusing is not None:
+            vars(env)[_GUARDING] = refusing
+        del env.pending_fresh_unbacked_symbols[unbacked:]
         if len(env.guards) != guards or tables != before:
             del env.guards[guards:]
             for table, old in zip(tables, before, strict=True):
                 table.clear()
                 table.update(old)
-            # answers are remembered by version
-            env._update_version_counter()
+            _forget_answers(env)
+
+
+def _forget_answers(env: ShapeEnv) -> None:
+    """Clear what is remembered of earlier answers: by question, by version and, since torch 2.13, on each size."""
+    for function in vars(ShapeEnv).values():
+        if isinstance(function, functools._lru_cache_wrapper):
+            function.cache_clear()
+    env._update_version_counter()
+    env._version_counter += 1
+    if hasattr(env, "_replacements_version_counter"):
+        env._replacements_version_counter += 1
+
+
+# what torch calls before it decides a question about a varying size by the example
+_GUARDING = "_check_frozen"
 
 
 @contextlib.contextmanager
-def quiet_failures() -> Iterator[None]:
-    """Keep torch from printing the traceback of a call whose failure is expected and handled."""
+def refusing_guards(
+    mode: FakeTensorMode,
+    error: type[GraphoptError] = VerificationError,
+    names: Mapping[sympy.Symbol, str] | None = None,
+) -> Iterator[None]:
+    """Raise where code asks for the value of a size that varies, instead of answering by the example's.
+
+    Inside :func:`without_guards`, where answers are taken back, asking is allowed.
+
+    Args:
+        mode: what the sizes belong to.
+        error: what is raised in the body, where it asks.
+        names: what to call the sizes in the message.
+    """
+    named = {symbol: sympy.Symbol(name) for symbol, name in (names or {}).items()}
+    env = mode.shape_env
+    assert env is not None
+    before = vars(env).get(_GUARDING)
+
+    def refuse(expression: sympy.Basic, answer: sympy.Basic) -> None:
+        raise error(
+            f"{expression.xreplace(named)} is not known: sizes in it vary (the example has {answer})",
+            hint="decide nothing by a size that varies; use -1 or a size read from a value",
+        )
+
+    vars(env)[_GUARDING] = refuse
+    try:
+        with _quiet("torch.fx.experimental.symbolic_shapes"):
+            yield
+    finally:
+        if before is None:
+            vars(env).pop(_GUARDING, None)
+        else:
+            vars(env)[_GUARDING] = before
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
     import logging
 
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
         logger.disabled = before
+
+
+class _Recorder(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands each operator to a function, before composite ones are taken apart.
+
+    Torch keeps no other class of mode on the stack that sees operators whole.
+    """
+
+    def __init__(self, record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]):
+        super().__init__(None, "symbolic", pre_dispatch=True)  # type: ignore[arg-type]
+        self.record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.record(func, args, kwargs or {})
+
+    def __sym_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def recording(record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Let ``record(operator, args, kwargs)`` stand for every operator that the body calls on tensors."""
+    with torch.no_grad(), symbolic_kernels(), _Recorder(record):
+        yield
+
+
+@contextlib.contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Keep torch from printing the traceback of a call whose failure is expected and handled."""
+    with _quiet("torch._subclasses.fake_tensor"):
+        yield
 
 
 def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:
@@ -158,6 +249,12 @@ def fake_tensor(
     """Return a tensor of this shape and type without memory, belonging to ``mode``."""
     meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
     return FakeTensor(mode, meta, torch.device(device))
+
+
+def fresh(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """Return another tensor object of the same shape, type and strides, which may be told from the first."""
+    with mode:
+        return value.detach()
 
 
 def is_plain_tensor(value: object) -> bool:

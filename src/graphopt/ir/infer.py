@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,7 +42,7 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
         VerificationError: the operator does not accept arguments of these shapes or types.
     """
     known = _KNOWN.setdefault(mode, {})
-    key = _key((target, args, kwargs))
+    key = signature_of((target, args, kwargs))
     if key is not None and key in known:
         return known[key]
     result = _infer(mode, target, value_of(args), value_of(kwargs))
@@ -55,17 +55,17 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
 _KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def _key(value: Any) -> Any:
+def signature_of(value: Any) -> Any:
     """Return what a call's value depends on, or None where that is more than types and sizes."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, torch.Tensor):
         return (value.dtype, *(_size_key(size) for size in value.shape))
     if isinstance(value, (list, tuple)):
-        parts = tuple(_key(item) for item in value)
+        parts = tuple(signature_of(item) for item in value)
         return None if None in parts else parts
     if isinstance(value, dict):
-        return _key(sorted(value.items()))
+        return signature_of(sorted(value.items()))
     if isinstance(value, torch.SymInt):
         return ("size", value.node.expr)
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
@@ -107,16 +107,17 @@ def describe_value(value: Any) -> str:
 def same_value(first: Any, second: Any) -> bool:
     """Tell whether two fake values have the same type and sizes."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return (
-            first.dtype == second.dtype
-            and len(first.shape) == len(second.shape)
-            and all(same_size(a, b) for a, b in zip(first.shape, second.shape, strict=True))
-        )
+        return first.dtype == second.dtype and same_shape(first.shape, second.shape)
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(same_value(a, b) for a, b in zip(first, second, strict=True))
     if isinstance(first, (int, torch.SymInt)) and isinstance(second, (int, torch.SymInt)):
         return same_size(first, second)
     return type(first) is type(second)
+
+
+def same_shape(first: Sequence[int | torch.SymInt], second: Sequence[int | torch.SymInt]) -> bool:
+    """Tell whether two shapes are equal for every value of their symbols, without guarding on it."""
+    return len(first) == len(second) and all(same_size(a, b) for a, b in zip(first, second, strict=True))
 
 
 def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.collector import settled_objects
+from ..ir.compat import refusing_guards
 from ..ir.cost import run_totals
 from ..ir.errors import GraphoptError, PassRefusedError, PipelineError, VerificationError
 from ..ir.program import Program
@@ -145,7 +146,8 @@ def _run_pass(
     began = time.perf_counter()
     given = plan is not None
     if plan is None:
-        plan = step.plan(program, context)
+        with refusing_guards(program.mode):
+            plan = step.plan(program, context)
     seconds["plan"] = time.perf_counter() - began
     if not plan.sites and not step.allow_no_match:
         raise PassRefusedError(
@@ -218,7 +220,8 @@ def _attempt(
     contract = step.promises()
     entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites], seconds=seconds)
     try:
-        step.rewrite(working, plan)
+        with refusing_guards(program.mode):
+            step.rewrite(working, plan)
         count("rewrite")
         verify(working, [n for n in working.edit.touched if not n._erased])
         lossy = isinstance(contract, NewFunction)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..compat import refusing_guards
 from .cleanup import clean, drop_dead, settle_sizes, share_equal
 from .convolutions import raise_convolutions
 from .experts import raise_experts
@@ -27,7 +28,17 @@ def canonicalise(program: Program) -> None:
 
     Raises:
         CaptureError: an in-place operator cannot be made functional.
+        VerificationError: a rule would decide by the example's value of a size that varies.
     """
+    with refusing_guards(program.mode):
+        _canonicalise(program)
+    program.edit.journal.clear()
+    program.edit.touched.clear()
+    program.facts["canonical"] = True
+    program.facts["eval"] = True
+
+
+def _canonicalise(program: Program) -> None:
     from .attention import raise_attention
 
     functionalise(program)
@@ -42,7 +53,3 @@ def canonicalise(program: Program) -> None:
     raise_experts(program)
     share_equal(program)
     drop_dead(program)
-    program.edit.journal.clear()
-    program.edit.touched.clear()
-    program.facts["canonical"] = True
-    program.facts["eval"] = True

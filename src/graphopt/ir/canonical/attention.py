@@ -102,8 +102,12 @@ def _fused(program: Program, node: fx.Node, cache: dict[fx.Node, Any]) -> str:
         return f"attention over {q.meta['val'].dim()} dimensions"
     if found["dropout_p"]:
         return "dropout inside attention"
-    scale = found["scale"]
-    scale = 1.0 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else float(scale)
+    scale, size = found["scale"], q.meta["val"].shape[-1]
+    if scale is None and not isinstance(size, int):
+        return "its scale follows a head size that varies"
+    if isinstance(scale, fx.Node):
+        return "its scale is computed from sizes that vary"
+    scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
     if found["is_causal"] and not same_size(q.meta["val"].shape[-2], k.meta["val"].shape[-2]):
         return "causal from the first key on, with other numbers of queries and keys"
     scores = Scores(q, k, scale, [], None, bool(found["is_causal"]))
@@ -182,7 +186,7 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
     k, repeats = ungrouped(k)
     ungrouped_v, repeats_v = ungrouped(v)
     heads, kv_heads = q.meta["val"].shape[1], k.meta["val"].shape[1]
-    if repeats == repeats_v and ungrouped_v.meta["val"].shape[1] == kv_heads:
+    if repeats == repeats_v and same_size(ungrouped_v.meta["val"].shape[1], kv_heads):
         v = ungrouped_v
     else:
         k = scores.k if scores.k.meta["val"].dim() == 4 else k

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..activation import activation_of_experts
 from ..fold import depends_on_weights_alone
-from ..infer import same_value
+from ..infer import same_size, same_value
 from ..schema import arguments, is_operator
 from .dense_experts import raise_dense_experts
 from .sorted_experts import raise_sorted_experts
@@ -143,10 +143,15 @@ def _repeated(node: Any) -> tuple[fx.Node | None, int]:
     return None, 0
 
 
+def _of_columns(table: fx.Node, k: int) -> bool:
+    shape = table.meta["val"].shape
+    return len(shape) == 2 and same_size(shape[1], k)
+
+
 def _flattened(ids: fx.Node, k: int) -> fx.Node | None:
     if is_operator(ids, "aten.reshape"):
         table = ids.args[0]
-        if isinstance(table, fx.Node) and table.meta["val"].dim() == 2 and table.meta["val"].shape[1] == k:
+        if isinstance(table, fx.Node) and _of_columns(table, k):
             return table
     return None
 
@@ -163,7 +168,7 @@ def _combined(node: fx.Node, k: int) -> tuple[fx.Node, fx.Node] | None:
         return None
     flat = factor.args[0]  # type: ignore[union-attr]
     table = flat.args[0] if is_operator(flat, "aten.reshape") else flat  # type: ignore[union-attr]
-    if not isinstance(table, fx.Node) or table.meta["val"].dim() != 2 or table.meta["val"].shape[1] != k:
+    if not isinstance(table, fx.Node) or not _of_columns(table, k):
         return None
     folded = next(iter(product.users))
     if not is_operator(folded, "aten.reshape") or len(folded.users) != 1:

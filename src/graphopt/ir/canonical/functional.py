@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..compat import without_guards
 from ..errors import CaptureError
-from ..infer import infer, value_of
+from ..infer import infer, same_shape, value_of
 from ..schema import arguments, is_mutable, operator_name
 from .cleanup import DROPOUTS, respell_transposes
 from .scatter import put_back
@@ -113,7 +114,7 @@ def _aliases(program: Program, node: fx.Node) -> bool:
         return False
     # tried on the tensors of the trace, whose strides are those of the model
     args, kwargs = value_of(node.args), value_of(node.kwargs)
-    with program.mode, torch.no_grad():
+    with program.mode, torch.no_grad(), without_guards(program.mode):
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     first = result[0] if isinstance(result, (list, tuple)) and result else result
     if not isinstance(first, torch.Tensor) or not isinstance(args[0], torch.Tensor):
@@ -232,7 +233,7 @@ def _copied(program: Program, destination: fx.Node, source: fx.Node) -> fx.Node:
     value, wanted = source.meta["val"], destination.meta["val"]
     if value.dtype != wanted.dtype:
         source = _made(program, aten.to.dtype, (source, wanted.dtype), {})
-    if list(value.shape) != list(wanted.shape):
+    if not same_shape(value.shape, wanted.shape):
         source = _made(program, aten.expand_as.default, (source, destination), {})
     return source
 

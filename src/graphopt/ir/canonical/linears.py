@@ -121,7 +121,7 @@ def _bias(program: Program, node: fx.Node) -> None:
         value = bias.meta["val"]
         if (
             value.dim() != 1
-            or value.shape[0] != linear.meta["val"].shape[-1]
+            or not same_size(value.shape[0], linear.meta["val"].shape[-1])
             or value.dtype != linear.meta["val"].dtype
         ):
             continue

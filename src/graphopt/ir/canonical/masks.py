@@ -16,8 +16,10 @@ from torch import fx
 
 from ..examples import rows_of
 from ..execute import interpret, needed_for
+from ..infer import same_size
 from ..operators.attention import visible_keys
 from ..schema import arguments, is_operator
+from ..sizes import expression, parse_size
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -116,7 +118,44 @@ def _evaluate(
             # a table of fixed size, or sizes that this graph does not take
             continue
         results.append((case, value))
+    apart = _apart(program, mask, inputs, key_mask, length)
+    if apart is not None:
+        try:
+            results.append((apart, interpret(program, apart.inputs, record=[mask], stop=True)[mask.name]))
+        except (RuntimeError, IndexError, ValueError):
+            return []
     return results
+
+
+def _apart(
+    program: Program, mask: fx.Node, inputs: dict[str, fx.Node], key_mask: str | None, length: int
+) -> _Case | None:
+    """Return a case with other numbers of queries than of keys, where nothing makes them equal."""
+    shape = mask.meta["val"].shape
+    varying = [size for size in shape[-2:] if isinstance(size, torch.SymInt)]
+    if len(shape) < 2 or not varying or any(isinstance(s, int) and s == 1 for s in shape[-2:]):
+        return None
+    if same_size(shape[-2], shape[-1]):
+        return None
+    symbols = {name: symbol for symbol, name in program.symbols.items()}
+    values = {symbol: length + 2 * i for i, symbol in enumerate(sorted(symbols.values(), key=str))}
+    for name in inputs:
+        first = program.signature.inputs[name].shape[:1]
+        values.update(dict.fromkeys(parse_size(first[0], symbols).free_symbols, 2) if first else {})
+    given, padding = {}, None
+    generator = torch.Generator().manual_seed(1)
+    for name in inputs:
+        spec = program.signature.inputs[name]
+        size = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
+        if name == key_mask:
+            padding = torch.rand(size, generator=generator) > 0.3
+            given[name] = padding.to(spec.dtype)
+        elif "position" in name:
+            given[name] = torch.arange(size[-1], dtype=spec.dtype).expand(size).contiguous()
+        else:
+            given[name] = torch.ones(size, dtype=spec.dtype)
+    queries = int(expression(shape[-2]).subs(values))
+    return _Case(given, padding, 2, queries)
 
 
 def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, length: int) -> list[_Case]:

@@ -8,11 +8,10 @@ import torch
 from torch import fx
 
 from ..fold import depends_on_weights_alone
-from ..infer import same_value
+from ..infer import same_size, same_value
 from ..match import Match, find
 from ..pattern import Either, Wild, call
 from ..schema import argument, arguments, is_operator
-from ..tracing import unwrap
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -104,7 +103,7 @@ def _raise(program: Program, match: Match, centred: bool) -> None:
     with program.edit.before(result):
         if centred:
             shaped = _vector(program, weight, size), _vector(program, bias, size)
-            new = program.edit.call(aten.layer_norm.default, x, [size], *shaped, eps)
+            new = program.edit.call(aten.layer_norm.default, x, program.size_nodes([size]), *shaped, eps)
         else:
             new = program.edit.call(
                 torch.ops.graphopt.rms_norm.default,
@@ -127,9 +126,7 @@ def _install(program: Program, old: fx.Node, new: fx.Node) -> None:
 def _vector(program: Program, weight: fx.Node | None, size: Any) -> fx.Node | None:
     if weight is None or weight.meta["val"].dim() == 1:
         return weight
-    made = unwrap(program.edit.value(weight).reshape([size]))
-    assert isinstance(made, fx.Node)
-    return made
+    return program.edit.call(aten.reshape.default, weight, program.size_nodes([size]))
 
 
 def _following(
@@ -148,7 +145,7 @@ def _following(
         if not isinstance(other, fx.Node) or other not in constant:
             return False
         shape = other.meta["val"].shape
-        return bool(shape) and shape[-1] == size and all(s == 1 for s in shape[:-1])
+        return bool(shape) and same_size(shape[-1], size) and all(same_size(s, 1) for s in shape[:-1])
 
     while len(result.users) == 1:
         user = next(iter(result.users))

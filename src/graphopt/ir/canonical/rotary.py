@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..infer import same_value
+from ..infer import same_size, same_value
 from ..match import Match, find
 from ..pattern import Either, Listed, Wild, call
 
@@ -69,7 +69,7 @@ def _widened(program: Program, match: Match, interleaved: bool) -> bool:
     """Give the tables a value for each channel; tell whether they have one for each pair."""
     tables = [match["cos"], match["sin"]]
     size = match["x"].meta["val"].shape[-1]
-    if any(not t.meta["val"].dim() or t.meta["val"].shape[-1] != size // 2 for t in tables):
+    if any(not t.meta["val"].dim() or not same_size(t.meta["val"].shape[-1], size // 2) for t in tables):
         return False
     with program.edit.before(match.roots[0]):
         for name, table in zip(("cos", "sin"), tables, strict=True):

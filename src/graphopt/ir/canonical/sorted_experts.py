@@ -10,7 +10,7 @@ from torch import fx
 
 from ..activation import activation_of_experts
 from ..fold import depends_on_weights_alone
-from ..infer import same_value
+from ..infer import same_shape, same_size, same_value
 from ..region import evaluated
 from ..schema import arguments, is_operator
 
@@ -67,7 +67,7 @@ def _projection(node: fx.Node, constant: set[fx.Node]) -> _Projection | None:
     if split is None or weight is None or not is_operator(split, "aten.split_with_sizes"):
         return None
     given = arguments(split)
-    if given.get("dim", 0) != 0 or int(weight.meta["val"].shape[0]) != len(parts):
+    if given.get("dim", 0) != 0 or not same_size(weight.meta["val"].shape[0], len(parts)):
         return None
     return _Projection(given["self"], tuple(given["split_sizes"]), weight, node)
 
@@ -84,7 +84,9 @@ def _raise(program: Program, up: _Projection, down: _Projection, gate: dict[str,
     indices = up.rows.args[1]
     if chosen is None or not isinstance(indices, (list, tuple)) or list(indices) != [token]:
         return "the tokens are not sorted by expert"
-    k = int(chosen.meta["val"].shape[1])
+    k = chosen.meta["val"].shape[1]
+    if not isinstance(k, int):
+        return "the number of experts for each token varies"
     counted = evaluated(program, [table, order, token], [_scores_of(chosen)])
     if counted is None:
         return "the order depends on more than the router's scores"
@@ -95,7 +97,7 @@ def _raise(program: Program, up: _Projection, down: _Projection, gate: dict[str,
         and torch.equal(experts[places], experts.sort().values)
         and torch.equal(tokens, places // k)
     )
-    if not right or weights.meta["val"].shape != chosen.meta["val"].shape:
+    if not right or not same_shape(weights.meta["val"].shape, chosen.meta["val"].shape):
         return "the tokens are not sorted by expert"
     with program.edit.before(result):
         new = program.edit.call(
