@@ -16,7 +16,6 @@ from .weights import InMemory, TensorSource, Weight
 
 if TYPE_CHECKING:
     from .program import Program
-    from .tracing import Value
 
 
 class Editor:
@@ -44,10 +43,8 @@ class Editor:
             self.graph.erase_node(node)
             self.require_present(*stale)
         node.meta["val"] = value
-        self._sign(node)
         normalise(node)
-        self.touched[node] = None
-        self.program.changed()
+        self.adopt(node)
         return node
 
     def _sign(self, node: fx.Node) -> None:
@@ -99,17 +96,22 @@ class Editor:
             before.prepend(current)
         self.program.changed()
 
-    def value(self, node: fx.Node) -> Value:
-        """Return the node as an operand that torch functions accept."""
-        from .tracing import Value
-
-        return Value(self, node)
+    def adopt(self, node: fx.Node) -> None:
+        """Take in a call whose value and normal spelling are known."""
+        self._sign(node)
+        self.touched[node] = None
+        self.program.changed()
 
     def emit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of tensors on nodes; its operations are inserted. Returns nodes."""
-        from .tracing import unwrap, wrap
+        """Insert what a function of tensors computes from these nodes; see :func:`~graphopt.ir.tracing.trace`.
 
-        return unwrap(function(*(wrap(self, argument) for argument in arguments)))
+        Returns:
+            One node, or a list of them where the function returns several.
+        """
+        from .stamping import stamp
+        from .tracing import trace
+
+        return stamp(self, trace(self.program, function, arguments), arguments)
 
     # -- replacing ----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import UsageError
 from .schema import operator_name
+from .spelling import NOTHING, OPERATORS, REFLECTED, SPLITS, SWAPS, clean_arguments, packet_of, swapped
 
 COMMUTATIVE = frozenset(
     {"aten.add", "aten.mul", "aten.bitwise_and", "aten.bitwise_or", "aten.maximum", "aten.minimum", "aten.eq"}
@@ -147,7 +148,14 @@ def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str
 
     Parameters become wildcards; they stand for tensors and for plain arguments (an epsilon, a size).
     """
-    parameters = list(inspect.signature(function).parameters)
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except ValueError:
+        name = getattr(function, "__name__", "it")
+        raise UsageError(
+            f"the parameters of {name} are not known",
+            hint=f"write it as a function: lambda x: torch.{name}(x)",
+        ) from None
     results = function(*(_Sketch(Wild(name)) for name in parameters))
     if isinstance(results, _Sketch):
         results = (results,)
@@ -165,16 +173,12 @@ class _Sketch:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .tracing import clean_arguments, packet_of
-
         args, kwargs = clean_arguments(function, args, kwargs or {})
         return _sketch(operator_name(packet_of(function)), args, kwargs)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        from .tracing import packet_of
-
         operator = operator_name(packet_of(name))
 
         def method(*args: Any, **kwargs: Any) -> Any:
@@ -205,8 +209,6 @@ class _Sketch:
 
 
 def _sketch(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Sketch:
-    from .tracing import NOTHING, SPLITS, SWAPS
-
     if operator in NOTHING and len(args) == 1:
         return _Sketch(_pattern(args[0]))
     if operator in SWAPS and not kwargs:
@@ -223,8 +225,6 @@ _NUMBERS = itertools.count()
 
 
 def _swap(first: int, second: int) -> Wild:
-    from .tracing import swapped
-
     def answer(order: Any) -> Answer:
         rank = len(order)
         fits = all(-rank <= dim < rank for dim in (first, second))
@@ -262,12 +262,10 @@ def _operate(name: str, reflected: bool) -> Callable[..., Any]:
 
 
 def _give_operators() -> None:
-    from .tracing import _OPERATORS, _REFLECTED
-
-    for dunder, operator in _OPERATORS.items():
+    for dunder, operator in OPERATORS.items():
         if dunder != "__eq__":
             setattr(_Sketch, dunder, _operate(operator, False))
-    for dunder, operator in _REFLECTED.items():
+    for dunder, operator in REFLECTED.items():
         # both commute, so the sketch comes first as tensors do in the graph
         setattr(_Sketch, dunder, _operate(operator, False))
 

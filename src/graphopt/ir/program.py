@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from .errors import UsageError, VerificationError
 from .inputs import settings_of
 from .schema import operator_name
 from .signature import Fill, Input, Signature, SizeRange
-from .sizes import expression, format_size, parse_size
+from .sizes import format_size, node_of_size, parse_size
 from .structure import Structure
 from .weights import Weight
 
@@ -208,30 +207,9 @@ class Program:
         """Replace symbolic sizes in an argument by nodes that read them from an input."""
         if isinstance(argument, (list, tuple)):
             return type(argument)(self.size_nodes(item) for item in argument)
-        if not isinstance(argument, torch.SymInt):
+        if not isinstance(argument, (torch.SymInt, torch.SymFloat)):
             return argument
-        if expression(argument).is_Integer:
-            return int(expression(argument))
-        return self._size_node(expression(argument))
-
-    def _size_node(self, value: sympy.Expr) -> int | fx.Node:
-        """Return a node, or a number, for a size built from sizes of inputs by + and *."""
-        if value.is_Integer:
-            return int(value)
-        for node in self.input_nodes.values():
-            for dim, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt) and expression(size) == value:
-                    return self.edit.call(torch.ops.aten.sym_size.int, node, dim)
-        combine = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(value.func)
-        if combine is None:
-            raise VerificationError(
-                f"the size {format_size(value, self.symbols)} cannot be computed from the sizes of inputs",
-                hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
-            )
-        total: int | fx.Node = self._size_node(value.args[0])
-        for part in value.args[1:]:
-            total = self.edit.call(combine, total, self._size_node(part))
-        return total
+        return node_of_size(self, argument.node.expr)
 
     # -- copying --------------------------------------------------------------------------------------
 
@@ -275,26 +253,41 @@ class Program:
     def replace(self, old: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
         """Replace a value by ``function(*arguments)``; without arguments it is given what ``old`` read.
 
+        Args:
+            old: the node whose value is replaced.
+            function: an ordinary function of tensors, run once on tensors without values; so it decides nothing
+                by values or by sizes that vary, has no side effects and writes to nothing that it is given.
+            arguments: nodes and plain values.
+
         Returns:
             The new node.
+
+        Raises:
+            UsageError: the function cannot be recorded.
+            VerificationError: it returns another shape or type. The program is as it was, after either.
         """
-        reads = arguments or tuple(old.args)
+        from .stamping import stand_in
+
         with self.edit.before(old):
-            new = self.edit.emit(function, *reads)
-        if not isinstance(new, fx.Node):
-            raise UsageError(f"a replacement returns one tensor, not {type(new).__name__}")
+            new = stand_in(self.edit, old, function, arguments or tuple(old.args))
         self.edit.replace(old, new)
         return new
 
     def insert_after(self, node: fx.Node, function: Callable[..., Any]) -> fx.Node:
-        """Let everything that read ``node`` read ``function(node)`` instead; returns the new node."""
+        """Let everything that read ``node`` read ``function(node)`` instead; returns the new node.
+
+        Raises:
+            UsageError: the function cannot be recorded, see :meth:`replace`.
+            VerificationError: it returns another shape or type.
+        """
+        from .stamping import stand_in
+
         users = list(node.users)
         with self.edit.after(node):
-            new = self.edit.emit(function, node)
+            new = stand_in(self.edit, node, function, (node,))
         for user in users:
             user.replace_input_with(node, new)
         self.changed()
-        assert isinstance(new, fx.Node)
         return new
 
     def bypass(self, value: fx.Node, with_: fx.Node) -> None:

@@ -10,8 +10,11 @@ from torch import fx
 
 from .errors import UsageError
 from .fold import depends_on_weights_alone
+from .infer import signature_of
 from .match import Match, Matcher, Miss, candidates
 from .pattern import Call, Pattern, from_function
+from .stamping import stamp
+from .tracing import Trace, trace
 
 if TYPE_CHECKING:
     from .program import Program
@@ -42,13 +45,16 @@ def rewrite(
             matched on operators with their arguments normalised, commutative operands in any order. Values
             inside it that something else reads are never rewritten.
         replacement: takes the same parameters (or names captured by the pattern) and returns as many
-            tensors, of the same shapes and types.
+            tensors, of the same shapes and types. It is run once for each set of shapes and types that it
+            meets, on tensors without values: it may have no side effects, and decide nothing by values or by
+            sizes that vary.
         where: called with each match; returns True, or False or the reason to leave it alone.
 
     Returns:
         The new values, and for each near miss its node and reason.
 
     Raises:
+        UsageError: the replacement cannot be recorded, see :func:`~graphopt.ir.tracing.trace`.
         VerificationError: a replacement has another shape or type than what it replaces.
     """
     if isinstance(pattern, Pattern):
@@ -57,6 +63,7 @@ def rewrite(
         roots, names = from_function(pattern)
     matcher = Matcher(roots)
     result = Rewrites()
+    traces: dict[Any, Trace] = {}
     for node in candidates(program.graph, roots[0]):
         if node._erased:
             continue
@@ -73,7 +80,7 @@ def rewrite(
         if reason or isinstance(place, str):
             result.refused.append((node.name, reason))
             continue
-        result.made.extend(_apply(program, found, replacement, names, place))
+        result.made.extend(_apply(program, found, replacement, names, place, traces))
     return result
 
 
@@ -96,6 +103,7 @@ def _apply(
     replacement: Callable[..., Any],
     names: list[str] | None,
     place: fx.Node,
+    traces: dict[Any, Trace],
 ) -> list[fx.Node]:
     import inspect
 
@@ -103,32 +111,27 @@ def _apply(
     missing = [name for name in wanted if name not in match.captured]
     if missing:
         raise UsageError(f"the replacement asks for {', '.join(missing)}, which the pattern does not capture")
-    try:
-        with program.edit.before(place):
-            made = program.edit.emit(replacement, *(match.captured[name] for name in wanted))
-        made = list(made) if isinstance(made, (list, tuple)) else [made]
-        if len(made) != len(match.roots):
-            raise UsageError(f"the replacement returns {len(made)} values, the pattern {len(match.roots)}")
-        for old, new in zip(match.roots, made, strict=True):
-            if not isinstance(new, fx.Node):
-                raise UsageError("a replacement must return tensors")
-            program.edit.require_same(old, new)
-    except Exception:
-        _discard(program, place)
-        raise
+    arguments = tuple(match.captured[name] for name in wanted)
+    traced = _traced(program, replacement, arguments, traces)
+    traced.require(program, match.roots, f"the pattern {len(match.roots)}")
+    with program.edit.before(place):
+        made = stamp(program.edit, traced, arguments)
+    made = made if traced.several else [made]
     for old, new in zip(match.roots, made, strict=True):
         program.edit.replace(old, new)
-    return made
+    return list(made)
 
 
-def _discard(program: Program, place: fx.Node) -> None:
-    """Erase what a failed replacement left before its place."""
-    last = place.prev
-    while last.op == "call_function" and not last.users:
-        program.edit.erase_dead([last])
-        if not last._erased:
-            return
-        last = place.prev
+def _traced(
+    program: Program, replacement: Callable[..., Any], arguments: tuple[Any, ...], traces: dict[Any, Trace]
+) -> Trace:
+    """Record a replacement, once for all arguments of the same shapes and types."""
+    key = signature_of(arguments)
+    if key is None:
+        return trace(program, replacement, arguments)
+    if key not in traces:
+        traces[key] = trace(program, replacement, arguments)
+    return traces[key]
 
 
 def _place(match: Match) -> fx.Node | str:

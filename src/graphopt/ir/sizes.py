@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
+from torch import fx
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VerificationError
+
+if TYPE_CHECKING:
+    from .program import Program
 
 _TOKEN = re.compile(r"\s*(?:(\d{1,18})|([^\W\d]\w{0,199})|(//|[-+*%(),]))")
 _FUNCTIONS = {"max": 2, "min": 2}
+# what computes a size, or a number from sizes, by the name of its expression's class
+COMBINE: dict[str, Any] = {
+    "Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
+    "Mod": operator.mod, "PythonMod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min,
+    "ToFloat": torch.sym_float, "FloatPow": operator.pow, "PowByNatural": operator.pow,
+    "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv,
+}  # fmt: skip
 _LENGTH, _DEPTH, _DIVISIONS = 2000, 40, 60
 
 
@@ -154,3 +166,29 @@ def parse_size(size: object, symbols: Mapping[str, sympy.Symbol], where: str = "
         shown = size if len(size) <= 60 else size[:57] + "..."
         raise CheckpointError(f"{where}: {shown!r} is not a size: {error}") from None
     return value
+
+
+def node_of_size(program: Program, value: sympy.Expr) -> int | float | fx.Node:
+    """Return a node, or a number, for what is computed from sizes of a program's inputs.
+
+    Raises:
+        VerificationError: it is not, or not by what :data:`COMBINE` lists.
+    """
+    if value.is_Integer or value.is_Float:
+        return int(value) if value.is_Integer else float(value)
+    for node in program.input_nodes.values():
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and expression(size) == value:
+                return program.edit.call(torch.ops.aten.sym_size.int, node, dim)
+    combine = COMBINE.get(type(value).__name__)
+    if combine is None:
+        raise VerificationError(
+            f"the size {format_size(value, program.symbols)} cannot be computed from the sizes of inputs",
+            hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
+        )
+    total, *rest = (node_of_size(program, part) for part in value.args)
+    if not rest:
+        return program.edit.call(combine, total)
+    for part in rest:
+        total = program.edit.call(combine, total, part)
+    return total

@@ -1,336 +1,350 @@
-"""Write rewrites as ordinary functions of tensors: torch calls on nodes become nodes."""
+"""Functions of tensors as pieces of graph: they are run once on values without memory, and recorded.
+
+What a function calls is what torch's dispatcher says it calls, so that overloads, methods, indexing and
+composite operators are torch's own. What cannot be recorded is refused.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
 
-from .errors import UsageError
-from .infer import infer
-from .schema import arguments as bound_arguments
+from .compat import FakeTensor, fresh, recording, refusing_guards
+from .errors import CaptureError, GraphoptError, UsageError, VerificationError
+from .infer import describe_value, infer, same_size, same_value
+from .program import Program
+from .schema import is_mutable, is_operator, operator_name
+from .signature import Signature
+from .sizes import expression
+from .weights import InMemory, Weight
 
-if TYPE_CHECKING:
-    from .editor import Editor
+_DATA_DEPENDENT = (
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+)
+_COUNTED = ("aten.unbind", "aten.split", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk")
+_ON_VALUES = (
+    "which depends on values of tensors, and a graph holds only what is the same for all values",
+    "choose between values with torch.where, and hide them with masks",
+)
 
-_OPERATORS = {
-    "__add__": "add", "__sub__": "sub", "__mul__": "mul", "__truediv__": "div", "__matmul__": "matmul",
-    "__pow__": "pow", "__neg__": "neg", "__and__": "bitwise_and", "__or__": "bitwise_or",
-    "__eq__": "eq", "__lt__": "lt", "__le__": "le", "__gt__": "gt", "__ge__": "ge",
-}  # fmt: skip
-_REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub"}
-_RENAMED = {"truediv": "div", "concat": "cat", "concatenate": "cat", "view": "reshape", "absolute": "abs"}
-_IGNORED = {"_stacklevel", "inplace", "out", "training"}
+
+class _Piece(Program):
+    """What one function does. Sizes that vary and constants are placeholders, beside the operands."""
+
+    def __init__(self, program: Program):
+        super().__init__(fx.Graph(), program.mode, {}, Signature({}, {}, {"constant": None}))
+        self.program = program
+        self.symbols = program.symbols
+        self.operands: list[fx.Node] = []
+        self.sizes: dict[sympy.Expr, fx.Node] = {}
+        self.constants: dict[int, tuple[fx.Node, torch.Tensor]] = {}
+
+    def entry(self, name: str, value: Any) -> fx.Node:
+        """Add a placeholder before all else that there is."""
+        first = next(iter(self.graph.nodes), None)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def size(self, value: torch.SymInt | torch.SymFloat) -> fx.Node:
+        """Return the placeholder of a size that varies, or of a number computed from such sizes."""
+        key = value.node.expr
+        if key not in self.sizes:
+            self.sizes[key] = self.entry("size", value)
+        return self.sizes[key]
+
+    def size_nodes(self, argument: Any) -> Any:
+        """Replace symbolic sizes in an argument by placeholders."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.size_nodes(item) for item in argument)
+        if isinstance(argument, torch.SymInt) and expression(argument).is_Integer:
+            return int(expression(argument))
+        return self.size(argument) if isinstance(argument, (torch.SymInt, torch.SymFloat)) else argument
+
+    def constant(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the placeholder of a tensor that the function has from elsewhere."""
+        if id(tensor) not in self.constants:
+            node = self.entry("constant", self.fake(tensor.shape, tensor.dtype))
+            self.constants[id(tensor)] = node, tensor
+            self.weights[node.name] = Weight(node.name, InMemory(tensor.detach()), kind="constant")
+        return self.constants[id(tensor)][0]
 
 
-def packet_of(function: Any) -> OpOverloadPacket:
-    """Return the ATen operator that a torch function, or a tensor's method by its name, stands for.
+class Trace:
+    """A recorded function: what it returns, and the nodes that compute it from its operands."""
+
+    def __init__(self, piece: _Piece, several: bool):
+        self.piece = piece
+        self.several = several
+        self.placed: dict[fx.Node, fx.Node] = {}
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """Nodes of the piece that are returned."""
+        return list(self.piece.output_node.args[0])  # type: ignore[arg-type]
+
+    def require(self, program: Program, replaced: Sequence[fx.Node], wanted: str) -> None:
+        """Check that the results may stand for these nodes.
+
+        Raises:
+            UsageError: there are more or fewer of them.
+            VerificationError: they differ in shape or type.
+        """
+        if len(self.results) != len(replaced):
+            raise UsageError(f"the replacement returns {len(self.results)} values, {wanted}")
+        for old, new in zip(replaced, self.results, strict=True):
+            if not same_value(old.meta.get("val"), new.meta["val"]):
+                raise VerificationError(
+                    f"the replacement returns {describe_value(new.meta['val'])}, which cannot stand for "
+                    f"{old.name} ({describe_value(old.meta.get('val'))})",
+                    node=old.name,
+                    source=program.source_line(old),
+                    hint="return a tensor of the same shape and type, with .to(dtype) or reshape",
+                )
+
+
+class _Recording:
+    """The nodes of the tensors that a function has seen so far, by identity."""
+
+    def __init__(self, piece: _Piece):
+        self.piece = piece
+        self.known: dict[int, fx.Node] = {}
+        self.alive: list[torch.Tensor] = []
+        self.symbols = set(piece.symbols)
+
+    def follow(self, node: fx.Node) -> torch.Tensor:
+        """Return a tensor of its own for a node: equal calls share one value, tensors are told apart by identity."""
+        tensor = fresh(self.piece.mode, node.meta["val"])
+        self.alive.append(tensor)
+        self.known[id(tensor)] = node
+        return tensor
+
+    def operand(self, argument: Any) -> Any:
+        """Return what the function is given for an argument."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.operand(item) for item in argument)
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = argument.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return value
+        self.symbols.update(_symbols(value))
+        node = self.piece.entry("operand", value)
+        self.piece.operands.append(node)
+        return self.follow(node)
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the node of a tensor; one from elsewhere is a constant."""
+        node = self.known.get(id(tensor))
+        if node is not None:
+            return node
+        if isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise UsageError(
+                f"a tensor of class {type(tensor).__name__} was met whose origin is not recorded",
+                hint="use no .data, and no tensors kept from an earlier call",
+            )
+        self.alive.append(tensor)
+        return self.piece.constant(tensor)
+
+    def literal(self, value: torch.Tensor) -> Any:
+        """Return the number that torch wrapped as a tensor, or the tensor if it is more than that."""
+        node = self.node_of(value)
+        while is_operator(node, "aten.lift_fresh") and not any(
+            is_mutable(user.target) for user in node.users
+        ):
+            node = node.args[0]  # type: ignore[assignment]
+        found = [
+            tensor for place, tensor in self.piece.constants.values() if place is node and not tensor.dim()
+        ]
+        return found[0].item() if found and weight_of(self.piece.program, found[0]) is None else value
+
+    def nodes(self, argument: Any) -> Any:
+        """Replace tensors and varying sizes in an argument by nodes."""
+        if isinstance(argument, torch.Tensor):
+            return self.node_of(argument)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.nodes(item) for item in argument)
+        if isinstance(argument, torch.SymBool):
+            raise UsageError(
+                f"{argument} is not known: sizes in it vary",
+                hint="decide nothing by a size that varies",
+            )
+        return self.piece.size_nodes(argument)
+
+    def record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Append a call and return its value."""
+        if target.namespace == "prim":
+            return target(*args, **kwargs)
+        if target is torch.ops.aten.detach_.default:
+            return args[0]
+        _admit(target, args, kwargs)
+        if target is torch.ops.aten.fill_.Tensor:
+            # what y[0] = 1.0 writes; a number needs no tensor in the model
+            target, args = torch.ops.aten.fill_.Scalar, (args[0], self.literal(args[1]))
+            target = torch.ops.aten.fill_.Tensor if isinstance(args[1], torch.Tensor) else target
+        given = self.nodes(args), {name: self.nodes(value) for name, value in kwargs.items()}
+        counted = operator_name(target) in _COUNTED
+        if counted:
+            _require_count(self.piece, target, _given(target, args, kwargs), None)
+        try:
+            value = infer(self.piece.mode, target, *given)
+        except VerificationError as error:
+            if type(error.__cause__).__name__ in _DATA_DEPENDENT:
+                raise _by_values(target) from error
+            raise
+        if counted:
+            _require_count(self.piece, target, _given(target, args, kwargs), value)
+        if isinstance(value, (int, torch.SymInt)) and operator_name(target).startswith("aten.sym_"):
+            return value
+        node = self.piece.graph.call_function(target, *given)
+        node.meta["val"] = value
+        if is_mutable(target):
+            return args[0] if args else None
+        return self.wrapped(target, node)
+
+    def wrapped(self, target: Any, node: fx.Node) -> Any:
+        """Return the tensors of a call's results."""
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            if not _symbols(value) <= self.symbols:
+                raise _by_values(target)
+            return self.follow(node)
+        if isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value):
+            parts = []
+            for index, item in enumerate(value):
+                part = self.piece.graph.call_function(operator.getitem, (node, index))
+                part.meta["val"] = item
+                parts.append(self.wrapped(target, part))
+            return type(value)(parts) if type(value) in (list, tuple) else tuple(parts)
+        raise _by_values(target)
+
+
+def _require_count(piece: _Piece, target: Any, given: dict[str, Any], parts: Sequence[Any] | None) -> None:
+    """Refuse to take a dimension apart into as many parts as the example has; before there are any, or after."""
+    size, dim = given["self"].shape[given["dim"]], given["dim"]
+    if isinstance(size, int) or given.get("chunks", 3) <= 2:
+        return
+    by_size = "chunks" in given or "split_size" in given
+    if by_size and (parts is None or same_size(size, parts[0].shape[dim] * len(parts))):
+        return
+    raise UsageError(
+        f"{operator_name(target)} of a dimension of size {piece.size_text(size)} gives as many parts as that "
+        "has, and it varies",
+        hint="compute on the whole dimension, or take parts of given sizes with torch.split(x, [first, second])",
+    )
+
+
+def _symbols(value: torch.Tensor) -> set[Any]:
+    return {
+        s for size in value.shape if isinstance(size, torch.SymInt) for s in expression(size).free_symbols
+    }
+
+
+def _admit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse operators whose results cannot be recorded."""
+    name = operator_name(target)
+    if torch.Tag.data_dependent_output in target.tags or name in ("aten.item", "aten.is_nonzero"):
+        raise _by_values(target)
+    if torch.Tag.inplace_view in target.tags:
+        raise UsageError(
+            f"{name} changes the shape of a tensor in place",
+            hint=f"use {name.removesuffix('_')}, which returns it",
+        )
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        given = _given(target, args, kwargs)
+        off = given.get("train", given.get("training", True)) is False
+        if not off and given.get("p", given.get("dropout_p", 1.0)) != 0.0:
+            raise UsageError(
+                f"{name} draws random numbers, and equal calls are recorded once",
+                hint="draw before, and let the function read the tensor drawn",
+            )
+
+
+def _given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    listed = target._schema.arguments
+    defaults = {a.name: a.default_value for a in listed if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in listed), args, strict=False)), **kwargs}
+
+
+def _by_values(target: Any) -> UsageError:
+    return UsageError(f"the function calls {operator_name(target)}, {_ON_VALUES[0]}", hint=_ON_VALUES[1])
+
+
+def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:
+    """Record a function of tensors on the shapes and types of these nodes; the program is not touched.
+
+    Args:
+        program: whose nodes and sizes the arguments are.
+        function: of as many arguments; called once, so it may have no side effects.
+        arguments: nodes, plain values, and lists of them.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: it decides by values or by sizes that vary, writes to an operand, draws random numbers, or
+            returns something else than tensors.
+        VerificationError: an operator in it does not accept its arguments.
     """
-    if isinstance(function, OpOverload):
-        owner: OpOverloadPacket = function.overloadpacket
-        return owner
-    if isinstance(function, OpOverloadPacket):
-        return function
-    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
-    name = _RENAMED.get(name.strip("_"), _OPERATORS.get(name, name))
-    packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, OpOverloadPacket):
+    piece = _Piece(program)
+    held = _Recording(piece)
+    given = [held.operand(argument) for argument in arguments]
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        with refusing_guards(program.mode, UsageError, program.symbols), recording(held.record):
+            returned = function(*given)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
         raise UsageError(
-            f"{name} has no ATen operator of that name",
-            hint="write the pattern or replacement with torch functions such as torch.add or F.linear",
-        )
-    return packet
+            f"{name} cannot be recorded: {type(error).__name__}: {first}",
+            hint="a replacement is an ordinary function of torch on tensors; it runs on tensors without values",
+        ) from error
+    several = isinstance(returned, (list, tuple))
+    results = list(returned) if several else [returned]
+    for result in results:
+        if not isinstance(result, torch.Tensor):
+            raise UsageError(
+                f"{name} returns {type(result).__name__ if result is not None else 'None'}, "
+                "and a replacement must return tensors",
+                hint="end the function with return and the tensor",
+            )
+    nodes = tuple(held.node_of(result) for result in results)
+    piece.graph.output(nodes).meta["val"] = tuple(node.meta["val"] for node in nodes)
+    _simplify(piece, name)
+    return Trace(piece, several)
 
 
-def clean_arguments(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Drop the arguments that exist in Python only, and name the rest as the operator does."""
-    if inspect.isfunction(function) and function.__module__ == "torch.nn.functional":
-        bound = inspect.signature(function).bind(*args, **kwargs)
-        kwargs, args = dict(bound.arguments), ()
-    kwargs = {k: v for k, v in kwargs.items() if k not in _IGNORED}
-    if "input" in kwargs:
-        if function is torch.nn.functional.embedding:
-            kwargs["indices"] = kwargs.pop("input")
-        elif not _takes(packet_of(function), "input"):
-            kwargs["self"] = kwargs.pop("input")
-    return args, kwargs
+def _simplify(piece: _Piece, name: str) -> None:
+    from .canonical.cleanup import clean
+    from .canonical.functional import functionalise
+
+    try:
+        functionalise(piece)
+    except CaptureError as error:
+        if "writes to a weight" in error.message or "writes to an input" in error.message:
+            raise UsageError(
+                f"{name} writes to what it is given: {error.message.split(' in place')[0]}",
+                hint="write to a clone() of it, or use the operator without the underscore",
+            ) from error
+        raise UsageError(f"{name}: {error.message}", hint="compute a new tensor instead") from error
+    clean(piece)
 
 
-def _takes(packet: OpOverloadPacket, name: str) -> bool:
-    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())  # type: ignore[no-untyped-call]
-    return any(argument.name == name for schema in schemas for argument in schema.arguments)
-
-
-def _accepts(kind: str, value: Any) -> bool:
-    if kind.endswith("?"):
-        return value is None or _accepts(kind[:-1], value)
-    if isinstance(value, (fx.Node, Value)):
-        held = value.meta.get("val") if isinstance(value, fx.Node) else value.node.meta.get("val")
-        if kind in ("int", "SymInt", "number"):
-            return isinstance(held, (int, torch.SymInt))
-        return kind == "Tensor" and isinstance(held, torch.Tensor)
-    if kind == "Tensor":
-        return False
-    if kind in ("int", "SymInt"):
-        return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-    if kind == "number":
-        return isinstance(value, (int, float, complex))
-    if kind == "float":
-        return isinstance(value, (int, float))
-    if kind == "bool":
-        return isinstance(value, bool)
-    if kind == "str":
-        return isinstance(value, str)
-    if kind.endswith("]"):
-        inner = kind[: kind.index("[")]
-        if isinstance(value, (int, torch.SymInt)) and kind[-2] != "[":
-            return inner in ("int", "SymInt")
-        return isinstance(value, (list, tuple)) and all(_accepts(inner, item) for item in value)
-    return True
-
-
-def _kind(argument: Any) -> str:
-    text = str(argument.real_type)
-    optional = text.startswith("Optional[")
-    text = text.removeprefix("Optional[").removesuffix("]") if optional else text
-    if text.startswith("List["):
-        size = argument.N if argument.N is not None else ""
-        text = text.removeprefix("List[").removesuffix("]") + f"[{size}]"
-    return text + "?" if optional else text
-
-
-def choose_overload(packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpOverload:
-    """Return the first overload whose schema accepts the arguments."""
-    for relaxed in (False, True):
-        for name in packet.overloads():  # type: ignore[no-untyped-call]
-            overload = getattr(packet, name)
-            listed = overload._schema.arguments
-            if "out" in name or overload._schema.is_mutable or name.endswith("_mode"):
-                continue
-            positional = [a for a in listed if not a.kwarg_only]
-            if len(args) > len(positional) or any(k not in {a.name for a in listed} for k in kwargs):
-                continue
-            given = {a.name: v for a, v in zip(positional, args, strict=False)} | kwargs
-            if any(a.name not in given and not a.has_default_value() for a in listed):
-                continue
-            kinds = {a.name: _kind(a) for a in listed}
-            if all(
-                _accepts(kinds[k], v) or (relaxed and kinds[k] == "Tensor" and isinstance(v, (int, float)))
-                for k, v in given.items()
-            ):
-                assert isinstance(overload, OpOverload)
-                return overload
-    raise UsageError(f"no overload of {packet} takes these arguments: {args} {kwargs}")
-
-
-class Value:
-    """A node of the graph, usable like a tensor: operators, methods and torch functions insert nodes."""
-
-    def __init__(self, editor: Editor, node: fx.Node):
-        self.editor = editor
-        self.node = node
-
-    @property
-    def shape(self) -> Any:
-        """Sizes, known or symbolic."""
-        return self.node.meta["val"].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type."""
-        dtype = self.node.meta["val"].dtype
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    @property
-    def T(self) -> Value:
-        """Transpose of a matrix."""
-        result = apply(self.editor, torch.ops.aten.permute, (self, [1, 0]), {})
-        assert isinstance(result, Value)
-        return result
-
-    @property
-    def mT(self) -> Value:
-        """The last two dimensions swapped."""
-        result = apply(self.editor, torch.ops.aten.mT, (self,), {})
-        assert isinstance(result, Value)
-        return result
-
-    def dim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        """One size or all."""
-        return self.shape if dim is None else self.shape[dim]
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        editor = _find_editor(args) or _find_editor(tuple((kwargs or {}).values()))
-        assert editor is not None
-        args, kwargs = clean_arguments(function, args, kwargs or {})
-        return apply(editor, packet_of(function), args, kwargs)
-
-    def __getitem__(self, index: Any) -> Value:
-        result: Value = self
-        dim = 0
-        for item in index if isinstance(index, tuple) else (index,):
-            if item is Ellipsis:
-                rest = sum(1 for i in index if i is not Ellipsis and i is not None)
-                dim = result.dim() - rest
-            elif item is None:
-                result = apply(self.editor, torch.ops.aten.unsqueeze, (result, dim), {})
-                dim += 1
-            elif isinstance(item, slice):
-                if item != slice(None):
-                    stop = 2**63 - 1 if item.stop is None else item.stop
-                    span = (result, dim, item.start or 0, stop, item.step or 1)
-                    result = apply(self.editor, torch.ops.aten.slice, span, {})
-                dim += 1
-            else:
-                result = apply(self.editor, torch.ops.aten.select, (result, dim, item), {})
-        return result
-
-    def __rtruediv__(self, other: float) -> Any:
-        inverse = self.reciprocal()
-        return inverse if other == 1 else inverse * other
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        packet = packet_of(name)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            if (
-                name in ("reshape", "view", "permute", "expand", "repeat", "flip")
-                and args
-                and not isinstance(args[0], (list, tuple))
-            ):
-                args = (list(args),)
-            return apply(self.editor, packet, (self, *args), kwargs)
-
-        return method
-
-
-def _binary(name: str, reflected: bool) -> Callable[..., Any]:
-    def operate(self: Value, *others: Any) -> Any:
-        operands = (*others, self) if reflected else (self, *others)
-        packet = getattr(torch.ops.aten, name)
-        if reflected and not isinstance(others[0], Value):
-            operands = (self, *others)
-        return apply(self.editor, packet, operands, {})
-
-    return operate
-
-
-for _name, _operator in _OPERATORS.items():
-    setattr(Value, _name, _binary(_operator, False))
-for _name, _operator in _REFLECTED.items():
-    setattr(Value, _name, _binary(_operator, True))
-Value.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-def _find_editor(values: Any) -> Editor | None:
-    for value in values:
-        if isinstance(value, Value):
-            return value.editor
-        if isinstance(value, (list, tuple)):
-            found = _find_editor(value)
-            if found is not None:
-                return found
+def weight_of(program: Program, tensor: torch.Tensor) -> fx.Node | None:
+    """Return the weight whose values a tensor of the user's is, if there is one."""
+    for node in program.weight_nodes:
+        source = program.weights[node.name].source
+        if not isinstance(source, InMemory):
+            continue
+        own = source.tensor
+        same = own.dtype == tensor.dtype and own.shape == tensor.shape and own.stride() == tensor.stride()
+        if same and tensor.numel() and own.data_ptr() == tensor.data_ptr():
+            return node
     return None
-
-
-def wrap(editor: Editor, argument: Any) -> Any:
-    """Replace nodes by values."""
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(wrap(editor, item) for item in argument)
-    return Value(editor, argument) if isinstance(argument, fx.Node) else argument
-
-
-def unwrap(argument: Any) -> Any:
-    """Replace values by nodes."""
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(unwrap(item) for item in argument)
-    if isinstance(argument, Value):
-        return argument.node
-    return argument
-
-
-SWAPS = {
-    "aten.transpose": None,
-    "aten.swapaxes": None,
-    "aten.swapdims": None,
-    "aten.t": (-2, -1),
-    "aten.mT": (-2, -1),
-}
-SPLITS = ("aten.split", "aten.chunk")
-# calls that canonicalisation takes out of every graph
-NOTHING = ("aten.contiguous", "aten.clone", "aten.detach", "aten.alias")
-
-
-def swapped(rank: int, first: int, second: int) -> list[int]:
-    """Return the permutation that swaps two dimensions."""
-    order = list(range(rank))
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _in_dialect(editor: Editor, overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return operator and arguments as canonicalisation spells them, or None where that is how they are."""
-    name = str(overload.overloadpacket)
-    if (name not in SWAPS and name not in SPLITS) or not args or not isinstance(args[0], fx.Node):
-        return None
-    given = dict(zip((a.name for a in overload._schema.arguments), args, strict=False)) | kwargs
-    if name in SWAPS:
-        values = list(given.values())
-        rank = args[0].meta["val"].dim()
-        first, second = SWAPS[name] or (int(values[1]), int(values[2]))
-        return (torch.ops.aten.permute.default, args[0], swapped(rank, first, second)) if rank > 1 else None
-    dim = given.get("dim", 0)
-    sizes = [part.shape[dim] for part in infer(editor.program.mode, overload, args, kwargs)]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    return (torch.ops.aten.split_with_sizes.default, args[0], sizes, dim)
-
-
-def apply(editor: Editor, packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Insert a call of the fitting overload; several results come back as a tuple of values."""
-    args = tuple(unwrap(editor.program.size_nodes(a)) for a in args)
-    kwargs = {k: unwrap(editor.program.size_nodes(v)) for k, v in kwargs.items()}
-    if str(packet) == "aten.add" and len(args) == 2 and not isinstance(args[0], fx.Node):
-        args = (args[1], args[0])
-    if str(packet) in NOTHING and args and isinstance(args[0], fx.Node):
-        return Value(editor, args[0])
-    overload = choose_overload(packet, args, kwargs)
-    respelled = _in_dialect(editor, overload, args, kwargs)
-    node = editor.call(*respelled) if respelled else editor.call(overload, *args, **kwargs)
-    result = node.meta["val"]
-    if isinstance(result, (list, tuple)):
-        import operator
-
-        return tuple(Value(editor, editor.call(operator.getitem, node, i)) for i in range(len(result)))
-    return Value(editor, node)
-
-
-__all__ = [
-    "Value",
-    "apply",
-    "bound_arguments",
-    "choose_overload",
-    "clean_arguments",
-    "packet_of",
-    "unwrap",
-    "wrap",
-]
