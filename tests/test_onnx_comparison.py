@@ -235,3 +235,41 @@ def test_reference_that_is_no_number_is_no_agreement() -> None:
     from graphopt.backends.qnn.measures import signal_to_noise
 
     assert signal_to_noise(numpy.ones(3), numpy.array([1.0, numpy.nan, 1.0])) == -200.0
+
+
+class Cancelling(torch.nn.Module):
+    """What is left of large values: float32 keeps three digits of it."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight + self.size).sin()
+
+
+@pytest.mark.parametrize(("size", "share", "holds"), [(3e3, 3, True), (3e3, 40, False), (0.0, 3, False)])
+def test_errors_count_beside_what_the_type_costs_the_program_itself(
+    size: float, share: float, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.backends import onnx_compare
+    from graphopt.backends.compare_cases import Case
+
+    x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    program = graphopt.capture(Cancelling(size), x)
+    (name,) = program.outputs
+    own = program(x)
+    lost = float(
+        (own.detach().double() - Cancelling(3e3).double()(x.double()).detach()).abs().max() / own.abs().max()
+    )
+    error = share * lost if size else share * 1e-4
+    found = own + error * own.abs().max() * torch.tensor([1.0, -1.0]).repeat(4)
+    monkeypatch.setattr(onnx_compare, "_results", lambda paths, cases: [{name: found.detach().numpy()}])
+    case = Case("a case", {next(iter(program.signature.inputs)): x})
+    if holds:
+        assert error > 1e-4, "the case must need the room"
+        assert onnx_compare.compare_with_runtime([], program, [case])[name] == pytest.approx(error, rel=0.3)
+    else:
+        with pytest.raises(LoweringError, match="differs from the program"):
+            onnx_compare.compare_with_runtime([], program, [case])
