@@ -13,6 +13,7 @@ import gguf
 import gguf_files
 import numpy
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -228,7 +229,6 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "pattern"),
     [
-        (lambda w, t: w.add_uint16("split.count", 3), "one of 3 parts.*\n.*--merge"),
         (lambda w, t: w.add_expert_count(8), "mixture of experts"),
         (lambda w, t: w.add_value_length(64), "values are not as wide as its keys"),
         (lambda w, t: w.add_rope_dimension_count(8) if False else w.add_causal_attention(False), "not causal"),
@@ -241,6 +241,57 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
 def test_what_is_not_taken_is_refused(edit: Any, pattern: str, tmp_path: Path) -> None:
     model = gguf_files.make("llama_biases")
     _refused(gguf_files.write(tmp_path / "m.gguf", "llama_biases", model, edit=edit), pattern)
+
+
+def _parts(tmp_path: Path, name: str = "m") -> list[Path]:
+    """Write a model in three files: metadata, the embedding and first layer, and the rest."""
+    raw = gguf_files.make("llama")
+    tensors = gguf_files.tensors_of("llama", raw)
+    groups = [
+        {},
+        {k: v for k, v in tensors.items() if "blk.1" not in k},
+        {k: v for k, v in tensors.items() if "blk.1" in k},
+    ]
+    found = []
+    for number, group in enumerate(groups):
+        path = tmp_path / f"{name}-{number + 1:05d}-of-00003.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        if number == 0:
+            gguf_files.parameters(writer, "llama", raw.config)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 3)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for key, value in group.items():
+            writer.add_tensor(key, numpy.ascontiguousarray(value))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        found.append(path)
+    return found
+
+
+def test_parts_are_one_model(tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    state = gguf_files.make("llama").state_dict()
+    for part in (parts[0], parts[2]):
+        _, tensors, _, _ = read_gguf(part)
+        assert set(tensors) == set(state)
+        for key, source in tensors.items():
+            assert torch.equal(source.load(), state[key])
+
+
+def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    _refused(parts[1], "part 3 of 3 of a model, and its name does not say so")
+    with pytest.raises(CheckpointError, match="00002-of-00003.gguf: it is no part 2 of 3"):
+        read_gguf(parts[0])
+    parts[1].write_bytes(whole)
+    parts[2].rename(tmp_path / "elsewhere.gguf")
+    _refused(parts[0], "part 1 of 3 of a model, and .*m-00003-of-00003.gguf does not exist")
+    _refused(tmp_path / "elsewhere.gguf", "its name does not say so.*\n.*--merge")
 
 
 def test_headers_are_read_without_their_tensors(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def capture(
 
     Args:
         model: an ``nn.Module``; what ``program.module()`` returned, trained since; a Hugging Face folder or an
-            id in the local cache; a folder written by ``Program.save``; a ``.pt2`` file; an ExportedProgram;
+            id in the local cache; a GGUF file; a folder written by ``Program.save``; a ``.pt2`` file; an ExportedProgram;
             or a Program, returned as it is.
         inputs: an example: tensor, tuple, dict, or (args, kwargs). May be left out for checkpoints.
         dynamic: "auto" lets sizes vary where the model does; None fixes them; or

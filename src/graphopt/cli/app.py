@@ -127,7 +127,8 @@ def diff(
 @app.command()
 def evaluate(
     checkpoints: Annotated[
-        list[str], typer.Argument(help="Hugging Face folders or cached ids, saved programs, .pt2 files.")
+        list[str],
+        typer.Argument(help="Hugging Face folders or cached ids, GGUF files, saved programs, .pt2 files."),
     ],
     data: Annotated[list[str], typer.Option("--data", help="A .jsonl, .txt or .npz file; may be repeated.")],
     metric: Annotated[

@@ -8,7 +8,8 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoint = Annotated[
-    str, typer.Argument(help="A Hugging Face folder or cached id, a saved program, or a .pt2 file.")
+    str,
+    typer.Argument(help="A Hugging Face folder or cached id, a GGUF file, a saved program, or a .pt2 file."),
 ]
 Pipeline = Annotated[
     str | None,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import Architecture, architecture_of, configuration, expected
-from .header import Header, read_header
+from .header import Header
+from .parts import read_headers
 from .tensors import GGUFTensor, tensor_of
 from .tokenizer import Vocabulary, read_tokenizer
 
@@ -35,12 +36,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], dict[s
     Raises:
         CheckpointError: the file is damaged, contradicts itself, or is of a kind that is not taken.
     """
-    header = read_header(path)
-    if header.count("split.count", 1, low=0) > 1:
-        raise header.wrong(
-            f"it is one of {header.count('split.count')} parts of a model, which are not put together here",
-            hint="join them with llama.cpp's `llama-gguf-split --merge FIRST-PART OUTPUT`",
-        )
+    header = read_headers(path)
     prefix, kind = architecture_of(header)
     config = configuration(header, prefix, kind)
     tensors = _tensors(header, prefix, kind, config)

@@ -29,13 +29,18 @@ _FLOAT32, _BOOL, _STRING, _ARRAY = 6, 7, 8, 9
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in the file, and in which type; ``shape`` is in row-major order."""
+    """Where a tensor lies in a file, and in which type; ``shape`` is in row-major order.
+
+    ``stamp`` tells that the file is still the one whose header was read.
+    """
 
     name: str
     shape: tuple[int, ...]
     code: int
     start: int
     bytes: int
+    path: Path
+    stamp: tuple[int, ...]
 
     @property
     def kind(self) -> str:
@@ -51,7 +56,6 @@ class Header:
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    stamp: tuple[int, ...]
 
     def wrong(
         self, why: str, hint: str = "copy or download it again, or convert the model anew"
@@ -264,7 +268,8 @@ def _read(file: _Bytes, stamp: tuple[int, ...]) -> Header:
             raise file.wrong(f"it has two tensors {name!r}")
         if offset % alignment:
             raise file.wrong(f"{name!r} begins at byte {offset}, which is no multiple of {alignment}")
-        tensors[name] = StoredTensor(name, shape, code, start + offset, _size(file, name, shape, code))
+        size = _size(file, name, shape, code)
+        tensors[name] = StoredTensor(name, shape, code, start + offset, size, file.path, stamp)
     place = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.bytes)):
         if tensor.start < place:
@@ -272,7 +277,7 @@ def _read(file: _Bytes, stamp: tuple[int, ...]) -> Header:
         place = tensor.start + tensor.bytes
         if place > file.size:
             raise file.wrong(f"{tensor.name!r} ends at byte {place}, the file at {file.size}")
-    return Header(file.path, metadata, tensors, stamp)
+    return Header(file.path, metadata, tensors)
 
 
 def _tensor(file: _Bytes) -> tuple[str, tuple[int, ...], int, int]:

@@ -98,10 +98,17 @@ def tensor_of(header: Header, stored: StoredTensor, *, rotated: int = 0, offset:
     """
     if not dequantises(stored.code):
         raise CheckpointError(
-            f"{header.path}: {stored.name!r} is stored as {stored.kind}, which the library gguf does not dequantise",
+            f"{stored.path}: {stored.name!r} is stored as {stored.kind}, which the library gguf does not dequantise",
             hint=f"convert the model to one of {', '.join(dequantised_types())}, for example with llama-quantize",
         )
     return GGUFTensor(
-        header.path, stored.name, stored.shape, stored.code, stored.start, stored.bytes, header.stamp,
-        rotated, offset,
-    )  # fmt: skip
+        stored.path,
+        stored.name,
+        stored.shape,
+        stored.code,
+        stored.start,
+        stored.bytes,
+        stored.stamp,
+        rotated,
+        offset,
+    )
