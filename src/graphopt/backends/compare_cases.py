@@ -155,7 +155,7 @@ def _another(program: Program, first: Mapping[str, int], fixed: Mapping[str, int
             if value < max(limits.low, 1) or (limits.high is not None and value > limits.high):
                 continue
             trial = {n: value if namesake(n) == namesake(name) else v for n, v in other.items()}
-            if _runs(program, trial):
+            if program.signature.takes(trial) and _runs(program, trial):
                 other = trial
                 break
     return other

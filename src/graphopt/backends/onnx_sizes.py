@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..ir.compat import add_symbol, fake_tensor, new_fake_mode, symint
+from ..ir.constraints import constraints_with
 from ..ir.errors import LoweringError, VerificationError
 from ..ir.infer import infer
 from ..ir.program import Program
@@ -67,6 +68,8 @@ def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = Fa
     other = program.copy()
     other.mode = new_fake_mode()
     other.symbols = {}
+    names = frozenset(program.signature.sizes)
+    other.signature.constraints = constraints_with(program.signature.constraints, names, sizes)
     other.signature.sizes = {n: s for n, s in program.signature.sizes.items() if n not in sizes}
     moved = _Mover(other, float32)
     for symbol, name in program.symbols.items():
@@ -96,6 +99,12 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
             raise LoweringError(
                 f"{name} cannot be {value}: the program takes {limits.low}{upper or ' and more'}"
             )
+    broken = program.signature.broken_constraint(sizes)
+    if broken is not None:
+        said = ", ".join(f"{n}={v}" for n, v in sizes.items() if n in broken)
+        raise LoweringError(
+            f"{said}: the program takes sizes with {broken} only", hint="give sizes= that keep this"
+        )
 
 
 class _Mover:

@@ -26,7 +26,8 @@ def inspect_checkpoint(
         for n in program.signature.sizes
         if n.startswith(("batch", "sequence"))
     }
-    sizes = {n: min(s, program.signature.sizes[n].high or s) for n, s in sizes.items()}
+    near = program.signature.nearest(sizes)
+    sizes = {n: near[n] for n in sizes}
     found = cost(program, sizes, device)
     anatomy = program.anatomy
     possible = what_passes_could_do(program)
@@ -40,6 +41,7 @@ def inspect_checkpoint(
                 },
                 "outputs": program.signature.output_names,
                 "sizes": {n: [r.low, r.high] for n, r in program.signature.sizes.items()},
+                "constraints": list(program.signature.constraints),
                 "blocks": [
                     {"name": b.name, "kind": b.kind, "layer": b.layer, "norms": b.norms,
                      "parallel": b.parallel, "sizes": {k: str(v) for k, v in b.sizes.items()},
@@ -60,7 +62,9 @@ def inspect_checkpoint(
         )  # fmt: skip
         return
     takes = ", ".join(f"{n} {list(s.shape)}" for n, s in program.signature.inputs.items())
-    text(f"takes {takes}\ngives {', '.join(program.signature.output_names)}\n")
+    text(f"takes {takes}\ngives {', '.join(program.signature.output_names)}")
+    limits = _limits(program)
+    text((f"sizes {limits}\n") if limits else "")
     rows = _block_rows(program)
     table("Blocks", ("blocks", "norms", "evidence"), rows)
     if anatomy.branches:
@@ -97,6 +101,16 @@ def _exits(program: Program, data: str) -> list[float]:
     """Return for each layer but the last how often an exit after it is right, on the first rows of the data."""
     batches, _ = read_data(program, data, sequences=8, length=256)
     return exit_quality(program, batches[0])
+
+
+def _limits(program: Program) -> str:
+    """Return which sizes the program takes, where it does not take all."""
+    said = [
+        f"{name} from {r.low}" + ("" if r.high is None else f" to {r.high}")
+        for name, r in program.signature.sizes.items()
+        if r.low > 1 or r.high is not None
+    ]
+    return ", ".join([*said, *program.signature.constraints])
 
 
 def _block_rows(program: Program) -> list[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..ir.comparison import relative_error
-from ..ir.errors import CaptureError, GraphoptError
+from ..ir.errors import CaptureError, GraphoptError, UsageError
 from ..ir.program import Program
-from ..ir.signature import SizeRange
 from ..ir.structure import describe
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -35,7 +34,7 @@ def counted_error(result: Any, reference: torch.Tensor, where: torch.Tensor | No
 
 
 def compare_outputs(
-    program: Program, model: nn.Module, inputs: dict[str, Any], where: torch.Tensor | None = None
+    program: Program, model: Callable[..., Any], inputs: dict[str, Any], where: torch.Tensor | None = None
 ) -> float:
     """Run both on the same inputs and return the largest relative error over outputs."""
     with torch.no_grad():
@@ -67,6 +66,11 @@ def require_equal(
     for label, inputs, where in cases:
         try:
             errors[label] = compare_outputs(program, model, inputs, where)
+        except UsageError as error:
+            raise CaptureError(
+                f"the captured graph does not take {label}: {error.message}",
+                hint="it was captured at other sizes, where the model decides otherwise; give a larger example",
+            ) from error
         except GraphoptError:
             raise
         except Exception as error:
@@ -109,34 +113,32 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
     return resized_inputs
 
 
-def freeze_fixed_sizes(program: Program, model: nn.Module, example: dict[str, Any]) -> None:
-    """Fix the sizes that the model itself does not let vary, which the tracer may not have noticed."""
-    for name, limits in list(program.signature.sizes.items()):
-        other = resized(program, example, {name: _another(limits)})
-        if other is None:
-            continue
-        try:
-            with torch.no_grad():
-                model(**other)
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            program.signature.sizes[name] = SizeRange(limits.hint, limits.hint, limits.hint)
-            program.facts.setdefault("fixed_sizes", []).append(name)
-
-
-def _another(limits: SizeRange) -> int:
-    return max(limits.low, min(limits.hint + 2, limits.high or 10**9))
-
-
 def compare_with_model(
     program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
 ) -> None:
-    """Compare at the user's size, at the captured size and at another one."""
-    freeze_fixed_sizes(program, model, example)
+    """Settle which sizes the program takes, then compare at the user's size, at the captured size and at another one."""
+    from .size_trials import numbers_in, settle_limits, trial
+
+    config = getattr(model, "config", None)
+    settle_limits(program, trial(program, model, example), numbers_in(getattr(config, "__dict__", {})))
     cases: list[tuple[str, dict[str, Any], Any]] = [
         ("the example", given, None),
         ("the captured size", example, None),
     ]
-    other = resized(program, example, {n: _another(limits) for n, limits in program.signature.sizes.items()})
-    if other is not None and program.signature.sizes:
+    sizes = program.signature.sizes
+    other = resized(
+        program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
+    )
+    if other is not None and sizes and _taken(model, other):
         cases.append(("another size", other, None))
     require_equal(program, model, cases)
+
+
+def _taken(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Tell whether the model itself runs at a size; one that it refuses says nothing about the program."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True

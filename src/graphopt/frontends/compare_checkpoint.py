@@ -19,6 +19,7 @@ from .architecture import filled, model_class
 from .checkpoint_files import CheckpointFiles
 from .compare import compare_outputs, require_equal, tolerance_of
 from .example_inputs import example_inputs
+from .size_trials import numbers_in, settle_limits, trial
 
 
 def compare_with_checkpoint(
@@ -82,12 +83,15 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     if not set(program.signature.inputs) <= set(example):
         raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - set(example))}")
     given = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}
+    settle_limits(program, trial(program, model, given), numbers_in(model.config.to_dict()))
     cases: list[tuple[str, dict[str, Any], Any]] = [("the captured size", example, None)]
     sizes = program.signature.sizes
-    if "batch" in sizes:
+    if "batch" in sizes and program.signature.takes({"batch": 1}):
         cases.append(("a batch of one", {k: v[:1] for k, v in given.items()}, None))
     if "sequence" in sizes:
-        cases.append(("another length", {k: v[:, :9] if v.dim() == 2 else v for k, v in given.items()}, None))
+        length = program.signature.nearest({"sequence": 9})["sequence"]
+        cut = {k: v[:, :length] if v.dim() == 2 else v for k, v in given.items()}
+        cases.append(("another length", cut, None))
         bare = {k: v for k, v in given.items() if k != "attention_mask"}
         cases.append(("no mask", bare, None))
     if "attention_mask" in example and "sequence" in sizes:

@@ -18,6 +18,7 @@ from ..ir.region import cut
 from ..ir.weights import Absent, InMemory
 from .architecture import model_class
 from .compare_checkpoint import compare_with_model
+from .size_limits import take_limits
 
 CaptureConfiguration = Callable[[Any], Program]
 
@@ -46,7 +47,9 @@ def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: Ca
         if isinstance(weight.source, Absent):
             tensor = next(state[n] for n in weight.all_names if n in state)
             captured.weights[name] = replace(weight, source=InMemory(tensor))
+    tried = set(captured.signature.constraints)
     compare_with_model(captured, model)
+    take_limits(program.signature, captured.signature, tried)
     for name, spec in captured.signature.inputs.items():
         if name in program.signature.inputs:
             # how the model fills in positions was found by comparing

@@ -14,6 +14,7 @@ from ..ir.canonical import canonicalise
 from ..ir.errors import CheckpointError
 from ..ir.program import Program
 from .lift import lift
+from .size_limits import settle_by_guards
 
 
 def capture_exported(exported: ExportedProgram) -> Program:
@@ -30,6 +31,7 @@ def capture_exported(exported: ExportedProgram) -> Program:
         if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument):
             inputs[node.name] = node.meta["val"]
     program = lift(own, inputs)
+    settle_by_guards(program)
     canonicalise(program)
     program.origin.kind = "exported"
     return program

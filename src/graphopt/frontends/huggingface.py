@@ -31,6 +31,7 @@ from .compare_small import compare_small
 from .example_inputs import causal, example_inputs, size_names
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
+from .size_limits import settle_by_guards
 from .torch_module import export
 
 ATTENTION_LADDER = ("sdpa", "eager")
@@ -164,7 +165,9 @@ def _climb(
     for attention in ATTENTION_LADDER:
         try:
             program = _capture(config, dtype, inputs, dynamic, files, attention)
-            if compare and files is not None:
+            if not compare or files is None:
+                settle_by_guards(program)
+            else:
                 again = partial(
                     _capture, dtype=dtype, inputs=None, dynamic=dynamic, files=None, attention=attention
                 )

@@ -19,6 +19,7 @@ from ..ir.signature import Input, Signature, SizeRange
 from ..ir.sizes import expression, format_size
 from ..ir.structure import describe
 from ..ir.weights import InMemory, TensorSource, Weight
+from .size_limits import read_guards
 
 _WEIGHT_KINDS = {
     InputKind.PARAMETER: "parameter",
@@ -49,6 +50,8 @@ def lift(
         sources: where values of weights are, by parameter or buffer name, if not in ``exported``.
         names: preferred names of sizes, by symbol name.
 
+    What the export decided about sizes is in the signature's constraints, not yet tried (``size_trials``).
+
     Raises:
         CaptureError: the model writes to its inputs or buffers, or takes objects that are not tensors.
     """
@@ -69,6 +72,7 @@ def lift(
     _name_sizes(program, names or {})
     _placeholders(program, exported, list(leaves), sources or {})
     _outputs(program, exported)
+    read_guards(program, exported)
     return program
 
 
@@ -108,7 +112,7 @@ def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
                 low, high, hint = symbol_range(program.mode, symbol)
                 program.symbols[symbol] = name
                 # export reports a lower limit of 2 that it does not enforce; size 1 is compared at capture
-                program.signature.sizes[name] = SizeRange(min(low, 1), high, hint)
+                program.signature.sizes[name] = SizeRange(low if low > 2 else min(low, 1), high, hint)
 
 
 def _placeholders(

@@ -18,6 +18,8 @@ from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
 from .compare import compare_with_model
 from .lift import lift
+from .size_limits import settle_by_guards
+from .size_trials import larger_example, share_sizes
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 WIDE_BATCH, WIDE_LENGTH = 3, 13
@@ -194,11 +196,25 @@ def capture_module(
         if dynamic == "auto"
         else tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, named)
     )
-    with evaluation(model):
+
+    def captured(example: dict[str, Any]) -> Program:
         exported = export(model, example, dynamic_shapes(example, dynamic))
         program = lift(exported, example, names=name_sizes(exported) if name_sizes else None)
+        if compare:
+            share_sizes(program, model, example)
         canonicalise(program)
         if compare:
             compare_with_model(program, model, named, example)
+        else:
+            settle_by_guards(program)
+        return program
+
+    with evaluation(model):
+        program = captured(example)
+        larger = larger_example(program, model, example) if compare and dynamic == "auto" else None
+        if larger is not None:
+            # a size so small that the model does less with it than with others
+            with contextlib.suppress(CaptureError):
+                program = captured(larger)
     program.origin.model_class = f"{type(model).__module__}:{type(model).__qualname__}"
     return program

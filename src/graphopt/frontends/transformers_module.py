@@ -15,6 +15,8 @@ from .compare_checkpoint import compare_with_model
 from .example_inputs import causal, example_inputs, size_names
 from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names
 from .lift import lift
+from .size_limits import settle_by_guards
+from .size_trials import numbers_in, settle_limits, trial
 from .torch_module import evaluation, widen
 
 
@@ -69,6 +71,8 @@ def capture_transformers_module(
             if compare:
                 with evaluation(model):
                     _compare(program, model, inputs)
+            else:
+                settle_by_guards(program)
         except GraphoptError as error:
             failures.append(f"with {attention} attention: {error}")
             continue
@@ -115,4 +119,5 @@ def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
     else:
         from .compare import require_equal
 
+        settle_limits(program, trial(program, model, inputs), numbers_in(model.config.to_dict()))
         require_equal(program, model, [("the example", inputs, None)])

@@ -39,15 +39,18 @@ __all__ = [
     "compile_package",
     "fake_tensor",
     "fresh",
+    "guard_code",
     "is_plain_tensor",
     "load_package",
     "new_fake_mode",
     "quiet_failures",
     "recording",
     "refusing_guards",
+    "size_guards",
     "symbol_range",
     "symbolic_kernels",
     "symint",
+    "widen_symbol",
     "without_fake_cache",
     "without_guards",
 ]
@@ -105,6 +108,40 @@ def symbol_range(mode: FakeTensorMode, symbol: sympy.Symbol) -> tuple[int, int |
         high,
         int((getattr(env, "backed_var_to_val", None) or env.var_to_val)[symbol]),
     )
+
+
+def size_guards(mode: FakeTensorMode) -> list[Any]:
+    """Return what was decided about sizes under ``mode``, as relations of sympy between symbols that are still free."""
+    env = mode.shape_env
+    assert env is not None
+    found = []
+    for guard in env.guards:
+        relation = guard.expr
+        for _ in range(len(env.replacements) + 1):
+            settled = relation.xreplace(env.replacements)
+            if settled == relation:
+                break
+            relation = settled
+        found.append(relation)
+    return found
+
+
+def guard_code(exported: ExportedProgram) -> list[str]:
+    """Return the guards that came with an exported program from a file, as the text torch keeps."""
+    return list(getattr(exported, "_guards_code", None) or [])
+
+
+def widen_symbol(mode: FakeTensorMode, symbol: sympy.Symbol, low: int, high: int | None) -> None:
+    """Let a size symbol take values outside the range that tracing narrowed it to; a range is never narrowed here."""
+    env = mode.shape_env
+    assert env is not None
+    known = env.var_to_range[symbol]
+    upper = int_oo if high is None else high
+    # sizes of 0 and 1 stay special, as in add_symbol
+    wide = ValueRanges(min(int(known.lower), max(low, 2)), max(known.upper, upper))
+    if wide != known:
+        env.var_to_range[symbol] = wide
+        env._update_version_counter()
 
 
 def symbolic_kernels() -> contextlib.AbstractContextManager[None]:

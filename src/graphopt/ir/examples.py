@@ -52,6 +52,8 @@ def example_inputs(
         base = name.rsplit("_", 1)[0]
         if name not in (sizes or {}) and base in ("batch", "sequence") and name.rsplit("_", 1)[-1].isdigit():
             wanted[name] = wanted.get(base, wanted[name])
+    if sizes is None:
+        wanted |= program.signature.nearest({n: v for n, v in wanted.items() if n in program.signature.sizes})
     generator = torch.Generator().manual_seed(seed)
     symbols = {name: symbol for symbol, name in program.symbols.items()}
     values = {symbols[name]: size for name, size in wanted.items() if name in symbols}

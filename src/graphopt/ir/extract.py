@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from .constraints import constraints_among
 from .errors import UsageError
 from .execute import needed_for
 from .fold import drop_unread_weights
@@ -72,9 +73,11 @@ def _drop_inputs(program: Program, keep: set[str]) -> None:
         program.graph.erase_node(program.input_nodes[name])
     inputs = {n: spec for n, spec in signature.inputs.items() if n not in gone}
     used = {str(size) for spec in inputs.values() for size in spec.shape}
+    sizes = {n: s for n, s in signature.sizes.items() if any(n in text for text in used)}
     program.signature = replace(
         signature,
         inputs=inputs,
         parameters={n: s for n, s in signature.parameters.items() if s.get("leaf") not in gone},
-        sizes={n: s for n, s in signature.sizes.items() if any(n in text for text in used)},
+        sizes=sizes,
+        constraints=constraints_among(signature.constraints, frozenset(signature.sizes), sizes),
     )

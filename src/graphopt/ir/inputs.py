@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from .compat import symint
+from .constraints import rename_in
 from .errors import UsageError
 from .signature import Fill, FillRule, Input, SizeRange
 from .sizes import format_size
@@ -80,6 +82,40 @@ def limit_size(program: Program, size: str, low: int, high: int | None = None) -
     program.signature = replace(
         signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), most, hint)}
     )
+
+
+def unite_sizes(program: Program, kept: str, gone: str) -> None:
+    """Let two named sizes with one value at capture be one, for inputs that a model wants to agree.
+
+    Args:
+        program: its values, inputs and constraints speak of ``kept`` only afterwards.
+        kept: the name that stays.
+        gone: the name that goes.
+    """
+    symbols = {name: symbol for symbol, name in program.symbols.items()}
+    swap = {symbols[gone]: symbols[kept]}
+
+    def united(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(united(item) for item in value)
+        if isinstance(value, torch.SymInt) and symbols[gone] in value.node.expr.free_symbols:
+            return symint(program.mode, value.node.expr.xreplace(swap), value.node.hint)
+        if isinstance(value, torch.Tensor) and any(united(size) is not size for size in value.shape):
+            return program.fake([united(size) for size in value.shape], value.dtype)
+        return value
+
+    for node in program.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = united(node.meta["val"])
+    signature, names = program.signature, frozenset(program.signature.sizes)
+    constraints = [rename_in(text, names, gone, kept) for text in signature.constraints]
+    signature.constraints = tuple(dict.fromkeys(text for text in constraints if text is not None))
+    signature.sizes = {n: limits for n, limits in signature.sizes.items() if n != gone}
+    del program.symbols[symbols[gone]]
+    for name, spec in signature.inputs.items():
+        shape = tuple(program.size_text(size) for size in program.input_nodes[name].meta["val"].shape)
+        signature.inputs[name] = replace(spec, shape=shape)
+    program.changed()
 
 
 def remove_dial(program: Program, name: str) -> None:

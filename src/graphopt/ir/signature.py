@@ -9,6 +9,7 @@ from typing import Any, Literal
 import sympy
 import torch
 
+from .constraints import parse_relation
 from .errors import UsageError
 from .sizes import parse_size
 from .structure import Structure, flatten, leaf_names, rebuild
@@ -52,12 +53,16 @@ class SizeRange:
 
 @dataclass
 class Signature:
-    """Inputs by parameter name, outputs by name, and the named sizes they share."""
+    """Inputs by parameter name, outputs by name, the named sizes they share, and what must hold between these.
+
+    ``constraints`` are texts as ``sequence % 8 == 0``: what ranges of single sizes cannot say.
+    """
 
     inputs: dict[str, Input]
     parameters: dict[str, Structure]
     outputs: Structure
     sizes: dict[str, SizeRange] = field(default_factory=dict)
+    constraints: tuple[str, ...] = ()
 
     @property
     def output_names(self) -> list[str]:
@@ -142,6 +147,58 @@ class Signature:
             for dim, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
                 self._check_size(name, dim, int(size), wanted, seen)
         self._check_expressions(flat, seen)
+        known = {name: size for name, (size, _) in seen.items()}
+        broken = self.broken_constraint(known)
+        if broken is not None:
+            said = ", ".join(f"{n} is {known[n]}" for n in sorted(known) if n in broken)
+            raise UsageError(
+                f"{said}: the program takes sizes with {broken} only",
+                hint="the model decides by its sizes; capture it again with an example of these",
+            )
+
+    def broken_constraint(self, sizes: Mapping[str, int]) -> str | None:
+        """Return a constraint that sizes do not keep, or None; those that speak of other sizes are left out."""
+        names = frozenset(self.sizes)
+        for text in self.constraints:
+            relation = parse_relation(text, names)
+            if relation.names <= set(sizes) and not relation.holds(sizes):
+                return text
+        return None
+
+    def takes(self, sizes: Mapping[str, int]) -> bool:
+        """Tell whether sizes lie in their ranges and keep the constraints."""
+        for name, size in sizes.items():
+            limits = self.sizes[name]
+            if size < limits.low or (limits.high is not None and size > limits.high):
+                return False
+        return self.broken_constraint(sizes) is None
+
+    def nearest(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Return sizes that the program takes, near those wanted: a value for each named size.
+
+        Sizes that are not wanted are those seen at capture; if no neighbours of what is wanted keep the constraints,
+        all are.
+        """
+        hints = {name: limits.hint for name, limits in self.sizes.items()}
+        found = dict(hints)
+        for name, limits in self.sizes.items():
+            if name in wanted:
+                high = wanted[name] if limits.high is None else limits.high
+                found[name] = max(limits.low, min(wanted[name], high))
+        if self.broken_constraint(found) is None:
+            return found
+        for name in self.sizes:
+            for size in _around(found[name], hints[name]):
+                if self.takes({**found, name: size}):
+                    return {**found, name: size}
+        # sizes that depend on each other, one after the other
+        settled = dict(hints)
+        for name, size in found.items():
+            for value in _around(size, hints[name]):
+                if self.takes({**settled, name: value}):
+                    settled[name] = value
+                    break
+        return settled
 
     def _check_size(
         self, name: str, dim: int, size: int, wanted: int | str, seen: dict[str, tuple[int, str]]
@@ -157,10 +214,15 @@ class Signature:
         if wanted not in self.sizes:  # an expression of other sizes
             return
         limits = self.sizes[wanted]
+        again = "capture the model again with a larger or smaller example to let it vary further"
         if size < limits.low:
-            raise UsageError(f"input {name!r}: {wanted} is {size}, the program takes {limits.low} and more")
+            raise UsageError(
+                f"input {name!r}: {wanted} is {size}, the program takes {limits.low} and more", hint=again
+            )
         if limits.high is not None and size > limits.high:
-            raise UsageError(f"input {name!r}: {wanted} is {size}, the program takes up to {limits.high}")
+            raise UsageError(
+                f"input {name!r}: {wanted} is {size}, the program takes up to {limits.high}", hint=again
+            )
         if wanted in seen and seen[wanted][0] != size:
             raise UsageError(f"{wanted} is {size} in {name!r} and {seen[wanted][0]} in {seen[wanted][1]!r}")
         seen[wanted] = (size, name)
@@ -185,6 +247,12 @@ class Signature:
     def unflatten(self, values: Mapping[str, Any]) -> Any:
         """Return the outputs in the structure of the model's own."""
         return rebuild(self.outputs, values)
+
+
+def _around(size: int, hint: int) -> list[int]:
+    """Sizes in the order they are tried: first those near the one wanted, then the one seen at capture."""
+    near = [size + step for distance in range(129) for step in (distance, -distance)]
+    return [n for n in dict.fromkeys(near) if n > 0] + [hint]
 
 
 def make_fill(fill: Fill, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:

@@ -358,7 +358,8 @@ def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
         else first[name]
         for name, kind in kinds.items()
     }
-    return [first, second]
+    nearest = program.signature.nearest
+    return [nearest(first), nearest(second)]
 
 
 def _error(pair: _Pair, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> float:

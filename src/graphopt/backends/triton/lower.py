@@ -168,7 +168,8 @@ def _sizes(program: Program, given: Mapping[str, int] | None) -> dict[str, int]:
         usual = USUAL.get(name)
         if usual is not None:
             found[name] = max(limits.low, usual if limits.high is None else min(usual, limits.high))
-    return {**found, **(given or {})}
+    near = program.signature.nearest(found)
+    return {**{name: near[name] for name in found}, **(given or {})}
 
 
 def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], dict[str, str]]:

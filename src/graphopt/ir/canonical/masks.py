@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HIDDEN = -1e4
 _LONGEST = 1500
+_LONGEST_TABLE = 4200
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,22 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
     if windows and max(windows) + 3 > _LONGEST:
         # whether so long a window is there takes an input longer than it to say
         return None
-    evaluated: dict[str | None, list[tuple[_Case, torch.Tensor]]] = {}
+    reach = _table_length(program, sources)
+    if reach is not None and reach > _LONGEST_TABLE:
+        return None
     for key_mask in reversed(paddings):
-        cases = evaluated[key_mask] = _evaluate(program, mask, inputs, key_mask, 9)
+        cases = _evaluate(program, mask, inputs, key_mask, 9)
         if not cases:
             continue
+        if reach is not None:
+            # a table may hold a window that shows at its far end only
+            whole = _evaluate(program, mask, inputs, key_mask, reach, few=True)
+            windows = sorted({*windows, *(w for w in (_widest(v) for _, v in whole) if 0 < w < reach)})
+            cases = cases + whole
         for causal, window in itertools.product((True, False), [None, *windows]):
             meaning = MaskMeaning(causal, window, key_mask)
             if all(_agrees(meaning, case, value) for case, value in cases):
-                if not windows:
+                if not windows or (reach is not None and reach > max(windows)):
                     return meaning
                 # a short input cannot tell a long window from none
                 longer = max(windows) + 3
@@ -107,11 +115,29 @@ def _candidate_windows(program: Program, mask: fx.Node) -> list[int]:
     return sorted(w for w in found if w > 0)
 
 
+def _table_length(program: Program, sources: set[fx.Node]) -> int | None:
+    """Return how many positions the tables reach that a mask is cut from, or None where there is none."""
+    shapes = [program.weights[n.name].source.shape for n in sources if n.name in program.weights]
+    return max((s[-1] for s in shapes if len(s) >= 2 and s[-1] == s[-2] > 1), default=None)
+
+
+def _widest(value: torch.Tensor) -> int:
+    """Return the most keys that a query sees."""
+    seen = value if value.dtype is torch.bool else value > HIDDEN
+    return int(seen.sum(-1).max()) if seen.dim() and seen.numel() else 0
+
+
 def _evaluate(
-    program: Program, mask: fx.Node, inputs: dict[str, fx.Node], key_mask: str | None, length: int
+    program: Program,
+    mask: fx.Node,
+    inputs: dict[str, fx.Node],
+    key_mask: str | None,
+    length: int,
+    *,
+    few: bool = False,
 ) -> list[tuple[_Case, torch.Tensor]]:
-    results = []
-    for case in _cases(program, inputs, key_mask, length):
+    results: list[tuple[_Case, torch.Tensor]] = []
+    for case in _cases(program, inputs, key_mask, length)[: 1 if few else None]:
         try:
             value = interpret(program, case.inputs, record=[mask], stop=True)[mask.name]
         except (RuntimeError, IndexError, ValueError):

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..compat import new_fake_mode
+from ..constraints import parse_relation
 from ..errors import CheckpointError
 from ..export_blockers import block_export
 from ..infer import same_size
@@ -26,6 +27,7 @@ from .names import asset_name, input_name, weight_name
 from .write import FORMAT, VERSION, file_hash
 
 _RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
+_MOST_CONSTRAINTS = 1000
 
 
 def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program:
@@ -117,6 +119,13 @@ class _Reader:
             ):
                 raise CheckpointError(f"the size {name!r} has limits {str(limits)[:80]}")
             program.add_size(name, SizeRange(low, high, hint))
+        # folders written by earlier releases have none
+        constraints = document.list("constraints") if "constraints" in document.data else []
+        if len(constraints) > _MOST_CONSTRAINTS or not all(isinstance(c, str) for c in constraints):
+            raise CheckpointError("the constraints of sizes are damaged")
+        for text in constraints:
+            parse_relation(text, frozenset(signature.sizes), "constraints")
+        signature.constraints = tuple(constraints)
         for entry in document.list("inputs"):
             spec = _input(entry)
             if spec.name in signature.inputs:

@@ -143,6 +143,7 @@ def describe_program(program: Program) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "sizes": {n: [r.low, r.high, r.hint] for n, r in program.signature.sizes.items()},
+        "constraints": list(program.signature.constraints),
         "inputs": [_input(spec) for spec in program.signature.inputs.values()],
         "parameters": program.signature.parameters,
         "outputs": program.signature.outputs,
