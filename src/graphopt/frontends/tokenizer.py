@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..ir.errors import CheckpointError, UsageError
 from ..ir.program import Program
+from .chat_template import render, special_tokens
 
 
 class Tokenizer:
@@ -33,14 +33,14 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
         self.fast.no_padding()
         self.fast.no_truncation()
-        raw = program.origin.assets.get("tokenizer_config.json", b"{}")
-        self.config: dict[str, Any] = json.loads(raw)
+        self.config = _table(program, "tokenizer_config.json")
+        self.special = special_tokens(self.config, _table(program, "special_tokens_map.json"))
         template = program.origin.assets.get("chat_template.jinja")
-        self.template = template.decode() if template else self.config.get("chat_template")
-        if isinstance(self.template, list):  # several by name
-            named = {t.get("name"): t.get("template") for t in self.template}
-            self.template = named.get("default")
-        self._compiled: Any = None
+        try:
+            given = template.decode() if template else self.config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"chat_template.jinja is no text: {error}") from error
+        self.template = _one_of(given)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer puts around it unless ``special`` is false."""
@@ -63,20 +63,7 @@ class Tokenizer:
         if not self.template:
             lines = [f"{m.get('role', '')}: {m.get('content', '')}" for m in messages]
             return "\n".join([*lines, *(["assistant:"] if answering else [])])
-        if self._compiled is None:
-            self._compiled = _compiled(self.template)
-        special = {
-            k: v if isinstance(v, str) else v.get("content", "")
-            for k, v in self.config.items()
-            # add_bos_token and its like are flags
-            if k.endswith("_token") and isinstance(v, (str, dict)) and v
-        }
-        try:
-            return str(self._compiled.render(messages=messages, add_generation_prompt=answering, **special))
-        except Exception as error:
-            raise UsageError(
-                f"the checkpoint's chat template does not take a conversation: {error}"
-            ) from error
+        return render(self.template, messages, self.special, answering=answering)
 
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the tokens of what :meth:`chat` made, and the characters of each; templates write special ones."""
@@ -108,21 +95,26 @@ class Tokenizer:
         return whole, spans
 
 
-def _compiled(template: str) -> Any:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    # marks of what the assistant says; found without them here
-    plain = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
+def _table(program: Program, name: str) -> dict[str, Any]:
+    """Return a JSON file of the checkpoint, which must hold a table; an empty one where it is not there."""
     try:
-        return environment.from_string(plain)
-    except TemplateError as error:
-        raise CheckpointError(f"the chat template cannot be read: {error}") from error
+        found = json.loads(program.origin.assets.get(name, b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{name} holds no table")
+    return found
+
+
+def _one_of(given: Any) -> str | None:
+    """Return the template that counts, of one or of several by name."""
+    if isinstance(given, list):
+        named = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
+        if named and "default" not in named:
+            raise CheckpointError(
+                f"the checkpoint has the chat templates {', '.join(map(str, named))}, and none is the default"
+            )
+        given = named.get("default")
+    if given is not None and not isinstance(given, str):
+        raise CheckpointError("the checkpoint's chat template is no text")
+    return given
