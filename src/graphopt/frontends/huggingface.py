@@ -31,6 +31,7 @@ from .compare_small import compare_small
 from .example_inputs import causal, example_inputs, size_names
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
+from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
 from .torch_module import export
 
@@ -161,6 +162,7 @@ def _climb(
     config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
 ) -> Program:
     """Try one way of tracing attention after the other; the first that computes what the model does wins."""
+    refuse_varying_frequencies(config)
     failures: list[str] = []
     for attention in ATTENTION_LADDER:
         try:

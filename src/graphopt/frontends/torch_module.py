@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from ..ir.canonical import canonicalise
-from ..ir.compat import without_fake_cache
+from ..ir.compat import quiet_export, without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
 from .compare import compare_with_model
@@ -149,7 +149,7 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
     """
     few = sum(1 for _ in model.parameters()) < MANY_PARAMETERS
     try:
-        with without_fake_cache() if few else contextlib.nullcontext():
+        with without_fake_cache() if few else contextlib.nullcontext(), quiet_export():
             return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

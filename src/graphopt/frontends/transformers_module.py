@@ -15,6 +15,7 @@ from .compare_checkpoint import compare_with_model
 from .example_inputs import causal, example_inputs, size_names
 from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names
 from .lift import lift
+from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
 from .size_trials import numbers_in, settle_limits, trial
 from .torch_module import evaluation, widen
@@ -58,6 +59,7 @@ def capture_transformers_module(
     Raises:
         CaptureError: no way of tracing it computes what the model computes.
     """
+    refuse_varying_frequencies(model.config)
     failures = []
     for attention in ATTENTION_LADDER:
         try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,6 +45,7 @@ __all__ = [
     "is_plain_tensor",
     "load_package",
     "new_fake_mode",
+    "quiet_export",
     "quiet_failures",
     "recording",
     "refusing_guards",
@@ -355,3 +358,21 @@ def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
 
     loaded: Callable[..., Any] = aoti_load_package(os.fspath(path))
     return loaded
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Keep torch.export from printing: a graph that it could not finish goes to standard error, hundreds of lines long.
+
+    What failed is in the error that it raises.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
