@@ -185,6 +185,7 @@ def plan_passes(
     current = program
     for index, step in enumerate(steps):
         plan = step.plan(current, context)
+        plan.told = step.told(current, plan) if plan.sites else []
         planned.append((step, plan))
         if index + 1 < len(steps) and plan.sites:
             current, _ = run_pass(current, step, context, plan=plan, verify_with="off")

@@ -34,6 +34,8 @@ class PassReport:
     metric: dict[str, float] = field(default_factory=dict)
     change: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    given: bool = False
+    """Its sites are those of a plan that was given, whatever the options say."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def _refusals(title: str, refused: list[Refusal]) -> list[str]:
 
 
 def _lines(entry: PassReport) -> list[str]:
-    lines = [f"{entry.text}  ({entry.contract})"]
+    lines = [f"{entry.text}{', by the plan given' if entry.given else ''}  ({entry.contract})"]
     shown = ", ".join(entry.sites[:12]) + (
         f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else ""
     )

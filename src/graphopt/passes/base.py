@@ -58,6 +58,10 @@ class Pass:
         """Decide what to do, without changing the program."""
         raise TypeError(f"pass {self.name} does not plan")
 
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """Return what is to be said of the sites of a plan, which may have been edited since it was made."""
+        return []
+
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Do what the plan says, and nothing else."""
         raise TypeError(f"pass {self.name} does not rewrite")

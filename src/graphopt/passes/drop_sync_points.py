@@ -90,10 +90,12 @@ class DropSyncPoints(Pass):
             for name in names
             if name not in chosen
         ]
-        plan.notes.append(
-            f"all-reduces: {len(synchronisations(program))} -> {len(synchronisations(program)) - len(plan.sites)}"
-        )
         return plan
+
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """How many are left."""
+        count = len(synchronisations(program))
+        return [f"all-reduces: {count} -> {count - len(plan.sites)}"]
 
     def _listed(self, program: Program, points: Mapping[str, object], refused: dict[str, str]) -> list[str]:
         assert self.blocks is not None

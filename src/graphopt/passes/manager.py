@@ -148,6 +148,8 @@ def _run_pass(
     if plan is None:
         with refusing_guards(program.mode):
             plan = step.plan(program, context)
+    else:
+        plan = plan.as_given()
     seconds["plan"] = time.perf_counter() - began
     if not plan.sites and not step.allow_no_match:
         raise PassRefusedError(
@@ -169,6 +171,7 @@ def _run_pass(
     except SiteError as problem:
         raise problem.error from problem
     entry.refused = [Refusal(r.block, r.reason, r.source) for r in plan.refused]
+    entry.given = given
     if settled.failed:
         for refusal in entry.refused[-len(settled.failed) :]:
             refusal.rolled_back = True
@@ -184,7 +187,8 @@ def _run_pass(
         working.facts.pop(fact, None)
     working.facts.update(dict.fromkeys(step.provides, True))
     entry.change = _change(program, working)
-    entry.notes = [*plan.notes, *context.notes]
+    plan.told = step.told(program, plan)
+    entry.notes = [*plan.told, *plan.notes, *context.notes]
     working.history.append(_record(step, plan, entry, context))
     working.edit.author = ""
     working.edit.journal.clear()

@@ -46,12 +46,16 @@ class Refused:
 
 @dataclass
 class Plan:
-    """What a pass will do: sites taken with their choices, sites refused with reasons, scores behind it."""
+    """What a pass will do: sites taken with their choices, sites refused with reasons, scores behind it.
+
+    ``told`` is what the pass says of these sites (:meth:`Pass.told`); it is no part of a plan file, where sites are edited.
+    """
 
     sites: list[Site] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, in the form of a plan file."""
@@ -64,6 +68,15 @@ class Plan:
             "scores": {k: float(v) for k, v in self.scores.items()},
             "notes": list(self.notes),
         }
+
+    def as_given(self) -> Plan:
+        """Return the plan as it is obeyed, perhaps after somebody edited it: what it says of other sites is marked so."""
+        taken = {site.block for site in self.sites}
+        prefix = "when it was planned: "
+        notes = [note if note.startswith(prefix) else prefix + note for note in self.notes]
+        return Plan(
+            list(self.sites), [r for r in self.refused if r.block not in taken], dict(self.scores), notes
+        )
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:

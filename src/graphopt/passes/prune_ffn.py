@@ -101,12 +101,13 @@ class PruneFfn(Pass):
             name: _rounded(widths[name] * ratio, self.multiple, widths[name])
             for name, ratio in ratios.items()
         }
-        plan = plan_orders(program, context, self.score, self.name, kept)
+        return plan_orders(program, context, self.score, self.name, kept)
+
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """How many channels go."""
         before = sum(int(s["width"]) for s in plan.sites)
-        if before:
-            left = sum(int(s["kept"]) for s in plan.sites)
-            plan.notes.append(f"hidden channels: {before} -> {left} ({left / before - 1:+.1%})")
-        return plan
+        left = sum(int(s["kept"]) for s in plan.sites)
+        return [f"hidden channels: {before} -> {left} ({left / before - 1:+.1%})"] if before else []
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Take the channels that stay."""

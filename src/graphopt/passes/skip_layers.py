@@ -116,9 +116,13 @@ class SkipLayers(Pass):
             else:
                 score = plan.scores.get(name)
                 plan.refused.append(Refused(name, "kept" if score is None else f"kept: score {score:.4g}"))
-        if self.unit == "layer" and chosen:
-            plan.notes.extend(_other_tools([names.index(n) for n in names if n in chosen], len(names)))
         return plan
+
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """The same removal in the words of other tools."""
+        names = [unit.name for unit in units_of(program, self.unit)]
+        removed = [names.index(site.block) for site in plan.sites if site.block in names]
+        return _other_tools(removed, len(names)) if self.unit == "layer" and removed else []
 
     def _listed(self, names: list[str]) -> list[str]:
         assert self.layers is not None
