@@ -1,4 +1,4 @@
-"""Write the pages of the passes from the passes themselves: ``python docs/generate.py``; tests keep them true.
+"""Write the pages and the catalogue of the passes from the passes themselves: ``python docs/generate.py``; tests keep them.
 
 Each page joins what the class says (description, contract, options with the origin of their defaults) with
 the notes in ``docs/notes/NAME.md`` (before and after, cost, how to check).
@@ -6,9 +6,11 @@ the notes in ``docs/notes/NAME.md`` (before and after, cost, how to check).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from graphopt.cli.catalogue import pass_entry
+from graphopt.cli.catalogue import WRITTEN
+from graphopt.cli.describing import everything, pass_entry
 from graphopt.passes.registry import BUILT_IN
 
 HERE = Path(__file__).parent
@@ -32,8 +34,14 @@ def page(name: str) -> str:
     return "\n".join(lines) + "\n\n" + notes + "\n"
 
 
+def catalogue() -> str:
+    """Return what the command line lists without importing torch."""
+    return json.dumps(everything(), indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
-    """Write all pages."""
+    """Write all pages and the catalogue."""
+    WRITTEN.write_text(catalogue(), encoding="utf-8")
     for name in sorted(BUILT_IN):
         (HERE / "passes" / f"{name}.md").write_text(page(name), encoding="utf-8")
 

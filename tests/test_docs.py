@@ -31,8 +31,12 @@ def test_pages_of_passes_are_what_the_passes_say() -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
+    from graphopt.cli.catalogue import WRITTEN
     from graphopt.passes.registry import BUILT_IN
 
+    assert WRITTEN.read_text() == generate.catalogue(), (
+        "run python docs/generate.py: the catalogue is out of date"
+    )
     for name in BUILT_IN:
         written = (ROOT / "docs" / "passes" / f"{name}.md").read_text()
         assert written == generate.page(name), f"run python docs/generate.py: {name}.md is out of date"

@@ -54,6 +54,11 @@ print(str(program.report).splitlines()[0])
 def test_listed_in_the_catalogue(installed: Path) -> None:
     done = run(installed, "from graphopt.cli.running import run; run(['passes', '--json'])")
     assert "swap-addends" in done.stdout, done.stderr
+    # a pass that comes with the project is described without the others
+    code = "import sys; from graphopt.cli.running import run; run(['passes', 'fold-norms']); sys.exit('torch' in sys.modules)"
+    assert run(installed, code).returncode == 0
+    one = run(installed, "from graphopt.cli.running import run; run(['passes', 'swap-addends'])")
+    assert "limit" in one.stdout, one.stderr
 
 
 def test_absent_without_the_package() -> None:
@@ -76,3 +81,10 @@ def test_a_clash_of_names_is_an_error(installed: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "offered twice" in done.stderr
+    code = "from graphopt.cli.running import run; run(['passes'])"
+    listed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])},
+        check=False,
+    )  # fmt: skip
+    assert "offered twice" in listed.stderr

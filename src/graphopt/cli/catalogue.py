@@ -1,55 +1,56 @@
-"""``graphopt passes`` and ``graphopt devices``."""
+"""``graphopt passes``, ``recipes``, ``devices`` and ``links``.
+
+What comes with the project is read from ``catalogue.json``, which ``python docs/generate.py`` writes and a test keeps true:
+a list is no reason to wait for torch. Passes of other packages are imported when they are listed.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import typing
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
-from ..ir.errors import UsageError
-from ..ir.option import default_of, describe, options_of
-from ..passes.registry import find_pass, pass_locations
-from ..passes.values import format_value
 from .output import show_json, table, text
 
+WRITTEN = Path(__file__).with_name("catalogue.json")
 
-def pass_entry(name: str) -> dict[str, Any]:
-    """Return everything the catalogue says about a pass."""
-    cls = find_pass(name)
-    hints = typing.get_type_hints(cls)
-    options = []
-    for option, field in options_of(cls).items():
-        default = default_of(field)
-        options.append(
-            {
-                "name": option,
-                "type": describe(hints[option]),
-                "default": format_value(default),
-                "help": field.metadata["help"],
-                "source": field.metadata["source"],
-                "choices": list(field.metadata["choices"] or []),
-            }
-        )
-    return {
-        "name": name,
-        "contract": str(cls.contract),
-        "summary": (cls.__doc__ or "").strip().splitlines()[0],
-        "description": (cls.__doc__ or "").strip(),
-        "paper": cls.paper,
-        "requires": list(cls.requires),
-        "provides": list(cls.provides),
-        "invalidates": list(cls.invalidates),
-        "options": options,
-        "location": pass_locations()[name],
-    }
+
+def written() -> dict[str, Any]:
+    """Return the catalogue of what comes with the project."""
+    found: dict[str, Any] = json.loads(WRITTEN.read_text(encoding="utf-8"))
+    return found
+
+
+def _passes() -> dict[str, dict[str, Any] | None]:
+    """Return what is known of passes by name; None of those that other packages bring and nobody asked for yet."""
+    known: dict[str, dict[str, Any] | None] = dict(written()["passes"])
+    # a package on the path may stand there twice
+    offered = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
+    others = {n: v for n, v in offered if n not in known or (known[n] or {})["location"] != v}
+    if len(others) < sum(n not in known for n, _ in offered) or set(others) & set(known):
+        from ..passes.registry import pass_locations
+
+        pass_locations()  # says which name is offered twice
+    return known | dict.fromkeys(others)
+
+
+def _entry(known: dict[str, dict[str, Any] | None], name: str) -> dict[str, Any]:
+    found = known[name]
+    if found is None:
+        from .describing import pass_entry
+
+        found = known[name] = pass_entry(name)
+    return found
 
 
 def show_passes(name: str | None, as_json: bool) -> None:
     """List the catalogue, or one pass of it found by name or paper."""
-    names = sorted(pass_locations())
+    known = _passes()
+    names = sorted(known)
     if name is None:
-        entries = [pass_entry(n) for n in names]
+        entries = [_entry(known, n) for n in names]
         if as_json:
             show_json(entries)
         else:
@@ -60,19 +61,12 @@ def show_passes(name: str | None, as_json: bool) -> None:
             )
         return
     if name not in names:
-        found = [
-            n
-            for n in names
-            if name.lower() in (pass_entry(n)["description"] + pass_entry(n)["paper"]).lower()
-        ]
+        said = {n: _entry(known, n) for n in names}
+        found = [n for n, e in said.items() if name.lower() in (e["description"] + e["paper"]).lower()]
         if len(found) != 1:
-            near = difflib.get_close_matches(name, names, n=1) or found
-            raise UsageError(
-                f"there is no pass {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""),
-                hint=f"passes are {', '.join(names)}",
-            )
+            raise _unknown("pass", "passes", name, names, found)
         name = found[0]
-    entry = pass_entry(name)
+    entry = _entry(known, name)
     if as_json:
         show_json(entry)
         return
@@ -92,16 +86,62 @@ def show_passes(name: str | None, as_json: bool) -> None:
     table("Options", ("name", "type", "default", "from", "meaning"), rows)
 
 
+def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str]) -> Exception:
+    from ..ir.errors import UsageError
+
+    near = difflib.get_close_matches(name, names, n=1) or found
+    return UsageError(
+        f"there is no {kind} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""),
+        hint=f"{kinds} are {', '.join(names)}",
+    )
+
+
+def show_recipes(name: str | None, as_json: bool) -> None:
+    """List recipes, or describe one."""
+    known = written()["recipes"]
+    if name is not None and name not in known:
+        raise _unknown("recipe", "recipes", name, list(known), [])
+    found = [known[name]] if name is not None else list(known.values())
+    if as_json:
+        show_json(found)
+        return
+    if name is None:
+        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in found]
+        table("", ("recipe", "paper", "what it does"), rows)
+        return
+    (method,) = found
+    lines = [line.strip() for line in method["about"].split("\n")]
+    paper = f"  ({method['paper']})" if method["paper"] else ""
+    text(f"{method['name']}{paper}\n\n" + "\n".join(lines) + "\n")
+    table(
+        "",
+        ("option", "default", "from", "meaning"),
+        [
+            (o["name"], "none" if o["default"] is None else o["default"], o["source"], o["help"])
+            for o in method["options"]
+        ],
+    )
+
+
 def show_devices(as_json: bool) -> None:
     """List the devices with their peaks."""
-    from ..ir.cost import DEVICES
-
+    devices = written()["devices"]
     if as_json:
-        show_json({name: dataclasses.asdict(device) for name, device in DEVICES.items()})
+        show_json(devices)
         return
     rows = []
-    for name, device in DEVICES.items():
-        peaks = ", ".join(f"{kind} {value / 1e12:g}" for kind, value in device.flops.items())
-        memory = "shared" if device.memory is None else f"{device.memory / 1e9:g}"
-        rows.append((name, peaks, f"{device.bandwidth / 1e12:g}", memory, device.note))
+    for name, device in devices.items():
+        peaks = ", ".join(f"{kind} {value / 1e12:g}" for kind, value in device["flops"].items())
+        memory = "shared" if device["memory"] is None else f"{device['memory'] / 1e9:g}"
+        rows.append((name, peaks, f"{device['bandwidth'] / 1e12:g}", memory, device["note"]))
     table("Devices", ("name", "peak TFLOP/s", "TB/s", "memory GB", "note"), rows)
+
+
+def show_links(as_json: bool) -> None:
+    """List what joins ranks, with bandwidth and latency."""
+    links = written()["links"]
+    if as_json:
+        show_json(links)
+        return
+    rows = [(n, f"{k['bandwidth'] / 1e9:g}", f"{k['latency'] * 1e6:g}", k["note"]) for n, k in links.items()]
+    table("Links", ("name", "GB/s", "µs", "note"), rows)

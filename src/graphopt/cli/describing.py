@@ -1,0 +1,67 @@
+"""What passes, recipes, devices and links say of themselves, as plain data. This imports all of them, and torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from ..ir.cost import DEVICES
+from ..ir.cost.collectives import LINKS
+from ..ir.option import default_of, describe, options_of
+from ..passes.registry import BUILT_IN, find_pass, pass_locations
+from ..passes.values import format_value
+from ..training.recipes import METHODS
+
+
+def pass_entry(name: str) -> dict[str, Any]:
+    """Return everything the catalogue says about a pass."""
+    cls = find_pass(name)
+    hints = typing.get_type_hints(cls)
+    options = []
+    for option, field in options_of(cls).items():
+        default = default_of(field)
+        options.append(
+            {
+                "name": option,
+                "type": describe(hints[option]),
+                "default": format_value(default),
+                "help": field.metadata["help"],
+                "source": field.metadata["source"],
+                "choices": list(field.metadata["choices"] or []),
+            }
+        )
+    return {
+        "name": name,
+        "contract": str(cls.contract),
+        "summary": (cls.__doc__ or "").strip().splitlines()[0],
+        "description": (cls.__doc__ or "").strip(),
+        "paper": cls.paper,
+        "requires": list(cls.requires),
+        "provides": list(cls.provides),
+        "invalidates": list(cls.invalidates),
+        "options": options,
+        "location": pass_locations()[name],
+    }
+
+
+def recipe_entry(name: str) -> dict[str, Any]:
+    """Return everything the catalogue says about a recipe."""
+    method = METHODS[name]
+    keys = ("name", "default", "source", "help")
+    return {
+        "name": method.name,
+        "paper": method.paper,
+        "about": (method.__doc__ or "").strip(),
+        "options": [dict(zip(keys, option, strict=True)) for option in method.describe()],
+    }
+
+
+def everything() -> dict[str, Any]:
+    """Return the catalogue of what comes with the project."""
+    return {
+        "passes": {name: pass_entry(name) for name in sorted(BUILT_IN)},
+        "recipes": {name: recipe_entry(name) for name in METHODS},
+        "devices": {name: dataclasses.asdict(device) for name, device in DEVICES.items()},
+        "links": {name: dataclasses.asdict(link) for name, link in LINKS.items()},
+    }
