@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy
 import pytest
+import typer
 import yaml
 from forging import everything_in
 
 import graphopt
+from graphopt.cli.app import app
 from graphopt.cli.running import run
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -46,10 +49,13 @@ def python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["inspect", "--help"], ["optimize", "--help"], [], ["nonsense"], ["inspect"], ["plan", "x"],
-     ["inspect", "x", "--batch", "0"]],
+    [["--help"], [], ["nonsense"], ["inspect"], ["plan", "x"], ["inspect", "x", "--batch", "0"], ["passes"],
+     ["passes", "fold-norms"], ["passes", "2404.06954", "--json"], ["recipes"], ["recipes", "dynamoe"], ["devices"],
+     ["devices", "--json"], ["links"],
+     *([command, "--help"] for command in typer.main.get_command(app).commands)],
+    ids=" ".join,
 )  # fmt: skip
-def test_help_and_wrong_usage_answer_before_torch_is_imported(arguments: list[str]) -> None:
+def test_help_lists_and_wrong_usage_answer_before_torch_is_imported(arguments: list[str]) -> None:
     code = f"""
 import sys
 sys.modules["click"] = None  # some versions of typer bring their own
@@ -63,11 +69,15 @@ except SystemExit as stop:
     sys.exit(stop.code)
 """
     done = python(code)
-    expected = 0 if "--help" in arguments else 2
+    listing = "--help" in arguments or (
+        arguments and arguments[0] in ("passes", "recipes", "devices", "links")
+    )
+    expected = 0 if listing else 2
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
     if expected == 0:
-        assert "Usage: graphopt" in done.stdout
+        assert ("Usage: graphopt" if "--help" in arguments else "") in done.stdout
+        assert done.stdout
     elif arguments:
         assert "UsageError" in done.stderr
         assert done.stdout == "", "a usage error belongs on standard error"
@@ -170,13 +180,15 @@ def test_verify_gives_numbers_and_a_verdict(
     found = told("verify", whole, fused)
     assert (found["verdict"], found["exact"]) == ("holds", True)
     assert found["errors"]["logits"] < 1e-6
-    unjudged = told("verify", whole, shorter)
+    unjudged = told("verify", whole, shorter, status=4)
     assert "not judged" in unjudged["verdict"], "an approximate pass holds a contract that nobody measured"
     assert unjudged["errors"]["logits"] > 0.01
-    assert set(told("verify", whole, shorter, "--data", rows)["metrics"]) == {
-        "perplexity",
-        "perplexity before",
-    }
+    measured = told("verify", whole, shorter, "--data", rows, status=4)
+    assert set(measured["metrics"]) == {"perplexity", "perplexity before"}
+    assert "no pass was given a budget" in measured["verdict"], "what nobody promised is said to hold"
+    assert told("verify", whole, shorter, "--data", rows, "--budget", 1000)["verdict"] == "holds"
+    lost = told("verify", whole, shorter, "--data", rows, "--budget", 0, status=5)
+    assert any("budget of 0" in line for line in lost["budgets"])
 
 
 def test_diff_shows_the_graphs(whole: Path, fused: Path, told: Callable[..., Any]) -> None:
@@ -209,7 +221,7 @@ def test_a_program_leaves_and_comes_back(
         tmp_path / "again.npz",
     )
     first, second = (numpy.load(tmp_path / name)["logits"] for name in ("values.npz", "again.npz"))
-    assert first.shape == (8, 8, 101)
+    assert first.shape == (16, 8, 101)
     assert numpy.allclose(first, second, atol=1e-5), "the exported file computes something else"
     assert {p.name for p in tmp_path.iterdir()} == {"p.pt2", "hf", "values.npz", "again.npz", "full.npz"}
 
@@ -234,3 +246,18 @@ def test_the_catalogue_tells_where_defaults_come_from(told: Callable[..., Any], 
     assert run(["passes", "skip-layers"]) == 0
     assert "paper: arXiv 2404.06954" in capsys.readouterr().out
     assert told("devices")["h200"]["bandwidth"] > 4e12
+    assert [m["name"] for m in told("recipes", "dynamoe")] == ["dynamoe"]
+    assert "did you mean dynamoe" in told("recipes", "dynamo", status=2)["message"]
+    assert "did you mean fold-norms" in told("passes", "fold-norm", status=2)["message"]
+
+
+def test_the_catalogue_is_what_passes_recipes_devices_and_links_say() -> None:
+    from graphopt.cli.catalogue import written
+    from graphopt.cli.describing import everything
+    from graphopt.passes import BUILT_IN
+    from graphopt.training.recipes import METHODS
+
+    held = written()
+    assert held == json.loads(json.dumps(everything())), "run python docs/generate.py"
+    assert set(held["passes"]) == set(BUILT_IN)
+    assert set(held["recipes"]) == set(METHODS)

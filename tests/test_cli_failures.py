@@ -35,7 +35,7 @@ from graphopt.cli.running import run
         (["optimize", "{whole}", "-p", "fuse-projections", "--verify", "no", "-o", "{out}"], 2, "sites, full or off"),
         (["optimize", "{whole}", "-p", "skip-layers{{layers=[9]}}", "-o", "{out}"], 2, "numbered 0 to 1"),
         (["optimize", "{whole}", "-p", "split-projections", "-o", "{out}"], 4, "matched nothing"),
-        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{rows}"], 2, "not what would be replaced"),
+        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{rows}"], 2, "exists already"),
         (["optimize", "{whole}", "-p", "fuse-projections", "--data", "{none}", "-o", "{out}"], 2, "does not exist"),
         (["optimize", "{whole}", "-p", "fuse-projections", "--data", "{pickle}", "-o", "{out}"], 2, "cannot be read"),
         (["verify", "{whole}", "{none}"], 3, "is not a folder"),

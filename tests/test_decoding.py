@@ -401,7 +401,7 @@ def test_drafts_that_are_no_trees_are_refused() -> None:
 def test_a_draft_of_other_tokens_is_refused(small: Any) -> None:
     other = Small(0, vocabulary=9).double().eval()
     draft = graphopt.capture(other, {"input_ids": torch.randint(0, 9, (2, 6))})
-    with pytest.warns(RuntimeWarning, match="9 tokens, the program 7"):
+    with pytest.raises(UsageError, match="9 tokens, the program 7"):
         graphopt.generate(small(0), [[1]], max_new_tokens=3, strategy=DraftProgram(draft, 2))
 
 

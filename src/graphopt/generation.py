@@ -20,6 +20,8 @@ from .decoding.sampling import Sampling
 from .decoding.speculating import Loop, Statistics
 from .decoding.stopping import Stop
 from .frontends.data import encoded
+from .frontends.data import longest as positions
+from .frontends.token_ids import known_ids
 from .frontends.tokenizer import Tokenizer
 from .ir.errors import PassRefusedError, UsageError
 from .ir.program import Program
@@ -180,6 +182,8 @@ def stream(
     else:
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     stops = Stop(max_new_tokens, frozenset(ends), tuple(tuple(s) for s in stop))
+    _check_tokens(rows, program)
+    _check_positions(rows, max_new_tokens, program)
     try:
         cached = with_cache(_typed(program, dtype, device))
     except PassRefusedError as refused:
@@ -197,7 +201,6 @@ def stream(
         cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
         compiled=compiled,
     )  # fmt: skip
-    _check_tokens(rows, decoder)
     if strategy is not None and not cached.facts["kv_cache"]["tree"] and decoder.biased:
         raise UsageError(
             "this program adds a bias by position, for which candidates need inputs of their own",
@@ -301,15 +304,31 @@ def _capacity(program: Program, size: int, strategy: Drafter | None) -> int:
     return size if limit is not None and size > limit else min(wanted, limit or wanted)
 
 
-def _check_tokens(rows: list[list[int]], decoder: CachedDecoder) -> None:
-    known = decoder.embedded
+def _check_tokens(rows: list[list[int]], program: Program) -> None:
+    facts = program.facts.get("kv_cache")
+    name = facts["tokens"] if isinstance(facts, dict) else "input_ids"
+    known = known_ids(program, name) if name in program.input_nodes else None
     for number, row in enumerate(rows):
-        wrong = next((t for t in row if t < 0 or (known is not None and t >= known)), None)
-        if wrong is not None:
-            raise UsageError(
-                f"row {number} has token {wrong}, the program knows 0 to {(known or 1) - 1}",
-                hint="encode the text with the checkpoint's own tokenizer",
-            )
+        for token in row:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise UsageError(f"row {number} has {token!r}, which is no token: they are whole numbers")
+            if token < 0 or (known is not None and token >= known):
+                raise UsageError(
+                    f"row {number} has token {token}, the program knows "
+                    + ("numbers from 0 on" if known is None else f"0 to {known - 1}"),
+                    hint="encode the text with the checkpoint's own tokenizer",
+                )
+
+
+def _check_positions(rows: list[list[int]], count: int, program: Program) -> None:
+    """Past the positions that a model was made for it says nonsense, or nothing."""
+    limit = positions(program)
+    most = max(len(row) for row in rows)
+    if limit is not None and most + count > limit:
+        raise UsageError(
+            f"the text may have {most + count} tokens, the model has positions for {limit}",
+            hint=f"max_new_tokens of at most {limit - most}" if most < limit else "a shorter text",
+        )
 
 
 def _without_cache(

@@ -130,6 +130,10 @@ def _is_folder_of_ours(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
+METADATA = {"format": "pt", "writer": "graphopt"}
+"""In the header of weight files; the command line knows by it which folders it may replace."""
+
+
 def _write_weights(
     folder: Path,
     tensors: dict[str, TensorSource],
@@ -146,12 +150,12 @@ def _write_weights(
         shards[-1][name] = source
         size += bytes_
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], metadata={"format": "pt"}, progress=progress)
+        write_file(folder / "model.safetensors", shards[0], metadata=METADATA, progress=progress)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, metadata={"format": "pt"}, progress=progress)
+        write_file(folder / file, shard, metadata=METADATA, progress=progress)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(numel(s.shape) * s.dtype.itemsize for s in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

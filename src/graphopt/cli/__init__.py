@@ -11,6 +11,13 @@ def main() -> None:
     # progress and tables are ours; libraries stay quiet unless asked
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from .running import run
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from .running import run
 
-    sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        # before or after the command itself, which says more
+        sys.stderr.write("interrupted\n")
+        status = 130
+    sys.exit(status)

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .app_generate import answer, generate
-from .options import Checkpoint, Data, Json, Length, Output, Pipeline, Seed, Sequences, Trust, WorkDir
+from .app_learn import oracle, recipes, sweep, train
+from .options import Checkpoint, Data, Force, Json, Length, Output, Pipeline, Seed, Sequences, Trust, WorkDir
 
 app = typer.Typer(
     name="graphopt",
@@ -53,6 +54,7 @@ def plan(
     length: Length = 2048,
     seed: Seed = 0,
     work_dir: WorkDir = None,
+    force: Force = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
@@ -60,7 +62,7 @@ def plan(
     from .planning import plan_checkpoint
 
     plan_checkpoint(
-        checkpoint, passes, output, why, data, (sequences, length, seed), work_dir, as_json, trust
+        checkpoint, passes, output, why, data, (sequences, length, seed), work_dir, force, as_json, trust
     )
 
 
@@ -82,6 +84,7 @@ def optimize(
     dump_dir: Annotated[
         str | None, typer.Option("--dump-dir", help="Write the graph after each pass to this folder.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
@@ -90,7 +93,7 @@ def optimize(
 
     optimize_checkpoint(
         checkpoint, output, passes, plan_file, data, (sequences, length, seed), work_dir,
-        verify_with, print_after_all, dump_dir, as_json, trust,
+        verify_with, print_after_all, dump_dir, force, as_json, trust,
     )  # fmt: skip
 
 
@@ -99,6 +102,10 @@ def verify(
     before: Annotated[str, typer.Argument(help="The original: a checkpoint or saved program.")],
     after: Annotated[str, typer.Argument(help="What was made of it.")],
     data: Data = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Relative loss that is allowed, where no pass was given one.", min=0),
+    ] = None,
     sequences: Sequences = 128,
     length: Length = 2048,
     seed: Seed = 0,
@@ -108,7 +115,7 @@ def verify(
     """Check the contracts of a saved program again: numbers and a verdict."""
     from .verifying import verify_programs
 
-    verify_programs(before, after, data, (sequences, length, seed), as_json, trust)
+    verify_programs(before, after, data, (sequences, length, seed), budget, as_json, trust)
 
 
 @app.command()
@@ -201,13 +208,14 @@ def lower(
         int | None,
         typer.Option(help="Cut the graph into parts whose weights take at most so many bytes.", min=1),
     ] = None,
+    force: Force = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Write a program for another runtime and compare it there."""
     from .lowering import lower_program
 
-    lower_program(program, to, output, opset, sizes, target, check, device, part_bytes, as_json, trust)
+    lower_program(program, to, output, opset, sizes, target, check, device, part_bytes, force, as_json, trust)
 
 
 @app.command()
@@ -215,29 +223,31 @@ def export(
     program: Checkpoint,
     to: Annotated[str, typer.Option("--to", help="huggingface, pt2, or medusa for the heads alone.")],
     output: Output,
+    force: Force = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
     """Write a Hugging Face folder, a .pt2 file or multi-token heads; they are read back and compared before they count."""
     from .leaving import export_program
 
-    export_program(program, to, output, as_json, trust)
+    export_program(program, to, output, force, as_json, trust)
 
 
 @app.command(name="run")
 def run_command(
     program: Checkpoint,
-    inputs: Annotated[str, typer.Option("--input", help="A .npz, .txt or .jsonl file.")],
+    inputs: Annotated[str, typer.Option("--input", help="A .npz, .txt (a row a line) or .jsonl file.")],
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the outputs to this .npz file.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
-    """Run one forward."""
+    """Run a forward on every row of a file, in its order."""
     from .leaving import run_program
 
-    run_program(program, inputs, output, as_json, trust)
+    run_program(program, inputs, output, force, as_json, trust)
 
 
 @app.command()
@@ -268,133 +278,19 @@ def links(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the fitted link to this JSON file.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """List the links that communication can be estimated for, or fit one to your own machines."""
-    from .linking import show_links
+    if not fit and output is None:
+        from .catalogue import show_links
 
-    show_links(fit, output, as_json)
+        show_links(as_json)
+        return
+    from .linking import fit_link
 
-
-@app.command()
-def train(
-    program: Checkpoint,
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="What to learn, e.g. 'dynamoe{theta=0.9}'; see graphopt recipes.")
-    ],
-    data: Annotated[str, typer.Option("--data", help="A .jsonl, .txt or .npz file.")],
-    output: Output,
-    steps: Annotated[int, typer.Option("--steps", help="Updates of the weights.")],
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Its highest value.")] = 1e-4,
-    warmup: Annotated[int, typer.Option("--warmup", help="Steps over which it rises.")] = 0,
-    schedule: Annotated[str, typer.Option("--schedule", help="cosine, linear or constant.")] = "cosine",
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="On matrices alone.")] = 0.0,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches averaged for one update.")] = 1,
-    batch: Annotated[int, typer.Option("--batch", help="Rows a batch.", min=1)] = 8,
-    length: Annotated[int, typer.Option("--length", help="Tokens a row at most.", min=2)] = 256,
-    sequences: Annotated[
-        int | None, typer.Option("--sequences", help="Rows of data at most; all by default.", min=1)
-    ] = None,
-    validation: Annotated[
-        str | None, typer.Option("--validation", help="Data of which the recipe's loss is shown too.")
-    ] = None,
-    measure_every: Annotated[
-        int, typer.Option("--measure-every", help="Steps between such measurements; 0: at the end.", min=0)
-    ] = 0,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Learn in float32, or as stored; saved as stored.")
-    ] = "float32",
-    loss_on: Annotated[
-        str, typer.Option("--loss-on", help="all tokens, or those that the assistant says in conversations.")
-    ] = "all",
-    seed: Seed = 0,
-    work_dir: Annotated[
-        str | None, typer.Option("--work-dir", help="Where the run is kept; OUTPUT.training by default.")
-    ] = None,
-    save_every: Annotated[
-        float, typer.Option("--save-every", help="Seconds between states on disk.", min=0)
-    ] = 60.0,
-    as_json: Json = False,
-    trust: Trust = False,
-) -> None:
-    """Train a program by a recipe; an interrupted run goes on. Under torchrun, on several processes."""
-    from .learning import train_program
-
-    settings = {
-        "steps": steps, "learning_rate": learning_rate, "warmup": warmup, "schedule": schedule,
-        "weight_decay": weight_decay, "accumulate": accumulate, "seed": seed,
-    }  # fmt: skip
-    train_program(
-        program, output, recipe, data, settings, (sequences, length, batch), validation, measure_every,
-        (work_dir, save_every, dtype), loss_on, as_json, trust,
-    )  # fmt: skip
+    fit_link(fit, output, force, as_json)
 
 
-@app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe.")] = None, as_json: Json = False
-) -> None:
-    """List what programs can be trained by, or describe one recipe with its options."""
-    from .learning import show_recipes
-
-    show_recipes(name, as_json)
-
-
-@app.command()
-def oracle(
-    program: Checkpoint,
-    data: Annotated[str, typer.Option("--data", help="A .jsonl or .txt file.")],
-    tokens: Annotated[int, typer.Option("--tokens", help="How many tokens are tried.", min=1)] = 64,
-    budget: Annotated[
-        int | None, typer.Option("--budget", help="Only paths with so many feed-forwards at their largest.")
-    ] = None,
-    length: Annotated[int, typer.Option("--length", help="Tokens a row at most.", min=2)] = 128,
-    seed: Seed = 0,
-    as_json: Json = False,
-    trust: Trust = False,
-) -> None:
-    """Try every path of some tokens through feed-forwards of several widths: a bound for routers."""
-    from .learning import show_oracle
-
-    show_oracle(program, data, tokens, budget, length, seed, as_json, trust)
-
-
-@app.command()
-def sweep(
-    program: Checkpoint,
-    data: Annotated[str, typer.Option("--data", help="A .jsonl, .txt or .npz file.")],
-    dial: Annotated[
-        str | None, typer.Option("--dial", help="Which dial; may be left out where there is one.")
-    ] = None,
-    values: Annotated[str | None, typer.Option("--values", help="Where to put it: '0 0.5 1'.")] = None,
-    points: Annotated[int, typer.Option("--points", help="How many settings, without --values.", min=2)] = 5,
-    metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="As of graphopt evaluate; may be repeated.")
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", help="The original; else the program at the dial's default.")
-    ] = None,
-    sequences: Annotated[
-        int | None, typer.Option("--sequences", help="Rows of data at most; all by default.", min=1)
-    ] = None,
-    length: Length = 2048,
-    batch: Annotated[int, typer.Option("--batch", help="Rows a batch.", min=1)] = 8,
-    csv: Annotated[str | None, typer.Option("--csv", help="Write the table to this file.")] = None,
-    picture: Annotated[
-        str | None, typer.Option("--picture", help="Draw quality against FLOPs: a .png, .svg or .pdf file.")
-    ] = None,
-    work_dir: WorkDir = None,
-    as_json: Json = False,
-    trust: Trust = False,
-) -> None:
-    """Measure quality and active FLOPs at every setting of a dial."""
-    from .learning import sweep_program
-
-    sweep_program(
-        program, data, dial, values, points, metric or [], against, (sequences, length, batch), csv, picture, work_dir,
-        as_json, trust,
-    )  # fmt: skip
-
-
-app.command()(generate)
-app.command()(answer)
+for _command in (train, recipes, oracle, sweep, generate, answer):
+    app.command()(_command)

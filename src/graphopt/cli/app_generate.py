@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Checkpoint, Json, Output, Seed, Trust
+from .options import Checkpoint, Force, Json, Output, Seed, Trust
 
 
 def generate(
@@ -68,6 +68,7 @@ def answer(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0)] = 0.0,
     seed: Seed = 0,
+    force: Force = False,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:
@@ -75,4 +76,4 @@ def answer(
     from .generating import answer_texts
 
     amount = (sequences, prompt_tokens, max_new_tokens, batch)
-    answer_texts(program, data, output, amount, strategy, temperature, seed, as_json, trust)
+    answer_texts(program, data, output, amount, strategy, temperature, seed, force, as_json, trust)

@@ -14,7 +14,9 @@ from ..decoding.speculating import Statistics
 from ..frontends.tokenizer import Tokenizer
 from ..generation import as_strategy, named_strategy, stream
 from ..ir.errors import UsageError
+from .interrupts import on_interrupt
 from .output import note, show_json, text
+from .places import place
 from .progress import ShownProgress
 from .sources import read_program
 
@@ -39,15 +41,22 @@ def generate_text(
     tokens = stream(program, [ids], max_new_tokens=count, strategy=proposing, **sampling)
     began, shown = time.perf_counter(), ""
     new: list[int] = []
-    for _, piece in tokens:
-        new.extend(piece)
-        if not as_json:
-            whole = tokenizer.decode(new)
-            # bytes of a character that has not come to its end yet are shown with the next token
-            if not whole.endswith("\ufffd"):
-                sys.stdout.write(whole[len(shown) :])
+    with on_interrupt(lambda: f"after {len(new)} tokens"):
+        try:
+            for _, piece in tokens:
+                new.extend(piece)
+                if not as_json:
+                    whole = tokenizer.decode(new)
+                    # bytes of a character that has not come to its end yet are shown with the next token
+                    if not whole.endswith("\ufffd"):
+                        sys.stdout.write(whole[len(shown) :])
+                        sys.stdout.flush()
+                        shown = whole
+        finally:
+            if not as_json and new:
+                # what says how it ended has a line of its own
+                sys.stdout.write("\n")
                 sys.stdout.flush()
-                shown = whole
     seconds = time.perf_counter() - began
     found = tokens.statistics
     if as_json:
@@ -57,7 +66,8 @@ def generate_text(
              "time": found.seconds, "notes": found.notes}
         )  # fmt: skip
         return
-    sys.stdout.write("\n")
+    for remark in found.notes:
+        note(remark)
     note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / max(seconds, 1e-9):.1f} a second" + _said(found))
 
 
@@ -80,21 +90,29 @@ def _same_tokenizer(program: Any, draft: Any, source: str, other: str) -> Any:
 
 def answer_texts(
     source: str, data: str, output: str, amount: tuple[int | None, int, int, int], strategy: str | None,
-    temperature: float, seed: int, as_json: bool, trust: bool,
+    temperature: float, seed: int, force: bool, as_json: bool, trust: bool,
 ) -> None:  # fmt: skip
     """Let a program write data, and say how much it wrote."""
     if strategy is not None:
         named_strategy(strategy)
     if not Path(data).is_file():
         raise UsageError(f"the data file {data} does not exist")
-    if Path(output).exists():
-        raise UsageError(f"{output} exists already", hint="choose another place, or remove it")
     sequences, prompt_tokens, count, batch = amount
     began = time.perf_counter()
-    found = answer(
-        read_program(source, trust), data, output, sequences=sequences, prompt_tokens=prompt_tokens, max_new_tokens=count,
-        batch=batch, temperature=temperature, seed=seed, strategy=strategy, progress=ShownProgress(),
-    )  # fmt: skip
+    part = Path(f"{output}.part")
+    with (
+        place(output, force, (source, data), moved=True),
+        on_interrupt(
+            lambda: (
+                f"the rows that are done stand in {part}; the same command goes on" if part.exists() else ""
+            )
+        ),
+    ):
+        found = answer(
+            read_program(source, trust), data, output, sequences=sequences, prompt_tokens=prompt_tokens,
+            max_new_tokens=count, batch=batch, temperature=temperature, seed=seed, strategy=strategy,
+            progress=ShownProgress(),
+        )  # fmt: skip
     seconds = time.perf_counter() - began
     if as_json:
         show_json({"output": output, **vars(found), "seconds": seconds})

@@ -1,4 +1,4 @@
-"""``graphopt train``, ``graphopt recipes`` and ``graphopt sweep``."""
+"""``graphopt train``, ``graphopt sweep`` and ``graphopt oracle``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from ..learning import as_method, train
 from ..oracle import routing_oracle
 from ..sweeping import sweep, write_csv, write_picture
 from ..training import Settings, Shown
-from ..training.recipes import METHODS, find_method
+from ..training.state import FILE
+from .interrupts import on_interrupt, scores_in
 from .output import note, show_json, table, text
+from .places import place
 from .progress import ShownProgress, Working
 from .sources import read_program
 
 
 def train_program(
     source: str, output: str, recipe: str, data: str, settings: dict[str, Any], amount: tuple[int | None, int, int],
-    validation: str | None, measure_every: int, kept: tuple[str | None, float, str], loss_on: str, as_json: bool,
-    trust: bool,
+    validation: str | None, measure_every: int, kept: tuple[str | None, float, str], loss_on: str, force: bool,
+    as_json: bool, trust: bool,
 ) -> None:  # fmt: skip
     """Train, with progress, and save the program with what it learned."""
     as_method(recipe)
@@ -29,22 +31,23 @@ def train_program(
     for file in (data, validation):
         if file is not None and not Path(file).is_file():
             raise UsageError(f"the data file {file} does not exist")
-    if Path(output).exists():
-        raise UsageError(f"{output} exists already", hint="choose another place, or remove it")
-    program = read_program(source, trust)
     sequences, length, batch = amount
     work_dir, save_every, dtype = kept
     folder = work_dir or f"{os.path.normpath(output)}.training"
-    note(f"the run is kept in {folder}; the same command goes on from there")
-    done, record = train(
-        program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,
-        validation=validation, measure_every=measure_every, save_every=save_every,
-        dtype=dtype, loss_on=loss_on, progress=Shown(recipe),
-    )  # fmt: skip
-    if rank():
-        return
-    with Working(f"writing {output}"):
-        done.save(output)
+    goes_on = f"the run is kept in {folder}; the same command goes on from there"
+    with place(output, force, (source, data, validation), folder=True):
+        program = read_program(source, trust)
+        note(goes_on)
+        with on_interrupt(lambda: goes_on if (Path(folder) / FILE).is_file() else ""):
+            done, record = train(
+                program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,
+                validation=validation, measure_every=measure_every, save_every=save_every,
+                dtype=dtype, loss_on=loss_on, progress=Shown(recipe),
+            )  # fmt: skip
+        if rank():
+            return
+        with Working(f"writing {output}"):
+            done.save(output)
     result = {
         "output": output, "recipe": recipe, "steps": record.step, "seconds": record.seconds,
         "first_loss": record.losses[0], "loss": record.losses[-1], "measured": record.measured,
@@ -62,42 +65,39 @@ def train_program(
     )
 
 
-def show_recipes(name: str | None, as_json: bool) -> None:
-    """List recipes, or describe one."""
-    found = [find_method(name, {}).__class__] if name is not None else list(METHODS.values())
-    if as_json:
-        show_json(
-            [
-                {"name": m.name, "paper": m.paper, "about": (m.__doc__ or "").strip(),
-                 "options": [dict(zip(("name", "default", "source", "help"), o, strict=True)) for o in m.describe()]}
-                for m in found
-            ]
-        )  # fmt: skip
-        return
-    if name is None:
-        rows = [(m.name, m.paper, (m.__doc__ or "").strip().split("\n")[0]) for m in found]
-        table("", ("recipe", "paper", "what it does"), rows)
-        return
-    method = found[0]
-    lines = [line.strip() for line in (method.__doc__ or "").strip().split("\n")]
-    text(
-        f"{method.name}  ({method.paper})\n\n" + "\n".join(lines) + "\n"
-        if method.paper
-        else f"{method.name}\n\n" + "\n".join(lines) + "\n"
-    )
-    table(
-        "",
-        ("option", "default", "from", "meaning"),
-        [(n, "none" if d is None else d, s, h) for n, d, s, h in method.describe()],
-    )
-
-
 def sweep_program(
+    source: str, data: str, dial: str | None, values: str | None, points: int, metrics: list[str], against: str | None,
+    amount: tuple[int | None, int, int], csv: str | None, picture: str | None, work_dir: str | None, force: bool,
+    as_json: bool, trust: bool,
+) -> None:  # fmt: skip
+    """Print quality and cost at each setting; write them as CSV and as a picture."""
+    inputs = (source, data, against)
+    if csv is not None and csv == picture:
+        raise UsageError(f"--csv and --picture are both {csv}")
+    kept = on_interrupt(lambda: scores_in(work_dir))
+    with place(csv, force, inputs), place(picture, force, inputs), kept:
+        _sweep(
+            source,
+            data,
+            dial,
+            values,
+            points,
+            metrics,
+            against,
+            amount,
+            csv,
+            picture,
+            work_dir,
+            as_json,
+            trust,
+        )
+
+
+def _sweep(
     source: str, data: str, dial: str | None, values: str | None, points: int, metrics: list[str], against: str | None,
     amount: tuple[int | None, int, int], csv: str | None, picture: str | None, work_dir: str | None, as_json: bool,
     trust: bool,
 ) -> None:  # fmt: skip
-    """Print quality and cost at each setting; write them as CSV and as a picture."""
     settings = _numbers(values) if values is not None else []
     program = read_program(source, trust)
     original = read_program(against, trust) if against is not None else None

@@ -1,4 +1,4 @@
-"""``graphopt export`` and ``run``: programs that leave, and one forward."""
+"""``graphopt export`` and ``run``: programs that leave, and forwards."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from ..frontends.data import read_data
+from ..frontends.rows import Rows, read_rows
 from ..ir.atomic import atomic_file
 from ..ir.errors import LoweringError, UsageError
 from ..ir.groups import rank
 from ..ir.infer import describe_value
+from ..ir.program import Program
 from ..passes.attach_multi_token_heads import write_heads
 from .output import note, show_json, text
-from .progress import Working, Written
+from .places import place
+from .progress import ShownProgress, Working, Written
 from .sources import read_program
 from .verifying import rounding
 
@@ -26,7 +28,7 @@ def plain(report: Any) -> Any:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(report).items()}
 
 
-def export_program(source: str, to: str, output: str, as_json: bool, trust: bool) -> None:
+def export_program(source: str, to: str, output: str, force: bool, as_json: bool, trust: bool) -> None:
     """Write a Hugging Face folder or a .pt2 file."""
     if to not in ("huggingface", "pt2", "medusa"):
         raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface, pt2 or medusa")
@@ -34,28 +36,30 @@ def export_program(source: str, to: str, output: str, as_json: bool, trust: bool
         raise UsageError(f"{output} should end in .safetensors")
     if to == "pt2" and not output.endswith(".pt2"):
         raise UsageError(f"{output} should end in .pt2")
-    program = read_program(source, trust)
+    with place(output, force, (source,), folder=to == "huggingface", moved=to == "medusa"):
+        result = _export(read_program(source, trust), to, output)
+    if as_json:
+        show_json(result)
+    elif to == "medusa":
+        text(f"written: {output}, {len(result['tensors'])} tensors")
+    else:
+        worst = max(result["errors"].values(), default=0.0)
+        text(f"read back and compared: largest relative error {worst:.2g}\nwritten: {output}")
+
+
+def _export(program: Program, to: str, output: str) -> dict[str, Any]:
     if to == "huggingface":
         with Written(f"writing {output}") as written:
             report = program.save_pretrained(output, progress=written)
-        result: dict[str, Any] = {
+        return {
             "path": output,
             "errors": report.errors,
             "checked": report.checked,
             "files": report.files,
         }
-    elif to == "medusa":
-        result = {"path": output, "tensors": write_heads(program, output), "errors": {}}
-    else:
-        result = {"path": output, "errors": _write_pt2(program, output)}
-    if as_json:
-        show_json(result)
-    else:
-        if to == "medusa":
-            text(f"written: {output}, {len(result['tensors'])} tensors")
-            return
-        worst = max(result["errors"].values(), default=0.0)
-        text(f"written: {output}\nread back and compared: largest relative error {worst:.2g}")
+    if to == "medusa":
+        return {"path": output, "tensors": write_heads(program, output), "errors": {}}
+    return {"path": output, "errors": _write_pt2(program, output)}
 
 
 def _write_pt2(program: Any, output: str) -> dict[str, float]:
@@ -63,14 +67,14 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
     from ..ir.examples import example_inputs
     from ..ir.execute import run
 
-    with Working("exporting"), atomic_file(output) as place:
+    with Working("exporting"), atomic_file(output) as made:
         # through memory: on a full disk torch's own writer ends the process
         buffer = io.BytesIO()
         torch.export.save(program.exported_program(core_aten=True), buffer)
-        place.write_bytes(buffer.getbuffer())
+        made.write_bytes(buffer.getbuffer())
         del buffer
         inputs = example_inputs(program)
-        with place.open("rb") as file:
+        with made.open("rb") as file:
             # our own file of a moment ago
             again = torch.export.load(file).module()(**inputs)
         expected = run(program, inputs)
@@ -81,33 +85,58 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
     return errors
 
 
-def run_program(source: str, inputs: str, output: str | None, as_json: bool, trust: bool) -> None:
-    """Run one forward on the first batch of a file."""
-    from ..ir.execute import run
-
+def run_program(
+    source: str, inputs: str, output: str | None, force: bool, as_json: bool, trust: bool
+) -> None:
+    """Run every row of a file, in its order."""
     if output is not None and not output.endswith(".npz"):
         raise UsageError(f"{output} should end in .npz")
-    program = read_program(source, trust)
-    batches, sample = read_data(program, inputs)
-    if sample:
-        note(f"input: {sample!r}")
-    known = {k: v for k, v in batches[0].items() if k in program.signature.parameters}
-    values = run(program, program.bind((), known))
+    with place(output, force, (source, inputs)):
+        program = read_program(source, trust)
+        rows = read_rows(program, inputs)
+        if rows.sample:
+            note(f"input: {rows.sample!r}")
+        values = _forward(program, rows)
+        _write_values(values, rows, output)
+    summary = {k: describe_value(v) for k, v in values.items()}
+    if as_json:
+        show_json({"rows": rows.count, "lengths": rows.lengths, "outputs": summary, "written": output})
+        return
+    for name, described in summary.items():
+        value = values[name]
+        stats = (
+            f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
+            if value.numel() > 1
+            else ""
+        )
+        text(f"{name}: {described}{stats}")
+    if rows.lengths and len(set(rows.lengths)) > 1:
+        note(f"rows of {min(rows.lengths)} to {max(rows.lengths)} tokens, filled up on the right")
+    note(f"{rows.count} rows" + (f"; written: {output}" if output is not None else ""))
+
+
+def _forward(program: Program, rows: Rows) -> dict[str, Any]:
+    """Run pieces one after the other where all inputs and outputs are rows, else everything at once."""
+    from ..ir.execute import run
+
+    pieces = rows.pieces(program)
+    found = []
+    shown = ShownProgress()
+    shown.start("running", len(pieces))
+    for piece in pieces:
+        found.append(run(program, program.bind((), piece)))
+        shown.step()
+    shown.done()
+    return found[0] if len(found) == 1 else {k: torch.cat([f[k] for f in found]) for k in found[0]}
+
+
+def _write_values(values: dict[str, Any], rows: Rows, output: str | None) -> None:
     if output is not None and rank() == 0:
         import numpy
 
         arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}
-        with atomic_file(output) as place, place.open("wb") as file:
+        if len(set(rows.lengths)) > 1 and "lengths" not in arrays:
+            # behind its own tokens, what a row holds means nothing
+            arrays["lengths"] = numpy.array(rows.lengths)
+        with atomic_file(output) as made, made.open("wb") as file:
             numpy.savez(file, **arrays)
-    summary = {k: describe_value(v) for k, v in values.items()}
-    if as_json:
-        show_json({"outputs": summary, "written": output})
-    else:
-        for name, described in summary.items():
-            value = values[name]
-            stats = (
-                f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
-                if value.numel() > 1
-                else ""
-            )
-            text(f"{name}: {described}{stats}")

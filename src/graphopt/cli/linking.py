@@ -1,27 +1,26 @@
-"""``graphopt links``: what joins ranks, known or measured."""
+"""``graphopt links --fit``: what joins the ranks that run."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ..ir import groups
-from ..ir.cost.collectives import LINKS, ring
+from ..ir.cost.collectives import ring
 from ..ir.cost.link_fit import fit, measure, write_link
 from ..ir.errors import UsageError
 from .output import note, show_json, table, text
+from .places import place
 
 
-def show_links(fitted: bool, output: str | None, as_json: bool) -> None:
-    """List links, or fit one to the processes that run."""
+def fit_link(fitted: bool, output: str | None, force: bool, as_json: bool) -> None:
+    """Fit a link to the processes that run."""
     if not fitted:
-        if output is not None:
-            raise UsageError("-o writes a link that was fitted", hint="add --fit")
-        if as_json:
-            show_json({name: dataclasses.asdict(link) for name, link in LINKS.items()})
-            return
-        rows = [(n, f"{k.bandwidth / 1e9:g}", f"{k.latency * 1e6:g}", k.note) for n, k in LINKS.items()]
-        table("Links", ("name", "GB/s", "µs", "note"), rows)
-        return
+        raise UsageError("-o writes a link that was fitted", hint="add --fit")
+    with place(output, force):
+        _fit(output, as_json)
+
+
+def _fit(output: str | None, as_json: bool) -> None:
     groups.join()
     ranks = groups.world_size()
     if ranks < 2:

@@ -10,6 +10,7 @@ from ..backends.onnx_model import OnnxReport
 from ..ir.errors import UsageError
 from .leaving import plain
 from .output import show_json, table, text
+from .places import place
 from .progress import Working
 from .sources import read_program
 
@@ -24,6 +25,7 @@ def lower_program(
     check: bool,
     device: str | None,
     part_bytes: int | None,
+    force: bool,
     as_json: bool,
     trust: bool,
 ) -> None:
@@ -42,7 +44,8 @@ def lower_program(
             raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
         if device not in (None, "cpu", "cuda"):
             raise UsageError(f"--device is cpu or cuda, not {device!r}")
-        _lower_triton(source, output, fixed[0] if fixed else None, target, check, device, as_json, trust)
+        with place(output, force, (source,), folder=True, moved=True):
+            _lower_triton(source, output, fixed[0] if fixed else None, target, check, device, as_json, trust)
         return
     options: dict[str, Any] = {"opset": opset, "check": check}
     if to == "onnx":
@@ -52,9 +55,13 @@ def lower_program(
         raise UsageError(
             "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
         )
-    program = read_program(source, trust)
-    with Working(f"lowering to {to}"):
-        report = program.lower(to, output, **options)
+    several = len(fixed) > 1 or part_bytes is not None or target not in (None, "onnx")
+    folder = to == "genai" or (several and not output.endswith(".onnx"))
+    kind: dict[str, Any] = {"folder": True, "moved": True} if folder else {"beside": [".data"]}
+    with place(output, force, (source,), **kind):
+        program = read_program(source, trust)
+        with Working(f"lowering to {to}"):
+            report = program.lower(to, output, **options)
     if as_json:
         show_json(plain(report))
     elif isinstance(report, GenaiReport):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 from ..api import _steps
-from ..ir.atomic import require_free
 from ..ir.cost import cost
 from ..ir.errors import UsageError
 from ..ir.examples import example_inputs
 from ..ir.groups import barrier, rank
 from ..ir.program import Program
-from ..ir.serialize.write import is_saved_program
 from ..passes.holding import Verify
 from ..passes.manager import check_order, dump_to, run_pipeline
+from .interrupts import on_interrupt, scores_in
 from .output import note, show_json, text
+from .places import place, require_empty
 from .progress import Written
 from .sources import read_context, read_program
 
@@ -31,19 +30,36 @@ def optimize_checkpoint(
     verify_with: str,
     print_after_all: bool,
     dump_dir: str | None,
+    force: bool,
     as_json: bool,
     trust: bool,
 ) -> None:
     """Optimise a checkpoint and write the program."""
+    with (
+        place(output, force, (source, data, plan_file), folder=True),
+        on_interrupt(lambda: scores_in(work_dir)),
+    ):
+        _optimize(
+            source, output, passes, plan_file, data, amount, work_dir, verify_with, print_after_all, dump_dir,
+            force, as_json, trust,
+        )  # fmt: skip
+
+
+def _optimize(
+    source: str, output: str, passes: str | None, plan_file: str | None, data: str | None,
+    amount: tuple[int, int, int], work_dir: str | None, verify_with: str, print_after_all: bool,
+    dump_dir: str | None, force: bool, as_json: bool, trust: bool,
+) -> None:  # fmt: skip
     if (passes is None) == (plan_file is None):
         raise UsageError("give a pipeline with -p, or a plan with --plan")
     if verify_with not in ("sites", "full", "off"):
         raise UsageError(f"--verify is sites, full or off, not {verify_with!r}")
-    require_free(Path(output), is_saved_program)
     steps, plans = _steps(passes or (), plan_file)
     program = read_program(source, trust)
     check_order(program, steps)
     context = read_context(program, data, amount, work_dir, as_json)
+    if dump_dir is not None:
+        require_empty(dump_dir, force)
     writer = dump_to(dump_dir) if dump_dir and rank() == 0 else None
 
     def dump(index: int, name: str, current: Program) -> None:

@@ -27,4 +27,8 @@ Trust = Annotated[
 WorkDir = Annotated[
     str | None, typer.Option("--work-dir", help="Where scores are kept, so that a run can go on.")
 ]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace what is there: a plain file, or a folder that graphopt wrote."),
+]
 Output = Annotated[str, typer.Option("-o", "--output", help="Where to write.")]

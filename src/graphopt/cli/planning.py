@@ -10,7 +10,9 @@ from ..ir.atomic import atomic_file
 from ..ir.errors import PassRefusedError, UsageError
 from ..passes.base import Pass
 from ..passes.plan import Plan, write_plans
-from .output import show_json, table, text
+from .interrupts import on_interrupt, scores_in
+from .output import note, show_json, table, text
+from .places import place
 from .sources import read_context, read_program
 
 
@@ -22,10 +24,19 @@ def plan_checkpoint(
     data: str | None,
     amount: tuple[int, int, int],
     work_dir: str | None,
+    force: bool,
     as_json: bool,
     trust: bool,
 ) -> None:
     """Plan a pipeline and show or write the plan."""
+    with place(output, force, (source, data)), on_interrupt(lambda: scores_in(work_dir)):
+        _plan(source, passes, output, why, data, amount, work_dir, as_json, trust)
+
+
+def _plan(
+    source: str, passes: str, output: str | None, why: str | None, data: str | None, amount: tuple[int, int, int],
+    work_dir: str | None, as_json: bool, trust: bool,
+) -> None:  # fmt: skip
     from ..passes.pipeline import parse_pipeline
 
     parse_pipeline(passes)
@@ -36,7 +47,12 @@ def plan_checkpoint(
     if why is not None:
         _why(planned, why, as_json)
     elif as_json:
-        show_json([{"pass": name, **plan.as_dict()} for name, plan in steps])
+        show_json(
+            [
+                {"pass": str(step), **plan.as_dict(), "notes": [*plan.told, *plan.notes]}
+                for step, plan in planned
+            ]
+        )
     else:
         for step, plan in planned:
             rows = [
@@ -46,18 +62,19 @@ def plan_checkpoint(
                 (r.block, "refused", r.reason + (f"  [{r.source}]" if r.source else "")) for r in plan.refused
             ]
             table(str(step), ("site", "", "why"), rows)
-            for remark in plan.notes:
+            for remark in [*plan.told, *plan.notes]:
                 text(f"  {remark}")
     if any(not plan.sites and not step.allow_no_match for step, plan in planned):
         raise PassRefusedError(
             "; ".join(f"{step.name} matches nothing" for step, plan in planned if not plan.sites)
         )
     if output is not None:
-        with atomic_file(Path(output)) as place:
-            place.write_text(
+        with atomic_file(Path(output)) as made:
+            made.write_text(
                 write_plans(steps, f"plan of {source}; edit sites, then graphopt optimize --plan"),
                 encoding="utf-8",
             )
+        note(f"written: {output}")
 
 
 def _why(planned: list[tuple[Pass, Plan]], name: str, as_json: bool) -> None:

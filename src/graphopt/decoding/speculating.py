@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..ir.errors import GraphoptError
 from .cached import MARKS, CachedDecoder
 from .drafts import Draft, Drafter, Seen
 from .sampling import Sampling, draw
@@ -103,6 +104,9 @@ class Loop:
 
         Args:
             prompts: at least one token each.
+
+        Raises:
+            UsageError: who proposes candidates cannot do so for this program.
         """
         began = time.perf_counter()
         rows = [list(prompt) for prompt in prompts]
@@ -141,13 +145,15 @@ class Loop:
             yield result
 
     def _guarded(self, what: str, *arguments: Any) -> Any:
-        """Ask who proposes candidates; if that fails, go on without."""
+        """Ask who proposes candidates; if that fails on the way, go on without."""
         if self.drafter is None:
             return None
         try:
             found = getattr(self.drafter, what)(*arguments)
             return _checked(found, arguments[0], self.decoder) if what == "propose" else found
         except Exception as error:
+            if isinstance(error, GraphoptError) and not self.statistics.steps:
+                raise  # it cannot run with this program at all
             note = (
                 f"{self.drafter.name or type(self.drafter).__name__} failed ({type(error).__name__}: {error}); "
                 "decoding goes on without candidates"

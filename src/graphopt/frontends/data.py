@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 
 from ..ir.errors import UsageError
 from ..ir.program import Program
+from .token_ids import as_whole, require_ids
 from .tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -70,7 +73,7 @@ def read_data(
         rows = [row for row in rows if any(row.counted[1:])]
         if not rows:
             raise UsageError(f"{path}: within {length} tokens the assistant says nothing", hint="longer rows")
-    pad = _padding_id(tokenizer)
+    pad = padding_id(tokenizer)
     marked = loss_on == "assistant"
     batches = [_padded(program, rows[i : i + batch], pad, marked) for i in range(0, len(rows), batch)]
     # judging needs data of its own
@@ -182,11 +185,10 @@ def _rows(program: Program, texts: list[Row], sequences: int | None, length: int
     return rows
 
 
-def _padding_id(tokenizer: Tokenizer) -> int:
+def padding_id(tokenizer: Tokenizer) -> int:
+    """Return the token that rows are filled up with: the tokenizer's own, or one that stands for no text, or 0."""
     for key in ("pad_token", "eos_token", "unk_token"):
-        token = tokenizer.config.get(key)
-        text = token if isinstance(token, str) else (token or {}).get("content")
-        found = tokenizer.fast.token_to_id(text) if text else None
+        found = tokenizer.fast.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
         if found is not None:
             return int(found)
     return 0
@@ -208,26 +210,62 @@ def _padded(program: Program, rows: list[Row], pad: int, marked: bool) -> Batch:
     return {**kept, "loss_mask": counted} if marked else kept
 
 
-def _arrays(program: Program, path: Path, batch: int) -> list[Batch]:
+def read_arrays(program: Program, path: Path) -> Batch:
+    """Return the arrays of a .npz file in the types that the program takes.
+
+    Raises:
+        UsageError: it cannot be read, holds other inputs, arrays of different numbers of rows, or numbers that are no
+            tokens of the program.
+    """
     import numpy
 
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        EOFError,
+        BadZipFile,
+        zlib.error,
+    ) as error:
+        # a file that is cut, is no archive of arrays, or holds text or objects
+        raise UsageError(f"{path} cannot be read as arrays: {error}") from None
     unknown = [name for name in tensors if name not in program.signature.inputs]
     if unknown:
         raise UsageError(
             f"{path} holds {', '.join(unknown)}; the program takes {', '.join(program.signature.inputs)}"
         )
-    rows = min((t.shape[0] for t in tensors.values()), default=0)
-    if rows == 0:
+    rows = {n: t.shape[0] for n, t in tensors.items() if t.dim()}
+    if not rows or 0 in rows.values():
         raise UsageError(f"{path} holds no rows")
-    cast = {n: t.to(program.signature.inputs[n].dtype) for n, t in tensors.items()}
+    shared = {
+        n: r for n, r in rows.items() if _rows_size(program, n) == _rows_size(program, next(iter(rows)))
+    }
+    if len(set(shared.values())) > 1:
+        told = ", ".join(f"{r} of {n}" for n, r in shared.items())
+        raise UsageError(f"{path} holds different numbers of rows: {told}")
+    cast = {n: as_whole(t, program.signature.inputs[n].dtype, n, str(path)) for n, t in tensors.items()}
+    require_ids(program, cast, str(path))
+    return cast
+
+
+def _rows_size(program: Program, name: str) -> int | str | None:
+    shape = program.signature.inputs[name].shape
+    return shape[0] if shape else None
+
+
+def _arrays(program: Program, path: Path, batch: int) -> list[Batch]:
+    cast = read_arrays(program, path)
+    rows = min(t.shape[0] for t in cast.values() if t.dim())
     fixed = any(isinstance(spec.shape[0], int) for spec in program.signature.inputs.values() if spec.shape)
     step = next(int(s.shape[0]) for s in program.signature.inputs.values() if s.shape) if fixed else batch
+    if fixed and rows < step:
+        raise UsageError(f"{path} holds {rows} rows, and the program takes {step} at a time")
     return [
-        {n: t[i : i + step] for n, t in cast.items()}
+        {n: t[i : i + step] if t.dim() else t for n, t in cast.items()}
         for i in range(0, rows - rows % step if fixed else rows, step)
     ]

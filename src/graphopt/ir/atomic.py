@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,13 +42,45 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary file that takes the place of ``path`` when the block ends without an error.
 
     Raises:
-        UsageError: a folder is there.
+        UsageError: a folder or a device is there, or the place is kept (:func:`keeping`).
         WriteError: the disk is full or not writable; nothing is left.
     """
-    with _beside(path, _require_no_folder) as (target, temporary):
+    with _beside(path, _require_file_place) as (target, temporary):
         yield temporary
         _settle(temporary)
+        _require_file_place(target)
         os.replace(temporary, target)
+
+
+_kept: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("kept", default=frozenset())
+
+
+@contextlib.contextmanager
+def keeping(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let nothing inside the block take a place where something is, also if it came there meanwhile."""
+    token = _kept.set(_kept.get() | {Path(path).resolve()})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+@contextlib.contextmanager
+def set_aside(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put what is at a place out of the way of what is made there: removed afterwards, or put back if that failed.
+
+    Killed inside of the block, a process leaves the older one beside its place, under a hidden name.
+    """
+    target = Path(path).resolve()
+    old = _fresh(target)
+    os.rename(target, old)
+    try:
+        yield
+    finally:
+        if target.exists():
+            _remove(old)
+        else:
+            os.rename(old, target)
 
 
 @contextlib.contextmanager
@@ -90,9 +123,18 @@ def _remove(place: Path) -> None:
         place.unlink(missing_ok=True)
 
 
-def _require_no_folder(target: Path) -> None:
+def _require_file_place(target: Path) -> None:
     if target.is_dir():
         raise UsageError(f"{target} is a folder", hint="give the name of a file")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target} is a device or a pipe", hint="give the name of a file")
+    _require_not_kept(target)
+
+
+def _require_not_kept(target: Path) -> None:
+    empty = target.is_dir() and not any(target.iterdir())
+    if target in _kept.get() and target.exists() and not empty:
+        raise UsageError(f"{target} exists already", hint="choose another place, or remove it")
 
 
 def _fresh(target: Path) -> Path:
@@ -110,6 +152,7 @@ def require_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
         raise UsageError(
             f"{target} exists and is not what would be replaced", hint="choose another place, or remove it"
         )
+    _require_not_kept(target.resolve())
 
 
 def _take_place(temporary: Path, target: Path, may_replace: Callable[[Path], bool]) -> None:

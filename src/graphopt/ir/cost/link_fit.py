@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import groups
+from ..atomic import atomic_file
 from ..errors import UsageError
 from .collectives import Link
 
@@ -79,4 +80,5 @@ def measure(
 def write_link(link: Link, path: str | Path) -> None:
     """Write a link to a JSON file that ``find_link`` reads."""
     data = {"name": link.name, "bandwidth": link.bandwidth, "latency": link.latency, "note": link.note}
-    Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(path) as made:
+        made.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,47 @@
+"""Messages speak to whoever reads Python as well; at a shell, arguments are called by their flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_SPELLINGS = (
+    (r"say trust=True \(--trust\)", "say --trust"),
+    (r"give data= in Python or --data FILE on the command line", "give --data FILE"),
+    (r" \((?:against|metrics)=\)", ""),
+    (r"say which: against=", "say which: --against ORIGINAL"),
+    (r"; in Python, sizes=", ""),
+    (r"sizes= gives them; --shape on the command line", "--shape gives them"),
+    (r"\(sizes=\)", "(--shape)"),
+    (r"with sizes=", "with --shape"),
+    (r"\btarget=onnx\b", "--target onnx"),
+    (r"\btarget= names", "--target names"),
+    (r"\bopset=(\d+)", r"--opset \1"),
+    (r"\b(compare=False|tolerance=|float32=True|external_data=True) (writes|accepts|leaves)", r"in Python, \1 \2"),
+    (r"pass dynamic= (with|for) the sizes that vary", "in Python, dynamic= names the sizes that vary"),
+    (r"give inputs=, (an example of what the model takes|e\.g\. a tensor)", "in Python, inputs= gives an example"),
+    (r"give inputs= or data", "give --data FILE"),
+    (r"use program\.save, program\.lower or program\.exported_program",
+     "graphopt optimize keeps it as a program; graphopt lower and graphopt export --to pt2 write it otherwise"),
+    (r"use program\.save or program\.lower", "graphopt optimize keeps it as a program, graphopt lower writes it otherwise"),
+    (r"program\.operators lists its operators", "graphopt inspect --json lists its operators"),
+    (r"graphopt\.optimize\(program, '([a-z-]+)'\) gives", r"graphopt optimize -p \1 gives"),
+    (r"save\(\) keeps all ranks", "graphopt optimize keeps all ranks"),
+    (r"give a \.npz file, or batches of tensors in Python", "give a .npz file"),
+)  # fmt: skip
+
+
+def at_the_shell(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message as it is said to somebody at a shell.
+
+    Args:
+        message: of an error, with its hint.
+        flags: of the command's arguments, by their names in Python.
+    """
+    for pattern, spelling in _SPELLINGS:
+        message = re.sub(pattern, spelling, message)
+    for name, flag in flags.items():
+        # a name of one word may be an ordinary word of the sentence
+        if "_" in name:
+            message = re.sub(rf"(?<![\w\-{{.\"'/]){name}(?![\w.\"'/=])", flag, message)
+    return message

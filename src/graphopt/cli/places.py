@@ -1,0 +1,160 @@
+"""Where commands write: what stands there stays unless ``--force`` is given, and what a command reads stays anyway."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..ir.atomic import keeping, set_aside
+from ..ir.errors import UsageError
+from ..ir.groups import rank
+from .interrupts import on_interrupt
+
+_ELSEWHERE = "choose another place; --force does not help here"
+
+
+@contextlib.contextmanager
+def place(
+    output: str | None,
+    force: bool,
+    inputs: Iterable[str | None] = (),
+    *,
+    folder: bool = False,
+    beside: Iterable[str] = (),
+    moved: bool = False,
+) -> Iterator[None]:
+    """Check where a command writes before it works, and keep watch over the place while it does.
+
+    Args:
+        output: where; None where nothing is written.
+        force: what stands there may be replaced: a plain file by a file, a folder that graphopt wrote by a folder.
+        inputs: what the command reads.
+        folder: a folder is written, not a file.
+        beside: endings of further files that are written beside the output.
+        moved: whoever writes the folder takes no place where something is, so what is there is put aside.
+
+    Raises:
+        UsageError: what is there is not to be replaced, or is read by the command.
+    """
+    if output is None or rank():
+        yield  # the first rank writes
+        return
+    target = Path(output)
+    places = [target, *(target.with_name(target.name + ending) for ending in beside)]
+    for each in places:
+        _require_not_read(each, inputs)
+        _require_free(each, force, folder)
+    before = _stamp(target)
+
+    def left() -> str:
+        after = _stamp(target)
+        if after == before:
+            return f"{output} was not written" if after is None else f"{output} is as it was"
+        return f"{output} is written" if after is not None else f"{output} is gone"
+
+    with on_interrupt(left), contextlib.ExitStack() as stack:
+        for each in places:
+            if not force:
+                stack.enter_context(keeping(each))
+            elif moved and each.exists():
+                stack.enter_context(set_aside(each))
+        yield
+
+
+def _stamp(target: Path) -> tuple[int, int] | None:
+    """Tell one file or folder at a place from another."""
+    try:
+        found = target.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _require_not_read(target: Path, inputs: Iterable[str | None]) -> None:
+    real = target.resolve()
+    for given in inputs:
+        if given is None or not os.path.exists(given):
+            continue
+        source = Path(given).resolve()
+        if source == real or (target.exists() and os.path.samefile(target, source)):
+            raise UsageError(f"{target} is what the command reads", hint=_ELSEWHERE)
+        if real in source.parents:
+            raise UsageError(f"{target} holds {given}, which the command reads", hint=_ELSEWHERE)
+        if source.is_dir() and source in real.parents and target.exists():
+            raise UsageError(
+                f"{target} is a part of {given}, which the command reads",
+                hint=_ELSEWHERE,
+            )
+
+
+def _require_free(target: Path, force: bool, folder: bool) -> None:
+    if not os.path.lexists(target) or (target.is_symlink() and not target.exists()):
+        return
+    if folder and target.is_dir() and not any(target.iterdir()):
+        return
+    if not force:
+        raise UsageError(
+            f"{target} exists already", hint="choose another place, or say --force to have it replaced"
+        )
+    if not folder and target.is_dir():
+        raise UsageError(f"{target} is a folder", hint="give the name of a file")
+    if not folder and not target.is_file():
+        raise UsageError(f"{target} is a device or a pipe", hint="give the name of a file")
+    if folder and not (target.is_dir() and written_here(target)):
+        raise UsageError(
+            f"{target} is not a folder that graphopt wrote, so --force does not replace it",
+            hint="choose another place, or remove it",
+        )
+
+
+def require_empty(folder: str, force: bool) -> None:
+    """Check that a folder of files that a command adds is new or empty, unless ``--force`` is given.
+
+    Raises:
+        UsageError: something is in it.
+    """
+    there = Path(folder)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"{folder} is a file", hint="give the name of a folder")
+    if not force and there.is_dir() and any(there.iterdir()):
+        raise UsageError(
+            f"{folder} is not empty", hint="choose another place, or say --force to have files replaced"
+        )
+
+
+def written_here(folder: Path) -> bool:
+    """Tell whether a folder is a saved program, a Hugging Face folder or files for another runtime that graphopt wrote."""
+    if (folder / "program.json").is_file() and (folder / "manifest.json").is_file():
+        return True
+    if (folder / "config.json").is_file():
+        return any(_writer(file) == "graphopt" for file in folder.glob("*.safetensors"))
+    if any(b"graphopt" in _first(file, 64) for file in folder.glob("*.onnx")):
+        return True
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"kernels", "without", "package"} <= set(report)
+
+
+def _first(file: Path, size: int) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(size)
+
+
+def _writer(file: Path) -> Any:
+    """Return who wrote a safetensors file, if its header says so."""
+    start = _first(file, 8)
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 0 < size < min(file.stat().st_size, 1 << 27):
+        return None
+    try:
+        header = json.loads(_first(file, 8 + size)[8:])
+        return header.get("__metadata__", {}).get("writer")
+    except (ValueError, AttributeError):
+        return None

@@ -1,0 +1,69 @@
+"""Numbers of tokens are whole, and within the vocabulary that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..ir.errors import UsageError
+from ..ir.program import Program
+from ..ir.schema import is_operator
+
+
+def known_ids(program: Program, name: str) -> int | None:
+    """Return how many numbers an input may hold: the rows of the tables that it is looked up in; None if in none."""
+    rows = [
+        int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+        for user in program.input_nodes[name].users
+        if is_operator(user, "aten.embedding")
+    ]
+    return min(rows, default=None)
+
+
+def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str, first: int = 0) -> None:
+    """Check that what is looked up in tables stands in them.
+
+    Args:
+        program: that reads them.
+        batch: tensors by input; rows along the first dimension.
+        where: the file, for the message.
+        first: number of the first row.
+
+    Raises:
+        UsageError: a number lies outside; its row and value are named.
+    """
+    for name, value in batch.items():
+        if name not in program.input_nodes or value.is_floating_point() or not value.numel():
+            continue
+        known = known_ids(program, name)
+        if known is None:
+            continue
+        wrong = (value < 0) | (value >= known)
+        if bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            found = int(value[tuple(place)])
+            row = f", row {first + place[0]}" if place else ""
+            raise UsageError(
+                f"{where}{row}: {name} is {found}, the program knows 0 to {known - 1}",
+                hint="encode text with the checkpoint's own tokenizer",
+            )
+
+
+def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> torch.Tensor:
+    """Return an array in the type that an input takes.
+
+    Raises:
+        UsageError: the input takes whole numbers, and one of these is none.
+    """
+    if dtype.is_floating_point or dtype.is_complex or not value.is_floating_point():
+        return value.to(dtype)
+    wrong = value != value.round()
+    wrong |= ~value.isfinite()
+    if bool(wrong.any()):
+        place = wrong.nonzero()[0].tolist()
+        row = f", row {place[0]}" if place else ""
+        raise UsageError(
+            f"{where}{row}: {name} is {float(value[tuple(place)]):g}, the program takes whole numbers"
+        )
+    return value.to(dtype)
