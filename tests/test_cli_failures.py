@@ -205,3 +205,55 @@ def test_text_is_read_by_the_checkpoint_s_own_tokenizer(
     assert run(["run", str(folder), "--input", str(tmp_path / "chat.jsonl")]) != 0, (
         "a chat template reached Python"
     )
+
+
+# -- inputs that are none -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["inspect", ""], 2, "the name of a checkpoint is empty"),
+        (["lower", "{whole}", "--to", "onnx", "-o", ""], 2, "the name of the output is empty"),
+        (["optimize", "{whole}", "--plan", "{rows}", "-o", "{out}"], 2, "cannot read the plan"),
+        (["optimize", "{whole}", "-p", "skip-layers{{remove=1}}", "--data", "{rows}", "--work-dir", "{rows}", "-o", "{out}"], 2, "is a file"),
+        (["train", "{whole}", "--recipe", "language", "--data", "{rows}", "--steps", "1", "--work-dir", "{rows}/x", "-o", "{out}"], 2, "is a file"),
+        (["train", "{whole}", "--recipe", "language", "--data", "{rows}", "--steps", "1", "--weight-decay", "nan", "-o", "{out}"], 2, "numbers from 0"),
+        (["evaluate", "{whole}", "--data", "{rows}", "--metric", "{code}:broken"], 2, "the metric broken ended with ValueError: mine"),
+        (["evaluate", "{whole}", "--data", "{rows}", "--metric", "bits_per_byte"], 2, "has no tokenizer that writes any"),
+        (["run", "{whole}", "--input", "{complex}"], 2, "input_ids is complex"),
+        (["run", "{whole}", "--input", "{huge}"], 2, "2^63"),
+        (["generate", "{whole}", "--prompt", "a"], 2, "reads and writes no text"),
+        (["links", "-o", "{out}"], 2, "add --fit"),
+    ],
+)  # fmt: skip
+def test_inputs_that_are_none_are_named(
+    arguments: list[str],
+    status: int,
+    says: str,
+    whole: Path,
+    rows: Path,
+    told: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    numpy.savez(tmp_path / "complex.npz", input_ids=numpy.ones((2, 3), dtype=complex))
+    numpy.savez(tmp_path / "huge.npz", input_ids=numpy.full((2, 3), 2**63 + 5, dtype="uint64"))
+    (tmp_path / "code.py").write_text("def broken(program):\n    raise ValueError('mine')\n")
+    places = {"whole": whole, "rows": rows, "out": tmp_path / "out", "complex": tmp_path / "complex.npz",
+              "huge": tmp_path / "huge.npz", "code": tmp_path / "code.py"}  # fmt: skip
+    before = {k: v for k, v in everything_in(tmp_path).items() if "__pycache__" not in k}
+    assert says in told(*(a.format(**places) for a in arguments), status=status)["message"]
+    assert {k: v for k, v in everything_in(tmp_path).items() if "__pycache__" not in k} == before
+
+
+def test_too_little_memory_is_no_internal_error(
+    whole: Path, told: Callable[..., Any], monkeypatch: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        )
+
+    monkeypatch.setattr("graphopt.cli.inspecting.cost", full)
+    found = told("inspect", whole, status=1)
+    assert found["error"] == "MemoryError" and found["message"].startswith("out of memory")

@@ -252,7 +252,7 @@ def test_learning_rates_rise_and_fall(steps: int, warmup: int, final: float, sch
     [
         {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"warmup": -1}, {"accumulate": 0},
         {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"schedule": "exponential"}, {"final": 1.5},
-        {"clip": -1.0}, {"weight_decay": -0.1},
+        {"clip": -1.0}, {"weight_decay": -0.1}, {"weight_decay": float("nan")}, {"clip": float("nan")},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(wrong: dict[str, object]) -> None:

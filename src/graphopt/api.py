@@ -163,7 +163,7 @@ def _steps(passes: Any, plan: Any) -> tuple[list[Pass], list[Plan] | None]:
     if isinstance(plan, (str, os.PathLike)):
         try:
             text = Path(plan).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the plan {plan}: {error}") from None
         entries = read_plans(text, str(plan))
         steps = [step for entry, _ in entries for step in as_passes(entry)]

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from .api import Model, capture
 from .frontends.data import read_data
-from .ir.errors import UsageError
+from .ir.errors import GraphoptError, UsageError
 from .ir.execute import run
 from .ir.program import Program
 from .ir.retype import retyped
@@ -168,6 +169,11 @@ def _counted(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Ba
 def _bytes_a_token(program: Program, batches: Sequence[Batch]) -> float:
     from .frontends.tokenizer import Tokenizer
 
+    if "tokenizer.json" not in program.origin.assets:
+        raise UsageError(
+            "bits_per_byte counts the bytes of text, and this program has no tokenizer that writes any",
+            hint="perplexity needs none",
+        )
     tokenizer = Tokenizer(program)
     size = count = 0
     for batch in batches:
@@ -201,7 +207,16 @@ def _judged(judge: Judge, program: Program, batches: Sequence[Batch]) -> dict[st
     )
     if takes not in (1, 2):
         raise UsageError(f"{name} takes {takes} arguments; it must take (program) or (program, batches)")
-    found = judge(program) if takes == 1 else judge(program, list(batches))
+    try:
+        found = judge(program) if takes == 1 else judge(program, list(batches))
+    except GraphoptError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UsageError(
+            f"the metric {name} ended with {type(error).__name__}: {error}",
+            source=f"{where.filename}:{where.lineno}: {where.line}",
+        ) from error
     try:
         if isinstance(found, Mapping):
             return {str(k): float(v) for k, v in found.items()}

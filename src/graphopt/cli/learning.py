@@ -17,7 +17,7 @@ from .interrupts import on_interrupt, scores_in
 from .output import note, show_json, table, text
 from .places import place
 from .progress import ShownProgress, Working
-from .sources import read_program
+from .sources import read_program, require_work_dir
 
 
 def train_program(
@@ -34,15 +34,15 @@ def train_program(
     sequences, length, batch = amount
     work_dir, save_every, dtype = kept
     folder = work_dir or f"{os.path.normpath(output)}.training"
+    require_work_dir(folder)
     goes_on = f"the run is kept in {folder}; the same command goes on from there"
     with place(output, force, (source, data, validation), folder=True):
         program = read_program(source, trust)
-        note(goes_on)
         with on_interrupt(lambda: goes_on if (Path(folder) / FILE).is_file() else ""):
             done, record = train(
                 program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,
                 validation=validation, measure_every=measure_every, save_every=save_every,
-                dtype=dtype, loss_on=loss_on, progress=Shown(recipe),
+                dtype=dtype, loss_on=loss_on, progress=_Kept(recipe, goes_on),
             )  # fmt: skip
         if rank():
             return
@@ -63,6 +63,19 @@ def train_program(
         )
         + f"\nsaved to {output}"
     )
+
+
+class _Kept(Shown):
+    """Says where a run is kept once there is one."""
+
+    def __init__(self, what: str, told: str):
+        super().__init__(what)
+        self.told = told
+
+    def begin(self, steps: int, done: int) -> None:
+        """Begin, or go on after ``done`` steps."""
+        note(self.told)
+        super().begin(steps, done)
 
 
 def sweep_program(
@@ -98,6 +111,7 @@ def _sweep(
     amount: tuple[int | None, int, int], csv: str | None, picture: str | None, work_dir: str | None, as_json: bool,
     trust: bool,
 ) -> None:  # fmt: skip
+    require_work_dir(work_dir)
     settings = _numbers(values) if values is not None else []
     program = read_program(source, trust)
     original = read_program(against, trust) if against is not None else None

@@ -27,7 +27,7 @@ _SPELLINGS = (
     (r"program\.operators lists its operators", "graphopt inspect --json lists its operators"),
     (r"graphopt\.optimize\(program, '([a-z-]+)'\) gives", r"graphopt optimize -p \1 gives"),
     (r"save\(\) keeps all ranks", "graphopt optimize keeps all ranks"),
-    (r"give a \.npz file, or batches of tensors in Python", "give a .npz file"),
+    (r"a \.npz file, or batches of tensors in Python", "a .npz file"),
 )  # fmt: skip
 
 

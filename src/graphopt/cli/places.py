@@ -44,6 +44,8 @@ def place(
     if output is None or rank():
         yield  # the first rank writes
         return
+    if not output:
+        raise UsageError("the name of the output is empty")
     target = Path(output)
     places = [target, *(target.with_name(target.name + ending) for ending in beside)]
     for each in places:

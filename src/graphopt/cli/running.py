@@ -18,6 +18,9 @@ from .output import documents_shown, errors, show_json
 # typer has a copy of click or uses the package, by its version; either way its errors are found here
 _WrongUsage: Any = typer.BadParameter.__mro__[2]
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
+"""What torch says on a CPU and on a GPU."""
+
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as of a process that a signal 2 ended."""
 
@@ -117,6 +120,14 @@ def _show_error(name: str, message: str, code: int) -> None:
 def _failed(error: Exception, as_json: bool, who: str, flags: dict[str, str]) -> int:
     code = getattr(error, "exit_code", None)
     notes = list(getattr(error, "__notes__", []))
+    if code is None and (isinstance(error, MemoryError) or any(w in str(error) for w in _OUT_OF_MEMORY)):
+        # the machine's limit and nobody's mistake
+        message = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        message += "\n  what to do: smaller sizes or fewer rows, or a machine with more memory"
+        if as_json:
+            _show_error("MemoryError", message, 1)
+        errors.print(who + message, markup=False)
+        return 1
     if code is None:
         if os.environ.get("GRAPHOPT_TRACEBACK"):
             traceback.print_exc()

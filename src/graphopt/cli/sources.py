@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..api import capture
 from ..frontends.data import read_data
+from ..ir.errors import UsageError
 from ..ir.program import Program
 from ..passes.context import Context
 from .output import note
@@ -14,6 +16,8 @@ from .progress import ShownProgress, Working
 
 def read_program(source: str, trust: bool = False) -> Program:
     """Return a checkpoint or saved program."""
+    if not source:
+        raise UsageError("the name of a checkpoint is empty")
     with Working(f"reading and capturing {source}"):
         program = capture(source, trust=trust)
     for said in program.origin.notes:
@@ -31,6 +35,7 @@ def read_context(
     quiet: bool = False,
 ) -> Context:
     """Return the context of a run, with its data read and one sample shown."""
+    require_work_dir(work_dir)
     sequences, length, seed = amount
     batches: list[Any] = []
     if data is not None:
@@ -42,3 +47,16 @@ def read_context(
                 + (f"; one of them: {sample!r}" if sample else "")
             )
     return Context(batches, work_dir=work_dir, seed=seed, progress=ShownProgress())
+
+
+def require_work_dir(work_dir: str | None) -> None:
+    """Check that a place for scores or a run is a folder, or can become one.
+
+    Raises:
+        UsageError: a file is there, or above it.
+    """
+    if work_dir is None:
+        return
+    there = next(p for p in (Path(work_dir), *Path(work_dir).absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"--work-dir {work_dir}: {there} is a file", hint="give the name of a folder")

@@ -56,6 +56,10 @@ def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> 
     Raises:
         UsageError: the input takes whole numbers, and one of these is none.
     """
+    if value.is_complex() and not dtype.is_complex:
+        raise UsageError(f"{where}: {name} is complex, the program takes {dtype}")
+    if value.dtype is torch.uint64 and bool((value.view(torch.int64) < 0).any()):
+        raise UsageError(f"{where}: {name} has numbers of 2^63 and more, which no input takes")
     if dtype.is_floating_point or dtype.is_complex or not value.is_floating_point():
         return value.to(dtype)
     wrong = value != value.round()

@@ -18,8 +18,8 @@ class Tokenizer:
         data = program.origin.assets.get("tokenizer.json")
         if data is None:
             raise UsageError(
-                "this program has no tokenizer, so text cannot be its data",
-                hint="give a .npz file, or batches of tensors in Python",
+                "this program has no tokenizer, so it reads and writes no text",
+                hint="as data it takes tokens: a .npz file, or batches of tensors in Python",
             )
         try:
             from tokenizers import Tokenizer as Fast

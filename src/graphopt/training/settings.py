@@ -55,8 +55,10 @@ class Settings:
             raise UsageError(f"schedule is cosine, linear or constant, not {self.schedule!r}")
         if not 0 <= self.final <= 1:
             raise UsageError(f"final is a fraction of the learning rate, not {self.final!r}")
-        if self.clip < 0 or self.weight_decay < 0:
-            raise UsageError("clip and weight_decay are not negative")
+        if not (self.clip >= 0 and self.weight_decay >= 0):
+            raise UsageError(
+                f"clip and weight_decay are numbers from 0, not {self.clip} and {self.weight_decay}"
+            )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
