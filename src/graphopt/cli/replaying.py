@@ -59,11 +59,14 @@ def replay(
             (step,) = parse_pipeline(str(entry["pass"]))
             plan = Plan.from_dict(entry.get("plan") or {})
             how: Any = "sites" if is_exact(entry) else "off"
-            current, _ = run_pass(current, step, context, plan=plan, verify_with=how)
+            current, done = run_pass(current, step, context, plan=plan, verify_with=how)
         except ContractError as error:
             return Replayed(False, broken=error.message)
         except GraphoptError as error:
             return Replayed(False, f"{entry['pass']} cannot be done again: {error.message}")
+        failed = next((r for r in done.refused if r.rolled_back), None)
+        if failed is not None:
+            return Replayed(False, broken=f"{entry['pass']} at {failed.block}: {failed.reason}")
     made = fold(current, to_store=True)
     if difference(made, after):
         return Replayed(False, "its graph is not what its passes make of the original today")
