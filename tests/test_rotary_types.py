@@ -75,3 +75,11 @@ def test_an_export_that_fails_prints_no_graph(capfd: pytest.CaptureFixture[str])
     with pytest.raises(CaptureError, match="torch.export cannot capture Branching"):
         graphopt.capture(Branching(), torch.randn(2, 3))
     assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_is_none_prints_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pt2").write_bytes(b"garbage")
+    capfd.readouterr()
+    with pytest.raises(graphopt.CheckpointError, match=r"x\.pt2 cannot be read"):
+        graphopt.capture(tmp_path / "x.pt2", trust=True)
+    assert capfd.readouterr().err == ""

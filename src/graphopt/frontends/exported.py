@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from ..ir.canonical import canonicalise
+from ..ir.compat import quiet_export
 from ..ir.errors import CheckpointError
 from ..ir.program import Program
 from .lift import lift
@@ -52,7 +53,8 @@ def capture_pt2(path: str | os.PathLike[str], *, trust: bool) -> Program:
             hint="say trust=True (--trust) if you made it or know who did",
         )
     try:
-        exported = torch.export.load(path)
+        with quiet_export():
+            exported = torch.export.load(path)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return capture_exported(exported)
