@@ -117,5 +117,5 @@ def test_it_learns_to_say_what_the_model_says(captured: Callable[[str], Program]
         Draft().recipe(program)
     with pytest.raises(PassRefusedError, match="there is no layer 7"):
         graphopt.optimize(program, "attach-draft{taps=[0 7]}")
-    with pytest.warns(RuntimeWarning, match="has no draft"):
+    with pytest.raises(UsageError, match="has no draft"):
         graphopt.generate(program, [[5, 3]], max_new_tokens=3, strategy="attached-draft")

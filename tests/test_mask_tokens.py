@@ -285,9 +285,9 @@ def test_what_cannot_be_is_refused(captured: Callable[[str], Program]) -> None:
         graphopt.optimize(graphopt.optimize(program, "insert-kv-cache{tree=true}"), "attach-mask-tokens")
     with pytest.raises(UsageError, match="layout is quadratic or linear"):
         MaskTokens(layout="cubic")
-    with pytest.warns(RuntimeWarning, match="has no mask tokens"):
+    with pytest.raises(UsageError, match="has no mask tokens"):
         graphopt.generate(program, [[5, 3]], max_new_tokens=3, strategy="mask-tokens")
-    with pytest.warns(RuntimeWarning, match="3 mask tokens, 5 are asked for"):
+    with pytest.raises(UsageError, match="3 mask tokens, 5 are asked for"):
         graphopt.generate(masked, [[5, 3]], max_new_tokens=3, strategy="mask-tokens{tokens=5}")
     fixed = graphopt.optimize(masked, "insert-kv-cache{tree=true max_length=20}")
     recipe = Recipe(anchors=7).recipe(fixed)

@@ -161,7 +161,7 @@ def test_heads_of_another_model_are_refused(
         )
     with pytest.raises(PassRefusedError, match="returns no logits"):
         graphopt.optimize(captured("bert"), "attach-multi-token-heads")
-    with pytest.warns(RuntimeWarning, match="no multi-token heads"):
+    with pytest.raises(UsageError, match="no multi-token heads"):
         graphopt.generate(llama, [[5]], max_new_tokens=3, strategy="multi-token-heads")
 
 
@@ -245,7 +245,7 @@ def test_first_layers_draft_for_all(llama: Program) -> None:
             graphopt.optimize(llama, f"attach-early-exit{{layers={wrong}}}")
     with pytest.raises(PassRefusedError, match="is split after one from 0 to 0"):
         split_at(llama, 1)
-    with pytest.warns(RuntimeWarning, match="no exits"):
+    with pytest.raises(UsageError, match="no exits"):
         graphopt.generate(llama, [[5]], max_new_tokens=3, strategy=EarlyExit())
 
 
