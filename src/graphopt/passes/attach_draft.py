@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.anatomy.residual import between
+from ..ir.anatomy.rows import shaped_like
 from ..ir.errors import PassRefusedError
 from ..ir.export_blockers import block_export
 from ..ir.inputs import add_input
@@ -111,11 +112,8 @@ class AttachDraft(Pass):
                     if weight.kind == "parameter":
                         now[used] = program.edit.add_weight(f"{PREFIX}.layer.{weight.name}", weight.source)
         with program.edit.after(head.way[-1]):
-            features = call(
-                aten.linear.default,
-                call(aten.cat.default, [layers[t].writes for t in taps], -1),
-                own["features"],
-            )
+            streams = [shaped_like(program, layers[t].writes, table) for t in taps]
+            features = call(aten.linear.default, call(aten.cat.default, streams, -1), own["features"])
             embedded = call(aten.embedding.default, table.args[0], following)
             norm = torch.ops.graphopt.rms_norm.default
             joined = call(
@@ -126,10 +124,11 @@ class AttachDraft(Pass):
                 ],
                 -1,
             )
-            now[layer.reads] = call(aten.linear.default, joined, own["input"])
+            begin = call(aten.linear.default, joined, own["input"])
+            now[layer.reads] = shaped_like(program, begin, layer.reads)
             repeat_way(program, way, now)
-            hidden = now[layer.writes]
-            said = {head.stream: hidden}
+            hidden = shaped_like(program, now[layer.writes], table)
+            said = {head.stream: shaped_like(program, hidden, head.stream)}
             repeat_way(program, head.way, said)
         for name, value in (
             ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", said[head.logits])

@@ -192,6 +192,10 @@ def _present(node: fx.Node, replaced: dict[str, fx.Node]) -> fx.Node:
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str) -> float:
+    # between some layers a stream may have its rows one after the other: (batch * sequence, size)
+    if first.dim() != second.dim():
+        shape = max(first.shape, second.shape, key=len)
+        first, second = first.reshape(shape), second.reshape(shape)
     cosine = F.cosine_similarity(first.double(), second.double(), dim=-1)
     where = valid(batch, first)
     cosine = cosine[where] if where is not None else cosine.reshape(-1)

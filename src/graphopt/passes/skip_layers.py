@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..ir.anatomy.rows import shaped_like
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.export_blockers import block_export
 from ..ir.option import option
@@ -164,7 +165,8 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
         reads = now.get(unit.reads, unit.reads)
         users = list(writes.users)
         with program.edit.after(writes):
-            chosen = program.edit.call(torch.ops.graphopt.skipped.default, reads, writes, phase)
+            stream = shaped_like(program, reads, writes)
+            chosen = program.edit.call(torch.ops.graphopt.skipped.default, stream, writes, phase)
         for user in users:
             user.replace_input_with(writes, chosen)
             program.edit.touched[user] = None

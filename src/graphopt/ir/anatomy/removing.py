@@ -10,6 +10,7 @@ from torch import fx
 from ..errors import UsageError
 from ..schema import operator_name
 from .blocks import Block, Layer
+from .rows import shaped_like
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -23,7 +24,10 @@ def remove(program: Program, block: Block | Layer) -> None:
     """
     blocks = [present(program, b) for b in (block.blocks if isinstance(block, Layer) else [block])]
     if len(blocks) > 1 or not blocks[0].parallel:
-        program.bypass(blocks[-1].writes, with_=blocks[0].reads)
+        writes = blocks[-1].writes
+        with program.edit.before(writes):
+            stream = shaped_like(program, blocks[0].reads, writes)
+        program.bypass(writes, with_=stream)
         return
     (block,) = blocks
     terms = set(block.terms)

@@ -1,0 +1,31 @@
+"""The two forms of a stream's values: (batch, sequence, size), and its rows one after another, (batch * sequence, size)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+
+
+def shaped_like(program: Program, value: fx.Node, like: fx.Node) -> fx.Node:
+    """Return a value of a stream in the form of another one; a new node is inserted at the insertion point.
+
+    Args:
+        program: whose graph it is.
+        value: (..., size).
+        like: (..., size), of the same rows.
+    """
+    shape = like.meta["val"].shape
+    if len(value.meta["val"].shape) == len(shape):
+        return value
+    if len(shape) == 2:
+        rows: list[int | fx.Node] = [-1]
+    else:
+        rows = [program.edit.call(aten.sym_size.int, like, dim) for dim in range(len(shape) - 1)]
+    return program.edit.call(aten.reshape.default, value, [*rows, int(value.meta["val"].shape[-1])])
