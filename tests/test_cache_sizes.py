@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import graphopt
-from graphopt.passes.caching import comparing
+from graphopt.ir.errors import PassRefusedError
+from graphopt.ir.program import Program
+from graphopt.ir.schema import arguments, is_operator
+from graphopt.passes.caching import reducing
 
 
 def decoder(config: Any, model: Any, **options: Any) -> Any:
@@ -21,14 +27,14 @@ def test_many_layers_are_checked_by_one_of_each_kind(kinds: int, monkeypatch: py
     """Above a number of weights; the program itself keeps all its layers and writes the model's text."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    monkeypatch.setattr(comparing, "LARGE", 20_000)
+    monkeypatch.setattr(reducing, "LARGE", 20_000)
     model = decoder(
         Qwen2Config, Qwen2ForCausalLM, vocab_size=101, hidden_size=36, intermediate_size=48, num_hidden_layers=6,
         num_attention_heads=9, num_key_value_heads=3, initializer_range=0.3, max_position_embeddings=64,
         use_sliding_window=True, sliding_window=5, layer_types=(["full_attention", "sliding_attention"] * 3)[:: 3 - kinds] * (3 - kinds),
     )  # fmt: skip
     program = graphopt.capture(model, {"input_ids": torch.randint(3, 100, (2, 6))})
-    small = comparing.reduced(program)
+    small = reducing.reduced(program)
     assert small is not None and len(small.anatomy.layers) == kinds
     assert len(program.anatomy.layers) == 6
     made = graphopt.optimize(program, "insert-kv-cache")
@@ -38,3 +44,142 @@ def test_many_layers_are_checked_by_one_of_each_kind(kinds: int, monkeypatch: py
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(graphopt.generate(made, ids, max_new_tokens=20, eos_token_id=None), expected)
     assert len(set(expected[0, 7:].tolist())) > 4
+
+
+GQA = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+       "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0}  # fmt: skip
+BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED = {
+    "Mistral": {},
+    "Gemma2": BOTH,
+    "Gemma3Text": BOTH,
+    "Cohere2": BOTH,
+    "Exaone4": BOTH,
+}
+
+
+def windows(program: Program) -> set[int | None]:
+    return {arguments(n)["window"] for n in program.nodes if is_operator(n, "graphopt.attention")}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_window_that_a_configuration_has_by_default(name: str) -> None:
+    """4096 tokens are seen by no example; it is known all the same, and short caches are no obstacle."""
+    import transformers
+
+    model = decoder(
+        getattr(transformers, f"{name}Config"),
+        getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM"),
+        **{**GQA, **WINDOWED[name]},
+    )
+    assert model.config.sliding_window == 4096
+    program = graphopt.capture(
+        model, {"input_ids": torch.randint(3, 100, (2, 6)), "attention_mask": torch.ones(2, 6).long()}
+    )
+    assert windows(program) == ({4096} if name == "Mistral" else {4096, None})
+    made = graphopt.optimize(program, "insert-kv-cache{max_length=48}")
+    assert made.facts["kv_cache"]["limit"] is None
+    ids = torch.tensor([[5, 9, 17, 40, 3, 8, 22]])
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(graphopt.generate(made, ids, max_new_tokens=20, eos_token_id=None), expected)
+
+
+def test_text_past_a_window() -> None:
+    """As long a text as the window and longer, rows of different lengths, in a cache and out of one."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    model = decoder(MistralConfig, MistralForCausalLM, **GQA, sliding_window=16)
+    program = graphopt.capture(
+        model, {"input_ids": torch.randint(3, 100, (2, 6)), "attention_mask": torch.ones(2, 6).long()}
+    )
+    ids, mask = torch.tensor([[5, 9, 17, 40, 3], [0, 0, 0, 7, 31]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    expected = model.generate(
+        ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    made = graphopt.optimize(program, "insert-kv-cache{max_length=48}")
+    for form in (program, made):
+        found = graphopt.generate(form, ids, attention_mask=mask, max_new_tokens=40, eos_token_id=None)
+        assert torch.equal(found, expected)
+    assert len(set(expected[0].tolist())) > 8
+
+
+class Windowed(nn.Module):
+    """One attention whose mask is written out, with a number in it that no example reaches."""
+
+    def __init__(self, form: str, window: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.window = form, window
+        self.embed, self.qkv, self.head = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(8, 20)
+
+    def seen(self, length: int) -> torch.Tensor:
+        """Return which key each query sees."""
+        q, k = torch.arange(length)[:, None], torch.arange(length)[None]
+        return {
+            "after": lambda: (k <= q) & (k > q - self.window),
+            "from": lambda: (k <= q) & (k >= q - self.window),
+            "distance": lambda: (k <= q) & (q - k < self.window),
+            "both ways": lambda: (q - k).abs() <= self.window,
+            "chunk": lambda: (k <= q) & (k // self.window == q // self.window),
+            "all but": lambda: (k <= q) & ((q - k < self.window) | (k < 4)),
+        }[self.form]()
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(self.embed(input_ids)).chunk(3, -1))
+        hidden = torch.where(self.seen(input_ids.shape[1]), 0.0, -30000.0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden)
+        return {"logits": self.head(mixed.squeeze(1))}
+
+
+FORMS = {"after": 0, "from": 1, "distance": 0, "both ways": 1, "chunk": None, "all but": None}
+
+
+@settings(max_examples=8, deadline=None)
+@given(form=st.sampled_from(sorted(FORMS)), window=st.one_of(st.integers(3, 200), st.integers(1490, 100_000)))
+@example("all but", 5)
+@example("all but", 2493)
+@example("after", 1501)
+@example("from", 4096)
+def test_windows_are_what_the_mask_says(form: str, window: int) -> None:
+    """Whatever way it is written; what is no window stays a bias."""
+    program = graphopt.capture(Windowed(form, window).eval(), {"input_ids": torch.randint(0, 20, (2, 6))})
+    extra = FORMS[form]
+    assert windows(program) == ({None} if extra is None else {window + extra})
+    (core,) = (n for n in program.nodes if is_operator(n, "graphopt.attention"))
+    assert (arguments(core)["bias"] is None) == (extra is not None)
+
+
+class TwoTypes(nn.Module):
+    """A decoder with a table of positions, and one of two rows for token types, which are all the same."""
+
+    def __init__(self, positions: int, offset: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.offset = offset
+        self.embed, self.types = nn.Embedding(20, 8), nn.Embedding(2, 8)
+        self.places = nn.Embedding(positions + offset, 8)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        places = torch.arange(input_ids.shape[1]) + self.offset
+        x = self.embed(input_ids) + self.places(places) + self.types(torch.zeros_like(places))
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return {"logits": self.head(x + mixed.squeeze(1)) * 5}
+
+
+@settings(max_examples=5, deadline=None)
+@given(positions=st.integers(12, 3000), offset=st.integers(0, 2))
+def test_positions_end_where_their_table_ends(positions: int, offset: int) -> None:
+    """Tables that are read at one place say nothing; the last position is taken, one more is refused."""
+    model = TwoTypes(positions, offset).eval()
+    program = graphopt.capture(model, {"input_ids": torch.randint(0, 20, (2, 6))})
+    made = graphopt.optimize(program, f"insert-kv-cache{{max_length={positions}}}")
+    assert made.facts["kv_cache"]["limit"] == positions
+    text = [3, 5, 9]
+    for _ in range(8):
+        text.append(int(model(torch.tensor([text]))["logits"][0, -1].argmax()))
+    found = graphopt.generate(made, [[3, 5, 9]], max_new_tokens=8, eos_token_id=None)
+    assert found[0].tolist() == text
+    with pytest.raises(PassRefusedError, match=f"positions for {positions} tokens, {positions + 1} are more"):
+        graphopt.optimize(program, f"insert-kv-cache{{max_length={positions + 1}}}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..ir.errors import ContractError, VerificationError
+from ..ir.errors import ContractError, PassRefusedError, VerificationError
 from ..ir.export_blockers import block_export
 from ..ir.inputs import add_input, limit_size, remove_input
 from ..ir.option import option
@@ -19,9 +19,11 @@ from ..ir.ranks import ON_RANKS, ranks_of
 from ..ir.report import PassReport
 from ..ir.schema import arguments, is_operator, normal_call
 from ..ir.signature import SizeRange
+from ..ir.sizes import expression
 from .base import Pass
-from .caching.comparing import compare_with_cache, reduced
+from .caching.comparing import compare_with_cache
 from .caching.positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
+from .caching.reducing import reduced
 from .contracts import ExactInChunks
 from .plan import Plan, Refused, Site
 
@@ -67,13 +69,7 @@ class InsertKVCache(Pass):
             plan.refused.append(Refused(problem.node.name, str(problem), program.source_line(problem.node)))
             return plan
         if limit is not None and self.max_length is not None and self.max_length > limit:
-            plan.refused.append(
-                Refused(
-                    "max_length",
-                    f"the model has positions for {limit} tokens, {self.max_length} are more",
-                    "",
-                )
-            )
+            plan.refused.append(Refused("max_length", _too_long(limit, self.max_length)))
             return plan
         plan.sites = sites
         failed = self._trial(program)
@@ -103,13 +99,39 @@ class InsertKVCache(Pass):
         )
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put a cache before each attention."""
-        if plan.sites:
+        """Put a cache before each attention; with some alone, the others would see new tokens and nothing before them.
+
+        Raises:
+            PassRefusedError: the plan leaves attentions out, or says something else of them than the program.
+            KeyError: it names attentions that are not there.
+        """
+        if not plan.sites:
+            return
+        try:
+            sites = {site.block: site for site in _sites(Decoder(program))}
+            given = {site.block: site for site in plan.sites}
+            left = [name for name in sites if name not in given]
+            for name, site in given.items():
+                if site != sites[name]:
+                    raise PassRefusedError(
+                        f"{self.name}: the plan has {site} where the program has {sites[name]}",
+                        hint="what a cache holds follows from the program; plan again",
+                    )
+            if left:
+                raise PassRefusedError(
+                    f"{self.name}: the plan leaves out {', '.join(left)}: without a cache an attention sees new tokens "
+                    "and nothing before them",
+                    hint="take all of its sites, or none",
+                )
             self._insert(program)
+        except NotCausal as problem:
+            raise PassRefusedError(f"{self.name}: {problem.node.name}: {problem}") from problem
 
     def _insert(self, program: Program) -> None:
         decoder = Decoder(program)
         limit = decoder.limit()
+        if limit is not None and self.max_length is not None and self.max_length > limit:
+            raise NotCausal(decoder.tokens, _too_long(limit, self.max_length))
         pairs = [(s["key"], s["value"]) for s in _sites(decoder)]
         nodes = {n.name: n for n in program.graph.nodes}
         still = decoder.still()
@@ -212,8 +234,7 @@ class InsertKVCache(Pass):
             table = tables.value(bias)
             if not isinstance(table, fx.Node):
                 raise NotCausal(bias, "what is added to its scores is no tensor")
-            queries = table.meta["val"].shape[-2]
-            if queries != 1:
+            if expression(table.meta["val"].shape[-2]) != 1:
                 table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
             if self.tree:
                 call = program.edit.call
@@ -264,6 +285,10 @@ class InsertKVCache(Pass):
             )
 
 
+def _too_long(limit: int, length: int) -> str:
+    return f"the model has positions for {limit} tokens, {length} are more"
+
+
 def _sites(decoder: Decoder) -> list[Site]:
     """Return what is stored: each pair of keys and values once, however many attentions read it."""
     program = decoder.program
@@ -282,9 +307,9 @@ def _sites(decoder: Decoder) -> list[Site]:
         if given["key_mask"] is not None and not decoder.sees_everything(given["key_mask"]):
             raise NotCausal(node, "an attention hides keys for another reason than padding")
         heads, size = k.meta["val"].shape[1], k.meta["val"].shape[-1]
-        found.setdefault(
-            (k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=int(heads), size=int(size))
-        )
+        if not isinstance(heads, int) or not isinstance(size, int):
+            raise NotCausal(node, f"its keys have {heads} heads of {size} values, and caches have one size")
+        found.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
     if not found:
         raise NotCausal(decoder.tokens, "no attention was recognised")
     return list(found.values())

@@ -185,7 +185,9 @@ def _run_pass(
         seconds["contract"] = time.perf_counter() - began
     for fact in step.invalidates:
         working.facts.pop(fact, None)
-    working.facts.update(dict.fromkeys(step.provides, True))
+    # a pass that was kept from its work has provided nothing; one that found none to do has
+    if plan.sites or not (given or plan.refused):
+        working.facts.update(dict.fromkeys(step.provides, True))
     entry.change = _change(program, working)
     plan.told = step.told(program, plan)
     entry.notes = [*plan.told, *plan.notes, *context.notes]

@@ -8,7 +8,7 @@ so that no spelling has to be known.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,12 @@ from ..infer import same_size
 from ..operators.attention import visible_keys
 from ..schema import arguments, is_operator
 from ..sizes import expression, parse_size
+from .windows import HIDDEN, Run, candidate_windows, shortened
 
 if TYPE_CHECKING:
     from ..program import Program
 
-HIDDEN = -1e4
-_LONGEST = 1500
-_LONGEST_TABLE = 4200
+_SHORT, _LONGEST, _LONGEST_TABLE, _CONFIRMED = 64, 1500, 4200, 5000
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,62 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
         return None
     inputs = {str(n.meta["input"]): n for n in sources if n.name not in program.weights}
     paddings = [None, *(name for name, n in inputs.items() if _is_padding(n))]
-    windows = _candidate_windows(program, mask)
-    if windows and max(windows) + 3 > _LONGEST:
-        # whether so long a window is there takes an input longer than it to say
-        return None
+    windows = candidate_windows(program, mask)
+
+    def run(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        value: torch.Tensor = interpret(program, given, record=[mask], stop=True)[mask.name]
+        return value
+
     reach = _table_length(program, sources)
     if reach is not None and reach > _LONGEST_TABLE:
         return None
+    longest = max(windows, default=0)
+    short = shortened(program, mask, _SHORT) if longest > _SHORT and reach is None else None
+    if short is None:
+        # whether so long a window is there takes an input longer than it to say
+        if longest + 3 > _LONGEST:
+            return None
+        return _search(program, mask, run, inputs, paddings, windows, reach)
+    run_short, candidates, stands_for = short
+    meaning = _search(program, mask, run_short, inputs, paddings, candidates, None)
+    if meaning is None:
+        return None
+    if meaning.window is not None:
+        near = [s for s in stands_for if abs(meaning.window - s) <= 1]
+        if near:
+            meaning = replace(meaning, window=stands_for[near[0]] + meaning.window - near[0])
+    return meaning if _confirmed(program, mask, run, inputs, meaning) else None
+
+
+def _confirmed(
+    program: Program, mask: fx.Node, run: Run, inputs: dict[str, fx.Node], meaning: MaskMeaning
+) -> bool:
+    """Tell whether the mask itself is what its form with short windows was: in few tokens, and past its window once."""
+    few = _evaluate(program, mask, run, inputs, meaning.key_mask, 9)
+    if not few or not all(_agrees(meaning, case, value) for case, value in few):
+        return False
+    if meaning.window is None or meaning.window > _CONFIRMED:
+        return True
+    cases = _cases(program, inputs, meaning.key_mask, meaning.window + 4)[-1:]
+    return all(_agrees(meaning, case, value) for case, value in _computed(run, cases))
+
+
+def _search(
+    program: Program,
+    mask: fx.Node,
+    run: Run,
+    inputs: dict[str, fx.Node],
+    paddings: list[str | None],
+    windows: list[int],
+    reach: int | None,
+) -> MaskMeaning | None:
     for key_mask in reversed(paddings):
-        cases = _evaluate(program, mask, inputs, key_mask, 9)
+        cases = _evaluate(program, mask, run, inputs, key_mask, 9)
         if not cases:
             continue
         if reach is not None:
             # a table may hold a window that shows at its far end only
-            whole = _evaluate(program, mask, inputs, key_mask, reach, few=True)
+            whole = _evaluate(program, mask, run, inputs, key_mask, reach, few=True)
             windows = sorted({*windows, *(w for w in (_widest(v) for _, v in whole) if 0 < w < reach)})
             cases = cases + whole
         for causal, window in itertools.product((True, False), [None, *windows]):
@@ -84,15 +125,15 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
             if all(_agrees(meaning, case, value) for case, value in cases):
                 if not windows or (reach is not None and reach > max(windows)):
                     return meaning
-                # a short input cannot tell a long window from none
-                longer = max(windows) + 3
-                if all(_agrees(meaning, c, v) for c, v in _evaluate(program, mask, inputs, key_mask, longer)):
+                # a short input cannot tell a long window from none, nor one that begins behind some first keys
+                longer = _evaluate(program, mask, run, inputs, key_mask, 2 * max(windows) + 5)
+                if all(_agrees(meaning, case, value) for case, value in longer):
                     return meaning
-    for key_mask, longer in itertools.product(reversed(paddings), sorted({w + 3 for w in windows})):
-        cases = _evaluate(program, mask, inputs, key_mask, longer)
+    for key_mask, length in itertools.product(reversed(paddings), sorted({2 * w + 5 for w in windows})):
+        cases = _evaluate(program, mask, run, inputs, key_mask, length)
         for causal, window in itertools.product((True, False), windows):
             meaning = MaskMeaning(causal, window, key_mask)
-            if cases and longer > window and all(_agrees(meaning, c, v) for c, v in cases):
+            if cases and length > window and all(_agrees(meaning, c, v) for c, v in cases):
                 return meaning
     return None
 
@@ -100,19 +141,6 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
 def _is_padding(node: fx.Node) -> bool:
     value = node.meta["val"]
     return value.dim() == 2 and not value.dtype.is_floating_point
-
-
-def _candidate_windows(program: Program, mask: fx.Node) -> list[int]:
-    """Numbers among the mask's own arguments, and their neighbours, may be windows."""
-    found: set[int] = set()
-    for node in needed_for([mask], {}):
-        numbers: list[Any] = [*node.args, *node.kwargs.values()]
-        if node.name in program.weights and not node.meta["val"].dim():
-            numbers.append(program.weights[node.name].source.load().item())
-        for number in numbers:
-            if isinstance(number, (int, float)) and not isinstance(number, bool) and 1 < abs(number) < 2**20:
-                found.update((int(abs(number)) - 1, int(abs(number)), int(abs(number)) + 1))
-    return sorted(w for w in found if w > 0)
 
 
 def _table_length(program: Program, sources: set[fx.Node]) -> int | None:
@@ -130,26 +158,30 @@ def _widest(value: torch.Tensor) -> int:
 def _evaluate(
     program: Program,
     mask: fx.Node,
+    run: Run,
     inputs: dict[str, fx.Node],
     key_mask: str | None,
     length: int,
     *,
     few: bool = False,
 ) -> list[tuple[_Case, torch.Tensor]]:
-    results: list[tuple[_Case, torch.Tensor]] = []
-    for case in _cases(program, inputs, key_mask, length)[: 1 if few else None]:
+    results = _computed(run, _cases(program, inputs, key_mask, length)[: 1 if few else None])
+    apart = _apart(program, mask, inputs, key_mask, length)
+    if apart is not None:
+        found = _computed(run, [apart])
+        return [*results, *found] if found else []
+    return results
+
+
+def _computed(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:
+    results = []
+    for case in cases:
         try:
-            value = interpret(program, case.inputs, record=[mask], stop=True)[mask.name]
+            value = run(case.inputs)
         except (RuntimeError, IndexError, ValueError):
             # a table of fixed size, or sizes that this graph does not take
             continue
         results.append((case, value))
-    apart = _apart(program, mask, inputs, key_mask, length)
-    if apart is not None:
-        try:
-            results.append((apart, interpret(program, apart.inputs, record=[mask], stop=True)[mask.name]))
-        except (RuntimeError, IndexError, ValueError):
-            return []
     return results
 
 

@@ -9,21 +9,13 @@ import torch
 
 from ...ir.comparison import relative_error
 from ...ir.execute import interpret
-from ...ir.fold import drop_unread_weights
-from ...ir.region import drawn_source
 from ...ir.retype import retyped
 from ...ir.schema import is_operator
 from ...ir.signature import make_fill
-from ...ir.weights import Absent, numel
 from ..streaming import Difference, states_of
 
 if TYPE_CHECKING:
-    from torch import fx
-
-    from ...ir.anatomy import Layer
     from ...ir.program import Program
-
-LARGE = 1 << 26
 
 
 def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: int = 0) -> Difference | None:
@@ -105,42 +97,4 @@ def vocabulary(program: Program, tokens: str) -> int:
     return min(found, default=2)
 
 
-def reduced(program: Program) -> Program | None:
-    """Return a program with one layer of each kind where the whole would be large; None where that is large too.
-
-    Weights that are not there are drawn.
-    """
-    small = program
-    if _elements(program) >= LARGE and len(program.anatomy.layers) > 2:
-        small = program.copy()
-        first: dict[object, Layer] = {}
-        layers = small.anatomy.layers
-        repeated = [layer for layer in layers if first.setdefault(_kind(small, layer), layer) is not layer]
-        for layer in reversed(repeated):
-            small.remove(layer)
-        drop_unread_weights(small)
-    if _elements(small) >= 4 * LARGE:
-        return None
-    absent = [n for n, w in small.weights.items() if isinstance(w.source, Absent)]
-    if absent:
-        small = small.copy() if small is program else small
-        nodes = {n.name: n for n in small.weight_nodes}
-        for seed, name in enumerate(absent):
-            small.weights[name] = small.weights[name].with_source(drawn_source(nodes[name], seed))
-    return small
-
-
-def _elements(program: Program) -> int:
-    return sum(numel(w.source.shape) for w in program.weights.values())
-
-
-def _kind(program: Program, layer: Layer) -> object:
-    def said(node: fx.Node) -> object:
-        settings = [a for a in (*node.args, *node.kwargs.items()) if not hasattr(a, "op")]
-        weights = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if n.name in program.weights]
-        return (str(node.target), str([s for s in settings if "%" not in str(s)]), str(weights))
-
-    return tuple(tuple(said(node) for node in block.nodes) for block in layer.blocks)
-
-
-__all__ = ["compare_with_cache", "empty_caches", "reduced", "vocabulary"]
+__all__ = ["compare_with_cache", "empty_caches", "vocabulary"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -11,8 +13,8 @@ from torch import fx
 from ...ir.errors import VerificationError
 from ...ir.execute import evaluate
 from ...ir.fold import depends_on_weights_alone
-from ...ir.region import Region, cut, drawn_source, leaf_value
-from ...ir.schema import is_operator
+from ...ir.region import cut, drawn_source, leaf_value
+from ...ir.schema import arguments, is_operator
 from ...ir.sizes import expression
 from ...ir.weights import numel
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _SMALL = 1 << 24
-_LONGEST = 1 << 17
+_LONGEST, _WIDEST = 1 << 20, 1 << 11
 _LOOKUPS = ("aten.embedding", "aten.index_select", "aten.index")
 
 
@@ -121,49 +123,64 @@ class Decoder:
         return torch.equal(found[0].index_select(dim, order), found[1])
 
     def limit(self) -> int | None:
-        """Return for how many tokens the program has positions; None if nothing was found that limits them."""
+        """Return for how many tokens the program has positions; None if nothing was found that limits them.
+
+        What limits them is a table with a row for each position, a bias of fixed size, or the range of the size
+        itself. What cannot be computed at the example's own size says nothing.
+        """
         most = self.program.signature.sizes[self.program.symbols[self.sequence]].high
         found = [most] if most is not None else []
-        biases = [n for n in self.still() if any(is_operator(u, "graphopt.attention") for u in n.users)]
+        lookups: dict[fx.Node, fx.Node] = {}
         for value in self.still():
             region = cut(self.program, [value], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
-            tables = [n.all_input_nodes[0] for n in region.nodes if is_operator(n, *_LOOKUPS)]
-            rows = [int(table.meta["val"].shape[0]) for table in tables]
-            plain = all(
-                expression(value.meta["val"].shape[d]) == self.sequence for d in self.has_length(value)
-            )
-            if rows or (value in biases and not plain):
-                found.append(self._longest(value, region, max(rows, default=_LONGEST)))
+            for node in region.nodes:
+                if is_operator(node, *_LOOKUPS):
+                    lookups.update(_tables_of(node))
+            dims = self.has_length(value)
+            plain = all(expression(value.meta["val"].shape[d]) == self.sequence for d in dims)
+            if not plain and any(is_operator(u, "graphopt.attention") for u in value.users):
+                found.extend(self._longest([value], partial(_as_long, dims)))
+        for places, table in lookups.items():
+            found.extend(self._longest([places], partial(_inside, table.meta["val"].shape[0])))
         return min(found, default=None)
 
-    def _longest(self, value: fx.Node, region: Region, most: int) -> int:
-        """Search for how many tokens a value can be computed."""
+    def _longest(
+        self, values: list[fx.Node], holds: Callable[[int, list[torch.Tensor]], bool]
+    ) -> Iterator[int]:
+        """Yield the largest number of tokens at which values can be computed and are as they should be, if one is found."""
+        region = cut(self.program, values, lambda n: isinstance(n.meta.get("val"), torch.SymInt))
         name = self.program.symbols[self.sequence]
+        # a table of pairs takes the square of it
+        wide = any(len(self.has_length(n)) > 1 for n in region.nodes)
+        most = _WIDEST if wide else _LONGEST
 
         def works(count: int) -> bool:
             sizes = {n: count if n == name else 1 for n in self.program.signature.sizes}
-            values = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
+            given = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
             for node in (*self.positions, *self.masks, *self.zeros):
                 if node in region.leaves:
-                    shape = values[node.name].shape
+                    shape = given[node.name].shape
                     numbers = torch.arange(count).expand(shape)
-                    values[node.name] = (
+                    given[node.name] = (
                         numbers if node in self.positions else torch.full(shape, int(node in self.masks))
                     )
             try:
-                (made,) = region.run(values, self._load)
+                return holds(count, region.run(given, self._load))
             except (RuntimeError, IndexError):
                 return False
-            return all(made.shape[dim] in (1, count) for dim in self.has_length(value))
 
-        low, high = 1, 2
+        low = min(self.program.signature.sizes[name].hint, most)
+        if not works(low):
+            return
+        high = 2 * low
         while high <= most and works(high):
             low, high = high, 2 * high
-        high = min(high, most + 1)
+        if high > most:
+            return
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if works(middle) else (low, middle)
-        return low
+        yield low
 
     def _load(self, node: fx.Node) -> torch.Tensor:
         source = self.program.weights[node.name].source
@@ -280,6 +297,28 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
         return split
     order = [dim, *(d for d in range(len(shape) + 1) if d != dim)]
     return call(aten.permute.default, split, order)
+
+
+def _tables_of(lookup: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield the places that are looked up along the first dimension of a table of fixed size, and the table."""
+    given = arguments(lookup)
+    if is_operator(lookup, "aten.embedding"):
+        table, places = given["weight"], given["indices"]
+    elif is_operator(lookup, "aten.index_select"):
+        table, places = given["self"], given["index"] if given["dim"] == 0 else None
+    else:
+        table, places = given["self"], next(iter(given["indices"]), None)
+    rows = table.meta["val"].shape[0]
+    if isinstance(places, fx.Node) and isinstance(rows, int) and places.meta["val"].dtype is not torch.bool:
+        yield places, table
+
+
+def _inside(rows: int, count: int, made: list[torch.Tensor]) -> bool:
+    return not made[0].numel() or -rows <= int(made[0].min()) <= int(made[0].max()) < rows
+
+
+def _as_long(dims: list[int], count: int, made: list[torch.Tensor]) -> bool:
+    return all(made[0].shape[dim] in (1, count) for dim in dims)
 
 
 def size_of_input(node: Any) -> bool:

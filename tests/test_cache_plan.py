@@ -1,0 +1,59 @@
+"""insert-kv-cache does what its plan says, or says why that makes no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import graphopt
+from graphopt.ir.errors import PassRefusedError, PipelineError
+from graphopt.ir.program import Program
+from graphopt.passes.context import Context
+from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.passes.plan import Plan, Site
+
+
+def planned(program: Program) -> Plan:
+    return InsertKVCache().plan(program, Context())
+
+
+def test_all_sites_or_none(captured: Callable[[str], Program]) -> None:
+    """An attention without a cache would see new tokens alone, so a part of the plan is refused by name."""
+    program = captured("llama")
+    plan = planned(program)
+    assert len(plan.sites) == 2
+    made = graphopt.optimize(program, "insert-kv-cache", plan=[plan])
+    assert made.facts["kv_cache"]["layers"] == 2
+    for kept, left in ((plan.sites[:1], plan.sites[1]), (plan.sites[1:], plan.sites[0])):
+        with pytest.raises(PassRefusedError, match=f"leaves out {left.block}: without a cache"):
+            graphopt.optimize(program, "insert-kv-cache", plan=[Plan(kept)])
+
+
+def test_no_site_is_no_cache(captured: Callable[[str], Program]) -> None:
+    """A pass that took nothing has provided nothing: the cache may still be put in."""
+    program = captured("llama")
+    with pytest.raises(PassRefusedError, match="matched nothing"):
+        graphopt.optimize(program, "insert-kv-cache", plan=[Plan()])
+    same = graphopt.optimize(program, "insert-kv-cache{allow_no_match=true}", plan=[Plan()])
+    assert same.text() == program.text() and "cached" not in same.facts and "kv_cache" not in same.facts
+    refused = graphopt.optimize(captured("bert"), "insert-kv-cache{allow_no_match=true}")
+    assert "cached" not in refused.facts
+    assert graphopt.optimize(same, "insert-kv-cache").facts["kv_cache"]["layers"] == 2
+
+
+def test_a_plan_of_another_program(captured: Callable[[str], Program]) -> None:
+    """Sites that are not there, other sizes, a longer cache than the model has positions for."""
+    program = captured("llama")
+    plan = planned(program)
+    first = plan.sites[0]
+    other = Site(first.block, **{**first.choices, "heads": 7})
+    with pytest.raises(PassRefusedError, match="heads=7.* where the program has .*heads=2"):
+        graphopt.optimize(program, "insert-kv-cache", plan=[Plan([other, plan.sites[1]])])
+    with pytest.raises(PipelineError, match="names 'attention_default_9'"):
+        graphopt.optimize(program, "insert-kv-cache", plan=[Plan([*plan.sites, Site("attention_default_9")])])
+    with pytest.raises(PassRefusedError, match="sees later tokens"):
+        graphopt.optimize(captured("bert"), "insert-kv-cache", plan=[plan])
+    mpt = captured("mpt")
+    with pytest.raises(PassRefusedError, match="positions for 64 tokens, 65 are more"):
+        graphopt.optimize(mpt, "insert-kv-cache{max_length=65}", plan=[planned(mpt)])
