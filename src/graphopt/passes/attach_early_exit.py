@@ -9,16 +9,19 @@ import torch
 from torch import fx
 
 from ..ir.errors import PassRefusedError
+from ..ir.execute import needed_for
 from ..ir.export_blockers import block_export
 from ..ir.extract import extract
 from ..ir.option import option
 from ..ir.program import Program
+from ..ir.schema import is_operator
 from .base import Pass
 from .contracts import AddsOutputs
 from .heads import find_head, layers_to_logits, repeat_way
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
+    from ..ir.anatomy import Block, Layer
     from .context import Context
 
 OUTPUT = "exit_logits"
@@ -83,15 +86,19 @@ class AttachEarlyExit(Pass):
 def split_at(program: Program, layer: int) -> tuple[Program, Program]:
     """Return the layers up to one, and those after it; one after the other they compute the same bits.
 
+    Of a program with a cache, each part takes and gives the caches of its own layers, under the names they have in the
+    whole; positions, slots and what tokens see of one another go into both.
+
     Args:
         program: a decoder.
         layer: number of the last layer of the first part.
 
     Returns:
-        A program with the output ``hidden`` (batch, sequence, size), and one that takes it with the other inputs.
+        A program with the output ``hidden`` (batch, sequence, size) and whatever else is known by then, and one that
+        takes ``hidden`` with the other inputs and gives the rest.
 
     Raises:
-        PassRefusedError: there is no such layer, or nothing after it.
+        PassRefusedError: there is no such layer, nothing after it, or layers after it read more than the stream.
     """
     layers = layers_to_logits(program)
     if not 0 <= layer < len(layers) - 1:
@@ -99,9 +106,59 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
             f"a program of {len(layers)} layers is split after one from 0 to {len(layers) - 2}"
         )
     value = layers[layer].writes
-    first = extract(program, {}, {"hidden": value})
-    second = extract(program, {"hidden": value}, dict(program.outputs))
+    early, late = (
+        {node for part in half for block in part.blocks for node in block.nodes}
+        for half in (layers[: layer + 1], layers[layer + 1 :])
+    )
+    rest = {n: node for n, node in program.outputs.items() if needed_for([node], {}) & late}
+    ahead = {n: node for n, node in program.outputs.items() if n not in rest}
+    needed = needed_for(rest.values(), {value: None})
+    if crossing := [n for n in program.graph.nodes if n in needed and n in early]:
+        raise PassRefusedError(
+            f"layers after layer {layer} read more of the layers before than the stream: {crossing[-1].name}",
+            hint="split after another layer",
+        )
+    first = extract(program, {}, {"hidden": value, **ahead})
+    second = extract(_on_caches_of(program, rest), {"hidden": value}, rest)
+    for part, ends, before in ((first, {"logits": "hidden"}, 0), (second, {"tokens": "hidden"}, layer + 1)):
+        _own_facts(part, program, ends, before)
     return first, second
+
+
+def _on_caches_of(program: Program, outputs: dict[str, fx.Node]) -> Program:
+    """Return the program with the capacity read from a cache that these outputs need."""
+    caches = {n: node for n, node in program.input_nodes.items() if f"next_{n}" in program.outputs}
+    own = next((node for n, node in caches.items() if f"next_{n}" in outputs), None)
+    if own is None:
+        return program
+    copy = program.copy()
+    nodes = {n.name: n for n in copy.graph.nodes}
+    kept = nodes[own.name]
+    for cache in caches.values():
+        for user in list(nodes[cache.name].users):
+            if is_operator(user, "graphopt.cache_visible") or is_operator(user, "aten.sym_size"):
+                user.replace_input_with(nodes[cache.name], kept)
+    copy.changed()
+    return copy
+
+
+def _own_facts(part: Program, program: Program, ends: dict[str, str], before: int) -> None:
+    """Let the facts of a part speak of its own layers, the first of which is number ``before`` of the whole."""
+    if "kv_cache" in part.facts:
+        stores = [n for n in part.nodes if is_operator(n, "graphopt.cache_store")]
+        part.facts["kv_cache"] = {**part.facts["kv_cache"], "layers": len(stores) // 2, **ends}
+    exits = {n: i - before for n, i in part.facts.pop("early_exits", {}).items() if n in part.outputs}
+    if exits:
+        part.facts["early_exits"] = exits
+    else:
+        part.facts.pop("early_exit", None)
+    if "decode_layers" in part.facts:
+        kinds = {name.split(".")[0] for name in part.facts.pop("decode_layers")}
+        skipped = {n.args[1] for n in part.nodes if is_operator(n, "graphopt.skipped")}
+        units: list[Layer | Block] = [*part.anatomy.layers, *part.anatomy.blocks]
+        names = [u.name for u in units if u.writes in skipped and u.name.split(".")[0] in kinds]
+        if names:
+            part.facts["decode_layers"] = names
 
 
 def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float]:
