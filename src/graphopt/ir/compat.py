@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc, statically_known_true
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -50,6 +50,7 @@ __all__ = [
     "recording",
     "refusing_guards",
     "size_guards",
+    "surely_equal",
     "symbol_range",
     "symbolic_kernels",
     "symint",
@@ -272,6 +273,11 @@ def quiet_failures() -> Iterator[None]:
     """Keep torch from printing the traceback of a call whose failure is expected and handled."""
     with _quiet("torch._subclasses.fake_tensor"):
         yield
+
+
+def surely_equal(size: int | torch.SymInt, number: int) -> bool:
+    """Tell whether a size is this number for all values of its symbols; no guard is left."""
+    return bool(statically_known_true(size == number))
 
 
 def symint(mode: FakeTensorMode, expression: sympy.Expr, hint: int) -> int | torch.SymInt:

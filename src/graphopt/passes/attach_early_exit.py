@@ -12,6 +12,8 @@ from ..ir.errors import PassRefusedError
 from ..ir.execute import needed_for
 from ..ir.export_blockers import block_export
 from ..ir.extract import extract
+from ..ir.infer import same_size
+from ..ir.inputs import remove_input
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import is_operator
@@ -120,6 +122,7 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
         )
     first = extract(program, {}, {"hidden": value, **ahead})
     second = extract(_on_caches_of(program, rest), {"hidden": value}, rest)
+    _sizes_from(second, "hidden")
     for part, ends, before in ((first, {"logits": "hidden"}, 0), (second, {"tokens": "hidden"}, layer + 1)):
         _own_facts(part, program, ends, before)
     return first, second
@@ -140,6 +143,24 @@ def _on_caches_of(program: Program, outputs: dict[str, fx.Node]) -> Program:
                 user.replace_input_with(nodes[cache.name], kept)
     copy.changed()
     return copy
+
+
+def _sizes_from(part: Program, name: str) -> None:
+    """Read sizes from one input where another is read for nothing else, so that the other need not be given."""
+    kept = part.input_nodes[name]
+    for other, node in part.input_nodes.items():
+        if node is kept or not node.users or not all(is_operator(u, "aten.sym_size") for u in node.users):
+            continue
+        for user in list(node.users):
+            sizes = [same_size(size, user.meta["val"]) for size in kept.meta["val"].shape]
+            if any(sizes):
+                user.args = (kept, sizes.index(True))
+        # an input that is made like another where it is left out needs that one
+        if not node.users and all(
+            s.fill is None or s.fill.like != other for s in part.signature.inputs.values()
+        ):
+            remove_input(part, other)
+    part.changed()
 
 
 def _own_facts(part: Program, program: Program, ends: dict[str, str], before: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..ir.compat import surely_equal
 from ..ir.errors import ContractError, PassRefusedError, VerificationError
 from ..ir.export_blockers import block_export
 from ..ir.inputs import add_input, limit_size, remove_input
@@ -19,7 +20,6 @@ from ..ir.ranks import ON_RANKS, ranks_of
 from ..ir.report import PassReport
 from ..ir.schema import arguments, is_operator, normal_call
 from ..ir.signature import SizeRange
-from ..ir.sizes import expression
 from .base import Pass
 from .caching.comparing import compare_with_cache
 from .caching.positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
@@ -234,7 +234,7 @@ class InsertKVCache(Pass):
             table = tables.value(bias)
             if not isinstance(table, fx.Node):
                 raise NotCausal(bias, "what is added to its scores is no tensor")
-            if expression(table.meta["val"].shape[-2]) != 1:
+            if not surely_equal(table.meta["val"].shape[-2], 1):
                 table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
             if self.tree:
                 call = program.edit.call
