@@ -15,7 +15,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.context import Context
 from graphopt.passes.registry import BUILT_IN, find_pass
 
-PROGRAMS = ["llama", "mixtral", "t5", "convnext"]
+PROGRAMS = ["llama"]
 
 
 def state(program: Program) -> dict[str, Any]:
