@@ -17,9 +17,10 @@ from .frontends.data import entries, longest
 from .frontends.tokenizer import Tokenizer
 from .generation import end_tokens, stream
 from .ir.atomic import atomic_file
+from .ir.content import whole_hash
 from .ir.errors import UsageError
 from .ir.program import Program
-from .passes.context import Progress, Silent, program_hash
+from .passes.context import Progress, Silent
 
 Entry = str | list[dict[str, Any]]
 
@@ -88,7 +89,7 @@ def answer(
     if not given:
         raise UsageError(f"{path} holds no text")
     header = {
-        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": program_hash(program), "rows": len(given),
+        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": whole_hash(program), "rows": len(given),
         "prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch, "temperature": temperature,
         "seed": seed,
     }  # fmt: skip

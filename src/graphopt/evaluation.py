@@ -21,12 +21,14 @@ from .api import Model, capture
 from .frontends.data import read_data
 from .ir.errors import GraphoptError, UsageError
 from .ir.execute import run
+from .ir.inputs import standing_at
 from .ir.program import Program
 from .ir.retype import retyped
 from .passes.context import Context, Progress
 from .passes.metrics import BY_NAME, Batch, default_metric, measure_all
 
 Judge = Callable[..., float | Mapping[str, float]]
+DECODING = "decoding"
 DTYPES = {"stored": None, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -69,6 +71,9 @@ def evaluate(
     them that had the highest logit; ``bits_per_byte`` the same likelihood a byte of text, which does not
     depend on the tokenizer. Against another model: ``kl``, ``agreement``, ``cosine``.
 
+    A program that skips layers for the tokens after a prompt (``skip-layers{phase=decode}``) is measured twice: as it reads
+    prompts, and, by names that end in ``_decoding``, as it goes on.
+
     Args:
         model: what :func:`graphopt.capture` takes.
         data: a .jsonl, .txt or .npz file, or batches of inputs by name.
@@ -96,12 +101,22 @@ def evaluate(
     wanted = [metrics] if isinstance(metrics, str) or callable(metrics) else list(metrics)
     wanted = wanted or list(_defaults(program, reference))
     began = time.perf_counter()
-    values = _named(program, reference, batches, [m for m in wanted if isinstance(m, str)], progress)
-    for judge in wanted:
-        if not isinstance(judge, str):
-            values |= _judged(judge, program, batches)
+    values: dict[str, float] = {}
+    for phase, standing in _phases(program).items():
+        found = _named(standing, reference, batches, [m for m in wanted if isinstance(m, str)], progress)
+        for judge in wanted:
+            if not isinstance(judge, str):
+                found |= _judged(judge, standing, batches)
+        values |= {name + phase: value for name, value in found.items()}
     rows, tokens = _amount(batches)
     return Evaluation(values, rows, tokens, time.perf_counter() - began, sample)
+
+
+def _phases(program: Program) -> dict[str, Program]:
+    """Return what is measured, by the ending of its metrics' names: a program that skips layers after the prompt is two."""
+    if "decode_layers" not in program.facts or DECODING not in program.dials:
+        return {"": program}
+    return {"": program, f"_{DECODING}": standing_at(program, DECODING, 1.0)}
 
 
 def _defaults(program: Program, reference: Program | None) -> Sequence[str | Judge]:

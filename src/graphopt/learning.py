@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,12 +14,13 @@ from torch import nn
 from .api import Model, capture
 from .frontends.data import read_data
 from .ir.atomic import atomic_file
+from .ir.content import whole_hash
 from .ir.errors import CheckpointError, PipelineError, UsageError
 from .ir.groups import rank, world_size
 from .ir.program import Program
 from .ir.ranks import ranks_of
 from .ir.retype import retyped
-from .passes.context import Context, program_hash
+from .passes.context import Context
 from .passes.pipeline import parse_calls
 from .training import Record, Settings
 from .training import train as train_module
@@ -157,9 +157,8 @@ def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) 
     Raises:
         UsageError: the folder holds a run of another recipe, program or data.
     """
-    graph = hashlib.sha256(f"{program.text()}{program_hash(program)}".encode()).hexdigest()[:16]
     mine = {
-        "recipe": _text(method), "program": graph, "data": Context(rows).data_hash(),
+        "recipe": _text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
         "number of processes": world_size(),
     }  # fmt: skip
     path = folder / "run.json"

@@ -15,12 +15,13 @@ import torch
 from .api import Model, capture
 from .frontends.data import read_data
 from .ir.atomic import atomic_file
+from .ir.content import whole_hash
 from .ir.cost.active import ActiveWork, choices_of
 from .ir.errors import UsageError
 from .ir.execute import interpret, run
 from .ir.program import Program
 from .ir.ranks import ranks_of
-from .passes.context import Context, Progress, Silent, program_hash
+from .passes.context import Context, Progress, Silent
 from .passes.metrics import BY_NAME, Batch, default_metric, measure_all
 
 
@@ -104,7 +105,7 @@ def sweep(
     reference = capture(against) if against is not None else program
     context = Context(rows)
     compared = any(BY_NAME[n].compares for n in names)
-    original = [reference.text(), program_hash(reference)] if compared else []
+    original = [whole_hash(reference)] if compared else []
     store = _Kept(work_dir, program, name, [*names, *original], context.data_hash())
     shown: Progress = progress or Silent()
     shown.start(f"{len(wanted)} settings of {name}", len(wanted) * len(rows))
@@ -182,7 +183,7 @@ class _Kept:
         self.path: Path | None = None
         self.rows: dict[str, Any] = {}
         if work_dir is not None:
-            identity = "\n".join([program.text(), program_hash(program), dial, *names, data])
+            identity = "\n".join([whole_hash(program), dial, *names, data])
             Path(work_dir).mkdir(parents=True, exist_ok=True)
             self.path = Path(work_dir) / f"sweep-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
             if self.path.is_file():

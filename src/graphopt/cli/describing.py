@@ -8,7 +8,7 @@ from typing import Any
 
 from ..ir.cost import DEVICES
 from ..ir.cost.collectives import LINKS
-from ..ir.option import default_of, describe, options_of
+from ..ir.option import default_of, describe, help_of, options_of
 from ..passes.registry import BUILT_IN, find_pass, pass_locations
 from ..passes.values import format_value
 from ..training.recipes import METHODS
@@ -26,7 +26,7 @@ def pass_entry(name: str) -> dict[str, Any]:
                 "name": option,
                 "type": describe(hints[option]),
                 "default": format_value(default),
-                "help": field.metadata["help"],
+                "help": help_of(field),
                 "source": field.metadata["source"],
                 "choices": list(field.metadata["choices"] or []),
             }

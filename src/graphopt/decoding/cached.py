@@ -21,6 +21,10 @@ PIECE = 512
 """Tokens of a prompt that are computed at once."""
 
 
+PHASE = "decoding"
+"""The dial of ``skip-layers{phase=decode}``."""
+
+
 class CachedDecoder:
     """Runs a program that insert-kv-cache made.
 
@@ -80,6 +84,11 @@ class CachedDecoder:
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (facts["logits"],))
         self.phased = "decode_layers" in program.facts
+        if self.phased and PHASE in (dials or {}):
+            raise UsageError(
+                f"decoding says by itself when {PHASE} is 0 and when it is 1",
+                hint=f"freeze-dial{{dial={PHASE} value=0}} makes a program that takes all layers always",
+            )
         self.decoding = not self.phased
         self.graph(self.outputs)
 

@@ -118,6 +118,18 @@ def unite_sizes(program: Program, kept: str, gone: str) -> None:
     program.changed()
 
 
+def standing_at(program: Program, dial: str, value: float) -> Program:
+    """Return a copy whose dial stands at a value wherever nobody sets it.
+
+    Raises:
+        UsageError: there is no such dial, or the value is out of its range.
+    """
+    settings_of(program, {dial: value})
+    found = program.copy()
+    found.dials[dial] = replace(found.dials[dial], default=float(value))
+    return found
+
+
 def remove_dial(program: Program, name: str) -> None:
     """Take a dial away that nothing reads any more."""
     node = program.input_nodes[name]

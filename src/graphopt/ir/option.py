@@ -10,6 +10,7 @@ import typing
 from typing import Any, Literal
 
 from .errors import PipelineError
+from .needs import Needs, refuse_without_effect, text_of
 
 Origin = Literal["paper", "code", "recalled", "ours"]
 
@@ -22,6 +23,7 @@ def option(
     choices: tuple[Any, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
+    needs: Needs | None = None,
 ) -> Any:
     """Declare an option of a pass or a recipe.
 
@@ -32,8 +34,10 @@ def option(
         choices: the only values allowed.
         low: smallest number allowed.
         high: largest number allowed.
+        needs: what other options must be for this one to have an effect (:mod:`graphopt.ir.needs`); where they are not,
+            giving it is an error.
     """
-    metadata = {"help": help, "source": source, "choices": choices, "low": low, "high": high}
+    metadata = {"help": help, "source": source, "choices": choices, "low": low, "high": high, "needs": needs}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -58,6 +62,60 @@ def require_known(owner: str, cls: type, options: dict[str, Any]) -> None:
 def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """Return the options of a pass class by name."""
     return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """Return what an option is, and when it matters."""
+    needs = text_of(field.metadata.get("needs"))
+    return str(field.metadata["help"]) + (f"; only where {needs}" if needs else "")
+
+
+def checked(owner: str, declared: Any) -> None:
+    """Give every option of a pass or recipe its type, and refuse those that the others leave without effect.
+
+    An option counts as given where its value is not the default; :func:`require_effect` knows better what was written.
+
+    Raises:
+        PipelineError: a value is wrong, or has no effect.
+    """
+    hints = typing.get_type_hints(type(declared))
+    for name, field in options_of(type(declared)).items():
+        object.__setattr__(declared, name, check(owner, name, field, hints[name], getattr(declared, name)))
+    require_effect(owner, declared, set_options(declared))
+
+
+def require_effect(owner: str, declared: Any, given: typing.Collection[str]) -> None:
+    """Refuse options that were given although others leave them nothing to do.
+
+    Raises:
+        PipelineError: there is one.
+    """
+    fields = options_of(type(declared))
+    values = {name: getattr(declared, name) for name in fields}
+    refuse_without_effect(owner, {n: f.metadata.get("needs") for n, f in fields.items()}, values, given)
+
+
+def set_options(declared: Any) -> list[str]:
+    """Return the names of the options that do not have their default."""
+    return [n for n, f in options_of(type(declared)).items() if getattr(declared, n) != default_of(f)]
+
+
+def refuse_set(owner: str, declared: Any, names: typing.Iterable[str], reason: str, hint: str = "") -> None:
+    """Refuse options that were set although a program, or the data, leaves them nothing to do.
+
+    Args:
+        owner: the pass or recipe.
+        declared: it.
+        names: of options.
+        reason: why they have no effect here.
+        hint: what to do.
+
+    Raises:
+        PipelineError: one of them does not have its default.
+    """
+    for name in set_options(declared):
+        if name in names:
+            raise PipelineError(f"{owner}: {name} has no effect: {reason}", hint=hint or f"leave {name} out")
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

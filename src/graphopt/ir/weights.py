@@ -246,5 +246,5 @@ def digest(tensor: torch.Tensor) -> str:
     """Hash of a tensor's type, shape and bytes."""
     plain = tensor.detach().contiguous().cpu()
     seen = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    seen.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    seen.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return seen.hexdigest()

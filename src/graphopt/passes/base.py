@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..ir.option import check, default_of, option, options_of, require_known
+from ..ir.option import checked, default_of, option, options_of, require_effect, require_known
 from ..ir.program import Program
 from .contracts import Contract, Exact
 from .plan import Plan
@@ -29,6 +28,8 @@ class Pass:
     facts it loses, ``excludes`` facts it must not have. ``trial`` holds options with which ``graphopt inspect`` plans it,
     where it cannot do without. ``together`` says that its sites make sense as a whole only: where one of them
     fails, none is taken; otherwise that one is rolled back and the others are taken.
+    ``metric_calibrates`` says that an option ``metric`` also chooses, on calibration data, and
+    so matters beside a metric of the user's, which only judges.
     """
 
     name: ClassVar[str] = ""
@@ -39,16 +40,14 @@ class Pass:
     excludes: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = False
+    metric_calibrates: ClassVar[bool] = False
     trial: ClassVar[Mapping[str, Any]] = {}
     together: ClassVar[bool] = False
 
     allow_no_match: bool = option(False, help="a pass that matches nothing is not an error")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for name, field in options_of(type(self)).items():
-            value = check(self.name, name, field, hints[name], getattr(self, name))
-            object.__setattr__(self, name, value)
+        checked(self.name, self)
         self.validate()
 
     def validate(self) -> None:
@@ -88,7 +87,9 @@ class Pass:
         """Return the pass with these options.
 
         Raises:
-            PipelineError: an option is unknown or has a wrong value.
+            PipelineError: an option is unknown, has a wrong value, or the others leave it without effect.
         """
         require_known(cls.name, cls, options)
-        return cls(**options)
+        made = cls(**options)
+        require_effect(cls.name, made, options)
+        return made

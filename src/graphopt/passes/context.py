@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -14,12 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from ..ir.content import whole_hash
 from ..ir.errors import PipelineError
 from ..ir.execute import interpret, run
 from ..ir.program import Program
 from ..ir.weights import digest
 from .carried import begun
 from .metrics import Batch, default_metric, measure, relative_loss
+
+_NUMBERS = itertools.count()
 
 
 class Progress(Protocol):
@@ -81,6 +85,7 @@ class Context:
         self.ranks = 1
         self.notes: list[str] = []
         self.budget_used: dict[str, float] = {}
+        self._number = next(_NUMBERS)
 
     @property
     def rng(self) -> torch.Generator:
@@ -162,10 +167,17 @@ class Context:
     ) -> float:
         """Return the relative loss that budgets speak of."""
         name, value = self.evaluate(program, reference, metric=metric, judge=judge)
-        original = 0.0
-        if name not in ("kl", "cosine"):
-            original = self.evaluate(reference, reference, metric=metric, judge=judge)[1]
+        compared = name in ("kl", "cosine")
+        original = 0.0 if compared else self.original(reference, metric=metric, judge=judge)
         return relative_loss(name, value, original)
+
+    def original(self, program: Program, *, metric: str = "auto", judge: bool = True) -> float:
+        """Return the metric of a program that others are compared with; it is measured once."""
+        found: float = program.derived(
+            f"metric {self._number} {metric} {judge}",
+            lambda: self.evaluate(program, program, metric=metric, judge=judge)[1],
+        )
+        return found
 
     def _runner(self, program: Program) -> Callable[[Batch], Mapping[str, Any]]:
         return lambda batch: run(program, self.bound(program, batch))
@@ -226,7 +238,7 @@ class Context:
         if self.work_dir is None:
             return None
         identity = hashlib.sha256(
-            "\n".join([program.text(), program_hash(program), self.data_hash(), key]).encode()
+            "\n".join([whole_hash(program), self.data_hash(), key]).encode()
         ).hexdigest()[:24]
         return self.work_dir / f"scores-{identity}.json"
 
@@ -244,23 +256,3 @@ class Context:
         temporary = store.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(scores, indent=1))
         os.replace(temporary, store)
-
-
-def program_hash(program: Program) -> str:
-    """Hash of where a program's weights come from: cheap, and different for different checkpoints."""
-    seen = hashlib.sha256()
-    for name in sorted(program.weights):
-        source = program.weights[name].source
-        path = getattr(source, "path", None)
-        if path is not None:
-            stat = os.stat(path) if os.path.exists(path) else None
-            seen.update(f"{name}{path}{getattr(source, 'key', '')}{stat.st_size if stat else 0}".encode())
-            seen.update(str(stat.st_mtime_ns if stat else 0).encode())
-        else:
-            tensor = getattr(source, "tensor", None)
-            seen.update(f"{name}{tuple(source.shape)}{source.dtype}".encode())
-            if tensor is not None and tensor.numel():
-                sample = tensor.detach().reshape(-1)
-                sample = sample[:: max(1, sample.numel() // 512)].contiguous()
-                seen.update(digest(sample).encode())
-    return seen.hexdigest()[:16]

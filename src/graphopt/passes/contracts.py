@@ -24,13 +24,22 @@ class Exact(Contract):
 
 @dataclass(frozen=True)
 class ExactAt(Contract):
-    """Exact at one value of an option or dial, approximate elsewhere."""
+    """Exact at one value of an option or dial, approximate elsewhere.
+
+    ``judged_at`` is another value of the dial, at which a metric says what is lost and a budget is held; None where
+    that is left to training.
+    """
 
     option: str
     value: float
+    judged_at: float | None = None
+    metric: str = "auto"
 
     def __str__(self) -> str:
-        return f"exact at {self.option}" + (f"={self.value:g}" if self.value == self.value else " as trained")
+        exact = f"exact at {self.option}" + (
+            f"={self.value:g}" if self.value == self.value else " as trained"
+        )
+        return exact + (f", judged at {self.judged_at:g}" if self.judged_at is not None else "")
 
 
 @dataclass(frozen=True)

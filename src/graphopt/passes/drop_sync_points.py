@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.export_blockers import block_export
-from ..ir.option import option
+from ..ir.needs import ABSENT
+from ..ir.option import option, refuse_set
 from ..ir.placement import placements
 from ..ir.program import Program
 from ..ir.ranks import synchronisations
@@ -41,6 +42,7 @@ class DropSyncPoints(Pass):
     requires = ("tensor_parallel",)
     excludes = ("quantized_communication",)
     trial = {"fraction": 1}  # noqa: RUF012
+    metric_calibrates = True
     paper = "arXiv 2502.20727"
 
     fraction: float | None = option(
@@ -48,8 +50,15 @@ class DropSyncPoints(Pass):
     )
     blocks: list[int] | None = option(None, help="numbers of the attention blocks, from 0")  # noqa: RUF009
     budget: float | None = option(None, help="largest relative loss; alone: drop as many as hold it", low=0)
-    insensitive: float = option(0.005, help="relative loss up to which a block counts as insensitive", low=0)
-    sensitive: float = option(0.05, help="relative loss up to which a block counts as sensitive", low=0)
+    insensitive: float = option(
+        0.005,
+        help="relative loss up to which a block counts as insensitive",
+        low=0,
+        needs={"blocks": ABSENT},
+    )
+    sensitive: float = option(
+        0.05, help="relative loss up to which a block counts as sensitive", low=0, needs={"blocks": ABSENT}
+    )
     metric: str = option(
         "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
     )
@@ -114,6 +123,11 @@ class DropSyncPoints(Pass):
     def _by_score(self, program: Program, context: Context, plan: Plan, names: list[str]) -> list[str]:
         if self.fraction is not None:
             count = round(self.fraction * len(names))
+            if count in (0, len(names)) or not context.data:
+                refuse_set(
+                    self.name, self, ("insensitive", "sensitive"),
+                    "nothing is measured" + (" without data" if not context.data else " to drop all or none"),
+                )  # fmt: skip
             if count in (0, len(names)):
                 return names[:count]
             if not context.data:

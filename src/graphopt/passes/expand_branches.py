@@ -12,6 +12,7 @@ from torch import fx
 from ..ir.errors import PipelineError
 from ..ir.export_blockers import block_export
 from ..ir.fold import depends_on_weights_alone
+from ..ir.needs import NONZERO, SOME
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import is_operator
@@ -54,10 +55,10 @@ class ExpandBranches(Pass):
     identity: bool = option(True, help="a branch that is the input, where channels and stride allow it")
     align: str = option(
         "auto", help="where smaller kernels lie: auto puts those of causal convolutions last",
-        choices=("auto", "last", "centre"),
+        choices=("auto", "last", "centre"), needs=[{"kernels": SOME}, {"identity": True}],
     )  # fmt: skip
     which: str = option("spatial", help="convolutions with several taps, or all", choices=("spatial", "all"))
-    seed: int = option(0, help="of the new weights")
+    seed: int = option(0, help="of the new weights", needs=[{"kernels": SOME}, {"copies": NONZERO}])
 
     def validate(self) -> None:
         """Check the sizes."""

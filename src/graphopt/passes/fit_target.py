@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.fold import depends_on_weights_alone
 from ..ir.operators.quantize import HIDDEN
-from ..ir.option import option
+from ..ir.option import option, refuse_set
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator, normal_call
 from ..ir.targets.faults import misread
@@ -75,6 +75,8 @@ class FitTarget(Pass):
                 and node.meta["val"].dim() != 2
             ):
                 plan.sites.append(Site(node.name, what="bias"))
+        if not any(site["what"] == "mask" for site in plan.sites):
+            refuse_set(self.name, self, ("hidden",), "no attention of this program hides a key")
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:

@@ -16,6 +16,7 @@ from .contracts import Approximate
 from .dial_top_k import DIAL as EXPERTS
 from .dial_top_k import frozen_numbers
 from .plan import Plan, Site
+from .skip_layers import PHASE, frozen_phase
 
 if TYPE_CHECKING:
     from .context import Context
@@ -71,3 +72,5 @@ class FreezeDial(Pass):
             remove_dial(program, site.block)
             if site.block.startswith(EXPERTS):
                 frozen_numbers(program)
+            if site.block == PHASE:
+                frozen_phase(program, float(site["value"]))

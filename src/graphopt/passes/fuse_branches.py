@@ -61,6 +61,10 @@ class FuseBranches(Pass):
             pairs = [[pair.first.name, pair.second.name] for pair in find_pairs(trial)]
             if pairs:
                 plan.sites.append(Site("channels", equalize=pairs))
+            else:
+                plan.refused.append(
+                    Refused("channels", "there are no convolutions between which a scale would cancel")
+                )
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..ir.errors import ContractError, PipelineError
+from ..ir.inputs import standing_at
+from ..ir.option import refuse_set
 from ..ir.program import Program
 from ..ir.report import PassReport
 from ..ir.sites import LIMIT, SiteCheck, check_sites
 from ..ir.verify import compare_programs
 from .base import Pass
 from .context import Context
-from .contracts import AddsOutputs, Exact, ExactAt, ExactInChunks
+from .contracts import AddsOutputs, Approximate, Exact, ExactAt, ExactInChunks
+from .metrics import relative_loss
 from .rollback import SiteError
 
 Verify = Literal["sites", "full", "off"]
@@ -87,28 +90,54 @@ def _whole(
         )
 
 
+def require_judgeable(step: Pass, context: Context) -> None:
+    """Refuse what says how a loss is judged where nothing judges it.
+
+    Raises:
+        PipelineError: a budget or a metric was given, and there is no data, or a metric of the user's judges.
+    """
+    if not context.data and context.user_metric is None:
+        refuse_set(
+            step.name, step, ("budget", "metric"), "there is no data to measure the loss on",
+            hint="give data= in Python or --data FILE on the command line, or a metric of your own",
+        )  # fmt: skip
+    if context.user_metric is not None and not step.metric_calibrates:
+        refuse_set(
+            step.name, step, ("metric",), "a metric of your own judges",
+            hint="leave metric out, or evaluate= (--evaluate)",
+        )  # fmt: skip
+
+
 def judge(before: Program, after: Program, step: Pass, context: Context, entry: PassReport) -> None:
-    """Measure what an approximate pass lost.
+    """Measure what an approximate pass lost, and what another one loses where its contract says that it is judged.
 
     Raises:
         ContractError: more than its budget.
     """
+    contract = step.promises()
+    where = ""
+    if isinstance(contract, ExactAt):
+        if contract.judged_at is None or contract.option not in after.dials:
+            return
+        after = standing_at(after, contract.option, contract.judged_at)
+        where = f" at {contract.option}={contract.judged_at:g}"
+    elif not isinstance(contract, Approximate):
+        return
     if not context.data and context.user_metric is None:
         entry.notes.append("not judged: no data was given")
         context.log("quality was not measured: give data to judge this pass")
         return
-    contract = step.promises()
-    metric = getattr(contract, "metric", "auto")
-    name, value = context.evaluate(after, before, metric=metric)
-    entry.metric[name] = value
+    name, value = context.evaluate(after, before, metric=contract.metric)
+    entry.metric[f"{name}{where}"] = value
+    original = 0.0
     if name not in ("kl", "cosine"):
-        entry.metric[f"{name} before"] = context.evaluate(before, before, metric=metric)[1]
+        original = entry.metric[f"{name} before"] = context.original(before, metric=contract.metric)
     budget = getattr(step, "budget", None)
     if budget is not None:
-        loss = context.loss(after, before, metric=metric)
+        loss = relative_loss(name, value, original)
         entry.metric["relative loss"] = loss
         if loss > budget * (1 + 1e-9):
             raise ContractError(
-                f"{step.name} loses {loss:.3g} by {name}, its budget is {budget:g}",
+                f"{step.name} loses {loss:.3g} by {name}{where}, its budget is {budget:g}",
                 hint="raise the budget, or take fewer sites",
             )

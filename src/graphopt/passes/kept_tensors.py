@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..ir.errors import PipelineError
+from ..ir.weights import InMemory, digest
 
 _KEPT: dict[str, dict[str, torch.Tensor]] = {}
 _MOST = 64  # a process that plans for days does not grow
 
 
-def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[str, Any], kind: str) -> str:
+def keep(found: dict[str, torch.Tensor], work_dir: Path | None, kind: str) -> str:
     """Keep tensors for the rewrite; return what a plan calls them: a key, or a file where there is a work directory.
+
+    The key is a hash of their names and values, so that a plan never meets what was made for another one.
 
     Args:
         found: by name.
         work_dir: of the run.
-        identity: plain data that makes them what they are: program, data, options.
         kind: the first part of the file's name.
     """
-    key = f"{kind}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]}"
+    names = "\n".join(f"{name} {digest(found[name])}" for name in sorted(found))
+    key = f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:24]}"
     _KEPT.pop(key, None)
     _KEPT[key] = found
     while len(_KEPT) > _MOST:
@@ -32,7 +33,6 @@ def keep(found: dict[str, torch.Tensor], work_dir: Path | None, identity: dict[s
     if work_dir is None:
         return key
     from ..ir.safetensors_file import write_file
-    from ..ir.weights import InMemory
 
     work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / f"{key}.safetensors"

@@ -20,7 +20,7 @@ from ..ir.weights import InMemory
 from .base import Pass
 from .context import Context
 from .contracts import Approximate, NewFunction
-from .holding import Verify, hold, judge
+from .holding import Verify, hold, judge, require_judgeable
 from .pipeline import format_pipeline
 from .plan import Plan
 from .registry import BUILT_IN, find_pass
@@ -143,6 +143,7 @@ def _run_pass(
 ) -> tuple[Program, PassReport]:
     seconds: dict[str, float] = {}
     context.notes = []
+    require_judgeable(step, context)
     began = time.perf_counter()
     given = plan is not None
     if plan is None:
@@ -179,10 +180,10 @@ def _run_pass(
             f"a fault of {step.name}: {len(settled.failed)} sites were rolled back, first "
             f"{settled.failed[0].block}: {settled.failed[0].reason}; please report it"
         )
-    if verify_with != "off" and plan.sites and isinstance(step.promises(), Approximate):
+    if verify_with != "off" and plan.sites:
         began = time.perf_counter()
         judge(program, working, step, context, entry)
-        seconds["contract"] = time.perf_counter() - began
+        seconds["contract"] = seconds.get("contract", 0.0) + time.perf_counter() - began
     for fact in step.invalidates:
         working.facts.pop(fact, None)
     # a pass that was kept from its work has provided nothing; one that found none to do has

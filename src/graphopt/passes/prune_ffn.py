@@ -49,7 +49,9 @@ class PruneFfn(Pass):
     allocation: str = option(
         "uniform", help="the same share in all layers, or by importance", choices=("uniform", "cfsp")
     )
-    strength: float = option(1.0, help="of cfsp: how far ratios follow importance", source="code", low=0)
+    strength: float = option(
+        1.0, help="how far ratios follow importance", source="code", low=0, needs={"allocation": "cfsp"}
+    )
     multiple: int = option(1, help="widths are a multiple of this; 128 suits GPUs", low=1)
     metric: str = option(
         "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
@@ -101,7 +103,7 @@ class PruneFfn(Pass):
             name: _rounded(widths[name] * ratio, self.multiple, widths[name])
             for name, ratio in ratios.items()
         }
-        return plan_orders(program, context, self.score, self.name, kept)
+        return plan_orders(program, context, self.score, kept)
 
     def told(self, program: Program, plan: Plan) -> list[str]:
         """How many channels go."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -62,6 +61,7 @@ class Quantize(Pass):
     provides = ("quantized_values",)
     excludes = ("quantized_values",)
     needs_data = True
+    metric_calibrates = True
     paper = "rounding: arXiv 2210.17323"
 
     weights: int = option(8, help="bits of a matrix's weight", choices=(8, 4))
@@ -214,9 +214,7 @@ class Quantize(Pass):
             parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
             found[node.name] = torch.cat(parts).reshape(weight.shape)
             found[f"{node.name}.steps"] = scale
-        identity = {"program": program.text(), "data": context.data_hash(),
-                    "sites": json.dumps([s.choices | {"block": s.block} for s in sites])}  # fmt: skip
-        return keep(found, context.work_dir, identity, "integers")
+        return keep(found, context.work_dir, "integers")
 
     def _mix(self, program: Program, context: Context, plan: Plan, sites: list[Site]) -> None:
         """Keep at eight bits what bears four worst."""

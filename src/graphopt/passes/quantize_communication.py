@@ -12,7 +12,7 @@ from ..ir.cost.collectives import find_link
 from ..ir.errors import PassRefusedError, PipelineError, UsageError
 from ..ir.groups import TENSOR_PARALLEL
 from ..ir.operators.quantized import payload_bytes
-from ..ir.option import option
+from ..ir.option import option, refuse_set
 from ..ir.placement import placements
 from ..ir.program import Program
 from ..ir.ranks import ranks_of
@@ -58,14 +58,28 @@ class QuantizeCommunication(Pass):
         source="paper",
         choices=("calibrated", "random", "none"),
     )
-    share: float = option(1 / 64, help="share of features that are outliers", source="paper", low=0, high=1)
+    share: float = option(
+        1 / 64,
+        help="share of features that are outliers",
+        source="paper",
+        low=0,
+        high=1,
+        needs={"outliers": ("calibrated", "random")},
+    )
     group: int = option(0, help="features that share a scale computed at run time; 0: static scales", low=0)
     algorithm: str = option(
         "auto", help="how sums are made; auto: by message size", choices=("auto", "gather", "two-step")
     )
-    link: str = option("nvlink", help="for auto: the link whose latency and bandwidth decide")
+    link: str = option(
+        "nvlink", help="the link whose latency and bandwidth decide", needs={"algorithm": "auto"}
+    )
     rate: float = option(
-        0.01, help="weight of a new sequence in the moving averages", source="paper", low=0, high=1
+        0.01,
+        help="weight of a new sequence in the moving averages",
+        source="paper",
+        low=0,
+        high=1,
+        needs=[{"group": 0}, {"outliers": "calibrated"}],
     )
     budget: float | None = option(None, help="largest relative loss", low=0)
     metric: str = option(
@@ -109,9 +123,7 @@ class QuantizeCommunication(Pass):
                     hint="give data, or use scales made at run time: group=128 outliers=none",
                 )
             ranges = calibrate(program, context, sums, self.rate)
-            identity = {"data": context.data_hash(), "ranks": ranks_of(program), "rate": self.rate,
-                        "program": program.text()}  # fmt: skip
-            where = keep(ranges, context.work_dir, identity, "ranges")
+            where = keep(ranges, context.work_dir, "ranges")
         link = find_link(self.link)
         total_bits = []
         for node in sums:
@@ -126,6 +138,11 @@ class QuantizeCommunication(Pass):
                     bits_per_value=round(bits, 4), seed=context.seed,
                 )
             )  # fmt: skip
+        if self.outliers != "none" and not any(int(site["outliers"]) for site in plan.sites):
+            whole = max(int(node.meta["val"].shape[-1]) for node in sums)
+            why = f"{self.share:g} of {whole} features is less than one"
+            refuse_set(self.name, self, ("outliers", "share"), why, hint=f"share of at least 1/{whole}")
+            plan.notes.append(f"no feature travels in bfloat16: {why}")
         plan.notes.append(
             f"{sum(total_bits) / len(total_bits):.4g} bits a value sent, instead of "
             f"{8 * sums[0].meta['val'].dtype.itemsize}"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..ir.errors import PassRefusedError, PipelineError
 from ..ir.groups import world_size
-from ..ir.option import option
+from ..ir.needs import ABSENT
+from ..ir.option import option, refuse_set
 from ..ir.placement import placements
 from ..ir.program import Program
 from .base import Pass
@@ -58,6 +59,7 @@ class ShardTensorParallel(Pass):
         "auto",
         help="token table and head by rows of the vocabulary; auto: where the table exceeds 64 MiB",
         choices=("auto", "replicate", "shard"),
+        needs={"huggingface_plan": ABSENT},
     )
     huggingface_plan: str = option(
         "", help="JSON or YAML file with a Hugging Face tensor-parallel plan, which says what is cut"
@@ -77,6 +79,10 @@ class ShardTensorParallel(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Try every block on a copy."""
+        kinds = {block.kind for block in program.anatomy.blocks}
+        for name in ("attention", "experts"):
+            if name not in kinds:
+                refuse_set(self.name, self, (name,), f"this program has no block of the kind {name}")
         trial = program.copy()
         split_all(trial)
         placer = Placer(trial, self)

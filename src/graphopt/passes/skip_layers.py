@@ -10,9 +10,11 @@ from torch import fx
 
 from ..ir.anatomy.rows import shaped_like
 from ..ir.errors import PassRefusedError, PipelineError
-from ..ir.export_blockers import block_export
+from ..ir.export_blockers import block_export, export_blockers, unblock_export
+from ..ir.needs import ABSENT
 from ..ir.option import option
 from ..ir.program import Dial, Program
+from ..ir.schema import arguments, is_operator
 from .base import Pass
 from .checkpoint_layers import forget_removed
 from .contracts import Approximate, Contract, ExactAt
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 
 PHASE = "decoding"
+PHASED = "layers are skipped while decoding alone, which a configuration cannot say"
+CHOSEN_BY_SCORE = {"layers": ABSENT, "speedup": ABSENT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +65,13 @@ class SkipLayers(Pass):
         help="what tells how little a unit matters",
         source="paper",
         choices=("block-influence", "angular", "perplexity", "kl", "cosine"),
+        needs=CHOSEN_BY_SCORE,
     )
     search: str = option(
-        "one-shot", help="how units are chosen", choices=("one-shot", "greedy", "contiguous")
+        "one-shot",
+        help="how units are chosen",
+        choices=("one-shot", "greedy", "contiguous"),
+        needs=CHOSEN_BY_SCORE,
     )
     metric: str = option(
         "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
@@ -87,8 +95,10 @@ class SkipLayers(Pass):
             raise PipelineError(f"{self.name}: layers lists a number twice")
 
     def promises(self) -> Contract:
-        """Judged by the metric asked for; exact where prompts are read, if layers are skipped afterwards only."""
-        return ExactAt(PHASE, 0.0) if self.phase == "decode" else Approximate(self.metric)
+        """Judged by the metric asked for; layers that are skipped after the prompt alone leave the prompt exact."""
+        if self.phase == "decode":
+            return ExactAt(PHASE, 0.0, judged_at=1.0, metric=self.metric)
+        return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score units and choose."""
@@ -120,7 +130,9 @@ class SkipLayers(Pass):
         return plan
 
     def told(self, program: Program, plan: Plan) -> list[str]:
-        """The same removal in the words of other tools."""
+        """The same removal in the words of other tools, which remove layers for prompts as well."""
+        if self.phase == "decode":
+            return []
         names = [unit.name for unit in units_of(program, self.unit)]
         removed = [names.index(site.block) for site in plan.sites if site.block in names]
         return _other_tools(removed, len(names)) if self.unit == "layer" and removed else []
@@ -173,7 +185,21 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
         now[writes] = chosen
     program.changed()
     program.facts["decode_layers"] = [unit.name for unit in units]
-    block_export(program, "layers are skipped while decoding alone, which a configuration cannot say")
+    block_export(program, PHASED)
+
+
+def frozen_phase(program: Program, value: float) -> None:
+    """Let a program whose phase no longer changes take the layers, or pass them over, everywhere."""
+    for node in [n for n in program.nodes if is_operator(n, "graphopt.skipped")]:
+        found = arguments(node)
+        program.edit.replace(node, found["before"] if value >= 0.5 else found["after"], record=False)
+    program.facts.pop("decode_layers", None)
+    others = [r for r in export_blockers(program).get(SkipLayers.name, ()) if r != PHASED]
+    unblock_export(program, SkipLayers.name)
+    for reason in others:
+        block_export(program, reason, by=SkipLayers.name)
+    if value >= 0.5:
+        block_export(program, "layers were passed over by a dial; skip-layers without phase removes them")
 
 
 def units_of(program: Program, unit: str) -> list[Any]:

@@ -41,23 +41,20 @@ class SortFfn(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels of every feed-forward."""
-        return plan_orders(program, context, self.score, self.name)
+        return plan_orders(program, context, self.score)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put channels in the planned order."""
         take_planned(program, plan)
 
 
-def plan_orders(
-    program: Program, context: Context, score: str, name: str, widths: dict[str, int] | None = None
-) -> Plan:
+def plan_orders(program: Program, context: Context, score: str, widths: dict[str, int] | None = None) -> Plan:
     """Return a plan that takes the channels of highest score, in the order of their scores or of the graph.
 
     Args:
         program: whose feed-forwards.
         context: data.
         score: one of ``SCORES``.
-        name: of the pass.
         widths: how many channels each block keeps, in the order that they have; None sorts all.
     """
     plan = Plan()
@@ -81,9 +78,7 @@ def plan_orders(
             order = order[: widths[group[0].name]].sort().values
         for block in group:
             orders[block.name] = order
-    identity = {"pass": name, "score": score, "widths": widths, "program": program.text(), "seed": context.seed,
-                "data": context.data_hash()}  # fmt: skip
-    where = keep(orders, context.work_dir, identity, "channels")
+    where = keep(orders, context.work_dir, "channels")
     for group in tied(able):
         try:
             take_channels(trial, group, orders)

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..ir.errors import PipelineError
 from ..ir.export_blockers import block_export
+from ..ir.needs import longer
 from ..ir.option import option
 from ..ir.program import Dial, Program
 from ..ir.weights import Drawn
@@ -66,16 +67,19 @@ class SplitFfn(Pass):
     skip: bool = option(False, help="a token may go around the feed-forward as well")
     score: str = option(
         "activation", help="what orders the channels; peak needs no data, none leaves them as they are",
-        source="paper", choices=(*SCORES, "none"),
+        source="paper", choices=(*SCORES, "none"), needs={"widths": longer(1)},
     )  # fmt: skip
     router: str = option(
         "auto", help="two layers or one; auto: two, and one where separate=true", source="recalled",
         choices=("auto", "two-layer", "linear"),
     )  # fmt: skip
     router_size: int | None = option(
-        None, help="hidden size of two-layer routers; a sixteenth of the model's if not given", low=1
+        None, help="hidden size of two-layer routers; a sixteenth of the model's if not given", low=1,
+        needs=[{"router": "two-layer"}, {"router": "auto", "separate": False}],
+    )  # fmt: skip
+    multiple: int = option(
+        1, help="widths are rounded to a multiple of this; 128 suits GPUs", low=1, needs={"widths": longer(1)}
     )
-    multiple: int = option(1, help="widths are rounded to a multiple of this; 128 suits GPUs", low=1)
 
     def validate(self) -> None:
         """Widths rise to the whole."""
@@ -99,11 +103,7 @@ class SplitFfn(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels and take every feed-forward whose activation is known."""
-        plan = (
-            self._unsorted(program)
-            if self.score == "none"
-            else plan_orders(program, context, self.score, self.name)
-        )
+        plan = self._unsorted(program) if self.score == "none" else plan_orders(program, context, self.score)
         probe = program.copy()
         split_all(probe)
         blocks = {b.name: b for b in probe.anatomy.ffn}

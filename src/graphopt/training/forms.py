@@ -17,6 +17,7 @@ from ..ir.weights import InMemory
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 TEMPERATURE = "temperature"
+CONTINUED = "continued"
 
 
 def nested_blocks(program: Program) -> list[Block]:
@@ -76,6 +77,33 @@ def given_choices(program: Program) -> Program:
             if choice.meta["val"].dim() == 1 and len(shape) == 2:
                 made = form.edit.call(aten.reshape.default, made, [-1])
         form.edit.replace(choice, made)
+    _without_dial(form)
+    return form
+
+
+def continued(program: Program) -> Program:
+    """Return the program with an input ``continued`` (batch, sequence) in place of the phase of decoding.
+
+    A token that it marks goes around the layers that are skipped after a prompt, the others take them: one row is a prompt
+    and what is written after it. Keys and values of the prompt come from all layers, as while decoding.
+
+    Raises:
+        UsageError: the program skips no layers while decoding.
+    """
+    form = program.copy()
+    points = [n for n in form.nodes if is_operator(n, "graphopt.skipped")]
+    if not points:
+        raise UsageError(
+            "this program skips no layers after a prompt", hint="skip-layers{phase=decode} makes one"
+        )
+    rows = list(points[0].meta["val"].shape[:2])
+    marks = add_input(form, CONTINUED, rows, torch.bool)
+    for node in points:
+        found = arguments(node)
+        with form.edit.before(node):
+            mark = form.edit.call(aten.unsqueeze.default, marks, -1)
+            made = form.edit.call(aten.where.self, mark, found["before"], found["after"])
+        form.edit.replace(node, made)
     _without_dial(form)
     return form
 

@@ -1,4 +1,4 @@
-"""What of a program's arithmetic a run really used: tokens on narrow ways, experts left out."""
+"""What of a program's arithmetic a run really used: tokens on narrow ways, experts left out, layers passed over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..execute import needed_for
 from ..schema import arguments, is_operator
 from .summary import works_by_node
 
@@ -26,6 +27,22 @@ def choices_of(program: Program) -> list[fx.Node]:
     return list(found)
 
 
+def passed_over(program: Program) -> set[fx.Node]:
+    """Return what is computed for layers alone that are skipped while tokens are added to a prompt."""
+    if not any(is_operator(n, "graphopt.skipped") for n in program.nodes):
+        return set()
+    found: set[fx.Node] = set()
+    work = list(program.outputs.values())
+    while work:
+        node = work.pop()
+        if node not in found:
+            found.add(node)
+            work += (
+                [arguments(node)["before"]] if is_operator(node, "graphopt.skipped") else node.all_input_nodes
+            )
+    return needed_for(program.outputs.values(), ()) - found
+
+
 class ActiveWork:
     """Counts FLOPs over batches, of what tokens used and of what they could have used; padding counts as it computes.
 
@@ -38,6 +55,7 @@ class ActiveWork:
         self.routed = [
             n for n in program.nodes if is_operator(n, "graphopt.nested_ffn", "graphopt.routed_ffn")
         ]
+        self.passed = passed_over(program)
         self.used = self.possible = 0.0
         self.routed_used = self.routed_possible = 0.0
         self.tokens = 0
@@ -54,7 +72,15 @@ class ActiveWork:
         total = sum(flops.values())
         self.possible += total
         saved = 0.0
+        passed = self.passed if float(inputs.get("decoding", 0.0)) >= 0.5 else set()
+        for node in self.passed & flops.keys():
+            used = 0.0 if node in passed else flops[node]
+            saved += flops[node] - used
+            self.routed_used += used
+            self.routed_possible += flops[node]
         for node in self.routed:
+            if node in self.passed:
+                continue
             share = _share(node, recorded)
             saved += flops[node] * (1 - share)
             self.routed_used += flops[node] * share
@@ -86,4 +112,4 @@ def _share(node: fx.Node, recorded: Mapping[str, Any]) -> float:
     return float(((experts >= 0) & (experts < count)).double().mean())
 
 
-__all__ = ["ActiveWork", "choices_of"]
+__all__ = ["ActiveWork", "choices_of", "passed_over"]

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from ...ir.errors import PipelineError
-from ...ir.option import require_known
+from ...ir.option import require_effect, require_known
 from .base import Batch, Method, Recipe, called, imitation, language_loss, masked_mean
 from .draft import Draft
 from .duo import DuoDistil, DuoRouters
@@ -36,7 +36,9 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
             hint=f"recipes are {', '.join(METHODS)}",
         )
     require_known(name, METHODS[name], options)
-    return METHODS[name](**options)
+    made = METHODS[name](**options)
+    require_effect(name, made, options)
+    return made
 
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ir.errors import UsageError
-from ...ir.option import check, default_of, options_of
+from ...ir.option import checked, default_of, help_of, options_of
 from ...ir.program import Program
 from ..forms import with_weights
 
@@ -80,9 +79,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for name, field in options_of(type(self)).items():
-            object.__setattr__(self, name, check(self.name, name, field, hints[name], getattr(self, name)))
+        checked(self.name, self)
         self.validate()
 
     def validate(self) -> None:  # noqa: B027  most have nothing to check
@@ -99,10 +96,7 @@ class Method(ABC):
     @classmethod
     def describe(cls) -> list[tuple[str, Any, str, str]]:
         """Return name, default, source and help of each option."""
-        return [
-            (n, default_of(f), str(f.metadata["source"]), str(f.metadata["help"]))
-            for n, f in options_of(cls).items()
-        ]
+        return [(n, default_of(f), str(f.metadata["source"]), help_of(f)) for n, f in options_of(cls).items()]
 
 
 def language_loss(outputs: Mapping[str, Any], batch: Batch) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ir.errors import UsageError
+from ...ir.needs import above
 from ...ir.option import option
 from ...ir.program import Program
 from ..forms import given_features
@@ -37,8 +38,12 @@ class Draft(Method):
     steps: int = option(
         2, help="how often the draft goes on from its own hidden states, the first included", low=1
     )
-    share: float = option(0.5, help="of the places that are given them", low=0, high=1)
-    decay: float = option(0.8, help="weight of each further step", source="paper", low=0, high=1)
+    share: float = option(
+        0.5, help="of the places that are given them", low=0, high=1, needs={"steps": above(1)}
+    )
+    decay: float = option(
+        0.8, help="weight of each further step", source="paper", low=0, high=1, needs={"steps": above(1)}
+    )
     noise: float = option(0.0, help="probability that the token given is another one", low=0, high=1)
 
     def recipe(self, program: Program) -> Recipe:

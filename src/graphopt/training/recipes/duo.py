@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ...ir.errors import PipelineError
-from ...ir.option import option
+from ...ir.needs import NONZERO
+from ...ir.option import option, refuse_set
 from ...ir.program import Program
 from ..forms import given_choices, nested_blocks, router_weights, soft_choices, way_widths
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
@@ -40,6 +41,11 @@ class DuoDistil(Method):
         blocks = nested_blocks(program)
         widths = way_widths(blocks[0])
         rest = sum(w > 0 for w in widths)
+        if widths[0] != 0:
+            refuse_set(
+                self.name, self, ("skip",), "no token can go around the feed-forwards of this program",
+                hint="split-ffn{skip=true} makes one where it can",
+            )  # fmt: skip
         skip = self.skip if widths[0] == 0 else 0.0
         likely = torch.tensor([skip if w == 0 else (1 - skip) / rest for w in widths])
         teacher = program.module().requires_grad_(False).eval() if self.distil else None
@@ -88,7 +94,9 @@ class DuoRouters(Method):
     name = "duo-routers"
     paper = "arXiv 2410.10846"
 
-    target: float = option(0.5, help="share of the tokens that take the largest", low=0, high=1)
+    target: float = option(
+        0.5, help="share of the tokens that take the largest", low=0, high=1, needs={"weight": NONZERO}
+    )
     weight: float = option(10.0, help="weight of the budget", low=0)
     temperature: float = option(2.0, help="of the routers' softmax at the beginning", low=1e-3)
     final_temperature: float = option(0.2, help="and at the end", low=1e-3)

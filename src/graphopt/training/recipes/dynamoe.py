@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...ir.needs import NONZERO
 from ...ir.option import option
 from ...ir.program import Program
 from ..forms import router_weights, shown_routers
@@ -42,8 +43,12 @@ class DynaMoE(Method):
     name = "dynamoe"
     paper = "arXiv 2502.12325"
 
-    theta: float = option(0.8, help="how like the whole output an expert's must be", low=0, high=1)
-    language: float = option(0.2, help="weight of the language loss", source="recalled", low=0)
+    theta: float = option(
+        0.8, help="how like the whole output an expert's must be", low=0, high=1, needs={"router": NONZERO}
+    )
+    language: float = option(
+        0.2, help="weight of the language loss", source="recalled", low=0, needs={"train": "all"}
+    )
     router: float = option(1.0, help="weight of the routers' loss", source="recalled", low=0)
     train: str = option("all", help="what learns", choices=("all", "routers"))
 

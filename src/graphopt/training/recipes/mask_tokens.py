@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ir.errors import UsageError
+from ...ir.needs import NONZERO
 from ...ir.option import option
 from ...ir.program import Program
 from .base import Batch, Method, Recipe
@@ -34,7 +35,10 @@ class MaskTokens(Method):
     head: float = option(1.0, help="weight of the head's cross-entropy", source="ours", low=0)
     sampler: float = option(1.0, help="weight of the sampler's cross-entropy", source="ours", low=0)
     consistency: float = option(1.0, help="weight of latent consistency", source="ours", low=0)
-    targets: str = option("text", help="what mask tokens learn to say", choices=("text", "model"))
+    targets: str = option(
+        "text", help="what mask tokens learn to say", choices=("text", "model"),
+        needs=[{"head": NONZERO}, {"sampler": NONZERO}],
+    )  # fmt: skip
 
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program that went through attach-mask-tokens, then insert-kv-cache{tree=true}."""

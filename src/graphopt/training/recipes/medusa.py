@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from ...ir.errors import UsageError
 from ...ir.execute import interpret
-from ...ir.option import option
+from ...ir.needs import NONZERO, Needs
+from ...ir.option import option, refuse_set
 from ...ir.program import Program
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
 OUTPUT = "multi_token_logits"
 PREFIX = "multi_token_heads."
+HEADS_COUNT: Needs = [{"joint": False}, {"joint_weight": NONZERO}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +33,15 @@ class Medusa(Method):
     name = "medusa"
     paper = "arXiv 2401.10774"
 
-    decay: float = option(0.8, help="weight of each further head", source="paper", low=0, high=1)
-    targets: str = option("text", help="what heads learn to say", choices=("text", "model"))
+    decay: float = option(
+        0.8, help="weight of each further head", source="paper", low=0, high=1, needs=HEADS_COUNT
+    )
+    targets: str = option(
+        "text", help="what heads learn to say", choices=("text", "model"), needs=HEADS_COUNT
+    )
     joint: bool = option(False, help="train the model as well (Medusa-2)")
     joint_weight: float = option(
-        0.2, help="weight of the heads' loss where the model is trained", source="recalled", low=0
+        0.2, help="weight of the heads' loss", source="recalled", low=0, needs={"joint": True}
     )
 
     def recipe(self, program: Program) -> Recipe:
@@ -44,6 +50,9 @@ class Medusa(Method):
             raise UsageError(
                 "this program has no multi-token heads", hint="run the pass attach-multi-token-heads first"
             )
+
+        if program.outputs[OUTPUT].meta["val"].shape[2] == 1:
+            refuse_set(self.name, self, ("decay",), "this program has one head, which counts whole")
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             found = called(module, batch)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...ir.errors import UsageError
+from ...ir.needs import GIVEN, below
 from ...ir.option import option
 from ...ir.program import Program
 from ..forms import active_dials, soft_experts
@@ -28,9 +29,16 @@ class PHDS(Method):
     among: list[int] | None = option(  # noqa: RUF009
         None, help="numbers of experts that are drawn; from half the trained number to all if not given"
     )
-    anchor: int | None = option(None, help="the low number at the end", low=1)
+    anchor: int | None = option(
+        None, help="the low number at the end", low=1, needs={"anchor_from": below(1)}
+    )
     anchor_from: float = option(
-        0.939, help="share of training after which the anchor comes in", source="paper", low=0, high=1
+        0.939,
+        help="share of training after which the anchor comes in",
+        source="paper",
+        low=0,
+        high=1,
+        needs={"anchor": GIVEN},
     )
     epsilon: float = option(1e-6, help="weight of experts left out", source="paper", low=0, high=1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ir.errors import UsageError
+from ...ir.needs import NONZERO
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.readers import readers
@@ -66,7 +67,9 @@ class RangeRegularization(Method):
     name = "r2"
     paper = "arXiv 2303.08253"
 
-    form: str = option("margin", help="of the penalty", choices=("infinity", "margin", "soft"))
+    form: str = option(
+        "margin", help="of the penalty", choices=("infinity", "margin", "soft"), needs={"strength": NONZERO}
+    )
     strength: float = option(0.01, help="weight of the penalty beside the loss", source="recalled", low=0)
 
     def recipe(self, program: Program) -> Recipe:

@@ -1,0 +1,113 @@
+"""When an option matters: what the other options must be, declared beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What another option's value must be.
+
+    Args:
+        text: follows the option's name in a message: ``rate is given``.
+        holds: tells of a value.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+GIVEN = Condition(" is given", lambda value: value not in (None, ""))
+ABSENT = Condition(" is not given", lambda value: value in (None, ""))
+NONZERO = Condition(" is not 0", bool)
+SOME = Condition(" has entries", bool)
+
+
+def above(bound: float) -> Condition:
+    """Return the condition that a number is larger than this."""
+    return Condition(f" > {bound:g}", lambda value: value > bound)
+
+
+def below(bound: float) -> Condition:
+    """Return the condition that a number is smaller than this."""
+    return Condition(f" < {bound:g}", lambda value: value < bound)
+
+
+def longer(count: int) -> Condition:
+    """Return the condition that a list has more entries than this."""
+    return Condition(
+        f" has more than {count} entr{'y' if count == 1 else 'ies'}", lambda value: len(value) > count
+    )
+
+
+Needs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""Conditions by option, all of which must hold, or several such sets, one of which must. What is no
+:class:`Condition` is the value itself, and a tuple holds several that will do."""
+
+
+def alternatives(needs: Needs | None) -> list[dict[str, Condition]]:
+    """Return the sets of conditions, one of which must hold; none where an option always matters."""
+    if not needs:
+        return []
+    sets = [needs] if isinstance(needs, Mapping) else list(needs)
+    return [{name: _condition(value) for name, value in each.items()} for each in sets]
+
+
+def _condition(value: Any) -> Condition:
+    if isinstance(value, Condition):
+        return value
+    values = value if isinstance(value, tuple) else (value,)
+    return Condition("=" + " or ".join(_shown(v) for v in values), lambda found: found in values)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def matters(needs: Needs | None, values: Mapping[str, Any]) -> bool:
+    """Tell whether an option has an effect beside these values of the others."""
+    sets = alternatives(needs)
+    return not sets or any(all(c.holds(values[name]) for name, c in each.items()) for each in sets)
+
+
+def text_of(needs: Needs | None) -> str:
+    """Return the conditions as a phrase: ``algorithm=auto``; nothing where there are none."""
+    sets = alternatives(needs)
+    return ", or ".join(" and ".join(name + c.text for name, c in each.items()) for each in sets)
+
+
+def refuse_without_effect(
+    owner: str, needs: Mapping[str, Needs | None], values: Mapping[str, Any], given: Collection[str]
+) -> None:
+    """Refuse options that were given although others leave them nothing to do.
+
+    Args:
+        owner: the pass or recipe.
+        needs: of each option.
+        values: of all options.
+        given: names of those that were given.
+
+    Raises:
+        PipelineError: naming the option and those that stand against it.
+    """
+    for name in given:
+        if matters(needs.get(name), values):
+            continue
+        sets = alternatives(needs.get(name))
+        against = dict.fromkeys(o for each in sets for o, c in each.items() if not c.holds(values[o]))
+        stand = ", ".join(f"{o}={_written(values[o])}" for o in against)
+        raise PipelineError(
+            f"{owner}: {name}={_written(values[name])} has no effect beside {stand}",
+            hint=f"leave {name} out; it matters where {text_of(needs.get(name))}",
+        )
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + " ".join(_written(v) for v in value) + "]"
+    return "none" if value is None else _shown(value) if not isinstance(value, float) else f"{value:g}"
