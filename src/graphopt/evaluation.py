@@ -24,6 +24,7 @@ from .ir.execute import run
 from .ir.inputs import standing_at
 from .ir.program import Program
 from .ir.retype import retyped
+from .ir.vocabulary import kept_tokens, over_all_tokens
 from .passes.context import Context, Progress
 from .passes.metrics import BY_NAME, Batch, default_metric, measure_all
 
@@ -72,7 +73,9 @@ def evaluate(
     depend on the tokenizer. Against another model: ``kl``, ``agreement``, ``cosine``.
 
     A program that skips layers for the tokens after a prompt (``skip-layers{phase=decode}``) is measured twice: as it reads
-    prompts, and, by names that end in ``_decoding``, as it goes on.
+    prompts, and, by names that end in ``_decoding``, as it goes on. One whose vocabulary was trimmed
+    (``trim-vocabulary``) holds all other tokens impossible: ``outside_vocabulary`` is their share, and its perplexity is
+    infinite where there are any.
 
     Args:
         model: what :func:`graphopt.capture` takes.
@@ -108,6 +111,7 @@ def evaluate(
             if not isinstance(judge, str):
                 found |= _judged(judge, standing, batches)
         values |= {name + phase: value for name, value in found.items()}
+    values |= _outside(program, batches)
     rows, tokens = _amount(batches)
     return Evaluation(values, rows, tokens, time.perf_counter() - began, sample)
 
@@ -117,6 +121,22 @@ def _phases(program: Program) -> dict[str, Program]:
     if "decode_layers" not in program.facts or DECODING not in program.dials:
         return {"": program}
     return {"": program, f"_{DECODING}": standing_at(program, DECODING, 1.0)}
+
+
+def _outside(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
+    """Return the share of the tokens that a program with a trimmed vocabulary holds impossible."""
+    ids = kept_tokens(program, "logits")
+    if ids is None:
+        return {}
+    seen = outside = 0
+    for batch in batches:
+        if "input_ids" in batch:
+            following = batch["input_ids"][:, 1:]
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            counted = (mask[:, 1:] * mask[:, :-1]).bool()
+            seen += int(counted.sum())
+            outside += int((~torch.isin(following, ids) & counted).sum())
+    return {"outside_vocabulary": outside / seen} if seen else {}
 
 
 def _defaults(program: Program, reference: Program | None) -> Sequence[str | Judge]:
@@ -158,7 +178,7 @@ def _named(
     context = Context()
 
     def runner(which: Program) -> Callable[[Batch], Mapping[str, Any]]:
-        return lambda given: run(which, context.bound(which, given))
+        return lambda given: over_all_tokens(which, run(which, context.bound(which, given)))
 
     found = measure_all(
         plain, runner(program), runner(reference) if reference else None, _counted(batches, progress)

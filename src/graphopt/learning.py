@@ -20,6 +20,7 @@ from .ir.groups import rank, world_size
 from .ir.program import Program
 from .ir.ranks import ranks_of
 from .ir.retype import retyped
+from .ir.vocabulary import kept_tokens
 from .passes.context import Context
 from .passes.pipeline import parse_calls
 from .training import Record, Settings
@@ -99,6 +100,11 @@ def train(
         raise UsageError(
             "a sharded program does not train over processes",
             hint="train it first, then shard what was learned",
+        )
+    if kept_tokens(program, "logits") is not None:
+        raise UsageError(
+            "a program whose logits are of some tokens is not trained on text that has others",
+            hint="train it first, then trim-vocabulary",
         )
     rows = _batches(program, data, batch, length, sequences, settings.seed, loss_on)
     made = method.recipe(_typed(program, dtype))

@@ -21,6 +21,7 @@ from .ir.errors import UsageError
 from .ir.execute import interpret, run
 from .ir.program import Program
 from .ir.ranks import ranks_of
+from .ir.vocabulary import over_all_tokens
 from .passes.context import Context, Progress, Silent
 from .passes.metrics import BY_NAME, Batch, default_metric, measure_all
 
@@ -133,13 +134,14 @@ def _point(
         bound = context.bound(program, {**batch, dial: value})  # type: ignore[dict-item]
         outputs = interpret(program, bound, record=recorded)
         active.add(bound, outputs)
+        outputs = over_all_tokens(program, outputs)
         progress.step(f"{dial} {value:g}")
         return outputs
 
     compares = any(BY_NAME[n].compares for n in names)
     other: Callable[[Batch], Mapping[str, Any]] | None = None
     if compares:
-        other = lambda batch: run(reference, context.bound(reference, batch))  # noqa: E731
+        other = lambda batch: over_all_tokens(reference, run(reference, context.bound(reference, batch)))  # noqa: E731
     values = measure_all(names, measured, other, rows)
     share = active.routed_used / active.routed_possible if active.routed_possible else 1.0
     return Point(value, values, active.used / active.tokens, share)

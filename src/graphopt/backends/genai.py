@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..ir.errors import LoweringError
 from ..ir.program import Program
+from ..ir.vocabulary import kept_tokens
 from .genai_folder import compare, genai_config, installed, write_beside
 from .onnx import lower_onnx
 from .onnx_model import OnnxReport
@@ -58,6 +59,11 @@ def lower_genai(
         LoweringError: the program has no caches, or caches that genai cannot make; the tokens differ; what
             :func:`lower_onnx` raises.
     """
+    if kept_tokens(program, "logits") is not None:
+        raise LoweringError(
+            "the program's logits are of some tokens, and genai takes their places for tokens",
+            hint="lower it without trim-vocabulary; graphopt generate maps them back",
+        )
     place = Path(path).absolute()
     if place.exists():
         raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")

@@ -11,6 +11,7 @@ from ..ir.errors import UsageError
 from ..ir.inputs import settings_of
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
+from ..ir.vocabulary import FACT, over_all_tokens
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Buffer, Running, Step
 
@@ -94,7 +95,10 @@ class CachedDecoder:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the logits are of."""
+        """How many tokens there are."""
+        fact = self.program.facts.get(FACT)
+        if isinstance(fact, dict):
+            return int(fact["size"])
         return int(self.program.outputs[self.facts["logits"]].meta["val"].shape[-1])
 
     @property
@@ -142,6 +146,9 @@ class CachedDecoder:
             step_mask: (batch, tokens, tokens), which new token sees which, where positions do not tell.
             outputs: what to compute, if not the usual.
             given: values of other inputs, and of outputs that are not to be computed but taken.
+
+        Returns:
+            The outputs by name. Logits of some tokens are given over all, at minus infinity where there are none.
         """
         taken = [name for name in given or {} if name in self.program.outputs]
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
@@ -158,10 +165,10 @@ class CachedDecoder:
             fed["cache_slots"] = placed
         inputs = {n: fed[n] for n in running.inputs}
         if self.recorder is not None and tokens <= RECORDED:
-            return self.recorder.run(
-                running, Step(self.buffers, positions, placed, self.capacity, None, step_mask), inputs
-            )
-        return running(Step(self.buffers, positions, placed, limit, start, step_mask), inputs)
+            step = Step(self.buffers, positions, placed, self.capacity, None, step_mask)
+            return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
+        found = running(Step(self.buffers, positions, placed, limit, start, step_mask), inputs)
+        return over_all_tokens(self.program, found)
 
     def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Compute tokens that follow each row's; rows do not grow yet.

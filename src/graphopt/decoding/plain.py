@@ -9,6 +9,7 @@ import torch
 from ..ir.errors import UsageError
 from ..ir.execute import run
 from ..ir.program import Program
+from ..ir.vocabulary import over_all_tokens
 
 
 def continuations(
@@ -48,7 +49,8 @@ def continuations(
     for _ in range(max_new_tokens):
         if limit is not None and ids.shape[1] > limit:
             raise UsageError(f"the text has {ids.shape[1]} tokens, the program takes {limit}")
-        logits = run(program, program.bind((), {"input_ids": ids}))["logits"][0, -1].float()
+        logits = over_all_tokens(program, run(program, program.bind((), {"input_ids": ids})))["logits"]
+        logits = logits[0, -1].float()
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -19,6 +19,7 @@ from ..ir.content import whole_hash
 from ..ir.errors import PipelineError
 from ..ir.execute import interpret, run
 from ..ir.program import Program
+from ..ir.vocabulary import over_all_tokens
 from ..ir.weights import digest
 from .carried import begun
 from .metrics import Batch, default_metric, measure, relative_loss
@@ -180,7 +181,7 @@ class Context:
         return found
 
     def _runner(self, program: Program) -> Callable[[Batch], Mapping[str, Any]]:
-        return lambda batch: run(program, self.bound(program, batch))
+        return lambda batch: over_all_tokens(program, run(program, self.bound(program, batch)))
 
     # -- scores -----------------------------------------------------------------------------------------
 

@@ -111,7 +111,13 @@ class Divergence(Metric):
         """Count a batch."""
         found, expected = self._logits(outputs).double(), self._logits(reference).double()
         log_found, log_expected = found.log_softmax(-1), expected.log_softmax(-1)
-        _count(self, batch, expected, (log_expected.exp() * (log_expected - log_found)).sum(-1))
+        _count(self, batch, expected, _terms(log_expected, log_found).sum(-1))
+
+
+def _terms(log_expected: torch.Tensor, log_found: torch.Tensor) -> torch.Tensor:
+    """Terms of a divergence; what the original holds impossible counts nothing, whatever the other says of it."""
+    terms = log_expected.exp() * (log_expected - log_found)
+    return torch.where(log_expected == float("-inf"), torch.zeros_like(terms), terms)
 
 
 class Agreement(Metric):

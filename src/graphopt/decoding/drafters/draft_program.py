@@ -33,8 +33,6 @@ class DraftProgram(Drafter):
         if tokens < 1 or not 0 <= threshold <= 1:
             raise UsageError("draft-program: tokens is at least 1, threshold from 0 to 1")
         self.program, self.room, self.threshold = program, tokens, threshold
-        mapped = program.facts.get("vocabulary")
-        self.ids = None if mapped is None else torch.tensor(mapped["ids"])
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Compute the beginnings of rows.
@@ -47,10 +45,10 @@ class DraftProgram(Drafter):
             self.program, len(rows), decoder.capacity, device=decoder.device, compiled=decoder.compiled
         )  # fmt: skip
         size = decoder.vocabulary
-        if self.ids is None and self.draft.vocabulary != size:
+        if self.draft.vocabulary != size:
             raise UsageError(
                 f"the draft has {self.draft.vocabulary} tokens, the program {size}",
-                hint="a draft needs the program's tokenizer; trim-vocabulary leaves a map where some tokens are gone",
+                hint="a draft needs the program's tokenizer",
             )
         self.held: list[list[int]] = [[] for _ in rows]
         self.logits = self.draft.facts["logits"]
@@ -71,7 +69,7 @@ class DraftProgram(Drafter):
         for step in range(min(self.room, max(room))):
             for number in range(len(rows)):
                 if going[number] and step < room[number]:
-                    token, drawn_from = self._take(logits[number])
+                    token, drawn_from = self.take(logits[number])
                     if token is None:
                         going[number] = False
                         continue
@@ -86,15 +84,6 @@ class DraftProgram(Drafter):
             for number, row in enumerate(tokens):
                 self.held[number].append(row[-1] if row else 0)
         return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
-
-    def _take(self, logits: torch.Tensor) -> tuple[int | None, torch.Tensor | None]:
-        """As :meth:`take`, in the numbers of the deciding program's tokens."""
-        token, odds = self.take(logits)
-        if self.ids is None or token is None:
-            return token, odds
-        if odds is not None:
-            odds = torch.zeros(self.decoder.vocabulary, dtype=odds.dtype).scatter(0, self.ids, odds)
-        return int(self.ids[token]), odds
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows only."""

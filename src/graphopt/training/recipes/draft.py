@@ -13,6 +13,7 @@ from ...ir.errors import UsageError
 from ...ir.needs import above
 from ...ir.option import option
 from ...ir.program import Program
+from ...ir.vocabulary import kept_logits
 from ..forms import given_features
 from .base import Batch, Method, Recipe, called, masked_mean
 
@@ -71,7 +72,7 @@ class Draft(Method):
                 found = called(
                     module, batch, draft_ids=batch["draft_ids"], draft_given=given, draft_taken=taken
                 )
-                total = total + self.decay**step * _imitation(found, batch)
+                total = total + self.decay**step * _imitation(program, found, batch)
                 given = torch.cat([found["draft_hidden"][:, :1], found["draft_hidden"][:, :-1]], 1)
             return total
 
@@ -80,8 +81,10 @@ class Draft(Method):
         return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=form)
 
 
-def _imitation(found: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-    # the draft at t and the model at t + 1 are about the token at t + 2, which is not there for the last two places
-    target = found["logits"][:, 1:-1].detach().float().softmax(-1).transpose(1, 2)
+def _imitation(program: Program, found: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    # the draft at t and the model at t + 1 are about the token at t + 2, which is not there for the last two places;
+    # a draft of some tokens learns how likely they are among themselves
+    logits = kept_logits(program, "draft_logits", found["logits"])
+    target = logits[:, 1:-1].detach().float().softmax(-1).transpose(1, 2)
     said = found["draft_logits"][:, :-2].float().transpose(1, 2)
     return masked_mean(F.cross_entropy(said, target, reduction="none"), batch, ahead=2)

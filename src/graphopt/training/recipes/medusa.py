@@ -14,6 +14,7 @@ from ...ir.execute import interpret
 from ...ir.needs import NONZERO, Needs
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
+from ...ir.vocabulary import kept_tokens, over_all_tokens
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
 OUTPUT = "multi_token_logits"
@@ -56,9 +57,11 @@ class Medusa(Method):
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             found = called(module, batch)
-            heads = head_loss(found[OUTPUT], found["logits"], batch, self.decay, self.targets == "model")
+            from_model = self.targets == "model"
+            heads = head_loss(found[OUTPUT], found["logits"], batch, self.decay, from_model, tokens)
             return language_loss(found, batch) + self.joint_weight * heads if self.joint else heads
 
+        tokens = kept_tokens(program, OUTPUT)
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
         return Recipe(
             self.name, loss, trainable=lambda name: self.joint or name in names, form=program, after=with_accuracy
@@ -84,7 +87,7 @@ def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) ->
     counted = 0.0
     for batch in batches:
         inputs = {n: batch[n] for n in program.signature.inputs if n in batch}
-        found = interpret(program, program.bind((), inputs))
+        found = over_all_tokens(program, interpret(program, program.bind((), inputs)))
         said, own = found[OUTPUT], found["logits"].argmax(-1)
         heads = said.shape[2]
         if own.shape[1] <= heads + 1:
@@ -107,7 +110,12 @@ def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) ->
 
 
 def head_loss(
-    said: torch.Tensor, logits: torch.Tensor, batch: Batch, decay: float, from_model: bool = False
+    said: torch.Tensor,
+    logits: torch.Tensor,
+    batch: Batch,
+    decay: float,
+    from_model: bool = False,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the heads' loss.
 
@@ -117,8 +125,18 @@ def head_loss(
         batch: with ``input_ids``; positions count whose target is no padding.
         decay: weight of each further head.
         from_model: targets are the model's own distributions at the places before them, instead of the text.
+        tokens: that the heads know, ascending; others are no targets, and the model's distribution is that among them.
     """
     ids = batch["input_ids"]
+    counted = batch
+    if tokens is not None:
+        tokens = tokens.to(ids.device)
+        logits = logits.index_select(-1, tokens)
+        known = torch.isin(ids, tokens)
+        ids = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+        if not from_model:
+            mask = batch.get("loss_mask", torch.ones_like(ids))
+            counted = {**batch, "loss_mask": mask * known}
     total = said.new_zeros((), dtype=torch.float32)
     for head in range(said.shape[2]):
         ahead = head + 2
@@ -132,5 +150,5 @@ def head_loss(
             else ids[:, ahead:]
         )
         each = F.cross_entropy(mine, target, reduction="none")
-        total = total + decay**head * masked_mean(each, batch, ahead=ahead)
+        total = total + decay**head * masked_mean(each, counted, ahead=ahead)
     return total

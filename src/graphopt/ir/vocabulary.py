@@ -1,0 +1,53 @@
+"""Outputs whose logits are of some of the tokens: which those are, and the same logits over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .program import Program
+
+FACT = "vocabulary"
+
+
+def kept_tokens(program: Program, output: str) -> torch.Tensor | None:
+    """Return the tokens that an output's logits are of, ascending; None where it has all."""
+    fact = program.facts.get(FACT)
+    if not isinstance(fact, dict) or output not in fact.get("outputs", ("logits",)):
+        return None
+    return torch.tensor(fact["ids"], dtype=torch.int64)
+
+
+def over_all_tokens(program: Program, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return outputs with logits over all tokens: minus infinity, and so probability 0, for those that are gone.
+
+    The numbers of tokens that ``take-top-k`` leaves of such an output become those of the tokenizer.
+
+    Args:
+        program: that computed them.
+        outputs: by name; other outputs are returned as they are.
+    """
+    fact = program.facts.get(FACT)
+    if not isinstance(fact, dict):
+        return dict(outputs)
+    found = dict(outputs)
+    for name in fact.get("outputs", ("logits",)):
+        ids = kept_tokens(program, name)
+        assert ids is not None
+        if isinstance(found.get(name), torch.Tensor):
+            some = found[name]
+            whole = some.new_full((*some.shape[:-1], int(fact["size"])), float("-inf"))
+            found[name] = whole.index_copy(-1, ids.to(some.device), some)
+        tokens = f"{name}_tokens"
+        if isinstance(found.get(tokens), torch.Tensor):
+            found[tokens] = ids.to(found[tokens].device)[found[tokens]]
+    return found
+
+
+def kept_logits(program: Program, output: str, logits: torch.Tensor) -> torch.Tensor:
+    """Return those of the logits over all tokens that an output has too: what it can be compared with."""
+    ids = kept_tokens(program, output)
+    return logits if ids is None else logits.index_select(-1, ids.to(logits.device))
