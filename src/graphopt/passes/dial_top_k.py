@@ -84,6 +84,8 @@ class DialTopK(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Limit the experts of the mixtures that the plan names."""
+        if not plan.sites:
+            return
         blocks = {b.name: b for b in program.anatomy.experts}
         shared: fx.Node | None = None
         if self.fixed is not None and plan.sites:

@@ -109,6 +109,8 @@ class ExpandBranches(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Add the branches and sum them up."""
+        if not plan.sites:
+            return
         constant = depends_on_weights_alone(program)
         nodes = {node.name: node for node in program.graph.nodes}
         for number, site in enumerate(plan.sites):

@@ -69,6 +69,8 @@ class FuseBranches(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Write the convolutions, in the order of the graph; then scale channels between them."""
+        if not plan.sites:
+            return
         self._fuse(program, [site for site in plan.sites if site.block != "channels"])
         wanted = [tuple(pair) for site in plan.sites if site.block == "channels" for pair in site["equalize"]]
         now: dict[fx.Node, fx.Node] = {}

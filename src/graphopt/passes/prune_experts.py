@@ -101,6 +101,8 @@ class PruneExperts(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Take the experts out that the plan does not name."""
+        if not plan.sites:
+            return
         blocks = {b.name: b for b in program.anatomy.experts}
         for site in plan.sites:
             take_experts(program, blocks[site.block], [int(e) for e in site["left"]])

@@ -113,6 +113,8 @@ class PruneFfn(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Take the channels that stay."""
+        if not plan.sites:
+            return
         take_planned(program, plan)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
         whole = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}

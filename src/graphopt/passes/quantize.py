@@ -256,6 +256,8 @@ class Quantize(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put the rounding behind each value and weight, and masks where ranges hold them."""
+        if not plan.sites:
+            return
         self._set_masks(program, plan)
         nodes = {n.name: n for n in program.graph.nodes}
         edit, host = program.edit, host_nodes(program)

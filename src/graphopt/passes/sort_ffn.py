@@ -97,6 +97,6 @@ def plan_orders(program: Program, context: Context, score: str, widths: dict[str
 
 def take_planned(program: Program, plan: Plan) -> None:
     """Take the channels that a plan says."""
-    split_all(program)
+    split_all(program, {site.block for site in plan.sites})
     chosen = {site.block: kept(str(site["channels"]))[site.block] for site in plan.sites}
     take_channels(program, [b for b in program.anatomy.ffn if b.name in chosen], chosen)

@@ -146,9 +146,11 @@ class SplitFfn(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Sort, then let routers choose."""
+        if not plan.sites:
+            return
         if any("channels" in site.choices for site in plan.sites):
             take_planned(program, plan)
-        split_all(program)
+        split_all(program, {site.block for site in plan.sites})
         blocks = {b.name: b for b in program.anatomy.ffn}
         inputs = program.input_nodes
         delta = inputs[DIAL] if DIAL in program.dials else program.add_dial(

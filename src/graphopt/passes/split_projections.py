@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,21 @@ class SplitProjections(Pass):
                 _separate(program, linear, piece)
 
 
-def split_all(program: Program) -> None:
-    """Take fused projections apart, as placing by head or by channel needs."""
+def split_all(program: Program, within: Collection[str] | None = None) -> None:
+    """Take fused projections apart, as placing by head or by channel needs.
+
+    Args:
+        program: changed in place.
+        within: names of the blocks whose projections are; None for all. Others stay as their owner fused them.
+    """
     from .context import Context
 
     splitting = SplitProjections(allow_no_match=True)
-    splitting.rewrite(program, splitting.plan(program, Context()))
+    plan = splitting.plan(program, Context())
+    if within is not None:
+        inside = {node.name for b in program.anatomy.blocks if b.name in within for node in b.nodes}
+        plan.sites = [site for site in plan.sites if site.block in inside]
+    splitting.rewrite(program, plan)
 
 
 def find_pieces(linear: fx.Node) -> list[_View] | str:
