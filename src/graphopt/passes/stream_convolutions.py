@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -15,11 +15,12 @@ from ..ir.inputs import add_input, limit_size
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.report import PassReport
-from ..ir.schema import arguments, is_operator
+from ..ir.schema import arguments, is_operator, normal_call
 from ..ir.sizes import expression
 from .base import Pass
 from .contracts import ExactInChunks
-from .convolutions.forms import Form, follow
+from .convolutions.forms import Form
+from .convolutions.geometry import Axis, one_after_another
 from .convolutions.reading import CONVOLUTIONS, POOLINGS, NotLinear, read_operator
 from .convolutions.writing import CONVOLUTION
 from .plan import Plan, Refused, Site
@@ -29,18 +30,22 @@ if TYPE_CHECKING:
     from .context import Context
 
 aten = torch.ops.aten
-PASSING = ("aten.pad", "aten.constant_pad_nd", "aten.slice")
+PADDINGS = ("aten.pad", "aten.constant_pad_nd")
 
 
 @dataclass
 class _Reach:
-    """One convolution along time: where its value is, what it reads, how many frames back."""
+    """One convolution along time: where its value is, what it reads, how many frames back.
+
+    ``chain`` is the convolution with the padding before it and the cuts after it.
+    """
 
     root: fx.Node
     node: fx.Node
     source: fx.Node
     frames: int
     axis: int
+    chain: list[fx.Node]
 
 
 @dataclass
@@ -173,65 +178,103 @@ def _find(program: Program, time: str) -> _Found:
 
 def _reach(program: Program, node: fx.Node, constant: set[fx.Node], axis: int) -> _Reach | str | None:
     """Return what a convolution reads along time, why it cannot stream, or None if it reads no other frame."""
-    form = _whole(node, constant)
-    if isinstance(form, str):
-        return form
     if axis < 2:
         return "it mixes frames as channels"
-    line = form.axes[axis - 2]
+    try:
+        form = read_operator(node, constant)
+        if form is None:
+            return "it is no convolution of the kind that streams"
+        reach = _along(node, form, constant, axis)
+    except NotLinear as problem:
+        return str(problem)
+    if isinstance(reach, str):
+        return reach
+    chain, line = reach
     if line.stride != 1:
         return "it has a stride along time"
     if line.count == 1 and line.first == 0 and line.high == 0:
         return None
     if line.last > 0:
         return f"it reads {line.last} frames ahead"
-    if form.mode not in ("", "zeros"):
-        return f"its past is padded by {form.mode}, not by zeros"
-    sizes = [form.source.meta["val"].shape[axis], form.value.meta["val"].shape[axis]]
+    source: Any = chain[0].args[0]
+    sizes = [n.meta["val"].shape[axis] for n in (source, chain[-1])]
     if expression(sizes[0]) != expression(sizes[1]):
         return "it gives another number of frames than it reads"
-    return _Reach(form.value, node, form.source, -line.first, axis)
+    return _Reach(chain[-1], node, source, -line.first, axis, chain)
 
 
-def _whole(node: fx.Node, constant: set[fx.Node]) -> Form | str:
-    """Return the form of a convolution with the padding before it and the cut after it."""
-    try:
-        form = read_operator(node, constant)
-        if form is None:
-            return "it is no convolution of the kind that streams"
-        while is_operator(form.source, *PASSING):
-            before = read_operator(form.source, constant)
-            joined = follow(form, before) if before is not None else "?"
-            if isinstance(joined, str):
-                break
-            form = joined
-        while len(form.value.users) == 1 and is_operator(user := next(iter(form.value.users)), "aten.slice"):
-            after = read_operator(user, constant)
-            joined = follow(after, form) if after is not None else "?"
-            if isinstance(joined, str):
-                break
-            form = joined
-    except NotLinear as problem:
-        return str(problem)
-    return form
+def _along(node: fx.Node, form: Form, constant: set[fx.Node], axis: int) -> tuple[list[fx.Node], Axis] | str:
+    """Return a convolution with the padding before it and the cut after it, and what they read along time.
+
+    Other axes are left to the operators themselves, which are repeated as they are there.
+    """
+    chain, line = [node], form.axes[axis - 2]
+    place = form.source
+    while is_operator(place, *PADDINGS):
+        try:
+            before = read_operator(place, constant)
+        except NotLinear:
+            break  # it pads with another value than zero, which states would not hold
+        if before is None:
+            break
+        ends = before.axes[axis - 2]
+        if ends.extends and before.mode != "zeros":
+            return f"its past is padded by {before.mode}, not by zeros"
+        if (ends.low < 0 < line.low) or (ends.high < 0 < line.high):
+            break  # frames are cut off, and zeros put in their place
+        chain.insert(0, place)
+        line = one_after_another(ends, line)
+        place = before.source
+    while len(chain[-1].users) == 1 and is_operator(user := next(iter(chain[-1].users)), "aten.slice"):
+        after = read_operator(user, constant)
+        if after is None:
+            break
+        chain.append(user)
+        line = one_after_another(line, after.axes[axis - 2])
+    return chain, line
 
 
 def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> None:
     """Let a convolution read the past and the present, and pad nothing along time."""
-    node, place = reach.node, reach.axis
-    found = arguments(node)
-    held = read_operator(node, depends_on_weights_alone(program))
-    assert held is not None
-    padding = [0 if index == place - 2 else axis.low for index, axis in enumerate(held.axes)]
+    place = reach.axis
     with program.edit.before(reach.root):
-        source = joined
+        value = joined
         if frames > reach.frames:
-            source = program.edit.call(aten.slice.Tensor, joined, place, frames - reach.frames)
-        if is_operator(node, *POOLINGS):
-            new = program.edit.call(node.target, source, found["kernel_size"], found["stride"], padding)
-        else:
-            new = program.edit.call(
-                CONVOLUTION[len(held.axes)], source, found["weight"], found["bias"], found["stride"], padding,
-                found["dilation"], found["groups"],
-            )  # fmt: skip
-    program.edit.replace(reach.root, new)
+            value = program.edit.call(aten.slice.Tensor, joined, place, frames - reach.frames)
+        for node in reach.chain:
+            if node is reach.node:
+                value = _convolved(program, node, value, place)
+            elif is_operator(node, *PADDINGS):
+                value = _padded(program, node, value, place)
+            elif int(arguments(node)["dim"]) != place:
+                value = program.edit.call(node.target, value, *node.args[1:], **node.kwargs)
+    program.edit.replace(reach.root, value)
+
+
+def _padded(program: Program, node: fx.Node, value: fx.Node, place: int) -> fx.Node:
+    """Repeat a padding, that along time left out."""
+    pad = list(arguments(node)["pad"])
+    index = 2 * (node.meta["val"].dim() - 1 - place)
+    if index < len(pad):
+        pad[index : index + 2] = [0, 0]
+    if not any(pad):
+        return value
+    args, kwargs = normal_call(node.target, arguments(node) | {"self": value, "pad": pad})
+    return program.edit.call(node.target, *args, **kwargs)
+
+
+def _convolved(program: Program, node: fx.Node, value: fx.Node, place: int) -> fx.Node:
+    """Repeat a convolution or pooling without its padding along time."""
+    found = arguments(node)
+    form = read_operator(node, depends_on_weights_alone(program))
+    assert form is not None
+    ends = [(0, 0) if index == place - 2 else (a.low, a.high) for index, a in enumerate(form.axes)]
+    if any(low != high for low, high in ends):
+        # an even kernel with padding of the same size has one more at the far end
+        pad = [size for pair in reversed(ends) for size in pair]
+        value = program.edit.call(aten.pad.default, value, pad)
+        ends = [(0, 0)] * len(ends)
+    source = "self" if is_operator(node, *POOLINGS) else "input"
+    target = CONVOLUTION[len(form.axes)] if isinstance(found["padding"], str) else node.target
+    args, kwargs = normal_call(target, found | {source: value, "padding": [low for low, _ in ends]})
+    return program.edit.call(target, *args, **kwargs)

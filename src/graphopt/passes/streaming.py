@@ -14,7 +14,7 @@ from ..ir.errors import UsageError
 from ..ir.execute import interpret, run
 from ..ir.program import Program
 from ..ir.retype import retyped
-from ..ir.sizes import expression
+from ..ir.sizes import expression, parse_size
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,18 @@ def states_of(program: Program) -> list[str]:
     return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
 
 
-def initial_state(program: Program, batch: int = 1) -> dict[str, torch.Tensor]:
+def initial_state(
+    program: Program, batch: int = 1, *, sizes: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
     """Return the states of the beginning: zeros, by input name.
 
     Args:
         program: made by stream-convolutions.
         batch: how many streams run side by side.
+        sizes: other sizes that states have, by name, where they vary.
 
     Raises:
-        UsageError: the program has no states.
+        UsageError: the program has no states, or they have a size that is not given.
     """
     names = states_of(program)
     if not names and "streaming" not in program.facts:
@@ -46,8 +49,28 @@ def initial_state(program: Program, batch: int = 1) -> dict[str, torch.Tensor]:
     made = {}
     for name in names:
         spec = program.signature.inputs[name]
-        made[name] = torch.zeros([s if isinstance(s, int) else batch for s in spec.shape], dtype=spec.dtype)
+        known = {str(spec.shape[0]): batch, **(sizes or {})}
+        shape = [_number(program, name, size, known) for size in spec.shape]
+        made[name] = torch.zeros(shape, dtype=spec.dtype)
     return made
+
+
+def _number(program: Program, name: str, size: int | str, known: Mapping[str, int]) -> int:
+    """The value of a size, which may be an expression over sizes of the inputs."""
+    symbols = {given: symbol for symbol, given in program.symbols.items()}
+    value = parse_size(size, symbols)
+    value = value.subs({symbols[given]: number for given, number in known.items() if given in symbols})
+    if not value.is_Integer:
+        raise UsageError(f"{name} has the size {size}, which varies", hint=f"sizes={{{str(size)!r}: ...}}")
+    return int(value)
+
+
+def _sizes_of(program: Program, given: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes that inputs have, by name."""
+    shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in given.items()]
+    return {
+        s: n for wanted, found in shapes for s, n in zip(wanted, found, strict=True) if isinstance(s, str)
+    }
 
 
 def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch.Tensor]) -> Iterator[Any]:
@@ -62,7 +85,8 @@ def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch
     for piece in pieces:
         given = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
         if state is None:
-            state = initial_state(program, next(iter(given.values())).shape[0])
+            sizes = _sizes_of(program, {name: t for name, t in given.items() if name in others})
+            state = initial_state(program, next(iter(given.values())).shape[0], sizes=sizes)
         results = run(program, program.bind((), {**given, **state}))
         state = {name: results.pop(f"next_{name}") for name in state}
         yield next(iter(results.values())) if len(results) == 1 else results
@@ -115,7 +139,7 @@ def _inputs(
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     made, axes = {}, {}
     for name, spec in program.signature.inputs.items():
-        shape = [frames if s == time else s if isinstance(s, int) else 2 for s in spec.shape]
+        shape = [frames if s == time else s if isinstance(s, int) else _other(program, s) for s in spec.shape]
         if spec.dtype.is_floating_point:
             made[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
         else:
@@ -123,6 +147,12 @@ def _inputs(
         if time in spec.shape:
             axes[name] = spec.shape.index(time)
     return made, axes
+
+
+def _other(program: Program, size: str) -> int:
+    """Two for what lies side by side; what another axis had when the program was captured."""
+    first = {str(spec.shape[0]) for spec in program.signature.inputs.values() if spec.shape}
+    return 2 if size in first or size not in program.signature.sizes else program.signature.sizes[size].hint
 
 
 def _in_pieces(
@@ -134,7 +164,8 @@ def _in_pieces(
 ) -> dict[str, list[torch.Tensor]]:
     found: dict[str, list[torch.Tensor]] = {}
     batch = next(iter(inputs.values())).shape[0]
-    state = {n: t.double() for n, t in initial_state(program, batch).items()}
+    states = initial_state(program, batch, sizes=_sizes_of(program, inputs))
+    state = {n: t.double() for n, t in states.items()}
     nodes = {n.name: n for n in program.graph.nodes}
     place = 0
     for size in pieces:
