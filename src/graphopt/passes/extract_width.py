@@ -92,7 +92,7 @@ class ExtractWidth(Pass):
             remove_dial(program, DIAL)
         drop_unread_weights(program)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
-        if set(kept) != several:
+        if not kept or set(kept) != several:
             return
         # no feed-forward has several widths any more
         unblock_export(program, by="split-ffn")
