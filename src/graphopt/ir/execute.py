@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +72,33 @@ def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], An
 
     folded = fold(program)
     module = fx.GraphModule(torch.nn.Module(), folded.graph)
-    loaded = {name: weight.source.load() for name, weight in folded.weights.items()}
+    held = {name: _held(weight.source) for name, weight in folded.weights.items()}
     order = [(n.name, str(n.meta.get("input", ""))) for n in folded.graph.find_nodes(op="placeholder")]
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:
         with torch.no_grad():
-            return module(*(loaded[name] if name in loaded else inputs[label] for name, label in order))
+            return module(*(held[name].tensor if name in held else inputs[label] for name, label in order))
 
     return call
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """The values of a source, for as long as some program holds them; the source stays, so that its id is its own."""
+
+    source: TensorSource
+    tensor: torch.Tensor
+
+
+_HELD: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()
+
+
+def _held(source: TensorSource) -> _Held:
+    """Load a source, or share what another program has of it: passes change few weights of a program."""
+    found = _HELD.get(id(source))
+    if found is None:
+        found = _HELD[id(source)] = _Held(source, source.load())
+    return found
 
 
 def last_uses(nodes: Iterable[fx.Node], keep: Iterable[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
