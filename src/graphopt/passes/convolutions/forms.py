@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -220,6 +220,18 @@ def add(value: fx.Node, first: Form, second: Form) -> Form | str:
         first.convolutions + second.convolutions,
         first.branches + second.branches,
     )
+
+
+def negative(form: Form) -> Form:
+    """Return the form of a value's negative, as a term of a sum."""
+
+    def build(read: Reader) -> tuple[Any, Any]:
+        kernel, bias = form.build(read)
+        return read.apply(aten.neg.default, kernel), None if bias is None else read.apply(
+            aten.neg.default, bias
+        )
+
+    return replace(form, build=build, vector=None)
 
 
 def _sizes_known(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from ...ir.infer import same_value
 from ...ir.program import Program
 from ...ir.schema import is_operator
 from .borders import filled, read_border
-from .forms import Form, add, follow
+from .forms import Form, add, follow, negative
 from .reading import NotLinear, as_it_is, read_operator, spatial_axes
 
 _DEEPEST = 12  # sources tried for one value, so that the search stays linear in the graph
@@ -82,7 +82,7 @@ def _visit(search: _Search, node: fx.Node) -> None:
     elif is_operator(node, "aten.slice_scatter"):
         search.own[node] = 0.0
         found = _borders(search, node)
-    elif is_operator(node, "aten.add") and len(node.args) == 2 and not node.kwargs:
+    elif is_operator(node, "aten.add", "aten.sub") and len(node.args) == 2 and not node.kwargs:
         search.own[node] = 0.0
         found = _sums(search, node)
     else:
@@ -134,6 +134,8 @@ def _sums(search: _Search, node: fx.Node) -> list[Form]:
     if not same_value(first.meta["val"], second.meta["val"]):
         return []
     terms = [_terms(search, operand, node) for operand in (first, second)]
+    if is_operator(node, "aten.sub"):
+        terms[1] = [negative(term) for term in terms[1]]
     made: list[Form] = []
     problem = ""
     for one in terms[0]:
@@ -189,11 +191,20 @@ def _deeper(search: _Search, found: list[Form]) -> list[Form]:
 
 
 def _below(search: _Search, form: Form) -> float:
-    """What must still be computed for a form's source, where only the form needs it."""
+    """What must still be computed for a form's source, where only the form needs it.
+
+    A value that several read is nobody's cost here, whether its readers become one form or stay apart.
+    """
     source = form.source
-    if source in search.best and all(user in form.nodes for user in source.users):
+    if source in search.best and len(source.users) == 1 and all(user in form.nodes for user in source.users):
         return search.best[source]
     return 0.0
+
+
+def _total(search: _Search, form: Form) -> float:
+    """The cost of a form, less that of values which several read and the form makes superfluous."""
+    inner = (n for n in form.nodes if n is not form.value and len(n.users) > 1)
+    return _work(form) + _below(search, form) - sum(search.best.get(n, 0.0) for n in inner)
 
 
 def _plain(search: _Search, node: fx.Node) -> float:
@@ -203,7 +214,7 @@ def _plain(search: _Search, node: fx.Node) -> float:
 
 
 def _cost(search: _Search, node: fx.Node, forms: list[Form]) -> float:
-    return min([_plain(search, node), *(_work(f) + _below(search, f) for f in forms if f.convolutions)])
+    return min([_plain(search, node), *(_total(search, f) for f in forms if f.convolutions)])
 
 
 def _chosen(search: _Search, node: fx.Node, covered: set[fx.Node]) -> Form | None:
@@ -215,9 +226,10 @@ def _chosen(search: _Search, node: fx.Node, covered: set[fx.Node]) -> Form | Non
         return None
     if search.allow_growth:
         return max(useful, key=lambda f: (len(f.nodes), -_work(f)))
-    costs: list[tuple[float, int, Any]] = [(_work(f) + _below(search, f), -len(f.nodes), f) for f in useful]
+    costs: list[tuple[float, int, Any]] = [(_total(search, f), -len(f.nodes), f) for f in useful]
     cost, _, form = min(costs, key=lambda c: c[:2])
-    return form if cost <= _plain(search, node) * (1 + 1e-9) else None
+    plain = _plain(search, node)
+    return form if cost <= plain + 1e-9 * abs(plain) else None
 
 
 def _replaces_something(form: Form) -> bool:
