@@ -8,6 +8,7 @@ from typing import Any
 
 from ..ir.errors import UsageError
 from ..ir.groups import rank
+from ..ir.serialize import require_savable
 from ..learning import as_method, train
 from ..oracle import routing_oracle
 from ..sweeping import sweep, write_csv, write_picture
@@ -38,6 +39,7 @@ def train_program(
     goes_on = f"the run is kept in {folder}; the same command goes on from there"
     with place(output, force, (source, data, validation), folder=True):
         program = read_program(source, trust)
+        require_savable(program)
         with on_interrupt(lambda: goes_on if (Path(folder) / FILE).is_file() else ""):
             done, record = train(
                 program, recipe, data, made, batch=batch, length=length, sequences=sequences, work_dir=folder,

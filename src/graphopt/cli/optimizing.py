@@ -10,6 +10,7 @@ from ..ir.errors import UsageError
 from ..ir.examples import example_inputs
 from ..ir.groups import barrier, rank
 from ..ir.program import Program
+from ..ir.serialize import require_savable
 from ..passes.holding import Verify
 from ..passes.manager import check_order, dump_to, run_pipeline
 from .interrupts import on_interrupt, scores_in
@@ -56,6 +57,7 @@ def _optimize(
         raise UsageError(f"--verify is sites, full or off, not {verify_with!r}")
     steps, plans = _steps(passes or (), plan_file)
     program = read_program(source, trust)
+    require_savable(program)
     check_order(program, steps)
     context = read_context(program, data, amount, work_dir, as_json)
     if dump_dir is not None:

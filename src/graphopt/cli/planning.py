@@ -8,6 +8,7 @@ from typing import Any
 from ..api import plan_passes
 from ..ir.atomic import atomic_file
 from ..ir.errors import PassRefusedError, UsageError
+from ..ir.serialize import require_savable
 from ..passes.base import Pass
 from ..passes.plan import Plan, write_plans
 from .interrupts import on_interrupt, scores_in
@@ -41,6 +42,7 @@ def _plan(
 
     parse_pipeline(passes)
     program = read_program(source, trust)
+    require_savable(program)
     context = read_context(program, data, amount, work_dir, as_json)
     planned = plan_passes(program, passes, context)
     steps = [(str(step), plan) for step, plan in planned]

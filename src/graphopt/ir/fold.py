@@ -149,7 +149,11 @@ def _foldable(program: Program) -> set[fx.Node]:
 def _number_on_kept(program: Program, node: fx.Node) -> bool:
     kept = program.checkpoint.values()
     while node.op == "call_function":
-        if len(node.all_input_nodes) != 1 or len(node.meta["val"].shape) != 1 or node in kept:
+        value = node.meta["val"]
+        # parts of a vector that is split come by way of a list
+        if not isinstance(value, torch.Tensor) or value.dim() != 1:
+            return False
+        if len(node.all_input_nodes) != 1 or node in kept:
             return False
         node = node.all_input_nodes[0]
     return node in kept

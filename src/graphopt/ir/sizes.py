@@ -16,6 +16,11 @@ from .errors import CheckpointError, VerificationError
 if TYPE_CHECKING:
     from .program import Program
 
+
+class SizeTextError(CheckpointError):
+    """A size that the grammar of sizes cannot write, such as one computed through fractions."""
+
+
 _TOKEN = re.compile(r"\s*(?:(\d{1,18})|([^\W\d]\w{0,199})|(//|[-+*%(),]))")
 _FUNCTIONS = {"max": 2, "min": 2}
 # what computes a size, or a number from sizes, by the name of its expression's class
@@ -65,7 +70,7 @@ def _print(value: Any, names: Mapping[sympy.Symbol, str]) -> str:
         for part in parts[1:]:
             text = f"{kind.lower()}({text}, {part})"
         return text
-    raise CheckpointError(f"a size of the form {value} has no text; the grammar knows + - * // % max min")
+    raise SizeTextError(f"a size of the form {value} has no text; the grammar knows + - * // % max min")
 
 
 class _Parser:

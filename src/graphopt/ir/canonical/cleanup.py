@@ -14,6 +14,7 @@ from ..infer import same_value
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
 from ..sizes import expression
 from ..weights import InMemory
+from .spellings import respelled
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -41,8 +42,6 @@ _SPLITS = {
     "aten.unsafe_split_with_sizes",
 }
 _RENAMED = {
-    "aten.__and__": torch.ops.aten.bitwise_and.Tensor,
-    "aten.__or__": torch.ops.aten.bitwise_or.Tensor,
     "aten.logical_and": torch.ops.aten.bitwise_and.Tensor,
     "aten._softmax": torch.ops.aten.softmax.int,
 }
@@ -55,6 +54,9 @@ def clean(program: Program) -> None:
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node._erased:
             continue
+        usual = respelled(node.target)
+        if usual is not None:
+            node.target = usual
         name = operator_name(node.target)
         if name in _ASSERTIONS:
             program.graph.erase_node(node)
@@ -309,7 +311,7 @@ def _neutral(value: float) -> Callable[[Program, fx.Node], None]:
 
 def _rename(program: Program, node: fx.Node) -> None:
     name = operator_name(node.target)
-    if name.startswith("aten.__") or name == "aten.logical_and":
+    if name == "aten.logical_and":
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if len(operands) != 2 or any(o.meta["val"].dtype is not torch.bool for o in operands):
             return

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .read import load_program
-from .write import save_program
+from .write import require_savable, save_program
 
-__all__ = ["load_program", "save_program"]
+__all__ = ["load_program", "require_savable", "save_program"]

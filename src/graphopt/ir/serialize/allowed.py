@@ -1,11 +1,8 @@
-"""The operators that a saved program may call, listed one by one.
-
-Everything here computes a value from its arguments and does nothing else. A namespace would not do as a
-list: ``aten`` alone has operators that write and read files.
-"""
+"""What a saved program may call: operators that are listed one by one, and arithmetic with sizes."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,42 +14,7 @@ from torch._ops import OpOverload
 
 from ..errors import CheckpointError
 from ..operators import DIALECT
-
-_ATEN = """
-abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-adaptive_max_pool2d add addbmm addcdiv addcmul addmm addmv addr all amax amin aminmax any arange argmax
-argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernoulli
-bilinear bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
-broadcast_to bucketize cat cdist ceil celu channel_shuffle chunk clamp clamp_max clamp_min clone col2im
-complex concat constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-conv_transpose3d convolution copysign cos cosh cosine_similarity count_nonzero cross cummax cummin cumprod
-cumsum deg2rad diag diag_embed diagonal diagonal_scatter diff digamma dist div dot dropout einsum elu
-embedding embedding_bag empty eq erf erfc erfinv exp exp2 expand expand_as expm1 eye
-fake_quantize_per_channel_affine fake_quantize_per_tensor_affine fft_fft fft_fft2 fft_fftn fft_ifft
-fft_ifft2 fft_irfft fft_irfft2 fft_rfft fft_rfft2 flatten flip floor floor_divide fmod frac frobenius_norm
-full full_like gather ge gelu ger glu grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gt
-hardshrink hardsigmoid hardswish hardtanh heaviside histc hypot im2col index index_add index_copy index_fill
-index_put index_select instance_norm inverse isclose isfinite isinf isnan item kron layer_norm le leaky_relu
-lerp lgamma linalg_inv linalg_matrix_norm linalg_norm linalg_vector_norm linear linspace log log10 log1p
-log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not logical_or
-logical_xor logit logspace logsumexp lstm lt mH mT masked_fill masked_scatter masked_select matmul max
-max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean median meshgrid min minimum mish mm
-mode movedim mul multinomial mv nan_to_num nanmean nansum narrow native_batch_norm native_dropout
-native_group_norm native_layer_norm ne neg new_empty new_full new_ones new_zeros nonzero norm normal
-nuclear_norm numpy_T one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle polar pow prelu
-prod quantile quick_gelu rad2deg rand randn real reciprocal reflection_pad1d reflection_pad2d
-reflection_pad3d relu relu6 remainder repeat repeat_interleave replication_pad1d replication_pad2d
-replication_pad3d reshape roll rot90 round rrelu rsqrt rsub scalar_tensor scaled_dot_product_attention
-scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid sign signbit silu sin
-sinc sinh slice slice_scatter softmax softplus softshrink sort split split_with_sizes sqrt square squeeze
-stack std std_mean stft sub sum swapaxes sym_size t take take_along_dim tan tanh tanhshrink tensor_split
-threshold tile to topk trace transpose tril tril_indices triu triu_indices true_divide trunc unbind
-unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
-upsample_nearest2d upsample_nearest3d upsample_trilinear3d vander var var_mean vdot view view_as
-view_as_complex view_as_real vstack where xlogy zeros zeros_like _softmax _log_softmax _to_copy
-_native_batch_norm_legit_no_training imag hstack dstack histogram addcmul fmax fmin reshape_as type_as
-new_empty_strided as_strided expand_copy
-""".split()
+from .aten import ATEN, REFUSED
 
 PLAIN: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
@@ -67,6 +29,20 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "size.min": torch.sym_min,
     "size.int": torch.sym_int,
     "size.float": torch.sym_float,
+    "size.pow": operator.pow,
+    "size.floor": math.floor,
+    "size.ceil": math.ceil,
+    "size.round": round,
+    "size.trunc": math.trunc,
+    "size.not": torch.sym_not,
+    "size.eq": operator.eq,
+    "size.ne": operator.ne,
+    "size.lt": operator.lt,
+    "size.le": operator.le,
+    "size.gt": operator.gt,
+    "size.ge": operator.ge,
+    "size.and": operator.and_,
+    "size.or": operator.or_,
 }
 _NAMES = {function: name for name, function in PLAIN.items()}
 
@@ -74,7 +50,7 @@ _NAMES = {function: name for name, function in PLAIN.items()}
 @lru_cache(maxsize=1)
 def allowed() -> frozenset[str]:
     """Return ``namespace.operator`` of everything a saved program may call."""
-    return frozenset({f"aten.{name}" for name in _ATEN} | {f"graphopt.{name}" for name in DIALECT})
+    return frozenset({f"aten.{name}" for name in ATEN} | {f"graphopt.{name}" for name in DIALECT})
 
 
 def name_of(target: Any, where: str) -> str:
@@ -89,9 +65,12 @@ def name_of(target: Any, where: str) -> str:
             return full
     elif target in _NAMES:
         return _NAMES[target]
+    base = str(target).split(".")[1] if isinstance(target, OpOverload) else ""
+    reason = f": {REFUSED[base]}" if base in REFUSED else ""
     raise CheckpointError(
-        f"{where}: the operator {target} is not one that a saved program may hold",
-        hint="replace it by operators of graphopt.ir.serialize.allowed, or report it as missing there",
+        f"{where}: the operator {target} is not one that a saved program may hold{reason}",
+        hint="optimise and lower in Python, without saving; or let the model call operators listed in "
+        "graphopt.ir.serialize.aten",
     )
 
 
@@ -115,7 +94,21 @@ def operator_of(name: str) -> Any:
     raise CheckpointError(f"{shown!r} is not an operator that a program may call")
 
 
-_COUNTS = {"size.neg": 1, "size.int": 1, "size.float": 1}
+_COUNTS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        (
+            "size.neg",
+            "size.int",
+            "size.float",
+            "size.floor",
+            "size.ceil",
+            "size.trunc",
+            "size.not",
+        ),
+        (1,),
+    ),
+    "size.round": (1, 2),
+}
 
 
 def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
@@ -126,8 +119,14 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where
     """
     wrong = CheckpointError(f"{where}: {target} is not called as it can be")
     if not isinstance(target, OpOverload):
-        count = _COUNTS.get(_NAMES[target], 2)
-        if kwargs or len(args) != count or not all(isinstance(a, (fx.Node, int, float)) for a in args):
+        # a rounding says that it keeps no digits by none, or by naming none
+        if _NAMES[target] == "size.round":
+            args, kwargs = (
+                tuple(a for a in args if a is not None),
+                {k: v for k, v in kwargs.items() if k != "ndigits" or v},
+            )
+        counts = _COUNTS.get(_NAMES[target], (2,))
+        if kwargs or len(args) not in counts or not all(isinstance(a, (fx.Node, int, float)) for a in args):
             raise wrong
         return
     schema = target._schema.arguments

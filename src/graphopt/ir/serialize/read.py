@@ -14,7 +14,7 @@ from ..compat import new_fake_mode
 from ..constraints import parse_relation
 from ..errors import CheckpointError
 from ..export_blockers import block_export
-from ..infer import same_size
+from ..infer import infer, same_size
 from ..program import Dial, Origin, Program
 from ..safetensors_file import contained, read_header
 from ..signature import Fill, Input, Signature, SizeRange
@@ -24,7 +24,7 @@ from .allowed import check_call, operator_of
 from .documents import Entry, read_document
 from .encode import decode, dtype_of
 from .names import asset_name, input_name, weight_name
-from .write import FORMAT, VERSION, file_hash
+from .write import FORMAT, INFERRED, VERSION, file_hash
 
 _RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
 _MOST_CONSTRAINTS = 1000
@@ -145,6 +145,10 @@ class _Reader:
             self.values[number] = self._value(program, table[number], f"value {number}")
         return self.values[number]
 
+    def inferred(self, number: Any) -> bool:
+        table = self.document.list("values")
+        return isinstance(number, int) and 0 <= number < len(table) and table[number] == INFERRED
+
     def _value(self, program: Program, entry: Any, where: str) -> Any:
         if "dtype" in entry:
             shape = [program.parse_size(size, where) for size in entry["shape"]]
@@ -178,7 +182,11 @@ class _Reader:
                 node = graph.create_node("call_function", target, tuple(call), options, name=name)
             if node.name != name:
                 raise CheckpointError(f"{name!r} cannot be the name of a node")
-            node.meta["val"] = self.value(program, number)
+            node.meta["val"] = (
+                infer(self.mode, target, tuple(call), options)
+                if operator != "placeholder" and self.inferred(number)
+                else self.value(program, number)
+            )
             if "weight" in notes and operator == "placeholder":
                 program.weights[name] = self.weight(name, weights, node)
             elif "input" in notes and operator == "placeholder":

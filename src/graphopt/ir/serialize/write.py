@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 from ..fold import fold
 from ..program import Program
 from ..safetensors_file import write_file
+from ..sizes import SizeTextError
 from ..text import source_line
 from ..weights import Weight
 from .allowed import name_of
@@ -27,6 +28,8 @@ from .names import asset_name, input_name, weight_name
 FORMAT = "graphopt-program"
 VERSION = 1
 SHARD_BYTES = 4 << 30
+INFERRED = {"inferred": True}
+"""A value that no text describes, such as a size's root: it is inferred from its operands when it is read."""
 
 
 def is_saved_program(path: Path) -> bool:
@@ -53,6 +56,7 @@ def save_program(
         CheckpointError: the program holds an operator or argument that the format does not.
         WriteError: the disk is full or the place not writable; nothing is left.
     """
+    require_savable(program)
     work = fold(program, to_store=True) if fold_weights else program
     document = describe_program(work)
     with atomic_folder(path, may_replace=is_saved_program) as folder:
@@ -76,6 +80,23 @@ def save_program(
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _require_readable(folder)
     return Path(path)
+
+
+def require_savable(program: Program) -> None:
+    """Check that the format knows every call of a program; whoever saves later asks before the work is done.
+
+    Raises:
+        CheckpointError: it names the operator, and the line of the model that calls it.
+    """
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        try:
+            name_of(node.target, node.name)
+            encode([list(node.args), list(node.kwargs.values())], node.name)
+        except CheckpointError as error:
+            source = source_line(node) or None
+            raise CheckpointError(error.message, node=node.name, source=source, hint=error.hint) from None
 
 
 def _require_readable(folder: Path) -> None:
@@ -119,7 +140,10 @@ def describe_program(program: Program) -> dict[str, Any]:
     values: dict[str, int] = {}
 
     def value_number(value: Any) -> int:
-        described = json.dumps(_value(program, value), separators=(",", ":"))
+        try:
+            described = json.dumps(_value(program, value), separators=(",", ":"))
+        except SizeTextError:
+            described = json.dumps(INFERRED)
         return values.setdefault(described, len(values))
 
     nodes = []
@@ -199,6 +223,8 @@ def _value(program: Program, value: Any) -> Any:
         return {"size": program.size_text(value)}
     if isinstance(value, (bool, int, float)):
         return {"number": value}
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return INFERRED
     raise CheckpointError(f"a value of type {type(value).__name__} cannot be saved")
 
 
