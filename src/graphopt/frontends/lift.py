@@ -19,6 +19,7 @@ from ..ir.signature import Input, Signature, SizeRange
 from ..ir.sizes import expression, format_size
 from ..ir.structure import describe
 from ..ir.weights import InMemory, TensorSource, Weight
+from .regions import inline_regions
 from .size_limits import read_guards
 
 _WEIGHT_KINDS = {
@@ -57,12 +58,7 @@ def lift(
     """
     # copying also renames what fx cannot call by its name, such as an input named "input"
     graph = copy.deepcopy(exported.graph)
-    for module in exported.graph_module.children():
-        if isinstance(module, fx.GraphModule):
-            raise CaptureError(
-                "the captured graph has nested graphs (control flow or a gradient region)",
-                hint="capture under torch.no_grad() and without torch.cond, or replace the control flow",
-            )
+    inline_regions(graph, exported.graph_module)
     parameters, leaves = {}, {}
     for name, value in inputs.items():
         parameters[name], more = describe(value, lambda v: isinstance(v, torch.Tensor), name)
