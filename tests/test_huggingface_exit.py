@@ -11,7 +11,7 @@ import zoo
 
 import graphopt
 from graphopt import LoweringError
-from graphopt.backends.huggingface_config import renumbered, without_layers
+from graphopt.backends.huggingface_config import renumbered
 from graphopt.frontends.huggingface import capture_huggingface
 
 
@@ -106,22 +106,24 @@ def test_streamed_check_agrees_with_reload(folder_of, tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in report.files, "small shards were asked for"
 
 
-def test_configuration_lists_are_reindexed() -> None:
-    config = {
-        "num_hidden_layers": 4,
-        "layer_types": ["a", "b", "a", "b"],
-        "mlp_only_layers": [0, 3],
-        "first_k_dense_replace": 2,
-        "architectures": ["X"],
-        "text_config": {"layer_scales": [1, 2, 3, 4]},
-    }
-    edited = without_layers(config, [{"prefix": "model.layers.", "count": 4, "removed": [1]}])
-    assert edited["num_hidden_layers"] == 3
-    assert edited["layer_types"] == ["a", "a", "b"]
-    assert edited["mlp_only_layers"] == [0, 2]
-    assert edited["first_k_dense_replace"] == 1
-    assert edited["text_config"]["layer_scales"] == [1, 3, 4]
-    assert config["num_hidden_layers"] == 4, "the configuration given was changed in place"
+def test_a_tensor_of_a_removed_layer_that_is_still_read_takes_no_name_of_another(
+    folder_of, tmp_path: Path
+) -> None:
+    """Wrong if the last of two tensors of one name is written."""
+    program = capture_huggingface(folder_of("llama"), compare=False).copy()
+    program.facts["renumbered"] = [{"prefix": "model.layers.", "count": 2, "removed": [0]}]
+    with pytest.raises(LoweringError, match="two tensors would be called model.layers.0"):
+        program.save_pretrained(tmp_path / "out")
+
+
+def test_an_output_without_a_place_is_refused_by_name(folder_of, tmp_path: Path) -> None:
+    program = capture_huggingface(folder_of("llama"), compare=False).copy()
+    program.add_output("depth_logits", program.outputs["logits"])
+    with pytest.raises(
+        LoweringError, match="returns depth_logits, for which a folder of LlamaForCausalLM has no place"
+    ):
+        program.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_close_up() -> None:

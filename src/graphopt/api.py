@@ -236,9 +236,11 @@ def _lower(program: Program, to: str, path: str | os.PathLike[str], **options: A
 
 def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: Any) -> Any:
     from .backends.huggingface import save_pretrained
+    from .frontends.architecture import tensor_names
     from .frontends.huggingface import capture_huggingface
 
     options.setdefault("recapture", lambda folder: capture_huggingface(folder, compare=False))
+    options.setdefault("skeleton", tensor_names)
     return save_pretrained(program, path, **options)
 
 

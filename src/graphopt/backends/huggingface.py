@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from ..ir.atomic import atomic_folder
-from ..ir.comparison import relative_error
 from ..ir.errors import LoweringError
-from ..ir.examples import example_inputs
-from ..ir.execute import memory_available, run
+from ..ir.execute import memory_available
 from ..ir.export_blockers import export_blockers
 from ..ir.fold import computed
 from ..ir.program import Program
+from ..ir.retype import widen
 from ..ir.safetensors_file import write_file
 from ..ir.weights import TensorSource, numel
-from .huggingface_config import renumbered, with_experts, with_widths, without_layers
+from .huggingface_compare import LIMITS, Case, Reference, cases, differences, require_same_attention
+from .huggingface_config import renumbered, with_experts, with_widths
+from .huggingface_layers import Skeleton, without_layers
 
 SHARD_BYTES = 5 << 30
 SCRIPT = Path(__file__).with_name("huggingface_reload.py")
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Recapture = Callable[[Path], Program]
 
@@ -49,6 +49,7 @@ def save_pretrained(
     *,
     check: str = "auto",
     recapture: Recapture | None = None,
+    skeleton: Skeleton | None = None,
     progress: Callable[[str, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> FolderReport:
@@ -58,15 +59,17 @@ def save_pretrained(
         program: captured from a Hugging Face checkpoint; passes since then must fit its architecture.
         path: the folder; appears whole or not at all.
         check: "reload" runs the folder with transformers in another process; "streamed" captures it again
-            and runs both weight by weight, for models larger than memory; "auto" chooses by size.
-        recapture: how to capture a folder, for "streamed".
+            and runs both weight by weight, for models larger than memory; "auto" chooses by size. Both compare in
+            float32 at least, padded on either side, beyond every window that takes no more than seconds to reach.
+        recapture: how to capture a folder: for "streamed", and for windows that take longer.
+        skeleton: how to name the tensors of a configuration's model.
         progress: called with the name and bytes of each tensor written.
         shard_bytes: size of a weight file.
 
     Raises:
         LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
     """
-    tensors, config = contents(program)
+    tensors, config = contents(program, skeleton)
     with atomic_folder(path, may_replace=_is_folder_of_ours) as folder:
         _write_weights(folder, tensors, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -75,25 +78,19 @@ def save_pretrained(
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(data)
         report = FolderReport(Path(path), files=sorted(p.name for p in folder.iterdir()))
-        total = sum(numel(s.shape) * s.dtype.itemsize for s in tensors.values())
+        total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
         if check == "auto":
             check = "reload" if total < memory_available() // 3 else "streamed"
         report.checked = check
-        if check == "reload":
-            report.errors = _reload(program, folder)
-        elif check == "streamed":
-            if recapture is None:
-                raise LoweringError(
-                    "a streamed check needs a way to capture the folder", hint="call program.save_pretrained"
-                )
-            report.errors = _streamed(program, recapture(folder))
-        else:
+        if check not in ("reload", "streamed"):
             raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
-        _require(program, report.errors)
+        report.errors = _compare(program, folder, check, recapture)
     return report
 
 
-def contents(program: Program) -> tuple[dict[str, TensorSource], dict[str, Any]]:
+def contents(
+    program: Program, skeleton: Skeleton | None = None
+) -> tuple[dict[str, TensorSource], dict[str, Any]]:
     """Return the tensors and configuration of the folder.
 
     Raises:
@@ -112,13 +109,17 @@ def contents(program: Program) -> tuple[dict[str, TensorSource], dict[str, Any]]
         )
     removed = list(program.facts.get("renumbered", ()))
     tensors: dict[str, TensorSource] = {}
-    for name, node in program.checkpoint.items():
-        if node.op == "placeholder":
-            tensors[renumbered(name, removed)] = program.weights[node.name].source
-        else:
-            tensors[renumbered(name, removed)] = computed(program, node)[0]
+    for old, node in program.checkpoint.items():
+        name = renumbered(old, removed)
+        if name in tensors:
+            raise LoweringError(
+                f"two tensors would be called {name}: one of a layer that was removed is still read",
+                hint="use program.save or program.lower",
+            )
+        held = node.op == "placeholder"
+        tensors[name] = program.weights[node.name].source if held else computed(program, node)[0]
     widths = [(int(a), int(b)) for a, b in program.facts.get("ffn_widths", [])]
-    config = with_widths(without_layers(program.origin.config, removed), widths)
+    config = with_widths(without_layers(program.origin.config, removed, skeleton), widths)
     if "fixed_experts" in program.facts:
         config = with_experts(config, *map(int, program.facts["fixed_experts"]), active=True)
     for before, after in program.facts.get("expert_counts", []):
@@ -162,25 +163,60 @@ def _write_weights(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _reload(program: Program, folder: Path) -> dict[str, float]:
-    """Run the folder in a process that knows transformers and not graphopt, and compare."""
-    inputs = example_inputs(program)
-    expected = run(program, inputs)
-    with tempfile.TemporaryDirectory() as place:
-        given, made = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
-        from safetensors.torch import load_file, save_file
+def _compare(program: Program, folder: Path, check: str, recapture: Recapture | None) -> dict[str, float]:
+    """Return the largest relative error of each output over all inputs.
 
-        save_file({k: v.contiguous() for k, v in inputs.items()}, given)
+    Raises:
+        LoweringError: the folder cannot be loaded, or its model computes something else.
+    """
+    reference = Reference(program)
+    given, unreached = cases(program)
+    again = None
+    if check == "streamed" or unreached:
+        if recapture is None:
+            raise LoweringError(
+                "this check needs a way to capture the folder again", hint="call program.save_pretrained"
+            )
+        again = recapture(folder)
+    worst: dict[str, float] = {}
+    found = _reloaded(program, folder, given, reference.dtype) if check == "reload" else None
+    for number, case in enumerate(given):
+        result = found[number] if found is not None else _streamed(again, case, reference)
+        errors = differences(program, case, reference(case.inputs), result)
+        for name, error in errors.items():
+            worst[name] = max(worst.get(name, 0.0), error)
+        _require(errors, case, reference)
+    if unreached and again is not None:
+        require_same_attention(program, again)
+    return worst
+
+
+def _reloaded(
+    program: Program, folder: Path, given: list[Case], dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """Run the folder in a process that knows transformers and not graphopt."""
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as place:
+        taken, made = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
+        inputs = {f"{i}/{k}": v for i, case in enumerate(given) for k, v in case.inputs.items()}
+        save_file(
+            {k: widen(v, dtype).clone(memory_format=torch.contiguous_format) for k, v in inputs.items()},
+            taken,
+        )
         name = program.origin.model_class.partition(":")[2]
-        status, said = _child([str(folder), name, str(given), str(made), _dtype(program)])
+        status, said = _child([str(folder), name, str(taken), str(made), str(dtype).removeprefix("torch.")])
         if status != 0:
             last = said.strip().splitlines()[-1:] or ["no message"]
             raise LoweringError(
                 f"transformers cannot load what was written: {last[0]}",
                 hint="the architecture cannot express this program; use program.save or program.lower",
             )
-        found = load_file(made)
-    return _errors(program, inputs, expected, found)
+        results: list[dict[str, torch.Tensor]] = [{} for _ in given]
+        for label, value in load_file(made).items():
+            number, _, output = label.partition("/")
+            results[int(number)][output] = value
+    return results
 
 
 def _child(arguments: list[str]) -> tuple[int, str]:
@@ -190,53 +226,22 @@ def _child(arguments: list[str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def _streamed(program: Program, again: Program) -> dict[str, float]:
-    inputs = example_inputs(program)
-    expected = run(program, inputs, streamed=True)
-    found = run(
-        again, again.bind((), {k: v for k, v in inputs.items() if k in again.signature.inputs}), streamed=True
-    )
-    return _errors(program, inputs, expected, found)
+def _streamed(again: Program | None, case: Case, reference: Reference) -> dict[str, Any]:
+    assert again is not None
+    known = {k: v for k, v in case.inputs.items() if k in again.signature.inputs}
+    return Reference(again, reference.dtype)(again.bind((), known))
 
 
-def _errors(
-    program: Program, inputs: dict[str, torch.Tensor], expected: dict[str, Any], found: dict[str, Any]
-) -> dict[str, float]:
-    errors = {}
-    mask = inputs.get("attention_mask")
-    for name, value in expected.items():
-        if not isinstance(value, torch.Tensor) or name not in found:
-            continue
-        other = found[name]
-        if (
-            mask is not None
-            and value.dim() >= 2
-            and value.shape[:2] == mask.shape
-            and other.shape == value.shape
-        ):
-            value, other = value[mask.bool()], other[mask.bool()]
-        errors[name] = relative_error(other, value)
-    if not errors:
-        raise LoweringError(f"the reloaded model returns none of {', '.join(expected)}")
-    return errors
-
-
-def _dtype(program: Program) -> str:
-    counts: dict[torch.dtype, int] = {}
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            counts[value.dtype] = counts.get(value.dtype, 0) + 1
-    return str(max(counts, key=lambda d: counts[d], default=torch.float32)).removeprefix("torch.")
-
-
-def _require(program: Program, errors: dict[str, float]) -> None:
-    limit = TOLERANCE.get(getattr(torch, _dtype(program)), 1e-2)
+def _require(errors: dict[str, float], case: Case, reference: Reference) -> None:
     worst = max(errors, key=lambda name: errors[name])
+    if errors[worst] <= LIMITS[reference.dtype]:
+        return
+    limit = reference.limit(case)
     if not errors[worst] <= limit:
+        tokens = next((f" of {v.shape[1]} tokens" for v in case.inputs.values() if v.dim() == 2), "")
         raise LoweringError(
             f"the folder reloads, and its output {worst} differs from the program by {errors[worst]:.2g} "
-            f"relative (limit {limit:.0e}): this architecture computes something else",
+            f"relative (limit {limit:.1g}) on inputs{tokens}{case.label}: this architecture computes something else",
             hint="a Hugging Face folder cannot hold this program; use program.save or program.lower",
         )
 

@@ -1,4 +1,4 @@
-"""The configuration of a model that lost layers: counts, per-layer lists, lists of layer numbers."""
+"""The configuration of a model that became narrower, and the names of tensors once layers left."""
 
 from __future__ import annotations
 
@@ -7,70 +7,6 @@ import re
 from typing import Any
 
 from ..ir.errors import LoweringError
-
-_COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
-    "num_decoder_layers", "num_encoder_layers", "depth",
-)  # fmt: skip
-_NUMBERS = (
-    "mlp_only_layers",
-    "cross_attention_layers",
-    "full_attn_idxs",
-    "global_attn_idx",
-    "attn_layer_indices",
-)
-_LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
-_NEVER = ("architectures", "eos_token_id", "pruned_heads", "id2label", "label2id")
-
-
-def without_layers(config: dict[str, Any], removed: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a configuration for a model without some layers.
-
-    Args:
-        config: plain data, as in config.json.
-        removed: for each stack of layers: the prefix of its names, the count before, the numbers gone.
-
-    Raises:
-        LoweringError: nothing in the configuration counts these layers.
-    """
-    edited = copy.deepcopy(config)
-    for stack in removed:
-        gone = set(stack["removed"])
-        kept = [i for i in range(stack["count"]) if i not in gone]
-        if not _recount(edited, stack["prefix"], stack["count"], len(kept)):
-            raise LoweringError(
-                f"the configuration has no entry that counts the {stack['count']} layers "
-                f"named {stack['prefix']}N"
-            )
-        _reindex(edited, stack["count"], kept)
-    return edited
-
-
-def _recount(config: dict[str, Any], prefix: str, before: int, after: int) -> bool:
-    tables = [config, *(v for v in config.values() if isinstance(v, dict))]
-    side = "decoder" if "decoder" in prefix else "encoder" if "encoder" in prefix else ""
-    names = sorted(_COUNTS, key=lambda name: bool(side) and side not in name)
-    if side == "encoder":
-        names = [n for n in names if "decoder" not in n]
-    for table in tables:
-        for name in names:
-            if table.get(name) == before and not isinstance(table[name], bool):
-                table[name] = after
-                return True
-    return False
-
-
-def _reindex(config: dict[str, Any], count: int, kept: list[int]) -> None:
-    for name, value in list(config.items()):
-        if isinstance(value, dict) and name not in _NEVER:
-            _reindex(value, count, kept)
-        elif name in _NUMBERS and isinstance(value, list):
-            config[name] = [kept.index(i) for i in value if i in kept]
-        elif name in _LEADING and isinstance(value, int):
-            config[name] = sum(1 for i in kept if i < value)
-        elif isinstance(value, list) and len(value) == count and count > 1 and name not in _NEVER:
-            config[name] = [value[i] for i in kept]
-
 
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "mlp_dim",
            "ffn_hidden_size", "hidden_dim", "inner_dim")  # fmt: skip

@@ -1,7 +1,8 @@
-"""Run by itself in a process of its own: load a folder with transformers alone and run it once.
+"""Run by itself in a process of its own: load a folder with transformers alone and run it.
 
 Usage: python huggingface_reload.py FOLDER CLASS INPUTS OUTPUTS DTYPE, where INPUTS and OUTPUTS are
-safetensors files. It imports nothing of graphopt, so that what it shows is what users of the folder will see.
+safetensors files; what stands before a slash in their names is the run that a tensor belongs to. It imports
+nothing of graphopt, so that what it shows is what users of the folder will see.
 """
 
 import sys
@@ -26,10 +27,31 @@ def main() -> None:
         raise SystemExit(f"transformers finds tensors of other shapes: {list(info['mismatched_keys'])[:3]}")
     model.eval()
     model.config.use_cache = False
-    with torch.no_grad():
-        result = model(**load_file(inputs))
-    found = {k: v.contiguous().clone() for k, v in result.items() if isinstance(v, torch.Tensor)}
+    runs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(inputs).items():
+        run, _, name = name.partition("/")
+        runs.setdefault(run, {})[name] = value
+    found = {}
+    for run, given in runs.items():
+        with torch.no_grad():
+            result = flat(model(**given))
+        found.update({f"{run}/{name}": value.contiguous().clone() for name, value in result.items()})
     save_file(found, outputs)
+
+
+def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]
+    """Return tensors by the names of what they lie in."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return {name or "output": value}
+    items: list = []  # type: ignore[type-arg]
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    inner = [flat(item, f"{name}_{key}" if name else str(key)) for key, item in items]
+    return {key: tensor for part in inner for key, tensor in part.items()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,8 +149,6 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
     Raises:
         CaptureError: the library cannot build the model without values.
     """
-    import copy
-
     from transformers import initialization
 
     cls = model_class(config)
@@ -179,6 +178,16 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
             f"{cls.__name__} makes its buffer {unmade[0]} in a way that needs values of its weights"
         )
     return model.eval()
+
+
+def tensor_names(raw: dict[str, Any]) -> list[str]:
+    """Return the names of the tensors of the model that a configuration describes.
+
+    Raises:
+        CaptureError: the library cannot build it.
+    """
+    config = require_transformers().CONFIG_MAPPING[raw.get("model_type")].from_dict(copy.deepcopy(raw))
+    return list(build(config, torch.float32, "eager").state_dict())
 
 
 def _has_experts(config: Any) -> bool:

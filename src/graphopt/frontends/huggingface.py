@@ -33,6 +33,7 @@ from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
 from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
+from .stored_values import plain_numbers, untie
 from .torch_module import export
 
 ATTENTION_LADDER = ("sdpa", "eager")
@@ -112,7 +113,7 @@ def capture_huggingface(
     place = resolve(source)
     if place.is_dir():
         files = read_folder(place)
-        if "quantization_config" in files.config:
+        if files.config.get("quantization_config") is not None:
             raise CheckpointError(f"{place} is a quantised checkpoint, which cannot be read yet")
         config = load_config(place, files.config)
     else:
@@ -185,9 +186,7 @@ def _climb(
     raise CaptureError(f"{model_class(config).__name__} cannot be captured\n  " + "\n  ".join(failures))
 
 
-def _fake(config: Any, dtype: torch.dtype, attention: str) -> _Built:
-    model = build(config, dtype, attention)
-    mode = new_fake_mode()
+def _fake(model: Any, mode: FakeTensorMode) -> _Built:
     buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
     seen: dict[int, Any] = {}
     with mode:
@@ -225,7 +224,12 @@ def _capture(
     config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, attention: str
 ) -> Program:
     with _quiet():
-        built = _fake(config, dtype, attention)
+        model, mode, mapped = build(config, dtype, attention), new_fake_mode(), Mapped()
+        if files is not None:
+            mapped = map_names(model, files.tensors, mode)
+            plain_numbers(model, mapped, files)
+            untie(model, mapped, files.tensors)
+        built = _fake(model, mode)
         example = dict(inputs) if inputs is not None else example_inputs(built.model)
         example = {k: _widened(v, dtype) for k, v in example.items()}
         named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
@@ -234,7 +238,6 @@ def _capture(
                 lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example
             )
             exported = _export(built.model, fakes, dynamic, named)
-    mapped = map_names(built.model, files.tensors, built.mode) if files is not None else Mapped()
     sources = _sources(built, mapped, files)
     program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, named))
     if files is not None:

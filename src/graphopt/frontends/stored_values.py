@@ -1,0 +1,112 @@
+"""What depends on the values in a checkpoint's files and not on its configuration alone.
+
+A comparison of architectures with random weights shows none of it, so it is read from the files:
+
+- whether weights that the configuration ties are one matrix there (``untie``)
+- whether numbers stand for other numbers by scales beside them, without a word in the configuration (``plain_numbers``)
+- buffers, which are taken from the files where the files have them, and types, which become casts (``bind_weights``)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ir.errors import CheckpointError
+from ..ir.weights import TensorSource, load_part, numel
+from .checkpoint_files import CheckpointFiles
+from .checkpoint_names import Mapped
+
+_PART = 1 << 24
+_SCALES = re.compile(
+    r"(.*?)[._](?:(?:weight|input|activation|output)_)?"
+    r"(?:scales?(?:_inv|_2)?|qzeros|zero_points?|zeros|g_idx|absmax|quant_map|quant_state\..*|SCB|qweight|blocks)$"
+)
+
+
+def equal(one: TensorSource, other: TensorSource) -> bool:
+    """Tell whether two stored tensors have the same values; read in parts, never whole."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.shape or numel(one.shape) * one.dtype.itemsize <= _PART:
+        return bool(torch.equal(one.load(), other.load()))
+    rows = max(1, _PART // (numel(one.shape[1:]) * one.dtype.itemsize))
+    starts = range(0, one.shape[0], rows)
+    ends = (min(start + rows, one.shape[0]) for start in starts)
+    return all(
+        torch.equal(load_part(one, 0, start, end), load_part(other, 0, start, end))
+        for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> list[str]:
+    """Give weights that the configuration ties their own place where the files hold different values for them.
+
+    The library does the same while loading: what the files say goes before what the configuration says.
+
+    Args:
+        model: built without values, its weights tied; changed in place.
+        mapped: where each weight comes from.
+        tensors: of the files.
+
+    Returns:
+        The names of the weights that are tied no more.
+    """
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    groups: dict[str, list[str]] = {}
+    for target, source in ties.items():
+        groups.setdefault(source, []).append(target)
+    freed = []
+    for source, targets in groups.items():
+        stored = [name for name in (source, *targets) if name in mapped.plain]
+        for name in stored[1:]:
+            if mapped.plain[name] == mapped.plain[stored[0]]:
+                continue
+            if not equal(tensors[mapped.plain[stored[0]]], tensors[mapped.plain[name]]):
+                owner, _, leaf = name.rpartition(".")
+                module = model.get_submodule(owner)
+                held = module._parameters[leaf]
+                module._parameters[leaf] = nn.Parameter(
+                    torch.empty_like(held), requires_grad=held.requires_grad
+                )
+                freed.append(name)
+    return freed
+
+
+def plain_numbers(model: Any, mapped: Mapped, files: CheckpointFiles) -> None:
+    """Require that stored numbers are the weights themselves.
+
+    Raises:
+        CheckpointError: they are of eight bits or packed, or scales lie beside them that nothing reads.
+    """
+    state = model.state_dict()
+    read = {key: [name] for name, key in mapped.plain.items()}
+    for recipe in mapped.made:
+        read |= {key: list(recipe.targets) for key in recipe.sources}
+    for key, names in read.items():
+        stored = files.tensors[key].dtype
+        wanted = [state[name].dtype for name in names if name in state]
+        if stored.itemsize == 1 and stored.is_floating_point:
+            raise _quantised(files, f"{key!r} is stored in {str(stored).removeprefix('torch.')}")
+        if (
+            stored is not torch.bool
+            and not stored.is_floating_point
+            and any(w.is_floating_point for w in wanted)
+        ):
+            raise _quantised(files, f"{key!r} is stored in integers")
+    stems = {key.removesuffix(".weight") for key in read} | set(read)
+    for key in mapped.unused:
+        match = _SCALES.fullmatch(key)
+        if match and match.group(1) in stems:
+            raise _quantised(files, f"{key!r} lies beside {match.group(1)!r}, and no weight is made of it")
+
+
+def _quantised(files: CheckpointFiles, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{files.folder} holds quantised weights, which its configuration does not say: {why}",
+        hint="quantised checkpoints cannot be read yet; save the model in plain weights first",
+    )
