@@ -92,7 +92,7 @@ def test_a_pattern_of_windows_that_is_nowhere_written_stays_with_its_layers(
     gemma2: graphopt.Program, tmp_path: Path
 ) -> None:
     report = gemma2.save_pretrained(tmp_path / "out")
-    assert max(report.errors.values()) < 1e-5
+    assert max(report.errors.values()) < 1e-4
     kinds = json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"]
     assert kinds == ["sliding_attention", "sliding_attention", "full_attention"]
 

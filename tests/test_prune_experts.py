@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file
 
 import graphopt
+from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.errors import PassRefusedError, PipelineError
 from graphopt.ir.examples import example_inputs
 from graphopt.ir.execute import interpret
@@ -86,6 +89,40 @@ def test_groups_stay_groups(tmp_path: Path) -> None:
         assert torch.allclose(done(input_ids=ids)["logits"], pruned(input_ids=ids).logits, atol=2e-5)
     with pytest.raises(PassRefusedError, match="2 groups, which 5 do not fill"):
         graphopt.optimize(program, "prune-experts{keep=5}", data=data(program))
+
+
+_SMALL = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+BELOW: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": ("DeepseekV3", {**zoo.CASES["deepseek_v3"].options, "n_routed_experts": 8}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {**zoo.CASES["qwen3"].options, **_SMALL, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
+         "first_k_dense_replace": 1},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {**zoo.CASES["llama"].options, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_the_way_back_goes_on_below_casts_and_views_of_a_router(name: str, tmp_path: Path) -> None:
+    """Routers compute in float32 whatever is stored, and some biases are stored with a dimension of one before them."""
+    import transformers
+
+    family, options = BELOW[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**options))
+    model.to(torch.bfloat16).eval().save_pretrained(tmp_path / "in")
+    program = capture_huggingface(tmp_path / "in", compare=False)
+    done = graphopt.optimize(program, "prune-experts{keep=4 score=random}")
+    left = done.history[-1]["plan"]["sites"][0]["left"]
+    report = done.save_pretrained(tmp_path / "out")
+    assert max(report.errors.values()) < 1e-5
+    whole, pruned = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    gate = next(k for k in whole if k.endswith("gate.weight"))
+    assert torch.equal(pruned[gate], whole[gate][left])
 
 
 def test_scores_follow_the_router(captured: Callable[[str], Program]) -> None:

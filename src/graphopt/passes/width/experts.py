@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +115,38 @@ def _index(program: Program, left: list[int]) -> fx.Node:
 def _rows(
     program: Program, taken: dict[fx.Node, fx.Node], tensor: fx.Node, index: fx.Node, dim: int = 0
 ) -> fx.Node:
-    """Take entries of a weight, and write down that they were taken."""
-    taken[tensor] = program.edit.call(aten.index_select.default, tensor, dim, index)
+    """Take entries of a weight below what only casts or views it, where a checkpoint has it, and write down that they
+    were taken."""
+    if tensor not in taken:
+        under = _dimension_below(tensor, dim)
+        if under is None:
+            taken[tensor] = program.edit.call(aten.index_select.default, tensor, dim, index)
+        else:
+            found = arguments(tensor)
+            found["self"] = _rows(program, taken, found["self"], index, under)
+            if is_operator(tensor, "aten.reshape"):
+                sizes = [int(s) for s in tensor.meta["val"].shape]
+                sizes[dim] = int(index.meta["val"].shape[0])
+                found[next(n for n in ("shape", "size") if n in found)] = sizes
+            args, kwargs = normal_call(tensor.target, found)
+            taken[tensor] = program.edit.call(tensor.target, *args, **kwargs)
     return taken[tensor]
+
+
+def _dimension_below(tensor: fx.Node, dim: int) -> int | None:
+    """Return which dimension of its operand a cast's or view's dimension is, if it is one."""
+    if not is_operator(tensor, "aten.to", "aten.reshape", "aten.squeeze", "aten.unsqueeze"):
+        return None
+    below = arguments(tensor)["self"]
+    if is_operator(tensor, "aten.to"):
+        return dim
+    inner, outer = list(below.meta["val"].shape), list(tensor.meta["val"].shape)
+    if not all(isinstance(s, int) for s in (*inner, *outer)):
+        return None
+    before = math.prod(outer[:dim])
+    return next(
+        (d for d, size in enumerate(inner) if size == outer[dim] and math.prod(inner[:d]) == before), None
+    )
 
 
 def between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
