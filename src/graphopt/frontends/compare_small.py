@@ -1,4 +1,7 @@
-"""Checkpoints too large to run: the same architecture with one layer of each kind is compared instead."""
+"""Checkpoints too large to run: the same architecture with one layer of each kind is compared instead.
+
+Random weights show nothing of what depends on stored values; ``stored_values`` lists that and reads it from the files.
+"""
 
 from __future__ import annotations
 

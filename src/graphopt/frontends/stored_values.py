@@ -69,7 +69,9 @@ def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> li
             if not equal(tensors[mapped.plain[stored[0]]], tensors[mapped.plain[name]]):
                 owner, _, leaf = name.rpartition(".")
                 module = model.get_submodule(owner)
-                held = module._parameters[leaf]
+                held = module._parameters.get(leaf)
+                if held is None:
+                    continue
                 module._parameters[leaf] = nn.Parameter(
                     torch.empty_like(held), requires_grad=held.requires_grad
                 )
