@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from amounts import cases, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING
@@ -92,6 +93,8 @@ def test_a_pattern_of_windows_that_is_nowhere_written_stays_with_its_layers(
     gemma2: graphopt.Program, tmp_path: Path
 ) -> None:
     report = gemma2.save_pretrained(tmp_path / "out")
+    # 1.8e-5, all of it from one number: the embedding's factor, sqrt(32), is rounded to bfloat16 in the captured model
+    # and not in the one that is loaded in float32; with that number rounded in both, the outputs are the same bits
     assert max(report.errors.values()) < 1e-4
     kinds = json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"]
     assert kinds == ["sliding_attention", "sliding_attention", "full_attention"]
@@ -164,7 +167,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.sampled_from(sorted(KINDS)), st.integers(2, 7), st.data())
 def test_layers_keep_what_the_class_derives_from_their_number(kind: str, count: int, data: Any) -> None:
     options, key = KINDS[kind]
@@ -207,7 +210,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.sampled_from(sorted(MIXTURES)), st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_mixtures_stay_mixtures(kind: str, gone: set[int]) -> None:
     """Rules by a layer's number are solved anew, or refused."""
@@ -234,11 +237,12 @@ def test_settings_of_single_layers_move_with_them() -> None:
     assert layers.load(edited).per_layer_config[0].intermediate_size == 48
 
 
-def test_every_list_that_a_configuration_class_makes_for_its_layers_is_known() -> None:
+@pytest.mark.parametrize("kinds", cases(["representative"], ["all"]))
+def test_every_list_that_a_configuration_class_makes_for_its_layers_is_known(kinds: str) -> None:
     """Wrong if the library has settings of layers that would keep their old meaning."""
     known = {*layers.ENTRIES, *layers.SOURCES, *layers.NUMBERS}
     unknown = {}
-    for kind in CONFIG_MAPPING:
+    for kind in CONFIG_MAPPING if kinds == "all" else {**KINDS, **MIXTURES}:
         cls = CONFIG_MAPPING[kind]
         depth = cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         made = []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import real_settings
 import zoo
+from amounts import THOROUGH
 
 SKIP, PRUNE = "skip-layers{layers=[1]}", "prune-experts{keep=2 score=random}"
 ALL = [(n, SKIP, short) for n in zoo.CASES for short in (False, True)] + [
@@ -16,7 +16,7 @@ ALL = [(n, SKIP, short) for n in zoo.CASES for short in (False, True)] + [
 FEW = [("mistral", SKIP, False), ("gemma2", SKIP, True), ("qwen2_moe", PRUNE, False)]
 
 
-@pytest.mark.parametrize(("name", "passes", "short"), ALL if os.environ.get("GRAPHOPT_THOROUGH") else FEW)
+@pytest.mark.parametrize(("name", "passes", "short"), ALL if THOROUGH else FEW)
 def test_a_folder_with_real_settings_is_right_or_refused(
     name: str, passes: str, short: bool, tmp_path: Path
 ) -> None:
