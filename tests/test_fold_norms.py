@@ -44,11 +44,11 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=D)
 
 
-def fold(model: nn.Module, x: torch.Tensor, **options: Any) -> tuple[Program, Program]:
+def fold(model: nn.Module, x: torch.Tensor, compare: bool = False, **options: Any) -> tuple[Program, Program]:
     """Capture, fold, verify every node, and compare with the model at two sizes."""
     torch.manual_seed(0)
     model = model.to(D).eval()
-    program = graphopt.capture(model, x, compare=False)
+    program = graphopt.capture(model, x, compare=compare)
     folded = run_pipeline(program, [FoldNorms(**options)], Context())
     verify(folded)
     (name,) = program.signature.inputs

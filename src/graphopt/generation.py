@@ -323,6 +323,10 @@ def _check_tokens(rows: list[list[int]], program: Program) -> None:
 def _check_positions(rows: list[list[int]], count: int, program: Program) -> None:
     """Past the positions that a model was made for it says nonsense, or nothing."""
     limit = positions(program)
+    facts = program.facts.get("kv_cache")
+    # caches that are shorter say so themselves
+    if isinstance(facts, dict) and isinstance(facts["capacity"], int) and limit is not None:
+        limit = max(limit, facts["capacity"] + 1)
     most = max(len(row) for row in rows)
     if limit is not None and most + count > limit:
         raise UsageError(
