@@ -189,10 +189,17 @@ def jobs(work: Path, lines: list[Line], threads: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def run_jobs(todo: list[dict[str, Any]], work: Path, again: bool) -> list[dict[str, Any]]:
-    """Run each job in a process of its own; an unfinished one is run again the next time."""
-    work.mkdir(parents=True, exist_ok=True)
-    results = []
+def run_jobs(
+    todo: list[dict[str, Any]], work: Path, again: bool, seconds: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run each job in a process of its own; an unfinished one is run again the next time.
+
+    Returns:
+        What was found, and the pipelines for which the time was over.
+    """
+    results: list[dict[str, Any]] = []
+    left: list[str] = []
+    start = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -206,6 +213,9 @@ def run_jobs(todo: list[dict[str, Any]], work: Path, again: bool) -> list[dict[s
             given, made = work / f"{name}.job.json", work / f"{name}.json"
             text = json.dumps(job)
             if again or not made.is_file() or not given.is_file() or given.read_text() != text:
+                if time.perf_counter() - start > seconds:
+                    left.append(job["pipeline"])
+                    continue
                 made.unlink(missing_ok=True)
                 given.write_text(text)
                 began = time.perf_counter()
@@ -227,7 +237,7 @@ def run_jobs(todo: list[dict[str, Any]], work: Path, again: bool) -> list[dict[s
                 )
             results.append(json.loads(made.read_text()))
             shown.advance(bar)
-    return results
+    return results, left
 
 
 def paired(before: list[list[float]], after: list[list[float]]) -> tuple[float, float]:
@@ -293,7 +303,7 @@ def _exit(name: str, found: dict[str, Any]) -> str:
     return f"{name} {found['size']:.0f} MiB, error {found['error']:.0e}"
 
 
-def page(results: list[dict[str, Any]], captured: dict[str, Any], checkpoint: Path) -> str:
+def page(results: list[dict[str, Any]], left: list[str], captured: dict[str, Any], checkpoint: Path) -> str:
     """Return the page of documentation."""
     base = results[0]
     loads = [found["load"] for found in results]
@@ -313,7 +323,12 @@ def page(results: list[dict[str, Any]], captured: dict[str, Any], checkpoint: Pa
         "- tokens/s: `graphopt.generate`, greedy, one row, 32 tokens, median of 3; a cache is put in where there is none.",
         "- Exits: what was written, read back and compared, with the largest relative error.", "",
     ]  # fmt: skip
-    return "\n".join([*told, *table(results), ""])
+    rest = (
+        ["", "Not measured, since the time given was over: " + ", ".join(f"`{p}`" for p in left)]
+        if left
+        else []
+    )
+    return "\n".join([*told, *table(results), *rest, ""])
 
 
 def main() -> None:
@@ -323,16 +338,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "real")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no line after this time")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "real-models.md")
     given = parser.parse_args()
     checkpoint = given.checkpoint or bundled()
     lines = [line for line in LINES if given.only is None or not line.pipeline or line.pipeline in given.only]
     captured = capture(checkpoint, given.work, given.threads, given.again)
-    results = run_jobs(jobs(given.work, lines, given.threads), given.work, given.again)
+    todo = jobs(given.work, lines, given.threads)
+    results, left = run_jobs(todo, given.work, given.again, 60 * given.minutes)
     print("\n".join(table(results)))
     crashed = [r["pipeline"] for r in results if "crashed" in r]
     if given.only is None:
-        given.page.write_text(page(results, captured, checkpoint))
+        given.page.write_text(page(results, left, captured, checkpoint))
         print(f"written: {given.page}")
     if crashed:
         sys.exit(f"did not end: {', '.join(crashed)}")
