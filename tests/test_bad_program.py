@@ -319,3 +319,14 @@ STRUCTURE: dict[str, tuple[str, Edit]] = {
 def test_what_does_not_fit_together_is_refused(what: str, whole: Path, tmp_path: Path) -> None:
     reason, edit = STRUCTURE[what]
     refused(whole, tmp_path / "forged", edit, match=reason)
+
+
+@pytest.mark.parametrize(("base", "exponent"), [(10, 10**9), (2**50, 3), (3, -(10**6))])
+def test_a_power_that_takes_all_memory_is_refused_before_it_is_computed(base: int, exponent: int) -> None:
+    import operator
+
+    from graphopt.ir.serialize.read import _require_sizes
+
+    _require_sizes(operator.pow, [base % 1000, 2], "small")
+    with pytest.raises(CheckpointError, match="absurd power"):
+        _require_sizes(operator.pow, [base, exponent], "large")

@@ -148,6 +148,8 @@ class SkipLayers(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Take the planned units out, last first, so that what an earlier one reads is still there."""
+        if not plan.sites:
+            return
         if self.phase == "decode":
             _skip_while_decoding(
                 program, [u for u in units_of(program, self.unit) if u.name in {s.block for s in plan.sites}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator as operator_module
 import os
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
 
 def _place(folder: Path, name: str) -> Path:
     return contained(folder, name, folder / "manifest.json")
+
+
+def _require_sizes(target: Any, call: list[Any], name: str) -> None:
+    """Check that a function of sizes is given sizes, and no power that takes all memory to compute."""
+    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call]
+    if any(
+        not isinstance(v, (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values
+    ):
+        raise CheckpointError(f"{name!r} calls a function of sizes on what is no size")
+    if target is operator_module.pow and len(values) == 2:
+        base, exponent = values
+        if (
+            not isinstance(exponent, (int, float))
+            or abs(exponent) > 64
+            or (isinstance(base, (int, float)) and abs(base) >= 2**40)
+        ):
+            raise CheckpointError(f"{name!r} is an absurd power of a size")
 
 
 def _checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
@@ -179,6 +197,8 @@ class _Reader:
                 options = {str(k): decode(v, known, name) for k, v in kwargs.items()}
                 target = operator_of(operator)
                 check_call(target, tuple(call), options, name)
+                if str(operator).startswith("size."):
+                    _require_sizes(target, call, name)
                 node = graph.create_node("call_function", target, tuple(call), options, name=name)
             if node.name != name:
                 raise CheckpointError(f"{name!r} cannot be the name of a node")
