@@ -75,9 +75,8 @@ def _place(folder: Path, name: str) -> Path:
 def _require_sizes(target: Any, call: list[Any], name: str) -> None:
     """Check that a function of sizes is given sizes, and no power that takes all memory to compute."""
     values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call]
-    if any(
-        not isinstance(v, (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values
-    ):
+    numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+    if not all(isinstance(v, numbers) for v in values):
         raise CheckpointError(f"{name!r} calls a function of sizes on what is no size")
     if target is operator_module.pow and len(values) == 2:
         base, exponent = values
