@@ -130,3 +130,12 @@ def test_names_close_up() -> None:
     stack = [{"prefix": "h.", "count": 4, "removed": [0, 2]}]
     assert [renumbered(f"h.{i}.w", stack) for i in (1, 3)] == ["h.0.w", "h.1.w"]
     assert renumbered("wte.weight", stack) == "wte.weight"
+
+
+def test_a_fused_program_that_was_saved_leaves_without_a_layer(folder_of, tmp_path: Path) -> None:
+    """The ways back from what was fused in a layer go with it; its neighbour takes its name."""
+    program = capture_huggingface(folder_of("llama"), compare=False)
+    graphopt.optimize(program, "fuse-projections").save(tmp_path / "saved")
+    shorter = graphopt.optimize(graphopt.load(tmp_path / "saved"), "skip-layers{layers=[0]}")
+    assert not any(".layers.0." in name for name in shorter.checkpoint)
+    assert max(shorter.save_pretrained(tmp_path / "out").errors.values()) < 1e-6

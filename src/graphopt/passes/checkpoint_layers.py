@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import fx
 
+from ..ir.execute import needed_for
 from ..ir.export_blockers import block_export
 from ..ir.program import Program
+from ..ir.readers import readers
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -25,9 +27,16 @@ def forget_removed(
         removed: numbers of the layers that went.
         whole: whole layers went, so that a checkpoint can close the gap.
     """
+    unread = {node for node in before if not readers(program, node)}
+    ways: list[fx.Node] = []
     for name, node in list(program.checkpoint.items()):
-        if (node in before and not node.users) or _only_feeds_nothing(program, node, before):
+        if node.op == "call_function" and _made_of(program, node) and _made_of(program, node) <= unread:
+            # a way back from a weight, fused or scaled, that went with its layer
             del program.checkpoint[name]
+            ways.append(node)
+        elif (node in before and not node.users) or _only_feeds_nothing(program, node, before):
+            del program.checkpoint[name]
+    program.edit.erase_dead(ways)
     gone = [node for node in before if not node.users and node not in program.checkpoint.values()]
     for node in gone:
         program.edit.remove_weight(node)
@@ -44,6 +53,11 @@ def forget_removed(
         return
     history: list[Any] = list(program.facts.get("renumbered", ()))
     program.facts["renumbered"] = [*history, *renumbered]
+
+
+def _made_of(program: Program, node: fx.Node) -> set[fx.Node]:
+    """Return the weights that a value is computed from."""
+    return {n for n in needed_for([node], ()) if n.op == "placeholder" and n.name in program.weights}
 
 
 def _only_feeds_nothing(program: Program, node: fx.Node, before: set[fx.Node]) -> bool:

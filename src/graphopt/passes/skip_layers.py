@@ -14,6 +14,7 @@ from ..ir.export_blockers import block_export, export_blockers, unblock_export
 from ..ir.needs import ABSENT
 from ..ir.option import option
 from ..ir.program import Dial, Program
+from ..ir.readers import readers
 from ..ir.schema import arguments, is_operator
 from .base import Pass
 from .checkpoint_layers import forget_removed
@@ -159,7 +160,7 @@ class SkipLayers(Pass):
         layers = list(units.values())
         removed = [units[site.block] for site in plan.sites]
         order = {node: i for i, node in enumerate(program.graph.nodes)}
-        before = {node for node in program.weight_nodes if node.users}
+        before = {node for node in program.weight_nodes if readers(program, node)}
         indices = _names_by_layer(program, layers) if self.unit == "layer" else []
         for unit in sorted(removed, key=lambda u: order[u.writes], reverse=True):
             program.remove(unit)
