@@ -268,6 +268,7 @@ class Program:
         """
         from .stamping import stand_in
 
+        self.edit.require_present(old, *(a for a in arguments if isinstance(a, fx.Node)))
         with self.edit.before(old):
             new = stand_in(self.edit, old, function, arguments or tuple(old.args))
         self.edit.replace(old, new)

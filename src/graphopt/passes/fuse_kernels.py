@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..ir.fold import depends_on_weights_alone
+from ..ir.infer import same_shape
 from ..ir.option import option
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
@@ -104,7 +105,7 @@ def _apart(
     if not all(isinstance(side, fx.Node) for side in sides) or found.get("alpha", 1) != 1:
         return "what is added is a number, or scaled"
     values = [side.meta["val"] for side in sides]
-    if values[0].shape != values[1].shape or values[0].dtype != values[1].dtype:
+    if not same_shape(values[0].shape, values[1].shape) or values[0].dtype != values[1].dtype:
         return "what is added has another shape or type"
     if total in taken:
         return "another norm of the same sum is computed with it"
@@ -125,7 +126,10 @@ def _gate(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | str:
         if name is None:
             continue
         gate: Any = arguments(active)["self"]
-        if gate.meta["val"].shape != up.meta["val"].shape or gate.meta["val"].dtype != up.meta["val"].dtype:
+        if (
+            not same_shape(gate.meta["val"].shape, up.meta["val"].shape)
+            or gate.meta["val"].dtype != up.meta["val"].dtype
+        ):
             return "gate and up have other shapes or types"
         if len(active.users) > 1:
             return "the activation is read elsewhere too"
