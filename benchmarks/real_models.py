@@ -50,14 +50,13 @@ class Line:
     exits: tuple[str, ...] = ("saved", "Hugging Face")
     generate: bool = True
     judge: bool = True
-    about: str = ""
     # run by the test suite as well: what depends on size in another way than the lines before it
     suite: bool = True
 
 
 # the last pass is the one that the line is about
 LINES = [
-    Line("", ("saved", "Hugging Face", "ONNX"), about="the model as it is"),
+    Line("", ("saved", "Hugging Face", "ONNX")),
     Line("fuse-projections"),
     Line("fuse-projections, split-projections", suite=False),
     Line("fold-norms"),

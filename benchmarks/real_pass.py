@@ -46,13 +46,12 @@ def size_of(path: Path) -> float:
     return sum(p.stat().st_size for p in files) / MIB
 
 
-def losses(program: Program, rows: list[list[int]], dials: dict[str, float]) -> list[float]:
+def losses(program: Program, rows: list[list[int]]) -> list[float]:
     """Return the mean negative log likelihood of each row's tokens after its first, in nats."""
     found = []
-    logits_name = next((n for n in program.outputs if n == "logits"), next(iter(program.outputs)))
     for row in rows:
         ids = torch.tensor([row])
-        logits = program(input_ids=ids, **dials)[logits_name][0, :-1].float()
+        logits = program(input_ids=ids)["logits"][0, :-1].float()
         found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
     return found
 
@@ -147,7 +146,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         sum(math.prod(w.source.shape) * w.source.dtype.itemsize for w in program.weights.values()) / MIB
     )
     if job["judge"] and "kv_cache" not in program.facts and "logits" in program.outputs:
-        result["losses"] = [losses(program, rows, {}) for rows in job["draws"]]
+        result["losses"] = [losses(program, rows) for rows in job["draws"]]
     if job["generate"]:
         try:
             speeds = tokens_a_second(program, job["prompts"], job["new"], job["times"])
