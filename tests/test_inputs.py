@@ -11,7 +11,7 @@ import torch
 import graphopt
 from graphopt import Program, UsageError
 
-IDS = torch.full((2, 5), 7)
+IDS = torch.arange(3, 13).reshape(2, 5)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
     if broken is not None:
         said = ", ".join(f"{n}={v}" for n, v in sizes.items() if n in broken)
         raise LoweringError(
-            f"{said}: the program takes sizes with {broken} only", hint="give sizes= that keep this"
+            f"{said}: the program takes sizes with {broken} only", hint="choose sizes that keep this"
         )
 
 

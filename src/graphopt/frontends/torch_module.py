@@ -16,6 +16,7 @@ from ..ir.canonical import canonicalise
 from ..ir.compat import quiet_export, without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
+from ..ir.schema import is_mutable
 from .compare import compare_with_model
 from .lift import lift
 from .size_limits import settle_by_guards
@@ -201,6 +202,9 @@ def capture_module(
         exported = export(model, example, dynamic_shapes(example, dynamic))
         program = lift(exported, example, names=name_sizes(exported) if name_sizes else None)
         if compare:
+            if any(is_mutable(node.target) for node in program.graph.nodes):
+                # a model that changes its weights is refused before anything runs it
+                canonicalise(program.copy())
             share_sizes(program, model, example)
         canonicalise(program)
         if compare:
