@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -161,6 +161,7 @@ def test_what_was_captured_is_saved_and_comes_back(
     """Wrong if a program reads or computes otherwise after it was saved and loaded."""
     model = module(lambda self, x: last(middle(first(x))))
     x = torch.randn(rows, columns, dtype=D, generator=torch.Generator().manual_seed(rows * columns))
+    assume(bool(torch.isfinite(first(x)).all()))  # LAPACK promises nothing about infinite matrices
     program = graphopt.capture(model, x, dynamic=None)
     loaded = again(program, tmp_path_factory.mktemp("p"))
     assert loaded.text() == program.text()

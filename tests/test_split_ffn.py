@@ -98,7 +98,9 @@ options = st.sampled_from(
 def test_whole_is_exact_and_each_width_is_its_extract(shape: Shape, text: str, score: str) -> None:
     program = captured_shape(shape)
     data = [tokens(2, 8, seed=s) for s in range(4)]
-    done = with_preferences(graphopt.optimize(program, f"split-ffn{{{text} score={score}}}", data=data))
+    if not text.startswith("widths=[1] "):  # one width leaves an order of importance nothing to do
+        text += f" score={score}"
+    done = with_preferences(graphopt.optimize(program, f"split-ffn{{{text}}}", data=data))
     assert float((logits(done) - logits(program)).abs().max()) < 1e-10
     block = done.anatomy.ffn[0]
     forced = given_choices(done)
