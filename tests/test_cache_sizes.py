@@ -183,3 +183,13 @@ def test_positions_end_where_their_table_ends(positions: int, offset: int) -> No
     assert found[0].tolist() == text
     with pytest.raises(PassRefusedError, match=f"positions for {positions} tokens, {positions + 1} are more"):
         graphopt.optimize(program, f"insert-kv-cache{{max_length={positions + 1}}}")
+
+
+def test_caches_that_do_not_fit_are_refused_before_they_are_made() -> None:
+    """Wrong if the memory were asked for first, which ends the process on some machines."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = decoder(LlamaConfig, LlamaForCausalLM, **GQA)
+    program = graphopt.capture(model, {"input_ids": torch.randint(3, 100, (2, 6))})
+    with pytest.raises(PassRefusedError, match=r"99,999,999,999 slots cannot be compared here: [\d,]+ GB"):
+        graphopt.optimize(program, "insert-kv-cache{max_length=99999999999}")

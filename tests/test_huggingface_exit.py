@@ -139,3 +139,17 @@ def test_a_fused_program_that_was_saved_leaves_without_a_layer(folder_of, tmp_pa
     shorter = graphopt.optimize(graphopt.load(tmp_path / "saved"), "skip-layers{layers=[0]}")
     assert not any(".layers.0." in name for name in shorter.checkpoint)
     assert max(shorter.save_pretrained(tmp_path / "out").errors.values()) < 1e-6
+
+
+def test_a_checkpoint_of_somebody_else_is_not_replaced(folder_of, tmp_path: Path) -> None:
+    """Wrong if writing to the folder that was read, or that another tool trained, would take its weights away."""
+    program = capture_huggingface(folder_of("llama"), compare=False)
+    theirs = tmp_path / "theirs"
+    zoo.make("llama").save_pretrained(theirs)
+    before = {f.name: f.read_bytes() for f in theirs.iterdir()}
+    with pytest.raises(graphopt.UsageError, match="not what would be replaced"):
+        program.save_pretrained(theirs)
+    assert {f.name: f.read_bytes() for f in theirs.iterdir()} == before
+    program.save_pretrained(tmp_path / "ours")
+    program.save_pretrained(tmp_path / "ours")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["ours", "theirs"]

@@ -21,7 +21,7 @@ from ..ir.export_blockers import export_blockers
 from ..ir.fold import computed
 from ..ir.program import Program
 from ..ir.retype import widen
-from ..ir.safetensors_file import write_file
+from ..ir.safetensors_file import write_file, writer
 from ..ir.weights import TensorSource, numel
 from .huggingface_compare import LIMITS, Case, Reference, cases, differences, require_same_attention
 from .huggingface_config import renumbered, with_experts, with_widths
@@ -57,7 +57,7 @@ def save_pretrained(
 
     Args:
         program: captured from a Hugging Face checkpoint; passes since then must fit its architecture.
-        path: the folder; appears whole or not at all.
+        path: the folder; appears whole or not at all, and replaces nothing but a folder that graphopt wrote.
         check: "reload" runs the folder with transformers in another process; "streamed" captures it again
             and runs both weight by weight, for models larger than memory; "auto" chooses by size. Both compare in
             float32 at least, padded on either side, beyond every window that takes no more than seconds to reach.
@@ -68,6 +68,7 @@ def save_pretrained(
 
     Raises:
         LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
+        UsageError: something that graphopt did not write stands there.
     """
     tensors, config = contents(program, skeleton)
     with atomic_folder(path, may_replace=_is_folder_of_ours) as folder:
@@ -128,11 +129,13 @@ def contents(
 
 
 def _is_folder_of_ours(path: Path) -> bool:
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    """Tell whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
+    files = path.glob("*.safetensors")
+    return (path / "config.json").is_file() and any(writer(f) == METADATA["writer"] for f in files)
 
 
 METADATA = {"format": "pt", "writer": "graphopt"}
-"""In the header of weight files; the command line knows by it which folders it may replace."""
+"""In the header of weight files; it says which folders may be replaced."""
 
 
 def _write_weights(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from ..ir.atomic import keeping, set_aside
 from ..ir.errors import UsageError
 from ..ir.groups import rank
+from ..ir.safetensors_file import writer
 from .interrupts import on_interrupt
 
 _ELSEWHERE = "choose another place; --force does not help here"
@@ -134,7 +133,7 @@ def written_here(folder: Path) -> bool:
     if (folder / "program.json").is_file() and (folder / "manifest.json").is_file():
         return True
     if (folder / "config.json").is_file():
-        return any(_writer(file) == "graphopt" for file in folder.glob("*.safetensors"))
+        return any(writer(file) == "graphopt" for file in folder.glob("*.safetensors"))
     if any(b"graphopt" in _first(file, 64) for file in folder.glob("*.onnx")):
         return True
     try:
@@ -147,16 +146,3 @@ def written_here(folder: Path) -> bool:
 def _first(file: Path, size: int) -> bytes:
     with file.open("rb") as opened:
         return opened.read(size)
-
-
-def _writer(file: Path) -> Any:
-    """Return who wrote a safetensors file, if its header says so."""
-    start = _first(file, 8)
-    size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 0 < size < min(file.stat().st_size, 1 << 27):
-        return None
-    try:
-        header = json.loads(_first(file, 8 + size)[8:])
-        return header.get("__metadata__", {}).get("writer")
-    except (ValueError, AttributeError):
-        return None

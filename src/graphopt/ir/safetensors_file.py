@@ -171,6 +171,20 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
     return found
 
 
+def writer(path: Path) -> object:
+    """Return who wrote a file, where its header says so; None where it does not, or is damaged."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < size < min(path.stat().st_size, 1 << 27):
+            return None
+        text = file.read(size)
+    try:
+        return json.loads(text).get("__metadata__", {}).get("writer")
+    except (ValueError, AttributeError):
+        return None
+
+
 def write_file(
     path: Path,
     tensors: Mapping[str, TensorSource],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...ir.comparison import relative_error
-from ...ir.execute import interpret
+from ...ir.errors import VerificationError
+from ...ir.execute import interpret, memory_available
 from ...ir.retype import retyped
 from ...ir.schema import is_operator
 from ...ir.signature import make_fill
@@ -26,10 +27,14 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
         cached: takes pieces, and caches.
         tokens: how many, at most the capacity.
         seed: of tokens and pieces.
+
+    Raises:
+        VerificationError: caches of that capacity do not fit into memory.
     """
     facts = cached.facts["kv_cache"]
     capacity = facts["capacity"] if isinstance(facts["capacity"], int) else tokens + 3
     tokens = min(tokens, capacity - 1)
+    _require_room(cached, capacity)
     wide, cut = retyped(whole), retyped(cached)
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
     spec = whole.signature.inputs[facts["tokens"]]
@@ -71,6 +76,18 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
                 worst = Difference(name, error)
         start += size
     return worst
+
+
+def _require_room(cached: Program, capacity: int) -> None:
+    """Refuse before the memory is asked for: two rows in float64, before and after a step, and a copy in between."""
+    shapes = [cached.signature.inputs[name].shape for name in states_of(cached)]
+    needed = 3 * 2 * 8 * capacity * sum(int(heads) * int(size) for _, heads, _, size in shapes)
+    if needed > memory_available():
+        raise VerificationError(
+            f"caches of {capacity:,} slots cannot be compared here: {needed / 1e9:,.0f} GB are needed, "
+            f"{memory_available() / 1e9:,.0f} GB are free",
+            hint="choose a smaller max_length, or leave it out: caches are then as long as they are given",
+        )
 
 
 def empty_caches(
