@@ -11,6 +11,7 @@ import pytest
 import yaml
 import zoo
 
+import graphopt
 from graphopt.cli.running import run
 
 
@@ -149,3 +150,15 @@ def test_failures_have_their_exit_status_and_leave_nothing(
     assert run(filled) == status
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "a failed command left output behind"
+
+
+def test_rows_beyond_the_positions_are_refused(fused: Path, tmp_path: Path, capsys) -> None:
+    """Wrong if arrays were computed where the same tokens as text are refused."""
+    import numpy
+
+    limit = graphopt.load(fused).origin.config["max_position_embeddings"]
+    numpy.savez(tmp_path / "in.npz", input_ids=numpy.full((1, limit + 1), 7))
+    out = tmp_path / "out.npz"
+    assert run(["run", str(fused), "--input", str(tmp_path / "in.npz"), "-o", str(out)]) == 2
+    assert f"input_ids have {limit + 1} tokens, the program takes {limit}" in capsys.readouterr().err
+    assert not out.exists()

@@ -214,8 +214,8 @@ def read_arrays(program: Program, path: Path) -> Batch:
     """Return the arrays of a .npz file in the types that the program takes.
 
     Raises:
-        UsageError: it cannot be read, holds other inputs, arrays of different numbers of rows, or numbers that are no
-            tokens of the program.
+        UsageError: it cannot be read, holds other inputs, arrays of different numbers of rows, rows longer than the
+            positions of the model, or numbers that are no tokens of the program.
     """
     import numpy
 
@@ -248,9 +248,25 @@ def read_arrays(program: Program, path: Path) -> Batch:
     if len(set(shared.values())) > 1:
         told = ", ".join(f"{r} of {n}" for n, r in shared.items())
         raise UsageError(f"{path} holds different numbers of rows: {told}")
+    _require_positions(program, tensors, path)
     cast = {n: as_whole(t, program.signature.inputs[n].dtype, n, str(path)) for n, t in tensors.items()}
     require_ids(program, cast, str(path))
     return cast
+
+
+def _require_positions(program: Program, tensors: Batch, path: Path) -> None:
+    """As for rows of text: beyond the positions that a model was made for it computes, but nothing that counts."""
+    limit = longest(program)
+    if limit is None:
+        return
+    for name, tensor in tensors.items():
+        shape = program.signature.inputs[name].shape
+        beyond = [g for s, g in zip(shape, tensor.shape, strict=False) if s == "sequence" and g > limit]
+        if beyond:
+            raise UsageError(
+                f"{path}: rows of {name} have {beyond[0]} tokens, the program takes {limit}",
+                hint="cut them, or leave them out",
+            )
 
 
 def _rows_size(program: Program, name: str) -> int | str | None:
