@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import amounts
 import numpy
 import pytest
 import torch
@@ -33,6 +34,19 @@ settings.load_profile("graphopt")
 # started in the background, a shell leaves Ctrl-C ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases that only GRAPHOPT_THOROUGH=1 runs; a test that is named alone runs whole."""
+    if amounts.THOROUGH or any("::" in argument for argument in config.args):
+        return
+    runs, unused = amounts.split([item.nodeid for item in items])
+    if unused:
+        raise pytest.UsageError(f"tests/amounts.py names what no test is called: {'; '.join(unused)}")
+    left = [item for item, run in zip(items, runs, strict=True) if not run]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item, run in zip(items, runs, strict=True) if run]
 
 
 @pytest.hookimpl(tryfirst=True)

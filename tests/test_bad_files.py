@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amounts import examples
 from forging import forge, list_file, refused, safetensors_parts, write_program, write_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -156,7 +157,9 @@ def read_or_refuse(folder: Path) -> bool:
     return True
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_changed_bytes_are_refused_or_harmless(data: st.DataObject, scratch: Path, whole: Path) -> None:
     raw = bytearray((whole / "program.json").read_bytes())
@@ -177,7 +180,9 @@ _POOL = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_changed_entries_are_refused_or_harmless(data: st.DataObject, scratch: Path, whole: Path) -> None:
     document = json.loads((whole / "program.json").read_text())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -134,7 +135,7 @@ class Windowed(nn.Module):
 FORMS = {"after": 0, "from": 1, "distance": 0, "both ways": 1, "chunk": None, "all but": None}
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(form=st.sampled_from(sorted(FORMS)), window=st.one_of(st.integers(3, 200), st.integers(1490, 100_000)))
 @example("all but", 5)
 @example("all but", 2493)
@@ -168,7 +169,7 @@ class TwoTypes(nn.Module):
         return {"logits": self.head(x + mixed.squeeze(1)) * 5}
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(positions=st.integers(12, 3000), offset=st.integers(0, 2))
 def test_positions_end_where_their_table_ends(positions: int, offset: int) -> None:
     """Tables that are read at one place say nothing; the last position is taken, one more is refused."""

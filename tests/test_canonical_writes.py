@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -105,7 +106,7 @@ class Memory(nn.Module):
         return [value * 1.0 for value in values]
 
 
-@settings(max_examples=45, deadline=None, derandomize=True)
+@settings(max_examples=examples(66), deadline=None, derandomize=True)
 @given(
     views=st.lists(st.tuples(st.sampled_from(sorted(VIEWS)), st.integers(0, 3)), min_size=1, max_size=3),
     writes=st.lists(st.tuples(st.sampled_from(sorted(WRITES)), st.integers(0, 3)), min_size=1, max_size=3),

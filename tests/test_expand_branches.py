@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from branch_networks import NETWORKS, randomised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return randomised(network).double(), x
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     networks(),
     st.lists(st.sampled_from([1, 2, 3]), max_size=3),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv_cache import varied
@@ -154,7 +155,7 @@ class Probing(Drafter):
         return Draft(tokens, parents, [], probes)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(18), deadline=None)
 @given(
     seed=st.integers(0, 999),
     rows=st.lists(st.lists(st.integers(3, 90), min_size=1, max_size=5), min_size=1, max_size=3),

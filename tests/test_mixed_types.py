@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold_norms import CONVOLUTIONS, NORMS
@@ -48,7 +49,7 @@ def holds(program: Program, made: Program, x: torch.Tensor) -> None:
         assert error < ROUNDING[x.dtype]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(18), deadline=None)
 @given(
     axes=st.integers(1, 2),
     types=st.lists(st.sampled_from(["same", "float32"]), min_size=2, max_size=4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
+from amounts import examples
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +16,9 @@ from graphopt.ir.verify import compare_programs
 from graphopt.passes import SkipLayers
 from graphopt.passes.layer_scores import unified_rule
 
-SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(
+    max_examples=examples(18), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
 class Attention(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ def logits(program: Program) -> torch.Tensor:
     return found
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(24), deadline=None)
 @given(data=st.data(), name=st.sampled_from(["llama", "gpt_neox", "cohere"]))
 def test_blocks_leave_in_any_order(data: Any, name: str, programs: dict[str, Program]) -> None:
     """Read once and removed in any order, they leave what their removal from the last to the first leaves."""

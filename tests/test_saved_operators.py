@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -154,7 +155,9 @@ SHAPED: list[Callable[[torch.Tensor], torch.Tensor]] = [
     first=st.sampled_from(POINTWISE), middle=st.sampled_from(SHAPED), last=st.sampled_from(POINTWISE),
     rows=st.integers(2, 4), columns=st.integers(2, 5),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(36), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_what_was_captured_is_saved_and_comes_back(
     tmp_path_factory: pytest.TempPathFactory, first: Any, middle: Any, last: Any, rows: int, columns: int
 ) -> None:

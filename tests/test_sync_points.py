@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from amounts import examples
 from builders import Shape, Transformer, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +69,7 @@ forms = st.builds(
 
 
 @given(forms)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_one_rank_loses_nothing(form: Shape) -> None:
     program = sharded(form, 1)
     done = graphopt.optimize(program, "drop-sync-points{fraction=1}")
@@ -76,7 +77,7 @@ def test_one_rank_loses_nothing(form: Shape) -> None:
 
 
 @given(forms, st.sampled_from([2, 4]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_without_a_feed_forward_nothing_is_lost(form: Shape, ranks: int) -> None:
     """What attention adds to the stream stays exact; only what the feed-forward sees is a part."""
     zero = with_weights(sharded(form, ranks), "think.fall.weight", torch.zeros_like)
@@ -85,7 +86,7 @@ def test_without_a_feed_forward_nothing_is_lost(form: Shape, ranks: int) -> None
 
 
 @given(forms, st.sampled_from([2, 4]), st.sets(st.integers(0, 2)))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_each_dropped_point_is_one_sum_less(form: Shape, ranks: int, chosen: set[int]) -> None:
     program = sharded(form, ranks)
     numbers = " ".join(map(str, sorted(chosen)))
@@ -97,7 +98,7 @@ def test_each_dropped_point_is_one_sum_less(form: Shape, ranks: int, chosen: set
 
 
 @given(forms, st.sampled_from([2, 4]), st.integers(0, 5))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_error_is_what_the_feed_forwards_of_the_ranks_miss(form: Shape, ranks: int, seed: int) -> None:
     """y' - y = sum over ranks of Z_i(u_i) - Z_i(u), to rounding."""
     program = sharded(form, ranks)
