@@ -139,3 +139,18 @@ def test_tracing_is_noticed() -> None:
     torch.compile(lambda x: seen.append(is_plain_tensor(x)) or x + 1, backend="eager")(torch.ones(2))
     assert seen == [False, False]
     assert is_plain_tensor(torch.ones(2))
+
+
+def test_what_becomes_a_graph_is_known() -> None:
+    """Wrong if the exporter's passes could not be told from those that record: nodes would be lost."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.is_recorded())
+        return x + 1
+
+    function(torch.ones(2))
+    make_fx(function)(torch.ones(2))
+    assert seen == [False, True]

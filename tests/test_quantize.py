@@ -324,6 +324,38 @@ def test_a_quantised_decoder_is_one_file_for_any_runtime(
         bare.lower("onnx", tmp_path / "no.onnx", opset=23)
 
 
+def test_a_table_that_is_a_head_as_well_is_stored_once(
+    captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Wrong if a tied decoder, which most small ones are, were refused, or its largest matrix written twice."""
+    import onnx
+
+    done = quantized(graphopt.optimize(captured("llama_tied"), "fit-target"), tokens(), activations=8)
+    report = done.lower("onnx", tmp_path / "q.onnx")
+    assert max(report.errors.values()) < 1e-5
+    graph = onnx.load(str(tmp_path / "q.onnx")).graph
+    assert [list(t.dims) for t in graph.initializer].count([101, 32]) == 1
+    assert not any(sorted(t.dims) == [32, 101] and list(t.dims) != [101, 32] for t in graph.initializer)
+
+
+def test_roundings_by_their_shapes_write_the_same_file(
+    captured: Callable[[str], Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong if what only saves the exporter's time left something out of the file."""
+    import contextlib
+
+    from graphopt.backends import onnx_graph
+    from graphopt.ir.operators.library import KERNELS
+
+    done = quantized(graphopt.optimize(captured("llama"), "fit-target"), tokens(), activations=8)
+    before = dict(KERNELS)
+    done.lower("onnx", tmp_path / "quick.onnx", opset=23)
+    assert before == KERNELS, "a stand-in stayed behind"
+    monkeypatch.setattr(onnx_graph, "_roundings_by_shape", contextlib.nullcontext)
+    done.lower("onnx", tmp_path / "slow.onnx", opset=23)
+    assert (tmp_path / "quick.onnx").read_bytes() == (tmp_path / "slow.onnx").read_bytes()
+
+
 def test_host_and_device_together_are_the_program(captured: Callable[[str], Program]) -> None:
     program = graphopt.optimize(captured("llama"), "fit-target")
     fixed = with_sizes(program, fixed_sizes(program, {"batch": 2, "sequence": 8}, everything=True))

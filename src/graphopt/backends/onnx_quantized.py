@@ -119,10 +119,43 @@ def store_weights(model: Any) -> None:
             for reader in readers:
                 reader.outputs[0].replace_all_uses_with(back.outputs[0])
                 graph.remove(reader, safe=True)
+        else:
+            for reader in [r for r in readers if r.op_type == "Transpose"]:
+                _turn_integers(graph, back, reader, axis)
         graph.remove(node, safe=True)
         for left in (weight, scale, zero):
             if not left.uses():
                 graph.initializers.pop(left.name, None)
+
+
+def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None:
+    """Transpose integers in place of numbers: a table that is a head as well is stored once, as its rows are read.
+
+    Args:
+        graph: changed.
+        back: what gives the numbers, to others as well.
+        reader: transposes them.
+        axis: of the scales; None for one.
+    """
+    import onnx_ir
+
+    order = list(reader.attributes["perm"].as_ints())
+    stored, scale, zero = back.inputs
+    name = reader.outputs[0].name
+    if len(scale.shape) == 2:
+        scale, zero = _turned(graph, scale, f"{name}_scale"), _turned(graph, zero, f"{name}_zero")
+    turned = onnx_ir.node("Transpose", [stored], attributes={"perm": order})
+    attributes = dict(back.attributes)
+    if axis is not None:
+        attributes["axis"] = onnx_ir.AttrInt64("axis", order.index(axis))
+    again = onnx_ir.Node("", DEQUANTIZE, [turned.outputs[0], scale, zero], attributes.values())
+    for made, dtype in ((turned, stored.dtype), (again, reader.outputs[0].dtype)):
+        made.outputs[0].shape = reader.outputs[0].shape
+        made.outputs[0].type = onnx_ir.TensorType(dtype)
+    turned.outputs[0].name, again.outputs[0].name = f"{name}_integers", f"{name}_numbers"
+    graph.insert_before(reader, [turned, again])
+    reader.outputs[0].replace_all_uses_with(again.outputs[0])
+    graph.remove(reader, safe=True)
 
 
 def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int] | None, name: str) -> Any:

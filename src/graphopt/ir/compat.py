@@ -43,6 +43,7 @@ __all__ = [
     "fresh",
     "guard_code",
     "is_plain_tensor",
+    "is_recorded",
     "load_package",
     "new_fake_mode",
     "quiet_export",
@@ -146,6 +147,11 @@ def widen_symbol(mode: FakeTensorMode, symbol: sympy.Symbol, low: int, high: int
     if wide != known:
         env.var_to_range[symbol] = wide
         env._update_version_counter()
+
+
+def is_recorded() -> bool:
+    """Tell whether operators that run now become nodes of a graph."""
+    return get_proxy_mode() is not None
 
 
 def symbolic_kernels() -> contextlib.AbstractContextManager[None]:
@@ -307,7 +313,7 @@ def is_plain_tensor(value: object) -> bool:
     """Tell whether ``value`` holds data: not fake, functional or otherwise traced."""
     plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     # make_fx traces tensors that look like any other
-    return plain and get_proxy_mode() is None
+    return plain and not is_recorded()
 
 
 def build_exported_program(
