@@ -181,7 +181,7 @@ def jobs(work: Path, lines: list[Line], threads: int) -> list[dict[str, Any]]:
     return [
         {
             "program": str(work / "captured"), "pipeline": line.pipeline, "threads": threads, "draws": draws,
-            "code": code, "calibration": calibration.draw(4, 99), "prompts": prompts, "new": 32, "times": 3,
+            "code": code, "calibration": calibration.draw(4, 99), "prompts": prompts, "new": 32, "times": 2,
             "generate": line.generate, "judge": line.judge, "exits": line.exits,
         }
         for line in lines
@@ -319,7 +319,7 @@ def page(results: list[dict[str, Any]], left: list[str], captured: dict[str, Any
         "  times are good to as much as that.",
         "- Peak memory: of the whole process, from import to the checked program; imports alone are "
         f"{base['imported']:.0f} MiB, weights {base.get('weights', 0):.0f} MiB.",
-        "- tokens/s: `graphopt.generate`, greedy, one row, 32 tokens, median of 3; a cache is put in where there is none.",
+        "- tokens/s: `graphopt.generate`, greedy, one row, 32 tokens, median of 2; a cache is put in where there is none.",
         "- Exits: what was written, read back and compared, with the largest relative error.", "",
     ]  # fmt: skip
     rest = (
