@@ -18,7 +18,7 @@ from .onnx_check import check_file
 from .onnx_compare import compare_with_runtime
 from .onnx_graph import build_graph
 from .onnx_parts import in_parts
-from .onnx_sizes import with_sizes
+from .onnx_sizes import limits_of, with_sizes
 from .onnx_target import TargetReport, check_on_target, require_taken
 
 EXTERNAL_FROM = 1_900_000_000
@@ -30,8 +30,9 @@ class OnnxReport:
     """What was written.
 
     ``nodes`` counts operators; ``errors`` has the largest relative error of each output against the program
-    (empty if not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``seconds`` covers
-    everything, checks included; ``others`` are further parts and buckets, in their order.
+    (empty if not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``limits`` are what must hold
+    of the named ones, which a file says in its metadata and no runtime checks; ``seconds`` covers everything, checks
+    included; ``others`` are further parts and buckets, in their order.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class OnnxReport:
     seconds: float
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
+    limits: tuple[str, ...] = ()
     checked: TargetReport | None = None
     others: tuple[OnnxReport, ...] = ()
 
@@ -130,6 +132,9 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
             f"the weights take {total:,} bytes, and a file of its own holds 2 GiB at most",
             hint="external_data=True writes them beside it",
         )
+    limits = limits_of(program)
+    if limits:
+        graph.metadata_props["graphopt.sizes"] = "; ".join(limits)
     apart = total >= EXTERNAL_FROM if how.apart == "auto" else bool(how.apart)
     _write(graph, path, apart)
     nodes = check_file(path, how.opset)
@@ -143,6 +148,7 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
         seconds=time.perf_counter() - started,
         inputs={value.name: _shape(value) for value in graph.graph.inputs},
         outputs={value.name: _shape(value) for value in graph.graph.outputs},
+        limits=limits,
     )
 
 

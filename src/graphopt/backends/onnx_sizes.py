@@ -51,6 +51,17 @@ def namesake(name: str) -> str:
     return stem if number.isdigit() else name
 
 
+def limits_of(program: Program) -> tuple[str, ...]:
+    """Return what must hold of sizes that vary, where that is more than to be there."""
+    found = []
+    for name, limits in program.signature.sizes.items():
+        if limits.low > 1:
+            found.append(f"{name} >= {limits.low}")
+        if limits.high is not None:
+            found.append(f"{name} <= {limits.high}")
+    return (*found, *program.signature.constraints)
+
+
 def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = False) -> Program:
     """Return a copy of the program in which some sizes are numbers, with all values inferred anew.
 

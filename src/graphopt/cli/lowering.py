@@ -93,6 +93,9 @@ def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
                 f"{min(told.against_runtime.values()):.1f} dB to ONNX Runtime, "
                 f"{min(told.against_float.values()):.1f} dB to the program in floats"
             )
+    limits = dict.fromkeys(limit for report in reports for limit in report.limits)
+    if limits:
+        text(f"right where {'; '.join(limits)}: a runtime need not notice other sizes")
     text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
 
 
