@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
 import graphopt
 from graphopt.ir.compat import symbol_range
@@ -14,9 +15,6 @@ from graphopt.ir.errors import GraphoptError
 from graphopt.ir.program import Program
 from graphopt.passes.context import Context
 from graphopt.passes.registry import BUILT_IN, find_pass
-
-PROGRAMS = ["llama"]
-
 
 def state(program: Program) -> dict[str, Any]:
     """Return what a pass could leave behind."""
@@ -44,7 +42,7 @@ def data_of(program: Program) -> list[dict[str, torch.Tensor]]:
     return [example_inputs(program, seed=seed) for seed in range(2)]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", zoo.CASES)
 def test_planning_and_refusing(name: str, captured: Callable[[str], Program], tmp_path: Any) -> None:
     program = captured(name).copy()
     before, data = state(program), data_of(program)
