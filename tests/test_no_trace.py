@@ -16,6 +16,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.context import Context
 from graphopt.passes.registry import BUILT_IN, find_pass
 
+
 def state(program: Program) -> dict[str, Any]:
     """Return what a pass could leave behind."""
     env: Any = program.mode.shape_env
@@ -45,6 +46,8 @@ def data_of(program: Program) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_planning_and_refusing(name: str, captured: Callable[[str], Program], tmp_path: Any) -> None:
     program = captured(name).copy()
+    # what is saved may be folded on the way
+    saved = graphopt.load(program.save(tmp_path / "before")).text()
     before, data = state(program), data_of(program)
     refused = []
     for kind in map(find_pass, BUILT_IN):
@@ -60,7 +63,7 @@ def test_planning_and_refusing(name: str, captured: Callable[[str], Program], tm
             assert state(program) == before, step.name
             refused.append(step.name)
     assert len(refused) > 4
-    assert graphopt.load(program.save(tmp_path / "saved")).text() == program.text()
+    assert graphopt.load(program.save(tmp_path / "after")).text() == saved
 
 
 def test_a_cache_that_is_refused(tmp_path: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,9 @@ from ..ir.program import Program
 Batch = Mapping[str, torch.Tensor]
 Outputs = Mapping[str, Any]
 Run = Callable[[Batch], Outputs]
+
+_AT_ONCE = 1 << 21
+"""Values that are widened to float64 together."""
 
 # what budgets and scores can be stated in; lower is better
 METRICS = ("perplexity", "kl", "cosine")
@@ -81,8 +84,11 @@ class Perplexity(Metric):
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
         """Count a batch."""
         logits, ids, counted = _next_tokens(self, batch, outputs)
-        each = F.cross_entropy(logits.double().transpose(1, 2), ids, reduction="none")
-        self.total += float(each[counted].sum())
+        for part in _parts(logits):
+            each = F.cross_entropy(
+                logits[:, part].double().flatten(0, 1), ids[:, part].flatten(), reduction="none"
+            )
+            self.total += float(each[counted[:, part].flatten()].sum())
         self.count += int(counted.sum())
 
     def value(self) -> float:
@@ -109,9 +115,22 @@ class Divergence(Metric):
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
         """Count a batch."""
-        found, expected = self._logits(outputs).double(), self._logits(reference).double()
-        log_found, log_expected = found.log_softmax(-1), expected.log_softmax(-1)
-        _count(self, batch, expected, _terms(log_expected, log_found).sum(-1))
+        found, expected = self._logits(outputs), self._logits(reference)
+        each = [
+            _terms(expected[:, part].double().log_softmax(-1), found[:, part].double().log_softmax(-1)).sum(
+                -1
+            )
+            for part in _parts(expected)
+        ]
+        _count(self, batch, expected, torch.cat(each, 1))
+
+
+def _parts(logits: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of the second dimension: in float64, with a large vocabulary, all at once take more than a model."""
+    values = logits.numel() // max(1, logits.shape[1])
+    step = max(1, _AT_ONCE // max(1, values))
+    for start in range(0, logits.shape[1], step):
+        yield slice(start, start + step)
 
 
 def _terms(log_expected: torch.Tensor, log_found: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,11 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
     """
     low, high = INTEGERS[dtype]
     wide = x if x.dtype == torch.float64 else x.float()
-    return ((wide / scale).round() + zero_point).clamp(low, high).sub(zero_point).mul(scale).to(x.dtype)
+    steps = wide / scale
+    if type(x) is Tensor and not torch.is_grad_enabled():
+        # the same in the memory of one: logits of a large vocabulary are larger than most weights
+        return steps.round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale).to(x.dtype)
+    return (steps.round() + zero_point).clamp(low, high).sub(zero_point).mul(scale).to(x.dtype)
 
 
 @dialect_operator(

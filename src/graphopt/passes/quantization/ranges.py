@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..context import Context
 
 
+_SAMPLE = 1 << 20
+"""Numbers of a value of which the middle one is sought; sorted are several copies, and logits are many."""
+
+
 @dataclass
 class Ranges:
     """What calibration met.
@@ -88,7 +92,9 @@ def observe(
                     node=node.name, source=program.source_line(node),
                 )  # fmt: skip
             if node not in found.usual:
-                numbers = value[value != 0].abs()
+                flat = value.reshape(-1)
+                flat = flat[:: -(-flat.numel() // _SAMPLE)]
+                numbers = flat[flat != 0].abs()
                 found.usual[node] = float(numbers.median()) if numbers.numel() else 0.0
             before = found.of.get(node, (low, high))
             found.of[node] = (min(low, before[0]), max(high, before[1]))
