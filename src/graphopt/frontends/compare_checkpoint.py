@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 
+from ..ir.comparison import relative_error
 from ..ir.errors import CaptureError
 from ..ir.execute import memory_available, release
 from ..ir.program import Program
 from ..ir.signature import Fill
+from ..ir.structure import describe
 from ..ir.weights import InMemory
 from .architecture import filled, model_class
 from .checkpoint_files import CheckpointFiles
 from .compare import compare_outputs, require_equal, tolerance_of
 from .example_inputs import example_inputs
 from .size_trials import numbers_in, settle_limits, trial
+
+
+class OwnPositions(CaptureError):
+    """The model counts positions in a way that no rule here has: it must be left to do so."""
 
 
 def compare_with_checkpoint(
@@ -73,6 +79,7 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     """Compare a program with a transformers model on inputs like those users give; returns errors by case.
 
     Raises:
+        OwnPositions: see there.
         CaptureError: they differ by more than rounding explains.
     """
     model.config.use_cache = False
@@ -83,6 +90,8 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     if not set(program.signature.inputs) <= set(example):
         raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - set(example))}")
     given = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}
+    if "position_ids" in example:
+        _require_counting(model, example, given, tolerance_of(program))
     settle_limits(program, trial(program, model, given), numbers_in(model.config.to_dict()))
     cases: list[tuple[str, dict[str, Any], Any]] = [("the captured size", example, None)]
     sizes = program.signature.sizes
@@ -101,6 +110,20 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     if "position_ids" in example:
         _packed(program, model, example)
     return errors
+
+
+def _require_counting(model: Any, example: dict[str, Any], given: dict[str, Any], limit: float) -> None:
+    """Without a mask's help, positions left out must be those counted from 0; RoBERTa counts from behind its padding.
+
+    Raises:
+        OwnPositions: they are others.
+    """
+    with torch.no_grad():
+        told, own = (describe(model(**i), lambda v: isinstance(v, torch.Tensor))[1] for i in (example, given))
+    if not all(relative_error(own[name], told[name]) <= limit for name in told if name in own):
+        raise OwnPositions(
+            "positions that are left out are not counted from 0", hint="inputs= without position_ids"
+        )
 
 
 def _padded(given: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:

@@ -26,7 +26,7 @@ from .architecture import build, config_from, load_config, model_class, require_
 from .bind_weights import bind
 from .checkpoint_files import CheckpointFiles, read_folder
 from .checkpoint_names import Mapped, map_names
-from .compare_checkpoint import compare_with_checkpoint
+from .compare_checkpoint import OwnPositions, compare_with_checkpoint
 from .compare_small import compare_small
 from .example_inputs import causal, example_inputs, size_names
 from .gguf.checkpoint import is_gguf, read_gguf
@@ -165,17 +165,33 @@ def _climb(
     """Try one way of tracing attention after the other; the first that computes what the model does wins."""
     refuse_varying_frequencies(config)
     failures: list[str] = []
+
+    def way(attention: str, without: tuple[str, ...]) -> Program:
+        program = _capture(config, dtype, inputs, dynamic, files, attention, without)
+        if not compare or files is None:
+            settle_by_guards(program)
+            return program
+        again = partial(
+            _capture,
+            dtype=dtype,
+            inputs=None,
+            dynamic=dynamic,
+            files=None,
+            attention=attention,
+            without=without,
+        )
+        small = partial(compare_small, config=config, dtype=dtype, capture=again)
+        compare_with_checkpoint(program, config, files, dtype, small)
+        return program
+
     for attention in ATTENTION_LADDER:
         try:
-            program = _capture(config, dtype, inputs, dynamic, files, attention)
-            if not compare or files is None:
-                settle_by_guards(program)
-            else:
-                again = partial(
-                    _capture, dtype=dtype, inputs=None, dynamic=dynamic, files=None, attention=attention
-                )
-                small = partial(compare_small, config=config, dtype=dtype, capture=again)
-                compare_with_checkpoint(program, config, files, dtype, small)
+            try:
+                program = way(attention, ())
+            except OwnPositions:
+                if inputs is not None:
+                    raise
+                program = way(attention, ("position_ids",))
         except CheckpointError:
             raise
         except GraphoptError as error:
@@ -221,7 +237,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _capture(
-    config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, attention: str
+    config: Any,
+    dtype: torch.dtype,
+    inputs: Any,
+    dynamic: Any,
+    files: CheckpointFiles | None,
+    attention: str,
+    without: tuple[str, ...] = (),
 ) -> Program:
     with _quiet():
         model, mode, mapped = build(config, dtype, attention), new_fake_mode(), Mapped()
@@ -231,7 +253,7 @@ def _capture(
             untie(model, mapped, files.tensors)
         built = _fake(model, mode)
         example = dict(inputs) if inputs is not None else example_inputs(built.model)
-        example = {k: _widened(v, dtype) for k, v in example.items()}
+        example = {k: _widened(v, dtype) for k, v in example.items() if k not in without}
         named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
         with built.mode, torch.no_grad():
             fakes = tree_map(
