@@ -222,3 +222,27 @@ def test_wrong_use_is_named(
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 21])
+def test_pieces_come_to_the_whole(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong if a piece lost a position, its mask, or its tokens; widened at once, logits take more than a model."""
+    from graphopt.passes import metrics
+
+    monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    found, expected = (torch.randn(3, 7, 11, generator=generator) for _ in range(2))
+    ids = torch.randint(0, 11, (3, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    mask[2, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    values = metrics.measure_all(
+        ["perplexity", "kl"], lambda _: {"logits": found}, lambda _: {"logits": expected}, [batch, batch]
+    )
+    counted = (mask[:, 1:] * mask[:, :-1]).bool()
+    losses = -found.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    assert values["perplexity"] == pytest.approx(float(losses[counted].mean().exp()), rel=1e-12)
+    wide = expected.double().log_softmax(-1)
+    each = (wide.exp() * (wide - found.double().log_softmax(-1))).sum(-1)
+    assert values["kl"] == pytest.approx(float(each[mask.bool()].mean()), rel=1e-12)
