@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 600
+SECONDS = 900
 # options at which each pass has something to do on a small decoder
 PASSES = [
     "fuse-projections", "split-projections", "fold-norms", "fuse-branches", "expand-branches",
@@ -47,7 +47,7 @@ WIDTHS = {
     "linear_key_head_dim linear_value_head_dim mamba_d_head",
     16: "kv_lora_rank q_lora_rank",
     128: "vocab_size",
-    1: "n_group topk_group",
+    1: "n_group num_group topk_group",
 }
 SIZES = {name: size for size, names in WIDTHS.items() for name in names.split()}
 
@@ -75,6 +75,8 @@ def small_model(name: str) -> Any:
     sizes = {
         k: v for k, v in SIZES.items() if isinstance(present.get(k), int) and not isinstance(present[k], bool)
     }
+    if present.get("num_experts_per_tok", 0) is None:
+        sizes["num_experts_per_tok"] = 2
     tokens = {k: min(3, present[k]) for k in ("pad_token_id", "bos_token_id", "eos_token_id")
               if isinstance(present.get(k), int)}  # fmt: skip
     # encoders that can be decoders as well
