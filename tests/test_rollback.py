@@ -20,6 +20,7 @@ from graphopt.passes import Exact, Pass, Plan, Site
 from graphopt.passes.context import Context
 from graphopt.passes.contracts import Contract
 from graphopt.passes.manager import run_pipeline
+from graphopt.passes.registry import BUILT_IN, find_pass
 
 aten = torch.ops.aten
 
@@ -176,3 +177,17 @@ def test_whole_programs_are_compared_without_the_sites_that_failed() -> None:
     x = program.bind((torch.randn(2, 4, dtype=torch.float64),), {})
     made = run_pipeline(program, [spell("right", "crash", "right")], Context(), verify_with="full", inputs=x)
     assert len(made.report.passes[-1].sites) == 2
+
+
+@pytest.mark.parametrize("name", [n for n in BUILT_IN if set(find_pass(n).requires) <= {"canonical"}])
+def test_a_pass_that_finds_nothing_lets_the_pipeline_go_on_where_it_may(name: str) -> None:
+    """Wrong if a refusal of the whole pass ended what its option says may go on."""
+    program = graphopt.capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(2, 4))
+    kind = find_pass(name)
+    data = [{"input": torch.randn(2, 4)}]
+    step = kind(**{**kind.trial, "allow_no_match": True})  # type: ignore[arg-type]
+    done = graphopt.optimize(program, [step, "sort-ffn{allow_no_match=true}"], data=data)
+    assert [entry.name for entry in done.report.passes] == [name, "sort-ffn"]
+    assert not done.report.passes[0].sites
+    with pytest.raises(graphopt.GraphoptError):
+        graphopt.optimize(program, [kind(**kind.trial)], data=data)

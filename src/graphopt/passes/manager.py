@@ -22,7 +22,7 @@ from .context import Context
 from .contracts import Approximate, NewFunction
 from .holding import Verify, hold, judge, require_judgeable
 from .pipeline import format_pipeline
-from .plan import Plan
+from .plan import Plan, Refused
 from .registry import BUILT_IN, find_pass
 from .rollback import SiteError, may_be_left_out, settle
 
@@ -147,8 +147,7 @@ def _run_pass(
     began = time.perf_counter()
     given = plan is not None
     if plan is None:
-        with refusing_guards(program.mode):
-            plan = step.plan(program, context)
+        plan = _planned(program, step, context)
     else:
         plan = plan.as_given()
     seconds["plan"] = time.perf_counter() - began
@@ -197,6 +196,17 @@ def _run_pass(
     working.edit.journal.clear()
     working.edit.touched.clear()
     return working, entry
+
+
+def _planned(program: Program, step: Pass, context: Context) -> Plan:
+    """Return a pass's plan; one that refuses everything is a plan without sites where the pipeline may go on."""
+    try:
+        with refusing_guards(program.mode):
+            return step.plan(program, context)
+    except PassRefusedError as error:
+        if not step.allow_no_match:
+            raise
+        return Plan(refused=[Refused(error.node or step.name, error.message, error.source or "")])
 
 
 def _attempt(
