@@ -315,8 +315,9 @@ def page(results: list[dict[str, Any]], left: list[str], captured: dict[str, Any
         f"- Perplexity: {DRAWS} draws of {ROWS} rows of {LENGTH} tokens, over all sources of the held-out text in turn;",
         "  ± is the standard error over draws, of the paired ratio to the model as it is where a change is given.",
         f"- Capture: {captured['seconds']:.0f} s, {captured['peak']:.0f} MiB at most, compared with transformers.",
-        f"- The machine has {os.cpu_count()} cores; its load average was {min(loads):.1f} to {max(loads):.1f}, and",
-        "  times are good to as much as that.",
+        f"- The machine has {os.cpu_count()} cores; its load average was {min(loads):.1f} to {max(loads):.1f}, and times",
+        "  are good to as much as that.",
+        f"- All of it took {(captured['seconds'] + sum(found['wall'] for found in results)) / 60:.0f} minutes.",
         "- Peak memory: of the whole process, from import to the checked program; imports alone are "
         f"{base['imported']:.0f} MiB, weights {base.get('weights', 0):.0f} MiB.",
         "- tokens/s: `graphopt.generate`, greedy, one row, 32 tokens, median of 2; a cache is put in where there is none.",
