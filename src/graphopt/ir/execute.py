@@ -63,7 +63,8 @@ def run(
 
 def release(program: Program) -> None:
     """Free the weights that were loaded to run a program; they are loaded again when it runs again."""
-    program._derived.pop("compiled", None)
+    for held in {id(p): p for p in (program, runnable(program))}.values():
+        held._derived.pop("compiled", None)
 
 
 def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:
@@ -72,12 +73,20 @@ def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], An
 
     folded = fold(program)
     module = fx.GraphModule(torch.nn.Module(), folded.graph)
-    held = {name: _held(weight.source) for name, weight in folded.weights.items()}
-    order = [(n.name, str(n.meta.get("input", ""))) for n in folded.graph.find_nodes(op="placeholder")]
+    places = folded.graph.find_nodes(op="placeholder")
+    # what nothing reads, such as a matrix of which each rank has its part, is not loaded
+    held = {
+        n.name: _held(folded.weights[n.name].source) for n in places if n.name in folded.weights and n.users
+    }
+    order = [(n.name, str(n.meta.get("input", "")), n.name in folded.weights) for n in places]
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:
+        given = (
+            (held[name].tensor if name in held else None) if weight else inputs[label]
+            for name, label, weight in order
+        )
         with torch.no_grad():
-            return module(*(held[name].tensor if name in held else inputs[label] for name, label in order))
+            return module(*given)
 
     return call
 

@@ -308,7 +308,10 @@ def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
         # where the nearest are the fitted ones, nothing has to be kept
         if not torch.equal(whole.flatten(1), nearest(weight, steps, high)):
             integers = edit.add_weight(f"{name}_quantize_integers", whole, kind="buffer")
-    with edit.after(node):
+    # where it is first read: together at the top of the graph, all matrices would be held twice
+    readers = set(node.users)
+    first = next(n for n in program.graph.nodes if n in readers) if readers else node.next
+    with edit.before(first):
         made = edit.call(
             dialect.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
         )
