@@ -6,6 +6,7 @@ original model whose layer passes its input on, which knows nothing of graphopt.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,15 @@ def difference(model: Any, again: Any, done: Any) -> float:
 
 
 def _layer(model: Any, name: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        # names in a file may leave out, or have, the base model's
-        prefix = f"{model.base_model_prefix}."
-        return model.get_submodule(name.removeprefix(prefix) if name.startswith(prefix) else prefix + name)
+    # names in a file may leave out, or have, the base model's
+    prefix = f"{model.base_model_prefix}."
+    for spelling in (name, name.removeprefix(prefix), prefix + name):
+        with contextlib.suppress(AttributeError):
+            return model.get_submodule(spelling)
+    # or be another's altogether, as those of vision models
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    (layers,) = [m for m in lists if len(m) == model.config.num_hidden_layers]
+    return layers[int(name.rsplit(".", 1)[-1])]
 
 
 def bypass(layer: Any) -> None:
