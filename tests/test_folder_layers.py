@@ -258,3 +258,24 @@ def test_every_list_that_a_configuration_class_makes_for_its_layers_is_known(kin
             ]
             unknown |= {(kind, key): made[0][1][key] for key in lists[0] & lists[1] - known}
     assert not unknown
+
+
+def test_stages_of_a_backbone_are_counted_anew(tmp_path: Path) -> None:
+    """Wrong if a stage were named that is no longer there, which no reader accepts, or another value were given."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    from graphopt.backends.huggingface_layers import settings as settings_of
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=14,
+        out_features=["stem", "stage2", "stage4"],
+    )  # fmt: skip
+    said = settings_of(config, 4, [0, 2, 3])
+    assert said["out_indices"] == [0, 1, 3] and said["out_features"] == ["stem", "stage1", "stage3"]
+    Dinov2Model(config).eval().save_pretrained(tmp_path / "in")
+    program = graphopt.capture(tmp_path / "in")
+    report = graphopt.optimize(program, "skip-layers{layers=[1]}").save_pretrained(tmp_path / "out")
+    assert max(report.errors.values()) < 1e-4
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["out_features"] == ["stem", "stage1", "stage3"]

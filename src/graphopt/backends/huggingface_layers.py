@@ -255,7 +255,19 @@ def settings(part: Any, count: int, kept: list[int], side: str = "") -> dict[str
             first, last = (0, number) if key in LEADING else (count - number, count)
             found[key] = sum(1 for i in kept if first <= i < last)
     found.update(_periods(part, count, kept, side))
+    found.update(_stages(part, count, kept))
     return found
+
+
+def _stages(part: Any, count: int, kept: list[int]) -> dict[str, Any]:
+    """Return which values of the stream a backbone gives, where each layer is a stage: the same ones, by new numbers."""
+    names, given = _setting(part, "stage_names"), _setting(part, "out_indices")
+    if names != ["stem", *(f"stage{i}" for i in range(1, count + 1))] or not isinstance(given, list):
+        return {}
+    left = names[: len(kept) + 1]
+    # behind how many layers, counted from the front
+    numbers = [sum(i < (k if k >= 0 else k + count + 1) for i in kept) for k in given]
+    return {"stage_names": left, "out_indices": numbers, "out_features": [left[k] for k in numbers]}
 
 
 def _periods(part: Any, count: int, kept: list[int], side: str) -> dict[str, Any]:
