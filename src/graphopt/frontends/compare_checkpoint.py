@@ -122,7 +122,7 @@ def _require_counting(model: Any, example: dict[str, Any], given: dict[str, Any]
         told, own = (describe(model(**i), lambda v: isinstance(v, torch.Tensor))[1] for i in (example, given))
     if not all(relative_error(own[name], told[name]) <= limit for name in told if name in own):
         raise OwnPositions(
-            "positions that are left out are not counted from 0", hint="inputs= without position_ids"
+            "positions that are left out are not counted from 0", hint="give an example without position_ids"
         )
 
 

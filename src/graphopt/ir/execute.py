@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def release(program: Program) -> None:
     """Free the weights that were loaded to run a program; they are loaded again when it runs again."""
     for held in {id(p): p for p in (program, runnable(program))}.values():
         held._derived.pop("compiled", None)
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system where the C library keeps it: a sixth of a model, after calibration."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:

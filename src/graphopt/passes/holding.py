@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..ir.errors import ContractError, PipelineError
-from ..ir.execute import release
+from ..ir.execute import release, return_memory
 from ..ir.inputs import standing_at
 from ..ir.option import refuse_set
 from ..ir.program import Program
@@ -128,11 +128,13 @@ def judge(before: Program, after: Program, step: Pass, context: Context, entry: 
         entry.notes.append("not judged: no data was given")
         context.log("quality was not measured: give data to judge this pass")
         return
+    return_memory()
     name, value = context.evaluate(after, before, metric=contract.metric)
     entry.metric[f"{name}{where}"] = value
     original = 0.0
     # what the pass made is loaded for this alone so far: two programs at once take twice the memory
     release(after)
+    return_memory()
     if name not in ("kl", "cosine"):
         original = entry.metric[f"{name} before"] = context.original(before, metric=contract.metric)
     budget = getattr(step, "budget", None)
