@@ -246,3 +246,20 @@ def test_pieces_come_to_the_whole(at_once: int, monkeypatch: pytest.MonkeyPatch)
     wide = expected.double().log_softmax(-1)
     each = (wide.exp() * (wide - found.double().log_softmax(-1))).sum(-1)
     assert values["kl"] == pytest.approx(float(each[mask.bool()].mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 21])
+@pytest.mark.parametrize("shape", [(5, 11), (2, 3, 4, 11)])
+def test_divergence_of_logits_of_any_rank(
+    shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong if classes of a classifier, which has no positions, were taken for positions."""
+    from graphopt.passes import metrics
+
+    monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    found, expected = (torch.randn(shape, generator=generator) for _ in range(2))
+    value = metrics.measure("kl", lambda _: {"logits": found}, lambda _: {"logits": expected}, [{}])
+    wide = expected.double().log_softmax(-1)
+    each = (wide.exp() * (wide - found.double().log_softmax(-1))).sum(-1)
+    assert value == pytest.approx(float(each.mean()), rel=1e-12)

@@ -13,7 +13,7 @@ from torch import nn
 
 import graphopt
 from graphopt.backends import onnx_model
-from graphopt.backends.compare_cases import comparison_cases
+from graphopt.backends.compare_cases import Case, comparison_cases
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Dial, Program
 from graphopt.ir.schema import is_operator
@@ -254,7 +254,6 @@ def test_errors_count_beside_what_the_type_costs_the_program_itself(
     size: float, share: float, holds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from graphopt.backends import onnx_compare
-    from graphopt.backends.compare_cases import Case
 
     x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
     program = graphopt.capture(Cancelling(size), x)
@@ -272,4 +271,30 @@ def test_errors_count_beside_what_the_type_costs_the_program_itself(
         assert onnx_compare.compare_with_runtime([], program, [case])[name] == pytest.approx(error, rel=0.3)
     else:
         with pytest.raises(LoweringError, match="differs from the program"):
+            onnx_compare.compare_with_runtime([], program, [case])
+
+
+@pytest.mark.parametrize(
+    ("own", "lost", "taken"),
+    [(0.03, 0.2, True), (0.02, 0.2, False), (0.03, 0.04, False), (float("nan"), 0.2, False)],
+)
+def test_a_deep_quantised_program_is_judged_beside_its_own_arithmetic(
+    own: float, lost: float, taken: bool, captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that is 0.05 away is right where the program in float64 is about as far, and never beyond all that was lost."""
+    from graphopt.backends import onnx_compare
+
+    program = captured("llama").copy()
+    program.facts["quantized"] = {"activations": 16, "weights": 8}
+    inputs = program.bind((), {"input_ids": torch.arange(3, 15).reshape(2, 6)})
+    errors = iter([0.05, own])
+    monkeypatch.setattr(onnx_compare, "without_rounding", lambda program: program)
+    monkeypatch.setattr(onnx_compare, "_results", lambda paths, cases: [{"logits": numpy.zeros((2, 6, 101))}])
+    monkeypatch.setattr(onnx_compare, "_error", lambda *_: next(errors))
+    monkeypatch.setattr(onnx_compare, "_lost", lambda *_: onnx_compare._Lost(lost, 1e-4))
+    case = Case("rows", inputs, None)
+    if taken:
+        assert onnx_compare.compare_with_runtime([], program, [case]) == {"logits": 0.05}
+    else:
+        with pytest.raises(LoweringError, match=r"logits: 5.00e-02 on rows"):
             onnx_compare.compare_with_runtime([], program, [case])

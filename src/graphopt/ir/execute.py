@@ -69,7 +69,7 @@ def release(program: Program) -> None:
 
 
 def return_memory() -> None:
-    """Give what was freed back to the system where the C library keeps it: a sixth of a model, after calibration."""
+    """Give what was freed back to the system where the C library keeps it, as glibc does of what calibration took."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -84,11 +84,10 @@ class Perplexity(Metric):
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
         """Count a batch."""
         logits, ids, counted = _next_tokens(self, batch, outputs)
-        for part in _parts(logits):
-            each = F.cross_entropy(
-                logits[:, part].double().flatten(0, 1), ids[:, part].flatten(), reduction="none"
-            )
-            self.total += float(each[counted[:, part].flatten()].sum())
+        rows, following, taken = logits.flatten(0, -2), ids.flatten(), counted.flatten()
+        for part in _parts(rows):
+            each = F.cross_entropy(rows[part].double(), following[part], reduction="none")
+            self.total += float(each[taken[part]].sum())
         self.count += int(counted.sum())
 
     def value(self) -> float:
@@ -116,20 +115,18 @@ class Divergence(Metric):
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
         """Count a batch."""
         found, expected = self._logits(outputs), self._logits(reference)
+        rows, wanted = found.flatten(0, -2), expected.flatten(0, -2)
         each = [
-            _terms(expected[:, part].double().log_softmax(-1), found[:, part].double().log_softmax(-1)).sum(
-                -1
-            )
-            for part in _parts(expected)
+            _terms(wanted[part].double().log_softmax(-1), rows[part].double().log_softmax(-1)).sum(-1)
+            for part in _parts(wanted)
         ]
-        _count(self, batch, expected, torch.cat(each, 1))
+        _count(self, batch, expected, torch.cat(each).reshape(expected.shape[:-1]))
 
 
-def _parts(logits: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of the second dimension: in float64, with a large vocabulary, all at once take more than a model."""
-    values = logits.numel() // max(1, logits.shape[1])
-    step = max(1, _AT_ONCE // max(1, values))
-    for start in range(0, logits.shape[1], step):
+def _parts(rows: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of rows of logits: in float64, with a large vocabulary, all at once take more than a model."""
+    step = max(1, _AT_ONCE // max(1, rows.shape[-1]))
+    for start in range(0, max(1, rows.shape[0]), step):
         yield slice(start, start + step)
 
 
