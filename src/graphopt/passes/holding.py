@@ -15,7 +15,7 @@ from ..ir.verify import compare_programs
 from .base import Pass
 from .context import Context
 from .contracts import AddsOutputs, Approximate, Exact, ExactAt, ExactInChunks
-from .metrics import relative_loss
+from .metrics import default_metric, relative_loss
 from .rollback import SiteError
 
 Verify = Literal["sites", "full", "off"]
@@ -128,11 +128,15 @@ def judge(before: Program, after: Program, step: Pass, context: Context, entry: 
         entry.notes.append("not judged: no data was given")
         context.log("quality was not measured: give data to judge this pass")
         return
+    alone = default_metric(after) if contract.metric == "auto" else contract.metric
+    if alone not in ("kl", "cosine"):
+        # calibration left the original loaded: two programs at once take twice the memory
+        release(before)
     return_memory()
     name, value = context.evaluate(after, before, metric=contract.metric)
     entry.metric[f"{name}{where}"] = value
     original = 0.0
-    # what the pass made is loaded for this alone so far: two programs at once take twice the memory
+    # what the pass made is loaded for this alone so far
     release(after)
     return_memory()
     if name not in ("kl", "cosine"):
