@@ -16,10 +16,10 @@ from .frontends.torch_module import Inputs, bind_inputs
 from .ir.cost import cost
 from .ir.errors import CheckpointError, LoweringError, UsageError
 from .ir.examples import example_inputs
-from .ir.program import EXITS, Program
+from .ir.program import METHODS, Program
 from .ir.ranks import ranks_of
 from .ir.serialize import load_program, save_program
-from .ir.serialize.write import is_saved_program
+from .ir.serialize.manifest import is_saved_program
 from .passes.base import Pass
 from .passes.context import Context, Progress
 from .passes.holding import Verify
@@ -257,7 +257,7 @@ def _as_module(program: Program, **options: Any) -> nn.Module:
     return program_module(program, **options)
 
 
-EXITS.update(
+METHODS.update(
     save=save_program,
     lower=_lower,
     module=_as_module,

@@ -13,8 +13,9 @@ from torch import fx
 
 from ..ir.comparison import relative_error
 from ..ir.errors import LoweringError
+from ..ir.evaluate import needed_for
 from ..ir.examples import example_inputs
-from ..ir.execute import interpret, memory_available, needed_for
+from ..ir.execute import interpret, memory_available
 from ..ir.fold import MOVEMENT, fold
 from ..ir.program import Program
 from ..ir.retype import Widened, retyped, widen

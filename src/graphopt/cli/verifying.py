@@ -13,7 +13,7 @@ from ..ir.errors import CheckpointError, ContractError, PassRefusedError
 from ..ir.examples import example_inputs
 from ..ir.program import Program
 from ..ir.serialize import load_program
-from ..ir.serialize.write import is_saved_program
+from ..ir.serialize.manifest import is_saved_program
 from ..ir.text import difference
 from ..ir.verify import compare_programs, verify
 from ..passes.context import Context

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.execute import evaluate, needed_for
+from ..ir.evaluate import evaluate, needed_for
 from ..ir.fold import fold
 from ..ir.operators import attention, cache_positions, cache_visible
 from ..ir.program import Program

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .execute import evaluate, needed_for
+from .evaluate import evaluate, needed_for
 from .operators.activations import ACTIVATIONS, activate, gated_by
 from .schema import is_operator
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from .evaluate import evaluate, last_uses, needed_for
+from .fold import fold
+from .program import Program, program_method
 from .ranks import StandIns, runnable, stand_ins
-from .schema import operator_name
 from .weights import TensorSource
-
-if TYPE_CHECKING:
-    from .program import Program
 
 Hook = Callable[[fx.Node, Any], Any]
 
@@ -42,6 +41,7 @@ def memory_available() -> int:
     return available
 
 
+@program_method("run")
 def run(
     program: Program, inputs: Mapping[str, torch.Tensor], *, streamed: bool | None = None
 ) -> dict[str, Any]:
@@ -76,8 +76,6 @@ def return_memory() -> None:
 
 def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:
     """Return a function of the inputs with everything that depends on weights alone computed once."""
-    from .fold import fold
-
     folded = fold(program)
     module = fx.GraphModule(torch.nn.Module(), folded.graph)
     places = folded.graph.find_nodes(op="placeholder")
@@ -115,21 +113,6 @@ def _held(source: TensorSource) -> _Held:
     if found is None:
         found = _HELD[id(source)] = _Held(source, source.load())
     return found
-
-
-def last_uses(nodes: Iterable[fx.Node], keep: Iterable[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for each node, the values that nobody needs after it."""
-    order = list(nodes)
-    kept = set(keep)
-    seen: set[fx.Node] = set()
-    freed: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(order):
-        for used in node.all_input_nodes:
-            if used not in seen:
-                seen.add(used)
-                if used not in kept:
-                    freed.setdefault(node, []).append(used)
-    return freed
 
 
 def interpret(
@@ -221,28 +204,3 @@ def _interpret_ranks(
         values = [found[copy.name] for copy in standing.nodes(node)]
         results[node.name] = values[0] if len(values) == 1 else values
     return results
-
-
-def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Call the node's operator on known values."""
-    args = fx.map_arg(node.args, lambda n: values[n])
-    kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
-    try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception as error:
-        error.add_note(f"while running {node.name} = {operator_name(node.target)}")
-        raise
-
-
-def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that must be known to compute the targets, themselves included."""
-    needed: set[fx.Node] = set()
-    work = list(targets)
-    while work:
-        node = work.pop()
-        if node in needed:
-            continue
-        needed.add(node)
-        if node not in given:
-            work.extend(node.all_input_nodes)
-    return needed

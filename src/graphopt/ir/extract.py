@@ -10,7 +10,7 @@ from torch import fx
 
 from .constraints import constraints_among
 from .errors import UsageError
-from .execute import needed_for
+from .evaluate import needed_for
 from .fold import drop_unread_weights
 from .inputs import add_input
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from .evaluate import evaluate, last_uses
 from .expressions import Expressions
+from .retype import in_type
 from .schema import arguments, is_operator, operator_name
 from .weights import TensorSource, Weight, load_part
 
@@ -44,9 +46,6 @@ class Computed:
 
     def load(self) -> torch.Tensor:
         """Compute the value; operands are read and freed one after the other."""
-        from .execute import evaluate, last_uses
-        from .retype import in_type
-
         plain = all(operator_name(n.target) in MOVEMENT for n in self.graph.nodes if n.op == "call_function")
         graph = self.graph if plain else in_type(self.graph)
         freed = last_uses(graph.nodes)

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from .errors import UsageError
-from .execute import evaluate, interpret
+from .evaluate import evaluate
+from .execute import interpret
 from .fold import fold
 from .schema import arguments, is_operator
 from .sizes import expression

@@ -9,17 +9,15 @@ a rank, cuts are plain slices and collectives are those of a process group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from . import groups
 from .errors import UsageError, VerificationError
+from .program import Program
 from .schema import arguments, is_operator, operator_name
-
-if TYPE_CHECKING:
-    from .program import Program
 
 aten = torch.ops.aten
 
@@ -174,8 +172,6 @@ def rank_copies(program: Program) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
-    from .program import Program
-
     graph, copies = unroll(program.graph, ranks_of(program))
     for name, node in program.outputs.items():
         if len(copies[node]) > 1:

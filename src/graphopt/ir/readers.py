@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from .execute import needed_for
+from .evaluate import needed_for
 
 if TYPE_CHECKING:
     from .program import Program

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .evaluate import evaluate, last_uses
 from .examples import rows_of
-from .execute import evaluate, last_uses
 from .ranks import ranks_of, unroll
 from .retype import in_type, widen
 from .schema import argument, is_operator

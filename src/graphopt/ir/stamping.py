@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from .editor import RECORDING, Editor
 from .errors import GraphoptError
 from .tracing import Trace, trace, weight_of
-
-if TYPE_CHECKING:
-    from .editor import Editor
 
 
 def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
@@ -42,6 +40,11 @@ def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
         raise
     results = [known[node] for node in traced.results]
     return results if traced.several else results[0]
+
+
+def emit(editor: Editor, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Insert what a function of tensors computes; see :meth:`~graphopt.ir.editor.Editor.emit`."""
+    return stamp(editor, trace(editor.program, function, arguments), arguments)
 
 
 def stand_in(
@@ -91,3 +94,6 @@ def _nodes_in(argument: Any) -> Iterator[fx.Node]:
     elif isinstance(argument, (list, tuple)):
         for item in argument:
             yield from _nodes_in(item)
+
+
+RECORDING.update(emit=emit, stand_in=stand_in)

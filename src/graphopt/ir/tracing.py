@@ -14,6 +14,8 @@ import sympy
 import torch
 from torch import fx
 
+from .canonical.cleanup import clean
+from .canonical.functional import functionalise
 from .compat import FakeTensor, fresh, recording, refusing_guards
 from .errors import CaptureError, GraphoptError, UsageError, VerificationError
 from .infer import describe_value, infer, same_size, same_value
@@ -322,9 +324,6 @@ def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, 
 
 
 def _simplify(piece: _Piece, name: str) -> None:
-    from .canonical.cleanup import clean
-    from .canonical.functional import functionalise
-
     try:
         functionalise(piece)
     except CaptureError as error:

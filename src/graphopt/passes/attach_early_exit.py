@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import PassRefusedError
-from ..ir.execute import needed_for
+from ..ir.evaluate import needed_for
 from ..ir.export_blockers import block_export
 from ..ir.extract import extract
 from ..ir.infer import same_size

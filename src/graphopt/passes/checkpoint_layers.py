@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from ..ir.execute import needed_for
+from ..ir.evaluate import needed_for
 from ..ir.export_blockers import block_export
 from ..ir.program import Program
 from ..ir.readers import readers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..ir.execute import needed_for
+from ..ir.evaluate import needed_for
 from ..ir.schema import arguments, is_operator
 
 if TYPE_CHECKING:

@@ -103,6 +103,16 @@ def _estimate(program: Program, context: Context, options: SkipLayers, count: in
     context.progress.done()
 
 
+def units_of(program: Program, unit: str) -> list[Any]:
+    """Return the layers, attentions or feed-forwards of a program, in execution order."""
+    anatomy = program.anatomy
+    if unit == "layer":
+        return list(anatomy.layers)
+    if unit == "attention":
+        return anatomy.attention
+    return [block for block in anatomy.blocks if block.kind in ("ffn", "experts")]
+
+
 def _order(
     program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
 ) -> list[str]:
@@ -117,8 +127,6 @@ def _order(
 
 def _without(program: Program, options: SkipLayers, names: list[str]) -> Program:
     """Return a copy without the units named."""
-    from .skip_layers import units_of
-
     copy = program.copy()
     found = {unit.name: unit for unit in units_of(copy, options.unit)}
     order = {node: i for i, node in enumerate(copy.graph.nodes)}
@@ -145,8 +153,6 @@ def _scores(
 
 
 def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> None:
-    from .skip_layers import units_of
-
     found = {unit.name: unit for unit in units_of(copy, options.unit)}
     order = {node: i for i, node in enumerate(copy.graph.nodes)}
     for unit in sorted((found[n] for n in names), key=lambda u: order[u.writes], reverse=True):
@@ -157,8 +163,6 @@ def _distances(
     program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str]
 ) -> dict[str, float]:
     """Mean distance between what each unit reads and writes."""
-    from .skip_layers import units_of
-
     units = {unit.name: unit for unit in units_of(program, options.unit)}
     working = program
     if gone:

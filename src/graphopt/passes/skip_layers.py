@@ -10,6 +10,7 @@ from torch import fx
 
 from ..ir.anatomy.rows import shaped_like
 from ..ir.errors import PassRefusedError, PipelineError
+from ..ir.evaluate import needed_for
 from ..ir.export_blockers import block_export, export_blockers, unblock_export
 from ..ir.needs import ABSENT
 from ..ir.option import option
@@ -19,7 +20,7 @@ from ..ir.schema import arguments, is_operator
 from .base import Pass
 from .checkpoint_layers import forget_removed
 from .contracts import Approximate, Contract, ExactAt
-from .layer_scores import choose, unified_rule
+from .layer_scores import choose, unified_rule, units_of
 from .plan import Plan, Refused, Site
 
 if TYPE_CHECKING:
@@ -205,20 +206,8 @@ def frozen_phase(program: Program, value: float) -> None:
         block_export(program, "layers were passed over by a dial; skip-layers without phase removes them")
 
 
-def units_of(program: Program, unit: str) -> list[Any]:
-    """Return the layers, attentions or feed-forwards of a program, in execution order."""
-    anatomy = program.anatomy
-    if unit == "layer":
-        return list(anatomy.layers)
-    if unit == "attention":
-        return anatomy.attention
-    return [block for block in anatomy.blocks if block.kind in ("ffn", "experts")]
-
-
 def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:
     """Return the names of the tensors that each layer reads."""
-    from ..ir.execute import needed_for
-
     by_node: dict[fx.Node, list[str]] = {}
     for name, node in program.checkpoint.items():
         by_node.setdefault(node, []).append(name)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import VerificationError
-from ..ir.execute import needed_for
+from ..ir.evaluate import needed_for
 from ..ir.expressions import Expressions
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..execute import needed_for
+from ..evaluate import needed_for
 from ..region import cut
 
 if TYPE_CHECKING:

@@ -20,12 +20,13 @@ from ..program import Dial, Origin, Program
 from ..safetensors_file import contained, read_header
 from ..signature import Fill, Input, Signature, SizeRange
 from ..structure import Structure, leaf_names
+from ..verify import verify
 from ..weights import SafetensorsEntry, Weight
 from .allowed import check_call, operator_of
 from .documents import Entry, read_document
 from .encode import decode, dtype_of
+from .manifest import FORMAT, INFERRED, VERSION, file_hash
 from .names import asset_name, input_name, weight_name
-from .write import FORMAT, INFERRED, VERSION, file_hash
 
 _RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
 _MOST_CONSTRAINTS = 1000
@@ -273,8 +274,6 @@ class _Reader:
             str(origin["kind"]), str(origin["model_class"]), dict(origin["config"]), assets,
             tuple(origin["unused"]), tuple(origin["notes"]), str(origin["padding"]),
         )  # fmt: skip
-        from ..verify import verify
-
         verify(program, ())
 
 

@@ -23,18 +23,11 @@ from ..text import source_line
 from ..weights import Weight
 from .allowed import name_of
 from .encode import dtype_name, encode
+from .manifest import FORMAT, INFERRED, VERSION, file_hash, is_saved_program
 from .names import asset_name, input_name, weight_name
+from .read import load_program
 
-FORMAT = "graphopt-program"
-VERSION = 1
 SHARD_BYTES = 4 << 30
-INFERRED = {"inferred": True}
-"""A value that no text describes, such as a size's root: it is inferred from its operands when it is read."""
-
-
-def is_saved_program(path: Path) -> bool:
-    """Tell whether a folder is a program written here."""
-    return (path / "program.json").is_file() and (path / "manifest.json").is_file()
 
 
 def save_program(
@@ -101,8 +94,6 @@ def require_savable(program: Program) -> None:
 
 def _require_readable(folder: Path) -> None:
     """A folder counts as written when it can be read; weights are not read for it."""
-    from .read import load_program
-
     try:
         load_program(folder)
     except CheckpointError as error:
@@ -124,15 +115,6 @@ def _shards(program: Program) -> list[dict[str, Weight]]:
 def _in_order(program: Program) -> list[tuple[str, Weight]]:
     """Weights in the order of the graph, so that a program written again is the same bytes."""
     return [(node.name, program.weights[node.name]) for node in program.weight_nodes]
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, read piece by piece."""
-    seen = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            seen.update(block)
-    return seen.hexdigest()
 
 
 def describe_program(program: Program) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import fx
 
 from ...ir.anatomy import Block
 from ...ir.errors import VerificationError
-from ...ir.execute import needed_for
+from ...ir.evaluate import needed_for
 from ...ir.fold import depends_on_weights_alone
 from ...ir.infer import same_value
 from ...ir.program import Program
