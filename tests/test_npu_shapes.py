@@ -14,9 +14,9 @@ from graphopt.backends.qnn import run
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
+from graphopt.ir.recurrent_state import begun, in_steps
 from graphopt.ir.schema import arguments, is_operator
 from graphopt.ir.sides import host_nodes
-from graphopt.passes.carried import begun, in_steps
 
 NPU = "qnn-htp-v75"
 FIT = "fold-norms{allow_no_match=true}, fit-target{allow_no_match=true}"

@@ -14,8 +14,9 @@ from torch import nn
 
 from graphopt.backends import onnx as lowering
 from graphopt.backends import onnx_check, onnx_cleanup, onnx_model
+from graphopt.backends.checking.sizes import static_sizes
 from graphopt.backends.onnx import OPSETS, lower_onnx
-from graphopt.backends.onnx_sizes import static_sizes, with_sizes
+from graphopt.backends.onnx_sizes import with_sizes
 from graphopt.frontends.torch_module import capture_module
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Dial, Program

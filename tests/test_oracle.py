@@ -17,8 +17,8 @@ from graphopt.cli.running import run
 from graphopt.ir.errors import UsageError
 from graphopt.ir.paths import Paths
 from graphopt.ir.program import Program
+from graphopt.measure.choices import given_choices
 from graphopt.passes.context import Context
-from graphopt.training.forms import given_choices
 
 
 def token_rows(count: int = 2, length: int = 12) -> list[dict[str, torch.Tensor]]:

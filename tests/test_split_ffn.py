@@ -23,7 +23,7 @@ from graphopt.ir.export_blockers import export_blockers
 from graphopt.ir.program import Program
 from graphopt.ir.verify import compare_programs
 from graphopt.ir.weights import InMemory
-from graphopt.training.forms import given_choices
+from graphopt.measure.choices import given_choices
 
 # one of each kind of feed-forward, norm, mixer and storage; all others of the zoo are near one of these
 DENSE = (

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from .api import Model, capture
 from .frontends.data import entries, longest
 from .frontends.tokenizer import Tokenizer
 from .generation import end_tokens, stream
 from .ir.atomic import atomic_file
 from .ir.content import whole_hash
 from .ir.errors import UsageError
-from .ir.program import Program
+from .ir.program import Model, Program, as_program
 from .passes.context import Progress, Silent
 
 Entry = str | list[dict[str, Any]]
@@ -35,7 +34,7 @@ class Answered:
 
 
 def answer(
-    model: Model,
+    model: Model | Program,
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -83,7 +82,7 @@ def answer(
         raise UsageError(f"{path}: texts and conversations are read from .jsonl and .txt files")
     if min(prompt_tokens, max_new_tokens, batch) < 1:
         raise UsageError("prompt_tokens, max_new_tokens and batch are at least 1")
-    program = capture(model)
+    program = as_program(model)
     writer = _Writer(program, prompt_tokens, max_new_tokens, temperature, strategy, device)
     given = [entry for _, entry in entries(path)][:sequences]
     if not given:

@@ -16,7 +16,7 @@ from .frontends.torch_module import Inputs, bind_inputs
 from .ir.cost import cost
 from .ir.errors import CheckpointError, LoweringError, UsageError
 from .ir.examples import example_inputs
-from .ir.program import METHODS, Program
+from .ir.program import METHODS, Model, Program
 from .ir.ranks import ranks_of
 from .ir.serialize import load_program, save_program
 from .ir.serialize.manifest import is_saved_program
@@ -28,12 +28,16 @@ from .passes.metrics import Batch
 from .passes.pipeline import as_passes
 from .passes.plan import Plan, read_plans
 
-Model = nn.Module | ExportedProgram | Program | str | os.PathLike[str]
 Data = str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]] | None
 
 
 def capture(
-    model: Model, inputs: Any = None, *, dynamic: Any = "auto", trust: bool = False, compare: bool = True
+    model: Model | Program,
+    inputs: Any = None,
+    *,
+    dynamic: Any = "auto",
+    trust: bool = False,
+    compare: bool = True,
 ) -> Program:
     """Return a model as a Program, compared with the model before it counts.
 
@@ -102,7 +106,7 @@ def _module(model: nn.Module, inputs: Inputs | None, dynamic: Any, compare: bool
 
 
 def optimize(
-    model: Model,
+    model: Model | Program,
     passes: str | Pass | Sequence[str | Pass] = (),
     inputs: Any = None,
     *,
@@ -258,6 +262,7 @@ def _as_module(program: Program, **options: Any) -> nn.Module:
 
 
 METHODS.update(
+    capture=capture,
     save=save_program,
     lower=_lower,
     module=_as_module,

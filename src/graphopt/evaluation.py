@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from .api import Model, capture
 from .frontends.data import read_data
 from .ir.errors import GraphoptError, UsageError
 from .ir.execute import run
 from .ir.inputs import standing_at
-from .ir.program import Program
+from .ir.program import Model, Program, as_program
 from .ir.retype import retyped
 from .ir.vocabulary import kept_tokens, over_all_tokens
 from .passes.context import Context, Progress
@@ -53,11 +52,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    model: Model | Program,
     data: str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]],
     metrics: str | Judge | Sequence[str | Judge] = (),
     *,
-    against: Model | None = None,
+    against: Model | Program | None = None,
     sequences: int | None = None,
     length: int = 2048,
     batch: int = 8,
@@ -94,8 +93,8 @@ def evaluate(
         UsageError: an option, the data or a user's function is wrong.
         PipelineError: the model has not what a metric is made of.
     """
-    program = _typed(capture(model), dtype)
-    reference = _typed(capture(against), dtype) if against is not None else None
+    program = _typed(as_program(model), dtype)
+    reference = _typed(as_program(against), dtype) if against is not None else None
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
     batches, sample = read_data(program, data, sequences=sequences, length=length, batch=batch, shuffle=False)

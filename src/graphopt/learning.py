@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .api import Model, capture
 from .frontends.data import read_data
 from .ir.atomic import atomic_file
 from .ir.content import whole_hash
 from .ir.errors import CheckpointError, PipelineError, UsageError
 from .ir.groups import rank, world_size
-from .ir.program import Program
+from .ir.program import Model, Program, as_program
 from .ir.ranks import ranks_of
 from .ir.retype import retyped
 from .ir.vocabulary import kept_tokens
@@ -50,7 +49,7 @@ def as_method(recipe: str | Method) -> Method:
 
 
 def train(
-    model: Model,
+    model: Model | Program,
     recipe: str | Method,
     data: Source,
     settings: Settings,
@@ -95,7 +94,7 @@ def train(
         UsageError: the program has not what the recipe trains, or there is no data.
     """
     method = as_method(recipe)
-    program = capture(model)
+    program = as_program(model)
     if ranks_of(program) and world_size() > 1:
         raise UsageError(
             "a sharded program does not train over processes",

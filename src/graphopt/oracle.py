@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from .api import Model, capture
 from .frontends.data import read_data
 from .frontends.tokenizer import Tokenizer
 from .ir.errors import UsageError
 from .ir.paths import Paths
-from .ir.program import Program
+from .ir.program import Model, Program, as_program
 from .ir.ranks import ranks_of
+from .measure.choices import given_choices, nested_blocks, way_widths
 from .passes.context import Context, Progress, Silent
-from .training.forms import given_choices, nested_blocks, way_widths
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class OracleReport:
 
 
 def routing_oracle(
-    model: Model,
+    model: Model | Program,
     data: str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]],
     *,
     budget: int | None = None,
@@ -120,7 +119,7 @@ def routing_oracle(
     Raises:
         UsageError: the program has no ways to choose from or does not predict tokens, or the budget cannot be.
     """
-    program = capture(model)
+    program = as_program(model)
     if ranks_of(program):
         raise UsageError("the oracle runs on programs that are not sharded")
     blocks = nested_blocks(program)

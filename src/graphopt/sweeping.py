@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from .api import Model, capture
 from .frontends.data import read_data
 from .ir.atomic import atomic_file
 from .ir.content import whole_hash
 from .ir.cost.active import ActiveWork, choices_of
 from .ir.errors import UsageError
 from .ir.execute import interpret, run
-from .ir.program import Program
+from .ir.program import Model, Program, as_program
 from .ir.ranks import ranks_of
 from .ir.vocabulary import over_all_tokens
 from .passes.context import Context, Progress, Silent
@@ -44,14 +43,14 @@ class Point:
 
 
 def sweep(
-    model: Model,
+    model: Model | Program,
     data: str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]],
     dial: str | None = None,
     settings: Sequence[float] = (),
     *,
     points: int = 5,
     metrics: Sequence[str] = (),
-    against: Model | None = None,
+    against: Model | Program | None = None,
     sequences: int | None = None,
     length: int = 2048,
     batch: int = 8,
@@ -81,7 +80,7 @@ def sweep(
     Raises:
         UsageError: there is no such dial, a setting is out of its range, or there is no data.
     """
-    program = capture(model)
+    program = as_program(model)
     if ranks_of(program):
         raise UsageError("a sharded program is not swept", hint="sweep it before it is sharded")
     name = _dial(program, dial)
@@ -103,7 +102,7 @@ def sweep(
     unknown = [n for n in names if n not in BY_NAME]
     if unknown:
         raise UsageError(f"there is no metric {unknown[0]!r}", hint=f"metrics are {', '.join(BY_NAME)}")
-    reference = capture(against) if against is not None else program
+    reference = as_program(against) if against is not None else program
     context = Context(rows)
     compared = any(BY_NAME[n].compares for n in names)
     original = [whole_hash(reference)] if compared else []

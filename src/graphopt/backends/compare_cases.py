@@ -13,8 +13,8 @@ from ..ir.examples import example_inputs
 from ..ir.execute import interpret, run
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
+from .checking.sizes import namesake, static_sizes
 from .onnx_calibrated import within_ranges
-from .onnx_sizes import namesake, static_sizes
 
 
 @dataclass(frozen=True)

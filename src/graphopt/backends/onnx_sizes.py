@@ -17,18 +17,7 @@ from ..ir.infer import infer
 from ..ir.program import Program
 from ..ir.sizes import expression, format_size
 from ..ir.weights import TensorSource
-
-
-def static_sizes(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return a value for every size of the program.
-
-    A size that is not given has the value of its namesake (``batch_2`` that of ``batch``), or else the one
-    seen at capture.
-    """
-    values = {}
-    for name, limits in program.signature.sizes.items():
-        values[name] = sizes.get(name, sizes.get(namesake(name), limits.hint))
-    return values
+from .checking.sizes import namesake, static_sizes
 
 
 def fixed_sizes(program: Program, sizes: Mapping[str, int], *, everything: bool) -> dict[str, int]:
@@ -43,12 +32,6 @@ def fixed_sizes(program: Program, sizes: Mapping[str, int], *, everything: bool)
         raise LoweringError(f"the program has no size {unknown[0]!r}", hint=f"its sizes: {known}")
     values = static_sizes(program, sizes)
     return {n: v for n, v in values.items() if everything or n in sizes or namesake(n) in sizes}
-
-
-def namesake(name: str) -> str:
-    """Return the name of a size without the number that tells it from others: ``batch`` of ``batch_2``."""
-    stem, _, number = name.rpartition("_")
-    return stem if number.isdigit() else name
 
 
 def limits_of(program: Program) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -63,6 +64,9 @@ METHODS: dict[str, Callable[..., Any]] = {}
 Those of the intermediate representation are there as soon as :mod:`graphopt.ir` is, exporters with
 :mod:`graphopt.api`. So a program imports nothing that imports programs.
 """
+
+Model = torch.nn.Module | torch.export.ExportedProgram | str | os.PathLike[str]
+"""What can be captured: see :func:`graphopt.capture`."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -376,14 +380,22 @@ class Program:
         return self._export("save_pretrained", path, **options)
 
 
+def as_program(model: Model | Program) -> Program:
+    """Return what stands for a model: itself where it is a program, else what :func:`graphopt.capture` makes of it.
+
+    Raises:
+        CaptureError: it cannot be captured.
+        CheckpointError: it cannot be read.
+    """
+    if isinstance(model, Program):
+        return model
+    if "capture" not in METHODS:
+        raise UsageError("nothing that captures models is loaded", hint="import graphopt.api first")
+    program: Program = METHODS["capture"](model)
+    return program
+
+
 __all__ = [
-    "METHODS",
-    "Dial",
-    "Fill",
-    "Input",
-    "Origin",
-    "Program",
-    "Signature",
-    "SizeRange",
+    "METHODS", "Dial", "Fill", "Input", "Model", "Origin", "Program", "Signature", "SizeRange", "as_program",
     "program_method",
-]
+]  # fmt: skip

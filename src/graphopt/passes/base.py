@@ -69,6 +69,16 @@ class Pass:
         """Hold the pass to a contract that only it can check; raise ContractError if it is broken."""
         raise TypeError(f"pass {self.name} checks no contract of its own")
 
+    @classmethod
+    def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
+        """Tidy up after a dial of a program that this pass was run on stands still from now on.
+
+        Args:
+            program: changed in place; a constant has taken the place of the dial.
+            dial: its name, whichever pass added it.
+            value: where it stands.
+        """
+
     def promises(self) -> Contract:
         """Return the contract of this pass with these options."""
         return self.contract

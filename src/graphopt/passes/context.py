@@ -19,9 +19,9 @@ from ..ir.content import whole_hash
 from ..ir.errors import PipelineError
 from ..ir.execute import interpret, run
 from ..ir.program import Program
+from ..ir.recurrent_state import begun
 from ..ir.vocabulary import over_all_tokens
 from ..ir.weights import digest
-from .carried import begun
 from .metrics import Batch, default_metric, measure, relative_loss
 
 _NUMBERS = itertools.count()

@@ -109,24 +109,24 @@ class DialTopK(Pass):
         else:
             block_export(program, DIALLED if self.fixed is None else UNEVEN)
 
-
-def frozen_numbers(program: Program) -> None:
-    """Let a folder have the number at which all mixtures stand for its own setting, once no dial is left."""
-    if DIALLED not in export_blockers(program).get(DialTopK.name, ()):
-        return
-    limited = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
-    limits = [arguments(n)["k"] for n in limited]
-    if any(k.name not in program.weights for k in limits):
-        return
-    numbers = {float(program.weights[k.name].source.load()) for k in limits}
-    active = {int(b.sizes["active"]) for b in program.anatomy.experts}
-    unblock_export(program, by=DialTopK.name)
-    if len(limited) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
-        number = numbers.pop()
-        if number.is_integer():
-            program.facts["fixed_experts"] = [active.pop(), int(number)]
+    @classmethod
+    def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
+        """Let a folder have the number at which all mixtures stand for its own setting, once no dial is left."""
+        if not dial.startswith(DIAL) or DIALLED not in export_blockers(program).get(cls.name, ()):
             return
-    block_export(program, UNEVEN, by=DialTopK.name)
+        limited = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
+        limits = [arguments(n)["k"] for n in limited]
+        if any(k.name not in program.weights for k in limits):
+            return
+        numbers = {float(program.weights[k.name].source.load()) for k in limits}
+        active = {int(b.sizes["active"]) for b in program.anatomy.experts}
+        unblock_export(program, by=cls.name)
+        if len(limited) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
+            number = numbers.pop()
+            if number.is_integer():
+                program.facts["fixed_experts"] = [active.pop(), int(number)]
+                return
+        block_export(program, UNEVEN, by=cls.name)
 
 
 def _most(program: Program, block: Block) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from ..ir.program import Program
 from ..ir.readers import readers
 from ..ir.schema import arguments, is_operator
 from .plan import Site
+from .shared.matrices import _shaped, per_group, repeated
 
 aten = torch.ops.aten
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -188,10 +189,6 @@ def _affine(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return scale, shift
 
 
-def _shaped(program: Program, vector: fx.Node, shape: list[int]) -> fx.Node:
-    return program.edit.call(aten.reshape.default, vector, shape)
-
-
 def _groups(node: fx.Node) -> int:
     return int(arguments(node).get("groups", 1))
 
@@ -244,27 +241,3 @@ def _into_after(program: Program, norm: fx.Node, place: _Place, scale: fx.Node, 
         offset = moved if bias is None else call(aten.add.Tensor, moved, bias)
         new = repeated(program, user, x, folded, offset)
     program.edit.replace(user, new)
-
-
-def per_group(program: Program, vector: fx.Node, shape: list[int], groups: int) -> fx.Node:
-    """Lay a value a channel out for the second dimension of a matrix, of which each group of rows has its own."""
-    rest = [1] * (len(shape) - 2)
-    if groups == 1:
-        return _shaped(program, vector, [1, shape[1], *rest])
-    grouped = _shaped(program, vector, [groups, 1, shape[1]])
-    spread = program.edit.call(aten.expand.default, grouped, [groups, shape[0] // groups, shape[1]])
-    return _shaped(program, spread, [shape[0], shape[1], *rest])
-
-
-def repeated(program: Program, node: fx.Node, x: Any, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    """Repeat a convolution or linear with another input, matrix and bias, which keep the types it had."""
-    held: Any = node.args[1]
-    weight, bias = (None if t is None else as_type_of(program, t, held) for t in (weight, bias))  # type: ignore[assignment]
-    return program.edit.call(node.target, x, weight, bias, *node.args[3:], **node.kwargs)
-
-
-def as_type_of(program: Program, tensor: fx.Node, like: fx.Node) -> fx.Node:
-    """Return a tensor in the type of another; folding rounds it once."""
-    if tensor.meta["val"].dtype == like.meta["val"].dtype:
-        return tensor
-    return program.edit.call(aten.to.dtype, tensor, like.meta["val"].dtype)

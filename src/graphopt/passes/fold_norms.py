@@ -15,9 +15,10 @@ from ..ir.readers import readers as readers_of
 from ..ir.schema import argument, arguments, is_operator
 from .base import Pass
 from .contracts import Exact
-from .fold_batch_norm import as_type_of, fold_batch_norm, plan_batch_norm
+from .fold_batch_norm import fold_batch_norm, plan_batch_norm
 from .plan import Plan, Refused, Site
 from .scale_columns import matrix_readers, scale_reader
+from .shared.matrices import as_type_of
 
 if TYPE_CHECKING:
     from .context import Context

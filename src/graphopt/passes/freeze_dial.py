@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..ir.errors import PipelineError
+from ..ir.export_blockers import export_blockers
 from ..ir.inputs import remove_dial
 from ..ir.option import option
 from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate
-from .dial_top_k import DIAL as EXPERTS
-from .dial_top_k import frozen_numbers
 from .plan import Plan, Site
-from .skip_layers import PHASE, frozen_phase
+from .registry import find_pass, pass_locations
 
 if TYPE_CHECKING:
     from .context import Context
@@ -70,7 +69,12 @@ class FreezeDial(Pass):
             constant = program.edit.add_weight(f"dial.{site.block}", held, kind="constant", persistent=False)
             program.edit.replace(program.input_nodes[site.block], constant)
             remove_dial(program, site.block)
-            if site.block.startswith(EXPERTS):
-                frozen_numbers(program)
-            if site.block == PHASE:
-                frozen_phase(program, float(site["value"]))
+            for name in _passes_of(program):
+                find_pass(name).dial_frozen(program, site.block, float(site["value"]))
+
+
+def _passes_of(program: Program) -> list[str]:
+    """Return the passes that a program went through and that are installed, each once."""
+    known = pass_locations()
+    names = [*(str(entry["pass"]).partition("{")[0] for entry in program.history), *export_blockers(program)]
+    return [name for name in dict.fromkeys(names) if name in known]

@@ -13,8 +13,8 @@ from ..ir.program import Program
 from .base import Pass
 from .contracts import Approximate, Contract
 from .plan import Plan
+from .shared.fused_projections import split_all
 from .sort_ffn import plan_orders, take_planned
-from .split_projections import split_all
 from .width.scores import SCORES, importance_of_blocks
 
 if TYPE_CHECKING:

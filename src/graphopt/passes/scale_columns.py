@@ -13,7 +13,7 @@ from ..ir.fold import computed, depends_on_weights_alone
 from ..ir.invert import invert
 from ..ir.program import Program
 from ..ir.schema import argument, arguments, is_operator, normal_call
-from .fold_batch_norm import as_type_of
+from .shared.matrices import as_type_of
 from .way_back import follow
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from ..ir.program import Program
 from .base import Pass
 from .contracts import Exact
 from .plan import Plan
-from .split_projections import split_all
+from .shared.fused_projections import split_all
 from .tensor_parallel.blocks import Placer, possible_sizes
 from .tensor_parallel.merging import merge_sums
 

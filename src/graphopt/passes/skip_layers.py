@@ -169,6 +169,22 @@ class SkipLayers(Pass):
             program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer"
         )
 
+    @classmethod
+    def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
+        """Let a program whose phase no longer changes take the layers, or pass them over, everywhere."""
+        if dial != PHASE:
+            return
+        for node in [n for n in program.nodes if is_operator(n, "graphopt.skipped")]:
+            found = arguments(node)
+            program.edit.replace(node, found["before"] if value >= 0.5 else found["after"], record=False)
+        program.facts.pop("decode_layers", None)
+        others = [r for r in export_blockers(program).get(cls.name, ()) if r != PHASED]
+        unblock_export(program, cls.name)
+        for reason in others:
+            block_export(program, reason, by=cls.name)
+        if value >= 0.5:
+            block_export(program, "layers were passed over by a dial; skip-layers without phase removes them")
+
 
 def _skip_while_decoding(program: Program, units: list[Any]) -> None:
     """Let a dial choose between what the units wrote and what they read."""
@@ -190,20 +206,6 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
     program.changed()
     program.facts["decode_layers"] = [unit.name for unit in units]
     block_export(program, PHASED)
-
-
-def frozen_phase(program: Program, value: float) -> None:
-    """Let a program whose phase no longer changes take the layers, or pass them over, everywhere."""
-    for node in [n for n in program.nodes if is_operator(n, "graphopt.skipped")]:
-        found = arguments(node)
-        program.edit.replace(node, found["before"] if value >= 0.5 else found["after"], record=False)
-    program.facts.pop("decode_layers", None)
-    others = [r for r in export_blockers(program).get(SkipLayers.name, ()) if r != PHASED]
-    unblock_export(program, SkipLayers.name)
-    for reason in others:
-        block_export(program, reason, by=SkipLayers.name)
-    if value >= 0.5:
-        block_export(program, "layers were passed over by a dial; skip-layers without phase removes them")
 
 
 def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:

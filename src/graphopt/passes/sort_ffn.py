@@ -14,7 +14,7 @@ from .base import Pass
 from .contracts import Exact
 from .kept_tensors import keep, kept
 from .plan import Plan, Refused, Site
-from .split_projections import split_all
+from .shared.fused_projections import split_all
 from .width.scores import SCORES, hidden_scores
 from .width.taking import refusal, take_channels, tied
 

@@ -18,8 +18,8 @@ from ..ir.weights import Drawn
 from .base import Pass
 from .contracts import ExactAt
 from .plan import Plan, Refused, Site
+from .shared.fused_projections import split_all
 from .sort_ffn import plan_orders, take_planned
-from .split_projections import split_all
 from .width.nesting import (
     NESTED,
     FeedForward,

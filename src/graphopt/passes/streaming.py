@@ -13,6 +13,7 @@ from ..ir.comparison import relative_error
 from ..ir.errors import UsageError
 from ..ir.execute import interpret, run
 from ..ir.program import Program
+from ..ir.recurrent_state import states_of
 from ..ir.retype import retyped
 from ..ir.sizes import expression, parse_size
 
@@ -23,11 +24,6 @@ class Difference:
 
     name: str
     error: float
-
-
-def states_of(program: Program) -> list[str]:
-    """Return the names of a streaming program's states, without the ``next_`` of those it gives."""
-    return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
 
 
 def initial_state(

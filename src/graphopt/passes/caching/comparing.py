@@ -10,10 +10,11 @@ import torch
 from ...ir.comparison import relative_error
 from ...ir.errors import VerificationError
 from ...ir.execute import interpret, memory_available
+from ...ir.recurrent_state import states_of
 from ...ir.retype import retyped
 from ...ir.schema import is_operator
 from ...ir.signature import make_fill
-from ..streaming import Difference, states_of
+from ..streaming import Difference
 
 if TYPE_CHECKING:
     from ...ir.program import Program

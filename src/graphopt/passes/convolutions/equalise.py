@@ -11,7 +11,7 @@ from torch import fx
 from ...ir.fold import depends_on_weights_alone
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
-from ..fold_batch_norm import per_group, repeated
+from ..shared.matrices import per_group, repeated
 from .reading import CONVOLUTIONS
 
 aten = torch.ops.aten

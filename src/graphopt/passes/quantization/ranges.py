@@ -13,8 +13,7 @@ from torch import fx
 from ...ir.errors import PassRefusedError
 from ...ir.execute import interpret
 from ...ir.program import Program
-from ..carried import in_steps
-from ..streaming import states_of
+from ...ir.recurrent_state import in_steps, states_of
 
 if TYPE_CHECKING:
     from ..context import Context

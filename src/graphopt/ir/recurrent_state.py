@@ -1,4 +1,4 @@
-"""Values that a program is given from its step before: caches and states, from data that has only tokens or frames."""
+"""Values that a program is given from its step before: caches and states."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 
-from ..ir.program import Program
-from .streaming import states_of
+from .program import Program
+
+
+def states_of(program: Program) -> list[str]:
+    """Return the names of a streaming program's states, without the ``next_`` of those it gives."""
+    return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
+
 
 STEPS = 4
 """How many single tokens follow a prompt when ranges are observed."""
