@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import graphopt
-from graphopt.ir.comparison import relative_error
+from graphopt.ir.checking.comparison import relative_error
 from graphopt.ir.program import Program
 
 MIB = 1 << 20
@@ -93,7 +93,7 @@ def _saved(program: Program, target: Path, rows: list[list[int]]) -> float:
 
 
 def _given(program: Program, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    from graphopt.ir.examples import example_inputs
+    from graphopt.ir.running.examples import example_inputs
 
     if "kv_cache" in program.facts:
         return example_inputs(program)

@@ -27,7 +27,7 @@ def make(folder: Path, gigabytes: float) -> int:
     from transformers import LlamaConfig
 
     from graphopt.frontends.huggingface import capture_configuration
-    from graphopt.ir.safetensors_file import write_file
+    from graphopt.ir.storage.safetensors_file import write_file
     from graphopt.ir.weights import Drawn, numel
 
     width = 1024

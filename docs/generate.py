@@ -11,7 +11,7 @@ from pathlib import Path
 
 from graphopt.cli.catalogue import WRITTEN
 from graphopt.cli.describing import everything, pass_entry
-from graphopt.passes.registry import BUILT_IN
+from graphopt.passes.framework.registry import BUILT_IN
 
 HERE = Path(__file__).parent
 

@@ -15,7 +15,7 @@ import torch
 import zoo
 
 import graphopt
-from graphopt.backends.huggingface_compare import reach
+from graphopt.backends.huggingface.compare import reach
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.errors import GraphoptError
 

@@ -10,13 +10,13 @@ import zoo
 
 import graphopt
 from graphopt.frontends.huggingface import capture_huggingface
-from graphopt.ir.examples import example_inputs
-from graphopt.ir.ranks import synchronisations
+from graphopt.ir.checking.verify import compare_programs, verify
+from graphopt.ir.ranks.rank_programs import synchronisations
+from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.schema import argument
-from graphopt.ir.verify import compare_programs, verify
+from graphopt.measure.context import Context
 from graphopt.passes import parse_pipeline
-from graphopt.passes.context import Context
-from graphopt.passes.manager import run_pipeline
+from graphopt.passes.framework.manager import run_pipeline
 
 EXACT = ", ".join(
     f"{name}{{allow_no_match=true}}" for name in ("split-projections", "fuse-projections", "fold-norms")

@@ -20,11 +20,11 @@ from graphopt import CheckpointError, PipelineError, Program
 from graphopt.ir.option import options_of
 from graphopt.ir.sizes import format_size, parse_size
 from graphopt.passes import Pass, Plan, Refused, Site, format_pipeline, option, parse_pipeline
-from graphopt.passes.manager import check_order
-from graphopt.passes.pipeline import as_passes
-from graphopt.passes.plan import read_plans, write_plans
-from graphopt.passes.registry import BUILT_IN, find_pass
-from graphopt.passes.values import format_value
+from graphopt.passes.framework.manager import check_order
+from graphopt.passes.framework.pipeline import as_passes
+from graphopt.passes.framework.plan import read_plans, write_plans
+from graphopt.passes.framework.registry import BUILT_IN, find_pass
+from graphopt.passes.framework.values import format_value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import pytest
 import graphopt
 from graphopt.ir.errors import PassRefusedError, PipelineError
 from graphopt.ir.program import Program
-from graphopt.passes.context import Context
-from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.passes.plan import Plan, Site
+from graphopt.measure.context import Context
+from graphopt.passes.caching.insert_kv_cache import InsertKVCache
+from graphopt.passes.framework.plan import Plan, Site
 
 
 def planned(program: Program) -> Plan:

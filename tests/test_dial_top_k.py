@@ -11,11 +11,11 @@ import torch
 import zoo
 
 import graphopt
+from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.errors import LoweringError, PassRefusedError, PipelineError, UsageError
-from graphopt.ir.examples import example_inputs
 from graphopt.ir.export_blockers import export_blockers
 from graphopt.ir.program import Program
-from graphopt.ir.verify import compare_programs
+from graphopt.ir.running.examples import example_inputs
 
 MIXTURES = [name for name, case in zoo.CASES.items() if case.blocks.get("experts")]
 

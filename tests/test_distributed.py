@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import graphopt
 from graphopt.ir.cost import communication
-from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
+from graphopt.ir.running.examples import example_inputs
 
 HERE = Path(__file__).parent
 SIX = cases(["llama_tied", "gemma2", "gpt_oss", "bert"], ["bloom", "falcon"])

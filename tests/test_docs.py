@@ -32,7 +32,7 @@ def test_pages_of_passes_are_what_the_passes_say() -> None:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     from graphopt.cli.catalogue import WRITTEN
-    from graphopt.passes.registry import BUILT_IN
+    from graphopt.passes.framework.registry import BUILT_IN
 
     assert WRITTEN.read_text() == generate.catalogue(), (
         "run python docs/generate.py: the catalogue is out of date"

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphopt
-from graphopt.backends.qnn import run as compiler
+from graphopt.backends.onnx.qnn import run as compiler
 from graphopt.ir.errors import ContractError, PipelineError
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator
-from graphopt.passes.context import Context
+from graphopt.measure.context import Context
+from graphopt.passes.quantization.quantize import Quantize
 from graphopt.passes.quantization.rounding import _rows, fitted, matrix_scales, nearest
-from graphopt.passes.quantize import Quantize
 
 NPU = "qnn-htp-v75"
 needs_compiler = pytest.mark.skipif(not compiler.available(), reason="onnxruntime-qnn is not installed")

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.ir import compat
+from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.program import Program
-from graphopt.ir.verify import compare_programs
-from graphopt.passes.registry import BUILT_IN
+from graphopt.passes.framework.registry import BUILT_IN
 
 D = torch.float64
 

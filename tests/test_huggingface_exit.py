@@ -11,7 +11,7 @@ import zoo
 
 import graphopt
 from graphopt import LoweringError
-from graphopt.backends.huggingface_config import renumbered
+from graphopt.backends.huggingface.config import renumbered
 from graphopt.frontends.huggingface import capture_huggingface
 
 
@@ -63,7 +63,7 @@ def test_both_ways_of_reloading_say_the_same(
     folder_of, reloading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong if the tests' own way of starting the check saw, or said, something else than the one that users get."""
-    from graphopt.backends import huggingface
+    from graphopt.backends.huggingface import save as huggingface
 
     program = capture_huggingface(folder_of("llama"), compare=False)
     served = program.save_pretrained(tmp_path / "served").errors

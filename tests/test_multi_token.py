@@ -15,12 +15,12 @@ import graphopt
 from graphopt.decoding import DraftProgram, EarlyExit, MultiTokenHeads
 from graphopt.decoding.drafters import best_paths, expected_tokens
 from graphopt.decoding.drafters.multi_token_heads import best_size
-from graphopt.generation import with_cache
+from graphopt.decoding.generation import with_cache
 from graphopt.ir.errors import CheckpointError, PassRefusedError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.weights import InMemory
-from graphopt.passes.attach_early_exit import exit_quality, split_at
-from graphopt.passes.attach_multi_token_heads import PREFIX, write_heads
+from graphopt.passes.heads.attach_early_exit import exit_quality, split_at
+from graphopt.passes.heads.attach_multi_token_heads import PREFIX, write_heads
 from graphopt.training import Settings
 from graphopt.training.recipes import Medusa, head_loss
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import graphopt
 from graphopt import Program
 from graphopt.passes import Context, Plan, parse_pipeline
-from graphopt.passes.registry import BUILT_IN
+from graphopt.passes.framework.registry import BUILT_IN
 
 
 def done(program: Program, text: str, **options: Any) -> Program:

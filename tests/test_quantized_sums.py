@@ -24,7 +24,7 @@ from graphopt.ir.operators.quantized import (
     unpack,
 )
 from graphopt.ir.program import Program
-from graphopt.passes.context import Context
+from graphopt.measure.context import Context
 from graphopt.passes.tensor_parallel.calibration import Extremes
 
 SUM = torch.ops.graphopt.quantized_sum.default
@@ -227,8 +227,8 @@ def test_calibration_counts_no_padding() -> None:
 
 
 def test_ranges_survive_in_the_plan(tmp_path: Path) -> None:
-    from graphopt.passes import kept_tensors
-    from graphopt.passes.quantize_communication import QuantizeCommunication
+    from graphopt.passes.framework import kept_tensors
+    from graphopt.passes.tensor_parallel.quantize_communication import QuantizeCommunication
 
     program = sharded()
     step = QuantizeCommunication()

@@ -17,7 +17,7 @@ from amounts import THOROUGH
 import graphopt
 from graphopt import GraphoptError, Program
 from graphopt.frontends.checkpoint_files import read_folder
-from graphopt.ir.comparison import relative_error
+from graphopt.ir.checking.comparison import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

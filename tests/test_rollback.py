@@ -16,11 +16,11 @@ import graphopt
 from graphopt import ContractError, VerificationError
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator
+from graphopt.measure.context import Context
 from graphopt.passes import Exact, Pass, Plan, Site
-from graphopt.passes.context import Context
-from graphopt.passes.contracts import Contract
-from graphopt.passes.manager import run_pipeline
-from graphopt.passes.registry import BUILT_IN, find_pass
+from graphopt.passes.framework.contracts import Contract
+from graphopt.passes.framework.manager import run_pipeline
+from graphopt.passes.framework.registry import BUILT_IN, find_pass
 
 aten = torch.ops.aten
 

@@ -17,11 +17,11 @@ from torch import nn
 
 import graphopt
 from graphopt import CheckpointError, Program, UsageError
-from graphopt.ir.examples import example_inputs
-from graphopt.ir.execute import run
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.program import Dial
-from graphopt.ir.serialize import write
-from graphopt.ir.verify import verify
+from graphopt.ir.running.examples import example_inputs
+from graphopt.ir.running.execute import run
+from graphopt.ir.storage import write
 
 SOURCE = Path(__file__).parents[1] / "src"
 SIZES = [

@@ -152,8 +152,8 @@ def test_a_row_of_prompt_and_continuation_computes_what_decoding_computes(
 ) -> None:
     """Wrong if training saw other keys and values after a prompt than generation does."""
     from graphopt.decoding.cached import CachedDecoder
-    from graphopt.generation import with_cache
-    from graphopt.ir.retype import retyped
+    from graphopt.decoding.generation import with_cache
+    from graphopt.ir.running.retype import retyped
 
     wide = retyped(captured("llama"), torch.float64)
     done = graphopt.optimize(wide, "skip-layers{layers=[1] phase=decode}")

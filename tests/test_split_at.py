@@ -12,9 +12,9 @@ import graphopt
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.ir.errors import PassRefusedError
 from graphopt.ir.program import Program
-from graphopt.ir.recurrent_state import states_of
+from graphopt.ir.running.recurrent_state import states_of
 from graphopt.ir.schema import is_operator
-from graphopt.passes.attach_early_exit import split_at
+from graphopt.passes.heads.attach_early_exit import split_at
 
 CAPACITY = 12
 

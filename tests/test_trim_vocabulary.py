@@ -210,8 +210,8 @@ def test_the_likeliest_entries_of_trimmed_heads_are_tokens() -> None:
 @pytest.mark.parametrize("recipe", ["draft", "medusa", "medusa{targets=model}"])
 def test_trimmed_heads_learn_what_they_can_say(recipe: str) -> None:
     """Wrong if tokens that a head does not have were its targets, or the wrong rows were."""
-    from graphopt.learning import as_method
     from graphopt.training import Settings
+    from graphopt.training.learning import as_method
 
     output = "draft_logits" if recipe == "draft" else "multi_token_logits"
     done = attached(output)
@@ -250,7 +250,7 @@ def test_trimmed_heads_learn_what_they_can_say(recipe: str) -> None:
 
 def test_what_would_take_places_for_tokens_refuses(tmp_path: Path) -> None:
     """Wrong if another way out wrote a program that says the wrong tokens, or training ended in an index error."""
-    from graphopt.backends.genai import lower_genai
+    from graphopt.backends.onnx.genai import lower_genai
     from graphopt.training import Settings
 
     done = graphopt.optimize(model(), "trim-vocabulary{keep=20}, insert-kv-cache{max_length=16}")

@@ -9,8 +9,8 @@ from typing import Any
 from ..ir.cost import DEVICES
 from ..ir.cost.collectives import LINKS
 from ..ir.option import default_of, describe, help_of, options_of
-from ..passes.registry import BUILT_IN, find_pass, pass_locations
-from ..passes.values import format_value
+from ..passes.framework.registry import BUILT_IN, find_pass, pass_locations
+from ..passes.framework.values import format_value
 from ..training.recipes import METHODS
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..frontends.data import read_data
+from ..data.reading import read_data
+from ..ir.checking.report import quantity
 from ..ir.cost import cost
 from ..ir.errors import GraphoptError
 from ..ir.program import Program
-from ..ir.report import quantity
-from ..passes.attach_early_exit import exit_quality
-from ..passes.context import Context
-from ..passes.registry import find_pass, pass_locations
+from ..measure.context import Context
+from ..passes.framework.registry import find_pass, pass_locations
+from ..passes.heads.attach_early_exit import exit_quality
 from .output import show_json, table, text
 from .sources import read_program
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..ir.comparison import relative_error
+from ..ir.checking.comparison import relative_error
 from ..ir.errors import CaptureError, GraphoptError, UsageError
 from ..ir.program import Program
 from ..ir.structure import describe
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, tor
 
 
 def counted_error(result: Any, reference: torch.Tensor, where: torch.Tensor | None = None) -> float:
-    """Return the relative error of the positions that count; see :func:`~graphopt.ir.comparison.relative_error`.
+    """Return the relative error of the positions that count; see :func:`~graphopt.ir.checking.comparison.relative_error`.
 
     Args:
         result: what is checked.

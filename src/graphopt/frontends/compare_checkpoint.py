@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..ir.comparison import relative_error
+from ..ir.checking.comparison import relative_error
 from ..ir.errors import CaptureError
-from ..ir.execute import memory_available, release
 from ..ir.program import Program
+from ..ir.running.execute import memory_available, release
 from ..ir.signature import Fill
 from ..ir.structure import describe
 from ..ir.weights import InMemory

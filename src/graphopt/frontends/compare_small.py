@@ -17,7 +17,7 @@ from ..ir.anatomy import Layer
 from ..ir.anatomy.residual import between
 from ..ir.errors import CaptureError
 from ..ir.program import Program
-from ..ir.region import cut
+from ..ir.running.region import cut
 from ..ir.weights import Absent, InMemory
 from .architecture import model_class
 from .compare_checkpoint import compare_with_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # what each registers as a method of programs, or of their editors
 from . import anatomy as anatomy
-from . import execute as execute
 from . import operators as operators
-from . import stamping as stamping
 from .anatomy import removing as removing
+from .rewriting import stamping as stamping
+from .running import execute as execute

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .program import Program
 
 RECORDING: dict[str, Callable[..., Any]] = {}
-"""How functions become nodes: ``emit`` and ``stand_in``, which :mod:`graphopt.ir.stamping` puts here."""
+"""How functions become nodes: ``emit`` and ``stand_in``, which :mod:`graphopt.ir.rewriting.stamping` puts here."""
 
 
 class Editor:
@@ -106,7 +106,7 @@ class Editor:
         self.program.changed()
 
     def emit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Insert what a function of tensors computes from these nodes; see :func:`~graphopt.ir.tracing.trace`.
+        """Insert what a function of tensors computes from these nodes; see :func:`~graphopt.ir.rewriting.tracing.trace`.
 
         Returns:
             One node, or a list of them where the function returns several.

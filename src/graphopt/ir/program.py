@@ -27,7 +27,7 @@ from .weights import Weight
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block, Layer
-    from .report import Report
+    from .checking.report import Report
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..evaluate import needed_for
 from ..program import Program, program_method
+from ..running.evaluate import needed_for
 from .blocks import Anatomy, Block, Branches, Layer, Stream
 from .branches import find_branches
 from .ends import find_embedding, find_head

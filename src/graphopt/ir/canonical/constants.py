@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..evaluate import needed_for
-from ..execute import interpret
+from ..running.evaluate import needed_for
+from ..running.execute import interpret
 
 if TYPE_CHECKING:
     from ..program import Program

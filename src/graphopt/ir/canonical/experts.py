@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..activation import activation_of_experts
-from ..fold import depends_on_weights_alone
 from ..infer import same_size, same_value
+from ..running.activation import activation_of_experts
+from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, is_operator
 from .dense_experts import raise_dense_experts
 from .sorted_experts import raise_sorted_experts

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..examples import rows_of
-from ..execute import interpret
 from ..infer import same_size
 from ..operators.attention import visible_keys
+from ..running.examples import rows_of
+from ..running.execute import interpret
 from ..schema import arguments, is_operator
 from ..sizes import expression, parse_size
 from .constants import constant, depends_on

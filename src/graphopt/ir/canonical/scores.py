@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..fold import depends_on_weights_alone
 from ..infer import same_size
+from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
 from .constants import constant
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...ir.comparison import relative_error
+from ...ir.checking.comparison import relative_error
+from ...ir.checking.streaming import Difference
 from ...ir.errors import VerificationError
-from ...ir.execute import interpret, memory_available
-from ...ir.recurrent_state import states_of
-from ...ir.retype import retyped
+from ...ir.running.execute import interpret, memory_available
+from ...ir.running.recurrent_state import states_of
+from ...ir.running.retype import retyped
 from ...ir.schema import is_operator
 from ...ir.signature import make_fill
-from ..streaming import Difference
 
 if TYPE_CHECKING:
     from ...ir.program import Program

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from ...ir.errors import PassRefusedError
-from ...ir.execute import interpret
 from ...ir.program import Program
-from ...ir.recurrent_state import in_steps, states_of
+from ...ir.running.execute import interpret
+from ...ir.running.recurrent_state import in_steps, states_of
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 
 _SAMPLE = 1 << 20

@@ -9,14 +9,14 @@ import torch
 from torch import fx
 
 from ...ir import groups
-from ...ir.execute import interpret
 from ...ir.program import Program
-from ...ir.ranks import rank_copies, ranks_of, runnable
+from ...ir.ranks.rank_programs import rank_copies, ranks_of, runnable
+from ...ir.running.execute import interpret
 from ...ir.schema import arguments
-from ..metrics import Batch
+from ...measure.metrics import Batch
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 FLOOR = 1e-8
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ir.errors import UsageError
-from ...ir.execute import interpret
 from ...ir.needs import NONZERO, Needs
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
+from ...ir.running.execute import interpret
 from ...ir.vocabulary import kept_tokens, over_all_tokens
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
