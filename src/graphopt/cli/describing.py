@@ -37,9 +37,9 @@ def pass_entry(name: str) -> dict[str, Any]:
         "summary": (cls.__doc__ or "").strip().splitlines()[0],
         "description": (cls.__doc__ or "").strip(),
         "paper": cls.paper,
-        "requires": list(cls.requires),
-        "provides": list(cls.provides),
-        "invalidates": list(cls.invalidates),
+        "requires": [fact.name for fact in cls.requires],
+        "provides": [fact.name for fact in cls.provides],
+        "invalidates": [fact.name for fact in cls.invalidates],
         "options": options,
         "location": pass_locations()[name],
     }
