@@ -30,7 +30,7 @@ ROUNDS = 200
 
 def by_hand(program: graphopt.Program) -> nn.Module:
     """Return the deployed network as somebody would write it: convolutions with the fused kernels, and ReLU."""
-    from graphopt.ir.fold import fold
+    from graphopt.ir.running.fold import fold
     from graphopt.ir.schema import arguments, is_operator
 
     folded = fold(program)

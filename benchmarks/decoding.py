@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import graphopt
+from graphopt.data.tokenizer import Tokenizer
 from graphopt.decoding import (
     AttachedDraft,
     Drafter,
@@ -33,8 +34,7 @@ from graphopt.decoding import (
     Retrieval,
     TokenRecycling,
 )
-from graphopt.frontends.tokenizer import Tokenizer
-from graphopt.generation import texts_of
+from graphopt.decoding.generation import texts_of
 from graphopt.ir.program import Program
 
 HERE = Path(__file__).parents[1] / "examples" / "reference_models"

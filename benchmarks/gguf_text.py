@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import graphopt
-from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.data.tokenizer import Tokenizer
 
 PROMPTS = [
     "The capital of France is",

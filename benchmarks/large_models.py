@@ -49,11 +49,11 @@ def one(layers: int, pipeline: str) -> None:
     torch.set_num_threads(1)
     from graphopt.frontends.huggingface import capture_configuration
     from graphopt.ir.cost import cost
-    from graphopt.ir.serialize import load_program, save_program
+    from graphopt.ir.storage import load_program, save_program
     from graphopt.ir.weights import Drawn
+    from graphopt.measure.context import Context
     from graphopt.passes import parse_pipeline
-    from graphopt.passes.context import Context
-    from graphopt.passes.manager import run_pass
+    from graphopt.passes.framework.manager import run_pass
 
     began, memory = time.perf_counter(), anonymous_bytes()
     program = capture_configuration(configuration(layers))

@@ -24,12 +24,12 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 import graphopt
-from graphopt.backends.qnn.measures import reference
-from graphopt.backends.qnn.run import simulate
-from graphopt.frontends.data import read_data
-from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.backends.onnx.qnn.measures import reference
+from graphopt.backends.onnx.qnn.run import simulate
+from graphopt.data.reading import read_data
+from graphopt.data.tokenizer import Tokenizer
 from graphopt.ir.program import Program
-from graphopt.ir.targets import find_target
+from graphopt.targets import find_target
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

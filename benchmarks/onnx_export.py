@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from graphopt.backends.exported import exported_program
-from graphopt.backends.onnx_graph import build_graph
-from graphopt.backends.onnx_sizes import static_sizes, with_sizes
+from graphopt.backends.checking.sizes import static_sizes
+from graphopt.backends.onnx.graph import build_graph
+from graphopt.backends.onnx.sizes import with_sizes
+from graphopt.backends.torch.exported import exported_program
 from graphopt.frontends.torch_module import capture_module
 
 

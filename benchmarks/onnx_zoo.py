@@ -24,11 +24,11 @@ from rich.progress import track
 from rich.table import Table
 
 import graphopt
-from graphopt.backends.compare_cases import comparison_cases
-from graphopt.backends.onnx_quantized import pairs_in
+from graphopt.backends.checking.cases import comparison_cases
+from graphopt.backends.onnx.quantized import pairs_in
 from graphopt.ir.errors import GraphoptError
-from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
+from graphopt.ir.running.examples import example_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 MORE = {

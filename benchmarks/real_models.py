@@ -116,7 +116,7 @@ def read_sources(program: Any, split: str) -> Sources:
     """Cut the documents of each source into rows of tokens; sources are the packages that ship them."""
     from corpus import FOLDER, write_corpus
 
-    from graphopt.frontends.tokenizer import Tokenizer
+    from graphopt.data.tokenizer import Tokenizer
 
     if not (FOLDER / "manifest.json").is_file():
         write_corpus()
@@ -168,7 +168,7 @@ def in_a_process(job: Path, result: Path) -> subprocess.CompletedProcess[str]:
 def jobs(work: Path, lines: list[Line], threads: int) -> list[dict[str, Any]]:
     """Return what each process is told about the captured program."""
     import graphopt
-    from graphopt.frontends.tokenizer import Tokenizer
+    from graphopt.data.tokenizer import Tokenizer
 
     program = graphopt.load(work / "captured")
     tokenizer = Tokenizer(program)

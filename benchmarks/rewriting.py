@@ -23,7 +23,7 @@ import transformers
 from torch.nn import functional as F
 
 import graphopt
-from graphopt.ir.verify import verify
+from graphopt.ir.checking.verify import verify
 
 
 def model(layers: int):

@@ -139,9 +139,9 @@ def dynamoe(study: Study) -> None:
 
 def shuffled(program: graphopt.Program, delta: float, rows: int) -> float:
     """Perplexity where each layer gives the widths that its router chose to tokens at random."""
-    from graphopt.frontends.data import read_data
-    from graphopt.ir.execute import interpret
-    from graphopt.training.forms import given_choices, nested_blocks
+    from graphopt.data.reading import read_data
+    from graphopt.ir.running.execute import interpret
+    from graphopt.measure.choices import given_choices, nested_blocks
 
     form = given_choices(program)
     choices = [b.parts["choice"] for b in nested_blocks(program)]
@@ -183,8 +183,8 @@ def duo(study: Study) -> None:
 
 def random_routing(program: graphopt.Program, patterns: int, rows: int) -> dict[str, Any]:
     """Perplexities of random patterns of layers, half of them big, and of a random half for every token."""
-    from graphopt.frontends.data import read_data
-    from graphopt.training.forms import given_choices
+    from graphopt.data.reading import read_data
+    from graphopt.measure.choices import given_choices
 
     form = given_choices(program)
     batches = read_data(form, JUDGED, sequences=rows, length=256, shuffle=False)[0]

@@ -29,7 +29,7 @@ from keyword_detector import JUDGED_ON, SETTINGS, SHAPE, TEST_SEED, dataset, tra
 from keyword_network import KeywordDetector, clip_score  # noqa: E402
 
 import graphopt  # noqa: E402
-from graphopt.passes.streaming import initial_state, stream  # noqa: E402
+from graphopt.ir.checking.streaming import initial_state, stream  # noqa: E402
 
 FORMS: dict[str, dict[str, Any]] = {
     "branches": SHAPE,

@@ -22,7 +22,7 @@ import torch
 
 import graphopt
 from graphopt import Program
-from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.data.tokenizer import Tokenizer
 from graphopt.passes import FuseProjections, SkipLayers
 
 PAIRS = Path(__file__).parent / "data" / "sentence_pairs.txt"

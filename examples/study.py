@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import graphopt
-from graphopt.ir.retype import retyped
+from graphopt.ir.running.retype import retyped
 
 HERE = Path(__file__).parent
 MODELS = HERE / "reference_models"
@@ -55,6 +55,6 @@ def perplexity(program: graphopt.Program, sequences: int) -> float:
 
 def calibration(program: graphopt.Program, sequences: int) -> Any:
     """Return calibration batches; passes use the first half of them."""
-    from graphopt.frontends.data import read_data
+    from graphopt.data.reading import read_data
 
     return read_data(program, CALIBRATION, sequences=2 * sequences, length=256)[0]

@@ -15,9 +15,9 @@ from rich.table import Table
 from study import CALIBRATION, HERE, MODELS, Results, calibration, perplexity, reference_model
 
 import graphopt
-from graphopt.distillation import distil_sync_points
-from graphopt.ir.ranks import synchronisations
+from graphopt.ir.ranks.rank_programs import synchronisations
 from graphopt.training import Settings, Shown
+from graphopt.training.distillation import distil_sync_points
 
 BITS = (2, 3, 4, 5, 6, 8)
 KINDS = {
@@ -99,7 +99,7 @@ def study(ranks: int, results: Results, quick: bool) -> None:
 
 def sensitivities(program: graphopt.Program, sequences: int) -> dict[str, float]:
     """Return the sensitivity of each block, by the backward sweep."""
-    from graphopt.passes.context import Context
+    from graphopt.measure.context import Context
     from graphopt.passes.tensor_parallel.sensitivity import backward_sweep
 
     context = Context(calibration(program, sequences), work_dir=MODELS / "runs" / "sensitivity")

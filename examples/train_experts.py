@@ -17,7 +17,7 @@ from study import CALIBRATION, JUDGED, calibration, reference_model
 from torch import nn
 
 import graphopt
-from graphopt.frontends.data import read_data
+from graphopt.data.reading import read_data
 from graphopt.training.recipes import DynaMoE, Recipe
 
 

@@ -66,7 +66,7 @@ def everyones(tmp_path_factory: pytest.TempPathFactory, kind: str, name: str) ->
 @pytest.fixture(scope="session", autouse=True)
 def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Folders are reloaded by forks of one process that has imported transformers; return what does it for users."""
-    from graphopt.backends import huggingface
+    from graphopt.backends.huggingface import save as huggingface
 
     server = ReloadServer(tmp_path_factory.mktemp("reloading") / "said")
     with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +79,7 @@ def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 @pytest.fixture
 def own_process(reloading: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reload folders as users do, in a process of its own."""
-    from graphopt.backends import huggingface
+    from graphopt.backends.huggingface import save as huggingface
 
     monkeypatch.setattr(huggingface, "_child", reloading)
 

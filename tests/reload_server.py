@@ -26,7 +26,7 @@ class ReloadServer:
 
     def __call__(self, arguments: list[str]) -> tuple[int, str]:
         """Run the script that reloads a folder; return its exit status and what it said."""
-        from graphopt.backends.huggingface import SCRIPT
+        from graphopt.backends.huggingface.save import SCRIPT
 
         if self.process is None:
             quiet = {

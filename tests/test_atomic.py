@@ -18,8 +18,8 @@ from forging import everything_in
 
 import graphopt
 from graphopt import CheckpointError, Program, UsageError
-from graphopt.ir.atomic import WriteError, atomic_file, atomic_folder
-from graphopt.ir.safetensors_file import read_header, write_file
+from graphopt.ir.storage.atomic import WriteError, atomic_file, atomic_folder
+from graphopt.ir.storage.safetensors_file import read_header, write_file
 from graphopt.ir.weights import InMemory
 
 IDS = torch.full((2, 5), 7)
@@ -45,7 +45,7 @@ program.save(target) if kind == "save" else program.save_pretrained(target)
 """
 SLOW_FILE = """
 import sys, time
-from graphopt.ir.atomic import atomic_file
+from graphopt.ir.storage.atomic import atomic_file
 with atomic_file(sys.argv[3]) as place:
     place.write_text("half of it")
     print("ready", flush=True)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import graphopt
 from graphopt import CheckpointError
-from graphopt.ir.serialize.write import describe_program
+from graphopt.ir.storage.write import describe_program
 
 # -- files ------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 import graphopt
 from graphopt import CheckpointError, GraphoptError
 from graphopt.frontends.checkpoint_files import read_folder
-from graphopt.ir.safetensors_file import read_header
+from graphopt.ir.storage.safetensors_file import read_header
 
 Folders = Callable[[str], Path]
 

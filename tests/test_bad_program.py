@@ -56,7 +56,7 @@ def test_only_listed_operators_are_called(name: Any, whole: Path, tmp_path: Path
 
 
 def test_the_list_of_operators_holds_none_that_writes_or_reads_files() -> None:
-    from graphopt.ir.serialize.allowed import allowed, operator_of
+    from graphopt.ir.storage.allowed import allowed, operator_of
 
     names = allowed()
     assert len(names) > 300
@@ -118,7 +118,7 @@ def test_it_is_these_checks_that_keep_code_out(
     road: Callable[[Path], Edit], guard: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the check the forgery runs: torch.fx writes such names into the functions it compiles."""
-    import graphopt.ir.serialize.read as reader
+    import graphopt.ir.storage.read as reader
 
     canary = tmp_path / "canary"
     monkeypatch.setattr(reader, guard, lambda name, *rest: name)
@@ -325,7 +325,7 @@ def test_what_does_not_fit_together_is_refused(what: str, whole: Path, tmp_path:
 def test_a_power_that_takes_all_memory_is_refused_before_it_is_computed(base: int, exponent: int) -> None:
     import operator
 
-    from graphopt.ir.serialize.read import _require_sizes
+    from graphopt.ir.storage.read import _require_sizes
 
     _require_sizes(operator.pow, [base % 1000, 2], "small")
     with pytest.raises(CheckpointError, match="absurd power"):

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from graphopt.frontends.compare import compare_outputs
 from graphopt.frontends.torch_module import capture_module
 from graphopt.ir.canonical import canonicalise
-from graphopt.ir.canonical.cleanup import DROPOUTS
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.program import Program
+from graphopt.ir.rewriting.cleanup import DROPOUTS
 from graphopt.ir.schema import is_mutable
-from graphopt.ir.verify import verify
 
 D = torch.float64
 SIZE = 8

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from graphopt.frontends.compare import compare_outputs
 from graphopt.frontends.torch_module import capture_module
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.program import Program
 from graphopt.ir.schema import arguments, is_operator
-from graphopt.ir.verify import verify
 
 D = torch.float64
 HEADS, KV, HEAD, SIZE = 4, 2, 6, 16

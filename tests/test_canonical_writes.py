@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.frontends.compare import compare_outputs
 from graphopt.frontends.torch_module import capture_module
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.schema import is_mutable
-from graphopt.ir.verify import verify
 
 D = torch.float64
 Function = Callable[[Any, torch.Tensor], Any]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from graphopt.frontends.chat_template import render, special_tokens
-from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.data.chat_template import render, special_tokens
+from graphopt.data.tokenizer import Tokenizer
 from graphopt.ir.errors import CheckpointError, UsageError
 
 TALKS: dict[str, list[dict[str, Any]]] = {

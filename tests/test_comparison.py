@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.backends.compare_cases import Case
-from graphopt.backends.onnx_compare import _error as onnx_error
+from graphopt.backends.checking.cases import Case
+from graphopt.backends.onnx.compare import _error as onnx_error
 from graphopt.frontends.compare import counted_error
-from graphopt.ir.comparison import relative_error
+from graphopt.ir.checking.comparison import relative_error
 
 SOURCE = Path(__file__).parents[1] / "src" / "graphopt"
 BESIDE = ("largest", "norm", "element")

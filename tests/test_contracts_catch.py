@@ -15,9 +15,9 @@ from graphopt import ContractError, VerificationError
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator, set_argument
 from graphopt.ir.weights import InMemory
+from graphopt.measure.context import Context
 from graphopt.passes import Exact, Pass, Plan, Site
-from graphopt.passes.context import Context
-from graphopt.passes.manager import run_pipeline
+from graphopt.passes.framework.manager import run_pipeline
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 import graphopt
-from graphopt.frontends.data import read_data
-from graphopt.frontends.tokenizer import Tokenizer
+from graphopt.data.reading import read_data
+from graphopt.data.tokenizer import Tokenizer
 from graphopt.ir.errors import UsageError
 from graphopt.ir.program import Program
 from graphopt.training import Settings

@@ -14,7 +14,7 @@ import torch
 
 import graphopt
 from graphopt import UsageError
-from graphopt.ir.atomic import WriteError
+from graphopt.ir.storage.atomic import WriteError
 
 WRITER = textwrap.dedent(
     """

@@ -18,9 +18,9 @@ import graphopt
 from graphopt.decoding import Draft, Drafter, DraftProgram, PromptLookup, Sampling, TokenRecycling
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.decoding.drafts import Seen
+from graphopt.decoding.generation import with_cache
 from graphopt.decoding.speculating import Loop
 from graphopt.decoding.stopping import Stop
-from graphopt.generation import with_cache
 from graphopt.ir.errors import UsageError
 from graphopt.ir.program import Program
 

@@ -15,7 +15,7 @@ import yaml
 
 from graphopt.cli.app import app
 from graphopt.cli.describing import everything
-from graphopt.passes.registry import BUILT_IN
+from graphopt.passes.framework.registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 NOTES = sorted((ROOT / "docs" / "notes").glob("*.md"))

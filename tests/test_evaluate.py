@@ -85,7 +85,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(program: graphopt.Program,
     path = tmp_path / "one.txt"
     path.write_text(TEXTS[0])
     found = evaluate(program, path, ["perplexity", "bits_per_byte"])
-    from graphopt.frontends.tokenizer import Tokenizer
+    from graphopt.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(program)
     ids = tokenizer.encode(TEXTS[0])
@@ -227,7 +227,7 @@ def test_wrong_use_is_named(
 @pytest.mark.parametrize("at_once", [1, 50, 1 << 21])
 def test_pieces_come_to_the_whole(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong if a piece lost a position, its mask, or its tokens; widened at once, logits take more than a model."""
-    from graphopt.passes import metrics
+    from graphopt.measure import metrics
 
     monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
@@ -254,7 +254,7 @@ def test_divergence_of_logits_of_any_rank(
     shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong if classes of a classifier, which has no positions, were taken for positions."""
-    from graphopt.passes import metrics
+    from graphopt.measure import metrics
 
     monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt import PassRefusedError, PipelineError
-from graphopt.ir.fold import fold
+from graphopt.ir.running.fold import fold
 from graphopt.passes import ExpandBranches
 from graphopt.passes.convolutions.quantisation import ranges
 
@@ -112,7 +112,7 @@ def test_all_branches_train() -> None:
 def test_smaller_kernels_of_causal_convolutions_see_the_latest_frames() -> None:
     network = randomised(CausalNet(5, 1, 1))
     program = graphopt.capture(network, torch.randn(2, 4, 12))
-    from graphopt.passes.context import Context
+    from graphopt.measure.context import Context
 
     plan = ExpandBranches(kernels=[3]).plan(program, Context())
     assert plan.sites[0]["align"] == "last"

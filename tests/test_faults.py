@@ -17,21 +17,11 @@ from graphopt.ir.anatomy import Block
 from graphopt.ir.program import Program
 from graphopt.ir.schema import argument, is_operator, set_argument
 from graphopt.ir.weights import InMemory
-from graphopt.passes import (
-    Exact,
-    FoldNorms,
-    FuseProjections,
-    Pass,
-    Plan,
-    Site,
-    SplitProjections,
-    fold_norms,
-    fuse_projections,
-    scale_columns,
-    split_projections,
-)
-from graphopt.passes.context import Context
-from graphopt.passes.manager import run_pipeline
+from graphopt.measure.context import Context
+from graphopt.passes import Exact, FoldNorms, FuseProjections, Pass, Plan, Site, SplitProjections
+from graphopt.passes.framework.manager import run_pipeline
+from graphopt.passes.projections import fold_norms, fuse_projections, scale_columns
+from graphopt.passes.shared import fused_projections
 
 aten = torch.ops.aten
 Fault = Callable[[Program], None]
@@ -279,7 +269,7 @@ def unchanged(step: Pass, message: str) -> None:
     """Run a pass that must fail with this message, and check that the program is what it was."""
     p = program()
     before, sources = p.text(), {name: weight.source for name, weight in p.weights.items()}
-    facts, history, keys = dict(p.facts), list(p.history), dict(p.checkpoint)
+    facts, history, keys = p.facts.copy(), list(p.history), dict(p.checkpoint)
     outputs = str(p.signature.outputs)
     with pytest.raises((graphopt.ContractError, graphopt.VerificationError), match=message):
         run_pipeline(p, [step], Context())
@@ -326,7 +316,7 @@ def _bias_lost(p: Program, reader: Any, old: Any, bare: Any, weight: Any, bias: 
 ORIGINAL: dict[str, Any] = {
     "_split": fuse_projections._split,
     "_join": fuse_projections._join,
-    "_rows": split_projections._rows,
+    "_rows": fused_projections._rows,
     "scaled_matrix": scale_columns.scaled_matrix,
     "scale_reader": fold_norms.scale_reader,
 }
@@ -338,7 +328,7 @@ RULE_FAULTS: list[tuple[str, Any, str, Any, Pass, Shape]] = [
         FuseProjections(layout="grouped"), Shape(layers=1),
     ),
     (
-        "rows cut off by one", split_projections, "_rows", _shifted_rows,
+        "rows cut off by one", fused_projections, "_rows", _shifted_rows,
         SplitProjections(), Shape(layers=1, qkv="plain"),
     ),
     ("a scale folded twice", scale_columns, "scaled_matrix", _scaled_twice, FoldNorms(), Shape(layers=1)),

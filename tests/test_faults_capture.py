@@ -14,7 +14,9 @@ from torch import fx, nn
 
 import graphopt
 from graphopt.frontends.torch_module import capture_module
-from graphopt.ir.canonical import attention, cleanup, experts, functional, linears, norms, rotary
+from graphopt.ir.canonical import attention, experts, linears, norms, rotary
+from graphopt.ir.rewriting import cleanup
+from graphopt.ir.rewriting import functionalise as functional
 
 ORIGINAL: dict[str, Any] = {
     "split_mask": attention.split_mask,

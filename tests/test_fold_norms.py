@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.frontends.compare import compare_outputs
+from graphopt.ir.checking.verify import compare_programs, verify
 from graphopt.ir.program import Program
-from graphopt.ir.verify import compare_programs, verify
+from graphopt.measure.context import Context
 from graphopt.passes import FoldNorms
-from graphopt.passes.context import Context
-from graphopt.passes.manager import run_pipeline
+from graphopt.passes.framework.manager import run_pipeline
 
 D = torch.float64
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

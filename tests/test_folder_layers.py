@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 
 import graphopt
 from graphopt import LoweringError
-from graphopt.backends import huggingface_layers as layers
+from graphopt.backends.huggingface import layers as layers
 from graphopt.frontends.architecture import tensor_names
 from graphopt.frontends.huggingface import capture_huggingface
 
@@ -79,7 +79,7 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> graphopt.Program:
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders are written with the windows that layers would have by their new numbers."""
-    from graphopt.backends import huggingface
+    from graphopt.backends.huggingface import save as huggingface
 
     right = huggingface.without_layers
 
@@ -127,7 +127,7 @@ def test_a_wrong_window_is_seen_in_few_bits(gemma2: graphopt.Program, tmp_path: 
 def test_a_window_too_long_to_run_is_compared_as_it_was_captured(
     gemma2: graphopt.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphopt.backends import huggingface_compare
+    from graphopt.backends.huggingface import compare as huggingface_compare
 
     monkeypatch.setattr(huggingface_compare, "_FLOPS", 1)
     with pytest.raises(LoweringError, match="attention 1 of the folder's model sees"):
@@ -264,7 +264,7 @@ def test_stages_of_a_backbone_are_counted_anew(tmp_path: Path) -> None:
     """Wrong if a stage were named that is no longer there, which no reader accepts, or another value were given."""
     from transformers import Dinov2Config, Dinov2Model
 
-    from graphopt.backends.huggingface_layers import settings as settings_of
+    from graphopt.backends.huggingface.layers import settings as settings_of
 
     torch.manual_seed(0)
     config = Dinov2Config(

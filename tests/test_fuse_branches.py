@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt import PassRefusedError
-from graphopt.ir.fold import fold
+from graphopt.ir.running.fold import fold
 from graphopt.passes import FuseBranches
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -331,7 +331,7 @@ def test_a_plan_can_leave_groups_out() -> None:
     network = randomised(NETWORKS["repvgg"][0]())
     x = torch.randn(1, 3, 32, 32)
     program = graphopt.capture(network, x)
-    from graphopt.passes.context import Context
+    from graphopt.measure.context import Context
 
     plan = FuseBranches().plan(program, Context())
     assert len(plan.sites) == 4

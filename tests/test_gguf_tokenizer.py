@@ -13,9 +13,9 @@ import transformers
 from tokenizers import Tokenizer
 
 from graphopt import CheckpointError
+from graphopt.data.tokenizer import Tokenizer as Ours
 from graphopt.frontends.gguf.checkpoint import read_gguf
 from graphopt.frontends.gguf.splitting import SPLITTINGS
-from graphopt.frontends.tokenizer import Tokenizer as Ours
 
 
 def _file(tmp_path: Path, vocabulary: str, name: str = "llama", edit: Any = None) -> Path:

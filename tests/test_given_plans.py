@@ -11,7 +11,7 @@ import yaml
 
 import graphopt
 from graphopt.cli.running import run
-from graphopt.passes.plan import Plan, Refused, Site
+from graphopt.passes.framework.plan import Plan, Refused, Site
 
 
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

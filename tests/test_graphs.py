@@ -20,16 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphopt
-from graphopt.backends import genai, genai_folder, onnx_model
-from graphopt.backends.onnx_files import share_weights
-from graphopt.backends.onnx_graph import build_graph
-from graphopt.backends.onnx_parts import cut_points, in_parts
-from graphopt.backends.onnx_sizes import fixed_sizes, with_sizes
+from graphopt.backends.onnx import genai, genai_folder
+from graphopt.backends.onnx import model as onnx_model
+from graphopt.backends.onnx.files import share_weights
+from graphopt.backends.onnx.graph import build_graph
+from graphopt.backends.onnx.parts import cut_points, in_parts
+from graphopt.backends.onnx.sizes import fixed_sizes, with_sizes
 from graphopt.cli.running import run as command
 from graphopt.ir.errors import LoweringError
-from graphopt.ir.examples import example_inputs
-from graphopt.ir.execute import run
 from graphopt.ir.program import Program
+from graphopt.ir.running.examples import example_inputs
+from graphopt.ir.running.execute import run
 
 NPU = "qnn-htp-v75"
 SHAPES = [{"batch": 1, "sequence": 6}, {"batch": 1, "sequence": 1}]
@@ -79,7 +80,7 @@ def test_a_prompts_graph_and_a_steps_read_one_file_of_weights(cached: Program, t
 def test_other_values_in_a_shared_file_are_noticed(
     cached: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphopt.backends import onnx_files
+    from graphopt.backends.onnx import files as onnx_files
 
     honest = onnx_files._refer
     monkeypatch.setattr(onnx_files, "_refer", lambda tensor, offset, length: honest(tensor, 0, length))

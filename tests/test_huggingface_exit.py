@@ -11,8 +11,9 @@ import zoo
 
 import graphopt
 from graphopt import LoweringError
-from graphopt.backends.huggingface_config import renumbered
+from graphopt.backends.huggingface.config import renumbered
 from graphopt.frontends.huggingface import capture_huggingface
+from graphopt.ir.facts import RemovedLayers, note_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_both_ways_of_reloading_say_the_same(
     folder_of, reloading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong if the tests' own way of starting the check saw, or said, something else than the one that users get."""
-    from graphopt.backends import huggingface
+    from graphopt.backends.huggingface import save as huggingface
 
     program = capture_huggingface(folder_of("llama"), compare=False)
     served = program.save_pretrained(tmp_path / "served").errors
@@ -111,7 +112,7 @@ def test_a_tensor_of_a_removed_layer_that_is_still_read_takes_no_name_of_another
 ) -> None:
     """Wrong if the last of two tensors of one name is written."""
     program = capture_huggingface(folder_of("llama"), compare=False).copy()
-    program.facts["renumbered"] = [{"prefix": "model.layers.", "count": 2, "removed": [0]}]
+    note_checkpoint(program, removed_layers=(RemovedLayers("model.layers.", 2, (0,)),))
     with pytest.raises(LoweringError, match="two tensors would be called model.layers.0"):
         program.save_pretrained(tmp_path / "out")
 

@@ -16,13 +16,13 @@ from torch import nn
 
 import graphopt
 from graphopt.decoding.cached import CachedDecoder
+from graphopt.ir.checking.report import PassReport
 from graphopt.ir.errors import ContractError, PassRefusedError, UsageError
 from graphopt.ir.program import Program
-from graphopt.ir.report import PassReport
 from graphopt.ir.schema import is_operator
 from graphopt.ir.weights import InMemory
 from graphopt.passes.caching.comparing import compare_with_cache
-from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.passes.caching.insert_kv_cache import InsertKVCache
 
 DECODERS = [n for n, case in zoo.CASES.items() if case.model.endswith(("CausalLM", "LMHeadModel"))]
 ROWS = [[5, 9, 17, 40, 3, 8, 22], [12], [7, 7, 30]]

@@ -20,7 +20,7 @@ from graphopt.decoding import MaskTokens
 from graphopt.decoding.drafts import Draft, Drafter
 from graphopt.ir.errors import PassRefusedError, PipelineError, UsageError
 from graphopt.ir.program import Program
-from graphopt.ir.retype import retyped
+from graphopt.ir.running.retype import retyped
 from graphopt.ir.weights import InMemory
 from graphopt.training import Settings
 from graphopt.training.recipes import MaskTokens as Recipe

@@ -13,11 +13,11 @@ from test_fold_norms import CONVOLUTIONS, NORMS
 from torch import nn
 
 import graphopt
+from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.program import Program
-from graphopt.ir.verify import compare_programs
+from graphopt.measure.context import Context
 from graphopt.passes import Exact, Pass, Plan, Site
-from graphopt.passes.context import Context
-from graphopt.passes.manager import run_pipeline
+from graphopt.passes.framework.manager import run_pipeline
 
 B, H, S, D = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ROUNDING = {B: 2e-2, H: 3e-3, S: 1e-5}

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.backends.onnx import lower_onnx
-from graphopt.ir.examples import example_inputs
+from graphopt.backends.onnx.lower import lower_onnx
+from graphopt.ir.checking.verify import compare_programs
+from graphopt.ir.facts import Capture
 from graphopt.ir.operators import routed_ffn
 from graphopt.ir.operators.activations import ACTIVATIONS, activate
 from graphopt.ir.program import Program
+from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.schema import arguments
-from graphopt.ir.verify import compare_programs
 
 BASE: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -79,7 +80,7 @@ def test_one_operator_and_a_dial(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     program = programs[name]
-    assert program.operators["graphopt.routed_ffn"] == 1, program.facts.get("unraised_experts")
+    assert program.operators["graphopt.routed_ffn"] == 1, program.facts.get(Capture)
     done = graphopt.optimize(program, "dial-top-k")
     assert not done.report.passes[-1].refused
     inputs = example_inputs(program)

@@ -13,8 +13,8 @@ import graphopt
 from graphopt.ir.compat import symbol_range
 from graphopt.ir.errors import GraphoptError
 from graphopt.ir.program import Program
-from graphopt.passes.context import Context
-from graphopt.passes.registry import BUILT_IN, find_pass
+from graphopt.measure.context import Context
+from graphopt.passes.framework.registry import BUILT_IN, find_pass
 
 
 def state(program: Program) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def state(program: Program) -> dict[str, Any]:
 
 
 def data_of(program: Program) -> list[dict[str, torch.Tensor]]:
-    from graphopt.ir.examples import example_inputs
+    from graphopt.ir.running.examples import example_inputs
 
     return [example_inputs(program, seed=seed) for seed in range(2)]
 

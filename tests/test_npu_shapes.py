@@ -10,13 +10,13 @@ import torch
 from branch_networks import resnet
 
 import graphopt
-from graphopt.backends.qnn import run
+from graphopt.backends.onnx.qnn import run
 from graphopt.ir.errors import LoweringError
-from graphopt.ir.examples import example_inputs
 from graphopt.ir.program import Program
+from graphopt.ir.running.examples import example_inputs
+from graphopt.ir.running.recurrent_state import begun, in_steps
 from graphopt.ir.schema import arguments, is_operator
-from graphopt.ir.sides import host_nodes
-from graphopt.passes.carried import begun, in_steps
+from graphopt.targets.partition import host_nodes
 
 NPU = "qnn-htp-v75"
 FIT = "fold-norms{allow_no_match=true}, fit-target{allow_no_match=true}"

@@ -12,10 +12,13 @@ import torch
 import zoo
 from torch import nn
 
-from graphopt.backends import onnx as lowering
-from graphopt.backends import onnx_check, onnx_cleanup, onnx_model
-from graphopt.backends.onnx import OPSETS, lower_onnx
-from graphopt.backends.onnx_sizes import static_sizes, with_sizes
+from graphopt.backends.checking.sizes import static_sizes
+from graphopt.backends.onnx import check as onnx_check
+from graphopt.backends.onnx import cleanup as onnx_cleanup
+from graphopt.backends.onnx import lower as lowering
+from graphopt.backends.onnx import model as onnx_model
+from graphopt.backends.onnx.lower import OPSETS, lower_onnx
+from graphopt.backends.onnx.sizes import with_sizes
 from graphopt.frontends.torch_module import capture_module
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Dial, Program
@@ -427,7 +430,7 @@ def test_importing_asks_for_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure: graphopt cannot be imported where onnx is not installed."""
     for package in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
-    for name in [n for n in sys.modules if n.startswith("graphopt.backends.onnx")]:
+    for name in [n for n in sys.modules if n.startswith("graphopt.backends.onnx.lower")]:
         # the package has the module as an attribute too, which comes back as the old one
         parent, _, child = name.rpartition(".")
         monkeypatch.setattr(sys.modules[parent], child, sys.modules[name])

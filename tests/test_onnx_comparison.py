@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.backends import onnx_model
-from graphopt.backends.compare_cases import Case, comparison_cases
+from graphopt.backends.checking.cases import Case, comparison_cases
+from graphopt.backends.onnx import model as onnx_model
 from graphopt.ir.errors import LoweringError
+from graphopt.ir.facts import Quantized
 from graphopt.ir.program import Dial, Program
 from graphopt.ir.schema import is_operator
 
@@ -232,7 +233,7 @@ def test_wrong_steps_of_a_quantised_file_are_noticed(
 
 
 def test_reference_that_is_no_number_is_no_agreement() -> None:
-    from graphopt.backends.qnn.measures import signal_to_noise
+    from graphopt.backends.onnx.qnn.measures import signal_to_noise
 
     assert signal_to_noise(numpy.ones(3), numpy.array([1.0, numpy.nan, 1.0])) == -200.0
 
@@ -253,7 +254,7 @@ class Cancelling(torch.nn.Module):
 def test_errors_count_beside_what_the_type_costs_the_program_itself(
     size: float, share: float, holds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphopt.backends import onnx_compare
+    from graphopt.backends.onnx import compare as onnx_compare
 
     x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
     program = graphopt.capture(Cancelling(size), x)
@@ -282,10 +283,10 @@ def test_a_deep_quantised_program_is_judged_beside_its_own_arithmetic(
     own: float, lost: float, taken: bool, captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A runtime that is 0.05 away is right where the program in float64 is about as far, and never beyond all that was lost."""
-    from graphopt.backends import onnx_compare
+    from graphopt.backends.onnx import compare as onnx_compare
 
     program = captured("llama").copy()
-    program.facts["quantized"] = {"activations": 16, "weights": 8}
+    program.facts.add(Quantized(weights=8, activations=16))
     inputs = program.bind((), {"input_ids": torch.arange(3, 15).reshape(2, 6)})
     errors = iter([0.05, own])
     monkeypatch.setattr(onnx_compare, "without_rounding", lambda program: program)

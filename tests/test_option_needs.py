@@ -16,7 +16,7 @@ import graphopt
 from graphopt import PipelineError
 from graphopt.ir.needs import alternatives, matters
 from graphopt.ir.option import check, default_of, help_of, options_of
-from graphopt.passes.registry import BUILT_IN, find_pass
+from graphopt.passes.framework.registry import BUILT_IN, find_pass
 from graphopt.training.recipes import METHODS, find_method
 
 OWNERS: dict[str, type] = {name: find_pass(name) for name in BUILT_IN} | dict(METHODS)
@@ -146,8 +146,8 @@ KNOWN_RECIPES = {
 @pytest.mark.parametrize("text", [*KNOWN, *KNOWN_RECIPES])
 def test_options_that_once_did_nothing(text: str) -> None:
     """Wrong if one of these ran, and did what it does without the option."""
-    from graphopt.learning import as_method
     from graphopt.passes import parse_pipeline
+    from graphopt.training.learning import as_method
 
     read: Any = parse_pipeline if text in KNOWN else as_method
     option, other = (KNOWN | KNOWN_RECIPES)[text]

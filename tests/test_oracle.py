@@ -15,10 +15,10 @@ import torch
 import graphopt
 from graphopt.cli.running import run
 from graphopt.ir.errors import UsageError
-from graphopt.ir.paths import Paths
 from graphopt.ir.program import Program
-from graphopt.passes.context import Context
-from graphopt.training.forms import given_choices
+from graphopt.measure.choices import given_choices
+from graphopt.measure.context import Context
+from graphopt.measure.paths import Paths
 
 
 def token_rows(count: int = 2, length: int = 12) -> list[dict[str, torch.Tensor]]:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt import PassRefusedError, PipelineError
-from graphopt.ir.verify import compare_programs
+from graphopt.ir.checking.verify import compare_programs
 from graphopt.passes import SkipLayers
-from graphopt.passes.layer_scores import unified_rule
+from graphopt.passes.depth.layer_scores import unified_rule
 
 SETTINGS = settings(
     max_examples=examples(18), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.frontends.compare import compare_outputs
+from graphopt.ir.checking.verify import compare_programs, verify
 from graphopt.ir.program import Program
-from graphopt.ir.verify import compare_programs, verify
+from graphopt.measure.context import Context
 from graphopt.passes import FoldNorms, FuseProjections, Pass, SplitProjections
-from graphopt.passes.context import Context
-from graphopt.passes.manager import run_pipeline
+from graphopt.passes.framework.manager import run_pipeline
 
 
 @lru_cache(maxsize=64)
@@ -42,7 +42,7 @@ def run(program: Program, *passes: Pass) -> Program:
 
 def weights_as_used(program: Program) -> dict[str, torch.Tensor]:
     """Return the matrix of each linear, computed, keyed by the sum of what it holds."""
-    from graphopt.ir.execute import interpret
+    from graphopt.ir.running.execute import interpret
     from graphopt.ir.schema import is_operator
 
     found: dict[str, torch.Tensor] = {}

@@ -15,8 +15,8 @@ from forging import everything_in
 
 import graphopt
 from graphopt.cli.places import place, written_here
-from graphopt.ir.atomic import atomic_file, atomic_folder, keeping, set_aside
 from graphopt.ir.errors import UsageError
+from graphopt.ir.storage.atomic import atomic_file, atomic_folder, keeping, set_aside
 
 # each command with something to write, up to its -o
 COMMANDS = {

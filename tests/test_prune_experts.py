@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import graphopt
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.errors import PassRefusedError, PipelineError
-from graphopt.ir.examples import example_inputs
-from graphopt.ir.execute import interpret
 from graphopt.ir.program import Program
+from graphopt.ir.running.examples import example_inputs
+from graphopt.ir.running.execute import interpret
 from graphopt.ir.schema import arguments
 
 MIXTURES = [name for name, case in zoo.CASES.items() if case.blocks.get("experts")]
@@ -126,8 +126,8 @@ def test_the_way_back_goes_on_below_casts_and_views_of_a_router(name: str, tmp_p
 
 
 def test_scores_follow_the_router(captured: Callable[[str], Program]) -> None:
-    from graphopt.passes.context import Context
-    from graphopt.passes.width.experts import expert_scores
+    from graphopt.measure.context import Context
+    from graphopt.passes.experts.selecting import expert_scores
 
     program = captured("mixtral")
     blocks = program.anatomy.experts

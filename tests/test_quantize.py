@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphopt
-from graphopt.backends.host_split import split
-from graphopt.backends.onnx_quantized import pairs_in, without_rounding
-from graphopt.backends.onnx_sizes import fixed_sizes, with_sizes
-from graphopt.backends.qnn import run as compiler
+from graphopt.backends.onnx.host_partition import split
+from graphopt.backends.onnx.qnn import run as compiler
+from graphopt.backends.onnx.quantized import pairs_in, without_rounding
+from graphopt.backends.onnx.sizes import fixed_sizes, with_sizes
 from graphopt.ir.errors import ContractError, LoweringError, PassRefusedError, PipelineError
-from graphopt.ir.execute import run
+from graphopt.ir.facts import Quantized
 from graphopt.ir.operators.quantize import INTEGERS
 from graphopt.ir.program import Program
+from graphopt.ir.running.execute import run
 from graphopt.ir.schema import is_operator
-from graphopt.passes.manager import run_totals
-from graphopt.passes.plan import Plan
+from graphopt.passes.framework.manager import run_totals
+from graphopt.passes.framework.plan import Plan
 from graphopt.passes.quantization import values
-from graphopt.passes.quantize import Quantize
+from graphopt.passes.quantization.quantize import Quantize
 
 NPU = "qnn-htp-v75"
 needs_compiler = pytest.mark.skipif(not compiler.available(), reason="onnxruntime-qnn is not installed")
@@ -98,7 +99,7 @@ def test_rounding_is_that_of_integers(values: list[float], scale: float, dtype: 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert"])
 def test_fitted_programs_compute_the_same(name: str, captured: Callable[[str], Program]) -> None:
     """Padding included, where a row sees something; wrong if a window, a cap or a grouped head were lost."""
-    from graphopt.ir.examples import example_inputs
+    from graphopt.ir.running.examples import example_inputs
 
     program = captured(name)
     made = graphopt.optimize(program, "fit-target{allow_no_match=true}")
@@ -130,7 +131,7 @@ def test_more_bits_are_nearer(bits: int, least: float, net: Program) -> None:
     assert cost["parameter_bytes"] < 0.27 * before["parameter_bytes"] + 100, "weights are counted as floats"
     assert cost["flops"] == before["flops"], "rounding is counted as work"
     assert cost["bytes"] < 0.6 * before["bytes"]
-    assert done.facts["quantized"]["kind"] == f"w8a{bits}"
+    assert done.facts[Quantized].kind == f"w8a{bits}"
     assert "quantize" in str(done.report)
 
 
@@ -271,8 +272,8 @@ def test_a_plan_without_roundings_of_inputs_and_matrices_is_refused(net: Program
 
 
 def _plan(program: Program, data: Any) -> Plan:
-    from graphopt.passes.context import Context
-    from graphopt.passes.quantize import Quantize
+    from graphopt.measure.context import Context
+    from graphopt.passes.quantization.quantize import Quantize
 
     return Quantize().plan(program, Context(data))
 
@@ -344,7 +345,7 @@ def test_roundings_by_their_shapes_write_the_same_file(
     """Wrong if what only saves the exporter's time left something out of the file."""
     import contextlib
 
-    from graphopt.backends import onnx_graph
+    from graphopt.backends.onnx import graph as onnx_graph
     from graphopt.ir.operators.library import KERNELS
 
     done = quantized(graphopt.optimize(captured("llama"), "fit-target"), tokens(), activations=8)
@@ -420,7 +421,7 @@ def test_a_quantised_network_on_the_npu(weights: int, net: Program, tmp_path: Pa
 
 def test_random_inputs_stay_within_the_ranges_of_calibration() -> None:
     """Wrong if a check gave a device numbers that its ranges cut off: it need not cut them off where ONNX Runtime does."""
-    from graphopt.backends.onnx_calibrated import within_ranges
+    from graphopt.backends.checking.calibrated import within_ranges
 
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))

@@ -24,7 +24,7 @@ from graphopt.ir.operators.quantized import (
     unpack,
 )
 from graphopt.ir.program import Program
-from graphopt.passes.context import Context
+from graphopt.measure.context import Context
 from graphopt.passes.tensor_parallel.calibration import Extremes
 
 SUM = torch.ops.graphopt.quantized_sum.default
@@ -227,8 +227,8 @@ def test_calibration_counts_no_padding() -> None:
 
 
 def test_ranges_survive_in_the_plan(tmp_path: Path) -> None:
-    from graphopt.passes import kept_tensors
-    from graphopt.passes.quantize_communication import QuantizeCommunication
+    from graphopt.passes.framework import kept_tensors
+    from graphopt.passes.tensor_parallel.quantize_communication import QuantizeCommunication
 
     program = sharded()
     step = QuantizeCommunication()
@@ -252,7 +252,7 @@ def test_refusals() -> None:
         graphopt.optimize(sharded(), "quantize-communication")
     done = graphopt.optimize(sharded(), "quantize-communication{group=32 outliers=none}")
     assert done.operators["graphopt.quantized_all_reduce"] == 4, "scales made at run time need no data"
-    with pytest.raises(PipelineError, match="cannot run on a program that is quantized_communication"):
+    with pytest.raises(PipelineError, match="cannot run on a program that is sending few bits"):
         graphopt.optimize(done, "drop-sync-points{fraction=1}")
     with pytest.raises(PipelineError, match="allowed is from 2 to 8"):
         graphopt.optimize(sharded(), "quantize-communication{bits=1}")

@@ -13,17 +13,9 @@ from hypothesis import strategies as st
 import graphopt
 from graphopt.ir.errors import PipelineError, UsageError
 from graphopt.ir.program import Program
+from graphopt.measure.choices import given_choices, nested_blocks, way_widths
 from graphopt.training import Settings
-from graphopt.training.forms import (
-    given_choices,
-    nested_blocks,
-    router_weights,
-    shown_routers,
-    soft_choices,
-    soft_experts,
-    way_widths,
-    with_weights,
-)
+from graphopt.training.forms import router_weights, shown_routers, soft_choices, soft_experts, with_weights
 from graphopt.training.recipes import METHODS, PHDS, DuoDistil, DuoRouters, DynaMoE, difficulty, find_method
 
 dialect = torch.ops.graphopt

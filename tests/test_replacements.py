@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.program import Program
-from graphopt.ir.verify import verify
 
 D = torch.float64
 TABLE = torch.arange(8, dtype=D) - 3

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.frontends.torch_module import capture_module
-from graphopt.ir.match import Matcher, find
-from graphopt.ir.pattern import Either, Wild, call
+from graphopt.ir.checking.verify import compare_programs, verify
 from graphopt.ir.program import Program
-from graphopt.ir.rewrite import Rewrites
+from graphopt.ir.rewriting.match import Matcher, find
+from graphopt.ir.rewriting.pattern import Either, Wild, call
+from graphopt.ir.rewriting.rewrite import Rewrites
 from graphopt.ir.schema import is_operator
-from graphopt.ir.verify import compare_programs, verify
 
 D = torch.float64
 Model = Callable[..., Any]

@@ -16,11 +16,11 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.running import run
-from graphopt.ir.canonical.spellings import SPELLINGS, respelled
 from graphopt.ir.errors import CheckpointError
-from graphopt.ir.fold import fold
-from graphopt.ir.serialize.allowed import allowed, name_of, operator_of
-from graphopt.ir.serialize.aten import ATEN, REFUSED
+from graphopt.ir.rewriting.respelling import SPELLINGS, respelled
+from graphopt.ir.running.fold import fold
+from graphopt.ir.storage.allowed import allowed, name_of, operator_of
+from graphopt.ir.storage.aten import ATEN, REFUSED
 
 D = torch.float64
 

@@ -12,8 +12,8 @@ import torch
 
 import graphopt
 from graphopt import Program
-from graphopt.ir import execute
-from graphopt.ir.safetensors_file import SafetensorsEntry
+from graphopt.ir.running import execute
+from graphopt.ir.storage.safetensors_file import SafetensorsEntry
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.program import Program
-from graphopt.ir.verify import verify
+from graphopt.measure.context import Context, Silent
 from graphopt.passes import FoldNorms, FuseProjections, SkipLayers
-from graphopt.passes.context import Context, Silent
-from graphopt.passes.layer_scores import unified_rule
-from graphopt.passes.manager import run_pipeline
+from graphopt.passes.depth.layer_scores import unified_rule
+from graphopt.passes.framework.manager import run_pipeline
 
 PLACEMENTS = ["pre", "post", "sandwich", "parallel"]
 

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphopt
+from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.cost.active import ActiveWork, choices_of
 from graphopt.ir.errors import LoweringError, PassRefusedError, PipelineError, UsageError
-from graphopt.ir.examples import example_inputs
-from graphopt.ir.execute import interpret
 from graphopt.ir.export_blockers import export_blockers
 from graphopt.ir.program import Program
-from graphopt.ir.verify import compare_programs
+from graphopt.ir.running.examples import example_inputs
+from graphopt.ir.running.execute import interpret
 from graphopt.ir.weights import InMemory
-from graphopt.training.forms import given_choices
+from graphopt.measure.choices import given_choices
 
 # one of each kind of feed-forward, norm, mixer and storage; all others of the zoo are near one of these
 DENSE = (

@@ -18,7 +18,7 @@ import graphopt
 from graphopt.frontends import compare_checkpoint, stored_values
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.errors import CheckpointError
-from graphopt.ir.safetensors_file import read_header
+from graphopt.ir.storage.safetensors_file import read_header
 
 
 def changed(folder: Path, **changes: Any) -> Path:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt import PassRefusedError, UsageError
-from graphopt.passes.streaming import initial_state, stream
+from graphopt.ir.checking.streaming import initial_state, stream
 
 D = torch.float64
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt import ContractError, PassRefusedError, UsageError
-from graphopt.passes.streaming import initial_state, stream
+from graphopt.ir.checking.streaming import initial_state, stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reference_models"))
 D = torch.float64
@@ -138,7 +138,7 @@ def test_what_does_not_stream_is_refused(network: nn.Module, reason: str) -> Non
 
 def test_a_state_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The contract must see what the trial could not: here the pass itself is made to be a frame late."""
-    from graphopt.passes import stream_convolutions as module
+    from graphopt.passes.convolutions import stream_convolutions as module
 
     original = module.StreamConvolutions.rewrite
 

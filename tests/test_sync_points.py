@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphopt
-from graphopt.distillation import block_pair, distil_sync_points
 from graphopt.ir.errors import PassRefusedError, PipelineError, UsageError
-from graphopt.ir.execute import interpret
 from graphopt.ir.program import Program
-from graphopt.ir.ranks import synchronisations
+from graphopt.ir.ranks.rank_programs import synchronisations
+from graphopt.ir.running.execute import interpret
 from graphopt.ir.weights import InMemory
-from graphopt.passes.context import Context
+from graphopt.measure.context import Context
 from graphopt.passes.tensor_parallel.grouping import match, scatter
 from graphopt.passes.tensor_parallel.sensitivity import classify
 from graphopt.passes.tensor_parallel.sync_points import drop, find_sync_points
 from graphopt.training import Settings
+from graphopt.training.distillation import block_pair, distil_sync_points
 
 
 def shape(**options: object) -> Shape:

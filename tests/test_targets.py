@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.backends import onnx_target
-from graphopt.backends.qnn import run
-from graphopt.backends.qnn.measures import signal_to_noise
+from graphopt import targets
+from graphopt.backends.onnx import target as onnx_target
+from graphopt.backends.onnx.qnn import run
+from graphopt.backends.onnx.qnn.measures import signal_to_noise
 from graphopt.backends.sweep.cases import CASES
 from graphopt.backends.sweep.verdicts import DEVICES, differences, verdict
 from graphopt.cli.running import run as command
-from graphopt.ir import targets
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Program
 
@@ -179,7 +179,7 @@ def test_a_compiler_that_crashes_or_hangs_is_ended_and_heard(
     found = run.simulate(tmp_path / "m.onnx", [], soc=57, arch=75, timeout=2)
     assert said in found.error
     monkeypatch.setattr(onnx_target, "simulate", lambda *a, **k: found)
-    monkeypatch.setattr("graphopt.backends.onnx.require_compiler", lambda: None)
+    monkeypatch.setattr("graphopt.backends.onnx.lower.require_compiler", lambda: None)
     with pytest.raises(LoweringError) as told:
         program().lower("onnx", tmp_path / "out", target=NPU, check=True)
     assert said in told.value.message

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import graphopt
 from graphopt.api import plan_passes
+from graphopt.ir.checking.verify import verify
 from graphopt.ir.errors import PassRefusedError, PipelineError, UsageError, VerificationError
-from graphopt.ir.placement import PARTIAL, WHOLE, Shard, placements
 from graphopt.ir.program import Program
-from graphopt.ir.ranks import rank_program, synchronisations, unrolled
-from graphopt.ir.verify import verify
+from graphopt.ir.ranks.placement import PARTIAL, WHOLE, Shard, placements
+from graphopt.ir.ranks.rank_programs import rank_program, synchronisations, unrolled
 from graphopt.ir.weights import load_part
-from graphopt.passes.context import Context
+from graphopt.measure.context import Context
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 
@@ -91,7 +91,7 @@ def test_one_rank_is_the_model() -> None:
 
 def test_each_rank_reads_only_its_own_part(tmp_path: Path, checkpoint) -> None:
     """A rank that loaded whole matrices would need the memory of the whole model."""
-    from graphopt.ir.fold import fold
+    from graphopt.ir.running.fold import fold
     from graphopt.ir.weights import SafetensorsEntry
 
     sharded = graphopt.optimize(checkpoint("llama"), "shard-tensor-parallel{size=2}")
@@ -127,7 +127,7 @@ def test_a_part_of_a_tensor_is_read_from_its_place(
 ) -> None:
     from safetensors.torch import save_file
 
-    from graphopt.ir.safetensors_file import read_header
+    from graphopt.ir.storage.safetensors_file import read_header
 
     path = tmp_path_factory.mktemp("part") / "t.safetensors"
     tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
@@ -169,8 +169,8 @@ def test_huggingface_plan_says_what_is_cut(tmp_path: Path, checkpoint) -> None:
 def test_mixtures_are_cut_by_width_or_by_expert(captured, name: str, how: str) -> None:
     program = captured(name)
     sharded = graphopt.optimize(program, f"shard-tensor-parallel{{size=2 experts={how}}}")
-    from graphopt.ir.examples import example_inputs
-    from graphopt.ir.verify import compare_programs
+    from graphopt.ir.checking.verify import compare_programs
+    from graphopt.ir.running.examples import example_inputs
 
     ((_, plan),) = plan_passes(program, f"shard-tensor-parallel{{size=2 experts={how}}}", Context())
     assert {s["by"] for s in plan.sites if s.block.startswith("experts")} == {how}
@@ -194,7 +194,7 @@ def test_sharded_program_trains_in_one_process() -> None:
 
 
 def test_sharding_twice_is_refused() -> None:
-    with pytest.raises(PipelineError, match="cannot run on a program that is tensor_parallel"):
+    with pytest.raises(PipelineError, match="cannot run on a program that is sharded"):
         graphopt.optimize(captured(Shape()), "shard-tensor-parallel{size=2}, shard-tensor-parallel{size=2}")
     with pytest.raises(PipelineError, match="say how many ranks"):
         graphopt.optimize(captured(Shape()), "shard-tensor-parallel")

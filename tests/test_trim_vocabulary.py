@@ -14,6 +14,7 @@ import graphopt
 from graphopt import PassRefusedError, Program
 from graphopt.decoding.drafters import DraftProgram
 from graphopt.ir.errors import LoweringError, UsageError
+from graphopt.ir.facts import ExportBlockers, Vocabulary
 from graphopt.ir.vocabulary import kept_tokens, over_all_tokens
 
 SIZE, ROWS = 101, [[5, 9, 33], [7, 8]]
@@ -149,8 +150,8 @@ def test_keeping_all_tokens_changes_nothing() -> None:
     for text in ("keep=101", "fraction=1.0"):
         done = graphopt.optimize(model(), f"trim-vocabulary{{{text}}}")
         assert done.text() == model().text()
-        assert "vocabulary" not in done.facts
-        assert "export_blockers" not in done.facts
+        assert Vocabulary not in done.facts
+        assert ExportBlockers not in done.facts
 
 
 def test_measuring_counts_what_is_gone_as_impossible() -> None:
@@ -210,8 +211,8 @@ def test_the_likeliest_entries_of_trimmed_heads_are_tokens() -> None:
 @pytest.mark.parametrize("recipe", ["draft", "medusa", "medusa{targets=model}"])
 def test_trimmed_heads_learn_what_they_can_say(recipe: str) -> None:
     """Wrong if tokens that a head does not have were its targets, or the wrong rows were."""
-    from graphopt.learning import as_method
     from graphopt.training import Settings
+    from graphopt.training.learning import as_method
 
     output = "draft_logits" if recipe == "draft" else "multi_token_logits"
     done = attached(output)
@@ -250,7 +251,7 @@ def test_trimmed_heads_learn_what_they_can_say(recipe: str) -> None:
 
 def test_what_would_take_places_for_tokens_refuses(tmp_path: Path) -> None:
     """Wrong if another way out wrote a program that says the wrong tokens, or training ended in an index error."""
-    from graphopt.backends.genai import lower_genai
+    from graphopt.backends.onnx.genai import lower_genai
     from graphopt.training import Settings
 
     done = graphopt.optimize(model(), "trim-vocabulary{keep=20}, insert-kv-cache{max_length=16}")

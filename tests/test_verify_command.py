@@ -12,7 +12,7 @@ import torch
 
 import graphopt
 from graphopt.ir.program import Program
-from graphopt.ir.retype import retyped
+from graphopt.ir.running.retype import retyped
 from graphopt.ir.weights import InMemory
 
 

@@ -11,7 +11,7 @@ import torch
 import graphopt
 from graphopt import Program
 from graphopt.api import plan_passes
-from graphopt.passes.context import Context
+from graphopt.measure.context import Context
 
 WIDTH = "split-ffn{score=peak}, extract-width{width=0.25}"
 EXPERTS = "prune-experts{fraction=0.5 score=random}"
@@ -128,7 +128,7 @@ def test_a_refusal_prints_no_traceback_of_torch(
 
 def test_a_matrix_read_whole_elsewhere_stays_what_it_was() -> None:
     """Wrong if the checkpoint's tensor became the part, though another reader has the whole."""
-    from graphopt.passes.way_back import follow
+    from graphopt.passes.shared.weight_mapping import follow
 
     program = graphopt.capture(torch.nn.Linear(4, 4), torch.randn(2, 4)).copy()
     weight = next(n for n in program.weight_nodes if n.meta["val"].dim() == 2)

@@ -17,9 +17,9 @@ from torch import nn
 import graphopt
 from graphopt.ir.errors import PassRefusedError, PipelineError
 from graphopt.ir.program import Program
-from graphopt.passes.context import Context
-from graphopt.passes.kept_tensors import kept
-from graphopt.passes.prune_ffn import cfsp_ratios
+from graphopt.measure.context import Context
+from graphopt.passes.framework.kept_tensors import kept
+from graphopt.passes.width.prune_ffn import cfsp_ratios
 from graphopt.passes.width.scores import SCORES, hidden_scores
 
 
@@ -139,7 +139,7 @@ def test_narrow_folders_load_elsewhere(
     again = capture_huggingface(tmp_path / "hf")
     width = program.anatomy.ffn[0].sizes["width"]
     assert {b.sizes["width"] for b in again.anatomy.ffn} == {width * 3 // 4}
-    from graphopt.ir.examples import example_inputs
+    from graphopt.ir.running.examples import example_inputs
 
     inputs = example_inputs(program)
     for key, value in done(**inputs).items():
@@ -161,7 +161,7 @@ def test_different_widths_are_not_written(
 
 def test_layers_that_share_weights_get_one_order(captured: Callable[[str], Program]) -> None:
     program = captured("albert")
-    from graphopt.ir.examples import example_inputs
+    from graphopt.ir.running.examples import example_inputs
 
     inputs = example_inputs(program)
     batches = [dict(inputs) for _ in range(2)]

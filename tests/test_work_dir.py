@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import graphopt
-from graphopt.ir.content import source_hash, whole_hash
-from graphopt.ir.safetensors_file import read_header
+from graphopt.ir.storage.content import source_hash, whole_hash
+from graphopt.ir.storage.safetensors_file import read_header
 from graphopt.ir.weights import Absent, Drawn, InMemory
 from graphopt.passes import Context, find_pass
-from graphopt.passes.kept_tensors import kept
+from graphopt.passes.framework.kept_tensors import kept
 
 
 def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answering import answer
     from .api import capture, load, optimize
-    from .evaluation import Evaluation, evaluate
-    from .generation import generate, stream
+    from .decoding.answering import answer
+    from .decoding.generation import generate, stream
     from .ir.cost import cost
     from .ir.errors import (
         CaptureError,
@@ -22,26 +21,27 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .ir.program import Program
-    from .ir.rewrite import rewrite
-    from .learning import train
-    from .oracle import routing_oracle
-    from .sweeping import sweep
+    from .ir.rewriting.rewrite import rewrite
+    from .measure.evaluation import Evaluation, evaluate
+    from .measure.oracle import routing_oracle
+    from .measure.sweeping import sweep
+    from .training.learning import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("capture", "load", "optimize"), "graphopt.api"),
-    "answer": "graphopt.answering",
+    "answer": "graphopt.decoding.answering",
     "cost": "graphopt.ir.cost",
-    "Evaluation": "graphopt.evaluation",
-    "evaluate": "graphopt.evaluation",
+    "Evaluation": "graphopt.measure.evaluation",
+    "evaluate": "graphopt.measure.evaluation",
     "Program": "graphopt.ir.program",
-    "rewrite": "graphopt.ir.rewrite",
-    "generate": "graphopt.generation",
-    "stream": "graphopt.generation",
-    "routing_oracle": "graphopt.oracle",
-    "sweep": "graphopt.sweeping",
-    "train": "graphopt.learning",
+    "rewrite": "graphopt.ir.rewriting.rewrite",
+    "generate": "graphopt.decoding.generation",
+    "stream": "graphopt.decoding.generation",
+    "routing_oracle": "graphopt.measure.oracle",
+    "sweep": "graphopt.measure.sweeping",
+    "train": "graphopt.training.learning",
     **dict.fromkeys(
         (
             "CaptureError",

@@ -11,29 +11,33 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .frontends.data import read_data
+from .data.reading import read_data
 from .frontends.torch_module import Inputs, bind_inputs
 from .ir.cost import cost
 from .ir.errors import CheckpointError, LoweringError, UsageError
-from .ir.examples import example_inputs
-from .ir.program import EXITS, Program
-from .ir.ranks import ranks_of
-from .ir.serialize import load_program, save_program
-from .ir.serialize.write import is_saved_program
-from .passes.base import Pass
-from .passes.context import Context, Progress
-from .passes.holding import Verify
-from .passes.manager import check_order, run_pipeline
-from .passes.metrics import Batch
-from .passes.pipeline import as_passes
-from .passes.plan import Plan, read_plans
+from .ir.program import METHODS, Model, Program
+from .ir.ranks.rank_programs import ranks_of
+from .ir.running.examples import example_inputs
+from .ir.storage import load_program, save_program
+from .ir.storage.manifest import is_saved_program
+from .measure.context import Context, Progress
+from .measure.metrics import Batch
+from .passes.framework.base import Pass
+from .passes.framework.holding import Verify
+from .passes.framework.manager import check_order, run_pipeline
+from .passes.framework.pipeline import as_passes
+from .passes.framework.plan import Plan, read_plans
 
-Model = nn.Module | ExportedProgram | Program | str | os.PathLike[str]
 Data = str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]] | None
 
 
 def capture(
-    model: Model, inputs: Any = None, *, dynamic: Any = "auto", trust: bool = False, compare: bool = True
+    model: Model | Program,
+    inputs: Any = None,
+    *,
+    dynamic: Any = "auto",
+    trust: bool = False,
+    compare: bool = True,
 ) -> Program:
     """Return a model as a Program, compared with the model before it counts.
 
@@ -58,7 +62,7 @@ def capture(
 
         return capture_exported(model)
     if isinstance(model, nn.Module):
-        from .backends.module import ProgramModule, program_of
+        from .backends.torch.module import ProgramModule, program_of
 
         if isinstance(model, ProgramModule):
             return program_of(model)
@@ -102,7 +106,7 @@ def _module(model: nn.Module, inputs: Inputs | None, dynamic: Any, compare: bool
 
 
 def optimize(
-    model: Model,
+    model: Model | Program,
     passes: str | Pass | Sequence[str | Pass] = (),
     inputs: Any = None,
     *,
@@ -177,7 +181,7 @@ def plan_passes(
     program: Program, passes: str | Pass | Sequence[str | Pass], context: Context
 ) -> list[tuple[Pass, Plan]]:
     """Return what each pass of a pipeline would do, the ones before it done on a copy."""
-    from .passes.manager import run_pass
+    from .passes.framework.manager import run_pass
 
     steps = as_passes(passes)
     check_order(program, steps)
@@ -224,18 +228,18 @@ def _lower(program: Program, to: str, path: str | os.PathLike[str], **options: A
         return lower_triton(program, path, **options)
     _one_graph(program)
     if to == "onnx":
-        from .backends.onnx import lower_onnx
+        from .backends.onnx.lower import lower_onnx
 
         return lower_onnx(program, path, **options)
     if to == "genai":
-        from .backends.genai import lower_genai
+        from .backends.onnx.genai import lower_genai
 
         return lower_genai(program, path, **options)
     raise LoweringError(f"programs are not lowered to {to!r}", hint="onnx, genai or triton")
 
 
 def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: Any) -> Any:
-    from .backends.huggingface import save_pretrained
+    from .backends.huggingface.save import save_pretrained
     from .frontends.architecture import tensor_names
     from .frontends.huggingface import capture_huggingface
 
@@ -245,19 +249,20 @@ def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: 
 
 
 def _exported(program: Program, **options: Any) -> ExportedProgram:
-    from .backends.exported import exported_program
+    from .backends.torch.exported import exported_program
 
     _one_graph(program)
     return exported_program(program, **options)
 
 
 def _as_module(program: Program, **options: Any) -> nn.Module:
-    from .backends.module import program_module
+    from .backends.torch.module import program_module
 
     return program_module(program, **options)
 
 
-EXITS.update(
+METHODS.update(
+    capture=capture,
     save=save_program,
     lower=_lower,
     module=_as_module,

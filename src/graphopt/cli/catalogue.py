@@ -59,7 +59,7 @@ def _passes() -> dict[str, dict[str, Any] | None]:
     offered = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
     others = {n: v for n, v in offered if n not in known or (known[n] or {})["location"] != v}
     if len(others) < sum(n not in known for n, _ in offered) or set(others) & set(known):
-        from ..passes.registry import pass_locations
+        from ..passes.framework.registry import pass_locations
 
         pass_locations()  # says which name is offered twice
     return known | dict.fromkeys(others)

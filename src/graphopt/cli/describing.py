@@ -9,8 +9,8 @@ from typing import Any
 from ..ir.cost import DEVICES
 from ..ir.cost.collectives import LINKS
 from ..ir.option import default_of, describe, help_of, options_of
-from ..passes.registry import BUILT_IN, find_pass, pass_locations
-from ..passes.values import format_value
+from ..passes.framework.registry import BUILT_IN, find_pass, pass_locations
+from ..passes.framework.values import format_value
 from ..training.recipes import METHODS
 
 
@@ -37,9 +37,9 @@ def pass_entry(name: str) -> dict[str, Any]:
         "summary": (cls.__doc__ or "").strip().splitlines()[0],
         "description": (cls.__doc__ or "").strip(),
         "paper": cls.paper,
-        "requires": list(cls.requires),
-        "provides": list(cls.provides),
-        "invalidates": list(cls.invalidates),
+        "requires": [fact.name for fact in cls.requires],
+        "provides": [fact.name for fact in cls.provides],
+        "invalidates": [fact.name for fact in cls.invalidates],
         "options": options,
         "location": pass_locations()[name],
     }

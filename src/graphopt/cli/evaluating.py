@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import Evaluation, evaluate, find_judge
 from ..ir.errors import UsageError
-from ..passes.metrics import BY_NAME
+from ..measure.evaluation import Evaluation, evaluate, find_judge
+from ..measure.metrics import BY_NAME
 from .output import note, show_json, table
 from .progress import ShownProgress
 from .sources import read_program

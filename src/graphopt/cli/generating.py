@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..answering import answer
+from ..data.tokenizer import Tokenizer
+from ..decoding.answering import answer
 from ..decoding.drafters import DraftProgram
 from ..decoding.drafts import Drafter
+from ..decoding.generation import as_strategy, named_strategy, stream
 from ..decoding.speculating import Statistics
-from ..frontends.tokenizer import Tokenizer
-from ..generation import as_strategy, named_strategy, stream
 from ..ir.errors import UsageError
 from .interrupts import on_interrupt
 from .output import note, show_json, text

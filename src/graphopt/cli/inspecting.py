@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..frontends.data import read_data
+from ..data.reading import read_data
+from ..ir.checking.report import quantity
 from ..ir.cost import cost
 from ..ir.errors import GraphoptError
+from ..ir.facts import Capture
 from ..ir.program import Program
-from ..ir.report import quantity
-from ..passes.attach_early_exit import exit_quality
-from ..passes.context import Context
-from ..passes.registry import find_pass, pass_locations
+from ..measure.context import Context
+from ..passes.framework.registry import find_pass, pass_locations
+from ..passes.heads.attach_early_exit import exit_quality
 from .output import show_json, table, text
 from .sources import read_program
 
@@ -57,7 +58,7 @@ def inspect_checkpoint(
                 "passes": possible,
                 "exits": exits,
                 "unused_tensors": list(program.origin.unused),
-                "facts": {k: v for k, v in program.facts.items() if k.startswith("unraised")},
+                "facts": _unrecognised(program),
             }
         )  # fmt: skip
         return
@@ -136,7 +137,7 @@ def what_passes_could_do(program: Program) -> list[dict[str, Any]]:
     for name in sorted(pass_locations()):
         try:
             cls = find_pass(name)
-            missing = [fact for fact in cls.requires if fact not in program.facts]
+            missing = [fact.done for fact in cls.requires if fact not in program.facts]
             if missing:
                 entries.append(
                     {"pass": name, "could_take": "nothing", "refused": f"requires {', '.join(missing)}"}
@@ -157,3 +158,9 @@ def _reasons(plan: Any) -> str:
     for refused in plan.refused:
         counts[refused.reason] = counts.get(refused.reason, 0) + 1
     return "; ".join(f"{count}: {reason}" for reason, count in list(counts.items())[:3])
+
+
+def _unrecognised(program: Program) -> dict[str, list[str]]:
+    capture = program.facts.get(Capture) or Capture()
+    found = {"unraised_attention": capture.plain_attention, "unraised_experts": capture.plain_experts}
+    return {name: list(reasons) for name, reasons in found.items() if reasons}

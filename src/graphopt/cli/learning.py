@@ -8,11 +8,11 @@ from typing import Any
 
 from ..ir.errors import UsageError
 from ..ir.groups import rank
-from ..ir.serialize import require_savable
-from ..learning import as_method, train
-from ..oracle import routing_oracle
-from ..sweeping import sweep, write_csv, write_picture
+from ..ir.storage import require_savable
+from ..measure.oracle import routing_oracle
+from ..measure.sweeping import sweep, write_csv, write_picture
 from ..training import Settings, Shown
+from ..training.learning import as_method, train
 from ..training.state import FILE
 from .interrupts import on_interrupt, scores_in
 from .output import note, show_json, table, text

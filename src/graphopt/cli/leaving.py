@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..frontends.rows import Rows, read_rows
-from ..ir.atomic import atomic_file
+from ..data.rows import Rows, read_rows
 from ..ir.errors import LoweringError, UsageError
 from ..ir.groups import rank
 from ..ir.infer import describe_value
 from ..ir.program import Program
-from ..passes.attach_multi_token_heads import write_heads
+from ..ir.storage.atomic import atomic_file
+from ..passes.heads.attach_multi_token_heads import write_heads
 from .output import note, show_json, text
 from .places import place
 from .progress import ShownProgress, Working, Written
@@ -63,9 +63,9 @@ def _export(program: Program, to: str, output: str) -> dict[str, Any]:
 
 
 def _write_pt2(program: Any, output: str) -> dict[str, float]:
-    from ..ir.comparison import relative_error
-    from ..ir.examples import example_inputs
-    from ..ir.execute import run
+    from ..ir.checking.comparison import relative_error
+    from ..ir.running.examples import example_inputs
+    from ..ir.running.execute import run
 
     with Working("exporting"), atomic_file(output) as made:
         # through memory: on a full disk torch's own writer ends the process
@@ -117,7 +117,7 @@ def run_program(
 
 def _forward(program: Program, rows: Rows) -> dict[str, Any]:
     """Run pieces one after the other where all inputs and outputs are rows, else everything at once."""
-    from ..ir.execute import run
+    from ..ir.running.execute import run
 
     pieces = rows.pieces(program)
     found = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..backends.genai import GenaiReport
-from ..backends.onnx_model import OnnxReport
+from ..backends.onnx.genai import GenaiReport
+from ..backends.onnx.model import OnnxReport
 from ..ir.errors import UsageError
 from .leaving import plain
 from .output import show_json, table, text

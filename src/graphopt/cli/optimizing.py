@@ -7,12 +7,12 @@ from typing import cast
 from ..api import _steps
 from ..ir.cost import cost
 from ..ir.errors import UsageError
-from ..ir.examples import example_inputs
 from ..ir.groups import barrier, rank
 from ..ir.program import Program
-from ..ir.serialize import require_savable
-from ..passes.holding import Verify
-from ..passes.manager import check_order, dump_to, run_pipeline
+from ..ir.running.examples import example_inputs
+from ..ir.storage import require_savable
+from ..passes.framework.holding import Verify
+from ..passes.framework.manager import check_order, dump_to, run_pipeline
 from .interrupts import on_interrupt, scores_in
 from .output import note, show_json, text
 from .places import place, require_empty

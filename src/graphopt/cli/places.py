@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..ir.atomic import keeping, set_aside
 from ..ir.errors import UsageError
 from ..ir.groups import rank
-from ..ir.safetensors_file import writer
+from ..ir.storage.atomic import keeping, set_aside
+from ..ir.storage.safetensors_file import writer
 from .interrupts import on_interrupt
 
 _ELSEWHERE = "choose another place; --force does not help here"

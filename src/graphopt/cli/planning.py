@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..api import plan_passes
-from ..ir.atomic import atomic_file
 from ..ir.errors import PassRefusedError, UsageError
-from ..ir.serialize import require_savable
-from ..passes.base import Pass
-from ..passes.plan import Plan, write_plans
+from ..ir.storage import require_savable
+from ..ir.storage.atomic import atomic_file
+from ..passes.framework.base import Pass
+from ..passes.framework.plan import Plan, write_plans
 from .interrupts import on_interrupt, scores_in
 from .output import note, show_json, table, text
 from .places import place
@@ -38,7 +38,7 @@ def _plan(
     source: str, passes: str, output: str | None, why: str | None, data: str | None, amount: tuple[int, int, int],
     work_dir: str | None, as_json: bool, trust: bool,
 ) -> None:  # fmt: skip
-    from ..passes.pipeline import parse_pipeline
+    from ..passes.framework.pipeline import parse_pipeline
 
     parse_pipeline(passes)
     program = read_program(source, trust)

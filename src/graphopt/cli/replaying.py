@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ..ir.errors import ContractError, GraphoptError
-from ..ir.fold import fold
 from ..ir.program import Program
+from ..ir.running.fold import fold
 from ..ir.text import difference
-from ..passes.context import Context
-from ..passes.manager import run_pass
-from ..passes.pipeline import parse_pipeline
-from ..passes.plan import Plan
+from ..measure.context import Context
+from ..passes.framework.manager import run_pass
+from ..passes.framework.pipeline import parse_pipeline
+from ..passes.framework.plan import Plan
 
 
 @dataclass

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..api import capture
-from ..frontends.data import read_data
+from ..data.reading import read_data
 from ..ir.errors import UsageError
 from ..ir.program import Program
-from ..passes.context import Context
+from ..measure.context import Context
 from .output import note
 from .progress import ShownProgress, Working
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from ..ir.checking.verify import compare_programs, verify
 from ..ir.errors import CheckpointError, ContractError, PassRefusedError
-from ..ir.examples import example_inputs
 from ..ir.program import Program
-from ..ir.serialize import load_program
-from ..ir.serialize.write import is_saved_program
+from ..ir.running.examples import example_inputs
+from ..ir.storage import load_program
+from ..ir.storage.manifest import is_saved_program
 from ..ir.text import difference
-from ..ir.verify import compare_programs, verify
-from ..passes.context import Context
-from ..passes.metrics import default_metric
-from ..passes.pipeline import parse_pipeline
+from ..measure.context import Context
+from ..measure.metrics import default_metric
+from ..passes.framework.pipeline import parse_pipeline
 from .output import show_json, table, text
 from .replaying import Replayed, is_exact, replay
 from .sources import read_context, read_program

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ..ir.errors import UsageError
-from ..ir.execute import run
 from ..ir.program import Program
+from ..ir.running.execute import run
 from ..ir.vocabulary import over_all_tokens
 
 

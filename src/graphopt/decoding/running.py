@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.execute import evaluate, needed_for
-from ..ir.fold import fold
 from ..ir.operators import attention, cache_positions, cache_visible
 from ..ir.program import Program
-from ..ir.ranks import runnable
+from ..ir.ranks.rank_programs import runnable
+from ..ir.running.evaluate import evaluate, needed_for
+from ..ir.running.fold import fold
 from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 

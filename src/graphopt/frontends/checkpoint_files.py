@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..ir.errors import CheckpointError
-from ..ir.safetensors_file import contained, inside, read_header
-from ..ir.serialize.names import is_asset
+from ..ir.storage.names import is_asset
+from ..ir.storage.safetensors_file import contained, inside, read_header
 from ..ir.weights import SafetensorsEntry, TensorSource, numel
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

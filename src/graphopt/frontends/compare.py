@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..ir.comparison import relative_error
+from ..ir.checking.comparison import relative_error
 from ..ir.errors import CaptureError, GraphoptError, UsageError
 from ..ir.program import Program
 from ..ir.structure import describe
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, tor
 
 
 def counted_error(result: Any, reference: torch.Tensor, where: torch.Tensor | None = None) -> float:
-    """Return the relative error of the positions that count; see :func:`~graphopt.ir.comparison.relative_error`.
+    """Return the relative error of the positions that count; see :func:`~graphopt.ir.checking.comparison.relative_error`.
 
     Args:
         result: what is checked.
@@ -111,34 +111,3 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
         lambda v: flat.get(id(v), v) if isinstance(v, torch.Tensor) else v, inputs
     )
     return resized_inputs
-
-
-def compare_with_model(
-    program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
-) -> None:
-    """Settle which sizes the program takes, then compare at the user's size, at the captured size and at another one."""
-    from .size_trials import numbers_in, settle_limits, trial
-
-    config = getattr(model, "config", None)
-    settle_limits(program, trial(program, model, example), numbers_in(getattr(config, "__dict__", {})))
-    cases: list[tuple[str, dict[str, Any], Any]] = [
-        ("the example", given, None),
-        ("the captured size", example, None),
-    ]
-    sizes = program.signature.sizes
-    other = resized(
-        program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
-    )
-    if other is not None and sizes and _taken(model, other):
-        cases.append(("another size", other, None))
-    require_equal(program, model, cases)
-
-
-def _taken(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Tell whether the model itself runs at a size; one that it refuses says nothing about the program."""
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False
-    return True

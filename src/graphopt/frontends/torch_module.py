@@ -17,7 +17,7 @@ from ..ir.compat import quiet_export, without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
 from ..ir.schema import is_mutable
-from .compare import compare_with_model
+from .compare_module import compare_with_model
 from .lift import lift
 from .size_limits import settle_by_guards
 from .size_trials import larger_example, share_sizes

@@ -11,6 +11,7 @@ import torch
 from ..ir.canonical import canonicalise
 from ..ir.errors import CaptureError, GraphoptError
 from ..ir.program import Origin, Program
+from .compare import require_equal
 from .compare_checkpoint import compare_with_model
 from .example_inputs import causal, example_inputs, size_names
 from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names
@@ -119,7 +120,5 @@ def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
     if set(program.signature.inputs) <= known:
         compare_with_model(program, model)
     else:
-        from .compare import require_equal
-
         settle_limits(program, trial(program, model, inputs), numbers_in(model.config.to_dict()))
         require_equal(program, model, [("the example", inputs, None)])

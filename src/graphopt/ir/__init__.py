@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
+# what each registers as a method of programs, or of their editors
+from . import anatomy as anatomy
 from . import operators as operators
+from .anatomy import removing as removing
+from .rewriting import stamping as stamping
+from .running import execute as execute

@@ -17,6 +17,9 @@ from .weights import InMemory, TensorSource, Weight
 if TYPE_CHECKING:
     from .program import Program
 
+RECORDING: dict[str, Callable[..., Any]] = {}
+"""How functions become nodes: ``emit`` and ``stand_in``, which :mod:`graphopt.ir.rewriting.stamping` puts here."""
+
 
 class Editor:
     """Edits the graph of one program.
@@ -103,15 +106,22 @@ class Editor:
         self.program.changed()
 
     def emit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Insert what a function of tensors computes from these nodes; see :func:`~graphopt.ir.tracing.trace`.
+        """Insert what a function of tensors computes from these nodes; see :func:`~graphopt.ir.rewriting.tracing.trace`.
 
         Returns:
             One node, or a list of them where the function returns several.
         """
-        from .stamping import stamp
-        from .tracing import trace
+        return RECORDING["emit"](self, function, arguments)
 
-        return stamp(self, trace(self.program, function, arguments), arguments)
+    def stand_in(self, old: fx.Node, function: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
+        """Insert ``function(*arguments)``, which may stand for ``old``, and return its node.
+
+        Raises:
+            UsageError: the function cannot be recorded, or returns several values.
+            VerificationError: it returns another shape or type.
+        """
+        node: fx.Node = RECORDING["stand_in"](self, old, function, arguments)
+        return node
 
     # -- replacing ----------------------------------------------------------------------------------
 

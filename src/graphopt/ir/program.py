@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sympy
 import torch
@@ -16,16 +17,18 @@ from torch import fx
 from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
 from .editor import Editor
 from .errors import UsageError, VerificationError
+from .facts import Facts
 from .inputs import settings_of
 from .schema import operator_name
 from .signature import Fill, Input, Signature, SizeRange
 from .sizes import format_size, node_of_size, parse_size
 from .structure import Structure
+from .text import format_program, source_line
 from .weights import Weight
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block, Layer
-    from .report import Report
+    from .checking.report import Report
 
 
 @dataclass
@@ -56,8 +59,27 @@ class Dial:
     help: str = ""
 
 
-EXITS: dict[str, Callable[..., Any]] = {}
-"""How a program leaves: ``save``, ``lower``, ... Filled by :mod:`graphopt.api`, so no wall is crossed."""
+METHODS: dict[str, Callable[..., Any]] = {}
+"""Methods of a program that are built on programs, by name: each registers itself where it is written.
+
+Those of the intermediate representation are there as soon as :mod:`graphopt.ir` is, exporters with
+:mod:`graphopt.api`. So a program imports nothing that imports programs.
+"""
+
+Model = torch.nn.Module | torch.export.ExportedProgram | str | os.PathLike[str]
+"""What can be captured: see :func:`graphopt.capture`."""
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def program_method(name: str) -> Callable[[Method], Method]:
+    """Let a function of a program be what its method of this name does."""
+
+    def register(function: Method) -> Method:
+        METHODS[name] = function
+        return function
+
+    return register
 
 
 class Program:
@@ -71,7 +93,7 @@ class Program:
         self.weights = weights
         self.signature = signature
         self.symbols: dict[sympy.Symbol, str] = {}
-        self.facts: dict[str, Any] = {}
+        self.facts = Facts()
         self.dials: dict[str, Dial] = {}
         self.history: list[dict[str, Any]] = []
         self.origin = Origin()
@@ -119,9 +141,7 @@ class Program:
     @property
     def anatomy(self) -> Anatomy:
         """What the graph is made of: residual stream, attention, FFNs, experts, norms, ..."""
-        from .anatomy import find_anatomy
-
-        found: Anatomy = self.derived("anatomy", lambda: find_anatomy(self))
+        found: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self))
         return found
 
     def weight_of(self, node: fx.Node) -> Weight:
@@ -144,14 +164,10 @@ class Program:
 
     def text(self, **options: Any) -> str:
         """Return the graph as readable text."""
-        from .text import format_program
-
         return format_program(self, **options)
 
     def source_line(self, node: fx.Node) -> str:
         """Return the line of the user's model that a node came from, or an empty string."""
-        from .text import source_line
-
         return source_line(node)
 
     def __repr__(self) -> str:
@@ -224,7 +240,7 @@ class Program:
                 new.meta["custom"] = copy.deepcopy(new.meta["custom"])
         other = Program(graph, self.mode, dict(self.weights), copy.deepcopy(self.signature))
         other.symbols = dict(self.symbols)
-        other.facts = dict(self.facts)
+        other.facts = self.facts.copy()
         other.dials = dict(self.dials)
         other.history = copy.deepcopy(self.history)
         other.origin = self.origin
@@ -236,9 +252,7 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program as the model was run; inputs that the model may leave out may be left out here."""
-        from .execute import run
-
-        return self.signature.unflatten(run(self, self.bind(args, kwargs)))
+        return self.signature.unflatten(METHODS["run"](self, self.bind(args, kwargs)))
 
     def bind(
         self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -266,11 +280,9 @@ class Program:
             UsageError: the function cannot be recorded.
             VerificationError: it returns another shape or type. The program is as it was, after either.
         """
-        from .stamping import stand_in
-
         self.edit.require_present(old, *(a for a in arguments if isinstance(a, fx.Node)))
         with self.edit.before(old):
-            new = stand_in(self.edit, old, function, arguments or tuple(old.args))
+            new = self.edit.stand_in(old, function, arguments or tuple(old.args))
         self.edit.replace(old, new)
         return new
 
@@ -281,11 +293,9 @@ class Program:
             UsageError: the function cannot be recorded, see :meth:`replace`.
             VerificationError: it returns another shape or type.
         """
-        from .stamping import stand_in
-
         users = list(node.users)
         with self.edit.after(node):
-            new = stand_in(self.edit, node, function, (node,))
+            new = self.edit.stand_in(node, function, (node,))
         for user in users:
             user.replace_input_with(node, new)
         self.changed()
@@ -304,9 +314,7 @@ class Program:
         Raises:
             UsageError: it is no part of the program, or not any more.
         """
-        from .anatomy.removing import remove
-
-        remove(self, block)
+        METHODS["remove"](self, block)
 
     def add_parameter(self, name: str, value: torch.Tensor) -> fx.Node:
         """Add a trainable tensor and return its node."""
@@ -341,36 +349,54 @@ class Program:
         self.changed()
         return node
 
-    # -- leaving --------------------------------------------------------------------------------------
+    # -- exporting ------------------------------------------------------------------------------------
 
-    def _leave(self, how: str, *args: Any, **kwargs: Any) -> Any:
-        if how not in EXITS:
-            import graphopt.api  # noqa: F401  fills the registry
-        return EXITS[how](self, *args, **kwargs)
+    def _export(self, how: str, *args: Any, **kwargs: Any) -> Any:
+        if how not in METHODS:
+            raise UsageError(f"no exporter for {how}() is loaded", hint="import graphopt.api first")
+        return METHODS[how](self, *args, **kwargs)
 
     def save(self, path: Any, **options: Any) -> Any:
         """Write the program to a folder that ``graphopt.load`` reads."""
-        return self._leave("save", path, **options)
+        return self._export("save", path, **options)
 
     def lower(self, to: str, path: Any, **options: Any) -> Any:
         """Write the program for another runtime: ``lower("onnx", "out.onnx")``."""
-        return self._leave("lower", to, path, **options)
+        return self._export("lower", to, path, **options)
 
     def module(self, **options: Any) -> torch.nn.Module:
         """Return an ``nn.Module``, one submodule per block, under the original parameter names."""
-        module = self._leave("module", **options)
+        module = self._export("module", **options)
         assert isinstance(module, torch.nn.Module)
         return module
 
     def exported_program(self, *, core_aten: bool = False) -> torch.export.ExportedProgram:
         """Return a ``torch.export.ExportedProgram``; with ``core_aten`` no operator of graphopt is left."""
-        exported = self._leave("exported_program", core_aten=core_aten)
+        exported = self._export("exported_program", core_aten=core_aten)
         assert isinstance(exported, torch.export.ExportedProgram)
         return exported
 
     def save_pretrained(self, path: Any, **options: Any) -> Any:
         """Write a Hugging Face folder, reload it with transformers and compare before it counts."""
-        return self._leave("save_pretrained", path, **options)
+        return self._export("save_pretrained", path, **options)
 
 
-__all__ = ["EXITS", "Dial", "Fill", "Input", "Origin", "Program", "Signature", "SizeRange"]
+def as_program(model: Model | Program) -> Program:
+    """Return what stands for a model: itself where it is a program, else what :func:`graphopt.capture` makes of it.
+
+    Raises:
+        CaptureError: it cannot be captured.
+        CheckpointError: it cannot be read.
+    """
+    if isinstance(model, Program):
+        return model
+    if "capture" not in METHODS:
+        raise UsageError("nothing that captures models is loaded", hint="import graphopt.api first")
+    program: Program = METHODS["capture"](model)
+    return program
+
+
+__all__ = [
+    "METHODS", "Dial", "Fill", "Input", "Model", "Origin", "Program", "Signature", "SizeRange", "as_program",
+    "program_method",
+]  # fmt: skip

@@ -5,21 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..ir.option import option
-from .base import Pass
-from .contracts import AddsOutputs, Approximate, Contract, Exact, ExactAt, ExactInChunks, NewFunction
-from .pipeline import format_pipeline, parse_pipeline
-from .plan import Plan, Refused, Site
-from .registry import BUILT_IN, find_pass, pass_locations
+from .framework.base import Pass
+from .framework.contracts import (
+    AddsOutputs,
+    Approximate,
+    Contract,
+    Exact,
+    ExactAt,
+    ExactInChunks,
+    NewFunction,
+)
+from .framework.pipeline import format_pipeline, parse_pipeline
+from .framework.plan import Plan, Refused, Site
+from .framework.registry import BUILT_IN, find_pass, pass_locations
 
 if TYPE_CHECKING:
-    from .context import Context
-    from .expand_branches import ExpandBranches
-    from .fold_norms import FoldNorms
-    from .fuse_branches import FuseBranches
-    from .fuse_projections import FuseProjections
-    from .skip_layers import SkipLayers
-    from .split_projections import SplitProjections
-    from .stream_convolutions import StreamConvolutions
+    from ..measure.context import Context
+    from .convolutions.expand_branches import ExpandBranches
+    from .convolutions.fuse_branches import FuseBranches
+    from .convolutions.stream_convolutions import StreamConvolutions
+    from .depth.skip_layers import SkipLayers
+    from .projections.fold_norms import FoldNorms
+    from .projections.fuse_projections import FuseProjections
+    from .projections.split_projections import SplitProjections
 
 __all__ = [
     "AddsOutputs",
@@ -51,7 +59,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Context":
-        from .context import Context
+        from ..measure.context import Context
 
         return Context
     for location in BUILT_IN.values():

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from ..ir.atomic import atomic_file
 from ..ir.errors import CheckpointError, UsageError
+from ..ir.storage.atomic import atomic_file
 from .settings import Settings
 
 FILE = "training.safetensors"

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.progress import track
 
-from ..qnn.measures import reference, signal_to_noise
-from ..qnn.run import simulate
+from ..onnx.qnn.measures import reference, signal_to_noise
+from ..onnx.qnn.run import simulate
 from .cases import CASES, Case
 from .models import KINDS, build
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.comparison import relative_error
+from ...ir.checking.comparison import relative_error
 from .cases import Case, Made
 from .wiring import TABLE
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir.atomic import atomic_folder
 from ...ir.cost.resolve import Numbers
 from ...ir.errors import LoweringError
 from ...ir.program import Program
-from ...ir.ranks import ranks_of
+from ...ir.ranks.rank_programs import ranks_of
 from ...ir.schema import arguments, normal_call, operator_name
 from ...ir.sizes import expression
+from ...ir.storage.atomic import atomic_folder
 from .run import call_of, compile_ahead, interpret, require
 
 USUAL = {"batch": 1, "sequence": 512}

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...ir.comparison import relative_error
+from ...ir.checking.comparison import relative_error
 from ...ir.compat import compile_package, load_package
 from ...ir.errors import LoweringError
-from ...ir.execute import run
 from ...ir.program import Program
-from ..compare_cases import comparison_cases, counted
-from ..exported import exported_program
+from ...ir.running.execute import run
+from ..checking.cases import comparison_cases, counted
+from ..torch.exported import exported_program
 from .wiring import kernels_in_use
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}

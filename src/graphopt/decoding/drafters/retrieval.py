@@ -17,7 +17,7 @@ class Retrieval(Drafter):
     """Proposes a tree of what most likely follows a row's last tokens, by counts; no model takes part.
 
     Counted is what followed runs of tokens in ``texts``, best those that the program itself wrote
-    (:func:`graphopt.answering.answer`), and in all rows since the drafter was made (after REST, arXiv 2311.08252, and
+    (:func:`graphopt.answer`), and in all rows since the drafter was made (after REST, arXiv 2311.08252, and
     SuffixDecoding, arXiv 2411.04975; longer runs count before shorter ones, as in an n-gram model).
 
     Args:

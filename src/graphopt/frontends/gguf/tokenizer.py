@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ir.serialize.names import is_asset
+from ...ir.storage.names import is_asset
 from .header import Header
 from .splitting import SPLITTINGS, Splitting
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..execute import needed_for
+from ..program import Program, program_method
+from ..running.evaluate import needed_for
 from .blocks import Anatomy, Block, Branches, Layer, Stream
 from .branches import find_branches
 from .ends import find_embedding, find_head
@@ -12,12 +11,10 @@ from .kinds import classify, mixtures_beside
 from .layers import group_layers
 from .residual import find_residual
 
-if TYPE_CHECKING:
-    from ..program import Program
-
 __all__ = ["Anatomy", "Block", "Branches", "Layer", "Stream", "find_anatomy"]
 
 
+@program_method("anatomy")
 def find_anatomy(program: Program) -> Anatomy:
     """Return the anatomy of a canonical graph; linear in its size."""
     anatomy = Anatomy()

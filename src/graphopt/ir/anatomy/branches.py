@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from ..fold import depends_on_weights_alone
+from ..running.fold import depends_on_weights_alone
 from ..schema import is_operator
 from .blocks import Branches
 

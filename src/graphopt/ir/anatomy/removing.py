@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import fx
 
 from ..errors import UsageError
+from ..program import Program, program_method
 from ..schema import operator_name
 from .blocks import Block, Layer
 from .rows import shaped_like
 
-if TYPE_CHECKING:
-    from ..program import Program
 
-
+@program_method("remove")
 def remove(program: Program, block: Block | Layer) -> None:
     """Let the stream pass by a block or a layer.
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..fold import depends_on_weights_alone
 from ..infer import same_value
+from ..running.fold import depends_on_weights_alone
 from ..schema import is_operator
 from .blocks import Block, Stream
 

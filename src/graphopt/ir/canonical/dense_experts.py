@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..activation import activation_of_experts
-from ..fold import depends_on_weights_alone
 from ..infer import same_value
-from ..region import evaluated
+from ..running.activation import activation_of_experts
+from ..running.fold import depends_on_weights_alone
+from ..running.region import evaluated
 from ..schema import arguments, is_operator
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..fold import depends_on_weights_alone
 from ..infer import same_size, same_value
+from ..rewriting.cleanup import merge_permutes
+from ..running.fold import depends_on_weights_alone
 from ..schema import argument, is_operator, operator_name
-from .cleanup import merge_permutes
 
 if TYPE_CHECKING:
     from ..program import Program

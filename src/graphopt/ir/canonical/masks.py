@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..examples import rows_of
-from ..execute import interpret, needed_for
 from ..infer import same_size
 from ..operators.attention import visible_keys
+from ..running.examples import rows_of
+from ..running.execute import interpret
 from ..schema import arguments, is_operator
 from ..sizes import expression, parse_size
+from .constants import constant, depends_on
 from .windows import HIDDEN, Run, candidate_windows, shortened
 
 if TYPE_CHECKING:
@@ -43,11 +44,6 @@ class _Case:
     padding: torch.Tensor | None
     batch: int
     length: int
-
-
-def depends_on(node: fx.Node) -> set[fx.Node]:
-    """Return the placeholders that a value is computed from."""
-    return {n for n in needed_for([node], {}) if n.op == "placeholder"}
 
 
 def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
@@ -345,8 +341,6 @@ def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, lis
 
 def _where(program: Program, mask: fx.Node) -> tuple[Any, Any]:
     """Read a choice between a bias and a number that hides: where the bias is, and the bias."""
-    from .scores import constant
-
     if not is_operator(mask, "aten.where", "aten.masked_fill"):
         return None, None
     found = arguments(mask)

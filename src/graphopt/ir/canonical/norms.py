@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import fx
 
-from ..fold import depends_on_weights_alone
 from ..infer import same_size, same_value
-from ..match import Match, find
-from ..pattern import Either, Wild, call
+from ..rewriting.match import Match, find
+from ..rewriting.pattern import Either, Wild, call
+from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from ..infer import same_size, same_value
-from ..match import Match, find
-from ..pattern import Either, Listed, Wild, call
+from ..rewriting.match import Match, find
+from ..rewriting.pattern import Either, Listed, Wild, call
 
 if TYPE_CHECKING:
     from ..program import Program

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..fold import depends_on_weights_alone
 from ..infer import same_size
+from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
+from .constants import constant
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -189,26 +190,6 @@ def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
         source = inner.args[0]  # type: ignore[union-attr]
         return source if isinstance(source, fx.Node) else None
     return None
-
-
-def constant(program: Program, value: Any) -> float | None:
-    """Return a number, also where it is a tensor of one element that no input can change."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
-        return None
-    if value.meta["val"].numel() != 1 if all(isinstance(s, int) for s in value.meta["val"].shape) else True:
-        return None
-    from ..execute import interpret
-    from .masks import depends_on
-
-    if value.name in program.weights:
-        weight = program.weights[value.name]
-        return None if weight.trainable else float(weight.source.load())
-    sources = depends_on(value)
-    if any(n.name not in program.weights or program.weights[n.name].trainable for n in sources):
-        return None
-    return float(interpret(program, {}, record=[value], stop=True)[value.name])
 
 
 def _leads_to_product(start: Any, deep: bool = False) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..execute import needed_for
-from ..region import cut
+from ..running.evaluate import needed_for
+from ..running.region import cut
 
 if TYPE_CHECKING:
     from ..program import Program

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..execute import needed_for
+from ..running.evaluate import needed_for
 from ..schema import arguments, is_operator
 from .summary import works_by_node
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..operators.quantized import chosen_algorithm, payload_bytes, share_bytes
-from ..ranks import ranks_of, synchronisations
+from ..ranks.rank_programs import ranks_of, synchronisations
 from ..schema import arguments, operator_name
 from ..sizes import expression
 from .collectives import ALL_REDUCE, Link, all_gather, all_reduce, one_shot, two_shot

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from .. import groups
-from ..atomic import atomic_file
 from ..errors import UsageError
+from ..storage.atomic import atomic_file
 from .collectives import Link
 
 SIZES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from ..fold import depends_on_weights_alone
+from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, operator_name
 from ..sizes import expression
 from .formulas import known, work

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..fold import depends_on_weights_alone
+from ..running.fold import depends_on_weights_alone
 from .survey import survey
 
 if TYPE_CHECKING:

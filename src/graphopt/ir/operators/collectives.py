@@ -2,7 +2,7 @@
 
 Every operator names its group by a symbol (:mod:`graphopt.ir.groups`). In a process of its own group the operator
 is a collective of torch.distributed; in a single process a sharded program is unrolled instead
-(:mod:`graphopt.ir.ranks`), and these are never called on values.
+(:mod:`graphopt.ir.ranks.rank_programs`), and these are never called on values.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from ...ir.errors import VerificationError
-from ...ir.execute import evaluate
-from ...ir.fold import depends_on_weights_alone
-from ...ir.region import cut, drawn_source, leaf_value
+from ...ir.running.evaluate import evaluate
+from ...ir.running.fold import depends_on_weights_alone
+from ...ir.running.region import cut, drawn_source, leaf_value
 from ...ir.schema import arguments, is_operator
 from ...ir.sizes import expression
 from ...ir.weights import numel

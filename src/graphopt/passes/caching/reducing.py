@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from ...ir.errors import VerificationError
-from ...ir.fold import drop_unread_weights
 from ...ir.infer import infer
-from ...ir.region import drawn_source
+from ...ir.running.fold import drop_unread_weights
+from ...ir.running.region import drawn_source
 from ...ir.schema import is_operator
 from ...ir.weights import Absent, InMemory, TensorSource, load_part, numel
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.fold import depends_on_weights_alone
 from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator
-from ..fold_batch_norm import per_group, repeated
+from ..shared.matrices import per_group, repeated
 from .reading import CONVOLUTIONS
 
 aten = torch.ops.aten

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.fold import depends_on_weights_alone
 from ...ir.infer import same_value
 from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import is_operator
 from .borders import filled, read_border
 from .forms import Form, add, follow, negative

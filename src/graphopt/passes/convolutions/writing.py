@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.execute import interpret
 from ...ir.program import Program
+from ...ir.running.execute import interpret
 from .forms import Form
 
 aten = torch.ops.aten

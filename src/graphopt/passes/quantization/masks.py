@@ -10,11 +10,11 @@ from torch import Tensor, fx
 from ...ir.operators.quantize import HIDDEN
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
-from ..plan import Site
+from ..framework.plan import Site
 from .ranges import watch
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 BEYOND = 20.0
 """What is added to the widest row of scores: exp(-20) of a key that is not seen is left, at least."""

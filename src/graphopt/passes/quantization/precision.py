@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ...ir.program import Program
-from ..metrics import default_metric
+from ...measure.metrics import default_metric
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 MARGIN = 0.5
 """Share of the budget that is used up on calibration data, since other data judges."""

@@ -11,13 +11,12 @@ import torch
 from torch import fx
 
 from ...ir.errors import PassRefusedError
-from ...ir.execute import interpret
 from ...ir.program import Program
-from ..carried import in_steps
-from ..streaming import states_of
+from ...ir.running.execute import interpret
+from ...ir.running.recurrent_state import in_steps, states_of
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 
 _SAMPLE = 1 << 20

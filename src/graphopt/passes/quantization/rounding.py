@@ -13,7 +13,7 @@ from ...ir.schema import arguments, is_operator
 from .ranges import watch
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 Key = tuple[object, ...]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ...ir.execute import interpret
-from ...ir.fold import MOVEMENT
 from ...ir.program import Program
+from ...ir.running.execute import interpret
+from ...ir.running.fold import MOVEMENT
 from ...ir.schema import arguments, is_operator, operator_name
-from ...ir.sides import border, host_nodes
+from ...targets.partition import border, host_nodes
 from .ranges import Ranges
 
 MATRICES = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")

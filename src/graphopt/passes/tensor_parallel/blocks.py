@@ -11,16 +11,16 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.errors import PipelineError
 from ...ir.groups import TENSOR_PARALLEL
-from ...ir.placement import Shard
 from ...ir.program import Program
+from ...ir.ranks.placement import Shard
 from ...ir.schema import arguments, is_operator, normal_call
-from ..plan import Plan, Refused, Site
-from .cutting import Cutter, all_reduce, even, local_starts, row_parallel
+from ..framework.plan import Plan, Refused, Site
+from ..shared.cutting import Cutter, all_reduce, even, local_starts, row_parallel
 from .huggingface_plan import chosen_by, read_plan
 from .nested import cut_nested, nested_site
 
 if TYPE_CHECKING:
-    from ..shard_tensor_parallel import ShardTensorParallel
+    from .shard_tensor_parallel import ShardTensorParallel
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 _LARGE_TABLE = 64 << 20

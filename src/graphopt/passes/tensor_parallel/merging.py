@@ -9,7 +9,7 @@ from torch import fx
 
 from ...ir.program import Program
 from ...ir.schema import is_operator
-from .cutting import all_reduce
+from ..shared.cutting import all_reduce
 
 _MOVING = ("aten.reshape", "aten.permute", "aten.transpose", "aten.unsqueeze", "aten.squeeze")
 

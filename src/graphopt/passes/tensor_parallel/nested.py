@@ -6,11 +6,11 @@ import torch
 from torch import fx
 
 from ...ir.anatomy import Block
-from ...ir.placement import Shard
 from ...ir.program import Program
+from ...ir.ranks.placement import Shard
 from ...ir.schema import arguments, normal_call
-from ..plan import Site
-from .cutting import Cutter, all_reduce, even
+from ..framework.plan import Site
+from ..shared.cutting import Cutter, all_reduce, even
 
 aten = torch.ops.aten
 

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...ir.execute import interpret
 from ...ir.program import Program
-from ..metrics import BY_NAME, default_metric
+from ...ir.running.execute import interpret
+from ...measure.metrics import BY_NAME, default_metric
 from .sync_points import drop, find_sync_points
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 
 def backward_sweep(

@@ -14,11 +14,11 @@ import torch
 from torch import fx
 
 from ...ir.anatomy import Block
-from ...ir.fold import depends_on_weights_alone
 from ...ir.groups import TENSOR_PARALLEL
 from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import is_operator
-from .cutting import all_reduce
+from ..shared.cutting import all_reduce
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 _VIEWS = ("aten.reshape", "aten.permute", "aten.transpose", "aten.unsqueeze", "aten.squeeze", "aten.to")

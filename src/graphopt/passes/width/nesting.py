@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.activation import activation_between
 from ...ir.anatomy import Block
-from ...ir.fold import computed
 from ...ir.operators.activations import gated_by
 from ...ir.program import Program
+from ...ir.running.activation import activation_between
+from ...ir.running.fold import computed
 from ...ir.schema import arguments, is_operator
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from ...ir.anatomy import Block
-from ...ir.execute import interpret
 from ...ir.program import Program
+from ...ir.running.execute import interpret
 from ...ir.schema import arguments
-from ..metrics import Batch, valid
+from ...measure.metrics import Batch, valid
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ...measure.context import Context
 
 SCORES = ("activation", "wanda", "contribution", "norm", "peak", "random")
 WITH_DATA = ("activation", "wanda", "contribution", "norm")

@@ -10,7 +10,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
-from ..tensor_parallel.reorder import Order, Reorderer, to_checkpoint
+from ..shared.reorder import Order, Reorderer, to_checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from ...ir.errors import PipelineError
 from ...ir.needs import NONZERO
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
-from ..forms import given_choices, nested_blocks, router_weights, soft_choices, way_widths
+from ...measure.choices import given_choices, nested_blocks, way_widths
+from ..forms import router_weights, soft_choices
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
 

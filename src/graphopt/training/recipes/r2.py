@@ -13,7 +13,7 @@ from ...ir.errors import UsageError
 from ...ir.needs import NONZERO
 from ...ir.option import option
 from ...ir.program import Program
-from ...ir.readers import readers
+from ...ir.running.readers import readers
 from ...ir.schema import arguments, is_operator
 from .base import Batch, Method, Recipe, called, language_loss
 

@@ -1,0 +1,71 @@
+"""Random inputs of a quantised program, kept to what calibration covered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.facts import Quantized
+from ...ir.operators.quantize import INTEGERS
+from ...ir.program import Program
+from ...ir.running.execute import interpret, run
+from ...ir.schema import arguments, is_operator
+
+CUT_OFF = {8: 0.15, 16: 0.01}
+"""How large what is cut off of a value may be beside it, by bits; in eight, smaller numbers drown in the roundings."""
+
+
+def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs with numbers made smaller until hardly a value is cut off by them, and states that come of a step.
+
+    What a compiler joins, it does not cut off in between, as ONNX Runtime does: outside of their ranges the two
+    differ by more than roundings. States are what comes back of a step, which is what their ranges were made for.
+
+    Args:
+        program: quantised.
+        inputs: random ones, by name; tokens, masks and dials stay.
+    """
+    carried = [name for name in program.signature.inputs if f"next_{name}" in program.outputs]
+    begun = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
+    numbers = [n for n, v in begun.items() if v.is_floating_point() and v.dim() and n not in carried]
+    always = _cut_off(program, begun | {n: torch.zeros_like(begun[n]) for n in numbers})
+    bits = program.facts[Quantized].activations
+    most = CUT_OFF.get(bits, 0.01)
+    for halvings in range(8):
+        smaller = begun | {n: begun[n] * 0.5**halvings for n in numbers}
+        made = run(program, smaller) if carried else {}
+        smaller |= {name: made[f"next_{name}"] for name in carried}
+        if not numbers:
+            break
+        shares = _cut_off(program, smaller)
+        if all(share <= always[node] + most for node, share in shares.items()):
+            break
+    return smaller
+
+
+def _cut_off(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, float]:
+    """Return how large what the range of each value cuts off is, beside the value."""
+    ranges: dict[fx.Node, tuple[float, float]] = {}
+    for node in program.nodes:
+        if is_operator(node, "graphopt.fake_quantize"):
+            found = arguments(node)
+            low, high = INTEGERS[found["dtype"]]
+            # half a step is rounding
+            ranges[found["x"]] = (
+                (low - found["zero_point"] - 0.5) * found["scale"],
+                (high - found["zero_point"] + 0.5) * found["scale"],
+            )
+    shares: dict[fx.Node, float] = {}
+
+    def hook(node: fx.Node, value: Any) -> Any:
+        if node in ranges and isinstance(value, torch.Tensor):
+            low, high = ranges[node]
+            wide = value.double()
+            shares[node] = float((wide - wide.clamp(low, high)).norm() / wide.norm().clamp(min=1e-30))
+        return value
+
+    interpret(program, inputs, hook=hook)
+    return shares

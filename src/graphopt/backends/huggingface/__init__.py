@@ -1,0 +1,1 @@
+"""Programs as Hugging Face folders."""

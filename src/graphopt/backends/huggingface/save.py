@@ -1,0 +1,253 @@
+"""A Program as a Hugging Face folder, reloaded by transformers alone and compared before it counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ir.errors import LoweringError
+from ...ir.export_blockers import export_blockers
+from ...ir.facts import CheckpointChanges
+from ...ir.program import Program
+from ...ir.running.execute import memory_available
+from ...ir.running.fold import computed
+from ...ir.running.retype import widen
+from ...ir.storage.atomic import atomic_folder
+from ...ir.storage.safetensors_file import write_file, writer
+from ...ir.weights import TensorSource, numel
+from .compare import LIMITS, Case, Reference, cases, differences, require_same_attention
+from .config import renumbered, with_experts, with_widths
+from .layers import Skeleton, without_layers
+
+SHARD_BYTES = 5 << 30
+SCRIPT = Path(__file__).with_name("reload.py")
+
+Recapture = Callable[[Path], Program]
+
+
+@dataclass
+class FolderReport:
+    """What was written and how it compares: relative error of each output against the program."""
+
+    path: Path
+    errors: dict[str, float] = field(default_factory=dict)
+    checked: str = ""
+    files: list[str] = field(default_factory=list)
+
+
+def save_pretrained(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    check: str = "auto",
+    recapture: Recapture | None = None,
+    skeleton: Skeleton | None = None,
+    progress: Callable[[str, int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> FolderReport:
+    """Write the program in the format of the checkpoint it came from.
+
+    Args:
+        program: captured from a Hugging Face checkpoint; passes since then must fit its architecture.
+        path: the folder; appears whole or not at all, and replaces nothing but a folder that graphopt wrote.
+        check: "reload" runs the folder with transformers in another process; "streamed" captures it again
+            and runs both weight by weight, for models larger than memory; "auto" chooses by size. Both compare in
+            float32 at least, padded on either side, beyond every window that takes no more than seconds to reach.
+        recapture: how to capture a folder: for "streamed", and for windows that take longer.
+        skeleton: how to name the tensors of a configuration's model.
+        progress: called with the name and bytes of each tensor written.
+        shard_bytes: size of a weight file.
+
+    Raises:
+        LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
+        UsageError: something that graphopt did not write stands there.
+    """
+    tensors, config = contents(program, skeleton)
+    with atomic_folder(path, may_replace=_is_folder_of_ours) as folder:
+        _write_weights(folder, tensors, shard_bytes, progress)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, data in program.origin.assets.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+        report = FolderReport(Path(path), files=sorted(p.name for p in folder.iterdir()))
+        total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
+        if check == "auto":
+            check = "reload" if total < memory_available() // 3 else "streamed"
+        report.checked = check
+        if check not in ("reload", "streamed"):
+            raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
+        report.errors = _compare(program, folder, check, recapture)
+    return report
+
+
+def contents(
+    program: Program, skeleton: Skeleton | None = None
+) -> tuple[dict[str, TensorSource], dict[str, Any]]:
+    """Return the tensors and configuration of the folder.
+
+    Raises:
+        LoweringError: the program did not come from a checkpoint, or a pass left its format.
+    """
+    if program.origin.kind != "huggingface" or not program.checkpoint:
+        raise LoweringError(
+            "this program was not captured from a Hugging Face checkpoint",
+            hint="use program.save, program.lower or program.exported_program",
+        )
+    if blockers := export_blockers(program):
+        reasons = "; ".join(f"{reason} ({by})" for by, told in blockers.items() for reason in told)
+        raise LoweringError(
+            f"a Hugging Face folder cannot hold this program: {reasons}",
+            hint="use program.save or program.lower",
+        )
+    changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
+    removed = changes.removed_layers
+    tensors: dict[str, TensorSource] = {}
+    for old, node in program.checkpoint.items():
+        name = renumbered(old, removed)
+        if name in tensors:
+            raise LoweringError(
+                f"two tensors would be called {name}: one of a layer that was removed is still read",
+                hint="use program.save or program.lower",
+            )
+        held = node.op == "placeholder"
+        tensors[name] = program.weights[node.name].source if held else computed(program, node)[0]
+    config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
+    if changes.active_experts is not None:
+        config = with_experts(config, *changes.active_experts, active=True)
+    for before, after in changes.expert_counts:
+        config = with_experts(config, before, after, active=False)
+    return tensors, config
+
+
+def _is_folder_of_ours(path: Path) -> bool:
+    """Tell whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
+    files = path.glob("*.safetensors")
+    return (path / "config.json").is_file() and any(writer(f) == METADATA["writer"] for f in files)
+
+
+METADATA = {"format": "pt", "writer": "graphopt"}
+"""In the header of weight files; it says which folders may be replaced."""
+
+
+def _write_weights(
+    folder: Path,
+    tensors: dict[str, TensorSource],
+    shard_bytes: int,
+    progress: Callable[[str, int], None] | None,
+) -> None:
+    shards: list[dict[str, TensorSource]] = [{}]
+    size = 0
+    for name, source in tensors.items():
+        bytes_ = numel(source.shape) * source.dtype.itemsize
+        if size and size + bytes_ > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = source
+        size += bytes_
+    if len(shards) == 1:
+        write_file(folder / "model.safetensors", shards[0], metadata=METADATA, progress=progress)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, shard, metadata=METADATA, progress=progress)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(numel(s.shape) * s.dtype.itemsize for s in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _compare(program: Program, folder: Path, check: str, recapture: Recapture | None) -> dict[str, float]:
+    """Return the largest relative error of each output over all inputs.
+
+    Raises:
+        LoweringError: the folder cannot be loaded, or its model computes something else.
+    """
+    reference = Reference(program)
+    given, unreached = cases(program)
+    again = None
+    if check == "streamed" or unreached:
+        if recapture is None:
+            raise LoweringError(
+                "this check needs a way to capture the folder again", hint="call program.save_pretrained"
+            )
+        again = recapture(folder)
+    worst: dict[str, float] = {}
+    found = _reloaded(program, folder, given, reference.dtype) if check == "reload" else None
+    for number, case in enumerate(given):
+        result = found[number] if found is not None else _streamed(again, case, reference)
+        errors = differences(program, case, reference(case.inputs), result)
+        for name, error in errors.items():
+            worst[name] = max(worst.get(name, 0.0), error)
+        _require(errors, case, reference)
+    if unreached and again is not None:
+        require_same_attention(program, again)
+    return worst
+
+
+def _reloaded(
+    program: Program, folder: Path, given: list[Case], dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """Run the folder in a process that knows transformers and not graphopt."""
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as place:
+        taken, made = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
+        inputs = {f"{i}/{k}": v for i, case in enumerate(given) for k, v in case.inputs.items()}
+        save_file(
+            {k: widen(v, dtype).clone(memory_format=torch.contiguous_format) for k, v in inputs.items()},
+            taken,
+        )
+        name = program.origin.model_class.partition(":")[2]
+        status, said = _child([str(folder), name, str(taken), str(made), str(dtype).removeprefix("torch.")])
+        if status != 0:
+            last = said.strip().splitlines()[-1:] or ["no message"]
+            raise LoweringError(
+                f"transformers cannot load what was written: {last[0]}",
+                hint="the architecture cannot express this program; use program.save or program.lower",
+            )
+        results: list[dict[str, torch.Tensor]] = [{} for _ in given]
+        for label, value in load_file(made).items():
+            number, _, output = label.partition("/")
+            results[int(number)][output] = value
+    return results
+
+
+def _child(arguments: list[str]) -> tuple[int, str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, done.stderr
+
+
+def _streamed(again: Program | None, case: Case, reference: Reference) -> dict[str, Any]:
+    assert again is not None
+    known = {k: v for k, v in case.inputs.items() if k in again.signature.inputs}
+    return Reference(again, reference.dtype)(again.bind((), known))
+
+
+def _require(errors: dict[str, float], case: Case, reference: Reference) -> None:
+    worst = max(errors, key=lambda name: errors[name])
+    if errors[worst] <= LIMITS[reference.dtype]:
+        return
+    limit = reference.limit(case)
+    if not errors[worst] <= limit:
+        tokens = next((f" of {v.shape[1]} tokens" for v in case.inputs.values() if v.dim() == 2), "")
+        raise LoweringError(
+            f"the folder reloads, and its output {worst} differs from the program by {errors[worst]:.2g} "
+            f"relative (limit {limit:.1g}) on inputs{tokens}{case.label}: this architecture computes something else",
+            hint="a Hugging Face folder cannot hold this program; use program.save or program.lower",
+        )
+
+
+__all__ = ["FolderReport", "contents", "save_pretrained"]

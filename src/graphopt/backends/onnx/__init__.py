@@ -1,0 +1,1 @@
+"""Programs as ONNX files, for ONNX Runtime, onnxruntime-genai and NPUs."""

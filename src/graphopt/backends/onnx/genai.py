@@ -1,0 +1,88 @@
+"""A decoder with caches as a folder that onnxruntime-genai generates with."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...ir.errors import LoweringError
+from ...ir.program import Program
+from ...ir.vocabulary import kept_tokens
+from .genai_folder import compare, genai_config, installed, write_beside
+from .lower import lower_onnx
+from .model import OnnxReport
+
+
+@dataclass(frozen=True)
+class GenaiReport:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        model: of the file in it.
+        files: in the folder.
+        compared: how many tokens onnxruntime-genai generated that the program too thinks the likeliest; None where it is
+            not installed.
+    """
+
+    path: Path
+    model: OnnxReport
+    files: tuple[Path, ...]
+    compared: int | None
+
+
+def lower_genai(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    float32: bool = True,
+    check: bool = False,
+    tolerance: float | None = None,
+) -> GenaiReport:
+    """Write model.onnx, genai_config.json and the tokenizer's files into a new folder.
+
+    Caches are inputs and outputs that genai keeps in place (``past_present_share_buffer``). The model's tokens are
+    compared with the program's where onnxruntime-genai is installed.
+
+    Args:
+        program: after insert-kv-cache.
+        path: of the folder, which must not exist.
+        opset: see :func:`lower_onnx`.
+        float32: the same.
+        check: refuse where onnxruntime-genai is not installed.
+        tolerance: see :func:`lower_onnx`.
+
+    Raises:
+        LoweringError: the program has no caches, or caches that genai cannot make; the tokens differ; what
+            :func:`lower_onnx` raises.
+    """
+    if kept_tokens(program, "logits") is not None:
+        raise LoweringError(
+            "the program's logits are of some tokens, and genai takes their places for tokens",
+            hint="lower it without trim-vocabulary; graphopt generate maps them back",
+        )
+    place = Path(path).absolute()
+    if place.exists():
+        raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")
+    if not place.parent.is_dir():
+        raise LoweringError(f"the folder {place.parent} does not exist")
+    if check and not installed():
+        raise LoweringError(
+            "the check generates with onnxruntime-genai", hint='pip install "graphopt[genai]"'
+        )
+    config = genai_config(program)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
+        draft = Path(name) / place.name
+        draft.mkdir()
+        model = lower_onnx(
+            program, draft / "model.onnx", opset=opset, dynamic=True, float32=float32, tolerance=tolerance
+        )
+        write_beside(program, draft, config)
+        compared = compare(program, draft) if installed() else None
+        files = tuple(place / f.name for f in sorted(draft.iterdir()))
+        os.replace(draft, place)
+    moved = replace(model, path=place / "model.onnx", files=tuple(place / f.name for f in model.files))
+    return GenaiReport(place, moved, files, compared)

@@ -1,0 +1,297 @@
+"""What onnxruntime-genai wants beside ONNX files of a decoder: its settings, the tokenizer, and a try of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ir.errors import LoweringError
+from ...ir.facts import KVCache
+from ...ir.program import Program
+from ...ir.running.execute import run
+from ...ir.schema import argument, is_operator
+from ...targets import Target
+from .model import OnnxReport
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja",
+)  # fmt: skip
+"""Files of a checkpoint that its tokenizer is made of."""
+TOKENS = 16
+"""How many tokens are generated to compare."""
+LONGEST = 2048
+"""Slots of a cache that has as many as it is given, where nobody says how many: genai makes them all at once."""
+
+
+def installed() -> bool:
+    """Return whether onnxruntime-genai is."""
+    return find_spec("onnxruntime_genai") is not None
+
+
+def write_beside(program: Program, folder: Path, config: dict[str, Any]) -> None:
+    """Write genai_config.json and the files of the checkpoint's tokenizer."""
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in TOKENIZER:
+        if file in program.origin.assets:
+            (folder / file).write_bytes(program.origin.assets[file])
+
+
+def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[int, list[OnnxReport]] | None:
+    """Return how many tokens a prompt's graph takes, and the graphs, if they are a prompt's and a step's of one row.
+
+    Args:
+        program: that they were written from.
+        reports: of all graphs, parts in their order.
+    """
+    cache = program.facts.get(KVCache)
+    if cache is None or cache.tree or not cache.logits or program.dials:
+        return None
+    if not _ends(_configuration(program), program):
+        return None
+    counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
+    chunk = max((int(c) for c in counts), default=0)
+    firsts = sum(cache.tokens in r.inputs for r in reports)
+    return (chunk, list(reports)) if counts == {chunk, 1} and chunk > 1 and firsts == 2 else None
+
+
+def pipeline_config(
+    program: Program, chunk: int, reports: Sequence[OnnxReport], folder: Path, target: Target | None
+) -> dict[str, Any]:
+    """Return the settings with a prompt's graphs and a step's as stages, each after what a host computes for it.
+
+    Prompts are given in pieces of ``chunk`` tokens, and what is left one by one. genai keeps the caches in place.
+
+    Args:
+        program: that they were written from.
+        chunk: how many tokens a prompt's graph takes.
+        reports: of its graphs, a prompt's parts and a step's.
+        folder: where the files are.
+        target: the device of all graphs but the host's; None for the CPU.
+    """
+    config = genai_config(program)
+    tokens = program.facts[KVCache].tokens
+    stages: list[dict[str, Any]] = []
+    prompt = False
+    for report in reports:
+        host = report.path.with_name(f"{report.path.stem.split('_part')[0]}_host.onnx").name
+        if tokens in report.inputs:
+            prompt = report.inputs[tokens][1] == chunk
+            if (folder / host).is_file():
+                stages.append(_stage(folder / host, prompt, None))
+        stages.append(_stage(folder / report.path.name, prompt, target))
+    decoder = config["model"]["decoder"]
+    del decoder["filename"]
+    decoder["pipeline"] = stages
+    config["model"]["type"] = "decoder-pipeline"
+    return config
+
+
+def _stage(path: Path, prompt: bool, target: Target | None) -> dict[str, Any]:
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    said: dict[str, Any] = {
+        "filename": path.name, "inputs": [v.name for v in graph.input], "outputs": [v.name for v in graph.output],
+        "run_on_prompt": prompt, "run_on_token_gen": not prompt,
+    }  # fmt: skip
+    if target is not None:
+        device = {"backend_type": "htp", "soc_model": str(target.soc), "htp_arch": str(target.arch)}
+        said["session_options"] = {"log_id": "onnxruntime-genai", "provider_options": [{"qnn": device}]}
+    return {path.stem: said}
+
+
+def beside_buckets(
+    program: Program, reports: Sequence[OnnxReport], folder: Path, target: Target | None, try_it: bool
+) -> bool:
+    """Write what genai wants beside a prompt's graphs and a step's, tried on this machine's CPU where genai is installed.
+
+    Returns:
+        Whether the graphs are such ones.
+
+    Raises:
+        LoweringError: genai generates something else.
+    """
+    found = prompt_and_step(program, reports)
+    if found is None:
+        return False
+    chunk, graphs = found
+    if try_it and installed():
+        write_beside(program, folder, pipeline_config(program, chunk, graphs, folder, None))
+        compare(program, folder, chunk)
+    write_beside(program, folder, pipeline_config(program, chunk, graphs, folder, target))
+    return True
+
+
+def genai_config(program: Program) -> dict[str, Any]:
+    """Return what genai_config.json says of a program: sizes from its graph, special tokens from its checkpoint.
+
+    Raises:
+        LoweringError: it has no caches, or none that genai can make.
+    """
+    cache = program.facts.get(KVCache)
+    if cache is None or cache.tree or not cache.logits:
+        raise LoweringError(
+            "onnxruntime-genai generates with caches, and this program has none of the plain kind",
+            hint="run insert-kv-cache{} last, without tree",
+        )
+    inputs = program.signature.inputs
+    shapes = {tuple(inputs[n].shape[1:2]) + tuple(inputs[n].shape[3:]) for n in inputs if "_cache_" in n}
+    if len(shapes) != 1:
+        raise LoweringError(
+            f"onnxruntime-genai makes all caches alike, and these differ: {sorted(map(str, shapes))}"
+        )
+    known = {cache.tokens, cache.positions, *(n for n in inputs if "_cache_" in n)}
+    if set(inputs) - known or program.dials:
+        more = ", ".join(sorted({*inputs, *program.dials} - known))
+        raise LoweringError(
+            f"onnxruntime-genai has nothing to give for {more}", hint="freeze-dial fixes a dial"
+        )
+    heads, size = next(iter(shapes))
+    vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
+    config = _configuration(program)
+    ends = _ends(config, program)
+    if not ends:
+        raise LoweringError(
+            "the checkpoint does not say with which token a text ends, and onnxruntime-genai would take token 0 for it",
+            hint="set eos_token_id in the checkpoint's generation_config.json and capture it again",
+        )
+    queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
+    query_heads = int(argument(queries, "q").meta["val"].shape[1])
+    given = cache.limit or config.get("max_position_embeddings") or LONGEST
+    fixed = cache.capacity if isinstance(cache.capacity, int) else None
+    longest = fixed or min(int(given), LONGEST)
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": int(size),
+        "hidden_size": int(config.get("hidden_size") or query_heads * int(size)),
+        "num_attention_heads": query_heads,
+        "num_hidden_layers": int(cache.layers),
+        "num_key_value_heads": int(heads),
+        "inputs": {
+            "input_ids": cache.tokens, "position_ids": cache.positions,
+            "past_key_names": "key_cache_%d", "past_value_names": "value_cache_%d",
+        },
+        "outputs": {
+            "logits": cache.logits, "present_key_names": "next_key_cache_%d",
+            "present_value_names": "next_value_cache_%d",
+        },
+    }  # fmt: skip
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": _within(config.get("bos_token_id"), vocabulary),
+            "eos_token_id": ends,
+            "pad_token_id": _within(config.get("pad_token_id"), vocabulary, ends[0] if ends else 0),
+            "context_length": int(fixed or given),
+            "vocab_size": vocabulary,
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False, "max_length": longest, "min_length": 0, "num_beams": 1, "num_return_sequences": 1,
+            "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+        },
+    }  # fmt: skip
+
+
+def _configuration(program: Program) -> dict[str, Any]:
+    """Return the checkpoint's configuration, with what its generation settings say of special tokens."""
+    config = dict(program.origin.config)
+    config = {**config, **(config.get("text_config") or {})}
+    raw = program.origin.assets.get("generation_config.json")
+    if raw:
+        said = json.loads(raw)
+        config |= {
+            k: said[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(k) is not None
+        }
+    return config
+
+
+def _ends(config: dict[str, Any], program: Program) -> list[int]:
+    """Return the tokens that end a text; what a vocabulary was cut down to may not have them any more."""
+    vocabulary = int(program.outputs[program.facts[KVCache].logits].meta["val"].shape[-1])
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return [int(e) for e in ends if e is not None and 0 <= e < vocabulary]
+
+
+def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
+    return int(token) if isinstance(token, int) and 0 <= token < vocabulary else otherwise
+
+
+def compare(program: Program, folder: Path, chunk: int = 6) -> int:
+    """Let genai generate, and see that the program thinks each of its tokens the likeliest, or as likely to rounding.
+
+    Args:
+        program: that the folder was written from.
+        folder: with genai_config.json, whose stages all run on this machine.
+        chunk: how many tokens a prompt's graph takes.
+
+    Raises:
+        LoweringError: genai does not take the folder, or generates something else.
+    """
+    import onnxruntime_genai
+
+    cache = program.facts[KVCache]
+    config = json.loads((folder / "genai_config.json").read_text())
+    vocabulary = config["model"]["vocab_size"]
+    longest, fixed = int(config["search"]["max_length"]), isinstance(cache.capacity, int)
+    # a piece of the prompt's graph, two tokens one by one, and room for some that are generated
+    given = min(chunk + 2, longest - 1)
+    if given < 1:
+        raise LoweringError("a cache of one slot has no room for a token after a prompt's")
+    prompt = torch.randint(vocabulary, (given,), generator=torch.Generator().manual_seed(0)).tolist()
+    length = min(len(prompt) + TOKENS, longest)
+    try:
+        # what is tried must not end at once
+        settings = onnxruntime_genai.Config(str(folder))
+        order = _logits(program, prompt)[-1].argsort()
+        unlikely = int(order[len(order) // 2])
+        settings.overlay(json.dumps({"model": {"eos_token_id": [unlikely]}}))
+        model = onnxruntime_genai.Model(settings)
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=cache.capacity if fixed else length, do_sample=False)
+        generator = onnxruntime_genai.Generator(model, parameters)
+        first = chunk if len(prompt) >= chunk else 0
+        for piece in ([prompt[:first]] if first else []) + [[token] for token in prompt[first:]]:
+            generator.append_tokens(piece)
+        while not generator.is_done() and len(generator.get_sequence(0)) < length:
+            generator.generate_next_token()
+        found = [int(token) for token in generator.get_sequence(0)]
+    except Exception as error:
+        raise LoweringError(
+            f"onnxruntime-genai does not take the folder: {str(error).strip().splitlines()[0]}"
+        ) from error
+    logits = _logits(program, found)
+    for place in range(len(prompt), len(found)):
+        before = logits[place - 1]
+        behind = float(before.max() - before[found[place]]) / float(before.abs().max().clamp(min=1e-30))
+        if not behind <= 2e-2:
+            raise LoweringError(
+                f"onnxruntime-genai generates token {found[place]} at place {place}, and the program "
+                f"{int(before.argmax())}, which is likelier by {behind:.2g} of the largest logit"
+            )
+    if len(found) == len(prompt):
+        raise LoweringError("onnxruntime-genai generates nothing")
+    return len(found) - len(prompt)
+
+
+def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
+    """Return what a program with empty caches says after each token: (tokens, vocabulary)."""
+    cache = program.facts[KVCache]
+    slots = cache.capacity if isinstance(cache.capacity, int) else len(tokens)
+    inputs = {
+        cache.tokens: torch.tensor([tokens]),
+        cache.positions: torch.arange(len(tokens))[None],
+    }
+    for name, spec in program.signature.inputs.items():
+        if "_cache_" in name:
+            inputs[name] = torch.zeros(1, int(spec.shape[1]), slots, int(spec.shape[3]), dtype=spec.dtype)
+    said: torch.Tensor = run(program, inputs)[cache.logits][0].double()
+    return said

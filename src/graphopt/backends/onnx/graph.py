@@ -1,0 +1,174 @@
+"""From a Program to an ONNX graph in memory: the exporter's translation, folded and named by us."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ...ir.compat import FakeTensor, is_recorded, quiet_onnx_registration
+from ...ir.errors import LoweringError
+from ...ir.operators.library import KERNELS
+from ...ir.program import Program
+from ...ir.running.fold import fold
+from ...ir.weights import Weight
+from ..torch.exported import exported_program
+from .cleanup import attach_weights, simplify
+from .operators import QUANTIZED_FROM, translation_table
+from .quantized import pairs_in, require_quantized, store_weights, with_integers
+
+
+def build_graph(program: Program, opset: int) -> Any:
+    """Return the program as an ``onnx_ir.Model`` whose large weights are read when it is written.
+
+    Args:
+        program: not changed.
+        opset: of the graph.
+
+    Raises:
+        LoweringError: an operator has no translation, or two names collide.
+    """
+    if pairs_in(program) and opset < QUANTIZED_FROM:
+        raise LoweringError(
+            f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}",
+            hint="opset=23 has attention and norms as one each, and is what they get by default",
+        )
+    model, weights = _translate(fold(with_integers(program)), opset)
+    attach_weights(model, weights)
+    simplify(model)
+    expected = pairs_in(program)
+    if expected:
+        store_weights(model)
+        require_quantized(model, expected, {n for n, w in weights.items() if w.kind == "parameter"})
+    _rename(model, [*program.signature.inputs, *program.dials], program.signature.output_names)
+    _require_dynamic(model, program)
+    model.producer_name, model.producer_version = "graphopt", None
+    model.graph.name = "graphopt"
+    return model
+
+
+def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
+    exported = _exported(program)
+    weights = {
+        str(spec.target): program.weights[spec.arg.name]
+        for spec in exported.graph_signature.input_specs
+        if spec.target is not None
+    }
+    try:
+        try:
+            return _export(_undecomposed(exported), opset), weights
+        except torch.onnx.OnnxExporterError:
+            # an operator that only the exporter's own decomposition knows
+            return _export(_exported(program), opset), weights
+    except torch.onnx.OnnxExporterError as error:
+        raise LoweringError(
+            f"the program has no ONNX form at opset {opset}: {_cause(error)}",
+            hint="program.operators lists its operators, for those that ONNX lacks; "
+            "fixed sizes (sizes=) go through where dynamic ones may not",
+        ) from error
+
+
+def _exported(program: Program) -> ExportedProgram:
+    exported = exported_program(program, load=False)
+    for node in exported.graph.nodes:
+        # no provenance goes into the file, and the exporter complains of nodes that have none
+        node.meta = {"val": node.meta["val"], "nn_module_stack": {}}
+    return exported
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of what went wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error.args[0] if error.args else error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+@contextlib.contextmanager
+def _roundings_by_shape() -> Iterator[None]:
+    """Let the exporter's passes, which ask for each rounding's value several times over, have no more than its shape.
+
+    Worked out of symbolic sizes step by step, they take two thirds of the time of a quantised file.
+    """
+
+    def shape_alone(x: Any, *rest: Any, **options: Any) -> torch.Tensor | None:
+        return torch.empty_like(x) if isinstance(x, FakeTensor) and not is_recorded() else None
+
+    before = dict(KERNELS)
+    KERNELS.update(fake_quantize=shape_alone, fake_quantize_channels=shape_alone)
+    try:
+        yield
+    finally:
+        KERNELS.clear()
+        KERNELS.update(before)
+
+
+def _export(exported: ExportedProgram, opset: int) -> Any:
+    with quiet_onnx_registration(), _roundings_by_shape(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            optimize=False,
+            custom_translation_table=translation_table(opset),
+        )
+    assert written is not None
+    return written.model
+
+
+def _undecomposed(exported: ExportedProgram) -> ExportedProgram:
+    """Let the exporter skip its decomposition where it would change nothing: it is most of its time.
+
+    The exporter hands over the table of operators it cannot write.
+    """
+    decompose: Callable[..., ExportedProgram] = exported.run_decompositions
+
+    def run(table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
+        calls = (node.target for node in exported.graph.nodes if node.op == "call_function")
+        if table is None or any(target in table for target in calls):
+            return decompose(table, *args, **kwargs)
+        return exported
+
+    vars(exported)["run_decompositions"] = run
+    return exported
+
+
+def _rename(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Give inputs and outputs the program's names; a value inside that has one of them gets another."""
+    graph = model.graph
+    wanted = [*inputs, *outputs]
+    clash = {name for name in wanted if wanted.count(name) > 1} | (set(wanted) & set(graph.initializers))
+    if clash:
+        raise LoweringError(
+            f"ONNX needs distinct names, and the program uses {', '.join(sorted(clash))} twice",
+            hint="rename the output or the weight",
+        )
+    ends = [*graph.inputs, *graph.outputs]
+    if len(ends) != len(wanted):
+        raise LoweringError(f"the exporter kept {len(ends)} inputs and outputs of {len(wanted)}")
+    taken = set(wanted)
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}_inner"
+    for value, name in zip(ends, wanted, strict=True):
+        value.name = name
+
+
+def _require_dynamic(model: Any, program: Program) -> None:
+    """Refuse a graph in which the exporter froze a size that should vary."""
+    for value in model.graph.inputs:
+        if value.name not in program.signature.inputs:
+            continue
+        for size, wanted in zip(value.shape, program.signature.inputs[value.name].shape, strict=True):
+            if isinstance(size, int) and not isinstance(wanted, int):
+                raise LoweringError(
+                    f"the exporter takes {wanted} of input {value.name!r} for {size} always",
+                    hint="capture with another example size, or write a static graph with sizes=",
+                )

@@ -1,0 +1,165 @@
+"""Graphs of one program at one set of sizes: built, written, checked and compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ...ir.errors import LoweringError
+from ...ir.program import Program
+from ...ir.running.execute import run
+from ...targets import Target
+from ..checking.cases import Case, comparison_cases
+from .check import check_file
+from .compare import compare_with_runtime
+from .graph import build_graph
+from .host_partition import Split, prepared, split
+from .parts import in_parts
+from .sizes import limits_of, with_sizes
+from .target import TargetReport, check_on_target, require_taken
+
+EXTERNAL_FROM = 1_900_000_000
+"""Bytes of weights from which they are written beside the file: a protobuf holds 2 GiB at most."""
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written.
+
+    ``nodes`` counts operators; ``errors`` has the largest relative error of each output against the program
+    (empty if not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``limits`` are what must hold
+    of the named ones, which a file says in its metadata and no runtime checks; ``seconds`` covers everything, checks
+    included; ``others`` are further parts and buckets, in their order.
+    """
+
+    path: Path
+    opset: int
+    nodes: dict[str, int]
+    initialiser_bytes: int
+    errors: dict[str, float]
+    files: tuple[Path, ...]
+    seconds: float
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+    limits: tuple[str, ...] = ()
+    checked: TargetReport | None = None
+    others: tuple[OnnxReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How graphs are written: see :func:`graphopt.backends.onnx.lower.lower_onnx`."""
+
+    opset: int
+    dynamic: bool
+    compare: bool
+    apart: Literal["auto"] | bool
+    asked: Target | None
+    kind: str
+    check: bool
+    widen: bool
+    tolerance: float | None
+    part_bytes: int | None
+    alone: bool
+
+    @property
+    def device(self) -> Target | None:
+        """The target, where it is a device with a compiler."""
+        return self.asked if self.asked is not None and self.asked.compiled else None
+
+
+def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: Writing) -> list[OnnxReport]:
+    """Write a program's graph, or its parts, and what a host computes for them, beside one another.
+
+    Args:
+        program: not changed.
+        draft: of the file, in a folder that is thrown away where this fails.
+        fixed: sizes that become numbers.
+        how: all else.
+
+    Raises:
+        LoweringError: see :func:`graphopt.backends.onnx.lower.lower_onnx`.
+    """
+    lowered = with_sizes(program, fixed, float32=how.widen)
+    halves = Split(None, lowered) if how.device is None else split(lowered)
+    # a copy, so that the weights it loads to run leave with it
+    reference = with_sizes(program, {}, float32=True) if how.widen else program.copy()
+    cases = list(comparison_cases(reference, fixed, how.dynamic)) if how.compare or how.check else []
+    paths = []
+    if halves.host is not None:
+        paths.append(draft.with_name(f"{draft.stem}_host.onnx"))
+        _write(build_graph(halves.host, how.opset), paths[0], False)
+        check_file(paths[0], how.opset)
+    parts = [halves.device] if how.part_bytes is None else in_parts(halves.device, how.part_bytes)
+    reports = []
+    for number, part in enumerate(parts, start=1):
+        paths.append(draft if len(parts) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx"))
+        reports.append(_write_model(part, paths[-1], how))
+    if how.compare:
+        # all files one after another are the program, whatever each of them is
+        errors = compare_with_runtime(paths, reference, cases, how.tolerance)
+        reports = [replace(r, errors={n: e for n, e in errors.items() if n in r.outputs}) for r in reports]
+    if how.check and how.device is not None:
+        if halves.host is not None:
+            cases = [prepared(case, halves.host) for case in cases]
+        for number, (part, report) in enumerate(zip(parts, reports, strict=True)):
+            # several graphs are compiled into one binary when all of them are there
+            context = report.path.with_name(f"{report.path.stem}_ctx.onnx") if how.alone else None
+            told = check_on_target(report.path, part, cases, how.device, how.kind, context)
+            reports[number] = replace(report, checked=told)
+            if number + 1 < len(parts):
+                cases = [replace(case, inputs=case.inputs | _following(part, case)) for case in cases]
+    return reports
+
+
+def _following(part: Program, case: Case) -> dict[str, Any]:
+    """Return what the next part is given of this one."""
+    made = run(part, {n: v for n, v in case.inputs.items() if n in part.input_nodes})
+    return {n: v for n, v in made.items() if n.startswith("part_")}
+
+
+def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
+    started = time.perf_counter()
+    graph = build_graph(program, how.opset)
+    if how.asked is not None:
+        require_taken(graph, program, how.asked, how.kind)
+    total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    if how.apart is False and total >= EXTERNAL_FROM:
+        raise LoweringError(
+            f"the weights take {total:,} bytes, and a file of its own holds 2 GiB at most",
+            hint="external_data=True writes them beside it",
+        )
+    limits = limits_of(program)
+    if limits:
+        graph.metadata_props["graphopt.sizes"] = "; ".join(limits)
+    apart = total >= EXTERNAL_FROM if how.apart == "auto" else bool(how.apart)
+    _write(graph, path, apart)
+    nodes = check_file(path, how.opset)
+    return OnnxReport(
+        path=path,
+        opset=how.opset,
+        nodes=dict(nodes.most_common()),
+        initialiser_bytes=total,
+        errors={},
+        files=(),
+        seconds=time.perf_counter() - started,
+        inputs={value.name: _shape(value) for value in graph.graph.inputs},
+        outputs={value.name: _shape(value) for value in graph.graph.outputs},
+        limits=limits,
+    )
+
+
+def _write(graph: Any, path: Path, apart: bool) -> None:
+    import onnx_ir
+
+    if apart:
+        onnx_ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    else:
+        onnx_ir.save(graph, path)
+
+
+def _shape(value: Any) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)

@@ -1,0 +1,167 @@
+"""A program in several that follow one another, cut where only the residual stream crosses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from ...ir.errors import LoweringError
+from ...ir.inputs import add_input, remove_input
+from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone, drop_unread_weights
+from ...ir.schema import arguments, is_operator, normal_call
+from .quantized import ROUNDINGS
+
+
+def everywhere(program: Program) -> set[fx.Node]:
+    """Return what each part computes for itself: what is made of weights alone, or of inputs and no matrix of weights.
+
+    Such are masks, positions and their rotations, slots of caches.
+    """
+    settled = set(depends_on_weights_alone(program))
+    made = {n for n in program.graph.nodes if n.op == "placeholder" and n not in settled}
+    for node in program.graph.nodes:
+        read = node.all_input_nodes
+        if node.op == "call_function" and read and node not in settled:
+            vectors = all(sum(size != 1 for size in n.meta["val"].shape) <= 1 for n in read if n in settled)
+            if vectors and all(n in made or n in settled for n in read):
+                made.add(node)
+    return settled | {n for n in made if n.op == "call_function"}
+
+
+def cut_points(program: Program) -> list[tuple[int, fx.Node]]:
+    """Return where a program may be cut: after which call, and the one tensor that crosses there.
+
+    What is given from outside, and what is made of that or of weights alone, stands on both sides of a cut and
+    crosses nothing.
+
+    Args:
+        program: with fixed sizes.
+    """
+    settled = everywhere(program)
+    order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
+    place = {n: i for i, n in enumerate(order)}
+    last = {n: max((place[u] for u in n.users if u in place), default=-1) for n in order}
+    found, live = [], set[fx.Node]()
+    for number, node in enumerate(order):
+        live = {n for n in [*live, node] if last[n] > number}
+        if len(live) == 1:
+            (crossing,) = live
+            if isinstance(crossing.meta.get("val"), torch.Tensor):
+                found.append((number, crossing))
+    return found
+
+
+def in_parts(program: Program, most: int) -> list[Program]:
+    """Return programs whose weights take at most so many bytes each; together, one after another, they are the program.
+
+    Part k gives ``part_k``, which part k + 1 takes; other inputs and outputs keep their names, in the parts that have to do
+    with them.
+
+    Args:
+        program: with fixed sizes; not changed.
+        most: bytes of weights a part.
+
+    Raises:
+        LoweringError: a piece between two places where it could be cut is larger.
+    """
+    settled = everywhere(program)
+    order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
+    ends: list[tuple[int, fx.Node | None]] = [*cut_points(program), (len(order) - 1, None)]
+    chosen: list[tuple[int, fx.Node | None]] = []
+    held: dict[str, int] = {}
+    begin, before = 0, None
+    for end in ends:
+        piece = dict(_stored(program, order[begin : end[0] + 1], settled))
+        begin = end[0] + 1
+        if sum(piece.values()) > most:
+            name = max(piece, key=lambda n: piece[n])
+            raise LoweringError(
+                f"a part would hold {sum(piece.values()):,} bytes between two places where the program could be cut, "
+                f"{piece[name]:,} of them in {program.weights[name].name}; {most:,} are allowed",
+                hint="allow larger parts, or store weights in fewer bits",
+            )
+        if before is not None and sum((held | piece).values()) > most:
+            chosen.append(before)
+            held = {}
+        held |= piece
+        before = end
+    chosen.append((len(order) - 1, None))
+    parts, first, given = [], 0, None
+    for number, (end_place, crossing) in enumerate(chosen, start=1):
+        parts.append(_part(program, order[first : end_place + 1], given, crossing, number, settled))
+        first, given = end_place + 1, crossing
+    return parts
+
+
+def _stored(program: Program, calls: list[fx.Node], settled: set[fx.Node]) -> Iterator[tuple[str, int]]:
+    """Yield the weights that calls read, with their bytes as they are written."""
+    work, seen = list(calls), set(calls)
+    while work:
+        node = work.pop()
+        for operand in node.all_input_nodes:
+            if operand in seen:
+                continue
+            seen.add(operand)
+            if operand.name in program.weights:
+                yield operand.name, _written(program, operand)
+            elif operand.op == "call_function" and operand in settled:
+                work.append(operand)
+
+
+def _written(program: Program, node: fx.Node) -> int:
+    """Return the bytes of a weight in the type that it is stored in."""
+    bits = {"int4": 4, "int8": 8, "uint8": 8, "uint16": 16, "int16": 16}
+    weight = program.weights[node.name]
+    count = weight.bytes // max(1, weight.source.dtype.itemsize)
+    sizes = []
+    for user in node.users:
+        found = arguments(user)
+        if not is_operator(user, *ROUNDINGS) or node is found["scale"]:
+            sizes.append(weight.bytes)
+        elif found.get("integers") not in (None, node):
+            sizes.append(0)  # integers that were fitted to data are written in its place
+        else:
+            sizes.append(count * bits[str(found["dtype"])] // 8)
+    return max(sizes, default=weight.bytes)
+
+
+def _part(
+    program: Program, calls: list[fx.Node], given: fx.Node | None, gives: fx.Node | None, number: int,
+    settled: set[fx.Node],
+) -> Program:  # fmt: skip
+    made = program.copy()
+    places = {n.name: n for n in made.graph.nodes}
+    if given is not None:
+        own = places[given.name]
+        value = own.meta["val"]
+        taken = add_input(made, f"part_{number - 1}", list(value.shape), value.dtype)
+        if is_operator(own, "graphopt.fake_quantize"):
+            # a value that comes from outside is stored in as few bits as it was
+            found = dict(arguments(own)) | {"x": taken}
+            args, kwargs = normal_call(own.target, found)
+            with made.edit.after(taken):
+                taken = made.edit.call(own.target, *args, **kwargs)
+        made.edit.replace(own, taken, record=False)
+        places = {n.name: n for n in made.graph.nodes}
+    inside = {n.name for n in calls}
+    outputs = {
+        name: node.name
+        for name, node in program.outputs.items()
+        if node.name in inside or (number == 1 and (node.op == "placeholder" or node in settled))
+    }
+    if gives is not None:
+        outputs[f"part_{number}"] = gives.name
+    made.signature.outputs = {"dict": {name: {"leaf": name} for name in outputs}, "class": None}
+    before = list(made.output_node.all_input_nodes)
+    made.edit.set_outputs([places[name] for name in outputs.values()])
+    made.edit.erase_dead(before)
+    made.checkpoint.clear()
+    made.edit.erase_dead([n for n in reversed(list(made.graph.nodes)) if n.op == "call_function"])
+    for name, node in list(made.input_nodes.items()):
+        if name in made.signature.inputs and not node.users:
+            remove_input(made, name)
+    drop_unread_weights(made)
+    return made

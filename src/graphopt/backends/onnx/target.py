@@ -1,0 +1,197 @@
+"""ONNX files for one device: what it would refuse is said beforehand, and its compiler and simulator have the last word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ir.errors import LoweringError
+from ...ir.program import Program
+from ...ir.running.execute import run
+from ...targets import FLOAT, Target
+from ...targets.faults import misread
+from ..checking.cases import Case, counted
+from .qnn.measures import reference, signal_to_noise
+from .qnn.run import compile_together, simulate
+from .quantized import DEQUANTIZE, QUANTIZE, without_rounding
+
+LEAST = {FLOAT: 25.0, "w8a8": 20.0, "w8a16": 30.0, "w4a8": 20.0, "w4a16": 30.0}
+"""Decibels that a simulator must reach against ONNX Runtime on the same file: below, something is wrong, not rounded."""
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What a device's compiler and simulator said. Compiled and simulated; nothing here ran on a device.
+
+    Attributes:
+        target: name of the device.
+        wheel: the compiler's version.
+        nodes: how many nodes it took; none is left elsewhere.
+        compile_seconds: for the context binary.
+        simulate_seconds: for all inputs.
+        against_runtime: for each output, least signal-to-noise ratio of the simulator to ONNX Runtime on the same file, dB.
+        against_float: the same to the program in PyTorch, before it was quantised if it was.
+        context: the compiled files.
+    """
+
+    target: str
+    wheel: str
+    nodes: int
+    compile_seconds: float
+    simulate_seconds: float
+    against_runtime: dict[str, float]
+    against_float: dict[str, float]
+    context: tuple[Path, ...]
+
+
+def require_fixed(program: Program, fixed: Mapping[str, int], target: Target) -> None:
+    """Refuse a program with sizes that vary.
+
+    Raises:
+        LoweringError: it has some.
+    """
+    moving = [name for name in program.signature.sizes if name not in fixed]
+    if moving:
+        raise LoweringError(
+            f"{target.name} takes no sizes that vary, and {', '.join(moving)} would",
+            hint="--shape "
+            + ",".join(f"{n}={1 if n == 'batch' else program.signature.sizes[n].hint}" for n in moving)
+            + " fixes them; in Python, sizes=",
+        )
+
+
+def require_taken(model: Any, program: Program, target: Target, kind: str) -> None:
+    """List what the device or runtime does not take, before it is asked.
+
+    Raises:
+        LoweringError: each node with the reason and the line of the user's model that it comes from.
+    """
+    places = {node.name: node for node in program.nodes} | dict(program.outputs)
+    found = []
+    for node in model.graph:
+        if node.op_type in (QUANTIZE, DEQUANTIZE):
+            continue
+        first = next((v for v in node.inputs if v is not None and v.shape is not None), None)
+        rank = len(first.shape) if first is not None else 0
+        why = target.refuses(node.op_type, rank, kind)
+        if not why and any(map(_blocked, node.inputs)) and not target.takes_blocks(node.op_type, kind):
+            why = f"{target.name} takes no scale for each block of inputs in {kind}; quantize{{target={target.name}}}"
+        if why:
+            origin = _origin(node, places)
+            line = program.source_line(origin) if origin is not None else ""
+            found.append(f"{node.op_type} {node.outputs[0].name}: {why}" + (f"  [{line}]" if line else ""))
+    if target.compiled and kind == FLOAT:
+        found += [
+            f"{n.name}: {target.name} computes depthwise convolutions of this length wrongly where they are dilated; "
+            f"fit-target writes them otherwise  [{program.source_line(n)}]"
+            for n in program.nodes if misread(n)
+        ]  # fmt: skip
+    if found:
+        more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
+        raise LoweringError(
+            f"{len(found)} nodes cannot go to {target.name}:\n  " + "\n  ".join(found[:20]) + more,
+            hint="change what the model computes there, or leave target out and let a runtime choose where nodes run",
+        )
+
+
+def _blocked(value: Any) -> bool:
+    """Tell whether a value is restored with a scale for each block."""
+    made = value.producer() if value is not None else None
+    if made is None or made.op_type != DEQUANTIZE:
+        return False
+    size = made.attributes.get("block_size")
+    return size is not None and size.value > 0
+
+
+def _origin(node: Any, places: Mapping[str, Any]) -> Any:
+    """Return the program's node that an ONNX node belongs to: its own, or that of the first value made of it."""
+    work, seen = [node], 0
+    while work and seen < 60:
+        current = work.pop(0)
+        seen += 1
+        for value in current.outputs:
+            name = (value.name or "").removesuffix("_inner")
+            if name in places:
+                return places[name]
+            work.extend(use.node for use in value.uses())
+    return None
+
+
+def check_on_target(
+    path: Path, program: Program, cases: Sequence[Case], target: Target, kind: str, context: Path | None
+) -> TargetReport:
+    """Compile a file strictly, simulate it, and compare.
+
+    Args:
+        path: of the file.
+        program: what it was written from; its values without rounding are the truth.
+        cases: inputs.
+        target: the device.
+        kind: the type that it computes in.
+        context: where the compiled context goes; nowhere if None.
+
+    Raises:
+        LoweringError: a node is left on the CPU, the compiler refuses, crashes or hangs, or the simulator computes
+            something else than ONNX Runtime.
+    """
+    original = without_rounding(program)
+    feeds = [{n: t.contiguous().numpy() for n, t in case.inputs.items()} for case in cases]
+    known = _taken(path)
+    feeds = [{n: a for n, a in feed.items() if n in known} for feed in feeds]
+    found = simulate(path, feeds, soc=target.soc, arch=target.arch, context=context)
+    if found.error:
+        raise LoweringError(
+            f"{target.name}'s compiler: {found.error}",
+            hint="for ONNX Runtime the file is right, and without the check it is written; halving the program with "
+            "skip-layers finds the operator that the compiler dislikes",
+        )
+    if found.elsewhere:
+        rest = ", ".join(f"{op} {name}" for op, name in found.elsewhere[:8])
+        raise LoweringError(f"{len(found.elsewhere)} nodes are left on the CPU: {rest}")
+    runtime: dict[str, float] = {}
+    floating: dict[str, float] = {}
+    for case, feed, outputs in zip(cases, feeds, found.outputs, strict=True):
+        expected = reference(path, feed)
+        truth = run(original, {n: v for n, v in case.inputs.items() if n in original.input_nodes})
+        for name, value in outputs.items():
+            for ratios, other in ((runtime, torch.from_numpy(expected[name])), (floating, truth[name])):
+                pair = counted(torch.from_numpy(value), other, case)
+                if pair is not None:
+                    here = signal_to_noise(pair[0].float().numpy(), pair[1].float().numpy())
+                    ratios[name] = min(ratios.get(name, 200.0), here)
+    wrong = {n: r for n, r in runtime.items() if r < LEAST[kind]}
+    if wrong:
+        told = ", ".join(f"{n}: {r:.1f} dB" for n, r in wrong.items())
+        raise LoweringError(
+            f"{target.name} computes something else than ONNX Runtime on the same file: {told}; "
+            f"{LEAST[kind]:.0f} dB are asked for",
+            hint="it computes an operator wrongly; python -m graphopt.backends.sweep tries them one by one",
+        )
+    files = () if context is None else tuple(sorted(context.parent.glob(f"{context.stem}*")))
+    return TargetReport(
+        target.name, found.wheel, sum(found.nodes.values()), found.compile_seconds, found.simulate_seconds, runtime,
+        floating, files,
+    )  # fmt: skip
+
+
+def _taken(path: Path) -> set[str]:
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return {value.name for value in model.graph.input}
+
+
+def compile_buckets(paths: Sequence[Path], target: Target) -> tuple[Path, ...]:
+    """Compile graphs that share weights into one binary, and return its files.
+
+    Raises:
+        LoweringError: the compiler refuses, crashes or hangs.
+    """
+    files, error = compile_together(paths, soc=target.soc, arch=target.arch)
+    if error:
+        raise LoweringError(f"{target.name}'s compiler, given all graphs together: {error}")
+    return tuple(files)

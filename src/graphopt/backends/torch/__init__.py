@@ -1,0 +1,1 @@
+"""Programs as modules and exported programs of torch."""

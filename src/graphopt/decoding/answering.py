@@ -1,0 +1,227 @@
+"""Data that a model writes itself: texts that it continues, conversations in which it speaks for the assistant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.reading import entries, longest
+from ..data.tokenizer import Tokenizer
+from ..ir.errors import UsageError
+from ..ir.program import Model, Program, as_program
+from ..ir.storage.atomic import atomic_file
+from ..ir.storage.content import whole_hash
+from ..measure.context import Progress, Silent
+from .generation import end_tokens, stream
+
+Entry = str | list[dict[str, Any]]
+
+
+@dataclass
+class Answered:
+    """What came out: rows written, rows left out since they did not fit, tokens that the model wrote."""
+
+    rows: int = 0
+    left_out: int = 0
+    tokens: int = 0
+
+
+def answer(
+    model: Model | Program,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    sequences: int | None = None,
+    prompt_tokens: int = 32,
+    max_new_tokens: int = 128,
+    batch: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    strategy: str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Answered:
+    """Let a model write the data that heads, drafts and :class:`~graphopt.decoding.Retrieval` learn from.
+
+    Of a text the first tokens are kept and the model goes on. In a conversation it speaks for the assistant at every
+    turn, with its own earlier turns before it; one that ends with the user's turn is answered. So data may be prompts
+    alone, and a model is never taught another one's words (self-distillation of Medusa, arXiv 2401.10774).
+
+    An interrupted call goes on where it stopped, if it is the same: what is done stands in ``output`` + ``.part``.
+
+    Args:
+        model: what :func:`graphopt.capture` takes, with its tokenizer.
+        source: a .jsonl (``text`` or ``messages`` a line) or .txt file.
+        output: a .jsonl file to write; the same form as the source.
+        sequences: rows at most; None takes all.
+        prompt_tokens: of a text, so many tokens are kept.
+        max_new_tokens: the model writes at most so many, a turn.
+        batch: rows that are written side by side.
+        temperature: 0 takes the most likely token.
+        seed: of draws.
+        strategy: who proposes candidates; the text stays the same.
+        device: where it runs.
+        progress: hears of every batch.
+
+    Raises:
+        UsageError: the output exists, the source is missing or of no known kind, or another call's part lies there.
+    """
+    path, target = Path(source), Path(output)
+    if target.exists():
+        raise UsageError(f"{target} exists already", hint="choose another place, or remove it")
+    if not path.is_file():
+        raise UsageError(f"the data file {path} does not exist")
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise UsageError(f"{path}: texts and conversations are read from .jsonl and .txt files")
+    if min(prompt_tokens, max_new_tokens, batch) < 1:
+        raise UsageError("prompt_tokens, max_new_tokens and batch are at least 1")
+    program = as_program(model)
+    writer = _Writer(program, prompt_tokens, max_new_tokens, temperature, strategy, device)
+    given = [entry for _, entry in entries(path)][:sequences]
+    if not given:
+        raise UsageError(f"{path} holds no text")
+    header = {
+        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": whole_hash(program), "rows": len(given),
+        "prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch, "temperature": temperature,
+        "seed": seed,
+    }  # fmt: skip
+    part = target.with_name(target.name + ".part")
+    lines = _done(part, header)
+    shown = progress or Silent()
+    starts = range(len(lines), len(given), batch)
+    shown.start("writing answers", len(starts))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("a", encoding="utf-8") as file:
+        if not lines:
+            file.truncate(0)
+            file.write(json.dumps(header) + "\n")
+        for start in starts:
+            made = writer.write(given[start : start + batch], seed + start)
+            lines.extend(json.dumps(row, ensure_ascii=False) for row in made)
+            file.write("\n".join(lines[start:]) + "\n")
+            file.flush()
+            shown.step(f"{writer.tokens} tokens")
+    shown.done()
+    kept = [line for line in lines if line != "null"]
+    if not kept:
+        raise UsageError(
+            "no row fits into the positions that the model has", hint="shorter prompts or answers"
+        )
+    with atomic_file(target) as temporary:
+        temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    part.unlink()
+    return Answered(len(kept), len(lines) - len(kept), writer.tokens)
+
+
+def _done(part: Path, header: dict[str, Any]) -> list[str]:
+    """Return the rows of an interrupted call, whole batches alone."""
+    if not part.is_file():
+        return []
+    text = part.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    if not text.endswith("\n"):
+        lines = lines[:-1]
+    try:
+        held = json.loads(lines[0]) if lines else None
+    except ValueError:
+        held = None
+    if held != header:
+        if not lines:
+            return []
+        raise UsageError(
+            f"{part} was left by another call", hint="repeat that one to end it, or remove the file"
+        )
+    whole = (len(lines) - 1) // int(header["batch"]) * int(header["batch"])
+    kept = lines[1 : 1 + whole]
+    part.write_text("\n".join([lines[0], *kept]) + "\n", encoding="utf-8")
+    return kept
+
+
+class _Writer:
+    """Writes rows side by side."""
+
+    def __init__(
+        self, program: Program, prompt_tokens: int, count: int, temperature: float, strategy: str | None,
+        device: torch.device | str,
+    ):  # fmt: skip
+        self.program, self.tokenizer = program, Tokenizer(program)
+        self.prompt_tokens, self.count = prompt_tokens, count
+        self.options: dict[str, Any] = {"temperature": temperature, "strategy": strategy, "device": device}
+        self.ends = set(end_tokens(program))
+        self.limit = longest(program)
+        self.tokens = 0
+
+    def write(self, rows: Sequence[Entry], seed: int) -> list[dict[str, Any] | None]:
+        """Return rows as lines of data; None for one that does not fit."""
+        made: list[dict[str, Any] | None] = [None] * len(rows)
+        texts = [n for n, row in enumerate(rows) if isinstance(row, str)]
+        prompts = [self.tokenizer.encode(str(rows[n]))[: self.prompt_tokens] for n in texts]
+        for n, prompt, new in zip(texts, prompts, self._continued(prompts, seed), strict=True):
+            made[n] = None if new is None else {"text": self.tokenizer.decode([*prompt, *new])}
+        talks = {n: _Talk(row) for n, row in enumerate(rows) if isinstance(row, list)}
+        turn = 0
+        while waiting := {n: talk for n, talk in talks.items() if talk.waits}:
+            turn += 1
+            said = [
+                self.tokenizer.encode_chat(self.tokenizer.chat(talk.so_far, answering=True))[0]
+                for talk in waiting.values()
+            ]
+            for talk, new in zip(waiting.values(), self._continued(said, seed + turn), strict=True):
+                talk.say(None if new is None else self.tokenizer.decode(new).strip())
+        for n, talk in talks.items():
+            made[n] = {"messages": talk.so_far} if talk.whole else None
+        return made
+
+    def _continued(self, prompts: list[list[int]], seed: int) -> Iterator[list[int] | None]:
+        fits = [bool(p) and (self.limit is None or len(p) + self.count <= self.limit) for p in prompts]
+        rows = [p for p, fit in zip(prompts, fits, strict=True) if fit]
+        found: Iterator[list[int]] = iter(())
+        if rows:
+            stream_ = stream(self.program, rows, max_new_tokens=self.count, seed=seed, **self.options)
+            for _, tokens in stream_:
+                self.tokens += len(tokens)
+            found = (whole[len(begun) :] for whole, begun in zip(stream_.rows, rows, strict=True))
+        for fit in fits:
+            new = next(found) if fit else None
+            # the end is written by the chat's template, and a text has none
+            yield new if new is None else [t for t in new if t not in self.ends]
+
+
+class _Talk:
+    """A conversation in which the assistant's turns are written anew."""
+
+    def __init__(self, messages: list[dict[str, Any]]):
+        self.left = list(messages)
+        if not messages or messages[-1].get("role") != "assistant":
+            self.left.append({"role": "assistant"})
+        self.so_far: list[dict[str, Any]] = []
+        self.whole = len(self.left) > 1
+        self._listen()
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether the assistant is to speak."""
+        return self.whole and bool(self.left)
+
+    def _listen(self) -> None:
+        while self.left and self.left[0].get("role") != "assistant":
+            self.so_far.append(self.left.pop(0))
+
+    def say(self, content: str | None) -> None:
+        """Take the assistant's turn; None where it has no room, which ends the conversation before this turn."""
+        if content is None:
+            # the turns before are whole; the user's last stays unanswered, so it goes too
+            while self.so_far and self.so_far[-1].get("role") != "assistant":
+                self.so_far.pop()
+            self.left, self.whole = [], bool(self.so_far)
+            return
+        self.left.pop(0)
+        self.so_far.append({"role": "assistant", "content": content})
+        self._listen()

@@ -1,0 +1,354 @@
+"""Text from a program: the cache is put in where it is missing, and rows of different lengths go side by side."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.reading import encoded
+from ..data.reading import longest as positions
+from ..data.token_ids import known_ids
+from ..data.tokenizer import Tokenizer
+from ..ir.errors import PassRefusedError, UsageError
+from ..ir.facts import KVCache
+from ..ir.program import Program
+from ..ir.running.retype import retyped
+from ..measure.context import Context
+from ..passes.caching.insert_kv_cache import InsertKVCache
+from ..passes.framework.manager import run_pipeline
+from ..passes.framework.pipeline import parse_calls
+from .cached import CachedDecoder, longest
+from .drafters import BY_NAME, DraftProgram
+from .drafts import Drafter
+from .plain import continuations
+from .sampling import Sampling
+from .speculating import Loop, Statistics
+from .stopping import Stop
+
+CHECKPOINT = "checkpoint"
+"""Stands for what the checkpoint's own settings say."""
+
+
+def with_cache(program: Program) -> Program:
+    """Return a program that takes text piece by piece: itself, or with insert-kv-cache applied, once.
+
+    Raises:
+        PassRefusedError: it has no such form; the reason is said.
+    """
+    if KVCache in program.facts:
+        return program
+    found: Program = program.derived(
+        "with cache", lambda: run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
+    )
+    return found
+
+
+def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
+    """Return whom a text names to propose candidates, and the options that it gives.
+
+    Raises:
+        PipelineError: the text is not of that form.
+        UsageError: there is nobody of that name, or no such option.
+    """
+    calls = parse_calls(text, "a strategy")
+    if len(calls) != 1:
+        raise UsageError(f"{text!r} names {len(calls)} strategies; one proposes candidates")
+    name, options = calls[0]
+    if name not in BY_NAME:
+        near = difflib.get_close_matches(name, BY_NAME, n=1)
+        raise UsageError(
+            f"there is no strategy {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"there are {', '.join(BY_NAME)}",
+        )
+    known = list(inspect.signature(BY_NAME[name]).parameters)
+    for option in options:
+        if option not in known:
+            raise UsageError(f"{name} has no option {option!r}", hint=f"its options are {', '.join(known)}")
+    return BY_NAME[name], options
+
+
+def as_strategy(text: str, program: Program) -> Drafter:
+    """Return who proposes candidates for a program, by name and options; ``texts`` are files that its tokenizer reads.
+
+    Raises:
+        PipelineError: the text is not of that form.
+        UsageError: there is nobody of that name, or an option is wrong.
+    """
+    kind, options = named_strategy(text)
+    if isinstance(options.get("texts"), str):
+        options["texts"] = texts_of(program, options["texts"])
+    return kind(**options)
+
+
+def texts_of(program: Program, file: str) -> list[list[int]]:
+    """Return the tokens of the texts and conversations of a .jsonl or .txt file.
+
+    Raises:
+        UsageError: the file is missing or of another kind.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(f"the data file {path} does not exist")
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise UsageError(f"{path}: texts are read from .jsonl and .txt files")
+    tokenizer = Tokenizer(program)
+    return [row.ids for row in encoded(path, tokenizer)]
+
+
+def end_tokens(program: Program) -> list[int]:
+    """Return the tokens after which the checkpoint's settings say to stop."""
+    found = _setting(program, "eos_token_id")
+    if isinstance(found, int):
+        return [found]
+    return [int(t) for t in found] if isinstance(found, list) else []
+
+
+def _setting(program: Program, name: str) -> Any:
+    config = program.origin.config
+    found = config.get(
+        name, config.get("text_config", {}).get(name) if isinstance(config.get("text_config"), dict) else None
+    )
+    given = program.origin.assets.get("generation_config.json")
+    if given is not None:
+        try:
+            found = json.loads(given).get(name, found)
+        except ValueError:
+            warnings.warn("generation_config.json is not JSON and was left aside", stacklevel=3)
+    return found
+
+
+class Stream:
+    """Tokens as they come: an iterator over (row, tokens) pairs, a pair for each row that a step adds to.
+
+    Attributes:
+        statistics: steps, acceptance and seconds so far.
+        rows: all tokens of each row so far.
+    """
+
+    def __init__(
+        self, rows: list[list[int]], steps: Iterator[list[tuple[int, list[int]]]], statistics: Statistics
+    ):
+        self.rows, self.statistics, self._steps = rows, statistics, steps
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield the tokens of each step."""
+        for commits in self._steps:
+            for row, tokens in commits:
+                self.rows[row].extend(tokens)
+                if tokens:
+                    yield row, tokens
+
+
+def stream(
+    program: Program,
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    attention_mask: torch.Tensor | None = None,
+    eos_token_id: int | Sequence[int] | str | None = CHECKPOINT,
+    stop: Sequence[Sequence[int]] = (),
+    strategy: Drafter | str | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    typical_acceptance: float | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    dials: Mapping[str, float] | None = None,
+    compiled: bool = False,
+) -> Stream:
+    """Generate step by step; see :func:`generate` for the arguments.
+
+    Raises:
+        UsageError: an argument is out of its range, a row is empty, or the text would not fit.
+    """
+    rows = _rows(input_ids, attention_mask)
+    if isinstance(strategy, str):
+        strategy = as_strategy(strategy, program)
+    sampling = Sampling(temperature, top_k, top_p, typical_acceptance)
+    if isinstance(eos_token_id, str):
+        if eos_token_id != CHECKPOINT:
+            raise UsageError(
+                f"eos_token_id is {eos_token_id!r}; it is a token, several, None or {CHECKPOINT!r}"
+            )
+        ends = end_tokens(program)
+    else:
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    stops = Stop(max_new_tokens, frozenset(ends), tuple(tuple(s) for s in stop))
+    _check_tokens(rows, program)
+    _check_positions(rows, max_new_tokens, program)
+    try:
+        cached = with_cache(_typed(program, dtype, device))
+    except PassRefusedError as refused:
+        if strategy is not None or len(rows) > 1 or stop or top_k is not None or top_p is not None:
+            raise
+        warnings.warn(
+            f"no cache: {refused.message.splitlines()[-1].strip()}; every token is computed with all before it",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+        return _without_cache(_typed(program, dtype, device), rows, max_new_tokens, ends, temperature, seed)
+    if isinstance(strategy, DraftProgram):
+        strategy.program = with_cache(_typed(strategy.program, dtype, device))
+    size = max(len(row) for row in rows) + max_new_tokens
+    decoder = CachedDecoder(
+        cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
+        compiled=compiled,
+    )  # fmt: skip
+    if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
+        raise UsageError(
+            "this program adds a bias by position, for which candidates need inputs of their own",
+            hint="insert-kv-cache{tree=true}",
+        )
+    loop = Loop(decoder, strategy, sampling, stops, seed)
+    if typical_acceptance is not None:
+        loop.statistics.notes.append("typical acceptance: the text does not have the program's distribution")
+    steps = ([(c.row, c.tokens) for c in commits] for commits in loop.run(rows))
+    return Stream([list(row) for row in rows], steps, loop.statistics)
+
+
+def generate(
+    program: Program,
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    **options: Any,
+) -> torch.Tensor:
+    """Return rows with what continues them.
+
+    Without a ``strategy`` or with any of them the output is the same, token for token: that of the program itself,
+    the most likely token at each place or one drawn from its distribution.
+
+    Args:
+        program: takes tokens and returns logits; with a cache, or insert-kv-cache puts one in.
+        input_ids: (batch, positions), or a list of rows of different lengths.
+        max_new_tokens: how many at most, each row.
+        attention_mask: (batch, positions), 0 where ``input_ids`` is padding, on either side.
+        eos_token_id: tokens after which a row ends, kept; those of the checkpoint if left out, None for no end.
+        stop: runs of tokens after which a row ends, kept.
+        strategy: who proposes candidates, from :mod:`graphopt.decoding`, or its name with options,
+            ``"prompt-lookup{tokens=8}"``.
+        temperature: 0 takes the most likely token, else tokens are drawn.
+        top_k: draw among so many most likely tokens.
+        top_p: draw among the most likely tokens that have this probability together.
+        typical_acceptance: take candidates that are not unlikely, above this probability or less where many tokens are
+            likely (Medusa's rule, 0.09 there), instead of by their odds: **another text**, in fewer steps.
+        seed: of draws.
+        device: where it runs.
+        dtype: "stored", "float32", or "auto": as stored, but in float32 where a CPU would compute in 16 bits.
+        dials: settings of the program that are not to be the usual.
+        compiled: compile what lies between attentions (torch.compile, once for all layers of a kind), and on a GPU replay
+            steps as CUDA graphs. The first steps take seconds; sums may be rounded in another order.
+
+    Returns:
+        (batch, positions + new): the given rows, then what continues each; rows that ended earlier are filled with
+        the padding token (of the checkpoint, or 0).
+
+    Raises:
+        UsageError: an argument is out of its range, a row is empty, or the text would not fit.
+    """
+    found = stream(program, input_ids, max_new_tokens=max_new_tokens, **options)
+    begun = [len(row) for row in found.rows]
+    for _ in found:
+        pass
+    new = [row[start:] for row, start in zip(found.rows, begun, strict=True)]
+    fill = _setting(program, "pad_token_id")
+    most = max(len(row) for row in new)
+    filled = torch.tensor([row + [fill if isinstance(fill, int) else 0] * (most - len(row)) for row in new])
+    if not isinstance(input_ids, torch.Tensor):
+        first = max(len(row) for row in input_ids)
+        pad = fill if isinstance(fill, int) else 0
+        input_ids = torch.tensor([[pad] * (first - len(row)) + list(row) for row in input_ids])
+    return torch.cat([input_ids, filled.to(input_ids.dtype)], 1)
+
+
+def _typed(program: Program, dtype: str, device: torch.device | str) -> Program:
+    if dtype not in ("auto", "stored", "float32"):
+        raise UsageError(f"dtype is {dtype!r}; it is auto, stored or float32")
+    halves = {torch.float16, torch.bfloat16} & {w.source.dtype for w in program.weights.values()}
+    slow = dtype == "auto" and torch.device(device).type == "cpu"
+    if not halves or not (slow or dtype == "float32"):
+        return program
+    found: Program = program.derived("in float32", lambda: retyped(program, torch.float32))
+    return found
+
+
+def _rows(input_ids: Any, mask: torch.Tensor | None) -> list[list[int]]:
+    if isinstance(input_ids, torch.Tensor):
+        if input_ids.dim() != 2:
+            raise UsageError(f"input_ids has {input_ids.dim()} dimensions; it is (batch, positions)")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise UsageError(f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
+        kept = torch.ones_like(input_ids) if mask is None else mask
+        rows = [row[seen.bool()].tolist() for row, seen in zip(input_ids, kept, strict=True)]
+    else:
+        if mask is not None:
+            raise UsageError("attention_mask belongs to a tensor of input_ids; lists have no padding")
+        rows = [list(row) for row in input_ids]
+    if not rows or not all(rows):
+        raise UsageError("every row begins with at least one token")
+    return rows
+
+
+def _capacity(program: Program, size: int, strategy: Drafter | None) -> int:
+    """Return how many slots are made: room for candidates behind the text, where there are slots for them."""
+    fixed = program.facts[KVCache].capacity
+    limit = fixed if isinstance(fixed, int) else longest(program)
+    wanted = size + (strategy.room if strategy is not None else 0)
+    return size if limit is not None and size > limit else min(wanted, limit or wanted)
+
+
+def _check_tokens(rows: list[list[int]], program: Program) -> None:
+    cache = program.facts.get(KVCache)
+    name = cache.tokens if cache is not None else "input_ids"
+    known = known_ids(program, name) if name in program.input_nodes else None
+    for number, row in enumerate(rows):
+        for token in row:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise UsageError(f"row {number} has {token!r}, which is no token: they are whole numbers")
+            if token < 0 or (known is not None and token >= known):
+                raise UsageError(
+                    f"row {number} has token {token}, the program knows "
+                    + ("numbers from 0 on" if known is None else f"0 to {known - 1}"),
+                    hint="encode the text with the checkpoint's own tokenizer",
+                )
+
+
+def _check_positions(rows: list[list[int]], count: int, program: Program) -> None:
+    """Past the positions that a model was made for it says nonsense, or nothing."""
+    limit = positions(program)
+    cache = program.facts.get(KVCache)
+    # caches that are shorter say so themselves
+    if cache is not None and isinstance(cache.capacity, int) and limit is not None:
+        limit = max(limit, cache.capacity + 1)
+    most = max(len(row) for row in rows)
+    if limit is not None and most + count > limit:
+        raise UsageError(
+            f"the text may have {most + count} tokens, the model has positions for {limit}",
+            hint=f"max_new_tokens of at most {limit - most}" if most < limit else "a shorter text",
+        )
+
+
+def _without_cache(
+    program: Program, rows: list[list[int]], count: int, ends: list[int], temperature: float, seed: int
+) -> Stream:
+    statistics = Statistics()
+
+    def steps() -> Iterator[list[tuple[int, list[int]]]]:
+        for token in continuations(
+            program, torch.tensor(rows[:1]), max_new_tokens=count, eos_token_id=ends,
+            temperature=temperature, seed=seed,
+        ):  # fmt: skip
+            statistics.steps += 1
+            statistics.row_steps += 1
+            statistics.tokens += 1
+            yield [(0, [token])]
+
+    return Stream([list(rows[0])], steps(), statistics)

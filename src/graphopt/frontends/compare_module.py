@@ -1,0 +1,41 @@
+"""A program beside the module that it was captured from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ir.program import Program
+from .compare import require_equal, resized
+from .size_trials import numbers_in, settle_limits, trial
+
+
+def compare_with_model(
+    program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
+) -> None:
+    """Settle which sizes the program takes, then compare at the user's size, at the captured size and at another one."""
+    config = getattr(model, "config", None)
+    settle_limits(program, trial(program, model, example), numbers_in(getattr(config, "__dict__", {})))
+    cases: list[tuple[str, dict[str, Any], Any]] = [
+        ("the example", given, None),
+        ("the captured size", example, None),
+    ]
+    sizes = program.signature.sizes
+    other = resized(
+        program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
+    )
+    if other is not None and sizes and _taken(model, other):
+        cases.append(("another size", other, None))
+    require_equal(program, model, cases)
+
+
+def _taken(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Tell whether the model itself runs at a size; one that it refuses says nothing about the program."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True

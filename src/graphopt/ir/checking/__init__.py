@@ -1,0 +1,1 @@
+"""Values and programs compared: the judge of contracts, captures and exports."""

@@ -1,0 +1,200 @@
+"""Running a streaming program piece by piece, and comparing it with the program it was made of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..facts import Streaming
+from ..program import Program
+from ..running.execute import interpret, run
+from ..running.recurrent_state import states_of
+from ..running.retype import retyped
+from ..sizes import expression, parse_size
+from .comparison import relative_error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The value that differs most, and by how much of the largest value."""
+
+    name: str
+    error: float
+
+
+def initial_state(
+    program: Program, batch: int = 1, *, sizes: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the states of the beginning: zeros, by input name.
+
+    Args:
+        program: made by stream-convolutions.
+        batch: how many streams run side by side.
+        sizes: other sizes that states have, by name, where they vary.
+
+    Raises:
+        UsageError: the program has no states, or they have a size that is not given.
+    """
+    names = states_of(program)
+    if not names and Streaming not in program.facts:
+        raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
+    made = {}
+    for name in names:
+        spec = program.signature.inputs[name]
+        known = {str(spec.shape[0]): batch, **(sizes or {})}
+        shape = [_number(program, name, size, known) for size in spec.shape]
+        made[name] = torch.zeros(shape, dtype=spec.dtype)
+    return made
+
+
+def _number(program: Program, name: str, size: int | str, known: Mapping[str, int]) -> int:
+    """The value of a size, which may be an expression over sizes of the inputs."""
+    symbols = {given: symbol for symbol, given in program.symbols.items()}
+    value = parse_size(size, symbols)
+    value = value.subs({symbols[given]: number for given, number in known.items() if given in symbols})
+    if not value.is_Integer:
+        raise UsageError(f"{name} has the size {size}, which varies", hint=f"sizes={{{str(size)!r}: ...}}")
+    return int(value)
+
+
+def _sizes_of(program: Program, given: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes that inputs have, by name."""
+    shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in given.items()]
+    return {
+        s: n for wanted, found in shapes for s, n in zip(wanted, found, strict=True) if isinstance(s, str)
+    }
+
+
+def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch.Tensor]) -> Iterator[Any]:
+    """Yield what a streaming program makes of each piece, the states carried from one to the next.
+
+    Args:
+        program: made by stream-convolutions.
+        pieces: inputs by name, or the only input.
+    """
+    state: dict[str, torch.Tensor] | None = None
+    others = [name for name in program.signature.inputs if name not in states_of(program)]
+    for piece in pieces:
+        given = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
+        if state is None:
+            sizes = _sizes_of(program, {name: t for name, t in given.items() if name in others})
+            state = initial_state(program, next(iter(given.values())).shape[0], sizes=sizes)
+        results = run(program, program.bind((), {**given, **state}))
+        state = {name: results.pop(f"next_{name}") for name in state}
+        yield next(iter(results.values())) if len(results) == 1 else results
+
+
+def compare_in_chunks(
+    whole: Program, streaming: Program, time: str, *, every_value: bool = False, seed: int = 0
+) -> Difference | None:
+    """Run random pieces in float64 and return where they differ most from the whole.
+
+    Args:
+        whole: the program that takes all frames at once.
+        streaming: the one that takes pieces.
+        time: the name of the size that is cut.
+        every_value: compare all values of the graph that both have, and return the first that differs.
+        seed: of inputs and pieces.
+    """
+    wide, cut = retyped(whole), retyped(streaming)
+    generator = torch.Generator().manual_seed(seed)
+    draw = random.Random(seed)
+    back = max(
+        (int(s) for n in states_of(cut) for s in cut.signature.inputs[n].shape[2:] if isinstance(s, int)),
+        default=1,
+    )
+    frames = 2 * back + 7
+    inputs, axes = _inputs(wide, time, frames, generator)
+    recorded = [n for n in wide.graph.nodes if _timed(wide, n, time) is not None] if every_value else []
+    expected = interpret(wide, inputs, record=recorded)
+    worst: Difference | None = None
+    for pieces in ([1] * frames, _pieces(frames, draw), [frames]):
+        found = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
+        for name in [*[n.name for n in recorded], *whole.signature.output_names]:
+            error = _error(wide, name, found.get(name), expected, time)
+            if error is not None and (worst is None or error > worst.error):
+                if every_value and error > 1e-9:
+                    return Difference(name, error)
+                worst = Difference(name, error)
+    return worst
+
+
+def _pieces(frames: int, draw: random.Random) -> list[int]:
+    sizes: list[int] = []
+    while sum(sizes) < frames:
+        sizes.append(min(draw.randint(1, 5), frames - sum(sizes)))
+    return sizes
+
+
+def _inputs(
+    program: Program, time: str, frames: int, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    made, axes = {}, {}
+    for name, spec in program.signature.inputs.items():
+        shape = [frames if s == time else s if isinstance(s, int) else _other(program, s) for s in spec.shape]
+        if spec.dtype.is_floating_point:
+            made[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
+        else:
+            made[name] = torch.ones(shape, dtype=spec.dtype)
+        if time in spec.shape:
+            axes[name] = spec.shape.index(time)
+    return made, axes
+
+
+def _other(program: Program, size: str) -> int:
+    """Two for what lies side by side; what another axis had when the program was captured."""
+    first = {str(spec.shape[0]) for spec in program.signature.inputs.values() if spec.shape}
+    return 2 if size in first or size not in program.signature.sizes else program.signature.sizes[size].hint
+
+
+def _in_pieces(
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    axes: Mapping[str, int],
+    pieces: Sequence[int],
+    names: Sequence[str],
+) -> dict[str, list[torch.Tensor]]:
+    found: dict[str, list[torch.Tensor]] = {}
+    batch = next(iter(inputs.values())).shape[0]
+    states = initial_state(program, batch, sizes=_sizes_of(program, inputs))
+    state = {n: t.double() for n, t in states.items()}
+    nodes = {n.name: n for n in program.graph.nodes}
+    place = 0
+    for size in pieces:
+        given = {n: t.narrow(axes[n], place, size) if n in axes else t for n, t in inputs.items()}
+        place += size
+        values = interpret(program, {**given, **state}, record=[nodes[n] for n in names if n in nodes])
+        state = {name: values[f"next_{name}"] for name in state}
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _timed(program: Program, node: Any, time: str) -> int | None:
+    """The axis of a value that is time, if exactly one is."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor):
+        return None
+    axes = [i for i, s in enumerate(value.shape) if program.symbols.get(expression(s)) == time]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _error(
+    program: Program, name: str, parts: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
+) -> float | None:
+    """The difference of a value's pieces, one after the other, from the whole; None where there are none."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    node = nodes.get(name)
+    if name in program.signature.output_names:
+        node = dict(zip(program.signature.output_names, program.output_node.args[0], strict=True))[name]  # type: ignore[arg-type]
+    if parts is None or node is None:
+        return None
+    axis = _timed(program, node, time)
+    if axis is None:
+        return float("inf") if name in program.signature.output_names else None
+    return relative_error(torch.cat(parts, axis), expected[name])

@@ -1,0 +1,1 @@
+"""Sharded programs: where values lie, and the programs that ranks run."""

@@ -1,0 +1,267 @@
+"""Where a dimension of a result comes from: which dimension of which operand holds the same entries, in order.
+
+Asked by whoever computes a part of a value from parts of what it is computed from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from ..schema import arguments, operator_name
+from ..sizes import expression
+
+
+@dataclass(frozen=True)
+class Along:
+    """An operand's dimension; ``factor / divisor`` of its entries make one entry of the result."""
+
+    dim: int
+    factor: int = 1
+    divisor: int = 1
+
+
+# operands by whether, and where, they hold the entries; None: the operand is read whole
+Sources = dict[fx.Node, Along | None]
+
+
+def sources_of(node: fx.Node, dim: int) -> Sources | None:
+    """Return where the entries along ``dim`` of a result come from; None if the operator mixes them.
+
+    Args:
+        node: a call that returns one tensor.
+        dim: not negative.
+    """
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or not 0 <= dim < value.dim():
+        return None
+    name = operator_name(node.target)
+    rule = _RULES.get(name)
+    if rule is not None:
+        return rule(node, dim)
+    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return _broadcast(node, dim) if pointwise or name in _POINTWISE else None
+
+
+def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) -> Along | None:
+    """Return where an operand's dimension goes: the result's, and how its entries count there; None if mixed.
+
+    Args:
+        node: a call.
+        source: an operand.
+        dim: of the operand.
+        place: of the result, where it is known; a part may have one entry, which looks like no dimension.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    for index in range(value.dim()) if place is None else [place]:
+        if operator_name(node.target) in _RESHAPES:
+            counts = related(source.meta["val"].shape, value.shape, dim, index)
+            found: Sources | None = {source: Along(dim, *counts)} if counts is not None else None
+        else:
+            found = sources_of(node, index)
+        along = found.get(source) if found is not None else None
+        if along is not None and along.dim == dim:
+            return Along(index, along.divisor, along.factor)
+    return None
+
+
+def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int] | None:
+    """Return sizes (of the source's dimension, of the result's) if a reshape keeps the order of their entries.
+
+    It does where as many elements lie outside of one as outside of the other. None otherwise.
+    """
+    if bool((_product(before[:source]) - _product(after[:result])).expand() != 0):
+        return None
+    sizes = expression(before[source]), expression(after[result])
+    return (int(sizes[0]), int(sizes[1])) if all(size.is_Integer for size in sizes) else None
+
+
+_RESHAPES = ("aten.reshape", "aten.view", "aten.flatten", "aten.squeeze", "aten.unflatten")
+_POINTWISE = ("aten.where", "aten.masked_fill", "aten.clamp", "aten.square", "aten.to", "aten.clone",
+              "aten.contiguous", "aten.dropout", "aten.gelu", "aten.silu", "aten.relu")  # fmt: skip
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _broadcast(node: fx.Node, dim: int) -> Sources:
+    result = node.meta["val"]
+    found: Sources = {}
+    for operand in _tensors(node):
+        value = operand.meta["val"]
+        place = dim - (result.dim() - value.dim())
+        whole = place < 0 or (_one(value.shape[place]) and not _one(result.shape[dim]))
+        found[operand] = None if whole else Along(place)
+    return found
+
+
+def _one(size: int | torch.SymInt) -> bool:
+    return bool(expression(size) == 1) if isinstance(size, torch.SymInt) else size == 1
+
+
+def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
+    """Operators that mix the dimensions that an argument names, and keep all others where they are."""
+
+    def rule(node: fx.Node, dim: int) -> Sources | None:
+        found = arguments(node)
+        source = next(iter(_tensors(node)))
+        rank = source.meta["val"].dim()
+        given = next((found[n] for n in names if n in found), None)
+        if given is None:
+            return None
+        mixed = {int(d) % rank for d in (given if isinstance(given, (list, tuple)) else [given])}
+        if found.get("keepdim") is False and node.meta["val"].dim() != rank:
+            kept = [d for d in range(rank) if d not in mixed]
+            return {source: Along(kept[dim])} if dim < len(kept) else None
+        return None if dim in mixed else {operand: Along(dim) for operand in _tensors(node)}
+
+    return rule
+
+
+def _last(node: fx.Node, dim: int) -> Sources | None:
+    """The last dimension is mixed; other operands broadcast."""
+    return None if dim == node.meta["val"].dim() - 1 else _broadcast(node, dim)
+
+
+def _layer_norm(node: fx.Node, dim: int) -> Sources | None:
+    found = arguments(node)
+    if dim >= node.meta["val"].dim() - len(found["normalized_shape"]):
+        return None
+    return {n: Along(dim) if n is found["input"] else None for n in _tensors(node)}
+
+
+def _permute(node: fx.Node, dim: int) -> Sources:
+    found = arguments(node)
+    rank = node.meta["val"].dim()
+    return {found["self"]: Along(int(found["dims"][dim]) % rank)}
+
+
+def _transpose(node: fx.Node, dim: int) -> Sources:
+    found = arguments(node)
+    rank = node.meta["val"].dim()
+    first, second = int(found["dim0"]) % rank, int(found["dim1"]) % rank
+    return {found["self"]: Along({first: second, second: first}.get(dim, dim))}
+
+
+def _unsqueeze(node: fx.Node, dim: int) -> Sources | None:
+    found = arguments(node)
+    place = int(found["dim"]) % node.meta["val"].dim()
+    return None if dim == place else {found["self"]: Along(dim - (dim > place))}
+
+
+def _select(node: fx.Node, dim: int) -> Sources:
+    found = arguments(node)
+    place = int(found["dim"]) % found["self"].meta["val"].dim()
+    return {found["self"]: Along(dim + (dim >= place))}
+
+
+def _linear(node: fx.Node, dim: int) -> Sources:
+    found = arguments(node)
+    if dim == node.meta["val"].dim() - 1:
+        made: Sources = {found["input"]: None, found["weight"]: Along(0)}
+        if found["bias"] is not None:
+            made[found["bias"]] = Along(0)
+        return made
+    return {n: Along(dim) if n is found["input"] else None for n in _tensors(node)}
+
+
+def _embedding(node: fx.Node, dim: int) -> Sources:
+    found = arguments(node)
+    if dim == node.meta["val"].dim() - 1:
+        return {found["weight"]: Along(1), found["indices"]: None}
+    return {found["weight"]: None, found["indices"]: Along(dim)}
+
+
+def _expand(node: fx.Node, dim: int) -> Sources:
+    source = arguments(node)["self"]
+    result, value = node.meta["val"], source.meta["val"]
+    place = dim - (result.dim() - value.dim())
+    whole = place < 0 or (_one(value.shape[place]) and not _one(result.shape[dim]))
+    return {source: None if whole else Along(place)}
+
+
+def _factory(node: fx.Node, dim: int) -> Sources:
+    """A new tensor reads nothing of the one that it takes its type from."""
+    return dict.fromkeys(_tensors(node))
+
+
+def _reshape(node: fx.Node, dim: int) -> Sources | None:
+    source = arguments(node)["self"]
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    # a size of one has no entries to cut
+    order = sorted(range(len(before)), key=lambda d: _one(before[d]))
+    for place in order:
+        counts = related(before, after, place, dim)
+        if counts is not None:
+            return {source: Along(place, *counts)}
+    return None
+
+
+def _product(shape: Any) -> sympy.Expr:
+    total = sympy.Integer(1)
+    for size in shape:
+        total = total * expression(size)
+    return total
+
+
+def _products(node: fx.Node, dim: int) -> Sources | None:
+    """Products of batches of matrices: leading dimensions, rows of the first, columns of the second."""
+    first, second = (n for n in node.args[:2])
+    rank = node.meta["val"].dim()
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    if first.meta["val"].dim() != rank or second.meta["val"].dim() != rank:
+        return None
+    if dim == rank - 2:
+        return {first: Along(dim), second: None}
+    if dim == rank - 1:
+        return {first: None, second: Along(dim)}
+    found = {n: None if _one(n.meta["val"].shape[dim]) else Along(dim) for n in (first, second)}
+    return dict(found)
+
+
+def _slice_scatter(node: fx.Node, dim: int) -> Sources | None:
+    found = arguments(node)
+    if dim == int(found["dim"]) % node.meta["val"].dim():
+        return None
+    return {found["self"]: Along(dim), found["src"]: Along(dim)}
+
+
+_RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
+    "aten.permute": _permute,
+    "aten.transpose": _transpose,
+    "aten.unsqueeze": _unsqueeze,
+    "aten.select": _select,
+    **dict.fromkeys(_RESHAPES, _reshape),
+    "aten.embedding": _embedding,
+    "aten.expand": _expand,
+    "aten.linear": _linear,
+    "aten.layer_norm": _layer_norm,
+    "aten.new_empty": _factory,
+    "aten.new_zeros": _factory,
+    "aten.new_ones": _factory,
+    "aten.new_full": _factory,
+    "aten.matmul": _products,
+    "aten.bmm": _products,
+    "aten.slice_scatter": _slice_scatter,
+    "graphopt.rms_norm": _last,
+    "graphopt.rotary": _last,
+    **dict.fromkeys(
+        ("aten.softmax", "aten.log_softmax", "aten.cumsum", "aten.cat", "aten.stack", "aten.slice", "aten.flip",
+         "aten.index_select", "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.roll", "aten.narrow"),
+        _not_dims("dim", "dims"),
+    ),
+}  # fmt: skip
+# a stack adds the dimension that it names
+_RULES["aten.stack"] = lambda node, dim: None
+
+__all__ = ["Along", "Sources", "carried", "related", "sources_of"]

@@ -1,0 +1,93 @@
+"""The types of :mod:`graphopt.ir.ranks.placement`, and where they are written down on nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank has the whole value."""
+
+    def __str__(self) -> str:
+        return "whole"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Every rank has a term; the value is their sum."""
+
+    def __str__(self) -> str:
+        return "a partial sum"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every rank has ``length`` entries of ``total`` along ``dim``, from its own start on."""
+
+    dim: int
+    starts: tuple[int, ...]
+    length: int
+    total: int
+
+    @property
+    def even(self) -> bool:
+        """Tell whether the parts, in the order of ranks, are the whole without gap or overlap."""
+        return self.starts == tuple(range(0, self.total, self.length)) and (
+            self.length * len(self.starts) == self.total
+        )
+
+    def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Shard | None:
+        """Return the same cut on another dimension, each entry now ``factor / divisor`` entries; None if none."""
+        numbers = (*self.starts, self.length, self.total)
+        if any(n * factor % divisor for n in numbers):
+            return None
+        *starts, length, total = (n * factor // divisor for n in numbers)
+        return Shard(dim, tuple(starts), length, total)
+
+    def __str__(self) -> str:
+        return f"cut along dimension {self.dim}"
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several values, each cut in its own way, one after the other along ``dim``: fused projections."""
+
+    dim: int
+    pieces: tuple[Shard, ...]
+
+    def part(self, start: int, end: int) -> Shard | None:
+        """Return the piece that lies from ``start`` to ``end``; None if none does."""
+        place = 0
+        for piece in self.pieces:
+            following = place + piece.length
+            if (start, end) == (place, following):
+                return piece
+            place = following
+        return None
+
+    def at(self, dim: int) -> Joined:
+        """Return the same along another dimension."""
+        return Joined(dim, tuple(replace(piece, dim=dim) for piece in self.pieces))
+
+    def __str__(self) -> str:
+        return f"{len(self.pieces)} values cut along dimension {self.dim}, side by side"
+
+
+Placement = Replicate | Partial | Shard | Joined
+WHOLE, PARTIAL = Replicate(), Partial()
+
+
+def mark_cut(node: fx.Node, dim: int) -> None:
+    """Write down along which dimension a value is cut: a part of one entry does not show it."""
+    custom = dict(node.meta.get("custom") or {})
+    custom["graphopt"] = {**custom.get("graphopt", {}), "cut": dim}
+    node.meta["custom"] = custom
+
+
+def cut_along(node: fx.Node) -> int | None:
+    """Return the dimension along which whoever made a value cut it, if it was written down."""
+    found = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
+    return int(found) if found is not None else None

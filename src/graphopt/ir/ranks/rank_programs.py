@@ -1,0 +1,267 @@
+"""A sharded program in one process, and one rank of it in a process of its own.
+
+A sharded program is one graph that every rank runs: each cuts its part with ``local_slice``, and what they must
+agree on goes through a collective. Unrolled, the graph holds the nodes of all ranks side by side and collectives
+are sums and concatenations, so that it runs, trains, is compared in float64 and exported like any other. Bound to
+a rank, cuts are plain slices and collectives are those of a process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import groups
+from ..errors import UsageError, VerificationError
+from ..facts import OwnRank, TensorParallel
+from ..program import Program
+from ..schema import arguments, is_operator, operator_name
+
+aten = torch.ops.aten
+
+COLLECTIVES = ("graphopt.all_reduce", "graphopt.all_gather", "graphopt.reduce_scatter",
+               "graphopt.quantized_all_reduce")  # fmt: skip
+ON_RANKS = (*COLLECTIVES, "graphopt.local_slice", "graphopt.unreduced")
+"""Operators that only a sharded program has."""
+
+
+def ranks_of(program: Program) -> int:
+    """Return how many ranks a program is for; 0 if it is not sharded, or is one rank's."""
+    sharded = program.facts.get(TensorParallel)
+    return 0 if sharded is None or OwnRank in program.facts else sharded.ranks
+
+
+def synchronisations(program: Program) -> list[fx.Node]:
+    """Return the collectives of a program in execution order."""
+    return [n for n in program.graph.nodes if is_operator(n, *COLLECTIVES)]
+
+
+class _Unroller:
+    """Copies a graph node by node, once or once a rank."""
+
+    def __init__(self, graph: fx.Graph, ranks: int):
+        self.old = graph
+        self.ranks = ranks
+        self.new = fx.Graph()
+        self.copies: dict[fx.Node, list[fx.Node]] = {}
+
+    def run(self) -> None:
+        # first, so that they keep their names, by which they are given values
+        for node in self.old.nodes:
+            if node.op == "placeholder":
+                self.copies[node] = [self.copy(node, 0)]
+        for node in self.old.nodes:
+            if node.op == "output":
+                self.output(node)
+            elif node.op != "placeholder":
+                rule = getattr(self, operator_name(node.target).rpartition(".")[2], None)
+                if rule is not None and is_operator(node, *ON_RANKS):
+                    rule(node)
+                else:
+                    self.plain(node)
+
+    def at(self, node: fx.Node, rank: int) -> fx.Node:
+        held = self.copies[node]
+        return held[rank] if len(held) > 1 else held[0]
+
+    def copy(self, node: fx.Node, rank: int) -> fx.Node:
+        return self.new.node_copy(node, lambda n: self.at(n, rank))
+
+    def call(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+        made = self.new.call_function(target, args)
+        for key in ("val", "stack_trace", "nn_module_stack", "custom"):
+            if key in like.meta:
+                made.meta[key] = like.meta[key]
+        return made
+
+    def plain(self, node: fx.Node) -> None:
+        apart = any(len(self.copies[n]) > 1 for n in node.all_input_nodes)
+        self.copies[node] = [self.copy(node, r) for r in range(self.ranks if apart else 1)]
+
+    def local_slice(self, node: fx.Node) -> None:
+        found = arguments(node)
+        made: dict[Any, fx.Node] = {}
+        held = []
+        for rank in range(self.ranks):
+            source, start = self.at(found["x"], rank), found["starts"][rank]
+            if (source, start) not in made:
+                made[source, start] = self.call(
+                    node, aten.slice.Tensor, source, found["dim"], start, start + found["length"]
+                )
+            held.append(made[source, start])
+        self.copies[node] = held if self.ranks > 1 else held[:1]
+
+    def terms(self, node: fx.Node) -> list[fx.Node]:
+        source = arguments(node)["x"]
+        return [self.at(source, rank) for rank in range(self.ranks)]
+
+    def total(self, node: fx.Node, terms: list[fx.Node], like: fx.Node) -> fx.Node:
+        """Add up in float32 or wider, in the order of ranks, and round once."""
+        dtype = like.meta["val"].dtype
+        narrow = dtype in (torch.float16, torch.bfloat16) and len(terms) > 1
+
+        def typed(value: fx.Node, wanted: torch.dtype) -> fx.Node:
+            made = self.call(like, aten.to.dtype, value, wanted)
+            made.meta["val"] = like.meta["val"].to(wanted)
+            return made
+
+        if narrow:
+            terms = [typed(term, torch.float32) for term in terms]
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.call(like, aten.add.Tensor, total, term)
+            total.meta["val"] = term.meta["val"]
+        return typed(total, dtype) if narrow else total
+
+    def all_reduce(self, node: fx.Node) -> None:
+        self.copies[node] = [self.total(node, self.terms(node), node)]
+
+    def all_gather(self, node: fx.Node) -> None:
+        self.copies[node] = [self.call(node, aten.cat.default, self.terms(node), arguments(node)["dim"])]
+
+    def reduce_scatter(self, node: fx.Node) -> None:
+        found = arguments(node)
+        whole = self.total(node, self.terms(node), found["x"])
+        size = int(node.meta["val"].shape[found["dim"]])
+        self.copies[node] = [
+            self.call(node, aten.slice.Tensor, whole, found["dim"], rank * size, (rank + 1) * size)
+            for rank in range(self.ranks)
+        ]
+
+    def unreduced(self, node: fx.Node) -> None:
+        self.copies[node] = self.copies[arguments(node)["x"]]
+
+    def quantized_all_reduce(self, node: fx.Node) -> None:
+        found = arguments(node)
+        fixed = [self.at(found[n], 0) for n in ("order", "inverse", "scales", "reduced")]
+        settings = [found[n] for n in ("kept", "bits", "block", "algorithm", "crossover")]
+        target = torch.ops.graphopt.quantized_sum.default
+        self.copies[node] = [self.call(node, target, self.terms(node), *fixed, *settings)]
+
+    def output(self, node: fx.Node) -> None:
+        values: Any = node.args[0]
+        self.new.output([n for value in values for n in self.copies[value]])
+
+
+def unroll(graph: fx.Graph, ranks: int) -> tuple[fx.Graph, dict[fx.Node, list[fx.Node]]]:
+    """Return the graph of all ranks, and the copies of each node: one where all ranks have the same value.
+
+    Values that differ by rank among those returned are returned once a rank.
+    """
+    unroller = _Unroller(graph, ranks)
+    unroller.run()
+    return unroller.new, unroller.copies
+
+
+def unrolled(program: Program) -> Program:
+    """Return a sharded program as an ordinary one that does the work of all ranks.
+
+    Raises:
+        VerificationError: ranks would return different values.
+    """
+    found: Program = program.derived("unrolled", lambda: _unrolled(program)[0])
+    return found
+
+
+def rank_copies(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """Return the nodes of the unrolled program that stand for each node, one or one a rank."""
+    unrolled(program)
+    found: dict[fx.Node, list[fx.Node]] = program.derived("rank_copies", dict)
+    return found
+
+
+def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
+    graph, copies = unroll(program.graph, ranks_of(program))
+    for name, node in program.outputs.items():
+        if len(copies[node]) > 1:
+            raise VerificationError(
+                f"output {name} differs from rank to rank", node=node.name, source=program.source_line(node),
+                hint="a partial or sharded value must be reduced or gathered before it is returned",
+            )  # fmt: skip
+    output = next(iter(graph.find_nodes(op="output")))
+    output.args = (tuple(output.args[0]),)
+    output.meta["val"] = tuple(n.meta["val"] for n in output.args[0])
+    other = Program(graph, program.mode, dict(program.weights), program.signature)
+    other.symbols, other.dials, other.origin = dict(program.symbols), dict(program.dials), program.origin
+    other.facts = program.facts.copy()
+    other.facts.discard(TensorParallel)
+    other.checkpoint = {
+        name: copies[node][0] for name, node in program.checkpoint.items() if len(copies[node]) == 1
+    }
+    program.derived("rank_copies", lambda: copies)
+    return other, copies
+
+
+def rank_program(program: Program, rank: int) -> Program:
+    """Return what one rank runs: its slices of the weights, collectives over the group that is bound.
+
+    Weights are not read here; when they are, only the rank's own part of each is.
+    """
+    ranks = ranks_of(program)
+    if not 0 <= rank < ranks:
+        raise UsageError(f"there is no rank {rank}; the program is for {ranks}")
+    key = f"rank {rank}"
+    found: Program = program.derived(key, lambda: _bound_to(program, rank))
+    return found
+
+
+def _bound_to(program: Program, rank: int) -> Program:
+    own = program.copy()
+    for node in list(own.graph.nodes):
+        if is_operator(node, "graphopt.local_slice"):
+            found = arguments(node)
+            start = found["starts"][rank]
+            with own.edit.before(node):
+                part = own.edit.call(
+                    aten.slice.Tensor, found["x"], found["dim"], start, start + found["length"]
+                )
+            own.edit.replace(node, part, same=False)
+        elif is_operator(node, "graphopt.unreduced"):
+            own.edit.replace(node, arguments(node)["x"], same=False)
+    own.facts.add(OwnRank(rank))
+    own.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
+    replaced = dict(own.edit.journal)
+    own.derived("replaced by", lambda: replaced)
+    own.edit.journal.clear()
+    own.edit.touched.clear()
+    return own
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """The program that runs for a sharded one, and which of its nodes stand for the other's."""
+
+    program: Program
+    copies: dict[fx.Node, list[fx.Node]] | None
+    by_name: dict[str, fx.Node]
+
+    def nodes(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that compute a value: one, or one a rank where ranks differ."""
+        return [self.by_name[node.name]] if self.copies is None else self.copies[node]
+
+
+def stand_ins(program: Program) -> StandIns | None:
+    """Return what runs for a sharded program in this process; None for one that runs as it is."""
+    running = runnable(program)
+    if running is program:
+        return None
+    if OwnRank not in running.facts:
+        return StandIns(running, rank_copies(program), {})
+    names = running.derived("replaced by", dict)
+    return StandIns(running, None, {n.name: n for n in running.graph.nodes} | names)
+
+
+def runnable(program: Program) -> Program:
+    """Return what this process runs for a program: itself, all ranks at once, or the process's own rank.
+
+    Raises:
+        UsageError: another number of processes runs than the program is for.
+    """
+    ranks = ranks_of(program)
+    if not ranks:
+        return program
+    bound = groups.group_for(ranks)
+    return unrolled(program) if bound is None else rank_program(program, bound.rank)

@@ -1,0 +1,370 @@
+"""Remove what computes nothing, and spell what has several spellings in one way."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..errors import VerificationError
+from ..infer import same_value
+from ..schema import argument, arguments, is_mutable, normalise, operator_name
+from ..sizes import expression
+from ..weights import InMemory
+from .respelling import respelled
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+_ASSERTIONS = {
+    "aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size", "aten._functional_assert_async", "aten._functional_assert_scalar",
+}  # fmt: skip
+_SAME = {
+    "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.lift", "aten.contiguous",
+    "aten.clone", "aten.positive", "aten.resolve_conj", "aten.resolve_neg",
+}  # fmt: skip
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
+_CASTS = {"aten.to", "aten.type_as", "aten._to_copy"}
+_VIEWS = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as"}
+_TRANSPOSES = {
+    "aten.transpose", "aten.t", "aten.numpy_T", "aten.mT", "aten.swapaxes", "aten.swapdims", "aten.movedim",
+    "aten.adjoint", "aten.matrix_H",
+}  # fmt: skip
+_SPLITS = {
+    "aten.split",
+    "aten.chunk",
+    "aten.unsafe_chunk",
+    "aten.unsafe_split",
+    "aten.unsafe_split_with_sizes",
+}
+_RENAMED = {
+    "aten.logical_and": torch.ops.aten.bitwise_and.Tensor,
+    "aten._softmax": torch.ops.aten.softmax.int,
+}
+_END = 2**63 - 1
+
+
+def clean(program: Program) -> None:
+    """Apply the rules of this file once, in execution order."""
+    keeps_strides = any(operator_name(n.target) == "aten.as_strided" for n in program.graph.nodes)
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node._erased:
+            continue
+        usual = respelled(node.target)
+        if usual is not None:
+            node.target = usual
+        name = operator_name(node.target)
+        if name in _ASSERTIONS:
+            program.graph.erase_node(node)
+            continue
+        if keeps_strides and name in ("aten.contiguous", "aten.clone"):
+            continue
+        rule = _RULES.get(name)
+        if rule is not None:
+            rule(program, node)
+        if not node._erased:
+            normalise(node)
+    drop_dead(program)
+
+
+def settle_sizes(program: Program) -> None:
+    """Write sizes that turned out to be fixed while the model was traced as plain numbers."""
+
+    def settled(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(settled(item) for item in value)
+        if isinstance(value, torch.SymInt):
+            return int(expression(value)) if expression(value).is_Integer else value
+        if isinstance(value, torch.Tensor) and any(settled(size) is not size for size in value.shape):
+            return program.fake([settled(size) for size in value.shape], value.dtype)
+        return value
+
+    for node in program.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = settled(node.meta["val"])
+
+
+def respell_transposes(program: Program) -> None:
+    """Spell every transposition as a permutation, the one whose inverse is known."""
+    for node in list(program.graph.nodes):
+        if not node._erased and operator_name(node.target) in _TRANSPOSES and node.op == "call_function":
+            _permute(program, node)
+
+
+def drop_dead(program: Program) -> None:
+    """Erase every call whose result nobody reads, and weights that neither graph nor checkpoint reads."""
+    from ..running.fold import drop_unread_weights
+
+    kept = set(program.checkpoint.values())
+    for node in reversed(list(program.graph.nodes)):
+        if node.op == "call_function" and not node.users and node not in kept and not is_mutable(node.target):
+            program.graph.erase_node(node)
+    drop_unread_weights(program)
+    program.changed()
+
+
+def share_equal(program: Program) -> None:
+    """Let equal computations on equal operands be one, as masks and rotary tables computed per layer."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or is_mutable(node.target) or operator_name(node.target) in _RANDOM:
+            continue
+        try:
+            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+            first = seen.setdefault(key, node)
+        except TypeError:
+            continue
+        if first is not node:
+            program.edit.replace(node, first, record=False)
+
+
+_RANDOM = {"aten.rand", "aten.randn", "aten.randint", "aten.bernoulli", "aten.multinomial", "aten.rand_like",
+           "aten.randn_like", "aten.empty", "aten.new_empty", "aten.empty_like"}  # fmt: skip
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
+    # True == 1 == 1.0, but they are different arguments
+    return value if isinstance(value, fx.Node) else (type(value), value)
+
+
+def _same(program: Program, node: fx.Node, source: fx.Node) -> bool:
+    """Replace a node by its operand if their values have the same type and sizes."""
+    if not isinstance(source, fx.Node) or not same_value(node.meta.get("val"), source.meta.get("val")):
+        return False
+    program.edit.replace(node, source, record=False)
+    return True
+
+
+def _drop(program: Program, node: fx.Node) -> None:
+    _same(program, node, node.args[0])  # type: ignore[arg-type]
+
+
+def _dropout(program: Program, node: fx.Node) -> None:
+    if argument(node, "train") is False or argument(node, "p") == 0.0:
+        _drop(program, node)
+
+
+def _cast(program: Program, node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if _same(program, node, source):
+        return
+    _swap(program, node, torch.ops.aten.to.dtype, source, node.meta["val"].dtype)
+
+
+def _view(program: Program, node: fx.Node) -> None:
+    if node.target is torch.ops.aten.view.dtype:
+        return
+    source, shape = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node)
+    if _same(program, node, source):
+        return
+    if isinstance(shape, fx.Node):
+        _flatten(program, node)
+        return
+    _swap(program, node, torch.ops.aten.reshape.default, source, shape)
+
+
+def _flatten(program: Program, node: fx.Node) -> None:
+    """Spell a flattening, or its inverse, as a reshape; one unknown size is inferred, others are read."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if _same(program, node, source):
+        return
+    sizes = list(node.meta["val"].shape)
+    unknown = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    for place in unknown[-1:]:
+        sizes[place] = -1
+    try:
+        with program.edit.before(node):
+            shape = program.size_nodes(sizes)
+    except VerificationError:
+        return
+    _swap(program, node, torch.ops.aten.reshape.default, source, shape)
+
+
+def _permute(program: Program, node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rank = source.meta["val"].dim()
+    order = list(range(rank))
+    name = operator_name(node.target)
+    if name in ("aten.transpose", "aten.swapaxes", "aten.swapdims"):
+        first, second = (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
+        order[first], order[second] = order[second], order[first]
+    elif name in ("aten.mT", "aten.adjoint", "aten.matrix_H", "aten.t"):
+        if rank < 2:
+            return
+        order[-1], order[-2] = order[-2], order[-1]
+    elif name == "aten.numpy_T":
+        order.reverse()
+    else:
+        moved = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])  # type: ignore[arg-type]
+        places = [node.args[2]] if isinstance(node.args[2], int) else list(node.args[2])  # type: ignore[arg-type]
+        rest = [d for d in order if d not in {m % rank for m in moved}]
+        for place, dim in sorted(zip((p % rank for p in places), (m % rank for m in moved), strict=True)):
+            rest.insert(place, dim)
+        order = rest
+    _swap(program, node, torch.ops.aten.permute.default, source, order)
+
+
+def merge_permutes(program: Program, node: fx.Node) -> None:
+    """Drop a permutation that changes nothing, or that undoes the one before it."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    order = [int(d) % source.meta["val"].dim() for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    if order == sorted(order):
+        _same(program, node, source)
+    elif operator_name(source.target) == "aten.permute":
+        inner = source.args[0]
+        assert isinstance(inner, fx.Node)
+        first = [int(d) % len(order) for d in source.args[1]]  # type: ignore[union-attr, arg-type]
+        both = [first[d] for d in order]
+        if both == sorted(both):
+            _same(program, node, inner)
+
+
+def _split(program: Program, node: fx.Node) -> None:
+    """Spell chunk and split as split_with_sizes where the sizes are known."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dim = int(argument(node, "dim"))
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if all(isinstance(size, int) for size in sizes):
+        _swap(program, node, torch.ops.aten.split_with_sizes.default, source, sizes, dim)
+
+
+def _expand(program: Program, node: fx.Node) -> None:
+    _drop(program, node)
+
+
+def _slice(program: Program, node: fx.Node) -> None:
+    values = arguments(node)
+    if values["start"] in (None, 0) and values["step"] == 1:
+        end = values["end"]
+        if end is None or (isinstance(end, int) and end >= _END) or not isinstance(end, int):
+            _drop(program, node)
+        else:
+            size = node.args[0].meta["val"].shape[values["dim"]]  # type: ignore[union-attr]
+            if isinstance(size, int) and end >= size:
+                _drop(program, node)
+
+
+def _index(program: Program, node: fx.Node) -> None:
+    """Spell the choice of evenly spaced constant places as a slice."""
+    source, indices = node.args[:2]
+    assert isinstance(source, fx.Node)
+    assert isinstance(indices, (list, tuple))
+    chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if len(chosen) != 1 or not isinstance(chosen[0][1], fx.Node):
+        return
+    dim, index = chosen[0]
+    weight = program.weights.get(index.name)
+    if weight is None or not isinstance(weight.source, InMemory) or weight.kind == "parameter":
+        return
+    places = weight.source.tensor
+    size = source.meta["val"].shape[dim]
+    if (
+        places.dim() != 1
+        or places.dtype.is_floating_point
+        or places.dtype is torch.bool
+        or not isinstance(size, int)
+    ):
+        return
+    listed = [int(i) % size for i in places]
+    if not listed:
+        return
+    step = listed[1] - listed[0] if len(listed) > 1 else 1
+    if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
+        _swap(program, node, torch.ops.aten.slice.Tensor, source, dim, listed[0], listed[-1] + 1, step)
+
+
+def _extreme(program: Program, node: fx.Node) -> None:
+    """``max`` of two values is ``maximum``."""
+    if node.target in _EXTREMES:
+        _swap(program, node, _EXTREMES[node.target], *node.args)
+
+
+_EXTREMES: dict[Any, Any] = {
+    torch.ops.aten.max.other: torch.ops.aten.maximum.default,
+    torch.ops.aten.min.other: torch.ops.aten.minimum.default,
+}
+
+
+def _neutral(value: float) -> Callable[[Program, fx.Node], None]:
+    def rule(program: Program, node: fx.Node) -> None:
+        other = node.args[1]
+        equal = isinstance(other, (int, float)) and not isinstance(other, bool) and other == value
+        if equal and len(node.args) == 2 and not node.kwargs:
+            _drop(program, node)
+
+    return rule
+
+
+def _rename(program: Program, node: fx.Node) -> None:
+    name = operator_name(node.target)
+    if name == "aten.logical_and":
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(operands) != 2 or any(o.meta["val"].dtype is not torch.bool for o in operands):
+            return
+        _swap(program, node, _RENAMED[name], *operands)
+    elif argument(node, "half_to_float") is False:
+        _swap(program, node, _RENAMED[name], node.args[0], node.args[1])
+
+
+def _getitem(program: Program, node: fx.Node) -> None:
+    source, _ = node.args
+    if isinstance(source, fx.Node) and operator_name(source.target) == "aten.split_with_sizes":
+        sizes = source.args[1]
+        if isinstance(sizes, list) and len(sizes) == 1:
+            _same(program, node, source.args[0])  # type: ignore[arg-type]
+
+
+def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
+    """Put another spelling in the node's place; its value stays as it is."""
+    if node.target is target:
+        return
+    with program.graph.inserting_before(node):
+        new = program.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    for name, kept in list(program.checkpoint.items()):
+        if kept is node:
+            program.checkpoint[name] = new
+    program.graph.erase_node(node)
+    program.changed()
+    if target is torch.ops.aten.permute.default:
+        merge_permutes(program, new)
+
+
+_RULES: dict[str, Callable[[Program, fx.Node], None]] = {
+    **dict.fromkeys(_SAME, _drop),
+    **dict.fromkeys(DROPOUTS, _dropout),
+    **dict.fromkeys(_CASTS, _cast),
+    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys(_TRANSPOSES, _permute),
+    **dict.fromkeys(_SPLITS, _split),
+    **dict.fromkeys(_RENAMED, _rename),
+    "aten.permute": merge_permutes,
+    "aten.flatten": _flatten,
+    "aten.unflatten": _flatten,
+    "aten.expand": _expand,
+    "aten.expand_as": _expand,
+    "aten.slice": _slice,
+    "aten.index": _index,
+    "aten.max": _extreme,
+    "aten.min": _extreme,
+    "aten.mul": _neutral(1),
+    "aten.div": _neutral(1),
+    "aten.add": _neutral(0),
+    "aten.sub": _neutral(0),
+    operator.getitem.__name__: _getitem,
+}

@@ -1,0 +1,159 @@
+"""The subgraph rewriter: a pattern, its replacement, and a condition, all written as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from ..errors import UsageError
+from ..infer import signature_of
+from ..running.fold import depends_on_weights_alone
+from .match import Match, Matcher, Miss, candidates
+from .pattern import Call, Pattern, from_function
+from .stamping import stamp
+from .tracing import Trace, trace
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+@dataclass
+class Rewrites:
+    """What a rewrite did: the values it made, and the places it left alone and why."""
+
+    made: list[fx.Node] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def rewrite(
+    program: Program,
+    pattern: Callable[..., Any] | Pattern,
+    replacement: Callable[..., Any],
+    where: Callable[[Match], bool | str] | None = None,
+) -> Rewrites:
+    """Replace what ``pattern`` computes by what ``replacement`` computes, wherever it occurs.
+
+    Args:
+        program: edited in place; ``program.copy()`` first keeps the original.
+        pattern: a function of tensors and plain values, or a :class:`~graphopt.ir.rewriting.pattern.Pattern`. It is
+            matched on operators with their arguments normalised, commutative operands in any order. Values
+            inside it that something else reads are never rewritten.
+        replacement: takes the same parameters (or names captured by the pattern) and returns as many
+            tensors, of the same shapes and types. It is run once for each set of shapes and types that it
+            meets, on tensors without values: it may have no side effects, and decide nothing by values or by
+            sizes that vary.
+        where: called with each match; returns True, or False or the reason to leave it alone.
+
+    Returns:
+        The new values, and for each near miss its node and reason.
+
+    Raises:
+        UsageError: the replacement cannot be recorded, see :func:`~graphopt.ir.rewriting.tracing.trace`.
+        VerificationError: a replacement has another shape or type than what it replaces.
+    """
+    if isinstance(pattern, Pattern):
+        roots, names = [pattern], None
+    else:
+        roots, names = from_function(pattern)
+    matcher = Matcher(roots)
+    result = Rewrites()
+    traces: dict[Any, Trace] = {}
+    for node in candidates(program.graph, roots[0]):
+        if node._erased:
+            continue
+        found = matcher.at(node)
+        if isinstance(found, Miss):
+            result.refused.append((node.name, found.reason))
+            continue
+        answer = True if where is None else where(found)
+        if answer is not True:
+            result.refused.append((node.name, answer if isinstance(answer, str) else "where() said no"))
+            continue
+        place = _place(found)
+        reason = _unsafe(program, found) or (place if isinstance(place, str) else "")
+        if reason or isinstance(place, str):
+            result.refused.append((node.name, reason))
+            continue
+        result.made.extend(_apply(program, found, replacement, names, place, traces))
+    return result
+
+
+def _unsafe(program: Program, match: Match) -> str:
+    from ..schema import is_mutable
+
+    for node in match.inside:
+        if is_mutable(node.target):
+            return f"{node.name} writes in place"
+    kept = set(program.checkpoint.values())
+    for node in match.inside:
+        if node in kept and node not in match.roots:
+            return f"{node.name} is a tensor of the checkpoint"
+    return ""
+
+
+def _apply(
+    program: Program,
+    match: Match,
+    replacement: Callable[..., Any],
+    names: list[str] | None,
+    place: fx.Node,
+    traces: dict[Any, Trace],
+) -> list[fx.Node]:
+    import inspect
+
+    wanted = names if names is not None else list(inspect.signature(replacement).parameters)
+    missing = [name for name in wanted if name not in match.captured]
+    if missing:
+        raise UsageError(f"the replacement asks for {', '.join(missing)}, which the pattern does not capture")
+    arguments = tuple(match.captured[name] for name in wanted)
+    traced = _traced(program, replacement, arguments, traces)
+    traced.require(program, match.roots, f"the pattern {len(match.roots)}")
+    with program.edit.before(place):
+        made = stamp(program.edit, traced, arguments)
+    made = made if traced.several else [made]
+    for old, new in zip(match.roots, made, strict=True):
+        program.edit.replace(old, new)
+    return list(made)
+
+
+def _traced(
+    program: Program, replacement: Callable[..., Any], arguments: tuple[Any, ...], traces: dict[Any, Trace]
+) -> Trace:
+    """Record a replacement, once for all arguments of the same shapes and types."""
+    key = signature_of(arguments)
+    if key is None:
+        return trace(program, replacement, arguments)
+    if key not in traces:
+        traces[key] = trace(program, replacement, arguments)
+    return traces[key]
+
+
+def _place(match: Match) -> fx.Node | str:
+    """Return the node to insert before, or why there is no place between what a match reads and its readers."""
+    last = max(match.roots)
+    readers = [u for root in match.roots for u in root.users if u not in match.inside]
+    if len(match.roots) == 1 or not readers or min(readers) > last:
+        return last
+    # before the first reader, once all that the match reads is there
+    first = min(readers)
+    late: dict[fx.Node, None] = {}
+    work = [v for v in match.captured.values() if isinstance(v, fx.Node) and v not in match.inside]
+    while work:
+        node = work.pop()
+        if node in match.inside or node is first:
+            return "its results are read before all that it reads is there"
+        if node > first and node not in late:
+            late[node] = None
+            work.extend(node.all_input_nodes)
+    for node in sorted(late):
+        first.prepend(node)
+    return first
+
+
+__all__ = ["Call", "Match", "Rewrites", "depends_on_weights_alone", "rewrite"]

@@ -1,0 +1,349 @@
+"""Functions of tensors as pieces of graph: they are run once on values without memory, and recorded.
+
+What a function calls is what torch's dispatcher says it calls, so that overloads, methods, indexing and
+composite operators are torch's own. What cannot be recorded is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..compat import FakeTensor, fresh, recording, refusing_guards
+from ..errors import CaptureError, GraphoptError, UsageError, VerificationError
+from ..infer import describe_value, infer, same_size, same_value
+from ..program import Program
+from ..schema import is_mutable, is_operator, operator_name
+from ..signature import Signature
+from ..sizes import expression
+from ..weights import InMemory, Weight
+from .cleanup import clean
+from .functionalise import functionalise
+
+_DATA_DEPENDENT = (
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+)
+_COUNTED = ("aten.unbind", "aten.split", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk")
+_ON_VALUES = (
+    "which depends on values of tensors, and a graph holds only what is the same for all values",
+    "choose between values with torch.where, and hide them with masks",
+)
+
+
+class _Piece(Program):
+    """What one function does. Sizes that vary and constants are placeholders, beside the operands."""
+
+    def __init__(self, program: Program):
+        super().__init__(fx.Graph(), program.mode, {}, Signature({}, {}, {"constant": None}))
+        self.program = program
+        self.symbols = program.symbols
+        self.operands: list[fx.Node] = []
+        self.sizes: dict[sympy.Expr, fx.Node] = {}
+        self.constants: dict[int, tuple[fx.Node, torch.Tensor]] = {}
+
+    def entry(self, name: str, value: Any) -> fx.Node:
+        """Add a placeholder before all else that there is."""
+        first = next(iter(self.graph.nodes), None)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def size(self, value: torch.SymInt | torch.SymFloat) -> fx.Node:
+        """Return the placeholder of a size that varies, or of a number computed from such sizes."""
+        key = value.node.expr
+        if key not in self.sizes:
+            self.sizes[key] = self.entry("size", value)
+        return self.sizes[key]
+
+    def size_nodes(self, argument: Any) -> Any:
+        """Replace symbolic sizes in an argument by placeholders."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.size_nodes(item) for item in argument)
+        if isinstance(argument, torch.SymInt) and expression(argument).is_Integer:
+            return int(expression(argument))
+        return self.size(argument) if isinstance(argument, (torch.SymInt, torch.SymFloat)) else argument
+
+    def constant(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the placeholder of a tensor that the function has from elsewhere."""
+        if id(tensor) not in self.constants:
+            node = self.entry("constant", self.fake(tensor.shape, tensor.dtype))
+            self.constants[id(tensor)] = node, tensor
+            self.weights[node.name] = Weight(node.name, InMemory(tensor.detach()), kind="constant")
+        return self.constants[id(tensor)][0]
+
+
+class Trace:
+    """A recorded function: what it returns, and the nodes that compute it from its operands."""
+
+    def __init__(self, piece: _Piece, several: bool):
+        self.piece = piece
+        self.several = several
+        self.placed: dict[fx.Node, fx.Node] = {}
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """Nodes of the piece that are returned."""
+        return list(self.piece.output_node.args[0])  # type: ignore[arg-type]
+
+    def require(self, program: Program, replaced: Sequence[fx.Node], wanted: str) -> None:
+        """Check that the results may stand for these nodes.
+
+        Raises:
+            UsageError: there are more or fewer of them.
+            VerificationError: they differ in shape or type.
+        """
+        if len(self.results) != len(replaced):
+            raise UsageError(f"the replacement returns {len(self.results)} values, {wanted}")
+        for old, new in zip(replaced, self.results, strict=True):
+            if not same_value(old.meta.get("val"), new.meta["val"]):
+                raise VerificationError(
+                    f"the replacement returns {describe_value(new.meta['val'])}, which cannot stand for "
+                    f"{old.name} ({describe_value(old.meta.get('val'))})",
+                    node=old.name,
+                    source=program.source_line(old),
+                    hint="return a tensor of the same shape and type, with .to(dtype) or reshape",
+                )
+
+
+class _Recording:
+    """The nodes of the tensors that a function has seen so far, by identity."""
+
+    def __init__(self, piece: _Piece):
+        self.piece = piece
+        self.known: dict[int, fx.Node] = {}
+        self.alive: list[torch.Tensor] = []
+        self.symbols = set(piece.symbols)
+
+    def follow(self, node: fx.Node) -> torch.Tensor:
+        """Return a tensor of its own for a node: equal calls share one value, tensors are told apart by identity."""
+        tensor = fresh(self.piece.mode, node.meta["val"])
+        self.alive.append(tensor)
+        self.known[id(tensor)] = node
+        return tensor
+
+    def operand(self, argument: Any) -> Any:
+        """Return what the function is given for an argument."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.operand(item) for item in argument)
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = argument.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return value
+        self.symbols.update(_symbols(value))
+        node = self.piece.entry("operand", value)
+        self.piece.operands.append(node)
+        return self.follow(node)
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the node of a tensor; one from elsewhere is a constant."""
+        node = self.known.get(id(tensor))
+        if node is not None:
+            return node
+        if isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise UsageError(
+                f"a tensor of class {type(tensor).__name__} was met whose origin is not recorded",
+                hint="use no .data, and no tensors kept from an earlier call",
+            )
+        self.alive.append(tensor)
+        return self.piece.constant(tensor)
+
+    def literal(self, value: torch.Tensor) -> Any:
+        """Return the number that torch wrapped as a tensor, or the tensor if it is more than that."""
+        node = self.node_of(value)
+        while is_operator(node, "aten.lift_fresh") and not any(
+            is_mutable(user.target) for user in node.users
+        ):
+            node = node.args[0]  # type: ignore[assignment]
+        found = [
+            tensor for place, tensor in self.piece.constants.values() if place is node and not tensor.dim()
+        ]
+        return found[0].item() if found and weight_of(self.piece.program, found[0]) is None else value
+
+    def nodes(self, argument: Any) -> Any:
+        """Replace tensors and varying sizes in an argument by nodes."""
+        if isinstance(argument, torch.Tensor):
+            return self.node_of(argument)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.nodes(item) for item in argument)
+        if isinstance(argument, torch.SymBool):
+            raise UsageError(
+                f"{argument} is not known: sizes in it vary",
+                hint="decide nothing by a size that varies",
+            )
+        return self.piece.size_nodes(argument)
+
+    def record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Append a call and return its value."""
+        if target.namespace == "prim":
+            return target(*args, **kwargs)
+        if target is torch.ops.aten.detach_.default:
+            return args[0]
+        _admit(target, args, kwargs)
+        if target is torch.ops.aten.fill_.Tensor:
+            # what y[0] = 1.0 writes; a number needs no tensor in the model
+            target, args = torch.ops.aten.fill_.Scalar, (args[0], self.literal(args[1]))
+            target = torch.ops.aten.fill_.Tensor if isinstance(args[1], torch.Tensor) else target
+        given = self.nodes(args), {name: self.nodes(value) for name, value in kwargs.items()}
+        counted = operator_name(target) in _COUNTED
+        if counted:
+            _require_count(self.piece, target, _given(target, args, kwargs), None)
+        try:
+            value = infer(self.piece.mode, target, *given)
+        except VerificationError as error:
+            if type(error.__cause__).__name__ in _DATA_DEPENDENT:
+                raise _by_values(target) from error
+            raise
+        if counted:
+            _require_count(self.piece, target, _given(target, args, kwargs), value)
+        if isinstance(value, (int, torch.SymInt)) and operator_name(target).startswith("aten.sym_"):
+            return value
+        node = self.piece.graph.call_function(target, *given)
+        node.meta["val"] = value
+        if is_mutable(target):
+            return args[0] if args else None
+        return self.wrapped(target, node)
+
+    def wrapped(self, target: Any, node: fx.Node) -> Any:
+        """Return the tensors of a call's results."""
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            if not _symbols(value) <= self.symbols:
+                raise _by_values(target)
+            return self.follow(node)
+        if isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value):
+            parts = []
+            for index, item in enumerate(value):
+                part = self.piece.graph.call_function(operator.getitem, (node, index))
+                part.meta["val"] = item
+                parts.append(self.wrapped(target, part))
+            return type(value)(parts) if type(value) in (list, tuple) else tuple(parts)
+        raise _by_values(target)
+
+
+def _require_count(piece: _Piece, target: Any, given: dict[str, Any], parts: Sequence[Any] | None) -> None:
+    """Refuse to take a dimension apart into as many parts as the example has; before there are any, or after."""
+    size, dim = given["self"].shape[given["dim"]], given["dim"]
+    if isinstance(size, int) or given.get("chunks", 3) <= 2:
+        return
+    by_size = "chunks" in given or "split_size" in given
+    if by_size and (parts is None or same_size(size, parts[0].shape[dim] * len(parts))):
+        return
+    raise UsageError(
+        f"{operator_name(target)} of a dimension of size {piece.size_text(size)} gives as many parts as that "
+        "has, and it varies",
+        hint="compute on the whole dimension, or take parts of given sizes with torch.split(x, [first, second])",
+    )
+
+
+def _symbols(value: torch.Tensor) -> set[Any]:
+    return {
+        s for size in value.shape if isinstance(size, torch.SymInt) for s in expression(size).free_symbols
+    }
+
+
+def _admit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse operators whose results cannot be recorded."""
+    name = operator_name(target)
+    if torch.Tag.data_dependent_output in target.tags or name in ("aten.item", "aten.is_nonzero"):
+        raise _by_values(target)
+    if torch.Tag.inplace_view in target.tags:
+        raise UsageError(
+            f"{name} changes the shape of a tensor in place",
+            hint=f"use {name.removesuffix('_')}, which returns it",
+        )
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        given = _given(target, args, kwargs)
+        off = given.get("train", given.get("training", True)) is False
+        if not off and given.get("p", given.get("dropout_p", 1.0)) != 0.0:
+            raise UsageError(
+                f"{name} draws random numbers, and equal calls are recorded once",
+                hint="draw before, and let the function read the tensor drawn",
+            )
+
+
+def _given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    listed = target._schema.arguments
+    defaults = {a.name: a.default_value for a in listed if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in listed), args, strict=False)), **kwargs}
+
+
+def _by_values(target: Any) -> UsageError:
+    return UsageError(f"the function calls {operator_name(target)}, {_ON_VALUES[0]}", hint=_ON_VALUES[1])
+
+
+def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:
+    """Record a function of tensors on the shapes and types of these nodes; the program is not touched.
+
+    Args:
+        program: whose nodes and sizes the arguments are.
+        function: of as many arguments; called once, so it may have no side effects.
+        arguments: nodes, plain values, and lists of them.
+
+    Raises:
+        UsageError: it decides by values or by sizes that vary, writes to an operand, draws random numbers, or
+            returns something else than tensors.
+        VerificationError: an operator in it does not accept its arguments.
+    """
+    piece = _Piece(program)
+    held = _Recording(piece)
+    given = [held.operand(argument) for argument in arguments]
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        with refusing_guards(program.mode, UsageError, program.symbols), recording(held.record):
+            returned = function(*given)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(
+            f"{name} cannot be recorded: {type(error).__name__}: {first}",
+            hint="a replacement is an ordinary function of torch on tensors; it runs on tensors without values",
+        ) from error
+    several = isinstance(returned, (list, tuple))
+    results = list(returned) if several else [returned]
+    for result in results:
+        if not isinstance(result, torch.Tensor):
+            raise UsageError(
+                f"{name} returns {type(result).__name__ if result is not None else 'None'}, "
+                "and a replacement must return tensors",
+                hint="end the function with return and the tensor",
+            )
+    nodes = tuple(held.node_of(result) for result in results)
+    piece.graph.output(nodes).meta["val"] = tuple(node.meta["val"] for node in nodes)
+    _simplify(piece, name)
+    return Trace(piece, several)
+
+
+def _simplify(piece: _Piece, name: str) -> None:
+    try:
+        functionalise(piece)
+    except CaptureError as error:
+        if "writes to a weight" in error.message or "writes to an input" in error.message:
+            raise UsageError(
+                f"{name} writes to what it is given: {error.message.split(' in place')[0]}",
+                hint="write to a clone() of it, or use the operator without the underscore",
+            ) from error
+        raise UsageError(f"{name}: {error.message}", hint="compute a new tensor instead") from error
+    clean(piece)
+
+
+def weight_of(program: Program, tensor: torch.Tensor) -> fx.Node | None:
+    """Return the weight whose values a tensor of the user's is, if there is one."""
+    for node in program.weight_nodes:
+        source = program.weights[node.name].source
+        if not isinstance(source, InMemory):
+            continue
+        own = source.tensor
+        same = own.dtype == tensor.dtype and own.shape == tensor.shape and own.stride() == tensor.stride()
+        if same and tensor.numel() and own.data_ptr() == tensor.data_ptr():
+            return node
+    return None

@@ -1,0 +1,1 @@
+"""Programs and parts of them run, folded, retyped and taken apart."""

@@ -1,0 +1,50 @@
+"""Values of nodes: which are needed, how long, and what one is."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+from torch import fx
+
+from ..schema import operator_name
+
+
+def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that must be known to compute the targets, themselves included."""
+    needed: set[fx.Node] = set()
+    work = list(targets)
+    while work:
+        node = work.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node not in given:
+            work.extend(node.all_input_nodes)
+    return needed
+
+
+def last_uses(nodes: Iterable[fx.Node], keep: Iterable[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node, the values that nobody needs after it."""
+    order = list(nodes)
+    kept = set(keep)
+    seen: set[fx.Node] = set()
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(order):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                if used not in kept:
+                    freed.setdefault(node, []).append(used)
+    return freed
+
+
+def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Call the node's operator on known values."""
+    args = fx.map_arg(node.args, lambda n: values[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        error.add_note(f"while running {node.name} = {operator_name(node.target)}")
+        raise

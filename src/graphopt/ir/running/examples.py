@@ -1,0 +1,86 @@
+"""Inputs to try a program with: random, of the right types and sizes, padded where there is a mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..schema import is_operator
+from ..sizes import parse_size
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+DEFAULT_SIZES = {"batch": 2, "sequence": 9, "decoder_sequence": 5}
+
+
+def rows_of(program: Program, node: fx.Node) -> int:
+    """Return how many values an integer input may take: the rows of the tables it is looked up in."""
+    rows = [2]
+    work, seen = [node], set()
+    while work:
+        current = work.pop()
+        for user in current.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if is_operator(user, "aten.embedding") and user.args[1] is current:
+                rows.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
+            elif is_operator(user, "aten.slice", "aten.reshape", "aten.to", "aten.expand"):
+                work.append(user)
+    return max(rows)
+
+
+def example_inputs(
+    program: Program, sizes: dict[str, int] | None = None, *, seed: int = 0, padding: str = "right"
+) -> dict[str, torch.Tensor]:
+    """Return a value for each input of a program.
+
+    Args:
+        program: whose inputs are made.
+        sizes: by name; small ones within the program's limits if not given.
+        seed: of the random values.
+        padding: which side of the first row a mask hides: right, left or none.
+    """
+    wanted = {**{n: r.hint for n, r in program.signature.sizes.items()}, **DEFAULT_SIZES, **(sizes or {})}
+    for name, limits in program.signature.sizes.items():
+        wanted[name] = max(limits.low, min(wanted[name], limits.high or wanted[name]))
+    for name in wanted:
+        # one size that the tracer saw twice
+        base = name.rsplit("_", 1)[0]
+        if name not in (sizes or {}) and base in ("batch", "sequence") and name.rsplit("_", 1)[-1].isdigit():
+            wanted[name] = wanted.get(base, wanted[name])
+    if sizes is None:
+        wanted |= program.signature.nearest({n: v for n, v in wanted.items() if n in program.signature.sizes})
+    generator = torch.Generator().manual_seed(seed)
+    symbols = {name: symbol for symbol, name in program.symbols.items()}
+    values = {symbols[name]: size for name, size in wanted.items() if name in symbols}
+    made: dict[str, torch.Tensor] = {}
+    for name, spec in program.signature.inputs.items():
+        shape = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
+        if spec.dtype.is_floating_point:
+            made[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(spec.dtype)
+        elif name == "step_mask":
+            # every new token sees those before it
+            made[name] = torch.ones(shape, dtype=spec.dtype).tril()
+        elif "mask" in name:
+            mask = torch.ones(shape, dtype=spec.dtype)
+            hidden = shape[-1] // 3
+            if padding == "right" and hidden:
+                mask[0, ..., -hidden:] = 0
+            elif padding == "left" and hidden:
+                mask[0, ..., :hidden] = 0
+            made[name] = mask
+        elif "position" in name or name == "cache_slots":
+            made[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
+        elif spec.fill is not None and spec.fill.rule == "zeros":
+            made[name] = torch.zeros(shape, dtype=spec.dtype)
+        elif spec.dtype is torch.bool:
+            made[name] = torch.rand(shape, generator=generator) < 0.5
+        else:
+            rows = rows_of(program, program.input_nodes[name])
+            low = 3 if rows > 8 else 0
+            made[name] = torch.randint(low, rows, shape, generator=generator).to(spec.dtype)
+    return made

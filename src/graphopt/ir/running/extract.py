@@ -1,0 +1,83 @@
+"""A part of a program as a program of its own: from some of its values to others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..constraints import constraints_among
+from ..errors import UsageError
+from ..inputs import add_input
+from .evaluate import needed_for
+from .fold import drop_unread_weights
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def extract(program: Program, reads: Mapping[str, fx.Node], writes: Mapping[str, fx.Node]) -> Program:
+    """Return what computes ``writes`` from ``reads``, from other inputs where it must, and from weights.
+
+    Args:
+        program: stays as it is; weights are shared.
+        reads: values of it by the names of the inputs that take their place.
+        writes: values of it by the names of the outputs they become.
+
+    Raises:
+        UsageError: a value to be written does not depend on anything that is read, or a name is taken.
+    """
+    part = program.copy()
+    nodes = {node.name: node for node in part.graph.nodes}
+    for name, node in reads.items():
+        here = nodes[node.name]
+        value = here.meta["val"]
+        taken = add_input(part, name, list(value.shape), value.dtype)
+        here.replace_all_uses_with(taken)
+    part.checkpoint.clear()
+    held = dict(writes)
+    outputs = {name: nodes[node.name] for name, node in held.items()}
+    structure = {"dict": {name: {"leaf": name} for name in outputs}, "class": None}
+    part.signature = replace(part.signature, outputs=structure)
+    part.edit.set_outputs(list(outputs.values()))
+    needed = needed_for([part.output_node], {})
+    for node in reversed(list(part.graph.nodes)):
+        if node not in needed and node.op == "call_function":
+            part.graph.erase_node(node)
+    part.changed()
+    _drop_inputs(part, keep=set(reads))
+    drop_unread_weights(part)
+    missing = [name for name in reads if name not in part.input_nodes]
+    if missing:
+        raise UsageError(f"what is written does not depend on {', '.join(missing)}")
+    part.history, part.report = [], None
+    part.changed()
+    return part
+
+
+def _drop_inputs(program: Program, keep: set[str]) -> None:
+    """Take out inputs that nothing reads; sizes are read from those that are left."""
+    signature = program.signature
+    unread = {
+        name for name, node in program.input_nodes.items() if not node.users and name not in program.dials
+    }
+    likes = {
+        spec.fill.like
+        for name, spec in signature.inputs.items()
+        if spec.fill is not None and name not in unread
+    }
+    gone = unread - likes
+    for name in gone:
+        program.graph.erase_node(program.input_nodes[name])
+    inputs = {n: spec for n, spec in signature.inputs.items() if n not in gone}
+    used = {str(size) for spec in inputs.values() for size in spec.shape}
+    sizes = {n: s for n, s in signature.sizes.items() if any(n in text for text in used)}
+    program.signature = replace(
+        signature,
+        inputs=inputs,
+        parameters={n: s for n, s in signature.parameters.items() if s.get("leaf") not in gone},
+        sizes=sizes,
+        constraints=constraints_among(signature.constraints, frozenset(signature.sizes), sizes),
+    )

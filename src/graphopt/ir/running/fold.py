@@ -1,0 +1,297 @@
+"""Fold what depends on weights alone into new weights, computed late and one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ..schema import arguments, is_operator, operator_name
+from ..weights import TensorSource, Weight, load_part
+from .evaluate import evaluate, last_uses
+from .expressions import Expressions
+from .retype import in_type
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+# data movement: the result's bits are its operands' bits, whatever the precision
+MOVEMENT = {
+    "aten.cat", "aten.stack", "aten.slice", "aten.select", "aten.index_select", "aten.index", "aten.reshape",
+    "aten.view", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.expand",
+    "aten.clone", "aten.contiguous", "aten.flip", "aten.split", "aten.split_with_sizes", "aten.chunk",
+    "aten.unbind", "aten.flatten", "aten.roll", "aten.repeat", "aten.repeat_interleave",
+    "aten.constant_pad_nd", "getitem",
+}  # fmt: skip
+
+
+_KEPT = ("graphopt.local_slice", "graphopt.fake_quantize", "graphopt.fake_quantize_channels")
+"""What differs from rank to rank, and what says how a weight is stored."""
+_FACTORIES = ("aten.full", "aten.ones", "aten.zeros")
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The value of a small graph over other tensors, computed when asked for.
+
+    Arithmetic runs in float64 and is rounded once, to ``dtype``.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[TensorSource, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        """Compute the value; operands are read and freed one after the other."""
+        plain = all(operator_name(n.target) in MOVEMENT for n in self.graph.nodes if n.op == "call_function")
+        graph = self.graph if plain else in_type(self.graph)
+        freed = last_uses(graph.nodes)
+        values: dict[fx.Node, object] = {}
+        sources = iter(self.inputs)
+        pending = {node: next(sources) for node in graph.nodes if node.op == "placeholder"}
+        with torch.no_grad():
+            for node in graph.nodes:
+                if node.op == "output":
+                    result = values[node.args[0]]
+                    assert isinstance(result, torch.Tensor)
+                    return result.to(self.dtype).contiguous()
+                if node.op == "placeholder":
+                    continue
+                for used in node.all_input_nodes:
+                    if used in pending:
+                        source = pending.pop(used)
+                        cut = _first_cut(used)
+                        # what reads a part of a matrix loads that part alone
+                        tensor = source.load() if cut is None else load_part(source, *cut)
+                        wide = not plain and tensor.dtype.is_floating_point
+                        values[used] = tensor.to(torch.float64) if wide else tensor
+                start = node.args[0] if node.args else None
+                whole = not isinstance(start, fx.Node) or start.op != "placeholder"
+                if not whole and isinstance(start, fx.Node) and _first_cut(start) is not None:
+                    values[node] = values[start]
+                else:
+                    values[node] = evaluate(node, values)
+                for dead in freed.get(node, ()):
+                    values.pop(dead, None)
+        raise AssertionError("a graph without an output")
+
+
+def _first_cut(node: fx.Node) -> tuple[int, int, int] | None:
+    """Return (dimension, start, end) if a tensor is read through one slice of consecutive entries only."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if not is_operator(user, "aten.slice"):
+        return None
+    found = arguments(user)
+    shape = node.meta["val"].shape
+    dim = int(found["dim"]) % len(shape)
+    size = int(shape[dim])
+    start, end = found["start"] or 0, size if found["end"] is None else found["end"]
+    if found["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
+        return None
+    start, end = (max(0, min(size, value + size if value < 0 else value)) for value in (start, end))
+    return (dim, start, max(start, end))
+
+
+def depends_on_weights_alone(program: Program) -> set[fx.Node]:
+    """Return the nodes whose value no input can change, weights themselves included."""
+
+    def find() -> set[fx.Node]:
+        constant: set[fx.Node] = set(program.weight_nodes)
+        neutral: set[fx.Node] = set()
+        for node in program.graph.nodes:
+            if node.op != "call_function":
+                continue
+            inputs = node.all_input_nodes
+            if not inputs and operator_name(node.target) in _FACTORIES:
+                neutral.add(node)
+            elif inputs and all(n in constant or n in neutral for n in inputs):
+                # a table of equal numbers is no weight, but what is made of it and of weights is
+                (constant if any(n in constant for n in inputs) else neutral).add(node)
+        return constant
+
+    found: set[fx.Node] = program.derived("weights_alone", find)
+    return found
+
+
+def frontier(program: Program) -> list[fx.Node]:
+    """Return the computed values, depending on weights alone, that the rest of the graph reads."""
+    constant = _foldable(program)
+    kept = set(program.checkpoint.values())
+    return [
+        node
+        for node in program.graph.nodes
+        if node in constant
+        and node.op == "call_function"
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and (
+            any(user not in constant for user in node.users)
+            or (node in kept and not _movement_only(node, constant))
+        )
+    ]
+
+
+def _foldable(program: Program) -> set[fx.Node]:
+    """What depends on weights alone, and is the same on every rank."""
+    constant = depends_on_weights_alone(program)
+    apart: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if is_operator(node, *_KEPT) or any(n in apart for n in node.all_input_nodes):
+            apart.add(node)
+    return constant - apart if apart else constant
+
+
+def _number_on_kept(program: Program, node: fx.Node) -> bool:
+    kept = program.checkpoint.values()
+    while node.op == "call_function":
+        value = node.meta["val"]
+        # parts of a vector that is split come by way of a list
+        if not isinstance(value, torch.Tensor) or value.dim() != 1:
+            return False
+        if len(node.all_input_nodes) != 1 or node in kept:
+            return False
+        node = node.all_input_nodes[0]
+    return node in kept
+
+
+def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
+    while node.op == "call_function" and all(user in constant for user in node.users):
+        if operator_name(node.target) not in MOVEMENT or len(node.all_input_nodes) != 1:
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
+def fold(program: Program, *, to_store: bool = False) -> Program:
+    """Return a program in which no node computes on weights alone.
+
+    Nothing is computed here: each new weight knows how to compute itself when it is loaded, so that
+    folding a model larger than memory streams. Checkpoint entries point at the folded values.
+
+    Args:
+        program: stays as it is.
+        to_store: leave what a number makes of a vector that is stored in any case, such as 1 + w in a norm: nothing
+            would become smaller, and what the vector is for would no longer be known.
+    """
+    edges = frontier(program)
+    if to_store:
+        edges = [node for node in edges if not _number_on_kept(program, node)]
+    if not edges and not program.derived("unread_weights", lambda: unread_weights(program)):
+        return program
+    folded = program.copy()
+    by_name = {node.name: node for node in folded.graph.nodes}
+    taken = {name for weight in folded.weights.values() for name in weight.all_names}
+    made: dict[int, fx.Node] = {}
+    numbered = Expressions()
+    numbers = [numbered(original) for original in edges]
+    for original, key in zip(edges, numbers, strict=True):
+        node = by_name[original.name]
+        # the way back of a scaled weight is often what the graph computes too
+        if key in made:
+            _stands_for(folded, node, made[key])
+            continue
+        source, operands = computed(folded, node)
+        name = _name(node, operands, taken)
+        taken.add(name)
+        # a kernel into which statistics were folded is trained as the kernel was
+        trainable = any(w.trainable for w in operands)
+        kind = "parameter" if any(w.kind == "parameter" for w in operands) else "buffer"
+        new = folded.edit.add_weight(name, source, kind=kind, persistent=any(w.persistent for w in operands))
+        new.meta["val"] = node.meta["val"]
+        folded.weights[new.name] = Weight(name, source, kind, (), True, trainable)  # type: ignore[arg-type]
+        made[key] = new
+        _stands_for(folded, node, new)
+        _way_back(folded, source, new)
+    drop_unread_weights(folded)
+    folded.changed()
+    return folded
+
+
+def _stands_for(program: Program, node: fx.Node, new: fx.Node) -> None:
+    for name, held in list(program.checkpoint.items()):
+        if held is node:
+            program.checkpoint[name] = new
+    node.replace_all_uses_with(new)
+    program.edit.erase_dead([node])
+
+
+def _way_back(program: Program, source: Computed, new: fx.Node) -> None:
+    """Let the checkpoint's tensors that only the folded weight holds now be read from it."""
+    from .invert import invert
+
+    held = {
+        node: key for key, node in program.checkpoint.items() if node.op == "placeholder" and not node.users
+    }
+    wanted = {n.name for n in source.graph.find_nodes(op="placeholder")} & {n.name for n in held}
+    if not wanted or any(
+        operator_name(n.target) not in MOVEMENT for n in source.graph.nodes if n.op == "call_function"
+    ):
+        return
+    with program.edit.after(new):
+        back = invert(program, source.graph, new)
+    for node, key in held.items():
+        if node.name in back and node.name in wanted:
+            program.checkpoint[key] = back[node.name]
+    program.edit.erase_dead(back.values())
+
+
+def unread_weights(program: Program) -> list[fx.Node]:
+    """Return placeholders of tensors that neither the graph nor the checkpoint's way back reads."""
+    kept = set(program.checkpoint.values())
+    return [n for n in program.weight_nodes if not n.users and n not in kept]
+
+
+def drop_unread_weights(program: Program) -> None:
+    """Remove tensors that nothing reads."""
+    for node in unread_weights(program):
+        program.edit.remove_weight(node)
+
+
+def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
+    """Return the value of a node that depends on weights alone as a source, and the weights it reads."""
+    needed: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+
+    def visit(start: fx.Node) -> None:
+        work = [(start, False)]
+        while work:
+            current, ready = work.pop()
+            if ready:
+                needed.append(current)
+            elif current not in seen:
+                seen.add(current)
+                work.append((current, True))
+                work.extend((n, False) for n in reversed(current.all_input_nodes))
+
+    visit(node)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    operands: list[Weight] = []
+    for current in needed:
+        if current.op == "placeholder":
+            copies[current] = graph.placeholder(current.name)
+            copies[current].meta["val"] = current.meta["val"]
+            operands.append(program.weights[current.name])
+        else:
+            copies[current] = graph.node_copy(current, lambda n: copies[n])
+    graph.output(copies[node])
+    value = node.meta["val"]
+    source = Computed(
+        graph, tuple(w.source for w in operands), tuple(int(s) for s in value.shape), value.dtype
+    )
+    return source, operands
+
+
+def _name(node: fx.Node, operands: list[Weight], taken: set[str]) -> str:
+    wanted = node.meta.get("custom", {}).get("graphopt", {}).get("weight")
+    base = wanted or (f"{operands[0].name}.folded" if operands else f"{node.name}.folded")
+    name, count = str(base), 1
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    return name

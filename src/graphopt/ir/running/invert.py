@@ -1,0 +1,75 @@
+"""The way back from a folded weight to the tensors it was put together from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..schema import argument, arguments, operator_name
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+aten = torch.ops.aten
+
+
+def invert(program: Program, graph: fx.Graph, value: fx.Node) -> dict[str, fx.Node]:
+    """Return nodes that compute the operands of a movement of data from its result.
+
+    Args:
+        program: nodes are inserted at its insertion point.
+        graph: the movement, operands as placeholders.
+        value: a node of the program with the result.
+
+    Returns:
+        A node by placeholder name, for those operands that can be had back.
+    """
+    known: dict[fx.Node, fx.Node] = {}
+    output = next(iter(graph.find_nodes(op="output")))
+    known[output.args[0]] = value
+    back: dict[str, fx.Node] = {}
+    for node in reversed(list(graph.nodes)):
+        if node not in known:
+            continue
+        if node.op == "placeholder":
+            back[node.name] = known[node]
+        elif node.op == "call_function":
+            _one(program, node, known[node], known)
+    return back
+
+
+def _one(program: Program, node: fx.Node, value: fx.Node, known: dict[fx.Node, fx.Node]) -> None:
+    name = operator_name(node.target)
+    call = program.edit.call
+    if name in ("aten.cat", "aten.stack"):
+        dim = int(argument(node, "dim"))
+        start = 0
+        operands: Any = node.args[0]
+        for index, operand in enumerate(operands):
+            if name == "aten.stack":
+                part = call(aten.select.int, value, dim, index)
+            else:
+                size = int(operand.meta["val"].shape[dim])
+                part = call(aten.slice.Tensor, value, dim, start, start + size)
+                start += size
+            known.setdefault(operand, part)
+        return
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source in known:
+        return
+    if name in ("aten.reshape", "aten.view", "aten.unsqueeze", "aten.squeeze", "aten.flatten"):
+        known[source] = call(aten.reshape.default, value, [int(s) for s in source.meta["val"].shape])
+    elif name == "aten.permute":
+        order = [int(d) % len(source.meta["val"].shape) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        known[source] = call(aten.permute.default, value, [order.index(d) for d in range(len(order))])
+    elif name in ("aten.transpose", "aten.t"):
+        first, second = (int(a) for a in node.args[1:3]) if name == "aten.transpose" else (0, 1)  # type: ignore[arg-type]
+        known[source] = call(aten.transpose.int, value, first, second)
+    elif name == "aten.flip":
+        known[source] = call(aten.flip.default, value, arguments(node)["dims"])
+    elif name == "aten.to":
+        known[source] = call(aten.to.dtype, value, source.meta["val"].dtype)
+    elif name in ("aten.clone", "aten.contiguous"):
+        known[source] = value

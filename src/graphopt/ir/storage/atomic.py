@@ -1,0 +1,180 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import GraphoptError, UsageError
+
+
+class WriteError(GraphoptError):
+    """Nothing was written: the disk is full, or the place cannot be written to."""
+
+    exit_code = 1
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """Give a temporary folder that takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: the folder to make.
+        may_replace: tells whether an existing folder is one of ours.
+
+    Raises:
+        UsageError: something else is already there.
+        WriteError: the disk is full or not writable; nothing is left.
+    """
+    with _beside(path, lambda target: require_free(target, may_replace)) as (target, temporary):
+        temporary.mkdir()
+        yield temporary
+        _settle(temporary)
+        _take_place(temporary, target, may_replace)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary file that takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        UsageError: a folder or a device is there, or the place is kept (:func:`keeping`).
+        WriteError: the disk is full or not writable; nothing is left.
+    """
+    with _beside(path, _require_file_place) as (target, temporary):
+        yield temporary
+        _settle(temporary)
+        _require_file_place(target)
+        os.replace(temporary, target)
+
+
+_kept: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("kept", default=frozenset())
+
+
+@contextlib.contextmanager
+def keeping(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let nothing inside the block take a place where something is, also if it came there meanwhile."""
+    token = _kept.set(_kept.get() | {Path(path).resolve()})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+@contextlib.contextmanager
+def set_aside(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put what is at a place out of the way of what is made there: removed afterwards, or put back if that failed.
+
+    Killed inside of the block, a process leaves the older one beside its place, under a hidden name.
+    """
+    target = Path(path).resolve()
+    old = _fresh(target)
+    os.rename(target, old)
+    try:
+        yield
+    finally:
+        if target.exists():
+            _remove(old)
+        else:
+            os.rename(old, target)
+
+
+@contextlib.contextmanager
+def _beside(path: str | os.PathLike[str], check: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
+    """Give the real place and a temporary name beside it; whatever happens, the temporary one is gone afterwards."""
+    target = Path(path)
+    made: list[Path] = []
+    temporary = None
+    try:
+        # what a link leads to is replaced, not the link
+        target = target.resolve() if target.is_symlink() else target
+        check(target)
+        made = _make_folders(target.parent)
+        temporary = _fresh(target)
+        yield target, temporary
+        made = []
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {path}: {error}", hint="nothing was written; free space, or choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            _remove(temporary)
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; return the ones that were not there, outermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _require_file_place(target: Path) -> None:
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder", hint="give the name of a file")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target} is a device or a pipe", hint="give the name of a file")
+    _require_not_kept(target)
+
+
+def _require_not_kept(target: Path) -> None:
+    empty = target.is_dir() and not any(target.iterdir())
+    if target in _kept.get() and target.exists() and not empty:
+        raise UsageError(f"{target} exists already", hint="choose another place, or remove it")
+
+
+def _fresh(target: Path) -> Path:
+    """Return a hidden name beside the target, so that renaming stays on one disk."""
+    return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.partial"
+
+
+def require_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Check that a folder can be made at a place.
+
+    Raises:
+        UsageError: something is there that would not be replaced.
+    """
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or may_replace(target))):
+        raise UsageError(
+            f"{target} exists and is not what would be replaced", hint="choose another place, or remove it"
+        )
+    _require_not_kept(target.resolve())
+
+
+def _take_place(temporary: Path, target: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Put a folder where another may be; if that fails or is interrupted, the older one comes back."""
+    require_free(target, may_replace)
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = _fresh(target)
+    try:
+        os.rename(target, old)
+        os.rename(temporary, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(place: Path) -> None:
+    """Have the system write files out, so that a rename never outlives their contents."""
+    for path in [place, *place.rglob("*")]:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,51 @@
+"""Hashes of all values of a program: what may be reused of another run, and what may not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from ..weights import Absent, InMemory, SafetensorsEntry, TensorSource, digest
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+_HASHES: dict[int, tuple[weakref.ref[TensorSource], Any, str]] = {}
+
+
+def whole_hash(program: Program) -> str:
+    """Return a hash of a program's graph and of all values of its weights.
+
+    Every byte counts, wherever the tensors are: a file's name, size and date say nothing of a fine-tuned copy. Tensors
+    are read one at a time, and a source that was hashed before, by this process, is not read again.
+    """
+    seen = hashlib.sha256(program.text().encode())
+    for name in sorted(program.weights):
+        seen.update(f"{name} {source_hash(program.weights[name].source)}\n".encode())
+    return seen.hexdigest()[:16]
+
+
+def source_hash(source: TensorSource) -> str:
+    """Return a hash of the type, shape and values of one tensor."""
+    if isinstance(source, Absent):
+        return f"{tuple(source.shape)} {source.dtype} without values"
+    state = _state(source)
+    held = _HASHES.get(id(source))
+    if held is not None and held[0]() is source and held[1] == state and state is not None:
+        return held[2]
+    found = digest(source.load())
+    key = id(source)
+    _HASHES[key] = (weakref.ref(source, lambda _: _HASHES.pop(key, None)), state, found)
+    return found
+
+
+def _state(source: TensorSource) -> Any:
+    """What changes when somebody writes to what a source reads; None where nobody can tell."""
+    if isinstance(source, InMemory):
+        return None if source.tensor.is_inference() else source.tensor._version
+    if isinstance(source, SafetensorsEntry):
+        status = os.stat(source.path)
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
+    return None

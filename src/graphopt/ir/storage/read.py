@@ -1,0 +1,355 @@
+"""Read a program's folder strictly: every entry checked, nothing evaluated, no weight read yet."""
+
+from __future__ import annotations
+
+import hashlib
+import operator as operator_module
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..checking.verify import verify
+from ..compat import new_fake_mode
+from ..constraints import parse_relation
+from ..errors import CheckpointError
+from ..infer import infer, same_size
+from ..program import Dial, Origin, Program
+from ..signature import Fill, Input, Signature, SizeRange
+from ..structure import Structure, leaf_names
+from ..weights import SafetensorsEntry, Weight
+from .allowed import check_call, operator_of
+from .documents import Entry, read_document
+from .encode import decode, dtype_of
+from .facts import typed_facts
+from .manifest import FORMAT, INFERRED, VERSION, file_hash
+from .names import asset_name, input_name, weight_name
+from .safetensors_file import contained, read_header
+
+_RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
+_MOST_CONSTRAINTS = 1000
+
+
+def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program:
+    """Return a saved program; weights stay on disk until they are needed.
+
+    Args:
+        path: a folder written by :func:`save_program`.
+        check_hashes: also hash the weight files and compare with the manifest.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged, of another version, or not what it claims.
+    """
+    folder = Path(path)
+    manifest = read_document(folder / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is not a saved program")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {manifest.get('version')!r}, this graphopt reads {VERSION}",
+            hint="use the graphopt that wrote it",
+        )
+    files = manifest.table("files", str)
+    text = _checked(folder, "program.json", files)
+    document = read_document(folder / "program.json", text)
+    try:
+        program = _Reader(folder, document, files).program()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # whatever a damaged or forged file makes the libraries below say, it is the file that is wrong
+        raise CheckpointError(
+            f"{folder / 'program.json'} is damaged: {type(error).__name__}: {error}"
+        ) from error
+    if check_hashes:
+        for name in files:
+            _require_hash(folder, name, files)
+    return program
+
+
+def _place(folder: Path, name: str) -> Path:
+    return contained(folder, name, folder / "manifest.json")
+
+
+def _require_sizes(target: Any, call: list[Any], name: str) -> None:
+    """Check that a function of sizes is given sizes, and no power that takes all memory to compute."""
+    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call]
+    numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+    if not all(isinstance(v, numbers) for v in values):
+        raise CheckpointError(f"{name!r} calls a function of sizes on what is no size")
+    if target is operator_module.pow and len(values) == 2:
+        base, exponent = values
+        if (
+            not isinstance(exponent, (int, float))
+            or abs(exponent) > 64
+            or (isinstance(base, (int, float)) and abs(base) >= 2**40)
+        ):
+            raise CheckpointError(f"{name!r} is an absurd power of a size")
+
+
+def _checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
+    place = _place(folder, name)
+    try:
+        data = place.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {place}: {error}") from error
+    if hashlib.sha256(data).hexdigest() != files.get(name):
+        raise _changed(place)
+    return data
+
+
+def _require_hash(folder: Path, name: str, files: dict[str, Any]) -> None:
+    """Like :func:`_checked` for files of any size, which are read piece by piece."""
+    place = _place(folder, name)
+    try:
+        found = file_hash(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {place}: {error}") from error
+    if found != files.get(name):
+        raise _changed(place)
+
+
+def _changed(place: Path) -> CheckpointError:
+    return CheckpointError(f"{place} is not what manifest.json says; it was changed or damaged")
+
+
+class _Reader:
+    def __init__(self, folder: Path, document: Entry, files: dict[str, Any]):
+        self.folder = folder
+        self.document = document
+        self.files = files
+        self.mode = new_fake_mode()
+        self.values: dict[int, Any] = {}
+        self.headers: dict[str, dict[str, SafetensorsEntry]] = {}
+
+    def program(self) -> Program:
+        document = self.document
+        if document.get("format") != FORMAT or document.get("version") != VERSION:
+            raise CheckpointError(f"{self.folder / 'program.json'} is not a program of version {VERSION}")
+        signature = Signature({}, document.table("parameters"), document.get("outputs"))
+        program = Program(fx.Graph(), self.mode, {}, signature)
+        for name, limits in document.table("sizes", list).items():
+            low, high, hint = limits
+            if not name.isidentifier() or not all(
+                _is_size(v) for v in (low, hint, *([] if high is None else [high]))
+            ):
+                raise CheckpointError(f"the size {name!r} has limits {str(limits)[:80]}")
+            program.add_size(name, SizeRange(low, high, hint))
+        # folders written by earlier releases have none
+        constraints = document.list("constraints") if "constraints" in document.data else []
+        if len(constraints) > _MOST_CONSTRAINTS or not all(isinstance(c, str) for c in constraints):
+            raise CheckpointError("the constraints of sizes are damaged")
+        for text in constraints:
+            parse_relation(text, frozenset(signature.sizes), "constraints")
+        signature.constraints = tuple(constraints)
+        for entry in document.list("inputs"):
+            spec = _input(entry)
+            if spec.name in signature.inputs:
+                raise CheckpointError(f"the input {spec.name!r} is listed twice")
+            signature.inputs[spec.name] = spec
+        _check_signature(signature)
+        self.nodes(program)
+        self.rest(program)
+        _check_inputs(program)
+        return program
+
+    def value(self, program: Program, number: Any) -> Any:
+        table = self.document.list("values")
+        if not isinstance(number, int) or not 0 <= number < len(table):
+            raise CheckpointError(f"there is no value {number!r}")
+        if number not in self.values:
+            self.values[number] = self._value(program, table[number], f"value {number}")
+        return self.values[number]
+
+    def inferred(self, number: Any) -> bool:
+        table = self.document.list("values")
+        return isinstance(number, int) and 0 <= number < len(table) and table[number] == INFERRED
+
+    def _value(self, program: Program, entry: Any, where: str) -> Any:
+        if "dtype" in entry:
+            shape = [program.parse_size(size, where) for size in entry["shape"]]
+            if len(shape) > 32 or any(isinstance(s, int) and not 0 <= s < 2**40 for s in shape):
+                raise CheckpointError(f"{where}: the shape {str(entry['shape'])[:80]} is absurd")
+            return program.fake(shape, dtype_of(entry["dtype"], where))
+        if "list" in entry:
+            return [self._value(program, part, where) for part in entry["list"]]
+        if "size" in entry:
+            return program.parse_size(entry["size"], where)
+        if isinstance(entry.get("number"), (bool, int, float)):
+            return entry["number"]
+        raise CheckpointError(f"{where}: {str(entry)[:60]!r} is not a value")
+
+    def nodes(self, program: Program) -> None:
+        known: dict[str, fx.Node] = {}
+        graph = program.graph
+        weights = self.document.table("weights", dict)
+        for entry in self.document.list("nodes"):
+            name, operator, args, kwargs, number, notes = entry
+            if not isinstance(name, str) or not name.isidentifier() or name in known:
+                raise CheckpointError(f"{str(name)[:60]!r} is not the name of a new node")
+            if operator == "placeholder":
+                node = graph.placeholder(name)
+                node.target = node.name
+            else:
+                call = [decode(a, known, name) for a in args]
+                options = {str(k): decode(v, known, name) for k, v in kwargs.items()}
+                target = operator_of(operator)
+                check_call(target, tuple(call), options, name)
+                if str(operator).startswith("size."):
+                    _require_sizes(target, call, name)
+                node = graph.create_node("call_function", target, tuple(call), options, name=name)
+            if node.name != name:
+                raise CheckpointError(f"{name!r} cannot be the name of a node")
+            node.meta["val"] = (
+                infer(self.mode, target, tuple(call), options)
+                if operator != "placeholder" and self.inferred(number)
+                else self.value(program, number)
+            )
+            if "weight" in notes and operator == "placeholder":
+                program.weights[name] = self.weight(name, weights, node)
+            elif "input" in notes and operator == "placeholder":
+                node.meta["input"] = input_name(notes["input"], name)
+            elif notes:
+                node.meta["custom"] = {"graphopt": {str(k): str(v) for k, v in notes.items()}}
+            known[name] = node
+        results = [decode(r, known, "output") for r in self.document.list("results")]
+        if not all(isinstance(r, fx.Node) for r in results):
+            raise CheckpointError("an output is not a node")
+        output = graph.output(tuple(results))
+        output.meta["val"] = tuple(r.meta["val"] for r in results)
+        for key, name in self.document.table("checkpoint", str).items():
+            if name not in known:
+                raise CheckpointError(f"the checkpoint's {key!r} leads to {name!r}, which does not exist")
+            program.checkpoint[key] = known[name]
+
+    def weight(self, name: str, weights: dict[str, Any], node: fx.Node) -> Weight:
+        entry = weights.get(name)
+        if entry is None or entry.get("kind") not in ("parameter", "buffer", "constant"):
+            raise CheckpointError(f"the weight {name!r} is not described")
+        file = entry["file"]
+        if (
+            file not in self.files
+            or not file.startswith("weights/")
+            or Path(file).name != file.removeprefix("weights/")
+        ):
+            raise CheckpointError(
+                f"the weight {name!r} lies in {file!r}, which is not a file of this program"
+            )
+        if file not in self.headers:
+            self.headers[file] = read_header(_place(self.folder, file))
+        source = self.headers[file].get(name)
+        if source is None:
+            raise CheckpointError(f"{self.folder / file} has no tensor {name!r}")
+        value = node.meta["val"]
+        known = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+        if not known or tuple(value.shape) != source.shape or value.dtype != source.dtype:
+            raise CheckpointError(f"the weight {name!r} is described as {value} and stored as {source.shape}")
+        names = [weight_name(n, name) for n in entry["names"]]
+        return Weight(
+            weight_name(entry["name"], name), source, entry["kind"], tuple(names),
+            bool(entry["persistent"]), bool(entry["trainable"]),
+        )  # fmt: skip
+
+    def rest(self, program: Program) -> None:
+        document = self.document
+        program.facts = typed_facts(document.table("facts"))
+        program.history = list(document.list("history"))
+        if not all(isinstance(entry, dict) for entry in program.history):
+            raise CheckpointError("the history is damaged")
+        for name, (default, low, high, text) in document.table("dials", list).items():
+            limits = [float(decode(value, {}, f"dial {name!r}")) for value in (default, low, high)]
+            program.dials[input_name(name, "dials")] = Dial(limits[0], limits[1], limits[2], str(text))
+        origin = document.table("origin")
+        assets = {}
+        for listed in origin.get("assets", ()):
+            name = asset_name(listed, "assets")
+            assets[name] = _checked(self.folder, f"assets/{name}", self.files)
+        program.origin = Origin(
+            str(origin["kind"]), str(origin["model_class"]), dict(origin["config"]), assets,
+            tuple(origin["unused"]), tuple(origin["notes"]), str(origin["padding"]),
+        )  # fmt: skip
+        verify(program, ())
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def _input(entry: Any) -> Input:
+    name = input_name(entry["name"], "inputs")
+    where = f"input {name!r}"
+    fill = entry["fill"]
+    if fill is not None and fill[0] not in _RULES:
+        raise CheckpointError(f"{where}: unknown rule {fill[0]!r}")
+    shape = tuple(entry["shape"])
+    if not all(_is_size(s) or isinstance(s, str) for s in shape):
+        raise CheckpointError(f"{where}: shape {str(shape)[:80]}")
+    return Input(
+        name, dtype_of(entry["dtype"], where), shape,
+        None if fill is None else Fill(fill[0], str(fill[1])), bool(entry["one_sequence_a_row"]),
+    )  # fmt: skip
+
+
+def _check_signature(signature: Signature) -> None:
+    """Every input is reached by one parameter, every fill leads to an input that is given, every output is one."""
+    leaves: list[str] = []
+    for structure in signature.parameters.values():
+        _check_structure(structure)
+        leaves.extend(leaf_names(structure))
+    if sorted(leaves) != sorted(signature.inputs):
+        raise CheckpointError(
+            f"the parameters lead to {sorted(leaves)}, the inputs are {sorted(signature.inputs)}"
+        )
+    for spec in signature.inputs.values():
+        passed = {spec.name}
+        current = spec
+        while current.fill is not None:
+            if current.fill.like in passed or current.fill.like not in signature.inputs:
+                raise CheckpointError(
+                    f"input {spec.name!r} is filled from {current.fill.like!r}, which leads nowhere"
+                )
+            passed.add(current.fill.like)
+            current = signature.inputs[current.fill.like]
+    _check_structure(signature.outputs)
+    names = signature.output_names
+    if len(set(names)) != len(names):
+        raise CheckpointError("two outputs have one name")
+
+
+def _check_structure(structure: Structure, depth: int = 0) -> None:
+    damaged = CheckpointError("the structure of inputs or outputs is damaged")
+    if not isinstance(structure, dict) or depth > 16:
+        raise damaged
+    kinds = set(structure) - {"class"}
+    if len(kinds) != 1:
+        raise damaged
+    (kind,) = kinds
+    held = structure[kind]
+    if kind == "leaf":
+        if not isinstance(held, str):
+            raise damaged
+    elif kind == "constant":
+        if not (held is None or isinstance(held, (bool, int, float, str))):
+            raise damaged
+    elif kind in ("list", "tuple"):
+        if not isinstance(held, list):
+            raise damaged
+        for part in held:
+            _check_structure(part, depth + 1)
+    elif kind == "dict" and isinstance(held, dict) and isinstance(structure.get("class"), (str, type(None))):
+        for part in held.values():
+            _check_structure(part, depth + 1)
+    else:
+        raise damaged
+
+
+def _check_inputs(program: Program) -> None:
+    """What the signature says of an input must be what the graph says."""
+    for name, spec in program.signature.inputs.items():
+        value = program.input_nodes[name].meta["val"]
+        sizes = [program.parse_size(size, f"input {name!r}") for size in spec.shape]
+        same = isinstance(value, torch.Tensor) and value.dtype == spec.dtype and len(sizes) == value.dim()
+        if not same or not all(same_size(a, b) for a, b in zip(sizes, value.shape, strict=True)):
+            raise CheckpointError(f"the input {name!r} is described as {list(spec.shape)} and is {value}")

@@ -1,0 +1,234 @@
+"""Safetensors files: headers read with suspicion, tensors written one at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from ..weights import SafetensorsEntry, TensorSource, numel
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_LARGEST_HEADER = 100 << 20
+
+
+def inside(folder: Path, name: str, where: Path) -> Path:
+    """Return the path of a file that must lie in the folder itself.
+
+    Raises:
+        CheckpointError: the name leads elsewhere, or there is no such file.
+    """
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise CheckpointError(
+            f"{where} names the file {name!r}, which is not a plain file name in this folder"
+        )
+    return contained(folder, name, where)
+
+
+def contained(folder: Path, name: str, where: Path) -> Path:
+    """Return the path of a file in the folder or below it; links are followed no further.
+
+    The Hugging Face cache is the exception: its folders of snapshots are links into the ``blobs`` beside them.
+
+    Raises:
+        CheckpointError: the name or a link leads elsewhere, or there is no such file.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise CheckpointError(f"{where} names {name!r}, which lies outside the folder")
+    path = folder / name
+    try:
+        home, real = folder.resolve(), path.resolve()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{where} names {name[:100]!r}, which cannot be read: {error}") from None
+    if not found:
+        raise CheckpointError(f"{where} names {name!r}, which does not exist")
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in homes):
+        raise CheckpointError(
+            f"{path} is a link that leaves its folder, to {real}",
+            hint="links are not followed out of a folder; copy the file there, or make a hard link",
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class _Unchanged(SafetensorsEntry):
+    """A tensor of a file that must still be the one whose header was read.
+
+    Another program saved in its place may well be as large, and its bytes would be taken for this tensor.
+    """
+
+    stamp: tuple[int, ...] = ()
+
+    def load(self) -> torch.Tensor:
+        self._same_file()
+        return super().load()
+
+    def load_part(self, dim: int, start: int, end: int) -> torch.Tensor:
+        self._same_file()
+        return super().load_part(dim, start, end)
+
+    def _same_file(self) -> None:
+        try:
+            now = _stamp(self.path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
+        if now != self.stamp:
+            raise CheckpointError(
+                f"{self.path} has changed since tensor {self.key!r} was found in it",
+                hint="load the checkpoint or program again; to go on with this one, save it to another place",
+            )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what tells that a file is no longer the one it was."""
+    seen = path.stat()
+    return seen.st_size, seen.st_mtime_ns
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name is used twice")
+    return made
+
+
+def read_header(path: Path) -> dict[str, SafetensorsEntry]:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is truncated, or its sizes and offsets do not add up.
+    """
+
+    def wrong(why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path} is not a whole safetensors file: {why}", hint="copy or download it again"
+        )
+
+    try:
+        stamp = _stamp(path)
+        size = path.stat().st_size
+        if size < 8:
+            raise wrong(f"it has {size} bytes")
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_LARGEST_HEADER, size - 8):
+                raise wrong(f"its header claims {length} bytes, the file has {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise wrong("its header is not an object")
+    found: dict[str, SafetensorsEntry] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise wrong(f"the entry of {name!r} is incomplete") from None
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {name!r} has the type {str(dtype)[:40]!r}, which is not supported"
+            )
+        if (
+            not isinstance(shape, list)
+            or len(shape) > 64
+            or not all(type(s) is int and 0 <= s < 2**40 for s in shape)
+        ):
+            raise wrong(f"the shape of {name!r} is {str(shape)[:80]}")
+        if type(start) is not int or type(end) is not int or not 0 <= start <= end <= size:
+            raise wrong(f"the place of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
+        if end - start != numel(shape) * DTYPES[dtype].itemsize:
+            raise wrong(f"{name!r} has shape {shape} and {end - start} bytes")
+        spans.append((start, end, name))
+        found[name] = _Unchanged(path, name, tuple(shape), DTYPES[dtype], 8 + length + start, stamp)
+    spans.sort()
+    place = 0
+    for start, end, name in spans:
+        if start != place:
+            raise wrong(f"{name!r} overlaps another tensor or leaves a gap")
+        place = end
+    if 8 + length + place != size:
+        raise wrong(f"its tensors end at byte {8 + length + place}, the file at {size}")
+    return found
+
+
+def writer(path: Path) -> object:
+    """Return who wrote a file, where its header says so; None where it does not, or is damaged."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < size < min(path.stat().st_size, 1 << 27):
+            return None
+        text = file.read(size)
+    try:
+        return json.loads(text).get("__metadata__", {}).get("writer")
+    except (ValueError, AttributeError):
+        return None
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, TensorSource],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> None:
+    """Write tensors to a safetensors file; each is loaded, written and freed before the next.
+
+    Args:
+        path: the file.
+        tensors: by name; shapes and types are known beforehand.
+        metadata: strings for the header.
+        progress: called with the name and bytes of each tensor written.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
+    # wide types first, as the format's own writer does, so that every tensor is aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        source = tensors[name]
+        size = numel(source.shape) * source.dtype.itemsize
+        if source.dtype not in codes:
+            raise CheckpointError(f"{name} has the type {source.dtype}, which safetensors cannot hold")
+        header[name] = {
+            "dtype": codes[source.dtype],
+            "shape": [int(s) for s in source.shape],
+            "data_offsets": [place, place + size],
+        }
+        place += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)))
+        file.write(raw)
+        for name in order:
+            tensor = tensors[name].load()
+            if tuple(tensor.shape) != tuple(tensors[name].shape) or tensor.dtype != tensors[name].dtype:
+                raise CheckpointError(
+                    f"{name} was announced as {tensors[name].shape} and came as {tuple(tensor.shape)}"
+                )
+            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            file.write(data.data)
+            if progress is not None:
+                progress(name, data.nbytes)
+            del tensor, data

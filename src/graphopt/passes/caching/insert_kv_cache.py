@@ -1,0 +1,376 @@
+"""Let a decoder take its text piece by piece: keys and values of earlier tokens in caches that it takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.checking.report import PassReport
+from ...ir.compat import surely_equal
+from ...ir.errors import ContractError, PassRefusedError, VerificationError
+from ...ir.export_blockers import block_export
+from ...ir.facts import KVCache, Streaming
+from ...ir.inputs import add_input, limit_size, remove_input
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.ranks.placement import placements
+from ...ir.ranks.placement_types import WHOLE, Placement, Shard
+from ...ir.ranks.rank_programs import ON_RANKS, ranks_of
+from ...ir.schema import arguments, is_operator, normal_call
+from ...ir.signature import SizeRange
+from ..framework.base import Pass
+from ..framework.contracts import ExactInChunks
+from ..framework.plan import Plan, Refused, Site
+from .comparing import compare_with_cache
+from .positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
+from .reducing import reduced
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export it before insert-kv-cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertKVCache(Pass):
+    """Store keys and values, so that a token that follows is computed alone.
+
+    The program takes new tokens and their ``position_ids`` (batch, tokens), and for each attention ``key_cache_0``,
+    ``value_cache_0``, ... (batch, key-value heads, capacity, size), and returns ``next_key_cache_0``, ... One program
+    serves the prompt and every token after it; rows may stand at different positions. Padding has no place in a cache:
+    rows begin at position 0, and masks of padding are no input any more. With ``tree``, tokens of one step say in
+    which slots they are stored and which of one another they see.
+    """
+
+    name = "insert-kv-cache"
+    contract = ExactInChunks()
+    together = True
+    provides = (KVCache,)
+    excludes = (KVCache, Streaming)
+
+    max_length: int | None = option(
+        None, help="slots of each cache, fixed; left out, caches are as long as they are given", low=2
+    )
+    tree: bool = option(
+        False, help="inputs cache_slots and step_mask, for several candidates that share a position"
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find what is stored, and try the result in pieces."""
+        plan = Plan()
+        try:
+            decoder = Decoder(program)
+            sites = _sites(decoder)
+            limit = decoder.limit()
+        except NotCausal as problem:
+            plan.refused.append(Refused(problem.node.name, str(problem), program.source_line(problem.node)))
+            return plan
+        if limit is not None and self.max_length is not None and self.max_length > limit:
+            plan.refused.append(Refused("max_length", _too_long(limit, self.max_length)))
+            return plan
+        plan.sites = sites
+        failed = self._trial(program)
+        if failed is not None:
+            plan.refused.append(failed)
+            plan.sites = []
+        return plan
+
+    def _trial(self, program: Program) -> Refused | None:
+        """Run a small form of both: what mixes tokens in a way that no cache carries shows by its values."""
+        small = reduced(program)
+        trial = program.copy() if small is None else small.copy()
+        try:
+            self._insert(trial)
+            worst = None if small is None else compare_with_cache(small, trial)
+        except (VerificationError, NotCausal) as problem:
+            node = getattr(problem, "node", None)
+            name = node.name if isinstance(node, fx.Node) else str(node or "inputs")
+            text = getattr(problem, "message", str(problem))
+            return Refused(name, text, program.source_line(node) if isinstance(node, fx.Node) else "")
+        if worst is None or worst.error <= ExactInChunks.limit:
+            return None
+        return Refused(
+            worst.name,
+            f"pieces differ from the whole by {worst.error:.1g}: tokens meet elsewhere than in attention",
+            "",
+        )
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Put a cache before each attention; with some alone, the others would see new tokens and nothing before them.
+
+        Raises:
+            PassRefusedError: the plan leaves attentions out, or says something else of them than the program.
+            KeyError: it names attentions that are not there.
+        """
+        if not plan.sites:
+            return
+        try:
+            sites = {site.block: site for site in _sites(Decoder(program))}
+            given = {site.block: site for site in plan.sites}
+            left = [name for name in sites if name not in given]
+            for name, site in given.items():
+                if site != sites[name]:
+                    raise PassRefusedError(
+                        f"{self.name}: the plan has {site} where the program has {sites[name]}",
+                        hint="what a cache holds follows from the program; plan again",
+                    )
+            if left:
+                raise PassRefusedError(
+                    f"{self.name}: the plan leaves out {', '.join(left)}: without a cache an attention sees new tokens "
+                    "and nothing before them",
+                    hint="take all of its sites, or none",
+                )
+            self._insert(program)
+        except NotCausal as problem:
+            raise PassRefusedError(f"{self.name}: {problem.node.name}: {problem}") from problem
+
+    def _insert(self, program: Program) -> None:
+        decoder = Decoder(program)
+        limit = decoder.limit()
+        if limit is not None and self.max_length is not None and self.max_length > limit:
+            raise NotCausal(decoder.tokens, _too_long(limit, self.max_length))
+        pairs = [(s["key"], s["value"]) for s in _sites(decoder)]
+        nodes = {n.name: n for n in program.graph.nodes}
+        still = decoder.still()
+        positions = _positions(program, decoder)
+        slots, step_mask = positions, None
+        batch, tokens = decoder.tokens.meta["val"].shape[:2]
+        if self.tree:
+            slots = add_input(program, "cache_slots", [batch, tokens], torch.int64)
+            step_mask = add_input(program, "step_mask", [batch, tokens, tokens], torch.bool)
+        capacity: Any = self.max_length
+        if capacity is None:
+            capacity = program.add_size("capacity", SizeRange(1, limit, min(32, limit or 32)))
+        caches = [
+            self._caches(program, number, nodes[k], nodes[v], batch, capacity)
+            for number, (k, v) in enumerate(pairs)
+        ]
+        first = next(n for n in program.graph.nodes if n.op == "call_function")
+        with program.edit.before(first):
+            length = (
+                capacity
+                if isinstance(capacity, int)
+                else program.edit.call(aten.sym_size.int, caches[0][0], 2)
+            )
+        stored = {}
+        for number, ((k, v), pair) in enumerate(zip(pairs, caches, strict=True)):
+            stored[k, v] = tuple(
+                _stored(program, cache, nodes[name], slots, f"next_{cache.meta['input']}", number)
+                for cache, name in zip(pair, (k, v), strict=True)
+            )
+        tables = AtCapacity(decoder, length)
+        seen: dict[Any, fx.Node] = {}
+        for node in [n for n in program.graph.nodes if is_operator(n, "graphopt.attention")]:
+            found = dict(arguments(node))
+            key, value = stored[found["k"].name, found["v"].name]
+            if found["window"] not in seen:
+                with program.edit.before(first):
+                    seen[found["window"]] = program.edit.call(
+                        dialect.cache_visible.default,
+                        positions,
+                        slots,
+                        caches[0][0],
+                        step_mask,
+                        window=found["window"],
+                    )
+            bias = found["bias"]
+            if isinstance(bias, fx.Node):
+                bias = self._bias(program, tables, bias, positions, slots, first)
+            found.update(
+                k=key, v=value, key_mask=None, bias=bias, segments=None, visible=seen[found["window"]],
+                causal=False, window=None,
+            )  # fmt: skip
+            with program.edit.before(node):
+                args, kwargs = normal_call(node.target, found)
+                made = program.edit.call(node.target, *args, **kwargs)
+            program.edit.replace(node, made, record=False)
+        for value, users in still.items():
+            left = [u for u in users if not u._erased and value in u.all_input_nodes]
+            if left and not value._erased and not decoder.follows_positions(value):
+                self._token_wise(program, decoder, tables, value, left, positions, first)
+        _drop_masks(program, decoder)
+        limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
+        program.facts.add(
+            KVCache(
+                capacity=self.max_length if self.max_length is not None else "capacity",
+                layers=len(pairs),
+                tree=self.tree,
+                tokens=str(decoder.tokens.meta["input"]),
+                positions=str(positions.meta["input"]),
+                limit=limit,
+                logits=_logits(program),
+            )
+        )
+        block_export(program, NO_FOLDER, by=self.name)
+
+    def _caches(
+        self, program: Program, number: int, k: fx.Node, v: fx.Node, batch: Any, capacity: Any
+    ) -> tuple[fx.Node, fx.Node]:
+        made = []
+        for name, node in (("key", k), ("value", v)):
+            value = node.meta["val"]
+            heads = value.shape[1]
+            if ranks_of(program):
+                placed = placements(program)[node]
+                if isinstance(placed, Shard):
+                    heads = placed.total
+            made.append(
+                add_input(
+                    program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype
+                )
+            )
+        return made[0], made[1]
+
+    def _bias(
+        self,
+        program: Program,
+        tables: AtCapacity,
+        bias: fx.Node,
+        positions: fx.Node,
+        slots: fx.Node,
+        first: fx.Node,
+    ) -> fx.Node:
+        """Return what is added to the scores of new tokens for every slot."""
+        if bias in tables.decoder.moving:
+            raise NotCausal(bias, "what is added to its scores depends on the tokens")
+        with program.edit.before(first):
+            table = tables.value(bias)
+            if not isinstance(table, fx.Node):
+                raise NotCausal(bias, "what is added to its scores is no tensor")
+            if not surely_equal(table.meta["val"].shape[-2], 1):
+                table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
+            if self.tree:
+                call = program.edit.call
+                keys = call(dialect.cache_positions.default, positions, slots, tables.capacity)
+                heads, rows = (call(aten.sym_size.int, table, dim) for dim in (1, 2))
+                index = call(aten.unsqueeze.default, call(aten.unsqueeze.default, keys, 1), 1)
+                index = call(aten.expand.default, index, [-1, heads, rows, -1])
+                batch = call(aten.sym_size.int, positions, 0)
+                table = call(
+                    aten.gather.default, call(aten.expand.default, table, [batch, -1, -1, -1]), 3, index
+                )
+        return table
+
+    def _token_wise(
+        self, program: Program, decoder: Decoder, tables: AtCapacity, value: fx.Node, users: list[fx.Node],
+        positions: fx.Node, first: fx.Node,
+    ) -> None:  # fmt: skip
+        """Let a value of the tokens' places be that of their positions."""
+        dims = decoder.has_length(value)
+        if len(dims) != 1:
+            raise NotCausal(
+                users[0], "tokens meet one another there, and it is no attention that was recognised"
+            )
+        with program.edit.before(first):
+            table = tables.value(value)
+            rows = rows_of_positions(program, table, dims[0], positions)
+            gap = value.meta["val"].dim() - rows.meta["val"].dim()
+            if gap > 0:
+                raise NotCausal(value, "its tokens are not where a batch can be put before them")
+        for user in users:
+            user.replace_input_with(value, rows)
+        program.changed()
+
+    def check(self, before: Program, after: Program, entry: PassReport) -> None:
+        """Compare pieces with the whole; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`."""
+        small = reduced(before)
+        if small is None:
+            entry.notes.append("not compared in pieces: one layer of each kind is too large for that here")
+            return
+        if small is not before:
+            after = small.copy()
+            self._insert(after)
+        worst = compare_with_cache(small, after, seed=1)
+        entry.checks, entry.error = 1, 0.0 if worst is None else worst.error
+        if worst is not None and not worst.error <= ExactInChunks.limit:
+            raise ContractError(
+                f"{self.name}: output {worst.name} of pieces differs from that of the whole by {worst.error:.2g}"
+            )
+
+
+def _too_long(limit: int, length: int) -> str:
+    return f"the model has positions for {limit} tokens, {length} are more"
+
+
+def _sites(decoder: Decoder) -> list[Site]:
+    """Return what is stored: each pair of keys and values once, however many attentions read it."""
+    program = decoder.program
+    found: dict[tuple[str, str], Site] = {}
+    for node in program.graph.nodes:
+        if not is_operator(node, "graphopt.attention"):
+            continue
+        given = arguments(node)
+        k, v = given["k"], given["v"]
+        if not given["causal"] and not decoder.hides_later(given["bias"]):
+            raise NotCausal(node, "an attention sees later tokens")
+        if decoder.has_length(k) != [2] or k not in decoder.moving:
+            raise NotCausal(node, "the keys of an attention come from elsewhere than the row of tokens")
+        if given["segments"] is not None:
+            raise NotCausal(node, "an attention keeps segments of a row apart")
+        if given["key_mask"] is not None and not decoder.sees_everything(given["key_mask"]):
+            raise NotCausal(node, "an attention hides keys for another reason than padding")
+        heads, size = k.meta["val"].shape[1], k.meta["val"].shape[-1]
+        if not isinstance(heads, int) or not isinstance(size, int):
+            raise NotCausal(node, f"its keys have {heads} heads of {size} values, and caches have one size")
+        found.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
+    if not found:
+        raise NotCausal(decoder.tokens, "no attention was recognised")
+    return list(found.values())
+
+
+def _positions(program: Program, decoder: Decoder) -> fx.Node:
+    """Return the input of positions, which from now on is given."""
+    if not decoder.positions:
+        batch, tokens = decoder.tokens.meta["val"].shape[:2]
+        return add_input(program, "position_ids", [batch, tokens], torch.int64)
+    node = decoder.positions[0]
+    name = str(node.meta["input"])
+    spec = replace(program.signature.inputs[name], fill=None, filled_positions_only=False)
+    program.signature = replace(program.signature, inputs={**program.signature.inputs, name: spec})
+    return node
+
+
+def _stored(
+    program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, output: str, number: int
+) -> fx.Node:
+    group = ""
+    placed: Placement = WHOLE
+    if ranks_of(program):
+        placed = placements(program)[values]
+        group = next(str(arguments(n)["group"]) for n in program.graph.nodes if is_operator(n, *ON_RANKS))
+    with program.edit.after(values):
+        if isinstance(placed, Shard):
+            cache = program.edit.call(
+                dialect.local_slice.default, cache, 1, list(placed.starts), placed.length, group
+            )
+        made = program.edit.call(dialect.cache_store.default, cache, values, slots)
+        whole = made
+        if isinstance(placed, Shard):
+            if not placed.even:
+                raise NotCausal(values, "ranks share key-value heads, which a cache would hold twice")
+            whole = program.edit.call(dialect.all_gather.default, made, 1, ranks_of(program), group)
+    program.add_output(output, whole)
+    return made
+
+
+def _drop_masks(program: Program, decoder: Decoder) -> None:
+    """Take away the inputs that say what is padding; their sizes are those of the tokens."""
+    for node in [*decoder.masks, *decoder.zeros, *(p for p in decoder.positions[1:])]:
+        for user in list(node.users):
+            if size_of_input(user):
+                with program.edit.before(user):
+                    made = program.edit.call(aten.sym_size.int, decoder.tokens, user.args[1])
+                user.replace_all_uses_with(made)
+                program.graph.erase_node(user)
+        program.edit.erase_dead(list(node.users))
+        if not node.users:
+            remove_input(program, str(node.meta["input"]))
+    program.changed()
+
+
+def _logits(program: Program) -> str:
+    return "logits" if "logits" in program.outputs else next(iter(program.outputs))

@@ -1,0 +1,173 @@
+"""Give convolutions redundant branches that add nothing yet, to be trained and fused again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.errors import PipelineError
+from ...ir.export_blockers import block_export
+from ...ir.facts import FusedBranches
+from ...ir.needs import NONZERO, SOME
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
+from ...ir.schema import is_operator
+from ...ir.weights import Drawn, InMemory
+from ..framework.base import Pass
+from ..framework.contracts import Exact
+from ..framework.plan import Plan, Refused, Site
+from .forms import Form, extension, follow
+from .geometry import Axis
+from .reading import CONVOLUTIONS, NotLinear, read_operator
+from .writing import CONVOLUTION, pad_source
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandBranches(Pass):
+    """Turn each convolution into a sum: itself, smaller kernels, copies of its size, the identity.
+
+    The inverse of fuse-branches, for training in the redundant form of RepVGG, MobileOne and RepCNN. The
+    original kernel stays as it is; every new branch has a scale a channel that starts at zero, so that the
+    outputs are what they were, and random weights, so that the scale has something to learn from. The module
+    of the program trains all of it; fuse-branches makes one convolution of it again.
+    """
+
+    name = "expand-branches"
+    contract = Exact()
+    invalidates = (FusedBranches,)
+    paper = "arXiv 2406.02652"
+
+    kernels: list[int] = option(  # noqa: RUF009
+        [1], help="sizes of smaller kernels, one branch each; larger ones are left out", source="recalled"
+    )
+    copies: int = option(
+        1, help="branches with a kernel of the original's size", low=0, high=16, source="paper"
+    )
+    identity: bool = option(True, help="a branch that is the input, where channels and stride allow it")
+    align: str = option(
+        "auto", help="where smaller kernels lie: auto puts those of causal convolutions last",
+        choices=("auto", "last", "centre"), needs=[{"kernels": SOME}, {"identity": True}],
+    )  # fmt: skip
+    which: str = option("spatial", help="convolutions with several taps, or all", choices=("spatial", "all"))
+    seed: int = option(0, help="of the new weights", needs=[{"kernels": SOME}, {"copies": NONZERO}])
+
+    def validate(self) -> None:
+        """Check the sizes."""
+        if any(size < 1 for size in self.kernels):
+            raise PipelineError(f"{self.name}: kernels are sizes from 1, not {self.kernels}")
+        if not (self.kernels or self.copies or self.identity):
+            raise PipelineError(f"{self.name}: there is no branch to add", hint="copies=1, or identity=true")
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Take each convolution with weights of its own."""
+        plan = Plan()
+        constant = depends_on_weights_alone(program)
+        for node in program.graph.nodes:
+            if not is_operator(node, *CONVOLUTIONS):
+                continue
+            try:
+                form = read_operator(node, constant)
+            except NotLinear as problem:
+                plan.refused.append(Refused(node.name, str(problem), program.source_line(node)))
+                continue
+            if form is None or (self.which == "spatial" and all(a.count == 1 for a in form.axes)):
+                continue
+            kinds = self._kinds(form)
+            if kinds:
+                plan.sites.append(Site(node.name, branches=kinds, align=self._side(form, constant)))
+            else:
+                plan.refused.append(Refused(node.name, "no branch fits it", program.source_line(node)))
+        return plan
+
+    def _kinds(self, form: Form) -> list[str]:
+        """Name the branches of a convolution: the sizes of kernels, and ``identity``."""
+        full = max(a.count for a in form.axes)
+        kinds = ["full"] * self.copies
+        kinds += [str(size) for size in self.kernels if size < full or (size == 1 and full == 1)]
+        if self.identity and form.inputs == form.outputs and all(a.stride == 1 for a in form.axes):
+            kinds.append("identity")
+        return kinds
+
+    def _side(self, form: Form, constant: set[fx.Node]) -> str:
+        if self.align != "auto":
+            return self.align
+        whole = form
+        if is_operator(form.source, "aten.pad", "aten.constant_pad_nd"):
+            pad = read_operator(form.source, constant)
+            joined = follow(form, pad) if pad is not None else form
+            whole = joined if isinstance(joined, Form) else form
+        return "last" if any(a.low > 0 and a.high <= 0 for a in whole.axes) else "centre"
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Add the branches and sum them up."""
+        if not plan.sites:
+            return
+        constant = depends_on_weights_alone(program)
+        nodes = {node.name: node for node in program.graph.nodes}
+        for number, site in enumerate(plan.sites):
+            node = nodes[site.block]
+            form = read_operator(node, constant)
+            assert form is not None
+            with program.edit.after(node):
+                total = program.edit.call(node.target, *node.args, **node.kwargs)
+                for index, kind in enumerate(site["branches"]):
+                    seed = self.seed * 1_000_003 + number * 101 + index
+                    branch = _branch(program, node, form, str(kind), site["align"], index, seed)
+                    total = program.edit.call(aten.add.Tensor, total, branch)
+            program.edit.replace(node, total)
+        block_export(program, "branches were added, which a checkpoint of this architecture does not hold")
+
+
+def _branch(
+    program: Program, node: fx.Node, form: Form, kind: str, align: str, index: int, seed: int
+) -> fx.Node:
+    """Insert one branch, scaled by zero."""
+    weight = program.weights[_weight(node).name]
+    stem = f"{weight.name.removesuffix('.weight')}.branches.{index}"
+    dtype = node.meta["val"].dtype
+    axes = tuple(
+        _axis(a, 1 if kind == "identity" else a.count if kind == "full" else int(kind), align)
+        for a in form.axes
+    )
+    placed = replace(form, axes=axes, mode=extension(axes, form.mode or "zeros"))
+    source, padding = pad_source(program, placed, form.source)
+    if kind == "identity":
+        # padding of a single tap is cut off again, never added
+        value = source
+    else:
+        shape = (form.outputs, form.inputs // form.groups, *(a.count for a in axes))
+        drawn = Drawn(shape, dtype, seed, 1 / math.sqrt(math.prod(shape[1:])))
+        kernel = program.edit.add_weight(f"{stem}.weight", InMemory(drawn.load()))
+        value = program.edit.call(
+            CONVOLUTION[len(axes)], source, kernel, None,
+            [a.stride for a in axes], padding, [a.step for a in axes], form.groups,
+        )  # fmt: skip
+    zeros = torch.zeros(form.outputs, *[1] * len(axes), dtype=dtype)
+    return program.edit.call(aten.mul.Tensor, value, program.edit.add_weight(f"{stem}.scale", zeros))
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    """The stored tensor that a convolution's kernel is, or is made of."""
+    place: Any = node.args[1]
+    while place.op != "placeholder":
+        place = place.all_input_nodes[0]
+    return place  # type: ignore[no-any-return]
+
+
+def _axis(axis: Axis, count: int, align: str) -> Axis:
+    """The taps of a smaller kernel among those of a larger one."""
+    count = min(count, axis.count)
+    spare = axis.count - count
+    before = spare if align == "last" else spare // 2
+    first = axis.first + axis.step * before
+    return Axis(first, axis.step, count, axis.stride, axis.high - axis.step * (spare - before))

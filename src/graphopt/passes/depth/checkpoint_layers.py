@@ -1,0 +1,110 @@
+"""What the removal of layers means for the checkpoint: tensors that go, and numbers that close up."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from ...ir.export_blockers import block_export
+from ...ir.facts import RemovedLayers, note_checkpoint
+from ...ir.program import Program
+from ...ir.running.evaluate import needed_for
+from ...ir.running.readers import readers
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+def forget_removed(
+    program: Program, before: set[fx.Node], names: list[set[str]], removed: list[int], *, whole: bool
+) -> None:
+    """Drop the tensors that nothing reads any more, and note how the rest is renumbered.
+
+    Args:
+        program: after the removal.
+        before: weights that were read before it.
+        names: the checkpoint's names by layer, before the removal.
+        removed: numbers of the layers that went.
+        whole: whole layers went, so that a checkpoint can close the gap.
+    """
+    unread = {node for node in before if not readers(program, node)}
+    ways: list[fx.Node] = []
+    for name, node in list(program.checkpoint.items()):
+        if node.op == "call_function" and _made_of(program, node) and _made_of(program, node) <= unread:
+            # a way back from a weight, fused or scaled, that went with its layer
+            del program.checkpoint[name]
+            ways.append(node)
+        elif (node in before and not node.users) or _only_feeds_nothing(program, node, before):
+            del program.checkpoint[name]
+    program.edit.erase_dead(ways)
+    gone = [node for node in before if not node.users and node not in program.checkpoint.values()]
+    for node in gone:
+        program.edit.remove_weight(node)
+    renumbered = numbering(names, removed) if whole else None
+    if renumbered is None:
+        block_export(
+            program,
+            (
+                "parts of layers were removed, which no configuration can say"
+                if not whole
+                else "the checkpoint's names do not number its layers"
+            ),
+        )
+        return
+    note_checkpoint(program, removed_layers=tuple(renumbered))
+
+
+def _made_of(program: Program, node: fx.Node) -> set[fx.Node]:
+    """Return the weights that a value is computed from."""
+    return {n for n in needed_for([node], ()) if n.op == "placeholder" and n.name in program.weights}
+
+
+def _only_feeds_nothing(program: Program, node: fx.Node, before: set[fx.Node]) -> bool:
+    """Tensors that were joined into a weight that is gone are gone too."""
+    if node.op != "placeholder" or node not in before or not node.users:
+        return False
+    work, seen = list(node.users), set()
+    while work:
+        user = work.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if user.op == "output" or user in program.checkpoint.values():
+            return False
+        if not user.users:
+            continue
+        work.extend(user.users)
+    return all(u.users or u.op == "call_function" for u in seen) and not any(u.op == "output" for u in seen)
+
+
+def numbering(names: list[set[str]], removed: list[int]) -> list[RemovedLayers] | None:
+    """Return, for each stack of layers, the prefix before the number, how many there were, and which go.
+
+    None if the names do not tell layers apart by a number.
+    """
+    stacks: dict[str, dict[int, int]] = {}
+    for layer, members in enumerate(names):
+        found = _prefix(members)
+        if found is None:
+            return None
+        prefix, number = found
+        stacks.setdefault(prefix, {})[number] = layer
+    plan = []
+    for prefix, layers in stacks.items():
+        gone = sorted(number for number, layer in layers.items() if layer in removed)
+        if sorted(layers) != list(range(len(layers))):
+            return None
+        if gone:
+            plan.append(RemovedLayers(prefix, len(layers), tuple(gone)))
+    return plan
+
+
+def _prefix(members: set[str]) -> tuple[str, int] | None:
+    """Return the part of the names up to the layer's number, which all of a layer's names share."""
+    candidates: dict[tuple[str, int], int] = {}
+    for name in members:
+        for match in _NUMBER.finditer(name):
+            key = (name[: match.start()], int(match.group()))
+            candidates[key] = candidates.get(key, 0) + 1
+    shared = [key for key, count in candidates.items() if count == len(members)]
+    return min(shared, key=lambda key: len(key[0])) if shared else None

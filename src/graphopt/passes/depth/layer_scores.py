@@ -1,0 +1,262 @@
+"""Which layers matter least: scores, searches and the rule without data."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.program import Program
+from ...measure.metrics import valid
+from ..framework.plan import Plan
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+    from .skip_layers import SkipLayers
+
+
+def unified_rule(count: int, speedup: float) -> set[int]:
+    """Return the layers that Unified Layer Skipping keeps, index for index as its published code does.
+
+    Args:
+        count: number of layers N.
+        speedup: target S; K = int(N / S) layers are kept.
+
+    Raises:
+        PipelineError: fewer than two layers would be kept.
+    """
+    keep = int(count / speedup)
+    if keep < 2:
+        raise PipelineError(
+            f"skip-layers: a speed-up of {speedup:g} would keep {keep} of {count} layers",
+            hint=f"the largest speed-up here is {count / 2:g}",
+        )
+    kept = {0, count - 1}
+    step = int(count / (keep - 1))
+    for index in range(1, count - 1):
+        if index % step == 0 and len(kept) < keep:
+            kept.add(index)
+    return kept
+
+
+def choose(
+    program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan
+) -> list[str]:
+    """Return the names of the units to remove, by score and search."""
+    if options.score in ("perplexity", "kl", "cosine") or (
+        options.budget is not None and options.remove is None
+    ):
+        _estimate(program, context, options, len(units), plan)
+    if options.remove is not None:
+        if options.remove >= len(units):
+            raise PassRefusedError(
+                f"skip-layers: {options.remove} of {len(units)} {options.unit}s cannot be removed; "
+                "one must be left"
+            )
+        return _order(program, context, options, units, plan, options.remove)
+    assert options.budget is not None
+    chosen: list[str] = []
+    order: list[str] = []
+    for number in range(1, len(units)):
+        # a run of neighbours is another run for each length; the others only grow
+        if options.search == "contiguous" or not order:
+            order = _order(
+                program,
+                context,
+                options,
+                units,
+                plan,
+                number if options.search == "contiguous" else len(units) - 1,
+            )
+        candidate = order[:number]
+        loss = context.loss(_without(program, options, candidate), program, metric=options.metric)
+        plan.notes.append(f"without {number}: loss {loss:.4g}")
+        if not loss <= options.budget:
+            break
+        chosen = candidate
+    if not chosen:
+        raise PassRefusedError(
+            f"skip-layers: even one {options.unit} fewer costs more than the budget of {options.budget:g}",
+            hint=plan.notes[-1] if plan.notes else "",
+        )
+    return chosen
+
+
+def _estimate(program: Program, context: Context, options: SkipLayers, count: int, plan: Plan) -> None:
+    """Say beforehand how long scoring takes, from one evaluation."""
+    began = time.perf_counter()
+    context.evaluate(program, program, metric=options.metric, judge=False)
+    each = time.perf_counter() - began
+    runs = count if options.score in ("perplexity", "kl", "cosine") else 1
+    if options.search == "greedy":
+        runs *= options.remove or count // 2
+    if options.remove is None:
+        runs += count // 2
+    note = f"estimated time for scores: {runs} evaluations of {each:.2g} s, about {runs * each:.3g} s"
+    plan.notes.append(note)
+    context.progress.start(note, 0)
+    context.progress.done()
+
+
+def units_of(program: Program, unit: str) -> list[Any]:
+    """Return the layers, attentions or feed-forwards of a program, in execution order."""
+    anatomy = program.anatomy
+    if unit == "layer":
+        return list(anatomy.layers)
+    if unit == "attention":
+        return anatomy.attention
+    return [block for block in anatomy.blocks if block.kind in ("ffn", "experts")]
+
+
+def _order(
+    program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
+) -> list[str]:
+    if options.search == "contiguous":
+        return _contiguous(program, context, options, units, plan, number)
+    if options.search == "greedy":
+        return _greedy(program, context, options, units, plan, number)
+    scores = _scores(program, context, options, [unit.name for unit in units])
+    plan.scores.update(scores)
+    return sorted(scores, key=lambda name: scores[name])[:number]
+
+
+def _without(program: Program, options: SkipLayers, names: list[str]) -> Program:
+    """Return a copy without the units named."""
+    copy = program.copy()
+    found = {unit.name: unit for unit in units_of(copy, options.unit)}
+    order = {node: i for i, node in enumerate(copy.graph.nodes)}
+    for unit in sorted((found[n] for n in names), key=lambda u: order[u.writes], reverse=True):
+        copy.remove(unit)
+    return copy
+
+
+def _scores(
+    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str] | None = None
+) -> dict[str, float]:
+    """Return the score of each unit in the program without those already gone."""
+    gone = gone or []
+    if options.score in ("perplexity", "kl", "cosine"):
+        return context.score(
+            program,
+            names,
+            lambda copy, name: _remove_in_place(copy, options, [*gone, name]),
+            metric=options.score,
+            key=f"skip-layers:{options.unit}:{','.join(gone)}",
+        )
+    key = f"skip-layers:{options.score}:{options.unit}:{','.join(gone)}"
+    return context.remember(program, key, lambda: _distances(program, context, options, names, gone))
+
+
+def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> None:
+    found = {unit.name: unit for unit in units_of(copy, options.unit)}
+    order = {node: i for i, node in enumerate(copy.graph.nodes)}
+    for unit in sorted((found[n] for n in names), key=lambda u: order[u.writes], reverse=True):
+        copy.remove(unit)
+
+
+def _distances(
+    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str]
+) -> dict[str, float]:
+    """Mean distance between what each unit reads and writes."""
+    units = {unit.name: unit for unit in units_of(program, options.unit)}
+    working = program
+    if gone:
+        working = program.copy()
+        by_name = {node.name: node for node in working.graph.nodes}
+        ends = {n: (units[n].reads.name, units[n].writes.name) for n in names}
+        working.edit.journal.clear()
+        _remove_in_place(working, options, gone)
+        # what took the place of what a removed neighbour wrote
+        replaced = dict(working.edit.journal)
+        pairs = {n: tuple(_present(by_name[e], replaced) for e in ends[n]) for n in names}
+    else:
+        pairs = {n: (units[n].reads, units[n].writes) for n in names}
+    totals = dict.fromkeys(names, 0.0)
+    count = 0
+    values = [node for pair in pairs.values() for node in pair]
+    context.progress.start(f"measuring {len(names)} {options.unit}s", len(context.batches()))
+    for batch, recorded in context.record(working, dict.fromkeys(values)):
+        for name, (reads, writes) in pairs.items():
+            totals[name] += _distance(recorded[reads.name], recorded[writes.name], batch, options.score)
+        count += 1
+        context.progress.step()
+    context.progress.done()
+    return {name: total / max(count, 1) for name, total in totals.items()}
+
+
+def _present(node: fx.Node, replaced: dict[str, fx.Node]) -> fx.Node:
+    while replaced.get(node.name, node) is not node:
+        node = replaced[node.name]
+    return node
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str) -> float:
+    # between some layers a stream may have its rows one after the other: (batch * sequence, size)
+    if first.dim() != second.dim():
+        shape = max(first.shape, second.shape, key=len)
+        first, second = first.reshape(shape), second.reshape(shape)
+    cosine = F.cosine_similarity(first.double(), second.double(), dim=-1)
+    where = valid(batch, first)
+    cosine = cosine[where] if where is not None else cosine.reshape(-1)
+    if score == "angular":
+        return float((torch.arccos(cosine.clamp(-1, 1)) / math.pi).mean())
+    return float((1 - cosine).mean())
+
+
+def _greedy(
+    program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
+) -> list[str]:
+    gone: list[str] = []
+    while len(gone) < number:
+        rest = [unit.name for unit in units if unit.name not in gone]
+        scores = _scores(program, context, options, rest, gone)
+        lowest = min(scores, key=lambda name: scores[name])
+        plan.scores[lowest] = scores[lowest]
+        gone.append(lowest)
+    return gone
+
+
+def _contiguous(
+    program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
+) -> list[str]:
+    """Return the run of neighbours whose removal changes the stream, or the metric, least."""
+    runs = [units[i : i + number] for i in range(len(units) - number + 1)]
+    names = [f"{run[0].name}..{run[-1].name}" if number > 1 else run[0].name for run in runs]
+    by_name = dict(zip(names, runs, strict=True))
+    if options.score in ("perplexity", "kl", "cosine"):
+        scores = context.score(
+            program,
+            names,
+            lambda copy, name: _remove_in_place(copy, options, [u.name for u in by_name[name]]),
+            metric=options.score,
+            key=f"skip-layers:contiguous:{options.unit}",
+        )
+    else:
+        scores = context.remember(
+            program,
+            f"skip-layers:contiguous:{options.score}:{options.unit}:{number}",
+            lambda: _run_distances(program, context, options, by_name),
+        )
+    plan.scores.update(scores)
+    best = min(scores, key=lambda name: scores[name])
+    return [unit.name for unit in by_name[best]]
+
+
+def _run_distances(
+    program: Program, context: Context, options: SkipLayers, runs: dict[str, list[Any]]
+) -> dict[str, float]:
+    totals = dict.fromkeys(runs, 0.0)
+    nodes = {node: None for run in runs.values() for node in (run[0].reads, run[-1].writes)}
+    count = 0
+    for batch, recorded in context.record(program, nodes):
+        for name, run in runs.items():
+            totals[name] += _distance(
+                recorded[run[0].reads.name], recorded[run[-1].writes.name], batch, options.score
+            )
+        count += 1
+    return {name: total / max(count, 1) for name, total in totals.items()}

@@ -1,0 +1,242 @@
+"""Blocks leave the residual stream for good."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.anatomy.rows import shaped_like
+from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.export_blockers import block_export, export_blockers, unblock_export
+from ...ir.facts import SkippedWhileDecoding
+from ...ir.needs import ABSENT
+from ...ir.option import option
+from ...ir.program import Dial, Program
+from ...ir.running.evaluate import needed_for
+from ...ir.running.readers import readers
+from ...ir.schema import arguments, is_operator
+from ..framework.base import Pass
+from ..framework.contracts import Approximate, Contract, ExactAt
+from ..framework.plan import Plan, Refused, Site
+from .checkpoint_layers import forget_removed
+from .layer_scores import choose, unified_rule, units_of
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+
+PHASE = "decoding"
+PHASED = "layers are skipped while decoding alone, which a configuration cannot say"
+CHOSEN_BY_SCORE = {"layers": ABSENT, "speedup": ABSENT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipLayers(Pass):
+    """Remove layers, attentions or feed-forwards.
+
+    Say which with ``layers``, how many with ``remove``, by a rule without data with ``speedup`` (Unified
+    Layer Skipping, arXiv 2404.06954: keep N / speedup layers, first and last among them, spread by the
+    official rule), or give a ``budget`` alone: the largest number whose loss on judging data stays within it.
+
+    Scores: ``block-influence`` is one minus the cosine between what a layer reads and writes (ShortGPT, arXiv
+    2403.03853), ``angular`` the angle in half turns (arXiv 2403.17887), ``perplexity``, ``kl`` and ``cosine``
+    what the whole model loses without the layer. ``one-shot`` removes the lowest-scored; ``greedy`` scores
+    again after each removal; ``contiguous`` removes the best run of neighbours.
+
+    ``phase=decode`` leaves the layers in, for prompts: a dial ``decoding`` skips them for the tokens that follow, as
+    Unified Layer Skipping does it, and keys and values of the layers that are kept stay sound.
+    """
+
+    name = "skip-layers"
+    contract = Approximate()
+    paper = "arXiv 2404.06954, 2403.03853, 2403.17887"
+    trial = {"layers": [0]}  # noqa: RUF012
+
+    layers: list[int] | None = option(None, help="numbers of the layers to remove, from 0")  # noqa: RUF009
+    remove: int | None = option(None, help="how many to remove, chosen by score", low=1)
+    speedup: float | None = option(
+        None, help="keep one layer in this many, by the unified rule", source="paper", low=1
+    )
+    budget: float | None = option(None, help="largest relative loss; alone: remove as many as hold it", low=0)
+    unit: str = option("layer", help="what is removed", choices=("layer", "attention", "ffn"))
+    score: str = option(
+        "block-influence",
+        help="what tells how little a unit matters",
+        source="paper",
+        choices=("block-influence", "angular", "perplexity", "kl", "cosine"),
+        needs=CHOSEN_BY_SCORE,
+    )
+    search: str = option(
+        "one-shot",
+        help="how units are chosen",
+        choices=("one-shot", "greedy", "contiguous"),
+        needs=CHOSEN_BY_SCORE,
+    )
+    metric: str = option(
+        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
+    )
+    phase: str = option(
+        "always",
+        help="when they are skipped: always, or decode, by a dial: all layers read the prompt",
+        choices=("always", "decode"),
+    )
+
+    def validate(self) -> None:
+        """Exactly one way of saying what goes."""
+        ways = [n for n in ("layers", "remove", "speedup") if getattr(self, n) is not None]
+        if len(ways) > 1:
+            raise PipelineError(f"{self.name}: {' and '.join(ways)} say the same thing twice; give one")
+        if not ways and self.budget is None:
+            raise PipelineError(
+                f"{self.name}: say what to remove", hint="layers=[3 4], remove=2, speedup=2 or budget=0.01"
+            )
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise PipelineError(f"{self.name}: layers lists a number twice")
+
+    def promises(self) -> Contract:
+        """Judged by the metric asked for; layers that are skipped after the prompt alone leave the prompt exact."""
+        if self.phase == "decode":
+            return ExactAt(PHASE, 0.0, judged_at=1.0, metric=self.metric)
+        return Approximate(self.metric)
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Score units and choose."""
+        units = units_of(program, self.unit)
+        names = [unit.name for unit in units]
+        if len(units) < 2:
+            found = f"there is {len(units)} {self.unit}" if units else f"there is no {self.unit}"
+            raise PassRefusedError(
+                f"{self.name}: {found} on the residual stream", hint="graphopt inspect shows its blocks"
+            )
+        plan = Plan()
+        if self.layers is not None:
+            chosen = self._listed(names)
+        elif self.speedup is not None:
+            kept = unified_rule(len(names), self.speedup)
+            chosen = [n for i, n in enumerate(names) if i not in kept]
+            plan.notes.append(f"kept by the unified rule: {sorted(kept)}")
+        else:
+            chosen = choose(program, context, self, units, plan)
+        kept_names = [n for n in names if n not in chosen]
+        if not kept_names:
+            raise PassRefusedError(f"{self.name}: nothing would be left", hint="remove fewer")
+        for name in names:
+            if name in chosen:
+                plan.sites.append(Site(name, number=names.index(name)))
+            else:
+                score = plan.scores.get(name)
+                plan.refused.append(Refused(name, "kept" if score is None else f"kept: score {score:.4g}"))
+        return plan
+
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """The same removal in the words of other tools, which remove layers for prompts as well."""
+        if self.phase == "decode":
+            return []
+        names = [unit.name for unit in units_of(program, self.unit)]
+        removed = [names.index(site.block) for site in plan.sites if site.block in names]
+        return _other_tools(removed, len(names)) if self.unit == "layer" and removed else []
+
+    def _listed(self, names: list[str]) -> list[str]:
+        assert self.layers is not None
+        wrong = [i for i in self.layers if not 0 <= i < len(names)]
+        if wrong:
+            raise PipelineError(
+                f"{self.name}: there is no {self.unit} {wrong[0]}; they are numbered 0 to {len(names) - 1}"
+            )
+        return [names[i] for i in self.layers]
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Take the planned units out, last first, so that what an earlier one reads is still there."""
+        if not plan.sites:
+            return
+        if self.phase == "decode":
+            _skip_while_decoding(
+                program, [u for u in units_of(program, self.unit) if u.name in {s.block for s in plan.sites}]
+            )
+            return
+        units = {unit.name: unit for unit in units_of(program, self.unit)}
+        layers = list(units.values())
+        removed = [units[site.block] for site in plan.sites]
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        before = {node for node in program.weight_nodes if readers(program, node)}
+        indices = _names_by_layer(program, layers) if self.unit == "layer" else []
+        for unit in sorted(removed, key=lambda u: order[u.writes], reverse=True):
+            program.remove(unit)
+        forget_removed(
+            program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer"
+        )
+
+    @classmethod
+    def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
+        """Let a program whose phase no longer changes take the layers, or pass them over, everywhere."""
+        if dial != PHASE:
+            return
+        for node in [n for n in program.nodes if is_operator(n, "graphopt.skipped")]:
+            found = arguments(node)
+            program.edit.replace(node, found["before"] if value >= 0.5 else found["after"], record=False)
+        program.facts.discard(SkippedWhileDecoding)
+        others = [r for r in export_blockers(program).get(cls.name, ()) if r != PHASED]
+        unblock_export(program, cls.name)
+        for reason in others:
+            block_export(program, reason, by=cls.name)
+        if value >= 0.5:
+            block_export(program, "layers were passed over by a dial; skip-layers without phase removes them")
+
+
+def _skip_while_decoding(program: Program, units: list[Any]) -> None:
+    """Let a dial choose between what the units wrote and what they read."""
+    if not units:
+        return
+    phase = program.add_dial(PHASE, Dial(0.0, 0.0, 1.0, "0 while a prompt is read, 1 while tokens are added"))
+    now: dict[fx.Node, fx.Node] = {}
+    for unit in units:
+        writes = unit.writes
+        reads = now.get(unit.reads, unit.reads)
+        users = list(writes.users)
+        with program.edit.after(writes):
+            stream = shaped_like(program, reads, writes)
+            chosen = program.edit.call(torch.ops.graphopt.skipped.default, stream, writes, phase)
+        for user in users:
+            user.replace_input_with(writes, chosen)
+            program.edit.touched[user] = None
+        now[writes] = chosen
+    program.changed()
+    program.facts.add(SkippedWhileDecoding(tuple(unit.name for unit in units)))
+    block_export(program, PHASED)
+
+
+def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:
+    """Return the names of the tensors that each layer reads."""
+    by_node: dict[fx.Node, list[str]] = {}
+    for name, node in program.checkpoint.items():
+        by_node.setdefault(node, []).append(name)
+    found: list[set[str]] = []
+    for layer in layers:
+        names: set[str] = set()
+        for block in layer.blocks:
+            for node in [*block.nodes, *([layer.writes] if layer.writes not in block.nodes else [])]:
+                for used in node.all_input_nodes:
+                    if used.op == "placeholder":
+                        names.update(by_node.get(used, ()))
+                    elif used not in block.nodes and used.op == "call_function":
+                        needed = needed_for([used], {layer.reads: None})
+                        if all(n.op != "placeholder" or n.name in program.weights for n in needed):
+                            names.update(x for n in needed for x in by_node.get(n, ()))
+        found.append(names)
+    return found
+
+
+def _other_tools(removed: list[int], count: int) -> list[str]:
+    """The same removal as llama.cpp and mergekit write it."""
+    ranges, start = [], 0
+    for number in [*sorted(removed), count]:
+        if number > start:
+            ranges.append(f"[{start}, {number}]")
+        start = number + 1
+    return [
+        "llama.cpp: llama-quantize --prune-layers " + ",".join(map(str, sorted(removed))),
+        "mergekit passthrough: layer_range " + ", ".join(ranges),
+    ]

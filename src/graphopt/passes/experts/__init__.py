@@ -1,0 +1,1 @@
+"""Fewer experts, or fewer of them active."""

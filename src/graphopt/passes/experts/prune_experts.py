@@ -1,0 +1,117 @@
+"""Mixtures lose the experts that matter least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...ir.anatomy import Block
+from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.export_blockers import block_export
+from ...ir.facts import note_checkpoint
+from ...ir.option import option
+from ...ir.program import Program
+from ..framework.base import Pass
+from ..framework.contracts import Approximate, Contract
+from ..framework.plan import Plan, Refused, Site
+from .selecting import expert_scores, groups_of, take_experts
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneExperts(Pass):
+    """Remove experts from mixtures; the router chooses among those that are left.
+
+    Experts are scored by what routers give them over calibration tokens: the sum of routing weights, or the number of
+    tokens. With the same number left in every mixture the result is written back to a plain Hugging Face folder.
+    """
+
+    name = "prune-experts"
+    contract = Approximate()
+    trial = {"fraction": 0.25, "score": "random"}  # noqa: RUF012
+
+    fraction: float | None = option(None, help="share of the experts that goes", low=0, high=1)
+    keep: int | None = option(None, help="how many stay", low=1)
+    score: str = option(
+        "weight", help="what tells how much an expert matters", choices=("weight", "count", "random")
+    )
+    budget: float | None = option(None, help="largest relative loss that is accepted", low=0)
+    metric: str = option(
+        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
+    )
+
+    def validate(self) -> None:
+        """One way of saying how many."""
+        if (self.fraction is None) == (self.keep is None):
+            raise PipelineError(
+                f"{self.name}: say how many experts go or stay", hint="fraction=0.25, or keep=6"
+            )
+
+    def promises(self) -> Contract:
+        """Judged by the metric asked for."""
+        return Approximate(self.metric)
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Score experts and choose."""
+        plan = Plan()
+        able: list[Block] = []
+        for block in program.anatomy.experts:
+            if block.parts.get("core") is None or block.parts.get("router") is None:
+                reason = "its experts or its router were not recognised"
+                plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
+            else:
+                able.append(block)
+        if not able:
+            return plan
+        scores = expert_scores(program, context, able, self.score)
+        trial = program.copy()
+        trials = {b.name: b for b in trial.anatomy.experts}
+        for block in able:
+            count, active = int(block.sizes["experts"]), int(block.sizes["active"])
+            left = self.keep if self.keep is not None else count - int(count * (self.fraction or 0.0))
+            if left > count or left < active:
+                raise PassRefusedError(
+                    f"{self.name}: {block.name} has {count} experts, {active} of them active; {left} cannot stay"
+                )
+            groups = groups_of(block)
+            if left % groups:
+                plan.refused.append(
+                    Refused(block.name, f"its router looks at experts in {groups} groups, which {left} do not fill evenly",
+                            program.source_line(block.term))
+                )  # fmt: skip
+                continue
+            # as many of each group, so that groups stay groups
+            each = (
+                scores[block.name]
+                .reshape(groups, -1)
+                .argsort(dim=1, descending=True, stable=True)[:, : left // groups]
+            )
+            starts = torch.arange(0, count, count // groups)[:, None]
+            chosen = sorted((each + starts).flatten().tolist())
+            try:
+                take_experts(trial, trials[block.name], chosen)
+            except ValueError as problem:
+                plan.refused.append(Refused(block.name, str(problem), program.source_line(block.term)))
+                continue
+            plan.sites.append(Site(block.name, experts=count, left=chosen))
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Take the experts out that the plan does not name."""
+        if not plan.sites:
+            return
+        blocks = {b.name: b for b in program.anatomy.experts}
+        for site in plan.sites:
+            take_experts(program, blocks[site.block], [int(e) for e in site["left"]])
+        counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
+        if len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
+            note_checkpoint(program, expert_counts=(counts.pop(),))
+        else:
+            block_export(
+                program,
+                "mixtures have different numbers of experts, for which the configuration has one entry",
+            )

@@ -1,0 +1,1 @@
+"""What a pass is, how pipelines run, and how contracts are held."""

@@ -1,0 +1,112 @@
+"""The base of all passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...ir.facts import Canonical, Fact
+from ...ir.option import checked, default_of, option, options_of, require_effect, require_known
+from ...ir.program import Program
+from .contracts import Contract, Exact
+from .plan import Plan
+from .values import format_value
+
+if TYPE_CHECKING:
+    from ...ir.checking.report import PassReport
+    from ...measure.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A change to a program: plan it, then make it.
+
+    Subclasses are frozen dataclasses. Their fields, declared with :func:`~graphopt.passes.option`, are the
+    constructor, the pipeline text, the plan file, the help and the page in the catalogue.
+
+    ``requires`` lists types of facts (:mod:`graphopt.ir.facts`) that the program must have, ``provides`` those it has
+    afterwards, ``invalidates`` those it loses, ``excludes`` those it must not have.
+    ``trial`` holds options with which ``graphopt inspect`` plans it, where it cannot do without. ``together`` says that
+    its sites make sense as a whole only: where one of them fails, none is taken; otherwise that one is rolled back and
+    the others are taken. ``metric_calibrates`` says that an option ``metric`` also chooses, on calibration data, and
+    so matters beside a metric of the user's, which only judges.
+    """
+
+    name: ClassVar[str] = ""
+    contract: ClassVar[Contract] = Exact()
+    requires: ClassVar[tuple[type[Fact], ...]] = (Canonical,)
+    provides: ClassVar[tuple[type[Fact], ...]] = ()
+    invalidates: ClassVar[tuple[type[Fact], ...]] = ()
+    excludes: ClassVar[tuple[type[Fact], ...]] = ()
+    paper: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = False
+    metric_calibrates: ClassVar[bool] = False
+    trial: ClassVar[Mapping[str, Any]] = {}
+    together: ClassVar[bool] = False
+
+    allow_no_match: bool = option(False, help="a pass that matches nothing is not an error")
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for kinds in (cls.requires, cls.provides, cls.invalidates, cls.excludes):
+            if not all(isinstance(kind, type) and issubclass(kind, Fact) for kind in kinds):
+                raise TypeError(f"{cls.__name__}: facts are types of graphopt.ir.facts, not {kinds!r}")
+
+    def __post_init__(self) -> None:
+        checked(self.name, self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check options against one another; raise PipelineError with the reason."""
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Decide what to do, without changing the program."""
+        raise TypeError(f"pass {self.name} does not plan")
+
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """Return what is to be said of the sites of a plan, which may have been edited since it was made."""
+        return []
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Do what the plan says, and nothing else."""
+        raise TypeError(f"pass {self.name} does not rewrite")
+
+    def check(self, before: Program, after: Program, entry: PassReport) -> None:
+        """Hold the pass to a contract that only it can check; raise ContractError if it is broken."""
+        raise TypeError(f"pass {self.name} checks no contract of its own")
+
+    @classmethod
+    def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
+        """Tidy up after a dial of a program that this pass was run on stands still from now on.
+
+        Args:
+            program: changed in place; a constant has taken the place of the dial.
+            dial: its name, whichever pass added it.
+            value: where it stands.
+        """
+
+    def promises(self) -> Contract:
+        """Return the contract of this pass with these options."""
+        return self.contract
+
+    def __str__(self) -> str:
+        given = []
+        for name, field in options_of(type(self)).items():
+            value = getattr(self, name)
+            default = default_of(field)
+            if value != default:
+                given.append(f"{name}={format_value(value)}")
+        return self.name + ("{" + " ".join(given) + "}" if given else "")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Pass:
+        """Return the pass with these options.
+
+        Raises:
+            PipelineError: an option is unknown, has a wrong value, or the others leave it without effect.
+        """
+        require_known(cls.name, cls, options)
+        made = cls(**options)
+        require_effect(cls.name, made, options)
+        return made

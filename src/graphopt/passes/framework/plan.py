@@ -1,0 +1,166 @@
+"""Plans: what a pass will do and will not do, as plain data that can be read, edited and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ...ir.errors import PipelineError
+
+
+class Site:
+    """A place a pass takes, with the choices made there: ``Site("attention.3", layout="grouped")``."""
+
+    def __init__(self, /, block: str, **choices: Any):
+        self.block = block
+        self.choices = choices
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and (self.block, self.choices) == (other.block, other.choices)
+
+    def __hash__(self) -> int:
+        return hash(self.block)
+
+    def __repr__(self) -> str:
+        chosen = "".join(f", {k}={v!r}" for k, v in self.choices.items())
+        return f"Site({self.block!r}{chosen})"
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.choices:
+            raise PipelineError(
+                f"the plan's site {self.block!r} does not say {name!r}", hint="plan again, or add it"
+            )
+        return self.choices[name]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A place a pass leaves alone, why, and the line of the model."""
+
+    block: str
+    reason: str
+    source: str = ""
+
+
+@dataclass
+class Plan:
+    """What a pass will do: sites taken with their choices, sites refused with reasons, scores behind it.
+
+    ``told`` is what the pass says of these sites (:meth:`Pass.told`); it is no part of a plan file, where sites are edited.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, in the form of a plan file."""
+        return {
+            "sites": [{"block": s.block, **_plain(s.choices)} for s in self.sites],
+            "refused": [
+                {"block": r.block, "reason": r.reason} | ({"source": r.source} if r.source else {})
+                for r in self.refused
+            ],
+            "scores": {k: float(v) for k, v in self.scores.items()},
+            "notes": list(self.notes),
+        }
+
+    def as_given(self) -> Plan:
+        """Return the plan as it is obeyed, perhaps after somebody edited it: what it says of other sites is marked so."""
+        taken = {site.block for site in self.sites}
+        prefix = "when it was planned: "
+        notes = [note if note.startswith(prefix) else prefix + note for note in self.notes]
+        return Plan(
+            list(self.sites), [r for r in self.refused if r.block not in taken], dict(self.scores), notes
+        )
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "plan") -> Plan:
+        """Read plain data.
+
+        Raises:
+            PipelineError: it has not the form of a plan.
+        """
+        if not isinstance(data, dict):
+            raise PipelineError(f"{where} must be a mapping with sites, refused and scores")
+        unknown = set(data) - {"sites", "refused", "scores", "notes"}
+        if unknown:
+            raise PipelineError(f"{where} has unknown entries: {', '.join(sorted(map(str, unknown)))}")
+        plan = cls()
+        for entry in _entries(data, "sites", where):
+            if not isinstance(entry, dict) or not isinstance(entry.get("block"), str):
+                raise PipelineError(f"{where}: each site must be a mapping with the name of a block")
+            if not all(isinstance(key, str) for key in entry):
+                raise PipelineError(f"{where}: the choices at {entry['block']} must have words for names")
+            plan.sites.append(Site(**entry))
+        for entry in _entries(data, "refused", where):
+            if not isinstance(entry, dict) or not {"block", "reason"} <= set(entry):
+                raise PipelineError(f"{where}: each refused site must have block and reason")
+            plan.refused.append(
+                Refused(str(entry["block"]), str(entry["reason"]), str(entry.get("source", "")))
+            )
+        try:
+            plan.scores = {str(k): float(v) for k, v in (data.get("scores") or {}).items()}
+        except (TypeError, ValueError, AttributeError):
+            raise PipelineError(f"{where}: scores must be numbers by name") from None
+        plan.notes = [str(n) for n in _entries(data, "notes", where)]
+        return plan
+
+
+def _entries(data: dict[str, Any], name: str, where: str) -> list[Any]:
+    found = data.get(name)
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise PipelineError(f"{where}: {name} must be a list")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def write_plans(steps: list[tuple[str, Plan]], note: str = "") -> str:
+    """Return a plan file: the pipeline's passes in order, each with its plan."""
+    document = {"graphopt_plan": 1, "passes": [{"pass": text, **plan.as_dict()} for text, plan in steps]}
+    if note:
+        document["note"] = note
+    text: str = yaml.safe_dump(document, sort_keys=False, width=110, allow_unicode=True)
+    if not text.isprintable() and yaml.safe_load(text) != document:
+        # rare line separators would come back as spaces
+        text = yaml.safe_dump(document, sort_keys=False, width=110, allow_unicode=False)
+    return text
+
+
+def read_plans(text: str, where: str = "plan file") -> list[tuple[str, Plan]]:
+    """Read a plan file written by :func:`write_plans` and perhaps edited.
+
+    Raises:
+        PipelineError: it is not YAML or not of that form.
+    """
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{where} is not YAML: {error}") from None
+    except RecursionError:
+        raise PipelineError(f"{where} is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # what the reader's own conversions say of numbers and dates that are none
+        raise PipelineError(f"{where} is not YAML: {error}") from None
+    if not isinstance(document, dict) or document.get("graphopt_plan") != 1:
+        raise PipelineError(f"{where} is not a graphopt plan (graphopt_plan: 1)")
+    steps = []
+    for entry in _entries(document, "passes", where):
+        if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
+            raise PipelineError(f"{where}: each entry of passes must name its pass")
+        body = {k: v for k, v in entry.items() if k != "pass"}
+        steps.append((entry["pass"], Plan.from_dict(body, f"{where}: {entry['pass']}")))
+    return steps

@@ -1,0 +1,90 @@
+"""Passes by name: our own, and those that installed packages offer by entry point."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from ...ir.errors import PipelineError
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+ENTRY_POINT_GROUP = "graphopt.passes"
+
+BUILT_IN: dict[str, str] = {
+    "fuse-projections": "graphopt.passes.projections.fuse_projections:FuseProjections",
+    "split-projections": "graphopt.passes.projections.split_projections:SplitProjections",
+    "fold-norms": "graphopt.passes.projections.fold_norms:FoldNorms",
+    "fuse-branches": "graphopt.passes.convolutions.fuse_branches:FuseBranches",
+    "expand-branches": "graphopt.passes.convolutions.expand_branches:ExpandBranches",
+    "stream-convolutions": "graphopt.passes.convolutions.stream_convolutions:StreamConvolutions",
+    "fit-target": "graphopt.passes.quantization.fit_target:FitTarget",
+    "quantize": "graphopt.passes.quantization.quantize:Quantize",
+    "insert-kv-cache": "graphopt.passes.caching.insert_kv_cache:InsertKVCache",
+    "attach-multi-token-heads": "graphopt.passes.heads.attach_multi_token_heads:AttachMultiTokenHeads",
+    "attach-draft": "graphopt.passes.heads.attach_draft:AttachDraft",
+    "attach-mask-tokens": "graphopt.passes.heads.attach_mask_tokens:AttachMaskTokens",
+    "attach-early-exit": "graphopt.passes.heads.attach_early_exit:AttachEarlyExit",
+    "trim-vocabulary": "graphopt.passes.heads.trim_vocabulary:TrimVocabulary",
+    "take-top-k": "graphopt.passes.heads.take_top_k:TakeTopK",
+    "fuse-kernels": "graphopt.passes.kernels.fuse_kernels:FuseKernels",
+    "skip-layers": "graphopt.passes.depth.skip_layers:SkipLayers",
+    "dial-top-k": "graphopt.passes.experts.dial_top_k:DialTopK",
+    "prune-experts": "graphopt.passes.experts.prune_experts:PruneExperts",
+    "sort-ffn": "graphopt.passes.width.sort_ffn:SortFfn",
+    "prune-ffn": "graphopt.passes.width.prune_ffn:PruneFfn",
+    "split-ffn": "graphopt.passes.width.split_ffn:SplitFfn",
+    "extract-width": "graphopt.passes.width.extract_width:ExtractWidth",
+    "freeze-dial": "graphopt.passes.settings.freeze_dial:FreezeDial",
+    "shard-tensor-parallel": "graphopt.passes.tensor_parallel.shard_tensor_parallel:ShardTensorParallel",
+    "group-heads": "graphopt.passes.tensor_parallel.group_heads:GroupHeads",
+    "drop-sync-points": "graphopt.passes.tensor_parallel.drop_sync_points:DropSyncPoints",
+    "quantize-communication": "graphopt.passes.tensor_parallel.quantize_communication:QuantizeCommunication",
+}
+
+
+def pass_locations() -> dict[str, str]:
+    """Return where each pass lives, ``module:class`` by name, without importing any.
+
+    Raises:
+        PipelineError: two packages offer a pass of the same name.
+    """
+    found = dict(BUILT_IN)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in found and found[point.name] != point.value:
+            raise PipelineError(
+                f"the pass {point.name!r} is offered twice: by {found[point.name]} and {point.value}",
+                hint="uninstall one of the packages",
+            )
+        found[point.name] = point.value
+    return found
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the class of a pass.
+
+    Raises:
+        PipelineError: there is none of that name, or it cannot be imported.
+    """
+    from .base import Pass
+
+    locations = pass_locations()
+    if name not in locations:
+        near = difflib.get_close_matches(name, locations, n=1)
+        raise PipelineError(
+            f"there is no pass {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"passes are {', '.join(sorted(locations))}",
+        )
+    module, _, attribute = locations[name].partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PipelineError(f"the pass {name!r} at {locations[name]} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PipelineError(f"{locations[name]} is not a pass")
+    if found.name != name:
+        raise PipelineError(f"{locations[name]} is registered as {name!r} and calls itself {found.name!r}")
+    return found

@@ -1,0 +1,217 @@
+"""What a decoder would say after some of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ...ir.errors import PassRefusedError
+from ...ir.export_blockers import block_export
+from ...ir.facts import EarlyExits, KVCache, SkippedWhileDecoding
+from ...ir.infer import same_size
+from ...ir.inputs import remove_input
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.evaluate import needed_for
+from ...ir.running.extract import extract
+from ...ir.schema import is_operator
+from ..framework.base import Pass
+from ..framework.contracts import AddsOutputs
+from ..framework.plan import Plan, Refused, Site
+from .logits import find_head, layers_to_logits, repeat_way
+
+if TYPE_CHECKING:
+    from ...ir.anatomy import Block, Layer
+    from ...measure.context import Context
+
+OUTPUT = "exit_logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachEarlyExit(Pass):
+    """Read the residual stream after a layer through the final norm and head, as one more output.
+
+    ``exit_logits`` (batch, sequence, vocabulary), or ``exit_logits_3``, ``exit_logits_7`` for several layers. Nothing
+    is added to the weights. Decoding drafts with it: the first layers propose, all layers decide, and both share one
+    cache.
+    """
+
+    name = "attach-early-exit"
+    contract = AddsOutputs()
+    paper = "arXiv 2404.16710, 2504.05598"
+    provides = (EarlyExits,)
+    excludes = (EarlyExits,)
+    trial = {"layers": [0]}  # noqa: RUF012
+
+    layers: list[int] | None = option(  # noqa: RUF009
+        None,
+        help="numbers of the layers after which the stream is read, from 0; a third of the way if not given",
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find the layers and the head."""
+        plan = Plan()
+        head = find_head(program)
+        layers = layers_to_logits(program)
+        if isinstance(head, str):
+            plan.refused.append(Refused("head", head, ""))
+            return plan
+        chosen = self.layers if self.layers is not None else [max(0, len(layers) // 3 - 1)]
+        wrong = [n for n in chosen if not 0 <= n < len(layers) - 1]
+        if wrong or len(set(chosen)) != len(chosen):
+            raise PassRefusedError(
+                f"{self.name}: {'layer ' + str(wrong[0]) if wrong else 'a layer twice'}; "
+                f"exits lie after different layers from 0 to {len(layers) - 2}"
+            )
+        for number in sorted(chosen):
+            name = OUTPUT if len(chosen) == 1 else f"{OUTPUT}_{number}"
+            plan.sites.append(Site(layers[number].name, layer=number, output=name))
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Copy the way from the stream to the logits for each exit."""
+        head = find_head(program)
+        layers = layers_to_logits(program)
+        for site in plan.sites:
+            assert not isinstance(head, str)
+            copies: dict[fx.Node, fx.Node] = {head.stream: layers[int(site["layer"])].writes}
+            with program.edit.after(head.way[-1]):
+                repeat_way(program, head.way, copies)
+            program.add_output(str(site["output"]), copies[head.logits])
+        if plan.sites:
+            program.facts.add(EarlyExits({str(s["output"]): int(s["layer"]) for s in plan.sites}))
+            block_export(program, "a checkpoint names no exits; write it before attach-early-exit")
+
+
+def split_at(program: Program, layer: int) -> tuple[Program, Program]:
+    """Return the layers up to one, and those after it; one after the other they compute the same bits.
+
+    Of a program with a cache, each part takes and gives the caches of its own layers, under the names they have in the
+    whole; positions, slots and what tokens see of one another go into both.
+
+    Args:
+        program: a decoder.
+        layer: number of the last layer of the first part.
+
+    Returns:
+        A program with the output ``hidden`` (batch, sequence, size) and whatever else is known by then, and one that
+        takes ``hidden`` with the other inputs and gives the rest.
+
+    Raises:
+        PassRefusedError: there is no such layer, nothing after it, or layers after it read more than the stream.
+    """
+    layers = layers_to_logits(program)
+    if not 0 <= layer < len(layers) - 1:
+        raise PassRefusedError(
+            f"a program of {len(layers)} layers is split after one from 0 to {len(layers) - 2}"
+        )
+    value = layers[layer].writes
+    early, late = (
+        {node for part in half for block in part.blocks for node in block.nodes}
+        for half in (layers[: layer + 1], layers[layer + 1 :])
+    )
+    rest = {n: node for n, node in program.outputs.items() if needed_for([node], {}) & late}
+    ahead = {n: node for n, node in program.outputs.items() if n not in rest}
+    needed = needed_for(rest.values(), {value: None})
+    if crossing := [n for n in program.graph.nodes if n in needed and n in early]:
+        raise PassRefusedError(
+            f"layers after layer {layer} read more of the layers before than the stream: {crossing[-1].name}",
+            hint="split after another layer",
+        )
+    first = extract(program, {}, {"hidden": value, **ahead})
+    second = extract(_on_caches_of(program, rest), {"hidden": value}, rest)
+    _sizes_from(second, "hidden")
+    for part, ends, before in ((first, {"logits": "hidden"}, 0), (second, {"tokens": "hidden"}, layer + 1)):
+        _own_facts(part, program, ends, before)
+    return first, second
+
+
+def _on_caches_of(program: Program, outputs: dict[str, fx.Node]) -> Program:
+    """Return the program with the capacity read from a cache that these outputs need."""
+    caches = {n: node for n, node in program.input_nodes.items() if f"next_{n}" in program.outputs}
+    own = next((node for n, node in caches.items() if f"next_{n}" in outputs), None)
+    if own is None:
+        return program
+    copy = program.copy()
+    nodes = {n.name: n for n in copy.graph.nodes}
+    kept = nodes[own.name]
+    for cache in caches.values():
+        for user in list(nodes[cache.name].users):
+            if is_operator(user, "graphopt.cache_visible") or is_operator(user, "aten.sym_size"):
+                user.replace_input_with(nodes[cache.name], kept)
+    copy.changed()
+    return copy
+
+
+def _sizes_from(part: Program, name: str) -> None:
+    """Read sizes from one input where another is read for nothing else, so that the other need not be given."""
+    kept = part.input_nodes[name]
+    for other, node in part.input_nodes.items():
+        if node is kept or not node.users or not all(is_operator(u, "aten.sym_size") for u in node.users):
+            continue
+        for user in list(node.users):
+            sizes = [same_size(size, user.meta["val"]) for size in kept.meta["val"].shape]
+            if any(sizes):
+                user.args = (kept, sizes.index(True))
+        # an input that is made like another where it is left out needs that one
+        if not node.users and all(
+            s.fill is None or s.fill.like != other for s in part.signature.inputs.values()
+        ):
+            remove_input(part, other)
+    part.changed()
+
+
+def _own_facts(part: Program, program: Program, ends: dict[str, str], before: int) -> None:
+    """Let the facts of a part speak of its own layers, the first of which is number ``before`` of the whole."""
+    cache = part.facts.get(KVCache)
+    if cache is not None:
+        stores = [n for n in part.nodes if is_operator(n, "graphopt.cache_store")]
+        kept = replace(cache, layers=len(stores) // 2)
+        part.facts.add(
+            replace(kept, tokens=ends.get("tokens", kept.tokens), logits=ends.get("logits", kept.logits))
+        )
+    attached = part.facts.get(EarlyExits)
+    part.facts.discard(EarlyExits)
+    exits = {n: i - before for n, i in (attached.layers if attached else {}).items() if n in part.outputs}
+    if exits:
+        part.facts.add(EarlyExits(exits))
+    whole = part.facts.get(SkippedWhileDecoding)
+    if whole is not None:
+        part.facts.discard(SkippedWhileDecoding)
+        kinds = {name.split(".")[0] for name in whole.names}
+        skipped = {n.args[1] for n in part.nodes if is_operator(n, "graphopt.skipped")}
+        units: list[Layer | Block] = [*part.anatomy.layers, *part.anatomy.blocks]
+        names = [u.name for u in units if u.writes in skipped and u.name.split(".")[0] in kinds]
+        if names:
+            part.facts.add(SkippedWhileDecoding(tuple(names)))
+
+
+def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Return for each layer but the last how often its exit's most likely token is the program's own.
+
+    Args:
+        program: a decoder without exits.
+        batch: inputs by name.
+
+    Raises:
+        PassRefusedError: it has no head that could read a layer.
+    """
+    from ...ir.running.execute import interpret
+
+    count = len(layers_to_logits(program))
+    if count < 2:
+        return []
+    done = program.copy()
+    step = AttachEarlyExit(layers=list(range(count - 1)))
+    plan = step.plan(done, None)  # type: ignore[arg-type]
+    if not plan.sites:
+        raise PassRefusedError(f"no exit: {plan.refused[0].reason}")
+    step.rewrite(done, plan)
+    found = interpret(done, done.bind((), batch))
+    mask = batch.get("attention_mask")
+    seen = torch.ones(found["logits"].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    best = found["logits"].argmax(-1)
+    return [float((found[str(s["output"])].argmax(-1) == best)[seen].float().mean()) for s in plan.sites]

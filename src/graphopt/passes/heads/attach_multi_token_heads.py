@@ -1,0 +1,189 @@
+"""Heads beside the model's own that predict the tokens after the next (Medusa)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ...ir.errors import CheckpointError, PassRefusedError, UsageError
+from ...ir.export_blockers import block_export
+from ...ir.facts import MultiTokenHeads
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.fold import computed
+from ...ir.schema import arguments
+from ...ir.storage.safetensors_file import read_header, write_file
+from ...ir.weights import InMemory, TensorSource, Zeros
+from ..framework.base import Pass
+from ..framework.contracts import AddsOutputs
+from ..framework.plan import Plan, Refused, Site
+from .logits import Head, dtype_of, find_head, value_size
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten = torch.ops.aten
+OUTPUT = "multi_token_logits"
+PREFIX = "multi_token_heads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachMultiTokenHeads(Pass):
+    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 places on (Medusa, arXiv 2401.10774).
+
+    ``head_k(h) = W2_k (h + silu(W1_k h + b_k))``, with as many residual layers as ``layers`` says. Output
+    ``multi_token_logits`` (batch, sequence, heads, vocabulary). W1 and b begin at zero and W2 as a copy of the
+    model's head, so that untrained heads repeat the model's own prediction; ``share`` lets all heads use the model's
+    head itself, which adds no matrix of the vocabulary's size. Train with the recipe ``medusa``.
+    """
+
+    name = "attach-multi-token-heads"
+    contract = AddsOutputs()
+    together = True
+    paper = "arXiv 2401.10774"
+    provides = (MultiTokenHeads,)
+    excludes = (MultiTokenHeads,)
+
+    heads: int = option(4, help="how many tokens after the next are predicted", low=1, high=16)
+    layers: int = option(1, help="residual layers of each head", source="code", low=1)
+    share: bool = option(False, help="use the model's head instead of a matrix for each")
+    weights: str | None = option(
+        None, help="a safetensors file of the published layout (0.0.linear.weight, 0.1.weight, ...)"
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find the hidden state that the model's head reads."""
+        plan = Plan()
+        head = find_head(program)
+        if isinstance(head, str):
+            plan.refused.append(Refused("head", head, ""))
+            return plan
+        if self.weights is not None:
+            _given(
+                self.weights,
+                self.heads,
+                self.layers,
+                self.share,
+                value_size(head.hidden),
+                value_size(head.projection),
+            )
+        plan.sites.append(Site("head", hidden=head.hidden.name, size=value_size(head.hidden)))
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Build the heads after the hidden state."""
+        if not plan.sites:
+            return
+        head = find_head(program)
+        assert isinstance(head, Head)
+        size, dtype = value_size(head.hidden), dtype_of(head.hidden)
+        given = (
+            _given(self.weights, self.heads, self.layers, self.share, size, value_size(head.projection))
+            if self.weights is not None
+            else {}
+        )
+        matrix = arguments(head.projection)["weight"]
+        made: list[fx.Node] = []
+        add = program.edit.add_weight
+        with program.edit.after(head.logits):
+            last = None
+            for number in range(self.heads):
+                value = head.hidden
+                for layer in range(self.layers):
+                    name = f"{number}.{layer}.linear"
+                    weight, bias = (
+                        add(f"{PREFIX}.{name}.{part}", _begun(given.get(f"{name}.{part}"), shape, dtype))
+                        for part, shape in (("weight", (size, size)), ("bias", (size,)))
+                    )
+                    inner = program.edit.call(aten.linear.default, value, weight, bias)
+                    value = program.edit.call(
+                        aten.add.Tensor, value, program.edit.call(aten.silu.default, inner)
+                    )
+                own = matrix
+                if not self.share:
+                    name = f"{number}.{self.layers}.weight"
+                    own = add(
+                        f"{PREFIX}.{name}",
+                        InMemory(given[name].to(dtype)) if given else _copied(program, matrix),
+                    )
+                made.append(program.edit.call(aten.linear.default, value, own))
+                last = made[-1]
+            assert last is not None
+            stacked = program.edit.call(aten.stack.default, made, 2)
+        program.add_output(OUTPUT, stacked)
+        program.facts.add(MultiTokenHeads(self.heads, self.layers, self.share))
+        block_export(
+            program,
+            "a folder of the model has no place for heads; graphopt export --to medusa writes them alone",
+        )
+
+
+def _begun(given: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
+    return Zeros(shape, dtype) if given is None else InMemory(given.to(dtype))
+
+
+def _copied(program: Program, matrix: fx.Node) -> TensorSource:
+    # tensors are read when they are asked for: as many heads of a large vocabulary are not held at once
+    return program.weights[matrix.name].source if matrix.op == "placeholder" else computed(program, matrix)[0]
+
+
+def write_heads(program: Program, path: str | Path) -> list[str]:
+    """Write the heads to a safetensors file of the published layout, read it back, and return the tensors' names.
+
+    Raises:
+        UsageError: the program has no heads, or the file exists.
+        CheckpointError: what was read back is something else.
+    """
+    found = {
+        w.name.removeprefix(PREFIX + "."): w.source
+        for w in program.weights.values()
+        if w.name.startswith(PREFIX + ".")
+    }
+    if not found:
+        raise UsageError("this program has no multi-token heads", hint="attach-multi-token-heads adds them")
+    path = Path(path)
+    if path.exists():
+        raise UsageError(f"{path} exists already", hint="choose another place, or remove it")
+    beside = path.with_name(path.name + ".part")
+    try:
+        write_file(beside, found)
+        held = read_header(beside)
+        for name, source in found.items():
+            if not torch.equal(held[name].load(), source.load()):
+                raise CheckpointError(f"{name} was read back as something else")
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return sorted(found)
+
+
+def _given(
+    path: str, heads: int, layers: int, share: bool, size: int, vocabulary: int
+) -> dict[str, torch.Tensor]:
+    """Read heads and check that they are those of this model."""
+    if not Path(path).is_file():
+        raise PassRefusedError(f"attach-multi-token-heads: there is no file {path}")
+    held = {name: source.load() for name, source in read_header(Path(path)).items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for number in range(heads):
+        for layer in range(layers):
+            wanted[f"{number}.{layer}.linear.weight"] = (size, size)
+            wanted[f"{number}.{layer}.linear.bias"] = (size,)
+        if not share:
+            wanted[f"{number}.{layers}.weight"] = (vocabulary, size)
+    for name, shape in wanted.items():
+        if name not in held:
+            raise PassRefusedError(
+                f"attach-multi-token-heads: {path} has no tensor {name}",
+                hint=f"it holds {', '.join(sorted(held)[:6])}, ...; heads= and layers= say how many are looked for",
+            )
+        if tuple(held[name].shape) != shape:
+            raise PassRefusedError(
+                f"attach-multi-token-heads: {name} in {path} is {tuple(held[name].shape)}, this model's is {shape}",
+                hint="heads are trained on the hidden states of one model",
+            )
+    return {name: held[name] for name in wanted}

@@ -1,0 +1,258 @@
+"""A head that knows fewer tokens, for what only proposes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.export_blockers import block_export
+from ...ir.facts import AttachedDraft, EarlyExits, Fact, MaskTokens, MultiTokenHeads, Vocabulary
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.fold import computed, depends_on_weights_alone, drop_unread_weights
+from ...ir.schema import arguments, is_operator, normal_call
+from ...ir.weights import TensorSource
+from ..framework.base import Pass
+from ..framework.contracts import NewFunction
+from ..framework.plan import Plan, Refused, Site
+from .logits import find_head, repeat_way
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+ATTACHED: dict[type[Fact], str] = {AttachedDraft: "draft_logits", MultiTokenHeads: "multi_token_logits"}
+"""Outputs that propose, by the fact of the pass that adds them; exits are named by theirs."""
+_PASSING = ("aten.mul", "aten.div", "aten.tanh", "aten.to", "aten.stack")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimVocabulary(Pass):
+    """Keep the rows of a proposing head of the tokens that come up most (VocabTrim, arXiv 2506.22694).
+
+    What was attached to propose, a draft, multi-token heads or exits, is trimmed, each by a matrix of its own that is
+    stored with its rows alone; embeddings and the logits that decide stay as they are. A program without any of these
+    is taken for a draft itself, and its own logits are trimmed.
+
+    Tokens are counted in the calibration data, best text that the deciding program wrote.
+    ``program.facts[Vocabulary]`` says which tokens which outputs are of, in order; generating, measuring and
+    drafting map them back, and what is gone has probability 0. End, padding and other special tokens of the
+    checkpoint always stay.
+    """
+
+    name = "trim-vocabulary"
+    contract = NewFunction()
+    together = True
+    paper = "arXiv 2506.22694"
+    provides = (Vocabulary,)
+    excludes = (Vocabulary,)
+    trial = {"fraction": 0.5}  # noqa: RUF012
+
+    keep: int | None = option(None, help="how many tokens stay", low=1)
+    fraction: float | None = option(None, help="share of the tokens that stays", low=0, high=1)
+
+    def validate(self) -> None:
+        """One way of saying how many."""
+        if (self.keep is None) == (self.fraction is None):
+            raise PipelineError(f"{self.name}: say how many tokens stay", hint="keep=8192, or fraction=0.25")
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find what proposes, and count tokens."""
+        plan = Plan()
+        head = find_head(program)
+        if isinstance(head, str):
+            plan.refused.append(Refused("head", head, ""))
+            return plan
+        size = int(program.outputs["logits"].meta["val"].shape[-1])
+        wanted = self.keep if self.keep is not None else max(1, round(size * (self.fraction or 0.0)))
+        if wanted > size:
+            raise PassRefusedError(f"{self.name}: the program has {size} tokens, {wanted} cannot stay")
+        able = [name for name in self._outputs(program, plan) if self._takes(program, name, size, plan)]
+        if not able:
+            return plan
+        counts = count_tokens(context, size)
+        if not int(counts.sum()):
+            plan.notes.append(
+                "no data: the tokens with the smallest numbers stay, the most frequent of most tokenizers"
+            )
+        special = sorted(t for t in special_tokens(program) if 0 <= t < size)
+        if len(special) > wanted:
+            raise PassRefusedError(
+                f"{self.name}: {len(special)} special tokens always stay, {wanted} are fewer"
+            )
+        ranked = counts.clone()
+        ranked[special] = counts.max() + 1
+        kept = ranked.argsort(descending=True, stable=True)[:wanted].sort().values.tolist()
+        if int(counts.sum()):
+            plan.notes.append(
+                f"{float(counts[kept].sum() / counts.sum()):.1%} of the tokens counted are among them"
+            )
+        if wanted == size:
+            plan.notes.append("all tokens stay: there is nothing to trim")
+        elif able == ["logits"]:
+            plan.notes.append("nothing is attached that proposes: the program itself is now a draft")
+        plan.sites = [Site(name, tokens=size, kept=kept) for name in able]
+        return plan
+
+    def _outputs(self, program: Program, plan: Plan) -> list[str]:
+        """Return the outputs that propose; the program's own where there is none."""
+        attached = [name for fact, name in ATTACHED.items() if fact in program.facts]
+        exits = program.facts.get(EarlyExits)
+        attached += list(exits.layers) if exits is not None else []
+        for name in attached:
+            if name not in program.outputs:
+                plan.refused.append(
+                    Refused(name, "it is no output any more; trim-vocabulary comes before take-top-k", "")
+                )
+        if not attached and MaskTokens in program.facts:
+            plan.refused.append(Refused("logits", "what mask tokens propose is the program's own logits", ""))
+            return []
+        return [name for name in attached if name in program.outputs] if attached else ["logits"]
+
+    @staticmethod
+    def _takes(program: Program, name: str, size: int, plan: Plan) -> bool:
+        found = _linears(program, program.outputs[name], size)
+        if isinstance(found, str):
+            plan.refused.append(Refused(name, found, program.source_line(program.outputs[name])))
+        return not isinstance(found, str)
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Give each output matrices of the rows that stay."""
+        sites = [site for site in plan.sites if len(site["kept"]) < int(site["tokens"])]
+        for site in sites:
+            _trim(program, site.block, int(site["tokens"]), [int(t) for t in site["kept"]])
+        if not sites:
+            return
+        first = sites[0]
+        if any(site["kept"] != first["kept"] for site in sites):
+            raise PipelineError(
+                f"{self.name}: the plan keeps other tokens for {sites[-1].block} than for {first.block}",
+                hint="one list of tokens serves all outputs",
+            )
+        ids, outputs = tuple(int(t) for t in first["kept"]), tuple(site.block for site in sites)
+        program.facts.add(Vocabulary(int(first["tokens"]), ids, outputs))
+        block_export(program, "a folder has one vocabulary for its embedding and its head")
+
+
+def count_tokens(context: Context, size: int) -> torch.Tensor:
+    """Return how often each token comes up in the data, (size,), padding left out."""
+    counts = torch.zeros(size, dtype=torch.int64)
+    for batch in context.data or []:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if ids is not None:
+            seen = (ids if mask is None else ids[mask.bool()]).reshape(-1)
+            counts += seen.bincount(minlength=size)[:size]
+    return counts
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor; read when they are asked for."""
+
+    source: TensorSource
+    ids: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.ids), *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.source.load().index_select(0, torch.tensor(self.ids))
+
+
+def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | str:
+    """Return the linears that make logits, or why they cannot be trimmed."""
+    constant = depends_on_weights_alone(program)
+    found: dict[fx.Node, None] = {}
+    work = [output]
+    while work:
+        node = work.pop()
+        value = node.meta["val"]
+        if not value.dim() or value.shape[-1] != size:
+            continue
+        if is_operator(node, "aten.linear"):
+            if any(arguments(node)[n] not in (None, *constant) for n in ("weight", "bias")):
+                return f"{node.name} multiplies with something that depends on the input"
+            found[node] = None
+        elif node in constant:
+            return f"{node.name} is a weight of every token"
+        elif is_operator(node, "aten.stack") and int(arguments(node)["dim"]) % value.dim() == value.dim() - 1:
+            return "heads are stacked over tokens"
+        elif not is_operator(node, *_PASSING):
+            return f"what follows the head, {node.name}, may depend on how many tokens there are"
+        else:
+            work += node.all_input_nodes
+    return list(found) if found else "no linear makes its logits"
+
+
+def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
+    output = program.outputs[name]
+    linears = _linears(program, output, size)
+    if isinstance(linears, str):
+        raise PipelineError(f"the plan trims {name}, which cannot be: {linears}")
+    now: dict[fx.Node, fx.Node] = {}
+    own: dict[fx.Node, fx.Node] = {}
+    for linear in linears:
+        found = dict(arguments(linear))
+        for part in ("weight", "bias"):
+            if found[part] is not None:
+                if found[part] not in own:
+                    own[found[part]] = _own(program, name, found[part], kept)
+                found[part] = own[found[part]]
+        with program.edit.before(linear):
+            args, kwargs = normal_call(linear.target, found)
+            now[linear] = program.edit.call(linear.target, *args, **kwargs)
+    order = list(program.graph.nodes)
+    with program.edit.after(output):
+        repeat_way(program, order[: order.index(output) + 1], now)
+    held = dict(program.outputs)
+    program.edit.set_outputs([now[output] if n == name else value for n, value in held.items()])
+    program.edit.erase_dead([output])
+    for tensor in [n for n, node in program.checkpoint.items() if node in own and not node.users]:
+        # a folder is no way out any more, so nothing keeps a matrix that nobody multiplies with
+        del program.checkpoint[tensor]
+    drop_unread_weights(program)
+
+
+def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
+    """Add the rows that stay of a head's matrix or bias, under a name by which recipes find what they train."""
+    known = program.weights.get(tensor.name)
+    source = known.source if known is not None else computed(program, tensor)[0]
+    name = known.name if known is not None else tensor.name
+    prefix = "draft." if output == ATTACHED[AttachedDraft] and not name.startswith("draft.") else ""
+    stem = (
+        f"{prefix}{name}"
+        if name.startswith(("multi_token_heads.", "draft.")) or prefix
+        else f"{output}.{name}"
+    )
+    return program.edit.add_weight(f"{stem}.kept", _Rows(source, tuple(kept)))
+
+
+def special_tokens(program: Program) -> set[int]:
+    """Return the tokens that a checkpoint names: begin, end, padding, and what its tokenizer adds."""
+    found: set[int] = set()
+    assets = program.origin.assets
+    settings: list[Any] = [program.origin.config]
+    for name in ("generation_config.json", "tokenizer.json"):
+        if name in assets:
+            try:
+                settings.append(json.loads(assets[name]))
+            except ValueError:
+                continue
+    for given in settings:
+        for key, value in given.items():
+            if key.endswith("_token_id"):
+                found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+        added = given.get("added_tokens")
+        if isinstance(added, list):
+            found.update(t["id"] for t in added if isinstance(t, dict) and isinstance(t.get("id"), int))
+    return found

@@ -1,0 +1,150 @@
+"""Operators that are computed together by one kernel."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.facts import FusedKernels
+from ...ir.infer import same_shape
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
+from ...ir.schema import arguments, is_operator
+from ..framework.base import Pass
+from ..framework.contracts import Exact
+from ..framework.plan import Plan, Refused, Site
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseKernels(Pass):
+    """Make one operator of an addition to the stream and the norm that reads it, and one of an activation and its gate.
+
+    Both are limited by memory: apart, the sum is written and read again, and so is what the activation gives. There is a
+    Triton kernel for each; elsewhere they compute what they stand for. Blocks are found by additions to the stream, which
+    this hides: it comes last.
+    """
+
+    name = "fuse-kernels"
+    contract = Exact()
+    provides = (FusedKernels,)
+    excludes = (FusedKernels,)
+
+    where: str = option("all", help="what is joined", choices=("all", "norms", "gates"))
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find norms of sums, and products with an activation."""
+        plan = Plan()
+        order = {node: number for number, node in enumerate(program.nodes)}
+        constant = depends_on_weights_alone(program)
+        taken: set[fx.Node] = set()
+        for node in program.nodes:
+            if self.where != "gates" and is_operator(node, "graphopt.rms_norm"):
+                total = arguments(node)["x"]
+                if not is_operator(total, "aten.add"):
+                    continue
+                reason = _apart(node, total, order, constant, taken)
+                if reason:
+                    plan.refused.append(Refused(node.name, reason, program.source_line(node)))
+                    continue
+                taken.add(total)
+                plan.sites.append(Site(node.name, what="norm", sum=total.name))
+            elif self.where != "norms" and is_operator(node, "aten.mul"):
+                found = _gate(node)
+                if isinstance(found, str):
+                    if found:
+                        plan.refused.append(Refused(node.name, found, program.source_line(node)))
+                    continue
+                plan.sites.append(Site(node.name, what="gate", activation=found[2]))
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Put one operator in the place of two."""
+        nodes = {n.name: n for n in program.nodes}
+        call = program.edit.call
+        for site in plan.sites:
+            node = nodes[site.block]
+            if site["what"] == "gate":
+                found = _gate(node)
+                assert not isinstance(found, str)
+                with program.edit.before(node):
+                    made = call(dialect.gated_product.default, found[0], found[1], activation=found[2])
+                program.edit.replace(node, made)
+                continue
+            total = nodes[site["sum"]]
+            sides, given = arguments(total), arguments(node)
+            if given["weight"] is not None:
+                program.edit.hoist(given["weight"], total)
+            with program.edit.before(total):
+                both = call(
+                    dialect.add_rms_norm.default, sides["self"], sides["other"], given["weight"], given["eps"],
+                    float32=given["float32"], weight_before_cast=given["weight_before_cast"],
+                )  # fmt: skip
+                summed, normed = call(operator.getitem, both, 0), call(operator.getitem, both, 1)
+            others = set(total.users) - {node}
+            program.edit.replace(node, normed)
+            # a sum that its norm alone reads has left with it, as the last one of a decoder does
+            if others:
+                program.edit.replace(total, summed)
+
+
+def _apart(
+    norm: fx.Node, total: fx.Node, order: dict[fx.Node, int], constant: set[fx.Node], taken: set[fx.Node]
+) -> str:
+    """Return why a sum and its norm stay apart, or nothing."""
+    found = arguments(total)
+    sides = [found["self"], found["other"]]
+    if not all(isinstance(side, fx.Node) for side in sides) or found.get("alpha", 1) != 1:
+        return "what is added is a number, or scaled"
+    values = [side.meta["val"] for side in sides]
+    if not same_shape(values[0].shape, values[1].shape) or values[0].dtype != values[1].dtype:
+        return "what is added has another shape or type"
+    if total in taken:
+        return "another norm of the same sum is computed with it"
+    weight = arguments(norm)["weight"]
+    if isinstance(weight, fx.Node) and weight not in constant and order[weight] > order[total]:
+        return "the norm's weight is computed after the sum"
+    return ""
+
+
+def _gate(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | str:
+    """Return gate, up and activation of a product; why not, or nothing where there is no activation."""
+    found = arguments(product)
+    sides = [found["self"], found["other"]]
+    if not all(isinstance(side, fx.Node) for side in sides):
+        return ""
+    for active, up in (sides, sides[::-1]):
+        name = _activation(active)
+        if name is None:
+            continue
+        gate: Any = arguments(active)["self"]
+        if (
+            not same_shape(gate.meta["val"].shape, up.meta["val"].shape)
+            or gate.meta["val"].dtype != up.meta["val"].dtype
+        ):
+            return "gate and up have other shapes or types"
+        if len(active.users) > 1:
+            return "the activation is read elsewhere too"
+        if gate is up:
+            return ""
+        return gate, up, name
+    return ""
+
+
+def _activation(node: fx.Node) -> str | None:
+    if is_operator(node, "aten.silu"):
+        return "silu"
+    if is_operator(node, "aten.relu"):
+        return "relu"
+    if is_operator(node, "aten.gelu"):
+        return "gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu"
+    return None

@@ -1,0 +1,1 @@
+"""Projections and norms, merged and taken apart exactly."""

@@ -1,0 +1,143 @@
+"""Fold norms' weights into the linears and convolutions beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.facts import FoldedNorms
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
+from ...ir.running.readers import readers as readers_of
+from ...ir.schema import argument, arguments, is_operator
+from ..framework.base import Pass
+from ..framework.contracts import Exact
+from ..framework.plan import Plan, Refused, Site
+from ..shared.matrices import as_type_of
+from .fold_batch_norm import fold_batch_norm, plan_batch_norm
+from .scale_columns import matrix_readers, scale_reader
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldNorms(Pass):
+    """Fold what norms multiply and add into neighbouring weights.
+
+    BatchNorm in evaluation mode is an affine map: it goes into the (transposed) convolution or linear before
+    it, or into those after it where no padding lies between; reshapes and permutations that keep channels
+    together part them from nothing. The weight of an RMSNorm, and weight and bias of a LayerNorm,
+    go into the linears (and experts) that read the norm, if nothing else does. Folding happens in float64;
+    the folded matrix is rounded once to the type it had, whatever that of the norm.
+    """
+
+    name = "fold-norms"
+    contract = Exact()
+    provides = (FoldedNorms,)
+
+    which: str = option("all", help="which norms", choices=("all", "batch-norm", "layer-norm", "rms-norm"))
+    untie: bool = option(
+        False, help="also where a matrix is tied to another use, which then keeps its own copy"
+    )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Take each norm whose neighbours can hold its weights."""
+        plan = Plan()
+        for node in program.graph.nodes:
+            if is_operator(node, "aten.batch_norm") and self.which in ("all", "batch-norm"):
+                found: dict[str, Any] | str | None = plan_batch_norm(program, node, self.untie)
+            elif (is_operator(node, "graphopt.rms_norm") and self.which in ("all", "rms-norm")) or (
+                is_operator(node, "aten.layer_norm") and self.which in ("all", "layer-norm")
+            ):
+                found = self._affine(program, node)
+            else:
+                continue
+            if found is None:
+                continue
+            if isinstance(found, str):
+                plan.refused.append(Refused(node.name, found, program.source_line(node)))
+            else:
+                plan.sites.append(Site(node.name, **found))
+        return plan
+
+    def _affine(self, program: Program, node: fx.Node) -> dict[str, Any] | str | None:
+        found = arguments(node)
+        weight, bias = found["weight"], found.get("bias")
+        if weight is None and bias is None:
+            return None
+        constant = depends_on_weights_alone(program)
+        if any(t is not None and t not in constant for t in (weight, bias)):
+            return "its weight depends on the input"
+        if is_operator(node, "aten.layer_norm") and len(found["normalized_shape"]) != 1:
+            return "it normalises over several dimensions"
+        readers = matrix_readers(program, node, constant)
+        if isinstance(readers, str):
+            return readers
+        if bias is not None and any(is_operator(r.node, "graphopt.routed_ffn") for r in readers):
+            return "experts have no place for the bias of a norm"
+        for reader in readers:
+            shared = [u for u in readers_of(program, reader.matrix) if u is not reader.node]
+            if shared and not self.untie:
+                return (
+                    f"{reader.matrix.name} is used by {shared[0].name} as well; untie=true gives each its own"
+                )
+        return {"into": [reader.node.name for reader in readers]}
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Multiply matrices by the norms' weights."""
+        nodes = {node.name: node for node in program.graph.nodes}
+        constant = set(depends_on_weights_alone(program))
+        for site in plan.sites:
+            node = nodes[site.block]
+            if is_operator(node, "aten.batch_norm"):
+                fold_batch_norm(program, node, site, nodes)
+            else:
+                _fold_affine(program, node, constant)
+
+
+def _fold_affine(program: Program, node: fx.Node, constant: set[fx.Node]) -> None:
+    found = arguments(node)
+    weight, bias = found["weight"], found.get("bias")
+    readers = matrix_readers(program, node, constant)
+    assert not isinstance(readers, str)
+    x = node.args[0]
+    with program.edit.before(node):
+        if is_operator(node, "aten.layer_norm"):
+            bare = program.edit.call(
+                aten.layer_norm.default, x, found["normalized_shape"], None, None, found["eps"]
+            )
+        else:
+            bare = program.edit.call(
+                torch.ops.graphopt.rms_norm.default, x, None, found["eps"], float32=argument(node, "float32")
+            )
+        # a weight of a wider type made the value one of that type
+        bare = as_type_of(program, bare, node)
+    _neutral_in_checkpoint(program, weight, 1.0)
+    _neutral_in_checkpoint(program, bias, 0.0)
+    for reader in readers:
+        scale_reader(program, reader, node, bare, weight, bias)
+    program.edit.erase_dead([node])
+
+
+def _neutral_in_checkpoint(program: Program, tensor: fx.Node | None, value: float) -> None:
+    """Where the checkpoint keeps the norm's weight, it keeps a neutral one from now on."""
+    if tensor is None:
+        return
+    if is_operator(tensor, "aten.add") and 1.0 in [
+        float(a) for a in tensor.args if isinstance(a, (int, float))
+    ]:
+        # Gemma stores the weight minus one
+        tensor, value = next(a for a in tensor.args if isinstance(a, fx.Node)), value - 1.0
+    while is_operator(tensor, "aten.to"):
+        tensor = tensor.args[0]  # type: ignore[assignment]
+    for name, held in list(program.checkpoint.items()):
+        if held is tensor:
+            with program.edit.after(tensor):
+                program.checkpoint[name] = program.edit.call(aten.full_like.default, tensor, value)

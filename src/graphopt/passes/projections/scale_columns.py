@@ -1,0 +1,149 @@
+"""Scale the input channels of the matrices that read a value, down to the tensors they are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.export_blockers import block_export
+from ...ir.program import Program
+from ...ir.running.fold import computed, depends_on_weights_alone
+from ...ir.running.invert import invert
+from ...ir.schema import argument, arguments, is_operator, normal_call
+from ..shared.matrices import as_type_of
+from ..shared.weight_mapping import follow
+
+aten = torch.ops.aten
+_SHAPES = ("aten.reshape", "aten.to")
+
+
+@dataclass
+class Reader:
+    """A linear or mixture that multiplies a value with a matrix.
+
+    ``path`` are the reshapes and casts between the value and the reader; ``axis`` is the matrix's input dimension.
+    """
+
+    node: fx.Node
+    matrix: fx.Node
+    axis: int
+    path: list[fx.Node]
+
+
+def matrix_readers(
+    program: Program, value: fx.Node, constant: set[fx.Node] | None = None
+) -> list[Reader] | str:
+    """Return all readers of a value if each multiplies it with a matrix, else why not.
+
+    Args:
+        program: the program.
+        value: what is read.
+        constant: nodes that depend on weights alone, if known; finding them takes a walk over the graph.
+    """
+    constant = depends_on_weights_alone(program) if constant is None else constant
+    size = value.meta["val"].shape[-1]
+    readers: list[Reader] = []
+    work: list[tuple[fx.Node, list[fx.Node]]] = [(value, [])]
+    while work:
+        node, path = work.pop(0)
+        for user in node.users:
+            if is_operator(user, "aten.linear") and user.args[0] is node:
+                matrix, axis = user.args[1], 1
+            elif is_operator(user, "graphopt.routed_ffn") and user.args[0] is node:
+                matrix, axis = argument(user, "up"), 1 if argument(user, "transposed") else 2
+            elif (
+                is_operator(user, *_SHAPES)
+                and user.meta["val"].shape[-1] == size
+                and user.meta["val"].dtype.is_floating_point
+            ):
+                work.append((user, [*path, user]))
+                continue
+            else:
+                return f"{user.name} reads it and has no matrix to hold its weight"
+            if matrix not in constant:
+                return f"{user.name} multiplies it with something that depends on the input"
+            assert isinstance(matrix, fx.Node)
+            readers.append(Reader(user, matrix, axis, path))
+    return readers or "nothing reads it"
+
+
+def scale_reader(
+    program: Program,
+    reader: Reader,
+    old: fx.Node,
+    bare: fx.Node,
+    weight: fx.Node | None,
+    bias: fx.Node | None,
+) -> None:
+    """Let a reader of ``old = bare * weight + bias`` read ``bare``, its matrix holding the rest."""
+    call = program.edit.call
+    found = arguments(reader.node)
+    moved = None
+    offset: Any = found.get("bias")
+    shift: Any = offset
+    with program.edit.before(reader.node):
+        value = bare
+        for step in reader.path:
+            value = call(step.target, value, *step.args[1:], **step.kwargs)
+        matrix = reader.matrix
+        scaled = matrix if weight is None else scaled_matrix(program, matrix, weight, reader.axis)
+        if is_operator(reader.node, "graphopt.routed_ffn"):
+            args, kwargs = normal_call(reader.node.target, found | {"x": value, "up": scaled})
+            new = call(reader.node.target, *args, **kwargs)
+        else:
+            if bias is not None:
+                moved = call(aten.mv.default, matrix, as_type_of(program, bias, matrix))
+                shift = moved if offset is None else call(aten.add.Tensor, moved, offset)
+            new = call(aten.linear.default, value, scaled, shift)
+    program.edit.replace(reader.node, new)
+    if weight is not None:
+        _update_checkpoint(program, matrix, scaled, moved)
+    if bias is None:
+        return
+    if offset is None:
+        block_export(
+            program, f"{new.name} gets a bias, for which a checkpoint of this architecture has no place"
+        )
+    elif not any(is_operator(u, "aten.linear") for u in offset.users):
+        _update_checkpoint(program, offset, shift)
+
+
+def scaled_matrix(program: Program, matrix: fx.Node, scale: fx.Node, axis: int) -> fx.Node:
+    """Return a matrix with its input channels multiplied by a vector."""
+    rank = matrix.meta["val"].dim()
+    shape = [1] * rank
+    shape[axis % rank] = int(scale.meta["val"].numel())
+    scale = as_type_of(program, scale, matrix)
+    if rank - 1 != axis % rank or scale.meta["val"].dim() != 1:
+        scale = program.edit.call(aten.reshape.default, scale, shape)
+    return program.edit.call(aten.mul.Tensor, matrix, scale)
+
+
+def _update_checkpoint(
+    program: Program, matrix: fx.Node, scaled: fx.Node, moved: fx.Node | None = None
+) -> None:
+    """Let the checkpoint's tensors that a matrix or bias is made of be what the new one has of them."""
+    names: dict[str, list[str]] = {}
+    for name, node in program.checkpoint.items():
+        names.setdefault(node.name, []).append(name)
+    if matrix.op == "placeholder" and matrix.name not in names:
+        # a saved program holds what it computed; the checkpoint's tensors are read out of it
+        follow(program, {matrix: scaled}, beside=[moved] if moved is not None else [])
+        return
+    if matrix.name in names:
+        back = {matrix.name: scaled}
+    else:
+        made_of = computed(program, matrix)[0].graph
+        with program.edit.after(scaled):
+            back = {name: node for name, node in invert(program, made_of, scaled).items() if name in names}
+        missing = {n.name for n in made_of.find_nodes(op="placeholder")} & names.keys() - back.keys()
+        if missing or not back:
+            block_export(
+                program, (f"{matrix.name} is made of several tensors in a way that cannot be scaled back")
+            )
+    for held, node in back.items():
+        for name in names[held]:
+            program.checkpoint[name] = node

@@ -1,0 +1,184 @@
+"""Forms that compilers for accelerators take, and of which every value can be stored in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.facts import Legal
+from ...ir.operators.quantize import HIDDEN
+from ...ir.option import option, refuse_set
+from ...ir.program import Program
+from ...ir.running.fold import depends_on_weights_alone
+from ...ir.schema import arguments, is_operator, normal_call
+from ...targets.faults import misread
+from ..framework.base import Pass
+from ..framework.plan import Plan, Refused, Site
+from .fit_dilation import undilated
+from .fit_nested import masked, unfit
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+MASKS = ("key_mask", "segments", "visible")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTarget(Pass):
+    """Masks of attention become numbers that are added to scores; SiLU, rotation and biases become operators of their own.
+
+    What a device computes is then one operator for each value, so that quantize can say how each of them is stored; masks
+    depend on integers alone, so that lowering leaves them, with positions, to the host. ``hidden`` takes the place of minus
+    infinity: a row in which no key is seen gets the mean of all values, where it got zeros. Unless it is given, quantize
+    brings it as near to the scores as hides: a range of few bits has to hold it.
+    """
+
+    name = "fit-target"
+    provides = (Legal,)
+    excludes = (Legal,)
+
+    hidden: float = option(HIDDEN, help="what is added to the score of a key that is not seen", high=-20.0)
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Find masks, SiLUs, biases, stacks, feed-forwards of several widths, and convolutions computed wrongly."""
+        plan = Plan()
+        constant = depends_on_weights_alone(program)
+        for node in program.nodes:
+            if is_operator(node, "graphopt.attention") and _masked(node):
+                plan.sites.append(Site(node.name, what="mask"))
+            elif is_operator(node, "graphopt.cache_visible") and isinstance(_slots(node), int):
+                plan.sites.append(Site(node.name, what="slots"))
+            elif is_operator(node, "graphopt.nested_ffn"):
+                reason = unfit(program, node)
+                if reason:
+                    plan.refused.append(Refused(node.name, reason, program.source_line(node)))
+                else:
+                    plan.sites.append(Site(node.name, what="widths"))
+            elif is_operator(node, "graphopt.cache_store") and isinstance(node.meta["val"].shape[2], int):
+                plan.sites.append(Site(node.name, what="store"))
+            elif misread(node):
+                plan.sites.append(Site(node.name, what="dilation"))
+            elif is_operator(node, "aten.stack") and node not in constant:
+                plan.sites.append(Site(node.name, what="stack"))
+            elif is_operator(node, "aten.silu"):
+                plan.sites.append(Site(node.name, what="silu"))
+            elif is_operator(node, "graphopt.rms_norm") and arguments(node)["weight"] is None:
+                plan.sites.append(Site(node.name, what="norm"))
+            elif is_operator(node, "graphopt.rotary") and not arguments(node)["interleaved"]:
+                plan.sites.append(Site(node.name, what="rotary"))
+            elif (
+                is_operator(node, "aten.linear")
+                and arguments(node)["bias"] is not None
+                and node.meta["val"].dim() != 2
+            ):
+                plan.sites.append(Site(node.name, what="bias"))
+        if not any(site["what"] == "mask" for site in plan.sites):
+            refuse_set(self.name, self, ("hidden",), "no attention of this program hides a key")
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Replace each."""
+        nodes = {n.name: n for n in program.nodes}
+        masks: dict[Any, fx.Node] = {}
+        for site in plan.sites:
+            node = nodes[site.block]
+            found = dict(arguments(node))
+            call = program.edit.call
+            with program.edit.before(node):
+                if site["what"] == "silu":
+                    made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
+                elif site["what"] == "dilation":
+                    made = undilated(program, node)
+                elif site["what"] == "widths":
+                    made = masked(program, node)
+                elif site["what"] == "store":
+                    made = _stored(program, found, masks)
+                elif site["what"] == "stack":
+                    dim = found["dim"] % node.meta["val"].dim()
+                    apart = [call(aten.unsqueeze.default, part, dim) for part in found["tensors"]]
+                    made = call(aten.cat.default, apart, dim)
+                elif site["what"] == "slots":
+                    # a cache is read for its length alone, which is known
+                    found["cache"] = call(aten.zeros.default, [1, 1, _slots(node), 1])
+                    args, kwargs = normal_call(node.target, found)
+                    made = call(node.target, *args, **kwargs)
+                elif site["what"] == "norm":
+                    # the fused operator of ONNX has a weight
+                    size, dtype = int(node.meta["val"].shape[-1]), node.meta["val"].dtype
+                    found["weight"] = program.edit.add_weight(
+                        f"{node.name}.ones", torch.ones(size, dtype=dtype), kind="buffer"
+                    )
+                    args, kwargs = normal_call(node.target, found)
+                    made = call(node.target, *args, **kwargs)
+                elif site["what"] == "rotary":
+                    made = _turned(program, found)
+                elif site["what"] == "bias":
+                    made = call(
+                        aten.add.Tensor,
+                        call(aten.linear.default, found["input"], found["weight"]),
+                        found["bias"],
+                    )
+                else:
+                    made = self._attention(program, node, found, masks)
+            program.edit.replace(node, made)
+
+    def _attention(
+        self, program: Program, node: fx.Node, found: dict[str, Any], masks: dict[Any, fx.Node]
+    ) -> fx.Node:
+        call = program.edit.call
+        queries, keys = found["q"].meta["val"].shape[2], found["k"].meta["val"].shape[2]
+        key = (*(found[n] for n in MASKS), str(queries), str(keys), found["causal"], found["window"])
+        if key not in masks:
+            sizes = program.size_nodes([queries, keys])
+            masks[key] = call(
+                dialect.additive_mask.default, *(found[n] for n in MASKS), *sizes, causal=found["causal"],
+                window=found["window"], hidden=self.hidden,
+            )  # fmt: skip
+        bias = masks[key]
+        if found["bias"] is not None:
+            bias = call(aten.add.Tensor, found["bias"], bias)
+        found.update(key_mask=None, segments=None, visible=None, bias=bias, causal=False, window=None)
+        args, kwargs = normal_call(node.target, found)
+        return call(node.target, *args, **kwargs)
+
+
+def _stored(program: Program, found: dict[str, Any], tables: dict[Any, fx.Node]) -> fx.Node:
+    """Return a cache with new values in their slots by a product with ones and zeros, which the host makes of integers."""
+    call, cache, slots = program.edit.call, found["cache"], found["slots"]
+    capacity, dtype = int(cache.meta["val"].shape[2]), cache.meta["val"].dtype
+    key = (slots, capacity, dtype)
+    if key not in tables:
+        number = call(aten.unsqueeze.default, call(aten.arange.default, capacity), 1)
+        wide = call(aten.unsqueeze.default, call(aten.unsqueeze.default, slots, 1), 1)
+        tables[key] = call(aten.to.dtype, call(aten.eq.Tensor, wide, number), dtype)
+        tables["kept", *key] = call(aten.rsub.Scalar, call(aten.sum.dim_IntList, tables[key], [-1], True), 1)
+    values = found["values"]
+    if values.meta["val"].dtype != dtype:
+        values = call(aten.to.dtype, values, dtype)
+    kept = call(aten.mul.Tensor, cache, tables["kept", *key])
+    return call(aten.add.Tensor, kept, call(aten.matmul.default, tables[key], values))
+
+
+def _turned(program: Program, found: dict[str, Any]) -> fx.Node:
+    call, x = program.edit.call, found["x"]
+    half = int(x.meta["val"].shape[-1]) // 2
+    first = call(aten.slice.Tensor, x, -1, 0, half)
+    second = call(aten.slice.Tensor, x, -1, half, 2 * half)
+    turned = call(aten.cat.default, [call(aten.neg.default, second), first], -1)
+    return call(
+        aten.add.Tensor, call(aten.mul.Tensor, x, found["cos"]), call(aten.mul.Tensor, turned, found["sin"])
+    )
+
+
+def _slots(node: fx.Node) -> Any:
+    cache = arguments(node)["cache"]
+    return None if is_operator(cache, "aten.zeros") else cache.meta["val"].shape[2]
+
+
+def _masked(node: fx.Node) -> bool:
+    found = arguments(node)
+    return found["causal"] or found["window"] is not None or any(found[n] is not None for n in MASKS)

@@ -1,0 +1,351 @@
+"""Every value that a device computes, and every weight, in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ...ir.errors import LoweringError, PassRefusedError, PipelineError
+from ...ir.export_blockers import block_export
+from ...ir.facts import Canonical, Legal, Quantized
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.schema import arguments, is_operator
+from ...targets import Target, find_target
+from ...targets.partition import host_nodes
+from ..framework.base import Pass
+from ..framework.contracts import Approximate, Contract
+from ..framework.kept_tensors import keep, kept
+from ..framework.plan import Plan, Refused, Site
+from .masks import mask_sites
+from .precision import bearing
+from .ranges import Ranges, observe, scale_of
+from .rounding import Moments, fitted, matrix_scales, nearest
+from .values import (
+    constant_value,
+    features_of,
+    matrices_of,
+    moved,
+    silent_inputs,
+    tables_of,
+    values_of,
+    whole_matrices,
+)
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+dialect = torch.ops.graphopt
+STORED = {8: ("uint8", 255), 16: ("uint16", 65535)}
+WHOLE = {8: ("int8", 127), 4: ("int4", 7)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Store activations as integers of 8 or 16 bits and weights of 8 or 4: calibrated on data, judged on other data.
+
+    Activations have one scale and zero point each, by the least and largest value that calibration met; values that are
+    only moved keep those of what they were. Matrices have a symmetric scale for each output channel, or for each block
+    of its inputs; four bits are fitted to what the matrix is multiplied with (GPTQ, arXiv 2210.17323). With ``mixed``
+    matrices that bear few bits worst, as measured, keep eight. Tables of embeddings, weights of norms and other constants
+    are stored as activations are. In PyTorch the program computes what the integers stand for; lowering writes
+    QuantizeLinear and DequantizeLinear, and nothing else.
+    """
+
+    name = "quantize"
+    contract = Approximate()
+    requires = (Canonical, Legal)
+    provides = (Quantized,)
+    excludes = (Quantized,)
+    needs_data = True
+    metric_calibrates = True
+    paper = "rounding: arXiv 2210.17323"
+
+    weights: int = option(8, help="bits of a matrix's weight", choices=(8, 4))
+    activations: int = option(16, help="bits of an activation", choices=(8, 16))
+    block: int = option(0, help="inputs of a matrix that share a scale; 0: all of a row", low=0)
+    rounding: str = option(
+        "auto",
+        help="to which integers weights go; auto: fitted for 4 bits",
+        choices=("auto", "nearest", "fitted"),
+    )
+    mixed: bool = option(False, help="keep at 8 bits what bears 4 worst, until the loss is within the budget")
+    target: str | None = option(None, help="a device: what it does not take in so few bits is stored in more")
+    budget: float | None = option(None, help="largest relative loss", low=0)
+    metric: str = option(
+        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
+    )
+
+    def validate(self) -> None:
+        """The target must be known; mixing needs something to mix, and a budget."""
+        if self.target is not None:
+            try:
+                find_target(self.target)
+            except LoweringError as error:
+                raise PipelineError(f"{self.name}: {error.message}", hint=error.hint) from None
+        if self.mixed and (self.weights != 4 or self.budget is None):
+            raise PipelineError(
+                f"{self.name}: mixed=true chooses between 4 and 8 bits by a budget",
+                hint="quantize{weights=4 mixed=true budget=0.01}",
+            )
+
+    def promises(self) -> Contract:
+        """Judged by the metric asked for."""
+        return Approximate(self.metric)
+
+    @property
+    def _fits(self) -> bool:
+        return self.rounding == "fitted" or (self.rounding == "auto" and self.weights == 4)
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Observe ranges on calibration data, give each value its scale, and each matrix its bits and integers."""
+        plan = Plan()
+        why = "its matrices are chosen token by token, which has no form in few bits"
+        plan.refused = [
+            Refused(n.name, why, program.source_line(n))
+            for n in program.nodes if is_operator(n, "graphopt.routed_ffn", "graphopt.nested_ffn")
+        ]  # fmt: skip
+        if plan.refused:
+            return plan
+        plan.sites, plan.notes = mask_sites(program, context)
+        if plan.sites:
+            program = program.copy()
+            self._set_masks(program, plan)
+        values, matrices = values_of(program), matrices_of(program)
+        features = {node: dim for users in matrices.values() for node, dim in (features_of(u) for u in users)}
+        ranges = observe(program, context, values, features)
+        self._plan_values(program, plan, values, ranges)
+        tables = tables_of(program, matrices)
+        plan.sites += self._constants(program, tables)
+        plan.notes += whole_matrices(tables, self.activations)
+        plan.notes += silent_inputs(matrices, ranges)
+        found = self._plan_matrices(program, plan, matrices)
+        where = ""
+        if self._fits:
+            where = self._fit(program, context, found, matrices)
+            for site in found:
+                site.choices["integers"] = where
+        if self.mixed:
+            self._mix(program, context, plan, found)
+        plan.sites += found
+        return plan
+
+    def _plan_values(self, program: Program, plan: Plan, values: list[fx.Node], ranges: Ranges) -> None:
+        dtype, steps = STORED[self.activations]
+        scales: dict[fx.Node, tuple[float, int]] = {}
+        for node in values:
+            source = moved(node)
+            if source is not None and source in scales:
+                scales[node] = scales[source]
+            elif node not in ranges.of:
+                plan.refused.append(
+                    Refused(node.name, "calibration never computed it", program.source_line(node))
+                )
+                continue
+            else:
+                low, high = ranges.of[node]
+                if low == high == 0.0:
+                    plan.notes.append(
+                        f"{node.name} is zero on all calibration data, and will be zero on all other"
+                        f" [{program.source_line(node)}]"
+                    )
+                scales[node] = scale_of(low, high, steps)
+                usual = ranges.usual[node]
+                if scales[node][0] > usual > 0:
+                    plan.notes.append(
+                        f"{node.name} reaches from {low:.4g} to {high:.4g}, and half of its numbers are below {usual:.4g}, "
+                        f"less than a step: they are lost; a mask's number would be nearer [{program.source_line(node)}]"
+                    )
+            plan.sites.append(
+                Site(node.name, what="value", dtype=dtype, scale=scales[node][0], zero_point=scales[node][1])
+            )
+        if plan.refused:
+            raise PassRefusedError(
+                f"{self.name}: calibration never computed {plan.refused[0].block}",
+                hint="data that takes every way through the model",
+            )
+
+    def _constants(self, program: Program, tables: list[fx.Node]) -> list[Site]:
+        dtype, steps = STORED[self.activations]
+        sites = []
+        for value in tables:
+            tensor = constant_value(program, value)
+            scale, zero = scale_of(float(tensor.min()), float(tensor.max()), steps)
+            sites.append(Site(value.name, what="constant", dtype=dtype, scale=scale, zero_point=zero))
+        return sites
+
+    def _plan_matrices(
+        self, program: Program, plan: Plan, matrices: dict[fx.Node, list[fx.Node]]
+    ) -> list[Site]:
+        """Give each matrix the bits and blocks asked for, or what the target takes of them."""
+        target = find_target(self.target) if self.target is not None else None
+        sites = []
+        for node, users in matrices.items():
+            bits, block = self.weights, self.block
+            linear = all(is_operator(u, "aten.linear") for u in users)
+            inputs = int(node.meta["val"].shape[1])
+            if block and (not linear or inputs % block):
+                why = "no matrix of linear operators" if not linear else f"of {inputs} inputs"
+                plan.notes.append(
+                    f"{node.name} is {why}, and has a scale for each channel, not for {block} inputs"
+                )
+                block = 0
+            if target is not None:
+                bits, block, said = _taken(target, users, bits, self.activations, block)
+                plan.notes += [f"{node.name}: {s}" for s in said]
+            sites.append(Site(node.name, what="matrix", dtype=WHOLE[bits][0], block_size=block))
+        return sites
+
+    def _fit(
+        self, program: Program, context: Context, sites: list[Site], matrices: dict[fx.Node, list[fx.Node]]
+    ) -> str:
+        """Return where the integers are kept that were fitted to calibration data."""
+        by_name = {n.name: n for n in matrices}
+        found: dict[str, torch.Tensor] = {}
+        chosen = {s.block: s for s in sites}
+        for node, moments in Moments(program, context).each(by_name[s.block] for s in sites):
+            site = chosen[node.name]
+            weight, high = constant_value(program, node), dict(WHOLE.values())[site["dtype"]]
+            scale = matrix_scales(weight, high, int(site["block_size"]))
+            rows = weight.flatten(1).chunk(moments.shape[0]), scale.chunk(moments.shape[0])
+            parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
+            found[node.name] = torch.cat(parts).reshape(weight.shape)
+            found[f"{node.name}.steps"] = scale
+        return keep(found, context.work_dir, "integers")
+
+    def _mix(self, program: Program, context: Context, plan: Plan, sites: list[Site]) -> None:
+        """Keep at eight bits what bears four worst."""
+        by_name = {s.block: s for s in sites if s["dtype"] == "int4"}
+        eight = {
+            n: Site(n, what="matrix", dtype="int8", block_size=s["block_size"]) for n, s in by_name.items()
+        }
+
+        def few(edited: Program, name: str) -> None:
+            node = next(n for n in edited.graph.nodes if n.name == name)
+            _round_matrix(edited, node, by_name[name])
+
+        def all_of(names: Sequence[str]) -> Program:
+            made = program.copy()
+            chosen = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
+            self.rewrite(made, Plan(sites=[*plan.sites, *chosen]))
+            return made
+
+        sizes = {n.name: n.meta["val"].numel() for n in program.graph.nodes if n.name in by_name}
+        assert self.budget is not None
+        taken, alone, loss = bearing(
+            program, context, list(by_name), sizes, few, all_of, self.budget, self.metric, str(self)
+        )
+        for site in sites:
+            if site.block in eight and site.block not in taken:
+                site.choices = dict(eight[site.block].choices)
+        plan.scores = {name: alone[name] for name in by_name}
+        plan.notes.append(
+            f"{len(taken)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in taken)} of "
+            f"{sum(sizes.values())} numbers; loss on calibration data {loss:.3g}, budget {self.budget:g}"
+        )
+
+    @staticmethod
+    def _set_masks(program: Program, plan: Plan) -> None:
+        nodes = {n.name: n for n in program.graph.nodes}
+        for site in plan.sites:
+            if site["what"] == "mask":
+                program.edit.change(nodes[site.block], hidden=float(site["hidden"]))
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Put the rounding behind each value and weight, and masks where ranges hold them."""
+        if not plan.sites:
+            return
+        self._set_masks(program, plan)
+        nodes = {n.name: n for n in program.graph.nodes}
+        edit, host = program.edit, host_nodes(program)
+        for site in plan.sites:
+            node = nodes[site.block]
+            if site["what"] == "mask":
+                continue
+            if site["what"] == "matrix":
+                made = _round_matrix(program, node, site)
+            else:
+                with edit.after(node):
+                    made = edit.call(
+                        dialect.fake_quantize.default, node, float(site["scale"]), int(site["zero_point"]),
+                        dtype=site["dtype"],
+                    )  # fmt: skip
+                edit.replace(node, made, record=False)
+            for user in [u for u in made.users if u in host]:
+                # what a host makes of a value is made of it as it was
+                user.replace_input_with(made, node)
+        counts = {w: sum(s["what"] == w for s in plan.sites) for w in ("value", "matrix", "constant")}
+        few = sum(s["what"] == "matrix" and s["dtype"] == "int4" for s in plan.sites)
+        weights = "4" if few == counts["matrix"] else "8" if not few else "4or8"
+        kind = f"w{weights}a{self.activations}"
+        program.facts.add(Quantized(self.weights, self.activations, kind, **counts, four_bits=few))
+        block_export(program, "a folder has no place for ranges of activations; lower it, or save it")
+
+
+def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
+    """Put a matrix's rounding behind it, to the nearest integers or to those that were kept."""
+    edit, high = program.edit, dict(WHOLE.values())[site["dtype"]]
+    weight = constant_value(program, node)
+    known = program.weights.get(node.name)
+    name = known.name if known is not None else node.name
+    steps = matrix_scales(weight, high, int(site.choices.get("block_size", 0)))
+    scale = edit.add_weight(f"{name}_quantize_scale", steps, kind="buffer")
+    integers = None
+    where = site.choices.get("integers")
+    fitted_before = kept(str(where)) if where else {}
+    if node.name in fitted_before:
+        whole = fitted_before[node.name]
+        if not torch.equal(fitted_before[f"{node.name}.steps"], steps):
+            raise PipelineError(
+                f"the integers of {node.name} were fitted to other steps than {site['dtype']} has in the plan",
+                hint="plan again with the bits and blocks that you want, or remove integers from the site",
+            )
+        # where the nearest are the fitted ones, nothing has to be kept
+        if not torch.equal(whole.flatten(1), nearest(weight, steps, high)):
+            integers = edit.add_weight(f"{name}_quantize_integers", whole, kind="buffer")
+    # where it is first read: together at the top of the graph, all matrices would be held twice
+    readers = set(node.users)
+    first = next(n for n in program.graph.nodes if n in readers) if readers else node.next
+    with edit.before(first):
+        made = edit.call(
+            dialect.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
+        )
+    edit.replace(node, made, record=False)
+    return made
+
+
+def _taken(
+    target: Target, users: list[fx.Node], bits: int, activations: int, block: int
+) -> tuple[int, int, list[str]]:
+    """Return the bits and blocks that a target takes for a matrix, no more than asked for, and what it does not take."""
+    said: list[str] = []
+    kinds = {_onnx_operator(u): u.meta["val"].dim() for u in users}
+
+    def refused(bits: int) -> str:
+        whys = (target.refuses(name, dims, f"w{bits}a{activations}") for name, dims in kinds.items())
+        return next((why for why in whys if why), "")
+
+    why = refused(bits)
+    if bits == 4 and why:
+        said.append(f"8 bits, since {why}")
+        bits = 8
+    elif why:
+        said.append(f"lowering will refuse it: {why}")
+    kind = f"w{bits}a{activations}"
+    if block and not all(target.takes_blocks(name, kind) for name in kinds):
+        said.append(
+            f"a scale for each channel, since {target.name} takes no blocks of inputs for it in {kind}"
+        )
+        block = 0
+    return bits, block, said
+
+
+def _onnx_operator(node: fx.Node) -> str:
+    if not is_operator(node, "aten.linear"):
+        return "Conv"
+    found = arguments(node)
+    return "Gemm" if found["bias"] is not None and node.meta["val"].dim() == 2 else "MatMul"

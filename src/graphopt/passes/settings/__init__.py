@@ -1,0 +1,1 @@
+"""Settings chosen at run time."""

@@ -1,0 +1,174 @@
+"""Which heads share a rank: an order of heads under which a contiguous split gives diverse groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.anatomy import Block
+from ...ir.errors import PipelineError
+from ...ir.facts import TensorParallel
+from ...ir.option import option
+from ...ir.program import Program
+from ...ir.running.execute import interpret
+from ...ir.schema import arguments, is_operator, normal_call
+from ..framework.base import Pass
+from ..framework.contracts import Exact
+from ..framework.plan import Plan, Refused, Site
+from ..shared.reorder import reorder_heads
+from .grouping import match, scatter
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupHeads(Pass):
+    """Order the heads of each attention so that every rank gets heads that look at different things.
+
+    Head grouping of SPD (arXiv 2502.20727), to be run before ``shard-tensor-parallel``: *scatter* chooses groups whose
+    attention maps differ most within (pairwise exchanges); *match* assigns groups to the ranks' shares of the following
+    feed-forward so that what each makes of its group is largest (linear assignment). The outputs stay the same. Written
+    to a Hugging Face folder, any engine that splits heads in order gets these groups. Key-value heads move with all
+    queries that share them.
+    """
+
+    name = "group-heads"
+    contract = Exact()
+    excludes = (TensorParallel,)
+    paper = "arXiv 2502.20727"
+    needs_data = True
+    trial = {"size": 2}  # noqa: RUF012
+
+    size: int = option(8, help="number of ranks the heads will be split over", low=2, high=1024)
+    blocks: list[int] | None = option(None, help="numbers of the attention blocks, from 0; all if not given")  # noqa: RUF009
+    match: bool = option(True, help="assign groups to shares of the feed-forward", source="paper")
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Measure attention maps and choose an order for each block."""
+        plan = Plan()
+        attention = program.anatomy.attention
+        wrong = [n for n in self.blocks or [] if not 0 <= n < len(attention)]
+        if wrong:
+            raise PipelineError(
+                f"{self.name}: there is no attention {wrong[0]}; they are numbered 0 to {len(attention) - 1}"
+            )
+        chosen = attention if self.blocks is None else [attention[n] for n in self.blocks]
+        able: list[Block] = []
+        for block in chosen:
+            reason = self._refusal(block)
+            if reason:
+                plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
+            else:
+                able.append(block)
+        if not able:
+            return plan
+        distances = self._distances(program, context, able)
+        trial = program.copy()
+        trials = {b.name: b for b in trial.anatomy.attention}
+        for block in able:
+            groups, gain = scatter(distances[block.name], self.size)
+            following = self._ffn_after(program, block) if self.match else None
+            if following is not None:
+                groups = self._matched(program, context, block, following, groups)
+            order = [unit for group in groups for unit in group]
+            try:
+                reorder_heads(trial, trials[block.name], order)
+            except ValueError as problem:
+                plan.refused.append(
+                    Refused(block.name, f"its heads cannot be followed to weights: {problem}")
+                )
+                continue
+            plan.sites.append(Site(block.name, order=order))
+            plan.scores[block.name] = gain
+        if plan.scores:
+            plan.notes.append("scores: difference within groups, relative to groups at random")
+        return plan
+
+    def _refusal(self, block: Block) -> str:
+        if "core" not in block.parts or not is_operator(block.parts.get("o"), "aten.linear"):
+            return "its heads were not recognised"
+        units = block.sizes["kv_heads"]
+        if units % self.size:
+            return f"its {units} key-value heads do not divide over {self.size} ranks"
+        if units == self.size:
+            return f"each of {self.size} ranks gets one key-value head: there is nothing to choose"
+        if block.sizes.get("cross"):
+            return "its keys come from another stream"
+        return ""
+
+    def _distances(self, program: Program, context: Context, blocks: list[Block]) -> dict[str, torch.Tensor]:
+        """Sum over calibration sequences of the distance of attention maps, (units, units) by block."""
+        found: dict[str, torch.Tensor] = {}
+        cores = {b.name: b.parts["core"] for b in blocks}
+        needed = {n: None for core in cores.values() for n in core.all_input_nodes}
+        context.progress.start(f"attention maps of {len(blocks)} blocks", len(context.batches()))
+        for _, values in context.record(program, needed):
+            for block in blocks:
+                maps = _maps(cores[block.name], values)
+                each = maps.shape[1] // block.sizes["kv_heads"]
+                flat = maps.double().flatten(2)
+                apart = torch.cdist(flat, flat).sum(0)
+                apart = apart.unflatten(0, (-1, each)).unflatten(2, (-1, each)).sum((1, 3))  # type: ignore[no-untyped-call]
+                found[block.name] = found.get(block.name, torch.zeros_like(apart)) + apart
+            context.progress.step()
+        context.progress.done()
+        return found
+
+    def _ffn_after(self, program: Program, block: Block) -> Block | None:
+        after = [b for b in program.anatomy.blocks if b.reads is block.writes]
+        if len(after) != 1 or after[0].kind != "ffn" or block.parallel or block.term is not block.parts["o"]:
+            return None
+        if "down" not in after[0].parts:  # it has several widths
+            return None
+        return after[0] if int(after[0].sizes["width"]) % self.size == 0 else None
+
+    def _matched(
+        self, program: Program, context: Context, block: Block, ffn: Block, groups: list[list[int]]
+    ) -> list[list[int]]:
+        """Order groups by what the share of the feed-forward on each rank makes of them, on one batch."""
+        batch = context.bound(program, context.batches()[0])
+        out, down = block.parts["o"], ffn.parts["down"]
+        found, last = arguments(out), arguments(down)
+        heads, hidden = found["input"], last["input"]
+        values = interpret(program, batch, record=[heads, block.reads], stop=True)
+        weights = interpret(
+            program, {}, record=dict.fromkeys(n for n in (found["weight"], found["bias"], last["weight"]) if n is not None),
+            stop=True,
+        )  # fmt: skip
+        matrix, narrow = weights[found["weight"].name], weights[last["weight"].name]
+        bias = 0 if found["bias"] is None else weights[found["bias"].name]
+        each = matrix.shape[1] // block.sizes["kv_heads"]
+        shares = narrow.chunk(self.size, 1)
+        sizes = torch.zeros(self.size, self.size)
+        for g, group in enumerate(groups):
+            columns = torch.cat([torch.arange(u * each, (u + 1) * each) for u in group])
+            partial = torch.nn.functional.linear(values[heads.name][..., columns], matrix[:, columns])
+            stream = values[block.reads.name] + partial + bias
+            seen = interpret(program, batch, given={ffn.reads: stream}, record=[hidden], stop=True)[
+                hidden.name
+            ]
+            for r, part in enumerate(seen.chunk(self.size, -1)):
+                sizes[g, r] = torch.nn.functional.linear(part, shares[r]).norm()
+        return [groups[g] for g in match(sizes)]
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Put the heads into the planned order."""
+        blocks = {b.name: b for b in program.anatomy.attention}
+        for site in plan.sites:
+            reorder_heads(program, blocks[site.block], [int(u) for u in site["order"]])
+
+
+def _maps(core: fx.Node, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Attention maps (batch, heads, queries, keys): the operator itself, applied to an identity matrix."""
+    found: dict[str, Any] = {
+        k: values[v.name] if isinstance(v, fx.Node) else v for k, v in arguments(core).items()
+    }
+    keys = found["k"]
+    found["v"] = torch.eye(keys.shape[2], dtype=keys.dtype).expand(*keys.shape[:2], -1, -1)
+    args, kwargs = normal_call(core.target, found)
+    maps: torch.Tensor = core.target(*args, **kwargs)  # type: ignore[operator]
+    return maps

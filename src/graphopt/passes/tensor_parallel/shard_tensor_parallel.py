@@ -1,0 +1,111 @@
+"""Each rank computes its own heads, its own share of the width, its own experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.facts import TensorParallel
+from ...ir.groups import world_size
+from ...ir.needs import ABSENT
+from ...ir.option import option, refuse_set
+from ...ir.program import Program
+from ...ir.ranks.placement import placements
+from ..framework.base import Pass
+from ..framework.contracts import Exact
+from ..framework.plan import Plan
+from ..shared.fused_projections import split_all
+from .blocks import Placer, possible_sizes
+from .merging import merge_sums
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTensorParallel(Pass):
+    """Shard a model over ranks: attention by heads, feed-forwards by width, mixtures by width or by expert.
+
+    After Megatron-LM (arXiv 1909.08053): the first projections of a block are cut by rows, the last by columns,
+    and one all-reduce adds up what the ranks have. The graph is one for all ranks; each takes its part of a
+    weight with ``local_slice`` and reads nothing else of it. Parts follow the dataflow from the last projection
+    back, so fused projections (taken apart first), rotary embeddings, norms within heads, position biases,
+    sinks and latent attention need no case of their own; what cannot be computed in parts is computed whole and
+    cut, and a note says so. Ranks that outnumber key-value heads share them. Branches that meet in one sum share
+    one all-reduce.
+
+    In one process the program runs all its ranks; under torchrun each process runs its own.
+    """
+
+    name = "shard-tensor-parallel"
+    contract = Exact()
+    provides = (TensorParallel,)
+    excludes = (TensorParallel,)
+    trial = {"size": 2}  # noqa: RUF012
+    paper = "arXiv 1909.08053"
+
+    size: int | None = option(
+        None, help="number of ranks; if not given, as many as processes run", low=1, high=1024
+    )
+    attention: str = option(
+        "shard", help="whether attention is cut by heads or kept whole", choices=("shard", "replicate")
+    )
+    experts: str = option(
+        "auto",
+        help="how mixtures are cut; auto: by width, by expert where the width does not divide",
+        choices=("auto", "width", "expert", "replicate"),
+    )
+    embedding: str = option(
+        "auto",
+        help="token table and head by rows of the vocabulary; auto: where the table exceeds 64 MiB",
+        choices=("auto", "replicate", "shard"),
+        needs={"huggingface_plan": ABSENT},
+    )
+    huggingface_plan: str = option(
+        "", help="JSON or YAML file with a Hugging Face tensor-parallel plan, which says what is cut"
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of ranks."""
+        return self.size if self.size is not None else world_size()
+
+    def validate(self) -> None:
+        """A program for one rank, because nobody said how many, is hardly what was meant."""
+        if self.size is None and world_size() == 1:
+            raise PipelineError(
+                f"{self.name}: say how many ranks", hint="size=8, or start several processes with torchrun"
+            )
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Try every block on a copy."""
+        kinds = {block.kind for block in program.anatomy.blocks}
+        for name in ("attention", "experts"):
+            if name not in kinds:
+                refuse_set(self.name, self, (name,), f"this program has no block of the kind {name}")
+        trial = program.copy()
+        split_all(trial)
+        placer = Placer(trial, self)
+        plan = placer.plan()
+        heads = [r for r in plan.refused if r.block.startswith("attention") and "heads" in r.reason]
+        if heads and not any(s.block.startswith("attention") for s in plan.sites):
+            sizes = possible_sizes(program)
+            raise PassRefusedError(
+                f"{self.name}: {heads[0].block}: {heads[0].reason}",
+                hint=f"sizes that divide its heads: {', '.join(map(str, sizes))}; "
+                "attention=replicate keeps attention whole on every rank",
+            )
+        if self.ranks == 1:
+            plan.notes.append("one rank: nothing has to be added up")
+        return plan
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Cut what the plan says."""
+        split_all(program)
+        program.facts.add(TensorParallel(self.ranks))
+        placer = Placer(program, self)
+        for site in plan.sites:
+            placer.cut(site)
+        merge_sums(program)
+        placements(program)

@@ -1,0 +1,154 @@
+"""Feed-forwards lose their least important hidden channels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.export_blockers import block_export
+from ...ir.facts import note_checkpoint
+from ...ir.option import option
+from ...ir.program import Program
+from ..framework.base import Pass
+from ..framework.contracts import Approximate, Contract
+from ..framework.plan import Plan
+from ..shared.fused_projections import split_all
+from .scores import SCORES, importance_of_blocks
+from .sort_ffn import plan_orders, take_planned
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFfn(Pass):
+    """Remove hidden channels of feed-forwards: rows of the first projections, columns of the last.
+
+    The same as zeroing them, with less to compute. ``fraction`` of the width goes, or as much as a ``budget`` holds.
+    ``allocation=cfsp`` removes less where a block turns the stream further (arXiv 2409.13199): keep ratios are
+    sigmoid(importance) relative to their mean, drawn towards it until none exceeds one. With one width in all layers the
+    result is written back to a plain Hugging Face folder.
+    """
+
+    name = "prune-ffn"
+    contract = Approximate()
+    paper = "arXiv 2409.13199, 2512.22671"
+    trial = {"fraction": 0.5, "score": "peak"}  # noqa: RUF012
+
+    fraction: float | None = option(None, help="share of the hidden channels that goes", low=0, high=1)
+    budget: float | None = option(
+        None, help="largest relative loss; alone: remove as much as holds it", low=0
+    )
+    score: str = option(
+        "norm",
+        help="what tells how much a channel matters; peak needs no data",
+        source="code",
+        choices=SCORES,
+    )
+    allocation: str = option(
+        "uniform", help="the same share in all layers, or by importance", choices=("uniform", "cfsp")
+    )
+    strength: float = option(
+        1.0, help="how far ratios follow importance", source="code", low=0, needs={"allocation": "cfsp"}
+    )
+    multiple: int = option(1, help="widths are a multiple of this; 128 suits GPUs", low=1)
+    metric: str = option(
+        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
+    )
+
+    def validate(self) -> None:
+        """One way at least of saying how much."""
+        if self.fraction is None and self.budget is None:
+            raise PipelineError(f"{self.name}: say how much goes", hint="fraction=0.25 or budget=0.01")
+
+    def promises(self) -> Contract:
+        """Judged by the metric asked for."""
+        return Approximate(self.metric)
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Score the channels and choose."""
+        if self.fraction is not None:
+            return self._at(program, context, self.fraction)
+        assert self.budget is not None
+        low, high, best, notes = 0, 15, None, []
+        while low < high:
+            step = (low + high + 1) // 2
+            plan = self._at(program, context, step / 16)
+            trial = program.copy()
+            take_planned(trial, plan)
+            loss = context.loss(trial, program, metric=self.metric)
+            notes.append(f"{step}/16 removed: loss {loss:.4g}")
+            if loss <= self.budget:
+                low, best = step, plan
+            else:
+                high = step - 1
+        if best is None:
+            raise PassRefusedError(
+                f"{self.name}: even a sixteenth of the width costs more than the budget of {self.budget:g}",
+                hint=notes[-1],
+            )
+        best.notes += notes
+        return best
+
+    def _at(self, program: Program, context: Context, fraction: float) -> Plan:
+        probe = program.copy()
+        split_all(probe)
+        blocks = probe.anatomy.ffn
+        widths = {b.name: int(b.sizes["width"]) for b in blocks}
+        ratios = dict.fromkeys(widths, 1 - fraction)
+        if self.allocation == "cfsp" and blocks:
+            ratios = cfsp_ratios(importance_of_blocks(probe, context, blocks), 1 - fraction, self.strength)
+        kept = {
+            name: _rounded(widths[name] * ratio, self.multiple, widths[name])
+            for name, ratio in ratios.items()
+        }
+        return plan_orders(program, context, self.score, kept)
+
+    def told(self, program: Program, plan: Plan) -> list[str]:
+        """How many channels go."""
+        before = sum(int(s["width"]) for s in plan.sites)
+        left = sum(int(s["kept"]) for s in plan.sites)
+        return [f"hidden channels: {before} -> {left} ({left / before - 1:+.1%})"] if before else []
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Take the channels that stay."""
+        if not plan.sites:
+            return
+        take_planned(program, plan)
+        widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
+        whole = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
+        if len(widths) == 1 and whole and not program.anatomy.experts:
+            (pair,) = widths
+            if pair[0] != pair[1]:
+                note_checkpoint(program, ffn_widths=(pair,))
+        else:
+            block_export(
+                program, "feed-forwards have different widths, for which the configuration has one entry"
+            )
+
+
+def _rounded(width: float, multiple: int, most: int) -> int:
+    """A multiple near the width, at least one and at most what there is."""
+    return max(1, min(most, max(multiple, int((width + multiple / 2) // multiple * multiple))))
+
+
+def cfsp_ratios(importance: dict[str, float], mean: float, strength: float) -> dict[str, float]:
+    """Return keep ratios with the mean asked for, larger where importance is.
+
+    ``sigmoid(strength * (I - mean I) / spread)`` relative to its mean; drawn together by 1.05 until none exceeds one. The
+    released code divides by 1e4, which suits its number of tokens; here by the standard deviation.
+    """
+    values = list(importance.values())
+    centre = sum(values) / len(values)
+    spread = math.sqrt(sum((v - centre) ** 2 for v in values) / len(values)) or 1.0
+    raw = {n: 1 / (1 + math.exp(-strength * (v - centre) / spread)) for n, v in importance.items()}
+    level = sum(raw.values()) / len(raw)
+    ratios = {n: v / level * mean for n, v in raw.items()}
+    # rounding may keep the largest a hair above one for ever
+    while max(ratios.values()) > 1 + 1e-9:
+        ratios = {n: mean + (v - mean) / 1.05 for n, v in ratios.items()}
+        if mean >= 1:
+            return dict.fromkeys(ratios, 1.0)
+    return {n: min(v, 1.0) for n, v in ratios.items()}

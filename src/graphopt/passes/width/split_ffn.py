@@ -1,0 +1,199 @@
+"""Dense feed-forwards become small and big experts, with a router for each and a dial over all."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from ...ir.errors import PipelineError
+from ...ir.export_blockers import block_export
+from ...ir.needs import longer
+from ...ir.option import option
+from ...ir.program import Dial, Program
+from ...ir.weights import Drawn
+from ..framework.base import Pass
+from ..framework.contracts import ExactAt
+from ..framework.plan import Plan, Refused, Site
+from ..shared.fused_projections import split_all
+from .nesting import NESTED, FeedForward, free_name, nested, own_small, place_of, read_feed_forward
+from .scores import SCORES
+from .sort_ffn import plan_orders, take_planned
+from .taking import refusal
+
+if TYPE_CHECKING:
+    from ...measure.context import Context
+
+aten, dialect = torch.ops.aten, torch.ops.graphopt
+DIAL = "delta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFfn(Pass):
+    """Let each token use as much of each feed-forward as a router says: nested experts (DynaMoE, arXiv 2502.12325).
+
+    Expert e is the first ``widths[e]`` of the hidden channels, sorted by importance, so that nothing is stored twice.
+    A router per feed-forward gives each expert a probability; ``program(..., delta=0.5)`` takes the narrowest up to
+    which they sum to delta. At delta 1, the default, every token gets the whole width and nothing changes. Routers
+    begin without a preference; ``graphopt train --recipe dynamoe`` teaches them which tokens are hard.
+
+    ``separate=true`` gives the smaller expert weights of its own, which begin as a copy of the most important channels,
+    and ``skip=true`` adds the way around the feed-forward: Duo-LLM (arXiv 2410.10846) is
+    ``widths=[1/16 1] separate=true``, trained by the recipes ``duo-distil`` and ``duo-routers``.
+    """
+
+    name = "split-ffn"
+    contract = ExactAt(DIAL, 1.0)
+    paper = "arXiv 2502.12325, 2410.10846"
+    trial = {"score": "peak"}  # noqa: RUF012
+
+    widths: list[float] = option(  # noqa: RUF009
+        [0.25, 0.5, 0.75, 1.0],
+        help="widths of the experts as shares of the whole, rising to 1",
+        source="paper",
+    )
+    separate: bool = option(False, help="the smaller of two experts has weights of its own")
+    skip: bool = option(False, help="a token may go around the feed-forward as well")
+    score: str = option(
+        "activation", help="what orders the channels; peak needs no data, none leaves them as they are",
+        source="paper", choices=(*SCORES, "none"), needs={"widths": longer(1)},
+    )  # fmt: skip
+    router: str = option(
+        "auto", help="two layers or one; auto: two, and one where separate=true", source="recalled",
+        choices=("auto", "two-layer", "linear"),
+    )  # fmt: skip
+    router_size: int | None = option(
+        None, help="hidden size of two-layer routers; a sixteenth of the model's if not given", low=1,
+        needs=[{"router": "two-layer"}, {"router": "auto", "separate": False}],
+    )  # fmt: skip
+    multiple: int = option(
+        1, help="widths are rounded to a multiple of this; 128 suits GPUs", low=1, needs={"widths": longer(1)}
+    )
+
+    def validate(self) -> None:
+        """Widths rise to the whole."""
+        shares = self.widths
+        if (
+            not shares
+            or shares[0] <= 0
+            or shares[-1] != 1
+            or any(a >= b for a, b in itertools.pairwise(shares))
+        ):
+            raise PipelineError(
+                f"{self.name}: widths must rise from above 0 to 1, not {' '.join(f'{w:g}' for w in shares)}",
+                hint="widths=[1/4 1/2 3/4 1]",
+            )
+        if len(shares) + self.skip < 2:
+            raise PipelineError(
+                f"{self.name}: one width leaves nothing to choose", hint="widths=[1/2 1] or skip=true"
+            )
+        if self.separate and len(shares) != 2:
+            raise PipelineError(f"{self.name}: separate=true takes two widths, such as [1/16 1]")
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Score the channels and take every feed-forward whose activation is known."""
+        plan = self._unsorted(program) if self.score == "none" else plan_orders(program, context, self.score)
+        probe = program.copy()
+        split_all(probe)
+        blocks = {b.name: b for b in probe.anatomy.ffn}
+        taken: list[Site] = []
+        for site in plan.sites:
+            block = blocks[site.block]
+            reason = read_feed_forward(block)
+            widths = self._widths(int(block.sizes["width"]))
+            if isinstance(reason, FeedForward) and isinstance(widths, list):
+                chosen = {k: v for k, v in site.choices.items() if k == "channels"}
+                taken.append(Site(site.block, widths=widths, separate=self.separate, **chosen))
+                continue
+            why = reason if isinstance(reason, str) else str(widths)
+            plan.refused.append(Refused(site.block, why, probe.source_line(block.term)))
+        plan.sites = taken
+        if taken:
+            plan.notes.append(
+                "routers have no preference yet: train them with "
+                + ("--recipe duo-distil, then duo-routers" if self.separate else "--recipe dynamoe")
+            )
+        return plan
+
+    def _unsorted(self, program: Program) -> Plan:
+        plan = Plan()
+        probe = program.copy()
+        split_all(probe)
+        for block in probe.anatomy.ffn:
+            reason = refusal(probe, block)
+            if reason:
+                plan.refused.append(Refused(block.name, reason, probe.source_line(block.term)))
+            else:
+                plan.sites.append(Site(block.name))
+        return plan
+
+    def _widths(self, whole: int) -> list[int] | str:
+        found = [round(share * whole / self.multiple) * self.multiple for share in self.widths[:-1]] + [whole]
+        if found[0] < 1 or any(a >= b for a, b in itertools.pairwise(found)):
+            return f"its width of {whole} has no {len(found)} different multiples of {self.multiple} near those asked for"
+        return [0, *found] if self.skip else found
+
+    def rewrite(self, program: Program, plan: Plan) -> None:
+        """Sort, then let routers choose."""
+        if not plan.sites:
+            return
+        if any("channels" in site.choices for site in plan.sites):
+            take_planned(program, plan)
+        split_all(program, {site.block for site in plan.sites})
+        blocks = {b.name: b for b in program.anatomy.ffn}
+        inputs = program.input_nodes
+        delta = inputs[DIAL] if DIAL in program.dials else program.add_dial(
+            DIAL, Dial(1.0, 0.0, 1.0, "how much of the routers' probability must be within a token's width")
+        )  # fmt: skip
+        smalls: dict[fx.Node, FeedForward] = {}
+        for site in plan.sites:
+            ffn = read_feed_forward(blocks[site.block])
+            if isinstance(ffn, str):
+                raise PipelineError(f"the plan takes {site.block}, which cannot be: {ffn}")
+            widths = [int(w) for w in site["widths"]]
+            place = place_of(program, ffn.down)
+            with program.edit.before(ffn.down):
+                logits = self._router(program, ffn.x, len(widths), place)
+                choice = program.edit.call(dialect.choose_width.default, logits, delta)
+                if site["separate"]:
+                    made = self._apart(program, ffn, choice, widths, place, smalls)
+                else:
+                    made = nested(program, ffn, choice, widths)
+            program.edit.replace(ffn.down, made)
+        block_export(program, NESTED)
+
+    def _apart(
+        self, program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int], place: str,
+        smalls: dict[fx.Node, FeedForward],
+    ) -> fx.Node:  # fmt: skip
+        """A small expert beside the big one; a token of one has no width in the other."""
+        key = ffn.weights["down"]
+        assert key is not None
+        *_, narrow, whole = widths
+        if key not in smalls:
+            smalls[key] = own_small(program, ffn, narrow, place)
+        held = smalls[key]
+        small = FeedForward(ffn.x, ffn.down, held.weights, ffn.activation)
+        big = nested(program, ffn, choice, [whole if w == whole else 0 for w in widths])
+        little = nested(program, small, choice, [w if w == narrow else 0 for w in widths])
+        return program.edit.call(aten.add.Tensor, big, little)
+
+    def _router(self, program: Program, x: fx.Node, ways: int, place: str) -> fx.Node:
+        """Add a router whose last layer is zero: every way is as likely."""
+        call, add = program.edit.call, program.edit.add_weight
+        value = x.meta["val"]
+        size = int(value.shape[-1])
+        kind = self.router if self.router != "auto" else ("linear" if self.separate else "two-layer")
+        if kind == "two-layer":
+            inner = self.router_size or max(ways, size // 16)
+            first = Drawn((inner, size), value.dtype, sum(place.encode()), size**-0.5)  # made when it is read
+            weight = add(free_name(program, f"{place}.router_in.weight"), first)
+            bias = add(free_name(program, f"{place}.router_in.bias"), torch.zeros(inner, dtype=value.dtype))
+            x = call(aten.relu.default, call(aten.linear.default, x, weight, bias))
+            size = inner
+        weight = add(free_name(program, f"{place}.router.weight"), torch.zeros(ways, size, dtype=value.dtype))
+        bias = add(free_name(program, f"{place}.router.bias"), torch.zeros(ways, dtype=value.dtype))
+        return call(aten.linear.default, x, weight, bias)

@@ -1,0 +1,152 @@
+"""What devices and runtimes take: data files beside this one, each made by a sweep of single operators through it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from ..ir.errors import LoweringError
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a compiler made of one operator in one type.
+
+    Attributes:
+        placed: it was taken, with no other node left over.
+        snr: its simulator against ONNX Runtime on the same file, in decibels; None where nothing was computed.
+        why: what was said, where it was not taken.
+    """
+
+    placed: bool
+    snr: float | None
+    why: str
+
+    @property
+    def right(self) -> bool:
+        """Tell whether it is taken and computes what it should."""
+        return self.placed and (self.snr is None or self.snr >= LEAST_SNR)
+
+
+LEAST_SNR = 25.0
+"""Decibels below which an operator counts as wrong: rounding alone leaves more in every type."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device or runtime to write files for.
+
+    Attributes:
+        name: as given to ``target=``.
+        opset: that its compiler takes best, or of the runtime's operators.
+        soc: Qualcomm's number of the system on a chip; 0 for a runtime.
+        arch: version of the HTP; 0 for a runtime.
+        wheel: the compiler's or runtime's package and version that the sweep was made with.
+        operators: for each ONNX operator the verdict in each type (float, w8a8, w8a16, w4a8, w4a16), the worst of its
+            forms.
+        most_dimensions: of operators that take fewer than ONNX does.
+        blocks: operators and types whose weights may have a scale for each block of inputs.
+    """
+
+    name: str
+    opset: int
+    soc: int
+    arch: int
+    wheel: str
+    operators: Mapping[str, Mapping[str, Verdict]]
+    most_dimensions: Mapping[str, int]
+    blocks: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def compiled(self) -> bool:
+        """Tell whether a compiler makes something of files beforehand, for sizes that are numbers."""
+        return self.soc > 0
+
+    def refuses(self, operator: str, dimensions: int, kind: str = FLOAT) -> str:
+        """Return why an operator cannot go to the device; empty if it can.
+
+        Args:
+            operator: of ONNX's standard.
+            dimensions: of its first operand.
+            kind: "float", "w8a8", "w8a16", "w4a8" or "w4a16".
+        """
+        known = self.operators.get(operator)
+        if known is None:
+            # what a runtime computes is compared in any case; a compiler may do it wrongly for a device
+            return f"{operator} was never tried on {self.name}" if self.compiled else ""
+        verdict = known.get(kind)
+        if verdict is None:
+            # bits of weights say nothing about what has none
+            verdict = known.get(kind.replace("w4", "w8"), known.get(FLOAT))
+        if verdict is not None and not verdict.placed:
+            return f"{self.name} does not take {operator}" + (f": {verdict.why}" if verdict.why else "")
+        if verdict is not None and not verdict.right:
+            return f"{self.name} computes {operator} wrongly in {kind} ({verdict.snr:.0f} dB)"
+        most = self.most_dimensions.get(operator)
+        if most is not None and dimensions > most:
+            return f"{self.name} takes {operator} of at most {most} dimensions, here are {dimensions}"
+        return ""
+
+    def takes_blocks(self, operator: str, kind: str) -> bool:
+        """Tell whether a weight may have a scale for each block of inputs."""
+        return (operator, kind) in self.blocks
+
+
+def names() -> list[str]:
+    """Return the targets that are known."""
+    files = [f.name for f in resources.files(__name__).iterdir()]
+    return sorted(f.removesuffix(".json") for f in files if f.endswith(".json"))
+
+
+@cache
+def find_target(name: str) -> Target:
+    """Return a device or runtime by name; "onnx" is ONNX Runtime at the newest opset.
+
+    Raises:
+        LoweringError: there is none of that name.
+    """
+    if name == "onnx":
+        name = max(n for n in names() if n.startswith("onnx-"))
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        raise LoweringError(
+            f"no rules are known for the target {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"targets are {', '.join(names())}; without one, the file is plain ONNX",
+        )
+    return read_target(name, json.loads((resources.files(__name__) / f"{name}.json").read_text()))
+
+
+def read_target(name: str, data: Mapping[str, Any]) -> Target:
+    """Return a device from what its file holds: of an operator's usual forms the worst verdict counts."""
+    operators: dict[str, dict[str, Verdict]] = {}
+    most: dict[str, int] = {}
+    blocks: set[tuple[str, str]] = set()
+    for case in data["cases"]:
+        for kind, said in case["verdicts"].items():
+            verdict = Verdict(bool(said["placed"]), said.get("snr"), said.get("why", ""))
+            name_of, dimensions = case["operator"], int(case["dimensions"])
+            if case["limit"] == "dimensions" and not verdict.placed:
+                most[name_of] = dimensions - 1
+            elif case["limit"] == "block" and verdict.right:
+                blocks.add((name_of, kind))
+            if case["limit"]:
+                continue
+            held = operators.setdefault(case["operator"], {})
+            if kind not in held or _badness(verdict) > _badness(held[kind]):
+                held[kind] = verdict
+    device = data["device"]
+    return Target(
+        name, int(device["opset"]), int(device.get("soc", 0)), int(device.get("arch", 0)), str(data["wheel"]),
+        operators, most, frozenset(blocks),
+    )  # fmt: skip
+
+
+def _badness(verdict: Verdict) -> tuple[bool, float]:
+    return not verdict.placed, -(verdict.snr if verdict.snr is not None else 1e9)

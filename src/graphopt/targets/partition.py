@@ -1,0 +1,50 @@
+"""Which part of a graph a host computes for a device: what integers alone decide, such as masks and positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..ir.program import Program
+from ..ir.schema import is_operator
+
+
+def host_nodes(program: Program) -> set[fx.Node]:
+    """Return the calls that depend on integer inputs, and on no parameter and no input of numbers."""
+    heavy: set[fx.Node] = set()
+    driven: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            weight = program.weights.get(node.name)
+            if weight is not None:
+                if weight.kind == "parameter":
+                    heavy.add(node)
+            elif (
+                isinstance(value, torch.Tensor)
+                and value.dtype.is_floating_point
+                and node.meta.get("input") not in program.dials
+            ):
+                heavy.add(node)
+            else:
+                driven.add(node)
+        elif node.op == "call_function":
+            # how a value is stored is the device's business
+            if is_operator(node, "graphopt.fake_quantize") or any(n in heavy for n in node.all_input_nodes):
+                heavy.add(node)
+            elif any(n in driven for n in node.all_input_nodes):
+                driven.add(node)
+    return {n for n in driven if n.op == "call_function"}
+
+
+def border(program: Program) -> list[fx.Node]:
+    """Return the tensors that a host computes and a device reads."""
+    host = host_nodes(program)
+    outputs = set(program.outputs.values())
+    return [
+        n
+        for n in program.graph.nodes
+        if n in host
+        and isinstance(n.meta.get("val"), torch.Tensor)
+        and (n in outputs or any(u not in host and u.op == "call_function" for u in n.users))
+    ]

@@ -1,0 +1,129 @@
+"""Blocks that lost their sync point learn to do without: block-to-block distillation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.reading import read_data
+from ..ir.errors import UsageError
+from ..ir.export_blockers import block_export
+from ..ir.program import Program
+from ..ir.running.execute import interpret
+from ..ir.running.extract import extract
+from ..ir.weights import InMemory
+from ..measure.context import Context
+from ..passes.tensor_parallel.sync_points import drop, find_sync_points
+from . import Record, Settings, train
+from .recipes import Recipe, imitation
+from .shown import TrainingProgress
+
+
+def distil_sync_points(
+    program: Program,
+    blocks: Sequence[str],
+    data: str | os.PathLike[str] | Iterable[Mapping[str, torch.Tensor]],
+    settings: Settings,
+    *,
+    work_dir: str | os.PathLike[str] | None = None,
+    sequences: int = 128,
+    length: int = 2048,
+    progress: TrainingProgress | None = None,
+) -> tuple[Program, dict[str, Record]]:
+    """Drop sync points and train each block to do without its own (section 4 of arXiv 2502.20727).
+
+    Each block, from what it reads to what its feed-forward writes, is trained by itself: without its sync point it
+    learns to write what it wrote with it, on the stream of the original model. The paper takes 10 epochs over 128
+    sequences at a learning rate of 5e-5 (LLaMA-2) or 1e-6 (OPT); the optimizer is open, AdamW is used.
+
+    Args:
+        program: sharded, with its sync points.
+        blocks: names of attention blocks, such as ``"attention.3"``.
+        data: a file or batches, as for passes; all of it is trained on.
+        settings: of each block's training.
+        work_dir: where states are kept, a folder a block, so that an interrupted run goes on.
+        sequences: rows read from a file.
+        length: tokens a row at most.
+        progress: hears of every step.
+
+    Returns:
+        The program without these sync points, with trained weights, and the record of each block.
+
+    Raises:
+        UsageError: a block has no sync point to drop, or shares weights with another.
+    """
+    points, refused = find_sync_points(program)
+    for name in blocks:
+        if name not in points:
+            raise UsageError(f"{name}: {refused.get(name, 'there is no such attention')}")
+    read, _ = read_data(program, data, sequences=sequences, length=length, batch=1, seed=settings.seed)
+    context = Context(list(read))
+    trained: dict[str, torch.Tensor] = {}
+    records: dict[str, Record] = {}
+    for name in blocks:
+        teacher, student = block_pair(program, name)
+        clash = [w.name for w in student.weights.values() if w.name in trained and w.kind == "parameter"]
+        if clash:
+            raise UsageError(f"{name} shares {clash[0]} with a block that was trained already")
+        batches = [
+            _block_batch(program, context, points[name].attention.reads, student, b) for b in context.data
+        ]
+        recipe = imitation(teacher, output="written")
+        module = recipe.prepare(student.module())
+
+        def batch(
+            number: int, batches: list[dict[str, torch.Tensor]] = batches, recipe: Recipe = recipe
+        ) -> Mapping[str, torch.Tensor]:
+            order = torch.randperm(
+                len(batches), generator=torch.Generator().manual_seed(settings.seed + number // len(batches))
+            )
+            return recipe.transform(batches[int(order[number % len(batches)])])
+
+        folder = Path(work_dir) / name if work_dir is not None else None
+        records[name] = train(
+            module, batch, recipe.loss, replace(settings), work_dir=folder, device="cpu", progress=progress
+        )
+        trained |= {n: p.detach().clone() for n, p in module.named_parameters()}
+    done = program.copy()
+    drop(done, list(blocks))
+    for node in done.weight_nodes:
+        weight = done.weights[node.name]
+        if weight.name in trained:
+            done.weights[node.name] = weight.with_source(
+                InMemory(trained[weight.name].to(weight.source.dtype))
+            )
+    block_export(done, "blocks were trained without their sync points", by="block-to-block distillation")
+    done.changed()
+    return done, records
+
+
+def block_pair(program: Program, name: str) -> tuple[Program, Program]:
+    """Return a block with and without its sync point, each as a program from ``stream`` to ``written``.
+
+    Raises:
+        UsageError: the block has none to drop.
+    """
+    points, refused = find_sync_points(program)
+    if name not in points:
+        raise UsageError(f"{name}: {refused.get(name, 'there is no such attention')}")
+    point = points[name]
+    reads, writes = point.attention.reads, point.ffn.writes
+    teacher = extract(program, {"stream": reads}, {"written": writes})
+    dropped = program.copy()
+    written = drop(dropped, [name])[name]
+    here = next(n for n in dropped.graph.nodes if n.name == reads.name)
+    return teacher, extract(dropped, {"stream": here}, {"written": written})
+
+
+def _block_batch(
+    program: Program, context: Context, reads: Any, student: Program, batch: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a block takes: the stream as it is in the original model, and inputs that it reads besides."""
+    bound = context.bound(program, batch)
+    stream = interpret(program, bound, record=[reads], stop=True)[reads.name]
+    return {"stream": stream} | {n: v for n, v in bound.items() if n in student.signature.inputs}

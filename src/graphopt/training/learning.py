@@ -1,0 +1,237 @@
+"""Training programs by recipes: data, form, loop, and the program with what was learned."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.reading import read_data
+from ..ir.errors import CheckpointError, PipelineError, UsageError
+from ..ir.groups import rank, world_size
+from ..ir.program import Model, Program, as_program
+from ..ir.ranks.rank_programs import ranks_of
+from ..ir.running.retype import retyped
+from ..ir.storage.atomic import atomic_file
+from ..ir.storage.content import whole_hash
+from ..ir.vocabulary import kept_tokens
+from ..measure.context import Context
+from ..passes.framework.pipeline import parse_calls
+from . import Record, Settings
+from . import train as train_module
+from .loop import default_device
+from .recipes import Method, Recipe, find_method
+from .shown import TrainingProgress
+from .state import FILE as STATE
+
+HALVES = {torch.float16, torch.bfloat16}
+Batch = Mapping[str, torch.Tensor]
+Source = str | os.PathLike[str] | Iterable[Batch]
+
+
+def as_method(recipe: str | Method) -> Method:
+    """Return a training method given as an object or as text, ``"dynamoe{theta=0.9}"``.
+
+    Raises:
+        PipelineError: the text names no recipe, or an option wrongly.
+    """
+    if isinstance(recipe, Method):
+        return recipe
+    found = parse_calls(recipe, "a recipe")
+    if len(found) != 1:
+        raise PipelineError(f"one recipe trains a program at a time, not {len(found)}")
+    return find_method(*found[0])
+
+
+def train(
+    model: Model | Program,
+    recipe: str | Method,
+    data: Source,
+    settings: Settings,
+    *,
+    batch: int = 8,
+    length: int = 256,
+    sequences: int | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: str = "float32",
+    validation: Source | None = None,
+    measure_every: int = 0,
+    save_every: float = 60.0,
+    loss_on: str = "all",
+    progress: TrainingProgress | None = None,
+) -> tuple[Program, Record]:
+    """Train a program by a recipe and return it with what it learned, and the record of the run.
+
+    With a ``work_dir`` an interrupted run goes on, and ends with the same weights. Under torchrun each process takes
+    batches of its own and gradients are averaged.
+
+    Args:
+        model: what :func:`graphopt.capture` takes; it stays as it is.
+        recipe: a method, or its text: ``"dynamoe{theta=0.9}"``, ``"phds{anchor=1}"``, ``"language"``.
+        data: a .jsonl, .txt or .npz file, or batches of inputs by name; repeated in another order as often as needed.
+        settings: steps, learning rate and the like.
+        batch: rows a batch, of data read from a file.
+        length: tokens a row at most.
+        sequences: rows at most; None takes all.
+        work_dir: where the state is kept.
+        device: where to train; None takes a GPU if there is one.
+        dtype: what weights and arithmetic are in while it learns: "float32", as small updates vanish in sixteen bits, or
+            "stored". The result has the types that were stored.
+        validation: data of which the recipe's loss is recorded too.
+        measure_every: steps between such measurements; 0 measures at the end.
+        save_every: seconds between states on disk.
+        loss_on: "all" tokens, or those that the "assistant" says, where the data are conversations.
+        progress: hears of every step.
+
+    Raises:
+        PipelineError: the recipe's text is wrong.
+        UsageError: the program has not what the recipe trains, or there is no data.
+    """
+    method = as_method(recipe)
+    program = as_program(model)
+    if ranks_of(program) and world_size() > 1:
+        raise UsageError(
+            "a sharded program does not train over processes",
+            hint="train it first, then shard what was learned",
+        )
+    if kept_tokens(program, "logits") is not None:
+        raise UsageError(
+            "a program whose logits are of some tokens is not trained on text that has others",
+            hint="train it first, then trim-vocabulary",
+        )
+    rows = _batches(program, data, batch, length, sequences, settings.seed, loss_on)
+    made = method.recipe(_typed(program, dtype))
+    module = made.module()
+    if work_dir is not None:
+        _one_run(Path(work_dir), program, method, rows)
+    where = torch.device(device or default_device())
+    total = settings.steps * settings.accumulate * world_size()
+
+    def numbered(number: int) -> Batch:
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(settings.seed * 7919 + number // len(rows))
+        )
+        row = {name: tensor.to(where) for name, tensor in rows[int(order[number % len(rows)])].items()}
+        return made.transform(row, number / total)
+
+    measure = None
+    if validation is not None:
+        held = _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
+
+        def measure(trained: nn.Module) -> dict[str, float]:
+            return {"validation loss": _mean_loss(made, trained, held, settings.seed)}
+
+    record = train_module(
+        module, numbered, made.loss, settings, work_dir=work_dir, device=where, measure=measure,
+        measure_every=measure_every, save_every=save_every, progress=progress,
+    )  # fmt: skip
+    judged = (
+        rows
+        if validation is None
+        else _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
+    )
+    done = made.after(made.finish(program, module), judged[:4])
+    done.history.append(
+        {
+            "recipe": _text(method),
+            "contract": "trained",
+            "steps": settings.steps,
+            "settings": settings.plain(),
+            "loss": record.losses[-1],
+        }
+    )
+    return done, record
+
+
+def _typed(program: Program, dtype: str) -> Program:
+    if dtype not in ("float32", "stored"):
+        raise UsageError(f"dtype is float32 or stored, not {dtype!r}")
+    held = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
+    return retyped(program, torch.float32) if dtype == "float32" and held & HALVES else program
+
+
+def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
+    """Write down what a folder's run is made of, or refuse a folder of another run.
+
+    Raises:
+        UsageError: the folder holds a run of another recipe, program or data.
+    """
+    mine = {
+        "recipe": _text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
+        "number of processes": world_size(),
+    }  # fmt: skip
+    path = folder / "run.json"
+    if not path.is_file() or not (folder / STATE).is_file():  # nothing was trained there yet
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as made:
+                made.write_text(json.dumps(mine, indent=1))
+        return
+    try:
+        held = json.loads(path.read_text())
+        other = [name for name, value in mine.items() if held.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not say what was trained: {error}", hint="remove the folder"
+        ) from None
+    if other:
+        raise UsageError(
+            f"{folder} holds a run with another {' and another '.join(other)}",
+            hint="start anew in another folder, or remove it",
+        )
+
+
+def _text(method: Method) -> str:
+    from ..ir.option import default_of, options_of
+    from ..passes.framework.values import format_value
+
+    given = {
+        n: getattr(method, n)
+        for n, f in options_of(type(method)).items()
+        if getattr(method, n) != default_of(f)
+    }
+    return method.name + (
+        "{" + " ".join(f"{n}={format_value(v)}" for n, v in given.items()) + "}" if given else ""
+    )
+
+
+def _batches(
+    program: Program,
+    data: Source,
+    batch: int,
+    length: int,
+    sequences: int | None,
+    seed: int,
+    loss_on: str,
+) -> list[Batch]:
+    if not isinstance(data, (str, os.PathLike)):
+        data = list(data)
+    rows: list[Any] = list(
+        read_data(program, data, sequences=sequences, length=length, batch=batch, seed=seed, loss_on=loss_on)[
+            0
+        ]
+    )
+    if not rows:
+        raise UsageError("there is no data to train on")
+    return rows
+
+
+def _mean_loss(recipe: Recipe, module: nn.Module, rows: list[Batch], seed: int) -> float:
+    where = next(module.parameters()).device
+    total = 0.0
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        for number, row in enumerate(rows):
+            torch.manual_seed(seed * 1_000_003 + number)
+            given = recipe.transform({n: t.to(where) for n, t in row.items()}, 1.0)
+            given = {n: t.to(where) for n, t in given.items()}
+            total += float(recipe.loss(module, given))
+    return total / len(rows)
+
+
+__all__ = ["as_method", "train"]
