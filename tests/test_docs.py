@@ -126,6 +126,19 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_paths_in_prose_exist() -> None:
+    """Pages name folders and files of the repository; tests lie in the same folders as what they test."""
+    made = {"examples/reference_models/data", "docs/notes/NAME.md", "findings/NAME.sh"}
+    tests = {p.name for p in (ROOT / "tests").rglob("test_*.py")}
+    for page in ROOT.glob("*.md"):
+        text = page.read_text()
+        for path in re.findall(r"\b(?:src|tests|docs|benchmarks|examples|findings)/[\w./-]*\w", text):
+            tested = ROOT / "src" / "graphopt" / path.removeprefix("tests/")
+            assert path in made or (ROOT / path).exists() or tested.is_dir(), f"{page.name} names {path}"
+        for name in re.findall(r"\btest_\w+\.py", text):
+            assert name in tests, f"{page.name} names {name}"
+
+
 def test_links_of_the_site_lead_somewhere_in_it(site: Path) -> None:
     followed = set()
     for page in site.rglob("*.md"):
@@ -152,9 +165,9 @@ def test_lists_and_tables_begin_after_an_empty_line() -> None:
             before = line
 
 
-def test_commands_of_the_readme_exist() -> None:
-    commands = set(typer.main.get_command(app).commands)
-    named = set(re.findall(r"graphopt (\w+) ", (ROOT / "README.md").read_text()))
-    assert {n for n in named if n not in ("is",)} <= commands | {"program"}, (
-        "the README names a command that is not there"
+def test_the_readme_names_every_command_and_no_other() -> None:
+    code = "\n".join(generate.parts((ROOT / "README.md").read_text())[1::2])
+    named = set(
+        re.findall(r"^[` ]*(?:torchrun .*-m )?graphopt ([a-z]+)|  graphopt ([a-z]+)", code, re.MULTILINE)
     )
+    assert {n for pair in named for n in pair if n} == set(typer.main.get_command(app).commands)
