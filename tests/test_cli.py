@@ -47,16 +47,6 @@ def python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalogue as `make docs` and `make wheel` build it."""
-    place = tmp_path_factory.mktemp("built") / "catalogue.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "BUILT", place)
-        catalogue.build()
-    return place
-
-
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], [], ["nonsense"], ["inspect"], ["plan", "x"], ["inspect", "x", "--batch", "0"], ["passes"],
