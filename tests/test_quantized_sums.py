@@ -246,7 +246,7 @@ def test_ranges_survive_in_the_plan(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     whole = graphopt.capture(Transformer(Shape()), tokens(2, 6))
-    with pytest.raises(PipelineError, match="requires tensor_parallel"):
+    with pytest.raises(PipelineError, match="requires a program that is sharded"):
         graphopt.optimize(whole, "quantize-communication", data=data())
     with pytest.raises(PassRefusedError, match="need data"):
         graphopt.optimize(sharded(), "quantize-communication")

@@ -40,7 +40,6 @@ class Pass:
     invalidates: ClassVar[tuple[type[Fact], ...]] = ()
     excludes: ClassVar[tuple[type[Fact], ...]] = ()
     paper: ClassVar[str] = ""
-    needs_data: ClassVar[bool] = False
     metric_calibrates: ClassVar[bool] = False
     trial: ClassVar[Mapping[str, Any]] = {}
     together: ClassVar[bool] = False

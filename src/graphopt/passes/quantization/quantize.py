@@ -61,7 +61,6 @@ class Quantize(Pass):
     requires = (Canonical, Legal)
     provides = (Quantized,)
     excludes = (Quantized,)
-    needs_data = True
     metric_calibrates = True
     paper = "rounding: arXiv 2210.17323"
 

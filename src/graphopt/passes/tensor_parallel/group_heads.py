@@ -40,7 +40,6 @@ class GroupHeads(Pass):
     contract = Exact()
     excludes = (TensorParallel,)
     paper = "arXiv 2502.20727"
-    needs_data = True
     trial = {"size": 2}  # noqa: RUF012
 
     size: int = option(8, help="number of ranks the heads will be split over", low=2, high=1024)

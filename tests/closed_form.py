@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .devices import Device
-from .operands import Work
-from .roofline import Timing, time_call
+from graphopt.ir.cost.devices import Device
+from graphopt.ir.cost.operands import Work
+from graphopt.ir.cost.roofline import Timing, time_call
 
 
 @dataclass(frozen=True, kw_only=True)
