@@ -1,31 +1,60 @@
 """``graphopt passes``, ``recipes``, ``devices`` and ``links``.
 
-What comes with the project is read from ``catalogue.json``, which ``python docs/generate.py`` writes and a test keeps true:
-a list is no reason to wait for torch. Passes of other packages are imported when they are listed.
+A list is no reason to wait for torch, so what comes with the project is read from ``catalogue.json``, which ``make docs``
+and ``make wheel`` build from the passes, recipes, devices and links themselves. Where that file is missing, or was built
+from other sources, they are asked directly. Passes of other packages are imported when they are listed.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from .output import show_json, table, text
 
-WRITTEN = Path(__file__).with_name("catalogue.json")
+BUILT = Path(__file__).with_name("catalogue.json")
 
 
-def written() -> dict[str, Any]:
-    """Return the catalogue of what comes with the project."""
-    found: dict[str, Any] = json.loads(WRITTEN.read_text(encoding="utf-8"))
-    return found
+def sources() -> str:
+    """Return a hash of the files that the catalogue is built from: all of the package, which takes milliseconds."""
+    package = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for path in sorted(p for kind in ("*.py", "*.json") for p in package.rglob(kind)):
+        if path.name != BUILT.name:
+            content = path.read_bytes()
+            found.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
+def build() -> None:
+    """Write the catalogue. This imports everything that it lists, and torch."""
+    from .describing import everything
+
+    document = {"sources": sources(), **everything()}
+    beside = BUILT.with_name(f"{BUILT.name}.{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(BUILT)
+
+
+def catalogue() -> dict[str, Any]:
+    """Return what comes with the project: ``passes``, ``recipes``, ``devices`` and ``links``, each by name."""
+    if BUILT.exists():
+        found: dict[str, Any] = json.loads(BUILT.read_text(encoding="utf-8"))
+        if found.pop("sources", None) == sources():
+            return found
+    from .describing import everything
+
+    return everything()
 
 
 def _passes() -> dict[str, dict[str, Any] | None]:
     """Return what is known of passes by name; None of those that other packages bring and nobody asked for yet."""
-    known: dict[str, dict[str, Any] | None] = dict(written()["passes"])
+    known: dict[str, dict[str, Any] | None] = dict(catalogue()["passes"])
     # a package on the path may stand there twice
     offered = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
     others = {n: v for n, v in offered if n not in known or (known[n] or {})["location"] != v}
@@ -98,7 +127,7 @@ def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str
 
 def show_recipes(name: str | None, as_json: bool) -> None:
     """List recipes, or describe one."""
-    known = written()["recipes"]
+    known = catalogue()["recipes"]
     if name is not None and name not in known:
         raise _unknown("recipe", "recipes", name, list(known), [])
     found = [known[name]] if name is not None else list(known.values())
@@ -125,7 +154,7 @@ def show_recipes(name: str | None, as_json: bool) -> None:
 
 def show_devices(as_json: bool) -> None:
     """List the devices with their peaks."""
-    devices = written()["devices"]
+    devices = catalogue()["devices"]
     if as_json:
         show_json(devices)
         return
@@ -139,7 +168,7 @@ def show_devices(as_json: bool) -> None:
 
 def show_links(as_json: bool) -> None:
     """List what joins ranks, with bandwidth and latency."""
-    links = written()["links"]
+    links = catalogue()["links"]
     if as_json:
         show_json(links)
         return
