@@ -19,8 +19,7 @@ def on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def scores_in(work_dir: str | None) -> str:
-    """Say where scores are kept, if they are."""
-    if work_dir is None or not os.path.isdir(work_dir):
-        return ""
-    return f"what was measured is kept in {work_dir}; the same command goes on from there"
+def scores_in(work_dir: str | None) -> contextlib.AbstractContextManager[None]:
+    """Say at an interruption where scores are kept, if they are."""
+    kept = f"what was measured is kept in {work_dir}; the same command goes on from there"
+    return on_interrupt(lambda: kept if work_dir is not None and os.path.isdir(work_dir) else "")

@@ -19,6 +19,7 @@ from ..ir.verify import compare_programs, verify
 from ..passes.context import Context
 from ..passes.metrics import default_metric
 from ..passes.pipeline import parse_pipeline
+from .app import Diff, Verify
 from .output import show_json, table, text
 from .replaying import Replayed, is_exact, replay
 from .sources import read_context, read_program
@@ -30,31 +31,30 @@ _FINE = 1e-6
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def verify_programs(
-    first: str, second: str, data: str | None, amount: tuple[int, int, int], budget: float | None, as_json: bool,
-    trust: bool,
-) -> None:  # fmt: skip
+def verify_programs(given: Verify) -> None:
     """Compare a saved program with its original and say whether its contracts hold."""
-    before = read_program(first, trust)
-    if is_saved_program(Path(second)):
-        load_program(second, check_hashes=True)
-    after = read_program(second, trust)
+    before = read_program(given.before, given.trust)
+    if is_saved_program(Path(given.after)):
+        load_program(given.after, check_hashes=True)
+    after = read_program(given.after, given.trust)
     verify(after)
-    context = read_context(before, data, amount, None, as_json)
+    context = read_context(before, given)
     inputs = context.bound(before, context.judging()[0]) if context.data else example_inputs(before)
     missing = set(after.signature.inputs) - set(inputs)
     if missing:
-        raise CheckpointError(f"{second} takes {', '.join(sorted(missing))}, which {first} does not")
+        raise CheckpointError(
+            f"{given.after} takes {', '.join(sorted(missing))}, which {given.before} does not"
+        )
     errors = compare_programs(before, after, inputs)
     if not errors:
-        raise CheckpointError(f"{first} and {second} share no output")
+        raise CheckpointError(f"{given.before} and {given.after} share no output")
     new = after.history[len(before.history) :]
     if after.history[: len(before.history)] != before.history:
         new = after.history
     again = replay(before, after, new, context)
-    judged = _judge(before, after, new, again, errors, context, budget)
+    judged = _judge(before, after, new, again, errors, context, given.budget)
     metrics = _metrics(before, after, context) if context.data else {}
-    if as_json:
+    if given.as_json:
         show_json(
             {"passes": [e.get("pass", e.get("recipe")) for e in new], "exact": judged.exact, "errors": errors,
              "limit": judged.limit, "replayed": again.same, "metrics": metrics, "verdict": judged.verdict,
@@ -65,20 +65,17 @@ def verify_programs(
             sites = [str(site.get("block")) for site in entry.get("plan", {}).get("sites", ())]
             shown = ", ".join(sites[:6]) + (f" and {len(sites) - 6} more" if len(sites) > 6 else "")
             text(f"{entry.get('pass', entry.get('recipe'))}  ({entry.get('contract')})  {shown}".rstrip())
-        table(
-            "Outputs, relative error in float64",
-            ("output", "error"),
-            [(n, f"{e:.3g}") for n, e in errors.items()],
-        )
+        rows = [(n, f"{e:.3g}") for n, e in errors.items()]
+        table("Outputs, relative error in float64", ("output", "error"), rows)
         for name, value in metrics.items():
             text(f"{name}: {value:.6g}")
         text(f"done again: {'the same program' if again.same else again.reason or again.broken}")
         text(f"promised: {judged.promise}")
         text("".join(f"  {line}\n" for line in judged.broken) + f"verdict: the contract {judged.verdict}")
     if judged.broken:
-        raise ContractError(f"{second} does not keep its contract: {'; '.join(judged.broken)}")
+        raise ContractError(f"{given.after} does not keep its contract: {'; '.join(judged.broken)}")
     if judged.open:
-        raise PassRefusedError(f"{second} was not judged: {judged.open}", hint=judged.hint)
+        raise PassRefusedError(f"{given.after} was not judged: {judged.open}", hint=judged.hint)
 
 
 @dataclass
@@ -158,19 +155,13 @@ def rounding(*programs: Program) -> float:
     return max((ROUNDING.get(dtype, 1e-2) for dtype in stored), default=1e-4)
 
 
-def diff_programs(first: str, second: str, as_json: bool, trust: bool) -> None:
+def diff_programs(given: Diff) -> None:
     """Print how two graphs differ."""
-    before, after = read_program(first, trust), read_program(second, trust)
+    before, after = (read_program(source, given.trust) for source in (given.first, given.second))
     changed = difference(before, after)
-    if as_json:
-        show_json(
-            {
-                "diff": changed.splitlines(),
-                "operators": {
-                    name: [before.operators.get(name, 0), after.operators.get(name, 0)]
-                    for name in sorted({*before.operators, *after.operators})
-                },
-            }
-        )
+    if given.as_json:
+        names = sorted({*before.operators, *after.operators})
+        counts = {name: [p.operators.get(name, 0) for p in (before, after)] for name in names}
+        show_json({"diff": changed.splitlines(), "operators": counts})
     else:
         text(changed or "the graphs are the same")
