@@ -30,7 +30,7 @@ def interrupted(*_: Any, **__: Any) -> None:
         (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.optimizing.read_steps", "{new} was not written"),
         (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{old}", "--force"], "cli.optimizing.run_passes", "{old} is as it was"),
         (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}", "--work-dir", "{old}"], "cli.optimizing.run_passes", "kept in {old}"),
-        (["plan", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.planning.plan_passes", "{new} was not written"),
+        (["plan", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.optimizing.plan_passes", "{new} was not written"),
         (["run", "{whole}", "--input", "{rows}", "-o", "{new}.npz"], "ir.execute.run", "{new}.npz was not written"),
         (["lower", "{whole}", "--to", "onnx", "-o", "{new}.onnx"], "backends.onnx.write_models", "{new}.onnx was not written"),
         (["export", "{whole}", "--to", "huggingface", "-o", "{new}"], "backends.huggingface._require", "{new} was not written"),

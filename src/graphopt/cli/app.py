@@ -9,7 +9,7 @@ from .options import app, argument, command, option
 __all__ = ["app"]
 
 DRAWN = option("Seed of everything random.", 0)
-NEW_FILE = option("Where to write.", ..., "-o", "--output")
+NEW_FILE = option("Where to write.", ..., "-o")
 PROGRAM = argument("A Hugging Face folder or cached id, a GGUF file, a saved program, or a .pt2 file.")
 SCORES = option("Where scores are kept, so that a run can go on.", None)
 TEMPERATURE = option("0 takes the most likely token.", 0.0, min=0)
@@ -30,15 +30,13 @@ class Showing:
 class Reading(Showing):
     """What commands take that read programs."""
 
-    trust: bool = option("Read a .pt2 file although reading can run code from it.", False, "--trust")
+    trust: bool = option("Read a .pt2 file although reading can run code from it.", False)
 
 
 class Writing(Showing):
     """What commands take that write."""
 
-    force: bool = option(
-        "Replace what is there: a plain file, or a folder that graphopt wrote.", False, "--force"
-    )
+    force: bool = option("Replace what is there: a plain file, or a folder that graphopt wrote.", False)
 
 
 class Calibrating(Reading):
@@ -69,13 +67,13 @@ class Inspect(Reading):
     data: str | None = option("Show how good an exit after each layer would be on this.", None)
 
 
-@command("planning.plan_checkpoint")
+@command("optimizing.plan_checkpoint")
 class Plan(Calibrating, Writing):
     """List every site of a pipeline: taken, or refused and why. The file can be edited and obeyed."""
 
     checkpoint: str = PROGRAM
-    passes: str = option("The pipeline to plan.", ..., "-p", "--passes")
-    output: str | None = option("Write the plan to this YAML file.", None, "-o", "--output")
+    passes: str = option("The pipeline to plan.", ..., "-p")
+    output: str | None = option("Write the plan to this YAML file.", None, "-o")
     why: str | None = option("Say what happens to this block or node, and why.", None)
     work_dir: str | None = SCORES
 
@@ -86,12 +84,10 @@ class Optimize(Calibrating, Writing):
 
     checkpoint: str = PROGRAM
     output: str = NEW_FILE
-    passes: str | None = option(
-        "Passes, e.g. 'fuse-projections, skip-layers{remove=2}'.", None, "-p", "--passes"
-    )
+    passes: str | None = option("Passes, e.g. 'fuse-projections, skip-layers{remove=2}'.", None, "-p")
     plan_file: str | None = option("Obey this plan file.", None, "--plan")
     verify_with: str = option("sites, full or off.", "sites", "--verify")
-    print_after_all: bool = option("Print the graph after each pass.", False, "--print-after-all")
+    print_after_all: bool = option("Print the graph after each pass.", False)
     dump_dir: str | None = option("Write the graph after each pass to this folder.", None)
     work_dir: str | None = SCORES
 
@@ -150,7 +146,6 @@ class Lower(Reading, Writing):
     check: bool = option(
         "Try it: in the NPU's simulator (graphopt[qnn]), by onnxruntime-genai, in Triton's interpreter.",
         False,
-        "--check",
     )
     device: str | None = option(
         "Where an AOTInductor package is made, cuda or cpu; by default on a GPU that is there.", None
@@ -175,7 +170,7 @@ class Run(Reading, Writing):
 
     program: str = PROGRAM
     inputs: str = option("A .npz, .txt (a row a line) or .jsonl file.", ..., "--input")
-    output: str | None = option("Write the outputs to this .npz file.", None, "-o", "--output")
+    output: str | None = option("Write the outputs to this .npz file.", None, "-o")
 
 
 @command("catalogue.show_passes")
@@ -194,8 +189,8 @@ class Devices(Showing):
 class Links(Writing):
     """List the links that communication can be estimated for, or fit one to your own machines."""
 
-    fit: bool = option("Measure the processes that torchrun started; latency and bandwidth.", False, "--fit")
-    output: str | None = option("Write the fitted link to this JSON file.", None, "-o", "--output")
+    fit: bool = option("Measure the processes that torchrun started; latency and bandwidth.", False)
+    output: str | None = option("Write the fitted link to this JSON file.", None, "-o")
 
 
 @command("learning.train_program")

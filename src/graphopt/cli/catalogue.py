@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .app import Devices, Links, Passes, Recipes
-from .output import show_json, table, text
+from .output import listing, show_json, table, text
 
 WRITTEN = Path(__file__).with_name("catalogue.json")
 
@@ -52,11 +52,8 @@ def show_passes(given: Passes) -> None:
     names = sorted(known)
     if given.name is None:
         entries = [_entry(known, n) for n in names]
-        if given.as_json:
-            show_json(entries)
-            return
         rows = [(e["name"], e["contract"], e["summary"]) for e in entries]
-        table("Passes", ("name", "contract", "what it does"), rows)
+        listing(given.as_json, entries, ("name", "contract", "what it does"), rows, "Passes")
         return
     name = given.name
     if name not in names:
@@ -92,17 +89,16 @@ def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str
 def show_recipes(given: Recipes) -> None:
     """List recipes, or describe one."""
     known = written()["recipes"]
-    if given.name is not None and given.name not in known:
-        raise _unknown("recipe", "recipes", given.name, list(known), [])
-    found = [known[given.name]] if given.name is not None else list(known.values())
-    if given.as_json:
-        show_json(found)
-        return
     if given.name is None:
-        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in found]
-        table("", ("recipe", "paper", "what it does"), rows)
+        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in known.values()]
+        listing(given.as_json, list(known.values()), ("recipe", "paper", "what it does"), rows)
         return
-    (method,) = found
+    if given.name not in known:
+        raise _unknown("recipe", "recipes", given.name, list(known), [])
+    method = known[given.name]
+    if given.as_json:
+        show_json([method])
+        return
     paper = f"  ({method['paper']})" if method["paper"] else ""
     lines = "\n".join(line.strip() for line in method["about"].split("\n"))
     text(f"{method['name']}{paper}\n\n{lines}\n")
@@ -116,15 +112,13 @@ def show_recipes(given: Recipes) -> None:
 def show_devices(given: Devices) -> None:
     """List the devices with their peaks."""
     devices = written()["devices"]
-    if given.as_json:
-        show_json(devices)
-        return
     rows = []
     for name, device in devices.items():
         peaks = ", ".join(f"{kind} {value / 1e12:g}" for kind, value in device["flops"].items())
         memory = "shared" if device["memory"] is None else f"{device['memory'] / 1e9:g}"
         rows.append((name, peaks, f"{device['bandwidth'] / 1e12:g}", memory, device["note"]))
-    table("Devices", ("name", "peak TFLOP/s", "TB/s", "memory GB", "note"), rows)
+    columns = ("name", "peak TFLOP/s", "TB/s", "memory GB", "note")
+    listing(given.as_json, devices, columns, rows, "Devices")
 
 
 def show_links(given: Links) -> None:
@@ -135,8 +129,5 @@ def show_links(given: Links) -> None:
         fit_link(given)
         return
     links = written()["links"]
-    if given.as_json:
-        show_json(links)
-        return
     rows = [(n, f"{k['bandwidth'] / 1e9:g}", f"{k['latency'] * 1e6:g}", k["note"]) for n, k in links.items()]
-    table("Links", ("name", "GB/s", "µs", "note"), rows)
+    listing(given.as_json, links, ("name", "GB/s", "µs", "note"), rows, "Links")

@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation import Evaluation, evaluate, find_judge
 from ..passes.metrics import BY_NAME
 from .app import Evaluate
-from .output import note, show_json, table
+from .output import listing, note
 from .progress import ShownProgress
 from .sources import read_program, require_files
 
@@ -31,15 +31,13 @@ def evaluate_programs(given: Evaluate) -> None:
             if not found and not given.as_json and result.sample:
                 note(f"the first row of {file} begins {result.sample[:120]!r}")
             found.append((checkpoint, file, result))
-    if given.as_json:
-        show_json([{"program": c, "data": f, **asdict(r)} for c, f, r in found])
-        return
     names = list(dict.fromkeys(name for _, _, result in found for name in result.values))
     rows = []
     for checkpoint, file, r in found:
         values = (_shown(r.values.get(n)) for n in names)
         rows.append([checkpoint, Path(file).name, *values, r.tokens or f"{r.rows} rows", f"{r.seconds:.1f}"])
-    table("", ["program", "data", *names, "tokens", "seconds"], rows)
+    document = [{"program": c, "data": f, **asdict(r)} for c, f, r in found]
+    listing(given.as_json, document, ["program", "data", *names, "tokens", "seconds"], rows)
 
 
 def _shown(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from ..generation import as_strategy, named_strategy, stream
 from ..ir.errors import UsageError
 from ..ir.program import Program
 from .app import Answer, Generate
-from .interrupts import on_interrupt
 from .output import note, show_json, text
-from .places import place
+from .places import on_interrupt, place
 from .progress import ShownProgress
 from .sources import read_program, require_files
 
@@ -48,14 +46,12 @@ def generate_text(given: Generate) -> None:
                     whole = tokenizer.decode(new)
                     # bytes of a character that has not come to its end yet are shown with the next token
                     if not whole.endswith("\ufffd"):
-                        sys.stdout.write(whole[len(shown) :])
-                        sys.stdout.flush()
+                        print(whole[len(shown) :], end="", flush=True)
                         shown = whole
         finally:
             if not given.as_json and new:
                 # what says how it ended has a line of its own
-                sys.stdout.write("\n")
-                sys.stdout.flush()
+                print(flush=True)
     seconds = time.perf_counter() - began
     found = tokens.statistics
     if given.as_json:

@@ -14,10 +14,9 @@ from ..sweeping import sweep, write_csv, write_picture
 from ..training import Settings, Shown
 from ..training.state import FILE
 from .app import Oracle, Sweep, Train
-from .interrupts import on_interrupt, scores_in
-from .output import note, show_json, table, text
-from .places import place
-from .progress import ShownProgress, Working
+from .output import listing, note, show_json, table, text
+from .places import on_interrupt, place, scores_in
+from .progress import ShownProgress, working
 from .sources import read_program, require_files, require_work_dir
 
 
@@ -42,7 +41,7 @@ def train_program(given: Train) -> None:
             )  # fmt: skip
         if rank():
             return
-        with Working(f"writing {given.output}"):
+        with working(f"writing {given.output}"):
             done.save(given.output)
     first, last = record.losses[0], record.losses[-1]
     if given.as_json:
@@ -94,15 +93,13 @@ def sweep_program(given: Sweep) -> None:
             write_csv(given.csv, name, found)
         if given.picture is not None:
             write_picture(given.picture, name, found)
-        if given.as_json:
-            show_json([{"dial": name, **vars(p)} for p in found])
-            return
         measured = list(found[0].values)
         rows = []
         for p in found:
             values = (f"{p.values[n]:.4f}" for n in measured)
             rows.append((f"{p.setting:g}", *values, f"{p.flops / 1e6:.3f}", f"{p.share:.1%}"))
-        table("", (name, *measured, "MFLOPs a token", "of what it governs"), rows)
+        columns = (name, *measured, "MFLOPs a token", "of what it governs")
+        listing(given.as_json, [{"dial": name, **vars(p)} for p in found], columns, rows)
 
 
 def show_oracle(given: Oracle) -> None:

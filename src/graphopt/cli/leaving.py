@@ -21,7 +21,7 @@ from ..passes.attach_multi_token_heads import write_heads
 from .app import Export, Run
 from .output import note, show_json, text
 from .places import place
-from .progress import ShownProgress, Working, Written
+from .progress import ShownProgress, working, writing
 from .sources import read_program
 from .verifying import rounding
 
@@ -47,7 +47,7 @@ def export_program(given: Export) -> None:
 
 def _export(program: Program, to: str, output: str) -> dict[str, Any]:
     if to == "huggingface":
-        with Written(f"writing {output}") as written:
+        with writing(output) as written:
             report = program.save_pretrained(output, progress=written)
         return {"path": output, "errors": report.errors, "checked": report.checked, "files": report.files}
     if to == "medusa":
@@ -56,7 +56,7 @@ def _export(program: Program, to: str, output: str) -> dict[str, Any]:
 
 
 def _write_pt2(program: Any, output: str) -> dict[str, float]:
-    with Working("exporting"), atomic_file(output) as made:
+    with working("exporting"), atomic_file(output) as made:
         # through memory: on a full disk torch's own writer ends the process
         buffer = io.BytesIO()
         torch.export.save(program.exported_program(core_aten=True), buffer)

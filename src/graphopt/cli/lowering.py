@@ -13,39 +13,27 @@ from ..ir.errors import UsageError
 from .app import Lower
 from .output import show_json, table, text
 from .places import place
-from .progress import Working
+from .progress import working
 from .sources import read_program
 
 
 def lower_program(given: Lower) -> None:
     """Write a program for another runtime."""
-    to, target = given.to, given.target
+    to = given.to
     if to not in ("onnx", "genai", "triton"):
         raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
     fixed = [_sizes(each) for each in given.sizes or ()]
-    if to != "onnx" and given.part_bytes is not None:
-        raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
-    if to != "triton" and given.device is not None:
-        raise UsageError("--device is for AOTInductor packages", hint="--to triton")
-    if to == "triton":
-        _lower_triton(given, fixed)
-        return
-    options: dict[str, Any] = {"opset": given.opset, "check": given.check}
-    if to == "onnx":
-        sizes = fixed if len(fixed) > 1 else fixed[0] if fixed else None
-        options |= {"sizes": sizes, "target": target, "part_bytes": given.part_bytes}
-    elif fixed or target is not None:
-        raise UsageError(
-            "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
-        )
-    several = len(fixed) > 1 or given.part_bytes is not None or target not in (None, "onnx")
-    folder = to == "genai" or (several and not given.output.endswith(".onnx"))
+    options = _options(given, fixed)
+    several = len(fixed) > 1 or given.part_bytes is not None or given.target not in (None, "onnx")
+    folder = to != "onnx" or (several and not given.output.endswith(".onnx"))
     kind: dict[str, Any] = {"folder": True, "moved": True} if folder else {"beside": [".data"]}
     with place(given.output, given.force, (given.program,), **kind):
         program = read_program(given.program, given.trust)
-        with Working(f"lowering to {to}"):
+        with working("compiling kernels" if to == "triton" else f"lowering to {to}"):
             report = program.lower(to, given.output, **options)
-    if given.as_json:
+    if to == "triton":
+        _show_kernels(given, report)
+    elif given.as_json:
         show_json({k: str(v) if isinstance(v, Path) else v for k, v in asdict(report).items()})
     elif isinstance(report, GenaiReport):
         _show([report.model], report.files)
@@ -55,6 +43,32 @@ def lower_program(given: Lower) -> None:
         text(told)
     else:
         _show([report, *report.others], report.files)
+
+
+def _options(given: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
+    to, target, sizes = given.to, given.target, fixed[0] if len(fixed) == 1 else fixed or None
+    if to != "onnx" and given.part_bytes is not None:
+        raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
+    if to != "triton":
+        if given.device is not None:
+            raise UsageError("--device is for AOTInductor packages", hint="--to triton")
+        if to == "genai" and (fixed or target is not None):
+            raise UsageError(
+                "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
+            )
+        options: dict[str, Any] = {"opset": given.opset, "check": given.check}
+        more = {"sizes": sizes, "target": target, "part_bytes": given.part_bytes}
+        return options | more if to == "onnx" else options
+    if given.opset is not None:
+        raise UsageError("--opset is ONNX's", hint="--to onnx")
+    if len(fixed) > 1:
+        raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
+    if given.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device is cpu or cuda, not {given.device!r}")
+    options = {"sizes": sizes, "check": given.check, "device": given.device}
+    if target is not None:
+        options["architectures"] = tuple(name.strip() for name in target.split(","))
+    return options
 
 
 def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
@@ -82,26 +96,9 @@ def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
     text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
 
 
-def _lower_triton(given: Lower, fixed: list[dict[str, int]]) -> None:
+def _show_kernels(given: Lower, report: Any) -> None:
     from ..backends.triton import as_json as plain
 
-    if given.opset is not None:
-        raise UsageError("--opset is ONNX's", hint="--to onnx")
-    if len(fixed) > 1:
-        raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
-    if given.device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device is cpu or cuda, not {given.device!r}")
-    options: dict[str, Any] = {
-        "sizes": fixed[0] if fixed else None,
-        "check": given.check,
-        "device": given.device,
-    }
-    if given.target is not None:
-        options["architectures"] = tuple(name.strip() for name in given.target.split(","))
-    with place(given.output, given.force, (given.program,), folder=True, moved=True):
-        program = read_program(given.program, given.trust)
-        with Working("compiling kernels"):
-            report = program.lower("triton", given.output, **options)
     if given.as_json:
         show_json({"path": given.output, **plain(report)})
         return

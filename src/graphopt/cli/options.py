@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 Described = TypeVar("Described")
 
@@ -25,7 +26,7 @@ app = typer.Typer(
 
 
 def option(about: str, default: Any = ..., *flags: str, **limits: Any) -> Any:
-    """Describe an option; without a default it has to be given, without flags its flag is its name."""
+    """Describe an option: without a default it has to be given, without a long flag that is its name."""
     return typer.Option(default, *flags, help=about, **limits)
 
 
@@ -53,6 +54,9 @@ def command(work: str) -> Callable[[type[Described]], type[Described]]:
         # its own before what it shares, and what has to be given before all others
         names = dict.fromkeys(name for each in described.__mro__ for name in inspect.get_annotations(each))
         taken = {name: getattr(described, name) for name in names}
+        for name, how in taken.items():
+            if isinstance(how, OptionInfo) and not any(f.startswith("--") for f in how.param_decls or ()):
+                how.param_decls = (*(how.param_decls or ()), f"--{name.replace('_', '-')}")
         call.__annotations__ = hints
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [

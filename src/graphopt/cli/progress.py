@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -51,51 +53,37 @@ class ShownProgress:
         self.bar = self.task = None
 
 
-class Written:
-    """Progress of writing tensors, in bytes."""
+@contextlib.contextmanager
+def writing(output: str) -> Iterator[Callable[[str, int], None]]:
+    """Show progress of writing tensors, in bytes; what is given is called with the name and size of each."""
+    shown, written = ShownProgress(), 0
+    shown.began, shown.what = time.monotonic(), f"writing {output}"
 
-    def __init__(self, what: str):
-        self.inner = ShownProgress()
-        self.what = what
-        self.bytes = 0
+    def count(name: str, size: int) -> None:
+        nonlocal written
+        written += size
+        shown.total = shown.count + 1
+        shown.step(f"{name} {written / 1e9:.2f} GB")
 
-    def __enter__(self) -> Written:
-        self.inner.began = time.monotonic()
-        self.inner.what = self.what
-        return self
-
-    def __call__(self, name: str, size: int) -> None:
-        """Count one tensor."""
-        self.bytes += size
-        self.inner.total = max(self.inner.total, self.inner.count + 1)
-        self.inner.step(f"{name} {self.bytes / 1e9:.2f} GB")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.inner.done()
+    try:
+        yield count
+    finally:
+        shown.done()
 
 
-class Working:
-    """A line that says what is going on, shown only if it takes more than two seconds."""
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say what is going on, if it takes more than two seconds."""
+    stop = threading.Event()
 
-    def __init__(self, what: str):
-        self.what = what
+    def wait() -> None:
+        if not stop.wait(_DELAY):
+            errors.print(f"{what} ...", markup=False)
 
-    def __enter__(self) -> None:
-        import threading
-
-        self.stop = threading.Event()
-
-        def wait() -> None:
-            if not self.stop.wait(_DELAY):
-                errors.print(f"{self.what} ...", markup=False)
-
-        self.thread = threading.Thread(target=wait, daemon=True)
-        self.thread.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop.set()
-        self.thread.join()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

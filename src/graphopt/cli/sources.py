@@ -14,7 +14,7 @@ from ..ir.serialize import require_savable
 from ..passes.context import Context
 from .app import Calibrating
 from .output import note
-from .progress import ShownProgress, Working
+from .progress import ShownProgress, working
 
 
 def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
@@ -27,7 +27,7 @@ def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
     """
     if not source:
         raise UsageError("the name of a checkpoint is empty")
-    with Working(f"reading and capturing {source}"):
+    with working(f"reading and capturing {source}"):
         program = capture(source, trust=trust)
     for said in program.origin.notes:
         note(said)

@@ -56,7 +56,7 @@ def verify_programs(given: Verify) -> None:
     metrics = _metrics(before, after, context) if context.data else {}
     if given.as_json:
         show_json(
-            {"passes": [e.get("pass", e.get("recipe")) for e in new], "exact": judged.exact, "errors": errors,
+            {"passes": [e.get("pass", e.get("recipe")) for e in new], "exact": judged.limit is not None, "errors": errors,
              "limit": judged.limit, "replayed": again.same, "metrics": metrics, "verdict": judged.verdict,
              "budgets": judged.broken}
         )  # fmt: skip
@@ -82,7 +82,6 @@ def verify_programs(given: Verify) -> None:
 class _Judgement:
     """Whether contracts hold: what is broken, else what could not be told, else nothing of either."""
 
-    exact: bool
     limit: float | None
     promise: str
     broken: list[str]
@@ -104,7 +103,7 @@ def _judge(
     if all(is_exact(entry) for entry in new):
         limit = rounding(before, after)
         promise = f"exact up to the rounding of stored weights, at most {limit:.0e}"
-        judged = _Judgement(True, limit, promise, broken)
+        judged = _Judgement(limit, promise, broken)
         if not errors[worst] <= limit:
             broken.append(f"output {worst} differs by {errors[worst]:.3g}")
         elif not again.same and errors[worst] > _FINE and limit > ROUNDING[torch.float32]:
@@ -112,7 +111,7 @@ def _judge(
             judged.open = f"{again.reason}, and rounding to 16 bits would hide the error {errors[worst]:.3g}"
             judged.hint = "run its passes again on the original, or on it in float32"
         return judged
-    judged = _Judgement(False, None, "approximate", broken)
+    judged = _Judgement(None, "approximate", broken)
     budgets = _budgets(new, budget)
     if not context.data:
         judged.open, judged.hint = "there is no data to judge an approximation on", "give --data FILE"
@@ -137,10 +136,8 @@ def _metrics(before: Program, after: Program, context: Context) -> dict[str, flo
 def _budgets(history: Sequence[dict[str, Any]], given: float | None) -> list[tuple[str, str, float]]:
     """Return who has a budget, the metric it is measured by, and how much it is."""
     found = [] if given is None else [("this call", "auto", given)]
-    for entry in history:
-        if "pass" not in entry:
-            continue
-        step = parse_pipeline(str(entry["pass"]))[0]
+    steps = (parse_pipeline(str(entry["pass"]))[0] for entry in history if "pass" in entry)
+    for step in steps:
         budget = getattr(step, "budget", None)
         if budget is not None:
             found.append((step.name, str(getattr(step, "metric", "auto")), float(budget)))
@@ -149,10 +146,8 @@ def _budgets(history: Sequence[dict[str, Any]], given: float | None) -> list[tup
 
 def rounding(*programs: Program) -> float:
     """Return the largest relative error that the rounding of stored weights explains."""
-    stored = {
-        w.source.dtype for p in programs for w in p.weights.values() if w.source.dtype.is_floating_point
-    }
-    return max((ROUNDING.get(dtype, 1e-2) for dtype in stored), default=1e-4)
+    stored = {w.source.dtype for program in programs for w in program.weights.values()}
+    return max((ROUNDING.get(dtype, 1e-2) for dtype in stored if dtype.is_floating_point), default=1e-4)
 
 
 def diff_programs(given: Diff) -> None:
