@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .output import errors
 
@@ -19,11 +19,7 @@ class ShownProgress:
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
-        self.what = ""
-        self.total = 0
-        self.count = 0
-        self.began = 0.0
+        self.what, self.total, self.count, self.began = "", 0, 0, time.monotonic()
 
     def start(self, what: str, total: int) -> None:
         """Begin; a total of 0 is a message."""
@@ -42,22 +38,22 @@ class ShownProgress:
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=errors,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task(self.what, total=self.total, note="")
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.count, note=note)
+            self.bar.add_task(self.what, total=self.total, note="")
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.count, total=self.total, note=note)
 
     def done(self) -> None:
         """End."""
         if self.bar is not None:
             self.bar.stop()
-        self.bar = self.task = None
+            self.bar = None
 
 
 @contextlib.contextmanager
 def writing(output: str) -> Iterator[Callable[[str, int], None]]:
     """Show progress of writing tensors, in bytes; what is given is called with the name and size of each."""
     shown, written = ShownProgress(), 0
-    shown.began, shown.what = time.monotonic(), f"writing {output}"
+    shown.what = f"writing {output}"
 
     def count(name: str, size: int) -> None:
         nonlocal written
