@@ -11,7 +11,7 @@ __all__ = ["app"]
 DRAWN = option("Seed of everything random.", 0)
 NEW_FILE = option("Where to write.", ..., "-o")
 PROGRAM = argument("A Hugging Face folder or cached id, a GGUF file, a saved program, or a .pt2 file.")
-SCORES = option("Where scores are kept, so that a run can go on.", None)
+SCORES = option("Where scores are kept, so that a run can go on.")
 TEMPERATURE = option("0 takes the most likely token.", 0.0, min=0)
 TEXTS = option("A .jsonl, .txt or .npz file.")
 
@@ -42,7 +42,7 @@ class Writing(Showing):
 class Calibrating(Reading):
     """What commands take that run passes."""
 
-    data: str | None = option("Calibration and judging data: .jsonl, .txt or .npz.", None)
+    data: str | None = option("Calibration and judging data: .jsonl, .txt or .npz.")
     sequences: int = option("Rows of data at most.", 128, min=1)
     length: int = tokens_a_row(2048)
     seed: int = DRAWN
@@ -51,7 +51,7 @@ class Calibrating(Reading):
 class Measuring(Reading):
     """What commands take that go through all of their data."""
 
-    sequences: int | None = option("Rows of data at most; all by default.", None, min=1)
+    sequences: int | None = option("Rows of data at most; all by default.", min=1)
     length: int = tokens_a_row(2048)
     batch: int = option("Rows a batch.", 8, min=1)
 
@@ -61,10 +61,10 @@ class Inspect(Reading):
     """Show blocks and the evidence for them, cost, and what each pass could do."""
 
     checkpoint: str = PROGRAM
-    device: str | None = option("Estimate time on this device; see graphopt devices.", None)
+    device: str | None = option("Estimate time on this device; see graphopt devices.")
     batch: int = option("Rows for the cost.", 1, min=1)
     sequence: int = option("Tokens a row for the cost.", 128, min=1)
-    data: str | None = option("Show how good an exit after each layer would be on this.", None)
+    data: str | None = option("Show how good an exit after each layer would be on this.")
 
 
 @command("optimizing.plan_checkpoint")
@@ -74,7 +74,7 @@ class Plan(Calibrating, Writing):
     checkpoint: str = PROGRAM
     passes: str = option("The pipeline to plan.", ..., "-p")
     output: str | None = option("Write the plan to this YAML file.", None, "-o")
-    why: str | None = option("Say what happens to this block or node, and why.", None)
+    why: str | None = option("Say what happens to this block or node, and why.")
     work_dir: str | None = SCORES
 
 
@@ -88,7 +88,7 @@ class Optimize(Calibrating, Writing):
     plan_file: str | None = option("Obey this plan file.", None, "--plan")
     verify_with: str = option("sites, full or off.", "sites", "--verify")
     print_after_all: bool = option("Print the graph after each pass.", False)
-    dump_dir: str | None = option("Write the graph after each pass to this folder.", None)
+    dump_dir: str | None = option("Write the graph after each pass to this folder.")
     work_dir: str | None = SCORES
 
 
@@ -98,7 +98,7 @@ class Verify(Calibrating):
 
     before: str = argument("The original: a checkpoint or saved program.")
     after: str = argument("What was made of it.")
-    budget: float | None = option("Relative loss that is allowed, where no pass was given one.", None, min=0)
+    budget: float | None = option("Relative loss that is allowed, where no pass was given one.", min=0)
 
 
 @command("verifying.diff_programs")
@@ -119,10 +119,9 @@ class Evaluate(Measuring):
     data: list[str] = option("A .jsonl, .txt or .npz file; may be repeated.")
     metric: list[str] | None = option(
         "perplexity, accuracy, bits_per_byte, kl, agreement, cosine, or a function of yours, "
-        "(program) or (program, batches), as FILE.py:FUNCTION; may be repeated.",
-        None,
+        "(program) or (program, batches), as FILE.py:FUNCTION; may be repeated."
     )
-    against: str | None = option("The original, for kl, agreement and cosine.", None)
+    against: str | None = option("The original, for kl, agreement and cosine.")
     dtype: str = option("Compute as stored, or in float32 or float64.", "stored")
 
 
@@ -133,25 +132,22 @@ class Lower(Reading, Writing):
     program: str = PROGRAM
     to: str = option("onnx, genai (a folder for onnxruntime-genai), or triton.")
     output: str = NEW_FILE
-    opset: int | None = option(
-        "ONNX opset: 20, 21 or 23; the target's by default, or 20, or 23 in few bits.", None
-    )
+    opset: int | None = option("ONNX opset: 20, 21 or 23; the target's by default, or 20, or 23 in few bits.")
     sizes: list[str] | None = option(
         "Fix sizes: batch=1,sequence=128. Given several times: a graph for each.", None, "--sizes", "--shape"
     )
     target: str | None = option(
-        "What it is for: onnx (what ONNX Runtime takes), qnn-htp-v75 or GPUs such as sm_80,sm_90 (a folder).",
-        None,
+        "What it is for: onnx (what ONNX Runtime takes), qnn-htp-v75 or GPUs such as sm_80,sm_90 (a folder)."
     )
     check: bool = option(
         "Try it: in the NPU's simulator (graphopt[qnn]), by onnxruntime-genai, in Triton's interpreter.",
         False,
     )
     device: str | None = option(
-        "Where an AOTInductor package is made, cuda or cpu; by default on a GPU that is there.", None
+        "Where an AOTInductor package is made, cuda or cpu; by default on a GPU that is there."
     )
     part_bytes: int | None = option(
-        "Cut the graph into parts whose weights take at most so many bytes.", None, min=1
+        "Cut the graph into parts whose weights take at most so many bytes.", min=1
     )
 
 
@@ -177,7 +173,7 @@ class Run(Reading, Writing):
 class Passes(Showing):
     """List passes, or describe one with its options."""
 
-    name: str | None = argument("A pass, or words of a paper.", None)
+    name: str | None = argument("A pass, or words of a paper.")
 
 
 @command("catalogue.show_devices")
@@ -208,12 +204,12 @@ class Train(Measuring, Writing):
     weight_decay: float = option("On matrices alone.", 0.0)
     accumulate: int = option("Batches averaged for one update.", 1)
     length: int = tokens_a_row(256)
-    validation: str | None = option("Data of which the recipe's loss is shown too.", None)
+    validation: str | None = option("Data of which the recipe's loss is shown too.")
     measure_every: int = option("Steps between such measurements; 0: at the end.", 0, min=0)
     dtype: str = option("Learn in float32, or as stored; saved as stored.", "float32")
     loss_on: str = option("all tokens, or those that the assistant says in conversations.", "all")
     seed: int = DRAWN
-    work_dir: str | None = option("Where the run is kept; OUTPUT.training by default.", None)
+    work_dir: str | None = option("Where the run is kept; OUTPUT.training by default.")
     save_every: float = option("Seconds between states on disk.", 60.0, min=0)
 
 
@@ -221,7 +217,7 @@ class Train(Measuring, Writing):
 class Recipes(Showing):
     """List what programs can be trained by, or describe one recipe with its options."""
 
-    name: str | None = argument("A recipe.", None)
+    name: str | None = argument("A recipe.")
 
 
 @command("learning.show_oracle")
@@ -231,7 +227,7 @@ class Oracle(Reading):
     program: str = PROGRAM
     data: str = option("A .jsonl or .txt file.")
     tokens: int = option("How many tokens are tried.", 64, min=1)
-    budget: int | None = option("Only paths with so many feed-forwards at their largest.", None)
+    budget: int | None = option("Only paths with so many feed-forwards at their largest.")
     length: int = tokens_a_row(128)
     seed: int = DRAWN
 
@@ -242,13 +238,13 @@ class Sweep(Measuring, Writing):
 
     program: str = PROGRAM
     data: str = TEXTS
-    dial: str | None = option("Which dial; may be left out where there is one.", None)
-    values: str | None = option("Where to put it: '0 0.5 1'.", None)
+    dial: str | None = option("Which dial; may be left out where there is one.")
+    values: str | None = option("Where to put it: '0 0.5 1'.")
     points: int = option("How many settings, without --values.", 5, min=2)
-    metric: list[str] | None = option("As of graphopt evaluate; may be repeated.", None)
-    against: str | None = option("The original; else the program at the dial's default.", None)
-    csv: str | None = option("Write the table to this file.", None)
-    picture: str | None = option("Draw quality against FLOPs: a .png, .svg or .pdf file.", None)
+    metric: list[str] | None = option("As of graphopt evaluate; may be repeated.")
+    against: str | None = option("The original; else the program at the dial's default.")
+    csv: str | None = option("Write the table to this file.")
+    picture: str | None = option("Draw quality against FLOPs: a .png, .svg or .pdf file.")
     work_dir: str | None = SCORES
 
 
@@ -260,12 +256,12 @@ class Generate(Reading):
     prompt: str = option("What to continue.")
     max_new_tokens: int = option("Tokens at most.", 64, min=1)
     strategy: str | None = option(
-        "Who proposes candidates, e.g. 'prompt-lookup{tokens=8}'; the text stays the same.", None
+        "Who proposes candidates, e.g. 'prompt-lookup{tokens=8}'; the text stays the same."
     )
-    draft: str | None = option("A smaller program with the same tokenizer, which proposes candidates.", None)
+    draft: str | None = option("A smaller program with the same tokenizer, which proposes candidates.")
     temperature: float = TEMPERATURE
-    top_k: int | None = option("Draw among so many most likely tokens.", None, min=1)
-    top_p: float | None = option("Draw among the most likely tokens of this probability.", None, min=0, max=1)
+    top_k: int | None = option("Draw among so many most likely tokens.", min=1)
+    top_p: float | None = option("Draw among the most likely tokens of this probability.", min=0, max=1)
     seed: int = DRAWN
     dtype: str = option("auto (float32 where a CPU would compute in 16 bits), stored or float32.", "auto")
     compiled: bool = option("Compile what lies between attentions; CUDA graphs on a GPU.", False, "--compile")
@@ -278,10 +274,10 @@ class Answer(Reading, Writing):
     program: str = PROGRAM
     data: str = option("Texts or conversations: a .jsonl or .txt file.")
     output: str = NEW_FILE
-    sequences: int | None = option("Rows at most; all by default.", None, min=1)
+    sequences: int | None = option("Rows at most; all by default.", min=1)
     prompt_tokens: int = option("Tokens that are kept of a text.", 32, min=1)
     max_new_tokens: int = option("Tokens that are written at most, a turn.", 128, min=1)
     batch: int = option("Rows side by side.", 32, min=1)
-    strategy: str | None = option("Who proposes candidates; the text stays the same.", None)
+    strategy: str | None = option("Who proposes candidates; the text stays the same.")
     temperature: float = TEMPERATURE
     seed: int = DRAWN

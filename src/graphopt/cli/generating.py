@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ..answering import answer
 from ..decoding.drafters import DraftProgram
-from ..decoding.drafts import Drafter
 from ..decoding.speculating import Statistics
 from ..frontends.tokenizer import Tokenizer
-from ..generation import as_strategy, named_strategy, stream
+from ..generation import named_strategy, stream
 from ..ir.errors import UsageError
 from ..ir.program import Program
 from .app import Answer, Generate
@@ -27,7 +26,7 @@ def generate_text(given: Generate) -> None:
     if given.strategy is not None:
         named_strategy(given.strategy)
     program = read_program(given.program, given.trust)
-    proposing = _proposing(given, program)
+    proposing = given.strategy if given.draft is None else _drafting(given.draft, given, program)
     tokenizer = Tokenizer(program)
     ids = tokenizer.encode(given.prompt)
     if not ids:
@@ -73,14 +72,12 @@ def _said(found: Statistics) -> str:
     return f"; {found.tokens_per_step:.2f} a step, accepted by depth: {depths}"
 
 
-def _proposing(given: Generate, program: Program) -> Drafter | None:
-    if given.draft is None:
-        return None if given.strategy is None else as_strategy(given.strategy, program)
-    draft = read_program(given.draft, given.trust)
+def _drafting(source: str, given: Generate, program: Program) -> DraftProgram:
+    draft = read_program(source, given.trust)
     ours, theirs = (p.origin.assets.get("tokenizer.json") for p in (program, draft))
     if ours is not None and theirs is not None and ours != theirs:
         raise UsageError(
-            f"{given.draft} has another tokenizer than {given.program}: its tokens mean something else",
+            f"{source} has another tokenizer than {given.program}: its tokens mean something else",
             hint="a draft is trained on the tokens of the program that it drafts for",
         )
     return DraftProgram(draft)

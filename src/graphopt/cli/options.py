@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 
 def option(about: str, default: Any = ..., *flags: str, **limits: Any) -> Any:
-    """Describe an option: without a default it has to be given, without a long flag that is its name."""
+    """Describe an option: without a default it is None where it may be, without a long flag that is its name."""
     return typer.Option(default, *flags, help=about, **limits)
 
 
@@ -55,6 +56,8 @@ def command(work: str) -> Callable[[type[Described]], type[Described]]:
         names = dict.fromkeys(name for each in described.__mro__ for name in inspect.get_annotations(each))
         taken = {name: getattr(described, name) for name in names}
         for name, how in taken.items():
+            if how.default is ... and NoneType in get_args(hints[name]):
+                how.default = None
             if isinstance(how, OptionInfo) and not any(f.startswith("--") for f in how.param_decls or ()):
                 how.param_decls = (*(how.param_decls or ()), f"--{name.replace('_', '-')}")
         call.__annotations__ = hints
