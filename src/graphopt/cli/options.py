@@ -27,7 +27,14 @@ app = typer.Typer(
 
 
 def option(about: str, default: Any = ..., *flags: str, **limits: Any) -> Any:
-    """Describe an option: without a default it is None where it may be, without a long flag that is its name."""
+    """Describe an option.
+
+    Args:
+        about: its help.
+        default: what it is where it is not given; None where its type allows that; else it has to be given.
+        flags: how it is written; ``--`` and its name where none of them is long.
+        limits: what typer checks, such as ``min`` and ``max``.
+    """
     return typer.Option(default, *flags, help=about, **limits)
 
 
