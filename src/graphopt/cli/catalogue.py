@@ -15,7 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .output import show_json, table, text
+from .app import Devices, Links, Passes, Recipes
+from .output import listing, show_json, table, text
 
 BUILT = Path(__file__).with_name("catalogue.json")
 
@@ -74,21 +75,16 @@ def _entry(known: dict[str, dict[str, Any] | None], name: str) -> dict[str, Any]
     return found
 
 
-def show_passes(name: str | None, as_json: bool) -> None:
+def show_passes(given: Passes) -> None:
     """List the catalogue, or one pass of it found by name or paper."""
     known = _passes()
     names = sorted(known)
-    if name is None:
+    if given.name is None:
         entries = [_entry(known, n) for n in names]
-        if as_json:
-            show_json(entries)
-        else:
-            table(
-                "Passes",
-                ("name", "contract", "what it does"),
-                [(e["name"], e["contract"], e["summary"]) for e in entries],
-            )
+        rows = [(e["name"], e["contract"], e["summary"]) for e in entries]
+        listing(given.as_json, entries, ("name", "contract", "what it does"), rows, "Passes")
         return
+    name = given.name
     if name not in names:
         said = {n: _entry(known, n) for n in names}
         found = [n for n, e in said.items() if name.lower() in (e["description"] + e["paper"]).lower()]
@@ -96,23 +92,17 @@ def show_passes(name: str | None, as_json: bool) -> None:
             raise _unknown("pass", "passes", name, names, found)
         name = found[0]
     entry = _entry(known, name)
-    if as_json:
+    if given.as_json:
         show_json(entry)
         return
     text(f"{entry['name']}  ({entry['contract']})\n\n{entry['description']}\n")
     if entry["paper"]:
         text(f"paper: {entry['paper']}\n")
-    rows = [
-        (
-            o["name"],
-            o["type"] + (f": {', '.join(map(str, o['choices']))}" if o["choices"] else ""),
-            o["default"],
-            o["source"],
-            o["help"],
-        )
-        for o in entry["options"]
-    ]
-    table("Options", ("name", "type", "default", "from", "meaning"), rows)
+    options = []
+    for o in entry["options"]:
+        choices = f": {', '.join(map(str, o['choices']))}" if o["choices"] else ""
+        options.append((o["name"], o["type"] + choices, o["default"], o["source"], o["help"]))
+    table("Options", ("name", "type", "default", "from", "meaning"), options)
 
 
 def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str]) -> Exception:
@@ -125,52 +115,48 @@ def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str
     )
 
 
-def show_recipes(name: str | None, as_json: bool) -> None:
+def show_recipes(given: Recipes) -> None:
     """List recipes, or describe one."""
     known = catalogue()["recipes"]
-    if name is not None and name not in known:
-        raise _unknown("recipe", "recipes", name, list(known), [])
-    found = [known[name]] if name is not None else list(known.values())
-    if as_json:
-        show_json(found)
+    if given.name is None:
+        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in known.values()]
+        listing(given.as_json, list(known.values()), ("recipe", "paper", "what it does"), rows)
         return
-    if name is None:
-        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in found]
-        table("", ("recipe", "paper", "what it does"), rows)
+    if given.name not in known:
+        raise _unknown("recipe", "recipes", given.name, list(known), [])
+    method = known[given.name]
+    if given.as_json:
+        show_json([method])
         return
-    (method,) = found
-    lines = [line.strip() for line in method["about"].split("\n")]
     paper = f"  ({method['paper']})" if method["paper"] else ""
-    text(f"{method['name']}{paper}\n\n" + "\n".join(lines) + "\n")
-    table(
-        "",
-        ("option", "default", "from", "meaning"),
-        [
-            (o["name"], "none" if o["default"] is None else o["default"], o["source"], o["help"])
-            for o in method["options"]
-        ],
-    )
+    lines = "\n".join(line.strip() for line in method["about"].split("\n"))
+    text(f"{method['name']}{paper}\n\n{lines}\n")
+    options = []
+    for o in method["options"]:
+        default = "none" if o["default"] is None else o["default"]
+        options.append((o["name"], default, o["source"], o["help"]))
+    table("", ("option", "default", "from", "meaning"), options)
 
 
-def show_devices(as_json: bool) -> None:
+def show_devices(given: Devices) -> None:
     """List the devices with their peaks."""
     devices = catalogue()["devices"]
-    if as_json:
-        show_json(devices)
-        return
     rows = []
     for name, device in devices.items():
         peaks = ", ".join(f"{kind} {value / 1e12:g}" for kind, value in device["flops"].items())
         memory = "shared" if device["memory"] is None else f"{device['memory'] / 1e9:g}"
         rows.append((name, peaks, f"{device['bandwidth'] / 1e12:g}", memory, device["note"]))
-    table("Devices", ("name", "peak TFLOP/s", "TB/s", "memory GB", "note"), rows)
+    columns = ("name", "peak TFLOP/s", "TB/s", "memory GB", "note")
+    listing(given.as_json, devices, columns, rows, "Devices")
 
 
-def show_links(as_json: bool) -> None:
-    """List what joins ranks, with bandwidth and latency."""
-    links = catalogue()["links"]
-    if as_json:
-        show_json(links)
+def show_links(given: Links) -> None:
+    """List what joins ranks, with bandwidth and latency, or fit it."""
+    if given.fit or given.output is not None:
+        from .linking import fit_link
+
+        fit_link(given)
         return
+    links = catalogue()["links"]
     rows = [(n, f"{k['bandwidth'] / 1e9:g}", f"{k['latency'] * 1e6:g}", k["note"]) for n, k in links.items()]
-    table("Links", ("name", "GB/s", "µs", "note"), rows)
+    listing(given.as_json, links, ("name", "GB/s", "µs", "note"), rows, "Links")
