@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,15 +26,36 @@ from graphopt import Program
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-# hypothesis measures how long an example and its making take; a loaded machine must not decide
+# hypothesis measures how long an example and its making take; a loaded machine must not decide. Where it sees that
+# it runs in CI it would draw the same examples every time, which finds nothing new
 settings.register_profile(
-    "graphopt", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "graphopt",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+    derandomize=False,
 )
 settings.load_profile("graphopt")
 
 # started in the background, a shell leaves Ctrl-C ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw one seed for the examples of all processes, unless --hypothesis-seed gives it."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.randrange(1 << 32))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say how the examples of this run are drawn again; quiet runs have no header that could."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        reporter.write_line(
+            f"the same examples again: --hypothesis-seed={session.config.option.hypothesis_seed}"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
