@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from typing import Any
 import amounts
 import numpy
 import pytest
+import sharing
 import torch
 import zoo
 from hypothesis import HealthCheck, settings
@@ -77,14 +77,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(int(os.environ.get("GRAPHOPT_SEED", "0")))
 
 
-def everyones(tmp_path_factory: pytest.TempPathFactory, kind: str, name: str) -> Path:
-    """Return a path that all processes of one run of the tests know."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / kind
-    folder.mkdir(exist_ok=True)
-    return folder / name
-
-
 @pytest.fixture(scope="session", autouse=True)
 def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Folders are reloaded by forks of one process that has imported transformers; return what does it for users."""
@@ -129,16 +121,25 @@ def captured(
 
     def program(name: str) -> Program:
         if name not in made:
-            place = everyones(tmp_path_factory, "captured", name)
+            place = sharing.everyones(tmp_path_factory, "captured", name)
             if not place.exists():
                 made[name] = graphopt.capture(checkpoint(name))
-                with contextlib.suppress(OSError):  # another process was faster
-                    made[name].save(place.with_name(f"{name}.{os.getpid()}")).rename(place)
+                sharing.shared(made[name], place)
             else:
                 made[name] = graphopt.load(place)
         return made[name]
 
     return program
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """Capture each checkpoint once a process, wherever it is captured from: for tests of what comes after."""
+    from graphopt.frontends import huggingface
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "capture_huggingface", sharing.Once(huggingface.capture_huggingface))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ import zoo
 import graphopt
 from graphopt.cli.running import run
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,8 @@ from graphopt.ir.verify import verify
 from graphopt.ir.weights import load_part
 from graphopt.passes.context import Context
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 
 
