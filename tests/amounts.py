@@ -84,12 +84,24 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     "test_split_ffn.py::test_every_dense_architecture_is_exact_at_the_whole": (
         "^(llama|gpt2|bert|gemma2|t5|falcon|gpt_neox|deepseek_v3|swin|vit|mpt|phi3)$",
     ),
-    "test_train_command.py::test_killed_and_taken_up_it_ends_as_if_it_had_not_been": (),
     "test_triton.py::test_kernels_compile_for_gpus_that_are_not_here": ("dtype0",),
     "test_triton.py::test_a_package_for_this_machine_computes_what_the_program_does": (),
     "test_way_back.py::test_taken_weights_go_back_into_a_folder": ("-True$",),
     "test_width.py::test_narrow_folders_load_elsewhere": ("llama", "gpt2"),
 }  # fmt: skip
+
+
+# files that take longest, in that order
+LONGEST = (
+    "test_architectures.py test_kv_cache.py test_fuse_branches.py test_docs.py test_sync_points.py test_onnx.py "
+    "test_split_ffn.py test_huggingface_exit.py test_passes.py"
+).split()
+
+
+def place(node: str) -> int:
+    """Return where a test comes, by its name as pytest prints it: tests of one file come together."""
+    file = node.rsplit("tests/", 1)[-1].partition("::")[0]
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
 def split(nodes: Sequence[str]) -> tuple[list[bool], list[str]]:

@@ -16,6 +16,7 @@ import pytest
 import sharing
 import torch
 import zoo
+from forks import Forks
 from hypothesis import HealthCheck, settings
 from reload_server import ReloadServer
 
@@ -60,7 +61,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that only GRAPHOPT_THOROUGH=1 runs; a test that is named alone runs whole."""
+    """Begin with the files that take longest, so that no process is left with one at the end.
+
+    Leave out the cases that only GRAPHOPT_THOROUGH=1 runs; a test that is named alone runs whole.
+    """
+    items.sort(key=lambda item: amounts.place(item.nodeid))
     if amounts.THOROUGH or any("::" in argument for argument in config.args):
         return
     runs, unused = amounts.split([item.nodeid for item in items])
@@ -87,6 +92,14 @@ def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         started = huggingface._child
         patch.setattr(huggingface, "_child", server)
         yield started
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Return what runs code in a process of its own, in which torch and graphopt are imported already."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
     server.close()
 
 
