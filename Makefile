@@ -10,7 +10,7 @@ CHECKED := src tests examples benchmarks tools docs/generate.py
 # what `make coverage` runs: TESTS="tests/test_rewrite.py tests/test_saved.py" for less than everything
 TESTS ?= tests
 
-.PHONY: demo test real lint coverage docs site wheel install clean
+.PHONY: demo test test-thorough real lint coverage docs site wheel install clean
 
 install: $(STAMP)
 
@@ -36,7 +36,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# every case, three times the examples and the slowest tests; about four times as long
+test-thorough: lint
+	GRAPHOPT_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # which lines and branches the tests reach, child processes included; the pages are in build/coverage
 coverage: $(VENV)/.with-coverage

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from sharing import everyones, shared
 
 import graphopt
 from graphopt.frontends.huggingface import capture_huggingface
@@ -31,7 +32,9 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(name)
     model = zoo.make(name)
     model.save_pretrained(folder)
-    return name, folder, capture_huggingface(folder)
+    program = capture_huggingface(folder)
+    shared(program, everyones(tmp_path_factory, "captured", name))
+    return name, folder, program
 
 
 def test_blocks_are_found_and_rightly_named(captured) -> None:

@@ -16,6 +16,8 @@ import graphopt
 from graphopt.cli.app import app
 from graphopt.cli.running import run
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from forging import everything_in
+from forks import Forks
 from torch import nn
 
 import graphopt
@@ -81,12 +79,13 @@ def test_everything_that_describes_it_comes_back(captured: Programs, saved: Fold
 
 
 def test_it_runs_where_transformers_cannot_be_imported(
-    captured: Programs, saved: Folders, tmp_path: Path
+    captured: Programs, saved: Folders, forks: Forks, tmp_path: Path
 ) -> None:
     ids = torch.arange(3, 17).reshape(2, 7)
     torch.save(ids, tmp_path / "ids")
     code = f"""
 import sys
+assert "transformers" not in sys.modules
 sys.modules["transformers"] = sys.modules["tokenizers"] = None
 import torch, graphopt
 program = graphopt.load({str(saved("llama"))!r}, check_hashes=True)
@@ -97,11 +96,8 @@ torch.save(program.module()(torch.load({str(tmp_path / "ids")!r})).logits.detach
 graphopt.optimize(program, "fuse-projections").save({str(tmp_path / "fused")!r})
 assert sys.modules["transformers"] is None
 """
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    status, done = forks.run(code)
+    assert status == 0, done.stderr
     output = captured("llama")(ids)
     assert type(output).__name__ == "CausalLMOutputWithPast", "where the library is there, its class is used"
     assert torch.equal(torch.load(tmp_path / "logits"), output.logits)

@@ -24,6 +24,8 @@ from graphopt.ir.ranks.rank_programs import rank_program, synchronisations, unro
 from graphopt.ir.weights import load_part
 from graphopt.measure.context import Context
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 
 
