@@ -19,7 +19,7 @@ _EXIT = _IR | {"targets", "backends/checking", "backends/torch"}
 ALLOWED: dict[str, set[str]] = {
     "ir": set(),
     "ir/operators": GROUND,
-    "ir/ranks": GROUND,
+    "ir/ranks": GROUND | {"ir/operators"},
     "ir/running": GROUND | {"ir/operators", "ir/ranks"},
     "ir/rewriting": GROUND | {"ir/running"},
     "ir/canonical": GROUND | {"ir/operators", "ir/running", "ir/rewriting"},

@@ -50,7 +50,9 @@ def _own_names(table: ast.AST) -> list[str]:
 
 def main() -> None:
     """Print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tables", action="store_true", help="list every table")
     parser.add_argument("folder", nargs="?", type=Path, default=SOURCE)
     arguments = parser.parse_args()
@@ -60,7 +62,9 @@ def main() -> None:
     for path in sorted(arguments.folder.rglob("*.py")):
         tree = ast.parse(path.read_text())
         name = str(path.relative_to(arguments.folder))
-        found = {number: tables for number, tables in enumerate(map(list, map(tables_in, tree.body))) if tables}
+        found = {
+            number: tables for number, tables in enumerate(map(list, map(tables_in, tree.body))) if tables
+        }
         tables = [table for inner in found.values() for table in inner]
         spans = {
             line
@@ -68,7 +72,9 @@ def main() -> None:
             for line in range(table.lineno, (table.end_lineno or table.lineno) + 1)  # type: ignore[attr-defined]
         }
         functions = (ast.FunctionDef, ast.ClassDef)
-        at_module += sum(len(t) for number, t in found.items() if not isinstance(tree.body[number], functions))
+        at_module += sum(
+            len(t) for number, t in found.items() if not isinstance(tree.body[number], functions)
+        )
         lines += len(spans)
         listed += [f"{name}:{t.lineno}  {' '.join(names_in(t))}" for t in tables]  # type: ignore[attr-defined]
         if count := len(names_in(tree)):

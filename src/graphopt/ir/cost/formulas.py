@@ -6,11 +6,10 @@ and writes its results once; what a compiler would fuse is not fused here.
 
 from __future__ import annotations
 
+from ..operators.work import ACTIVATION_FLOPS, Call, Size, Work, moved, product
 from . import fused as fused
 from . import products as products
-from .fused import ACTIVATION_FLOPS
-from .operands import Call, Size, Work, moved, product
-from .registry import FORMULAS, formula
+from .registry import formula, formula_of
 
 _UNTAGGED = {
     "aten.square", "aten.clamp", "aten.where", "aten.masked_fill", "aten.bitwise_and",
@@ -22,7 +21,7 @@ _UNTAGGED = {
 
 def known(call: Call) -> bool:
     """Tell whether the operator has a formula of its own."""
-    return call.name in FORMULAS or call.pointwise or call.name in _UNTAGGED
+    return formula_of(call.name) is not None or call.pointwise or call.name in _UNTAGGED
 
 
 def work(call: Call) -> Work:
@@ -30,7 +29,7 @@ def work(call: Call) -> Work:
 
     An operator without a formula moves its operands and results and counts no FLOPs.
     """
-    found = FORMULAS.get(call.name)
+    found = formula_of(call.name)
     if found is not None:
         return found(call)
     if known(call):

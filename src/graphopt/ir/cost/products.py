@@ -6,7 +6,7 @@ counted, as in ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
-from .operands import Call, Size, Work, moved, product
+from ..operators.work import Call, Size, Work, moved, product
 from .registry import formula
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from ..operators.work import Call, Operand, Size, Work, minimum
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, operator_name
 from ..sizes import expression
 from .formulas import known, work
-from .operands import Call, Operand, Size, Work, minimum
 
 if TYPE_CHECKING:
     from ..program import Program

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..operators.work import Work
 from .devices import Device
-from .operands import Work
 from .roofline import Timing, time_call
 
 

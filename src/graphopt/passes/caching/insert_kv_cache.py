@@ -13,10 +13,10 @@ from ...ir.compat import surely_equal
 from ...ir.errors import ContractError, PassRefusedError, VerificationError
 from ...ir.export_blockers import block_export
 from ...ir.inputs import add_input, limit_size, remove_input
+from ...ir.operators.placement_types import WHOLE, Placement, Shard
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.ranks.placement import placements
-from ...ir.ranks.placement_types import WHOLE, Placement, Shard
 from ...ir.ranks.rank_programs import ON_RANKS, ranks_of
 from ...ir.schema import arguments, is_operator, normal_call
 from ...ir.signature import SizeRange
