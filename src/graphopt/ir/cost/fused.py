@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from ..operators.spec import Trait
+from ..operators.traits import named
 from ..operators.work import NORM_FLOPS, SOFTMAX_FLOPS, Call, Work, attention_work, half, minimum, moved
 from .registry import formula
 
 
-@formula(
-    "aten.rms_norm", "aten.layer_norm", "aten.native_layer_norm", "aten.group_norm",
-    "aten.batch_norm", "aten.instance_norm", "aten._native_batch_norm_legit_no_training",
-)  # fmt: skip
+@formula(*named(Trait.NORM), "aten.native_layer_norm", "aten._native_batch_norm_legit_no_training")
 def norm(call: Call) -> Work:
     """FLOPs: 7 per element."""
     return moved(call, NORM_FLOPS * call.output.numel)
 
 
-@formula("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
+@formula(*named(Trait.SOFTMAX))
 def softmax(call: Call) -> Work:
     """FLOPs: 5 per element."""
     return moved(call, SOFTMAX_FLOPS * call.output.numel)

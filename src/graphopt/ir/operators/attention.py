@@ -12,7 +12,7 @@ from ..compat import is_plain_tensor
 from ..schema import arguments
 from .library import dialect_operator
 from .placement_types import WHOLE, Misplaced, Placement, Shard, check_whole, placement_of
-from .spec import OperatorSpec
+from .spec import OperatorSpec, Trait
 from .work import Call, Work, attention_work, minimum, visible_pairs
 
 _last_masks: list[tuple[weakref.ref[Tensor], tuple[object, ...], Tensor | None, bool]] = []
@@ -144,7 +144,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, "
     "Tensor? sinks=None, Tensor? segments=None, Tensor? visible=None, *, float scale, bool causal=False, "
     "int? window=None, float? softcap=None) -> Tensor",
-    spec=OperatorSpec(shape=_shape, work=_work, place=_place),
+    spec=OperatorSpec(shape=_shape, work=_work, place=_place, traits=Trait.MIXING),
 )
 def attention(
     q: Tensor,

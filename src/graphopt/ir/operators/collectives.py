@@ -16,7 +16,7 @@ from .. import groups
 from ..schema import arguments
 from .library import dialect_operator
 from .placement_types import PARTIAL, WHOLE, Misplaced, Placement, Shard, check_whole
-from .spec import OperatorSpec
+from .spec import OperatorSpec, Trait
 
 
 def _place_slice(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
@@ -68,7 +68,7 @@ def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
 
 @dialect_operator(
     "local_slice(Tensor x, int dim, SymInt[] starts, SymInt length, str group) -> Tensor",
-    spec=OperatorSpec(place=_place_slice),
+    spec=OperatorSpec(place=_place_slice, traits=Trait.PER_RANK),
 )
 def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: str) -> Tensor:
     """Return this rank's part of a value that every rank has, or could have.
@@ -86,7 +86,7 @@ def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: 
 
 @dialect_operator(
     "all_reduce(Tensor x, str group) -> Tensor",
-    spec=OperatorSpec(place=place_sum),
+    spec=OperatorSpec(place=place_sum, traits=Trait.COLLECTIVE),
 )
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Return the sum of all ranks' values, the same on every rank."""
@@ -95,7 +95,8 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 
 
 @dialect_operator(
-    "all_gather(Tensor x, int dim, int size, str group) -> Tensor", spec=OperatorSpec(place=_place_gathered)
+    "all_gather(Tensor x, int dim, int size, str group) -> Tensor",
+    spec=OperatorSpec(place=_place_gathered, traits=Trait.COLLECTIVE),
 )
 def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """Return all ranks' values one after the other along ``dim``; there are ``size`` ranks."""
@@ -108,7 +109,7 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 
 @dialect_operator(
     "reduce_scatter(Tensor x, int dim, int size, str group) -> Tensor",
-    spec=OperatorSpec(place=_place_scattered),
+    spec=OperatorSpec(place=_place_scattered, traits=Trait.COLLECTIVE),
 )
 def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """Return this rank's part, along ``dim``, of the sum of all ranks' values."""
@@ -121,7 +122,7 @@ def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 
 @dialect_operator(
     "unreduced(Tensor x, str group) -> Tensor",
-    spec=OperatorSpec(place=_place_unreduced),
+    spec=OperatorSpec(place=_place_unreduced, traits=Trait.PER_RANK),
 )
 def unreduced(x: Tensor, group: str) -> Tensor:
     """Return a partial sum as it is, said to be used as if it were the whole: a dropped sync point."""

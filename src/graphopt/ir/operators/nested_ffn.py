@@ -11,7 +11,7 @@ from ..schema import arguments
 from .activations import gated_by
 from .library import dialect_operator
 from .placement_types import PARTIAL, WHOLE, Joined, Misplaced, Placement, Shard, check_whole, placement_of
-from .spec import OperatorSpec, like_first
+from .spec import OperatorSpec, Trait, like_first
 from .work import ACTIVATION_FLOPS, Call, Work, moved, product
 
 _OPTIONS = '*, str activation="silu", float limit=0.0, float alpha=1.0'
@@ -68,7 +68,7 @@ def _alike(first: Placement, second: Placement) -> bool:
 
 @dialect_operator(
     f"nested_ffn(Tensor x, Tensor choice, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
-    spec=OperatorSpec(shape=like_first, work=_work, place=_place),
+    spec=OperatorSpec(shape=like_first, work=_work, place=_place, traits=Trait.MIXING),
 )
 def nested_ffn(
     x: Tensor,
@@ -185,7 +185,7 @@ def _ranges(chosen: Tensor, widths: list[int]) -> tuple[Tensor, list[tuple[int, 
 
 @dialect_operator(
     f"soft_nested_ffn(Tensor x, Tensor shares, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
-    spec=OperatorSpec(shape=like_first, work=_work),
+    spec=OperatorSpec(shape=like_first, work=_work, traits=Trait.MIXING),
 )
 def soft_nested_ffn(
     x: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .attention import visible_keys
 from .library import dialect_operator
-from .spec import OperatorSpec, like_first
+from .spec import OperatorSpec, Trait, like_first
 
 INTEGERS = {
     "uint8": (0, 255),
@@ -23,7 +23,7 @@ HIDDEN = -30000.0
 
 @dialect_operator(
     "fake_quantize(Tensor x, float scale, int zero_point, *, str dtype) -> Tensor",
-    spec=OperatorSpec(shape=like_first),
+    spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
 )
 def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Tensor:
     """Return ``(clamp(round(x / scale) + zero_point) - zero_point) * scale``: x as it is after being stored as integers.
@@ -45,7 +45,7 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
 
 @dialect_operator(
     "fake_quantize_channels(Tensor x, Tensor scale, Tensor? integers=None, *, int axis, str dtype) -> Tensor",
-    spec=OperatorSpec(shape=like_first),
+    spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
 )
 def fake_quantize_channels(
     x: Tensor, scale: Tensor, integers: Tensor | None = None, *, axis: int, dtype: str

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import groups
 from .collectives import place_sum
 from .library import dialect_operator, kernel_point
-from .spec import OperatorSpec
+from .spec import OperatorSpec, Trait
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -276,7 +276,7 @@ def quantized_sum(
 @dialect_operator(
     "quantized_all_reduce(Tensor x, Tensor order, Tensor inverse, Tensor scales, Tensor reduced, int kept, "
     "int bits, int block, str algorithm, int crossover, str group) -> Tensor",
-    spec=OperatorSpec(place=place_sum),
+    spec=OperatorSpec(place=place_sum, traits=Trait.COLLECTIVE),
 )
 def quantized_all_reduce(
     x: Tensor,

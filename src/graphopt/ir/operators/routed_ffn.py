@@ -11,7 +11,7 @@ from ..schema import arguments
 from .activations import activate
 from .library import dialect_operator
 from .placement_types import PARTIAL, WHOLE, Joined, Misplaced, Placement, Shard, check_whole, placement_of
-from .spec import OperatorSpec, like_first
+from .spec import OperatorSpec, Trait, like_first
 from .work import ACTIVATION_FLOPS, Call, Work, minimum, moved, product
 
 
@@ -56,7 +56,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     "routed_ffn(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
     'Tensor? down_bias=None, Tensor? first=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
     "bool transposed=False, float limit=0.0, float alpha=1.0, bool weigh_inputs=False) -> Tensor",
-    spec=OperatorSpec(shape=like_first, work=_work, place=_place),
+    spec=OperatorSpec(shape=like_first, work=_work, place=_place, traits=Trait.MIXING),
 )
 def routed_ffn(
     x: Tensor,

@@ -27,13 +27,75 @@ class Trait(Flag):
     RESHAPE = auto()
     """Returns its operand's values in their order, under another shape."""
     REORDER = auto()
-    """Returns its operand's values in another order, given by permuting dimensions."""
+    """Returns its operand's values with dimensions in another order."""
     REPEAT = auto()
     """Returns its operand's values several times without copying them."""
     PART = auto()
-    """Returns some of its operand's values, chosen by place."""
+    """Returns values of its operand that are chosen by place."""
     VIEW = RESHAPE | REORDER | REPEAT | PART
-    """Values are its operand's, in its memory wherever that is possible."""
+    """Returns values of its operand, in its memory wherever that is possible."""
+    IDENTITY = auto()
+    """Returns its operand's values at their places."""
+    COPY = auto()
+    """Writes values of its operands to other places."""
+    MOVEMENT = VIEW | IDENTITY | COPY
+    """Every number returned is one of the operands', or a constant filled in beside them."""
+    BITS = auto()
+    """Returns its operand's bits, read as numbers of another type."""
+    CAST = auto()
+    """Returns its operand's values at their places in another type."""
+    PADDING = auto()
+    """Puts values around its operand."""
+    LOOKUP = auto()
+    """Returns entries of its operand, or rows of a table, that integers name."""
+    POINTWISE = auto()
+    """Operands broadcast, and an entry of the result is made of the entries at its place."""
+    ACTIVATION = auto()
+    """Pointwise, of one value, by a function with an exponential in it."""
+    HOMOGENEOUS = auto()
+    """f(s x) = s f(x) for every positive s, and the channels of images and signals stay apart."""
+    LINEAR = auto()
+    """Linear in its first operand, whatever the others are; movement is linear as well."""
+    CONVOLUTION = auto()
+    """A convolution of weight (outputs, inputs / groups, *taps)."""
+    TRANSPOSED = auto()
+    """A transposed convolution of weight (inputs, outputs / groups, *taps)."""
+    PRODUCT = auto()
+    """A product of matrices, either of which may depend on the input."""
+    MEAN_POOLING = auto()
+    """Means over windows."""
+    MAX_POOLING = auto()
+    """Maxima over windows."""
+    NORM = auto()
+    """Shifts or scales values by what other values are on average; the result has the operand's shape."""
+    SOFTMAX = auto()
+    """A softmax along a dimension, or its logarithm."""
+    REDUCTION = auto()
+    """One value for all entries of the dimensions it names, or of all dimensions."""
+    SCAN = auto()
+    """Every entry along a dimension is made of those up to it."""
+    ALONG = auto()
+    """Mixes or chooses entries along the dimensions that ``dim`` or ``dims`` names, and keeps all others in place."""
+    MIXING = auto()
+    """Mixes channels or positions by weights or by scores, as blocks of a residual network do."""
+    FACTORY = auto()
+    """Makes a tensor out of sizes and numbers."""
+    FILL = auto()
+    """A factory of equal values."""
+    NEW = auto()
+    """A factory whose operand says type and device alone."""
+    EMPTY = auto()
+    """Returns memory that nobody wrote."""
+    RANDOM = auto()
+    """Returns other values each time, as torch tags it."""
+    ROUNDING = auto()
+    """Says in how many bits a value is stored."""
+    COLLECTIVE = auto()
+    """All ranks send and receive."""
+    PER_RANK = auto()
+    """Returns something else on every rank, without any message."""
+    MARKED = auto()
+    """Returns its first operand where no mask token stands."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from ..operators.along import Along, Sources, broadcast, is_one, tensors_of
-from ..operators.spec import SPECS
+from ..operators.spec import SPECS, Trait
+from ..operators.traits import has, named
 from ..schema import arguments, operator_name
 from ..sizes import expression
 
@@ -34,8 +34,7 @@ def sources_of(node: fx.Node, dim: int) -> Sources | None:
     rule = _RULES.get(name) if spec is None else spec.dimensions
     if rule is not None:
         return rule(node, dim)
-    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-    return broadcast(node, dim) if pointwise or name in _POINTWISE else None
+    return broadcast(node, dim) if has(node, Trait.POINTWISE | Trait.CAST | Trait.IDENTITY) else None
 
 
 def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) -> Along | None:
@@ -51,7 +50,7 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
     if not isinstance(value, torch.Tensor):
         return None
     for index in range(value.dim()) if place is None else [place]:
-        if operator_name(node.target) in _RESHAPES:
+        if has(node, Trait.RESHAPE):
             counts = related(source.meta["val"].shape, value.shape, dim, index)
             found: Sources | None = {source: Along(dim, *counts)} if counts is not None else None
         else:
@@ -73,9 +72,8 @@ def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int
     return (int(sizes[0]), int(sizes[1])) if all(size.is_Integer for size in sizes) else None
 
 
-_RESHAPES = ("aten.reshape", "aten.view", "aten.flatten", "aten.squeeze", "aten.unflatten")
-_POINTWISE = ("aten.where", "aten.masked_fill", "aten.clamp", "aten.square", "aten.to", "aten.clone",
-              "aten.contiguous", "aten.dropout", "aten.gelu", "aten.silu", "aten.relu")  # fmt: skip
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
 
 
 def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
@@ -92,7 +90,10 @@ def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
         if found.get("keepdim") is False and node.meta["val"].dim() != rank:
             kept = [d for d in range(rank) if d not in mixed]
             return {source: Along(kept[dim])} if dim < len(kept) else None
-        return None if dim in mixed else {operand: Along(dim) for operand in tensors_of(node)}
+        # an index is read whole
+        return (
+            None if dim in mixed else {n: Along(dim) if _rank(n) == rank else None for n in tensors_of(node)}
+        )
 
     return rule
 
@@ -108,13 +109,6 @@ def _permute(node: fx.Node, dim: int) -> Sources:
     found = arguments(node)
     rank = node.meta["val"].dim()
     return {found["self"]: Along(int(found["dims"][dim]) % rank)}
-
-
-def _transpose(node: fx.Node, dim: int) -> Sources:
-    found = arguments(node)
-    rank = node.meta["val"].dim()
-    first, second = int(found["dim0"]) % rank, int(found["dim1"]) % rank
-    return {found["self"]: Along({first: second, second: first}.get(dim, dim))}
 
 
 def _unsqueeze(node: fx.Node, dim: int) -> Sources | None:
@@ -201,30 +195,21 @@ def _slice_scatter(node: fx.Node, dim: int) -> Sources | None:
     return {found["self"]: Along(dim), found["src"]: Along(dim)}
 
 
+# general rules first: a later one takes the place of an earlier
 _RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
+    **dict.fromkeys(named(Trait.RESHAPE), _reshape),
+    **dict.fromkeys(named(Trait.ALONG), _not_dims("dim", "dims")),
+    **dict.fromkeys(named(Trait.NEW), _factory),
     "aten.permute": _permute,
-    "aten.transpose": _transpose,
     "aten.unsqueeze": _unsqueeze,
     "aten.select": _select,
-    **dict.fromkeys(_RESHAPES, _reshape),
     "aten.embedding": _embedding,
     "aten.expand": _expand,
     "aten.linear": _linear,
     "aten.layer_norm": _layer_norm,
-    "aten.new_empty": _factory,
-    "aten.new_zeros": _factory,
-    "aten.new_ones": _factory,
-    "aten.new_full": _factory,
     "aten.matmul": _products,
     "aten.bmm": _products,
     "aten.slice_scatter": _slice_scatter,
-    **dict.fromkeys(
-        ("aten.softmax", "aten.log_softmax", "aten.cumsum", "aten.cat", "aten.stack", "aten.slice", "aten.flip",
-         "aten.index_select", "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.roll", "aten.narrow"),
-        _not_dims("dim", "dims"),
-    ),
-}  # fmt: skip
-# a stack adds the dimension that it names
-_RULES["aten.stack"] = lambda node, dim: None
+}
 
 __all__ = ["Along", "Sources", "carried", "related", "sources_of"]

@@ -27,7 +27,8 @@ from ..operators.placement_types import (
     mark_cut,
     placement_of,
 )
-from ..operators.spec import SPECS
+from ..operators.spec import SPECS, Trait
+from ..operators.traits import has
 from ..schema import arguments, is_operator, operator_name
 from .dimensions import carried
 
@@ -35,11 +36,8 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-# of a partial operand and whole ones, linear in the partial one
-_SCALING = ("aten.mul", "aten.div")
-_LINEAR = ("aten.reshape", "aten.permute", "aten.transpose", "aten.neg", "aten.sum", "aten.unsqueeze",
-           "aten.squeeze", "aten.slice", "aten.select", "aten.expand", "aten.clone", "aten.contiguous",
-           "aten.flatten", "getitem", "aten.index_select", "aten.unbind", "aten.split_with_sizes", "aten.to")  # fmt: skip
+# a rounding to a narrower type is as near to linear as the sum itself
+_LINEAR = Trait.MOVEMENT | Trait.LINEAR | Trait.CAST
 
 
 def placements(program: Program) -> dict[fx.Node, Placement]:
@@ -102,16 +100,21 @@ def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placeme
             return PARTIAL
         what = f"{others[0].name}, which is {held[others[0]]}" if others else "a number"
         raise Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
-    if name in _SCALING and all(held[n] == WHOLE for n in others):
+    if name in ("aten.mul", "aten.div") and all(held[n] == WHOLE for n in others):
         first: Any = node.args[0]
         if sum(isinstance(a, fx.Node) and held[a] == PARTIAL for a in node.args) == 1 and (
             name == "aten.mul" or held.get(first) == PARTIAL
         ):
             return PARTIAL
-    if name in _LINEAR and not tensors:
+    if has(node, _LINEAR) and not tensors and not _fills(node):
         return PARTIAL
     partial = next(n for n, p in held.items() if p == PARTIAL)
     raise Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
+
+
+def _fills(node: fx.Node) -> bool:
+    """Tell whether an operator puts numbers beside its operand, which a sum over ranks would multiply."""
+    return has(node, Trait.PADDING) and bool(arguments(node).get("value"))
 
 
 def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
@@ -176,14 +179,10 @@ def _fits_whole(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
     result = node.meta["val"]
     if not isinstance(result, torch.Tensor):
         return True
-    if is_operator(node, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", *_BROADCAST):
+    if has(node, Trait.POINTWISE | Trait.NORM) or is_operator(node, "graphopt.rotary"):
         place = value.dim() - (result.dim() - dim % result.dim())
         return place < 0 or bool(value.shape[place] == 1)
     return True
-
-
-_BROADCAST = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.maximum",
-              "aten.minimum", "aten.pow")  # fmt: skip
 
 
 def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:

@@ -11,6 +11,8 @@ from torch import fx
 
 from ..errors import VerificationError
 from ..infer import same_value
+from ..operators.spec import Trait
+from ..operators.traits import has
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
 from ..sizes import expression
 from ..weights import InMemory
@@ -111,7 +113,7 @@ def share_equal(program: Program) -> None:
     """Let equal computations on equal operands be one, as masks and rotary tables computed per layer."""
     seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
-        if node.op != "call_function" or is_mutable(node.target) or operator_name(node.target) in _RANDOM:
+        if node.op != "call_function" or is_mutable(node.target) or has(node, Trait.RANDOM | Trait.EMPTY):
             continue
         try:
             key = (node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -120,10 +122,6 @@ def share_equal(program: Program) -> None:
             continue
         if first is not node:
             program.edit.replace(node, first, record=False)
-
-
-_RANDOM = {"aten.rand", "aten.randn", "aten.randint", "aten.bernoulli", "aten.multinomial", "aten.rand_like",
-           "aten.randn_like", "aten.empty", "aten.new_empty", "aten.empty_like"}  # fmt: skip
 
 
 def _frozen(value: Any) -> Any:
@@ -202,6 +200,7 @@ def _permute(program: Program, node: fx.Node) -> None:
         order[first], order[second] = order[second], order[first]
     elif name in ("aten.mT", "aten.adjoint", "aten.matrix_H", "aten.t"):
         if rank < 2:
+            _same(program, node, source)
             return
         order[-1], order[-2] = order[-2], order[-1]
     elif name == "aten.numpy_T":

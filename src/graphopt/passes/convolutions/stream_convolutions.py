@@ -13,6 +13,8 @@ from ...ir.checking.streaming import compare_in_chunks
 from ...ir.errors import ContractError
 from ...ir.export_blockers import block_export
 from ...ir.inputs import add_input, limit_size
+from ...ir.operators.spec import Trait
+from ...ir.operators.traits import has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 aten = torch.ops.aten
-PADDINGS = ("aten.pad", "aten.constant_pad_nd")
 
 
 @dataclass
@@ -210,7 +211,7 @@ def _along(node: fx.Node, form: Form, constant: set[fx.Node], axis: int) -> tupl
     """
     chain, line = [node], form.axes[axis - 2]
     place = form.source
-    while is_operator(place, *PADDINGS):
+    while has(place, Trait.PADDING):
         try:
             before = read_operator(place, constant)
         except NotLinear:
@@ -244,7 +245,7 @@ def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> No
         for node in reach.chain:
             if node is reach.node:
                 value = _convolved(program, node, value, place)
-            elif is_operator(node, *PADDINGS):
+            elif has(node, Trait.PADDING):
                 value = _padded(program, node, value, place)
             elif int(arguments(node)["dim"]) != place:
                 value = program.edit.call(node.target, value, *node.args[1:], **node.kwargs)
