@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from ..infer import same_size, same_value
+from ..operators.spec import Trait
+from ..operators.traits import has
 from ..schema import argument, arguments, is_operator
 from .masks import MaskMeaning, split_mask
 from .scores import Scores, peel
@@ -128,7 +130,7 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
             -1,
             user.meta["val"].dim() - 1,
         )
-        if not along_keys and not is_operator(user, "aten.to", "aten.reshape"):
+        if not along_keys and not has(user, Trait.RESHAPE | Trait.CAST):
             break
         weights = user
     products = [

@@ -31,8 +31,8 @@ _ATEN: dict[Trait, str] = {
     Trait.PADDING: "constant_pad_nd pad",
     Trait.LOOKUP: "embedding gather index index_select take take_along_dim",
     # torch tags the others; of some it tags one overload only
-    Trait.POINTWISE: "dropout floor_divide hardswish log_sigmoid masked_fill rsub softsign where",
-    Trait.ACTIVATION: "celu elu erf gelu log_sigmoid mish selu sigmoid silu softplus softsign tanh",
+    Trait.POINTWISE: "dropout floor_divide hardswish log_sigmoid masked_fill rsub where",
+    Trait.ACTIVATION: "celu elu erf gelu log_sigmoid mish selu sigmoid silu softplus tanh",
     Trait.HOMOGENEOUS: "abs avg_pool1d avg_pool2d avg_pool3d leaky_relu max_pool1d max_pool2d max_pool3d relu",
     Trait.LINEAR: "avg_pool1d avg_pool2d avg_pool3d cumsum mean neg sum",
     Trait.CONVOLUTION: "conv1d conv2d conv3d",
