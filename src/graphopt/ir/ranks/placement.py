@@ -106,15 +106,19 @@ def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placeme
             name == "aten.mul" or held.get(first) == PARTIAL
         ):
             return PARTIAL
-    if has(node, _LINEAR) and not tensors and not _fills(node):
+    if _adds_up(node) and not tensors:
         return PARTIAL
     partial = next(n for n, p in held.items() if p == PARTIAL)
     raise Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
 
 
-def _fills(node: fx.Node) -> bool:
-    """Tell whether an operator puts numbers beside its operand, which a sum over ranks would multiply."""
-    return has(node, Trait.PADDING) and bool(arguments(node).get("value"))
+def _adds_up(node: fx.Node) -> bool:
+    """Tell whether what an operator makes of a sum is the sum of what it makes of the terms."""
+    if has(node, Trait.PADDING) and arguments(node).get("value"):
+        return False
+    value = node.meta["val"]
+    whole_numbers = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
+    return has(node, _LINEAR) and not (has(node, Trait.CAST) and whole_numbers)
 
 
 def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
