@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from graphopt.ir.anatomy.parts import source_projection
 from graphopt.ir.operators.spec import SPECS, Trait
 from graphopt.ir.operators.traits import has, named, traits_of
 from graphopt.ir.ranks.dimensions import sources_of
+from graphopt.ir.rewriting.respelling import SPELLINGS
+from graphopt.ir.rewriting.spelling import CASTS, NOTHING, TRANSPOSES, VIEWS
 from graphopt.ir.running.retype import in_type
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
@@ -359,3 +363,32 @@ def test_parts_of_activations_and_lookups_are_made_of_parts() -> None:
 def test_activations_cost_what_they_compute() -> None:
     program = captured(lambda m, x: nn.functional.hardswish(x), 2, 3, 4)
     assert graphopt.cost(program).flops == 24
+
+
+# what is written where no canonical graph is
+ELSEWHERE = {
+    "training/forms.py": {"detach"}, "ir/cost/survey.py": {"detach"}, "backends/torch/exported.py": {"clone"},
+}  # fmt: skip
+RESPELLED = {
+    name.removeprefix("aten.")
+    for name in {*TRANSPOSES, *VIEWS, *NOTHING, *CASTS, *SPELLINGS} - {"aten.reshape", "aten.to"}
+}
+
+
+def test_spellings_that_no_program_has_are_named_where_they_are_respelled() -> None:
+    source = Path(graphopt.__file__).parent
+    for path in sorted(source.rglob("*.py")):
+        place = str(path.relative_to(source))
+        if place.startswith(("ir/rewriting/", "frontends/")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ""
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and node.value.startswith("aten.")
+            ):
+                name = node.value.split(".")[1]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("aten", "torch.ops.aten"):
+                name = node.attr
+            assert name not in RESPELLED - ELSEWHERE.get(place, set()), f"{place}:{node.lineno} names {name}"
