@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.ir import operators
 from graphopt.ir.anatomy.parts import source_projection
-from graphopt.ir.operators.spec import SPECS, Trait
-from graphopt.ir.operators.traits import has, named, traits_of
+from graphopt.ir.operators.spec import SPECS
+from graphopt.ir.operators.traits import Trait, has, named, traits_of
 from graphopt.ir.ranks.dimensions import sources_of
 from graphopt.ir.rewriting.respelling import SPELLINGS
 from graphopt.ir.rewriting.spelling import CASTS, NOTHING, TRANSPOSES, VIEWS

@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from ..ir.operators import attention, cache_positions, cache_visible
-from ..ir.operators.spec import Trait
-from ..ir.operators.traits import has
+from ..ir.operators.traits import Trait, has
 from ..ir.program import Program
 from ..ir.ranks.rank_programs import runnable
 from ..ir.running.evaluate import evaluate, needed_for

@@ -9,8 +9,7 @@ from torch import fx
 
 from ...ir.errors import LoweringError
 from ...ir.inputs import add_input, remove_input
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone, drop_unread_weights
 from ...ir.schema import arguments, is_operator, normal_call

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from ...ir.errors import LoweringError
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import drop_unread_weights
 from ...ir.schema import arguments, is_operator, normal_call

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..running.fold import depends_on_weights_alone
 from ..schema import is_operator
 from .blocks import Branches

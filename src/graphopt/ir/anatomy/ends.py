@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..schema import is_operator
 from .blocks import Anatomy
 

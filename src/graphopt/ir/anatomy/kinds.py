@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ..operators.spec import Trait
-from ..operators.traits import has, named
+from ..operators.traits import Trait, has, named
 from ..schema import is_operator, operator_name
 from .blocks import Block
 from .parts import attention_parts, experts_parts, ffn_parts, nested_parts

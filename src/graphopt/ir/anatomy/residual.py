@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_value
-from ..operators.spec import Trait
-from ..operators.traits import has, named
+from ..operators.traits import Trait, has, named
 from ..running.fold import depends_on_weights_alone
 from ..schema import is_operator
 from .blocks import Block, Stream

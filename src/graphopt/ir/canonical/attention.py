@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_size, same_value
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_operator
 from .masks import MaskMeaning, split_mask
 from .scores import Scores, peel

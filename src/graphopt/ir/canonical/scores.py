@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_size
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
 from .constants import constant

@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_shape, same_size, same_value
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..running.region import evaluated

@@ -6,8 +6,7 @@ and writes its results once; what a compiler would fuse is not fused here.
 
 from __future__ import annotations
 
-from ..operators.spec import Trait
-from ..operators.traits import named
+from ..operators.traits import Trait, named
 from ..operators.work import ACTIVATION_FLOPS, Call, Size, Work, moved, product
 from . import fused as fused
 from . import products as products

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..operators.spec import Trait
-from ..operators.traits import named
+from ..operators.traits import Trait, named
 from ..operators.work import NORM_FLOPS, SOFTMAX_FLOPS, Call, Work, attention_work, half, minimum, moved
 from .registry import formula
 

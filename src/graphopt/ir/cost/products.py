@@ -6,8 +6,7 @@ counted, as in ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
-from ..operators.spec import Trait
-from ..operators.traits import named
+from ..operators.traits import Trait, named
 from ..operators.work import Call, Size, Work, moved, product
 from .registry import formula
 

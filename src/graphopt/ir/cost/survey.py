@@ -9,8 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..operators.spec import Trait
-from ..operators.traits import has, named
+from ..operators.traits import Trait, has, named
 from ..operators.work import Call, Operand, Size, Work, minimum
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, operator_name

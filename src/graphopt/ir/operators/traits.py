@@ -101,3 +101,6 @@ def named(trait: Trait) -> frozenset[str]:
     """Return the names of the operators that have a trait, or one of several; torch's tags are left out."""
     own = {name for name, spec in SPECS.items() if spec.traits & trait}
     return frozenset(own | {name for name, bits in _BITS.items() if bits & trait.value})
+
+
+__all__ = ["Trait", "has", "named", "traits_of"]

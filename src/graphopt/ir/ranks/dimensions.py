@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from ..operators.along import Along, Sources, broadcast, is_one, tensors_of
-from ..operators.spec import SPECS, Trait
-from ..operators.traits import has, named
+from ..operators.spec import SPECS
+from ..operators.traits import Trait, has, named
 from ..schema import arguments, operator_name
 from ..sizes import expression
 

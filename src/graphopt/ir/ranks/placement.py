@@ -27,8 +27,8 @@ from ..operators.placement_types import (
     mark_cut,
     placement_of,
 )
-from ..operators.spec import SPECS, Trait
-from ..operators.traits import has
+from ..operators.spec import SPECS
+from ..operators.traits import Trait, has
 from ..schema import arguments, is_operator, operator_name
 from .dimensions import carried
 

@@ -16,8 +16,7 @@ from torch import fx
 
 from .. import groups
 from ..errors import UsageError, VerificationError
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..program import Program
 from ..schema import arguments, is_operator, operator_name
 

@@ -11,8 +11,7 @@ from torch import fx
 
 from ..errors import VerificationError
 from ..infer import same_value
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
 from ..sizes import expression
 from ..weights import InMemory

@@ -10,8 +10,7 @@ from torch import fx
 
 from ..errors import CaptureError
 from ..infer import infer, same_value
-from ..operators.spec import Trait
-from ..operators.traits import named
+from ..operators.traits import Trait, named
 from ..schema import arguments, operator_name
 from .spelling import CASTS, DROPOUTS, NOTHING, VIEWS
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..schema import is_operator
 from ..sizes import parse_size
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..schema import arguments, is_operator
 from ..weights import TensorSource, Weight, load_part
 from .evaluate import evaluate, last_uses

@@ -11,8 +11,7 @@ from torch import fx
 
 from ..compat import fake_tensor
 from ..infer import infer
-from ..operators.spec import Trait
-from ..operators.traits import has
+from ..operators.traits import Trait, has
 from ..schema import arguments, normal_call
 from ..weights import InMemory, TensorSource
 

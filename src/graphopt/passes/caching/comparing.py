@@ -10,8 +10,7 @@ import torch
 from ...ir.checking.comparison import relative_error
 from ...ir.checking.streaming import Difference
 from ...ir.errors import VerificationError
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.running.execute import interpret, memory_available
 from ...ir.running.recurrent_state import states_of
 from ...ir.running.retype import retyped

@@ -10,8 +10,7 @@ from torch import fx
 
 from ...ir.errors import VerificationError
 from ...ir.infer import infer
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.running.fold import drop_unread_weights
 from ...ir.running.region import drawn_source
 from ...ir.schema import is_operator

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator

@@ -12,8 +12,7 @@ from torch import fx
 from ...ir.errors import PipelineError
 from ...ir.export_blockers import block_export
 from ...ir.needs import NONZERO, SOME
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone

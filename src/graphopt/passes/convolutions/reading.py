@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import named
+from ...ir.operators.traits import Trait, named
 from ...ir.schema import arguments, operator_name
 from ...ir.sizes import expression
 from .forms import Build, Form, Reader, extension

@@ -13,8 +13,7 @@ from ...ir.checking.streaming import compare_in_chunks
 from ...ir.errors import ContractError
 from ...ir.export_blockers import block_export
 from ...ir.inputs import add_input, limit_size
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone

@@ -12,8 +12,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.errors import VerificationError
 from ...ir.infer import same_value
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.fold import depends_on_weights_alone

@@ -10,8 +10,7 @@ from torch import fx
 
 from ...ir.errors import PassRefusedError
 from ...ir.export_blockers import block_export
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has, named
+from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
 from ...ir.ranks.dimensions import carried
 from ...ir.running.fold import depends_on_weights_alone

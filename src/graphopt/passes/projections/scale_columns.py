@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.export_blockers import block_export
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import computed, depends_on_weights_alone
 from ...ir.running.invert import invert

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has, named
+from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
 from ...ir.running.execute import interpret
 from ...ir.schema import arguments, is_operator

@@ -10,8 +10,7 @@ from torch import fx
 
 from ...ir.groups import TENSOR_PARALLEL
 from ...ir.infer import same_value
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has, named
+from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
 from ...ir.ranks.dimensions import sources_of
 from ...ir.ranks.placement import Shard, mark_cut

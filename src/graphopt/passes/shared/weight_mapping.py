@@ -8,8 +8,7 @@ import torch
 from torch import fx
 
 from ...ir.errors import VerificationError
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.expressions import Expressions

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.schema import is_operator
 from ..shared.cutting import all_reduce

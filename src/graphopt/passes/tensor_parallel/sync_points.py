@@ -15,8 +15,7 @@ from torch import fx
 
 from ...ir.anatomy import Block
 from ...ir.groups import TENSOR_PARALLEL
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import is_operator

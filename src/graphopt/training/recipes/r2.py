@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ...ir.errors import UsageError
 from ...ir.needs import NONZERO
-from ...ir.operators.spec import Trait
-from ...ir.operators.traits import named
+from ...ir.operators.traits import Trait, named
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.readers import readers
