@@ -20,7 +20,9 @@ from graphopt.ir.operators.traits import Trait, has, named, traits_of
 from graphopt.ir.ranks.dimensions import sources_of
 from graphopt.ir.rewriting.respelling import SPELLINGS
 from graphopt.ir.rewriting.spelling import CASTS, NOTHING, TRANSPOSES, VIEWS
+from graphopt.ir.running.fold import depends_on_weights_alone
 from graphopt.ir.running.retype import in_type
+from graphopt.passes.quantization.values import moved
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 INDEX = torch.tensor([2, 0])
@@ -332,6 +334,32 @@ def test_what_mixes_positions_is_a_block(mix: nn.Module) -> None:
     program = captured(lambda m, x: x + m.mix(m.first(x)), 2, 4, 5, mix=mix, first=nn.Hardswish())
     (block,) = program.anatomy.blocks
     assert block.add is one(program, "add")
+
+
+def test_scores_are_read_through_a_dimension_for_the_heads() -> None:
+    def attention(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.q(x), m.k(x), m.v(x)
+        scores = (q @ k.transpose(1, 2) * 0.5).unsqueeze(1).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e9)
+        return scores.softmax(-1).squeeze(1) @ v
+
+    program = captured(attention, 2, 5, 4, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4))
+    assert program.operators["graphopt.attention"] == 1
+
+
+def test_a_weight_times_a_number_made_as_a_tensor_is_a_weight() -> None:
+    program = captured(
+        lambda m, x: nn.functional.linear(x, m.linear.weight * torch.scalar_tensor(2.0)),
+        2,
+        4,
+        linear=nn.Linear(4, 4),
+    )
+    assert one(program, "mul") in depends_on_weights_alone(program)
+
+
+@pytest.mark.parametrize("step", [lambda x: nn.functional.pixel_shuffle(x, 2), lambda x: x.narrow(1, 1, 2)])
+def test_what_was_only_moved_keeps_its_range(step: Callable[[Tensor], Tensor]) -> None:
+    program = captured(lambda m, x: step(x) + 1, 2, 4, 3, 3)
+    assert moved(one(program, "add").args[0]) in program.input_nodes.values()
 
 
 def test_a_norm_is_folded_through_a_chosen_row() -> None:

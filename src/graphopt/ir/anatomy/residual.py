@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from ..program import Program
 
 _TRANSPARENT = named(Trait.NORM | Trait.VIEW | Trait.IDENTITY | Trait.CAST) | {
-    "aten.relu",
-    "aten.mul",
-    "aten.add",
-}
+    "aten.relu", "aten.mul", "aten.add"
+}  # fmt: skip
 
 
 @dataclass(eq=False)
