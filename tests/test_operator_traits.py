@@ -16,7 +16,7 @@ import graphopt
 from graphopt.ir import operators
 from graphopt.ir.anatomy.parts import source_projection
 from graphopt.ir.operators.spec import SPECS
-from graphopt.ir.operators.traits import Trait, has, named, traits_of
+from graphopt.ir.operators.traits import _ATEN, Trait, has, named, traits_of
 from graphopt.ir.ranks.dimensions import sources_of
 from graphopt.ir.rewriting.respelling import SPELLINGS
 from graphopt.ir.rewriting.spelling import CASTS, NOTHING, TRANSPOSES, VIEWS
@@ -237,6 +237,8 @@ def test_what_fills_makes_equal_values(name: str) -> None:
 
 def test_the_traits_of_names_are_those_of_operators() -> None:
     assert all(hasattr(aten, n.removeprefix("aten.")) for n in named(~Trait.NONE) if n.startswith("aten."))
+    names = [name for _, row in _ATEN for name in row.split()]
+    assert len(names) == len(set(names)), "an operator stands in two rows, of which the last counts"
     assert named(Trait.ROUNDING) == {"graphopt.fake_quantize", "graphopt.fake_quantize_channels"}
     assert traits_of(aten.add.Tensor) & Trait.POINTWISE
     assert not traits_of(aten.max.dim) & Trait.POINTWISE

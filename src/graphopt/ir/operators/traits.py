@@ -16,53 +16,59 @@ from torch._ops import OpOverload
 from ..schema import operator_name
 from .spec import SPECS, Trait
 
-_ATEN: dict[Trait, str] = {
-    Trait.RESHAPE: "flatten reshape squeeze unflatten unsqueeze",
-    Trait.REORDER: "permute",
-    Trait.REPEAT: "broadcast_to expand expand_as",
-    Trait.PART: "as_strided chunk diagonal narrow select slice split split_with_sizes tensor_split unbind unfold",
+T = Trait
+# every operator once, with all that is said of it
+_ATEN: tuple[tuple[Trait, str], ...] = (
+    (T.RESHAPE, "flatten reshape squeeze unflatten unsqueeze"),
+    (T.REORDER, "permute"),
+    (T.REPEAT, "broadcast_to expand expand_as"),
+    (T.PART, "as_strided chunk diagonal select split split_with_sizes tensor_split unbind unfold"),
+    (T.PART | T.ALONG, "narrow slice"),
     # copies are left beside as_strided alone, detach in the forms that recipes train
-    Trait.IDENTITY: "clone contiguous detach",
-    Trait.COPY: "cat constant_pad_nd flip gather index index_select pixel_shuffle pixel_unshuffle repeat repeat_interleave "
-    "roll stack",
+    (T.IDENTITY, "clone contiguous detach"),
+    (T.COPY | T.ALONG, "cat flip roll"),
+    (T.COPY | T.PADDING, "constant_pad_nd"),
+    (T.COPY | T.LOOKUP, "gather index"),
+    (T.COPY | T.LOOKUP | T.ALONG, "index_select"),
+    (T.COPY, "pixel_shuffle pixel_unshuffle repeat repeat_interleave stack"),
     # canonicalisation leaves of view what names a type
-    Trait.BITS: "view view_as_complex view_as_real",
-    Trait.CAST: "to",
-    Trait.PADDING: "constant_pad_nd pad",
-    Trait.LOOKUP: "embedding gather index index_select take take_along_dim",
+    (T.BITS, "view view_as_complex view_as_real"),
+    (T.CAST, "to"),
+    (T.PADDING, "pad"),
+    (T.LOOKUP, "embedding take take_along_dim"),
     # torch tags the others; of some it tags one overload only
-    Trait.POINTWISE: "dropout floor_divide hardswish log_sigmoid masked_fill rsub where",
-    Trait.ACTIVATION: "celu elu erf gelu log_sigmoid mish selu sigmoid silu softplus tanh",
-    Trait.HOMOGENEOUS: "abs avg_pool1d avg_pool2d avg_pool3d leaky_relu max_pool1d max_pool2d max_pool3d relu",
-    Trait.LINEAR: "avg_pool1d avg_pool2d avg_pool3d cumsum mean neg sum",
-    Trait.CONVOLUTION: "conv1d conv2d conv3d",
+    (T.POINTWISE, "dropout floor_divide hardswish masked_fill rsub where"),
+    (T.POINTWISE | T.ACTIVATION, "log_sigmoid"),
+    (T.ACTIVATION, "celu elu erf gelu mish selu sigmoid silu softplus tanh"),
+    (T.HOMOGENEOUS, "abs leaky_relu relu"),
+    (T.HOMOGENEOUS | T.LINEAR | T.MEAN_POOLING | T.MIXING, "avg_pool1d avg_pool2d avg_pool3d"),
+    (T.HOMOGENEOUS | T.MAX_POOLING, "max_pool1d max_pool2d max_pool3d"),
+    (T.LINEAR | T.SCAN | T.ALONG, "cumsum"),
+    (T.LINEAR | T.REDUCTION | T.ALONG, "mean sum"),
+    (T.LINEAR, "neg"),
+    (T.CONVOLUTION | T.MIXING, "conv1d conv2d conv3d"),
     # what canonicalisation leaves of the general operator is transposed
-    Trait.TRANSPOSED: "conv_transpose1d conv_transpose2d conv_transpose3d convolution",
-    Trait.PRODUCT: "_grouped_mm _int_mm baddbmm bmm einsum matmul mm",
-    Trait.MEAN_POOLING: "avg_pool1d avg_pool2d avg_pool3d",
-    Trait.MAX_POOLING: "max_pool1d max_pool2d max_pool3d",
-    Trait.NORM: "batch_norm group_norm instance_norm layer_norm rms_norm",
-    Trait.SOFTMAX: "_log_softmax _softmax log_softmax softmax",
-    Trait.REDUCTION: "all amax amin any argmax argmin linalg_vector_norm logsumexp max mean min norm prod std sum var",
-    Trait.SCAN: "cumprod cumsum logcumsumexp",
-    Trait.ALONG: "_log_softmax _softmax all amax amin any argmax argmin cat cumprod cumsum flip index_select log_softmax "
-    "logcumsumexp logsumexp mean narrow prod roll slice softmax std sum var",
-    Trait.MIXING: "_grouped_mm _int_mm avg_pool1d avg_pool2d avg_pool3d baddbmm bmm conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d convolution einsum linear matmul mm scaled_dot_product_attention",
-    Trait.FACTORY: "arange eye full full_like linspace new_full new_ones new_zeros ones ones_like rand rand_like randint "
-    "randn randn_like scalar_tensor zeros zeros_like",
-    Trait.FILL: "full full_like new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like",
-    Trait.NEW: "new_empty new_full new_ones new_zeros",
-    Trait.EMPTY: "empty empty_like empty_strided new_empty new_empty_strided",
-}
+    (T.TRANSPOSED | T.MIXING, "conv_transpose1d conv_transpose2d conv_transpose3d convolution"),
+    (T.PRODUCT | T.MIXING, "_grouped_mm _int_mm baddbmm bmm einsum matmul mm"),
+    (T.NORM, "batch_norm group_norm instance_norm layer_norm rms_norm"),
+    (T.SOFTMAX | T.ALONG, "_log_softmax _softmax log_softmax softmax"),
+    (T.REDUCTION | T.ALONG, "all amax amin any argmax argmin linalg_vector_norm logsumexp norm prod std var"),
+    (T.REDUCTION, "max min"),
+    (T.SCAN | T.ALONG, "cumprod logcumsumexp"),
+    (T.MIXING, "linear scaled_dot_product_attention"),
+    (T.FACTORY, "arange eye linspace rand rand_like randint randn randn_like"),
+    (T.FACTORY | T.FILL, "full full_like ones ones_like scalar_tensor zeros zeros_like"),
+    (T.FACTORY | T.FILL | T.NEW, "new_full new_ones new_zeros"),
+    (T.NEW | T.EMPTY, "new_empty"),
+    (T.EMPTY, "empty empty_like empty_strided new_empty_strided"),
+)
 
 
 def _by_name() -> dict[str, int]:
     # a list that an operator returns is taken apart by Python's own
     found = {"getitem": Trait.PART.value}
-    for trait, names in _ATEN.items():
-        for name in names.split():
-            found[f"aten.{name}"] = found.get(f"aten.{name}", 0) | trait.value
+    for traits, names in _ATEN:
+        found |= dict.fromkeys((f"aten.{name}" for name in names.split()), traits.value)
     return found
 
 
