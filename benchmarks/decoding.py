@@ -23,17 +23,7 @@ from rich.table import Table
 
 import graphopt
 from graphopt.data.tokenizer import Tokenizer
-from graphopt.decoding import (
-    AttachedDraft,
-    Drafter,
-    DraftProgram,
-    EarlyExit,
-    MaskTokens,
-    MultiTokenHeads,
-    PromptLookup,
-    Retrieval,
-    TokenRecycling,
-)
+from graphopt.decoding import AttachedDraft, Drafter, DraftProgram, EarlyExit, MaskTokens, MultiTokenHeads, PromptLookup, Retrieval, TokenRecycling
 from graphopt.decoding.generation import texts_of
 from graphopt.ir.program import Program
 

@@ -20,6 +20,7 @@ from reload_server import ReloadServer
 
 import graphopt
 from graphopt import Program
+from graphopt.cli import catalogue
 
 # some tests compare to the bit with processes of their own, and sums depend on the number of threads
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -132,6 +133,16 @@ def saved(
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the catalogue of the command line, as `make docs` and `make wheel` build it."""
+    place = tmp_path_factory.mktemp("built") / "catalogue.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "BUILT", place)
+        catalogue.build()
+    return place
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import zoo
 import graphopt
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.checking.verify import compare_programs, verify
+from graphopt.ir.facts import Capture
 from graphopt.ir.ranks.rank_programs import synchronisations
 from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.schema import argument
@@ -52,9 +53,9 @@ def test_attention_is_raised_whatever_its_spelling(captured) -> None:
     name, _, program = captured
     case = zoo.CASES[name]
     cores = [b.parts["core"] for b in program.anatomy.attention if "core" in b.parts]
-    assert len(cores) == case.blocks.get("attention", 0), program.facts.get("unraised_attention")
+    assert len(cores) == case.blocks.get("attention", 0), program.facts.get(Capture)
     mixtures = program.operators["graphopt.routed_ffn"]
-    assert mixtures == case.blocks.get("experts", 0), program.facts.get("unraised_experts")
+    assert mixtures == case.blocks.get("experts", 0), program.facts.get(Capture)
     if "window" in case.features:
         assert any(argument(core, "window") for core in cores), "a sliding window was lost in raising"
     if "sinks" in case.features:

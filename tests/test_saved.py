@@ -18,6 +18,7 @@ from torch import nn
 import graphopt
 from graphopt import CheckpointError, Program, UsageError
 from graphopt.ir.checking.verify import verify
+from graphopt.ir.facts import FusedProjections
 from graphopt.ir.program import Dial
 from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.running.execute import run
@@ -211,7 +212,7 @@ def test_facts_and_history_come_back_and_are_built_on(captured: Programs, tmp_pa
     fused.save(tmp_path / "fused")
     loaded = graphopt.load(tmp_path / "fused")
     assert loaded.facts == fused.facts
-    assert loaded.facts["fused_projections"] is True
+    assert FusedProjections in loaded.facts
     assert loaded.history == json.loads(json.dumps(fused.history))
     (entry,) = loaded.history
     assert entry["pass"] == "fuse-projections{layout=grouped where=attention}"
@@ -220,7 +221,7 @@ def test_facts_and_history_come_back_and_are_built_on(captured: Programs, tmp_pa
     assert 0 <= entry["error"] < 1e-11
     split = graphopt.optimize(loaded, "split-projections")
     assert [e["pass"] for e in split.history] == [entry["pass"], "split-projections"]
-    assert "fused_projections" not in split.facts
+    assert FusedProjections not in split.facts
     assert len(loaded.history) == 1, "a pass wrote into the program it was given"
     ids = torch.full((2, 5), 9)
     assert torch.allclose(split(ids).logits, captured("llama")(ids).logits, atol=1e-5)

@@ -194,7 +194,7 @@ def test_sharded_program_trains_in_one_process() -> None:
 
 
 def test_sharding_twice_is_refused() -> None:
-    with pytest.raises(PipelineError, match="cannot run on a program that is tensor_parallel"):
+    with pytest.raises(PipelineError, match="cannot run on a program that is sharded"):
         graphopt.optimize(captured(Shape()), "shard-tensor-parallel{size=2}, shard-tensor-parallel{size=2}")
     with pytest.raises(PipelineError, match="say how many ranks"):
         graphopt.optimize(captured(Shape()), "shard-tensor-parallel")

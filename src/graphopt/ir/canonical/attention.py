@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..facts import note_capture
 from ..infer import same_size, same_value
 from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_operator
@@ -35,8 +36,7 @@ def raise_attention(program: Program) -> None:
             continue
         if reason:
             unraised.append(f"{node.name}: {reason}")
-    if unraised:
-        program.facts["unraised_attention"] = unraised
+    note_capture(program, plain_attention=tuple(unraised))
 
 
 def _meaning(

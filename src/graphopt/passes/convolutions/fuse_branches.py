@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ...ir.export_blockers import block_export
+from ...ir.facts import FusedBranches
 from ...ir.option import option
 from ...ir.program import Program
 from ..framework.base import Pass
@@ -36,7 +37,7 @@ class FuseBranches(Pass):
 
     name = "fuse-branches"
     contract = Exact()
-    provides = ("branches_fused",)
+    provides = (FusedBranches,)
     paper = "arXiv 2406.02652"
 
     allow_growth: bool = option(False, help="fuse also where that takes more multiply-adds than before")

@@ -10,6 +10,7 @@ import torch
 from ...ir.anatomy import Block
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import note_checkpoint
 from ...ir.option import option
 from ...ir.program import Program
 from ..framework.base import Pass
@@ -108,7 +109,7 @@ class PruneExperts(Pass):
             take_experts(program, blocks[site.block], [int(e) for e in site["left"]])
         counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
         if len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
-            program.facts["expert_counts"] = [*program.facts.get("expert_counts", []), list(counts.pop())]
+            note_checkpoint(program, expert_counts=(counts.pop(),))
         else:
             block_export(
                 program,

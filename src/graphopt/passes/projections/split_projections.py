@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...ir.facts import FusedProjections
+from ...ir.facts import SplitProjections as Split
 from ...ir.program import Program
 from ..framework.base import Pass
 from ..framework.contracts import Exact
@@ -30,8 +32,8 @@ class SplitProjections(Pass):
 
     name = "split-projections"
     contract = Exact()
-    provides = ("split_projections",)
-    invalidates = ("fused_projections",)
+    provides = (Split,)
+    invalidates = (FusedProjections,)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Take every linear all of whose readers take parts of it."""

@@ -1,8 +1,8 @@
 """Try single operators on a target, and write down what its compiler and simulator, or runtime, make of them.
 
-    python -m graphopt.backends.sweep qnn-htp-v75 -o qnn-htp-v75.json [--against OLD.json]
+    python -m tools.target_sweep qnn-htp-v75 -o qnn-htp-v75.json [--against OLD.json]
 
-The file goes beside ``graphopt/ir/targets``. With ``--against`` differences to an older sweep are listed, as when
+The file goes beside ``src/graphopt/targets``. With ``--against`` differences to an older sweep are listed, as when
 the compiler's package has moved.
 """
 

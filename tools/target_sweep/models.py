@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..onnx.qnn.measures import reference
+from graphopt.backends.onnx.qnn.measures import reference
+
 from .cases import Case, Operand
 
 KINDS = ("float", "w8a8", "w8a16", "w4a8", "w4a16")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..operators.work import Work
-from .devices import Device
-from .roofline import Timing, time_call
+from graphopt.ir.cost.devices import Device
+from graphopt.ir.cost.roofline import Timing, time_call
+from graphopt.ir.operators.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)

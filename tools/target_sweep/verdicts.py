@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.progress import track
 
-from ..onnx.qnn.measures import reference, signal_to_noise
-from ..onnx.qnn.run import simulate
+from graphopt.backends.onnx.qnn.measures import reference, signal_to_noise
+from graphopt.backends.onnx.qnn.run import simulate
+
 from .cases import CASES, Case
 from .models import KINDS, build
 
