@@ -100,7 +100,9 @@ def traits_of(target: object) -> Trait:
 
 def has(node: object, trait: Trait) -> bool:
     """Tell whether a value is the result of an operator that has this trait, or one of several joined by ``|``."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and bool(_bits(node.target) & trait.value)
+    return (
+        isinstance(node, fx.Node) and node.op == "call_function" and bool(_bits(node.target) & trait._value_)
+    )
 
 
 def named(trait: Trait) -> frozenset[str]:

@@ -34,7 +34,7 @@ def sources_of(node: fx.Node, dim: int) -> Sources | None:
     rule = _RULES.get(name) if spec is None else spec.dimensions
     if rule is not None:
         return rule(node, dim)
-    return broadcast(node, dim) if has(node, Trait.POINTWISE | Trait.CAST | Trait.IDENTITY) else None
+    return broadcast(node, dim) if has(node, _BY_PLACE) else None
 
 
 def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) -> Along | None:
@@ -59,6 +59,10 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
         if along is not None and along.dim == dim:
             return Along(index, along.divisor, along.factor)
     return None
+
+
+# an entry of the result is made of the operands' entries at its place
+_BY_PLACE = Trait.POINTWISE | Trait.CAST | Trait.IDENTITY
 
 
 def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int] | None:

@@ -30,6 +30,8 @@ _RENAMED = {
     "aten.logical_and": torch.ops.aten.bitwise_and.Tensor,
     "aten._softmax": torch.ops.aten.softmax.int,
 }
+# calls with equal operands that are not the same value
+_DIFFERENT = Trait.RANDOM | Trait.EMPTY
 _END = 2**63 - 1
 
 
@@ -96,7 +98,7 @@ def share_equal(program: Program) -> None:
     """Let equal computations on equal operands be one, as masks and rotary tables computed per layer."""
     seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
-        if node.op != "call_function" or is_mutable(node.target) or has(node, Trait.RANDOM | Trait.EMPTY):
+        if node.op != "call_function" or is_mutable(node.target) or has(node, _DIFFERENT):
             continue
         try:
             key = (node.target, _frozen(node.args), _frozen(node.kwargs))
