@@ -24,7 +24,7 @@ from graphopt.backends.triton.cases import Case, Made, cases
 from graphopt.backends.triton.wiring import TABLE, kernels_in_use, operator
 from graphopt.ir.cost.devices import find_device
 from graphopt.ir.cost.formulas import work
-from graphopt.ir.cost.operands import Call, Operand
+from graphopt.ir.operators.work import Call, Operand
 
 
 def milliseconds(calls: Sequence[Callable[[], Any]], repeat: int) -> list[float]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.ir.cost.devices import Device
-from graphopt.ir.cost.operands import Work
 from graphopt.ir.cost.roofline import Timing, time_call
+from graphopt.ir.operators.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,10 +48,10 @@ from graphopt.ir.cost import (
     work,
     works_by_node,
 )
-from graphopt.ir.cost.fused import visible_pairs
 from graphopt.ir.cost.registry import FORMULAS
 from graphopt.ir.errors import UsageError
 from graphopt.ir.operators.attention import visible_keys
+from graphopt.ir.operators.work import visible_pairs
 from graphopt.ir.program import Program
 from graphopt.ir.schema import operator_name
 

@@ -262,6 +262,8 @@ def test_residual_inside_the_sum_is_a_type_error() -> None:
         (lambda p, n: p.edit.call(aten.mul.Tensor, n, n), "not linear in it"),
         (lambda p, n: p.edit.call(aten.add.Tensor, n, 1.0), "would count once a rank"),
         (lambda p, n: p.edit.call(aten.softmax.int, n, -1), "not linear in it"),
+        (lambda p, n: p.edit.call(aten.constant_pad_nd.default, n, [1, -1], 1.0), "not linear in it"),
+        (lambda p, n: p.edit.emit(lambda y: y.long().to(y.dtype), n), "not linear in it"),
     ],
 )
 def test_partial_values_pass_through_nothing_but_linear_operators(change, message: str) -> None:
@@ -274,6 +276,26 @@ def test_partial_values_pass_through_nothing_but_linear_operators(change, messag
         )
     with pytest.raises(VerificationError, match=message):
         verify(program, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p, n: p.edit.call(aten.flip.default, n, [1]),
+        lambda p, n: p.edit.call(aten.roll.default, n, [1], [1]),
+        lambda p, n: p.edit.call(aten.mean.dim, n, [1], True),
+        lambda p, n: p.edit.call(aten.constant_pad_nd.default, n, [0, 0, 1, 0]),
+    ],
+)
+def test_partial_values_pass_through_linear_operators(change) -> None:
+    program = sharded()
+    out = program.anatomy.attention[0].parts["o"]
+    (reduce,) = out.users
+    with program.edit.after(reduce):
+        changed = change(program, out)
+        program.add_output("sum", program.edit.call(dialect.all_reduce.default, changed, "tensor_parallel"))
+    assert placements(program)[changed] == PARTIAL
+    verify(program, [])
 
 
 def test_output_that_differs_by_rank_is_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..ir.operators import attention, cache_positions, cache_visible
+from ..ir.operators.traits import Trait, has
 from ..ir.program import Program
 from ..ir.ranks.rank_programs import runnable
 from ..ir.running.evaluate import evaluate, needed_for
@@ -18,7 +19,6 @@ from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 
 Buffer = tuple[str, int, int]
-AT_MASKS = ("graphopt.gated_lora", "graphopt.marked_embedding")
 """Operators that give their first operand where no mask token stands."""
 
 
@@ -162,7 +162,7 @@ class Running:
                 kept = [found[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
                 target, args = attend, (self.step, *kept, window)
             elif (phased := is_operator(node, "graphopt.skipped")) or (
-                not self.marked and is_operator(node, *AT_MASKS)
+                not self.marked and has(node, Trait.MARKED)
             ):
                 kept = node.args[0 if self.decoding or not phased else 1]
                 assert isinstance(kept, fx.Node)

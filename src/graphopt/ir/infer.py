@@ -13,21 +13,8 @@ from .compat import FakeTensorMode, quiet_failures, symbolic_kernels, without_gu
 from .errors import VerificationError
 from .schema import operator_name
 
-_DIALECT_SHAPES: dict[str, Callable[..., torch.Tensor]] = {
-    "graphopt::attention": lambda q, k, v, *rest, **options: q.new_empty((*q.shape[:-1], v.shape[-1])),
-    "graphopt::cache_store": lambda cache, *rest: cache.new_empty(cache.shape),
-    "graphopt::cache_visible": lambda positions, slots, cache, *rest, **options: positions.new_empty(
-        (positions.shape[0], 1, positions.shape[1], cache.shape[2]), dtype=torch.bool
-    ),
-    "graphopt::fake_quantize": lambda x, *rest, **options: x.new_empty(x.shape),
-    "graphopt::fake_quantize_channels": lambda x, *rest, **options: x.new_empty(x.shape),
-    "graphopt::rotary": lambda x, cos, sin, **options: x.new_empty(
-        x.shape, dtype=torch.promote_types(x.dtype, cos.dtype)
-    ),
-    "graphopt::routed_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
-    "graphopt::nested_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
-    "graphopt::soft_nested_ffn": lambda x, *rest, **options: x.new_empty(x.shape),
-}
+SHAPE_RULES: dict[str, Callable[..., Any]] = {}
+"""What computes a call's fake value in place of the operator, by its name; filled where operators of ours are defined."""
 
 
 def value_of(argument: Any) -> Any:
@@ -83,7 +70,7 @@ def _size_key(size: int | torch.SymInt) -> Any:
 
 
 def _infer(mode: FakeTensorMode, target: Any, fake_args: Any, fake_kwargs: dict[str, Any]) -> Any:
-    rule = _DIALECT_SHAPES.get(getattr(target, "name", lambda: "")()) if hasattr(target, "_schema") else None
+    rule = SHAPE_RULES.get(operator_name(target))
     try:
         # a guard would narrow the sizes of the whole program
         with mode, torch.no_grad(), symbolic_kernels(), without_guards(mode), quiet_failures():

@@ -13,13 +13,14 @@ from torch import fx
 
 from ...ir.checking.comparison import relative_error
 from ...ir.errors import LoweringError
+from ...ir.operators.traits import has
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.examples import example_inputs
 from ...ir.running.execute import interpret, memory_available
-from ...ir.running.fold import MOVEMENT, fold
+from ...ir.running.fold import EXACT, fold
 from ...ir.running.retype import Widened, retyped, widen
-from ...ir.schema import arguments, is_operator, operator_name
+from ...ir.schema import arguments, is_operator
 from ...ir.weights import TensorSource, numel
 from .layers import configurations, load
 
@@ -190,9 +191,7 @@ class Reference:
 
 
 def _arithmetic(node: fx.Node) -> bool:
-    return any(
-        n.op == "call_function" and operator_name(n.target) not in MOVEMENT for n in needed_for([node], ())
-    )
+    return any(n.op == "call_function" and not has(n, EXACT) for n in needed_for([node], ()))
 
 
 def _unit(dtype: torch.dtype) -> float:

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from ...ir.errors import LoweringError
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.extract import extract
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator, normal_call
-from .quantized import ROUNDINGS
 
 
 def everywhere(program: Program) -> set[fx.Node]:
@@ -119,7 +119,7 @@ def _written(program: Program, node: fx.Node) -> int:
     sizes = []
     for user in node.users:
         found = arguments(user)
-        if not is_operator(user, *ROUNDINGS) or node is found["scale"]:
+        if not has(user, Trait.ROUNDING) or node is found["scale"]:
             sizes.append(weight.bytes)
         elif found.get("integers") not in (None, node):
             sizes.append(0)  # integers that were fitted to data are written in its place

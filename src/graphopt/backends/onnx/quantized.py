@@ -9,26 +9,26 @@ from typing import Any
 import torch
 
 from ...ir.errors import LoweringError
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import drop_unread_weights
 from ...ir.schema import arguments, is_operator, normal_call
 from ...ir.weights import TensorSource
 
-ROUNDINGS = ("graphopt.fake_quantize", "graphopt.fake_quantize_channels")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _BIASED = ("Conv", "Gemm", "ConvTranspose")
 
 
 def pairs_in(program: Program) -> int:
     """Return how many roundings a program has."""
-    return sum(is_operator(n, *ROUNDINGS) for n in program.nodes)
+    return sum(has(n, Trait.ROUNDING) for n in program.nodes)
 
 
 def without_rounding(program: Program) -> Program:
     """Return a program whose values are not stored in few bits: what was quantised."""
     done = program.copy()
     for node in list(done.nodes):
-        if is_operator(node, *ROUNDINGS):
+        if has(node, Trait.ROUNDING):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             for name, held in done.checkpoint.items():
                 if held is node:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from ..operators.traits import Trait, has
 from ..running.fold import depends_on_weights_alone
 from ..schema import is_operator
 from .blocks import Branches
@@ -13,10 +14,8 @@ from .blocks import Branches
 if TYPE_CHECKING:
     from ..program import Program
 
-CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
-LINEAR = (*CONVOLUTIONS, "aten.batch_norm", "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d",
-          "aten.constant_pad_nd", "aten.slice")  # fmt: skip
-_SCALES = ("aten.mul", "aten.div")
+_CONVOLUTION = Trait.CONVOLUTION | Trait.TRANSPOSED
+_LINEAR = _CONVOLUTION | Trait.MEAN_POOLING | Trait.PADDING
 
 
 def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
@@ -41,7 +40,7 @@ def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
         if source is None:
             continue
         trimmed = [_from(path, source) for path in paths]
-        convolutions = sum(any(is_operator(n, *CONVOLUTIONS) for n in path) for path in trimmed)
+        convolutions = sum(any(has(n, _CONVOLUTION) for n in path) for path in trimmed)
         if convolutions == 0:
             continue
         evidence = [f"{len(trimmed)} linear paths from {source.name}, {convolutions} with a convolution"]
@@ -71,7 +70,7 @@ def _chain(leaf: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
     """Return the chain of linear operators that ends in ``leaf``, from its source on, the source first."""
     chain = [leaf]
     node: Any = leaf
-    while is_operator(node, *LINEAR) or (is_operator(node, *_SCALES) and _constant_factor(node, constant)):
+    while _linear(node, constant):
         changing = [a for a in node.args if isinstance(a, fx.Node) and a not in constant]
         if len(changing) != 1:
             break
@@ -79,6 +78,12 @@ def _chain(leaf: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
         chain.append(node)
     chain.reverse()
     return chain
+
+
+def _linear(node: Any, constant: set[fx.Node]) -> bool:
+    if has(node, _LINEAR) or is_operator(node, "aten.batch_norm", "aten.slice"):
+        return True
+    return is_operator(node, "aten.mul", "aten.div") and _constant_factor(node, constant)
 
 
 def _constant_factor(node: fx.Node, constant: set[fx.Node]) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from ..operators.traits import Trait, has
 from ..schema import is_operator
 from .blocks import Anatomy
 
@@ -23,7 +24,7 @@ def find_embedding(program: Program, anatomy: Anatomy) -> list[fx.Node]:
         if node in seen:
             continue
         seen.add(node)
-        if is_operator(node, "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.linear"):
+        if has(node, Trait.CONVOLUTION) or is_operator(node, "aten.embedding", "aten.linear"):
             found[node] = None
             if is_operator(node, "aten.embedding"):
                 continue

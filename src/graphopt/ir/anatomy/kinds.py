@@ -6,22 +6,19 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from ..operators.traits import Trait, has, named
 from ..schema import is_operator, operator_name
 from .blocks import Block
 from .parts import attention_parts, experts_parts, ffn_parts, nested_parts
-from .residual import NORMS, Addition, between
+from .residual import Addition, between
 
 if TYPE_CHECKING:
     from ..program import Program
 
-_SCANS = ("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "higher_order.scan", "aten.exp",
-          "aten.softplus", "aten.tril", "aten.segment_reduce")  # fmt: skip
-_CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
-_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum")
-_ACTIVATIONS = ("aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid", "aten.pow", "aten.mul",
-                "aten.hardswish", "aten.leaky_relu", "aten.elu", "aten.softplus", "aten.mish", "aten.square",
-                "aten.erf", "aten.clamp", "aten.relu_", "aten.relu6", "aten.hardtanh",
-                "aten.prelu")  # fmt: skip
+_PRODUCTS = named(Trait.PRODUCT)
+_CONVOLUTIONS = named(Trait.CONVOLUTION | Trait.TRANSPOSED)
+# sums and products along positions
+_SCANS = named(Trait.SCAN) | {"higher_order.scan"}
 
 
 def classify(program: Program, addition: Addition) -> list[Block]:
@@ -127,8 +124,8 @@ def _name(program: Program, block: Block) -> None:
         block.evidence.append("positions are mixed by a convolution or a scan, without attention")
     elif ffn_parts(program, block):
         block.kind = "ffn"
-    elif operators & {"aten.linear"} | (operators & set(_PRODUCTS)):
-        block.kind = "mixer" if operators & set(_PRODUCTS) else "unrecognised"
+    elif operators & {"aten.linear"} | (operators & _PRODUCTS):
+        block.kind = "mixer" if operators & _PRODUCTS else "unrecognised"
         block.evidence.append(
             f"products without attention or a feed-forward shape: {', '.join(sorted(operators))}"
         )
@@ -146,19 +143,15 @@ def _softmax_attention(block: Block) -> bool:
                 if user in seen or user not in inside:
                     continue
                 seen.add(user)
-                if is_operator(user, *_PRODUCTS):
+                if has(user, Trait.PRODUCT):
                     return True
-                if is_operator(
-                    user, "aten.to", "aten.reshape", "aten.mul", "aten.slice", "aten.permute", "aten.expand"
-                ):
+                if has(user, Trait.MOVEMENT | Trait.CAST) or is_operator(user, "aten.mul"):
                     work.extend(user.users)
     return False
 
 
 def _mixes_positions(block: Block, operators: set[str]) -> bool:
-    if operators & {"aten.cumsum", "higher_order.scan", "aten.cumprod"}:
-        return True
-    return bool(operators & set(_CONVOLUTIONS))
+    return bool(operators & (_SCANS | _CONVOLUTIONS))
 
 
 def _writes(addition: Addition) -> tuple[fx.Node, bool]:
@@ -167,12 +160,12 @@ def _writes(addition: Addition) -> tuple[fx.Node, bool]:
     users = list(node.users)
     if len(users) == 1 and is_operator(users[0], "aten.to") and len(users[0].users) == 1:
         users = list(users[0].users)
-    if len(users) != 1 or not is_operator(users[0], *NORMS):
+    if len(users) != 1 or not has(users[0], Trait.NORM):
         return node, False
     # before a final norm the branches begin with norms of their own; on a post-norm stream they do not
     for term in addition.terms:
         first = [n for n in addition.inside[term] if addition.base in n.all_input_nodes]
-        if any(is_operator(n, *NORMS) for n in first) or _ends_in_norm(term):
+        if any(has(n, Trait.NORM) for n in first) or _ends_in_norm(term):
             return node, False
     return users[0], True
 
@@ -180,22 +173,22 @@ def _writes(addition: Addition) -> tuple[fx.Node, bool]:
 def _ends_in_norm(term: fx.Node) -> bool:
     node = term
     for _ in range(3):
-        if is_operator(node, *NORMS):
+        if has(node, Trait.NORM):
             return True
-        if not is_operator(node, "aten.to", "aten.reshape", "aten.mul"):
+        if not has(node, Trait.RESHAPE | Trait.CAST) and not is_operator(node, "aten.mul"):
             return False
         node = node.args[0]  # type: ignore[assignment]
     return False
 
 
 def _norms(block: Block, after: bool) -> str:
-    first = [n for n in block.nodes if block.reads in n.all_input_nodes and is_operator(n, *NORMS)]
+    first = [n for n in block.nodes if block.reads in n.all_input_nodes and has(n, Trait.NORM)]
     if first:
         block.parts["norm"] = first[0]
     closing = _ends_in_norm(block.term)
     if closing:
         node = block.term
-        while not is_operator(node, *NORMS):
+        while not has(node, Trait.NORM):
             node = node.args[0]  # type: ignore[assignment]
         if node in first:
             closing = False

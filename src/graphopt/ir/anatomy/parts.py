@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from ..operators.traits import Trait, has, named
 from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
 from .blocks import Block
@@ -13,20 +14,17 @@ from .blocks import Block
 if TYPE_CHECKING:
     from ..program import Program
 
-_SHAPE = ("aten.reshape", "aten.permute", "aten.to", "getitem", "aten.split_with_sizes", "aten.slice",
-          "aten.select", "aten.unsqueeze", "aten.squeeze", "aten.expand", "aten.clone", "aten.contiguous",
-          "aten.unbind", "aten.flatten", "aten.index_select", "aten.repeat_interleave")  # fmt: skip
-_PASSING = (*_SHAPE, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", "aten.mul", "aten.div",
-            "aten.cat", "aten.add", "aten.roll", "aten.constant_pad_nd", "aten.clamp",
-            "aten.sigmoid")  # fmt: skip
-_REDUCING = ("graphopt.all_reduce", "graphopt.quantized_all_reduce")
-PROJECTIONS = ("aten.linear", "aten.conv2d", "aten.conv1d")
+_MOVED = Trait.MOVEMENT | Trait.CAST
+_PASSING = named(_MOVED | Trait.NORM) | {
+    "graphopt.rotary", "aten.mul", "aten.div", "aten.add", "aten.clamp", "aten.sigmoid"
+}  # fmt: skip
+_PROJECTIONS = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
     """Follow a value back through reshapes, norms and rotations to the linear that made it."""
     for _ in range(limit):
-        if is_operator(node, *PROJECTIONS):
+        if is_operator(node, *_PROJECTIONS):
             assert isinstance(node, fx.Node)
             return node
         if not is_operator(node, *_PASSING):
@@ -48,7 +46,7 @@ def target_projection(node: fx.Node, inside: set[fx.Node], limit: int = 40) -> f
             if user not in inside or user in seen:
                 continue
             seen.add(user)
-            if is_operator(user, *PROJECTIONS):
+            if is_operator(user, *_PROJECTIONS):
                 return user
             if is_operator(user, *_PASSING):
                 work.append(user)
@@ -118,15 +116,8 @@ def _last_linear(block: Block) -> fx.Node | None:
         if is_operator(node, "aten.linear"):
             assert isinstance(node, fx.Node)
             return node
-        if not is_operator(
-            node,
-            *_SHAPE,
-            *_REDUCING,
-            "aten.mul",
-            "aten.add",
-            "graphopt.rms_norm",
-            "aten.layer_norm",
-            "aten.div",
+        if not has(node, _MOVED | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
+            node, "aten.mul", "aten.add", "aten.div"
         ):
             return None
         operands = [a for a in node.args if isinstance(a, fx.Node) and a in set(block.nodes)]
@@ -154,7 +145,7 @@ def _feeds(source: fx.Node, target: fx.Node, inside: set[fx.Node]) -> bool:
 def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
     """Tell the gate, which an activation reads, from what it multiplies."""
     node = hidden
-    while is_operator(node, "aten.to", "aten.reshape", "graphopt.rms_norm", "aten.layer_norm"):
+    while has(node, Trait.CAST | Trait.RESHAPE | Trait.NORM):
         node = node.args[0]
     if is_operator(node, "aten.mul"):
         operands = [a for a in node.args if isinstance(a, fx.Node)]
@@ -171,7 +162,7 @@ def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, f
 
 
 def _direct(node: fx.Node) -> bool:
-    while is_operator(node, *_SHAPE):
+    while has(node, _MOVED):
         node = node.args[0]  # type: ignore[assignment]
     return is_operator(node, "aten.linear")
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_value
+from ..operators.traits import Trait, has, named
 from ..running.fold import depends_on_weights_alone
 from ..schema import is_operator
 from .blocks import Block, Stream
@@ -16,15 +17,9 @@ from .blocks import Block, Stream
 if TYPE_CHECKING:
     from ..program import Program
 
-NORMS = ("aten.layer_norm", "graphopt.rms_norm", "aten.group_norm", "aten.batch_norm", "aten.instance_norm")
-# operators that mix channels or positions: without one, x + f(x) is arithmetic and no block
-MIXING = (
-    "aten.linear", "aten.matmul", "aten.bmm", "aten.baddbmm", "aten.conv1d", "aten.conv2d", "aten.conv3d",
-    "aten.convolution", "graphopt.attention", "graphopt.routed_ffn", "aten.einsum",
-    "aten.scaled_dot_product_attention", "aten._grouped_mm", "aten.avg_pool2d",
-)  # fmt: skip
-TRANSPARENT = (*NORMS, "aten.reshape", "aten.to", "aten.relu", "aten.permute", "aten.flatten",
-               "aten.unsqueeze", "aten.squeeze", "aten.slice")  # fmt: skip
+_TRANSPARENT = named(Trait.NORM | Trait.VIEW | Trait.IDENTITY | Trait.CAST) | {
+    "aten.relu", "aten.mul", "aten.add"
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -71,7 +66,7 @@ def origin(node: fx.Node, owner: dict[fx.Node, Stream]) -> Stream | None:
         if is_operator(node, "graphopt.skipped"):
             node = node.args[1]  # type: ignore[assignment]
             continue
-        if not is_operator(node, *TRANSPARENT, "aten.mul", "aten.add"):
+        if not is_operator(node, *_TRANSPARENT):
             return None
         # a constant factor or offset on the stream leads back through its one changing operand
         operands = [
@@ -158,7 +153,8 @@ def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Ad
     for base in sorted(leaves, key=lambda n: order[n]):
         terms = [leaf for leaf in leaves if leaf is not base]
         inside = {term: between(base, term, order) for term in terms}
-        known = [t for t in terms if inside[t] and any(is_operator(n, *MIXING) for n in inside[t])]
+        # without an operator that mixes, x + f(x) is arithmetic and no block
+        known = [t for t in terms if any(has(n, Trait.MIXING) for n in inside[t])]
         if known and len(known) == len(terms):
             return Addition(node, base, sorted(terms, key=lambda n: order[n]), inside)
         if known and len(leaves) > 2:

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..facts import note_capture
 from ..infer import same_size, same_value
+from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_operator
 from .masks import MaskMeaning, split_mask
 from .scores import Scores, peel
@@ -128,7 +129,7 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
             -1,
             user.meta["val"].dim() - 1,
         )
-        if not along_keys and not is_operator(user, "aten.to", "aten.reshape"):
+        if not along_keys and not has(user, Trait.RESHAPE | Trait.CAST):
             break
         weights = user
     products = [

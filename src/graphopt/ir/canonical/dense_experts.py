@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..infer import same_value
+from ..operators.traits import Trait, has
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..running.region import evaluated
@@ -91,16 +92,16 @@ def _raise(
 
 def _scores(inputs: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Find the tokens (tokens, size), their scores (tokens, experts) and the numbers of those chosen (tokens, k)."""
-    while is_operator(inputs, "aten.reshape", "aten.to"):
+    while has(inputs, Trait.RESHAPE | Trait.CAST):
         inputs = inputs.args[0]
     if not is_operator(inputs, "aten.mul"):
         return None
     rows = scores = None
     for factor in inputs.args:
         source = factor
-        while is_operator(source, "aten.reshape", "aten.permute", "aten.unsqueeze", "aten.to"):
+        while has(source, Trait.RESHAPE | Trait.REORDER | Trait.CAST):
             source = source.args[0]
-        if is_operator(source, "aten.repeat", "aten.expand"):
+        if has(source, Trait.REPEAT) or is_operator(source, "aten.repeat"):
             rows = source.args[0]
         else:
             scores = source

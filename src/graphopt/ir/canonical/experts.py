@@ -9,6 +9,7 @@ from torch import fx
 
 from ..facts import note_capture
 from ..infer import same_size, same_value
+from ..operators.traits import Trait, has
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, is_operator
@@ -56,9 +57,7 @@ def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
         # w @ x keeps (out, in); x @ w keeps (in, out)
         transposed = (place == 1) != transposed_view
         result = node
-        while len(result.users) == 1 and is_operator(
-            next(iter(result.users)), "aten.squeeze", "aten.reshape"
-        ):
+        while len(result.users) == 1 and has(next(iter(result.users)), Trait.RESHAPE):
             result = next(iter(result.users))
         bias = None
         if len(result.users) == 1:
@@ -164,7 +163,7 @@ def _combined(node: fx.Node, k: int) -> tuple[fx.Node, fx.Node] | None:
     if not is_operator(product, "aten.mul") or len(product.users) != 1:
         return None
     factor = next((a for a in product.args if a is not node), None)
-    if not is_operator(factor, "aten.unsqueeze", "aten.reshape"):
+    if not has(factor, Trait.RESHAPE):
         return None
     flat = factor.args[0]  # type: ignore[union-attr]
     table = flat.args[0] if is_operator(flat, "aten.reshape") else flat  # type: ignore[union-attr]

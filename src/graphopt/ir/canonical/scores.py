@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_size
+from ..operators.traits import Trait, has
 from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
 from .constants import constant
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..program import Program
 
 aten = torch.ops.aten
+_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
 # scores this low have no weight after a softmax
 _HIDDEN = -1e4
 
@@ -53,7 +55,7 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
             return ""
         if node.meta["val"].dim() == 4:
             shaped = node
-        if is_operator(node, "aten.matmul", "aten.bmm", "aten.baddbmm"):
+        if is_operator(node, *_PRODUCTS):
             found = _product(program, node, added, factor, capped, shaped)
             if isinstance(found, Scores):
                 found.sinks = sinks
@@ -92,7 +94,7 @@ def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     scores, column = parts
     if not isinstance(column, fx.Node) or not isinstance(scores, fx.Node):
         return None
-    while is_operator(column, "aten.expand", "aten.reshape", "aten.to", "aten.unsqueeze"):
+    while has(column, Trait.RESHAPE | Trait.REPEAT | Trait.CAST):
         inner = column.args[0]
         assert isinstance(inner, fx.Node)
         column = inner
@@ -102,7 +104,7 @@ def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
-    if is_operator(node, "aten.to", "aten.reshape"):
+    if has(node, Trait.RESHAPE | Trait.CAST):
         return node.args[0], "", None
     if is_operator(node, "aten.sub") and argument(node, "alpha") == 1:
         if _own_maximum(node):
@@ -204,16 +206,16 @@ def _leads_to_product(start: Any, deep: bool = False) -> bool:
         if not work:
             return False
         node = work.pop()
-        if is_operator(node, "aten.matmul", "aten.bmm", "aten.baddbmm"):
+        if is_operator(node, *_PRODUCTS):
             return True
         if is_operator(node, "aten.where"):
             found = arguments(node)
             work.extend([found["other"], found["self"]] if deep else [found["self"]])
         elif is_operator(node, "aten.add") and deep:
             work.extend([node.args[1], node.args[0]])
-        elif is_operator(
-            node, "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.to", "aten.reshape",
-            "aten.masked_fill", "aten.tanh", "aten.maximum", "aten.clamp",
+        elif has(node, Trait.RESHAPE | Trait.CAST) or is_operator(
+            node, "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.masked_fill", "aten.tanh",
+            "aten.maximum", "aten.clamp",
         ):  # fmt: skip
             work.append(node.args[0])
     return False

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_shape, same_size, same_value
+from ..operators.traits import Trait, has
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..running.region import evaluated
@@ -142,7 +143,7 @@ def _weighted_sum(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | 
     factor = next((a for a in product.args if a is not node), None)
     if not is_operator(product, "aten.mul") or len(product.users) != 1:
         return None
-    while is_operator(factor, "aten.unsqueeze", "aten.reshape"):
+    while has(factor, Trait.RESHAPE):
         factor = factor.args[0]  # type: ignore[union-attr]
     if not is_operator(factor, "aten.index"):
         return None

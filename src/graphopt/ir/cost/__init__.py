@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..operators.work import Call, Operand, Size, Work, moved
 from .collectives import (
     ALL_REDUCE,
     LINKS,
@@ -21,7 +22,6 @@ from .communication import Sync, communication, sent_bytes
 from .devices import DEVICES, Device, find_device
 from .formulas import known, work
 from .liveness import Peak, peak_memory
-from .operands import Call, Operand, Size, Work, moved
 from .registry import FORMULAS, Formula, formula
 from .roofline import Bound, Timing, time_call, total
 from .summary import BlockCost, Cost, cost, expressions, run_totals, works_by_node

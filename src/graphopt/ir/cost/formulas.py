@@ -6,23 +6,19 @@ and writes its results once; what a compiler would fuse is not fused here.
 
 from __future__ import annotations
 
+from ..operators.traits import Trait, named
+from ..operators.work import ACTIVATION_FLOPS, Call, Size, Work, moved, product
 from . import fused as fused
 from . import products as products
-from .fused import ACTIVATION_FLOPS
-from .operands import Call, Size, Work, moved, product
-from .registry import FORMULAS, formula
+from .registry import formula, formula_of
 
-_UNTAGGED = {
-    "aten.square", "aten.clamp", "aten.where", "aten.masked_fill", "aten.bitwise_and",
-    "aten.bitwise_or", "aten.bitwise_not", "aten.logical_not", "aten.floor_divide", "aten.rsub",
-    "aten.isin", "aten.tril", "aten.triu", "aten.true_divide", "aten.dropout", "aten.addcmul",
-    "aten.lerp",
-}  # fmt: skip
+# of each entry they compare or choose, and are not pointwise where operands are cut
+_COMPARING = {"aten.isin", "aten.prelu", "aten.tril", "aten.triu"}
 
 
 def known(call: Call) -> bool:
     """Tell whether the operator has a formula of its own."""
-    return call.name in FORMULAS or call.pointwise or call.name in _UNTAGGED
+    return formula_of(call.name) is not None or call.pointwise or call.name in _COMPARING
 
 
 def work(call: Call) -> Work:
@@ -30,7 +26,7 @@ def work(call: Call) -> Work:
 
     An operator without a formula moves its operands and results and counts no FLOPs.
     """
-    found = FORMULAS.get(call.name)
+    found = formula_of(call.name)
     if found is not None:
         return found(call)
     if known(call):
@@ -38,21 +34,16 @@ def work(call: Call) -> Work:
     return moved(call)
 
 
-@formula(
-    "aten.silu", "aten.gelu", "aten.sigmoid", "aten.tanh", "aten.softplus", "aten.mish", "aten.elu",
-    "aten.selu", "aten.celu", "aten.erf", "aten.log_sigmoid", "aten.softsign",
-)  # fmt: skip
+@formula(*named(Trait.ACTIVATION))
 def activation(call: Call) -> Work:
     """FLOPs: 4 per element."""
     return moved(call, ACTIVATION_FLOPS * call.output.numel)
 
 
 @formula(
-    "aten.sum", "aten.mean", "aten.prod", "aten.max", "aten.min", "aten.amax", "aten.amin",
-    "aten.argmax", "aten.argmin", "aten.cumsum", "aten.cumprod", "aten.any", "aten.all",
-    "aten.logsumexp", "aten.topk", "aten.linalg_vector_norm", "aten.norm",
-    "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d",
-    "aten.adaptive_max_pool2d", "aten.logcumsumexp",
+    *named(Trait.REDUCTION | Trait.SCAN) - {"aten.var", "aten.std"},
+    "aten.topk", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d",
+    "aten.adaptive_max_pool2d",
 )  # fmt: skip
 def reduction(call: Call) -> Work:
     """FLOPs: 1 per element read."""
@@ -65,14 +56,7 @@ def variance(call: Call) -> Work:
     return moved(call, 3 * call.inputs[0].numel)
 
 
-@formula(
-    "aten.avg_pool1d",
-    "aten.avg_pool2d",
-    "aten.avg_pool3d",
-    "aten.max_pool1d",
-    "aten.max_pool2d",
-    "aten.max_pool3d",
-)
+@formula(*named(Trait.MEAN_POOLING | Trait.MAX_POOLING))
 def pool(call: Call) -> Work:
     """FLOPs: 1 per element under the kernel."""
     dims = int(call.name[-2])
@@ -82,13 +66,9 @@ def pool(call: Call) -> Work:
 
 
 @formula(
-    "aten.cat", "aten.concat", "aten.stack", "aten.repeat", "aten.repeat_interleave", "aten.clone",
-    "aten.contiguous", "aten.to", "aten._to_copy", "aten.type_as", "aten.pad",
-    "aten.constant_pad_nd", "aten.roll", "aten.flip", "aten.scatter", "aten.scatter_add",
-    "aten.slice_scatter", "aten.select_scatter", "aten.index_put", "aten.index_add",
-    "aten.index_copy", "aten.sort", "aten.argsort", "aten.one_hot", "aten.reshape", "aten.view",
-    "aten.flatten", "aten.unflatten", "aten.pixel_shuffle", "aten.pixel_unshuffle",
-    "aten.masked_scatter",
+    *named(Trait.COPY | Trait.IDENTITY | Trait.CAST | Trait.PADDING | Trait.RESHAPE) - named(Trait.LOOKUP),
+    "aten.scatter", "aten.scatter_add", "aten.slice_scatter", "aten.select_scatter", "aten.index_put",
+    "aten.index_add", "aten.index_copy", "aten.sort", "aten.argsort", "aten.one_hot", "aten.masked_scatter",
 )  # fmt: skip
 def copy(call: Call) -> Work:
     """No FLOPs: operands are read and the result is written. Reshape copies only what was expanded."""
@@ -106,25 +86,20 @@ def embedding(call: Call) -> Work:
     return _rows(call, "weight")
 
 
-@formula("aten.index", "aten.index_select", "aten.gather", "aten.take", "aten.take_along_dim")
+@formula(*named(Trait.LOOKUP) - {"aten.embedding"})
 def lookup(call: Call) -> Work:
     """No FLOPs: of the source only the elements returned are read."""
     return _rows(call, "self")
 
 
-@formula(
-    "aten.full", "aten.zeros", "aten.ones", "aten.arange", "aten.linspace", "aten.eye",
-    "aten.scalar_tensor", "aten.full_like", "aten.zeros_like", "aten.ones_like", "aten.new_full",
-    "aten.new_zeros", "aten.new_ones", "aten.rand", "aten.randn", "aten.rand_like",
-    "aten.randn_like",
-)  # fmt: skip
+@formula(*named(Trait.FACTORY))
 def creation(call: Call) -> Work:
     """No FLOPs: the result is written."""
     written: Size = sum(result.bytes for result in call.outputs)
     return Work(0, 0, written)
 
 
-@formula("aten.empty", "aten.new_empty", "aten.empty_like")
+@formula(*named(Trait.EMPTY))
 def allocation(call: Call) -> Work:
     """Nothing is computed or moved."""
     return Work()

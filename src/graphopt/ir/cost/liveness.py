@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from .operands import Size
+from ..operators.work import Size
 from .resolve import Numbers
 from .survey import survey
 

@@ -6,7 +6,8 @@ counted, as in ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
-from .operands import Call, Size, Work, moved, product
+from ..operators.traits import Trait, named
+from ..operators.work import Call, Size, Work, moved, product
 from .registry import formula
 
 
@@ -53,7 +54,7 @@ def addbmm(call: Call) -> Work:
     return moved(call, 2 * first.shape[0] * first.shape[-1] * call.output.numel)
 
 
-@formula("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+@formula(*named(Trait.CONVOLUTION), "aten.convolution")
 def convolution(call: Call) -> Work:
     """FLOPs: 2 · elements of the result (of the input if transposed) · (in / groups) · kernel."""
     if call.arguments.get("transposed"):
@@ -61,7 +62,7 @@ def convolution(call: Call) -> Work:
     return moved(call, 2 * call.output.numel * product(call.tensor("weight").shape[1:]))
 
 
-@formula("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+@formula(*named(Trait.TRANSPOSED) - {"aten.convolution"})
 def transposed_convolution(call: Call) -> Work:
     """FLOPs: 2 · elements of the input · (out / groups) · kernel."""
     return moved(call, 2 * call.tensor("input").numel * product(call.tensor("weight").shape[1:]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .operands import Call, Work
+from ..operators.spec import SPECS
+from ..operators.work import Call, Work
 
 Formula = Callable[[Call], Work]
 
 FORMULAS: dict[str, Formula] = {}
-"""Operator name to formula; its sizes may be numbers or expressions, so a formula only does arithmetic."""
+"""ATen's operators to their formulas, by name; sizes may be numbers or expressions, so a formula only does arithmetic."""
 
 
 def formula(*names: str) -> Callable[[Formula], Formula]:
@@ -21,3 +22,9 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
         return function
 
     return register
+
+
+def formula_of(name: str) -> Formula | None:
+    """Return the formula of an operator, of torch's or of ours; None if it has none."""
+    spec = SPECS.get(name)
+    return FORMULAS.get(name) if spec is None else spec.work

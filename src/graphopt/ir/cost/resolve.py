@@ -9,8 +9,8 @@ import sympy
 
 from ..compat import symbol_range
 from ..errors import UsageError
+from ..operators.work import Size
 from .names import nearest
-from .operands import Size
 from .survey import survey
 
 if TYPE_CHECKING:

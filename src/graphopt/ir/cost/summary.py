@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch import fx
 
+from ..operators.work import Work
 from .communication import sent_bytes
 from .devices import Device, find_device
 from .formulas import work
 from .liveness import Peak, find_peak
-from .operands import Work
 from .regions import regions
 from .resolve import Numbers, symbol_names
 from .roofline import Bound, Timing, time_call, total

@@ -8,37 +8,24 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from ..operators.traits import Trait, has, named
+from ..operators.work import Call, Operand, Size, Work, minimum
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, operator_name
 from ..sizes import expression
 from .formulas import known, work
-from .operands import Call, Operand, Size, Work, minimum
 
 if TYPE_CHECKING:
     from ..program import Program
 
-VIEWS = frozenset({
-    "aten.permute", "aten.transpose", "aten.t", "aten.numpy_T", "aten.mT", "aten.movedim",
-    "aten.swapaxes", "aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.slice",
-    "aten.select", "aten.narrow", "aten.squeeze", "aten.unsqueeze", "aten.split",
-    "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.unfold", "aten.diagonal",
-    "aten.as_strided", "aten.alias", "aten.detach", "aten.reshape", "aten.view", "aten.view_as",
-    "aten.reshape_as", "aten.flatten", "aten.unflatten", "aten._unsafe_view", "getitem",
-    "aten.tensor_split", "aten.view_as_complex", "aten.view_as_real",
-})  # fmt: skip
+VIEWS = named(Trait.VIEW | Trait.BITS) | {"aten.detach"}
 """Operators that return their first operand's storage under other sizes."""
 
-_RESHAPES = frozenset({
-    "aten.reshape", "aten.view", "aten.view_as", "aten.reshape_as", "aten.flatten",
-    "aten.unflatten", "aten._unsafe_view",
-})  # fmt: skip
-_REPEATS = frozenset({"aten.expand", "aten.expand_as", "aten.broadcast_to"})
-_PARTS = frozenset({
-    "aten.slice", "aten.select", "aten.narrow", "aten.split", "aten.split_with_sizes", "aten.chunk",
-    "aten.unbind", "aten.diagonal", "aten.tensor_split", "aten.as_strided",
-})  # fmt: skip
+# these never write anything out, whatever their operand
+_RESHAPES = named(Trait.RESHAPE) - {"aten.squeeze", "aten.unsqueeze"}
+_REPEATS = named(Trait.REPEAT)
+_PARTS = named(Trait.PART)
 
 
 @dataclass
@@ -94,16 +81,11 @@ def survey(program: Program) -> Survey:
     return found
 
 
-_ROUNDINGS = ("graphopt.fake_quantize", "graphopt.fake_quantize_channels")
-
-
 def _stored_bits(node: fx.Node) -> int | None:
     """Return in how many bits an element of a value is stored, where a rounding says so."""
-    rounding = node if node.op == "call_function" and operator_name(node.target) in _ROUNDINGS else None
-    if rounding is None and node.op == "call_function" and node.users:
-        users = list(node.users)
-        if all(u.op == "call_function" and operator_name(u.target) in _ROUNDINGS for u in users):
-            rounding = users[0]
+    rounding = node if has(node, Trait.ROUNDING) else None
+    if rounding is None and node.op == "call_function" and all(has(u, Trait.ROUNDING) for u in node.users):
+        rounding = next(iter(node.users), None)
     if rounding is None:
         return None
     return int("".join(c for c in str(arguments(rounding)["dtype"]) if c.isdigit()))
@@ -135,7 +117,7 @@ class _Surveyor:
         if node.op == "call_function" and operands:
             name = operator_name(node.target)
             source = next((n for n in node.all_input_nodes if found.operands.get(n)), None)
-            if name in _ROUNDINGS and source is not None:
+            if has(node, Trait.ROUNDING) and source is not None:
                 # how a value is stored is no work of its own
                 found.base[node] = found.base[source]
             elif name in VIEWS and source is not None and not self.copies(name, source):
@@ -186,9 +168,9 @@ class _Surveyor:
         if key not in self.index:
             self.index[key] = len(self.found.calls)
             tensors = {p: replace(i[0], position=p) for p, i in enumerate(inputs) if i}
-            named = {k: self.argument(v, places, tensors) for k, v in arguments(node).items()}
-            pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-            self.found.calls.append(Call(name, named, tuple(tensors.values()), outputs, pointwise))
+            by_name = {k: self.argument(v, places, tensors) for k, v in arguments(node).items()}
+            pointwise = has(node, Trait.POINTWISE)
+            self.found.calls.append(Call(name, by_name, tuple(tensors.values()), outputs, pointwise))
         return self.index[key]
 
     def freeze(self, value: Any, places: dict[fx.Node, int]) -> Any:

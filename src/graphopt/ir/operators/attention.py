@@ -5,11 +5,15 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
+from ..schema import arguments
 from .library import dialect_operator
+from .placement_types import WHOLE, Misplaced, Placement, Shard, check_whole, placement_of
+from .spec import OperatorSpec, Trait
+from .work import Call, Work, attention_work, minimum, visible_pairs
 
 _last_masks: list[tuple[weakref.ref[Tensor], tuple[object, ...], Tensor | None, bool]] = []
 
@@ -89,10 +93,58 @@ def _mask_for(
     return mask, plain
 
 
+def _shape(q: Tensor, k: Tensor, v: Tensor, *others: object, **options: object) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _work(call: Call) -> Work:
+    """FLOPs: visible pairs · heads · batch · (2 · head size + 2 · value size + 5 for the softmax).
+
+    Bytes are those of a fused kernel: no score leaves the chip, keys and values are read once at their own
+    number of heads, and only those that some query's window reaches.
+    """
+    window = call.arguments.get("window")
+    queries, keys = call.tensor("q").shape[-2], call.tensor("k").shape[-2]
+    pairs = visible_pairs(queries, keys, bool(call.arguments.get("causal")), window)
+    reached = keys if window is None or queries == keys else minimum(keys, queries + (window - 1))
+    return attention_work(call, "q", "k", "v", pairs, reached)
+
+
+def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    q, k, v = (placement_of(found[n], placed) for n in ("q", "k", "v"))
+    if (q, k, v) == (WHOLE, WHOLE, WHOLE):
+        check_whole(placed, *(found[n] for n in ("key_mask", "bias", "sinks", "segments", "visible")))
+        return WHOLE
+    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and found["k"].meta["val"].shape[1] == 1:
+        # the one head of keys and values is every rank's
+        k = v = Shard(1, (0,) * len(q.starts), 1, 1)
+    if not all(isinstance(p, Shard) and p.dim == 1 for p in (q, k, v)):
+        raise Misplaced(f"its queries are {q}, its keys {k}, its values {v}; all must be cut by heads")
+    assert isinstance(q, Shard)
+    assert isinstance(k, Shard)
+    assert isinstance(v, Shard)
+    if (k.starts, k.length) != (v.starts, v.length):
+        raise Misplaced("keys and values are cut by different heads")
+    group = q.total // k.total
+    if any(first // group != other for first, other in zip(q.starts, k.starts, strict=True)):
+        raise Misplaced("queries of a rank do not belong to its keys")
+    check_whole(placed, *(found[n] for n in ("key_mask", "segments", "visible")))
+    bias, sinks = placement_of(found["bias"], placed), placement_of(found["sinks"], placed)
+    if isinstance(found["bias"], fx.Node):
+        by_head = found["bias"].meta["val"].shape[1] != 1
+        if by_head and not (isinstance(bias, Shard) and (bias.dim, bias.starts) == (1, q.starts)):
+            raise Misplaced(f"its bias is {bias}, its heads are cut")
+    if isinstance(found["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
+        raise Misplaced(f"its sinks are {sinks}, its heads are cut")
+    return q
+
+
 @dialect_operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, "
     "Tensor? sinks=None, Tensor? segments=None, Tensor? visible=None, *, float scale, bool causal=False, "
-    "int? window=None, float? softcap=None) -> Tensor"
+    "int? window=None, float? softcap=None) -> Tensor",
+    spec=OperatorSpec(shape=_shape, work=_work, place=_place, traits=Trait.MIXING),
 )
 def attention(
     q: Tensor,

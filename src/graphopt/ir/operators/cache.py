@@ -7,12 +7,46 @@ lie in other slots (the nodes of a tree share positions), after the committed on
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..schema import arguments
 from .library import dialect_operator
+from .placement_types import Misplaced, Placement, check_whole, placement_of
+from .spec import OperatorSpec, like_first
+from .work import Call, Work, product
 
 
-@dialect_operator("cache_store(Tensor cache, Tensor values, Tensor slots) -> Tensor")
+def _store_work(call: Call) -> Work:
+    """Bytes: the new tokens' values, read and written in place; no arithmetic."""
+    values = call.tensor("values")
+    return Work(0, 0, 2 * product(values.shape) * values.dtype.itemsize)
+
+
+def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    cache, values = placement_of(found["cache"], placed), placement_of(found["values"], placed)
+    check_whole(placed, found["slots"])
+    if cache != values:
+        raise Misplaced(f"its cache is {cache}, and what is stored is {values}")
+    return cache
+
+
+def _visible_shape(
+    positions: Tensor, slots: Tensor, cache: Tensor, *others: object, **options: object
+) -> Tensor:
+    return positions.new_empty((positions.shape[0], 1, positions.shape[1], cache.shape[2]), dtype=torch.bool)
+
+
+def _visible_work(call: Call) -> Work:
+    """Two comparisons for each token and slot; bytes of the result."""
+    pairs = product(call.tensor("positions").shape) * call.tensor("cache").shape[2]
+    return Work(2 * pairs, 0, pairs)
+
+
+@dialect_operator(
+    "cache_store(Tensor cache, Tensor values, Tensor slots) -> Tensor",
+    spec=OperatorSpec(shape=like_first, work=_store_work, place=_place),
+)
 def cache_store(cache: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """Return the cache with new tokens' keys, or values, in their slots.
 
@@ -42,7 +76,8 @@ def cache_positions(positions: Tensor, slots: Tensor, capacity: int) -> Tensor:
 
 
 @dialect_operator(
-    "cache_visible(Tensor positions, Tensor slots, Tensor cache, Tensor? step_mask=None, *, int? window=None) -> Tensor"
+    "cache_visible(Tensor positions, Tensor slots, Tensor cache, Tensor? step_mask=None, *, int? window=None) -> Tensor",
+    spec=OperatorSpec(shape=_visible_shape, work=_visible_work),
 )
 def cache_visible(
     positions: Tensor,

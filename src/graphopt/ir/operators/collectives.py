@@ -10,13 +10,66 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .. import groups
+from ..schema import arguments
 from .library import dialect_operator
+from .placement_types import PARTIAL, WHOLE, Misplaced, Placement, Shard, check_whole
+from .spec import OperatorSpec, Trait
 
 
-@dialect_operator("local_slice(Tensor x, int dim, SymInt[] starts, SymInt length, str group) -> Tensor")
+def _place_slice(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    check_whole(placed, found["x"])
+    rank = found["x"].meta["val"].dim()
+    total = found["x"].meta["val"].shape[found["dim"]]
+    return Shard(found["dim"] % rank, tuple(found["starts"]), int(found["length"]), int(total))
+
+
+def place_sum(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Every rank has the sum of what ranks have: a placement rule."""
+    source = arguments(node)["x"]
+    if placed[source] != PARTIAL:
+        raise Misplaced(f"{source.name} is {placed[source]}; only a partial sum is reduced")
+    return WHOLE
+
+
+def _place_gathered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    source, dim = found["x"], found["dim"]
+    held = placed[source]
+    if not (isinstance(held, Shard) and held.even and held.dim == dim % source.meta["val"].dim()):
+        raise Misplaced(f"{source.name} is {held}, and cannot be put together along {dim}")
+    return WHOLE
+
+
+def _place_scattered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    place_sum(node, placed)
+    found = arguments(node)
+    size, dim = int(found["size"]), found["dim"] % node.meta["val"].dim()
+    length = int(node.meta["val"].shape[dim])
+    return Shard(dim, tuple(range(0, size * length, length)), length, size * length)
+
+
+def _place_unreduced(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    if placed[arguments(node)["x"]] != PARTIAL:
+        raise Misplaced("only a partial sum can go unreduced")
+    return WHOLE
+
+
+def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    table, start = placed[found["weight"]], placed[found["start"]]
+    if not (isinstance(table, Shard) and isinstance(start, Shard) and table.dim == 0 and table.even):
+        raise Misplaced(f"its table is {table}, its first row {start}")
+    return PARTIAL
+
+
+@dialect_operator(
+    "local_slice(Tensor x, int dim, SymInt[] starts, SymInt length, str group) -> Tensor",
+    spec=OperatorSpec(place=_place_slice, traits=Trait.PER_RANK),
+)
 def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: str) -> Tensor:
     """Return this rank's part of a value that every rank has, or could have.
 
@@ -31,14 +84,20 @@ def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: 
     return x.narrow(dim, starts[bound.rank if bound else 0], length)
 
 
-@dialect_operator("all_reduce(Tensor x, str group) -> Tensor")
+@dialect_operator(
+    "all_reduce(Tensor x, str group) -> Tensor",
+    spec=OperatorSpec(place=place_sum, traits=Trait.COLLECTIVE),
+)
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Return the sum of all ranks' values, the same on every rank."""
     bound = groups.bound_group(group, x)
     return groups.all_reduce(x, bound) if bound else torch.empty_like(x)
 
 
-@dialect_operator("all_gather(Tensor x, int dim, int size, str group) -> Tensor")
+@dialect_operator(
+    "all_gather(Tensor x, int dim, int size, str group) -> Tensor",
+    spec=OperatorSpec(place=_place_gathered, traits=Trait.COLLECTIVE),
+)
 def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """Return all ranks' values one after the other along ``dim``; there are ``size`` ranks."""
     bound = groups.bound_group(group, x)
@@ -48,7 +107,10 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return torch.cat(list(stacked.unbind(0)), dim)
 
 
-@dialect_operator("reduce_scatter(Tensor x, int dim, int size, str group) -> Tensor")
+@dialect_operator(
+    "reduce_scatter(Tensor x, int dim, int size, str group) -> Tensor",
+    spec=OperatorSpec(place=_place_scattered, traits=Trait.COLLECTIVE),
+)
 def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """Return this rank's part, along ``dim``, of the sum of all ranks' values."""
     bound = groups.bound_group(group, x)
@@ -58,13 +120,18 @@ def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return groups.reduce_scatter(torch.stack(parts), bound).squeeze(0)
 
 
-@dialect_operator("unreduced(Tensor x, str group) -> Tensor")
+@dialect_operator(
+    "unreduced(Tensor x, str group) -> Tensor",
+    spec=OperatorSpec(place=_place_unreduced, traits=Trait.PER_RANK),
+)
 def unreduced(x: Tensor, group: str) -> Tensor:
     """Return a partial sum as it is, said to be used as if it were the whole: a dropped sync point."""
     return x.clone()
 
 
-@dialect_operator("local_embedding(Tensor weight, Tensor ids, Tensor start) -> Tensor")
+@dialect_operator(
+    "local_embedding(Tensor weight, Tensor ids, Tensor start) -> Tensor", spec=OperatorSpec(place=_place_rows)
+)
 def local_embedding(weight: Tensor, ids: Tensor, start: Tensor) -> Tensor:
     """Look up rows of a table of which this rank has those from ``start`` (1,) on; zeros for all others."""
     own = ids - start

@@ -9,11 +9,34 @@ from torch.nn import functional as F
 from .activations import gated_by
 from .library import dialect_operator
 from .norm import rms_norm
+from .spec import OperatorSpec
+from .work import ACTIVATION_FLOPS, NORM_FLOPS, Call, Work, moved, product
+
+
+def _add_rms_norm_work(call: Call) -> Work:
+    """FLOPs: 8 per element. Bytes: two values read and two written."""
+    x = call.tensor("x")
+    work = moved(call, (NORM_FLOPS + 1) * x.numel)
+    return Work(work.flops, work.weight_bytes, 4 * x.bytes)
+
+
+def _gated_product_work(call: Call) -> Work:
+    """FLOPs: 5 per element."""
+    return moved(call, (ACTIVATION_FLOPS + 1) * call.output.numel)
+
+
+def _linear_top_k_work(call: Call) -> Work:
+    """FLOPs: 2 · rows · size · vocabulary. Bytes: operands and the k entries found, not the logits."""
+    x, weight = call.tensor("x"), call.tensor("weight")
+    rows = product(x.shape[:-1])
+    work = moved(call, rows * (2 * x.shape[-1] + 1) * weight.shape[0])
+    return Work(work.flops, work.weight_bytes, x.bytes + rows * call.arguments["k"] * (x.dtype.itemsize + 8))
 
 
 @dialect_operator(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, *, bool float32=True, "
-    "bool weight_before_cast=False) -> (Tensor, Tensor)"
+    "bool weight_before_cast=False) -> (Tensor, Tensor)",
+    spec=OperatorSpec(work=_add_rms_norm_work),
 )
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True,
@@ -35,7 +58,8 @@ def add_rms_norm(
 
 
 @dialect_operator(
-    'gated_product(Tensor gate, Tensor up, *, str activation="silu", float limit=0.0, float alpha=1.0) -> Tensor'
+    'gated_product(Tensor gate, Tensor up, *, str activation="silu", float limit=0.0, float alpha=1.0) -> Tensor',
+    spec=OperatorSpec(work=_gated_product_work),
 )
 def gated_product(
     gate: Tensor, up: Tensor, *, activation: str = "silu", limit: float = 0.0, alpha: float = 1.0
@@ -52,7 +76,10 @@ def gated_product(
     return gated_by(gate, up, activation, limit, alpha)
 
 
-@dialect_operator("linear_top_k(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)")
+@dialect_operator(
+    "linear_top_k(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)",
+    spec=OperatorSpec(work=_linear_top_k_work),
+)
 def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest of ``x weight^T + bias``, the largest first, and which they are.
 

@@ -8,10 +8,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ..infer import SHAPE_RULES
+from .spec import SPECS, OperatorSpec
+
 _LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 
 DIALECT: dict[str, str] = {}
 """Operator name to schema, for the reader's allow-list and the documentation."""
+
+_PLAIN = OperatorSpec()
 
 KERNELS: dict[str, Callable[..., Any]] = {}
 """What is asked before a reference runs, by name: it returns the result, or None where it does not apply."""
@@ -37,11 +42,19 @@ def kernel_point(name: str) -> Callable[[Reference], Reference]:
     return wrap
 
 
-def dialect_operator(schema: str) -> Callable[[Reference], Reference]:
-    """Define ``graphopt::<schema>`` with the decorated function as its meaning on every device."""
+def dialect_operator(schema: str, *, spec: OperatorSpec = _PLAIN) -> Callable[[Reference], Reference]:
+    """Define ``graphopt::<schema>`` with the decorated function as its meaning on every device.
+
+    Args:
+        schema: name, arguments and results, as torch writes them.
+        spec: what passes, cost and placement ask about the operator.
+    """
 
     def register(reference: Reference) -> Reference:
         name = schema.split("(", 1)[0]
+        SPECS[f"graphopt.{name}"] = spec
+        if spec.shape is not None:
+            SHAPE_RULES[f"graphopt.{name}"] = spec.shape
         _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, kernel_point(name)(reference), "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
         DIALECT[name] = schema

@@ -7,9 +7,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .library import dialect_operator
+from .spec import OperatorSpec, Trait
+from .work import Call, Work, moved, product
 
 
-@dialect_operator("marked_embedding(Tensor embedded, Tensor table, Tensor marks) -> Tensor")
+def _lora_work(call: Call) -> Work:
+    """FLOPs: 2 · rank · (in + out) a token, and two for each element of the result; at all places, marked or not."""
+    rank, inner = call.tensor("down").shape
+    rows = product(call.tensor("x").shape[:-1])
+    return moved(call, rows * 2 * rank * (inner + call.output.shape[-1]) + 2 * call.output.numel)
+
+
+@dialect_operator(
+    "marked_embedding(Tensor embedded, Tensor table, Tensor marks) -> Tensor",
+    spec=OperatorSpec(traits=Trait.MARKED),
+)
 def marked_embedding(embedded: Tensor, table: Tensor, marks: Tensor) -> Tensor:
     """Put the vectors of mask tokens in the places that are marked.
 
@@ -23,7 +35,8 @@ def marked_embedding(embedded: Tensor, table: Tensor, marks: Tensor) -> Tensor:
 
 
 @dialect_operator(
-    "gated_lora(Tensor y, Tensor x, Tensor down, Tensor up, Tensor marks, float scale) -> Tensor"
+    "gated_lora(Tensor y, Tensor x, Tensor down, Tensor up, Tensor marks, float scale) -> Tensor",
+    spec=OperatorSpec(work=_lora_work, traits=Trait.MARKED),
 )
 def gated_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor, marks: Tensor, scale: float) -> Tensor:
     """Return ``y + scale * up (down x)`` in places that are marked, and ``y`` itself, bit for bit, elsewhere.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
+from ..schema import arguments
 from .activations import gated_by
 from .library import dialect_operator
+from .placement_types import PARTIAL, WHOLE, Joined, Misplaced, Placement, Shard, check_whole, placement_of
+from .spec import OperatorSpec, Trait, like_first
+from .work import ACTIVATION_FLOPS, Call, Work, moved, product
 
 _OPTIONS = '*, str activation="silu", float limit=0.0, float alpha=1.0'
 _MATRICES = (
@@ -17,7 +21,55 @@ _MATRICES = (
 )
 
 
-@dialect_operator(f"nested_ffn(Tensor x, Tensor choice, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor")
+def _work(call: Call) -> Work:
+    """FLOPs of the largest width, as any token may need it: tokens · (2 · elements of the matrices + activation).
+
+    What tokens really use is measured: see :func:`graphopt.sweep`. Bytes as of a mixture: hidden values are written
+    and read once between the two products. Factors for each channel, and products of outputs, are left out.
+    """
+    width = max(call.arguments["widths"])
+    x, up = call.tensor("x"), call.tensor("up")
+    tokens = product(x.shape[:-1])
+    matrices = [name for name in ("up", "gate", "down") if call.arguments.get(name) is not None]
+    each = ACTIVATION_FLOPS + len(matrices) - 2
+    flops = tokens * width * (2 * len(matrices) * x.shape[-1] + each)
+    work = moved(call, flops, dict.fromkeys(matrices, width * x.shape[-1]) if width < up.shape[0] else {})
+    return Work(work.flops, work.weight_bytes, work.activation_bytes + 2 * tokens * width * x.dtype.itemsize)
+
+
+def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Each rank has a share of every range of channels between two widths, so that all shrink alike."""
+    found = arguments(node)
+    check_whole(placed, found["x"], found["choice"])
+    names = [n for n in ("up", "gate", "up_bias", "gate_bias") if found[n] is not None]
+    held = [placement_of(found[n], placed) for n in names]
+    down = placement_of(found["down"], placed)
+    if down == WHOLE and all(p == WHOLE for p in held):
+        return WHOLE
+    for name, placement in zip(names, held, strict=True):
+        if not _alike(placement, down):
+            raise Misplaced(f"its {name} is {placement}, its last matrix {down}")
+    if found["down_bias"] is not None:
+        raise Misplaced("its bias would be added once a rank; add it after the sum")
+    return PARTIAL
+
+
+def _alike(first: Placement, second: Placement) -> bool:
+    """Tell whether rows of one matrix are cut as the columns of another."""
+    pieces = [p.pieces if isinstance(p, Joined) else (p,) for p in (first, second)]
+    if len(pieces[0]) != len(pieces[1]):
+        return False
+    return all(
+        isinstance(a, Shard) and isinstance(b, Shard) and a.dim == 0 and b.dim == 1 and a.even
+        and (a.starts, a.length) == (b.starts, b.length)
+        for a, b in zip(*pieces, strict=True)
+    )  # fmt: skip
+
+
+@dialect_operator(
+    f"nested_ffn(Tensor x, Tensor choice, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
+    spec=OperatorSpec(shape=like_first, work=_work, place=_place, traits=Trait.MIXING),
+)
 def nested_ffn(
     x: Tensor,
     choice: Tensor,
@@ -132,7 +184,8 @@ def _ranges(chosen: Tensor, widths: list[int]) -> tuple[Tensor, list[tuple[int, 
 
 
 @dialect_operator(
-    f"soft_nested_ffn(Tensor x, Tensor shares, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor"
+    f"soft_nested_ffn(Tensor x, Tensor shares, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
+    spec=OperatorSpec(shape=like_first, work=_work, traits=Trait.MIXING),
 )
 def soft_nested_ffn(
     x: Tensor,
@@ -180,7 +233,10 @@ def soft_nested_ffn(
     return out
 
 
-@dialect_operator(f"nested_similarity(Tensor x, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor")
+@dialect_operator(
+    f"nested_similarity(Tensor x, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
+    spec=OperatorSpec(work=_work),
+)
 def nested_similarity(
     x: Tensor,
     widths: list[int],

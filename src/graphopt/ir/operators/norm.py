@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .along import last_mixed
 from .library import dialect_operator
+from .spec import OperatorSpec, Trait
+from .work import NORM_FLOPS, Call, Work, moved
+
+
+def _work(call: Call) -> Work:
+    """FLOPs: 7 per element."""
+    return moved(call, NORM_FLOPS * call.output.numel)
 
 
 @dialect_operator(
     "rms_norm(Tensor x, Tensor? weight, float eps, *, bool float32=True, bool weight_before_cast=False)"
-    " -> Tensor"
+    " -> Tensor",
+    spec=OperatorSpec(work=_work, dimensions=last_mixed, traits=Trait.NORM),
 )
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True, weight_before_cast: bool = False

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .attention import visible_keys
 from .library import dialect_operator
+from .spec import OperatorSpec, Trait, like_first
 
 INTEGERS = {
     "uint8": (0, 255),
@@ -20,7 +21,10 @@ HIDDEN = -30000.0
 """What hides a key whatever the scores, and is a number in sixteen bits too."""
 
 
-@dialect_operator("fake_quantize(Tensor x, float scale, int zero_point, *, str dtype) -> Tensor")
+@dialect_operator(
+    "fake_quantize(Tensor x, float scale, int zero_point, *, str dtype) -> Tensor",
+    spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
+)
 def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Tensor:
     """Return ``(clamp(round(x / scale) + zero_point) - zero_point) * scale``: x as it is after being stored as integers.
 
@@ -40,7 +44,8 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
 
 
 @dialect_operator(
-    "fake_quantize_channels(Tensor x, Tensor scale, Tensor? integers=None, *, int axis, str dtype) -> Tensor"
+    "fake_quantize_channels(Tensor x, Tensor scale, Tensor? integers=None, *, int axis, str dtype) -> Tensor",
+    spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
 )
 def fake_quantize_channels(
     x: Tensor, scale: Tensor, integers: Tensor | None = None, *, axis: int, dtype: str

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import groups
+from .collectives import place_sum
 from .library import dialect_operator, kernel_point
+from .spec import OperatorSpec, Trait
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -273,7 +275,8 @@ def quantized_sum(
 
 @dialect_operator(
     "quantized_all_reduce(Tensor x, Tensor order, Tensor inverse, Tensor scales, Tensor reduced, int kept, "
-    "int bits, int block, str algorithm, int crossover, str group) -> Tensor"
+    "int bits, int block, str algorithm, int crossover, str group) -> Tensor",
+    spec=OperatorSpec(place=place_sum, traits=Trait.COLLECTIVE),
 )
 def quantized_all_reduce(
     x: Tensor,

@@ -5,10 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .along import last_mixed
 from .library import dialect_operator
+from .spec import OperatorSpec
+from .work import Call, Work, moved
 
 
-@dialect_operator("rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor")
+def _shape(x: Tensor, cos: Tensor, sin: Tensor, **options: object) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
+
+
+def _work(call: Call) -> Work:
+    """FLOPs: 3 per element, two multiplications and an addition."""
+    return moved(call, 3 * call.output.numel)
+
+
+@dialect_operator(
+    "rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
+    spec=OperatorSpec(shape=_shape, work=_work, dimensions=last_mixed),
+)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate pairs of channels: ``x * cos + rotated(x) * sin`` (RoFormer, arXiv 2104.09864).
 

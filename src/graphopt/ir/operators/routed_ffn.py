@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
+from ..schema import arguments
 from .activations import activate
 from .library import dialect_operator
+from .placement_types import PARTIAL, WHOLE, Joined, Misplaced, Placement, Shard, check_whole, placement_of
+from .spec import OperatorSpec, Trait, like_first
+from .work import ACTIVATION_FLOPS, Call, Work, minimum, moved, product
+
+
+def _work(call: Call) -> Work:
+    """FLOPs: tokens · k · (2 · elements of one expert's matrices + its activation + 2 · size to combine).
+
+    Bytes: weights of min(tokens · k, experts) experts, the operands, the result, and the hidden values
+    written and read once between the two products.
+    """
+    x, up, down = call.tensor("x"), call.tensor("up"), call.tensor("down")
+    tokens, chosen = call.tensor("experts").shape
+    rows = tokens * chosen
+    experts = up.shape[0]
+    inner = down.shape[1] if call.arguments.get("transposed") else down.shape[2]
+    each = ACTIVATION_FLOPS + (1 if call.arguments.get("gated") else 0)
+    matrices = product(up.shape[1:]) + product(down.shape[1:])
+    flops = rows * (2 * matrices + each * inner + 2 * x.shape[-1])
+    touched = minimum(rows, experts)
+    stacked = ("up", "down", "up_bias", "down_bias")
+    given = [name for name in stacked if call.arguments.get(name) is not None]
+    work = moved(call, flops, {name: touched * product(call.tensor(name).shape[1:]) for name in given})
+    hidden = 2 * rows * inner * x.dtype.itemsize
+    return Work(work.flops, work.weight_bytes, work.activation_bytes + hidden)
+
+
+def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    found = arguments(node)
+    check_whole(placed, *(found[n] for n in ("x", "weights")))
+    up, down = placement_of(found["up"], placed), placement_of(found["down"], placed)
+    if isinstance(up, Joined) and len(set(up.pieces)) == 1:
+        up = up.pieces[0]  # gate and what it multiplies, cut alike
+    if up == WHOLE and down == WHOLE:
+        return WHOLE
+    if not (isinstance(up, Shard) and isinstance(down, Shard)):
+        raise Misplaced(f"its first matrices are {up}, its second {down}")
+    if found["down_bias"] is not None and up.dim != 0:
+        raise Misplaced("its bias would be added once a rank; add it after the sum")
+    return PARTIAL
 
 
 @dialect_operator(
     "routed_ffn(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
     'Tensor? down_bias=None, Tensor? first=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
-    "bool transposed=False, float limit=0.0, float alpha=1.0, bool weigh_inputs=False) -> Tensor"
+    "bool transposed=False, float limit=0.0, float alpha=1.0, bool weigh_inputs=False) -> Tensor",
+    spec=OperatorSpec(shape=like_first, work=_work, place=_place, traits=Trait.MIXING),
 )
 def routed_ffn(
     x: Tensor,

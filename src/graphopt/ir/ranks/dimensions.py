@@ -6,29 +6,17 @@ Asked by whoever computes a part of a value from parts of what it is computed fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from ..operators.along import Along, Sources, broadcast, is_one, tensors_of
+from ..operators.spec import SPECS
+from ..operators.traits import Trait, has, named
 from ..schema import arguments, operator_name
 from ..sizes import expression
-
-
-@dataclass(frozen=True)
-class Along:
-    """An operand's dimension; ``factor / divisor`` of its entries make one entry of the result."""
-
-    dim: int
-    factor: int = 1
-    divisor: int = 1
-
-
-# operands by whether, and where, they hold the entries; None: the operand is read whole
-Sources = dict[fx.Node, Along | None]
 
 
 def sources_of(node: fx.Node, dim: int) -> Sources | None:
@@ -42,11 +30,11 @@ def sources_of(node: fx.Node, dim: int) -> Sources | None:
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or not 0 <= dim < value.dim():
         return None
     name = operator_name(node.target)
-    rule = _RULES.get(name)
+    spec = SPECS.get(name)
+    rule = _RULES.get(name) if spec is None else spec.dimensions
     if rule is not None:
         return rule(node, dim)
-    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-    return _broadcast(node, dim) if pointwise or name in _POINTWISE else None
+    return broadcast(node, dim) if has(node, _BY_PLACE) else None
 
 
 def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) -> Along | None:
@@ -62,7 +50,7 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
     if not isinstance(value, torch.Tensor):
         return None
     for index in range(value.dim()) if place is None else [place]:
-        if operator_name(node.target) in _RESHAPES:
+        if has(node, Trait.RESHAPE):
             counts = related(source.meta["val"].shape, value.shape, dim, index)
             found: Sources | None = {source: Along(dim, *counts)} if counts is not None else None
         else:
@@ -71,6 +59,10 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
         if along is not None and along.dim == dim:
             return Along(index, along.divisor, along.factor)
     return None
+
+
+# an entry of the result is made of the operands' entries at its place
+_BY_PLACE = Trait.POINTWISE | Trait.CAST | Trait.IDENTITY
 
 
 def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int] | None:
@@ -84,28 +76,8 @@ def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int
     return (int(sizes[0]), int(sizes[1])) if all(size.is_Integer for size in sizes) else None
 
 
-_RESHAPES = ("aten.reshape", "aten.view", "aten.flatten", "aten.squeeze", "aten.unflatten")
-_POINTWISE = ("aten.where", "aten.masked_fill", "aten.clamp", "aten.square", "aten.to", "aten.clone",
-              "aten.contiguous", "aten.dropout", "aten.gelu", "aten.silu", "aten.relu")  # fmt: skip
-
-
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-
-
-def _broadcast(node: fx.Node, dim: int) -> Sources:
-    result = node.meta["val"]
-    found: Sources = {}
-    for operand in _tensors(node):
-        value = operand.meta["val"]
-        place = dim - (result.dim() - value.dim())
-        whole = place < 0 or (_one(value.shape[place]) and not _one(result.shape[dim]))
-        found[operand] = None if whole else Along(place)
-    return found
-
-
-def _one(size: int | torch.SymInt) -> bool:
-    return bool(expression(size) == 1) if isinstance(size, torch.SymInt) else size == 1
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
 
 
 def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
@@ -113,7 +85,7 @@ def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
 
     def rule(node: fx.Node, dim: int) -> Sources | None:
         found = arguments(node)
-        source = next(iter(_tensors(node)))
+        source = next(iter(tensors_of(node)))
         rank = source.meta["val"].dim()
         given = next((found[n] for n in names if n in found), None)
         if given is None:
@@ -122,34 +94,25 @@ def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
         if found.get("keepdim") is False and node.meta["val"].dim() != rank:
             kept = [d for d in range(rank) if d not in mixed]
             return {source: Along(kept[dim])} if dim < len(kept) else None
-        return None if dim in mixed else {operand: Along(dim) for operand in _tensors(node)}
+        # an index is read whole
+        return (
+            None if dim in mixed else {n: Along(dim) if _rank(n) == rank else None for n in tensors_of(node)}
+        )
 
     return rule
-
-
-def _last(node: fx.Node, dim: int) -> Sources | None:
-    """The last dimension is mixed; other operands broadcast."""
-    return None if dim == node.meta["val"].dim() - 1 else _broadcast(node, dim)
 
 
 def _layer_norm(node: fx.Node, dim: int) -> Sources | None:
     found = arguments(node)
     if dim >= node.meta["val"].dim() - len(found["normalized_shape"]):
         return None
-    return {n: Along(dim) if n is found["input"] else None for n in _tensors(node)}
+    return {n: Along(dim) if n is found["input"] else None for n in tensors_of(node)}
 
 
 def _permute(node: fx.Node, dim: int) -> Sources:
     found = arguments(node)
     rank = node.meta["val"].dim()
     return {found["self"]: Along(int(found["dims"][dim]) % rank)}
-
-
-def _transpose(node: fx.Node, dim: int) -> Sources:
-    found = arguments(node)
-    rank = node.meta["val"].dim()
-    first, second = int(found["dim0"]) % rank, int(found["dim1"]) % rank
-    return {found["self"]: Along({first: second, second: first}.get(dim, dim))}
 
 
 def _unsqueeze(node: fx.Node, dim: int) -> Sources | None:
@@ -171,7 +134,7 @@ def _linear(node: fx.Node, dim: int) -> Sources:
         if found["bias"] is not None:
             made[found["bias"]] = Along(0)
         return made
-    return {n: Along(dim) if n is found["input"] else None for n in _tensors(node)}
+    return {n: Along(dim) if n is found["input"] else None for n in tensors_of(node)}
 
 
 def _embedding(node: fx.Node, dim: int) -> Sources:
@@ -185,20 +148,20 @@ def _expand(node: fx.Node, dim: int) -> Sources:
     source = arguments(node)["self"]
     result, value = node.meta["val"], source.meta["val"]
     place = dim - (result.dim() - value.dim())
-    whole = place < 0 or (_one(value.shape[place]) and not _one(result.shape[dim]))
+    whole = place < 0 or (is_one(value.shape[place]) and not is_one(result.shape[dim]))
     return {source: None if whole else Along(place)}
 
 
 def _factory(node: fx.Node, dim: int) -> Sources:
     """A new tensor reads nothing of the one that it takes its type from."""
-    return dict.fromkeys(_tensors(node))
+    return dict.fromkeys(tensors_of(node))
 
 
 def _reshape(node: fx.Node, dim: int) -> Sources | None:
     source = arguments(node)["self"]
     before, after = source.meta["val"].shape, node.meta["val"].shape
     # a size of one has no entries to cut
-    order = sorted(range(len(before)), key=lambda d: _one(before[d]))
+    order = sorted(range(len(before)), key=lambda d: is_one(before[d]))
     for place in order:
         counts = related(before, after, place, dim)
         if counts is not None:
@@ -225,7 +188,7 @@ def _products(node: fx.Node, dim: int) -> Sources | None:
         return {first: Along(dim), second: None}
     if dim == rank - 1:
         return {first: None, second: Along(dim)}
-    found = {n: None if _one(n.meta["val"].shape[dim]) else Along(dim) for n in (first, second)}
+    found = {n: None if is_one(n.meta["val"].shape[dim]) else Along(dim) for n in (first, second)}
     return dict(found)
 
 
@@ -236,32 +199,21 @@ def _slice_scatter(node: fx.Node, dim: int) -> Sources | None:
     return {found["self"]: Along(dim), found["src"]: Along(dim)}
 
 
+# general rules first: a later one takes the place of an earlier
 _RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
+    **dict.fromkeys(named(Trait.RESHAPE), _reshape),
+    **dict.fromkeys(named(Trait.ALONG), _not_dims("dim", "dims")),
+    **dict.fromkeys(named(Trait.NEW), _factory),
     "aten.permute": _permute,
-    "aten.transpose": _transpose,
     "aten.unsqueeze": _unsqueeze,
     "aten.select": _select,
-    **dict.fromkeys(_RESHAPES, _reshape),
     "aten.embedding": _embedding,
     "aten.expand": _expand,
     "aten.linear": _linear,
     "aten.layer_norm": _layer_norm,
-    "aten.new_empty": _factory,
-    "aten.new_zeros": _factory,
-    "aten.new_ones": _factory,
-    "aten.new_full": _factory,
     "aten.matmul": _products,
     "aten.bmm": _products,
     "aten.slice_scatter": _slice_scatter,
-    "graphopt.rms_norm": _last,
-    "graphopt.rotary": _last,
-    **dict.fromkeys(
-        ("aten.softmax", "aten.log_softmax", "aten.cumsum", "aten.cat", "aten.stack", "aten.slice", "aten.flip",
-         "aten.index_select", "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.roll", "aten.narrow"),
-        _not_dims("dim", "dims"),
-    ),
-}  # fmt: skip
-# a stack adds the dimension that it names
-_RULES["aten.stack"] = lambda node, dim: None
+}
 
 __all__ = ["Along", "Sources", "carried", "related", "sources_of"]

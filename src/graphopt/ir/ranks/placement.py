@@ -14,19 +14,30 @@ import torch
 from torch import fx
 
 from ..errors import VerificationError
+from ..operators.placement_types import (
+    PARTIAL,
+    WHOLE,
+    Joined,
+    Misplaced,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    cut_along,
+    mark_cut,
+    placement_of,
+)
+from ..operators.spec import SPECS
+from ..operators.traits import Trait, has
 from ..schema import arguments, is_operator, operator_name
 from .dimensions import carried
-from .placement_types import PARTIAL, WHOLE, Joined, Partial, Placement, Replicate, Shard, cut_along, mark_cut
 
 if TYPE_CHECKING:
     from ..program import Program
 
 
-# of a partial operand and whole ones, linear in the partial one
-_SCALING = ("aten.mul", "aten.div")
-_LINEAR = ("aten.reshape", "aten.permute", "aten.transpose", "aten.neg", "aten.sum", "aten.unsqueeze",
-           "aten.squeeze", "aten.slice", "aten.select", "aten.expand", "aten.clone", "aten.contiguous",
-           "aten.flatten", "getitem", "aten.index_select", "aten.unbind", "aten.split_with_sizes", "aten.to")  # fmt: skip
+# a rounding to a narrower type is as near to linear as the sum itself
+_LINEAR = Trait.MOVEMENT | Trait.LINEAR | Trait.CAST
 
 
 def placements(program: Program) -> dict[fx.Node, Placement]:
@@ -47,7 +58,7 @@ def _infer(program: Program) -> dict[fx.Node, Placement]:
         elif node.op == "call_function":
             try:
                 placed[node] = _place(node, placed)
-            except _Misplaced as problem:
+            except Misplaced as problem:
                 near = [node, *node.all_input_nodes]
                 raise VerificationError(
                     f"{node.name} = {operator_name(node.target)}: {problem}",
@@ -65,13 +76,10 @@ def _infer(program: Program) -> dict[fx.Node, Placement]:
     return placed
 
 
-class _Misplaced(Exception):
-    pass
-
-
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     name = operator_name(node.target)
-    rule = _RULES.get(name)
+    spec = SPECS.get(name)
+    rule = _RULES.get(name) if spec is None else spec.place
     if rule is not None:
         return rule(node, placed)
     held = {n: placed[n] for n in node.all_input_nodes}
@@ -91,17 +99,26 @@ def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placeme
         if not others and not any(isinstance(a, (int, float)) for a in node.args):
             return PARTIAL
         what = f"{others[0].name}, which is {held[others[0]]}" if others else "a number"
-        raise _Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
-    if name in _SCALING and all(held[n] == WHOLE for n in others):
+        raise Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
+    if name in ("aten.mul", "aten.div") and all(held[n] == WHOLE for n in others):
         first: Any = node.args[0]
         if sum(isinstance(a, fx.Node) and held[a] == PARTIAL for a in node.args) == 1 and (
             name == "aten.mul" or held.get(first) == PARTIAL
         ):
             return PARTIAL
-    if name in _LINEAR and not tensors:
+    if _adds_up(node) and not tensors:
         return PARTIAL
     partial = next(n for n, p in held.items() if p == PARTIAL)
-    raise _Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
+    raise Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
+
+
+def _adds_up(node: fx.Node) -> bool:
+    """Tell whether what an operator makes of a sum is the sum of what it makes of the terms."""
+    if has(node, Trait.PADDING) and arguments(node).get("value"):
+        return False
+    value = node.meta["val"]
+    whole_numbers = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
+    return has(node, _LINEAR) and not (has(node, Trait.CAST) and whole_numbers)
 
 
 def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
@@ -125,11 +142,11 @@ def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placemen
     moved = carried(node, source, joined.dim)
     others = [n for n, p in held.items() if n is not source]
     if moved is None or moved.factor != moved.divisor or any(held[n] != WHOLE for n in others):
-        raise _Misplaced(f"{source.name} is {joined}, and this takes no whole piece of it")
+        raise Misplaced(f"{source.name} is {joined}, and this takes no whole piece of it")
     for other in others:
         value = other.meta.get("val")
         if isinstance(value, torch.Tensor) and not _fits_whole(node, value, moved.dim):
-            raise _Misplaced(f"{other.name} is whole where the other operand is {joined}")
+            raise Misplaced(f"{other.name} is whole where the other operand is {joined}")
     return joined.at(moved.dim)
 
 
@@ -141,15 +158,13 @@ def _along(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placemen
             continue
         moved = carried(node, source, placement.dim, cut_along(node))
         if moved is None:
-            raise _Misplaced(
-                f"{source.name} is {placement}, which this operator mixes or whose place is lost"
-            )
+            raise Misplaced(f"{source.name} is {placement}, which this operator mixes or whose place is lost")
         made = placement.at(moved.dim, moved.factor, moved.divisor)
         if made is None:
-            raise _Misplaced(f"{source.name} is {placement}, and the cut falls inside an entry here")
+            raise Misplaced(f"{source.name} is {placement}, and the cut falls inside an entry here")
         results.add(made)
     if len(results) > 1:
-        raise _Misplaced("its operands are cut in different ways: " + "; ".join(sorted(map(str, results))))
+        raise Misplaced("its operands are cut in different ways: " + "; ".join(sorted(map(str, results))))
     (result,) = results
     assert isinstance(result, Shard)
     for source, placement in held.items():
@@ -159,7 +174,7 @@ def _along(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placemen
             and isinstance(value, torch.Tensor)
             and not _fits_whole(node, value, result.dim)
         ):
-            raise _Misplaced(f"{source.name} is whole where the other operand is {result}")
+            raise Misplaced(f"{source.name} is whole where the other operand is {result}")
     return result
 
 
@@ -168,44 +183,22 @@ def _fits_whole(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
     result = node.meta["val"]
     if not isinstance(result, torch.Tensor):
         return True
-    if is_operator(node, "graphopt.rotary", "graphopt.rms_norm", "aten.layer_norm", *_BROADCAST):
+    if has(node, Trait.POINTWISE | Trait.NORM) or is_operator(node, "graphopt.rotary"):
         place = value.dim() - (result.dim() - dim % result.dim())
         return place < 0 or bool(value.shape[place] == 1)
     return True
 
 
-_BROADCAST = ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.maximum",
-              "aten.minimum", "aten.pow")  # fmt: skip
-
-
-def _whole(*operands: tuple[Any, dict[fx.Node, Placement]]) -> None:
-    for value, placed in operands:
-        if isinstance(value, fx.Node) and placed[value] != WHOLE:
-            raise _Misplaced(f"{value.name} must be whole here and is {placed[value]}")
-
-
-def _of(value: Any, placed: dict[fx.Node, Placement]) -> Placement:
-    return placed[value] if isinstance(value, fx.Node) else WHOLE
-
-
-def _cut(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    _whole((found["x"], placed))
-    rank = found["x"].meta["val"].dim()
-    total = found["x"].meta["val"].shape[found["dim"]]
-    return Shard(found["dim"] % rank, tuple(found["starts"]), int(found["length"]), int(total))
-
-
 def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     """Linear: columns of the matrix cut with the input's channels give a term, rows cut give channels."""
     found = arguments(node)
-    x, weight, bias = (_of(found[n], placed) for n in ("input", "weight", "bias"))
+    x, weight, bias = (placement_of(found[n], placed) for n in ("input", "weight", "bias"))
     last = node.meta["val"].dim() - 1
     if PARTIAL in (weight, bias):
-        raise _Misplaced("its weights are partial sums")
+        raise Misplaced("its weights are partial sums")
     if x == PARTIAL:
         if weight != WHOLE or found["bias"] is not None:
-            raise _Misplaced("a bias added to a partial sum would count once a rank")
+            raise Misplaced("a bias added to a partial sum would count once a rank")
         return PARTIAL
     if isinstance(x, Shard) and x.dim == last:
         if (
@@ -213,126 +206,26 @@ def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
             or weight.dim != 1
             or (x.starts, x.length) != (weight.starts, weight.length)
         ):
-            raise _Misplaced(f"its input is {x}, and its matrix not along the same columns")
+            raise Misplaced(f"its input is {x}, and its matrix not along the same columns")
         if not x.even:
-            raise _Misplaced("two ranks hold the same columns, which the sum would count twice")
+            raise Misplaced("two ranks hold the same columns, which the sum would count twice")
         if found["bias"] is not None:
-            raise _Misplaced("its bias would be added once a rank; add it after the sum")
+            raise Misplaced("its bias would be added once a rank; add it after the sum")
         return PARTIAL
     if isinstance(weight, Joined):
         if weight.dim != 0 or x != WHOLE or (found["bias"] is not None and bias != weight):
-            raise _Misplaced(f"its matrix is {weight}, its input is {x}, its bias is {bias}")
+            raise Misplaced(f"its matrix is {weight}, its input is {x}, its bias is {bias}")
         return weight.at(last)
     if isinstance(weight, Shard):
         if weight.dim != 0 or x != WHOLE:
-            raise _Misplaced(f"its matrix is {weight}, and its input is {x}")
+            raise Misplaced(f"its matrix is {weight}, and its input is {x}")
         same = isinstance(bias, Shard) and (bias.starts, bias.length) == (weight.starts, weight.length)
         if found["bias"] is not None and not same:
-            raise _Misplaced("its matrix is cut by rows, and its bias is not cut with them")
+            raise Misplaced("its matrix is cut by rows, and its bias is not cut with them")
         return Shard(last, weight.starts, weight.length, weight.total)
     if bias != WHOLE:
-        raise _Misplaced("its bias is cut, and its matrix is not")
+        raise Misplaced("its bias is cut, and its matrix is not")
     return x
-
-
-def _attention(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    q, k, v = (_of(found[n], placed) for n in ("q", "k", "v"))
-    if (q, k, v) == (WHOLE, WHOLE, WHOLE):
-        _whole(*((found[n], placed) for n in ("key_mask", "bias", "sinks", "segments", "visible")))
-        return WHOLE
-    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and found["k"].meta["val"].shape[1] == 1:
-        # the one head of keys and values is every rank's
-        k = v = Shard(1, (0,) * len(q.starts), 1, 1)
-    if not all(isinstance(p, Shard) and p.dim == 1 for p in (q, k, v)):
-        raise _Misplaced(f"its queries are {q}, its keys {k}, its values {v}; all must be cut by heads")
-    assert isinstance(q, Shard)
-    assert isinstance(k, Shard)
-    assert isinstance(v, Shard)
-    if (k.starts, k.length) != (v.starts, v.length):
-        raise _Misplaced("keys and values are cut by different heads")
-    group = q.total // k.total
-    if any(first // group != other for first, other in zip(q.starts, k.starts, strict=True)):
-        raise _Misplaced("queries of a rank do not belong to its keys")
-    _whole(*((found[n], placed) for n in ("key_mask", "segments", "visible")))
-    bias, sinks = _of(found["bias"], placed), _of(found["sinks"], placed)
-    if isinstance(found["bias"], fx.Node):
-        by_head = found["bias"].meta["val"].shape[1] != 1
-        if by_head and not (isinstance(bias, Shard) and (bias.dim, bias.starts) == (1, q.starts)):
-            raise _Misplaced(f"its bias is {bias}, its heads are cut")
-    if isinstance(found["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
-        raise _Misplaced(f"its sinks are {sinks}, its heads are cut")
-    return q
-
-
-def _experts(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    _whole(*((found[n], placed) for n in ("x", "weights")))
-    up, down = _of(found["up"], placed), _of(found["down"], placed)
-    if isinstance(up, Joined) and len(set(up.pieces)) == 1:
-        up = up.pieces[0]  # gate and what it multiplies, cut alike
-    if up == WHOLE and down == WHOLE:
-        return WHOLE
-    if not (isinstance(up, Shard) and isinstance(down, Shard)):
-        raise _Misplaced(f"its first matrices are {up}, its second {down}")
-    if found["down_bias"] is not None and up.dim != 0:
-        raise _Misplaced("its bias would be added once a rank; add it after the sum")
-    return PARTIAL
-
-
-def _nested(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Each rank has a share of every range of channels between two widths, so that all shrink alike."""
-    found = arguments(node)
-    _whole((found["x"], placed), (found["choice"], placed))
-    names = [n for n in ("up", "gate", "up_bias", "gate_bias") if found[n] is not None]
-    held = [_of(found[n], placed) for n in names]
-    down = _of(found["down"], placed)
-    if down == WHOLE and all(p == WHOLE for p in held):
-        return WHOLE
-    for name, placement in zip(names, held, strict=True):
-        if not _alike(placement, down):
-            raise _Misplaced(f"its {name} is {placement}, its last matrix {down}")
-    if found["down_bias"] is not None:
-        raise _Misplaced("its bias would be added once a rank; add it after the sum")
-    return PARTIAL
-
-
-def _alike(first: Placement, second: Placement) -> bool:
-    """Tell whether rows of one matrix are cut as the columns of another."""
-    pieces = [p.pieces if isinstance(p, Joined) else (p,) for p in (first, second)]
-    if len(pieces[0]) != len(pieces[1]):
-        return False
-    return all(
-        isinstance(a, Shard) and isinstance(b, Shard) and a.dim == 0 and b.dim == 1 and a.even
-        and (a.starts, a.length) == (b.starts, b.length)
-        for a, b in zip(*pieces, strict=True)
-    )  # fmt: skip
-
-
-def _collective(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    held, name = placed[found["x"]], operator_name(node.target)
-    if name == "graphopt.all_gather":
-        if not (
-            isinstance(held, Shard) and held.even and held.dim == found["dim"] % found["x"].meta["val"].dim()
-        ):
-            raise _Misplaced(f"{found['x'].name} is {held}, and cannot be put together along {found['dim']}")
-        return WHOLE
-    if held != PARTIAL:
-        raise _Misplaced(f"{found['x'].name} is {held}; only a partial sum is reduced")
-    if name == "graphopt.reduce_scatter":
-        size, dim = int(found["size"]), found["dim"] % node.meta["val"].dim()
-        length = int(node.meta["val"].shape[dim])
-        return Shard(dim, tuple(range(0, size * length, length)), length, size * length)
-    return WHOLE
-
-
-def _local_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    table, start = placed[found["weight"]], placed[found["start"]]
-    if not (isinstance(table, Shard) and isinstance(start, Shard) and table.dim == 0 and table.even):
-        raise _Misplaced(f"its table is {table}, its first row {start}")
-    return PARTIAL
 
 
 def _joined(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
@@ -348,35 +241,9 @@ def _joined(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     return _along(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
 
 
-def _stored(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    cache, values = _of(found["cache"], placed), _of(found["values"], placed)
-    _whole((found["slots"], placed))
-    if cache != values:
-        raise _Misplaced(f"its cache is {cache}, and what is stored is {values}")
-    return cache
-
-
-def _refuse(reason: str) -> Placement:
-    raise _Misplaced(reason)
-
-
 _RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
-    "graphopt.local_slice": _cut,
-    "graphopt.all_reduce": _collective,
-    "graphopt.all_gather": _collective,
-    "graphopt.reduce_scatter": _collective,
-    "graphopt.quantized_all_reduce": _collective,
     "aten.linear": _matmul,
     "aten.cat": _joined,
-    "graphopt.local_embedding": _local_rows,
-    "graphopt.attention": _attention,
-    "graphopt.cache_store": _stored,
-    "graphopt.routed_ffn": _experts,
-    "graphopt.nested_ffn": _nested,
-    "graphopt.unreduced": lambda node, placed: (
-        WHOLE if placed[node.args[0]] == PARTIAL else _refuse("only a partial sum can go unreduced")  # type: ignore[index]
-    ),
 }
 
 __all__ = [

@@ -17,15 +17,14 @@ from torch import fx
 from .. import groups
 from ..errors import UsageError, VerificationError
 from ..facts import OwnRank, TensorParallel
+from ..operators.traits import Trait, has
 from ..program import Program
 from ..schema import arguments, is_operator, operator_name
 
 aten = torch.ops.aten
 
-COLLECTIVES = ("graphopt.all_reduce", "graphopt.all_gather", "graphopt.reduce_scatter",
-               "graphopt.quantized_all_reduce")  # fmt: skip
-ON_RANKS = (*COLLECTIVES, "graphopt.local_slice", "graphopt.unreduced")
-"""Operators that only a sharded program has."""
+ON_RANKS = Trait.COLLECTIVE | Trait.PER_RANK
+"""Traits of what is something else in a process of a rank than in one for all of them."""
 
 
 def ranks_of(program: Program) -> int:
@@ -36,7 +35,7 @@ def ranks_of(program: Program) -> int:
 
 def synchronisations(program: Program) -> list[fx.Node]:
     """Return the collectives of a program in execution order."""
-    return [n for n in program.graph.nodes if is_operator(n, *COLLECTIVES)]
+    return [n for n in program.graph.nodes if has(n, Trait.COLLECTIVE)]
 
 
 class _Unroller:
@@ -58,7 +57,7 @@ class _Unroller:
                 self.output(node)
             elif node.op != "placeholder":
                 rule = getattr(self, operator_name(node.target).rpartition(".")[2], None)
-                if rule is not None and is_operator(node, *ON_RANKS):
+                if rule is not None and has(node, ON_RANKS):
                     rule(node)
                 else:
                     self.plain(node)

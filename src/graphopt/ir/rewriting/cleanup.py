@@ -11,10 +11,12 @@ from torch import fx
 
 from ..errors import VerificationError
 from ..infer import same_value
+from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
 from ..sizes import expression
 from ..weights import InMemory
 from .respelling import respelled
+from .spelling import CASTS, DROPOUTS, NOTHING, SPLITS, SWAPS, TRANSPOSES, VIEWS, swapped
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -23,28 +25,13 @@ _ASSERTIONS = {
     "aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range",
     "aten.sym_constrain_range_for_size", "aten._functional_assert_async", "aten._functional_assert_scalar",
 }  # fmt: skip
-_SAME = {
-    "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.lift", "aten.contiguous",
-    "aten.clone", "aten.positive", "aten.resolve_conj", "aten.resolve_neg",
-}  # fmt: skip
-DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
-_CASTS = {"aten.to", "aten.type_as", "aten._to_copy"}
-_VIEWS = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as"}
-_TRANSPOSES = {
-    "aten.transpose", "aten.t", "aten.numpy_T", "aten.mT", "aten.swapaxes", "aten.swapdims", "aten.movedim",
-    "aten.adjoint", "aten.matrix_H",
-}  # fmt: skip
-_SPLITS = {
-    "aten.split",
-    "aten.chunk",
-    "aten.unsafe_chunk",
-    "aten.unsafe_split",
-    "aten.unsafe_split_with_sizes",
-}
+_SPLITS = {*SPLITS, "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes"}
 _RENAMED = {
     "aten.logical_and": torch.ops.aten.bitwise_and.Tensor,
     "aten._softmax": torch.ops.aten.softmax.int,
 }
+# calls with equal operands that are not the same value
+_DIFFERENT = Trait.RANDOM | Trait.EMPTY
 _END = 2**63 - 1
 
 
@@ -91,7 +78,7 @@ def settle_sizes(program: Program) -> None:
 def respell_transposes(program: Program) -> None:
     """Spell every transposition as a permutation, the one whose inverse is known."""
     for node in list(program.graph.nodes):
-        if not node._erased and operator_name(node.target) in _TRANSPOSES and node.op == "call_function":
+        if not node._erased and operator_name(node.target) in TRANSPOSES and node.op == "call_function":
             _permute(program, node)
 
 
@@ -111,7 +98,7 @@ def share_equal(program: Program) -> None:
     """Let equal computations on equal operands be one, as masks and rotary tables computed per layer."""
     seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
-        if node.op != "call_function" or is_mutable(node.target) or operator_name(node.target) in _RANDOM:
+        if node.op != "call_function" or is_mutable(node.target) or has(node, _DIFFERENT):
             continue
         try:
             key = (node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -120,10 +107,6 @@ def share_equal(program: Program) -> None:
             continue
         if first is not node:
             program.edit.replace(node, first, record=False)
-
-
-_RANDOM = {"aten.rand", "aten.randn", "aten.randint", "aten.bernoulli", "aten.multinomial", "aten.rand_like",
-           "aten.randn_like", "aten.empty", "aten.new_empty", "aten.empty_like"}  # fmt: skip
 
 
 def _frozen(value: Any) -> Any:
@@ -197,13 +180,12 @@ def _permute(program: Program, node: fx.Node) -> None:
     rank = source.meta["val"].dim()
     order = list(range(rank))
     name = operator_name(node.target)
-    if name in ("aten.transpose", "aten.swapaxes", "aten.swapdims"):
-        first, second = (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
-        order[first], order[second] = order[second], order[first]
-    elif name in ("aten.mT", "aten.adjoint", "aten.matrix_H", "aten.t"):
-        if rank < 2:
-            return
-        order[-1], order[-2] = order[-2], order[-1]
+    if rank < 2:
+        _same(program, node, source)
+        return
+    if name in SWAPS:
+        first, second = SWAPS[name] or (int(a) for a in node.args[1:3])  # type: ignore[arg-type]
+        order = swapped(rank, first, second)
     elif name == "aten.numpy_T":
         order.reverse()
     else:
@@ -346,11 +328,11 @@ def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
 
 
 _RULES: dict[str, Callable[[Program, fx.Node], None]] = {
-    **dict.fromkeys(_SAME, _drop),
+    **dict.fromkeys(NOTHING, _drop),
     **dict.fromkeys(DROPOUTS, _dropout),
-    **dict.fromkeys(_CASTS, _cast),
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(_TRANSPOSES, _permute),
+    **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys(TRANSPOSES, _permute),
     **dict.fromkeys(_SPLITS, _split),
     **dict.fromkeys(_RENAMED, _rename),
     "aten.permute": merge_permutes,

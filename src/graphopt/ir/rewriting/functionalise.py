@@ -14,8 +14,9 @@ from ..compat import without_guards
 from ..errors import CaptureError
 from ..infer import infer, same_shape, value_of
 from ..schema import arguments, is_mutable, operator_name
-from .cleanup import DROPOUTS, respell_transposes
+from .cleanup import respell_transposes
 from .scatter import put_back
+from .spelling import DROPOUTS
 
 if TYPE_CHECKING:
     from ..program import Program

@@ -10,22 +10,18 @@ from torch import fx
 
 from ..errors import CaptureError
 from ..infer import infer, same_value
+from ..operators.traits import Trait, named
 from ..schema import arguments, operator_name
+from .spelling import CASTS, DROPOUTS, NOTHING, VIEWS
 
 if TYPE_CHECKING:
     from ..program import Program
 
 aten = torch.ops.aten
 
-_RESHAPES = (
-    "aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as", "aten.flatten",
-    "aten.unflatten", "aten.unsqueeze", "aten.squeeze",
-)  # fmt: skip
+_RESHAPES = named(Trait.RESHAPE) | VIEWS
 # the same values in the same order, unless the shape says otherwise
-_PLAIN = (
-    "aten.alias", "aten.detach", "aten.contiguous", "aten.to", "aten.type_as", "aten.dropout", "aten.expand",
-    "aten.expand_as", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
-)  # fmt: skip
+_PLAIN = named(Trait.REPEAT) | NOTHING | CASTS | DROPOUTS
 
 
 def put_back(program: Program, whole: fx.Node, chain: list[fx.Node], value: fx.Node) -> fx.Node:

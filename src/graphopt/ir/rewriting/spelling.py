@@ -69,10 +69,21 @@ SWAPS = {
     "aten.swapdims": None,
     "aten.t": (-2, -1),
     "aten.mT": (-2, -1),
+    "aten.adjoint": (-2, -1),
+    "aten.matrix_H": (-2, -1),
 }
+"""Swaps of two dimensions, which programs spell as permutations; which dimensions, where the name says it."""
+TRANSPOSES = {*SWAPS, "aten.numpy_T", "aten.movedim"}
+VIEWS = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as"}
+"""What programs spell as reshapes."""
 SPLITS = ("aten.split", "aten.chunk")
-# calls that canonicalisation takes out of every graph
-NOTHING = ("aten.contiguous", "aten.clone", "aten.detach", "aten.alias")
+NOTHING = {
+    "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.lift", "aten.lift_fresh",
+    "aten.lift_fresh_copy", "aten.positive", "aten.resolve_conj", "aten.resolve_neg",
+}  # fmt: skip
+"""Calls that canonicalisation takes out of every graph."""
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
+CASTS = {"aten.to", "aten.type_as", "aten._to_copy"}
 
 
 def swapped(rank: int, first: int, second: int) -> list[int]:

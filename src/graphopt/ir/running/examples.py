@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from ..operators.traits import Trait, has
 from ..schema import is_operator
 from ..sizes import parse_size
 
@@ -28,7 +29,7 @@ def rows_of(program: Program, node: fx.Node) -> int:
             seen.add(user)
             if is_operator(user, "aten.embedding") and user.args[1] is current:
                 rows.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
-            elif is_operator(user, "aten.slice", "aten.reshape", "aten.to", "aten.expand"):
+            elif has(user, Trait.VIEW | Trait.IDENTITY | Trait.CAST):
                 work.append(user)
     return max(rows)
 

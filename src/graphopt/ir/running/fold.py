@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..schema import arguments, is_operator, operator_name
+from ..operators.traits import Trait, has
+from ..schema import arguments, is_operator
 from ..weights import TensorSource, Weight, load_part
 from .evaluate import evaluate, last_uses
 from .expressions import Expressions
@@ -17,19 +18,10 @@ from .retype import in_type
 if TYPE_CHECKING:
     from ..program import Program
 
-# data movement: the result's bits are its operands' bits, whatever the precision
-MOVEMENT = {
-    "aten.cat", "aten.stack", "aten.slice", "aten.select", "aten.index_select", "aten.index", "aten.reshape",
-    "aten.view", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze", "aten.expand",
-    "aten.clone", "aten.contiguous", "aten.flip", "aten.split", "aten.split_with_sizes", "aten.chunk",
-    "aten.unbind", "aten.flatten", "aten.roll", "aten.repeat", "aten.repeat_interleave",
-    "aten.constant_pad_nd", "getitem",
-}  # fmt: skip
-
-
-_KEPT = ("graphopt.local_slice", "graphopt.fake_quantize", "graphopt.fake_quantize_channels")
-"""What differs from rank to rank, and what says how a weight is stored."""
-_FACTORIES = ("aten.full", "aten.ones", "aten.zeros")
+# results are bits of the operands, whatever the precision
+EXACT = Trait.MOVEMENT | Trait.BITS
+# what differs from rank to rank, and what says how a weight is stored
+_KEPT = Trait.PER_RANK | Trait.ROUNDING
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class Computed:
 
     def load(self) -> torch.Tensor:
         """Compute the value; operands are read and freed one after the other."""
-        plain = all(operator_name(n.target) in MOVEMENT for n in self.graph.nodes if n.op == "call_function")
+        plain = all(has(n, EXACT) for n in self.graph.nodes if n.op == "call_function")
         graph = self.graph if plain else in_type(self.graph)
         freed = last_uses(graph.nodes)
         values: dict[fx.Node, object] = {}
@@ -107,7 +99,7 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
             if node.op != "call_function":
                 continue
             inputs = node.all_input_nodes
-            if not inputs and operator_name(node.target) in _FACTORIES:
+            if not inputs and has(node, Trait.FILL):
                 neutral.add(node)
             elif inputs and all(n in constant or n in neutral for n in inputs):
                 # a table of equal numbers is no weight, but what is made of it and of weights is
@@ -140,7 +132,7 @@ def _foldable(program: Program) -> set[fx.Node]:
     constant = depends_on_weights_alone(program)
     apart: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if is_operator(node, *_KEPT) or any(n in apart for n in node.all_input_nodes):
+        if has(node, _KEPT) or any(n in apart for n in node.all_input_nodes):
             apart.add(node)
     return constant - apart if apart else constant
 
@@ -161,7 +153,7 @@ def _number_on_kept(program: Program, node: fx.Node) -> bool:
 def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
     """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
     while node.op == "call_function" and all(user in constant for user in node.users):
-        if operator_name(node.target) not in MOVEMENT or len(node.all_input_nodes) != 1:
+        if not has(node, EXACT) or len(node.all_input_nodes) != 1:
             return False
         node = node.all_input_nodes[0]
     return True
@@ -228,9 +220,7 @@ def _way_back(program: Program, source: Computed, new: fx.Node) -> None:
         node: key for key, node in program.checkpoint.items() if node.op == "placeholder" and not node.users
     }
     wanted = {n.name for n in source.graph.find_nodes(op="placeholder")} & {n.name for n in held}
-    if not wanted or any(
-        operator_name(n.target) not in MOVEMENT for n in source.graph.nodes if n.op == "call_function"
-    ):
+    if not wanted or not all(has(n, EXACT) for n in source.graph.nodes if n.op == "call_function"):
         return
     with program.edit.after(new):
         back = invert(program, source.graph, new)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..operators.traits import Trait, has
 from ..schema import argument, arguments, operator_name
 
 if TYPE_CHECKING:
@@ -59,17 +60,14 @@ def _one(program: Program, node: fx.Node, value: fx.Node, known: dict[fx.Node, f
     source = node.args[0]
     if not isinstance(source, fx.Node) or source in known:
         return
-    if name in ("aten.reshape", "aten.view", "aten.unsqueeze", "aten.squeeze", "aten.flatten"):
+    if has(node, Trait.RESHAPE):
         known[source] = call(aten.reshape.default, value, [int(s) for s in source.meta["val"].shape])
     elif name == "aten.permute":
         order = [int(d) % len(source.meta["val"].shape) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
         known[source] = call(aten.permute.default, value, [order.index(d) for d in range(len(order))])
-    elif name in ("aten.transpose", "aten.t"):
-        first, second = (int(a) for a in node.args[1:3]) if name == "aten.transpose" else (0, 1)  # type: ignore[arg-type]
-        known[source] = call(aten.transpose.int, value, first, second)
     elif name == "aten.flip":
         known[source] = call(aten.flip.default, value, arguments(node)["dims"])
     elif name == "aten.to":
         known[source] = call(aten.to.dtype, value, source.meta["val"].dtype)
-    elif name in ("aten.clone", "aten.contiguous"):
+    elif has(node, Trait.IDENTITY):
         known[source] = value

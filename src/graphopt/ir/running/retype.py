@@ -11,7 +11,8 @@ from torch import fx
 
 from ..compat import fake_tensor
 from ..infer import infer
-from ..schema import arguments, normal_call, operator_name
+from ..operators.traits import Trait, has
+from ..schema import arguments, normal_call
 from ..weights import InMemory, TensorSource
 
 if TYPE_CHECKING:
@@ -32,13 +33,7 @@ def in_type(graph: fx.Graph, dtype: torch.dtype = torch.float64) -> fx.Graph:
             continue
         node.args = tuple(_retype(a, dtype) for a in node.args)
         node.kwargs = {k: _retype(v, dtype) for k, v in node.kwargs.items()}
-        if operator_name(node.target) in (
-            "aten.arange",
-            "aten.full",
-            "aten.zeros",
-            "aten.ones",
-            "aten.scalar_tensor",
-        ):
+        if has(node, Trait.FACTORY):
             _pin_default_dtype(node, dtype)
     return wide
 

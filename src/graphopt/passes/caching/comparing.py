@@ -11,6 +11,7 @@ from ...ir.checking.comparison import relative_error
 from ...ir.checking.streaming import Difference
 from ...ir.errors import VerificationError
 from ...ir.facts import KVCache
+from ...ir.operators.traits import Trait, has
 from ...ir.running.execute import interpret, memory_available
 from ...ir.running.recurrent_state import states_of
 from ...ir.running.retype import retyped
@@ -109,7 +110,7 @@ def vocabulary(program: Program, tokens: str) -> int:
         for user in work.pop().users:
             if is_operator(user, "aten.embedding"):
                 found.append(int(user.all_input_nodes[0].meta["val"].shape[0]))
-            elif is_operator(user, "aten.reshape", "aten.to"):
+            elif has(user, Trait.RESHAPE | Trait.CAST):
                 work.append(user)
     return min(found, default=2)
 

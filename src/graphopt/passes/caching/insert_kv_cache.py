@@ -14,10 +14,11 @@ from ...ir.errors import ContractError, PassRefusedError, VerificationError
 from ...ir.export_blockers import block_export
 from ...ir.facts import KVCache, Streaming
 from ...ir.inputs import add_input, limit_size, remove_input
+from ...ir.operators.placement_types import WHOLE, Placement, Shard
+from ...ir.operators.traits import has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.ranks.placement import placements
-from ...ir.ranks.placement_types import WHOLE, Placement, Shard
 from ...ir.ranks.rank_programs import ON_RANKS, ranks_of
 from ...ir.schema import arguments, is_operator, normal_call
 from ...ir.signature import SizeRange
@@ -341,7 +342,7 @@ def _stored(
     placed: Placement = WHOLE
     if ranks_of(program):
         placed = placements(program)[values]
-        group = next(str(arguments(n)["group"]) for n in program.graph.nodes if is_operator(n, *ON_RANKS))
+        group = next(str(arguments(n)["group"]) for n in program.graph.nodes if has(n, ON_RANKS))
     with program.edit.after(values):
         if isinstance(placed, Shard):
             cache = program.edit.call(

@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.errors import VerificationError
 from ...ir.infer import infer
+from ...ir.operators.traits import Trait, has
 from ...ir.running.fold import drop_unread_weights
 from ...ir.running.region import drawn_source
 from ...ir.schema import is_operator
@@ -189,7 +190,7 @@ def _tables(program: Program) -> set[str]:
 def _of_tokens(program: Program, weight: fx.Node, user: fx.Node, outputs: set[fx.Node], rows: int) -> bool:
     if is_operator(user, "aten.embedding"):
         index: Any = user.args[1]
-        while is_operator(index, "aten.reshape", "aten.to"):
+        while has(index, Trait.RESHAPE | Trait.CAST):
             index = index.args[0]
         return user.args[0] is weight and isinstance(index, fx.Node) and index.op == "placeholder"
     if not is_operator(user, "aten.linear"):

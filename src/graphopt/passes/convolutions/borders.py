@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
 from .forms import Form
@@ -39,7 +40,7 @@ def read_border(node: fx.Node, constant: set[fx.Node]) -> tuple[Form, fx.Node] |
         nodes.append(place)
         values.add(written)
         place = found["self"]
-    if not nodes or len(values) != 1 or not is_operator(place, "aten.pad", "aten.constant_pad_nd"):
+    if not nodes or len(values) != 1 or not has(place, Trait.PADDING):
         return None
     pad = read_operator(place, constant)
     filling = values.pop()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator
@@ -15,11 +16,6 @@ from ..shared.matrices import per_group, repeated
 from .reading import CONVOLUTIONS
 
 aten = torch.ops.aten
-# f(s x) = s f(x) for every positive s
-HOMOGENEOUS = (
-    "aten.relu", "aten.leaky_relu", "aten.abs", "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d",
-    "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.slice",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,9 @@ def _pair(node: fx.Node, constant: set[fx.Node]) -> Pair | None:
         user = next(iter(place.users))
         if _convolution(user, constant) and user.args[0] is place:
             return Pair(node, tuple(between), user)
-        padding = is_operator(user, "aten.pad", "aten.constant_pad_nd") and not arguments(user).get("value")
-        if not (padding or is_operator(user, *HOMOGENEOUS)) or user.args[0] is not place:
+        padding = has(user, Trait.PADDING) and not arguments(user).get("value")
+        passes = padding or has(user, Trait.HOMOGENEOUS) or is_operator(user, "aten.slice")
+        if not passes or user.args[0] is not place:
             return None
         between.append(user)
         place = user

@@ -13,6 +13,7 @@ from ...ir.errors import PipelineError
 from ...ir.export_blockers import block_export
 from ...ir.facts import FusedBranches
 from ...ir.needs import NONZERO, SOME
+from ...ir.operators.traits import Trait, has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
@@ -102,7 +103,7 @@ class ExpandBranches(Pass):
         if self.align != "auto":
             return self.align
         whole = form
-        if is_operator(form.source, "aten.pad", "aten.constant_pad_nd"):
+        if has(form.source, Trait.PADDING):
             pad = read_operator(form.source, constant)
             joined = follow(form, pad) if pad is not None else form
             whole = joined if isinstance(joined, Form) else form

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.infer import same_value
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import is_operator
@@ -76,7 +77,7 @@ def _visit(search: _Search, node: fx.Node) -> None:
         return
     if form is not None:
         search.own[node] = _work(form) if form.size > 1 or form.convolutions else _numel(node)
-        if is_operator(node, "aten.pad", "aten.constant_pad_nd", "aten.slice"):
+        if has(node, Trait.PADDING) or is_operator(node, "aten.slice"):
             search.own[node] = 0.0
         found = [form]
     elif is_operator(node, "aten.slice_scatter"):
@@ -234,9 +235,7 @@ def _chosen(search: _Search, node: fx.Node, covered: set[fx.Node]) -> Form | Non
 
 def _replaces_something(form: Form) -> bool:
     """Padding and the convolution that it belongs to are what a form is written as, and no gain."""
-    return any(not is_operator(n, "aten.pad", "aten.constant_pad_nd") for n in form.nodes - {form.value}) or (
-        form.branches > 1
-    )
+    return any(not has(n, Trait.PADDING) for n in form.nodes - {form.value}) or (form.branches > 1)
 
 
 __all__ = ["Found", "find_groups"]

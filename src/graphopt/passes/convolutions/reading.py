@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.operators.traits import Trait, named
 from ...ir.schema import arguments, operator_name
 from ...ir.sizes import expression
 from .forms import Build, Form, Reader, extension
@@ -297,7 +298,7 @@ _READERS: dict[str, Callable[[fx.Node, set[fx.Node]], Form | None]] = {
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(POOLINGS, _pooling),
     **dict.fromkeys(SCALES, _scaled),
-    **dict.fromkeys(("aten.pad", "aten.constant_pad_nd"), _padded),
+    **dict.fromkeys(named(Trait.PADDING), _padded),
     "aten.batch_norm": _batch_norm,
     "aten.slice": _sliced,
 }

@@ -14,6 +14,7 @@ from ...ir.errors import ContractError
 from ...ir.export_blockers import block_export
 from ...ir.facts import Streaming
 from ...ir.inputs import add_input, limit_size
+from ...ir.operators.traits import Trait, has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 aten = torch.ops.aten
-PADDINGS = ("aten.pad", "aten.constant_pad_nd")
 
 
 @dataclass
@@ -211,7 +211,7 @@ def _along(node: fx.Node, form: Form, constant: set[fx.Node], axis: int) -> tupl
     """
     chain, line = [node], form.axes[axis - 2]
     place = form.source
-    while is_operator(place, *PADDINGS):
+    while has(place, Trait.PADDING):
         try:
             before = read_operator(place, constant)
         except NotLinear:
@@ -245,7 +245,7 @@ def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> No
         for node in reach.chain:
             if node is reach.node:
                 value = _convolved(program, node, value, place)
-            elif is_operator(node, *PADDINGS):
+            elif has(node, Trait.PADDING):
                 value = _padded(program, node, value, place)
             elif int(arguments(node)["dim"]) != place:
                 value = program.edit.call(node.target, value, *node.args[1:], **node.kwargs)

@@ -12,6 +12,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.errors import VerificationError
 from ...ir.infer import same_value
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.fold import depends_on_weights_alone
@@ -135,7 +136,7 @@ def _rows(
 
 def _dimension_below(tensor: fx.Node, dim: int) -> int | None:
     """Return which dimension of its operand a cast's or view's dimension is, if it is one."""
-    if not is_operator(tensor, "aten.to", "aten.reshape", "aten.squeeze", "aten.unsqueeze"):
+    if not has(tensor, Trait.RESHAPE | Trait.CAST):
         return None
     below = arguments(tensor)["self"]
     if is_operator(tensor, "aten.to"):

@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.errors import PassRefusedError
 from ...ir.export_blockers import block_export
+from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
 from ...ir.ranks.dimensions import carried
 from ...ir.running.fold import depends_on_weights_alone
@@ -19,10 +20,10 @@ from ..framework.plan import Site
 from ..shared.matrices import _shaped, per_group, repeated
 
 aten = torch.ops.aten
-CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
-TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+CONVOLUTIONS = named(Trait.CONVOLUTION)
+TRANSPOSED = named(Trait.TRANSPOSED) - {"aten.convolution"}
 _MATRICES = (*CONVOLUTIONS, *TRANSPOSED, "aten.linear")
-_MOVES = ("aten.reshape", "aten.permute", "aten.unsqueeze", "aten.squeeze", "aten.slice", "aten.clone")
+_MOVES = Trait.VIEW | Trait.IDENTITY
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _moved(step: fx.Node, source: fx.Node, dim: int) -> int | None:
 def _before(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool) -> _Place | str:
     path: list[fx.Node] = []
     x = arguments(norm)["input"]
-    while is_operator(x, *_MOVES):
+    while has(x, _MOVES):
         if len(x.users) != 1:
             return f"{x.name} is read by others too"
         path.insert(0, x)
@@ -106,7 +107,7 @@ def _after(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool)
     while work:
         value, dim, path = work.pop(0)
         for user in value.users:
-            if is_operator(user, *_MOVES) and user.args[0] is value:
+            if has(user, _MOVES) and user.args[0] is value:
                 place = _moved(user, value, dim)
                 if place is None:
                     return f"{user.name} mixes its channels with others"

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.export_blockers import block_export
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import computed, depends_on_weights_alone
 from ...ir.running.invert import invert
@@ -17,7 +18,6 @@ from ..shared.matrices import as_type_of
 from ..shared.weight_mapping import follow
 
 aten = torch.ops.aten
-_SHAPES = ("aten.reshape", "aten.to")
 
 
 @dataclass
@@ -55,7 +55,7 @@ def matrix_readers(
             elif is_operator(user, "graphopt.routed_ffn") and user.args[0] is node:
                 matrix, axis = argument(user, "up"), 1 if argument(user, "transposed") else 2
             elif (
-                is_operator(user, *_SHAPES)
+                has(user, Trait.RESHAPE | Trait.CAST)
                 and user.meta["val"].shape[-1] == size
                 and user.meta["val"].dtype.is_floating_point
             ):

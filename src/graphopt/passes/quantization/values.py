@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
 from ...ir.running.execute import interpret
-from ...ir.running.fold import MOVEMENT
-from ...ir.schema import arguments, is_operator, operator_name
+from ...ir.schema import arguments, is_operator
 from ...targets.partition import border, host_nodes
 from .ranges import Ranges
 
-MATRICES = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")
-_PRODUCTS = (
-    "aten.matmul", "aten.bmm", "aten.mm", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d",
-)  # fmt: skip
+MATRICES = named(Trait.CONVOLUTION) | {"aten.linear"}
+"""What a device computes with a weight that has a scale for each row."""
+_PRODUCTS = Trait.PRODUCT | Trait.CONVOLUTION | Trait.TRANSPOSED
 
 
 def values_of(program: Program) -> list[fx.Node]:
@@ -37,9 +36,9 @@ def values_of(program: Program) -> list[fx.Node]:
 
 def moved(node: fx.Node) -> fx.Node | None:
     """Return what a value was before it was moved, if that is all that happened to it."""
-    if node.op != "call_function" or operator_name(node.target) not in MOVEMENT:
+    if not has(node, Trait.MOVEMENT):
         return None
-    if is_operator(node, "aten.constant_pad_nd") and arguments(node)["value"]:
+    if has(node, Trait.PADDING) and arguments(node)["value"]:
         return None  # the source's range need not hold what is put beside it
     sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
     if len(sources) != 1:
@@ -86,7 +85,7 @@ def whole_matrices(tables: list[fx.Node], bits: int) -> list[str]:
     """Return what to say of matrices that are stored as tables are: in more bits, with one scale for all."""
     notes = []
     for value in tables:
-        readers = [u for u in value.users if is_operator(u, *MATRICES, *_PRODUCTS)]
+        readers = [u for u in value.users if has(u, _PRODUCTS) or is_operator(u, "aten.linear")]
         if readers and value.meta["val"].dim() > 1:
             looked_up = any(is_operator(u, "aten.embedding") for u in value.users)
             why = (

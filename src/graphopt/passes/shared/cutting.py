@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.groups import TENSOR_PARALLEL
 from ...ir.infer import same_value
+from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
 from ...ir.ranks.dimensions import sources_of
 from ...ir.ranks.placement import Shard, mark_cut
@@ -17,10 +18,8 @@ from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator, normal_call, operator_name
 
 dialect = torch.ops.graphopt
-_SIZES = {"aten.reshape": "shape", "aten.view": "size", "aten.expand": "size", "aten.new_empty": "size",
-          "aten.new_zeros": "size", "aten.new_ones": "size", "aten.new_full": "size"}  # fmt: skip
-
-_FACTORIES = ("aten.new_empty", "aten.new_zeros", "aten.new_ones", "aten.new_full")
+# the argument that names the sizes of a result
+_SIZES = {"aten.reshape": "shape", "aten.expand": "size", **dict.fromkeys(named(Trait.NEW), "size")}
 
 
 def even(total: int, ranks: int, dim: int) -> Shard:
@@ -124,7 +123,7 @@ class Cutter:
             if isinstance(sizes[cut.dim], int) and sizes[cut.dim] != -1:
                 sizes[cut.dim] = cut.length
             found[key] = sizes
-        if operator_name(node.target) in _FACTORIES:
+        if has(node, Trait.NEW):
             # it only says which type; the value that it named need not be computed whole
             dtype = found["self"].meta["val"].dtype
             typed = (n for n in self.program.weight_nodes if n.meta["val"].dtype == dtype)
@@ -158,7 +157,7 @@ class Cutter:
 def _root(node: fx.Node) -> fx.Node | None:
     """The value that a chain of reshapes began with."""
     start: Any = node
-    while is_operator(start, "aten.reshape", "aten.view"):
+    while has(start, Trait.RESHAPE):
         start = start.args[0]
     return start if start is not node and isinstance(start, fx.Node) else None
 

@@ -8,13 +8,13 @@ import torch
 from torch import fx
 
 from ...ir.errors import VerificationError
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.expressions import Expressions
 from ...ir.schema import arguments, is_operator
 
 aten = torch.ops.aten
-_PARTS = ("aten.slice", "aten.select", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind")
 
 
 def follow(
@@ -95,7 +95,7 @@ def _again(
 
 def _call(program: Program, held: fx.Node, others: dict[fx.Node, fx.Node]) -> fx.Node | None:
     resized = any(n.meta["val"].shape != m.meta["val"].shape for n, m in others.items())
-    if resized and is_operator(held, *_PARTS):
+    if resized and has(held, Trait.PART):
         return None  # where its part begins now is not known
     args, kwargs = fx.map_arg((held.args, held.kwargs), lambda n: others.get(n, n))
     read: list[fx.Node] = []

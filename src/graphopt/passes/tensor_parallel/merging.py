@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.schema import is_operator
 from ..shared.cutting import all_reduce
 
-_MOVING = ("aten.reshape", "aten.permute", "aten.transpose", "aten.unsqueeze", "aten.squeeze")
+_MOVING = Trait.RESHAPE | Trait.REORDER
 
 
 def merge_sums(program: Program) -> int:
@@ -92,9 +93,7 @@ def partial_behind(leaf: fx.Node) -> tuple[fx.Node, list[Step]] | None:
 
 def _scaled(node: fx.Node) -> int | None:
     """The operand through which an operator is linear, if another is whole."""
-    if is_operator(node, *_MOVING):
-        return 0
-    if is_operator(node, "aten.div"):
+    if has(node, _MOVING) or is_operator(node, "aten.div"):
         return 0
     if is_operator(node, "aten.mul"):
         behind = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and _reduced(a)]
@@ -106,7 +105,7 @@ def _reduced(node: Any) -> bool:
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if is_operator(node, "graphopt.all_reduce"):
             return True
-        if not is_operator(node, *_MOVING, "aten.mul", "aten.div"):
+        if not has(node, _MOVING) and not is_operator(node, "aten.mul", "aten.div"):
             return False
         node = node.args[0]
     return False

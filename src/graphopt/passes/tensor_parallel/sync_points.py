@@ -15,13 +15,14 @@ from torch import fx
 
 from ...ir.anatomy import Block
 from ...ir.groups import TENSOR_PARALLEL
+from ...ir.operators.traits import Trait, has
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import is_operator
 from ..shared.cutting import all_reduce
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
-_VIEWS = ("aten.reshape", "aten.permute", "aten.transpose", "aten.unsqueeze", "aten.squeeze", "aten.to")
+_VIEWS = Trait.RESHAPE | Trait.REORDER | Trait.CAST
 NAME = "drop-sync-points"
 
 
@@ -112,7 +113,7 @@ def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             return Term(source, steps[::-1])
-        if is_operator(node, *_VIEWS, "aten.div"):
+        if has(node, _VIEWS) or is_operator(node, "aten.div"):
             place = 0
         elif is_operator(node, "aten.add", "aten.mul") and not node.kwargs:
             changing = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a not in constant]
@@ -147,7 +148,7 @@ def _offset(program: Program, term: Term) -> fx.Node | None:
             other = node.args[1 - place]
             assert isinstance(other, fx.Node)
             value = other if value is None else program.edit.call(aten.add.Tensor, value, other)
-        elif value is not None and not is_operator(node, *_VIEWS):
+        elif value is not None and not has(node, _VIEWS):
             args = list(node.args)
             args[place] = value
             value = program.edit.call(node.target, *args, **node.kwargs)

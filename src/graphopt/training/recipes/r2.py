@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...ir.errors import UsageError
 from ...ir.needs import NONZERO
+from ...ir.operators.traits import Trait, named
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.readers import readers
@@ -20,7 +21,7 @@ from .base import Batch, Method, Recipe, called, language_loss
 HELD = "range_regularization"
 PENALTY = "range_penalty"
 SETTINGS = "range_settings"
-_MULTIPLYING = ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d")
+_MULTIPLYING = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def largest(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a cost formula sees: operands and calls of numeric or symbolic sizes, and work."""
+"""What a cost formula sees (operands and calls of numeric or symbolic sizes), what it returns, and shared arithmetic."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def maximum(first: Size, second: Size) -> Size:
 def half(even: Size) -> Size:
     """Return half of a size known to be even, exactly."""
     return even // 2 if isinstance(even, int) else even / 2
+
+
+NORM_FLOPS = 7
+"""Operations per element of a norm (LLM-Viewer)."""
+
+SOFTMAX_FLOPS = 5
+"""Operations per score of a softmax (LLM-Viewer)."""
+
+ACTIVATION_FLOPS = 4
+"""Operations per element of SiLU, GELU and the like: negate, exponential, add, divide."""
 
 
 @dataclass(frozen=True)
@@ -180,3 +190,36 @@ def moved(call: Call, flops: Size = 0, read: Mapping[str, Size] | None = None) -
         else:
             others = others + operand.bytes_of(elements)
     return Work(flops, weights, others)
+
+
+def _ramp(rows: Size, window: int | None) -> Size:
+    """Return the sum of ``min(row, window)`` over rows 1, 2, ..."""
+    if window is None:
+        return half(rows * (rows + 1))
+    full = minimum(rows, window)
+    return half(full * (full + 1)) + (rows - full) * window
+
+
+def visible_pairs(queries: Size, keys: Size, causal: bool, window: int | None) -> Size:
+    """Return how many (query, key) pairs take part in attention, per head and sequence.
+
+    Queries are aligned with the last keys: causal over n positions, n (n + 1) / 2 pairs. ``window`` counts
+    positions seen, the own one included, to both sides when not causal. Masks and segments are values, not
+    sizes: what they hide is counted.
+    """
+    if not causal and window is None:
+        return queries * keys
+    seeing = minimum(queries, keys)
+    left = _ramp(keys, window) - _ramp(maximum(keys - queries, 0), window)
+    return left if causal else left + _ramp(seeing, window) - seeing
+
+
+def attention_work(call: Call, q: str, k: str, v: str, pairs: Size, keys: Size) -> Work:
+    """Return the work of fused attention in which so many pairs take part and so many keys are read."""
+    query, key, value = call.tensor(q), call.tensor(k), call.tensor(v)
+    rows = product(query.shape[:-2]) * pairs
+    flops = rows * (2 * query.shape[-1] + 2 * value.shape[-1] + SOFTMAX_FLOPS)
+    if keys == key.shape[-2]:
+        return moved(call, flops)
+    read = {n: product(t.shape[:-2]) * keys * t.shape[-1] for n, t in ((k, key), (v, value))}
+    return moved(call, flops, read)

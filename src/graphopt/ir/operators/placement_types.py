@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -91,3 +92,23 @@ def cut_along(node: fx.Node) -> int | None:
     """Return the dimension along which whoever made a value cut it, if it was written down."""
     found = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
     return int(found) if found is not None else None
+
+
+class Misplaced(Exception):
+    """Ranks hold the operands of a call in ways that do not fit together; the message says how."""
+
+
+def placement_of(value: Any, placed: dict[fx.Node, Placement]) -> Placement:
+    """Return what ranks hold of an argument; all of it where it is no node."""
+    return placed[value] if isinstance(value, fx.Node) else WHOLE
+
+
+def check_whole(placed: dict[fx.Node, Placement], *operands: Any) -> None:
+    """Check that every rank has all of these operands.
+
+    Raises:
+        Misplaced: a rank has a part or a term.
+    """
+    for value in operands:
+        if isinstance(value, fx.Node) and placed[value] != WHOLE:
+            raise Misplaced(f"{value.name} must be whole here and is {placed[value]}")

@@ -1,0 +1,50 @@
+"""Where a dimension of a result comes from, for operators whose operands broadcast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..sizes import expression
+
+
+@dataclass(frozen=True)
+class Along:
+    """An operand's dimension; ``factor / divisor`` of its entries make one entry of the result."""
+
+    dim: int
+    factor: int = 1
+    divisor: int = 1
+
+
+Sources = dict[fx.Node, Along | None]
+"""Operands by where they hold the entries; None where an operand is read whole."""
+
+
+def tensors_of(node: fx.Node) -> list[fx.Node]:
+    """Return the operands that are tensors."""
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def is_one(size: int | torch.SymInt) -> bool:
+    """Tell whether a size is 1 for every value of its symbols."""
+    return bool(expression(size) == 1) if isinstance(size, torch.SymInt) else size == 1
+
+
+def broadcast(node: fx.Node, dim: int) -> Sources:
+    """Return where entries come from if operands broadcast and every entry is made of those at its place."""
+    result = node.meta["val"]
+    found: Sources = {}
+    for operand in tensors_of(node):
+        value = operand.meta["val"]
+        place = dim - (result.dim() - value.dim())
+        whole = place < 0 or (is_one(value.shape[place]) and not is_one(result.shape[dim]))
+        found[operand] = None if whole else Along(place)
+    return found
+
+
+def last_mixed(node: fx.Node, dim: int) -> Sources | None:
+    """Return the same for an operator that mixes the last dimension, and treats the others as if pointwise."""
+    return None if dim == node.meta["val"].dim() - 1 else broadcast(node, dim)
