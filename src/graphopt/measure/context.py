@@ -22,7 +22,7 @@ from ..ir.running.recurrent_state import begun
 from ..ir.storage.content import whole_hash
 from ..ir.vocabulary import over_all_tokens
 from ..ir.weights import digest
-from .metrics import Batch, default_metric, measure, relative_loss
+from .metrics import BY_NAME, Batch, default_metric, measure, relative_loss
 
 _NUMBERS = itertools.count()
 
@@ -151,6 +151,9 @@ class Context:
     ) -> tuple[str, float]:
         """Return the metric's name and value; lower is better.
 
+        A program is measured once: what a search tried and the pipeline goes on with is not run again to be judged, and
+        what judged one pass is the original of the next.
+
         Args:
             program: what is judged.
             reference: the original, for metrics that compare.
@@ -158,10 +161,18 @@ class Context:
             judge: on data for judging, else on calibration data.
         """
         if self.user_metric is not None and judge:
-            return "evaluate", float(self.user_metric(program))
+            own = self.user_metric
+            return "evaluate", program.derived(
+                ("metric", self._number, "evaluate"), lambda: float(own(program))
+            )
         name = default_metric(program) if metric == "auto" else metric
         data = self.judging() if judge else self.batches()
-        return name, measure(name, self._runner(program), self._runner(reference), data)
+        compared = name in BY_NAME and BY_NAME[name].compares
+        against = (reference.number, reference.version) if compared else ()
+        return name, program.derived(
+            ("metric", self._number, name, judge, against),
+            lambda: measure(name, self._runner(program), self._runner(reference), data),
+        )
 
     def loss(
         self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True
@@ -173,12 +184,8 @@ class Context:
         return relative_loss(name, value, original)
 
     def original(self, program: Program, *, metric: str = "auto", judge: bool = True) -> float:
-        """Return the metric of a program that others are compared with; it is measured once."""
-        found: float = program.derived(
-            f"metric {self._number} {metric} {judge}",
-            lambda: self.evaluate(program, program, metric=metric, judge=judge)[1],
-        )
-        return found
+        """Return the metric of a program that others are compared with."""
+        return self.evaluate(program, program, metric=metric, judge=judge)[1]
 
     def _runner(self, program: Program) -> Callable[[Batch], Mapping[str, Any]]:
         return lambda batch: over_all_tokens(program, run(program, self.bound(program, batch)))
@@ -207,7 +214,7 @@ class Context:
         try:
             for site in pending:
                 began = time.perf_counter()
-                edited = program.copy()
+                edited = program.copy(analysed=True)
                 edit(edited, site)
                 scores[site] = self.evaluate(edited, program, metric=metric, judge=False)[1]
                 self._write(store, scores)

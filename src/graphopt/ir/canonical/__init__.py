@@ -32,8 +32,7 @@ def canonicalise(program: Program) -> None:
     """
     with refusing_guards(program.mode):
         _canonicalise(program)
-    program.edit.journal.clear()
-    program.edit.touched.clear()
+    program.edit.end()
     program.facts["canonical"] = True
     program.facts["eval"] = True
 
