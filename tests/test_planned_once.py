@@ -119,14 +119,16 @@ def test_a_trial_is_of_one_program_and_one_plan() -> None:
     (step,) = parse_pipeline("sort-ffn{score=random}")
     plan = step.plan(program, Context())
     assert plan.trial is not None
-    assert plan.trial.take(program, plan.sites[:1]) is None
-    assert plan.trial.take(program.copy(), plan.sites) is None
+    assert plan.trial.take(step, program, plan.sites[:1]) is None
+    assert plan.trial.take(step, program.copy(), plan.sites) is None
+    (other,) = parse_pipeline("sort-ffn{score=peak}")
+    assert plan.trial.take(other, program, plan.sites) is None
     program.changed()
-    assert plan.trial.take(program, plan.sites) is None
+    assert plan.trial.take(step, program, plan.sites) is None
     plan = step.plan(program, Context())
     assert plan.trial is not None
-    assert plan.trial.take(program, list(plan.sites)) is not None
-    assert plan.trial.take(program, plan.sites) is None, "two pipelines would go on with one program"
+    assert plan.trial.take(step, program, list(plan.sites)) is not None
+    assert plan.trial.take(step, program, plan.sites) is None, "two pipelines would go on with one program"
 
 
 def test_a_cut_plan_that_was_tried_is_carried_out_as_it_is() -> None:

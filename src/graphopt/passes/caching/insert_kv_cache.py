@@ -95,7 +95,7 @@ class InsertKVCache(Pass):
             self._insert(trial)
             worst = None if small is None else compare_with_cache(small, trial)
             if small is None or small is program:
-                plan.trial = Trial(program, plan.sites, trial)
+                plan.trial = Trial(self, program, plan.sites, trial)
         except (VerificationError, NotCausal) as problem:
             node = getattr(problem, "node", None)
             name = node.name if isinstance(node, fx.Node) else str(node or "inputs")

@@ -69,7 +69,7 @@ class FuseBranches(Pass):
                 )
         if plan.sites:
             _scale(made, pairs)
-            plan.trial = Trial(program, plan.sites, made)
+            plan.trial = Trial(self, program, plan.sites, made)
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:

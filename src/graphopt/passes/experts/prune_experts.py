@@ -101,7 +101,7 @@ class PruneExperts(Pass):
             plan.sites.append(Site(block.name, experts=count, left=chosen))
         if plan.sites and not failed:
             _say(trial, plan, len(trials))
-            plan.trial = Trial(program, plan.sites, trial)
+            plan.trial = Trial(self, program, plan.sites, trial)
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:

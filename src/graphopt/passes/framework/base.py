@@ -94,7 +94,7 @@ class Pass:
         """
         made = self.copied(program)
         self.rewrite(made, plan)
-        plan.trial = Trial(program, plan.sites, made)
+        plan.trial = Trial(self, program, plan.sites, made)
         return made
 
     def told(self, program: Program, plan: Plan) -> list[str]:

@@ -241,7 +241,7 @@ def _attempt(
         began = now
 
     # what planning had to try is what goes on: it is not made a second time
-    tried = plan.trial.take(program, plan.sites) if plan.trial is not None else None
+    tried = plan.trial.take(step, program, plan.sites) if plan.trial is not None else None
     working = tried or step.copied(program)
     contract = step.promises()
     entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites], seconds=seconds)

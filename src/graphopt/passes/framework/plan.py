@@ -13,6 +13,7 @@ from ...ir.errors import PassRefusedError, PipelineError
 
 if TYPE_CHECKING:
     from ...ir.program import Program
+    from .base import Pass
 
 
 class Site:
@@ -96,10 +97,11 @@ class Trial:
     """A program on which a plan was carried out while planning.
 
     The pipeline goes on with it as it is, once, instead of carrying the plan out again: if the plan still has the same
-    sites, and is obeyed by the program that it was made for, in the state that it had.
+    sites, and is obeyed by the same pass, options included, on the program that it was made for, in the state that it had.
     """
 
-    def __init__(self, before: Program, sites: list[Site], after: Program):
+    def __init__(self, step: Pass, before: Program, sites: list[Site], after: Program):
+        self._step = step
         self._before, self._version = before, before.version
         self._sites = copy.deepcopy(sites)
         self._after: Program | None = after
@@ -110,9 +112,11 @@ class Trial:
         assert self._after is not None
         return self._after
 
-    def take(self, before: Program, sites: list[Site]) -> Program | None:
-        """Return what was made of this program at these sites; None if it was another, or was taken already."""
-        if before is not self._before or before.version != self._version or sites != self._sites:
+    def take(self, step: Pass, before: Program, sites: list[Site]) -> Program | None:
+        """Return what this pass made of this program at these sites; None if it was another, or was taken already."""
+        if step != self._step or before is not self._before or before.version != self._version:
+            return None
+        if sites != self._sites:
             return None
         after, self._after = self._after, None
         return after

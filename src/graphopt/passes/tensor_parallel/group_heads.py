@@ -88,7 +88,7 @@ class GroupHeads(Pass):
         if plan.scores:
             plan.notes.append("scores: difference within groups, relative to groups at random")
         if not failed:
-            plan.trial = Trial(program, plan.sites, trial)
+            plan.trial = Trial(self, program, plan.sites, trial)
         return plan
 
     def _refusal(self, block: Block) -> str:

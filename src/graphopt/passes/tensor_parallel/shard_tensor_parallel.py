@@ -98,7 +98,7 @@ class ShardTensorParallel(Pass):
             plan.notes.append("one rank: nothing has to be added up")
         if plan.sites and not placer.failed:
             self._finish(made)
-            plan.trial = Trial(program, plan.sites, made)
+            plan.trial = Trial(self, program, plan.sites, made)
         return plan
 
     def _placer(self, program: Program) -> Placer:
