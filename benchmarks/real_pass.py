@@ -22,6 +22,7 @@ import torch
 
 import graphopt
 from graphopt.ir.checking.comparison import relative_error
+from graphopt.ir.facts import KVCache
 from graphopt.ir.program import Program
 
 MIB = 1 << 20
@@ -95,7 +96,7 @@ def _saved(program: Program, target: Path, rows: list[list[int]]) -> float:
 def _given(program: Program, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     from graphopt.ir.running.examples import example_inputs
 
-    if "kv_cache" in program.facts:
+    if KVCache in program.facts:
         return example_inputs(program)
     return {"input_ids": torch.tensor([rows[0][:64]])}
 
@@ -145,7 +146,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     result["weights"] = (
         sum(math.prod(w.source.shape) * w.source.dtype.itemsize for w in program.weights.values()) / MIB
     )
-    if job["judge"] and "kv_cache" not in program.facts and "logits" in program.outputs:
+    if job["judge"] and KVCache not in program.facts and "logits" in program.outputs:
         result["losses"] = [losses(program, rows) for rows in job["draws"]]
     if job["generate"]:
         try:

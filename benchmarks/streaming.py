@@ -72,6 +72,7 @@ def rewrite(source: Path, target: Path, limit: float) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), int(limit * 1e9)))
     import graphopt
+    from graphopt.ir.facts import Capture
 
     began = time.perf_counter()
     program = graphopt.capture(source)
@@ -88,7 +89,7 @@ def rewrite(source: Path, target: Path, limit: float) -> None:
         if line.startswith("VmData")
     )
     print(result.report)
-    print(f"captured in {captured:.1f} s ({program.facts.get('compared', 'compared whole')}), "
+    print(f"captured in {captured:.1f} s ({program.facts[Capture].compared or 'compared whole'}), "
           f"rewritten and verified per site in {rewritten:.1f} s, "
           f"written and compared in {written:.1f} s")  # fmt: skip
     print(f"largest error of the folder read back: {max(report.errors.values()):.2g}")

@@ -103,6 +103,7 @@ def try_class(name: str) -> dict[str, Any]:
     import torch
 
     import graphopt
+    from graphopt.ir.facts import KVCache, TensorParallel
 
     found: dict[str, Any] = {"name": name, "passes": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +119,7 @@ def try_class(name: str) -> dict[str, Any]:
         for text in PASSES:
             try:
                 done = graphopt.optimize(program, text, data=[{"input_ids": i} for i in ids])
-                if "kv_cache" not in done.facts and not done.facts.get("tensor_parallel"):
+                if KVCache not in done.facts and TensorParallel not in done.facts:
                     done(input_ids=ids[0])
                 found["passes"][text] = {"taken": len(done.report.passes[-1].sites)}
             except graphopt.GraphoptError as error:

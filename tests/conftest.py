@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,21 +13,29 @@ from typing import Any
 import amounts
 import numpy
 import pytest
+import sharing
 import torch
 import zoo
+from forks import Forks
 from hypothesis import HealthCheck, settings
 from reload_server import ReloadServer
 
 import graphopt
 from graphopt import Program
+from graphopt.cli import catalogue
 
 # some tests compare to the bit with processes of their own, and sums depend on the number of threads
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-# hypothesis measures how long an example and its making take; a loaded machine must not decide
+# hypothesis measures how long an example and its making take; a loaded machine must not decide. Where it sees that
+# it runs in CI it would draw the same examples every time, which finds nothing new
 settings.register_profile(
-    "graphopt", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "graphopt",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+    derandomize=False,
 )
 settings.load_profile("graphopt")
 
@@ -37,8 +45,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw one seed for the examples of all processes, unless --hypothesis-seed gives it."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.randrange(1 << 32))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say how the examples of this run are drawn again; quiet runs have no header that could."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        reporter.write_line(
+            f"the same examples again: --hypothesis-seed={session.config.option.hypothesis_seed}"
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that only GRAPHOPT_THOROUGH=1 runs; a test that is named alone runs whole."""
+    """Begin with the files that take longest, so that no process is left with one at the end.
+
+    Leave out the cases that only GRAPHOPT_THOROUGH=1 runs; a test that is named alone runs whole.
+    """
+    items.sort(key=lambda item: amounts.place(item.nodeid))
     if amounts.THOROUGH or any("::" in argument for argument in config.args):
         return
     runs, unused = amounts.split([item.nodeid for item in items])
@@ -55,14 +83,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(int(os.environ.get("GRAPHOPT_SEED", "0")))
 
 
-def everyones(tmp_path_factory: pytest.TempPathFactory, kind: str, name: str) -> Path:
-    """Return a path that all processes of one run of the tests know."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / kind
-    folder.mkdir(exist_ok=True)
-    return folder / name
-
-
 @pytest.fixture(scope="session", autouse=True)
 def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Folders are reloaded by forks of one process that has imported transformers; return what does it for users."""
@@ -73,6 +93,14 @@ def reloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         started = huggingface._child
         patch.setattr(huggingface, "_child", server)
         yield started
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Return what runs code in a process of its own, in which torch and graphopt are imported already."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
     server.close()
 
 
@@ -107,16 +135,25 @@ def captured(
 
     def program(name: str) -> Program:
         if name not in made:
-            place = everyones(tmp_path_factory, "captured", name)
+            place = sharing.everyones(tmp_path_factory, "captured", name)
             if not place.exists():
                 made[name] = graphopt.capture(checkpoint(name))
-                with contextlib.suppress(OSError):  # another process was faster
-                    made[name].save(place.with_name(f"{name}.{os.getpid()}")).rename(place)
+                sharing.shared(made[name], place)
             else:
                 made[name] = graphopt.load(place)
         return made[name]
 
     return program
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """Capture each checkpoint once a process, wherever it is captured from: for tests of what comes after."""
+    from graphopt.frontends import huggingface
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "capture_huggingface", sharing.Once(huggingface.capture_huggingface))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +169,16 @@ def saved(
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the catalogue of the command line, as `make docs` and `make wheel` build it."""
+    place = tmp_path_factory.mktemp("built") / "catalogue.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "BUILT", place)
+        catalogue.build()
+    return place
 
 
 @pytest.fixture

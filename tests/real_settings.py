@@ -18,6 +18,7 @@ import graphopt
 from graphopt.backends.huggingface.compare import reach
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.errors import GraphoptError
+from graphopt.ir.facts import CheckpointChanges
 
 SMALL = {
     "vocab_size", "hidden_size", "n_embd", "d_model", "dim", "embed_dim", "hidden_sizes", "hidden_dim", "head_dim",
@@ -105,10 +106,11 @@ def outcome(name: str, passes: str, folder: Path, *, short: bool = False) -> Out
 
 def difference(model: Any, again: Any, done: Any) -> float:
     """Return the largest relative error of the folder's model against the original one without the layer."""
-    for stack in done.facts.get("renumbered", ()):
+    changes = done.facts.get(CheckpointChanges) or CheckpointChanges()
+    for stack in changes.removed_layers:
         for number in stack["removed"]:
             bypass(_layer(model, f"{stack['prefix']}{number}"))
-    pruned = "expert_counts" in done.facts
+    pruned = bool(changes.expert_counts)
     length = reach(done) + 5
     high = min(
         (s.high for n, s in done.signature.sizes.items() if "sequence" in n and s.high), default=length

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from sharing import everyones, shared
 
 import graphopt
 from graphopt.frontends.huggingface import capture_huggingface
 from graphopt.ir.checking.verify import compare_programs, verify
+from graphopt.ir.facts import Capture
 from graphopt.ir.ranks.rank_programs import synchronisations
 from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.schema import argument
@@ -30,7 +32,9 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(name)
     model = zoo.make(name)
     model.save_pretrained(folder)
-    return name, folder, capture_huggingface(folder)
+    program = capture_huggingface(folder)
+    shared(program, everyones(tmp_path_factory, "captured", name))
+    return name, folder, program
 
 
 def test_blocks_are_found_and_rightly_named(captured) -> None:
@@ -52,9 +56,9 @@ def test_attention_is_raised_whatever_its_spelling(captured) -> None:
     name, _, program = captured
     case = zoo.CASES[name]
     cores = [b.parts["core"] for b in program.anatomy.attention if "core" in b.parts]
-    assert len(cores) == case.blocks.get("attention", 0), program.facts.get("unraised_attention")
+    assert len(cores) == case.blocks.get("attention", 0), program.facts.get(Capture)
     mixtures = program.operators["graphopt.routed_ffn"]
-    assert mixtures == case.blocks.get("experts", 0), program.facts.get("unraised_experts")
+    assert mixtures == case.blocks.get("experts", 0), program.facts.get(Capture)
     if "window" in case.features:
         assert any(argument(core, "window") for core in cores), "a sliding window was lost in raising"
     if "sinks" in case.features:

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forging import everything_in
+from forks import Forks
 
 import graphopt
 from graphopt import CheckpointError, Program, UsageError
@@ -23,7 +23,6 @@ from graphopt.ir.storage.safetensors_file import read_header, write_file
 from graphopt.ir.weights import InMemory
 
 IDS = torch.full((2, 5), 7)
-SOURCE = Path(__file__).parents[1] / "src"
 
 # a weight that never finishes loading; when it is asked for, part of the file is written
 SLOW = """
@@ -53,25 +52,18 @@ with atomic_file(sys.argv[3]) as place:
 """
 
 
-def stopped_in_the_middle(kind: str, source: Path, target: Path, how: signal.Signals) -> None:
+def stopped_in_the_middle(forks: Forks, kind: str, source: Path, target: Path, how: signal.Signals) -> None:
     """Start writing in another process and stop it there."""
-    script = SLOW_FILE if kind == "file" else SLOW
-    command = [sys.executable, "-c", script, kind, str(source), str(target)]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONWARNINGS": "ignore"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", "the process never came to write"
-        process.send_signal(how)
-        process.wait(60)
-        assert process.returncode != 0, "the process was not stopped"
+    process = forks.start(SLOW_FILE if kind == "file" else SLOW, kind, source, target)
+    assert process.ready("ready"), f"the process never came to write: {process.stderr}"
+    process.send(how)
+    assert process.wait() != 0, "the process was not stopped"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 @pytest.mark.parametrize("kind", ["save", "save_pretrained", "file"])
 def test_nothing_half_written_takes_a_place(
-    kind: str, how: signal.Signals, whole: Path, tmp_path: Path
+    kind: str, how: signal.Signals, forks: Forks, whole: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
     older: dict[str, bytes] = {}
@@ -82,7 +74,7 @@ def test_nothing_half_written_takes_a_place(
             program = graphopt.load(whole)
             program.save(target) if kind == "save" else program.save_pretrained(target)
             older = everything_in(target)
-    stopped_in_the_middle(kind, whole, target, how)
+    stopped_in_the_middle(forks, kind, whole, target, how)
     if how is signal.SIGINT:
         assert list(tmp_path.iterdir()) == [], "an interrupted writer leaves something behind"
         return
@@ -101,8 +93,8 @@ def test_nothing_half_written_takes_a_place(
         )
 
 
-def test_killed_with_no_older_one_there_is_none(whole: Path, tmp_path: Path) -> None:
-    stopped_in_the_middle("save", whole, tmp_path / "target", signal.SIGKILL)
+def test_killed_with_no_older_one_there_is_none(forks: Forks, whole: Path, tmp_path: Path) -> None:
+    stopped_in_the_middle(forks, "save", whole, tmp_path / "target", signal.SIGKILL)
     assert not (tmp_path / "target").exists()
     with pytest.raises(CheckpointError):
         graphopt.load(tmp_path / "target")

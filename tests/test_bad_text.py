@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from graphopt import CheckpointError, PipelineError, Program
+from graphopt.ir.facts import Canonical, Fact
 from graphopt.ir.option import options_of
 from graphopt.ir.sizes import format_size, parse_size
 from graphopt.passes import Pass, Plan, Refused, Site, format_pipeline, option, parse_pipeline
@@ -55,9 +56,14 @@ def _fact(
     return dataclass(frozen=True, kw_only=True)(type("Fact", (Pass,), body))
 
 
-Sharding = _fact("sharding", requires=["canonical"], provides=["sharded"])
-Dropping = _fact("dropping", requires=["sharded"], provides=["dropped"])
-Freezing = _fact("freezing", requires=["canonical"], excludes=["sharded"])
+@dataclass(frozen=True)
+class Halved(Fact, name="halved"):
+    """Of this test's passes alone."""
+
+
+Sharding = _fact("sharding", requires=[Canonical], provides=[Halved])
+Dropping = _fact("dropping", requires=[Halved])
+Freezing = _fact("freezing", requires=[Canonical], excludes=[Halved])
 
 
 @pytest.fixture(autouse=True)
@@ -199,18 +205,18 @@ def test_an_order_that_cannot_work_is_refused_with_one_that_can(captured: Any) -
     check_order(program, [freezing, sharding, dropping])
     with pytest.raises(PipelineError) as refused:
         check_order(program, [dropping, sharding, freezing])
-    assert "dropping (pass 1) requires sharded" in refused.value.message
+    assert "dropping (pass 1) requires a program that is halved" in refused.value.message
     assert refused.value.hint == "this order works: freezing, sharding, dropping", (
         "the hint names no order that works"
     )
     check_order(program, parse_pipeline(refused.value.hint.partition(": ")[2]))
-    with pytest.raises(PipelineError, match=r"freezing \(pass 2\) cannot run on a program that is sharded"):
+    with pytest.raises(PipelineError, match=r"freezing \(pass 2\) cannot run on a program that is halved"):
         check_order(program, [sharding, freezing])
-    with pytest.raises(PipelineError, match="sharding before it provides sharded"):
+    with pytest.raises(PipelineError, match="sharding before it makes the program halved"):
         check_order(program, [dropping])
     with pytest.raises(PipelineError) as refused:
         check_order(program, parse_pipeline("quantize"))
-    assert refused.value.hint == "fit-target before it provides fitted"
+    assert refused.value.hint == "fit-target before it makes the program legal on a target"
 
 
 # -- plans ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 import graphopt
 from graphopt.ir.errors import PassRefusedError, PipelineError
+from graphopt.ir.facts import KVCache
 from graphopt.ir.program import Program
 from graphopt.measure.context import Context
 from graphopt.passes.caching.insert_kv_cache import InsertKVCache
@@ -24,7 +25,7 @@ def test_all_sites_or_none(captured: Callable[[str], Program]) -> None:
     plan = planned(program)
     assert len(plan.sites) == 2
     made = graphopt.optimize(program, "insert-kv-cache", plan=[plan])
-    assert made.facts["kv_cache"]["layers"] == 2
+    assert made.facts[KVCache].layers == 2
     for kept, left in ((plan.sites[:1], plan.sites[1]), (plan.sites[1:], plan.sites[0])):
         with pytest.raises(PassRefusedError, match=f"leaves out {left.block}: without a cache"):
             graphopt.optimize(program, "insert-kv-cache", plan=[Plan(kept)])
@@ -36,10 +37,10 @@ def test_no_site_is_no_cache(captured: Callable[[str], Program]) -> None:
     with pytest.raises(PassRefusedError, match="matched nothing"):
         graphopt.optimize(program, "insert-kv-cache", plan=[Plan()])
     same = graphopt.optimize(program, "insert-kv-cache{allow_no_match=true}", plan=[Plan()])
-    assert same.text() == program.text() and "cached" not in same.facts and "kv_cache" not in same.facts
+    assert same.text() == program.text() and KVCache not in same.facts
     refused = graphopt.optimize(captured("bert"), "insert-kv-cache{allow_no_match=true}")
-    assert "cached" not in refused.facts
-    assert graphopt.optimize(same, "insert-kv-cache").facts["kv_cache"]["layers"] == 2
+    assert KVCache not in refused.facts
+    assert graphopt.optimize(same, "insert-kv-cache").facts[KVCache].layers == 2
 
 
 def test_a_plan_of_another_program(captured: Callable[[str], Program]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import graphopt
 from graphopt.ir.errors import PassRefusedError
+from graphopt.ir.facts import KVCache
 from graphopt.ir.program import Program
 from graphopt.ir.schema import arguments, is_operator
 from graphopt.passes.caching import reducing
@@ -39,7 +40,7 @@ def test_many_layers_are_checked_by_one_of_each_kind(kinds: int, monkeypatch: py
     assert small is not None and len(small.anatomy.layers) == kinds
     assert len(program.anatomy.layers) == 6
     made = graphopt.optimize(program, "insert-kv-cache")
-    assert made.facts["kv_cache"]["layers"] == 6
+    assert made.facts[KVCache].layers == 6
     assert made.report.passes[-1].checks == 1
     ids = torch.tensor([[5, 9, 17, 40, 3, 8, 22]])
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -79,7 +80,7 @@ def test_the_window_that_a_configuration_has_by_default(name: str) -> None:
     )
     assert windows(program) == ({4096} if name == "Mistral" else {4096, None})
     made = graphopt.optimize(program, "insert-kv-cache{max_length=48}")
-    assert made.facts["kv_cache"]["limit"] is None
+    assert made.facts[KVCache].limit is None
     ids = torch.tensor([[5, 9, 17, 40, 3, 8, 22]])
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(graphopt.generate(made, ids, max_new_tokens=20, eos_token_id=None), expected)
@@ -176,7 +177,7 @@ def test_positions_end_where_their_table_ends(positions: int, offset: int) -> No
     model = TwoTypes(positions, offset).eval()
     program = graphopt.capture(model, {"input_ids": torch.randint(0, 20, (2, 6))})
     made = graphopt.optimize(program, f"insert-kv-cache{{max_length={positions}}}")
-    assert made.facts["kv_cache"]["limit"] == positions
+    assert made.facts[KVCache].limit == positions
     text = [3, 5, 9]
     for _ in range(8):
         text.append(int(model(torch.tensor([text]))["logits"][0, -1].argmax()))

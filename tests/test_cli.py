@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import yaml
 from forging import everything_in
 
 import graphopt
+from graphopt.cli import catalogue
 from graphopt.cli.app import app
 from graphopt.cli.running import run
 
@@ -55,12 +55,15 @@ def python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
      *([command, "--help"] for command in typer.main.get_command(app).commands)],
     ids=" ".join,
 )  # fmt: skip
-def test_help_lists_and_wrong_usage_answer_before_torch_is_imported(arguments: list[str]) -> None:
+def test_help_lists_and_wrong_usage_answer_before_torch_is_imported(
+    arguments: list[str], built: Path
+) -> None:
     code = f"""
-import sys
+import pathlib, sys
 sys.modules["click"] = None  # some versions of typer bring their own
 sys.argv = ["graphopt", *{arguments!r}]
-from graphopt.cli import main
+from graphopt.cli import catalogue, main
+catalogue.BUILT = pathlib.Path({str(built)!r})
 try:
     main()
 except SystemExit as stop:
@@ -251,13 +254,23 @@ def test_the_catalogue_tells_where_defaults_come_from(told: Callable[..., Any], 
     assert "did you mean fold-norms" in told("passes", "fold-norm", status=2)["message"]
 
 
-def test_the_catalogue_is_what_passes_recipes_devices_and_links_say() -> None:
-    from graphopt.cli.catalogue import written
-    from graphopt.cli.describing import everything
+def test_the_catalogue_is_what_passes_recipes_devices_and_links_say(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.cli import describing
     from graphopt.passes import BUILT_IN
     from graphopt.training.recipes import METHODS
 
-    held = written()
-    assert held == json.loads(json.dumps(everything())), "run python docs/generate.py"
+    said = describing.everything()
+    monkeypatch.setattr(describing, "everything", lambda: {"asked": True})
+    monkeypatch.setattr(catalogue, "BUILT", built)
+    held = catalogue.catalogue()
+    assert held == said, "what was built is not what there is"
+    for text in ("{}", built.read_text().replace(catalogue.sources(), "of other sources")):
+        monkeypatch.setattr(catalogue, "BUILT", tmp_path / "catalogue.json")
+        assert catalogue.catalogue() == {"asked": True}, "nothing is asked where nothing was built"
+        catalogue.BUILT.write_text(text)
+        assert catalogue.catalogue() == {"asked": True}, "a catalogue of other sources is believed"
+        catalogue.BUILT.unlink()
     assert set(held["passes"]) == set(BUILT_IN)
     assert set(held["recipes"]) == set(METHODS)

@@ -18,6 +18,8 @@ from forging import Canary, everything_in, list_file, safetensors_parts, write_s
 import graphopt
 from graphopt.cli.running import run
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),

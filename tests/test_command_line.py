@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 import zoo
 
 import graphopt
+from graphopt.cli.app import app
 from graphopt.cli.running import run
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,15 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, "help waits seconds for torch"
     assert "inspect" in done.stdout and "lower" in done.stdout
+
+
+def test_everything_that_a_command_takes_is_described() -> None:
+    commands = typer.main.get_command(app).commands
+    for name, command in commands.items():
+        assert command.help, name
+        for taken in command.params:
+            assert taken.help, f"{name} does not say what {taken.name} is"
+            assert not taken.secondary_opts, f"{name} takes {taken.secondary_opts} too"
 
 
 def test_inspect(folder: Path, capsys) -> None:

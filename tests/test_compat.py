@@ -154,3 +154,21 @@ def test_what_becomes_a_graph_is_known() -> None:
     function(torch.ones(2))
     make_fx(function)(torch.ones(2))
     assert seen == [False, True]
+
+
+def test_the_exporter_to_onnx_is_spared_its_tables_and_values() -> None:
+    """Wrong if what is replaced for the time of an export moved: files would take five times as long."""
+    pytest.importorskip("onnxscript")
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
+
+    before = vars(ONNXRegistry)["from_torchlib"], _TypePromotionInterpreter.run_node
+    mode = compat.new_fake_mode()
+    with compat.quick_onnx_export(mode, [compat.add_symbol(mode, "n", 1, None, 5)]):
+        one, other = (ONNXRegistry.from_torchlib(opset_version=20) for _ in range(2))
+        assert (one.functions, one.opset_version) == (other.functions, 20)
+        target, metas = next(iter(one.functions.items()))
+        assert metas is not other.functions[target], "one export's own translations would be in the next"
+        assert metas[0] is other.functions[target][0], "the table was made again"
+        assert _TypePromotionInterpreter.run_node is not before[1]
+    assert (vars(ONNXRegistry)["from_torchlib"], _TypePromotionInterpreter.run_node) == before

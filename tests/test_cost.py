@@ -10,6 +10,7 @@ import pytest
 import sympy
 import torch
 import zoo
+from closed_form import Transformer, decode_time, forward_work, prefill_time
 from counting import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,23 +26,19 @@ from graphopt.ir.cost import (
     Device,
     Link,
     Operand,
-    Transformer,
     Work,
     all_gather,
     all_reduce,
     cost,
     count_weights,
-    decode_time,
     double_tree,
     expressions,
     find_device,
     find_link,
     formula,
-    forward_work,
     in_switch,
     one_shot,
     peak_memory,
-    prefill_time,
     ring,
     survey,
     time_call,

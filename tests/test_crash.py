@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 import graphopt
 from graphopt import UsageError
@@ -41,24 +39,21 @@ def program():
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_killed_while_saving(program, tmp_path: Path, stop: signal.Signals) -> None:
+def test_killed_while_saving(program, forks: Forks, tmp_path: Path, stop: signal.Signals) -> None:
     target = tmp_path / "saved"
     program.save(target)
     before = (target / "program.json").read_bytes()
-    child = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert child.stdout.readline().strip() == b"writing"
-    child.send_signal(stop)
-    child.wait(timeout=30)
-    assert child.returncode != 0
+    child = forks.start(WRITER, target)
+    assert child.ready("writing"), child.stderr
+    child.send(stop)
+    assert child.wait() != 0
     assert (target / "program.json").read_bytes() == before, "an interrupted save damaged what was there"
     graphopt.load(target, check_hashes=True)
     visible = [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")]
     assert visible == ["saved"], "something half written is in plain sight"
 
 
-def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_leaves_nothing(forks: Forks, tmp_path: Path) -> None:
     code = textwrap.dedent(
         """
         import resource, signal, sys, torch, graphopt
@@ -71,9 +66,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
             print(type(error).__name__)
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "saved")], capture_output=True, text=True, check=False
-    )
+    _, done = forks.run(code, tmp_path / "saved")
     assert done.stdout.strip() == WriteError.__name__, done.stderr
     assert not list(tmp_path.iterdir()), "a full disk left files behind"
 
@@ -86,7 +79,7 @@ def test_a_folder_of_something_else_is_not_replaced(program, tmp_path: Path) -> 
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_loads_and_runs_where_transformers_is_not_installed(tmp_path: Path) -> None:
+def test_loads_and_runs_where_transformers_is_not_installed(forks: Forks, tmp_path: Path) -> None:
     import zoo
 
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -96,6 +89,7 @@ def test_loads_and_runs_where_transformers_is_not_installed(tmp_path: Path) -> N
     code = textwrap.dedent(
         """
         import sys
+        assert "transformers" not in sys.modules
         sys.modules["transformers"] = None
         import torch, graphopt
         program = graphopt.load(sys.argv[1])
@@ -103,7 +97,6 @@ def test_loads_and_runs_where_transformers_is_not_installed(tmp_path: Path) -> N
         print(float(program(input_ids=ids).logits.double().sum()))
         """
     )
-    arguments = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "ids")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    status, done = forks.run(code, tmp_path / "saved", tmp_path / "ids")
+    assert status == 0, done.stderr
     assert abs(float(done.stdout) - float(program(input_ids=ids).logits.double().sum())) < 1e-3

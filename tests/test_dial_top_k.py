@@ -14,6 +14,7 @@ import graphopt
 from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.errors import LoweringError, PassRefusedError, PipelineError, UsageError
 from graphopt.ir.export_blockers import export_blockers
+from graphopt.ir.facts import CheckpointChanges
 from graphopt.ir.program import Program
 from graphopt.ir.running.examples import example_inputs
 
@@ -153,5 +154,5 @@ def test_dials_of_layers_that_stand_alike_are_one_number(captured: Callable[[str
         alike = graphopt.optimize(alike, f"freeze-dial{{dial={name} value=1}}")
         apart_still = graphopt.optimize(apart_still, f"freeze-dial{{dial={name} value={1 + (number > 0)}}}")
     assert not export_blockers(alike)
-    assert alike.facts["fixed_experts"] == [2, 1]
+    assert alike.facts[CheckpointChanges].active_experts == (2, 1)
     assert "different numbers" in export_blockers(apart_still)["dial-top-k"][0]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import graphopt
 from graphopt.ir.cost import communication
+from graphopt.ir.facts import TensorParallel
 from graphopt.ir.program import Program
 from graphopt.ir.running.examples import example_inputs
 
@@ -209,7 +210,7 @@ def test_commands_under_torchrun(checkpoint: Callable[[str], Path], rows: Path, 
     assert "sites taken" in results[0][1]
     assert results[1][1] == "", "every rank printed"
     program = graphopt.load(target)
-    assert program.facts["ranks"] == 2
+    assert program.facts[TensorParallel].ranks == 2
     alone = graphopt.evaluate(program, str(rows), "perplexity").values["perplexity"]
     command = [
         "-m",

@@ -17,6 +17,8 @@ import graphopt
 from graphopt import PipelineError, UsageError, evaluate
 from graphopt.cli.running import run as main
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TEXTS = [
     "Return the sum of array elements over a given axis.",
     "The shape of the result.",

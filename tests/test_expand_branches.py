@@ -51,7 +51,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return randomised(network).double(), x
 
 
-@settings(max_examples=examples(60), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     networks(),
     st.lists(st.sampled_from([1, 2, 3]), max_size=3),

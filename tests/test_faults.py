@@ -269,7 +269,7 @@ def unchanged(step: Pass, message: str) -> None:
     """Run a pass that must fail with this message, and check that the program is what it was."""
     p = program()
     before, sources = p.text(), {name: weight.source for name, weight in p.weights.items()}
-    facts, history, keys = dict(p.facts), list(p.history), dict(p.checkpoint)
+    facts, history, keys = p.facts.copy(), list(p.history), dict(p.checkpoint)
     outputs = str(p.signature.outputs)
     with pytest.raises((graphopt.ContractError, graphopt.VerificationError), match=message):
         run_pipeline(p, [step], Context())

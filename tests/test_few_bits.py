@@ -16,6 +16,7 @@ from torch import nn
 import graphopt
 from graphopt.backends.onnx.qnn import run as compiler
 from graphopt.ir.errors import ContractError, PipelineError
+from graphopt.ir.facts import Quantized
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator
 from graphopt.measure.context import Context
@@ -158,10 +159,10 @@ def test_matrices_that_bear_few_bits_are_found_by_measuring(mixer: Program, tmp_
     least = next(n for n in kinds if "little" in n)
     assert kinds[least] == "int4", "the matrix that matters least has eight bits"
     assert many < loss(mixer, mixed) < few
-    assert mixed.facts["quantized"]["kind"] == "w4or8a16"
+    assert mixed.facts[Quantized].kind == "w4or8a16"
     assert list(tmp_path.glob("scores-*.json")), "an interrupted run would measure again"
     every = quantized(mixer, data, weights=4, mixed=True, budget=0.5, metric="cosine")
-    assert every.facts["quantized"]["four_bits"] == 4
+    assert every.facts[Quantized].four_bits == 4
     with pytest.raises(ContractError, match="its budget is 1e-09"):
         quantized(mixer, data, weights=4, mixed=True, budget=1e-9, metric="cosine")
     with pytest.raises(PipelineError, match="by a budget"):

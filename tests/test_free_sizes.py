@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.ir import compat
 from graphopt.ir.checking.verify import compare_programs
+from graphopt.ir.facts import Capture
 from graphopt.ir.program import Program
 from graphopt.passes.framework.registry import BUILT_IN
 
@@ -148,7 +149,7 @@ def exported(name: str) -> tuple[torch.export.ExportedProgram, Function, Draw]:
 def test_the_scale_of_attention_follows_its_head_size() -> None:
     """Wrong if the scale of the example's head size were kept for another."""
     program = graphopt.capture(exported("attention")[0])
-    assert program.facts["unraised_attention"] == [
+    assert list(program.facts[Capture].plain_attention) == [
         "scaled_dot_product_attention: its scale follows a head size that varies"
     ]
     fixed = graphopt.capture(Function(CASES["attention"][0]), heads(3, 5, 4), dynamic=None)

@@ -21,6 +21,7 @@ from graphopt.frontends.gguf.checkpoint import read_gguf
 from graphopt.frontends.gguf.header import read_header
 from graphopt.frontends.gguf.library import block_of, dequantised_types
 from graphopt.frontends.gguf.tensors import tensor_of
+from graphopt.ir.facts import Capture
 
 LENGTH = 23  # past every window and original length of the small models
 
@@ -67,7 +68,7 @@ def test_a_file_larger_than_memory_is_compared_by_kinds_of_layers(
     monkeypatch.setattr(compare_checkpoint, "memory_available", lambda: 0)
     model = gguf_files.make("llama")
     program = graphopt.capture(gguf_files.write(tmp_path / "m.gguf", "llama", model))
-    assert program.facts["compared"] == "1 kinds of layers, with random weights"
+    assert program.facts[Capture].compared == "1 kinds of layers, with random weights"
     ids = _ids(model)
     with torch.no_grad():
         torch.testing.assert_close(program(input_ids=ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)

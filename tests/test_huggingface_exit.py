@@ -13,6 +13,7 @@ import graphopt
 from graphopt import LoweringError
 from graphopt.backends.huggingface.config import renumbered
 from graphopt.frontends.huggingface import capture_huggingface
+from graphopt.ir.facts import RemovedLayers, note_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_tensor_of_a_removed_layer_that_is_still_read_takes_no_name_of_another
 ) -> None:
     """Wrong if the last of two tensors of one name is written."""
     program = capture_huggingface(folder_of("llama"), compare=False).copy()
-    program.facts["renumbered"] = [{"prefix": "model.layers.", "count": 2, "removed": [0]}]
+    note_checkpoint(program, removed_layers=(RemovedLayers("model.layers.", 2, (0,)),))
     with pytest.raises(LoweringError, match="two tensors would be called model.layers.0"):
         program.save_pretrained(tmp_path / "out")
 

@@ -27,10 +27,10 @@ def interrupted(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "place", "says"),
     [
-        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "api._steps", "{new} was not written"),
-        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{old}", "--force"], "cli.optimizing.run_pipeline", "{old} is as it was"),
-        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}", "--work-dir", "{old}"], "cli.optimizing.run_pipeline", "kept in {old}"),
-        (["plan", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.planning.plan_passes", "{new} was not written"),
+        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.optimizing.read_steps", "{new} was not written"),
+        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{old}", "--force"], "cli.optimizing.run_passes", "{old} is as it was"),
+        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}", "--work-dir", "{old}"], "cli.optimizing.run_passes", "kept in {old}"),
+        (["plan", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.optimizing.plan_passes", "{new} was not written"),
         (["run", "{whole}", "--input", "{rows}", "-o", "{new}.npz"], "ir.execute.run", "{new}.npz was not written"),
         (["lower", "{whole}", "--to", "onnx", "-o", "{new}.onnx"], "backends.onnx.write_models", "{new}.onnx was not written"),
         (["export", "{whole}", "--to", "huggingface", "-o", "{new}"], "backends.huggingface._require", "{new} was not written"),
@@ -52,10 +52,7 @@ def test_an_interruption_says_what_is_left(
     names = {"whole": whole, "rows": rows, "new": tmp_path / "new", "old": tmp_path / "old"}
     given = [a.format(**names) for a in arguments]
     before = everything_in(tmp_path)
-    if place == "api._steps":
-        monkeypatch.setattr("graphopt.cli.optimizing._steps", interrupted)
-    else:
-        monkeypatch.setattr("graphopt." + place, interrupted)
+    monkeypatch.setattr("graphopt." + place, interrupted)
     capsys.readouterr()
     assert run(given) == 130
     told = capsys.readouterr().err

@@ -31,6 +31,16 @@ NEW = 12
 
 def varied(name: str, program: Program) -> tuple[Program, Any]:
     """Return a program and its model with weights whose text is not one token over and over."""
+    if name not in _varied:
+        _varied[name] = _vary(name, program)
+    program, model = _varied[name]
+    return program.copy(), model
+
+
+_varied: dict[str, tuple[Program, Any]] = {}
+
+
+def _vary(name: str, program: Program) -> tuple[Program, Any]:
     model = zoo.make(name)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

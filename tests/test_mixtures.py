@@ -12,6 +12,7 @@ import torch
 import graphopt
 from graphopt.backends.onnx.lower import lower_onnx
 from graphopt.ir.checking.verify import compare_programs
+from graphopt.ir.facts import Capture
 from graphopt.ir.operators import routed_ffn
 from graphopt.ir.operators.activations import ACTIVATIONS, activate
 from graphopt.ir.program import Program
@@ -79,7 +80,7 @@ def test_one_operator_and_a_dial(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     program = programs[name]
-    assert program.operators["graphopt.routed_ffn"] == 1, program.facts.get("unraised_experts")
+    assert program.operators["graphopt.routed_ffn"] == 1, program.facts.get(Capture)
     done = graphopt.optimize(program, "dial-top-k")
     assert not done.report.passes[-1].refused
     inputs = example_inputs(program)

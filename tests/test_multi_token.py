@@ -17,6 +17,8 @@ from graphopt.decoding.drafters import best_paths, expected_tokens
 from graphopt.decoding.drafters.multi_token_heads import best_size
 from graphopt.decoding.generation import with_cache
 from graphopt.ir.errors import CheckpointError, PassRefusedError, UsageError
+from graphopt.ir.facts import MultiTokenHeads as Heads
+from graphopt.ir.facts import Vocabulary
 from graphopt.ir.program import Program
 from graphopt.ir.weights import InMemory
 from graphopt.passes.heads.attach_early_exit import exit_quality, split_at
@@ -111,7 +113,7 @@ def test_training_heads_leaves_the_model_and_measures_them(llama: Program) -> No
     done, record = graphopt.train(heads, "medusa", data, settings)
     assert record.losses[-1] < 0.5 * record.losses[0]
     assert torch.equal(done(**IDS)["logits"], llama(**IDS)["logits"]), "Medusa-1 changed the model"
-    accuracy = done.facts["multi_token_heads"]["accuracy"]
+    accuracy = done.facts[Heads].accuracy
     assert len(accuracy) == 2
     assert all(0 <= x <= 1 for row in accuracy for x in row)
     both, _ = graphopt.train(heads, "medusa{joint=true}", data, settings)
@@ -252,7 +254,7 @@ def test_first_layers_draft_for_all(llama: Program) -> None:
 def test_a_draft_with_fewer_tokens(llama: Program, captured: Callable[[str], Program]) -> None:
     expected = generated(llama, ROWS)
     draft = graphopt.optimize(captured("llama"), "trim-vocabulary{keep=20}", data=[IDS])
-    ids = draft.facts["vocabulary"]["ids"]
+    ids = list(draft.facts[Vocabulary].ids)
     assert len(ids) == 20 and ids == sorted(ids)
     assert {0, 1, 2} <= set(ids), "special tokens went"
     whole, part = captured("llama")(**IDS)["logits"], draft(**IDS)["logits"]
@@ -275,7 +277,7 @@ def test_drawing_through_a_smaller_draft_keeps_the_distribution(llama: Program, 
     draft = graphopt.optimize(captured("llama"), "trim-vocabulary{keep=6}")
     row = [[5, 9]]
     logits = llama(input_ids=torch.tensor(row))["logits"][0, -1]
-    outside = 1 - float(torch.softmax(logits.double() / 5, -1)[draft.facts["vocabulary"]["ids"]].sum())
+    outside = 1 - float(torch.softmax(logits.double() / 5, -1)[list(draft.facts[Vocabulary].ids)].sum())
     found = graphopt.generate(
         llama,
         row * 400,
@@ -284,5 +286,5 @@ def test_drawing_through_a_smaller_draft_keeps_the_distribution(llama: Program, 
         eos_token_id=None,
         strategy=DraftProgram(draft, 1),
     )[:, -1]
-    share = sum(int(t) not in draft.facts["vocabulary"]["ids"] for t in found) / 400
+    share = sum(int(t) not in list(draft.facts[Vocabulary].ids) for t in found) / 400
     assert abs(share - outside) < 0.1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ import torch
 import zoo
 from torch import nn
 
-from graphopt.backends.checking.sizes import static_sizes
+import graphopt
 from graphopt.backends.onnx import check as onnx_check
 from graphopt.backends.onnx import cleanup as onnx_cleanup
+from graphopt.backends.onnx import graph as onnx_graph
 from graphopt.backends.onnx import lower as lowering
 from graphopt.backends.onnx import model as onnx_model
 from graphopt.backends.onnx.lower import OPSETS, lower_onnx
-from graphopt.backends.onnx.sizes import with_sizes
+from graphopt.backends.onnx.sizes import static_sizes, with_sizes
 from graphopt.frontends.torch_module import capture_module
+from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Dial, Program
+from graphopt.ir.running.examples import example_inputs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -133,6 +138,45 @@ def test_static_text_model_has_no_shape_arithmetic(name: str, opset: int, tmp_pa
     graph = onnx.load(str(path)).graph
     made = {name for node in graph.node for name in node.output} - {value.name for value in graph.output}
     assert made <= known
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_what_saves_the_exporter_s_time_leaves_the_file_as_it_is(
+    opset: int, captured: Callable[[str], Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure: a table or value that is kept is not what the exporter would have worked out again."""
+    program = captured("gemma2")
+    for name in ("first", "again"):
+        lower_onnx(program, tmp_path / f"{name}.onnx", opset=opset)
+    monkeypatch.setattr(onnx_graph, "quick_onnx_export", lambda *_: contextlib.nullcontext())
+    lower_onnx(program, tmp_path / "slow.onnx", opset=opset)
+    slow = (tmp_path / "slow.onnx").read_bytes()
+    assert [(tmp_path / f"{name}.onnx").read_bytes() == slow for name in ("first", "again")] == [True] * 2
+
+
+@pytest.mark.parametrize(
+    "passes",
+    ["insert-kv-cache, fit-target", "fuse-kernels", "split-ffn{score=peak}", "attach-mask-tokens{masks=1 rank=2}",
+     "attach-multi-token-heads{heads=2}, take-top-k{k=3}"],
+)  # fmt: skip
+def test_operators_without_translation_are_written_out(
+    passes: str, captured: Callable[[str], Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure: one is left, for which the exporter decomposes the whole graph, or its meaning changed."""
+    program = graphopt.optimize(captured("llama"), passes)
+    before = dict(program.operators)
+    made = onnx_graph.written_out(program, 23)
+    assert program.operators == before, "the program itself was changed"
+    known = {str(target) for target in onnx_graph.translation_table(23)}
+    left = {str(n.target) for n in made.graph.nodes if str(n.target).startswith("graphopt.")}
+    assert left and left <= known
+    assert max(compare_programs(program, made, example_inputs(program)).values()) < 1e-6
+
+    def decomposed(*_: Any, **__: Any) -> None:
+        raise AssertionError("the exporter decomposed the graph")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", decomposed)
+    assert max(program.lower("onnx", tmp_path / "m.onnx").errors.values()) < 2e-6
 
 
 def test_opset_23_keeps_operators_whole(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import graphopt
 from graphopt.backends.checking.cases import Case, comparison_cases
 from graphopt.backends.onnx import model as onnx_model
 from graphopt.ir.errors import LoweringError
+from graphopt.ir.facts import Quantized
 from graphopt.ir.program import Dial, Program
 from graphopt.ir.schema import is_operator
 
@@ -285,7 +286,7 @@ def test_a_deep_quantised_program_is_judged_beside_its_own_arithmetic(
     from graphopt.backends.onnx import compare as onnx_compare
 
     program = captured("llama").copy()
-    program.facts["quantized"] = {"activations": 16, "weights": 8}
+    program.facts.add(Quantized(weights=8, activations=16))
     inputs = program.bind((), {"input_ids": torch.arange(3, 15).reshape(2, 6)})
     errors = iter([0.05, own])
     monkeypatch.setattr(onnx_compare, "without_rounding", lambda program: program)

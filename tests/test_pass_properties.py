@@ -16,9 +16,7 @@ from graphopt.ir.checking.verify import compare_programs
 from graphopt.passes import SkipLayers
 from graphopt.passes.depth.layer_scores import unified_rule
 
-SETTINGS = settings(
-    max_examples=examples(18), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+SETTINGS = settings(max_examples=examples(18), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Attention(nn.Module):

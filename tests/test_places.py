@@ -18,6 +18,8 @@ from graphopt.cli.places import place, written_here
 from graphopt.ir.errors import UsageError
 from graphopt.ir.storage.atomic import atomic_file, atomic_folder, keeping, set_aside
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 # each command with something to write, up to its -o
 COMMANDS = {
     "plan": (["plan", "{whole}", "-p", "fuse-projections", "-o"], "file"),

@@ -20,6 +20,7 @@ from graphopt.backends.onnx.qnn import run as compiler
 from graphopt.backends.onnx.quantized import pairs_in, without_rounding
 from graphopt.backends.onnx.sizes import fixed_sizes, with_sizes
 from graphopt.ir.errors import ContractError, LoweringError, PassRefusedError, PipelineError
+from graphopt.ir.facts import Quantized
 from graphopt.ir.operators.quantize import INTEGERS
 from graphopt.ir.program import Program
 from graphopt.ir.running.execute import run
@@ -130,7 +131,7 @@ def test_more_bits_are_nearer(bits: int, least: float, net: Program) -> None:
     assert cost["parameter_bytes"] < 0.27 * before["parameter_bytes"] + 100, "weights are counted as floats"
     assert cost["flops"] == before["flops"], "rounding is counted as work"
     assert cost["bytes"] < 0.6 * before["bytes"]
-    assert done.facts["quantized"]["kind"] == f"w8a{bits}"
+    assert done.facts[Quantized].kind == f"w8a{bits}"
     assert "quantize" in str(done.report)
 
 
@@ -150,7 +151,7 @@ def test_scales_come_from_calibration_alone(net: Program) -> None:
     assert all(same)
     with pytest.raises(PipelineError, match="needs data"):
         graphopt.optimize(net, "quantize")
-    with pytest.raises(PipelineError, match="requires fitted"):
+    with pytest.raises(PipelineError, match="requires a program that is legal on a target"):
         graphopt.optimize(graphopt.capture(Net().eval(), images()[0]), "quantize", data=images())
     with pytest.raises(ContractError, match="its budget is 1e-09"):
         graphopt.optimize(net, "quantize{weights=4 activations=8 budget=1e-9}", data=images())

@@ -18,6 +18,7 @@ import graphopt
 from graphopt import GraphoptError, Program
 from graphopt.frontends.checkpoint_files import read_folder
 from graphopt.ir.checking.comparison import relative_error
+from graphopt.ir.facts import KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -67,7 +68,7 @@ def test_every_pass_is_taken_or_refused_with_a_reason(
         entry = made.report.passes[-1]
         assert entry.sites
         assert entry.error is None or entry.error <= 1e-11
-        if "kv_cache" not in made.facts and "logits" in made.outputs:
+        if KVCache not in made.facts and "logits" in made.outputs:
             found = made(input_ids=ids)["logits"]
             assert bool(found.isfinite().all())
             if line.pipeline.startswith(SAME) and "," not in line.pipeline:

@@ -356,7 +356,7 @@ BINARY: list[Callable[[Any, Any], Any]] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, len(UNARY) + len(BINARY) - 1), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6)
 )  # fmt: skip

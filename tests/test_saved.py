@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from forging import everything_in
+from forks import Forks
 from torch import nn
 
 import graphopt
 from graphopt import CheckpointError, Program, UsageError
 from graphopt.ir.checking.verify import verify
+from graphopt.ir.facts import FusedProjections
 from graphopt.ir.program import Dial
 from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.running.execute import run
@@ -80,12 +79,13 @@ def test_everything_that_describes_it_comes_back(captured: Programs, saved: Fold
 
 
 def test_it_runs_where_transformers_cannot_be_imported(
-    captured: Programs, saved: Folders, tmp_path: Path
+    captured: Programs, saved: Folders, forks: Forks, tmp_path: Path
 ) -> None:
     ids = torch.arange(3, 17).reshape(2, 7)
     torch.save(ids, tmp_path / "ids")
     code = f"""
 import sys
+assert "transformers" not in sys.modules
 sys.modules["transformers"] = sys.modules["tokenizers"] = None
 import torch, graphopt
 program = graphopt.load({str(saved("llama"))!r}, check_hashes=True)
@@ -96,11 +96,8 @@ torch.save(program.module()(torch.load({str(tmp_path / "ids")!r})).logits.detach
 graphopt.optimize(program, "fuse-projections").save({str(tmp_path / "fused")!r})
 assert sys.modules["transformers"] is None
 """
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    status, done = forks.run(code)
+    assert status == 0, done.stderr
     output = captured("llama")(ids)
     assert type(output).__name__ == "CausalLMOutputWithPast", "where the library is there, its class is used"
     assert torch.equal(torch.load(tmp_path / "logits"), output.logits)
@@ -211,7 +208,7 @@ def test_facts_and_history_come_back_and_are_built_on(captured: Programs, tmp_pa
     fused.save(tmp_path / "fused")
     loaded = graphopt.load(tmp_path / "fused")
     assert loaded.facts == fused.facts
-    assert loaded.facts["fused_projections"] is True
+    assert FusedProjections in loaded.facts
     assert loaded.history == json.loads(json.dumps(fused.history))
     (entry,) = loaded.history
     assert entry["pass"] == "fuse-projections{layout=grouped where=attention}"
@@ -220,7 +217,7 @@ def test_facts_and_history_come_back_and_are_built_on(captured: Programs, tmp_pa
     assert 0 <= entry["error"] < 1e-11
     split = graphopt.optimize(loaded, "split-projections")
     assert [e["pass"] for e in split.history] == [entry["pass"], "split-projections"]
-    assert "fused_projections" not in split.facts
+    assert FusedProjections not in split.facts
     assert len(loaded.history) == 1, "a pass wrote into the program it was given"
     ids = torch.full((2, 5), 9)
     assert torch.allclose(split(ids).logits, captured("llama")(ids).logits, atol=1e-5)

@@ -191,8 +191,8 @@ def test_what_cannot_be_saved_is_said_before_passes_run(
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("passes ran")
 
-    monkeypatch.setattr("graphopt.cli.optimizing.run_pipeline", never)
-    monkeypatch.setattr("graphopt.cli.planning.plan_passes", never)
+    monkeypatch.setattr("graphopt.cli.optimizing.run_passes", never)
+    monkeypatch.setattr("graphopt.cli.optimizing.plan_passes", never)
     for command in (["optimize"], ["plan"]):
         passes = ["-p", "fuse-projections{allow_no_match=true}", "-o", str(tmp_path / "out")]
         status = run([*command, str(tmp_path / "model.pt2"), "--trust", *passes])

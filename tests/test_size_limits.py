@@ -152,12 +152,13 @@ def test_limits_are_saved_loaded_and_enforced(tmp_path: Path) -> None:
 
 
 def test_limits_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from graphopt.cli.inspecting import inspect_checkpoint
+    from graphopt.cli.running import run
 
     graphopt.capture(UNet(3).double().eval(), draw(1, 3, 8, 8)).save(tmp_path / "p")
-    inspect_checkpoint(str(tmp_path / "p"), None, 2, 16, None, as_json=False, trust=False)
+    asked = ["inspect", str(tmp_path / "p"), "--batch", "2", "--sequence", "16"]
+    assert run(asked) == 0
     assert "size % 4 == 0" in capsys.readouterr().out
-    inspect_checkpoint(str(tmp_path / "p"), None, 2, 16, None, as_json=True, trust=False)
+    assert run([*asked, "--json"]) == 0
     assert '"size % 4 == 0"' in capsys.readouterr().out
 
 

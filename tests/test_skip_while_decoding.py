@@ -12,6 +12,7 @@ from builders import Shape, Transformer, tokens
 import graphopt
 from graphopt.ir.errors import PipelineError, UsageError
 from graphopt.ir.export_blockers import export_blockers
+from graphopt.ir.facts import SkippedWhileDecoding
 from graphopt.training import Settings
 from graphopt.training.forms import CONTINUED, continued
 
@@ -67,7 +68,7 @@ def test_a_budget_alone_takes_as_many_as_hold_it() -> None:
     assert one.report is not None
     assert other.report is not None
     assert one.report.passes[-1].sites == other.report.passes[-1].sites
-    assert len(other.facts["decode_layers"]) == 2
+    assert len(other.facts[SkippedWhileDecoding].names) == 2
 
 
 def test_a_metric_of_the_users_sees_the_program_as_it_goes_on() -> None:

@@ -11,6 +11,7 @@ import zoo
 import graphopt
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.ir.errors import PassRefusedError
+from graphopt.ir.facts import EarlyExits, KVCache
 from graphopt.ir.program import Program
 from graphopt.ir.running.recurrent_state import states_of
 from graphopt.ir.schema import is_operator
@@ -93,17 +94,21 @@ def test_one_part_after_the_other_is_the_whole(name: str, programs: dict[str, Pr
 def test_each_part_has_its_own_layers(name: str, programs: dict[str, Program]) -> None:
     """Operators add up, and facts speak of the part's own layers."""
     whole = programs[name]
-    layers = whole.facts["kv_cache"]["layers"]
+    layers = whole.facts[KVCache].layers
     for layer in range(layers - 1):
         parts = split_at(whole, layer)
         for operator in ("aten.linear", "graphopt.attention", "graphopt.cache_store", "graphopt.rms_norm"):
             counts = [sum(is_operator(n, operator) for n in p.nodes) for p in (whole, *parts)]
             assert counts[0] == counts[1] + counts[2], operator
-        assert [p.facts["kv_cache"]["layers"] for p in parts] == [layer + 1, layers - layer - 1]
+        assert [p.facts[KVCache].layers for p in parts] == [layer + 1, layers - layer - 1]
         assert [len(states_of(p)) for p in parts] == [2 * (layer + 1), 2 * (layers - layer - 1)]
-        exits = [p.facts.get("early_exits") for p in parts]
+        exits = [p.facts.get(EarlyExits) for p in parts]
         if name == "exits":
-            assert exits == ([{"exit_logits": 1}, None] if layer >= 1 else [None, {"exit_logits": 0}])
+            assert exits == (
+                [EarlyExits({"exit_logits": 1}), None]
+                if layer >= 1
+                else [None, EarlyExits({"exit_logits": 0})]
+            )
 
 
 def test_decoders_run_parts(programs: dict[str, Program]) -> None:

@@ -65,7 +65,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
     return randomised(nn.Sequential(*layers), draw(st.integers(0, 99))).double()
 
 
-@settings(max_examples=examples(40), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks(), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 3), st.booleans())
 def test_pieces_of_any_size_give_what_the_whole_gives(
     network: nn.Module, sizes: list[int], batch: int, fuse: bool

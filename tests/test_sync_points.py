@@ -142,7 +142,7 @@ def test_a_mixture_that_follows_is_refused(captured) -> None:
 
 
 def test_wrong_requests() -> None:
-    with pytest.raises(PipelineError, match="requires tensor_parallel"):
+    with pytest.raises(PipelineError, match="requires a program that is sharded"):
         graphopt.optimize(whole(shape()), "drop-sync-points{fraction=1}")
     program = sharded(shape(), 2)
     with pytest.raises(PipelineError, match="say how many"):

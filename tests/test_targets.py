@@ -20,11 +20,11 @@ from graphopt import targets
 from graphopt.backends.onnx import target as onnx_target
 from graphopt.backends.onnx.qnn import run
 from graphopt.backends.onnx.qnn.measures import signal_to_noise
-from graphopt.backends.sweep.cases import CASES
-from graphopt.backends.sweep.verdicts import DEVICES, differences, verdict
 from graphopt.cli.running import run as command
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.program import Program
+from tools.target_sweep.cases import CASES
+from tools.target_sweep.verdicts import DEVICES, differences, verdict
 
 NPU = "qnn-htp-v75"
 compiler = pytest.mark.skipif(not run.available(), reason="onnxruntime-qnn is not installed")

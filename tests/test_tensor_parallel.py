@@ -24,6 +24,8 @@ from graphopt.ir.ranks.rank_programs import rank_program, synchronisations, unro
 from graphopt.ir.weights import load_part
 from graphopt.measure.context import Context
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 
 
@@ -194,7 +196,7 @@ def test_sharded_program_trains_in_one_process() -> None:
 
 
 def test_sharding_twice_is_refused() -> None:
-    with pytest.raises(PipelineError, match="cannot run on a program that is tensor_parallel"):
+    with pytest.raises(PipelineError, match="cannot run on a program that is sharded"):
         graphopt.optimize(captured(Shape()), "shard-tensor-parallel{size=2}, shard-tensor-parallel{size=2}")
     with pytest.raises(PipelineError, match="say how many ranks"):
         graphopt.optimize(captured(Shape()), "shard-tensor-parallel")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from forks import Forks
 from safetensors import safe_open
 from test_distributed import finish, start
 
@@ -61,21 +59,20 @@ run(sys.argv[1:])
 """
 
 
-def test_killed_and_taken_up_it_ends_as_if_it_had_not_been(program: Path, data: Path, tmp_path: Path) -> None:
+def test_killed_and_taken_up_it_ends_as_if_it_had_not_been(
+    program: Path, data: Path, forks: Forks, tmp_path: Path
+) -> None:
     whole = command(program, data, tmp_path / "whole", "--steps", "25")
     assert run(whole) == 0
     output = tmp_path / "killed"
     arguments = command(program, data, output, "--steps", "25", "--save-every", "0")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = [sys.executable, "-c", KILLED, *arguments]
-    assert (
-        subprocess.run(killed, env=environment, capture_output=True, check=False).returncode
-        == -signal.SIGKILL
-    )
+    assert forks.run(KILLED, *arguments)[0] == -signal.SIGKILL
     assert steps(tmp_path / "killed.training" / FILE) == 5, "the process was to be killed in the middle"
     assert not output.exists()
-    again = [sys.executable, "-m", "graphopt", *arguments]
-    assert subprocess.run(again, env=environment, capture_output=True, check=False).returncode == 0
+    status, done = forks.run(
+        "import sys; from graphopt.cli.running import run; sys.exit(run(sys.argv[1:]))", *arguments
+    )
+    assert status == 0, done.stderr
     first, second = weights(tmp_path / "whole"), weights(output)
     assert all(torch.equal(first[name], second[name]) for name in first)
     moved = weights(program)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -81,13 +80,11 @@ except KeyboardInterrupt as stop:
 """
 
 
-def stopped(folder: Path, steps: int, how: signal.Signals) -> tuple[int, str]:
+def stopped(forks: Forks, folder: Path, steps: int, how: signal.Signals) -> tuple[int, str]:
     """Let a process train until so many steps are on disk, and stop itself then; return its status and what it said."""
     code = CHILD.format(tests=str(Path(__file__).parent), steps=steps, number=int(how))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, check=False
-    )
-    return done.returncode, done.stdout
+    status, done = forks.run(code, folder)
+    return status, done.stdout
 
 
 def step_on_disk(folder: Path) -> int:
@@ -100,12 +97,12 @@ def step_on_disk(folder: Path) -> int:
         return len(json.loads(file.metadata()["graphopt.training"])["record"]["losses"])
 
 
-def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_weights(forks: Forks, tmp_path: Path) -> None:
     """Wrong if a state on disk is ever half written, or lacks anything that the next step depends on."""
     torch.set_num_threads(1)
     expected, losses = trained(None)
     for steps in (5, 20, 35):
-        assert stopped(tmp_path / "run", steps, signal.SIGKILL)[0] == -signal.SIGKILL
+        assert stopped(forks, tmp_path / "run", steps, signal.SIGKILL)[0] == -signal.SIGKILL
         assert step_on_disk(tmp_path / "run") == steps
     (tmp_path / "run" / f".{FILE}.1.abcd.partial").write_bytes(b"left by a process that was killed")
     found, seen = trained(tmp_path / "run")
@@ -114,9 +111,9 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["training.lock", FILE], "rubbish was left"
 
 
-def test_ctrl_c_ends_between_steps_with_the_state_on_disk(tmp_path: Path) -> None:
+def test_ctrl_c_ends_between_steps_with_the_state_on_disk(forks: Forks, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    status, said = stopped(tmp_path, 3, signal.SIGINT)
+    status, said = stopped(forks, tmp_path, 3, signal.SIGINT)
     assert status == 0, "the interruption was not an orderly one"
     done = step_on_disk(tmp_path)
     assert done in (4, 5), "the step under way was not brought to its end, or more than one came after it"

@@ -14,6 +14,7 @@ import graphopt
 from graphopt import PassRefusedError, Program
 from graphopt.decoding.drafters import DraftProgram
 from graphopt.ir.errors import LoweringError, UsageError
+from graphopt.ir.facts import ExportBlockers, Vocabulary
 from graphopt.ir.vocabulary import kept_tokens, over_all_tokens
 
 SIZE, ROWS = 101, [[5, 9, 33], [7, 8]]
@@ -149,8 +150,8 @@ def test_keeping_all_tokens_changes_nothing() -> None:
     for text in ("keep=101", "fraction=1.0"):
         done = graphopt.optimize(model(), f"trim-vocabulary{{{text}}}")
         assert done.text() == model().text()
-        assert "vocabulary" not in done.facts
-        assert "export_blockers" not in done.facts
+        assert Vocabulary not in done.facts
+        assert ExportBlockers not in done.facts
 
 
 def test_measuring_counts_what_is_gone_as_impossible() -> None:

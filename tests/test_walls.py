@@ -47,7 +47,6 @@ ALLOWED: dict[str, set[str]] = {
     "backends/onnx": _EXIT,
     "backends/huggingface": _EXIT,
     "backends/triton": _EXIT,
-    "backends/sweep": {"backends/onnx"},
     "decoding": _IR | {"data", "measure", "passes/framework", "passes/caching"},
     "training": _IR | {"data", "measure", "passes/framework", "passes/tensor_parallel"},
 }  # fmt: skip

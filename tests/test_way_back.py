@@ -13,6 +13,8 @@ from graphopt import Program
 from graphopt.api import plan_passes
 from graphopt.measure.context import Context
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 WIDTH = "split-ffn{score=peak}, extract-width{width=0.25}"
 EXPERTS = "prune-experts{fraction=0.5 score=random}"
 

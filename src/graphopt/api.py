@@ -21,10 +21,9 @@ from .ir.running.examples import example_inputs
 from .ir.storage import load_program, save_program
 from .ir.storage.manifest import is_saved_program
 from .measure.context import Context, Progress
-from .measure.metrics import Batch
 from .passes.framework.base import Pass
 from .passes.framework.holding import Verify
-from .passes.framework.manager import check_order, run_pipeline
+from .passes.framework.manager import check_order, run_pass, run_pipeline
 from .passes.framework.pipeline import as_passes
 from .passes.framework.plan import Plan, read_plans
 
@@ -145,23 +144,26 @@ def optimize(
         ContractError: a pass changed more than it promises; the model and everything before it are intact.
     """
     program = capture(model, inputs, dynamic=dynamic, trust=trust)
-    steps, plans = _steps(passes, plan)
+    steps, plans = read_steps(passes, plan)
     check_order(program, steps)
-    batches: list[Batch] = []
-    if data is not None:
-        read, _ = read_data(program, data, seed=seed)
-        batches.extend(read)
+    batches = read_data(program, data, seed=seed)[0] if data is not None else []
     context = Context(batches, evaluate=evaluate, work_dir=work_dir, seed=seed, progress=progress)
-    whole = None
-    if verify == "full":
-        whole = context.bound(program, batches[0]) if batches else example_inputs(program)
-        whole = {**whole, **{k: v for k, v in program.bind((), whole).items() if k not in whole}}
-    elif verify not in ("sites", "off"):
-        raise UsageError(f'verify is "sites", "full" or "off", not {verify!r}')
-    return run_pipeline(program, steps, context, plans=plans, verify_with=verify, dump=dump, inputs=whole)
+    return run_passes(program, steps, context, plans=plans, verify=verify, dump=dump)
 
 
-def _steps(passes: Any, plan: Any) -> tuple[list[Pass], list[Plan] | None]:
+def read_steps(
+    passes: str | Pass | Sequence[str | Pass], plan: str | os.PathLike[str] | Sequence[Plan] | None = None
+) -> tuple[list[Pass], list[Plan] | None]:
+    """Return the passes that a pipeline or a plan names, and the plans to obey where there are any.
+
+    Args:
+        passes: pass objects, or pipeline text; may be left out where a plan file names them.
+        plan: a plan file, or plans, one per pass.
+
+    Raises:
+        PipelineError: the pipeline is wrong.
+        UsageError: the plan cannot be read, or is one of another pipeline.
+    """
     if plan is None:
         return as_passes(passes) if passes else [], None
     if isinstance(plan, (str, os.PathLike)):
@@ -177,12 +179,35 @@ def _steps(passes: Any, plan: Any) -> tuple[list[Pass], list[Plan] | None]:
     return as_passes(passes), list(plan)
 
 
+def run_passes(
+    program: Program,
+    passes: str | Pass | Sequence[str | Pass],
+    context: Context,
+    *,
+    plans: Sequence[Plan] | None = None,
+    verify: Verify = "sites",
+    dump: Callable[[int, str, Program], None] | None = None,
+) -> Program:
+    """Run passes over a program in a context: what :func:`optimize` does with what it has read.
+
+    Raises:
+        UsageError: ``verify`` is none of its values.
+    """
+    whole = None
+    if verify == "full":
+        whole = context.bound(program, context.data[0]) if context.data else example_inputs(program)
+        whole = {**whole, **{k: v for k, v in program.bind((), whole).items() if k not in whole}}
+    elif verify not in ("sites", "off"):
+        raise UsageError(f'verify is "sites", "full" or "off", not {verify!r}')
+    return run_pipeline(
+        program, as_passes(passes), context, plans=plans, verify_with=verify, dump=dump, inputs=whole
+    )
+
+
 def plan_passes(
     program: Program, passes: str | Pass | Sequence[str | Pass], context: Context
 ) -> list[tuple[Pass, Plan]]:
     """Return what each pass of a pipeline would do, the ones before it done on a copy."""
-    from .passes.framework.manager import run_pass
-
     steps = as_passes(passes)
     check_order(program, steps)
     planned: list[tuple[Pass, Plan]] = []
@@ -271,4 +296,4 @@ METHODS.update(
     save_pretrained=_save_pretrained,
 )
 
-__all__ = ["capture", "cost", "load", "optimize", "plan_passes"]
+__all__ = ["capture", "cost", "load", "optimize", "plan_passes", "read_steps", "run_passes"]

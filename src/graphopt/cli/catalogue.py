@@ -1,31 +1,61 @@
 """``graphopt passes``, ``recipes``, ``devices`` and ``links``.
 
-What comes with the project is read from ``catalogue.json``, which ``python docs/generate.py`` writes and a test keeps true:
-a list is no reason to wait for torch. Passes of other packages are imported when they are listed.
+A list is no reason to wait for torch, so what comes with the project is read from ``catalogue.json``, which ``make docs``
+and ``make wheel`` build from the passes, recipes, devices and links themselves. Where that file is missing, or was built
+from other sources, they are asked directly. Passes of other packages are imported when they are listed.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .output import show_json, table, text
+from .app import Devices, Links, Passes, Recipes
+from .output import listing, show_json, table, text
 
-WRITTEN = Path(__file__).with_name("catalogue.json")
+BUILT = Path(__file__).with_name("catalogue.json")
 
 
-def written() -> dict[str, Any]:
-    """Return the catalogue of what comes with the project."""
-    found: dict[str, Any] = json.loads(WRITTEN.read_text(encoding="utf-8"))
-    return found
+def sources() -> str:
+    """Return a hash of the files that the catalogue is built from: all of the package, which takes milliseconds."""
+    package = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for path in sorted(p for kind in ("*.py", "*.json") for p in package.rglob(kind)):
+        if path.name != BUILT.name:
+            content = path.read_bytes()
+            found.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
+def build() -> None:
+    """Write the catalogue. This imports everything that it lists, and torch."""
+    from .describing import everything
+
+    document = {"sources": sources(), **everything()}
+    beside = BUILT.with_name(f"{BUILT.name}.{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(BUILT)
+
+
+def catalogue() -> dict[str, Any]:
+    """Return what comes with the project: ``passes``, ``recipes``, ``devices`` and ``links``, each by name."""
+    if BUILT.exists():
+        found: dict[str, Any] = json.loads(BUILT.read_text(encoding="utf-8"))
+        if found.pop("sources", None) == sources():
+            return found
+    from .describing import everything
+
+    return everything()
 
 
 def _passes() -> dict[str, dict[str, Any] | None]:
     """Return what is known of passes by name; None of those that other packages bring and nobody asked for yet."""
-    known: dict[str, dict[str, Any] | None] = dict(written()["passes"])
+    known: dict[str, dict[str, Any] | None] = dict(catalogue()["passes"])
     # a package on the path may stand there twice
     offered = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
     others = {n: v for n, v in offered if n not in known or (known[n] or {})["location"] != v}
@@ -45,21 +75,16 @@ def _entry(known: dict[str, dict[str, Any] | None], name: str) -> dict[str, Any]
     return found
 
 
-def show_passes(name: str | None, as_json: bool) -> None:
+def show_passes(given: Passes) -> None:
     """List the catalogue, or one pass of it found by name or paper."""
     known = _passes()
     names = sorted(known)
-    if name is None:
+    if given.name is None:
         entries = [_entry(known, n) for n in names]
-        if as_json:
-            show_json(entries)
-        else:
-            table(
-                "Passes",
-                ("name", "contract", "what it does"),
-                [(e["name"], e["contract"], e["summary"]) for e in entries],
-            )
+        rows = [(e["name"], e["contract"], e["summary"]) for e in entries]
+        listing(given.as_json, entries, ("name", "contract", "what it does"), rows, "Passes")
         return
+    name = given.name
     if name not in names:
         said = {n: _entry(known, n) for n in names}
         found = [n for n, e in said.items() if name.lower() in (e["description"] + e["paper"]).lower()]
@@ -67,23 +92,17 @@ def show_passes(name: str | None, as_json: bool) -> None:
             raise _unknown("pass", "passes", name, names, found)
         name = found[0]
     entry = _entry(known, name)
-    if as_json:
+    if given.as_json:
         show_json(entry)
         return
     text(f"{entry['name']}  ({entry['contract']})\n\n{entry['description']}\n")
     if entry["paper"]:
         text(f"paper: {entry['paper']}\n")
-    rows = [
-        (
-            o["name"],
-            o["type"] + (f": {', '.join(map(str, o['choices']))}" if o["choices"] else ""),
-            o["default"],
-            o["source"],
-            o["help"],
-        )
-        for o in entry["options"]
-    ]
-    table("Options", ("name", "type", "default", "from", "meaning"), rows)
+    options = []
+    for o in entry["options"]:
+        choices = f": {', '.join(map(str, o['choices']))}" if o["choices"] else ""
+        options.append((o["name"], o["type"] + choices, o["default"], o["source"], o["help"]))
+    table("Options", ("name", "type", "default", "from", "meaning"), options)
 
 
 def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str]) -> Exception:
@@ -96,52 +115,48 @@ def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str
     )
 
 
-def show_recipes(name: str | None, as_json: bool) -> None:
+def show_recipes(given: Recipes) -> None:
     """List recipes, or describe one."""
-    known = written()["recipes"]
-    if name is not None and name not in known:
-        raise _unknown("recipe", "recipes", name, list(known), [])
-    found = [known[name]] if name is not None else list(known.values())
-    if as_json:
-        show_json(found)
+    known = catalogue()["recipes"]
+    if given.name is None:
+        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in known.values()]
+        listing(given.as_json, list(known.values()), ("recipe", "paper", "what it does"), rows)
         return
-    if name is None:
-        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in found]
-        table("", ("recipe", "paper", "what it does"), rows)
+    if given.name not in known:
+        raise _unknown("recipe", "recipes", given.name, list(known), [])
+    method = known[given.name]
+    if given.as_json:
+        show_json([method])
         return
-    (method,) = found
-    lines = [line.strip() for line in method["about"].split("\n")]
     paper = f"  ({method['paper']})" if method["paper"] else ""
-    text(f"{method['name']}{paper}\n\n" + "\n".join(lines) + "\n")
-    table(
-        "",
-        ("option", "default", "from", "meaning"),
-        [
-            (o["name"], "none" if o["default"] is None else o["default"], o["source"], o["help"])
-            for o in method["options"]
-        ],
-    )
+    lines = "\n".join(line.strip() for line in method["about"].split("\n"))
+    text(f"{method['name']}{paper}\n\n{lines}\n")
+    options = []
+    for o in method["options"]:
+        default = "none" if o["default"] is None else o["default"]
+        options.append((o["name"], default, o["source"], o["help"]))
+    table("", ("option", "default", "from", "meaning"), options)
 
 
-def show_devices(as_json: bool) -> None:
+def show_devices(given: Devices) -> None:
     """List the devices with their peaks."""
-    devices = written()["devices"]
-    if as_json:
-        show_json(devices)
-        return
+    devices = catalogue()["devices"]
     rows = []
     for name, device in devices.items():
         peaks = ", ".join(f"{kind} {value / 1e12:g}" for kind, value in device["flops"].items())
         memory = "shared" if device["memory"] is None else f"{device['memory'] / 1e9:g}"
         rows.append((name, peaks, f"{device['bandwidth'] / 1e12:g}", memory, device["note"]))
-    table("Devices", ("name", "peak TFLOP/s", "TB/s", "memory GB", "note"), rows)
+    columns = ("name", "peak TFLOP/s", "TB/s", "memory GB", "note")
+    listing(given.as_json, devices, columns, rows, "Devices")
 
 
-def show_links(as_json: bool) -> None:
-    """List what joins ranks, with bandwidth and latency."""
-    links = written()["links"]
-    if as_json:
-        show_json(links)
+def show_links(given: Links) -> None:
+    """List what joins ranks, with bandwidth and latency, or fit it."""
+    if given.fit or given.output is not None:
+        from .linking import fit_link
+
+        fit_link(given)
         return
+    links = catalogue()["links"]
     rows = [(n, f"{k['bandwidth'] / 1e9:g}", f"{k['latency'] * 1e6:g}", k["note"]) for n, k in links.items()]
-    table("Links", ("name", "GB/s", "µs", "note"), rows)
+    listing(given.as_json, links, ("name", "GB/s", "µs", "note"), rows, "Links")

@@ -18,28 +18,28 @@ def pass_entry(name: str) -> dict[str, Any]:
     """Return everything the catalogue says about a pass."""
     cls = find_pass(name)
     hints = typing.get_type_hints(cls)
-    options = []
-    for option, field in options_of(cls).items():
-        default = default_of(field)
-        options.append(
-            {
-                "name": option,
-                "type": describe(hints[option]),
-                "default": format_value(default),
-                "help": help_of(field),
-                "source": field.metadata["source"],
-                "choices": list(field.metadata["choices"] or []),
-            }
-        )
+    options = [
+        {
+            "name": option,
+            "type": describe(hints[option]),
+            "default": format_value(default_of(field)),
+            "help": help_of(field),
+            "source": field.metadata["source"],
+            "choices": list(field.metadata["choices"] or []),
+        }
+        for option, field in options_of(cls).items()
+    ]
+    description = (cls.__doc__ or "").strip()
     return {
         "name": name,
         "contract": str(cls.contract),
-        "summary": (cls.__doc__ or "").strip().splitlines()[0],
-        "description": (cls.__doc__ or "").strip(),
+        "summary": description.splitlines()[0],
+        "description": description,
         "paper": cls.paper,
-        "requires": list(cls.requires),
-        "provides": list(cls.provides),
-        "invalidates": list(cls.invalidates),
+        **{
+            kind: [fact.name for fact in getattr(cls, kind)]
+            for kind in ("requires", "provides", "invalidates")
+        },
         "options": options,
         "location": pass_locations()[name],
     }

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from ..data.rows import Rows, read_rows
+from ..ir.checking.comparison import relative_error
 from ..ir.errors import LoweringError, UsageError
 from ..ir.groups import rank
 from ..ir.infer import describe_value
 from ..ir.program import Program
+from ..ir.running import execute
+from ..ir.running.examples import example_inputs
 from ..ir.storage.atomic import atomic_file
 from ..passes.heads.attach_multi_token_heads import write_heads
+from .app import Export, Run
 from .output import note, show_json, text
 from .places import place
-from .progress import ShownProgress, Working, Written
+from .progress import ShownProgress, working, writing
 from .sources import read_program
 from .verifying import rounding
 
 
-def plain(report: Any) -> Any:
-    """Return a report as plain data."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(report).items()}
-
-
-def export_program(source: str, to: str, output: str, force: bool, as_json: bool, trust: bool) -> None:
-    """Write a Hugging Face folder or a .pt2 file."""
+def export_program(given: Export) -> None:
+    """Write a Hugging Face folder, a .pt2 file or multi-token heads."""
+    to, output = given.to, given.output
     if to not in ("huggingface", "pt2", "medusa"):
         raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface, pt2 or medusa")
-    if to == "medusa" and not output.endswith(".safetensors"):
-        raise UsageError(f"{output} should end in .safetensors")
-    if to == "pt2" and not output.endswith(".pt2"):
-        raise UsageError(f"{output} should end in .pt2")
-    with place(output, force, (source,), folder=to == "huggingface", moved=to == "medusa"):
-        result = _export(read_program(source, trust), to, output)
-    if as_json:
+    ending = {"medusa": ".safetensors", "pt2": ".pt2"}.get(to, "")
+    if not output.endswith(ending):
+        raise UsageError(f"{output} should end in {ending}")
+    with place(output, given.force, (given.program,), folder=to == "huggingface", moved=to == "medusa"):
+        result = _export(read_program(given.program, given.trust), to, output)
+    if given.as_json:
         show_json(result)
     elif to == "medusa":
         text(f"written: {output}, {len(result['tensors'])} tensors")
@@ -49,25 +47,16 @@ def export_program(source: str, to: str, output: str, force: bool, as_json: bool
 
 def _export(program: Program, to: str, output: str) -> dict[str, Any]:
     if to == "huggingface":
-        with Written(f"writing {output}") as written:
+        with writing(output) as written:
             report = program.save_pretrained(output, progress=written)
-        return {
-            "path": output,
-            "errors": report.errors,
-            "checked": report.checked,
-            "files": report.files,
-        }
+        return {"path": output, "errors": report.errors, "checked": report.checked, "files": report.files}
     if to == "medusa":
         return {"path": output, "tensors": write_heads(program, output), "errors": {}}
     return {"path": output, "errors": _write_pt2(program, output)}
 
 
 def _write_pt2(program: Any, output: str) -> dict[str, float]:
-    from ..ir.checking.comparison import relative_error
-    from ..ir.running.examples import example_inputs
-    from ..ir.running.execute import run
-
-    with Working("exporting"), atomic_file(output) as made:
+    with working("exporting"), atomic_file(output) as made:
         # through memory: on a full disk torch's own writer ends the process
         buffer = io.BytesIO()
         torch.export.save(program.exported_program(core_aten=True), buffer)
@@ -77,7 +66,7 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
         with made.open("rb") as file:
             # our own file of a moment ago
             again = torch.export.load(file).module()(**inputs)
-        expected = run(program, inputs)
+        expected = execute.run(program, inputs)
         errors = {name: relative_error(again[name], value) for name, value in expected.items()}
         worst = max(errors, key=lambda name: errors[name])
         if not errors[worst] <= rounding(program):
@@ -85,30 +74,26 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
     return errors
 
 
-def run_program(
-    source: str, inputs: str, output: str | None, force: bool, as_json: bool, trust: bool
-) -> None:
+def run_program(given: Run) -> None:
     """Run every row of a file, in its order."""
+    output = given.output
     if output is not None and not output.endswith(".npz"):
         raise UsageError(f"{output} should end in .npz")
-    with place(output, force, (source, inputs)):
-        program = read_program(source, trust)
-        rows = read_rows(program, inputs)
+    with place(output, given.force, (given.program, given.inputs)):
+        program = read_program(given.program, given.trust)
+        rows = read_rows(program, given.inputs)
         if rows.sample:
             note(f"input: {rows.sample!r}")
         values = _forward(program, rows)
         _write_values(values, rows, output)
     summary = {k: describe_value(v) for k, v in values.items()}
-    if as_json:
+    if given.as_json:
         show_json({"rows": rows.count, "lengths": rows.lengths, "outputs": summary, "written": output})
         return
     for name, described in summary.items():
-        value = values[name]
-        stats = (
-            f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
-            if value.numel() > 1
-            else ""
-        )
+        value, stats = values[name], ""
+        if value.numel() > 1:
+            stats = f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
         text(f"{name}: {described}{stats}")
     if rows.lengths and len(set(rows.lengths)) > 1:
         note(f"rows of {min(rows.lengths)} to {max(rows.lengths)} tokens, filled up on the right")
@@ -117,14 +102,12 @@ def run_program(
 
 def _forward(program: Program, rows: Rows) -> dict[str, Any]:
     """Run pieces one after the other where all inputs and outputs are rows, else everything at once."""
-    from ..ir.running.execute import run
-
     pieces = rows.pieces(program)
     found = []
     shown = ShownProgress()
     shown.start("running", len(pieces))
     for piece in pieces:
-        found.append(run(program, program.bind((), piece)))
+        found.append(execute.run(program, program.bind((), piece)))
         shown.step()
     shown.done()
     return found[0] if len(found) == 1 else {k: torch.cat([f[k] for f in found]) for k in found[0]}
@@ -132,8 +115,6 @@ def _forward(program: Program, rows: Rows) -> dict[str, Any]:
 
 def _write_values(values: dict[str, Any], rows: Rows, output: str | None) -> None:
     if output is not None and rank() == 0:
-        import numpy
-
         arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}
         if len(set(rows.lengths)) > 1 and "lengths" not in arrays:
             # behind its own tokens, what a row holds means nothing

@@ -8,33 +8,30 @@ from ..ir import groups
 from ..ir.cost.collectives import ring
 from ..ir.cost.link_fit import fit, measure, write_link
 from ..ir.errors import UsageError
+from .app import Links
 from .output import note, show_json, table, text
 from .places import place
 
 
-def fit_link(fitted: bool, output: str | None, force: bool, as_json: bool) -> None:
+def fit_link(given: Links) -> None:
     """Fit a link to the processes that run."""
-    if not fitted:
+    if not given.fit:
         raise UsageError("-o writes a link that was fitted", hint="add --fit")
-    with place(output, force):
-        _fit(output, as_json)
-
-
-def _fit(output: str | None, as_json: bool) -> None:
-    groups.join()
-    ranks = groups.world_size()
-    if ranks < 2:
-        raise UsageError(
-            "a link joins several processes, and this one is alone",
-            hint="torchrun --nproc-per-node 2 -m graphopt links --fit",
-        )
-    points = measure(progress=lambda size, seconds: note(f"{size} bytes: {seconds * 1e6:.1f} µs"))
-    link = fit(points, ranks)
-    if output is not None and groups.rank() == 0:
-        write_link(link, output)
-    if as_json:
-        show_json({**dataclasses.asdict(link), "ranks": ranks, "measured": points})
-        return
-    shown = [(str(n), f"{t * 1e6:.1f}", f"{ring(n, ranks, link) * 1e6:.1f}") for n, t in points]
-    table(f"{ranks} processes", ("bytes", "measured µs", "fitted µs"), shown)
-    text(f"latency {link.latency * 1e6:.3g} µs, bandwidth {link.bandwidth / 1e9:.3g} GB/s")
+    with place(given.output, given.force):
+        groups.join()
+        ranks = groups.world_size()
+        if ranks < 2:
+            raise UsageError(
+                "a link joins several processes, and this one is alone",
+                hint="torchrun --nproc-per-node 2 -m graphopt links --fit",
+            )
+        points = measure(progress=lambda size, seconds: note(f"{size} bytes: {seconds * 1e6:.1f} µs"))
+        link = fit(points, ranks)
+        if given.output is not None and groups.rank() == 0:
+            write_link(link, given.output)
+        if given.as_json:
+            show_json({**dataclasses.asdict(link), "ranks": ranks, "measured": points})
+            return
+        shown = [(n, f"{t * 1e6:.1f}", f"{ring(n, ranks, link) * 1e6:.1f}") for n, t in points]
+        table(f"{ranks} processes", ("bytes", "measured µs", "fitted µs"), shown)
+        text(f"latency {link.latency * 1e6:.3g} µs, bandwidth {link.bandwidth / 1e9:.3g} GB/s")

@@ -3,67 +3,38 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..backends.onnx.genai import GenaiReport
 from ..backends.onnx.model import OnnxReport
 from ..ir.errors import UsageError
-from .leaving import plain
+from .app import Lower
 from .output import show_json, table, text
 from .places import place
-from .progress import Working
+from .progress import working
 from .sources import read_program
 
 
-def lower_program(
-    source: str,
-    to: str,
-    output: str,
-    opset: int | None,
-    sizes: list[str] | None,
-    target: str | None,
-    check: bool,
-    device: str | None,
-    part_bytes: int | None,
-    force: bool,
-    as_json: bool,
-    trust: bool,
-) -> None:
+def lower_program(given: Lower) -> None:
     """Write a program for another runtime."""
+    to = given.to
     if to not in ("onnx", "genai", "triton"):
         raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
-    fixed = [_sizes(given) for given in sizes or ()]
-    if to != "onnx" and part_bytes is not None:
-        raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
-    if to != "triton" and device is not None:
-        raise UsageError("--device is for AOTInductor packages", hint="--to triton")
-    if to == "triton":
-        if opset is not None:
-            raise UsageError("--opset is ONNX's", hint="--to onnx")
-        if len(fixed) > 1:
-            raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
-        if device not in (None, "cpu", "cuda"):
-            raise UsageError(f"--device is cpu or cuda, not {device!r}")
-        with place(output, force, (source,), folder=True, moved=True):
-            _lower_triton(source, output, fixed[0] if fixed else None, target, check, device, as_json, trust)
-        return
-    options: dict[str, Any] = {"opset": opset, "check": check}
-    if to == "onnx":
-        shape: Any = None if not fixed else fixed[0] if len(fixed) == 1 else fixed
-        options |= {"sizes": shape, "target": target, "part_bytes": part_bytes}
-    elif fixed or target is not None:
-        raise UsageError(
-            "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
-        )
-    several = len(fixed) > 1 or part_bytes is not None or target not in (None, "onnx")
-    folder = to == "genai" or (several and not output.endswith(".onnx"))
+    fixed = [_sizes(each) for each in given.sizes or ()]
+    options = _options(given, fixed)
+    several = len(fixed) > 1 or given.part_bytes is not None or given.target not in (None, "onnx")
+    folder = to != "onnx" or (several and not given.output.endswith(".onnx"))
     kind: dict[str, Any] = {"folder": True, "moved": True} if folder else {"beside": [".data"]}
-    with place(output, force, (source,), **kind):
-        program = read_program(source, trust)
-        with Working(f"lowering to {to}"):
-            report = program.lower(to, output, **options)
-    if as_json:
-        show_json(plain(report))
+    with place(given.output, given.force, (given.program,), **kind):
+        program = read_program(given.program, given.trust)
+        with working("compiling kernels" if to == "triton" else f"lowering to {to}"):
+            report = program.lower(to, given.output, **options)
+    if to == "triton":
+        _show_kernels(given, report)
+    elif given.as_json:
+        show_json({k: str(v) if isinstance(v, Path) else v for k, v in asdict(report).items()})
     elif isinstance(report, GenaiReport):
         _show([report.model], report.files)
         told = "not compared: onnxruntime-genai is not installed"
@@ -72,6 +43,32 @@ def lower_program(
         text(told)
     else:
         _show([report, *report.others], report.files)
+
+
+def _options(given: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
+    to, target, sizes = given.to, given.target, fixed[0] if len(fixed) == 1 else fixed or None
+    if to != "onnx" and given.part_bytes is not None:
+        raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
+    if to != "triton":
+        if given.device is not None:
+            raise UsageError("--device is for AOTInductor packages", hint="--to triton")
+        if to == "genai" and (fixed or target is not None):
+            raise UsageError(
+                "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
+            )
+        options: dict[str, Any] = {"opset": given.opset, "check": given.check}
+        more = {"sizes": sizes, "target": target, "part_bytes": given.part_bytes}
+        return options | more if to == "onnx" else options
+    if given.opset is not None:
+        raise UsageError("--opset is ONNX's", hint="--to onnx")
+    if len(fixed) > 1:
+        raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
+    if given.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device is cpu or cuda, not {given.device!r}")
+    options = {"sizes": sizes, "check": given.check, "device": given.device}
+    if target is not None:
+        options["architectures"] = tuple(name.strip() for name in target.split(","))
+    return options
 
 
 def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
@@ -99,35 +96,18 @@ def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
     text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
 
 
-def _lower_triton(
-    source: str,
-    output: str,
-    sizes: dict[str, int] | None,
-    target: str | None,
-    check: bool,
-    device: str | None,
-    as_json: bool,
-    trust: bool,
-) -> None:
+def _show_kernels(given: Lower, report: Any) -> None:
     from ..backends.triton import as_json as plain
 
-    program = read_program(source, trust)
-    options: dict[str, Any] = {"sizes": sizes, "check": check, "device": device}
-    if target is not None:
-        options["architectures"] = tuple(name.strip() for name in target.split(","))
-    with Working("compiling kernels"):
-        report = program.lower("triton", output, **options)
-    if as_json:
-        show_json({"path": output, **plain(report)})
+    if given.as_json:
+        show_json({"path": given.output, **plain(report)})
         return
-    table(
-        "",
-        ("operator", "kernel", "for", "nodes", "registers", "spilled", "shared", "warps"),
-        [
-            (k.operator, k.kernel, k.architecture, k.nodes, k.registers, k.spilled, f"{k.shared:,}", k.warps)
-            for k in report.kernels
-        ],
-    )
+    columns = ("operator", "kernel", "for", "nodes", "registers", "spilled", "shared", "warps")
+    rows = [
+        (k.operator, k.kernel, k.architecture, k.nodes, k.registers, k.spilled, f"{k.shared:,}", k.warps)
+        for k in report.kernels
+    ]
+    table("", columns, rows)
     sizes_text = ", ".join(f"{name} {size}" for name, size in report.sizes.items()) or "fixed sizes"
     text(f"compiled for {sizes_text}: {report.path}/kernels")
     for node, reason in report.without.items():

@@ -42,6 +42,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     screen.print(made)
 
 
+def listing(
+    as_json: bool, document: Any, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
+) -> None:
+    """Print plain data as JSON where that was asked for, else as a table."""
+    if as_json:
+        show_json(document)
+    else:
+        table(title, columns, rows)
+
+
 def text(message: str) -> None:
     """Print text as it is."""
     screen.print(message, markup=False)

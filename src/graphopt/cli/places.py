@@ -1,18 +1,20 @@
-"""Where commands write: what stands there stays unless ``--force`` is given, and what a command reads stays anyway."""
+"""Where commands write: what stands there stays unless ``--force`` is given, and what a command reads stays anyway.
+
+At Ctrl-C, whoever keeps something says so.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..ir.errors import UsageError
 from ..ir.groups import rank
 from ..ir.storage.atomic import keeping, set_aside
 from ..ir.storage.safetensors_file import writer
-from .interrupts import on_interrupt
 
 _ELSEWHERE = "choose another place; --force does not help here"
 
@@ -87,10 +89,7 @@ def _require_not_read(target: Path, inputs: Iterable[str | None]) -> None:
         if real in source.parents:
             raise UsageError(f"{target} holds {given}, which the command reads", hint=_ELSEWHERE)
         if source.is_dir() and source in real.parents and target.exists():
-            raise UsageError(
-                f"{target} is a part of {given}, which the command reads",
-                hint=_ELSEWHERE,
-            )
+            raise UsageError(f"{target} is a part of {given}, which the command reads", hint=_ELSEWHERE)
 
 
 def _require_free(target: Path, force: bool, folder: bool) -> None:
@@ -146,3 +145,21 @@ def written_here(folder: Path) -> bool:
 def _first(file: Path, size: int) -> bytes:
     with file.open("rb") as opened:
         return opened.read(size)
+
+
+@contextlib.contextmanager
+def on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
+    """Add to an interruption what is kept of the work inside the block; nothing is added where that is empty."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        told = kept()
+        if told:
+            stop.add_note(told)
+        raise
+
+
+def scores_in(work_dir: str | None) -> contextlib.AbstractContextManager[None]:
+    """Say at an interruption where scores are kept, if they are."""
+    kept = f"what was measured is kept in {work_dir}; the same command goes on from there"
+    return on_interrupt(lambda: kept if work_dir is not None and os.path.isdir(work_dir) else "")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .output import errors
 
@@ -17,11 +19,7 @@ class ShownProgress:
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
-        self.what = ""
-        self.total = 0
-        self.count = 0
-        self.began = 0.0
+        self.what, self.total, self.count, self.began = "", 0, 0, time.monotonic()
 
     def start(self, what: str, total: int) -> None:
         """Begin; a total of 0 is a message."""
@@ -40,62 +38,48 @@ class ShownProgress:
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=errors,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task(self.what, total=self.total, note="")
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.count, note=note)
+            self.bar.add_task(self.what, total=self.total, note="")
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.count, total=self.total, note=note)
 
     def done(self) -> None:
         """End."""
         if self.bar is not None:
             self.bar.stop()
-        self.bar = self.task = None
+            self.bar = None
 
 
-class Written:
-    """Progress of writing tensors, in bytes."""
+@contextlib.contextmanager
+def writing(output: str) -> Iterator[Callable[[str, int], None]]:
+    """Show progress of writing tensors, in bytes; what is given is called with the name and size of each."""
+    shown, written = ShownProgress(), 0
+    shown.what = f"writing {output}"
 
-    def __init__(self, what: str):
-        self.inner = ShownProgress()
-        self.what = what
-        self.bytes = 0
+    def count(name: str, size: int) -> None:
+        nonlocal written
+        written += size
+        shown.total = shown.count + 1
+        shown.step(f"{name} {written / 1e9:.2f} GB")
 
-    def __enter__(self) -> Written:
-        self.inner.began = time.monotonic()
-        self.inner.what = self.what
-        return self
-
-    def __call__(self, name: str, size: int) -> None:
-        """Count one tensor."""
-        self.bytes += size
-        self.inner.total = max(self.inner.total, self.inner.count + 1)
-        self.inner.step(f"{name} {self.bytes / 1e9:.2f} GB")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.inner.done()
+    try:
+        yield count
+    finally:
+        shown.done()
 
 
-class Working:
-    """A line that says what is going on, shown only if it takes more than two seconds."""
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say what is going on, if it takes more than two seconds."""
+    stop = threading.Event()
 
-    def __init__(self, what: str):
-        self.what = what
+    def wait() -> None:
+        if not stop.wait(_DELAY):
+            errors.print(f"{what} ...", markup=False)
 
-    def __enter__(self) -> None:
-        import threading
-
-        self.stop = threading.Event()
-
-        def wait() -> None:
-            if not self.stop.wait(_DELAY):
-                errors.print(f"{self.what} ...", markup=False)
-
-        self.thread = threading.Thread(target=wait, daemon=True)
-        self.thread.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop.set()
-        self.thread.join()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

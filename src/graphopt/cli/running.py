@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 import typer
 
@@ -42,21 +42,13 @@ def run(arguments: list[str]) -> int:
     return status
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
     """Ours in one line; those of libraries are for who writes programs."""
     if "graphopt" in Path(filename).parts or os.environ.get("GRAPHOPT_TRACEBACK"):
         errors.print(f"warning: {message}", markup=False)
 
 
 def _run(arguments: list[str], who: str) -> int:
-    as_json = "--json" in arguments
     before = documents_shown()
     try:
         # not its main(), which turns Ctrl-C into a status and loses what was said on the way
@@ -67,28 +59,39 @@ def _run(arguments: list[str], who: str) -> int:
         return 0
     except typer.Exit as stop:
         return int(stop.exit_code)
-    except _WrongUsage as error:
-        return _misused(error, as_json)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        return _interrupted(stop, as_json and documents_shown() == before)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except _WrongUsage as error:
+        ending = _misused(error)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        ending = _interrupted(stop)
     except Exception as error:
-        # a command that shows what it found and then refuses has said it all
-        return _failed(error, as_json and documents_shown() == before, who, _flags(arguments))
+        ending = _failed(error, who, _flags(arguments))
+    # a command that shows what it found and then refuses has said it all
+    if "--json" in arguments and documents_shown() == before:
+        show_json({"error": ending.name, "message": ending.message, "exit_status": ending.status})
+    if ending.shown:
+        errors.print(ending.shown, markup=False)
+    return ending.status
 
 
-def _interrupted(stop: BaseException, as_json: bool) -> int:
+class _Ending(NamedTuple):
+    """How a command ended that was not done, as data and as it is shown to people."""
+
+    name: str
+    message: str
+    status: int
+    shown: str
+
+
+def _interrupted(stop: BaseException) -> _Ending:
     """Say so, and what is kept of the work: whoever keeps something has left a note."""
     cause = stop if isinstance(stop, KeyboardInterrupt) else stop.__cause__
     words = [str(cause)] if isinstance(cause, KeyboardInterrupt) and str(cause) else []
     words += getattr(cause, "__notes__", [])
     message = "\n  ".join(["interrupted" + (f": {words[0]}" if words else ""), *words[1:]])
-    if as_json:
-        _show_error("Interrupted", message, INTERRUPTED)
-    errors.print(message, markup=False)
-    return INTERRUPTED
+    return _Ending("Interrupted", message, INTERRUPTED, message)
 
 
 def _flags(arguments: list[str]) -> dict[str, str]:
@@ -102,45 +105,28 @@ def _flags(arguments: list[str]) -> dict[str, str]:
     }
 
 
-def _misused(error: Any, as_json: bool) -> int:
+def _misused(error: Any) -> _Ending:
     message = str(error.format_message())
-    if as_json:
-        _show_error("UsageError", message, 2)
-    if message:
-        context = getattr(error, "ctx", None)
-        where = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
-        errors.print(f"UsageError: {message}{where}", markup=False)
-    return 2
+    context = getattr(error, "ctx", None)
+    where = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
+    return _Ending("UsageError", message, 2, message and f"UsageError: {message}{where}")
 
 
-def _show_error(name: str, message: str, code: int) -> None:
-    show_json({"error": name, "message": message, "exit_status": code})
-
-
-def _failed(error: Exception, as_json: bool, who: str, flags: dict[str, str]) -> int:
-    code = getattr(error, "exit_code", None)
-    notes = list(getattr(error, "__notes__", []))
-    if code is None and (isinstance(error, MemoryError) or any(w in str(error) for w in _OUT_OF_MEMORY)):
+def _failed(error: Exception, who: str, flags: dict[str, str]) -> _Ending:
+    name, said = type(error).__name__, str(error)
+    status = getattr(error, "exit_code", None)
+    if status is None and (isinstance(error, MemoryError) or any(words in said for words in _OUT_OF_MEMORY)):
         # the machine's limit and nobody's mistake
-        message = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        message = f"out of memory: {said.splitlines()[0] if said else name}"
         message += "\n  what to do: smaller sizes or fewer rows, or a machine with more memory"
-        if as_json:
-            _show_error("MemoryError", message, 1)
-        errors.print(who + message, markup=False)
-        return 1
-    if code is None:
+        return _Ending("MemoryError", message, 1, who + message)
+    message = at_the_shell(said, flags)
+    shown = f"{who}{name}: {message}"
+    if status is None:
         if os.environ.get("GRAPHOPT_TRACEBACK"):
             traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        message = f"internal error: {type(error).__name__}: {error}\n  at {place}"
-        message += "\n  what to do: report it; GRAPHOPT_TRACEBACK=1 prints the whole traceback"
-        code = 1
-    else:
-        message = f"{type(error).__name__}: {at_the_shell(str(error), flags)}"
-    for line in notes:
-        message += f"\n  in {line}"
-    if as_json:
-        _show_error(type(error).__name__, at_the_shell(str(error), flags), int(code))
-    errors.print(who + message, markup=False)
-    return int(code)
+        shown = f"{who}internal error: {name}: {said}\n  at {Path(where.filename).name}:{where.lineno}"
+        shown += "\n  what to do: report it; GRAPHOPT_TRACEBACK=1 prints the whole traceback"
+    notes = "".join(f"\n  in {line}" for line in getattr(error, "__notes__", []))
+    return _Ending(name, message, int(status or 1), shown + notes)

@@ -1,52 +1,67 @@
-"""Reading what commands are given: programs, data, passes."""
+"""Reading what commands are given: programs and data."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from ..api import capture
 from ..data.reading import read_data
 from ..ir.errors import UsageError
 from ..ir.program import Program
+from ..ir.storage import require_savable
 from ..measure.context import Context
+from .app import Calibrating
 from .output import note
-from .progress import ShownProgress, Working
+from .progress import ShownProgress, working
 
 
-def read_program(source: str, trust: bool = False) -> Program:
-    """Return a checkpoint or saved program."""
+def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
+    """Return a checkpoint or saved program.
+
+    Args:
+        source: which.
+        trust: read a ``.pt2`` file although reading can run code from it.
+        to_save: what becomes of it is saved, so that a program that cannot be is refused before the work.
+    """
     if not source:
         raise UsageError("the name of a checkpoint is empty")
-    with Working(f"reading and capturing {source}"):
+    with working(f"reading and capturing {source}"):
         program = capture(source, trust=trust)
     for said in program.origin.notes:
         note(said)
     for name in program.origin.unused[:5]:
         note(f"the checkpoint's tensor {name} is read by nothing")
+    if to_save:
+        require_savable(program)
     return program
 
 
-def read_context(
-    program: Program,
-    data: str | None,
-    amount: tuple[int, int, int],
-    work_dir: str | None,
-    quiet: bool = False,
-) -> Context:
+def read_context(program: Program, given: Calibrating, work_dir: str | None = None) -> Context:
     """Return the context of a run, with its data read and one sample shown."""
     require_work_dir(work_dir)
-    sequences, length, seed = amount
-    batches: list[Any] = []
-    if data is not None:
-        batches, sample = read_data(program, data, sequences=sequences, length=length, seed=seed)
+    batches: list[dict[str, Tensor]] = []
+    if given.data is not None:
+        batches, sample = read_data(
+            program, given.data, sequences=given.sequences, length=given.length, seed=given.seed
+        )
         rows = sum(next(iter(b.values())).shape[0] for b in batches)
-        if not quiet:
-            note(
-                f"data: {rows} rows in {len(batches)} batches"
-                + (f"; one of them: {sample!r}" if sample else "")
-            )
-    return Context(batches, work_dir=work_dir, seed=seed, progress=ShownProgress())
+        if not given.as_json:
+            shown = f"; one of them: {sample!r}" if sample else ""
+            note(f"data: {rows} rows in {len(batches)} batches{shown}")
+    return Context(batches, work_dir=work_dir, seed=given.seed, progress=ShownProgress())
+
+
+def require_files(*files: str | None) -> None:
+    """Check that files of data are there before anything slow begins.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"the data file {file} does not exist")
 
 
 def require_work_dir(work_dir: str | None) -> None:

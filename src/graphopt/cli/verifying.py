@@ -19,6 +19,7 @@ from ..ir.text import difference
 from ..measure.context import Context
 from ..measure.metrics import default_metric
 from ..passes.framework.pipeline import parse_pipeline
+from .app import Diff, Verify
 from .output import show_json, table, text
 from .replaying import Replayed, is_exact, replay
 from .sources import read_context, read_program
@@ -30,33 +31,32 @@ _FINE = 1e-6
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def verify_programs(
-    first: str, second: str, data: str | None, amount: tuple[int, int, int], budget: float | None, as_json: bool,
-    trust: bool,
-) -> None:  # fmt: skip
+def verify_programs(given: Verify) -> None:
     """Compare a saved program with its original and say whether its contracts hold."""
-    before = read_program(first, trust)
-    if is_saved_program(Path(second)):
-        load_program(second, check_hashes=True)
-    after = read_program(second, trust)
+    before = read_program(given.before, given.trust)
+    if is_saved_program(Path(given.after)):
+        load_program(given.after, check_hashes=True)
+    after = read_program(given.after, given.trust)
     verify(after)
-    context = read_context(before, data, amount, None, as_json)
+    context = read_context(before, given)
     inputs = context.bound(before, context.judging()[0]) if context.data else example_inputs(before)
     missing = set(after.signature.inputs) - set(inputs)
     if missing:
-        raise CheckpointError(f"{second} takes {', '.join(sorted(missing))}, which {first} does not")
+        raise CheckpointError(
+            f"{given.after} takes {', '.join(sorted(missing))}, which {given.before} does not"
+        )
     errors = compare_programs(before, after, inputs)
     if not errors:
-        raise CheckpointError(f"{first} and {second} share no output")
+        raise CheckpointError(f"{given.before} and {given.after} share no output")
     new = after.history[len(before.history) :]
     if after.history[: len(before.history)] != before.history:
         new = after.history
     again = replay(before, after, new, context)
-    judged = _judge(before, after, new, again, errors, context, budget)
+    judged = _judge(before, after, new, again, errors, context, given.budget)
     metrics = _metrics(before, after, context) if context.data else {}
-    if as_json:
+    if given.as_json:
         show_json(
-            {"passes": [e.get("pass", e.get("recipe")) for e in new], "exact": judged.exact, "errors": errors,
+            {"passes": [e.get("pass", e.get("recipe")) for e in new], "exact": judged.limit is not None, "errors": errors,
              "limit": judged.limit, "replayed": again.same, "metrics": metrics, "verdict": judged.verdict,
              "budgets": judged.broken}
         )  # fmt: skip
@@ -65,27 +65,23 @@ def verify_programs(
             sites = [str(site.get("block")) for site in entry.get("plan", {}).get("sites", ())]
             shown = ", ".join(sites[:6]) + (f" and {len(sites) - 6} more" if len(sites) > 6 else "")
             text(f"{entry.get('pass', entry.get('recipe'))}  ({entry.get('contract')})  {shown}".rstrip())
-        table(
-            "Outputs, relative error in float64",
-            ("output", "error"),
-            [(n, f"{e:.3g}") for n, e in errors.items()],
-        )
+        rows = [(n, f"{e:.3g}") for n, e in errors.items()]
+        table("Outputs, relative error in float64", ("output", "error"), rows)
         for name, value in metrics.items():
             text(f"{name}: {value:.6g}")
         text(f"done again: {'the same program' if again.same else again.reason or again.broken}")
         text(f"promised: {judged.promise}")
         text("".join(f"  {line}\n" for line in judged.broken) + f"verdict: the contract {judged.verdict}")
     if judged.broken:
-        raise ContractError(f"{second} does not keep its contract: {'; '.join(judged.broken)}")
+        raise ContractError(f"{given.after} does not keep its contract: {'; '.join(judged.broken)}")
     if judged.open:
-        raise PassRefusedError(f"{second} was not judged: {judged.open}", hint=judged.hint)
+        raise PassRefusedError(f"{given.after} was not judged: {judged.open}", hint=judged.hint)
 
 
 @dataclass
 class _Judgement:
     """Whether contracts hold: what is broken, else what could not be told, else nothing of either."""
 
-    exact: bool
     limit: float | None
     promise: str
     broken: list[str]
@@ -107,7 +103,7 @@ def _judge(
     if all(is_exact(entry) for entry in new):
         limit = rounding(before, after)
         promise = f"exact up to the rounding of stored weights, at most {limit:.0e}"
-        judged = _Judgement(True, limit, promise, broken)
+        judged = _Judgement(limit, promise, broken)
         if not errors[worst] <= limit:
             broken.append(f"output {worst} differs by {errors[worst]:.3g}")
         elif not again.same and errors[worst] > _FINE and limit > ROUNDING[torch.float32]:
@@ -115,7 +111,7 @@ def _judge(
             judged.open = f"{again.reason}, and rounding to 16 bits would hide the error {errors[worst]:.3g}"
             judged.hint = "run its passes again on the original, or on it in float32"
         return judged
-    judged = _Judgement(False, None, "approximate", broken)
+    judged = _Judgement(None, "approximate", broken)
     budgets = _budgets(new, budget)
     if not context.data:
         judged.open, judged.hint = "there is no data to judge an approximation on", "give --data FILE"
@@ -140,10 +136,8 @@ def _metrics(before: Program, after: Program, context: Context) -> dict[str, flo
 def _budgets(history: Sequence[dict[str, Any]], given: float | None) -> list[tuple[str, str, float]]:
     """Return who has a budget, the metric it is measured by, and how much it is."""
     found = [] if given is None else [("this call", "auto", given)]
-    for entry in history:
-        if "pass" not in entry:
-            continue
-        step = parse_pipeline(str(entry["pass"]))[0]
+    steps = (parse_pipeline(str(entry["pass"]))[0] for entry in history if "pass" in entry)
+    for step in steps:
         budget = getattr(step, "budget", None)
         if budget is not None:
             found.append((step.name, str(getattr(step, "metric", "auto")), float(budget)))
@@ -152,25 +146,17 @@ def _budgets(history: Sequence[dict[str, Any]], given: float | None) -> list[tup
 
 def rounding(*programs: Program) -> float:
     """Return the largest relative error that the rounding of stored weights explains."""
-    stored = {
-        w.source.dtype for p in programs for w in p.weights.values() if w.source.dtype.is_floating_point
-    }
-    return max((ROUNDING.get(dtype, 1e-2) for dtype in stored), default=1e-4)
+    stored = {w.source.dtype for program in programs for w in program.weights.values()}
+    return max((ROUNDING.get(dtype, 1e-2) for dtype in stored if dtype.is_floating_point), default=1e-4)
 
 
-def diff_programs(first: str, second: str, as_json: bool, trust: bool) -> None:
+def diff_programs(given: Diff) -> None:
     """Print how two graphs differ."""
-    before, after = read_program(first, trust), read_program(second, trust)
+    before, after = (read_program(source, given.trust) for source in (given.first, given.second))
     changed = difference(before, after)
-    if as_json:
-        show_json(
-            {
-                "diff": changed.splitlines(),
-                "operators": {
-                    name: [before.operators.get(name, 0), after.operators.get(name, 0)]
-                    for name in sorted({*before.operators, *after.operators})
-                },
-            }
-        )
+    if given.as_json:
+        names = sorted({*before.operators, *after.operators})
+        counts = {name: [p.operators.get(name, 0) for p in (before, after)] for name in names}
+        show_json({"diff": changed.splitlines(), "operators": counts})
     else:
         text(changed or "the graphs are the same")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ..ir.errors import UsageError
+from ..ir.facts import KVCache, SkippedWhileDecoding, Vocabulary
 from ..ir.inputs import settings_of
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
-from ..ir.vocabulary import FACT, over_all_tokens
+from ..ir.vocabulary import over_all_tokens
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Buffer, Running, Step
 
@@ -53,20 +53,20 @@ class CachedDecoder:
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
         device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
     ):  # fmt: skip
-        facts = program.facts.get("kv_cache")
-        if facts is None:
+        cache = program.facts.get(KVCache)
+        if cache is None:
             raise UsageError(
                 "this program has no cache", hint="graphopt.optimize(program, 'insert-kv-cache') gives it one"
             )
-        self.facts: dict[str, Any] = facts
+        self.cache = cache
         limit = longest(program)
-        if isinstance(facts["capacity"], int):
-            if capacity > facts["capacity"]:
+        if isinstance(cache.capacity, int):
+            if capacity > cache.capacity:
                 raise UsageError(
-                    f"the text may have {capacity} tokens, the program's caches have {facts['capacity']} slots",
+                    f"the text may have {capacity} tokens, the program's caches have {cache.capacity} slots",
                     hint="fewer new tokens, or insert-kv-cache with a larger max_length",
                 )
-            capacity = facts["capacity"]
+            capacity = cache.capacity
         elif limit is not None and capacity > limit:
             raise UsageError(
                 f"the text may have {capacity} tokens, the model has positions for {limit}",
@@ -83,8 +83,8 @@ class CachedDecoder:
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.lengths = [0] * batch
-        self.outputs = tuple(outputs or (facts["logits"],))
-        self.phased = "decode_layers" in program.facts
+        self.outputs = tuple(outputs or (cache.logits,))
+        self.phased = SkippedWhileDecoding in program.facts
         if self.phased and PHASE in (dials or {}):
             raise UsageError(
                 f"decoding says by itself when {PHASE} is 0 and when it is 1",
@@ -96,17 +96,17 @@ class CachedDecoder:
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
-        fact = self.program.facts.get(FACT)
-        if isinstance(fact, dict):
-            return int(fact["size"])
-        return int(self.program.outputs[self.facts["logits"]].meta["val"].shape[-1])
+        trimmed = self.program.facts.get(Vocabulary)
+        if trimmed is not None:
+            return trimmed.size
+        return int(self.program.outputs[self.cache.logits].meta["val"].shape[-1])
 
     @property
     def embedded(self) -> int | None:
         """How many tokens the program can read; None where it takes no numbers."""
         rows = [
             int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-            for user in self.program.input_nodes[self.facts["tokens"]].users
+            for user in self.program.input_nodes[self.cache.tokens].users
             if is_operator(user, "aten.embedding")
         ]
         return min(rows, default=None)
@@ -160,8 +160,8 @@ class CachedDecoder:
         tokens = ids.shape[1]
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
-        fed = {self.facts["tokens"]: ids, self.facts["positions"]: positions, **self.dials, **(given or {})}
-        if self.facts["tree"]:
+        fed = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
+        if self.cache.tree:
             fed["cache_slots"] = placed
         inputs = {n: fed[n] for n in running.inputs}
         if self.recorder is not None and tokens <= RECORDED:
@@ -236,5 +236,5 @@ class CachedDecoder:
 
 def longest(program: Program) -> int | None:
     """Return for how many tokens a program has positions; None if nothing limits it."""
-    limit: int | None = program.facts["kv_cache"]["limit"]
+    limit = program.facts[KVCache].limit
     return limit

@@ -17,6 +17,7 @@ from ..data.reading import longest as positions
 from ..data.token_ids import known_ids
 from ..data.tokenizer import Tokenizer
 from ..ir.errors import PassRefusedError, UsageError
+from ..ir.facts import KVCache
 from ..ir.program import Program
 from ..ir.running.retype import retyped
 from ..measure.context import Context
@@ -41,7 +42,7 @@ def with_cache(program: Program) -> Program:
     Raises:
         PassRefusedError: it has no such form; the reason is said.
     """
-    if "kv_cache" in program.facts:
+    if KVCache in program.facts:
         return program
     found: Program = program.derived(
         "with cache", lambda: run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
@@ -201,7 +202,7 @@ def stream(
         cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
         compiled=compiled,
     )  # fmt: skip
-    if strategy is not None and not cached.facts["kv_cache"]["tree"] and decoder.biased:
+    if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(
             "this program adds a bias by position, for which candidates need inputs of their own",
             hint="insert-kv-cache{tree=true}",
@@ -298,15 +299,15 @@ def _rows(input_ids: Any, mask: torch.Tensor | None) -> list[list[int]]:
 
 def _capacity(program: Program, size: int, strategy: Drafter | None) -> int:
     """Return how many slots are made: room for candidates behind the text, where there are slots for them."""
-    fixed = program.facts["kv_cache"]["capacity"]
+    fixed = program.facts[KVCache].capacity
     limit = fixed if isinstance(fixed, int) else longest(program)
     wanted = size + (strategy.room if strategy is not None else 0)
     return size if limit is not None and size > limit else min(wanted, limit or wanted)
 
 
 def _check_tokens(rows: list[list[int]], program: Program) -> None:
-    facts = program.facts.get("kv_cache")
-    name = facts["tokens"] if isinstance(facts, dict) else "input_ids"
+    cache = program.facts.get(KVCache)
+    name = cache.tokens if cache is not None else "input_ids"
     known = known_ids(program, name) if name in program.input_nodes else None
     for number, row in enumerate(rows):
         for token in row:
@@ -323,10 +324,10 @@ def _check_tokens(rows: list[list[int]], program: Program) -> None:
 def _check_positions(rows: list[list[int]], count: int, program: Program) -> None:
     """Past the positions that a model was made for it says nonsense, or nothing."""
     limit = positions(program)
-    facts = program.facts.get("kv_cache")
+    cache = program.facts.get(KVCache)
     # caches that are shorter say so themselves
-    if isinstance(facts, dict) and isinstance(facts["capacity"], int) and limit is not None:
-        limit = max(limit, facts["capacity"] + 1)
+    if cache is not None and isinstance(cache.capacity, int) and limit is not None:
+        limit = max(limit, cache.capacity + 1)
     most = max(len(row) for row in rows)
     if limit is not None and most + count > limit:
         raise UsageError(

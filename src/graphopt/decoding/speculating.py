@@ -97,7 +97,7 @@ class Loop:
             apart = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
             drafter.generator = torch.Generator().manual_seed(apart)
         self.statistics = Statistics()
-        self.logits = decoder.facts["logits"]
+        self.logits = decoder.cache.logits
 
     def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Commit]]:
         """Yield what each step commits, rows in order; those that have ended take no part any more.

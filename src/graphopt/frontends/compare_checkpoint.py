@@ -12,6 +12,7 @@ import torch
 
 from ..ir.checking.comparison import relative_error
 from ..ir.errors import CaptureError
+from ..ir.facts import note_capture
 from ..ir.program import Program
 from ..ir.running.execute import memory_available, release
 from ..ir.signature import Fill
@@ -160,4 +161,6 @@ def _packed(program: Program, model: Any, example: dict[str, torch.Tensor]) -> N
     inputs = {**example, "position_ids": positions}
     error = compare_outputs(program, model, inputs)
     if error > tolerance_of(program):
-        program.facts["packed_positions"] = f"differ from the model by {error:.2g} although a mask is given"
+        note_capture(
+            program, packed_positions=f"differ from the model by {error:.2g} although a mask is given"
+        )

@@ -16,6 +16,7 @@ import torch
 from ..ir.anatomy import Layer
 from ..ir.anatomy.residual import between
 from ..ir.errors import CaptureError
+from ..ir.facts import note_capture
 from ..ir.program import Program
 from ..ir.running.region import cut
 from ..ir.weights import Absent, InMemory
@@ -65,7 +66,7 @@ def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: Ca
                 source=program.source_line(layer.writes),
                 hint="this architecture varies by layer in a way the comparison does not cover",
             )
-    program.facts["compared"] = f"{len(known)} kinds of layers, with random weights"
+    note_capture(program, compared=f"{len(known)} kinds of layers, with random weights")
 
 
 def fewer_layers(config: Any) -> Any:

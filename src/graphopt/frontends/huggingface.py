@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from ..ir.canonical import canonicalise
 from ..ir.compat import FakeTensorMode, new_fake_mode
 from ..ir.errors import CaptureError, CheckpointError, GraphoptError
+from ..ir.facts import note_capture
 from ..ir.program import Origin, Program
 from ..ir.signature import Fill, Input
 from ..ir.weights import Absent, InMemory, TensorSource
@@ -197,7 +198,7 @@ def _climb(
         except GraphoptError as error:
             failures.append(f"with {attention} attention: {error}")
             continue
-        program.facts["attention_implementation"] = attention
+        note_capture(program, attention_implementation=attention)
         return program
     raise CaptureError(f"{model_class(config).__name__} cannot be captured\n  " + "\n  ".join(failures))
 

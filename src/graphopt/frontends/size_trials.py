@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..ir.compat import widen_symbol
+from ..ir.facts import note_capture
 from ..ir.inputs import unite_sizes
 from ..ir.program import Program
 from ..ir.signature import SizeRange
@@ -47,7 +48,7 @@ def share_sizes(program: Program, model: Any, example: dict[str, Any]) -> None:
                 break
         else:
             signature.sizes[name] = SizeRange(hints[name], hints[name], hints[name])
-            program.facts.setdefault("fixed_sizes", []).append(name)
+            note_capture(program, fixed_sizes=(name,))
 
 
 def _varies(program: Program, model: Any, example: dict[str, Any], names: list[str], hints: Sizes) -> bool:

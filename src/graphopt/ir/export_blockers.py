@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .facts import ExportBlockers
+
 if TYPE_CHECKING:
     from .program import Program
-
-_FACT = "export_blockers"
 
 
 def block_export(program: Program, reason: str, *, by: str | None = None) -> None:
@@ -22,18 +22,19 @@ def block_export(program: Program, reason: str, *, by: str | None = None) -> Non
     blockers = export_blockers(program)
     reasons = blockers.get(by, ())
     if reason not in reasons:
-        program.facts[_FACT] = {k: list(v) for k, v in {**blockers, by: (*reasons, reason)}.items()}
+        program.facts.add(ExportBlockers({**blockers, by: (*reasons, reason)}))
 
 
 def unblock_export(program: Program, by: str) -> None:
     """Take away what one pass had in the way, since what it made is gone; other passes' reasons stay."""
     blockers = export_blockers(program)
     blockers.pop(by, None)
-    program.facts.pop(_FACT, None)
+    program.facts.discard(ExportBlockers)
     if blockers:
-        program.facts[_FACT] = {k: list(v) for k, v in blockers.items()}
+        program.facts.add(ExportBlockers(blockers))
 
 
 def export_blockers(program: Program) -> dict[str, tuple[str, ...]]:
     """Return the reasons by the name of the pass that gave them."""
-    return {by: tuple(reasons) for by, reasons in program.facts.get(_FACT, {}).items()}
+    blockers = program.facts.get(ExportBlockers)
+    return dict(blockers.reasons) if blockers is not None else {}

@@ -18,6 +18,7 @@ from torch import fx
 from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
 from .editor import Editor
 from .errors import UsageError, VerificationError
+from .facts import Facts
 from .inputs import settings_of
 from .relocation import relocated
 from .schema import operator_name
@@ -96,7 +97,7 @@ class Program:
         self.weights = weights
         self.signature = signature
         self.symbols: dict[sympy.Symbol, str] = {}
-        self.facts: dict[str, Any] = {}
+        self.facts = Facts()
         self.dials: dict[str, Dial] = {}
         self.history: list[dict[str, Any]] = []
         self.origin = Origin()
@@ -264,7 +265,7 @@ class Program:
                 new.meta["custom"] = copy.deepcopy(new.meta["custom"])
         other = Program(graph, self.mode, dict(self.weights), copy.deepcopy(self.signature))
         other.symbols = dict(self.symbols)
-        other.facts = dict(self.facts)
+        other.facts = self.facts.copy()
         other.dials = dict(self.dials)
         other.history = copy.deepcopy(self.history)
         other.origin = self.origin

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .facts import Vocabulary
+
 if TYPE_CHECKING:
     from .program import Program
-
-FACT = "vocabulary"
 
 
 def kept_tokens(program: Program, output: str) -> torch.Tensor | None:
     """Return the tokens that an output's logits are of, ascending; None where it has all."""
-    fact = program.facts.get(FACT)
-    if not isinstance(fact, dict) or output not in fact.get("outputs", ("logits",)):
+    trimmed = program.facts.get(Vocabulary)
+    if trimmed is None or output not in trimmed.outputs:
         return None
-    return torch.tensor(fact["ids"], dtype=torch.int64)
+    return torch.tensor(trimmed.ids, dtype=torch.int64)
 
 
 def over_all_tokens(program: Program, outputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,16 +30,16 @@ def over_all_tokens(program: Program, outputs: Mapping[str, Any]) -> dict[str, A
         program: that computed them.
         outputs: by name; other outputs are returned as they are.
     """
-    fact = program.facts.get(FACT)
-    if not isinstance(fact, dict):
+    trimmed = program.facts.get(Vocabulary)
+    if trimmed is None:
         return dict(outputs)
     found = dict(outputs)
-    for name in fact.get("outputs", ("logits",)):
+    for name in trimmed.outputs:
         ids = kept_tokens(program, name)
         assert ids is not None
         if isinstance(found.get(name), torch.Tensor):
             some = found[name]
-            whole = some.new_full((*some.shape[:-1], int(fact["size"])), float("-inf"))
+            whole = some.new_full((*some.shape[:-1], trimmed.size), float("-inf"))
             found[name] = whole.index_copy(-1, ids.to(some.device), some)
         tokens = f"{name}_tokens"
         if isinstance(found.get(tokens), torch.Tensor):

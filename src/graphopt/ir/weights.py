@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -211,27 +211,6 @@ class Weight:
     def with_source(self, source: TensorSource) -> Weight:
         """Return the same weight with other values."""
         return replace(self, source=source)
-
-
-@dataclass
-class WeightCache:
-    """Loaded values, kept while a budget of bytes holds and a source is still the one asked for."""
-
-    budget: int = 0
-    used: int = 0
-    values: dict[str, tuple[TensorSource, torch.Tensor]] = field(default_factory=dict)
-
-    def get(self, key: str, source: TensorSource) -> torch.Tensor:
-        """Return the values of ``source``, from memory if they are there."""
-        held = self.values.get(key)
-        if held is not None and held[0] is source:
-            return held[1]
-        tensor = source.load()
-        size = tensor.numel() * tensor.element_size()
-        if not isinstance(source, InMemory) and self.used + size <= self.budget:
-            self.values[key] = (source, tensor)
-            self.used += size
-        return tensor
 
 
 def numel(shape: Sequence[int]) -> int:

@@ -84,10 +84,8 @@ class Context:
         self.work_dir = Path(work_dir) if work_dir is not None else None
         self.seed = seed
         self.progress: Progress = progress or Silent()
-        self.device = torch.device("cpu")
         self.ranks = 1
         self.notes: list[str] = []
-        self.budget_used: dict[str, float] = {}
         self._number = next(_NUMBERS)
         self._outputs: tuple[tuple[int, int], dict[int, Mapping[str, Any]]] = (-1, -1), {}
 

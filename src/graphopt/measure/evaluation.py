@@ -19,6 +19,7 @@ import torch
 
 from ..data.reading import read_data
 from ..ir.errors import GraphoptError, UsageError
+from ..ir.facts import SkippedWhileDecoding
 from ..ir.inputs import standing_at
 from ..ir.program import Model, Program, as_program
 from ..ir.running.execute import run
@@ -117,7 +118,7 @@ def evaluate(
 
 def _phases(program: Program) -> dict[str, Program]:
     """Return what is measured, by the ending of its metrics' names: a program that skips layers after the prompt is two."""
-    if "decode_layers" not in program.facts or DECODING not in program.dials:
+    if SkippedWhileDecoding not in program.facts or DECODING not in program.dials:
         return {"": program}
     return {"": program, f"_{DECODING}": standing_at(program, DECODING, 1.0)}
 

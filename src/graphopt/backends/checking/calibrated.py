@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.facts import Quantized
 from ...ir.operators.quantize import INTEGERS
 from ...ir.program import Program
 from ...ir.running.execute import interpret, run
@@ -31,7 +32,7 @@ def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str
     begun = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
     numbers = [n for n, v in begun.items() if v.is_floating_point() and v.dim() and n not in carried]
     always = _cut_off(program, begun | {n: torch.zeros_like(begun[n]) for n in numbers})
-    bits = program.facts["quantized"]["activations"]
+    bits = program.facts[Quantized].activations
     most = CUT_OFF.get(bits, 0.01)
     for halvings in range(8):
         smaller = begun | {n: begun[n] * 0.5**halvings for n in numbers}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ir.errors import GraphoptError
+from ...ir.facts import KVCache, Quantized
 from ...ir.program import Program
 from ...ir.running.examples import example_inputs
 from ...ir.running.execute import interpret, run
@@ -123,23 +124,23 @@ def _turned(mask: torch.Tensor) -> torch.Tensor:
 
 def _later(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return positions behind what caches hold; nothing where there are none, or no room."""
-    cache = program.facts.get("kv_cache")
-    if not isinstance(cache, dict) or cache["positions"] not in inputs:
+    cache = program.facts.get(KVCache)
+    if cache is None or cache.positions not in inputs:
         return {}
-    new = int(inputs[cache["positions"]].shape[-1])
+    new = int(inputs[cache.positions].shape[-1])
     slots = min(int(v.shape[2]) for n, v in inputs.items() if "_cache_" in n)
     start = slots - new
-    if isinstance(program.facts.get("quantized"), dict):
+    if Quantized in program.facts:
         start = min(start, new)  # its caches come of one step
     if start <= 0:
         return {}
-    return {n: inputs[n] + start for n in (cache["positions"], "cache_slots") if n in inputs}
+    return {n: inputs[n] + start for n in (cache.positions, "cache_slots") if n in inputs}
 
 
 def _inputs(program: Program, sizes: Mapping[str, int], padding: str) -> dict[str, torch.Tensor]:
     dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
     inputs = example_inputs(program, dict(sizes), padding=padding) | dials
-    if isinstance(program.facts.get("quantized"), dict):
+    if Quantized in program.facts:
         return within_ranges(program, inputs)
     return inputs
 

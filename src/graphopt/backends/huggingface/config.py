@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ...ir.errors import LoweringError
+from ...ir.facts import RemovedLayers
 
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "mlp_dim",
            "ffn_hidden_size", "hidden_dim", "inner_dim")  # fmt: skip
 
 
-def with_widths(config: dict[str, Any], widths: list[tuple[int, int]]) -> dict[str, Any]:
+def with_widths(config: dict[str, Any], widths: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Return a configuration for a model whose feed-forwards have other widths.
 
     Args:
@@ -68,13 +70,13 @@ def with_experts(config: dict[str, Any], before: int, after: int, *, active: boo
     )
 
 
-def renumbered(name: str, removed: list[dict[str, Any]]) -> str:
+def renumbered(name: str, removed: Sequence[RemovedLayers]) -> str:
     """Return the name of a tensor after the layers before its own have left."""
     for stack in removed:
-        prefix = stack["prefix"]
+        prefix = stack.prefix
         match = re.match(r"\d+", name[len(prefix) :]) if name.startswith(prefix) else None
         if match:
             number = int(match.group())
-            after = number - sum(1 for gone in stack["removed"] if gone < number)
+            after = number - sum(1 for gone in stack.removed if gone < number)
             name = f"{prefix}{after}{name[len(prefix) + match.end() :]}"
     return name

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...ir.errors import LoweringError
+from ...ir.facts import RemovedLayers
 
 Skeleton = Callable[[dict[str, Any]], Iterable[str]]
 """From a configuration, the names of the tensors of the model that it describes."""
@@ -62,7 +63,7 @@ class _Place:
 
 
 def without_layers(
-    raw: dict[str, Any], removed: list[dict[str, Any]], skeleton: Skeleton | None = None
+    raw: dict[str, Any], removed: Sequence[RemovedLayers], skeleton: Skeleton | None = None
 ) -> dict[str, Any]:
     """Return a configuration for a model without some layers.
 
@@ -79,7 +80,7 @@ def without_layers(
     """
     edited = raw
     for stack in removed:
-        edited = _without(edited, stack["prefix"], int(stack["count"]), set(stack["removed"]), skeleton)
+        edited = _without(edited, stack.prefix, stack.count, set(stack.removed), skeleton)
     return edited
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ...ir.errors import LoweringError
 from ...ir.export_blockers import export_blockers
+from ...ir.facts import CheckpointChanges
 from ...ir.program import Program
 from ...ir.running.execute import memory_available
 from ...ir.running.fold import computed
@@ -108,7 +109,8 @@ def contents(
             f"a Hugging Face folder cannot hold this program: {reasons}",
             hint="use program.save or program.lower",
         )
-    removed = list(program.facts.get("renumbered", ()))
+    changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
+    removed = changes.removed_layers
     tensors: dict[str, TensorSource] = {}
     for old, node in program.checkpoint.items():
         name = renumbered(old, removed)
@@ -119,12 +121,11 @@ def contents(
             )
         held = node.op == "placeholder"
         tensors[name] = program.weights[node.name].source if held else computed(program, node)[0]
-    widths = [(int(a), int(b)) for a, b in program.facts.get("ffn_widths", [])]
-    config = with_widths(without_layers(program.origin.config, removed, skeleton), widths)
-    if "fixed_experts" in program.facts:
-        config = with_experts(config, *map(int, program.facts["fixed_experts"]), active=True)
-    for before, after in program.facts.get("expert_counts", []):
-        config = with_experts(config, int(before), int(after), active=False)
+    config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
+    if changes.active_experts is not None:
+        config = with_experts(config, *changes.active_experts, active=True)
+    for before, after in changes.expert_counts:
+        config = with_experts(config, before, after, active=False)
     return tensors, config
 
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from ...ir.checking.comparison import relative_error
 from ...ir.errors import LoweringError
+from ...ir.facts import Quantized
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.running.retype import retyped, widen
@@ -55,7 +56,7 @@ def compare_with_runtime(
     Raises:
         LoweringError: ONNX Runtime does not run a file, or an error exceeds the tolerance.
     """
-    whole = isinstance(program.facts.get("quantized"), dict)
+    whole = Quantized in program.facts
     limit = tolerance if tolerance is not None else tolerance_of(program)
     plain = without_rounding(program) if whole and tolerance is None else None
     results = _results(paths, cases)
@@ -72,7 +73,7 @@ def compare_with_runtime(
                 continue
             most = limit
             if name in floats:
-                share = _SHARE_LOST[int(program.facts["quantized"]["activations"])]
+                share = _SHARE_LOST[program.facts[Quantized].activations]
                 lost = _lost(program.outputs[name], reference, floats[name], case)
                 most = min(limit, max(lost.step, share * lost.all))
                 if most < error <= lost.all:
@@ -145,9 +146,9 @@ def _lost(node: fx.Node, reference: torch.Tensor, floats: torch.Tensor, case: Ca
 
 def tolerance_of(program: Program) -> float:
     """Return the largest relative error that rounding explains, by the narrowest type of the weights."""
-    quantized = program.facts.get("quantized")
-    if isinstance(quantized, dict):
-        return _QUANTIZED_TOLERANCE[int(quantized["activations"])]
+    quantized = program.facts.get(Quantized)
+    if quantized is not None:
+        return _QUANTIZED_TOLERANCE[quantized.activations]
     types = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
     return max((_HALF_TOLERANCE.get(t, _TOLERANCE) for t in types), default=_TOLERANCE)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...ir.errors import LoweringError
+from ...ir.facts import KVCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.schema import argument, is_operator
@@ -48,14 +49,14 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
         program: that they were written from.
         reports: of all graphs, parts in their order.
     """
-    cache = program.facts.get("kv_cache")
-    if not isinstance(cache, dict) or cache["tree"] or not cache["logits"] or program.dials:
+    cache = program.facts.get(KVCache)
+    if cache is None or cache.tree or not cache.logits or program.dials:
         return None
     if not _ends(_configuration(program), program):
         return None
-    counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache["tokens"] and s[0] == 1}
+    counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
     chunk = max((int(c) for c in counts), default=0)
-    firsts = sum(cache["tokens"] in r.inputs for r in reports)
+    firsts = sum(cache.tokens in r.inputs for r in reports)
     return (chunk, list(reports)) if counts == {chunk, 1} and chunk > 1 and firsts == 2 else None
 
 
@@ -74,7 +75,7 @@ def pipeline_config(
         target: the device of all graphs but the host's; None for the CPU.
     """
     config = genai_config(program)
-    tokens: Any = program.facts["kv_cache"]["tokens"]
+    tokens = program.facts[KVCache].tokens
     stages: list[dict[str, Any]] = []
     prompt = False
     for report in reports:
@@ -133,8 +134,8 @@ def genai_config(program: Program) -> dict[str, Any]:
     Raises:
         LoweringError: it has no caches, or none that genai can make.
     """
-    cache = program.facts.get("kv_cache")
-    if not isinstance(cache, dict) or cache["tree"] or not cache["logits"]:
+    cache = program.facts.get(KVCache)
+    if cache is None or cache.tree or not cache.logits:
         raise LoweringError(
             "onnxruntime-genai generates with caches, and this program has none of the plain kind",
             hint="run insert-kv-cache{} last, without tree",
@@ -145,14 +146,14 @@ def genai_config(program: Program) -> dict[str, Any]:
         raise LoweringError(
             f"onnxruntime-genai makes all caches alike, and these differ: {sorted(map(str, shapes))}"
         )
-    known = {cache["tokens"], cache["positions"], *(n for n in inputs if "_cache_" in n)}
+    known = {cache.tokens, cache.positions, *(n for n in inputs if "_cache_" in n)}
     if set(inputs) - known or program.dials:
         more = ", ".join(sorted({*inputs, *program.dials} - known))
         raise LoweringError(
             f"onnxruntime-genai has nothing to give for {more}", hint="freeze-dial fixes a dial"
         )
     heads, size = next(iter(shapes))
-    vocabulary = int(program.outputs[cache["logits"]].meta["val"].shape[-1])
+    vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
     config = _configuration(program)
     ends = _ends(config, program)
     if not ends:
@@ -162,8 +163,8 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
-    given = cache["limit"] or config.get("max_position_embeddings") or LONGEST
-    fixed = cache["capacity"] if isinstance(cache["capacity"], int) else None
+    given = cache.limit or config.get("max_position_embeddings") or LONGEST
+    fixed = cache.capacity if isinstance(cache.capacity, int) else None
     longest = fixed or min(int(given), LONGEST)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -171,14 +172,14 @@ def genai_config(program: Program) -> dict[str, Any]:
         "head_size": int(size),
         "hidden_size": int(config.get("hidden_size") or query_heads * int(size)),
         "num_attention_heads": query_heads,
-        "num_hidden_layers": int(cache["layers"]),
+        "num_hidden_layers": int(cache.layers),
         "num_key_value_heads": int(heads),
         "inputs": {
-            "input_ids": cache["tokens"], "position_ids": cache["positions"],
+            "input_ids": cache.tokens, "position_ids": cache.positions,
             "past_key_names": "key_cache_%d", "past_value_names": "value_cache_%d",
         },
         "outputs": {
-            "logits": cache["logits"], "present_key_names": "next_key_cache_%d",
+            "logits": cache.logits, "present_key_names": "next_key_cache_%d",
             "present_value_names": "next_value_cache_%d",
         },
     }  # fmt: skip
@@ -214,7 +215,7 @@ def _configuration(program: Program) -> dict[str, Any]:
 
 def _ends(config: dict[str, Any], program: Program) -> list[int]:
     """Return the tokens that end a text; what a vocabulary was cut down to may not have them any more."""
-    vocabulary = int(program.outputs[program.facts["kv_cache"]["logits"]].meta["val"].shape[-1])
+    vocabulary = int(program.outputs[program.facts[KVCache].logits].meta["val"].shape[-1])
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     return [int(e) for e in ends if e is not None and 0 <= e < vocabulary]
@@ -237,10 +238,10 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     """
     import onnxruntime_genai
 
-    cache: Any = program.facts["kv_cache"]
+    cache = program.facts[KVCache]
     config = json.loads((folder / "genai_config.json").read_text())
     vocabulary = config["model"]["vocab_size"]
-    longest, fixed = int(config["search"]["max_length"]), isinstance(cache["capacity"], int)
+    longest, fixed = int(config["search"]["max_length"]), isinstance(cache.capacity, int)
     # a piece of the prompt's graph, two tokens one by one, and room for some that are generated
     given = min(chunk + 2, longest - 1)
     if given < 1:
@@ -255,7 +256,7 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
         settings.overlay(json.dumps({"model": {"eos_token_id": [unlikely]}}))
         model = onnxruntime_genai.Model(settings)
         parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=cache["capacity"] if fixed else length, do_sample=False)
+        parameters.set_search_options(max_length=cache.capacity if fixed else length, do_sample=False)
         generator = onnxruntime_genai.Generator(model, parameters)
         first = chunk if len(prompt) >= chunk else 0
         for piece in ([prompt[:first]] if first else []) + [[token] for token in prompt[first:]]:
@@ -283,14 +284,14 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
 
 def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
     """Return what a program with empty caches says after each token: (tokens, vocabulary)."""
-    cache: Any = program.facts["kv_cache"]
-    slots = cache["capacity"] if isinstance(cache["capacity"], int) else len(tokens)
+    cache = program.facts[KVCache]
+    slots = cache.capacity if isinstance(cache.capacity, int) else len(tokens)
     inputs = {
-        cache["tokens"]: torch.tensor([tokens]),
-        cache["positions"]: torch.arange(len(tokens))[None],
+        cache.tokens: torch.tensor([tokens]),
+        cache.positions: torch.arange(len(tokens))[None],
     }
     for name, spec in program.signature.inputs.items():
         if "_cache_" in name:
             inputs[name] = torch.zeros(1, int(spec.shape[1]), slots, int(spec.shape[3]), dtype=spec.dtype)
-    said: torch.Tensor = run(program, inputs)[cache["logits"]][0].double()
+    said: torch.Tensor = run(program, inputs)[cache.logits][0].double()
     return said

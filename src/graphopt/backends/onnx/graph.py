@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
-from ...ir.compat import FakeTensor, is_recorded, quiet_onnx_registration
-from ...ir.errors import LoweringError
+from ...ir import operators
+from ...ir.compat import FakeTensor, is_recorded, quick_onnx_export, quiet_onnx_registration
+from ...ir.errors import GraphoptError, LoweringError
 from ...ir.operators.library import KERNELS
 from ...ir.program import Program
 from ...ir.running.fold import fold
+from ...ir.schema import operator_name
 from ...ir.weights import Weight
 from ..torch.exported import exported_program
 from .cleanup import attach_weights, simplify
@@ -37,7 +41,7 @@ def build_graph(program: Program, opset: int) -> Any:
             f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}",
             hint="opset=23 has attention and norms as one each, and is what they get by default",
         )
-    model, weights = _translate(fold(with_integers(program)), opset)
+    model, weights = _translate(written_out(fold(with_integers(program)), opset), opset)
     attach_weights(model, weights)
     simplify(model)
     expected = pairs_in(program)
@@ -51,6 +55,54 @@ def build_graph(program: Program, opset: int) -> Any:
     return model
 
 
+def written_out(program: Program, opset: int) -> Program:
+    """Return the program with operators of graphopt that have no translation written out in others.
+
+    For a single one of them the exporter decomposes the whole graph, nine tenths of the time of such a file. One that
+    cannot be written out here is left to it.
+
+    Args:
+        program: not changed.
+        opset: of the graph.
+    """
+    known = translation_table(opset)
+
+    def left(program: Program) -> list[fx.Node]:
+        return [n for n in program.graph.nodes if _reference(n) is not None and n.target not in known]
+
+    if not left(program):
+        return program
+    made = program.copy()
+    # what one is written out in may be another
+    while sum(_write_out(made, node) for node in left(made)):
+        pass
+    return made
+
+
+def _reference(node: fx.Node) -> Callable[..., Any] | None:
+    """Return the function that defines an operator of graphopt."""
+    library, _, name = operator_name(node.target).partition(".")
+    called = node.op == "call_function" and library == "graphopt" and name in operators.DIALECT
+    return getattr(operators, name, None) if called else None
+
+
+def _write_out(program: Program, node: fx.Node) -> bool:
+    reference = _reference(node)
+    assert reference is not None
+    users = list(node.users)
+    try:
+        with program.edit.before(node):
+            made = program.edit.emit(partial(reference, **node.kwargs), *node.args)
+        if isinstance(made, fx.Node):
+            program.edit.replace(node, made)
+        else:
+            for user in users:
+                program.edit.replace(user, made[user.args[1]])
+    except GraphoptError:
+        return False
+    return True
+
+
 def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
     exported = _exported(program)
     weights = {
@@ -60,10 +112,10 @@ def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
     }
     try:
         try:
-            return _export(_undecomposed(exported), opset), weights
+            return _export(program, _undecomposed(exported), opset), weights
         except torch.onnx.OnnxExporterError:
             # an operator that only the exporter's own decomposition knows
-            return _export(_exported(program), opset), weights
+            return _export(program, _exported(program), opset), weights
     except torch.onnx.OnnxExporterError as error:
         raise LoweringError(
             f"the program has no ONNX form at opset {opset}: {_cause(error)}",
@@ -107,8 +159,13 @@ def _roundings_by_shape() -> Iterator[None]:
         KERNELS.update(before)
 
 
-def _export(exported: ExportedProgram, opset: int) -> Any:
-    with quiet_onnx_registration(), _roundings_by_shape(), warnings.catch_warnings():
+def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
+    with (
+        quiet_onnx_registration(),
+        quick_onnx_export(program.mode, program.symbols),
+        _roundings_by_shape(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         written = torch.onnx.export(
             exported,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...ir.errors import LoweringError
-from ...ir.inputs import add_input, remove_input
 from ...ir.program import Program
 from ...ir.running.execute import run
-from ...ir.running.fold import drop_unread_weights
+from ...ir.running.extract import extract
 from ...targets.partition import border
 from ..checking.cases import Case
 
@@ -39,35 +38,9 @@ def split(program: Program) -> Split:
         )
     if not values:
         return Split(None, program)
-    device = program.copy()
-    places = {n.name: n for n in device.graph.nodes}
-    for node in values:
-        own = places[node.name]
-        value = own.meta["val"]
-        given = add_input(device, f"host_{node.name}", list(value.shape), value.dtype)
-        device.edit.replace(own, given, record=False)
-    _drop_unread_inputs(device)
-    drop_unread_weights(device)
-    host = program.copy()
-    places = {n.name: n for n in host.graph.nodes}
-    host.signature.outputs = {
-        "dict": {f"host_{n.name}": {"leaf": f"host_{n.name}"} for n in values},
-        "class": None,
-    }
-    before = list(host.output_node.all_input_nodes)
-    host.edit.set_outputs([places[n.name] for n in values])
-    host.edit.erase_dead(before)
-    host.checkpoint.clear()
-    host.edit.erase_dead([n for n in reversed(list(host.graph.nodes)) if n.op == "call_function"])
-    _drop_unread_inputs(host)
-    drop_unread_weights(host)
-    return Split(host, device)
-
-
-def _drop_unread_inputs(program: Program) -> None:
-    for name, node in list(program.input_nodes.items()):
-        if name in program.signature.inputs and not node.users:
-            remove_input(program, name)
+    crossing = {f"host_{node.name}": node for node in values}
+    device = extract(program, crossing, program.outputs, all_given=True)
+    return Split(extract(program, {}, crossing, all_given=True), device)
 
 
 def prepared(case: Case, host: Program) -> Case:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from ...ir.errors import LoweringError
+from ...ir.facts import Quantized
 from ...ir.program import Program
 from ...ir.running.retype import retyped
 from ...targets import FLOAT, Target, find_target
@@ -113,10 +114,10 @@ def lower_onnx(
         raise LoweringError(
             "a graph in parts has fixed sizes", hint="sizes= gives them; --shape on the command line"
         )
-    quantized = program.facts.get("quantized")
+    quantized = program.facts.get(Quantized)
     kind = FLOAT
-    if isinstance(quantized, dict):
-        kind = f"w{4 if quantized.get('four_bits') else 8}a{quantized['activations']}"
+    if quantized is not None:
+        kind = f"w{4 if quantized.four_bits else 8}a{quantized.activations}"
         program = retyped(program, torch.float32)
     if folder and place.exists():
         raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")
@@ -156,7 +157,7 @@ def lower_onnx(
 
 
 def _usual_opset(program: Program) -> int:
-    return 20 if program.facts.get("quantized") is None else 23
+    return 23 if Quantized in program.facts else 20
 
 
 def _target(program: Program, name: str | None, opset: int | None) -> Target | None:

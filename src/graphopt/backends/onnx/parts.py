@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from ...ir.errors import LoweringError
-from ...ir.inputs import add_input, remove_input
 from ...ir.program import Program
-from ...ir.running.fold import depends_on_weights_alone, drop_unread_weights
+from ...ir.running.extract import extract
+from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator, normal_call
 from .quantized import ROUNDINGS
 
@@ -132,36 +132,24 @@ def _part(
     program: Program, calls: list[fx.Node], given: fx.Node | None, gives: fx.Node | None, number: int,
     settled: set[fx.Node],
 ) -> Program:  # fmt: skip
-    made = program.copy()
-    places = {n.name: n for n in made.graph.nodes}
-    if given is not None:
-        own = places[given.name]
-        value = own.meta["val"]
-        taken = add_input(made, f"part_{number - 1}", list(value.shape), value.dtype)
-        if is_operator(own, "graphopt.fake_quantize"):
-            # a value that comes from outside is stored in as few bits as it was
-            found = dict(arguments(own)) | {"x": taken}
-            args, kwargs = normal_call(own.target, found)
-            with made.edit.after(taken):
-                taken = made.edit.call(own.target, *args, **kwargs)
-        made.edit.replace(own, taken, record=False)
-        places = {n.name: n for n in made.graph.nodes}
     inside = {n.name for n in calls}
-    outputs = {
-        name: node.name
+    writes = {
+        name: node
         for name, node in program.outputs.items()
         if node.name in inside or (number == 1 and (node.op == "placeholder" or node in settled))
     }
     if gives is not None:
-        outputs[f"part_{number}"] = gives.name
-    made.signature.outputs = {"dict": {name: {"leaf": name} for name in outputs}, "class": None}
-    before = list(made.output_node.all_input_nodes)
-    made.edit.set_outputs([places[name] for name in outputs.values()])
-    made.edit.erase_dead(before)
-    made.checkpoint.clear()
-    made.edit.erase_dead([n for n in reversed(list(made.graph.nodes)) if n.op == "call_function"])
-    for name, node in list(made.input_nodes.items()):
-        if name in made.signature.inputs and not node.users:
-            remove_input(made, name)
-    drop_unread_weights(made)
-    return made
+        writes[f"part_{number}"] = gives
+    name = f"part_{number - 1}"
+    part = extract(program, {} if given is None else {name: given}, writes, all_given=True)
+    if given is not None and is_operator(given, "graphopt.fake_quantize"):
+        # a value that comes from outside is stored in as few bits as it was
+        taken = part.input_nodes[name]
+        readers = list(taken.users)
+        args, kwargs = normal_call(given.target, dict(arguments(given)) | {"x": taken})
+        with part.edit.after(taken):
+            rounded = part.edit.call(given.target, *args, **kwargs)
+        for reader in readers:
+            reader.replace_input_with(taken, rounded)
+        part.changed()
+    return part

@@ -169,7 +169,7 @@ def check_on_target(
         raise LoweringError(
             f"{target.name} computes something else than ONNX Runtime on the same file: {told}; "
             f"{LEAST[kind]:.0f} dB are asked for",
-            hint="it computes an operator wrongly; python -m graphopt.backends.sweep tries them one by one",
+            hint="it computes an operator wrongly; tools/target_sweep in the repository tries them one by one",
         )
     files = () if context is None else tuple(sorted(context.parent.glob(f"{context.stem}*")))
     return TargetReport(

@@ -51,7 +51,7 @@ class DraftProgram(Drafter):
                 hint="a draft needs the program's tokenizer",
             )
         self.held: list[list[int]] = [[] for _ in rows]
-        self.logits = self.draft.facts["logits"]
+        self.logits = self.draft.cache.logits
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
         """Take up what was committed since, and continue it."""

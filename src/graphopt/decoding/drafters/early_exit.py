@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...ir.errors import UsageError
+from ...ir.facts import EarlyExits
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter
 from ..sampling import Sampling
@@ -38,7 +39,8 @@ class EarlyExit(Drafter):
             UsageError: the program has none, or several and none is named.
         """
         super().begin(decoder, rows, sampling)
-        exits = list(decoder.program.facts.get("early_exits", {}))
+        attached = decoder.program.facts.get(EarlyExits)
+        exits = list(attached.layers) if attached is not None else []
         if not exits:
             raise UsageError("this program has no exits", hint="attach-early-exit adds them")
         if self.output is None and len(exits) > 1:

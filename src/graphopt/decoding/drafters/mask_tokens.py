@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...ir.errors import UsageError
+from ...ir.facts import MaskTokens as Masked
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter, Seen
 from ..sampling import Sampling
@@ -45,12 +46,12 @@ class MaskTokens(Drafter):
             UsageError: it has none, or fewer than are asked for, or no way to put them behind a row.
         """
         super().begin(decoder, rows, sampling)
-        facts = decoder.program.facts.get("mask_tokens")
-        if not isinstance(facts, dict) or LOGITS not in decoder.program.outputs:
+        masked = decoder.program.facts.get(Masked)
+        if masked is None or LOGITS not in decoder.program.outputs:
             raise UsageError("this program has no mask tokens", hint="attach-mask-tokens adds them")
-        self.count = int(facts["masks"]) if self.tokens is None else self.tokens
-        if self.count > int(facts["masks"]):
-            raise UsageError(f"the program has {facts['masks']} mask tokens, {self.count} are asked for")
+        self.count = masked.masks if self.tokens is None else self.tokens
+        if self.count > masked.masks:
+            raise UsageError(f"the program has {masked.masks} mask tokens, {self.count} are asked for")
         self.hidden: list[torch.Tensor | None] = [None] * len(rows)
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:

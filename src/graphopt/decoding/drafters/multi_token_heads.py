@@ -9,6 +9,8 @@ import torch
 
 from ...ir.cost import cost
 from ...ir.errors import UsageError
+from ...ir.facts import KVCache
+from ...ir.facts import MultiTokenHeads as Attached
 from ...ir.program import Program
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter, Seen
@@ -61,14 +63,14 @@ class MultiTokenHeads(Drafter):
             UsageError: the program has no heads.
         """
         super().begin(decoder, rows, sampling)
-        facts = decoder.program.facts.get("multi_token_heads")
+        attached = decoder.program.facts.get(Attached)
         self.taken = TOKENS in decoder.program.outputs
-        if not isinstance(facts, dict) or not (self.taken or OUTPUT in decoder.program.outputs):
+        if attached is None or not (self.taken or OUTPUT in decoder.program.outputs):
             raise UsageError(
                 "this program has no multi-token heads", hint="attach-multi-token-heads adds them"
             )
-        heads = int(facts["heads"])
-        measured = self.accuracy or facts.get("accuracy")
+        heads = attached.heads
+        measured = self.accuracy or attached.accuracy
         if measured is None:
             measured = [[a / 2**depth for a in ASSUMED] for depth in range(heads)]
         nodes = self.nodes or best_size(
@@ -143,7 +145,7 @@ def best_size(
         batch: rows that are computed together.
         context: slots of the caches that are read.
     """
-    shape = program.signature.inputs[program.facts["kv_cache"]["tokens"]].shape
+    shape = program.signature.inputs[program.facts[KVCache].tokens].shape
 
     def seconds(tokens: int) -> float:
         sizes = {str(shape[0]): batch, str(shape[1]): tokens, "capacity": context}

@@ -38,7 +38,7 @@ class TokenRecycling(Drafter):
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Keep the table of earlier texts, if the vocabulary is the same."""
         super().begin(decoder, rows, sampling)
-        self.logits = decoder.facts["logits"]
+        self.logits = decoder.cache.logits
         self.successors = min(self.successors, decoder.vocabulary)
         if self.table.shape != (decoder.vocabulary, self.successors):
             self.table = torch.full((decoder.vocabulary, self.successors), -1, dtype=torch.int64)

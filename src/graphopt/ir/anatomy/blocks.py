@@ -156,16 +156,6 @@ class Anatomy:
         """Mixtures of experts."""
         return [*self.of("experts"), *self.beside]
 
-    @property
-    def mixers(self) -> list[Block]:
-        """Blocks on the stream that are neither attention nor feed-forward: state spaces, convolutions."""
-        return self.of("mixer")
-
-    @property
-    def unrecognised(self) -> list[Block]:
-        """Blocks on the stream that fit no name."""
-        return self.of("unrecognised")
-
     def block(self, name: str) -> Block:
         """Return the block of this name.
 

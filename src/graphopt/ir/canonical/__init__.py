@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..compat import refusing_guards
+from ..facts import Canonical
 from ..rewriting.cleanup import clean, drop_dead, settle_sizes, share_equal
 from ..rewriting.functionalise import functionalise
 from .convolutions import raise_convolutions
@@ -33,8 +34,7 @@ def canonicalise(program: Program) -> None:
     with refusing_guards(program.mode):
         _canonicalise(program)
     program.edit.end()
-    program.facts["canonical"] = True
-    program.facts["eval"] = True
+    program.facts.add(Canonical())
 
 
 def _canonicalise(program: Program) -> None:

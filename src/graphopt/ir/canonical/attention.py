@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..facts import note_capture
 from ..infer import same_size, same_value
 from ..schema import argument, arguments, is_operator
 from .masks import MaskMeaning, split_mask
@@ -34,8 +35,7 @@ def raise_attention(program: Program) -> None:
             continue
         if reason:
             unraised.append(f"{node.name}: {reason}")
-    if unraised:
-        program.facts["unraised_attention"] = unraised
+    note_capture(program, plain_attention=tuple(unraised))
 
 
 def _meaning(

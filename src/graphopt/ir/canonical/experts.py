@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..facts import note_capture
 from ..infer import same_size, same_value
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
@@ -34,8 +35,7 @@ def raise_experts(program: Program) -> None:
                 reason = _raise(program, up, down)
                 if reason:
                     unraised.append(f"{up['node'].name}: {reason}")
-    if unraised:
-        program.facts["unraised_experts"] = unraised
+    note_capture(program, plain_experts=tuple(unraised))
 
 
 def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:

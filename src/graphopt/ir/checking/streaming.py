@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..facts import Streaming
 from ..program import Program
 from ..running.execute import interpret, run
 from ..running.recurrent_state import states_of
@@ -40,7 +41,7 @@ def initial_state(
         UsageError: the program has no states, or they have a size that is not given.
     """
     names = states_of(program)
-    if not names and "streaming" not in program.facts:
+    if not names and Streaming not in program.facts:
         raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
     made = {}
     for name in names:

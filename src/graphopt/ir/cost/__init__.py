@@ -26,7 +26,6 @@ from .registry import FORMULAS, Formula, formula
 from .roofline import Bound, Timing, time_call, total
 from .summary import BlockCost, Cost, cost, expressions, run_totals, works_by_node
 from .survey import VIEWS, Survey, survey
-from .transformer import Transformer, decode_time, forward_work, prefill_time
 from .weights import WeightCount, count_weights
 
 __all__ = [
@@ -48,7 +47,6 @@ __all__ = [
     "Survey",
     "Sync",
     "Timing",
-    "Transformer",
     "WeightCount",
     "Work",
     "all_gather",
@@ -56,19 +54,16 @@ __all__ = [
     "communication",
     "cost",
     "count_weights",
-    "decode_time",
     "double_tree",
     "expressions",
     "find_device",
     "find_link",
     "formula",
-    "forward_work",
     "in_switch",
     "known",
     "moved",
     "one_shot",
     "peak_memory",
-    "prefill_time",
     "ring",
     "run_totals",
     "sent_bytes",

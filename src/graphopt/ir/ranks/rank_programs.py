@@ -16,6 +16,7 @@ from torch import fx
 
 from .. import groups
 from ..errors import UsageError, VerificationError
+from ..facts import OwnRank, TensorParallel
 from ..program import Program
 from ..schema import arguments, is_operator, operator_name
 
@@ -29,7 +30,8 @@ ON_RANKS = (*COLLECTIVES, "graphopt.local_slice", "graphopt.unreduced")
 
 def ranks_of(program: Program) -> int:
     """Return how many ranks a program is for; 0 if it is not sharded, or is one rank's."""
-    return 0 if "rank" in program.facts else int(program.facts.get("ranks", 0))
+    sharded = program.facts.get(TensorParallel)
+    return 0 if sharded is None or OwnRank in program.facts else sharded.ranks
 
 
 def synchronisations(program: Program) -> list[fx.Node]:
@@ -184,7 +186,8 @@ def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
     output.meta["val"] = tuple(n.meta["val"] for n in output.args[0])
     other = Program(graph, program.mode, dict(program.weights), program.signature)
     other.symbols, other.dials, other.origin = dict(program.symbols), dict(program.dials), program.origin
-    other.facts = {k: v for k, v in program.facts.items() if k not in ("ranks", "tensor_parallel")}
+    other.facts = program.facts.copy()
+    other.facts.discard(TensorParallel)
     other.checkpoint = {
         name: copies[node][0] for name, node in program.checkpoint.items() if len(copies[node]) == 1
     }
@@ -218,7 +221,7 @@ def _bound_to(program: Program, rank: int) -> Program:
             own.edit.replace(node, part, same=False)
         elif is_operator(node, "graphopt.unreduced"):
             own.edit.replace(node, arguments(node)["x"], same=False)
-    own.facts["rank"] = rank
+    own.facts.add(OwnRank(rank))
     own.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
     replaced = dict(own.edit.journal)
     own.derived("replaced by", lambda: replaced)
@@ -244,7 +247,7 @@ def stand_ins(program: Program) -> StandIns | None:
     running = runnable(program)
     if running is program:
         return None
-    if "rank" not in running.facts:
+    if OwnRank not in running.facts:
         return StandIns(running, rank_copies(program), {})
     names = running.derived("replaced by", dict)
     return StandIns(running, None, {n.name: n for n in running.graph.nodes} | names)

@@ -138,11 +138,6 @@ def call(*operators: str, **options: Any) -> Callable[..., Call]:
     return make
 
 
-def maybe(outer: Callable[[Any], Call], inner: Any) -> Either:
-    """Match ``outer(inner)``, or ``inner`` by itself."""
-    return Either((outer(inner), inner))
-
-
 def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str]]:
     """Return the patterns of what a function of tensors computes, one per result, and its parameters.
 

@@ -183,7 +183,7 @@ class _Recording:
 
     def record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Append a call and return its value."""
-        if target.namespace == "prim":
+        if target.namespace == "prim" or target is torch.ops.aten.promote_types.default:
             return target(*args, **kwargs)
         if target is torch.ops.aten.detach_.default:
             return args[0]

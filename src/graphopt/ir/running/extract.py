@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-def extract(program: Program, reads: Mapping[str, fx.Node], writes: Mapping[str, fx.Node]) -> Program:
+def extract(
+    program: Program, reads: Mapping[str, fx.Node], writes: Mapping[str, fx.Node], *, all_given: bool = False
+) -> Program:
     """Return what computes ``writes`` from ``reads``, from other inputs where it must, and from weights.
 
     Args:
         program: stays as it is; weights are shared.
         reads: values of it by the names of the inputs that take their place.
         writes: values of it by the names of the outputs they become.
+        all_given: no input of the part may be left out; so none is kept only because another is made like it.
 
     Raises:
         UsageError: a value to be written does not depend on anything that is read, or a name is taken.
@@ -47,7 +50,7 @@ def extract(program: Program, reads: Mapping[str, fx.Node], writes: Mapping[str,
         if node not in needed and node.op == "call_function":
             part.graph.erase_node(node)
     part.changed()
-    _drop_inputs(part, keep=set(reads))
+    _drop_inputs(part, all_given)
     drop_unread_weights(part)
     missing = [name for name in reads if name not in part.input_nodes]
     if missing:
@@ -57,7 +60,7 @@ def extract(program: Program, reads: Mapping[str, fx.Node], writes: Mapping[str,
     return part
 
 
-def _drop_inputs(program: Program, keep: set[str]) -> None:
+def _drop_inputs(program: Program, all_given: bool) -> None:
     """Take out inputs that nothing reads; sizes are read from those that are left."""
     signature = program.signature
     unread = {
@@ -66,12 +69,16 @@ def _drop_inputs(program: Program, keep: set[str]) -> None:
     likes = {
         spec.fill.like
         for name, spec in signature.inputs.items()
-        if spec.fill is not None and name not in unread
+        if spec.fill is not None and name not in unread and not all_given
     }
     gone = unread - likes
     for name in gone:
         program.graph.erase_node(program.input_nodes[name])
-    inputs = {n: spec for n, spec in signature.inputs.items() if n not in gone}
+    inputs = {
+        n: replace(spec, fill=None) if spec.fill is not None and spec.fill.like in gone else spec
+        for n, spec in signature.inputs.items()
+        if n not in gone
+    }
     used = {str(size) for spec in inputs.values() for size in spec.shape}
     sizes = {n: s for n, s in signature.sizes.items() if any(n in text for text in used)}
     program.signature = replace(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..facts import KVCache
 from ..program import Program
 
 
@@ -26,23 +27,23 @@ def begun(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torc
     """
     given = dict(batch)
     names = [name for name in states_of(program) if name not in given]
-    cache = program.facts.get("kv_cache")
+    cache = program.facts.get(KVCache)
     if not names or not given:
         return given
-    if isinstance(cache, dict) and cache["tokens"] in given:
-        tokens = given[cache["tokens"]]
+    if cache is not None and cache.tokens in given:
+        tokens = given[cache.tokens]
         longest = program.signature.inputs[names[0]].shape[2]
         if isinstance(longest, int):
             tokens = tokens[:, :longest]
-        given[cache["tokens"]] = tokens
-        if cache["positions"] not in given:
-            given[cache["positions"]] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        given[cache.tokens] = tokens
+        if cache.positions not in given:
+            given[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
     rows = next(iter(given.values())).shape[0]
     for name in names:
         spec = program.signature.inputs[name]
         sizes = [s if isinstance(s, int) else rows for s in spec.shape]
-        if isinstance(cache, dict) and not isinstance(spec.shape[2], int):
-            sizes[2] = given[cache["tokens"]].shape[1] + STEPS
+        if cache is not None and not isinstance(spec.shape[2], int):
+            sizes[2] = given[cache.tokens].shape[1] + STEPS
         given[name] = torch.zeros(sizes, dtype=spec.dtype)
     return given
 
@@ -59,17 +60,17 @@ def in_steps(
         batch: all of its inputs, as :func:`begun` gives them.
         run: called with the inputs of each step; returns the outputs by name.
     """
-    names, cache = states_of(program), program.facts.get("kv_cache")
+    names, cache = states_of(program), program.facts.get(KVCache)
 
     def following(given: Mapping[str, torch.Tensor], outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {**given, **{name: outputs[f"next_{name}"] for name in names}}
 
-    if not isinstance(cache, dict):
+    if cache is None:
         run(following(batch, run(dict(batch))))
         return
-    ids, positions = batch[cache["tokens"]], batch[cache["positions"]]
+    ids, positions = batch[cache.tokens], batch[cache.positions]
     prompt = max(1, ids.shape[1] - STEPS)
     given = dict(batch)
     for first, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
-        given |= {cache["tokens"]: ids[:, first:end], cache["positions"]: positions[:, first:end]}
+        given |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
         given = following(given, run(given))

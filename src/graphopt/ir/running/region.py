@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -237,8 +237,3 @@ def drawn_source(node: fx.Node, seed: int) -> TensorSource:
     return Drawn(
         shape, torch.float64 if value.dtype.is_floating_point else value.dtype, seed, max(fan_in, 1) ** -0.5
     )
-
-
-def names_of(nodes: Iterable[fx.Node]) -> list[str]:
-    """Names of nodes."""
-    return [node.name for node in nodes]

@@ -15,7 +15,6 @@ from ..checking.verify import verify
 from ..compat import new_fake_mode
 from ..constraints import parse_relation
 from ..errors import CheckpointError
-from ..export_blockers import block_export
 from ..infer import infer, same_size
 from ..program import Dial, Origin, Program
 from ..signature import Fill, Input, Signature, SizeRange
@@ -24,6 +23,7 @@ from ..weights import SafetensorsEntry, Weight
 from .allowed import check_call, operator_of
 from .documents import Entry, read_document
 from .encode import decode, dtype_of
+from .facts import typed_facts
 from .manifest import FORMAT, INFERRED, VERSION, file_hash
 from .names import asset_name, input_name, weight_name
 from .safetensors_file import contained, read_header
@@ -254,11 +254,7 @@ class _Reader:
 
     def rest(self, program: Program) -> None:
         document = self.document
-        program.facts = dict(document.table("facts"))
-        if reason := program.facts.pop(
-            "unwritable", None
-        ):  # as programs were saved before there could be several
-            block_export(program, str(reason), by="an earlier pass")
+        program.facts = typed_facts(document.table("facts"))
         program.history = list(document.list("history"))
         if not all(isinstance(entry, dict) for entry in program.history):
             raise CheckpointError("the history is damaged")

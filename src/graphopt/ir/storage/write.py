@@ -22,6 +22,7 @@ from ..weights import Weight
 from .allowed import name_of
 from .atomic import atomic_folder
 from .encode import dtype_name, encode
+from .facts import plain_facts
 from .manifest import FORMAT, INFERRED, VERSION, file_hash, is_saved_program
 from .names import asset_name, input_name, weight_name
 from .read import load_program
@@ -167,7 +168,7 @@ def describe_program(program: Program) -> dict[str, Any]:
         "values": [json.loads(v) for v in values],
         "nodes": nodes,
         "checkpoint": {name: node.name for name, node in program.checkpoint.items()},
-        "facts": _plain(program.facts),
+        "facts": plain_facts(program.facts),
         "dials": {
             input_name(n, "dials"): [*(encode(float(v), n) for v in (d.default, d.low, d.high)), d.help]
             for n, d in program.dials.items()

@@ -10,6 +10,7 @@ import torch
 from ...ir.checking.comparison import relative_error
 from ...ir.checking.streaming import Difference
 from ...ir.errors import VerificationError
+from ...ir.facts import KVCache
 from ...ir.running.execute import interpret, memory_available
 from ...ir.running.recurrent_state import states_of
 from ...ir.running.retype import retyped
@@ -32,21 +33,19 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     Raises:
         VerificationError: caches of that capacity do not fit into memory.
     """
-    facts = cached.facts["kv_cache"]
-    capacity = facts["capacity"] if isinstance(facts["capacity"], int) else tokens + 3
+    cache = cached.facts[KVCache]
+    capacity = cache.capacity if isinstance(cache.capacity, int) else tokens + 3
     tokens = min(tokens, capacity - 1)
     _require_room(cached, capacity)
     wide, cut = retyped(whole), retyped(cached)
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
-    spec = whole.signature.inputs[facts["tokens"]]
+    spec = whole.signature.inputs[cache.tokens]
     shape = (2, tokens, *(s for s in spec.shape[2:] if isinstance(s, int)))
     if spec.dtype.is_floating_point:
         given = torch.randn(shape, generator=generator, dtype=torch.float64)
     else:
-        given = torch.randint(0, vocabulary(whole, facts["tokens"]), shape, generator=generator).to(
-            spec.dtype
-        )
-    expected = interpret(wide, wide.bind((), {facts["tokens"]: given}))
+        given = torch.randint(0, vocabulary(whole, cache.tokens), shape, generator=generator).to(spec.dtype)
+    expected = interpret(wide, wide.bind((), {cache.tokens: given}))
     worst: Difference | None = None
     state = empty_caches(cut, 2, capacity, torch.float64)
     start = 0
@@ -56,12 +55,12 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
         offset = torch.tensor([[0], [min(start, 1)]])
         positions = torch.arange(start, start + size)[None] - offset
         piece = torch.stack([given[row].index_select(0, positions[row]) for row in range(2)])
-        inputs = {facts["tokens"]: piece, facts["positions"]: positions, **state}
+        inputs = {cache.tokens: piece, cache.positions: positions, **state}
         for name, spec_ in cut.signature.inputs.items():
             if spec_.fill is not None and spec_.fill.rule == "following":
                 ahead = make_fill(spec_.fill, spec_.dtype, given)
                 inputs[name] = torch.stack([ahead[row].index_select(0, positions[row]) for row in range(2)])
-        if facts["tree"]:
+        if cache.tree:
             inputs["cache_slots"] = positions
             inputs["step_mask"] = torch.ones(2, size, size, dtype=torch.bool)
         values = interpret(cut, cut.bind((), inputs))

@@ -13,6 +13,7 @@ from ...ir.checking.report import PassReport
 from ...ir.compat import surely_equal
 from ...ir.errors import ContractError, PassRefusedError, VerificationError
 from ...ir.export_blockers import block_export
+from ...ir.facts import KVCache, Streaming
 from ...ir.inputs import add_input, limit_size, remove_input
 from ...ir.option import option
 from ...ir.program import Program
@@ -49,8 +50,8 @@ class InsertKVCache(Pass):
     name = "insert-kv-cache"
     contract = ExactInChunks()
     together = True
-    provides = ("cached",)
-    excludes = ("cached", "streaming")
+    provides = (KVCache,)
+    excludes = (KVCache, Streaming)
 
     max_length: int | None = option(
         None, help="slots of each cache, fixed; left out, caches are as long as they are given", low=2
@@ -209,11 +210,17 @@ class InsertKVCache(Pass):
                 self._token_wise(program, decoder, tables, value, left, positions, first)
         _drop_masks(program, decoder)
         limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
-        program.facts["kv_cache"] = {
-            "capacity": self.max_length if self.max_length is not None else "capacity",
-            "layers": len(pairs), "tree": self.tree, "tokens": decoder.tokens.meta["input"],
-            "positions": positions.meta["input"], "limit": limit, "logits": _logits(program),
-        }  # fmt: skip
+        program.facts.add(
+            KVCache(
+                capacity=self.max_length if self.max_length is not None else "capacity",
+                layers=len(pairs),
+                tree=self.tree,
+                tokens=str(decoder.tokens.meta["input"]),
+                positions=str(positions.meta["input"]),
+                limit=limit,
+                logits=_logits(program),
+            )
+        )
         block_export(program, NO_FOLDER, by=self.name)
 
     def _caches(

@@ -12,6 +12,7 @@ from torch import fx
 
 from ...ir.errors import PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import FusedBranches
 from ...ir.needs import NONZERO, SOME
 from ...ir.option import option
 from ...ir.program import Program
@@ -54,7 +55,7 @@ class ExpandBranches(Pass):
 
     name = "expand-branches"
     contract = Exact()
-    invalidates = ("branches_fused",)
+    invalidates = (FusedBranches,)
     paper = "arXiv 2406.02652"
 
     kernels: list[int] = option(  # noqa: RUF009

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...ir.export_blockers import block_export
+from ...ir.facts import FusedBranches
 from ...ir.option import option
 from ...ir.program import Program
 from ..framework.base import Pass
@@ -35,7 +36,7 @@ class FuseBranches(Pass):
 
     name = "fuse-branches"
     contract = Exact()
-    provides = ("branches_fused",)
+    provides = (FusedBranches,)
     paper = "arXiv 2406.02652"
 
     allow_growth: bool = option(False, help="fuse also where that takes more multiply-adds than before")

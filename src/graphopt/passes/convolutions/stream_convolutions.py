@@ -13,6 +13,7 @@ from ...ir.checking.report import PassReport
 from ...ir.checking.streaming import compare_in_chunks
 from ...ir.errors import ContractError
 from ...ir.export_blockers import block_export
+from ...ir.facts import Streaming
 from ...ir.inputs import add_input, limit_size
 from ...ir.option import option
 from ...ir.program import Program
@@ -62,8 +63,8 @@ class StreamConvolutions(Pass):
     name = "stream-convolutions"
     contract = ExactInChunks()
     together = True
-    provides = ("streaming",)
-    excludes = ("streaming",)
+    provides = (Streaming,)
+    excludes = (Streaming,)
     paper = "arXiv 2406.02652"
 
     axis: str = option(
@@ -143,12 +144,12 @@ class StreamConvolutions(Pass):
                 following = program.edit.call(aten.slice.Tensor, joined, axis, -frames)
             program.add_output(f"next_state_{number}", following)
         limit_size(program, time, 1)
-        program.facts["time"] = time
+        program.facts.add(Streaming(time))
         block_export(program, "a streaming program has states, which no checkpoint holds")
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
         """Compare pieces with the whole; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`."""
-        worst = compare_in_chunks(before, after, after.facts["time"])
+        worst = compare_in_chunks(before, after, after.facts[Streaming].time)
         entry.checks, entry.error = 1, 0.0 if worst is None else worst.error
         if worst is not None and not worst.error <= ExactInChunks.limit:
             raise ContractError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import fx
 
 from ...ir.export_blockers import block_export
+from ...ir.facts import RemovedLayers, note_checkpoint
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.readers import readers
@@ -51,8 +51,7 @@ def forget_removed(
             ),
         )
         return
-    history: list[Any] = list(program.facts.get("renumbered", ()))
-    program.facts["renumbered"] = [*history, *renumbered]
+    note_checkpoint(program, removed_layers=tuple(renumbered))
 
 
 def _made_of(program: Program, node: fx.Node) -> set[fx.Node]:
@@ -78,7 +77,7 @@ def _only_feeds_nothing(program: Program, node: fx.Node, before: set[fx.Node]) -
     return all(u.users or u.op == "call_function" for u in seen) and not any(u.op == "output" for u in seen)
 
 
-def numbering(names: list[set[str]], removed: list[int]) -> list[dict[str, Any]] | None:
+def numbering(names: list[set[str]], removed: list[int]) -> list[RemovedLayers] | None:
     """Return, for each stack of layers, the prefix before the number, how many there were, and which go.
 
     None if the names do not tell layers apart by a number.
@@ -96,7 +95,7 @@ def numbering(names: list[set[str]], removed: list[int]) -> list[dict[str, Any]]
         if sorted(layers) != list(range(len(layers))):
             return None
         if gone:
-            plan.append({"prefix": prefix, "count": len(layers), "removed": gone})
+            plan.append(RemovedLayers(prefix, len(layers), tuple(gone)))
     return plan
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from ...ir.anatomy.rows import shaped_like
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export, export_blockers, unblock_export
+from ...ir.facts import SkippedWhileDecoding
 from ...ir.needs import ABSENT
 from ...ir.option import option
 from ...ir.program import Dial, Program
@@ -52,7 +53,6 @@ class SkipLayers(Pass):
     name = "skip-layers"
     contract = Approximate()
     paper = "arXiv 2404.06954, 2403.03853, 2403.17887"
-    invalidates = ("calibrated",)
     trial = {"layers": [0]}  # noqa: RUF012
 
     layers: list[int] | None = option(None, help="numbers of the layers to remove, from 0")  # noqa: RUF009
@@ -176,7 +176,7 @@ class SkipLayers(Pass):
         for node in [n for n in program.nodes if is_operator(n, "graphopt.skipped")]:
             found = arguments(node)
             program.edit.replace(node, found["before"] if value >= 0.5 else found["after"], record=False)
-        program.facts.pop("decode_layers", None)
+        program.facts.discard(SkippedWhileDecoding)
         others = [r for r in export_blockers(program).get(cls.name, ()) if r != PHASED]
         unblock_export(program, cls.name)
         for reason in others:
@@ -203,7 +203,7 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
             program.edit.touched[user] = None
         now[writes] = chosen
     program.changed()
-    program.facts["decode_layers"] = [unit.name for unit in units]
+    program.facts.add(SkippedWhileDecoding(tuple(unit.name for unit in units)))
     block_export(program, PHASED)
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export, export_blockers, unblock_export
+from ...ir.facts import AdjustableExperts, note_checkpoint
 from ...ir.option import option
 from ...ir.program import Dial, Program
 from ...ir.running.region import cut, drawn_source, leaf_value
@@ -44,8 +45,8 @@ class DialTopK(Pass):
     name = "dial-top-k"
     contract = ExactAt("active_experts", float("nan"))
     paper = "arXiv 2509.23012"
-    provides = ("dialled_experts",)
-    excludes = ("dialled_experts",)
+    provides = (AdjustableExperts,)
+    excludes = (AdjustableExperts,)
 
     fixed: int | None = option(None, help="this k, for good, instead of a dial", low=1)
     per_layer: bool = option(False, help="a dial for each mixture: active_experts_0, active_experts_1, ...")
@@ -106,7 +107,7 @@ class DialTopK(Pass):
             _limit(program, block, k, bool(site["renormalised"]))
         counts = {int(site["most"]) for site in plan.sites}
         if self.fixed is not None and len(counts) == 1 and len(plan.sites) == mixtures:
-            program.facts["fixed_experts"] = [counts.pop(), self.fixed]
+            note_checkpoint(program, active_experts=(counts.pop(), self.fixed))
         else:
             block_export(program, DIALLED if self.fixed is None else UNEVEN)
 
@@ -125,7 +126,7 @@ class DialTopK(Pass):
         if len(limited) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
             number = numbers.pop()
             if number.is_integer():
-                program.facts["fixed_experts"] = [active.pop(), int(number)]
+                note_checkpoint(program, active_experts=(active.pop(), int(number)))
                 return
         block_export(program, UNEVEN, by=cls.name)
 

@@ -10,6 +10,7 @@ import torch
 from ...ir.anatomy import Block
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import note_checkpoint
 from ...ir.option import option
 from ...ir.program import Program
 from ..framework.base import Pass
@@ -118,7 +119,7 @@ def _say(program: Program, plan: Plan, mixtures: int) -> None:
     """Write down how many experts are left, for the configuration of a folder."""
     counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
     if len(counts) == 1 and len(plan.sites) == mixtures:
-        program.facts["expert_counts"] = [*program.facts.get("expert_counts", []), list(counts.pop())]
+        note_checkpoint(program, expert_counts=(counts.pop(),))
     else:
         block_export(
             program, "mixtures have different numbers of experts, for which the configuration has one entry"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...ir.facts import Canonical, Fact
 from ...ir.option import checked, default_of, option, options_of, require_effect, require_known
 from ...ir.program import Program
 from .contracts import Contract, Exact
@@ -24,27 +25,32 @@ class Pass:
     Subclasses are frozen dataclasses. Their fields, declared with :func:`~graphopt.passes.option`, are the
     constructor, the pipeline text, the plan file, the help and the page in the catalogue.
 
-    ``requires`` lists facts the program must have, ``provides`` facts it has afterwards, ``invalidates``
-    facts it loses, ``excludes`` facts it must not have. ``trial`` holds options with which ``graphopt inspect`` plans it,
-    where it cannot do without. ``together`` says that its sites make sense as a whole only: where one of them
-    fails, none is taken; otherwise that one is rolled back and the others are taken.
-    ``metric_calibrates`` says that an option ``metric`` also chooses, on calibration data, and
+    ``requires`` lists types of facts (:mod:`graphopt.ir.facts`) that the program must have, ``provides`` those it has
+    afterwards, ``invalidates`` those it loses, ``excludes`` those it must not have.
+    ``trial`` holds options with which ``graphopt inspect`` plans it, where it cannot do without. ``together`` says that
+    its sites make sense as a whole only: where one of them fails, none is taken; otherwise that one is rolled back and
+    the others are taken. ``metric_calibrates`` says that an option ``metric`` also chooses, on calibration data, and
     so matters beside a metric of the user's, which only judges.
     """
 
     name: ClassVar[str] = ""
     contract: ClassVar[Contract] = Exact()
-    requires: ClassVar[tuple[str, ...]] = ("canonical",)
-    provides: ClassVar[tuple[str, ...]] = ()
-    invalidates: ClassVar[tuple[str, ...]] = ()
-    excludes: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[type[Fact], ...]] = (Canonical,)
+    provides: ClassVar[tuple[type[Fact], ...]] = ()
+    invalidates: ClassVar[tuple[type[Fact], ...]] = ()
+    excludes: ClassVar[tuple[type[Fact], ...]] = ()
     paper: ClassVar[str] = ""
-    needs_data: ClassVar[bool] = False
     metric_calibrates: ClassVar[bool] = False
     trial: ClassVar[Mapping[str, Any]] = {}
     together: ClassVar[bool] = False
 
     allow_no_match: bool = option(False, help="a pass that matches nothing is not an error")
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for kinds in (cls.requires, cls.provides, cls.invalidates, cls.excludes):
+            if not all(isinstance(kind, type) and issubclass(kind, Fact) for kind in kinds):
+                raise TypeError(f"{cls.__name__}: facts are types of graphopt.ir.facts, not {kinds!r}")
 
     def __post_init__(self) -> None:
         checked(self.name, self)

@@ -14,6 +14,7 @@ from ...ir.checking.verify import verify
 from ...ir.compat import refusing_guards
 from ...ir.cost import run_totals
 from ...ir.errors import GraphoptError, PassRefusedError, PipelineError, VerificationError
+from ...ir.facts import Fact
 from ...ir.program import Program
 from ...ir.running.collector import settled_objects
 from ...ir.weights import InMemory
@@ -33,13 +34,13 @@ def check_order(program: Program, passes: Sequence[Pass]) -> None:
     Raises:
         PipelineError: a pass would lack a fact it requires, or meet one it excludes.
     """
-    problem = _first_problem(set(program.facts), passes)
+    problem = _first_problem(program.facts.kinds, passes)
     if problem is None:
         return
     hint = ""
     if len(passes) <= 6:
         for order in itertools.permutations(passes):
-            if _first_problem(set(program.facts), order) is None:
+            if _first_problem(program.facts.kinds, order) is None:
                 hint = f"this order works: {format_pipeline(order)}"
                 break
     raise PipelineError(
@@ -49,25 +50,29 @@ def check_order(program: Program, passes: Sequence[Pass]) -> None:
 
 def _who_provides(program: Program, passes: Sequence[Pass]) -> str:
     """Name the passes that provide what the given ones lack; nothing if there are none."""
-    provided = set(program.facts).union(*(step.provides for step in passes))
+    provided = program.facts.kinds.union(*(step.provides for step in passes))
     lacking = {fact for step in passes for fact in step.requires if fact not in provided}
     offers = {
-        fact: [name for name in BUILT_IN if fact in find_pass(name).provides] for fact in sorted(lacking)
+        fact: [name for name in BUILT_IN if fact in find_pass(name).provides]
+        for fact in sorted(lacking, key=lambda kind: kind.name)
     }
     return ", ".join(
-        f"{' or '.join(names)} before it provides {fact}" for fact, names in offers.items() if names
+        f"{' or '.join(names)} before it makes the program {fact.done}"
+        for fact, names in offers.items()
+        if names
     )
 
 
-def _first_problem(facts: set[str], passes: Sequence[Pass]) -> str | None:
+def _first_problem(facts: set[type[Fact]], passes: Sequence[Pass]) -> str | None:
     for index, current in enumerate(passes):
         missing = [fact for fact in current.requires if fact not in facts]
         if missing:
-            lacking = ", ".join(missing)
-            return f"{current.name} (pass {index + 1}) requires {lacking}, which nothing before it provides"
+            lacking = " and ".join(kind.done for kind in missing)
+            return f"{current.name} (pass {index + 1}) requires a program that is {lacking}, which nothing before it makes"
         present = [fact for fact in current.excludes if fact in facts]
         if present:
-            return f"{current.name} (pass {index + 1}) cannot run on a program that is {', '.join(present)}"
+            done = ", ".join(kind.done for kind in present)
+            return f"{current.name} (pass {index + 1}) cannot run on a program that is {done}"
         facts = (facts - set(current.invalidates)) | set(current.provides)
     return None
 
@@ -186,11 +191,10 @@ def _run_pass(
         began = time.perf_counter()
         judge(program, working, step, context, entry)
         seconds["contract"] = seconds.get("contract", 0.0) + time.perf_counter() - began
-    for fact in step.invalidates:
-        working.facts.pop(fact, None)
+    working.facts.discard(*step.invalidates)
     # a pass that was kept from its work has provided nothing; one that found none to do has
     if plan.sites or not (given or plan.refused):
-        working.facts.update(dict.fromkeys(step.provides, True))
+        working.facts.provide(step.provides)
     entry.change = _change(program, working)
     plan.told = step.told(program, plan)
     entry.notes = [*plan.told, *plan.notes, *context.notes]
@@ -242,7 +246,7 @@ def _attempt(
 
     # what planning had to try is what goes on: it is not made a second time
     tried = plan.trial.take(step, program, plan.sites) if plan.trial is not None else None
-    working = tried or step.copied(program)
+    working = step.copied(program) if tried is None else tried
     contract = step.promises()
     entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites], seconds=seconds)
     try:

@@ -12,6 +12,7 @@ from ...ir.anatomy.residual import between
 from ...ir.anatomy.rows import shaped_like
 from ...ir.errors import PassRefusedError
 from ...ir.export_blockers import block_export
+from ...ir.facts import AttachedDraft
 from ...ir.inputs import add_input
 from ...ir.option import option
 from ...ir.program import Program
@@ -44,8 +45,8 @@ class AttachDraft(Pass):
     contract = AddsOutputs()
     together = True
     paper = "arXiv 2503.01840"
-    provides = ("drafting",)
-    excludes = ("drafting",)
+    provides = (AttachedDraft,)
+    excludes = (AttachedDraft,)
 
     taps: list[int] | None = option(  # noqa: RUF009
         None,
@@ -134,5 +135,5 @@ class AttachDraft(Pass):
             ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", said[head.logits])
         ):  # fmt: skip
             program.add_output(name, value)
-        program.facts["draft"] = {"taps": taps, "layer": number}
+        program.facts.add(AttachedDraft(tuple(taps), number))
         block_export(program, "a folder has no place for a draft; write it before attach-draft")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.errors import PassRefusedError
 from ...ir.export_blockers import block_export
+from ...ir.facts import EarlyExits, KVCache, SkippedWhileDecoding
 from ...ir.infer import same_size
 from ...ir.inputs import remove_input
 from ...ir.option import option
@@ -41,8 +42,8 @@ class AttachEarlyExit(Pass):
     name = "attach-early-exit"
     contract = AddsOutputs()
     paper = "arXiv 2404.16710, 2504.05598"
-    provides = ("early_exit",)
-    excludes = ("early_exit",)
+    provides = (EarlyExits,)
+    excludes = (EarlyExits,)
     trial = {"layers": [0]}  # noqa: RUF012
 
     layers: list[int] | None = option(  # noqa: RUF009
@@ -81,7 +82,7 @@ class AttachEarlyExit(Pass):
                 repeat_way(program, head.way, copies)
             program.add_output(str(site["output"]), copies[head.logits])
         if plan.sites:
-            program.facts["early_exits"] = {str(s["output"]): int(s["layer"]) for s in plan.sites}
+            program.facts.add(EarlyExits({str(s["output"]): int(s["layer"]) for s in plan.sites}))
             block_export(program, "a checkpoint names no exits; write it before attach-early-exit")
 
 
@@ -165,21 +166,27 @@ def _sizes_from(part: Program, name: str) -> None:
 
 def _own_facts(part: Program, program: Program, ends: dict[str, str], before: int) -> None:
     """Let the facts of a part speak of its own layers, the first of which is number ``before`` of the whole."""
-    if "kv_cache" in part.facts:
+    cache = part.facts.get(KVCache)
+    if cache is not None:
         stores = [n for n in part.nodes if is_operator(n, "graphopt.cache_store")]
-        part.facts["kv_cache"] = {**part.facts["kv_cache"], "layers": len(stores) // 2, **ends}
-    exits = {n: i - before for n, i in part.facts.pop("early_exits", {}).items() if n in part.outputs}
+        kept = replace(cache, layers=len(stores) // 2)
+        part.facts.add(
+            replace(kept, tokens=ends.get("tokens", kept.tokens), logits=ends.get("logits", kept.logits))
+        )
+    attached = part.facts.get(EarlyExits)
+    part.facts.discard(EarlyExits)
+    exits = {n: i - before for n, i in (attached.layers if attached else {}).items() if n in part.outputs}
     if exits:
-        part.facts["early_exits"] = exits
-    else:
-        part.facts.pop("early_exit", None)
-    if "decode_layers" in part.facts:
-        kinds = {name.split(".")[0] for name in part.facts.pop("decode_layers")}
+        part.facts.add(EarlyExits(exits))
+    whole = part.facts.get(SkippedWhileDecoding)
+    if whole is not None:
+        part.facts.discard(SkippedWhileDecoding)
+        kinds = {name.split(".")[0] for name in whole.names}
         skipped = {n.args[1] for n in part.nodes if is_operator(n, "graphopt.skipped")}
         units: list[Layer | Block] = [*part.anatomy.layers, *part.anatomy.blocks]
         names = [u.name for u in units if u.writes in skipped and u.name.split(".")[0] in kinds]
         if names:
-            part.facts["decode_layers"] = names
+            part.facts.add(SkippedWhileDecoding(tuple(names)))
 
 
 def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float]:

@@ -12,6 +12,7 @@ from torch import fx
 from ...ir.anatomy.residual import between
 from ...ir.errors import VerificationError
 from ...ir.export_blockers import block_export
+from ...ir.facts import KVCache, MaskTokens
 from ...ir.inputs import add_input
 from ...ir.option import option
 from ...ir.program import Program
@@ -47,8 +48,8 @@ class AttachMaskTokens(Pass):
     contract = AddsOutputs()
     together = True
     paper = "arXiv 2507.11851"
-    provides = ("masked",)
-    excludes = ("masked", "cached")
+    provides = (MaskTokens,)
+    excludes = (MaskTokens, KVCache)
 
     masks: int = option(3, help="how many tokens after the next are predicted", low=1, high=16)
     rank: int = option(128, help="of each LoRA", source="paper", low=1)
@@ -127,7 +128,7 @@ class AttachMaskTokens(Pass):
             marked = edit.call(dialect.marked_embedding.default, table, own, marks)
         edit.replace(table, marked)
         self._sampler(program, table, tokens, size)
-        program.facts["mask_tokens"] = {"masks": self.masks, "rank": self.rank}
+        program.facts.add(MaskTokens(self.masks, self.rank))
         block_export(program, "a folder has no place for mask tokens; write it before attach-mask-tokens")
 
     def _add(

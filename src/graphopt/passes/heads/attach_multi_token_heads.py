@@ -11,6 +11,7 @@ from torch import fx
 
 from ...ir.errors import CheckpointError, PassRefusedError, UsageError
 from ...ir.export_blockers import block_export
+from ...ir.facts import MultiTokenHeads
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import computed
@@ -44,8 +45,8 @@ class AttachMultiTokenHeads(Pass):
     contract = AddsOutputs()
     together = True
     paper = "arXiv 2401.10774"
-    provides = ("multi_token",)
-    excludes = ("multi_token",)
+    provides = (MultiTokenHeads,)
+    excludes = (MultiTokenHeads,)
 
     heads: int = option(4, help="how many tokens after the next are predicted", low=1, high=16)
     layers: int = option(1, help="residual layers of each head", source="code", low=1)
@@ -114,7 +115,7 @@ class AttachMultiTokenHeads(Pass):
             assert last is not None
             stacked = program.edit.call(aten.stack.default, made, 2)
         program.add_output(OUTPUT, stacked)
-        program.facts["multi_token_heads"] = {"heads": self.heads, "layers": self.layers, "share": self.share}
+        program.facts.add(MultiTokenHeads(self.heads, self.layers, self.share))
         block_export(
             program,
             "a folder of the model has no place for heads; graphopt export --to medusa writes them alone",

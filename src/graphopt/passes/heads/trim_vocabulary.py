@@ -12,11 +12,11 @@ from torch import fx
 
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import AttachedDraft, EarlyExits, Fact, MaskTokens, MultiTokenHeads, Vocabulary
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import computed, depends_on_weights_alone, drop_unread_weights
 from ...ir.schema import arguments, is_operator, normal_call
-from ...ir.vocabulary import FACT
 from ...ir.weights import TensorSource
 from ..framework.base import Pass
 from ..framework.contracts import NewFunction
@@ -26,7 +26,7 @@ from .logits import find_head, repeat_way
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-ATTACHED = {"draft": "draft_logits", "multi_token_heads": "multi_token_logits"}
+ATTACHED: dict[type[Fact], str] = {AttachedDraft: "draft_logits", MultiTokenHeads: "multi_token_logits"}
 """Outputs that propose, by the fact of the pass that adds them; exits are named by theirs."""
 _PASSING = ("aten.mul", "aten.div", "aten.tanh", "aten.to", "aten.stack")
 
@@ -40,7 +40,7 @@ class TrimVocabulary(Pass):
     is taken for a draft itself, and its own logits are trimmed.
 
     Tokens are counted in the calibration data, best text that the deciding program wrote.
-    ``program.facts["vocabulary"]`` says which tokens which outputs are of, in order; generating, measuring and
+    ``program.facts[Vocabulary]`` says which tokens which outputs are of, in order; generating, measuring and
     drafting map them back, and what is gone has probability 0. End, padding and other special tokens of the
     checkpoint always stay.
     """
@@ -49,8 +49,8 @@ class TrimVocabulary(Pass):
     contract = NewFunction()
     together = True
     paper = "arXiv 2506.22694"
-    provides = ("trimmed_vocabulary",)
-    excludes = ("trimmed_vocabulary",)
+    provides = (Vocabulary,)
+    excludes = (Vocabulary,)
     trial = {"fraction": 0.5}  # noqa: RUF012
 
     keep: int | None = option(None, help="how many tokens stay", low=1)
@@ -102,13 +102,14 @@ class TrimVocabulary(Pass):
     def _outputs(self, program: Program, plan: Plan) -> list[str]:
         """Return the outputs that propose; the program's own where there is none."""
         attached = [name for fact, name in ATTACHED.items() if fact in program.facts]
-        attached += list(program.facts.get("early_exits", {}))
+        exits = program.facts.get(EarlyExits)
+        attached += list(exits.layers) if exits is not None else []
         for name in attached:
             if name not in program.outputs:
                 plan.refused.append(
                     Refused(name, "it is no output any more; trim-vocabulary comes before take-top-k", "")
                 )
-        if not attached and "mask_tokens" in program.facts:
+        if not attached and MaskTokens in program.facts:
             plan.refused.append(Refused("logits", "what mask tokens propose is the program's own logits", ""))
             return []
         return [name for name in attached if name in program.outputs] if attached else ["logits"]
@@ -133,11 +134,8 @@ class TrimVocabulary(Pass):
                 f"{self.name}: the plan keeps other tokens for {sites[-1].block} than for {first.block}",
                 hint="one list of tokens serves all outputs",
             )
-        program.facts[FACT] = {
-            "size": int(first["tokens"]),
-            "ids": [int(t) for t in first["kept"]],
-            "outputs": [site.block for site in sites],
-        }
+        ids, outputs = tuple(int(t) for t in first["kept"]), tuple(site.block for site in sites)
+        program.facts.add(Vocabulary(int(first["tokens"]), ids, outputs))
         block_export(program, "a folder has one vocabulary for its embedding and its head")
 
 
@@ -230,7 +228,7 @@ def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) ->
     known = program.weights.get(tensor.name)
     source = known.source if known is not None else computed(program, tensor)[0]
     name = known.name if known is not None else tensor.name
-    prefix = "draft." if output == ATTACHED["draft"] and not name.startswith("draft.") else ""
+    prefix = "draft." if output == ATTACHED[AttachedDraft] and not name.startswith("draft.") else ""
     stem = (
         f"{prefix}{name}"
         if name.startswith(("multi_token_heads.", "draft.")) or prefix

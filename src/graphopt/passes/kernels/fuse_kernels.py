@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.facts import FusedKernels
 from ...ir.infer import same_shape
 from ...ir.option import option
 from ...ir.program import Program
@@ -33,8 +34,8 @@ class FuseKernels(Pass):
 
     name = "fuse-kernels"
     contract = Exact()
-    provides = ("fused_kernels",)
-    excludes = ("fused_kernels",)
+    provides = (FusedKernels,)
+    excludes = (FusedKernels,)
 
     where: str = option("all", help="what is joined", choices=("all", "norms", "gates"))
 

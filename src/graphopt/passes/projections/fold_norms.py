@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.facts import FoldedNorms
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
@@ -37,7 +38,7 @@ class FoldNorms(Pass):
 
     name = "fold-norms"
     contract = Exact()
-    provides = ("norms_folded",)
+    provides = (FoldedNorms,)
 
     which: str = option("all", help="which norms", choices=("all", "batch-norm", "layer-norm", "rms-norm"))
     untie: bool = option(

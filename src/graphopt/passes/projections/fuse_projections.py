@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ...ir.anatomy import Block
+from ...ir.facts import FusedProjections, SplitProjections
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.fold import depends_on_weights_alone
@@ -37,8 +38,8 @@ class FuseProjections(Pass):
 
     name = "fuse-projections"
     contract = Exact()
-    provides = ("fused_projections",)
-    invalidates = ("split_projections",)
+    provides = (FusedProjections,)
+    invalidates = (SplitProjections,)
 
     layout: str = option("plain", help="how rows are ordered", choices=("plain", "grouped", "interleaved"))
     where: str = option("all", help="which blocks", choices=("all", "attention", "ffn"))

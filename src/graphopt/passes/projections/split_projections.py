@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ...ir.facts import FusedProjections
+from ...ir.facts import SplitProjections as Split
 from ...ir.program import Program
 from ..framework.base import Pass
 from ..framework.contracts import Exact
@@ -28,8 +30,8 @@ class SplitProjections(Pass):
 
     name = "split-projections"
     contract = Exact()
-    provides = ("split_projections",)
-    invalidates = ("fused_projections",)
+    provides = (Split,)
+    invalidates = (FusedProjections,)
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
         """Yield every linear, with its parts, if all of its readers take parts of it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ...ir.facts import Legal
 from ...ir.operators.quantize import HIDDEN
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
@@ -37,8 +38,8 @@ class FitTarget(Pass):
     """
 
     name = "fit-target"
-    provides = ("fitted",)
-    excludes = ("fitted",)
+    provides = (Legal,)
+    excludes = (Legal,)
 
     hidden: float = option(HIDDEN, help="what is added to the score of a key that is not seen", high=-20.0)
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from ...ir.errors import LoweringError, PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import Canonical, Legal, Quantized
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
@@ -57,10 +58,9 @@ class Quantize(Pass):
 
     name = "quantize"
     contract = Approximate()
-    requires = ("canonical", "fitted")
-    provides = ("quantized_values",)
-    excludes = ("quantized_values",)
-    needs_data = True
+    requires = (Canonical, Legal)
+    provides = (Quantized,)
+    excludes = (Quantized,)
     metric_calibrates = True
     paper = "rounding: arXiv 2210.17323"
 
@@ -280,10 +280,8 @@ class Quantize(Pass):
         counts = {w: sum(s["what"] == w for s in plan.sites) for w in ("value", "matrix", "constant")}
         few = sum(s["what"] == "matrix" and s["dtype"] == "int4" for s in plan.sites)
         weights = "4" if few == counts["matrix"] else "8" if not few else "4or8"
-        program.facts["quantized"] = {
-            "weights": self.weights, "activations": self.activations, "kind": f"w{weights}a{self.activations}",
-            **counts, "four_bits": few,
-        }  # fmt: skip
+        kind = f"w{weights}a{self.activations}"
+        program.facts.add(Quantized(self.weights, self.activations, kind, **counts, four_bits=few))
         block_export(program, "a folder has no place for ranges of activations; lower it, or save it")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ...ir import groups
+from ...ir.facts import OwnRank
 from ...ir.program import Program
 from ...ir.ranks.rank_programs import rank_copies, ranks_of, runnable
 from ...ir.running.execute import interpret
@@ -77,7 +78,7 @@ def calibrate(
         interpret(running, context.bound(program, batch), hook=record)
         context.progress.step()
     context.progress.done()
-    alone = "rank" not in running.facts
+    alone = OwnRank not in running.facts
     found = {}
     for node in sums:
         own = seen[node.name].largest(ranks if alone else 1)
@@ -88,7 +89,7 @@ def calibrate(
 
 def _running(program: Program) -> tuple[Program, Any]:
     running = runnable(program)
-    if "rank" not in running.facts:
+    if OwnRank not in running.facts:
         return running, rank_copies(program).__getitem__
     by_name = {n.name: n for n in running.graph.nodes}
     return running, lambda node: [by_name[node.name]]

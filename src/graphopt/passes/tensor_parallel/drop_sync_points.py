@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import QuantizedCommunication, TensorParallel
 from ...ir.needs import ABSENT
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
@@ -40,8 +41,8 @@ class DropSyncPoints(Pass):
 
     name = "drop-sync-points"
     contract = Approximate("perplexity")
-    requires = ("tensor_parallel",)
-    excludes = ("quantized_communication",)
+    requires = (TensorParallel,)
+    excludes = (QuantizedCommunication,)
     trial = {"fraction": 1}  # noqa: RUF012
     metric_calibrates = True
     paper = "arXiv 2502.20727"

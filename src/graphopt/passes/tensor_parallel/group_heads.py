@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.anatomy import Block
 from ...ir.errors import PipelineError
+from ...ir.facts import TensorParallel
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.execute import interpret
@@ -37,9 +38,8 @@ class GroupHeads(Pass):
 
     name = "group-heads"
     contract = Exact()
-    excludes = ("tensor_parallel",)
+    excludes = (TensorParallel,)
     paper = "arXiv 2502.20727"
-    needs_data = True
     trial = {"size": 2}  # noqa: RUF012
 
     size: int = option(8, help="number of ranks the heads will be split over", low=2, high=1024)

@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.cost.collectives import find_link
 from ...ir.errors import PassRefusedError, PipelineError, UsageError
+from ...ir.facts import QuantizedCommunication, TensorParallel
 from ...ir.groups import TENSOR_PARALLEL
 from ...ir.operators.quantized import payload_bytes
 from ...ir.option import option, refuse_set
@@ -45,10 +46,10 @@ class QuantizeCommunication(Pass):
 
     name = "quantize-communication"
     contract = Approximate("perplexity")
-    requires = ("tensor_parallel",)
-    excludes = ("quantized_communication",)
+    requires = (TensorParallel,)
+    excludes = (QuantizedCommunication,)
     trial = {"group": 32, "outliers": "none"}  # noqa: RUF012
-    provides = ("quantized_communication", "calibrated_communication")
+    provides = (QuantizedCommunication,)
     paper = "arXiv 2411.07942"
 
     bits: int = option(4, help="of the integers", source="paper", low=2, high=8)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...ir.errors import PassRefusedError, PipelineError
+from ...ir.facts import TensorParallel
 from ...ir.groups import world_size
 from ...ir.needs import ABSENT
 from ...ir.option import option, refuse_set
@@ -39,8 +40,8 @@ class ShardTensorParallel(Pass):
 
     name = "shard-tensor-parallel"
     contract = Exact()
-    provides = ("tensor_parallel",)
-    excludes = ("tensor_parallel",)
+    provides = (TensorParallel,)
+    excludes = (TensorParallel,)
     trial = {"size": 2}  # noqa: RUF012
     paper = "arXiv 1909.08053"
 
@@ -103,7 +104,7 @@ class ShardTensorParallel(Pass):
 
     def _placer(self, program: Program) -> Placer:
         split_all(program)
-        program.facts["ranks"] = self.ranks
+        program.facts.add(TensorParallel(self.ranks))
         return Placer(program, self)
 
     def _finish(self, program: Program) -> None:

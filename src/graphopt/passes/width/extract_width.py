@@ -11,6 +11,7 @@ from torch import fx
 from ...ir.anatomy import Block
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export, unblock_export
+from ...ir.facts import note_checkpoint
 from ...ir.inputs import remove_dial
 from ...ir.option import option
 from ...ir.program import Program
@@ -103,7 +104,7 @@ class ExtractWidth(Pass):
                 program, "feed-forwards have different widths, for which the configuration has one entry"
             )
         elif (pair := widths.pop())[0] != pair[1]:
-            program.facts["ffn_widths"] = [*program.facts.get("ffn_widths", []), list(pair)]
+            note_checkpoint(program, ffn_widths=(pair,))
 
 
 def _cores(block: Block) -> list[fx.Node]:

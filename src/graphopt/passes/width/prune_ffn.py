@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
+from ...ir.facts import note_checkpoint
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.execute import release
@@ -125,7 +126,7 @@ class PruneFfn(Pass):
         if len(widths) == 1 and whole and not mixtures:
             (pair,) = widths
             if pair[0] != pair[1]:
-                program.facts["ffn_widths"] = [*program.facts.get("ffn_widths", []), list(pair)]
+                note_checkpoint(program, ffn_widths=(pair,))
         else:
             block_export(
                 program, "feed-forwards have different widths, for which the configuration has one entry"

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ir.errors import UsageError
+from ...ir.facts import KVCache
+from ...ir.facts import MaskTokens as Masked
 from ...ir.needs import NONZERO
 from ...ir.option import option
 from ...ir.program import Program
@@ -42,16 +44,16 @@ class MaskTokens(Method):
 
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program that went through attach-mask-tokens, then insert-kv-cache{tree=true}."""
-        facts = program.facts.get("mask_tokens")
-        if not isinstance(facts, dict) or "mask_logits" not in program.outputs:
+        masked = program.facts.get(Masked)
+        if masked is None or "mask_logits" not in program.outputs:
             raise UsageError("this program has no mask tokens", hint="run the pass attach-mask-tokens first")
-        cache = program.facts.get("kv_cache")
-        if not isinstance(cache, dict) or not cache["tree"]:
+        cache = program.facts.get(KVCache)
+        if cache is None or not cache.tree:
             raise UsageError(
                 "mask tokens beside a text need a program that says who sees whom",
                 hint="run insert-kv-cache{tree=true} after attach-mask-tokens, and train what comes out",
             )
-        count, fixed = int(facts["masks"]), cache["capacity"]
+        count, fixed = masked.masks, cache.capacity
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             return {**batch, **_beside(batch["input_ids"], count, self.anchors)}
@@ -64,11 +66,11 @@ class MaskTokens(Method):
                     hint="shorter rows, fewer anchors, or insert-kv-cache without max_length",
                 )
             inputs = {
-                cache["tokens"]: batch["packed"], cache["positions"]: batch["positions"], "cache_slots": batch["slots"],
+                cache.tokens: batch["packed"], cache.positions: batch["positions"], "cache_slots": batch["slots"],
                 "step_mask": batch["seen"], "mask_index": batch["marks"], "sampler_ids": batch["before"],
                 **_caches(program, batch["packed"], places if fixed == "capacity" else int(fixed)),
             }  # fmt: skip
-            return self._loss(module(**inputs), batch, count, cache["logits"])
+            return self._loss(module(**inputs), batch, count, cache.logits)
 
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
         return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=program)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ...ir.errors import UsageError
+from ...ir.facts import MultiTokenHeads
 from ...ir.needs import NONZERO, Needs
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
@@ -71,9 +72,8 @@ class Medusa(Method):
 def with_accuracy(program: Program, batches: Sequence[Batch]) -> Program:
     """Return the program with how often each head's predictions are right: what decoding builds its tree from."""
     measured = program.copy()
-    measured.facts["multi_token_heads"] = {
-        **program.facts["multi_token_heads"], "accuracy": head_accuracy(program, batches)
-    }  # fmt: skip
+    accuracy = tuple(map(tuple, head_accuracy(program, batches)))
+    measured.facts.add(replace(program.facts[MultiTokenHeads], accuracy=accuracy))
     return measured
 
 

@@ -1,0 +1,351 @@
+"""What is known of a program beyond its graph, as values with types: what passes made of it, and how it was captured.
+
+A fact is a frozen dataclass, and a program has at most one of each type. Passes require and provide types; those without
+fields only say that something was done. Whatever is stored under ``name`` in a saved program is read by the fields' types
+(:mod:`graphopt.ir.storage.facts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .program import Program
+
+F = TypeVar("F", bound="Fact")
+
+KINDS: dict[str, type[Fact]] = {}
+"""Types of facts by name; a package that offers passes adds its own by defining them."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something known of a program."""
+
+    name: ClassVar[str] = ""
+    done: ClassVar[str] = ""
+    """What a program with it is, for messages: "cannot run on a program that is ..."."""
+
+    def __init_subclass__(cls, name: str, done: str = "", **options: Any):
+        super().__init_subclass__(**options)
+        known = KINDS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"two types of facts are called {name!r}: {known.__qualname__} and {cls.__qualname__}"
+            )
+        cls.name, cls.done = name, done or name.replace("_", " ")
+        KINDS[name] = cls
+
+
+class Facts:
+    """The facts of one program, at most one of each type."""
+
+    def __init__(self, facts: Iterable[Fact] = ()):
+        self._held: dict[type[Fact], Fact] = {type(fact): fact for fact in facts}
+
+    def get(self, kind: type[F]) -> F | None:
+        """Return the fact of a type, or None."""
+        found = self._held.get(kind)
+        return found if isinstance(found, kind) else None
+
+    def __getitem__(self, kind: type[F]) -> F:
+        found = self.get(kind)
+        if found is None:
+            raise UsageError(f"the program is not {kind.done}")
+        return found
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._held
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Facts) and self._held == other._held
+
+    __hash__ = None  # type: ignore[assignment]  # they change
+
+    def __repr__(self) -> str:
+        return f"Facts({', '.join(map(repr, self))})"
+
+    @property
+    def kinds(self) -> set[type[Fact]]:
+        """The types of all facts."""
+        return set(self._held)
+
+    def add(self, fact: Fact) -> None:
+        """Take a fact in, in place of one of the same type."""
+        if not is_dataclass(fact):
+            raise TypeError(f"a fact is a dataclass, not {type(fact).__name__}")
+        self._held[type(fact)] = fact
+
+    def discard(self, *kinds: type[Fact]) -> None:
+        """Forget the facts of these types, where there are any."""
+        for kind in kinds:
+            self._held.pop(kind, None)
+
+    def provide(self, kinds: Iterable[type[Fact]]) -> None:
+        """Add the facts without fields among these types; one with fields is added by whoever knows them."""
+        for kind in kinds:
+            if kind not in self._held and not fields(kind):
+                self._held[kind] = kind()
+
+    def copy(self) -> Facts:
+        """Return the same facts, to be changed apart from these."""
+        return Facts(self)
+
+
+# -- what was done ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Canonical(Fact, name="canonical"):
+    """The graph is functional and in graphopt's operators; every pass requires it."""
+
+
+@dataclass(frozen=True)
+class FusedProjections(Fact, name="fused_projections"):
+    """Linears that read the same value are one."""
+
+
+@dataclass(frozen=True)
+class SplitProjections(Fact, name="split_projections"):
+    """No linear's result is only used in parts."""
+
+
+@dataclass(frozen=True)
+class FoldedNorms(Fact, name="norms_folded", done="without scales of norms"):
+    """Scales of norms are in the matrices beside them."""
+
+
+@dataclass(frozen=True)
+class FusedBranches(Fact, name="branches_fused", done="fused branch by branch"):
+    """Branches of convolutions are one."""
+
+
+@dataclass(frozen=True)
+class FusedKernels(Fact, name="fused_kernels"):
+    """Operators that have kernels of their own are called."""
+
+
+@dataclass(frozen=True)
+class AdjustableExperts(Fact, name="dialled_experts", done="limited to fewer experts"):
+    """Tokens go to fewer experts than the router picks."""
+
+
+@dataclass(frozen=True)
+class QuantizedCommunication(Fact, name="quantized_communication", done="sending few bits"):
+    """Ranks send few bits."""
+
+
+@dataclass(frozen=True)
+class Legal(Fact, name="fitted", done="legal on a target"):
+    """Operators are those that a target takes: see ``fit-target``."""
+
+
+# -- what passes made ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KVCache(Fact, name="kv_cache", done="cached"):
+    """Keys and values of tokens seen are inputs and outputs.
+
+    Args:
+        capacity: slots of a cache, or the name of the size that says.
+        layers: pairs of caches.
+        tree: whether an input says which new token sees which.
+        tokens: the input of new tokens, (batch, new).
+        positions: the input of their positions, of the same shape.
+        limit: positions that the model has; None where it has any number.
+        logits: the output of logits; "" where there is none.
+    """
+
+    capacity: int | str
+    layers: int
+    tree: bool
+    tokens: str
+    positions: str
+    limit: int | None
+    logits: str
+
+
+@dataclass(frozen=True)
+class Quantized(Fact, name="quantized"):
+    """Values and weights are rounded to integers, as a target stores them.
+
+    Args:
+        weights: bits asked for.
+        activations: bits of values.
+        kind: what came of it: ``w8a16``, or ``w4or8a16`` where matrices have either.
+        value: values that are rounded.
+        matrix: matrices that are.
+        constant: constants that are.
+        four_bits: matrices of four bits.
+    """
+
+    weights: int
+    activations: int
+    kind: str = ""
+    value: int = 0
+    matrix: int = 0
+    constant: int = 0
+    four_bits: int = 0
+
+
+@dataclass(frozen=True)
+class MultiTokenHeads(Fact, name="multi_token_heads", done="with multi-token heads"):
+    """Heads that say later tokens; ``accuracy`` is how often the first k choices of each were right."""
+
+    heads: int
+    layers: int
+    share: bool
+    accuracy: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class MaskTokens(Fact, name="mask_tokens", done="with mask tokens"):
+    """Mask tokens beside the text, whose values a gated LoRA of this rank makes."""
+
+    masks: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class EarlyExits(Fact, name="early_exits", done="with early exits"):
+    """Logits of layers before the last: the layer's number by the output's name."""
+
+    layers: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class AttachedDraft(Fact, name="draft", done="with a draft"):
+    """A layer that drafts from hidden states: of which layers, and its own number."""
+
+    taps: tuple[int, ...]
+    layer: int
+
+
+@dataclass(frozen=True)
+class Vocabulary(Fact, name="vocabulary", done="trimmed to some tokens"):
+    """Outputs whose logits are of some tokens: how many there are in all, and which are left, ascending."""
+
+    size: int
+    ids: tuple[int, ...]
+    outputs: tuple[str, ...] = ("logits",)
+
+
+@dataclass(frozen=True)
+class Streaming(Fact, name="streaming"):
+    """Convolutions read the past from states; ``time`` is the size that says how many frames are new."""
+
+    time: str
+
+
+@dataclass(frozen=True)
+class TensorParallel(Fact, name="tensor_parallel", done="sharded"):
+    """The program of ``ranks`` ranks, as one graph."""
+
+    ranks: int
+
+
+@dataclass(frozen=True)
+class OwnRank(Fact, name="rank", done="one rank's"):
+    """What one rank runs; such a program lives as long as its process."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class SkippedWhileDecoding(Fact, name="decode_layers", done="shorter while decoding"):
+    """Layers or blocks, by name, that are passed over after a prompt."""
+
+    names: tuple[str, ...]
+
+
+# -- what it means for the folder that a program came from ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RemovedLayers:
+    """Layers that went: the prefix of their tensors' names, how many there were, and which numbers went."""
+
+    prefix: str
+    count: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointChanges(Fact, name="checkpoint_changes", done="of another configuration"):
+    """What a folder's configuration must say differently.
+
+    Args:
+        removed_layers: in the order in which they went.
+        ffn_widths: (before, after).
+        expert_counts: (before, after).
+        active_experts: (before, after).
+    """
+
+    removed_layers: tuple[RemovedLayers, ...] = ()
+    ffn_widths: tuple[tuple[int, int], ...] = ()
+    expert_counts: tuple[tuple[int, int], ...] = ()
+    active_experts: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ExportBlockers(Fact, name="export_blockers", done="no folder's"):
+    """Why no folder can hold it: reasons by the pass that gave them; see :mod:`graphopt.ir.export_blockers`."""
+
+    reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# -- how it was captured ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Capture(Fact, name="capture", done="captured"):
+    """How the capture went.
+
+    Args:
+        plain_attention: attention that stays as it was, and why it was not recognised.
+        plain_experts: experts that do.
+        fixed_sizes: sizes that could vary as far as the graph says, and not as far as the model does.
+        packed_positions: how the model differs where several texts share a row; "" where it does not.
+        compared: what was compared in place of the whole model; "" for all of it.
+        attention_implementation: of transformers, by name.
+    """
+
+    plain_attention: tuple[str, ...] = ()
+    plain_experts: tuple[str, ...] = ()
+    fixed_sizes: tuple[str, ...] = ()
+    packed_positions: str = ""
+    compared: str = ""
+    attention_implementation: str = ""
+
+
+def note_capture(program: Program, **changed: Any) -> None:
+    """Note how a capture went; tuples are added to what is noted, anything else takes its place."""
+    _note(program, Capture, changed)
+
+
+def note_checkpoint(program: Program, **changed: Any) -> None:
+    """Note what a folder's configuration must say differently; tuples of entries are added to those before."""
+    active = changed.pop("active_experts", None)
+    _note(program, CheckpointChanges, changed)
+    if active is not None:
+        program.facts.add(replace(program.facts[CheckpointChanges], active_experts=active))
+
+
+def _note(program: Program, kind: type[F], changed: Mapping[str, Any]) -> None:
+    held = program.facts.get(kind) or kind()
+    added = {
+        name: (*getattr(held, name), *value) if isinstance(value, tuple) else value
+        for name, value in changed.items()
+    }
+    program.facts.add(replace(held, **added))

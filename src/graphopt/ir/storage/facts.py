@@ -1,0 +1,107 @@
+"""Facts as plain data of a saved program, and back; also those of programs that were saved before facts had types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import CheckpointError
+from ..facts import KINDS, Fact, Facts, OwnRank
+
+# what was said twice, or by nobody: the fact with fields says it as well
+_SAID_ELSEWHERE = (
+    "cached", "quantized_values", "multi_token", "masked", "early_exit", "drafting", "trimmed_vocabulary", "streaming",
+    "tensor_parallel", "eval", "calibrated", "calibrated_communication",
+)  # fmt: skip
+_CAPTURED = {
+    "unraised_attention": "plain_attention", "unraised_experts": "plain_experts", "fixed_sizes": "fixed_sizes",
+    "packed_positions": "packed_positions", "compared": "compared", "attention_implementation": "attention_implementation",
+}  # fmt: skip
+_CHANGED = {
+    "renumbered": "removed_layers", "ffn_widths": "ffn_widths", "expert_counts": "expert_counts",
+    "fixed_experts": "active_experts",
+}  # fmt: skip
+# facts that were stored as a bare value: the field that has it now
+_BARE = {"early_exits": "layers", "decode_layers": "names", "export_blockers": "reasons"}
+
+
+def plain_facts(facts: Facts) -> dict[str, Any]:
+    """Return facts as JSON holds them: by name, ``true`` or the fields."""
+    return {
+        fact.name: TypeAdapter(type(fact)).dump_python(fact, mode="json") if fields(fact) else True
+        for fact in facts
+        if not isinstance(fact, OwnRank)
+    }
+
+
+def typed_facts(plain: Mapping[str, Any]) -> Facts:
+    """Return the facts that a saved program holds.
+
+    Raises:
+        CheckpointError: one is of no known type, or has fields of other types.
+    """
+    return Facts(_typed(name, value) for name, value in _of_today(plain).items())
+
+
+def _typed(name: str, value: Any) -> Fact:
+    kind = KINDS.get(name)
+    if kind is None or kind is OwnRank:
+        raise CheckpointError(
+            f"the program has the fact {name!r}, which this graphopt does not know",
+            hint="install the package whose pass it went through, or a newer graphopt",
+        )
+    known = {field.name for field in fields(kind)}
+    if not known:
+        if value is not True:
+            raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
+        return kind()
+    if not isinstance(value, Mapping) or not known >= value.keys():
+        raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
+    try:
+        # strictly, as JSON: numbers are not made of texts, and arrays become tuples
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, ValueError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"the fact {name!r} is damaged: {first}") from error
+
+
+def _of_today(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts by their names and fields of today."""
+    found: dict[str, Any] = {}
+    capture: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    for name, value in plain.items():
+        if name in _SAID_ELSEWHERE and value is True:
+            continue
+        if name in _CAPTURED:
+            capture[_CAPTURED[name]] = value
+        elif name in _CHANGED:
+            changes[_CHANGED[name]] = value
+        elif name == "ranks":
+            found["tensor_parallel"] = {"ranks": value}
+        elif name == "time":
+            found["streaming"] = {"time": value}
+        elif name == "unwritable":
+            found.setdefault("export_blockers", {"reasons": {}})["reasons"]["an earlier pass"] = [value]
+        elif name in _BARE and not _has_field(value, _BARE[name]):
+            found[name] = {_BARE[name]: value}
+        else:
+            found[name] = value
+    if capture:
+        found["capture"] = capture
+    if changes:
+        found["checkpoint_changes"] = changes
+    return found
+
+
+def _has_field(value: Any, field: str) -> bool:
+    """Tell whether a value is a fact's fields, and not a table that happens to have an entry of the field's name."""
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {field}
+        and isinstance(value[field], list if field == "names" else Mapping)
+    )
