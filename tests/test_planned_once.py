@@ -48,7 +48,7 @@ def test_a_plan_that_was_written_makes_the_same_program(text: str) -> None:
     again, entry = run_pass(program.copy(), step, Context(data), plan=read, verify_with="off")
     assert entry.given
     assert again.text() == first.text()
-    assert set(again.facts) == set(first.facts) and again.dials == first.dials
+    assert again.facts == first.facts and again.dials == first.dials
     assert {n: node.name for n, node in again.checkpoint.items()} == {
         n: node.name for n, node in first.checkpoint.items()
     }
