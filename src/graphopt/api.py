@@ -218,6 +218,7 @@ def plan_passes(
         planned.append((step, plan))
         if index + 1 < len(steps) and plan.sites:
             current, _ = run_pass(current, step, context, plan=plan, verify_with="off")
+        plan.trial = None
     return planned
 
 

@@ -34,6 +34,7 @@ class Editor:
         self.journal: list[tuple[str, fx.Node]] = []
         self.author = ""
         self.touched: dict[fx.Node, None] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self.keep: frozenset[fx.Node] = frozenset()
 
     # -- making nodes -------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ class Editor:
         if same:
             self.require_same(old, new)
         self._carry(old, new)
+        self._replaced[old] = new
         if record:
             self.journal.append((old.name, new))
         for user in old.users:
@@ -146,6 +148,19 @@ class Editor:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.program.changed()
         self.erase_dead([old])
+
+    def now(self, node: fx.Node) -> fx.Node:
+        """Return what stands for a value that was found before: itself, or what replaced it since."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    def end(self) -> None:
+        """Forget what was replaced, touched and by whom, once it was checked: the next pass begins anew."""
+        self.author = ""
+        self.journal.clear()
+        self.touched.clear()
+        self._replaced.clear()
 
     def require_present(self, *nodes: fx.Node) -> None:
         """Check that nodes are in this graph: an edit through one that left it would be lost, or break it.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from .editor import Editor
 from .errors import UsageError, VerificationError
 from .facts import Facts
 from .inputs import settings_of
+from .relocation import relocated
 from .schema import operator_name
 from .signature import Fill, Input, Signature, SizeRange
 from .sizes import format_size, node_of_size, parse_size
@@ -58,6 +60,8 @@ class Dial:
     high: float
     help: str = ""
 
+
+_NUMBERS = itertools.count()
 
 METHODS: dict[str, Callable[..., Any]] = {}
 """Methods of a program that are built on programs, by name: each registers itself where it is written.
@@ -100,9 +104,12 @@ class Program:
         self.checkpoint: dict[str, fx.Node] = {}
         """Each tensor of the checkpoint and the node that has its present value: how to write it back."""
         self.report: Report | None = None
-        self.version = 0
+        self.number, self.version = next(_NUMBERS), 0
+        """Which program of the process it is, and how often it was changed."""
         self.edit = Editor(self)
-        self._derived: dict[str, tuple[int, Any]] = {}
+        self._derived: dict[Hashable, tuple[int, Any]] = {}
+        self._portable: dict[Hashable, Any] = {}
+        """What is known of this graph, or of the one that it is a copy of and does not differ from yet."""
 
     # -- looking ------------------------------------------------------------------------------------
 
@@ -141,7 +148,7 @@ class Program:
     @property
     def anatomy(self) -> Anatomy:
         """What the graph is made of: residual stream, attention, FFNs, experts, norms, ..."""
-        found: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self))
+        found: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self), portable=True)
         return found
 
     def weight_of(self, node: fx.Node) -> Weight:
@@ -180,13 +187,26 @@ class Program:
     def changed(self) -> None:
         """Say that the graph was edited; whatever was derived from it is stale."""
         self.version += 1
+        if self._portable:
+            self._portable = {}
 
-    def derived(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that depends on the graph, computed at most once per version of it."""
+    def derived(self, key: Hashable, compute: Callable[[], Any], *, portable: bool = False) -> Any:
+        """Return a value that depends on the graph, computed at most once per version of it.
+
+        Args:
+            key: what it is called.
+            compute: finds it, without changing the graph.
+            portable: it holds for copies as well (:meth:`copy`): nodes and plain data, in containers and dataclasses.
+        """
         held = self._derived.get(key)
         if held is None or held[0] != self.version:
-            held = (self.version, compute())
+            if portable and key in self._portable:
+                held = (self.version, relocated(self._portable[key], {n.name: n for n in self.graph.nodes}))
+            else:
+                held = (self.version, compute())
             self._derived[key] = held
+            if portable and self.version == held[0]:
+                self._portable[key] = held[1]
         return held[1]
 
     # -- sizes ----------------------------------------------------------------------------------------
@@ -229,8 +249,13 @@ class Program:
 
     # -- copying --------------------------------------------------------------------------------------
 
-    def copy(self) -> Program:
-        """Return a program whose graph can be edited apart from this one; tensors are shared."""
+    def copy(self, *, analysed: bool = False) -> Program:
+        """Return a program whose graph can be edited apart from this one; tensors are shared.
+
+        Args:
+            analysed: what was found of this graph so far need not be found again, until the copy is edited. All edits of
+                such a copy go through its editor, or are followed by :meth:`changed`.
+        """
         graph = copy.deepcopy(self.graph)
         pairs = dict(zip(self.graph.nodes, graph.nodes, strict=True))
         for old, new in pairs.items():
@@ -246,6 +271,8 @@ class Program:
         other.origin = self.origin
         other.checkpoint = {name: pairs[node] for name, node in self.checkpoint.items()}
         other.report = self.report
+        if analysed:
+            other._portable = dict(self._portable)
         return other
 
     # -- running --------------------------------------------------------------------------------------

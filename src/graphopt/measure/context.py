@@ -22,9 +22,11 @@ from ..ir.running.recurrent_state import begun
 from ..ir.storage.content import whole_hash
 from ..ir.vocabulary import over_all_tokens
 from ..ir.weights import digest
-from .metrics import Batch, default_metric, measure, relative_loss
+from .metrics import BY_NAME, Batch, default_metric, measure, relative_loss
 
 _NUMBERS = itertools.count()
+OUTPUTS_KEPT = 1 << 26
+"""Bytes of a program's outputs that are kept for comparing others with them."""
 
 
 class Progress(Protocol):
@@ -85,6 +87,7 @@ class Context:
         self.ranks = 1
         self.notes: list[str] = []
         self._number = next(_NUMBERS)
+        self._outputs: tuple[tuple[int, int], dict[int, Mapping[str, Any]]] = (-1, -1), {}
 
     @property
     def rng(self) -> torch.Generator:
@@ -149,6 +152,9 @@ class Context:
     ) -> tuple[str, float]:
         """Return the metric's name and value; lower is better.
 
+        A program is measured once: what a search tried and the pipeline goes on with is not run again to be judged, and
+        what judged one pass is the original of the next.
+
         Args:
             program: what is judged.
             reference: the original, for metrics that compare.
@@ -156,10 +162,18 @@ class Context:
             judge: on data for judging, else on calibration data.
         """
         if self.user_metric is not None and judge:
-            return "evaluate", float(self.user_metric(program))
+            own = self.user_metric
+            return "evaluate", program.derived(
+                ("metric", self._number, "evaluate"), lambda: float(own(program))
+            )
         name = default_metric(program) if metric == "auto" else metric
         data = self.judging() if judge else self.batches()
-        return name, measure(name, self._runner(program), self._runner(reference), data)
+        compared = name in BY_NAME and BY_NAME[name].compares
+        against = (reference.number, reference.version) if compared else ()
+        return name, program.derived(
+            ("metric", self._number, name, judge, against),
+            lambda: measure(name, self._runner(program), self._original(reference), data),
+        )
 
     def loss(
         self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True
@@ -171,15 +185,27 @@ class Context:
         return relative_loss(name, value, original)
 
     def original(self, program: Program, *, metric: str = "auto", judge: bool = True) -> float:
-        """Return the metric of a program that others are compared with; it is measured once."""
-        found: float = program.derived(
-            f"metric {self._number} {metric} {judge}",
-            lambda: self.evaluate(program, program, metric=metric, judge=judge)[1],
-        )
-        return found
+        """Return the metric of a program that others are compared with."""
+        return self.evaluate(program, program, metric=metric, judge=judge)[1]
 
     def _runner(self, program: Program) -> Callable[[Batch], Mapping[str, Any]]:
         return lambda batch: over_all_tokens(program, run(program, self.bound(program, batch)))
+
+    def _original(self, program: Program) -> Callable[[Batch], Mapping[str, Any]]:
+        """Run what others are compared with; what it gives for a batch is kept, where that is little."""
+        if self._outputs[0] != (program.number, program.version):
+            self._outputs = (program.number, program.version), {}
+        kept, runner = self._outputs[1], self._runner(program)
+
+        def outputs(batch: Batch) -> Mapping[str, Any]:
+            if id(batch) in kept:
+                return kept[id(batch)]
+            found = runner(batch)
+            if _bytes(found) + sum(map(_bytes, kept.values())) <= OUTPUTS_KEPT:
+                kept[id(batch)] = found
+            return found
+
+        return outputs
 
     # -- scores -----------------------------------------------------------------------------------------
 
@@ -205,7 +231,7 @@ class Context:
         try:
             for site in pending:
                 began = time.perf_counter()
-                edited = program.copy()
+                edited = program.copy(analysed=True)
                 edit(edited, site)
                 scores[site] = self.evaluate(edited, program, metric=metric, judge=False)[1]
                 self._write(store, scores)
@@ -255,3 +281,8 @@ class Context:
         temporary = store.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(scores, indent=1))
         os.replace(temporary, store)
+
+
+def _bytes(outputs: Mapping[str, Any]) -> int:
+    """Return the size of some outputs."""
+    return sum(value.nbytes for value in outputs.values() if isinstance(value, torch.Tensor))

@@ -33,8 +33,7 @@ def canonicalise(program: Program) -> None:
     """
     with refusing_guards(program.mode):
         _canonicalise(program)
-    program.edit.journal.clear()
-    program.edit.touched.clear()
+    program.edit.end()
     program.facts.add(Canonical())
 
 

@@ -224,8 +224,7 @@ def _bound_to(program: Program, rank: int) -> Program:
     own.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
     replaced = dict(own.edit.journal)
     own.derived("replaced by", lambda: replaced)
-    own.edit.journal.clear()
-    own.edit.touched.clear()
+    own.edit.end()
     return own
 
 

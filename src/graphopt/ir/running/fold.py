@@ -106,7 +106,7 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
                 (constant if any(n in constant for n in inputs) else neutral).add(node)
         return constant
 
-    found: set[fx.Node] = program.derived("weights_alone", find)
+    found: set[fx.Node] = program.derived("weights_alone", find, portable=True)
     return found
 
 

@@ -17,5 +17,7 @@ if TYPE_CHECKING:
 
 def readers(program: Program, node: fx.Node) -> list[fx.Node]:
     """Return the nodes that read a value and that an output depends on, in execution order."""
-    needed: set[fx.Node] = program.derived("needed", lambda: needed_for(program.outputs.values(), ()))
+    needed: set[fx.Node] = program.derived(
+        "needed", lambda: needed_for(program.outputs.values(), ()), portable=True
+    )
     return [user for user in node.users if user in needed]

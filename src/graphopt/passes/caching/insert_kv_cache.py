@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ...ir.schema import arguments, is_operator, normal_call
 from ...ir.signature import SizeRange
 from ..framework.base import Pass
 from ..framework.contracts import ExactInChunks
-from ..framework.plan import Plan, Refused, Site
+from ..framework.plan import Plan, Refused, Site, Trial
 from .comparing import compare_with_cache
 from .positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
 from .reducing import reduced
@@ -62,31 +63,41 @@ class InsertKVCache(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Find what is stored, and try the result in pieces."""
-        plan = Plan()
-        try:
-            decoder = Decoder(program)
-            sites = _sites(decoder)
-            limit = decoder.limit()
-        except NotCausal as problem:
-            plan.refused.append(Refused(problem.node.name, str(problem), program.source_line(problem.node)))
-            return plan
-        if limit is not None and self.max_length is not None and self.max_length > limit:
-            plan.refused.append(Refused("max_length", _too_long(limit, self.max_length)))
-            return plan
-        plan.sites = sites
-        failed = self._trial(program)
+        plan = self.findings(program).plan()
+        if plan.refused:
+            return replace(plan, sites=[])
+        failed = self._trial(program, plan)
         if failed is not None:
             plan.refused.append(failed)
-            plan.sites = []
+            plan.sites, plan.trial = [], None
         return plan
 
-    def _trial(self, program: Program) -> Refused | None:
-        """Run a small form of both: what mixes tokens in a way that no cache carries shows by its values."""
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield what is stored, or why nothing can be."""
+        try:
+            decoder = Decoder(program)
+            sites, limit = _sites(decoder), decoder.limit()
+        except NotCausal as problem:
+            yield Refused(problem.node.name, str(problem), program.source_line(problem.node))
+            return
+        if limit is not None and self.max_length is not None and self.max_length > limit:
+            yield Refused("max_length", _too_long(limit, self.max_length))
+            return
+        for site in sites:
+            yield site, None
+
+    def _trial(self, program: Program, plan: Plan) -> Refused | None:
+        """Run both: what mixes tokens in a way that no cache carries shows by its values.
+
+        What is too large to be run is tried by a small form of it, with the same kinds of layers.
+        """
         small = reduced(program)
-        trial = program.copy() if small is None else small.copy()
+        trial = self.copied(program if small is None else small)
         try:
             self._insert(trial)
             worst = None if small is None else compare_with_cache(small, trial)
+            if small is None or small is program:
+                plan.trial = Trial(self, program, plan.sites, trial)
         except (VerificationError, NotCausal) as problem:
             node = getattr(problem, "node", None)
             name = node.name if isinstance(node, fx.Node) else str(node or "inputs")
@@ -109,32 +120,37 @@ class InsertKVCache(Pass):
         """
         if not plan.sites:
             return
-        try:
-            sites = {site.block: site for site in _sites(Decoder(program))}
-            given = {site.block: site for site in plan.sites}
-            left = [name for name in sites if name not in given]
-            for name, site in given.items():
-                if site != sites[name]:
-                    raise PassRefusedError(
-                        f"{self.name}: the plan has {site} where the program has {sites[name]}",
-                        hint="what a cache holds follows from the program; plan again",
-                    )
-            if left:
+        findings = self.findings(program)
+        for refused in findings.refused:
+            raise PassRefusedError(f"{self.name}: {refused.block}: {refused.reason}", node=refused.block)
+        sites = {site.block: site for site in findings.sites}
+        given = {site.block: site for site in plan.sites}
+        left = [name for name in sites if name not in given]
+        for name, site in given.items():
+            if site != sites[name]:
                 raise PassRefusedError(
-                    f"{self.name}: the plan leaves out {', '.join(left)}: without a cache an attention sees new tokens "
-                    "and nothing before them",
-                    hint="take all of its sites, or none",
+                    f"{self.name}: the plan has {site} where the program has {sites[name]}",
+                    hint="what a cache holds follows from the program; plan again",
                 )
+        if left:
+            raise PassRefusedError(
+                f"{self.name}: the plan leaves out {', '.join(left)}: without a cache an attention sees new tokens "
+                "and nothing before them",
+                hint="take all of its sites, or none",
+            )
+        try:
             self._insert(program)
         except NotCausal as problem:
             raise PassRefusedError(f"{self.name}: {problem.node.name}: {problem}") from problem
 
     def _insert(self, program: Program) -> None:
+        findings = self.findings(program)
         decoder = Decoder(program)
         limit = decoder.limit()
-        if limit is not None and self.max_length is not None and self.max_length > limit:
-            raise NotCausal(decoder.tokens, _too_long(limit, self.max_length))
-        pairs = [(s["key"], s["value"]) for s in _sites(decoder)]
+        for refused in findings.refused:
+            at = next((n for n in program.graph.nodes if n.name == refused.block), decoder.tokens)
+            raise NotCausal(at, refused.reason)
+        pairs = [(s["key"], s["value"]) for s in findings.sites]
         nodes = {n.name: n for n in program.graph.nodes}
         still = decoder.still()
         positions = _positions(program, decoder)
@@ -277,13 +293,16 @@ class InsertKVCache(Pass):
         program.changed()
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
-        """Compare pieces with the whole; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`."""
+        """Compare pieces with the whole; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`.
+
+        The program that goes on is run, unless it is too large: then a small form of the one before gets a cache, too.
+        """
         small = reduced(before)
         if small is None:
             entry.notes.append("not compared in pieces: one layer of each kind is too large for that here")
             return
         if small is not before:
-            after = small.copy()
+            after = self.copied(small)
             self._insert(after)
         worst = compare_with_cache(small, after, seed=1)
         entry.checks, entry.error = 1, 0.0 if worst is None else worst.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,49 @@ class NotCausal(ValueError):
         self.node = node
 
 
+@dataclass
+class _Read:
+    """What a decoder takes and what descends from its tokens; it goes with copies of the program."""
+
+    tokens: fx.Node
+    positions: list[fx.Node]
+    masks: list[fx.Node]
+    zeros: list[fx.Node]
+    sequence: sympy.Symbol
+    batch: Any
+    moving: set[fx.Node]
+
+
+def _read(program: Program) -> _Read:
+    inputs = program.signature.inputs
+    # what may be left out is positions and masks; what may not is text
+    given = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
+    first = program.input_nodes[given[0]] if given else next(iter(program.graph.nodes))
+    if len(given) != 1 or len(inputs[given[0]].shape) < 2:
+        raise NotCausal(
+            first, f"it takes {', '.join(given) or 'nothing'}, where a decoder takes one row of tokens"
+        )
+    tokens = program.input_nodes[given[0]]
+    fills = {n: spec.fill.rule for n, spec in inputs.items() if spec.fill is not None}
+    nodes = program.input_nodes
+    positions = [nodes[n] for n, rule in fills.items() if rule.startswith("positions")]
+    masks = [nodes[n] for n, rule in fills.items() if rule == "ones"]
+    zeros = [nodes[n] for n, rule in fills.items() if rule == "zeros"]
+    batch, sequence = tokens.meta["val"].shape[:2]
+    if not isinstance(sequence, torch.SymInt) or not expression(sequence).is_Symbol:
+        raise NotCausal(tokens, f"its rows have {sequence} tokens, no more and no less")
+    moving: set[fx.Node] = {
+        tokens,
+        *(nodes[n] for n, rule in fills.items() if rule in ("following", "marks")),
+    }
+    for node in program.graph.nodes:
+        holds = isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+        if node.op == "call_function" and holds and any(n in moving for n in node.all_input_nodes):
+            moving.add(node)
+    end = expression(batch) if isinstance(batch, torch.SymInt) else None
+    return _Read(tokens, positions, masks, zeros, expression(sequence), end, moving)
+
+
 class Decoder:
     """Reads a decoder: its tokens, positions and masks, and what descends from tokens.
 
@@ -47,33 +91,13 @@ class Decoder:
 
     def __init__(self, program: Program):
         self.program = program
-        inputs = program.signature.inputs
-        # what may be left out is positions and masks; what may not is text
-        given = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
-        first = program.input_nodes[given[0]] if given else next(iter(program.graph.nodes))
-        if len(given) != 1 or len(inputs[given[0]].shape) < 2:
-            raise NotCausal(
-                first, f"it takes {', '.join(given) or 'nothing'}, where a decoder takes one row of tokens"
-            )
-        self.tokens = program.input_nodes[given[0]]
-        fills = {n: spec.fill.rule for n, spec in inputs.items() if spec.fill is not None}
-        nodes = program.input_nodes
-        self.positions = [nodes[n] for n, rule in fills.items() if rule.startswith("positions")]
-        self.masks = [nodes[n] for n, rule in fills.items() if rule == "ones"]
-        self.zeros = [nodes[n] for n, rule in fills.items() if rule == "zeros"]
-        batch, sequence = self.tokens.meta["val"].shape[:2]
-        if not isinstance(sequence, torch.SymInt) or not expression(sequence).is_Symbol:
-            raise NotCausal(self.tokens, f"its rows have {sequence} tokens, no more and no less")
-        self.sequence: sympy.Symbol = expression(sequence)
-        self.batch = expression(batch) if isinstance(batch, torch.SymInt) else None
-        self.moving: set[fx.Node] = {
-            self.tokens,
-            *(nodes[n] for n, rule in fills.items() if rule in ("following", "marks")),
-        }
-        for node in program.graph.nodes:
-            holds = isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
-            if node.op == "call_function" and holds and any(n in self.moving for n in node.all_input_nodes):
-                self.moving.add(node)
+        read: _Read = program.derived("decoder", lambda: _read(program), portable=True)
+        self.tokens, self.positions, self.masks, self.zeros = (
+            read.tokens, read.positions, read.masks, read.zeros,
+        )  # fmt: skip
+        self.sequence: sympy.Symbol = read.sequence
+        self.batch: Any = read.batch
+        self.moving: set[fx.Node] = read.moving
 
     def has_length(self, node: Any) -> list[int]:
         """Return the dimensions of a value whose size depends on how many tokens there are."""
@@ -128,6 +152,10 @@ class Decoder:
         What limits them is a table with a row for each position, a bias of fixed size, or the range of the size
         itself. What cannot be computed at the example's own size says nothing.
         """
+        found: int | None = self.program.derived("most tokens", self._limit, portable=True)
+        return found
+
+    def _limit(self) -> int | None:
         most = self.program.signature.sizes[self.program.symbols[self.sequence]].high
         found = [most] if most is not None else []
         lookups: dict[fx.Node, fx.Node] = {}

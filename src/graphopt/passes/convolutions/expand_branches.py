@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,10 +28,20 @@ from .geometry import Axis
 from .reading import CONVOLUTIONS, NotLinear, read_operator
 from .writing import CONVOLUTION, pad_source
 
-if TYPE_CHECKING:
-    from ...measure.context import Context
-
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A convolution, what it reads, and where its taps lie."""
+
+    node: fx.Node
+    source: fx.Node
+    outputs: int
+    inputs: int
+    groups: int
+    axes: tuple[Axis, ...]
+    mode: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +80,8 @@ class ExpandBranches(Pass):
         if not (self.kernels or self.copies or self.identity):
             raise PipelineError(f"{self.name}: there is no branch to add", hint="copies=1, or identity=true")
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Take each convolution with weights of its own."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield each convolution with weights of its own, and where its taps lie."""
         constant = depends_on_weights_alone(program)
         for node in program.graph.nodes:
             if not is_operator(node, *CONVOLUTIONS):
@@ -79,16 +89,18 @@ class ExpandBranches(Pass):
             try:
                 form = read_operator(node, constant)
             except NotLinear as problem:
-                plan.refused.append(Refused(node.name, str(problem), program.source_line(node)))
+                yield Refused(node.name, str(problem), program.source_line(node))
                 continue
             if form is None or (self.which == "spatial" and all(a.count == 1 for a in form.axes)):
                 continue
             kinds = self._kinds(form)
             if kinds:
-                plan.sites.append(Site(node.name, branches=kinds, align=self._side(form, constant)))
+                kernel = _Kernel(
+                    node, form.source, form.outputs, form.inputs, form.groups, form.axes, form.mode
+                )
+                yield Site(node.name, branches=kinds, align=self._side(form, constant)), kernel
             else:
-                plan.refused.append(Refused(node.name, "no branch fits it", program.source_line(node)))
-        return plan
+                yield Refused(node.name, "no branch fits it", program.source_line(node))
 
     def _kinds(self, form: Form) -> list[str]:
         """Name the branches of a convolution: the sizes of kernels, and ``identity``."""
@@ -113,47 +125,44 @@ class ExpandBranches(Pass):
         """Add the branches and sum them up."""
         if not plan.sites:
             return
-        constant = depends_on_weights_alone(program)
-        nodes = {node.name: node for node in program.graph.nodes}
-        for number, site in enumerate(plan.sites):
-            node = nodes[site.block]
-            form = read_operator(node, constant)
-            assert form is not None
+        for number, (site, kernel) in enumerate(self.chosen(program, plan)):
+            node = kernel.node
             with program.edit.after(node):
                 total = program.edit.call(node.target, *node.args, **node.kwargs)
                 for index, kind in enumerate(site["branches"]):
                     seed = self.seed * 1_000_003 + number * 101 + index
-                    branch = _branch(program, node, form, str(kind), site["align"], index, seed)
+                    branch = _branch(program, kernel, str(kind), site["align"], index, seed)
                     total = program.edit.call(aten.add.Tensor, total, branch)
             program.edit.replace(node, total)
         block_export(program, "branches were added, which a checkpoint of this architecture does not hold")
 
 
-def _branch(
-    program: Program, node: fx.Node, form: Form, kind: str, align: str, index: int, seed: int
-) -> fx.Node:
+def _branch(program: Program, kernel: _Kernel, kind: str, align: str, index: int, seed: int) -> fx.Node:
     """Insert one branch, scaled by zero."""
+    node = kernel.node
     weight = program.weights[_weight(node).name]
     stem = f"{weight.name.removesuffix('.weight')}.branches.{index}"
     dtype = node.meta["val"].dtype
     axes = tuple(
         _axis(a, 1 if kind == "identity" else a.count if kind == "full" else int(kind), align)
-        for a in form.axes
+        for a in kernel.axes
     )
-    placed = replace(form, axes=axes, mode=extension(axes, form.mode or "zeros"))
-    source, padding = pad_source(program, placed, form.source)
+    # what it reads may have got branches before
+    source, padding = pad_source(
+        program, axes, extension(axes, kernel.mode or "zeros"), program.edit.now(kernel.source)
+    )
     if kind == "identity":
         # padding of a single tap is cut off again, never added
         value = source
     else:
-        shape = (form.outputs, form.inputs // form.groups, *(a.count for a in axes))
+        shape = (kernel.outputs, kernel.inputs // kernel.groups, *(a.count for a in axes))
         drawn = Drawn(shape, dtype, seed, 1 / math.sqrt(math.prod(shape[1:])))
-        kernel = program.edit.add_weight(f"{stem}.weight", InMemory(drawn.load()))
+        own = program.edit.add_weight(f"{stem}.weight", InMemory(drawn.load()))
         value = program.edit.call(
-            CONVOLUTION[len(axes)], source, kernel, None,
-            [a.stride for a in axes], padding, [a.step for a in axes], form.groups,
+            CONVOLUTION[len(axes)], source, own, None,
+            [a.stride for a in axes], padding, [a.step for a in axes], kernel.groups,
         )  # fmt: skip
-    zeros = torch.zeros(form.outputs, *[1] * len(axes), dtype=dtype)
+    zeros = torch.zeros(kernel.outputs, *[1] * len(axes), dtype=dtype)
     return program.edit.call(aten.mul.Tensor, value, program.edit.add_weight(f"{stem}.scale", zeros))
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-from torch import fx
 
 from ...ir.export_blockers import block_export
 from ...ir.facts import FusedBranches
@@ -13,8 +12,8 @@ from ...ir.option import option
 from ...ir.program import Program
 from ..framework.base import Pass
 from ..framework.contracts import Exact
-from ..framework.plan import Plan, Refused, Site
-from .equalise import equalise, find_pairs
+from ..framework.plan import Plan, Refused, Site, Trial
+from .equalise import Pair, equalise, find_pairs
 from .forms import Form
 from .groups import find_groups
 from .quantisation import compare, described
@@ -47,52 +46,59 @@ class FuseBranches(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Take each group that one convolution can stand for without more multiply-adds."""
-        found = find_groups(program, allow_growth=self.allow_growth)
         plan = Plan()
+        # kernels are functions that read one graph: they are found in the copy that goes on
+        made = self.copied(program)
+        found = find_groups(made, allow_growth=self.allow_growth)
         for node, form in found.forms.items():
             plan.sites.append(Site(node.name, source=form.source.name, **_described(form)))
-            both = compare(program, form)
+            both = compare(made, form)
             if both is not None:
                 plan.notes.append(described(node.name, *both))
         for node, reason in found.reasons.items():
-            plan.refused.append(Refused(node.name, reason, program.source_line(node)))
+            plan.refused.append(Refused(node.name, reason, made.source_line(node)))
+        _write(made, found.forms.values())
+        pairs: list[Pair] = []
         if self.equalize:
-            trial = program.copy()
-            self._fuse(trial, plan.sites)
-            pairs = [[pair.first.name, pair.second.name] for pair in find_pairs(trial)]
+            pairs = find_pairs(made)
             if pairs:
-                plan.sites.append(Site("channels", equalize=pairs))
+                chosen = [[pair.first.name, pair.second.name] for pair in pairs]
+                plan.sites.append(Site("channels", equalize=chosen))
             else:
                 plan.refused.append(
                     Refused("channels", "there are no convolutions between which a scale would cancel")
                 )
+        if plan.sites:
+            _scale(made, pairs)
+            plan.trial = Trial(self, program, plan.sites, made)
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Write the convolutions, in the order of the graph; then scale channels between them."""
         if not plan.sites:
             return
-        self._fuse(program, [site for site in plan.sites if site.block != "channels"])
+        forms = {n.name: f for n, f in find_groups(program, allow_growth=self.allow_growth).forms.items()}
+        order = {name: index for index, name in enumerate(forms)}
+        names = [site.block for site in plan.sites if site.block != "channels"]
+        _write(program, [forms[name] for name in sorted(names, key=lambda name: order.get(name, -1))])
         wanted = [tuple(pair) for site in plan.sites if site.block == "channels" for pair in site["equalize"]]
-        now: dict[fx.Node, fx.Node] = {}
-        for pair in find_pairs(program) if wanted else []:
-            if (pair.first.name, pair.second.name) in wanted:
-                first = now.get(pair.first, pair.first)
-                now[pair.second] = equalise(program, replace(pair, first=first))
-        block_export(program, "branches were fused, which a checkpoint of this architecture would keep")
+        pairs = find_pairs(program) if wanted else []
+        _scale(program, [p for p in pairs if (p.first.name, p.second.name) in wanted])
 
-    def _fuse(self, program: Program, sites: list[Site]) -> None:
-        found = find_groups(program, allow_growth=self.allow_growth)
-        by_name = {node.name: form for node, form in found.forms.items()}
-        order = {name: index for index, name in enumerate(by_name)}
-        now: dict[fx.Node, fx.Node] = {}
-        for site in sorted(sites, key=lambda s: order.get(s.block, -1)):
-            form = by_name[site.block]
-            old = form.value
-            with program.edit.before(old):
-                new = write_form(program, form, now.get(form.source, form.source))
-            program.edit.replace(old, new)
-            now[old] = new
+
+def _write(program: Program, forms: Iterable[Form]) -> None:
+    """Write convolutions for forms, in the order of the graph."""
+    for form in forms:
+        with program.edit.before(form.value):
+            new = write_form(program, form, program.edit.now(form.source))
+        program.edit.replace(form.value, new)
+
+
+def _scale(program: Program, pairs: list[Pair]) -> None:
+    """Scale channels between convolutions, in the order of the graph."""
+    for pair in pairs:
+        equalise(program, replace(pair, first=program.edit.now(pair.first)))
+    block_export(program, "branches were fused, which a checkpoint of this architecture would keep")
 
 
 def _described(form: Form) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,12 +50,6 @@ class _Reach:
     chain: list[fx.Node]
 
 
-@dataclass
-class _Found:
-    reaches: list[_Reach] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StreamConvolutions(Pass):
     """Turn zero padding in the past into the past itself.
@@ -85,22 +80,30 @@ class StreamConvolutions(Pass):
                 Refused("inputs", f"no size to take for time: {', '.join(program.signature.sizes)}")
             )
             return plan
-        found = _find(program, time)
-        plan.refused = found.refused
-        if found.refused:
-            return plan
-        states: dict[fx.Node, int] = {}
-        for reach in found.reaches:
-            states[reach.source] = max(states.get(reach.source, 0), reach.frames)
-        for source, frames in states.items():
-            readers = [r.root.name for r in found.reaches if r.source is source]
-            plan.sites.append(Site(source.name, frames=frames, readers=readers, time=str(time)))
+        plan = self.findings(program).plan()
+        if plan.refused:
+            return replace(plan, sites=[])
         if plan.sites:
             problem = self._trial(program, plan)
             if problem is not None:
                 plan.refused.append(problem)
-                plan.sites = []
+                plan.sites, plan.trial = [], None
         return plan
+
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield each value that is read back, with its readers, and what cannot stream."""
+        time = self._time(program)
+        if time is None:
+            return
+        states: dict[fx.Node, list[_Reach]] = {}
+        for reach in _reaches(program, time):
+            if isinstance(reach, Refused):
+                yield reach
+            else:
+                states.setdefault(reach.source, []).append(reach)
+        for source, reaches in states.items():
+            frames, readers = max(r.frames for r in reaches), [r.root.name for r in reaches]
+            yield Site(source.name, frames=frames, readers=readers, time=time), (source, reaches)
 
     def _time(self, program: Program) -> str | None:
         names = list(program.signature.sizes)
@@ -112,9 +115,7 @@ class StreamConvolutions(Pass):
 
     def _trial(self, program: Program, plan: Plan) -> Refused | None:
         """Run both forms: what depends on other frames in a way that no state carries shows by its values."""
-        trial = program.copy()
-        self.rewrite(trial, plan)
-        wrong = compare_in_chunks(program, trial, plan.sites[0]["time"], every_value=True)
+        wrong = compare_in_chunks(program, self.tried(program, plan), plan.sites[0]["time"], every_value=True)
         if wrong is None or wrong.error <= ExactInChunks.limit:
             return None
         node = next((n for n in program.graph.nodes if n.name == wrong.name), None)
@@ -127,19 +128,18 @@ class StreamConvolutions(Pass):
         """Put the state before each value that is read back, and return what follows it."""
         if not plan.sites:
             return
-        nodes = {node.name: node for node in program.graph.nodes}
         time = plan.sites[0]["time"]
-        reaches = {r.root.name: r for r in _find(program, time).reaches}
-        for number, site in enumerate(plan.sites):
-            source, frames = nodes[site.block], int(site["frames"])
-            axis = reaches[site["readers"][0]].axis
+        constant = set(depends_on_weights_alone(program))
+        for number, (site, (found, reaches)) in enumerate(self.chosen(program, plan)):
+            source, frames, axis = program.edit.now(found), int(site["frames"]), reaches[0].axis
+            by_name = {reach.root.name: reach for reach in reaches}
             shape = list(source.meta["val"].shape)
             shape[axis] = frames
             state = add_input(program, f"state_{number}", shape, source.meta["val"].dtype)
             with program.edit.after(source):
                 joined = program.edit.call(aten.cat.default, [state, source], axis)
             for reader in site["readers"]:
-                _reread(program, reaches[reader], joined, frames)
+                _reread(program, by_name[reader], joined, frames, constant)
             with program.edit.after(joined):
                 following = program.edit.call(aten.slice.Tensor, joined, axis, -frames)
             program.add_output(f"next_state_{number}", following)
@@ -157,10 +157,10 @@ class StreamConvolutions(Pass):
             )
 
 
-def _find(program: Program, time: str) -> _Found:
+def _reaches(program: Program, time: str) -> Iterator[_Reach | Refused]:
+    """Yield what each convolution reads along time, or why it cannot stream."""
     constant = depends_on_weights_alone(program)
     symbol = next(s for s, name in program.symbols.items() if name == time)
-    found = _Found()
     for node in program.graph.nodes:
         if not is_operator(node, *CONVOLUTIONS, *POOLINGS):
             continue
@@ -171,10 +171,9 @@ def _find(program: Program, time: str) -> _Found:
             continue
         reach = _reach(program, node, constant, axes[0])
         if isinstance(reach, str):
-            found.refused.append(Refused(node.name, reach, program.source_line(node)))
+            yield Refused(node.name, reach, program.source_line(node))
         elif reach is not None:
-            found.reaches.append(reach)
-    return found
+            yield reach
 
 
 def _reach(program: Program, node: fx.Node, constant: set[fx.Node], axis: int) -> _Reach | str | None:
@@ -235,7 +234,7 @@ def _along(node: fx.Node, form: Form, constant: set[fx.Node], axis: int) -> tupl
     return chain, line
 
 
-def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> None:
+def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int, constant: set[fx.Node]) -> None:
     """Let a convolution read the past and the present, and pad nothing along time."""
     place = reach.axis
     with program.edit.before(reach.root):
@@ -244,7 +243,7 @@ def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int) -> No
             value = program.edit.call(aten.slice.Tensor, joined, place, frames - reach.frames)
         for node in reach.chain:
             if node is reach.node:
-                value = _convolved(program, node, value, place)
+                value = _convolved(program, node, value, place, constant)
             elif has(node, Trait.PADDING):
                 value = _padded(program, node, value, place)
             elif int(arguments(node)["dim"]) != place:
@@ -264,10 +263,12 @@ def _padded(program: Program, node: fx.Node, value: fx.Node, place: int) -> fx.N
     return program.edit.call(node.target, *args, **kwargs)
 
 
-def _convolved(program: Program, node: fx.Node, value: fx.Node, place: int) -> fx.Node:
+def _convolved(
+    program: Program, node: fx.Node, value: fx.Node, place: int, constant: set[fx.Node]
+) -> fx.Node:
     """Repeat a convolution or pooling without its padding along time."""
     found = arguments(node)
-    form = read_operator(node, depends_on_weights_alone(program))
+    form = read_operator(node, constant)
     assert form is not None
     ends = [(0, 0) if index == place - 2 else (a.low, a.high) for index, a in enumerate(form.axes)]
     if any(low != high for low, high in ends):

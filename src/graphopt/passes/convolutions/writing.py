@@ -11,6 +11,7 @@ from torch import fx
 from ...ir.program import Program
 from ...ir.running.execute import interpret
 from .forms import Form
+from .geometry import Axis
 
 aten = torch.ops.aten
 CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
@@ -64,19 +65,21 @@ class OnTensors:
 def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
     """Insert the convolution that a form is, reading ``source``, and return it."""
     kernel, bias = (_held(program, v, source) for v in form.build(OnGraph(program)))
-    source, padding = pad_source(program, form, source)
+    source, padding = pad_source(program, form.axes, form.mode, source)
     return program.edit.call(
         CONVOLUTION[len(form.axes)], source, kernel, bias,
         [a.stride for a in form.axes], padding, [a.step for a in form.axes], form.groups,
     )  # fmt: skip
 
 
-def pad_source(program: Program, form: Form, source: fx.Node) -> tuple[fx.Node, list[int]]:
+def pad_source(
+    program: Program, axes: tuple[Axis, ...], mode: str, source: fx.Node
+) -> tuple[fx.Node, list[int]]:
     """Return what a form's convolution reads and the padding it is given: its own, where that can be."""
-    low, high = [a.low for a in form.axes], [a.high for a in form.axes]
-    if low == high and min(low) >= 0 and form.mode in ("", "zeros"):
+    low, high = [a.low for a in axes], [a.high for a in axes]
+    if low == high and min(low) >= 0 and mode in ("", "zeros"):
         return source, low
-    return _padded(program, source, low, high, form.mode), [0] * len(low)
+    return _padded(program, source, low, high, mode), [0] * len(low)
 
 
 def _held(program: Program, node: fx.Node | None, source: fx.Node) -> fx.Node | None:

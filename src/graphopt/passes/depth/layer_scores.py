@@ -7,13 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 from torch.nn import functional as F
 
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.program import Program
+from ...ir.running.execute import release
 from ...measure.metrics import valid
-from ..framework.plan import Plan
+from ..framework.plan import Plan, Site
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -74,11 +74,18 @@ def choose(
                 number if options.search == "contiguous" else len(units) - 1,
             )
         candidate = order[:number]
-        loss = context.loss(_without(program, options, candidate), program, metric=options.metric)
+        attempt = Plan(sites_of([unit.name for unit in units], candidate))
+        if options.phase == "decode":
+            # what is judged is what the dial leaves out; the program with the dial runs everything
+            made = _without(program, options, candidate)
+        else:
+            made = options.tried(program, attempt)
+        loss = context.loss(made, program, metric=options.metric)
+        release(made)
         plan.notes.append(f"without {number}: loss {loss:.4g}")
         if not loss <= options.budget:
             break
-        chosen = candidate
+        chosen, plan.trial = candidate, attempt.trial
     if not chosen:
         raise PassRefusedError(
             f"skip-layers: even one {options.unit} fewer costs more than the budget of {options.budget:g}",
@@ -87,10 +94,16 @@ def choose(
     return chosen
 
 
+def sites_of(names: list[str], chosen: list[str]) -> list[Site]:
+    """Return the sites of the units that go, in the order of the graph."""
+    return [Site(name, number=number) for number, name in enumerate(names) if name in chosen]
+
+
 def _estimate(program: Program, context: Context, options: SkipLayers, count: int, plan: Plan) -> None:
     """Say beforehand how long scoring takes, from one evaluation."""
     began = time.perf_counter()
-    context.evaluate(program, program, metric=options.metric, judge=False)
+    # a budget compares with what judging data says of the original, which is then known
+    context.evaluate(program, program, metric=options.metric, judge=options.budget is not None)
     each = time.perf_counter() - began
     runs = count if options.score in ("perplexity", "kl", "cosine") else 1
     if options.search == "greedy":
@@ -127,11 +140,8 @@ def _order(
 
 def _without(program: Program, options: SkipLayers, names: list[str]) -> Program:
     """Return a copy without the units named."""
-    copy = program.copy()
-    found = {unit.name: unit for unit in units_of(copy, options.unit)}
-    order = {node: i for i, node in enumerate(copy.graph.nodes)}
-    for unit in sorted((found[n] for n in names), key=lambda u: order[u.writes], reverse=True):
-        copy.remove(unit)
+    copy = options.copied(program)
+    _remove_in_place(copy, options, names)
     return copy
 
 
@@ -166,14 +176,12 @@ def _distances(
     units = {unit.name: unit for unit in units_of(program, options.unit)}
     working = program
     if gone:
-        working = program.copy()
+        working = options.copied(program)
         by_name = {node.name: node for node in working.graph.nodes}
         ends = {n: (units[n].reads.name, units[n].writes.name) for n in names}
-        working.edit.journal.clear()
         _remove_in_place(working, options, gone)
         # what took the place of what a removed neighbour wrote
-        replaced = dict(working.edit.journal)
-        pairs = {n: tuple(_present(by_name[e], replaced) for e in ends[n]) for n in names}
+        pairs = {n: tuple(working.edit.now(by_name[e]) for e in ends[n]) for n in names}
     else:
         pairs = {n: (units[n].reads, units[n].writes) for n in names}
     totals = dict.fromkeys(names, 0.0)
@@ -187,12 +195,6 @@ def _distances(
         context.progress.step()
     context.progress.done()
     return {name: total / max(count, 1) for name, total in totals.items()}
-
-
-def _present(node: fx.Node, replaced: dict[str, fx.Node]) -> fx.Node:
-    while replaced.get(node.name, node) is not node:
-        node = replaced[node.name]
-    return node
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str) -> float:

@@ -20,9 +20,9 @@ from ...ir.running.readers import readers
 from ...ir.schema import arguments, is_operator
 from ..framework.base import Pass
 from ..framework.contracts import Approximate, Contract, ExactAt
-from ..framework.plan import Plan, Refused, Site
+from ..framework.plan import Plan, Refused
 from .checkpoint_layers import forget_removed
-from .layer_scores import choose, unified_rule, units_of
+from .layer_scores import choose, sites_of, unified_rule, units_of
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -123,10 +123,9 @@ class SkipLayers(Pass):
         kept_names = [n for n in names if n not in chosen]
         if not kept_names:
             raise PassRefusedError(f"{self.name}: nothing would be left", hint="remove fewer")
+        plan.sites = sites_of(names, chosen)
         for name in names:
-            if name in chosen:
-                plan.sites.append(Site(name, number=names.index(name)))
-            else:
+            if name not in chosen:
                 score = plan.scores.get(name)
                 plan.refused.append(Refused(name, "kept" if score is None else f"kept: score {score:.4g}"))
         return plan

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -61,21 +62,8 @@ class DialTopK(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Take every mixture whose experts come straight from a top-k."""
-        plan = Plan()
-        loose: list[str] = []
-        for block in program.anatomy.experts:
-            reason, most = _most(program, block)
-            if reason:
-                plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
-                continue
-            if self.fixed is not None and self.fixed > most:
-                raise PassRefusedError(
-                    f"{self.name}: {block.name} was trained with {most} active experts, {self.fixed} are more"
-                )
-            normalised = _normalised(program, block)
-            if not normalised:
-                loose.append(block.name)
-            plan.sites.append(Site(block.name, most=most, renormalised=normalised))
+        plan = self.findings(program).plan()
+        loose = [site.block for site in plan.sites if not site["renormalised"]]
         if loose:
             plan.notes.append(
                 f"{', '.join(loose)}: routing weights are not divided by their sum, so the mixture adds less "
@@ -83,11 +71,24 @@ class DialTopK(Pass):
             )
         return plan
 
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield every mixture whose experts come straight from a top-k."""
+        for block in program.anatomy.experts:
+            reason, most = _most(program, block)
+            if reason:
+                yield Refused(block.name, reason, program.source_line(block.term))
+                continue
+            if self.fixed is not None and self.fixed > most:
+                raise PassRefusedError(
+                    f"{self.name}: {block.name} was trained with {most} active experts, {self.fixed} are more"
+                )
+            yield Site(block.name, most=most, renormalised=_normalised(program, block)), block
+
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Limit the experts of the mixtures that the plan names."""
         if not plan.sites:
             return
-        blocks = {b.name: b for b in program.anatomy.experts}
+        chosen, mixtures = self.chosen(program, plan), len(program.anatomy.experts)
         shared: fx.Node | None = None
         if self.fixed is not None and plan.sites:
             value = torch.tensor(float(self.fixed), dtype=torch.float64)
@@ -95,7 +96,7 @@ class DialTopK(Pass):
         elif not self.per_layer and plan.sites:
             most = max(int(site["most"]) for site in plan.sites)
             shared = program.add_dial(DIAL, Dial(float(most), 1.0, float(most), "experts a token goes to"))
-        for number, site in enumerate(plan.sites):
+        for number, (site, block) in enumerate(chosen):
             most = int(site["most"])
             k = shared
             if k is None:
@@ -103,9 +104,9 @@ class DialTopK(Pass):
                     f"{DIAL}_{number}",
                     Dial(float(most), 1.0, float(most), f"experts a token goes to in {site.block}"),
                 )
-            _limit(program, blocks[site.block], k, bool(site["renormalised"]))
+            _limit(program, block, k, bool(site["renormalised"]))
         counts = {int(site["most"]) for site in plan.sites}
-        if self.fixed is not None and len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
+        if self.fixed is not None and len(counts) == 1 and len(plan.sites) == mixtures:
             note_checkpoint(program, active_experts=(counts.pop(), self.fixed))
         else:
             block_export(program, DIALLED if self.fixed is None else UNEVEN)

@@ -15,7 +15,7 @@ from ...ir.option import option
 from ...ir.program import Program
 from ..framework.base import Pass
 from ..framework.contracts import Approximate, Contract
-from ..framework.plan import Plan, Refused, Site
+from ..framework.plan import Plan, Refused, Site, Trial
 from .selecting import expert_scores, groups_of, take_experts
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class PruneExperts(Pass):
         if not able:
             return plan
         scores = expert_scores(program, context, able, self.score)
-        trial = program.copy()
+        trial = self.copied(program)
         trials = {b.name: b for b in trial.anatomy.experts}
+        failed = False
         for block in able:
             count, active = int(block.sizes["experts"]), int(block.sizes["active"])
             left = self.keep if self.keep is not None else count - int(count * (self.fraction or 0.0))
@@ -95,9 +96,13 @@ class PruneExperts(Pass):
             try:
                 take_experts(trial, trials[block.name], chosen)
             except ValueError as problem:
+                failed = True
                 plan.refused.append(Refused(block.name, str(problem), program.source_line(block.term)))
                 continue
             plan.sites.append(Site(block.name, experts=count, left=chosen))
+        if plan.sites and not failed:
+            _say(trial, plan, len(trials))
+            plan.trial = Trial(self, program, plan.sites, trial)
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -107,11 +112,15 @@ class PruneExperts(Pass):
         blocks = {b.name: b for b in program.anatomy.experts}
         for site in plan.sites:
             take_experts(program, blocks[site.block], [int(e) for e in site["left"]])
-        counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
-        if len(counts) == 1 and len(plan.sites) == len(program.anatomy.experts):
-            note_checkpoint(program, expert_counts=(counts.pop(),))
-        else:
-            block_export(
-                program,
-                "mixtures have different numbers of experts, for which the configuration has one entry",
-            )
+        _say(program, plan, len(blocks))
+
+
+def _say(program: Program, plan: Plan, mixtures: int) -> None:
+    """Write down how many experts are left, for the configuration of a folder."""
+    counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
+    if len(counts) == 1 and len(plan.sites) == mixtures:
+        note_checkpoint(program, expert_counts=(counts.pop(),))
+    else:
+        block_export(
+            program, "mixtures have different numbers of experts, for which the configuration has one entry"
+        )

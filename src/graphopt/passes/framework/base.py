@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +10,7 @@ from ...ir.facts import Canonical, Fact
 from ...ir.option import checked, default_of, option, options_of, require_effect, require_known
 from ...ir.program import Program
 from .contracts import Contract, Exact
-from .plan import Plan
+from .plan import Findings, Plan, Refused, Site, Trial
 from .values import format_value
 
 if TYPE_CHECKING:
@@ -59,9 +59,49 @@ class Pass:
     def validate(self) -> None:
         """Check options against one another; raise PipelineError with the reason."""
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Decide what to do, without changing the program."""
+    def find(self, program: Program) -> Iterable[tuple[Site, Any] | Refused]:
+        """Yield each place that the pass could take, with what rewriting it needs to know, and those it refuses.
+
+        It depends on the program and the options alone. What rewriting needs to know are nodes and plain data, in
+        containers and dataclasses.
+        """
         raise TypeError(f"pass {self.name} does not plan")
+
+    def findings(self, program: Program) -> Findings:
+        """Return what :meth:`find` yields: found once, also for the copy that is rewritten."""
+        found: Findings = program.derived(
+            ("found", type(self), str(self)), lambda: Findings.of(self.find(program)), portable=True
+        )
+        return found
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Decide what to do, without changing the program: everything that was found, if a pass does not say otherwise."""
+        return self.findings(program).plan()
+
+    def chosen(self, program: Program, plan: Plan) -> list[tuple[Site, Any]]:
+        """Return the sites of a plan, each with what was found there; see :meth:`find`.
+
+        Raises:
+            PassRefusedError: the plan takes what the pass refuses.
+            KeyError: it names what the program does not have.
+        """
+        return self.findings(program).chosen(plan)
+
+    def copied(self, program: Program) -> Program:
+        """Return a copy to rewrite, in which what was found of the program so far is known."""
+        copy = program.copy(analysed=True)
+        copy.edit.author = self.name
+        return copy
+
+    def tried(self, program: Program, plan: Plan) -> Program:
+        """Carry out a plan while planning, where that alone shows whether it can be; return what came of it.
+
+        The pipeline goes on with that if the plan is not edited.
+        """
+        made = self.copied(program)
+        self.rewrite(made, plan)
+        plan.trial = Trial(self, program, plan.sites, made)
+        return made
 
     def told(self, program: Program, plan: Plan) -> list[str]:
         """Return what is to be said of the sites of a plan, which may have been edited since it was made."""

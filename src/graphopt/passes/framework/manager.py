@@ -162,11 +162,14 @@ def _run_pass(
             hint="allow_no_match=true lets the pipeline go on",
         )
     written = _versions(program)
+    if given and plan.sites:
+        _look(program, step)
 
     def attempt(chosen: Plan) -> tuple[Program, PassReport]:
         return _attempt(program, step, chosen, seconds, verify_with, inputs, planned=not given)
 
     settled = settle(plan, attempt, together=step.together)
+    settled.plan.trial = None
     _untouched(program, written)
     if settled.error is not None and settled.result is None and not step.allow_no_match:
         raise settled.error
@@ -196,9 +199,7 @@ def _run_pass(
     plan.told = step.told(program, plan)
     entry.notes = [*plan.told, *plan.notes, *context.notes]
     working.history.append(_record(step, plan, entry, context))
-    working.edit.author = ""
-    working.edit.journal.clear()
-    working.edit.touched.clear()
+    working.edit.end()
     return working, entry
 
 
@@ -211,6 +212,13 @@ def _planned(program: Program, step: Pass, context: Context) -> Plan:
         if not step.allow_no_match:
             raise
         return Plan(refused=[Refused(error.node or step.name, error.message, error.source or "")])
+
+
+def _look(program: Program, step: Pass) -> None:
+    """Let a pass whose plan was given find its places before the program is copied, so that no attempt does it again."""
+    if type(step).find is not Pass.find:
+        with refusing_guards(program.mode):
+            step.findings(program)
 
 
 def _attempt(
@@ -236,13 +244,15 @@ def _attempt(
         seconds[what] = seconds.get(what, 0.0) + now - began
         began = now
 
-    working = program.copy()
-    working.edit.author = step.name
+    # what planning had to try is what goes on: it is not made a second time
+    tried = plan.trial.take(step, program, plan.sites) if plan.trial is not None else None
+    working = step.copied(program) if tried is None else tried
     contract = step.promises()
     entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites], seconds=seconds)
     try:
         with refusing_guards(program.mode):
-            step.rewrite(working, plan)
+            if tried is None:
+                step.rewrite(working, plan)
         count("rewrite")
         verify(working, [n for n in working.edit.touched if not n._erased])
         lossy = isinstance(contract, NewFunction)

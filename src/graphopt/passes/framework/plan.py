@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...ir.errors import PipelineError
+from ...ir.errors import PassRefusedError, PipelineError
+
+if TYPE_CHECKING:
+    from ...ir.program import Program
+    from .base import Pass
 
 
 class Site:
@@ -45,10 +51,83 @@ class Refused:
 
 
 @dataclass
+class Findings:
+    """What a pass could do to a program (:meth:`Pass.find`): its sites, what rewriting each needs to know, and refusals.
+
+    It speaks of the nodes of one graph, and goes with copies of it.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    work: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[Site, Any] | Refused]) -> Findings:
+        """Collect what :meth:`Pass.find` yields."""
+        findings = cls()
+        for one in found:
+            if isinstance(one, Refused):
+                findings.refused.append(one)
+            else:
+                findings.sites.append(one[0])
+                findings.work[one[0].block] = one[1]
+        return findings
+
+    def plan(self) -> Plan:
+        """Return a plan that takes every site; it may be edited."""
+        return Plan(copy.deepcopy(self.sites), list(self.refused))
+
+    def chosen(self, plan: Plan) -> list[tuple[Site, Any]]:
+        """Return the sites of a plan, in its order, each with what rewriting it needs to know.
+
+        Raises:
+            PassRefusedError: the plan takes what the pass refuses.
+            KeyError: it names what the program does not have.
+        """
+        reasons = {refused.block: refused.reason for refused in self.refused}
+        for site in plan.sites:
+            if site.block not in self.work and site.block in reasons:
+                raise PassRefusedError(
+                    f"the plan takes {site.block}, which cannot be: {reasons[site.block]}", node=site.block
+                )
+        return [(site, self.work[site.block]) for site in plan.sites]
+
+
+class Trial:
+    """A program on which a plan was carried out while planning.
+
+    The pipeline goes on with it as it is, once, instead of carrying the plan out again: if the plan still has the same
+    sites, and is obeyed by the same pass, options included, on the program that it was made for, in the state that it had.
+    """
+
+    def __init__(self, step: Pass, before: Program, sites: list[Site], after: Program):
+        self._step = step
+        self._before, self._version = before, before.version
+        self._sites = copy.deepcopy(sites)
+        self._after: Program | None = after
+
+    @property
+    def after(self) -> Program:
+        """What came of it, to be measured and not to be edited."""
+        assert self._after is not None
+        return self._after
+
+    def take(self, step: Pass, before: Program, sites: list[Site]) -> Program | None:
+        """Return what this pass made of this program at these sites; None if it was another, or was taken already."""
+        if step != self._step or before is not self._before or before.version != self._version:
+            return None
+        if sites != self._sites:
+            return None
+        after, self._after = self._after, None
+        return after
+
+
+@dataclass
 class Plan:
     """What a pass will do: sites taken with their choices, sites refused with reasons, scores behind it.
 
-    ``told`` is what the pass says of these sites (:meth:`Pass.told`); it is no part of a plan file, where sites are edited.
+    ``told`` is what the pass says of these sites (:meth:`Pass.told`), ``trial`` what came of them where planning took
+    trying (:meth:`Pass.tried`); both are no part of a plan file, where sites are edited.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -56,6 +135,7 @@ class Plan:
     scores: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list, compare=False)
+    trial: Trial | None = field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, in the form of a plan file."""
@@ -74,9 +154,8 @@ class Plan:
         taken = {site.block for site in self.sites}
         prefix = "when it was planned: "
         notes = [note if note.startswith(prefix) else prefix + note for note in self.notes]
-        return Plan(
-            list(self.sites), [r for r in self.refused if r.block not in taken], dict(self.scores), notes
-        )
+        refused = [r for r in self.refused if r.block not in taken]
+        return Plan(list(self.sites), refused, dict(self.scores), notes, trial=self.trial)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:

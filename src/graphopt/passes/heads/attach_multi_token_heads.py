@@ -108,7 +108,7 @@ class AttachMultiTokenHeads(Pass):
                     name = f"{number}.{self.layers}.weight"
                     own = add(
                         f"{PREFIX}.{name}",
-                        InMemory(given[name].to(dtype)) if given else _copied(program, matrix),
+                        _begun(given[name], (), dtype) if given else _copied(program, matrix),
                     )
                 made.append(program.edit.call(aten.linear.default, value, own))
                 last = made[-1]
@@ -122,8 +122,8 @@ class AttachMultiTokenHeads(Pass):
         )
 
 
-def _begun(given: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
-    return Zeros(shape, dtype) if given is None else InMemory(given.to(dtype))
+def _begun(given: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
+    return Zeros(shape, dtype) if given is None else InMemory(given.load().to(dtype))
 
 
 def _copied(program: Program, matrix: fx.Node) -> TensorSource:
@@ -163,11 +163,11 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
 
 def _given(
     path: str, heads: int, layers: int, share: bool, size: int, vocabulary: int
-) -> dict[str, torch.Tensor]:
-    """Read heads and check that they are those of this model."""
+) -> dict[str, TensorSource]:
+    """Find heads in a file, check that they are those of this model, and read nothing of them yet."""
     if not Path(path).is_file():
         raise PassRefusedError(f"attach-multi-token-heads: there is no file {path}")
-    held = {name: source.load() for name, source in read_header(Path(path)).items()}
+    held = read_header(Path(path))
     wanted: dict[str, tuple[int, ...]] = {}
     for number in range(heads):
         for layer in range(layers):

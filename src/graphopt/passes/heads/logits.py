@@ -38,6 +38,11 @@ class Head:
 
 def find_head(program: Program) -> Head | str:
     """Return a decoder's head, or why there is none."""
+    found: Head | str = program.derived("head", lambda: _find_head(program), portable=True)
+    return found
+
+
+def _find_head(program: Program) -> Head | str:
     logits = program.outputs.get("logits")
     if logits is None:
         return "it returns no logits"
@@ -69,9 +74,14 @@ def find_head(program: Program) -> Head | str:
 
 def layers_to_logits(program: Program) -> list[Layer]:
     """Return the layers that logits are made by, without what was attached beside them."""
-    logits = program.outputs.get("logits")
-    back = needed_for([logits], {}) if logits is not None else set()
-    return [layer for layer in program.anatomy.layers if all(block.add in back for block in layer.blocks)]
+
+    def find() -> list[Layer]:
+        logits = program.outputs.get("logits")
+        back = needed_for([logits], {}) if logits is not None else set()
+        return [layer for layer in program.anatomy.layers if all(block.add in back for block in layer.blocks)]
+
+    found: list[Layer] = program.derived("layers to logits", find, portable=True)
+    return found
 
 
 def value_size(node: fx.Node) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,9 +19,6 @@ from ...ir.schema import arguments, is_operator
 from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Refused, Site
-
-if TYPE_CHECKING:
-    from ...measure.context import Context
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 
@@ -41,9 +39,8 @@ class FuseKernels(Pass):
 
     where: str = option("all", help="what is joined", choices=("all", "norms", "gates"))
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Find norms of sums, and products with an activation."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield norms with the sums that they read, and products of an activation with its gate."""
         order = {node: number for number, node in enumerate(program.nodes)}
         constant = depends_on_weights_alone(program)
         taken: set[fx.Node] = set()
@@ -54,33 +51,29 @@ class FuseKernels(Pass):
                     continue
                 reason = _apart(node, total, order, constant, taken)
                 if reason:
-                    plan.refused.append(Refused(node.name, reason, program.source_line(node)))
+                    yield Refused(node.name, reason, program.source_line(node))
                     continue
                 taken.add(total)
-                plan.sites.append(Site(node.name, what="norm", sum=total.name))
+                yield Site(node.name, what="norm", sum=total.name), (node, total)
             elif self.where != "norms" and is_operator(node, "aten.mul"):
                 found = _gate(node)
                 if isinstance(found, str):
                     if found:
-                        plan.refused.append(Refused(node.name, found, program.source_line(node)))
+                        yield Refused(node.name, found, program.source_line(node))
                     continue
-                plan.sites.append(Site(node.name, what="gate", activation=found[2]))
-        return plan
+                yield Site(node.name, what="gate", activation=found[2]), (node, found)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put one operator in the place of two."""
-        nodes = {n.name: n for n in program.nodes}
-        call = program.edit.call
-        for site in plan.sites:
-            node = nodes[site.block]
+        call, now = program.edit.call, program.edit.now
+        for site, (node, found) in self.chosen(program, plan):
             if site["what"] == "gate":
-                found = _gate(node)
-                assert not isinstance(found, str)
+                gate, up, activation = found
                 with program.edit.before(node):
-                    made = call(dialect.gated_product.default, found[0], found[1], activation=found[2])
+                    made = call(dialect.gated_product.default, now(gate), now(up), activation=activation)
                 program.edit.replace(node, made)
                 continue
-            total = nodes[site["sum"]]
+            total = now(found)
             sides, given = arguments(total), arguments(node)
             if given["weight"] is not None:
                 program.edit.hoist(given["weight"], total)

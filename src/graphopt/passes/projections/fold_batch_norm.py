@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from ...ir.errors import PassRefusedError
 from ...ir.export_blockers import block_export
 from ...ir.operators.traits import Trait, has, named
 from ...ir.program import Program
@@ -27,14 +26,22 @@ _MOVES = Trait.VIEW | Trait.IDENTITY
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A convolution or linear, and what moves its value or its input between it and the norm, in that order."""
 
     node: fx.Node
-    path: tuple[fx.Node, ...] = ()
+    path: tuple[fx.Node, ...]
+    before: bool
+    """Whether it lies before the norm."""
+
+    def now(self, program: Program) -> Place:
+        """Return it as it is after a norm on its other side was folded into it."""
+        return replace(self, node=program.edit.now(self.node))
 
 
-def plan_batch_norm(program: Program, node: fx.Node, untie: bool) -> dict[str, Any] | str:
+def find_batch_norm(
+    program: Program, node: fx.Node, untie: bool
+) -> tuple[Site, tuple[fx.Node, list[Place]]] | str:
     """Return where a BatchNorm goes: into the operator before it, or into those after it; else why not.
 
     Args:
@@ -53,10 +60,10 @@ def plan_batch_norm(program: Program, node: fx.Node, untie: bool) -> dict[str, A
         return "its statistics depend on the input"
     before = _before(program, node, constant, untie)
     if not isinstance(before, str):
-        return {"direction": "before"}
+        return Site(node.name, direction="before"), (node, [before])
     after = _after(program, node, constant, untie)
     if not isinstance(after, str):
-        return {"direction": "after"}
+        return Site(node.name, direction="after"), (node, after)
     return f"before it: {before}; after it: {after}"
 
 
@@ -74,7 +81,7 @@ def _moved(step: fx.Node, source: fx.Node, dim: int) -> int | None:
     return place.dim if place is not None and place.factor == place.divisor else None
 
 
-def _before(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool) -> _Place | str:
+def _before(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool) -> Place | str:
     path: list[fx.Node] = []
     x = arguments(norm)["input"]
     while has(x, _MOVES):
@@ -98,11 +105,11 @@ def _before(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool
         return f"channels of {x.name} are not those of the norm"
     if norm.meta["val"].dtype != x.meta["val"].dtype:
         return f"{x.name} gives another type than the norm"
-    return _Place(x, tuple(path))
+    return Place(x, tuple(path), before=True)
 
 
-def _after(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool) -> list[_Place] | str:
-    found: list[_Place] = []
+def _after(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool) -> list[Place] | str:
+    found: list[Place] = []
     work: list[tuple[fx.Node, int, tuple[fx.Node, ...]]] = [(norm, 1, ())]
     while work:
         value, dim, path = work.pop(0)
@@ -116,7 +123,7 @@ def _after(program: Program, norm: fx.Node, constant: set[fx.Node], untie: bool)
             problem = _reader(program, user, value, dim, constant, untie)
             if problem:
                 return problem
-            found.append(_Place(user, path))
+            found.append(Place(user, path, before=False))
     return found or "nothing"
 
 
@@ -159,20 +166,13 @@ def _pointwise(node: fx.Node) -> bool:
     )
 
 
-def fold_batch_norm(program: Program, node: fx.Node, site: Site, nodes: dict[str, fx.Node]) -> None:
+def fold_batch_norm(program: Program, node: fx.Node, places: list[Place]) -> None:
     """Fold one BatchNorm: ``y = x * t + (beta - mean * t)`` with ``t = gamma / sqrt(var + eps)``."""
-    del nodes
-    constant = depends_on_weights_alone(program)
-    before = site["direction"] == "before"
-    places = _before(program, node, constant, True) if before else _after(program, node, constant, True)
-    if isinstance(places, str):
-        raise PassRefusedError(places, node=node.name)
     scale, shift = _affine(program, node)
-    if isinstance(places, _Place):
-        _into_before(program, node, places, scale, shift)
-    else:
-        for place in places:
-            _into_after(program, node, place, scale, shift)
+    for place in places:
+        into = _into_before if place.before else _into_after
+        into(program, node, place.now(program), scale, shift)
+    if not any(place.before for place in places):
         program.edit.erase_dead([*(step for place in places for step in reversed(place.path)), node])
     block_export(program, "a BatchNorm was folded, which a checkpoint of this architecture would keep")
 
@@ -201,7 +201,7 @@ def _again(program: Program, path: tuple[fx.Node, ...], value: fx.Node) -> fx.No
     return value
 
 
-def _into_before(program: Program, norm: fx.Node, place: _Place, scale: fx.Node, shift: fx.Node) -> None:
+def _into_before(program: Program, norm: fx.Node, place: Place, scale: fx.Node, shift: fx.Node) -> None:
     node = place.node
     weight: Any = node.args[1]
     call = program.edit.call
@@ -218,7 +218,7 @@ def _into_before(program: Program, norm: fx.Node, place: _Place, scale: fx.Node,
     program.edit.replace(norm, new)
 
 
-def _into_after(program: Program, norm: fx.Node, place: _Place, scale: fx.Node, shift: fx.Node) -> None:
+def _into_after(program: Program, norm: fx.Node, place: Place, scale: fx.Node, shift: fx.Node) -> None:
     user = place.node
     weight: Any = user.args[1]
     call = program.edit.call

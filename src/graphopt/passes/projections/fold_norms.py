@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,11 +19,8 @@ from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Refused, Site
 from ..shared.matrices import as_type_of
-from .fold_batch_norm import fold_batch_norm, plan_batch_norm
-from .scale_columns import matrix_readers, scale_reader
-
-if TYPE_CHECKING:
-    from ...measure.context import Context
+from .fold_batch_norm import find_batch_norm, fold_batch_norm
+from .scale_columns import Reader, matrix_readers, scale_reader
 
 aten = torch.ops.aten
 
@@ -47,12 +45,11 @@ class FoldNorms(Pass):
         False, help="also where a matrix is tied to another use, which then keeps its own copy"
     )
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Take each norm whose neighbours can hold its weights."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield each norm whose neighbours can hold its weights, and them."""
         for node in program.graph.nodes:
             if is_operator(node, "aten.batch_norm") and self.which in ("all", "batch-norm"):
-                found: dict[str, Any] | str | None = plan_batch_norm(program, node, self.untie)
+                found: tuple[Site, Any] | str | None = find_batch_norm(program, node, self.untie)
             elif (is_operator(node, "graphopt.rms_norm") and self.which in ("all", "rms-norm")) or (
                 is_operator(node, "aten.layer_norm") and self.which in ("all", "layer-norm")
             ):
@@ -62,12 +59,11 @@ class FoldNorms(Pass):
             if found is None:
                 continue
             if isinstance(found, str):
-                plan.refused.append(Refused(node.name, found, program.source_line(node)))
+                yield Refused(node.name, found, program.source_line(node))
             else:
-                plan.sites.append(Site(node.name, **found))
-        return plan
+                yield found
 
-    def _affine(self, program: Program, node: fx.Node) -> dict[str, Any] | str | None:
+    def _affine(self, program: Program, node: fx.Node) -> tuple[Site, Any] | str | None:
         found = arguments(node)
         weight, bias = found["weight"], found.get("bias")
         if weight is None and bias is None:
@@ -88,25 +84,20 @@ class FoldNorms(Pass):
                 return (
                     f"{reader.matrix.name} is used by {shared[0].name} as well; untie=true gives each its own"
                 )
-        return {"into": [reader.node.name for reader in readers]}
+        return Site(node.name, into=[reader.node.name for reader in readers]), (node, readers)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Multiply matrices by the norms' weights."""
-        nodes = {node.name: node for node in program.graph.nodes}
-        constant = set(depends_on_weights_alone(program))
-        for site in plan.sites:
-            node = nodes[site.block]
+        for _, (node, places) in self.chosen(program, plan):
             if is_operator(node, "aten.batch_norm"):
-                fold_batch_norm(program, node, site, nodes)
+                fold_batch_norm(program, node, places)
             else:
-                _fold_affine(program, node, constant)
+                _fold_affine(program, node, places)
 
 
-def _fold_affine(program: Program, node: fx.Node, constant: set[fx.Node]) -> None:
+def _fold_affine(program: Program, node: fx.Node, readers: list[Reader]) -> None:
     found = arguments(node)
     weight, bias = found["weight"], found.get("bias")
-    readers = matrix_readers(program, node, constant)
-    assert not isinstance(readers, str)
     x = node.args[0]
     with program.edit.before(node):
         if is_operator(node, "aten.layer_norm"):
@@ -122,7 +113,7 @@ def _fold_affine(program: Program, node: fx.Node, constant: set[fx.Node]) -> Non
     _neutral_in_checkpoint(program, weight, 1.0)
     _neutral_in_checkpoint(program, bias, 0.0)
     for reader in readers:
-        scale_reader(program, reader, node, bare, weight, bias)
+        scale_reader(program, reader.now(program), node, bare, weight, bias)
     program.edit.erase_dead([node])
 
 

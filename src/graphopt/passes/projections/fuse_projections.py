@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,9 +19,6 @@ from ...ir.schema import is_operator
 from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Refused, Site
-
-if TYPE_CHECKING:
-    from ...measure.context import Context
 
 aten = torch.ops.aten
 
@@ -46,21 +44,17 @@ class FuseProjections(Pass):
     layout: str = option("plain", help="how rows are ordered", choices=("plain", "grouped", "interleaved"))
     where: str = option("all", help="which blocks", choices=("all", "attention", "ffn"))
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Take every block whose projections read one value and have one type."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield every block with its projections, if they read one value and have one type."""
         for block in program.anatomy.blocks:
             roles = {"attention": ("q", "k", "v"), "ffn": ("gate", "up")}.get(block.kind)
             if roles is None or self.where not in ("all", block.kind):
                 continue
             reason = self._reason(program, block, roles)
             if reason:
-                plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
+                yield Refused(block.name, reason, program.source_line(block.term))
             else:
-                plan.sites.append(
-                    Site(block.name, parts=list(self._members(block, roles)), layout=self.layout)
-                )
-        return plan
+                yield Site(block.name, parts=list(self._members(block, roles)), layout=self.layout), block
 
     def _members(self, block: Block, roles: tuple[str, ...]) -> dict[str, fx.Node]:
         """Return the projections that read what the last of them reads, by role."""
@@ -115,10 +109,8 @@ class FuseProjections(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Insert the joined linear before the first of its members."""
-        blocks = {block.name: block for block in program.anatomy.blocks}
         order = {node: i for i, node in enumerate(program.graph.nodes)}
-        for site in plan.sites:
-            block = blocks[site.block]
+        for site, block in self.chosen(program, plan):
             members = [block.parts[role] for role in site["parts"]]
             _fuse(program, block, site["parts"], members, site["layout"], order)
 

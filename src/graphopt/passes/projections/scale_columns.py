@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,14 @@ class Reader:
     matrix: fx.Node
     axis: int
     path: list[fx.Node]
+
+    def now(self, program: Program) -> Reader:
+        """Return it as it is after edits that gave it another matrix."""
+        node = program.edit.now(self.node)
+        if node is self.node:
+            return self
+        name = "up" if is_operator(node, "graphopt.routed_ffn") else "weight"
+        return replace(self, node=node, matrix=argument(node, name))
 
 
 def matrix_readers(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -13,10 +14,7 @@ from ...ir.program import Program
 from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Refused, Site
-from ..shared.fused_projections import find_pieces, fused_linears, separate
-
-if TYPE_CHECKING:
-    from ...measure.context import Context
+from ..shared.fused_projections import fused_linears, separate
 
 aten = torch.ops.aten
 
@@ -35,23 +33,17 @@ class SplitProjections(Pass):
     provides = (Split,)
     invalidates = (FusedProjections,)
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Take every linear all of whose readers take parts of it."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield every linear, with its parts, if all of its readers take parts of it."""
         for node, pieces in fused_linears(program):
             if isinstance(pieces, str):
                 if pieces:
-                    plan.refused.append(Refused(node.name, pieces, program.source_line(node)))
+                    yield Refused(node.name, pieces, program.source_line(node))
             elif len(pieces) > 1:
-                plan.sites.append(Site(node.name, parts=[piece.node.name for piece in pieces]))
-        return plan
+                yield Site(node.name, parts=[piece.node.name for piece in pieces]), (node, pieces)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Give each part its own linear."""
-        nodes = {node.name: node for node in program.graph.nodes}
-        for site in plan.sites:
-            linear = nodes[site.block]
-            pieces = find_pieces(linear)
-            assert not isinstance(pieces, str)
+        for _, (linear, pieces) in self.chosen(program, plan):
             for piece in pieces:
                 separate(program, linear, piece)

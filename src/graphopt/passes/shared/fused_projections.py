@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,12 +218,16 @@ def _rows(program: Program, tensor: Any, piece: FusedPart, columns: int) -> fx.N
     return value
 
 
-def fused_linears(program: Program) -> Iterator[tuple[fx.Node, list[FusedPart] | str]]:
-    """Yield each linear whose matrix no input changes, and its parts or why it has none; see :func:`find_pieces`."""
-    constant = depends_on_weights_alone(program)
-    for node in program.graph.nodes:
-        if is_operator(node, "aten.linear") and node.args[1] in constant:
-            yield node, find_pieces(node)
+def fused_linears(program: Program) -> list[tuple[fx.Node, list[FusedPart] | str]]:
+    """Return each linear whose matrix no input changes, and its parts or why it has none; see :func:`find_pieces`."""
+
+    def find() -> list[tuple[fx.Node, list[FusedPart] | str]]:
+        constant = depends_on_weights_alone(program)
+        linears = (n for n in program.graph.nodes if is_operator(n, "aten.linear") and n.args[1] in constant)
+        return [(node, find_pieces(node)) for node in linears]
+
+    found: list[tuple[fx.Node, list[FusedPart] | str]] = program.derived("fused", find, portable=True)
+    return found
 
 
 def split_all(program: Program, within: Collection[str] | None = None) -> None:

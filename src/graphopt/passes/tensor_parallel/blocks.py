@@ -43,6 +43,8 @@ class Placer:
         self.blocks = {block.name: block for block in program.anatomy.blocks}
         self.ends = {"embedding": list(program.anatomy.embedding), "head": list(program.anatomy.head)}
         self.wanted = read_plan(options.huggingface_plan) if options.huggingface_plan else None
+        self.failed = False
+        """Whether a block could not be cut after all, of which the graph holds what was begun."""
 
     def plan(self) -> Plan:
         """Cut everything that can be cut, in the order of the graph, and say what was."""
@@ -54,8 +56,9 @@ class Placer:
                 continue
             before = len(self.cutter.whole)
             try:
-                self.cut(site)
+                self._cut_block(block, site)
             except _CannotCut as problem:
+                self.failed = True
                 plan.refused.append(Refused(name, str(problem), self.program.source_line(block.term)))
                 continue
             plan.sites.append(site)
@@ -177,6 +180,9 @@ class Placer:
         again = self._site(block)
         if isinstance(again, str):
             raise PipelineError(f"the plan cuts {site.block}, which cannot be: {again}")
+        self._cut_block(block, site)
+
+    def _cut_block(self, block: Block, site: Site) -> None:
         if block.kind == "attention":
             self._cut_attention(block)
         elif block.kind == "ffn" and "core" in block.parts:

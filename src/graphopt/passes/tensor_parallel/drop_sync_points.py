@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ...ir.option import option, refuse_set
 from ...ir.program import Program
 from ...ir.ranks.placement import placements
 from ...ir.ranks.rank_programs import synchronisations
+from ...ir.running.execute import release
 from ..framework.base import Pass
 from ..framework.contracts import Approximate, Contract
 from ..framework.plan import Plan, Refused, Site
@@ -94,13 +95,17 @@ class DropSyncPoints(Pass):
             chosen = self._listed(program, points, refused)
         else:
             chosen = self._by_score(program, context, plan, names)
-        plan.sites = [Site(name, ffn=points[name].ffn.name) for name in names if name in chosen]
+        plan.sites = self._sites(program, chosen)
         plan.refused += [
             Refused(name, "kept" + (f": score {plan.scores[name]:.4g}" if name in plan.scores else ""))
             for name in names
             if name not in chosen
         ]
         return plan
+
+    def _sites(self, program: Program, chosen: Collection[str]) -> list[Site]:
+        points, _ = find_sync_points(program)
+        return [Site(name, ffn=point.ffn.name) for name, point in points.items() if name in chosen]
 
     def told(self, program: Program, plan: Plan) -> list[str]:
         """How many are left."""
@@ -152,14 +157,16 @@ class DropSyncPoints(Pass):
     def _within_budget(self, program: Program, context: Context, plan: Plan, order: list[str]) -> list[str]:
         assert self.budget is not None
         low, high = 0, len(order)
+        attempt = Plan()
         while low < high:
             count = (low + high + 1) // 2
-            trial = program.copy()
-            drop(trial, order[:count])
-            loss = context.loss(trial, program, metric=self.metric)
+            attempt.sites = self._sites(program, order[:count])
+            made = self.tried(program, attempt)
+            loss = context.loss(made, program, metric=self.metric)
+            release(made)
             plan.notes.append(f"{count} dropped: loss {loss:.4g}")
             if loss <= self.budget:
-                low = count
+                low, plan.trial = count, attempt.trial
             else:
                 high = count - 1
         if not low:

@@ -17,7 +17,7 @@ from ...ir.running.execute import interpret
 from ...ir.schema import arguments, is_operator, normal_call
 from ..framework.base import Pass
 from ..framework.contracts import Exact
-from ..framework.plan import Plan, Refused, Site
+from ..framework.plan import Plan, Refused, Site, Trial
 from ..shared.reorder import reorder_heads
 from .grouping import match, scatter
 
@@ -66,8 +66,9 @@ class GroupHeads(Pass):
         if not able:
             return plan
         distances = self._distances(program, context, able)
-        trial = program.copy()
+        trial = self.copied(program)
         trials = {b.name: b for b in trial.anatomy.attention}
+        failed = False
         for block in able:
             groups, gain = scatter(distances[block.name], self.size)
             following = self._ffn_after(program, block) if self.match else None
@@ -77,6 +78,7 @@ class GroupHeads(Pass):
             try:
                 reorder_heads(trial, trials[block.name], order)
             except ValueError as problem:
+                failed = True
                 plan.refused.append(
                     Refused(block.name, f"its heads cannot be followed to weights: {problem}")
                 )
@@ -85,6 +87,8 @@ class GroupHeads(Pass):
             plan.scores[block.name] = gain
         if plan.scores:
             plan.notes.append("scores: difference within groups, relative to groups at random")
+        if not failed:
+            plan.trial = Trial(self, program, plan.sites, trial)
         return plan
 
     def _refusal(self, block: Block) -> str:

@@ -29,7 +29,7 @@ def backward_sweep(
     name = default_metric(program) if metric == "auto" else metric
     variants: dict[str, Program] = {}
     for index, first in enumerate(names):
-        variant = program.copy()
+        variant = program.copy(analysed=True)
         drop(variant, names[index:])
         variants[first] = variant
     batches = context.batches()

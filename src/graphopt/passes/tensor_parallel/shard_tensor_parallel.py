@@ -14,7 +14,7 @@ from ...ir.program import Program
 from ...ir.ranks.placement import placements
 from ..framework.base import Pass
 from ..framework.contracts import Exact
-from ..framework.plan import Plan
+from ..framework.plan import Plan, Trial
 from ..shared.fused_projections import split_all
 from .blocks import Placer, possible_sizes
 from .merging import merge_sums
@@ -84,9 +84,8 @@ class ShardTensorParallel(Pass):
         for name in ("attention", "experts"):
             if name not in kinds:
                 refuse_set(self.name, self, (name,), f"this program has no block of the kind {name}")
-        trial = program.copy()
-        split_all(trial)
-        placer = Placer(trial, self)
+        made = self.copied(program)
+        placer = self._placer(made)
         plan = placer.plan()
         heads = [r for r in plan.refused if r.block.startswith("attention") and "heads" in r.reason]
         if heads and not any(s.block.startswith("attention") for s in plan.sites):
@@ -98,14 +97,23 @@ class ShardTensorParallel(Pass):
             )
         if self.ranks == 1:
             plan.notes.append("one rank: nothing has to be added up")
+        if plan.sites and not placer.failed:
+            self._finish(made)
+            plan.trial = Trial(self, program, plan.sites, made)
         return plan
+
+    def _placer(self, program: Program) -> Placer:
+        split_all(program)
+        program.facts.add(TensorParallel(self.ranks))
+        return Placer(program, self)
+
+    def _finish(self, program: Program) -> None:
+        merge_sums(program)
+        placements(program)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Cut what the plan says."""
-        split_all(program)
-        program.facts.add(TensorParallel(self.ranks))
-        placer = Placer(program, self)
+        placer = self._placer(program)
         for site in plan.sites:
             placer.cut(site)
-        merge_sums(program)
-        placements(program)
+        self._finish(program)

@@ -49,6 +49,13 @@ class SyncPoint:
 
 def find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
     """Return what can be dropped by the name of the attention block, and why the others cannot."""
+    points: tuple[dict[str, SyncPoint], dict[str, str]] = program.derived(
+        "sync points", lambda: _find_sync_points(program), portable=True
+    )
+    return points
+
+
+def _find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
     found: dict[str, SyncPoint] = {}
     refused: dict[str, str] = {}
     constant = depends_on_weights_alone(program)

@@ -11,12 +11,12 @@ from ...ir.export_blockers import block_export
 from ...ir.facts import note_checkpoint
 from ...ir.option import option
 from ...ir.program import Program
+from ...ir.running.execute import release
 from ..framework.base import Pass
 from ..framework.contracts import Approximate, Contract
 from ..framework.plan import Plan
-from ..shared.fused_projections import split_all
 from .scores import SCORES, importance_of_blocks
-from .sort_ffn import plan_orders, take_planned
+from .sort_ffn import Scored, carried_out, plan_orders, score_channels, take_planned
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -69,16 +69,21 @@ class PruneFfn(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels and choose."""
+        scored = score_channels(self, program, context, self.score)
+        importance: dict[str, float] = {}
+        if self.allocation == "cfsp" and (ffn := scored.program.anatomy.ffn):
+            importance = importance_of_blocks(scored.program, context, ffn)
         if self.fraction is not None:
-            return self._at(program, context, self.fraction)
+            return carried_out(self, program, self._at(scored, context, self.fraction, importance))
         assert self.budget is not None
         low, high, best, notes = 0, 15, None, []
         while low < high:
             step = (low + high + 1) // 2
-            plan = self._at(program, context, step / 16)
-            trial = program.copy()
-            take_planned(trial, plan)
-            loss = context.loss(trial, program, metric=self.metric)
+            plan = carried_out(self, program, self._at(scored, context, step / 16, importance))
+            if plan.trial is None:
+                return plan
+            loss = context.loss(plan.trial.after, program, metric=self.metric)
+            release(plan.trial.after)
             notes.append(f"{step}/16 removed: loss {loss:.4g}")
             if loss <= self.budget:
                 low, best = step, plan
@@ -92,19 +97,17 @@ class PruneFfn(Pass):
         best.notes += notes
         return best
 
-    def _at(self, program: Program, context: Context, fraction: float) -> Plan:
-        probe = program.copy()
-        split_all(probe)
-        blocks = probe.anatomy.ffn
-        widths = {b.name: int(b.sizes["width"]) for b in blocks}
+    def _at(self, scored: Scored, context: Context, fraction: float, importance: dict[str, float]) -> Plan:
+        widths = {b.name: int(b.sizes["width"]) for b in scored.blocks}
         ratios = dict.fromkeys(widths, 1 - fraction)
-        if self.allocation == "cfsp" and blocks:
-            ratios = cfsp_ratios(importance_of_blocks(probe, context, blocks), 1 - fraction, self.strength)
+        if importance:
+            ratios = cfsp_ratios(importance, 1 - fraction, self.strength)
         kept = {
             name: _rounded(widths[name] * ratio, self.multiple, widths[name])
             for name, ratio in ratios.items()
+            if name in widths
         }
-        return plan_orders(program, context, self.score, kept)
+        return plan_orders(scored, context, kept)
 
     def told(self, program: Program, plan: Plan) -> list[str]:
         """How many channels go."""
@@ -116,10 +119,11 @@ class PruneFfn(Pass):
         """Take the channels that stay."""
         if not plan.sites:
             return
+        whole = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
+        mixtures = bool(program.anatomy.experts)
         take_planned(program, plan)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
-        whole = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
-        if len(widths) == 1 and whole and not program.anatomy.experts:
+        if len(widths) == 1 and whole and not mixtures:
             (pair,) = widths
             if pair[0] != pair[1]:
                 note_checkpoint(program, ffn_widths=(pair,))

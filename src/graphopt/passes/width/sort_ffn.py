@@ -14,7 +14,7 @@ from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.kept_tensors import keep, kept
 from ..framework.plan import Plan, Refused, Site
-from ..shared.fused_projections import split_all
+from ..shared.fused_projections import fused_linears, split_all
 from .scores import SCORES, hidden_scores
 from .taking import refusal, take_channels, tied
 
@@ -41,62 +41,122 @@ class SortFfn(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels of every feed-forward."""
-        return plan_orders(program, context, self.score)
+        scored = score_channels(self, program, context, self.score)
+        return carried_out(self, program, plan_orders(scored, context))
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put channels in the planned order."""
         take_planned(program, plan)
 
 
-def plan_orders(program: Program, context: Context, score: str, widths: dict[str, int] | None = None) -> Plan:
+@dataclass
+class Scored:
+    """Feed-forwards whose hidden channels can be chosen, scores by block name, and those whose cannot.
+
+    ``program`` is the one that they are blocks of, with no projections fused inside them.
+    """
+
+    program: Program
+    blocks: list[Block]
+    scores: dict[str, torch.Tensor]
+    refused: list[Refused]
+
+
+def apart(step: Pass, program: Program) -> Program:
+    """Return a program whose feed-forwards have projections of their own: itself where none is fused."""
+    inside = {node for block in program.anatomy.ffn for node in block.nodes}
+    fused = (node for node, parts in fused_linears(program) if not isinstance(parts, str) and len(parts) > 1)
+    if inside.isdisjoint(fused):
+        return program
+    made = step.copied(program)
+    split_all(made, {block.name for block in program.anatomy.ffn})
+    return made
+
+
+def score_channels(step: Pass, program: Program, context: Context, score: str | None) -> Scored:
+    """Score the hidden channels of every feed-forward.
+
+    Args:
+        step: the pass that asks.
+        program: whose feed-forwards.
+        context: data.
+        score: one of ``SCORES``; None for no scores.
+    """
+    whole = apart(step, program)
+    able: list[Block] = []
+    refused: list[Refused] = []
+    for block in whole.anatomy.ffn:
+        reason = refusal(whole, block)
+        if reason:
+            refused.append(Refused(block.name, reason, whole.source_line(block.term)))
+        else:
+            able.append(block)
+    scores = hidden_scores(whole, context, able, score) if able and score is not None else {}
+    return Scored(whole, able, scores, refused)
+
+
+def plan_orders(scored: Scored, context: Context, widths: dict[str, int] | None = None) -> Plan:
     """Return a plan that takes the channels of highest score, in the order of their scores or of the graph.
 
     Args:
-        program: whose feed-forwards.
-        context: data.
-        score: one of ``SCORES``.
+        scored: feed-forwards with scores.
+        context: its work directory keeps the orders.
         widths: how many channels each block keeps, in the order that they have; None sorts all.
     """
-    plan = Plan()
-    trial = program.copy()
-    split_all(trial)
-    able: list[Block] = []
-    for block in trial.anatomy.ffn:
-        reason = refusal(trial, block)
-        if reason:
-            plan.refused.append(Refused(block.name, reason, trial.source_line(block.term)))
-        else:
-            able.append(block)
-    if not able:
+    plan = Plan(refused=list(scored.refused))
+    if not scored.blocks:
         return plan
-    scores = hidden_scores(trial, context, able, score)
     orders: dict[str, torch.Tensor] = {}
-    for group in tied(able):
-        total = torch.stack([scores[b.name].double() for b in group]).sum(0)
+    for group in tied(scored.blocks):
+        total = torch.stack([scored.scores[b.name].double() for b in group]).sum(0)
         order = total.argsort(descending=True, stable=True)
         if widths is not None:
             order = order[: widths[group[0].name]].sort().values
         for block in group:
             orders[block.name] = order
     where = keep(orders, context.work_dir, "channels")
-    for group in tied(able):
-        try:
-            take_channels(trial, group, orders)
-        except ValueError as problem:
-            plan.refused += [
-                Refused(b.name, f"its channels cannot be followed to weights: {problem}") for b in group
-            ]
-            continue
-        for block in group:
-            kept_count = len(orders[block.name])
-            plan.sites.append(
-                Site(block.name, width=int(block.sizes["width"]), kept=kept_count, channels=where)
-            )
+    for block in [block for group in tied(scored.blocks) for block in group]:
+        count = len(orders[block.name])
+        plan.sites.append(Site(block.name, width=int(block.sizes["width"]), kept=count, channels=where))
     return plan
+
+
+def carried_out(step: Pass, program: Program, plan: Plan) -> Plan:
+    """Return a plan that was tried: without the feed-forwards whose channels cannot be followed to weights."""
+    if not plan.sites:
+        return plan
+    try:
+        step.tried(program, plan)
+    except ValueError:
+        _refuse_stuck(step, program, plan)
+        if plan.sites:
+            step.tried(program, plan)
+    return plan
+
+
+def _refuse_stuck(step: Pass, program: Program, plan: Plan) -> None:
+    """Find out which feed-forwards cannot have other channels, each with those whose weights it shares."""
+    probe = step.copied(program)
+    split_all(probe, {site.block for site in plan.sites})
+    chosen = _channels(plan)
+    for group in tied([b for b in probe.anatomy.ffn if b.name in chosen]):
+        try:
+            take_channels(probe, group, chosen)
+        except ValueError as problem:
+            names = {b.name for b in group}
+            plan.refused += [
+                Refused(name, f"its channels cannot be followed to weights: {problem}") for name in names
+            ]
+            plan.sites = [site for site in plan.sites if site.block not in names]
 
 
 def take_planned(program: Program, plan: Plan) -> None:
     """Take the channels that a plan says."""
     split_all(program, {site.block for site in plan.sites})
-    chosen = {site.block: kept(str(site["channels"]))[site.block] for site in plan.sites}
+    chosen = _channels(plan)
     take_channels(program, [b for b in program.anatomy.ffn if b.name in chosen], chosen)
+
+
+def _channels(plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the channels of a plan by block."""
+    return {site.block: kept(str(site["channels"]))[site.block] for site in plan.sites}

@@ -21,8 +21,7 @@ from ..framework.plan import Plan, Refused, Site
 from ..shared.fused_projections import split_all
 from .nesting import NESTED, FeedForward, free_name, nested, own_small, place_of, read_feed_forward
 from .scores import SCORES
-from .sort_ffn import plan_orders, take_planned
-from .taking import refusal
+from .sort_ffn import carried_out, plan_orders, score_channels, take_planned
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -95,10 +94,12 @@ class SplitFfn(Pass):
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels and take every feed-forward whose activation is known."""
-        plan = self._unsorted(program) if self.score == "none" else plan_orders(program, context, self.score)
-        probe = program.copy()
-        split_all(probe)
-        blocks = {b.name: b for b in probe.anatomy.ffn}
+        scored = score_channels(self, program, context, None if self.score == "none" else self.score)
+        if self.score == "none":
+            plan = Plan([Site(block.name) for block in scored.blocks], scored.refused)
+        else:
+            plan = plan_orders(scored, context)
+        blocks = {b.name: b for b in scored.blocks}
         taken: list[Site] = []
         for site in plan.sites:
             block = blocks[site.block]
@@ -109,25 +110,14 @@ class SplitFfn(Pass):
                 taken.append(Site(site.block, widths=widths, separate=self.separate, **chosen))
                 continue
             why = reason if isinstance(reason, str) else str(widths)
-            plan.refused.append(Refused(site.block, why, probe.source_line(block.term)))
+            plan.refused.append(Refused(site.block, why, program.source_line(block.term)))
         plan.sites = taken
-        if taken:
+        plan = carried_out(self, program, plan)
+        if plan.sites:
             plan.notes.append(
                 "routers have no preference yet: train them with "
                 + ("--recipe duo-distil, then duo-routers" if self.separate else "--recipe dynamoe")
             )
-        return plan
-
-    def _unsorted(self, program: Program) -> Plan:
-        plan = Plan()
-        probe = program.copy()
-        split_all(probe)
-        for block in probe.anatomy.ffn:
-            reason = refusal(probe, block)
-            if reason:
-                plan.refused.append(Refused(block.name, reason, probe.source_line(block.term)))
-            else:
-                plan.sites.append(Site(block.name))
         return plan
 
     def _widths(self, whole: int) -> list[int] | str:
@@ -142,7 +132,8 @@ class SplitFfn(Pass):
             return
         if any("channels" in site.choices for site in plan.sites):
             take_planned(program, plan)
-        split_all(program, {site.block for site in plan.sites})
+        else:
+            split_all(program, {site.block for site in plan.sites})
         blocks = {b.name: b for b in program.anatomy.ffn}
         inputs = program.input_nodes
         delta = inputs[DIAL] if DIAL in program.dials else program.add_dial(

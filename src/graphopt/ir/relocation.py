@@ -1,0 +1,63 @@
+"""What is known of one graph, said of the nodes of the same names in a copy of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import fx
+
+
+def relocated(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """Return a value in which every node is replaced by the one of its name; containers and dataclasses are copied.
+
+    Objects that occur several times stay one. Anything else (numbers, names, tensors, objects of other classes) is shared.
+
+    Args:
+        value: nodes in lists, tuples, sets, dictionaries and dataclasses, nested as they like.
+        nodes: of the graph that the result speaks of, by name.
+
+    Raises:
+        KeyError: there is no node of a name.
+        TypeError: a function was met that holds values of its own, among which may be nodes.
+    """
+    return _Relocation(nodes).of(value)
+
+
+class _Relocation:
+    def __init__(self, nodes: Mapping[str, fx.Node]):
+        self.nodes = nodes
+        # the originals are kept with what was made of them, so that no other object gets their id meanwhile
+        self.made: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.nodes[value.name]
+        if isinstance(value, FunctionType) and value.__closure__:
+            raise TypeError(f"{value.__qualname__} may hold nodes of the graph that it was made for")
+        if not isinstance(value, (list, tuple, set, frozenset, dict)) and (
+            isinstance(value, type) or not is_dataclass(value)
+        ):
+            return value
+        if id(value) not in self.made:
+            self.made[id(value)] = value, self._copied(value)
+        return self.made[id(value)][1]
+
+    def _copied(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self.of(key): self.of(item) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.of, value))
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return type(value)(map(self.of, value))
+        made = copy.copy(value)
+        for name, part in vars(value).items():
+            # through the base, since some are frozen
+            object.__setattr__(made, name, self.of(part))
+        return made
+
+
+__all__ = ["relocated"]
