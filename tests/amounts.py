@@ -84,7 +84,7 @@ LONGEST = (
 
 def place(node: str) -> int:
     """Return where a test comes, by its name as pytest prints it: tests of one file come together."""
-    file = node.rsplit("tests/", 1)[-1].partition("::")[0]
+    file = _file_and_rest(node).partition("::")[0]
     return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
@@ -93,10 +93,16 @@ def split(nodes: Sequence[str]) -> tuple[list[bool], list[str]]:
     unused = {(name, pattern) for name, patterns in EVERYWHERE.items() for pattern in (*patterns, "")}
     runs = []
     for node in nodes:
-        name, _, case = node.rsplit("tests/", 1)[-1].partition("[")
+        name, _, case = _file_and_rest(node).partition("[")
         patterns = EVERYWHERE.get(name)
         found = [pattern for pattern in patterns or () if re.search(pattern, case.removesuffix("]"))]
         unused -= {(name, pattern) for pattern in (*found, "")}
         runs.append(patterns is None or bool(found))
-    files = {node.rsplit("tests/", 1)[-1].partition("::")[0] for node in nodes}
+    files = {_file_and_rest(node).partition("::")[0] for node in nodes}
     return runs, sorted(f"{n} {p}".strip() for n, p in unused if n.partition("::")[0] in files)
+
+
+def _file_and_rest(node: str) -> str:
+    """Return a test's name without the folders of its file; no two files have one name."""
+    path, _, rest = node.partition("::")
+    return f"{path.rpartition('/')[2]}::{rest}"

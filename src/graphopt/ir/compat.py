@@ -1,6 +1,6 @@
 """Every private or moving name of torch that graphopt leans on, in one place.
 
-``tests/test_compat.py`` fails loudly when one of them moves.
+``tests/ir/test_compat.py`` fails loudly when one of them moves.
 """
 
 from __future__ import annotations
