@@ -11,6 +11,11 @@ from ..ir.schema import is_operator
 
 def host_nodes(program: Program) -> set[fx.Node]:
     """Return the calls that depend on integer inputs, and on no parameter and no input of numbers."""
+    found: set[fx.Node] = program.derived("host nodes", lambda: _host_nodes(program), portable=True)
+    return found
+
+
+def _host_nodes(program: Program) -> set[fx.Node]:
     heavy: set[fx.Node] = set()
     driven: set[fx.Node] = set()
     for node in program.graph.nodes:

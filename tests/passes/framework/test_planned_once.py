@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,14 @@ from test_plans_are_obeyed import CASES, ONE_SITE, decoder, done
 from torch import fx
 
 import graphopt
+from graphopt.ir.errors import VerificationError
 from graphopt.ir.program import METHODS, Program
 from graphopt.ir.relocation import relocated
 from graphopt.measure import context as measuring
 from graphopt.passes import Context, parse_pipeline
 from graphopt.passes.framework.manager import run_pass
 from graphopt.passes.framework.plan import Findings, Plan, read_plans, write_plans
+from graphopt.passes.width.nesting import place_of
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: Counter[str]) -> None:
@@ -140,6 +143,42 @@ def test_a_cut_plan_that_was_tried_is_carried_out_as_it_is() -> None:
     made, entry = run_pass(program, step, Context(), plan=plan, verify_with="off")
     assert entry.sites == ["ffn.1"]
     assert [int(b.sizes["width"]) for b in made.anatomy.ffn] == [24, 12, 24]
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "name"),
+    [
+        ("fuse-branches", "convolutions.fuse_branches", "write_form"),
+        ("split-ffn{score=none}", "width.split_ffn", "nested"),
+    ],
+)
+def test_a_site_that_fails_while_planning_is_rolled_back_alone(
+    text: str, module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong if what planning tries could end a pass that goes on where rewriting fails."""
+    make, data = CASES.get(text, CASES["split-ffn{score=random}"])
+    program = make().copy()
+    (step,) = parse_pipeline(text)
+    sites = [site.block for site in step.plan(program, Context(data)).sites]
+    owner = importlib.import_module(f"graphopt.passes.{module}")
+    original: Callable[..., Any] = getattr(owner, name)
+    calls: list[Any] = []
+
+    def fails(given: Program, part: Any, *rest: Any) -> Any:
+        # the second place of the graph, however often it is tried
+        where = part.value.name if name == "write_form" else place_of(given, part.down)
+        if where not in calls:
+            calls.append(where)
+        if calls.index(where) == 1:
+            raise VerificationError("it cannot be written")
+        return original(given, part, *rest)
+
+    monkeypatch.setattr(owner, name, fails)
+    program.changed()
+    made, entry = run_pass(program, step, Context(data))
+    assert len(entry.sites) == len(sites) - 1
+    assert [r.block for r in entry.refused if r.rolled_back] == [s for s in sites if s not in entry.sites]
+    assert made.text() != program.text()
 
 
 def test_a_plan_takes_nothing_that_the_pass_refuses() -> None:

@@ -13,6 +13,7 @@ from ...ir.program import Program
 from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Refused, Site, Trial
+from ..framework.rollback import may_be_left_out
 from .equalise import Pair, equalise, find_pairs
 from .forms import Form
 from .groups import find_groups
@@ -57,7 +58,12 @@ class FuseBranches(Pass):
                 plan.notes.append(described(node.name, *both))
         for node, reason in found.reasons.items():
             plan.refused.append(Refused(node.name, reason, made.source_line(node)))
-        _write(made, found.forms.values())
+        try:
+            _write(made, found.forms.values())
+        except Exception as error:
+            if self.equalize or not may_be_left_out(error):
+                raise
+            return plan  # the pipeline finds out which site fails, and leaves that one out
         pairs: list[Pair] = []
         if self.equalize:
             pairs = find_pairs(made)

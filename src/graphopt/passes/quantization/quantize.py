@@ -112,7 +112,7 @@ class Quantize(Pass):
             return plan
         plan.sites, plan.notes = mask_sites(program, context)
         if plan.sites:
-            program = program.copy()
+            program = self.copied(program)
             self._set_masks(program, plan)
         values, matrices = values_of(program), matrices_of(program)
         features = {node: dim for users in matrices.values() for node, dim in (features_of(u) for u in users)}
@@ -228,7 +228,7 @@ class Quantize(Pass):
             _round_matrix(edited, node, by_name[name])
 
         def all_of(names: Sequence[str]) -> Program:
-            made = program.copy()
+            made = self.copied(program)
             chosen = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
             self.rewrite(made, Plan(sites=[*plan.sites, *chosen]))
             return made
@@ -258,9 +258,9 @@ class Quantize(Pass):
         """Put the rounding behind each value and weight, and masks where ranges hold them."""
         if not plan.sites:
             return
+        edit, host = program.edit, host_nodes(program)
         self._set_masks(program, plan)
         nodes = {n.name: n for n in program.graph.nodes}
-        edit, host = program.edit, host_nodes(program)
         for site in plan.sites:
             node = nodes[site.block]
             if site["what"] == "mask":

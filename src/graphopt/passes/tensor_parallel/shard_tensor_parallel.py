@@ -15,6 +15,7 @@ from ...ir.ranks.placement import placements
 from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Trial
+from ..framework.rollback import may_be_left_out
 from ..shared.fused_projections import split_all
 from .blocks import Placer, possible_sizes
 from .merging import merge_sums
@@ -98,7 +99,12 @@ class ShardTensorParallel(Pass):
         if self.ranks == 1:
             plan.notes.append("one rank: nothing has to be added up")
         if plan.sites and not placer.failed:
-            self._finish(made)
+            try:
+                self._finish(made)
+            except Exception as error:
+                if not may_be_left_out(error):
+                    raise
+                return plan  # the pipeline finds out which site fails, and leaves that one out
             plan.trial = Trial(self, program, plan.sites, made)
         return plan
 

@@ -80,10 +80,11 @@ class PruneFfn(Pass):
         while low < high:
             step = (low + high + 1) // 2
             plan = carried_out(self, program, self._at(scored, context, step / 16, importance))
-            if plan.trial is None:
+            if not plan.sites:
                 return plan
-            loss = context.loss(plan.trial.after, program, metric=self.metric)
-            release(plan.trial.after)
+            made = plan.trial.after if plan.trial is not None else self.tried(program, plan)
+            loss = context.loss(made, program, metric=self.metric)
+            release(made)
             notes.append(f"{step}/16 removed: loss {loss:.4g}")
             if loss <= self.budget:
                 low, best = step, plan

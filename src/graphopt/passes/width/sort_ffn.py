@@ -14,6 +14,7 @@ from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.kept_tensors import keep, kept
 from ..framework.plan import Plan, Refused, Site
+from ..framework.rollback import may_be_left_out
 from ..shared.fused_projections import fused_linears, split_all
 from .scores import SCORES, hidden_scores
 from .taking import refusal, take_channels, tied
@@ -131,6 +132,10 @@ def carried_out(step: Pass, program: Program, plan: Plan) -> Plan:
         _refuse_stuck(step, program, plan)
         if plan.sites:
             step.tried(program, plan)
+    except Exception as error:
+        # the pipeline finds out which site fails, and leaves that one out
+        if not may_be_left_out(error):
+            raise
     return plan
 
 
