@@ -31,6 +31,58 @@ class Rewrites:
         return len(self.made)
 
 
+class Rule:
+    """A local rewrite: what is matched, under which condition, and what takes its place.
+
+    Args:
+        pattern: a function of tensors and plain values, or a :class:`~graphopt.ir.rewriting.pattern.Pattern`.
+        replacement: a function of the same parameters, or of names that the pattern captures; see :func:`rewrite`.
+        where: called with each match; returns True, or False or the reason to leave it alone.
+    """
+
+    def __init__(
+        self,
+        pattern: Callable[..., Any] | Pattern,
+        replacement: Callable[..., Any],
+        where: Callable[[Match], bool | str] | None = None,
+    ):
+        self.roots: list[Pattern] = [pattern] if isinstance(pattern, Pattern) else []
+        self.names: list[str] | None = None
+        if not isinstance(pattern, Pattern):
+            self.roots, self.names = from_function(pattern)
+        self.replacement, self.where = replacement, where
+        self._matcher = Matcher(self.roots)
+
+    def candidates(self, program: Program) -> list[fx.Node]:
+        """Return the nodes whose operator could be the pattern's result, in execution order."""
+        return candidates(program.graph, self.roots[0])
+
+    def at(self, program: Program, node: fx.Node) -> Match | str:
+        """Match the pattern's first result with a node; otherwise return why the rule does not apply there."""
+        match = self._matcher.at(node)
+        if isinstance(match, Miss):
+            return match.reason
+        answer = True if self.where is None else self.where(match)
+        if answer is not True:
+            return answer if isinstance(answer, str) else "where() said no"
+        return _unsafe(program, match) or match
+
+    def apply(
+        self, program: Program, match: Match, traces: dict[Any, Trace] | None = None
+    ) -> list[fx.Node] | str:
+        """Put the replacement in the place of a match; return its values, or why there is no place for them.
+
+        Args:
+            program: edited in place.
+            match: from :meth:`at`, in the program as it is.
+            traces: of this rule, kept from one match to the next: equal shapes and types are recorded once.
+        """
+        place = _place(match)
+        if isinstance(place, str):
+            return place
+        return _apply(program, match, self.replacement, self.names, place, {} if traces is None else traces)
+
+
 def rewrite(
     program: Program,
     pattern: Callable[..., Any] | Pattern,
@@ -57,30 +109,18 @@ def rewrite(
         UsageError: the replacement cannot be recorded, see :func:`~graphopt.ir.rewriting.tracing.trace`.
         VerificationError: a replacement has another shape or type than what it replaces.
     """
-    if isinstance(pattern, Pattern):
-        roots, names = [pattern], None
-    else:
-        roots, names = from_function(pattern)
-    matcher = Matcher(roots)
+    rule = Rule(pattern, replacement, where)
     result = Rewrites()
     traces: dict[Any, Trace] = {}
-    for node in candidates(program.graph, roots[0]):
+    for node in rule.candidates(program):
         if node._erased:
             continue
-        found = matcher.at(node)
-        if isinstance(found, Miss):
-            result.refused.append((node.name, found.reason))
-            continue
-        answer = True if where is None else where(found)
-        if answer is not True:
-            result.refused.append((node.name, answer if isinstance(answer, str) else "where() said no"))
-            continue
-        place = _place(found)
-        reason = _unsafe(program, found) or (place if isinstance(place, str) else "")
-        if reason or isinstance(place, str):
-            result.refused.append((node.name, reason))
-            continue
-        result.made.extend(_apply(program, found, replacement, names, place, traces))
+        match = rule.at(program, node)
+        made = match if isinstance(match, str) else rule.apply(program, match, traces)
+        if isinstance(made, str):
+            result.refused.append((node.name, made))
+        else:
+            result.made.extend(made)
     return result
 
 
@@ -156,4 +196,4 @@ def _place(match: Match) -> fx.Node | str:
     return first
 
 
-__all__ = ["Call", "Match", "Rewrites", "depends_on_weights_alone", "rewrite"]
+__all__ = ["Call", "Match", "Rewrites", "Rule", "depends_on_weights_alone", "rewrite"]

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.nn import functional
 
+from ...ir.errors import PassRefusedError
 from ...ir.facts import Legal
 from ...ir.operators.quantize import HIDDEN
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
+from ...ir.rewriting.match import Match
+from ...ir.rewriting.pattern import Wild, call
+from ...ir.rewriting.rewrite import Rule
+from ...ir.rewriting.tracing import Trace
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator, normal_call
 from ...targets.faults import misread
@@ -25,6 +31,23 @@ if TYPE_CHECKING:
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 MASKS = ("key_mask", "segments", "visible")
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+RULES = {
+    "silu": Rule(lambda x: functional.silu(x), lambda x: x * torch.sigmoid(x)),
+    "rotary": Rule(call("graphopt.rotary")(Wild("x"), Wild("cos"), Wild("sin")), _turned),
+    "bias": Rule(
+        call("linear")(Wild("x"), Wild("weight"), Wild("bias", lambda bias: bias is not None)),
+        lambda x, weight, bias: functional.linear(x, weight) + bias,
+        where=lambda match: match.roots[0].meta["val"].dim() != 2,
+    ),
+}
+"""What is one operator, and becomes several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +70,7 @@ class FitTarget(Pass):
         """Find masks, SiLUs, biases, stacks, feed-forwards of several widths, and convolutions computed wrongly."""
         plan = Plan()
         constant = depends_on_weights_alone(program)
+        candidates = {node: name for name, rule in RULES.items() for node in rule.candidates(program)}
         for node in program.nodes:
             if is_operator(node, "graphopt.attention") and _masked(node):
                 plan.sites.append(Site(node.name, what="mask"))
@@ -64,18 +88,12 @@ class FitTarget(Pass):
                 plan.sites.append(Site(node.name, what="dilation"))
             elif is_operator(node, "aten.stack") and node not in constant:
                 plan.sites.append(Site(node.name, what="stack"))
-            elif is_operator(node, "aten.silu"):
-                plan.sites.append(Site(node.name, what="silu"))
             elif is_operator(node, "graphopt.rms_norm") and arguments(node)["weight"] is None:
                 plan.sites.append(Site(node.name, what="norm"))
-            elif is_operator(node, "graphopt.rotary") and not arguments(node)["interleaved"]:
-                plan.sites.append(Site(node.name, what="rotary"))
-            elif (
-                is_operator(node, "aten.linear")
-                and arguments(node)["bias"] is not None
-                and node.meta["val"].dim() != 2
-            ):
-                plan.sites.append(Site(node.name, what="bias"))
+            elif node in candidates:
+                name = candidates[node]
+                if isinstance(RULES[name].at(program, node), Match):
+                    plan.sites.append(Site(node.name, what=name))
         if not any(site["what"] == "mask" for site in plan.sites):
             refuse_set(self.name, self, ("hidden",), "no attention of this program hides a key")
         return plan
@@ -84,14 +102,18 @@ class FitTarget(Pass):
         """Replace each."""
         nodes = {n.name: n for n in program.nodes}
         masks: dict[Any, fx.Node] = {}
+        traces: dict[str, dict[Any, Trace]] = {name: {} for name in RULES}
         for site in plan.sites:
-            node = nodes[site.block]
+            node, name = nodes[site.block], site["what"]
+            if name in RULES:
+                match = RULES[name].at(program, node)
+                if isinstance(match, str) or isinstance(RULES[name].apply(program, match, traces[name]), str):
+                    raise PassRefusedError(f"{node.name} is not what the plan says: {name}", node=node.name)
+                continue
             found = dict(arguments(node))
-            call = program.edit.call
+            emit = program.edit.call
             with program.edit.before(node):
-                if site["what"] == "silu":
-                    made = call(aten.mul.Tensor, found["self"], call(aten.sigmoid.default, found["self"]))
-                elif site["what"] == "dilation":
+                if site["what"] == "dilation":
                     made = undilated(program, node)
                 elif site["what"] == "widths":
                     made = masked(program, node)
@@ -99,13 +121,13 @@ class FitTarget(Pass):
                     made = _stored(program, found, masks)
                 elif site["what"] == "stack":
                     dim = found["dim"] % node.meta["val"].dim()
-                    apart = [call(aten.unsqueeze.default, part, dim) for part in found["tensors"]]
-                    made = call(aten.cat.default, apart, dim)
+                    apart = [emit(aten.unsqueeze.default, part, dim) for part in found["tensors"]]
+                    made = emit(aten.cat.default, apart, dim)
                 elif site["what"] == "slots":
                     # a cache is read for its length alone, which is known
-                    found["cache"] = call(aten.zeros.default, [1, 1, _slots(node), 1])
+                    found["cache"] = emit(aten.zeros.default, [1, 1, _slots(node), 1])
                     args, kwargs = normal_call(node.target, found)
-                    made = call(node.target, *args, **kwargs)
+                    made = emit(node.target, *args, **kwargs)
                 elif site["what"] == "norm":
                     # the fused operator of ONNX has a weight
                     size, dtype = int(node.meta["val"].shape[-1]), node.meta["val"].dtype
@@ -113,15 +135,7 @@ class FitTarget(Pass):
                         f"{node.name}.ones", torch.ones(size, dtype=dtype), kind="buffer"
                     )
                     args, kwargs = normal_call(node.target, found)
-                    made = call(node.target, *args, **kwargs)
-                elif site["what"] == "rotary":
-                    made = _turned(program, found)
-                elif site["what"] == "bias":
-                    made = call(
-                        aten.add.Tensor,
-                        call(aten.linear.default, found["input"], found["weight"]),
-                        found["bias"],
-                    )
+                    made = emit(node.target, *args, **kwargs)
                 else:
                     made = self._attention(program, node, found, masks)
             program.edit.replace(node, made)
@@ -161,17 +175,6 @@ def _stored(program: Program, found: dict[str, Any], tables: dict[Any, fx.Node])
         values = call(aten.to.dtype, values, dtype)
     kept = call(aten.mul.Tensor, cache, tables["kept", *key])
     return call(aten.add.Tensor, kept, call(aten.matmul.default, tables[key], values))
-
-
-def _turned(program: Program, found: dict[str, Any]) -> fx.Node:
-    call, x = program.edit.call, found["x"]
-    half = int(x.meta["val"].shape[-1]) // 2
-    first = call(aten.slice.Tensor, x, -1, 0, half)
-    second = call(aten.slice.Tensor, x, -1, half, 2 * half)
-    turned = call(aten.cat.default, [call(aten.neg.default, second), first], -1)
-    return call(
-        aten.add.Tensor, call(aten.mul.Tensor, x, found["cos"]), call(aten.mul.Tensor, turned, found["sin"])
-    )
 
 
 def _slots(node: fx.Node) -> Any:
