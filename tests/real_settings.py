@@ -108,8 +108,8 @@ def difference(model: Any, again: Any, done: Any) -> float:
     """Return the largest relative error of the folder's model against the original one without the layer."""
     changes = done.facts.get(CheckpointChanges) or CheckpointChanges()
     for stack in changes.removed_layers:
-        for number in stack["removed"]:
-            bypass(_layer(model, f"{stack['prefix']}{number}"))
+        for number in stack.removed:
+            bypass(_layer(model, f"{stack.prefix}{number}"))
     pruned = bool(changes.expert_counts)
     length = reach(done) + 5
     high = min(

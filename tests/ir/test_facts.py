@@ -84,10 +84,10 @@ def test_one_of_each_type_and_copies_apart() -> None:
         other[TensorParallel]
 
 
-def test_only_facts_without_fields_are_provided_unseen() -> None:
+def test_only_facts_that_need_nothing_known_are_provided() -> None:
     held = Facts()
-    held.provide((Canonical, KVCache))
-    assert held.kinds == {Canonical}
+    held.provide((Canonical, KVCache, Streaming))
+    assert held == Facts([Canonical(), Streaming("")])
 
 
 @pytest.mark.parametrize(

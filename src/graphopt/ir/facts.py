@@ -8,7 +8,7 @@ fields only say that something was done. Whatever is stored under ``name`` in a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import UsageError
@@ -92,9 +92,10 @@ class Facts:
             self._held.pop(kind, None)
 
     def provide(self, kinds: Iterable[type[Fact]]) -> None:
-        """Add the facts without fields among these types; one with fields is added by whoever knows them."""
+        """Add those of these types that need nothing to be known: all others are added by whoever knows their fields."""
         for kind in kinds:
-            if kind not in self._held and not fields(kind):
+            known = all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind))
+            if kind not in self._held and known:
                 self._held[kind] = kind()
 
     def copy(self) -> Facts:
@@ -243,9 +244,9 @@ class Vocabulary(Fact, name="vocabulary", done="trimmed to some tokens"):
 
 @dataclass(frozen=True)
 class Streaming(Fact, name="streaming"):
-    """Convolutions read the past from states; ``time`` is the size that says how many frames are new."""
+    """Convolutions read the past from states; ``time`` is the size that says how many frames are new, "" without states."""
 
-    time: str
+    time: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from graphopt import LoweringError
 from graphopt.backends.huggingface import layers as layers
 from graphopt.frontends.architecture import tensor_names
 from graphopt.frontends.huggingface import capture_huggingface
+from graphopt.ir.facts import RemovedLayers
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -139,13 +141,13 @@ def test_of_two_equal_depths_the_one_that_is_meant_changes(side: str) -> None:
     """Wrong if the first number that fits is taken."""
     part = transformers.T5GemmaConfig().encoder.to_dict() | {**GEMMA2, "layer_types": None}
     raw = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=64).to_dict()
-    stack = {"prefix": f"model.{side}.layers.", "count": 4, "removed": [1]}
+    stack = RemovedLayers(f"model.{side}.layers.", 4, (1,))
     edited = layers.without_layers(raw, [stack], tensor_names)
     depths = {s: edited[s]["num_hidden_layers"] for s in ("encoder", "decoder")}
     assert depths == {"encoder": 4, "decoder": 4} | {side: 3}
     assert edited[side]["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
     with pytest.raises(LoweringError, match="none tells that of"):
-        layers.without_layers(raw, [{**stack, "prefix": "elsewhere."}], tensor_names)
+        layers.without_layers(raw, [replace(stack, prefix="elsewhere.")], tensor_names)
 
 
 # configuration class, its options, and what tells one layer from another
@@ -180,9 +182,7 @@ def test_layers_keep_what_the_class_derives_from_their_number(kind: str, count: 
     before = getattr(layers.load(raw), key)
     gone = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count - 1))
     try:
-        edited = layers.without_layers(
-            raw, [{"prefix": "model.layers.", "count": count, "removed": sorted(gone)}]
-        )
+        edited = layers.without_layers(raw, [RemovedLayers("model.layers.", count, tuple(sorted(gone)))])
     except LoweringError as error:
         assert "cannot say" in str(error) or "does not accept" in str(error) or "takes keys" in str(error)
         return
@@ -217,7 +217,7 @@ def test_mixtures_stay_mixtures(kind: str, gone: set[int]) -> None:
     options, of = MIXTURES[kind]
     raw = {"model_type": kind, "num_hidden_layers": 6, **options}
     old = layers.load(raw)
-    stack = {"prefix": "model.layers.", "count": 6, "removed": sorted(gone)}
+    stack = RemovedLayers("model.layers.", 6, tuple(sorted(gone)))
     try:
         new = layers.load(layers.without_layers(raw, [stack]))
     except LoweringError:
@@ -231,7 +231,7 @@ def test_settings_of_single_layers_move_with_them() -> None:
     raw = transformers.LlamaConfig(
         **SMALL, num_hidden_layers=5, per_layer_config={1: {"intermediate_size": 24}, 4: {"intermediate_size": 64}}
     ).to_dict()  # fmt: skip
-    edited = layers.without_layers(raw, [{"prefix": "model.layers.", "count": 5, "removed": [0, 1]}])
+    edited = layers.without_layers(raw, [RemovedLayers("model.layers.", 5, (0, 1))])
     assert edited["per_layer_config"] == {"2": {"intermediate_size": 64}}
     assert layers.load(edited).per_layer_config[2].intermediate_size == 64
     assert layers.load(edited).per_layer_config[0].intermediate_size == 48

@@ -128,7 +128,7 @@ def test_an_output_without_a_place_is_refused_by_name(folder_of, tmp_path: Path)
 
 
 def test_names_close_up() -> None:
-    stack = [{"prefix": "h.", "count": 4, "removed": [0, 2]}]
+    stack = [RemovedLayers("h.", 4, (0, 2))]
     assert [renumbered(f"h.{i}.w", stack) for i in (1, 3)] == ["h.0.w", "h.1.w"]
     assert renumbered("wte.weight", stack) == "wte.weight"
 

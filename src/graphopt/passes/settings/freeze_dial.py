@@ -76,5 +76,8 @@ class FreezeDial(Pass):
 def _passes_of(program: Program) -> list[str]:
     """Return the passes that a program went through and that are installed, each once."""
     known = pass_locations()
-    names = [*(str(entry.get("pass", "")).partition("{")[0] for entry in program.history), *export_blockers(program)]
+    names = [
+        *(str(entry.get("pass", "")).partition("{")[0] for entry in program.history),
+        *export_blockers(program),
+    ]
     return [name for name in dict.fromkeys(names) if name in known]
