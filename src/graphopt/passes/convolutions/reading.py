@@ -205,8 +205,8 @@ def _padding(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     kernel_axes = tuple(Axis(-low, 1, 1, 1, high) for low, high in paddings)
     identity = as_it_is(source)
     return Form(
-        source, node, identity.outputs, identity.inputs, identity.groups, kernel_axes, extension(kernel_axes, mode), identity.build,
-        False, frozenset([node]),
+        source, node, identity.outputs, identity.inputs, identity.groups, kernel_axes,
+        extension(kernel_axes, mode), identity.build, False, frozenset([node]),
     )  # fmt: skip
 
 

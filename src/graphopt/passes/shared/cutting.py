@@ -111,7 +111,7 @@ class Cutter:
             return "none of its operands can be split"
         for operand, operand_cut in operand_cuts.items():
             parts[operand] = self.part(operand, operand_cut)
-        return self._again(node, parts, cut)
+        return self._repeat(node, parts, cut)
 
     def _repeat(self, node: fx.Node, parts: dict[fx.Node, fx.Node], cut: Any) -> fx.Node:
         """Call the operator on shards, with size arguments adjusted."""
