@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 dialect = torch.ops.graphopt
 DIAL = "active_experts"
-DIALLED = "the number of active experts is a dial, which a configuration has not; freeze-dial makes it one number"
+DIALLED = (
+    "the number of active experts is a dial, which a configuration has not; freeze-dial makes it one number"
+)
 UNEVEN = "MoE layers have different numbers of active experts, for which the configuration has one entry"
 
 
