@@ -125,7 +125,7 @@ class SplitFfn(Pass):
             whole
         ]
         if widths[0] < 1 or any(a >= b for a, b in itertools.pairwise(widths)):
-            return f"its width of {whole} has no {len(widths)} different multiples of {self.multiple} near the requested widths"
+            return f"its width of {whole} has no {len(widths)} different multiples of {self.multiple} near the shares given"
         return [0, *widths] if self.skip else widths
 
     def rewrite(self, program: Program, plan: Plan) -> None:
