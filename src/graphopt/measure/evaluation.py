@@ -66,7 +66,7 @@ def evaluate(
 ) -> Evaluation:
     """Return metrics of a model on data.
 
-    Text for a model that predicts tokens is joined and cut into rows of ``length`` tokens (no more than the
+    Text for a model that predicts tokens is joined and divided into rows of ``length`` tokens (no more than the
     model supports); each row is read from its beginning, and its first token is not predicted.
     Perplexity is ``exp`` of the mean negative log likelihood of all other tokens; ``accuracy`` the share of
     them that had the highest logit; ``bits_per_byte`` the same likelihood per byte of text, which does not
@@ -272,27 +272,27 @@ def find_judge(text: str) -> Judge:
     Raises:
         UsageError: there is no such file or function.
     """
-    place, _, name = text.rpartition(":")
-    if not place or not name.isidentifier():
+    location, _, name = text.rpartition(":")
+    if not location or not name.isidentifier():
         raise UsageError(
             f"there is no metric {text!r}",
             hint=f"metrics are {', '.join([*BY_NAME, 'bits_per_byte'])}, or FILE.py:FUNCTION",
         )
-    module = _module(place)
+    module = _module(location)
     judge = getattr(module, name, None)
     if not callable(judge):
-        raise UsageError(f"{place} has no function {name}")
+        raise UsageError(f"{location} has no function {name}")
     return judge  # type: ignore[no-any-return]
 
 
-def _module(place: str) -> ModuleType:
+def _module(location: str) -> ModuleType:
     try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place)
+        if not location.endswith(".py"):
+            return importlib.import_module(location)
+        path = Path(location)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if not path.is_file() or spec is None or spec.loader is None:
-            raise UsageError(f"there is no file {place}")
+            raise UsageError(f"there is no file {location}")
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
@@ -300,7 +300,7 @@ def _module(place: str) -> ModuleType:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{location} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 __all__ = ["Evaluation", "evaluate", "find_judge"]

@@ -36,7 +36,7 @@ class Metric(ABC):
 
     @abstractmethod
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch.
+        """Add a batch to the metric.
 
         Raises:
             PipelineError: the program lacks outputs that the metric needs.
@@ -82,7 +82,7 @@ class Perplexity(Metric):
     """``exp`` of the mean negative log likelihood of each next token, over positions that are not padding."""
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         logits, ids, counted = _next_tokens(self, batch, outputs)
         rows, following, counted_rows = logits.flatten(0, -2), ids.flatten(), counted.flatten()
         for rows_slice in _row_slices(rows):
@@ -100,7 +100,7 @@ class Accuracy(Metric):
     """Share of next tokens that had the highest logit, over positions that are not padding."""
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         logits, ids, counted = _next_tokens(self, batch, outputs)
         self.total += int((logits.argmax(-1) == ids)[counted].sum())
         self.count += int(counted.sum())
@@ -113,7 +113,7 @@ class Divergence(Metric):
     needs = "a program with logits"
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         logits, expected = self._logits(outputs), self._logits(reference)
         rows, expected_rows = logits.flatten(0, -2), expected.flatten(0, -2)
         divergences = [
@@ -145,7 +145,7 @@ class Agreement(Metric):
     needs = "a program with logits"
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         logits, expected = self._logits(outputs), self._logits(reference)
         _count(self, batch, expected, (logits.argmax(-1) == expected.argmax(-1)).double())
 
@@ -156,7 +156,7 @@ class Cosine(Metric):
     compares = True
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         value, expected = _first(outputs), _first(reference or {})
         distances = 1 - F.cosine_similarity(value.double(), expected.double(), dim=-1)
         _count(self, batch, expected, distances)

@@ -102,7 +102,7 @@ class ExpandBranches(Pass):
                 )
                 yield Site(node.name, branches=kinds, align=self._side(form, constant)), kernel
             else:
-                yield Refused(node.name, "no branch fits it", program.source_line(node))
+                yield Refused(node.name, "no branch can be added to it", program.source_line(node))
 
     def _kinds(self, form: Form) -> list[str]:
         """Return the branches of a convolution: ``full``, sizes of smaller kernels, ``identity``."""

@@ -158,7 +158,9 @@ def _spacing(step: int, lattice_step: int, count: int) -> int:
 
 def _border_problem(second: Form, first: Form) -> str:
     """Return why the padding between two forms differs from what the first computes there; "" if it does not."""
-    pointwise = all(one.count == 1 for one, two in zip(first.axes, second.axes, strict=True) if two.extends)
+    pointwise = all(
+        inner.count == 1 for inner, outer in zip(first.axes, second.axes, strict=True) if outer.extends
+    )
     name = first.value.name
     if second.mode != "zeros":
         unchanged = all(a == Axis() for a in first.axes)
@@ -171,8 +173,8 @@ def _border_problem(second: Form, first: Form) -> str:
         return f"{name} is padded with zeros between two kernels, so its border would be another"
     if first.mode not in ("", "zeros"):
         return f"{name} is padded by {first.mode} and then by zeros"
-    for one, two in zip(first.axes, second.axes, strict=True):
-        if (two.low > 0 and one.low < 0) or (two.high > 0 and one.high < 0):
+    for inner, outer in zip(first.axes, second.axes, strict=True):
+        if (outer.low > 0 and inner.low < 0) or (outer.high > 0 and inner.high < 0):
             return f"{name} is cut and then padded with zeros"
     return ""
 

@@ -34,7 +34,7 @@ class _Search:
     constant: set[fx.Node]
     allow_growth: bool
     forms: dict[fx.Node, list[Form]] = field(default_factory=dict)
-    own: dict[fx.Node, float] = field(default_factory=dict)
+    operator_cost: dict[fx.Node, float] = field(default_factory=dict)
     best: dict[fx.Node, float] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
@@ -76,15 +76,15 @@ def _find_forms(search: _Search, node: fx.Node) -> None:
         search.reasons[node] = str(problem)
         return
     if form is not None:
-        search.own[node] = _work(form) if form.size > 1 or form.convolutions else _numel(node)
+        search.operator_cost[node] = _work(form) if form.size > 1 or form.convolutions else _numel(node)
         if has(node, Trait.PADDING) or is_operator(node, "aten.slice"):
-            search.own[node] = 0.0
+            search.operator_cost[node] = 0.0
         forms = [form]
     elif is_operator(node, "aten.slice_scatter"):
-        search.own[node] = 0.0
+        search.operator_cost[node] = 0.0
         forms = _border_forms(search, node)
     elif is_operator(node, "aten.add", "aten.sub") and len(node.args) == 2 and not node.kwargs:
-        search.own[node] = 0.0
+        search.operator_cost[node] = 0.0
         forms = _sum_forms(search, node)
     else:
         return
@@ -211,7 +211,7 @@ def _form_cost(search: _Search, form: Form) -> float:
 def _unfused_cost(search: _Search, node: fx.Node) -> float:
     """Return the cost of leaving an operator as it is, with the best cost of inputs that only it reads."""
     inputs = {n for n in node.all_input_nodes if n in search.best and all(u is node for u in n.users)}
-    return search.own[node] + sum(search.best[n] for n in inputs)
+    return search.operator_cost[node] + sum(search.best[n] for n in inputs)
 
 
 def _cost(search: _Search, node: fx.Node, forms: list[Form]) -> float:

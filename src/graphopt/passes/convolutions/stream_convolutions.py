@@ -227,7 +227,7 @@ def _chain_along(
         if pad_axis.extends and before.mode != "zeros":
             return f"its past is padded by {before.mode}, not by zeros"
         if (pad_axis.low < 0 < kernel_axis.low) or (pad_axis.high < 0 < kernel_axis.high):
-            break  # frames are cut off, and zeros put in their place
+            break  # frames are removed and replaced by zeros
         chain.insert(0, current)
         kernel_axis = one_after_another(pad_axis, kernel_axis)
         current = before.source

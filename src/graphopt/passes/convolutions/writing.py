@@ -118,7 +118,7 @@ def _pad(program: Program, source: fx.Node, low: list[int], high: list[int], mod
     if mode in ("", "zeros"):
         pad = sizes(pairs)
         return program.edit.call(aten.pad.default, source, pad) if pad else source
-    grown = sizes([(max(a, 0), max(b, 0)) for a, b in pairs])
-    source = program.edit.call(aten.pad.default, source, grown, mode)
-    cut = sizes([(min(a, 0), min(b, 0)) for a, b in pairs])
-    return program.edit.call(aten.pad.default, source, cut) if cut else source
+    padded = sizes([(max(a, 0), max(b, 0)) for a, b in pairs])
+    source = program.edit.call(aten.pad.default, source, padded, mode)
+    cropped = sizes([(min(a, 0), min(b, 0)) for a, b in pairs])
+    return program.edit.call(aten.pad.default, source, cropped) if cropped else source

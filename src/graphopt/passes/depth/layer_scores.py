@@ -146,20 +146,24 @@ def _copy_without(program: Program, options: SkipLayers, names: list[str]) -> Pr
 
 
 def _scores(
-    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str] | None = None
+    program: Program,
+    context: Context,
+    options: SkipLayers,
+    names: list[str],
+    removed: list[str] | None = None,
 ) -> dict[str, float]:
     """Return the score of each unit in the program without those already removed."""
-    gone = gone or []
+    removed = removed or []
     if options.score in ("perplexity", "kl", "cosine"):
         return context.score(
             program,
             names,
-            lambda copy, name: _remove_in_place(copy, options, [*gone, name]),
+            lambda copy, name: _remove_in_place(copy, options, [*removed, name]),
             metric=options.score,
-            key=f"skip-layers:{options.unit}:{','.join(gone)}",
+            key=f"skip-layers:{options.unit}:{','.join(removed)}",
         )
-    key = f"skip-layers:{options.score}:{options.unit}:{','.join(gone)}"
-    return context.remember(program, key, lambda: _distances(program, context, options, names, gone))
+    key = f"skip-layers:{options.score}:{options.unit}:{','.join(removed)}"
+    return context.remember(program, key, lambda: _distances(program, context, options, names, removed))
 
 
 def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> None:
@@ -170,16 +174,16 @@ def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> No
 
 
 def _distances(
-    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str]
+    program: Program, context: Context, options: SkipLayers, names: list[str], removed: list[str]
 ) -> dict[str, float]:
     """Return the mean distance between the input and output of each unit."""
     units = {unit.name: unit for unit in units_of(program, options.unit)}
     working = program
-    if gone:
+    if removed:
         working = options.copied(program)
         by_name = {node.name: node for node in working.graph.nodes}
         ends = {n: (units[n].reads.name, units[n].writes.name) for n in names}
-        _remove_in_place(working, options, gone)
+        _remove_in_place(working, options, removed)
         # values that replaced the output of a removed neighbour
         pairs = {n: tuple(working.edit.now(by_name[e]) for e in ends[n]) for n in names}
     else:
@@ -213,14 +217,14 @@ def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str)
 def _greedy(
     program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
 ) -> list[str]:
-    gone: list[str] = []
-    while len(gone) < number:
-        remaining = [unit.name for unit in units if unit.name not in gone]
-        scores = _scores(program, context, options, remaining, gone)
+    removed: list[str] = []
+    while len(removed) < number:
+        remaining = [unit.name for unit in units if unit.name not in removed]
+        scores = _scores(program, context, options, remaining, removed)
         lowest = min(scores, key=lambda name: scores[name])
         plan.scores[lowest] = scores[lowest]
-        gone.append(lowest)
-    return gone
+        removed.append(lowest)
+    return removed
 
 
 def _contiguous(

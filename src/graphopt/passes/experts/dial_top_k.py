@@ -90,7 +90,7 @@ class DialTopK(Pass):
         """Limit the experts of the MoE layers that the plan names."""
         if not plan.sites:
             return
-        chosen, mixtures = self.chosen(program, plan), len(program.anatomy.experts)
+        chosen, layer_count = self.chosen(program, plan), len(program.anatomy.experts)
         shared: fx.Node | None = None
         if self.fixed is not None and plan.sites:
             value = torch.tensor(float(self.fixed), dtype=torch.float64)
@@ -108,7 +108,7 @@ class DialTopK(Pass):
                 )
             _limit(program, block, k, bool(site["renormalised"]))
         counts = {int(site["most"]) for site in plan.sites}
-        if self.fixed is not None and len(counts) == 1 and len(plan.sites) == mixtures:
+        if self.fixed is not None and len(counts) == 1 and len(plan.sites) == layer_count:
             note_checkpoint(program, active_experts=(counts.pop(), self.fixed))
         else:
             block_export(program, DIALLED if self.fixed is None else UNEVEN)

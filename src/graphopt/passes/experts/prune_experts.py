@@ -115,10 +115,10 @@ class PruneExperts(Pass):
         _record_counts(program, plan, len(blocks))
 
 
-def _record_counts(program: Program, plan: Plan, mixtures: int) -> None:
+def _record_counts(program: Program, plan: Plan, layer_count: int) -> None:
     """Record how many experts are left, for the configuration of a folder."""
     counts = {(int(s["experts"]), len(s["left"])) for s in plan.sites}
-    if len(counts) == 1 and len(plan.sites) == mixtures:
+    if len(counts) == 1 and len(plan.sites) == layer_count:
         note_checkpoint(program, expert_counts=(counts.pop(),))
     else:
         block_export(

@@ -152,10 +152,10 @@ class Plan:
 
     def as_given(self) -> Plan:
         """Return the plan to follow, perhaps after it was edited, with its notes marked as made while planning."""
-        taken = {site.block for site in self.sites}
+        chosen_blocks = {site.block for site in self.sites}
         prefix = "when it was planned: "
         notes = [note if note.startswith(prefix) else prefix + note for note in self.notes]
-        refused = [r for r in self.refused if r.block not in taken]
+        refused = [r for r in self.refused if r.block not in chosen_blocks]
         return Plan(list(self.sites), refused, dict(self.scores), notes, trial=self.trial)
 
     @classmethod

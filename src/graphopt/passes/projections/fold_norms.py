@@ -77,7 +77,7 @@ class FoldNorms(Pass):
         if isinstance(readers, str):
             return readers
         if bias is not None and any(is_operator(r.node, "graphopt.routed_ffn") for r in readers):
-            return "experts have no bias that could absorb that of a norm"
+            return "the bias of a norm cannot be folded into experts"
         for reader in readers:
             shared = [u for u in readers_of(program, reader.matrix) if u is not reader.node]
             if shared and not self.untie:

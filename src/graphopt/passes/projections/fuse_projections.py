@@ -215,7 +215,7 @@ def _common_prefix(program: Program, weights: list[fx.Node]) -> str:
     names = [program.weights[w.name].name for w in weights if w.name in program.weights]
     if not names:
         return "fused."
-    common = os.path.commonprefix(names)  # noqa: RUF071  by character: it is cut at a dot below
+    common = os.path.commonprefix(names)  # noqa: RUF071  by character: it is truncated at a dot below
     return common[: common.rfind(".") + 1]
 
 

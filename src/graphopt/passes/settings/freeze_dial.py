@@ -84,6 +84,6 @@ class FreezeDial(Pass):
 
 def _installed_passes(program: Program) -> list[str]:
     """Return the installed passes that a program went through, each once."""
-    known = pass_locations()
+    installed = pass_locations()
     names = [*(str(entry["pass"]).partition("{")[0] for entry in program.history), *export_blockers(program)]
-    return [name for name in dict.fromkeys(names) if name in known]
+    return [name for name in dict.fromkeys(names) if name in installed]

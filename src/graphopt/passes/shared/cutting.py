@@ -60,14 +60,14 @@ class Cutter:
             return node
         key = (node, cut)
         if key not in self.made:
-            part_node = self._through(node, cut)
-            if isinstance(part_node, str):
+            shard = self._through(node, cut)
+            if isinstance(shard, str):
                 if node not in self.constant:
-                    self.whole.append((node, part_node))
-                part_node = self.take(node, cut)
-            if part_node is not node:
-                self.mark(part_node, cut)
-            self.made[key] = part_node
+                    self.whole.append((node, shard))
+                shard = self.take(node, cut)
+            if shard is not node:
+                self.mark(shard, cut)
+            self.made[key] = shard
         return self.made[key]
 
     def is_all(self, cut: Any) -> bool:
@@ -99,7 +99,7 @@ class Cutter:
         sources = sources_of(node, cut.dim)
         if sources is None:
             return f"{operator_name(node.target)} mixes entries of the dimension to split"
-        parts: dict[fx.Node, fx.Node] = {}
+        shards: dict[fx.Node, fx.Node] = {}
         operand_cuts: dict[fx.Node, Any] = {}
         for operand, placement in sources.items():
             if placement is not None:
@@ -110,10 +110,10 @@ class Cutter:
         if not operand_cuts and not is_operator(node, *_SIZES):
             return "none of its operands can be split"
         for operand, operand_cut in operand_cuts.items():
-            parts[operand] = self.part(operand, operand_cut)
-        return self._repeat(node, parts, cut)
+            shards[operand] = self.part(operand, operand_cut)
+        return self._repeat(node, shards, cut)
 
-    def _repeat(self, node: fx.Node, parts: dict[fx.Node, fx.Node], cut: Any) -> fx.Node:
+    def _repeat(self, node: fx.Node, shards: dict[fx.Node, fx.Node], cut: Any) -> fx.Node:
         """Call the operator on shards, with size arguments adjusted."""
         call_args = dict(arguments(node))
         name = _SIZES.get(operator_name(node.target))
@@ -129,7 +129,7 @@ class Cutter:
             typed = (n for n in self.program.weight_nodes if n.meta["val"].dtype == dtype)
             call_args["self"] = next(typed, call_args["self"])
         args, kwargs = normal_call(node.target, call_args)
-        args, kwargs = fx.map_arg((args, kwargs), lambda n: parts.get(n, n))
+        args, kwargs = fx.map_arg((args, kwargs), lambda n: shards.get(n, n))
         result = self.program.edit.call(node.target, *args, **kwargs)
         for key in ("stack_trace", "nn_module_stack"):
             if key in node.meta:

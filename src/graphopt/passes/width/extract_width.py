@@ -134,17 +134,17 @@ def _make_dense(program: Program, block: Block, width: int) -> bool:
     return writable
 
 
-def _replace_in_checkpoint(program: Program, kept: dict[str, Any], gone: dict[str, Any]) -> bool:
+def _replace_in_checkpoint(program: Program, kept_args: dict[str, Any], removed_args: dict[str, Any]) -> bool:
     """Map the checkpoint's tensors to the small expert's weights; return whether each has a tensor."""
     names_by_node: dict[fx.Node, list[str]] = {}
     for name, node in program.checkpoint.items():
         names_by_node.setdefault(node, []).append(name)
     writable = True
     for role in MATRICES:
-        if kept[role] is None:
+        if kept_args[role] is None:
             continue
-        names = names_by_node.get(gone[role], [])
-        writable &= bool(names) or kept[role] in names_by_node
+        names = names_by_node.get(removed_args[role], [])
+        writable &= bool(names) or kept_args[role] in names_by_node
         for name in names:
-            program.checkpoint[name] = kept[role]
+            program.checkpoint[name] = kept_args[role]
     return writable

@@ -120,11 +120,11 @@ class PruneFfn(Pass):
         """Keep only the planned channels."""
         if not plan.sites:
             return
-        whole = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
-        mixtures = bool(program.anatomy.experts)
+        covers_all = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
+        has_experts = bool(program.anatomy.experts)
         take_planned(program, plan)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
-        if len(widths) == 1 and whole and not mixtures:
+        if len(widths) == 1 and covers_all and not has_experts:
             (pair,) = widths
             if pair[0] != pair[1]:
                 note_checkpoint(program, ffn_widths=(pair,))

@@ -120,12 +120,12 @@ class SplitFfn(Pass):
             )
         return plan
 
-    def _widths(self, whole: int) -> list[int] | str:
-        widths = [round(share * whole / self.multiple) * self.multiple for share in self.widths[:-1]] + [
-            whole
+    def _widths(self, full_width: int) -> list[int] | str:
+        widths = [round(share * full_width / self.multiple) * self.multiple for share in self.widths[:-1]] + [
+            full_width
         ]
         if widths[0] < 1 or any(a >= b for a, b in itertools.pairwise(widths)):
-            return f"its width of {whole} has no {len(widths)} different multiples of {self.multiple} near the shares given"
+            return f"its width of {full_width} has no {len(widths)} different multiples of {self.multiple} near its shares"
         return [0, *widths] if self.skip else widths
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -147,34 +147,34 @@ class SplitFfn(Pass):
             if isinstance(ffn, str):
                 raise PipelineError(f"the plan takes {site.block}, which cannot be taken: {ffn}")
             widths = [int(w) for w in site["widths"]]
-            place = place_of(program, ffn.down)
+            module_path = place_of(program, ffn.down)
             with program.edit.before(ffn.down):
-                logits = self._router(program, ffn.x, len(widths), place)
+                logits = self._router(program, ffn.x, len(widths), module_path)
                 choice = program.edit.call(dialect.choose_width.default, logits, delta)
                 if site["separate"]:
-                    new_output = self._apart(program, ffn, choice, widths, place, smalls)
+                    new_output = self._apart(program, ffn, choice, widths, module_path, smalls)
                 else:
                     new_output = nested(program, ffn, choice, widths)
             program.edit.replace(ffn.down, new_output)
         block_export(program, NESTED)
 
     def _apart(
-        self, program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int], place: str,
+        self, program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int], module_path: str,
         smalls: dict[fx.Node, FeedForward],
     ) -> fx.Node:  # fmt: skip
         """Return the sum of a small and a large expert; each token has width 0 in the one it does not choose."""
         key = ffn.weights["down"]
         assert key is not None
-        *_, narrow, whole = widths
+        *_, narrow, full_width = widths
         if key not in smalls:
-            smalls[key] = own_small(program, ffn, narrow, place)
+            smalls[key] = own_small(program, ffn, narrow, module_path)
         template = smalls[key]
         small = FeedForward(ffn.x, ffn.down, template.weights, ffn.activation)
-        wide_output = nested(program, ffn, choice, [whole if w == whole else 0 for w in widths])
+        wide_output = nested(program, ffn, choice, [full_width if w == full_width else 0 for w in widths])
         narrow_output = nested(program, small, choice, [w if w == narrow else 0 for w in widths])
         return program.edit.call(aten.add.Tensor, wide_output, narrow_output)
 
-    def _router(self, program: Program, x: fx.Node, choices: int, place: str) -> fx.Node:
+    def _router(self, program: Program, x: fx.Node, choices: int, module_path: str) -> fx.Node:
         """Return the logits of a new router whose last layer is zero, so that all choices are equally likely."""
         call, add = program.edit.call, program.edit.add_weight
         value = x.meta["val"]
@@ -183,14 +183,16 @@ class SplitFfn(Pass):
         if kind == "two-layer":
             inner = self.router_size or max(choices, size // 16)
             first = Drawn(
-                (inner, size), value.dtype, sum(place.encode()), size**-0.5
+                (inner, size), value.dtype, sum(module_path.encode()), size**-0.5
             )  # drawn when it is read
-            weight = add(free_name(program, f"{place}.router_in.weight"), first)
-            bias = add(free_name(program, f"{place}.router_in.bias"), torch.zeros(inner, dtype=value.dtype))
+            weight = add(free_name(program, f"{module_path}.router_in.weight"), first)
+            bias = add(
+                free_name(program, f"{module_path}.router_in.bias"), torch.zeros(inner, dtype=value.dtype)
+            )
             x = call(aten.relu.default, call(aten.linear.default, x, weight, bias))
             size = inner
         weight = add(
-            free_name(program, f"{place}.router.weight"), torch.zeros(choices, size, dtype=value.dtype)
+            free_name(program, f"{module_path}.router.weight"), torch.zeros(choices, size, dtype=value.dtype)
         )
-        bias = add(free_name(program, f"{place}.router.bias"), torch.zeros(choices, dtype=value.dtype))
+        bias = add(free_name(program, f"{module_path}.router.bias"), torch.zeros(choices, dtype=value.dtype))
         return call(aten.linear.default, x, weight, bias)
