@@ -231,7 +231,7 @@ def test_pieces_come_to_the_whole(at_once: int, monkeypatch: pytest.MonkeyPatch)
     """Wrong if a piece lost a position, its mask, or its tokens; widened at once, logits take more than a model."""
     from graphopt.measure import metrics
 
-    monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
+    monkeypatch.setattr(metrics, "_VALUES_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     found, expected = (torch.randn(3, 7, 11, generator=generator) for _ in range(2))
     ids = torch.randint(0, 11, (3, 7), generator=generator)
@@ -258,7 +258,7 @@ def test_divergence_of_logits_of_any_rank(
     """Wrong if classes of a classifier, which has no positions, were taken for positions."""
     from graphopt.measure import metrics
 
-    monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
+    monkeypatch.setattr(metrics, "_VALUES_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     found, expected = (torch.randn(shape, generator=generator) for _ in range(2))
     value = metrics.measure("kl", lambda _: {"logits": found}, lambda _: {"logits": expected}, [{}])

@@ -139,7 +139,7 @@ def test_commands_on_a_dial(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--values", "0 2"], "cannot stand at 2"),
+        (["--values", "0 2"], "cannot be 2"),
         (["--values", "half"], "takes numbers"),
         (["--dial", "sigma"], "it has delta"),
         (["--metric", "beauty"], "no metric 'beauty'"),
@@ -161,4 +161,4 @@ def test_a_program_without_a_dial_is_not_swept(
     whole: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["sweep", str(whole), "--data", str(rows)]) == 2
-    assert "no dial" in capsys.readouterr().err
+    assert "no run-time setting" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a pass reaches the outside world through: data, recorded values, scores, progress."""
+"""The services a pass uses: data, recorded values, scores, progress."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ..ir.vocabulary import over_all_tokens
 from ..ir.weights import digest
 from .metrics import BY_NAME, Batch, default_metric, measure, relative_loss
 
-_NUMBERS = itertools.count()
+_CONTEXT_NUMBERS = itertools.count()
 OUTPUTS_KEPT = 1 << 26
-"""Bytes of a program's outputs that are kept for comparing others with them."""
+"""Bytes of a program's outputs that are stored for comparing others with them."""
 
 
 class Progress(Protocol):
-    """Shows how far a long computation is."""
+    """Shows the progress of a long computation."""
 
     def start(self, what: str, total: int) -> None:
         """Begin a computation of ``total`` steps."""
@@ -58,15 +58,14 @@ class Silent:
 class Context:
     """Data and services for a pass.
 
-    The first half of the data is for calibration, the second half for judging what came of it, so that no
-    budget is judged on data that a pass calibrated on. Data of a single batch serves as both, and a note
-    says so.
+    The first half of the data is for calibration, the second half for judging the result, so that no budget is
+    judged on data that a pass calibrated on. A single batch serves as both, and a note says so.
 
     Args:
-        data: inputs by name, a batch each.
+        data: batches of inputs by name.
         evaluate: the user's own metric of a program; lower is better.
-        work_dir: where scores are kept, so that an interrupted run goes on.
-        seed: for everything random.
+        work_dir: where scores are stored, so that an interrupted run can continue.
+        seed: the seed of all random numbers.
         progress: shows long computations.
     """
 
@@ -86,7 +85,7 @@ class Context:
         self.progress: Progress = progress or Silent()
         self.ranks = 1
         self.notes: list[str] = []
-        self._number = next(_NUMBERS)
+        self._number = next(_CONTEXT_NUMBERS)
         self._outputs: tuple[tuple[int, int], dict[int, Mapping[str, Any]]] = (-1, -1), {}
 
     @property
@@ -121,64 +120,64 @@ class Context:
         return self.data[len(self.data) // 2 :] if len(self.data) > 1 else self.data
 
     def data_hash(self) -> str:
-        """Hash of all data."""
-        seen = hashlib.sha256()
+        """Return a hash of all data."""
+        hasher = hashlib.sha256()
         for batch in self.data:
             for name in sorted(batch):
-                seen.update(name.encode())
-                seen.update(digest(batch[name]).encode())
-        return seen.hexdigest()[:16]
+                hasher.update(name.encode())
+                hasher.update(digest(batch[name]).encode())
+        return hasher.hexdigest()[:16]
 
     # -- values and metrics ---------------------------------------------------------------------------
 
     def record(
         self, program: Program, values: Iterable[fx.Node]
     ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-        """Yield each calibration batch with the values of some nodes, computed streamed."""
-        wanted = list(values)
+        """Yield each calibration batch with the values of some nodes, computed one batch at a time."""
+        nodes = list(values)
         for batch in self.batches():
-            yield batch, interpret(program, self.bound(program, batch), record=wanted, stop=True)
+            yield batch, interpret(program, self.bound(program, batch), record=nodes, stop=True)
 
     def bound(self, program: Program, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return a batch as a program takes it: what it does not take left out, what is missing filled.
+        """Return a batch as a program takes it, without inputs it does not take and with missing ones filled in.
 
-        Dials are taken from it too, where it has them. Caches and states are those of a first step.
+        Run-time settings are taken from the batch if it has them. Caches and recurrent states are those of a first step.
         """
-        known = {k: v for k, v in batch.items() if k in program.signature.parameters or k in program.dials}
-        return program.bind((), begun(program, known))
+        accepted = {k: v for k, v in batch.items() if k in program.signature.parameters or k in program.dials}
+        return program.bind((), begun(program, accepted))
 
     def evaluate(
         self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True
     ) -> tuple[str, float]:
         """Return the metric's name and value; lower is better.
 
-        A program is measured once: what a search tried and the pipeline goes on with is not run again to be judged, and
-        what judged one pass is the original of the next.
+        A program is measured once: a program that a search tried and the pipeline continues with is not run again to be
+        judged, and the measurement that judged one pass is that of the original for the next.
 
         Args:
-            program: what is judged.
+            program: the program to judge.
             reference: the original, for metrics that compare.
             metric: perplexity, kl, cosine or auto.
-            judge: on data for judging, else on calibration data.
+            judge: whether to use data for judging, else calibration data.
         """
         if self.user_metric is not None and judge:
-            own = self.user_metric
+            user_metric = self.user_metric
             return "evaluate", program.derived(
-                ("metric", self._number, "evaluate"), lambda: float(own(program))
+                ("metric", self._number, "evaluate"), lambda: float(user_metric(program))
             )
         name = default_metric(program) if metric == "auto" else metric
         data = self.judging() if judge else self.batches()
         compared = name in BY_NAME and BY_NAME[name].compares
-        against = (reference.number, reference.version) if compared else ()
+        reference_version = (reference.number, reference.version) if compared else ()
         return name, program.derived(
-            ("metric", self._number, name, judge, against),
+            ("metric", self._number, name, judge, reference_version),
             lambda: measure(name, self._runner(program), self._original(reference), data),
         )
 
     def loss(
         self, program: Program, reference: Program, *, metric: str = "auto", judge: bool = True
     ) -> float:
-        """Return the relative loss that budgets speak of."""
+        """Return the relative loss that budgets limit."""
         name, value = self.evaluate(program, reference, metric=metric, judge=judge)
         compared = name in ("kl", "cosine")
         original = 0.0 if compared else self.original(reference, metric=metric, judge=judge)
@@ -192,18 +191,18 @@ class Context:
         return lambda batch: over_all_tokens(program, run(program, self.bound(program, batch)))
 
     def _original(self, program: Program) -> Callable[[Batch], Mapping[str, Any]]:
-        """Run what others are compared with; what it gives for a batch is kept, where that is little."""
+        """Return a function that runs the program others are compared with; its outputs are stored if they are small."""
         if self._outputs[0] != (program.number, program.version):
             self._outputs = (program.number, program.version), {}
-        kept, runner = self._outputs[1], self._runner(program)
+        stored, runner = self._outputs[1], self._runner(program)
 
         def outputs(batch: Batch) -> Mapping[str, Any]:
-            if id(batch) in kept:
-                return kept[id(batch)]
-            found = runner(batch)
-            if _bytes(found) + sum(map(_bytes, kept.values())) <= OUTPUTS_KEPT:
-                kept[id(batch)] = found
-            return found
+            if id(batch) in stored:
+                return stored[id(batch)]
+            result = runner(batch)
+            if _bytes(result) + sum(map(_bytes, stored.values())) <= OUTPUTS_KEPT:
+                stored[id(batch)] = result
+            return result
 
         return outputs
 
@@ -218,9 +217,9 @@ class Context:
         metric: str = "auto",
         key: str = "",
     ) -> dict[str, float]:
-        """Edit one site at a time, evaluate on calibration data, undo; return the metric of each.
+        """Return the metric of each site, edited alone on a copy and evaluated on calibration data.
 
-        Kept in ``work_dir`` under a hash of program, data and options; what is there is not computed again.
+        Stored in ``work_dir`` under a hash of program, data and options; stored scores are not computed again.
         """
         store = self._store(program, f"{key}:{metric}")
         scores: dict[str, float] = {k: v for k, v in self._read(store).items() if k in sites}
@@ -243,20 +242,20 @@ class Context:
     def remember(
         self, program: Program, key: str, compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """Return scores computed once and kept in ``work_dir``."""
+        """Return scores that are computed once and stored in ``work_dir``."""
         store = self._store(program, key)
-        found = self._read(store)
-        if not found:
-            found = compute()
-            self._write(store, found)
-        return found
+        scores = self._read(store)
+        if not scores:
+            scores = compute()
+            self._write(store, scores)
+        return scores
 
     def stored(self, program: Program, key: str) -> dict[str, float]:
-        """Return numbers that :meth:`store` kept for this program, data and key; none if there are none."""
+        """Return the numbers that :meth:`store` stored for this program, data and key; empty if there are none."""
         return self._read(self._store(program, key))
 
     def store(self, program: Program, key: str, numbers: dict[str, float]) -> None:
-        """Keep numbers in ``work_dir``, where there is one, for a run that goes on later."""
+        """Store numbers in ``work_dir``, if there is one, for a run that continues later."""
         self._write(self._store(program, key), numbers)
 
     def _store(self, program: Program, key: str) -> Path | None:
@@ -284,5 +283,5 @@ class Context:
 
 
 def _bytes(outputs: Mapping[str, Any]) -> int:
-    """Return the size of some outputs."""
+    """Return the size of outputs in bytes."""
     return sum(value.nbytes for value in outputs.values() if isinstance(value, torch.Tensor))

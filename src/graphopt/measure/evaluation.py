@@ -1,4 +1,4 @@
-"""How good a program is, on data of the user's: the numbers that tables are made of."""
+"""Measuring the quality of a program on the user's data."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ DTYPES = {"stored": None, "float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """Results of an evaluation.
 
     Args:
-        values: by metric.
-        rows: of data.
-        tokens: of data that are not padding; 0 where the data is no text.
-        seconds: that it took.
+        values: results by metric.
+        rows: number of rows of data.
+        tokens: number of tokens that are not padding; 0 if the data is no text.
+        seconds: duration of the evaluation.
         sample: one row as text.
     """
 
@@ -64,79 +64,81 @@ def evaluate(
     dtype: str = "stored",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a model on data.
+    """Return metrics of a model on data.
 
-    Text for a model that predicts tokens is joined and cut into rows of ``length`` tokens (no more than the
-    model was made for); each row is read from its beginning, and its first token is predicted by nothing.
+    Text for a model that predicts tokens is joined and divided into rows of ``length`` tokens (no more than the
+    model supports); each row is read from its beginning, and its first token is not predicted.
     Perplexity is ``exp`` of the mean negative log likelihood of all other tokens; ``accuracy`` the share of
-    them that had the highest logit; ``bits_per_byte`` the same likelihood a byte of text, which does not
+    them that had the highest logit; ``bits_per_byte`` the same likelihood per byte of text, which does not
     depend on the tokenizer. Against another model: ``kl``, ``agreement``, ``cosine``.
 
     A program that skips layers for the tokens after a prompt (``skip-layers{phase=decode}``) is measured twice: as it reads
-    prompts, and, by names that end in ``_decoding``, as it goes on. One whose vocabulary was trimmed
-    (``trim-vocabulary``) holds all other tokens impossible: ``outside_vocabulary`` is their share, and its perplexity is
-    infinite where there are any.
+    prompts, and, under names that end in ``_decoding``, as it decodes. One whose vocabulary was trimmed
+    (``trim-vocabulary``) gives all other tokens probability 0: ``outside_vocabulary`` is their share, and its perplexity
+    is infinite if there are any.
 
     Args:
-        model: what :func:`graphopt.capture` takes.
+        model: anything that :func:`graphopt.capture` accepts.
         data: a .jsonl, .txt or .npz file, or batches of inputs by name.
         metrics: names, and functions of ``(program)`` or ``(program, batches)`` that return a number or
             numbers by name. None means perplexity and accuracy for models that predict tokens, else the
             distance to ``against``.
         against: the original, for metrics that compare.
-        sequences: rows at most, from the file's beginning; None takes all.
-        length: tokens a row at most.
-        batch: rows a batch.
+        sequences: maximum number of rows, from the file's beginning; None takes all.
+        length: maximum number of tokens per row.
+        batch: rows per batch.
         dtype: "stored", or "float32" or "float64" to compute in a wider type.
-        progress: hears of every batch.
+        progress: notified of every batch.
 
     Raises:
         UsageError: an option, the data or a user's function is wrong.
-        PipelineError: the model has not what a metric is made of.
+        PipelineError: the model lacks outputs that a metric needs.
     """
-    program = _typed(as_program(model), dtype)
-    reference = _typed(as_program(against), dtype) if against is not None else None
+    program = _retyped(as_program(model), dtype)
+    reference = _retyped(as_program(against), dtype) if against is not None else None
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
     batches, sample = read_data(program, data, sequences=sequences, length=length, batch=batch, shuffle=False)
     if not batches:
         raise UsageError("there is no data to evaluate on")
-    wanted = [metrics] if isinstance(metrics, str) or callable(metrics) else list(metrics)
-    wanted = wanted or list(_defaults(program, reference))
+    chosen_metrics = [metrics] if isinstance(metrics, str) or callable(metrics) else list(metrics)
+    chosen_metrics = chosen_metrics or list(_defaults(program, reference))
     began = time.perf_counter()
     values: dict[str, float] = {}
-    for phase, standing in _phases(program).items():
-        found = _named(standing, reference, batches, [m for m in wanted if isinstance(m, str)], progress)
-        for judge in wanted:
+    for phase, phase_program in _phases(program).items():
+        results = _named_metrics(
+            phase_program, reference, batches, [m for m in chosen_metrics if isinstance(m, str)], progress
+        )
+        for judge in chosen_metrics:
             if not isinstance(judge, str):
-                found |= _judged(judge, standing, batches)
-        values |= {name + phase: value for name, value in found.items()}
-    values |= _outside(program, batches)
-    rows, tokens = _amount(batches)
+                results |= _user_metric(judge, phase_program, batches)
+        values |= {name + phase: value for name, value in results.items()}
+    values |= _share_outside_vocabulary(program, batches)
+    rows, tokens = _count_rows_and_tokens(batches)
     return Evaluation(values, rows, tokens, time.perf_counter() - began, sample)
 
 
 def _phases(program: Program) -> dict[str, Program]:
-    """Return what is measured, by the ending of its metrics' names: a program that skips layers after the prompt is two."""
+    """Return the programs to measure, by the suffix of their metrics' names: two if layers are skipped while decoding."""
     if SkippedWhileDecoding not in program.facts or DECODING not in program.dials:
         return {"": program}
     return {"": program, f"_{DECODING}": standing_at(program, DECODING, 1.0)}
 
 
-def _outside(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
-    """Return the share of the tokens that a program with a trimmed vocabulary holds impossible."""
+def _share_outside_vocabulary(program: Program, batches: Sequence[Batch]) -> dict[str, float]:
+    """Return the share of the tokens outside a trimmed vocabulary, which the program gives probability 0."""
     ids = kept_tokens(program, "logits")
     if ids is None:
         return {}
-    seen = outside = 0
+    total = outside = 0
     for batch in batches:
         if "input_ids" in batch:
             following = batch["input_ids"][:, 1:]
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             counted = (mask[:, 1:] * mask[:, :-1]).bool()
-            seen += int(counted.sum())
+            total += int(counted.sum())
             outside += int((~torch.isin(following, ids) & counted).sum())
-    return {"outside_vocabulary": outside / seen} if seen else {}
+    return {"outside_vocabulary": outside / total} if total else {}
 
 
 def _defaults(program: Program, reference: Program | None) -> Sequence[str | Judge]:
@@ -151,14 +153,14 @@ def _defaults(program: Program, reference: Program | None) -> Sequence[str | Jud
     return ["cosine"]
 
 
-def _typed(program: Program, dtype: str) -> Program:
+def _retyped(program: Program, dtype: str) -> Program:
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {', '.join(DTYPES)}, not {dtype!r}")
-    wide = DTYPES[dtype]
-    return program if wide is None else retyped(program, wide)
+    target = DTYPES[dtype]
+    return program if target is None else retyped(program, target)
 
 
-def _named(
+def _named_metrics(
     program: Program,
     reference: Program | None,
     batches: Sequence[Batch],
@@ -177,15 +179,15 @@ def _named(
         )
     context = Context()
 
-    def runner(which: Program) -> Callable[[Batch], Mapping[str, Any]]:
-        return lambda given: over_all_tokens(which, run(which, context.bound(which, given)))
+    def runner(model: Program) -> Callable[[Batch], Mapping[str, Any]]:
+        return lambda inputs: over_all_tokens(model, run(model, context.bound(model, inputs)))
 
-    found = measure_all(
+    results = measure_all(
         plain, runner(program), runner(reference) if reference else None, _counted(batches, progress)
     )
     if bits:
-        found["bits_per_byte"] = math.log2(found["perplexity"]) / _bytes_a_token(program, batches)
-    return {name: found[name] for name in names}
+        results["bits_per_byte"] = math.log2(results["perplexity"]) / _bytes_per_token(program, batches)
+    return {name: results[name] for name in names}
 
 
 def _counted(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Batch]:
@@ -201,7 +203,7 @@ def _counted(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Ba
         progress.done()
 
 
-def _bytes_a_token(program: Program, batches: Sequence[Batch]) -> float:
+def _bytes_per_token(program: Program, batches: Sequence[Batch]) -> float:
     from ..data.tokenizer import Tokenizer
 
     if "tokenizer.json" not in program.origin.assets:
@@ -214,14 +216,14 @@ def _bytes_a_token(program: Program, batches: Sequence[Batch]) -> float:
     for batch in batches:
         mask = batch.get("attention_mask")
         for index, row in enumerate(batch["input_ids"]):
-            # the first token is predicted by nothing
+            # the first token is not predicted
             ids = (row[mask[index].bool()] if mask is not None else row)[1:].tolist()
             size += len(tokenizer.decode(ids).encode())
             count += len(ids)
     return size / max(1, count)
 
 
-def _amount(batches: Sequence[Batch]) -> tuple[int, int]:
+def _count_rows_and_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
     rows = sum(next(iter(b.values())).shape[0] for b in batches if b)
     tokens = 0
     for batch in batches:
@@ -231,19 +233,21 @@ def _amount(batches: Sequence[Batch]) -> tuple[int, int]:
     return rows, tokens
 
 
-def _judged(judge: Judge, program: Program, batches: Sequence[Batch]) -> dict[str, float]:
+def _user_metric(judge: Judge, program: Program, batches: Sequence[Batch]) -> dict[str, float]:
     name = getattr(judge, "__name__", type(judge).__name__)
-    takes = len(
+    argument_count = len(
         [
             p
             for p in inspect.signature(judge).parameters.values()
             if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
     )
-    if takes not in (1, 2):
-        raise UsageError(f"{name} takes {takes} arguments; it must take (program) or (program, batches)")
+    if argument_count not in (1, 2):
+        raise UsageError(
+            f"{name} takes {argument_count} arguments; it must take (program) or (program, batches)"
+        )
     try:
-        found = judge(program) if takes == 1 else judge(program, list(batches))
+        result = judge(program) if argument_count == 1 else judge(program, list(batches))
     except GraphoptError:
         raise
     except Exception as error:
@@ -253,11 +257,13 @@ def _judged(judge: Judge, program: Program, batches: Sequence[Batch]) -> dict[st
             source=f"{where.filename}:{where.lineno}: {where.line}",
         ) from error
     try:
-        if isinstance(found, Mapping):
-            return {str(k): float(v) for k, v in found.items()}
-        return {name: float(found)}
+        if isinstance(result, Mapping):
+            return {str(k): float(v) for k, v in result.items()}
+        return {name: float(result)}
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{name} returned {found!r}; it must return a number, or numbers by name") from error
+        raise UsageError(
+            f"{name} returned {result!r}; it must return a number, or numbers by name"
+        ) from error
 
 
 def find_judge(text: str) -> Judge:
@@ -266,27 +272,27 @@ def find_judge(text: str) -> Judge:
     Raises:
         UsageError: there is no such file or function.
     """
-    place, _, name = text.rpartition(":")
-    if not place or not name.isidentifier():
+    location, _, name = text.rpartition(":")
+    if not location or not name.isidentifier():
         raise UsageError(
             f"there is no metric {text!r}",
             hint=f"metrics are {', '.join([*BY_NAME, 'bits_per_byte'])}, or FILE.py:FUNCTION",
         )
-    module = _module(place)
+    module = _module(location)
     judge = getattr(module, name, None)
     if not callable(judge):
-        raise UsageError(f"{place} has no function {name}")
+        raise UsageError(f"{location} has no function {name}")
     return judge  # type: ignore[no-any-return]
 
 
-def _module(place: str) -> ModuleType:
+def _module(location: str) -> ModuleType:
     try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place)
+        if not location.endswith(".py"):
+            return importlib.import_module(location)
+        path = Path(location)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if not path.is_file() or spec is None or spec.loader is None:
-            raise UsageError(f"there is no file {place}")
+            raise UsageError(f"there is no file {location}")
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
@@ -294,7 +300,7 @@ def _module(place: str) -> ModuleType:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{location} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 __all__ = ["Evaluation", "evaluate", "find_judge"]

@@ -1,4 +1,4 @@
-"""How far a program is from what it should be: perplexity, accuracy, divergence from the original."""
+"""Metrics of a program's quality: perplexity, accuracy, divergence from the original."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Batch = Mapping[str, torch.Tensor]
 Outputs = Mapping[str, Any]
 Run = Callable[[Batch], Outputs]
 
-_AT_ONCE = 1 << 21
-"""Values that are widened to float64 together."""
+_VALUES_AT_ONCE = 1 << 21
+"""Number of values that are widened to float64 at a time."""
 
-# what budgets and scores can be stated in; lower is better
+# metrics for budgets and scores; lower is better
 METRICS = ("perplexity", "kl", "cosine")
 
 
 class Metric(ABC):
-    """A mean over positions, gathered batch by batch."""
+    """A mean over positions, accumulated batch by batch."""
 
     compares: ClassVar[bool] = False  # needs the outputs of another program beside these
     needs: ClassVar[str] = "a program with input_ids and logits"
@@ -36,14 +36,14 @@ class Metric(ABC):
 
     @abstractmethod
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch.
+        """Add a batch to the metric.
 
         Raises:
-            PipelineError: the program has not what the metric is made of.
+            PipelineError: the program lacks outputs that the metric needs.
         """
 
     def value(self) -> float:
-        """Return the metric over all that was counted; not a number where nothing was."""
+        """Return the metric over all counted positions; NaN if there are none."""
         return self.total / self.count if self.count else float("nan")
 
     def _logits(self, outputs: Outputs | None) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Metric(ABC):
 
 
 def valid(batch: Batch, like: torch.Tensor) -> torch.Tensor | None:
-    """Return which positions count: the mask's, where outputs have positions."""
+    """Return the mask of positions that count; None if there is no mask or the outputs have no positions."""
     mask = batch.get("attention_mask")
     if mask is None or like.dim() < 3 or like.shape[:2] != mask.shape:
         return None
@@ -66,7 +66,7 @@ def valid(batch: Batch, like: torch.Tensor) -> torch.Tensor | None:
 def _next_tokens(
     metric: Metric, batch: Batch, outputs: Outputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, the tokens they should predict, and which of them count."""
+    """Return logits, the tokens they should predict, and which of them count."""
     logits = metric._logits(outputs)
     if "input_ids" not in batch or logits.shape[:2] != batch["input_ids"].shape:
         raise PipelineError(
@@ -82,16 +82,16 @@ class Perplexity(Metric):
     """``exp`` of the mean negative log likelihood of each next token, over positions that are not padding."""
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         logits, ids, counted = _next_tokens(self, batch, outputs)
-        rows, following, taken = logits.flatten(0, -2), ids.flatten(), counted.flatten()
-        for part in _parts(rows):
-            each = F.cross_entropy(rows[part].double(), following[part], reduction="none")
-            self.total += float(each[taken[part]].sum())
+        rows, following, counted_rows = logits.flatten(0, -2), ids.flatten(), counted.flatten()
+        for rows_slice in _row_slices(rows):
+            losses = F.cross_entropy(rows[rows_slice].double(), following[rows_slice], reduction="none")
+            self.total += float(losses[counted_rows[rows_slice]].sum())
         self.count += int(counted.sum())
 
     def value(self) -> float:
-        """Return the perplexity; infinite where a token was impossible."""
+        """Return the perplexity; infinite if a token had probability 0."""
         mean = super().value()
         return math.exp(mean) if not mean > 700 else float("inf")
 
@@ -100,38 +100,40 @@ class Accuracy(Metric):
     """Share of next tokens that had the highest logit, over positions that are not padding."""
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
+        """Add a batch to the metric."""
         logits, ids, counted = _next_tokens(self, batch, outputs)
         self.total += int((logits.argmax(-1) == ids)[counted].sum())
         self.count += int(counted.sum())
 
 
 class Divergence(Metric):
-    """Mean Kullback-Leibler divergence of the logits from the original's, in nats a position."""
+    """Mean Kullback-Leibler divergence of the logits from the original's, in nats per position."""
 
     compares = True
     needs = "a program with logits"
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
-        found, expected = self._logits(outputs), self._logits(reference)
-        rows, wanted = found.flatten(0, -2), expected.flatten(0, -2)
-        each = [
-            _terms(wanted[part].double().log_softmax(-1), rows[part].double().log_softmax(-1)).sum(-1)
-            for part in _parts(wanted)
+        """Add a batch to the metric."""
+        logits, expected = self._logits(outputs), self._logits(reference)
+        rows, expected_rows = logits.flatten(0, -2), expected.flatten(0, -2)
+        divergences = [
+            _divergence_terms(
+                expected_rows[rows_slice].double().log_softmax(-1), rows[rows_slice].double().log_softmax(-1)
+            ).sum(-1)
+            for rows_slice in _row_slices(expected_rows)
         ]
-        _count(self, batch, expected, torch.cat(each).reshape(expected.shape[:-1]))
+        _count(self, batch, expected, torch.cat(divergences).reshape(expected.shape[:-1]))
 
 
-def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of rows of logits: in float64, with a large vocabulary, all at once take more than a model."""
-    step = max(1, _AT_ONCE // max(1, rows.shape[-1]))
+def _row_slices(rows: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of rows of logits; all at once in float64, with a large vocabulary, would need more than a model."""
+    step = max(1, _VALUES_AT_ONCE // max(1, rows.shape[-1]))
     for start in range(0, max(1, rows.shape[0]), step):
         yield slice(start, start + step)
 
 
-def _terms(log_expected: torch.Tensor, log_found: torch.Tensor) -> torch.Tensor:
-    """Terms of a divergence; what the original holds impossible counts nothing, whatever the other says of it."""
+def _divergence_terms(log_expected: torch.Tensor, log_found: torch.Tensor) -> torch.Tensor:
+    """Return the terms of a divergence; a token that the original gives probability 0 contributes nothing."""
     terms = log_expected.exp() * (log_expected - log_found)
     return torch.where(log_expected == float("-inf"), torch.zeros_like(terms), terms)
 
@@ -143,9 +145,9 @@ class Agreement(Metric):
     needs = "a program with logits"
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
-        found, expected = self._logits(outputs), self._logits(reference)
-        _count(self, batch, expected, (found.argmax(-1) == expected.argmax(-1)).double())
+        """Add a batch to the metric."""
+        logits, expected = self._logits(outputs), self._logits(reference)
+        _count(self, batch, expected, (logits.argmax(-1) == expected.argmax(-1)).double())
 
 
 class Cosine(Metric):
@@ -154,17 +156,17 @@ class Cosine(Metric):
     compares = True
 
     def add(self, batch: Batch, outputs: Outputs, reference: Outputs | None = None) -> None:
-        """Count a batch."""
-        found, expected = _first(outputs), _first(reference or {})
-        each = 1 - F.cosine_similarity(found.double(), expected.double(), dim=-1)
-        _count(self, batch, expected, each)
+        """Add a batch to the metric."""
+        value, expected = _first(outputs), _first(reference or {})
+        distances = 1 - F.cosine_similarity(value.double(), expected.double(), dim=-1)
+        _count(self, batch, expected, distances)
 
 
-def _count(metric: Metric, batch: Batch, like: torch.Tensor, each: torch.Tensor) -> None:
-    where = valid(batch, like)
-    each = each[where] if where is not None else each.reshape(-1)
-    metric.total += float(each.sum())
-    metric.count += each.numel()
+def _count(metric: Metric, batch: Batch, like: torch.Tensor, values: torch.Tensor) -> None:
+    mask = valid(batch, like)
+    values = values[mask] if mask is not None else values.reshape(-1)
+    metric.total += float(values.sum())
+    metric.count += values.numel()
 
 
 def _first(outputs: Outputs) -> torch.Tensor:
@@ -184,11 +186,11 @@ BY_NAME: dict[str, type[Metric]] = {
 
 
 def default_metric(program: Program) -> str:
-    """Return the metric for a program: perplexity where it predicts tokens, else distance to the original."""
-    takes, gives = program.signature.inputs, program.signature.output_names
+    """Return the default metric of a program: perplexity if it predicts tokens, else distance to the original."""
+    inputs, outputs = program.signature.inputs, program.signature.output_names
     return (
         "perplexity"
-        if "logits" in gives and "input_ids" in takes and program.origin.padding == "causal"
+        if "logits" in outputs and "input_ids" in inputs and program.origin.padding == "causal"
         else "cosine"
     )
 
@@ -199,13 +201,13 @@ def measure_all(
     """Return several metrics by name from one run over the data.
 
     Args:
-        names: of metrics in ``BY_NAME``.
+        names: names of metrics in ``BY_NAME``.
         run: computes a program's outputs for a batch.
-        reference: the same for the original; run only where a metric compares.
+        reference: the same for the original; run only if a metric compares.
         batches: the data.
 
     Raises:
-        PipelineError: there is no such metric, or the program has not what it is made of.
+        PipelineError: there is no such metric, or the program lacks outputs that it needs.
     """
     metrics: dict[str, Metric] = {}
     for name in names:
@@ -231,7 +233,7 @@ def measure(metric: str, run: Run, reference: Run, batches: Iterable[Batch]) -> 
 
 
 def relative_loss(metric: str, value: float, original: float) -> float:
-    """Return the loss a budget speaks of: the relative increase of a positive metric, or the distance."""
+    """Return the loss that a budget limits: the relative increase of a positive metric, or the distance."""
     if metric in ("kl", "cosine"):
         return value
     return value / original - 1.0 if original else value

@@ -1,7 +1,7 @@
-"""The best path of a token through feed-forwards of several widths, found by trying all: a bound for routers.
+"""The best path of a token through feed-forwards of several widths, found by exhaustive search: a bound for routers.
 
 Section 3 of Duo-LLM (arXiv 2410.10846): knowing the next token, which feed-forwards would have sufficed? The oracle sees
-the answer and takes the least of many noisy numbers, so that it is a bound and nothing that can be run.
+the answer and takes the minimum of many noisy numbers, so it is a bound and not a usable router.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .paths import Paths
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What the oracle found for one token.
+    """Results of the oracle for one token.
 
     Args:
-        row: of the data.
-        position: in the row, of the token that is predicted.
-        text: the token, and what is before it; empty without a tokenizer.
-        all_largest: loss, in nats, with every feed-forward at its largest.
+        row: index of the row in the data.
+        position: position in the row of the token that is predicted.
+        text: the token and the text before it; empty without a tokenizer.
+        all_largest: loss, in nats, with every feed-forward at its largest width.
         best: loss of the best path.
-        path: its ways, one a feed-forward, 0 being the narrowest.
-        exactly: least loss with so many feed-forwards at their largest.
+        path: its choices, one per feed-forward, where 0 is the narrowest.
+        exactly: lowest loss by the exact number of feed-forwards at their largest width.
     """
 
     row: int
@@ -48,18 +48,18 @@ class TokenReport:
 
     @property
     def difficulty(self) -> float:
-        """How much a better path would have helped: not how high the loss is (section 4 of the paper)."""
+        """How much the best path lowers the loss, not how high the loss is (section 4 of the paper)."""
         return self.all_largest - self.best
 
 
 @dataclass(frozen=True)
 class OracleReport:
-    """What the oracle found, token by token; means are over tokens.
+    """Results of the oracle, token by token; means are over tokens.
 
     Args:
-        tokens: a report each.
-        layers: how many feed-forwards have several ways.
-        ways: how many each has.
+        tokens: one report per token.
+        layers: number of feed-forwards with several widths.
+        ways: number of choices of each.
     """
 
     tokens: list[TokenReport]
@@ -68,13 +68,13 @@ class OracleReport:
 
     @cached_property
     def exactly(self) -> dict[int, float]:
-        """Mean least loss by how many feed-forwards are at their largest."""
+        """Mean of the lowest loss by the number of feed-forwards at their largest width."""
         counts = sorted(set.intersection(*(set(t.exactly) for t in self.tokens)))
         return {b: sum(t.exactly[b] for t in self.tokens) / len(self.tokens) for b in counts}
 
     @property
     def all_largest(self) -> float:
-        """Mean loss with everything at its largest."""
+        """Mean loss with every feed-forward at its largest width."""
         return sum(t.all_largest for t in self.tokens) / len(self.tokens)
 
     @property
@@ -84,7 +84,7 @@ class OracleReport:
 
     @property
     def mean_difficulty(self) -> float:
-        """Mean of what the best paths would have helped."""
+        """Mean amount by which the best paths lower the loss."""
         return self.all_largest - self.best
 
 
@@ -100,24 +100,24 @@ def routing_oracle(
     at_once: int = 1024,
     progress: Progress | None = None,
 ) -> OracleReport:
-    """Try every path of some tokens through the feed-forwards of a program, and report the best.
+    """Return the best paths of some tokens through the feed-forwards of a program, found by trying all of them.
 
-    The tokens before the one that is predicted from took the largest way everywhere; only its own path varies. Paths
-    share what they have in common: the work is that of ways^1 + ... + ways^layers layers of one token.
+    Earlier tokens use the largest width everywhere; only the path of the token that is predicted from varies. Paths
+    share common prefixes: the work is that of ways^1 + ... + ways^layers layers of one token.
 
     Args:
-        model: predicts next tokens, and went through split-ffn.
+        model: a model that predicts next tokens and was rewritten by split-ffn.
         data: text, or batches without padding.
-        budget: only paths with exactly so many feed-forwards at their largest.
-        tokens: how many are tried, at random places of the data.
-        length: tokens a row at most.
-        sequences: rows of data at most.
-        seed: of the places.
-        at_once: paths computed together; more are tried piece by piece, depth first.
-        progress: hears of every token.
+        budget: if given, only paths with exactly this number of feed-forwards at their largest width are tried.
+        tokens: number of tokens, at random positions in the data.
+        length: maximum number of tokens per row.
+        sequences: maximum number of rows.
+        seed: seed of the random positions.
+        at_once: number of paths computed together; more are split and searched depth first.
+        progress: notified of every token.
 
     Raises:
-        UsageError: the program has no ways to choose from or does not predict tokens, or the budget cannot be.
+        UsageError: the program has no widths to choose from or does not predict tokens, or the budget is out of range.
     """
     program = as_program(model)
     if ranks_of(program):
@@ -128,7 +128,7 @@ def routing_oracle(
         raise UsageError("the oracle needs a program that predicts next tokens")
     if budget is not None and not 0 <= budget <= len(blocks):
         raise UsageError(f"a budget of {budget} is not from 0 to the {len(blocks)} feed-forwards there are")
-    form = given_choices(program)
+    routed = given_choices(program)
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
     batches = read_data(program, data, sequences=sequences, length=length, batch=1, seed=seed)[0]
@@ -137,44 +137,44 @@ def routing_oracle(
         for batch in batches
         for i in range(len(batch["input_ids"]))
     ]
-    places = _places(rows, tokens, seed)
-    if not places:
+    positions = _positions(rows, tokens, seed)
+    if not positions:
         raise UsageError("there is no row with a token to predict")
-    paths = Paths(form, len(blocks), len(widths), widths.index(max(widths)), at_once)
-    names = _names(program)
-    shown: Progress = progress or Silent()
-    shown.start(f"paths of {len(places)} tokens", len(places))
+    paths = Paths(routed, len(blocks), len(widths), widths.index(max(widths)), at_once)
+    names = _token_text(program)
+    reporter: Progress = progress or Silent()
+    reporter.start(f"paths of {len(positions)} tokens", len(positions))
     context = Context(rows)
-    found: list[TokenReport] = []
-    begun = -1
+    reports: list[TokenReport] = []
+    current_row = -1
     try:
-        for number, position in places:
+        for number, position in positions:
             row = rows[number]
-            if number != begun:
+            if number != current_row:
                 routing = torch.full((len(blocks), *row["input_ids"].shape), paths.largest)
-                paths.begin(context.bound(form, {**row, "routing": routing}))
-                begun = number
-            losses, ways = paths.losses(position - 1, int(row["input_ids"][0, position]), budget)
+                paths.begin(context.bound(routed, {**row, "routing": routing}))
+                current_row = number
+            losses, choices = paths.losses(position - 1, int(row["input_ids"][0, position]), budget)
             text = names(row["input_ids"][0], position)
-            found.append(_report(number, position, losses, ways, paths, text))
-            shown.step(f"difficulty {found[-1].difficulty:.3f}")
+            reports.append(_report(number, position, losses, choices, paths, text))
+            reporter.step(f"difficulty {reports[-1].difficulty:.3f}")
     finally:
-        shown.done()
-    return OracleReport(found, len(blocks), len(widths))
+        reporter.done()
+    return OracleReport(reports, len(blocks), len(widths))
 
 
-def _places(rows: list[dict[str, torch.Tensor]], count: int, seed: int) -> list[tuple[int, int]]:
-    """Rows and positions of tokens to predict, row by row; the first tokens of a row have little to go by."""
-    every = [
+def _positions(rows: list[dict[str, torch.Tensor]], count: int, seed: int) -> list[tuple[int, int]]:
+    """Return rows and positions of tokens to predict, by row; the first tokens of a row have too little context."""
+    candidates = [
         (number, position) for number, row in enumerate(rows)
         if bool(row.get("attention_mask", torch.ones(1)).all())
         for position in range(min(8, row["input_ids"].shape[1] // 2) or 1, row["input_ids"].shape[1])
     ]  # fmt: skip
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(every[i] for i in order[:count])
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(candidates[i] for i in order[:count])
 
 
-def _names(program: Program) -> Any:
+def _token_text(program: Program) -> Any:
     try:
         tokenizer = Tokenizer(program)
     except UsageError:
@@ -188,13 +188,13 @@ def _names(program: Program) -> Any:
 
 
 def _report(
-    row: int, position: int, losses: torch.Tensor, ways: torch.Tensor, paths: Paths, text: str
+    row: int, position: int, losses: torch.Tensor, choices: torch.Tensor, paths: Paths, text: str
 ) -> TokenReport:
-    counts = (ways == paths.largest).sum(1)
+    counts = (choices == paths.largest).sum(1)
     exactly = {int(b): float(losses[counts == b].min()) for b in set(counts.tolist())}
     best = int(losses.argmin())
     return TokenReport(
-        row, position, text, paths.all_largest, float(losses[best]), ways[best].tolist(), exactly
+        row, position, text, paths.all_largest, float(losses[best]), choices[best].tolist(), exactly
     )
 
 

@@ -1,4 +1,4 @@
-"""One token along every path through a program whose choices are inputs, with the tokens before it as they were."""
+"""Every path of one token through a program whose choices are inputs, with the earlier tokens unchanged."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ dialect = torch.ops.graphopt
 
 
 class Paths:
-    """Walks the tree of paths, depth first over batches of paths that share a prefix.
+    """Walks the tree of paths depth first, in batches of paths that share a prefix.
 
-    What does not depend on the choices is computed once for the row and cut out at the token's position; an attention
-    reads the keys and values that the tokens before had when all took the largest way.
+    Values that do not depend on the choices are computed once for the row and sliced at the token's position; an
+    attention reads the keys and values of earlier tokens computed with the largest width everywhere.
 
     Args:
-        program: with an input ``routing`` (choices, batch, sequence).
-        layers: how many choices there are.
-        ways: how many each has.
-        largest: which of them the tokens before took.
-        at_once: paths computed together.
+        program: a program with an input ``routing`` (feed-forwards, batch, sequence).
+        layers: number of feed-forwards with a choice.
+        ways: number of choices of each.
+        largest: index of the largest choice, which earlier tokens use.
+        at_once: number of paths computed together.
     """
 
     def __init__(self, program: Program, layers: int, ways: int, largest: int, at_once: int):
@@ -59,79 +59,81 @@ class Paths:
         sizes = {name: symbol for symbol, name in self.program.symbols.items()}
         first = next(s for s in self.program.signature.inputs["input_ids"].shape if isinstance(s, str))
         if "sequence" not in sizes:
-            raise UsageError("paths are followed in programs whose rows may have any length")
+            raise UsageError("paths can only be followed in programs whose rows may have any length")
         self.batch, self.sequence = sizes[first], sizes["sequence"]
         self.row: dict[str, Any] = {}
         self.all_largest = float("nan")
 
     def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Take up a row: (1, sequence), everything on the largest way."""
-        held = [arguments(n)[name] for n in self.attentions for name in ("k", "v")]
-        self.row = interpret(self.program, inputs, record=dict.fromkeys([*self.still, *held]))
+        """Run a row, (1, sequence), with the largest width everywhere, and store the values that paths read."""
+        keys_and_values = [arguments(n)[name] for n in self.attentions for name in ("k", "v")]
+        self.row = interpret(self.program, inputs, record=dict.fromkeys([*self.still, *keys_and_values]))
 
     def losses(self, position: int, following: int, budget: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of every path, and the paths (paths, layers), for the token after a position.
 
         Args:
-            position: whose path varies.
+            position: position of the token whose path varies.
             following: the token that comes after it.
-            budget: only paths with exactly so many largest ways.
+            budget: if given, only paths with exactly this number of largest choices.
         """
-        self.all_largest = _loss(self.row["logits"][:, position], following)[0].item()
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.all_largest = _next_token_loss(self.row["logits"][:, position], following)[0].item()
+        results: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
-            self._walk(0, {}, torch.zeros(1, 0, dtype=torch.int64), position, following, budget, found)
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+            self._walk(0, {}, torch.zeros(1, 0, dtype=torch.int64), position, following, budget, results)
+        return torch.cat([f[0] for f in results]), torch.cat([f[1] for f in results])
 
     def _walk(
-        self, start: int, values: dict[fx.Node, Any], ways: torch.Tensor, position: int, following: int,
-        budget: int | None, found: list[tuple[torch.Tensor, torch.Tensor]],
+        self, start: int, values: dict[fx.Node, Any], choices: torch.Tensor, position: int, following: int,
+        budget: int | None, results: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:  # fmt: skip
         values = dict(values)
-        count = len(ways)
+        count = len(choices)
         for index in range(start, len(self.order)):
             node = self.order[index]
             if node in self.choices:
                 if count * self.ways > self.at_once and count > 1:
                     half = count // 2
                     for rows in (torch.arange(half), torch.arange(half, count)):
-                        part = {n: self._rows(n, v, rows) for n, v in values.items()}
-                        self._walk(index, part, ways[rows], position, following, budget, found)
+                        subset = {n: self._rows(n, v, rows) for n, v in values.items()}
+                        self._walk(index, subset, choices[rows], position, following, budget, results)
                     return
                 origin = torch.arange(count).repeat_interleave(self.ways)
                 chosen = torch.arange(self.ways).repeat(count)
-                longer = torch.cat([ways[origin], chosen[:, None]], 1)
+                extended = torch.cat([choices[origin], chosen[:, None]], 1)
                 if budget is not None:
-                    big = (longer == self.largest).sum(1)
-                    fits = (big <= budget) & (big + self.layers - longer.shape[1] >= budget)
-                    origin, chosen, longer = origin[fits], chosen[fits], longer[fits]
+                    largest_count = (extended == self.largest).sum(1)
+                    allowed = (largest_count <= budget) & (
+                        largest_count + self.layers - extended.shape[1] >= budget
+                    )
+                    origin, chosen, extended = origin[allowed], chosen[allowed], extended[allowed]
                 values = {n: self._rows(n, v, origin) for n, v in values.items()}
-                ways, count = longer, len(longer)
+                choices, count = extended, len(extended)
                 values[node] = chosen.reshape([-1] + [1] * (node.meta["val"].dim() - 1))
                 continue
-            for used in node.all_input_nodes:
-                if used not in values:
-                    values[used] = self._still(used, position, count)
+            for operand in node.all_input_nodes:
+                if operand not in values:
+                    values[operand] = self._still(operand, position, count)
             values[node] = (
                 self._attend(node, values, position, count)
                 if node in self.attentions
                 else evaluate(node, values)
             )
-            for used in node.all_input_nodes:
-                # what stays the same is cut out again for as many paths as there are then
-                if used not in self.last_use or self.last_use[used] is node:
-                    values.pop(used, None)
-        found.append((_loss(values[self.logits].reshape(count, -1), following), ways))
+            for operand in node.all_input_nodes:
+                # values that do not depend on the choices are sliced again for the new number of paths
+                if operand not in self.last_use or self.last_use[operand] is node:
+                    values.pop(operand, None)
+        results.append((_next_token_loss(values[self.logits].reshape(count, -1), following), choices))
 
     def _still(self, node: fx.Node, position: int, count: int) -> Any:
         if node in self.weights:
             return self.weights[node]
-        value, shown = self.row[node.name], node.meta["val"]
-        if isinstance(shown, torch.SymInt):
-            return int(expression(shown).subs({self.batch: count, self.sequence: 1}))
+        value, fake = self.row[node.name], node.meta["val"]
+        if isinstance(fake, torch.SymInt):
+            return int(expression(fake).subs({self.batch: count, self.sequence: 1}))
         if not isinstance(value, torch.Tensor):
             return value
-        for dim, size in enumerate(shown.shape):
+        for dim, size in enumerate(fake.shape):
             symbols = expression(size).free_symbols if isinstance(size, torch.SymInt) else set[sympy.Symbol]()
             if self.sequence in symbols:
                 # rows are computed one at a time, so that a flattened dimension is the sequence
@@ -149,21 +151,21 @@ class Paths:
         return value
 
     def _attend(self, node: fx.Node, values: dict[fx.Node, Any], position: int, count: int) -> torch.Tensor:
-        found = dict(arguments(node))
-        window = found["window"]
+        args = dict(arguments(node))
+        window = args["window"]
         first = 0 if window is None else max(0, position + 1 - int(window))
-        q = values[found["q"]]
-        before = [self.row[found[n].name][:, :, first:position].expand(count, -1, -1, -1) for n in ("k", "v")]
-        k, v = (torch.cat([b, values[found[n]]], 2) for b, n in zip(before, ("k", "v"), strict=True))
+        q = values[args["q"]]
+        earlier = [self.row[args[n].name][:, :, first:position].expand(count, -1, -1, -1) for n in ("k", "v")]
+        k, v = (torch.cat([b, values[args[n]]], 2) for b, n in zip(earlier, ("k", "v"), strict=True))
         bias = None
-        if found["bias"] is not None:
-            whole = self.row[found["bias"].name]
+        if args["bias"] is not None:
+            full_bias = self.row[args["bias"].name]
             bias = (
-                whole[..., position : position + 1, first : position + 1]
-                if whole.shape[-2] > 1
-                else whole[..., first : position + 1]
+                full_bias[..., position : position + 1, first : position + 1]
+                if full_bias.shape[-2] > 1
+                else full_bias[..., first : position + 1]
             )
-        sinks = None if found["sinks"] is None else values[found["sinks"]]
+        sinks = None if args["sinks"] is None else values[args["sinks"]]
         result: torch.Tensor = dialect.attention(
             q,
             k,
@@ -172,13 +174,13 @@ class Paths:
             bias,
             sinks,
             None,
-            scale=found["scale"],
+            scale=args["scale"],
             causal=False,
             window=None,
-            softcap=found["softcap"],
+            softcap=args["softcap"],
         )
         return result
 
 
-def _loss(logits: torch.Tensor, following: int) -> torch.Tensor:
+def _next_token_loss(logits: torch.Tensor, following: int) -> torch.Tensor:
     return -logits.double().log_softmax(-1)[:, following]

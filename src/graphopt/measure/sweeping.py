@@ -1,4 +1,4 @@
-"""Quality and cost of a program at every setting of a dial."""
+"""Quality and cost of a program over the values of a run-time setting."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .metrics import BY_NAME, Batch, default_metric, measure_all
 
 @dataclass(frozen=True)
 class Point:
-    """One setting.
+    """Quality and cost at one value of a run-time setting.
 
     Args:
-        setting: of the dial.
-        values: by metric.
-        flops: floating-point operations a token, of what tokens used; a row, where the program takes no tokens.
-        share: of the arithmetic that routers and dials govern, how much was used: the mean width, or k of the experts.
+        setting: value of the run-time setting.
+        values: results by metric.
+        flops: floating-point operations per token that were used; per row if the program takes no tokens.
+        share: share used of the arithmetic that routers and settings control: the mean width, or k of the experts.
     """
 
     setting: float
@@ -57,39 +57,38 @@ def sweep(
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Point]:
-    """Measure a program on data at several settings of a dial.
+    """Return measurements of a program on data at several values of a run-time setting.
 
     Args:
-        model: what :func:`graphopt.capture` takes.
+        model: anything that :func:`graphopt.capture` accepts.
         data: a .jsonl, .txt or .npz file, or batches of inputs by name.
-        dial: its name; may be left out where the program has one.
-        settings: where to put it; if none are given, ``points`` evenly over its range, whole numbers for numbers of
-            experts.
-        points: how many, where they are not given.
-        metrics: perplexity, accuracy, kl, agreement, cosine; by default what suits the program.
-        against: the original, for metrics that compare; by default the program with the dial at its default.
-        sequences: rows at most.
-        length: tokens a row at most.
-        batch: rows a batch.
-        work_dir: where points are kept, so that an interrupted sweep goes on.
-        progress: hears of every batch.
+        dial: name of the run-time setting; may be left out if the program has only one.
+        settings: its values; if none are given, ``points`` values evenly over its range, or every number of experts.
+        points: number of values, if they are not given.
+        metrics: perplexity, accuracy, kl, agreement, cosine; by default the program's default metric.
+        against: the original, for metrics that compare; by default the program with the setting at its default.
+        sequences: maximum number of rows.
+        length: maximum number of tokens per row.
+        batch: rows per batch.
+        work_dir: where points are stored, so that an interrupted sweep can continue.
+        progress: notified of every batch.
 
     Returns:
-        A point a setting, in their order.
+        One point per value, in the order of the values.
 
     Raises:
-        UsageError: there is no such dial, a setting is out of its range, or there is no data.
+        UsageError: there is no such setting, a value is out of its range, or there is no data.
     """
     program = as_program(model)
     if ranks_of(program):
         raise UsageError("a sharded program is not swept", hint="sweep it before it is sharded")
-    name = _dial(program, dial)
-    wanted = list(settings) or _spread(program, name, points)
+    name = _dial_name(program, dial)
+    chosen_settings = list(settings) or _default_settings(program, name, points)
     limits = program.dials[name]
-    for value in wanted:
+    for value in chosen_settings:
         if not limits.low <= value <= limits.high:
             raise UsageError(
-                f"{name} cannot stand at {value:g}", hint=f"its range is {limits.low:g} to {limits.high:g}"
+                f"{name} cannot be {value:g}", hint=f"its range is {limits.low:g} to {limits.high:g}"
             )
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
@@ -104,34 +103,34 @@ def sweep(
         raise UsageError(f"there is no metric {unknown[0]!r}", hint=f"metrics are {', '.join(BY_NAME)}")
     reference = as_program(against) if against is not None else program
     context = Context(rows)
-    compared = any(BY_NAME[n].compares for n in names)
-    original = [whole_hash(reference)] if compared else []
-    store = _Kept(work_dir, program, name, [*names, *original], context.data_hash())
-    shown: Progress = progress or Silent()
-    shown.start(f"{len(wanted)} settings of {name}", len(wanted) * len(rows))
-    found: list[Point] = []
+    compares = any(BY_NAME[n].compares for n in names)
+    original = [whole_hash(reference)] if compares else []
+    store = _PointStore(work_dir, program, name, [*names, *original], context.data_hash())
+    reporter: Progress = progress or Silent()
+    reporter.start(f"{len(chosen_settings)} settings of {name}", len(chosen_settings) * len(rows))
+    points_measured: list[Point] = []
     try:
-        for value in wanted:
+        for value in chosen_settings:
             point = store.get(value)
             if point is None:
-                point = _point(program, reference, context, rows, name, value, names, shown)
+                point = _measure_point(program, reference, context, rows, name, value, names, reporter)
                 store.put(point)
-            found.append(point)
+            points_measured.append(point)
     finally:
-        shown.done()
-    return found
+        reporter.done()
+    return points_measured
 
 
-def _point(
+def _measure_point(
     program: Program, reference: Program, context: Context, rows: Sequence[Batch], dial: str, value: float,
     names: Sequence[str], progress: Progress,
 ) -> Point:  # fmt: skip
     active = ActiveWork(program)
-    recorded = choices_of(program)
+    choice_nodes = choices_of(program)
 
     def measured(batch: Batch) -> Mapping[str, Any]:
         bound = context.bound(program, {**batch, dial: value})  # type: ignore[dict-item]
-        outputs = interpret(program, bound, record=recorded)
+        outputs = interpret(program, bound, record=choice_nodes)
         active.add(bound, outputs)
         outputs = over_all_tokens(program, outputs)
         progress.step(f"{dial} {value:g}")
@@ -146,20 +145,20 @@ def _point(
     return Point(value, values, active.used / active.tokens, share)
 
 
-def _dial(program: Program, name: str | None) -> str:
+def _dial_name(program: Program, name: str | None) -> str:
     if not program.dials:
-        raise UsageError("the program has no dial", hint="split-ffn and dial-top-k make programs with one")
+        raise UsageError("the program has no run-time setting", hint="split-ffn and dial-top-k add one")
     if name is None and len(program.dials) == 1:
         return next(iter(program.dials))
     if name not in program.dials:
         raise UsageError(
-            f"there is no dial {name!r}" if name else "say which dial",
+            f"there is no run-time setting {name!r}" if name else "say which run-time setting",
             hint=f"it has {', '.join(program.dials)}",
         )
     return name
 
 
-def _spread(program: Program, name: str, points: int) -> list[float]:
+def _default_settings(program: Program, name: str, points: int) -> list[float]:
     if points < 2:
         raise UsageError("a sweep has two points or more")
     dial = program.dials[name]
@@ -168,8 +167,8 @@ def _spread(program: Program, name: str, points: int) -> list[float]:
     return [dial.low + (dial.high - dial.low) * i / (points - 1) for i in range(points)]
 
 
-class _Kept:
-    """Points by setting, in a file of the work directory."""
+class _PointStore:
+    """Measured points by value of the setting, stored in a file of the work directory."""
 
     def __init__(
         self,
@@ -191,12 +190,12 @@ class _Kept:
                 self.rows = json.loads(self.path.read_text())
 
     def get(self, value: float) -> Point | None:
-        """Return the point of a setting, if it was measured before."""
+        """Return the point at a value, if it was measured before; else None."""
         row = self.rows.get(repr(float(value)))
         return None if row is None else Point(**row)
 
     def put(self, point: Point) -> None:
-        """Keep a point."""
+        """Store a point."""
         self.rows[repr(float(point.setting))] = asdict(point)
         if self.path is not None:
             with atomic_file(self.path) as file:
@@ -204,9 +203,9 @@ class _Kept:
 
 
 def write_csv(path: str | os.PathLike[str], dial: str, points: Sequence[Point]) -> None:
-    """Write points as a table: the dial, each metric, ``flops_a_token``, ``share``."""
+    """Write points as a table: the setting, each metric, ``flops_a_token``, ``share``."""
     names = list(points[0].values)
-    with atomic_file(Path(path)) as made, made.open("w", newline="") as file:
+    with atomic_file(Path(path)) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([dial, *names, "flops_a_token", "share"])
         for p in points:
@@ -214,10 +213,10 @@ def write_csv(path: str | os.PathLike[str], dial: str, points: Sequence[Point]) 
 
 
 def write_picture(path: str | os.PathLike[str], dial: str, points: Sequence[Point]) -> None:
-    """Draw each metric against FLOPs a token; the ending of the name says the format.
+    """Draw each metric against FLOPs per token; the suffix of the name determines the format.
 
     Raises:
-        UsageError: matplotlib is not installed, or knows no such format.
+        UsageError: matplotlib is not installed, or does not support the format.
     """
     try:
         import matplotlib
@@ -231,9 +230,9 @@ def write_picture(path: str | os.PathLike[str], dial: str, points: Sequence[Poin
         1, len(names), figsize=(5.5 * len(names), 4), squeeze=False, layout="constrained"
     )
     for name, axis in zip(names, axes[0], strict=True):
-        line = sorted(points, key=lambda p: p.flops)
-        axis.plot([p.flops / 1e6 for p in line], [p.values[name] for p in line], marker="o")
-        for p in line:
+        sorted_points = sorted(points, key=lambda p: p.flops)
+        axis.plot([p.flops / 1e6 for p in sorted_points], [p.values[name] for p in sorted_points], marker="o")
+        for p in sorted_points:
             axis.annotate(
                 f"{p.setting:g}",
                 (p.flops / 1e6, p.values[name]),
@@ -245,8 +244,8 @@ def write_picture(path: str | os.PathLike[str], dial: str, points: Sequence[Poin
         axis.grid(alpha=0.3)
     try:
         kind = Path(path).suffix.lstrip(".") or "png"
-        with atomic_file(Path(path)) as made:
-            figure.savefig(made, format=kind, dpi=150)
+        with atomic_file(Path(path)) as temporary:
+            figure.savefig(temporary, format=kind, dpi=150)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     finally:

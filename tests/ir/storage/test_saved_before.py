@@ -23,8 +23,8 @@ IDS = torch.arange(6)[None] + 3
 
 def test_a_decoder_writes_what_it_wrote() -> None:
     program = graphopt.load(SAVED / "decoder", check_hashes=True)
-    assert program.facts[KVCache] == KVCache(16, 2, False, "input_ids", "position_ids", 32, "logits")
-    assert program.facts[MultiTokenHeads] == MultiTokenHeads(1, 1, True)
+    assert program.facts[KVCache] == KVCache(16, 2, False, "input_ids", "position_ids", None, "logits")
+    assert program.facts[MultiTokenHeads] == MultiTokenHeads(1, 1, False)
     assert program.facts[EarlyExits].layers == {"exit_logits": 0}
     text = graphopt.generate(program, IDS.tolist(), max_new_tokens=5, eos_token_id=None)
     assert text.tolist() == [[3, 4, 5, 6, 7, 8, 2, 12, 22, 11, 4]]

@@ -188,7 +188,7 @@ def test_a_plan_takes_nothing_that_the_pass_refuses() -> None:
     plan = step.plan(program, Context())
     refused = plan.refused[0]
     plan.sites = [graphopt.passes.Site(refused.block, parts=["q", "k", "v"], layout="plain")]
-    with pytest.raises(graphopt.PassRefusedError, match=f"takes {refused.block}, which cannot be: "):
+    with pytest.raises(graphopt.PassRefusedError, match=f"takes {refused.block}, which cannot be taken: "):
         step.rewrite(program.copy(), plan)
 
 

@@ -131,7 +131,7 @@ def test_a_broken_contract_is_said_aloud() -> None:
     wrong = silus(program)[1]
     made = run_pipeline(program, [spell("right", "wrong_value", "right")], Context())
     entry = made.report.passes[-1]
-    assert f"contract not held at {wrong}" in entry.refused[0].reason
+    assert f"contract broken at {wrong}" in entry.refused[0].reason
     said = str(made.report)
     assert "sites ROLLED BACK, a fault of this pass: 1" in said
     assert any("a fault of spell" in note for note in entry.notes)

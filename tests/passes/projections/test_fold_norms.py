@@ -94,8 +94,8 @@ def _in_training(net: Any, x: torch.Tensor) -> torch.Tensor:
 
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "training mode": (_in_training, "training mode"),
-    "read by others": (lambda net, x: (h := net.conv(x), net.norm(h) + h)[1], "is read by others too"),
-    "no neighbour": (lambda net, x: torch.relu(net.norm(torch.relu(x))), "has no matrix to hold it"),
+    "read by others": (lambda net, x: (h := net.conv(x), net.norm(h) + h)[1], "is read elsewhere as well"),
+    "no neighbour": (lambda net, x: torch.relu(net.norm(torch.relu(x))), "has no matrix to absorb it"),
     "padding behind it": (lambda net, x: net.conv(net.norm(x)), "pads with zeros"),
     "a matrix that is tied": (
         lambda net, x: net.other(torch.relu(net.norm(net.conv(x)))), "is used elsewhere; untie=true",

@@ -142,7 +142,7 @@ def test_nothing_is_left_to_do_after_a_pass() -> None:
     with pytest.raises(graphopt.PassRefusedError, match="nothing of the kind"):
         run(apart, SplitProjections())
     fused = run(apart, FuseProjections())
-    with pytest.raises(graphopt.PassRefusedError, match="are one already"):
+    with pytest.raises(graphopt.PassRefusedError, match="are fused already"):
         run(fused, FuseProjections())
     folded = run(program, FoldNorms())
     with pytest.raises(graphopt.PassRefusedError, match="nothing of the kind"):
@@ -154,7 +154,7 @@ REFUSALS: dict[str, tuple[Shape, Pass, str]] = {
     "interleaved groups": (
         Shape(layers=1), FuseProjections(layout="interleaved", where="attention"), "do not alternate one by one",
     ),
-    "joined already": (Shape(layers=1, qkv="plain"), FuseProjections(where="attention"), "are one already"),
+    "joined already": (Shape(layers=1, qkv="plain"), FuseProjections(where="attention"), "are fused already"),
     "no gate": (Shape(layers=1, gated=False), FuseProjections(where="ffn"), "there is no gate projection"),
     "nothing joined": (Shape(layers=1), SplitProjections(), "nothing of the kind"),
     "read by the stream": (Shape(layers=1, placement="post"), FoldNorms(which="rms-norm"), "has no matrix"),
@@ -219,7 +219,7 @@ class Two(nn.Module):
 HAND: list[tuple[str, Pass, str]] = [
     ("other inputs", FuseProjections(), "read different values"),
     ("matrix from the input", FuseProjections(), "depends on the input"),
-    ("norm read elsewhere", FoldNorms(), "has no matrix to hold its weight"),
+    ("norm read elsewhere", FoldNorms(), "has no matrix to absorb its weight"),
     ("whole result read", SplitProjections(), "whole result is read"),
     ("part read whole and in parts", SplitProjections(), "both whole and in parts"),
 ]

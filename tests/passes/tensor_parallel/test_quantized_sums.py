@@ -234,10 +234,10 @@ def test_ranges_survive_in_the_plan(tmp_path: Path) -> None:
     step = QuantizeCommunication()
     plan = step.plan(program, Context(data(), work_dir=tmp_path))
     direct = graphopt.optimize(program, [step], plan=[plan], verify="off")
-    kept_tensors._KEPT.clear()
+    kept_tensors._TENSORS_BY_KEY.clear()
     again = graphopt.optimize(program, [step], plan=[plan], verify="off")
     assert loss(direct, again) == 0.0, "a plan read later makes another program"
-    kept_tensors._KEPT.clear()
+    kept_tensors._TENSORS_BY_KEY.clear()
     for path in tmp_path.glob("ranges-*"):
         path.unlink()
     with pytest.raises(PipelineError, match="is not there"):

@@ -186,7 +186,7 @@ def test_channels_that_others_read_are_refused() -> None:
 
     with pytest.raises(PassRefusedError, match="are read by output as well"):
         graphopt.optimize(Leaking(), "sort-ffn{score=peak}", inputs=torch.randn(2, 3, 8))
-    with pytest.raises(PipelineError, match="say how much goes"):
+    with pytest.raises(PipelineError, match="say how much to remove"):
         graphopt.optimize(Leaking(), "prune-ffn", inputs=torch.randn(2, 3, 8))
     with pytest.raises(PipelineError, match="needs data"):
         graphopt.optimize(captured(Shape()), "prune-ffn{fraction=0.5}")

@@ -1,1 +1,1 @@
-"""The algebra of linear operators over space or time: everything that one convolution can stand for."""
+"""Linear operators over space or time, read as affine forms that one convolution can compute."""

@@ -1,4 +1,4 @@
-"""Scaling channels between two convolutions so that their ranges meet (Nagel et al., 2019, arXiv 1906.04721)."""
+"""Scaling channels between two convolutions so that their ranges match (Nagel et al., 2019, arXiv 1906.04721)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Pair:
-    """Two convolutions and the operators between them, each read by the next alone."""
+    """Two convolutions and the operators between them, each read only by the next."""
 
     first: fx.Node
     between: tuple[fx.Node, ...]
@@ -32,27 +32,27 @@ def find_pairs(program: Program) -> list[Pair]:
     constant = depends_on_weights_alone(program)
     return [
         pair for node in program.graph.nodes
-        if _convolution(node, constant) and (pair := _pair(node, constant)) is not None
+        if _has_own_kernel(node, constant) and (pair := _pair_from(node, constant)) is not None
     ]  # fmt: skip
 
 
-def _convolution(node: fx.Node, constant: set[fx.Node]) -> bool:
+def _has_own_kernel(node: fx.Node, constant: set[fx.Node]) -> bool:
     return is_operator(node, *CONVOLUTIONS) and node.args[1] in constant and len(node.args[1].users) == 1  # type: ignore[union-attr]
 
 
-def _pair(node: fx.Node, constant: set[fx.Node]) -> Pair | None:
+def _pair_from(node: fx.Node, constant: set[fx.Node]) -> Pair | None:
     between: list[fx.Node] = []
-    place = node
-    while len(place.users) == 1:
-        user = next(iter(place.users))
-        if _convolution(user, constant) and user.args[0] is place:
+    current = node
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        if _has_own_kernel(user, constant) and user.args[0] is current:
             return Pair(node, tuple(between), user)
         padding = has(user, Trait.PADDING) and not arguments(user).get("value")
-        passes = padding or has(user, Trait.HOMOGENEOUS) or is_operator(user, "aten.slice")
-        if not passes or user.args[0] is not place:
+        commutes = padding or has(user, Trait.HOMOGENEOUS) or is_operator(user, "aten.slice")
+        if not commutes or user.args[0] is not current:
             return None
         between.append(user)
-        place = user
+        current = user
     return None
 
 
@@ -60,36 +60,38 @@ def equalise(program: Program, pair: Pair) -> fx.Node:
     """Scale channel c of the first by 1 / s and of the second by s, with s the root of the ratio of their ranges.
 
     Returns:
-        The node that took the second convolution's place.
+        The node that replaced the second convolution.
     """
     call = program.edit.call
     first, second = arguments(pair.first), arguments(pair.second)
-    one, two = first["weight"], second["weight"]
+    first_weight, second_weight = first["weight"], second["weight"]
     groups = int(second["groups"])
     with program.edit.before(pair.second):
-        scale = program.edit.emit(lambda a, b: _scale(a, b, groups), one, two)
-        axes = one.meta["val"].dim() - 1
+        scale = program.edit.emit(lambda a, b: _equalising_scale(a, b, groups), first_weight, second_weight)
+        axes = first_weight.meta["val"].dim() - 1
         rows = call(aten.reshape.default, scale, [-1, *[1] * axes])
         bias = first["bias"]
-        place = repeated(
-            program, pair.first, first["input"], call(aten.div.Tensor, one, rows),
+        value = repeated(
+            program, pair.first, first["input"], call(aten.div.Tensor, first_weight, rows),
             None if bias is None else call(aten.div.Tensor, bias, scale),
         )  # fmt: skip
         for node in pair.between:
-            place = call(node.target, place, *node.args[1:], **node.kwargs)
-        columns = per_group(program, scale, [int(s) for s in two.meta["val"].shape], groups)
-        new = repeated(program, pair.second, place, call(aten.mul.Tensor, two, columns), second["bias"])
+            value = call(node.target, value, *node.args[1:], **node.kwargs)
+        columns = per_group(program, scale, [int(s) for s in second_weight.meta["val"].shape], groups)
+        new = repeated(
+            program, pair.second, value, call(aten.mul.Tensor, second_weight, columns), second["bias"]
+        )
     program.edit.replace(pair.second, new)
     return new
 
 
-def _scale(one: Any, two: Any, groups: int) -> Any:
-    """The geometric mean of both ranges over the second's, a value a channel."""
-    channels = int(one.shape[0])
-    outputs, each = int(two.shape[0]), int(two.shape[1])
-    first = torch.amax(torch.abs(torch.reshape(one, [channels, -1])), [1])
-    apart = torch.reshape(torch.abs(two), [groups, outputs // groups, each, -1])
-    second = torch.reshape(torch.amax(apart, [1, 3]), [channels])
-    # a channel of zeros has no range to meet
+def _equalising_scale(first_weight: Any, second_weight: Any, groups: int) -> Any:
+    """Return the geometric mean of both ranges over the second's, one value per channel."""
+    channels = int(first_weight.shape[0])
+    outputs, group_inputs = int(second_weight.shape[0]), int(second_weight.shape[1])
+    first = torch.amax(torch.abs(torch.reshape(first_weight, [channels, -1])), [1])
+    grouped = torch.reshape(torch.abs(second_weight), [groups, outputs // groups, group_inputs, -1])
+    second = torch.reshape(torch.amax(grouped, [1, 3]), [channels])
+    # a channel of zeros has no range to match
     first, second = torch.clamp(first, 1e-12), torch.clamp(second, 1e-12)
     return torch.clamp(torch.sqrt(torch.div(first, second)), 1e-4, 1e4)

@@ -1,4 +1,4 @@
-"""Give convolutions redundant branches that add nothing yet, to be trained and fused again."""
+"""Adding redundant branches that contribute nothing yet to convolutions, to be trained and fused again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A convolution, what it reads, and where its taps lie."""
+    """A convolution, its input, and its kernel offsets."""
 
     node: fx.Node
     source: fx.Node
@@ -46,12 +46,12 @@ class _Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandBranches(Pass):
-    """Turn each convolution into a sum: itself, smaller kernels, copies of its size, the identity.
+    """Replace each convolution by a sum of itself, smaller kernels, kernels of its size and the identity.
 
     The inverse of fuse-branches, for training in the redundant form of RepVGG, MobileOne and RepCNN. The
-    original kernel stays as it is; every new branch has a scale a channel that starts at zero, so that the
-    outputs are what they were, and random weights, so that the scale has something to learn from. The module
-    of the program trains all of it; fuse-branches makes one convolution of it again.
+    original kernel does not change; every new branch has a scale per channel that starts at zero, so that the
+    outputs do not change, and random weights, so that the scale has a gradient. The program's module trains
+    all branches; fuse-branches makes one convolution of them again.
     """
 
     name = "expand-branches"
@@ -67,11 +67,13 @@ class ExpandBranches(Pass):
     )
     identity: bool = option(True, help="a branch that is the input, where channels and stride allow it")
     align: str = option(
-        "auto", help="where smaller kernels lie: auto puts those of causal convolutions last",
+        "auto", help="alignment of smaller kernels: auto puts those of causal convolutions last",
         choices=("auto", "last", "centre"), needs=[{"kernels": SOME}, {"identity": True}],
     )  # fmt: skip
-    which: str = option("spatial", help="convolutions with several taps, or all", choices=("spatial", "all"))
-    seed: int = option(0, help="of the new weights", needs=[{"kernels": SOME}, {"copies": NONZERO}])
+    which: str = option(
+        "spatial", help="convolutions with several kernel offsets, or all", choices=("spatial", "all")
+    )
+    seed: int = option(0, help="seed of the new weights", needs=[{"kernels": SOME}, {"copies": NONZERO}])
 
     def validate(self) -> None:
         """Check the sizes."""
@@ -81,7 +83,7 @@ class ExpandBranches(Pass):
             raise PipelineError(f"{self.name}: there is no branch to add", hint="copies=1, or identity=true")
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield each convolution with weights of its own, and where its taps lie."""
+        """Yield each convolution with weights of its own, and its kernel offsets."""
         constant = depends_on_weights_alone(program)
         for node in program.graph.nodes:
             if not is_operator(node, *CONVOLUTIONS):
@@ -100,10 +102,10 @@ class ExpandBranches(Pass):
                 )
                 yield Site(node.name, branches=kinds, align=self._side(form, constant)), kernel
             else:
-                yield Refused(node.name, "no branch fits it", program.source_line(node))
+                yield Refused(node.name, "no branch can be added to it", program.source_line(node))
 
     def _kinds(self, form: Form) -> list[str]:
-        """Name the branches of a convolution: the sizes of kernels, and ``identity``."""
+        """Return the branches of a convolution: ``full``, sizes of smaller kernels, ``identity``."""
         full = max(a.count for a in form.axes)
         kinds = ["full"] * self.copies
         kinds += [str(size) for size in self.kernels if size < full or (size == 1 and full == 1)]
@@ -114,12 +116,12 @@ class ExpandBranches(Pass):
     def _side(self, form: Form, constant: set[fx.Node]) -> str:
         if self.align != "auto":
             return self.align
-        whole = form
+        padded = form
         if has(form.source, Trait.PADDING):
             pad = read_operator(form.source, constant)
             joined = follow(form, pad) if pad is not None else form
-            whole = joined if isinstance(joined, Form) else form
-        return "last" if any(a.low > 0 and a.high <= 0 for a in whole.axes) else "centre"
+            padded = joined if isinstance(joined, Form) else form
+        return "last" if any(a.low > 0 and a.high <= 0 for a in padded.axes) else "centre"
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Add the branches and sum them up."""
@@ -147,19 +149,19 @@ def _branch(program: Program, kernel: _Kernel, kind: str, align: str, index: int
         _axis(a, 1 if kind == "identity" else a.count if kind == "full" else int(kind), align)
         for a in kernel.axes
     )
-    # what it reads may have got branches before
+    # its input may have been given branches before
     source, padding = pad_source(
         program, axes, extension(axes, kernel.mode or "zeros"), program.edit.now(kernel.source)
     )
     if kind == "identity":
-        # padding of a single tap is cut off again, never added
+        # padding of a single kernel offset is only ever cropped, never added
         value = source
     else:
         shape = (kernel.outputs, kernel.inputs // kernel.groups, *(a.count for a in axes))
         drawn = Drawn(shape, dtype, seed, 1 / math.sqrt(math.prod(shape[1:])))
-        own = program.edit.add_weight(f"{stem}.weight", InMemory(drawn.load()))
+        branch_weight = program.edit.add_weight(f"{stem}.weight", InMemory(drawn.load()))
         value = program.edit.call(
-            CONVOLUTION[len(axes)], source, own, None,
+            CONVOLUTION[len(axes)], source, branch_weight, None,
             [a.stride for a in axes], padding, [a.step for a in axes], kernel.groups,
         )  # fmt: skip
     zeros = torch.zeros(kernel.outputs, *[1] * len(axes), dtype=dtype)
@@ -167,17 +169,17 @@ def _branch(program: Program, kernel: _Kernel, kind: str, align: str, index: int
 
 
 def _weight(node: fx.Node) -> fx.Node:
-    """The stored tensor that a convolution's kernel is, or is made of."""
-    place: Any = node.args[1]
-    while place.op != "placeholder":
-        place = place.all_input_nodes[0]
-    return place  # type: ignore[no-any-return]
+    """Return the stored tensor that a convolution's kernel is, or is computed from."""
+    tensor: Any = node.args[1]
+    while tensor.op != "placeholder":
+        tensor = tensor.all_input_nodes[0]
+    return tensor  # type: ignore[no-any-return]
 
 
 def _axis(axis: Axis, count: int, align: str) -> Axis:
-    """The taps of a smaller kernel among those of a larger one."""
+    """Return the kernel offsets of a smaller kernel among those of a larger one."""
     count = min(count, axis.count)
-    spare = axis.count - count
-    before = spare if align == "last" else spare // 2
+    surplus = axis.count - count
+    before = surplus if align == "last" else surplus // 2
     first = axis.first + axis.step * before
-    return Axis(first, axis.step, count, axis.stride, axis.high - axis.step * (spare - before))
+    return Axis(first, axis.step, count, axis.stride, axis.high - axis.step * (surplus - before))

@@ -1,4 +1,4 @@
-"""A value as one convolution of an earlier value, exactly: how forms arise, follow one another and add up."""
+"""Affine forms: a value as one convolution of an earlier value, exactly, and how forms compose and add up."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Build = Callable[["Reader"], tuple[Any, Any]]
 
 
 class Reader(Protocol):
-    """Makes kernels of tensors, or of nodes of the graph."""
+    """Computes kernels from tensors, or from nodes of the graph."""
 
     def __call__(self, node: fx.Node) -> Any:
         """Return the value of a node that depends on weights alone."""
 
     def apply(self, operator: Any, *arguments: Any) -> Any:
-        """Call an operator on such values."""
+        """Return the result of an operator called on such values."""
 
     def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
         """Return a tensor of equal values."""
@@ -31,24 +31,24 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Form:
-    """``value = convolution(source)`` with these taps, groups and this extension beyond the ends.
+    """An affine form: ``value = convolution(source)`` with kernel offsets, groups and a border mode.
 
     Args:
-        source: what is read.
-        value: what is computed.
+        source: the input.
+        value: the output.
         outputs: channels of the value.
         inputs: channels of the source.
-        groups: of the convolution.
+        groups: groups of the convolution.
         axes: spatial axes.
-        mode: how the source goes on beyond its ends: "zeros", "reflect", "replicate", "circular", or "" where
+        mode: how the source is extended beyond its ends: "zeros", "reflect", "replicate", "circular", or "" if
             nothing beyond them is read.
-        build: given a reader, returns kernel and bias.
-        vector: for values that are scaled and shifted by a value a channel: given a reader, returns scale
-            (None for 1) and shift (None for 0).
+        build: a function that takes a reader and returns kernel and bias.
+        vector: for values that are scaled and shifted per channel, a function that takes a reader and returns
+            scale (None for 1) and shift (None for 0).
         biased: whether there is a bias.
-        nodes: what is computed by the form, the value included; empty for a value as it is.
+        nodes: the nodes that the form computes, including the value; empty for a value as it is.
         convolutions: how many of them are convolutions or poolings.
-        branches: how many terms the form has summed up.
+        branches: how many terms the form sums up.
     """
 
     source: fx.Node
@@ -67,47 +67,49 @@ class Form:
 
     @property
     def size(self) -> int:
-        """Multiply-adds for each value it gives."""
+        """Multiply-adds per output value."""
         return self.inputs // self.groups * math.prod(axis.count for axis in self.axes)
 
 
 def extension(axes: tuple[Axis, ...], mode: str) -> str:
-    """Return the mode, or "" where it does not matter."""
+    """Return the mode, or "" if nothing beyond the ends is read."""
     return mode if any(axis.extends for axis in axes) else ""
 
 
 def follow(second: Form, first: Form) -> Form | str:
-    """Return the form of ``second`` over the source of ``first``, whose value is the source of ``second``.
+    """Return the affine form of ``second`` over the source of ``first``, whose value is the source of ``second``.
 
-    What lies beyond the ends of the value between the two is the second's padding, not what the first would
-    have computed there; where that differs, the two are no convolution, and the reason is returned.
+    Beyond the ends of the intermediate value lies the padding of the second, not what the first would have
+    computed there; where these differ, the two are not one convolution, and the reason is returned.
     """
     mode = first.mode
     if second.mode:
-        problem = _border(second, first)
+        problem = _border_problem(second, first)
         if problem:
             return problem
         mode = second.mode
     groups = math.gcd(first.groups, second.groups)
     axes = tuple(one_after_another(a, b) for a, b in zip(first.axes, second.axes, strict=True))
     counts = [axis.count for axis in axes]
-    apart = [
-        (_ratio(a.step, axis.step, a.count), _ratio(a.stride * b.step, axis.step, b.count))
+    spacings = [
+        (_spacing(a.step, axis.step, a.count), _spacing(a.stride * b.step, axis.step, b.count))
         for a, b, axis in zip(first.axes, second.axes, axes, strict=True)
     ]
 
     def build(read: Reader) -> tuple[Any, Any]:
-        one, one_bias = first.build(read)
+        first_kernel, first_bias = first.build(read)
         if second.vector is not None:
-            return scaled(read, one, one_bias, *second.vector(read))
-        two, two_bias = second.build(read)
+            return scaled(read, first_kernel, first_bias, *second.vector(read))
+        second_kernel, second_bias = second.build(read)
         kernel = read.apply(
-            dialect.kernel_sequence.default, one, two, first.groups, second.groups, groups,
-            [a for a, _ in apart], [b for _, b in apart], counts,
+            dialect.kernel_sequence.default, first_kernel, second_kernel, first.groups, second.groups, groups,
+            [a for a, _ in spacings], [b for _, b in spacings], counts,
         )  # fmt: skip
-        if one_bias is None:
-            return kernel, two_bias
-        return kernel, read.apply(dialect.bias_sequence.default, one_bias, two, second.groups, two_bias)
+        if first_bias is None:
+            return kernel, second_bias
+        return kernel, read.apply(
+            dialect.bias_sequence.default, first_bias, second_kernel, second.groups, second_bias
+        )
 
     vector = None
     if first.vector is not None and second.vector is not None:
@@ -115,12 +117,12 @@ def follow(second: Form, first: Form) -> Form | str:
 
         def vector(read: Reader) -> tuple[Any, Any]:
             scale, shift = inner(read)
-            times, plus = outer(read)
-            if times is not None:
-                scale = times if scale is None else read.apply(aten.mul.Tensor, scale, times)
-                shift = None if shift is None else read.apply(aten.mul.Tensor, shift, times)
-            return scale, plus if shift is None else shift if plus is None else read.apply(
-                aten.add.Tensor, shift, plus
+            second_scale, second_shift = outer(read)
+            if second_scale is not None:
+                scale = second_scale if scale is None else read.apply(aten.mul.Tensor, scale, second_scale)
+                shift = None if shift is None else read.apply(aten.mul.Tensor, shift, second_scale)
+            return scale, second_shift if shift is None else shift if second_shift is None else read.apply(
+                aten.add.Tensor, shift, second_shift
             )
 
     return Form(
@@ -141,7 +143,7 @@ def follow(second: Form, first: Form) -> Form | str:
 
 
 def scaled(read: Reader, kernel: Any, bias: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
-    """Return kernel and bias of a convolution whose value is scaled and shifted, a value a channel."""
+    """Return kernel and bias of a convolution whose value is scaled and shifted per channel."""
     if scale is not None:
         kernel = read.apply(dialect.kernel_scaled.default, kernel, scale)
         bias = None if bias is None else read.apply(aten.mul.Tensor, bias, scale)
@@ -150,31 +152,35 @@ def scaled(read: Reader, kernel: Any, bias: Any, scale: Any, shift: Any) -> tupl
     return kernel, bias
 
 
-def _ratio(step: int, lattice_step: int, count: int) -> int:
+def _spacing(step: int, lattice_step: int, count: int) -> int:
     return step // lattice_step if count > 1 else 1
 
 
-def _border(second: Form, first: Form) -> str:
-    """Say why padding the value between two forms is not what the first gives there, or "" if it is."""
-    pointwise = all(one.count == 1 for one, two in zip(first.axes, second.axes, strict=True) if two.extends)
+def _border_problem(second: Form, first: Form) -> str:
+    """Return why the padding between two forms differs from what the first computes there; "" if it does not."""
+    pointwise = all(
+        inner.count == 1 for inner, outer in zip(first.axes, second.axes, strict=True) if outer.extends
+    )
     name = first.value.name
     if second.mode != "zeros":
-        still = all(a == Axis() for a in first.axes)
-        return "" if still else f"{name} is padded by {second.mode} after an operator that is not pointwise"
+        unchanged = all(a == Axis() for a in first.axes)
+        return (
+            "" if unchanged else f"{name} is padded by {second.mode} after an operator that is not pointwise"
+        )
     if first.biased:
         return f"{name} adds a constant before zero padding, so its border would be another"
     if not pointwise:
         return f"{name} is padded with zeros between two kernels, so its border would be another"
     if first.mode not in ("", "zeros"):
         return f"{name} is padded by {first.mode} and then by zeros"
-    for one, two in zip(first.axes, second.axes, strict=True):
-        if (two.low > 0 and one.low < 0) or (two.high > 0 and one.high < 0):
+    for inner, outer in zip(first.axes, second.axes, strict=True):
+        if (outer.low > 0 and inner.low < 0) or (outer.high > 0 and inner.high < 0):
             return f"{name} is cut and then padded with zeros"
     return ""
 
 
 def add(value: fx.Node, first: Form, second: Form) -> Form | str:
-    """Return the form of a sum of two forms over the same source, or why there is none."""
+    """Return the affine form of the sum of two forms over the same source, or why there is none."""
     if first.outputs != second.outputs:
         return "its terms have different numbers of channels"
     if [a.stride for a in first.axes] != [a.stride for a in second.axes]:
@@ -190,7 +196,7 @@ def add(value: fx.Node, first: Form, second: Form) -> Form | str:
         end = start + step * (count - 1)
         axes.append(Axis(start, step, count, a.stride, max(ends) + end))
     groups = math.gcd(first.groups, second.groups)
-    terms = [(form, _spread(form, axes)) for form in (first, second)]
+    terms = [(form, _lattice_offsets(form, axes)) for form in (first, second)]
     counts = [a.count for a in axes]
 
     def build(read: Reader) -> tuple[Any, Any]:
@@ -223,7 +229,7 @@ def add(value: fx.Node, first: Form, second: Form) -> Form | str:
 
 
 def negative(form: Form) -> Form:
-    """Return the form of a value's negative, as a term of a sum."""
+    """Return the affine form of the negated value, for use as a term of a sum."""
 
     def build(read: Reader) -> tuple[Any, Any]:
         kernel, bias = form.build(read)
@@ -238,7 +244,7 @@ def _sizes_known(node: fx.Node) -> bool:
     return all(isinstance(size, int) for size in node.meta["val"].shape[2:])
 
 
-def _spread(form: Form, axes: list[Axis]) -> tuple[list[int], list[int]]:
-    """How far apart a form's taps come to lie on a common lattice, and after how many places."""
-    ratios = [_ratio(a.step, b.step, a.count) for a, b in zip(form.axes, axes, strict=True)]
+def _lattice_offsets(form: Form, axes: list[Axis]) -> tuple[list[int], list[int]]:
+    """Return, by axis, the spacing of a form's kernel offsets on a common lattice, and the position of the first."""
+    ratios = [_spacing(a.step, b.step, a.count) for a, b in zip(form.axes, axes, strict=True)]
     return ratios, [(a.first - b.first) // b.step for a, b in zip(form.axes, axes, strict=True)]

@@ -1,4 +1,4 @@
-"""Make one convolution of each group of linear operators that can be one."""
+"""Fusing each group of linear operators that one convolution can compute."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class FuseBranches(Pass):
     """Fuse parallel and sequential convolutions, poolings, norms and scales into single convolutions.
 
     Structural re-parameterisation after RepVGG (arXiv 2101.03697), ACNet, DBB, MobileOne and RepCNN (arXiv
-    2406.02652), on the graph: any values that are linear in one earlier value over one, two or three axes of
+    2406.02652), on the graph: any values that are affine in one earlier value over one, two or three axes of
     space or time, with groups, strides, dilation, causal and asymmetric kernels, average pooling, identity,
-    BatchNorm in evaluation mode and constant affine maps, nested as they like. Kernels are computed in float64
+    BatchNorm in evaluation mode and constant affine maps, nested to any depth. Kernels are computed in float64
     and rounded once.
     """
 
@@ -42,31 +42,31 @@ class FuseBranches(Pass):
 
     allow_growth: bool = option(False, help="fuse also where that takes more multiply-adds than before")
     equalize: bool = option(
-        False, help="then scale channels between convolutions so that their ranges meet, where that is exact"
+        False, help="then scale channels between convolutions so that their ranges match, where that is exact"
     )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Take each group that one convolution can stand for without more multiply-adds."""
+        """Take each group that one convolution can compute without more multiply-adds."""
         plan = Plan()
-        # kernels are functions that read one graph: they are found in the copy that goes on
-        made = self.copied(program)
-        found = find_groups(made, allow_growth=self.allow_growth)
-        for node, form in found.forms.items():
-            plan.sites.append(Site(node.name, source=form.source.name, **_described(form)))
-            both = compare(made, form)
-            if both is not None:
-                plan.notes.append(described(node.name, *both))
-        for node, reason in found.reasons.items():
-            plan.refused.append(Refused(node.name, reason, made.source_line(node)))
+        # kernels are functions that read one graph, so they are found in the copy that is rewritten
+        copy = self.copied(program)
+        groups = find_groups(copy, allow_growth=self.allow_growth)
+        for node, form in groups.forms.items():
+            plan.sites.append(Site(node.name, source=form.source.name, **_choices(form)))
+            ranges = compare(copy, form)
+            if ranges is not None:
+                plan.notes.append(described(node.name, *ranges))
+        for node, reason in groups.reasons.items():
+            plan.refused.append(Refused(node.name, reason, copy.source_line(node)))
         try:
-            _write(made, found.forms.values())
+            _write_forms(copy, groups.forms.values())
         except Exception as error:
             if self.equalize or not may_be_left_out(error):
                 raise
-            return plan  # the pipeline finds out which site fails, and leaves that one out
+            return plan  # the pipeline finds out which site fails, and leaves it out
         pairs: list[Pair] = []
         if self.equalize:
-            pairs = find_pairs(made)
+            pairs = find_pairs(copy)
             if pairs:
                 chosen = [[pair.first.name, pair.second.name] for pair in pairs]
                 plan.sites.append(Site("channels", equalize=chosen))
@@ -75,39 +75,41 @@ class FuseBranches(Pass):
                     Refused("channels", "there are no convolutions between which a scale would cancel")
                 )
         if plan.sites:
-            _scale(made, pairs)
-            plan.trial = Trial(self, program, plan.sites, made)
+            _equalise_pairs(copy, pairs)
+            plan.trial = Trial(self, program, plan.sites, copy)
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Write the convolutions, in the order of the graph; then scale channels between them."""
+        """Write the convolutions in graph order, then scale channels between them."""
         if not plan.sites:
             return
         forms = {n.name: f for n, f in find_groups(program, allow_growth=self.allow_growth).forms.items()}
         order = {name: index for index, name in enumerate(forms)}
         names = [site.block for site in plan.sites if site.block != "channels"]
-        _write(program, [forms[name] for name in sorted(names, key=lambda name: order.get(name, -1))])
-        wanted = [tuple(pair) for site in plan.sites if site.block == "channels" for pair in site["equalize"]]
-        pairs = find_pairs(program) if wanted else []
-        _scale(program, [p for p in pairs if (p.first.name, p.second.name) in wanted])
+        _write_forms(program, [forms[name] for name in sorted(names, key=lambda name: order.get(name, -1))])
+        chosen_pairs = [
+            tuple(pair) for site in plan.sites if site.block == "channels" for pair in site["equalize"]
+        ]
+        pairs = find_pairs(program) if chosen_pairs else []
+        _equalise_pairs(program, [p for p in pairs if (p.first.name, p.second.name) in chosen_pairs])
 
 
-def _write(program: Program, forms: Iterable[Form]) -> None:
-    """Write convolutions for forms, in the order of the graph."""
+def _write_forms(program: Program, forms: Iterable[Form]) -> None:
+    """Write the convolutions of affine forms, in graph order."""
     for form in forms:
         with program.edit.before(form.value):
             new = write_form(program, form, program.edit.now(form.source))
         program.edit.replace(form.value, new)
 
 
-def _scale(program: Program, pairs: list[Pair]) -> None:
-    """Scale channels between convolutions, in the order of the graph."""
+def _equalise_pairs(program: Program, pairs: list[Pair]) -> None:
+    """Scale channels between convolutions, in graph order."""
     for pair in pairs:
         equalise(program, replace(pair, first=program.edit.now(pair.first)))
     block_export(program, "branches were fused, which a checkpoint of this architecture would keep")
 
 
-def _described(form: Form) -> dict[str, object]:
+def _choices(form: Form) -> dict[str, object]:
     return {
         "replaces": len(form.nodes),
         "branches": form.branches,

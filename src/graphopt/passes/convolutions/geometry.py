@@ -1,4 +1,4 @@
-"""Where a convolution's taps lie along one axis, and what lies beyond the ends of its input."""
+"""A convolution's kernel offsets along one axis, and its padding beyond the ends of the input."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: output i reads inputs ``stride * i + first + step * k`` for tap k of ``count``.
+    """One axis: output i reads inputs ``stride * i + first + step * k`` for k from 0 to ``count - 1``.
 
-    ``high`` is the padding at the far end as a convolution has it; ``-first`` that at the near end. Negative
-    padding means that the ends of the input are not read.
+    ``high`` is the convolution's padding at the far end, ``-first`` that at the near end. Negative padding means
+    that the ends of the input are not read.
     """
 
     first: int = 0
@@ -23,7 +23,7 @@ class Axis:
 
     @property
     def last(self) -> int:
-        """Offset of the last tap."""
+        """The last kernel offset."""
         return self.first + self.step * (self.count - 1)
 
     @property
@@ -38,7 +38,7 @@ class Axis:
 
 
 def lattice(axes: Sequence[Axis]) -> tuple[int, int, int]:
-    """Return first offset, step and count of the lattice that holds all taps of several axes."""
+    """Return first offset, step and count of the lattice that holds the kernel offsets of several axes."""
     first = min(a.first for a in axes)
     last = max(a.last for a in axes)
     step = 0
@@ -51,7 +51,7 @@ def lattice(axes: Sequence[Axis]) -> tuple[int, int, int]:
 
 
 def one_after_another(first: Axis, second: Axis) -> Axis:
-    """Return the axis of two convolutions in sequence, the lattice included."""
+    """Return the axis of two convolutions in sequence, with the lattice of their joint kernel offsets."""
     steps = [s for s, c in ((first.step, first.count), (first.stride * second.step, second.count)) if c > 1]
     step = math.gcd(*steps) if steps else 1
     start = first.first + first.stride * second.first

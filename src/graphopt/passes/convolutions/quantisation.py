@@ -1,4 +1,4 @@
-"""What fusing does to a kernel's chances in eight bits: ranges of its channels, expected signal-to-noise."""
+"""How fusing affects a kernel in eight bits: ranges of its channels, expected signal-to-noise ratio."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ranges:
     Args:
         spread: largest over median of the channels' largest absolute weights.
         per_tensor: signal-to-noise of the median channel in decibels, symmetric, one step for the whole kernel.
-        per_channel: the same with a step a channel.
+        per_channel: the same with one step per channel.
     """
 
     spread: float
@@ -32,25 +32,25 @@ class Ranges:
 
 
 def ranges(kernel: torch.Tensor) -> Ranges:
-    """Return ranges and noise of a kernel (outputs, ...); rounding is taken for uniform noise, step²/12."""
+    """Return ranges and noise of a kernel (outputs, ...), with rounding modelled as uniform noise, step²/12."""
     flat = kernel.reshape(kernel.shape[0], -1).double()
-    tops = flat.abs().amax(1)
+    maxima = flat.abs().amax(1)
     power = flat.square().mean(1)
-    steps = tops / 127
-    alive = power > 0
-    if not bool(alive.any()):
+    steps = maxima / 127
+    nonzero = power > 0
+    if not bool(nonzero.any()):
         return Ranges(1.0, math.inf, math.inf)
 
     def decibels(step: torch.Tensor) -> float:
-        ratio = power[alive] / (step.expand_as(power)[alive].square() / 12)
+        ratio = power[nonzero] / (step.expand_as(power)[nonzero].square() / 12)
         return float((10 * ratio.log10()).median())
 
-    spread = float(tops.max() / tops[alive].median())
+    spread = float(maxima.max() / maxima[nonzero].median())
     return Ranges(spread, decibels(steps.max()), decibels(steps))
 
 
 def compare(program: Program, form: Form) -> tuple[Ranges, Ranges] | None:
-    """Return the ranges of a group's largest kernel and of the fused one; None where weights are absent."""
+    """Return the ranges of a group's largest kernel and of the fused one; None if weights are absent."""
     reader = OnTensors(program)
     inner = [n for n in form.nodes if is_operator(n, *CONVOLUTIONS)]
     if not inner:

@@ -1,4 +1,4 @@
-"""Operators that are linear over space or time, read as forms of their input."""
+"""Operators that are linear over space or time, read as affine forms of their input."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "c
 
 
 class NotLinear(Exception):
-    """An operator that looks linear is not one convolution; the message says why."""
+    """Raised where an operator that looks linear is not one convolution; the message says why."""
 
 
 def spatial_axes(node: fx.Node) -> int:
-    """Return how many axes of space or time a value (batch, channels, ...) has; -1 if it is no such value."""
+    """Return the number of spatial or temporal axes of a value (batch, channels, ...); -1 if it is no such value."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not 3 <= value.dim() <= 5 or not value.dtype.is_floating_point:
         return -1
@@ -35,7 +35,7 @@ def spatial_axes(node: fx.Node) -> int:
 
 
 def as_it_is(node: fx.Node) -> Form:
-    """Return a value as the form of itself: one tap that changes nothing."""
+    """Return a value as the affine form of itself: one kernel offset that changes nothing."""
     axes = spatial_axes(node)
     channels = int(node.meta["val"].shape[1])
     dtype = node.meta["val"].dtype
@@ -48,7 +48,7 @@ def as_it_is(node: fx.Node) -> Form:
 
 
 def _diagonal(vector: Build, channels: int, axes: int, dtype: torch.dtype) -> Build:
-    """Return what builds the kernel of a scale and a shift, a value a channel."""
+    """Return the function that builds the kernel of a scale and shift per channel."""
 
     def build(read: Reader) -> tuple[Any, Any]:
         scale, shift = vector(read)
@@ -60,56 +60,56 @@ def _diagonal(vector: Build, channels: int, axes: int, dtype: torch.dtype) -> Bu
 
 
 def read_operator(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    """Return the form of an operator over its input; None if it is not of the kind.
+    """Return the affine form of an operator over its input; None if it is not of a supported kind.
 
     Raises:
-        NotLinear: it is of the kind, but not one convolution of its input.
+        NotLinear: it is of a supported kind, but not one convolution of its input.
     """
-    reader = _READERS.get(operator_name(node.target)) if node.op == "call_function" else None
+    reader = _FORM_READERS.get(operator_name(node.target)) if node.op == "call_function" else None
     if reader is None or node in constant or spatial_axes(node) < 0:
         return None
     form = reader(node, constant)
     if form is not None and form.source.meta["val"].dtype != node.meta["val"].dtype:
         types = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (node, form.source))
-        raise NotLinear("it gives {} of {}, which no convolution does".format(*types))
+        raise NotLinear("it returns {} for an input of {}, which no convolution does".format(*types))
     return form
 
 
-def _many(value: Any, axes: int) -> list[int]:
+def _per_axis(value: Any, axes: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return [int(v) for v in (values * axes if len(values) == 1 else values)]
 
 
 def _convolution(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    found = arguments(node)
-    source, weight, bias = found["input"], found["weight"], found["bias"]
+    args = arguments(node)
+    source, weight, bias = args["input"], args["weight"], args["bias"]
     axes = spatial_axes(node)
     if source.meta["val"].dim() != axes + 2:
         return None
     if weight not in constant or (bias is not None and bias not in constant):
         raise NotLinear("its kernel depends on the input")
     if len(weight.users) > 1:
-        raise NotLinear(f"its kernel {weight.name} is shared with {_other(weight, node)}")
+        raise NotLinear(f"its kernel {weight.name} is shared with {_other_reader(weight, node)}")
     shape = [int(s) for s in weight.meta["val"].shape]
-    steps, strides = _many(found["dilation"], axes), _many(found["stride"], axes)
-    padding = found["padding"]
+    steps, strides = _per_axis(args["dilation"], axes), _per_axis(args["stride"], axes)
+    padding = args["padding"]
     if isinstance(padding, str):
         spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(steps, shape[2:], strict=True)]
-        ends = [(s // 2, s - s // 2) for s in spans]
+        paddings = [(s // 2, s - s // 2) for s in spans]
     else:
-        ends = [(p, p) for p in _many(padding, axes)]
-    line = tuple(
+        paddings = [(p, p) for p in _per_axis(padding, axes)]
+    kernel_axes = tuple(
         Axis(-low, step if count > 1 else 1, count, stride, high)
-        for (low, high), step, count, stride in zip(ends, steps, shape[2:], strides, strict=True)
+        for (low, high), step, count, stride in zip(paddings, steps, shape[2:], strides, strict=True)
     )
     return Form(
         source,
         node,
         shape[0],
-        shape[1] * int(found["groups"]),
-        int(found["groups"]),
-        line,
-        extension(line, "zeros"),
+        shape[1] * int(args["groups"]),
+        int(args["groups"]),
+        kernel_axes,
+        extension(kernel_axes, "zeros"),
         lambda read: (read(weight), None if bias is None else read(bias)),
         bias is not None,
         frozenset([node]),
@@ -117,25 +117,25 @@ def _convolution(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     )
 
 
-def _other(weight: fx.Node, node: fx.Node) -> str:
+def _other_reader(weight: fx.Node, node: fx.Node) -> str:
     return next((u.name for u in weight.users if u is not node), "another use")
 
 
 def _pooling(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    found = arguments(node)
+    args = arguments(node)
     axes = spatial_axes(node)
-    source = found["self"]
-    if found["ceil_mode"]:
+    source = args["self"]
+    if args["ceil_mode"]:
         raise NotLinear("its last window may be cut short (ceil_mode)")
-    sizes = _many(found["kernel_size"], axes)
-    strides = _many(found["stride"] or sizes, axes)
-    padding = _many(found["padding"], axes)
-    if any(padding) and not found["count_include_pad"]:
+    sizes = _per_axis(args["kernel_size"], axes)
+    strides = _per_axis(args["stride"] or sizes, axes)
+    padding = _per_axis(args["padding"], axes)
+    if any(padding) and not args["count_include_pad"]:
         raise NotLinear("its windows count fewer values at the border (count_include_pad=False)")
-    divisor = found.get("divisor_override") or math.prod(sizes)
+    divisor = args.get("divisor_override") or math.prod(sizes)
     channels = int(node.meta["val"].shape[1])
     dtype = node.meta["val"].dtype
-    line = tuple(
+    kernel_axes = tuple(
         Axis(-p, 1, size, stride, p) for p, size, stride in zip(padding, sizes, strides, strict=True)
     )
 
@@ -143,7 +143,7 @@ def _pooling(node: fx.Node, constant: set[fx.Node]) -> Form | None:
         return read.constant([channels, 1, *sizes], 1.0 / divisor, dtype), None
 
     return Form(
-        source, node, channels, channels, channels, line, extension(line, "zeros"), build, False,
+        source, node, channels, channels, channels, kernel_axes, extension(kernel_axes, "zeros"), build, False,
         frozenset([node]), 1,
     )  # fmt: skip
 
@@ -159,39 +159,39 @@ def _pointwise(node: fx.Node, source: fx.Node, vector: Build, biased: bool) -> F
 
 
 def _batch_norm(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    found = arguments(node)
-    if found["training"]:
+    args = arguments(node)
+    if args["training"]:
         raise NotLinear("it is a BatchNorm in training mode: its statistics depend on the batch")
-    if found["running_mean"] is None or found["running_var"] is None:
+    if args["running_mean"] is None or args["running_var"] is None:
         raise NotLinear("it is a BatchNorm without running statistics")
-    weight, bias = found["weight"], found["bias"]
-    tensors = [found["running_mean"], found["running_var"], weight, bias]
+    weight, bias = args["weight"], args["bias"]
+    tensors = [args["running_mean"], args["running_var"], weight, bias]
     if any(t is not None and t not in constant for t in tensors):
         raise NotLinear("its statistics depend on the input")
 
     def vector(read: Reader) -> tuple[Any, Any]:
         scale = read.apply(
-            dialect.norm_scale.default, read(found["running_var"]), None if weight is None else read(weight),
-            float(found["eps"]),
+            dialect.norm_scale.default, read(args["running_var"]), None if weight is None else read(weight),
+            float(args["eps"]),
         )  # fmt: skip
         return scale, read.apply(
             dialect.norm_shift.default,
-            read(found["running_mean"]),
+            read(args["running_mean"]),
             scale,
             None if bias is None else read(bias),
         )
 
-    return _pointwise(node, found["input"], vector, True)
+    return _pointwise(node, args["input"], vector, True)
 
 
-def _padded(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    found = arguments(node)
-    source = found["self"]
-    mode = MODES.get(found.get("mode", "constant"))
+def _padding(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    args = arguments(node)
+    source = args["self"]
+    mode = MODES.get(args.get("mode", "constant"))
     if mode is None:
         return None
-    value = found.get("value") or 0.0
-    sizes = found["pad"]
+    value = args.get("value") or 0.0
+    sizes = args["pad"]
     if not all(isinstance(s, int) for s in sizes):
         return None
     if mode == "zeros" and value != 0:
@@ -199,44 +199,44 @@ def _padded(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     axes = spatial_axes(node)
     if len(sizes) > 2 * axes:
         return None
-    ends = [(0, 0)] * axes
+    paddings = [(0, 0)] * axes
     for index in range(len(sizes) // 2):
-        ends[axes - 1 - index] = (int(sizes[2 * index]), int(sizes[2 * index + 1]))
-    line = tuple(Axis(-low, 1, 1, 1, high) for low, high in ends)
-    plain = as_it_is(source)
+        paddings[axes - 1 - index] = (int(sizes[2 * index]), int(sizes[2 * index + 1]))
+    kernel_axes = tuple(Axis(-low, 1, 1, 1, high) for low, high in paddings)
+    identity = as_it_is(source)
     return Form(
-        source, node, plain.outputs, plain.inputs, plain.groups, line, extension(line, mode), plain.build,
-        False, frozenset([node]),
+        source, node, identity.outputs, identity.inputs, identity.groups, kernel_axes,
+        extension(kernel_axes, mode), identity.build, False, frozenset([node]),
     )  # fmt: skip
 
 
-def _sliced(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    found = arguments(node)
-    source, axis = found["self"], int(found["dim"]) - 2
-    if found["step"] != 1 or axis < 0 or spatial_axes(source) < 0:
+def _slice(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    args = arguments(node)
+    source, axis = args["self"], int(args["dim"]) - 2
+    if args["step"] != 1 or axis < 0 or spatial_axes(source) < 0:
         return None
-    start = found["start"] or 0
+    start = args["start"] or 0
     before, after = (n.meta["val"].shape[axis + 2] for n in (source, node))
     if not isinstance(start, int):
         return None
     try:
-        cut = int(expression(after) - expression(before))
+        removed = int(expression(after) - expression(before))
         start = start + int(before) if start < 0 and isinstance(before, int) else start
     except TypeError:
-        return None  # what is cut depends on the size
+        return None  # the removed length depends on the size
     if start < 0:
         return None
-    line = [Axis()] * spatial_axes(node)
-    line[axis] = Axis(start, 1, 1, 1, cut + start)
-    plain = as_it_is(source)
+    kernel_axes = [Axis()] * spatial_axes(node)
+    kernel_axes[axis] = Axis(start, 1, 1, 1, removed + start)
+    identity = as_it_is(source)
     return Form(
-        source, node, plain.outputs, plain.inputs, plain.groups, tuple(line), "", plain.build, False,
+        source, node, identity.outputs, identity.inputs, identity.groups, tuple(kernel_axes), "", identity.build, False,
         frozenset([node]),
     )  # fmt: skip
 
 
-def _scaled(node: fx.Node, constant: set[fx.Node]) -> Form | None:
-    """Multiplication by, and addition of, one value a channel."""
+def _scale_or_shift(node: fx.Node, constant: set[fx.Node]) -> Form | None:
+    """Return the affine form of multiplication by, or addition of, one value per channel; None if it is no such thing."""
     operands = list(node.args[:2])
     if node.kwargs or len(node.args) > 2:
         return None
@@ -262,7 +262,7 @@ def _scaled(node: fx.Node, constant: set[fx.Node]) -> Form | None:
     def vector(read: Reader) -> tuple[Any, Any]:
         if name == "neg":
             return read.constant([channels], -1.0, dtype), None
-        value = _vector(read, other, channels, dtype)
+        value = _per_channel(read, other, channels, dtype)
         if name == "mul":
             return value, None
         if name == "div":
@@ -275,7 +275,7 @@ def _scaled(node: fx.Node, constant: set[fx.Node]) -> Form | None:
 
 
 def one_a_channel(node: fx.Node, axes: int, channels: int) -> bool:
-    """Tell whether a constant has one value a channel, or one for all, when it meets (batch, channels, ...)."""
+    """Tell whether a constant has one value per channel, or one for all, when broadcast to (batch, channels, ...)."""
     shape = list(node.meta["val"].shape)
     shape = [1] * (axes + 2 - len(shape)) + shape
     return (
@@ -285,8 +285,8 @@ def one_a_channel(node: fx.Node, axes: int, channels: int) -> bool:
     )
 
 
-def _vector(read: Reader, other: Any, channels: int, dtype: torch.dtype) -> Any:
-    """The constant operand as one value a channel."""
+def _per_channel(read: Reader, other: Any, channels: int, dtype: torch.dtype) -> Any:
+    """Return the constant operand as one value per channel."""
     if not isinstance(other, fx.Node):
         return read.constant([channels], float(other), dtype)
     count = math.prod(int(s) for s in other.meta["val"].shape)
@@ -294,13 +294,13 @@ def _vector(read: Reader, other: Any, channels: int, dtype: torch.dtype) -> Any:
     return read.apply(aten.expand.default, flat, [channels]) if count != channels else flat
 
 
-_READERS: dict[str, Callable[[fx.Node, set[fx.Node]], Form | None]] = {
+_FORM_READERS: dict[str, Callable[[fx.Node, set[fx.Node]], Form | None]] = {
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(POOLINGS, _pooling),
-    **dict.fromkeys(SCALES, _scaled),
-    **dict.fromkeys(named(Trait.PADDING), _padded),
+    **dict.fromkeys(SCALES, _scale_or_shift),
+    **dict.fromkeys(named(Trait.PADDING), _padding),
     "aten.batch_norm": _batch_norm,
-    "aten.slice": _sliced,
+    "aten.slice": _slice,
 }
 
 __all__ = ["CONVOLUTIONS", "NotLinear", "as_it_is", "one_a_channel", "read_operator", "spatial_axes"]

@@ -1,4 +1,4 @@
-"""Make a causal temporal network take its input piece by piece, its past in states that it takes and gives."""
+"""Streaming a causal temporal network: input in pieces, the past in recurrent states that it takes and returns."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ aten = torch.ops.aten
 
 @dataclass
 class _Reach:
-    """One convolution along time: where its value is, what it reads, how many frames back.
+    """One convolution along time: its value, its input, and how many frames back it reads.
 
-    ``chain`` is the convolution with the padding before it and the cuts after it.
+    ``chain`` is the convolution with the padding before it and the slices after it.
     """
 
     root: fx.Node
@@ -52,12 +52,12 @@ class _Reach:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConvolutions(Pass):
-    """Turn zero padding in the past into the past itself.
+    """Replace zero padding in the past by the past itself, kept in recurrent states.
 
-    A convolution that reads L frames back reads them from a state, which is the last L frames of what it
-    read before; all states are inputs ``state_0``, ``state_1``, ... and their successors are outputs
-    ``next_state_0``, ... States of zeros are the beginning. Whatever the pieces, one frame or all, their
-    outputs one after the other are the outputs of the whole: this is checked on random pieces in float64.
+    A convolution that reads L frames back reads them from a recurrent state, the last L frames of its previous
+    input. All states are inputs ``state_0``, ``state_1``, ... and their successors are outputs
+    ``next_state_0``, ...; they start as zeros. For pieces of any length, the concatenated outputs equal the
+    outputs of the whole; this is checked on random pieces in float64.
     """
 
     name = "stream-convolutions"
@@ -72,7 +72,7 @@ class StreamConvolutions(Pass):
     )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find what reads earlier frames; refuse what reads later ones or all of them."""
+        """Find convolutions that read earlier frames; refuse those that read later ones or all of them."""
         plan = Plan()
         time = self._time(program)
         if time is None:
@@ -91,7 +91,7 @@ class StreamConvolutions(Pass):
         return plan
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield each value that is read back, with its readers, and what cannot stream."""
+        """Yield each value whose past is read, with its readers, and what cannot stream."""
         time = self._time(program)
         if time is None:
             return
@@ -114,24 +114,28 @@ class StreamConvolutions(Pass):
         return others[0] if len(others) == 1 else None
 
     def _trial(self, program: Program, plan: Plan) -> Refused | None:
-        """Run both forms: what depends on other frames in a way that no state carries shows by its values."""
-        wrong = compare_in_chunks(program, self.tried(program, plan), plan.sites[0]["time"], every_value=True)
-        if wrong is None or wrong.error <= ExactInChunks.limit:
+        """Compare pieces with the whole: values that depend on other frames in a way no recurrent state holds differ."""
+        mismatch = compare_in_chunks(
+            program, self.tried(program, plan), plan.sites[0]["time"], every_value=True
+        )
+        if mismatch is None or mismatch.error <= ExactInChunks.limit:
             return None
-        node = next((n for n in program.graph.nodes if n.name == wrong.name), None)
+        node = next((n for n in program.graph.nodes if n.name == mismatch.name), None)
         line = program.source_line(node) if node is not None else ""
         return Refused(
-            wrong.name, "its values depend on frames outside the piece, which no convolution explains", line
+            mismatch.name,
+            "its values depend on frames outside the piece, which no convolution explains",
+            line,
         )
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the state before each value that is read back, and return what follows it."""
+        """Prepend a recurrent state to each value whose past is read, and add the next state as an output."""
         if not plan.sites:
             return
         time = plan.sites[0]["time"]
         constant = set(depends_on_weights_alone(program))
-        for number, (site, (found, reaches)) in enumerate(self.chosen(program, plan)):
-            source, frames, axis = program.edit.now(found), int(site["frames"]), reaches[0].axis
+        for number, (site, (site_source, reaches)) in enumerate(self.chosen(program, plan)):
+            source, frames, axis = program.edit.now(site_source), int(site["frames"]), reaches[0].axis
             by_name = {reach.root.name: reach for reach in reaches}
             shape = list(source.meta["val"].shape)
             shape[axis] = frames
@@ -139,26 +143,26 @@ class StreamConvolutions(Pass):
             with program.edit.after(source):
                 joined = program.edit.call(aten.cat.default, [state, source], axis)
             for reader in site["readers"]:
-                _reread(program, by_name[reader], joined, frames, constant)
+                _read_with_state(program, by_name[reader], joined, frames, constant)
             with program.edit.after(joined):
                 following = program.edit.call(aten.slice.Tensor, joined, axis, -frames)
             program.add_output(f"next_state_{number}", following)
         limit_size(program, time, 1)
         program.facts.add(Streaming(time))
-        block_export(program, "a streaming program has states, which no checkpoint holds")
+        block_export(program, "a streaming program has recurrent states, which no checkpoint holds")
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
         """Compare pieces with the whole; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`."""
-        worst = compare_in_chunks(before, after, after.facts[Streaming].time)
-        entry.checks, entry.error = 1, 0.0 if worst is None else worst.error
-        if worst is not None and not worst.error <= ExactInChunks.limit:
+        mismatch = compare_in_chunks(before, after, after.facts[Streaming].time)
+        entry.checks, entry.error = 1, 0.0 if mismatch is None else mismatch.error
+        if mismatch is not None and not mismatch.error <= ExactInChunks.limit:
             raise ContractError(
-                f"{self.name}: output {worst.name} of pieces differs from that of the whole by {worst.error:.2g}"
+                f"{self.name}: output {mismatch.name} of pieces differs from that of the whole by {mismatch.error:.2g}"
             )
 
 
 def _reaches(program: Program, time: str) -> Iterator[_Reach | Refused]:
-    """Yield what each convolution reads along time, or why it cannot stream."""
+    """Yield the reach of each convolution along time, or why it cannot stream."""
     constant = depends_on_weights_alone(program)
     symbol = next(s for s, name in program.symbols.items() if name == time)
     for node in program.graph.nodes:
@@ -177,84 +181,88 @@ def _reaches(program: Program, time: str) -> Iterator[_Reach | Refused]:
 
 
 def _reach(program: Program, node: fx.Node, constant: set[fx.Node], axis: int) -> _Reach | str | None:
-    """Return what a convolution reads along time, why it cannot stream, or None if it reads no other frame."""
+    """Return a convolution's reach along time, why it cannot stream, or None if it reads no other frame."""
     if axis < 2:
         return "it mixes frames as channels"
     try:
         form = read_operator(node, constant)
         if form is None:
             return "it is no convolution of the kind that streams"
-        reach = _along(node, form, constant, axis)
+        reach = _chain_along(node, form, constant, axis)
     except NotLinear as problem:
         return str(problem)
     if isinstance(reach, str):
         return reach
-    chain, line = reach
-    if line.stride != 1:
+    chain, kernel_axis = reach
+    if kernel_axis.stride != 1:
         return "it has a stride along time"
-    if line.count == 1 and line.first == 0 and line.high == 0:
+    if kernel_axis.count == 1 and kernel_axis.first == 0 and kernel_axis.high == 0:
         return None
-    if line.last > 0:
-        return f"it reads {line.last} frames ahead"
+    if kernel_axis.last > 0:
+        return f"it reads {kernel_axis.last} frames ahead"
     source: Any = chain[0].args[0]
     sizes = [n.meta["val"].shape[axis] for n in (source, chain[-1])]
     if expression(sizes[0]) != expression(sizes[1]):
-        return "it gives another number of frames than it reads"
-    return _Reach(chain[-1], node, source, -line.first, axis, chain)
+        return "it returns another number of frames than it reads"
+    return _Reach(chain[-1], node, source, -kernel_axis.first, axis, chain)
 
 
-def _along(node: fx.Node, form: Form, constant: set[fx.Node], axis: int) -> tuple[list[fx.Node], Axis] | str:
-    """Return a convolution with the padding before it and the cut after it, and what they read along time.
+def _chain_along(
+    node: fx.Node, form: Form, constant: set[fx.Node], axis: int
+) -> tuple[list[fx.Node], Axis] | str:
+    """Return a convolution with the padding before it and the slice after it, and their kernel offsets along time.
 
-    Other axes are left to the operators themselves, which are repeated as they are there.
+    Other axes are left to the operators themselves, which are repeated unchanged there.
     """
-    chain, line = [node], form.axes[axis - 2]
-    place = form.source
-    while has(place, Trait.PADDING):
+    chain, kernel_axis = [node], form.axes[axis - 2]
+    current = form.source
+    while has(current, Trait.PADDING):
         try:
-            before = read_operator(place, constant)
+            before = read_operator(current, constant)
         except NotLinear:
-            break  # it pads with another value than zero, which states would not hold
+            break  # it pads with a value other than zero, which states would not hold
         if before is None:
             break
-        ends = before.axes[axis - 2]
-        if ends.extends and before.mode != "zeros":
+        pad_axis = before.axes[axis - 2]
+        if pad_axis.extends and before.mode != "zeros":
             return f"its past is padded by {before.mode}, not by zeros"
-        if (ends.low < 0 < line.low) or (ends.high < 0 < line.high):
-            break  # frames are cut off, and zeros put in their place
-        chain.insert(0, place)
-        line = one_after_another(ends, line)
-        place = before.source
+        if (pad_axis.low < 0 < kernel_axis.low) or (pad_axis.high < 0 < kernel_axis.high):
+            break  # frames are removed and replaced by zeros
+        chain.insert(0, current)
+        kernel_axis = one_after_another(pad_axis, kernel_axis)
+        current = before.source
     while len(chain[-1].users) == 1 and is_operator(user := next(iter(chain[-1].users)), "aten.slice"):
         after = read_operator(user, constant)
         if after is None:
             break
         chain.append(user)
-        line = one_after_another(line, after.axes[axis - 2])
-    return chain, line
+        kernel_axis = one_after_another(kernel_axis, after.axes[axis - 2])
+    return chain, kernel_axis
 
 
-def _reread(program: Program, reach: _Reach, joined: fx.Node, frames: int, constant: set[fx.Node]) -> None:
-    """Let a convolution read the past and the present, and pad nothing along time."""
-    place = reach.axis
+def _read_with_state(
+    program: Program, reach: _Reach, joined: fx.Node, frames: int, constant: set[fx.Node]
+) -> None:
+    """Let a convolution read the recurrent state and the piece, without padding along time."""
+    time_axis = reach.axis
     with program.edit.before(reach.root):
         value = joined
         if frames > reach.frames:
-            value = program.edit.call(aten.slice.Tensor, joined, place, frames - reach.frames)
+            value = program.edit.call(aten.slice.Tensor, joined, time_axis, frames - reach.frames)
         for node in reach.chain:
             if node is reach.node:
-                value = _convolved(program, node, value, place, constant)
+                value = _repeat_convolution(program, node, value, time_axis, constant)
             elif has(node, Trait.PADDING):
-                value = _padded(program, node, value, place)
-            elif int(arguments(node)["dim"]) != place:
+                value = _repeat_padding(program, node, value, time_axis)
+            elif int(arguments(node)["dim"]) != time_axis:
                 value = program.edit.call(node.target, value, *node.args[1:], **node.kwargs)
     program.edit.replace(reach.root, value)
 
 
-def _padded(program: Program, node: fx.Node, value: fx.Node, place: int) -> fx.Node:
-    """Repeat a padding, that along time left out."""
+def _repeat_padding(program: Program, node: fx.Node, value: fx.Node, time_axis: int) -> fx.Node:
+    """Repeat a padding without its part along time."""
     pad = list(arguments(node)["pad"])
-    index = 2 * (node.meta["val"].dim() - 1 - place)
+    index = 2 * (node.meta["val"].dim() - 1 - time_axis)
     if index < len(pad):
         pad[index : index + 2] = [0, 0]
     if not any(pad):
@@ -263,20 +271,20 @@ def _padded(program: Program, node: fx.Node, value: fx.Node, place: int) -> fx.N
     return program.edit.call(node.target, *args, **kwargs)
 
 
-def _convolved(
-    program: Program, node: fx.Node, value: fx.Node, place: int, constant: set[fx.Node]
+def _repeat_convolution(
+    program: Program, node: fx.Node, value: fx.Node, time_axis: int, constant: set[fx.Node]
 ) -> fx.Node:
     """Repeat a convolution or pooling without its padding along time."""
-    found = arguments(node)
+    call_args = arguments(node)
     form = read_operator(node, constant)
     assert form is not None
-    ends = [(0, 0) if index == place - 2 else (a.low, a.high) for index, a in enumerate(form.axes)]
+    ends = [(0, 0) if index == time_axis - 2 else (a.low, a.high) for index, a in enumerate(form.axes)]
     if any(low != high for low, high in ends):
         # an even kernel with padding of the same size has one more at the far end
         pad = [size for pair in reversed(ends) for size in pair]
         value = program.edit.call(aten.pad.default, value, pad)
         ends = [(0, 0)] * len(ends)
     source = "self" if is_operator(node, *POOLINGS) else "input"
-    target = CONVOLUTION[len(form.axes)] if isinstance(found["padding"], str) else node.target
-    args, kwargs = normal_call(target, found | {source: value, "padding": [low for low, _ in ends]})
+    target = CONVOLUTION[len(form.axes)] if isinstance(call_args["padding"], str) else node.target
+    args, kwargs = normal_call(target, call_args | {source: value, "padding": [low for low, _ in ends]})
     return program.edit.call(target, *args, **kwargs)

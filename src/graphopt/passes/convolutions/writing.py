@@ -1,4 +1,4 @@
-"""Writing a form into the graph as one convolution, and computing its kernel as a tensor."""
+"""Writing an affine form into the graph as one convolution, and computing its kernel as a tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVOLUTION = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.de
 
 
 class OnGraph:
-    """Makes kernels as nodes over the weights."""
+    """Builds kernels as nodes over the weights."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -28,7 +28,7 @@ class OnGraph:
         return node
 
     def apply(self, operator: Any, *arguments: Any) -> Any:
-        """Insert a call."""
+        """Insert a call and return its node."""
         return self.program.edit.call(operator, *arguments)
 
     def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
@@ -54,7 +54,7 @@ class OnTensors:
         return self.known[node]
 
     def apply(self, operator: Any, *arguments: Any) -> Any:
-        """Compute a call."""
+        """Return the result of a call."""
         return operator(*arguments)
 
     def constant(self, shape: list[int], value: float, dtype: torch.dtype) -> Any:
@@ -63,8 +63,8 @@ class OnTensors:
 
 
 def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
-    """Insert the convolution that a form is, reading ``source``, and return it."""
-    kernel, bias = (_held(program, v, source) for v in form.build(OnGraph(program)))
+    """Insert the convolution of an affine form over ``source``, and return it."""
+    kernel, bias = (_as_weight(program, v, source) for v in form.build(OnGraph(program)))
     source, padding = pad_source(program, form.axes, form.mode, source)
     return program.edit.call(
         CONVOLUTION[len(form.axes)], source, kernel, bias,
@@ -75,15 +75,15 @@ def write_form(program: Program, form: Form, source: fx.Node) -> fx.Node:
 def pad_source(
     program: Program, axes: tuple[Axis, ...], mode: str, source: fx.Node
 ) -> tuple[fx.Node, list[int]]:
-    """Return what a form's convolution reads and the padding it is given: its own, where that can be."""
+    """Return the input and padding of a form's convolution; padding it cannot do itself is a node of its own."""
     low, high = [a.low for a in axes], [a.high for a in axes]
     if low == high and min(low) >= 0 and mode in ("", "zeros"):
         return source, low
-    return _padded(program, source, low, high, mode), [0] * len(low)
+    return _pad(program, source, low, high, mode), [0] * len(low)
 
 
-def _held(program: Program, node: fx.Node | None, source: fx.Node) -> fx.Node | None:
-    """Return a kernel's node in the type of what it is applied to; one that reads no weight becomes a weight."""
+def _as_weight(program: Program, node: fx.Node | None, source: fx.Node) -> fx.Node | None:
+    """Return a kernel's node in the dtype of its input; a kernel that reads no weight becomes a weight."""
     if node is None:
         return None
     dtype = source.meta["val"].dtype
@@ -93,8 +93,8 @@ def _held(program: Program, node: fx.Node | None, source: fx.Node) -> fx.Node | 
         return node
     tensor = interpret(program, {}, record=[node], stop=True)[node.name]
     program.edit.erase_dead([node])
-    taken = {name for weight in program.weights.values() for name in weight.all_names}
-    name = next(n for n in (f"fused.kernel_{i}" for i in itertools.count()) if n not in taken)
+    names = {name for weight in program.weights.values() for name in weight.all_names}
+    name = next(n for n in (f"fused.kernel_{i}" for i in itertools.count()) if n not in names)
     return program.edit.add_weight(name, tensor, kind="buffer")
 
 
@@ -109,7 +109,7 @@ def _reads_a_weight(program: Program, node: fx.Node) -> bool:
     return False
 
 
-def _padded(program: Program, source: fx.Node, low: list[int], high: list[int], mode: str) -> fx.Node:
+def _pad(program: Program, source: fx.Node, low: list[int], high: list[int], mode: str) -> fx.Node:
     def sizes(values: list[tuple[int, int]]) -> list[int]:
         flat = [size for pair in reversed(values) for size in pair]
         return flat if any(flat) else []
@@ -118,7 +118,7 @@ def _padded(program: Program, source: fx.Node, low: list[int], high: list[int], 
     if mode in ("", "zeros"):
         pad = sizes(pairs)
         return program.edit.call(aten.pad.default, source, pad) if pad else source
-    grown = sizes([(max(a, 0), max(b, 0)) for a, b in pairs])
-    source = program.edit.call(aten.pad.default, source, grown, mode)
-    cut = sizes([(min(a, 0), min(b, 0)) for a, b in pairs])
-    return program.edit.call(aten.pad.default, source, cut) if cut else source
+    padded = sizes([(max(a, 0), max(b, 0)) for a, b in pairs])
+    source = program.edit.call(aten.pad.default, source, padded, mode)
+    cropped = sizes([(min(a, 0), min(b, 0)) for a, b in pairs])
+    return program.edit.call(aten.pad.default, source, cropped) if cropped else source

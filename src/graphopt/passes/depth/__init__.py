@@ -1,1 +1,1 @@
-"""Fewer layers."""
+"""Passes that remove layers."""

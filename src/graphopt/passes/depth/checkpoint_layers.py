@@ -1,4 +1,4 @@
-"""What the removal of layers means for the checkpoint: tensors that go, and numbers that close up."""
+"""Effects of removing layers on the checkpoint: tensors that go, and layers that are renumbered."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.readers import readers
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 def forget_removed(
     program: Program, before: set[fx.Node], names: list[set[str]], removed: list[int], *, whole: bool
 ) -> None:
-    """Drop the tensors that nothing reads any more, and note how the rest is renumbered.
+    """Drop the tensors that nothing reads any more, and record how the remaining layers are renumbered.
 
     Args:
-        program: after the removal.
+        program: the program after the removal.
         before: weights that were read before it.
         names: the checkpoint's names by layer, before the removal.
-        removed: numbers of the layers that went.
-        whole: whole layers went, so that a checkpoint can close the gap.
+        removed: numbers of the removed layers.
+        whole: whether whole layers were removed, so that a checkpoint can renumber the others.
     """
     unread = {node for node in before if not readers(program, node)}
-    ways: list[fx.Node] = []
+    mapping_nodes: list[fx.Node] = []
     for name, node in list(program.checkpoint.items()):
-        if node.op == "call_function" and _made_of(program, node) and _made_of(program, node) <= unread:
-            # a way back from a weight, fused or scaled, that went with its layer
+        if node.op == "call_function" and _weights_of(program, node) and _weights_of(program, node) <= unread:
+            # the weight mapping of a fused or scaled weight that was removed with its layer
             del program.checkpoint[name]
-            ways.append(node)
-        elif (node in before and not node.users) or _only_feeds_nothing(program, node, before):
+            mapping_nodes.append(node)
+        elif (node in before and not node.users) or _feeds_only_dead_nodes(program, node, before):
             del program.checkpoint[name]
-    program.edit.erase_dead(ways)
-    gone = [node for node in before if not node.users and node not in program.checkpoint.values()]
-    for node in gone:
+    program.edit.erase_dead(mapping_nodes)
+    removed_weights = [node for node in before if not node.users and node not in program.checkpoint.values()]
+    for node in removed_weights:
         program.edit.remove_weight(node)
     renumbered = numbering(names, removed) if whole else None
     if renumbered is None:
         block_export(
             program,
             (
-                "parts of layers were removed, which no configuration can say"
+                "parts of layers were removed, which no configuration can express"
                 if not whole
                 else "the checkpoint's names do not number its layers"
             ),
@@ -54,13 +54,13 @@ def forget_removed(
     note_checkpoint(program, removed_layers=tuple(renumbered))
 
 
-def _made_of(program: Program, node: fx.Node) -> set[fx.Node]:
+def _weights_of(program: Program, node: fx.Node) -> set[fx.Node]:
     """Return the weights that a value is computed from."""
     return {n for n in needed_for([node], ()) if n.op == "placeholder" and n.name in program.weights}
 
 
-def _only_feeds_nothing(program: Program, node: fx.Node, before: set[fx.Node]) -> bool:
-    """Tensors that were joined into a weight that is gone are gone too."""
+def _feeds_only_dead_nodes(program: Program, node: fx.Node, before: set[fx.Node]) -> bool:
+    """Tell whether a tensor only feeds dead nodes, such as a joined weight that was removed."""
     if node.op != "placeholder" or node not in before or not node.users:
         return False
     work, seen = list(node.users), set()
@@ -78,32 +78,32 @@ def _only_feeds_nothing(program: Program, node: fx.Node, before: set[fx.Node]) -
 
 
 def numbering(names: list[set[str]], removed: list[int]) -> list[RemovedLayers] | None:
-    """Return, for each stack of layers, the prefix before the number, how many there were, and which go.
+    """Return, for each stack of layers, the prefix before the number, how many there were, and which are removed.
 
-    None if the names do not tell layers apart by a number.
+    None if the names do not distinguish layers by a number.
     """
     stacks: dict[str, dict[int, int]] = {}
     for layer, members in enumerate(names):
-        found = _prefix(members)
-        if found is None:
+        prefix_and_number = _prefix_and_number(members)
+        if prefix_and_number is None:
             return None
-        prefix, number = found
+        prefix, number = prefix_and_number
         stacks.setdefault(prefix, {})[number] = layer
     plan = []
     for prefix, layers in stacks.items():
-        gone = sorted(number for number, layer in layers.items() if layer in removed)
+        removed_numbers = sorted(number for number, layer in layers.items() if layer in removed)
         if sorted(layers) != list(range(len(layers))):
             return None
-        if gone:
-            plan.append(RemovedLayers(prefix, len(layers), tuple(gone)))
+        if removed_numbers:
+            plan.append(RemovedLayers(prefix, len(layers), tuple(removed_numbers)))
     return plan
 
 
-def _prefix(members: set[str]) -> tuple[str, int] | None:
-    """Return the part of the names up to the layer's number, which all of a layer's names share."""
+def _prefix_and_number(members: set[str]) -> tuple[str, int] | None:
+    """Return the prefix up to the layer's number that all of a layer's names share, and the number; None if none."""
     candidates: dict[tuple[str, int], int] = {}
     for name in members:
-        for match in _NUMBER.finditer(name):
+        for match in _LAYER_NUMBER.finditer(name):
             key = (name[: match.start()], int(match.group()))
             candidates[key] = candidates.get(key, 0) + 1
     shared = [key for key, count in candidates.items() if count == len(members)]

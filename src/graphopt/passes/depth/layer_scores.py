@@ -1,4 +1,4 @@
-"""Which layers matter least: scores, searches and the rule without data."""
+"""Finding the layers that matter least: scores, searches and the rule without data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def unified_rule(count: int, speedup: float) -> set[int]:
-    """Return the layers that Unified Layer Skipping keeps, index for index as its published code does.
+    """Return the indices of the layers that Unified Layer Skipping keeps, exactly as in its published code.
 
     Args:
         count: number of layers N.
@@ -58,14 +58,14 @@ def choose(
                 f"skip-layers: {options.remove} of {len(units)} {options.unit}s cannot be removed; "
                 "one must be left"
             )
-        return _order(program, context, options, units, plan, options.remove)
+        return _by_removal_order(program, context, options, units, plan, options.remove)
     assert options.budget is not None
     chosen: list[str] = []
     order: list[str] = []
     for number in range(1, len(units)):
-        # a run of neighbours is another run for each length; the others only grow
+        # each length has another best run of neighbours; other orders are only extended
         if options.search == "contiguous" or not order:
-            order = _order(
+            order = _by_removal_order(
                 program,
                 context,
                 options,
@@ -76,12 +76,12 @@ def choose(
         candidate = order[:number]
         attempt = Plan(sites_of([unit.name for unit in units], candidate))
         if options.phase == "decode":
-            # what is judged is what the dial leaves out; the program with the dial runs everything
-            made = _without(program, options, candidate)
+            # judged without the skipped units; the program with the setting at its default runs them all
+            candidate_program = _copy_without(program, options, candidate)
         else:
-            made = options.tried(program, attempt)
-        loss = context.loss(made, program, metric=options.metric)
-        release(made)
+            candidate_program = options.tried(program, attempt)
+        loss = context.loss(candidate_program, program, metric=options.metric)
+        release(candidate_program)
         plan.notes.append(f"without {number}: loss {loss:.4g}")
         if not loss <= options.budget:
             break
@@ -95,22 +95,22 @@ def choose(
 
 
 def sites_of(names: list[str], chosen: list[str]) -> list[Site]:
-    """Return the sites of the units that go, in the order of the graph."""
+    """Return the sites of the units to remove, in graph order."""
     return [Site(name, number=number) for number, name in enumerate(names) if name in chosen]
 
 
 def _estimate(program: Program, context: Context, options: SkipLayers, count: int, plan: Plan) -> None:
-    """Say beforehand how long scoring takes, from one evaluation."""
+    """Report in advance how long scoring takes, estimated from one evaluation."""
     began = time.perf_counter()
-    # a budget compares with what judging data says of the original, which is then known
+    # a budget compares with the original's metric on judging data, which is computed and stored here
     context.evaluate(program, program, metric=options.metric, judge=options.budget is not None)
-    each = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     runs = count if options.score in ("perplexity", "kl", "cosine") else 1
     if options.search == "greedy":
         runs *= options.remove or count // 2
     if options.remove is None:
         runs += count // 2
-    note = f"estimated time for scores: {runs} evaluations of {each:.2g} s, about {runs * each:.3g} s"
+    note = f"estimated time for scores: {runs} evaluations of {seconds:.2g} s, about {runs * seconds:.3g} s"
     plan.notes.append(note)
     context.progress.start(note, 0)
     context.progress.done()
@@ -126,7 +126,7 @@ def units_of(program: Program, unit: str) -> list[Any]:
     return [block for block in anatomy.blocks if block.kind in ("ffn", "experts")]
 
 
-def _order(
+def _by_removal_order(
     program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
 ) -> list[str]:
     if options.search == "contiguous":
@@ -138,49 +138,53 @@ def _order(
     return sorted(scores, key=lambda name: scores[name])[:number]
 
 
-def _without(program: Program, options: SkipLayers, names: list[str]) -> Program:
-    """Return a copy without the units named."""
+def _copy_without(program: Program, options: SkipLayers, names: list[str]) -> Program:
+    """Return a copy without the named units."""
     copy = options.copied(program)
     _remove_in_place(copy, options, names)
     return copy
 
 
 def _scores(
-    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str] | None = None
+    program: Program,
+    context: Context,
+    options: SkipLayers,
+    names: list[str],
+    removed: list[str] | None = None,
 ) -> dict[str, float]:
-    """Return the score of each unit in the program without those already gone."""
-    gone = gone or []
+    """Return the score of each unit in the program without those already removed."""
+    removed = removed or []
     if options.score in ("perplexity", "kl", "cosine"):
         return context.score(
             program,
             names,
-            lambda copy, name: _remove_in_place(copy, options, [*gone, name]),
+            lambda copy, name: _remove_in_place(copy, options, [*removed, name]),
             metric=options.score,
-            key=f"skip-layers:{options.unit}:{','.join(gone)}",
+            key=f"skip-layers:{options.unit}:{','.join(removed)}",
         )
-    key = f"skip-layers:{options.score}:{options.unit}:{','.join(gone)}"
-    return context.remember(program, key, lambda: _distances(program, context, options, names, gone))
+    key = f"skip-layers:{options.score}:{options.unit}:{','.join(removed)}"
+    return context.remember(program, key, lambda: _distances(program, context, options, names, removed))
 
 
 def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> None:
-    found = {unit.name: unit for unit in units_of(copy, options.unit)}
+    by_name = {unit.name: unit for unit in units_of(copy, options.unit)}
     order = {node: i for i, node in enumerate(copy.graph.nodes)}
-    for unit in sorted((found[n] for n in names), key=lambda u: order[u.writes], reverse=True):
+    for unit in sorted((by_name[n] for n in names), key=lambda u: order[u.writes], reverse=True):
         copy.remove(unit)
 
 
 def _distances(
-    program: Program, context: Context, options: SkipLayers, names: list[str], gone: list[str]
+    program: Program, context: Context, options: SkipLayers, names: list[str], removed: list[str]
 ) -> dict[str, float]:
-    """Mean distance between what each unit reads and writes."""
+    """Return the mean distance between the input and output of each unit."""
     units = {unit.name: unit for unit in units_of(program, options.unit)}
     working = program
-    if gone:
+    if removed:
         working = options.copied(program)
         by_name = {node.name: node for node in working.graph.nodes}
         ends = {n: (units[n].reads.name, units[n].writes.name) for n in names}
-        _remove_in_place(working, options, gone)
-        # what took the place of what a removed neighbour wrote
+        _remove_in_place(working, options, removed)
+        # values that replaced the output of a removed neighbour
         pairs = {n: tuple(working.edit.now(by_name[e]) for e in ends[n]) for n in names}
     else:
         pairs = {n: (units[n].reads, units[n].writes) for n in names}
@@ -198,7 +202,7 @@ def _distances(
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str) -> float:
-    # between some layers a stream may have its rows one after the other: (batch * sequence, size)
+    # between some layers a stream may be flattened to (batch * sequence, size)
     if first.dim() != second.dim():
         shape = max(first.shape, second.shape, key=len)
         first, second = first.reshape(shape), second.reshape(shape)
@@ -213,14 +217,14 @@ def _distance(first: torch.Tensor, second: torch.Tensor, batch: Any, score: str)
 def _greedy(
     program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
 ) -> list[str]:
-    gone: list[str] = []
-    while len(gone) < number:
-        rest = [unit.name for unit in units if unit.name not in gone]
-        scores = _scores(program, context, options, rest, gone)
+    removed: list[str] = []
+    while len(removed) < number:
+        remaining = [unit.name for unit in units if unit.name not in removed]
+        scores = _scores(program, context, options, remaining, removed)
         lowest = min(scores, key=lambda name: scores[name])
         plan.scores[lowest] = scores[lowest]
-        gone.append(lowest)
-    return gone
+        removed.append(lowest)
+    return removed
 
 
 def _contiguous(

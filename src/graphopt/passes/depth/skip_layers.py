@@ -1,4 +1,4 @@
-"""Blocks leave the residual stream for good."""
+"""Removing blocks from the residual stream, or skipping them while decoding."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ CHOSEN_BY_SCORE = {"layers": ABSENT, "speedup": ABSENT}
 class SkipLayers(Pass):
     """Remove layers, attentions or feed-forwards.
 
-    Say which with ``layers``, how many with ``remove``, by a rule without data with ``speedup`` (Unified
-    Layer Skipping, arXiv 2404.06954: keep N / speedup layers, first and last among them, spread by the
-    official rule), or give a ``budget`` alone: the largest number whose loss on judging data stays within it.
+    ``layers`` names them; ``remove`` says how many; ``speedup`` chooses by a rule without data (Unified Layer
+    Skipping, arXiv 2404.06954: keep N / speedup layers, including the first and last, spread by the official
+    rule); ``budget`` alone removes the largest number whose loss on judging data stays within it.
 
     Scores: ``block-influence`` is one minus the cosine between what a layer reads and writes (ShortGPT, arXiv
     2403.03853), ``angular`` the angle in half turns (arXiv 2403.17887), ``perplexity``, ``kl`` and ``cosine``
     what the whole model loses without the layer. ``one-shot`` removes the lowest-scored; ``greedy`` scores
     again after each removal; ``contiguous`` removes the best run of neighbours.
 
-    ``phase=decode`` leaves the layers in, for prompts: a dial ``decoding`` skips them for the tokens that follow, as
-    Unified Layer Skipping does it, and keys and values of the layers that are kept stay sound.
+    ``phase=decode`` keeps the layers for prompts: a run-time setting ``decoding`` skips them for the tokens that
+    follow, as in Unified Layer Skipping, and keys and values of the kept layers remain valid.
     """
 
     name = "skip-layers"
@@ -60,11 +60,13 @@ class SkipLayers(Pass):
     speedup: float | None = option(
         None, help="keep one layer in this many, by the unified rule", source="paper", low=1
     )
-    budget: float | None = option(None, help="largest relative loss; alone: remove as many as hold it", low=0)
+    budget: float | None = option(
+        None, help="largest relative loss; alone: remove as many as it allows", low=0
+    )
     unit: str = option("layer", help="what is removed", choices=("layer", "attention", "ffn"))
     score: str = option(
         "block-influence",
-        help="what tells how little a unit matters",
+        help="score of a unit's importance",
         source="paper",
         choices=("block-influence", "angular", "perplexity", "kl", "cosine"),
         needs=CHOSEN_BY_SCORE,
@@ -80,16 +82,16 @@ class SkipLayers(Pass):
     )
     phase: str = option(
         "always",
-        help="when they are skipped: always, or decode, by a dial: all layers read the prompt",
+        help="when they are skipped: always, or decode, by a run-time setting: all layers read the prompt",
         choices=("always", "decode"),
     )
 
     def validate(self) -> None:
-        """Exactly one way of saying what goes."""
-        ways = [n for n in ("layers", "remove", "speedup") if getattr(self, n) is not None]
-        if len(ways) > 1:
-            raise PipelineError(f"{self.name}: {' and '.join(ways)} say the same thing twice; give one")
-        if not ways and self.budget is None:
+        """Require exactly one option that says what is removed."""
+        selectors = [n for n in ("layers", "remove", "speedup") if getattr(self, n) is not None]
+        if len(selectors) > 1:
+            raise PipelineError(f"{self.name}: {' and '.join(selectors)} say the same thing twice; give one")
+        if not selectors and self.budget is None:
             raise PipelineError(
                 f"{self.name}: say what to remove", hint="layers=[3 4], remove=2, speedup=2 or budget=0.01"
             )
@@ -97,27 +99,27 @@ class SkipLayers(Pass):
             raise PipelineError(f"{self.name}: layers lists a number twice")
 
     def promises(self) -> Contract:
-        """Judged by the metric asked for; layers that are skipped after the prompt alone leave the prompt exact."""
+        """Return a contract judged by the given metric; with ``phase=decode`` the prompt is exact."""
         if self.phase == "decode":
             return ExactAt(PHASE, 0.0, judged_at=1.0, metric=self.metric)
         return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Score units and choose."""
+        """Score units and choose which to remove."""
         units = units_of(program, self.unit)
         names = [unit.name for unit in units]
         if len(units) < 2:
-            found = f"there is {len(units)} {self.unit}" if units else f"there is no {self.unit}"
+            count = f"there is {len(units)} {self.unit}" if units else f"there is no {self.unit}"
             raise PassRefusedError(
-                f"{self.name}: {found} on the residual stream", hint="graphopt inspect shows its blocks"
+                f"{self.name}: {count} on the residual stream", hint="graphopt inspect shows its blocks"
             )
         plan = Plan()
         if self.layers is not None:
             chosen = self._listed(names)
         elif self.speedup is not None:
-            kept = unified_rule(len(names), self.speedup)
-            chosen = [n for i, n in enumerate(names) if i not in kept]
-            plan.notes.append(f"kept by the unified rule: {sorted(kept)}")
+            kept_indices = unified_rule(len(names), self.speedup)
+            chosen = [n for i, n in enumerate(names) if i not in kept_indices]
+            plan.notes.append(f"kept by the unified rule: {sorted(kept_indices)}")
         else:
             chosen = choose(program, context, self, units, plan)
         kept_names = [n for n in names if n not in chosen]
@@ -131,7 +133,7 @@ class SkipLayers(Pass):
         return plan
 
     def told(self, program: Program, plan: Plan) -> list[str]:
-        """The same removal in the words of other tools, which remove layers for prompts as well."""
+        """Return the same removal as commands of other tools, which remove layers for prompts as well."""
         if self.phase == "decode":
             return []
         names = [unit.name for unit in units_of(program, self.unit)]
@@ -148,7 +150,7 @@ class SkipLayers(Pass):
         return [names[i] for i in self.layers]
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Take the planned units out, last first, so that what an earlier one reads is still there."""
+        """Remove the planned units, last first, so that the value an earlier one reads still exists."""
         if not plan.sites:
             return
         if self.phase == "decode":
@@ -170,38 +172,40 @@ class SkipLayers(Pass):
 
     @classmethod
     def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
-        """Let a program whose phase no longer changes take the layers, or pass them over, everywhere."""
+        """Let a program whose phase is frozen always run the layers, or always skip them."""
         if dial != PHASE:
             return
         for node in [n for n in program.nodes if is_operator(n, "graphopt.skipped")]:
-            found = arguments(node)
-            program.edit.replace(node, found["before"] if value >= 0.5 else found["after"], record=False)
+            args = arguments(node)
+            program.edit.replace(node, args["before"] if value >= 0.5 else args["after"], record=False)
         program.facts.discard(SkippedWhileDecoding)
         others = [r for r in export_blockers(program).get(cls.name, ()) if r != PHASED]
         unblock_export(program, cls.name)
         for reason in others:
             block_export(program, reason, by=cls.name)
         if value >= 0.5:
-            block_export(program, "layers were passed over by a dial; skip-layers without phase removes them")
+            block_export(
+                program, "layers are skipped by a frozen setting; skip-layers without phase removes them"
+            )
 
 
 def _skip_while_decoding(program: Program, units: list[Any]) -> None:
-    """Let a dial choose between what the units wrote and what they read."""
+    """Add a run-time setting that chooses between the output and the input of each unit."""
     if not units:
         return
     phase = program.add_dial(PHASE, Dial(0.0, 0.0, 1.0, "0 while a prompt is read, 1 while tokens are added"))
-    now: dict[fx.Node, fx.Node] = {}
+    replacements: dict[fx.Node, fx.Node] = {}
     for unit in units:
         writes = unit.writes
-        reads = now.get(unit.reads, unit.reads)
+        reads = replacements.get(unit.reads, unit.reads)
         users = list(writes.users)
         with program.edit.after(writes):
             stream = shaped_like(program, reads, writes)
-            chosen = program.edit.call(torch.ops.graphopt.skipped.default, stream, writes, phase)
+            selected = program.edit.call(torch.ops.graphopt.skipped.default, stream, writes, phase)
         for user in users:
-            user.replace_input_with(writes, chosen)
+            user.replace_input_with(writes, selected)
             program.edit.touched[user] = None
-        now[writes] = chosen
+        replacements[writes] = selected
     program.changed()
     program.facts.add(SkippedWhileDecoding(tuple(unit.name for unit in units)))
     block_export(program, PHASED)
@@ -212,7 +216,7 @@ def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:
     by_node: dict[fx.Node, list[str]] = {}
     for name, node in program.checkpoint.items():
         by_node.setdefault(node, []).append(name)
-    found: list[set[str]] = []
+    names_by_layer: list[set[str]] = []
     for layer in layers:
         names: set[str] = set()
         for block in layer.blocks:
@@ -224,12 +228,12 @@ def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:
                         needed = needed_for([used], {layer.reads: None})
                         if all(n.op != "placeholder" or n.name in program.weights for n in needed):
                             names.update(x for n in needed for x in by_node.get(n, ()))
-        found.append(names)
-    return found
+        names_by_layer.append(names)
+    return names_by_layer
 
 
 def _other_tools(removed: list[int], count: int) -> list[str]:
-    """The same removal as llama.cpp and mergekit write it."""
+    """Return the same removal as options of llama.cpp and mergekit."""
     ranges, start = [], 0
     for number in [*sorted(removed), count]:
         if number > start:

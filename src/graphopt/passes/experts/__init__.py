@@ -1,1 +1,1 @@
-"""Fewer experts, or fewer of them active."""
+"""Passes that remove experts, or let fewer of them be active."""

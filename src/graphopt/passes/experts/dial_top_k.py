@@ -1,4 +1,4 @@
-"""The number of active experts of a mixture, chosen when the program runs."""
+"""The number of active experts of a mixture-of-experts layer as a run-time setting."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ DIAL = "active_experts"
 DIALLED = (
     "the number of active experts is a dial, which a configuration has not; freeze-dial makes it one number"
 )
-UNEVEN = "mixtures have different numbers of active experts, for which the configuration has one entry"
+UNEVEN = "MoE layers have different numbers of active experts, for which the configuration has one entry"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DialTopK(Pass):
-    """Let the number k of experts that a token goes to be a dial, from 1 to the trained number (arXiv 2509.23012).
+    """Make the number k of experts per token a run-time setting, from 1 to the trained number (arXiv 2509.23012).
 
-    ``program(..., active_experts=k)``; left out, the trained number, at which nothing changes. Experts beyond k are not
-    computed. Where the model divides routing weights by their sum, those that are left are scaled to it, as a model with
-    that k would; where it does not, the mixture adds less as k falls, and a note says so. ``fixed`` writes one k into the
-    program, which a Hugging Face folder then has for its own setting.
+    ``program(..., active_experts=k)``; the default is the trained number, at which nothing changes. Experts beyond k
+    are not computed. If the model divides routing weights by their sum, the remaining weights are normalised too, as
+    in a model with that k; if it does not, the layer adds less as k falls, and a note says so. ``fixed`` writes one k
+    into the program, which becomes an entry in the configuration of a Hugging Face folder.
     """
 
     name = "dial-top-k"
@@ -48,33 +48,35 @@ class DialTopK(Pass):
     provides = (AdjustableExperts,)
     excludes = (AdjustableExperts,)
 
-    fixed: int | None = option(None, help="this k, for good, instead of a dial", low=1)
-    per_layer: bool = option(False, help="a dial for each mixture: active_experts_0, active_experts_1, ...")
+    fixed: int | None = option(None, help="this fixed k instead of a run-time setting", low=1)
+    per_layer: bool = option(
+        False, help="a setting for each MoE layer: active_experts_0, active_experts_1, ..."
+    )
 
     def validate(self) -> None:
-        """A number that is fixed needs no dials."""
+        """Require that ``fixed`` and ``per_layer`` are not used together."""
         if self.fixed is not None and self.per_layer:
             raise PipelineError(f"{self.name}: fixed and per_layer exclude one another")
 
     def promises(self) -> Contract:
-        """Exact where the dial stands at the trained number."""
+        """Return a contract that is exact at the trained number; with ``fixed`` it is approximate."""
         return Approximate() if self.fixed is not None else self.contract
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Take every mixture whose experts come straight from a top-k."""
+        """Take every MoE layer whose experts are the direct result of a top-k."""
         plan = self.findings(program).plan()
-        loose = [site.block for site in plan.sites if not site["renormalised"]]
-        if loose:
+        unnormalised = [site.block for site in plan.sites if not site["renormalised"]]
+        if unnormalised:
             plan.notes.append(
-                f"{', '.join(loose)}: routing weights are not divided by their sum, so the mixture adds less "
+                f"{', '.join(unnormalised)}: routing weights are not divided by their sum, so the MoE layer adds less "
                 "with fewer experts"
             )
         return plan
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield every mixture whose experts come straight from a top-k."""
+        """Yield every MoE layer whose experts are the direct result of a top-k."""
         for block in program.anatomy.experts:
-            reason, most = _most(program, block)
+            reason, most = _trained_count(program, block)
             if reason:
                 yield Refused(block.name, reason, program.source_line(block.term))
                 continue
@@ -82,13 +84,13 @@ class DialTopK(Pass):
                 raise PassRefusedError(
                     f"{self.name}: {block.name} was trained with {most} active experts, {self.fixed} are more"
                 )
-            yield Site(block.name, most=most, renormalised=_normalised(program, block)), block
+            yield Site(block.name, most=most, renormalised=_is_normalised(program, block)), block
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Limit the experts of the mixtures that the plan names."""
+        """Limit the experts of the MoE layers that the plan names."""
         if not plan.sites:
             return
-        chosen, mixtures = self.chosen(program, plan), len(program.anatomy.experts)
+        chosen, layer_count = self.chosen(program, plan), len(program.anatomy.experts)
         shared: fx.Node | None = None
         if self.fixed is not None and plan.sites:
             value = torch.tensor(float(self.fixed), dtype=torch.float64)
@@ -106,24 +108,24 @@ class DialTopK(Pass):
                 )
             _limit(program, block, k, bool(site["renormalised"]))
         counts = {int(site["most"]) for site in plan.sites}
-        if self.fixed is not None and len(counts) == 1 and len(plan.sites) == mixtures:
+        if self.fixed is not None and len(counts) == 1 and len(plan.sites) == layer_count:
             note_checkpoint(program, active_experts=(counts.pop(), self.fixed))
         else:
             block_export(program, DIALLED if self.fixed is None else UNEVEN)
 
     @classmethod
     def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
-        """Let a folder have the number at which all mixtures stand for its own setting, once no dial is left."""
+        """Record the number of active experts for a folder's configuration once all MoE layers have one frozen number."""
         if not dial.startswith(DIAL) or DIALLED not in export_blockers(program).get(cls.name, ()):
             return
-        limited = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
-        limits = [arguments(n)["k"] for n in limited]
+        limited_nodes = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
+        limits = [arguments(n)["k"] for n in limited_nodes]
         if any(k.name not in program.weights for k in limits):
             return
         numbers = {float(program.weights[k.name].source.load()) for k in limits}
         active = {int(b.sizes["active"]) for b in program.anatomy.experts}
         unblock_export(program, by=cls.name)
-        if len(limited) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
+        if len(limited_nodes) == len(program.anatomy.experts) and len(numbers) == len(active) == 1:
             number = numbers.pop()
             if number.is_integer():
                 note_checkpoint(program, active_experts=(active.pop(), int(number)))
@@ -131,7 +133,7 @@ class DialTopK(Pass):
         block_export(program, UNEVEN, by=cls.name)
 
 
-def _most(program: Program, block: Block) -> tuple[str, int]:
+def _trained_count(program: Program, block: Block) -> tuple[str, int]:
     core = block.parts.get("core")
     if core is None:
         return "its experts were not recognised as one operator", 0
@@ -140,15 +142,15 @@ def _most(program: Program, block: Block) -> tuple[str, int]:
     chosen = arguments(core)["experts"]
     most = int(chosen.meta["val"].shape[-1])
     top = is_operator(chosen, "getitem") and chosen.args[1] == 1 and is_operator(chosen.args[0], "aten.topk")
-    if not top and not _ranked(program, block, most):
+    if not top and not _is_ranked(program, block, most):
         return "its experts come neither from a top-k nor in the order of its router's scores", 0
     return "", most
 
 
-def _ranked(program: Program, block: Block, most: int) -> bool:
-    """Tell whether experts come best first, by choosing some for random scores."""
-    found, scores = _from_random_scores(program, block, "experts")
-    return torch.equal(found, scores.topk(most).indices)
+def _is_ranked(program: Program, block: Block, most: int) -> bool:
+    """Tell whether experts are sorted by score, by choosing some for random scores."""
+    experts, scores = _from_random_scores(program, block, "experts")
+    return torch.equal(experts, scores.topk(most).indices)
 
 
 def _from_random_scores(program: Program, block: Block, what: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,47 +158,47 @@ def _from_random_scores(program: Program, block: Block, what: str) -> tuple[torc
     region = cut(program, [arguments(block.parts["core"])[what]], lambda node: node is router)
     sizes = {name: limits.hint for name, limits in program.signature.sizes.items()}
     values = {node.name: leaf_value(program, node, sizes, seed) for seed, node in enumerate(region.leaves)}
-    (found,) = region.run(values, lambda node: drawn_source(node, 1).load())
-    return found, values[router.name]
+    (result,) = region.run(values, lambda node: drawn_source(node, 1).load())
+    return result, values[router.name]
 
 
-def _normalised(program: Program, block: Block) -> bool:
+def _is_normalised(program: Program, block: Block) -> bool:
     """Tell whether routing weights have the same sum for all tokens, by computing some from random logits."""
-    found, _ = _from_random_scores(program, block, "weights")
-    sums = found.sum(-1)
+    weights, _ = _from_random_scores(program, block, "weights")
+    sums = weights.sum(-1)
     return bool((sums - sums.mean()).abs().max() <= 1e-9 * sums.abs().max())
 
 
 def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> None:
     core = block.parts["core"]
-    _best_first(program, arguments(core)["experts"])
-    found = dict(arguments(core))
+    _sort_top_k(program, arguments(core)["experts"])
+    call_args = dict(arguments(core))
     call = program.edit.call
-    absent = int(found["up"].meta["val"].shape[0])
-    zero = [n for n in program.weight_nodes if program.weights[n.name].name == "first_expert"]
-    first = zero[0] if zero else program.edit.add_weight(
+    absent = int(call_args["up"].meta["val"].shape[0])
+    existing = [n for n in program.weight_nodes if program.weights[n.name].name == "first_expert"]
+    first = existing[0] if existing else program.edit.add_weight(
         "first_expert", torch.zeros(1, dtype=torch.int64), kind="constant", persistent=False
     )  # fmt: skip
     with program.edit.before(core):
-        found["experts"] = call(dialect.active_experts.default, found["experts"], k, absent)
-        found["weights"] = call(dialect.active_weights.default, found["weights"], k, renormalised)
-        if found["first"] is None:
-            found["first"] = first
-        args, kwargs = normal_call(core.target, found)
-        made = call(core.target, *args, **kwargs)
-    program.edit.replace(core, made)
+        call_args["experts"] = call(dialect.active_experts.default, call_args["experts"], k, absent)
+        call_args["weights"] = call(dialect.active_weights.default, call_args["weights"], k, renormalised)
+        if call_args["first"] is None:
+            call_args["first"] = first
+        args, kwargs = normal_call(core.target, call_args)
+        new_core = call(core.target, *args, **kwargs)
+    program.edit.replace(core, new_core)
 
 
-def _best_first(program: Program, experts: fx.Node) -> None:
-    """Let the best come first where a top-k may give them in any order, which then nobody can rely on."""
+def _sort_top_k(program: Program, experts: fx.Node) -> None:
+    """Let a top-k return experts sorted by score if it may return them in any order; no reader relies on the order."""
     top = experts.args[0]
     if not (is_operator(experts, "getitem") and isinstance(top, fx.Node)):
         return
-    given = dict(arguments(top))
-    if given.get("sorted") is not False:
+    call_args = dict(arguments(top))
+    if call_args.get("sorted") is not False:
         return
-    given["sorted"] = True
-    args, kwargs = normal_call(top.target, given)
+    call_args["sorted"] = True
+    args, kwargs = normal_call(top.target, call_args)
     with program.edit.before(top):
-        made = program.edit.call(top.target, *args, **kwargs)
-    program.edit.replace(top, made)
+        new_top = program.edit.call(top.target, *args, **kwargs)
+    program.edit.replace(top, new_top)

@@ -1,4 +1,4 @@
-"""Mixtures with fewer experts: importance by what routers give them, and taking some of them out."""
+"""Selecting experts of mixture-of-experts layers: importance by their routing, and removing some of them."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ aten = torch.ops.aten
 def expert_scores(
     program: Program, context: Context, blocks: list[Block], score: str
 ) -> dict[str, torch.Tensor]:
-    """Return a score an expert by block name: ``weight``, the sum of its routing weights over calibration tokens;
-    ``count``, how many tokens go to it; ``random``, a control."""
+    """Return one score per expert by block name: ``weight``, the sum of its routing weights over calibration tokens;
+    ``count``, how many tokens are routed to it; ``random``, a control."""
     if score == "random":
         return {b.name: torch.rand(int(b.sizes["experts"]), generator=context.rng).double() for b in blocks}
-    found = {b.name: torch.zeros(int(b.sizes["experts"]), dtype=torch.float64) for b in blocks}
+    scores = {b.name: torch.zeros(int(b.sizes["experts"]), dtype=torch.float64) for b in blocks}
     reads = {b.name: [arguments(b.parts["core"])[n] for n in ("experts", "weights")] for b in blocks}
     for batch, values in context.record(program, dict.fromkeys(n for pair in reads.values() for n in pair)):
         mask = batch.get("attention_mask")
         for name, (chosen, weights) in reads.items():
-            experts, given = values[chosen.name], values[weights.name].double()
+            experts, routing_weights = values[chosen.name], values[weights.name].double()
             if mask is not None and mask.numel() == len(experts):
-                seen = mask.reshape(-1).bool()
-                experts, given = experts[seen], given[seen]
-            # a dial that was fixed lower marks those left out by a number that no expert has
-            there = experts < found[name].numel()
-            experts, given = experts[there], given[there]
-            amounts = torch.ones_like(given) if score == "count" else given
-            found[name].index_add_(0, experts.reshape(-1), amounts.reshape(-1))
-    return found
+                valid = mask.reshape(-1).bool()
+                experts, routing_weights = experts[valid], routing_weights[valid]
+            # a frozen lower number of active experts marks omitted ones by an index that no expert has
+            present = experts < scores[name].numel()
+            experts, routing_weights = experts[present], routing_weights[present]
+            amounts = torch.ones_like(routing_weights) if score == "count" else routing_weights
+            scores[name].index_add_(0, experts.reshape(-1), amounts.reshape(-1))
+    return scores
 
 
 def groups_of(block: Block) -> int:
-    """Return in how many groups a router looks at its experts; 1 where it looks at them together."""
-    found = arguments(block.parts["core"])
-    count = int(found["up"].meta["val"].shape[0])
-    for node in between(block.parts["router"], [found["experts"], found["weights"]]):
+    """Return the number of groups into which a router divides its experts; 1 if there are no groups."""
+    args = arguments(block.parts["core"])
+    count = int(args["up"].meta["val"].shape[0])
+    for node in between(block.parts["router"], [args["experts"], args["weights"]]):
         shape = list(node.meta["val"].shape) if is_operator(node, "aten.reshape") else []
         if len(shape) > 2 and all(isinstance(s, int) for s in shape[-2:]) and shape[-2] * shape[-1] == count:
             return int(shape[-2])
@@ -61,81 +61,81 @@ def groups_of(block: Block) -> int:
 
 
 def take_experts(program: Program, block: Block, left: list[int]) -> None:
-    """Let a mixture have only some of its experts; its router chooses among them.
+    """Keep only some experts of an MoE layer; its router chooses among them.
 
     Raises:
-        ValueError: the way from the router to the choice depends on how many experts there are.
+        ValueError: the computation from the router to the choice depends on how many experts there are.
     """
     core, router = block.parts["core"], block.parts["router"]
-    found = dict(arguments(core))
-    count = int(found["up"].meta["val"].shape[0])
-    index = _index(program, left)
+    call_args = dict(arguments(core))
+    count = int(call_args["up"].meta["val"].shape[0])
+    index = _add_index(program, left)
     constant = depends_on_weights_alone(program)
-    renamed = _renamed(program, block, left, count)
-    inside = between(router, [found["experts"], found["weights"]])
-    now: dict[fx.Node, fx.Node] = {}
-    taken: dict[fx.Node, fx.Node] = {}
+    renamed = _new_names(program, block, left, count)
+    inside = between(router, [call_args["experts"], call_args["weights"]])
+    rewritten: dict[fx.Node, fx.Node] = {}
+    selected: dict[fx.Node, fx.Node] = {}
     with program.edit.before(router):
-        given = dict(arguments(router))
+        router_args = dict(arguments(router))
         for name in ("weight", "bias"):
-            if given.get(name) is not None:
-                # scores behind the experts' are those of shared ones
-                rows = int(given[name].meta["val"].shape[0])
-                scored = index if rows == count else _index(program, [*left, *range(count, rows)])
-                given[name] = _rows(program, taken, given[name], scored)
-        args, kwargs = normal_call(router.target, given)
-        now[router] = program.edit.call(router.target, *args, **kwargs)
+            if router_args.get(name) is not None:
+                # scores after those of the experts belong to shared experts
+                rows = int(router_args[name].meta["val"].shape[0])
+                scored = index if rows == count else _add_index(program, [*left, *range(count, rows)])
+                router_args[name] = _select_rows(program, selected, router_args[name], scored)
+        args, kwargs = normal_call(router.target, router_args)
+        rewritten[router] = program.edit.call(router.target, *args, **kwargs)
     for node in inside:
         with program.edit.before(node):
-            now[node] = _again(program, node, now, taken, constant, count, index)
+            rewritten[node] = _repeat(program, node, rewritten, selected, constant, count, index)
     with program.edit.before(core):
         for name in ("up", "down", "up_bias", "down_bias"):
-            if found[name] is not None:
-                found[name] = _rows(program, taken, found[name], index)
+            if call_args[name] is not None:
+                call_args[name] = _select_rows(program, selected, call_args[name], index)
         for name in ("experts", "weights"):
-            found[name] = now[found[name]]
-        args, kwargs = normal_call(core.target, found)
-        made = program.edit.call(core.target, *args, **kwargs)
-    # what a shared expert is weighted by comes the same way
+            call_args[name] = rewritten[call_args[name]]
+        args, kwargs = normal_call(core.target, call_args)
+        new_core = program.edit.call(core.target, *args, **kwargs)
+    # the weight of a shared expert is computed here too
     for node in [n for n in inside if any(user not in inside and user is not core for user in n.users)]:
-        if not same_value(node.meta["val"], now[node].meta["val"]):
-            raise ValueError(f"{node.name} is read besides, and has a number for each expert")
-        program.edit.replace(node, now[node], record=False)
-    program.edit.replace(core, made)
-    follow(program, taken, renamed)
-    named = ((renamed.get(name, name), node) for name, node in program.checkpoint.items())
-    program.checkpoint = {name: node for name, node in named if name}
+        if not same_value(node.meta["val"], rewritten[node].meta["val"]):
+            raise ValueError(f"{node.name} has other readers, and a value for each expert")
+        program.edit.replace(node, rewritten[node], record=False)
+    program.edit.replace(core, new_core)
+    follow(program, selected, renamed)
+    new_entries = ((renamed.get(name, name), node) for name, node in program.checkpoint.items())
+    program.checkpoint = {name: node for name, node in new_entries if name}
 
 
-def _index(program: Program, left: list[int]) -> fx.Node:
-    taken = {w.name for w in program.weights.values()}
-    name = next(f"experts_left.{n}" for n in range(10**6) if f"experts_left.{n}" not in taken)
+def _add_index(program: Program, left: list[int]) -> fx.Node:
+    names = {w.name for w in program.weights.values()}
+    name = next(f"experts_left.{n}" for n in range(10**6) if f"experts_left.{n}" not in names)
     return program.edit.add_weight(name, torch.tensor(left), kind="constant", persistent=False)
 
 
-def _rows(
-    program: Program, taken: dict[fx.Node, fx.Node], tensor: fx.Node, index: fx.Node, dim: int = 0
+def _select_rows(
+    program: Program, selected: dict[fx.Node, fx.Node], tensor: fx.Node, index: fx.Node, dim: int = 0
 ) -> fx.Node:
-    """Take entries of a weight below what only casts or views it, where a checkpoint has it, and write down that they
-    were taken."""
-    if tensor not in taken:
-        under = _dimension_below(tensor, dim)
-        if under is None:
-            taken[tensor] = program.edit.call(aten.index_select.default, tensor, dim, index)
+    """Return selected entries of a weight, taken below casts and views, where the checkpoint has it, and record the
+    selection."""
+    if tensor not in selected:
+        inner_dim = _dimension_below(tensor, dim)
+        if inner_dim is None:
+            selected[tensor] = program.edit.call(aten.index_select.default, tensor, dim, index)
         else:
-            found = arguments(tensor)
-            found["self"] = _rows(program, taken, found["self"], index, under)
+            call_args = arguments(tensor)
+            call_args["self"] = _select_rows(program, selected, call_args["self"], index, inner_dim)
             if is_operator(tensor, "aten.reshape"):
                 sizes = [int(s) for s in tensor.meta["val"].shape]
                 sizes[dim] = int(index.meta["val"].shape[0])
-                found[next(n for n in ("shape", "size") if n in found)] = sizes
-            args, kwargs = normal_call(tensor.target, found)
-            taken[tensor] = program.edit.call(tensor.target, *args, **kwargs)
-    return taken[tensor]
+                call_args[next(n for n in ("shape", "size") if n in call_args)] = sizes
+            args, kwargs = normal_call(tensor.target, call_args)
+            selected[tensor] = program.edit.call(tensor.target, *args, **kwargs)
+    return selected[tensor]
 
 
 def _dimension_below(tensor: fx.Node, dim: int) -> int | None:
-    """Return which dimension of its operand a cast's or view's dimension is, if it is one."""
+    """Return the dimension of a cast's or view's operand that corresponds to one of the result; None if none does."""
     if not has(tensor, Trait.RESHAPE | Trait.CAST):
         return None
     below = arguments(tensor)["self"]
@@ -151,7 +151,7 @@ def _dimension_below(tensor: fx.Node, dim: int) -> int | None:
 
 
 def between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
-    """What is computed from a router's scores on the way to the choice, in order."""
+    """Return the nodes computed from a router's scores up to the choice of experts, in order."""
     needed: set[fx.Node] = set()
     work = list(ends)
     while work:
@@ -167,37 +167,42 @@ def between(start: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
     return order
 
 
-def _again(
+def _repeat(
     program: Program,
     node: fx.Node,
-    now: dict[fx.Node, fx.Node],
-    taken: dict[fx.Node, fx.Node],
+    rewritten: dict[fx.Node, fx.Node],
+    selected: dict[fx.Node, fx.Node],
     constant: set[fx.Node],
     count: int,
     index: fx.Node,
 ) -> fx.Node:
-    """Call an operator for fewer experts."""
+    """Return the node of an operator repeated for fewer experts."""
 
-    def other(value: fx.Node) -> fx.Node:
-        if value in now:
-            return now[value]
-        held = value.meta.get("val")
-        if value in constant and isinstance(held, torch.Tensor) and held.dim() and held.shape[-1] == count:
-            return _rows(program, taken, value, index, held.dim() - 1)
+    def replacement(value: fx.Node) -> fx.Node:
+        if value in rewritten:
+            return rewritten[value]
+        example = value.meta.get("val")
+        if (
+            value in constant
+            and isinstance(example, torch.Tensor)
+            and example.dim()
+            and example.shape[-1] == count
+        ):
+            return _select_rows(program, selected, value, index, example.dim() - 1)
         return value
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), other)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), replacement)
     if is_operator(node, "aten.reshape", "aten.expand"):
         sizes: Any = args[1]
-        args = (args[0], _fewer(list(sizes), count, int(index.meta["val"].shape[0])), *args[2:])
+        args = (args[0], _resized(list(sizes), count, int(index.meta["val"].shape[0])), *args[2:])
     try:
         return program.edit.call(node.target, *args, **kwargs)
     except VerificationError as error:
         raise ValueError(f"{node.name} does not accept fewer experts: {error.message}") from None
 
 
-def _fewer(sizes: list[Any], count: int, left: int) -> list[Any]:
-    """Sizes that name how many experts there are, or how many a group has, with as many as are left."""
+def _resized(sizes: list[Any], count: int, left: int) -> list[Any]:
+    """Return sizes in which the number of experts, or of experts per group, is replaced by the number left."""
     if (
         len(sizes) > 2
         and all(isinstance(s, int) and s > 0 for s in sizes[-2:])
@@ -207,16 +212,16 @@ def _fewer(sizes: list[Any], count: int, left: int) -> list[Any]:
     return [*sizes[:-1], left] if sizes and sizes[-1] == count else sizes
 
 
-def _renamed(program: Program, block: Block, left: list[int], count: int) -> dict[str, str]:
-    """New names for tensors that a checkpoint holds one an expert; an empty name for those that go."""
-    found = arguments(block.parts["core"])
-    tensors = [found[n] for n in ("up", "down", "up_bias", "down_bias") if found[n] is not None]
+def _new_names(program: Program, block: Block, left: list[int], count: int) -> dict[str, str]:
+    """Return new names for tensors that a checkpoint stores per expert; an empty name for those removed."""
+    args = arguments(block.parts["core"])
+    tensors = [args[n] for n in ("up", "down", "up_bias", "down_bias") if args[n] is not None]
     nodes = needed_for(tensors, ())
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name, node in program.checkpoint.items():
-        # a loaded program holds them together, and reads each back out of the whole
-        own = node in nodes or not nodes.isdisjoint(needed_for([node], ()))
-        for match in re.finditer(r"(?<=\.)\d+(?=\.)", name) if own else ():
+        # a loaded program stores them joined, and its mapping slices each one out
+        belongs = node in nodes or not nodes.isdisjoint(needed_for([node], ()))
+        for match in re.finditer(r"(?<=\.)\d+(?=\.)", name) if belongs else ():
             groups.setdefault((name[: match.start()], name[match.end() :]), {})[int(match.group())] = name
     renamed: dict[str, str] = {}
     for (before, after), members in groups.items():

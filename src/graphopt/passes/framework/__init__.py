@@ -1,1 +1,1 @@
-"""What a pass is, how pipelines run, and how contracts are held."""
+"""Passes, plans and contracts, and running pipelines of them."""

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A change to a program: plan it, then make it.
+    """A change to a program: it is planned first, then carried out.
 
     Subclasses are frozen dataclasses. Their fields, declared with :func:`~graphopt.passes.option`, are the
     constructor, the pipeline text, the plan file, the help and the page in the catalogue.
 
     ``requires`` lists types of facts (:mod:`graphopt.ir.facts`) that the program must have, ``provides`` those it has
     afterwards, ``invalidates`` those it loses, ``excludes`` those it must not have.
-    ``trial`` holds options with which ``graphopt inspect`` plans it, where it cannot do without. ``together`` says that
-    its sites make sense as a whole only: where one of them fails, none is taken; otherwise that one is rolled back and
-    the others are taken. ``metric_calibrates`` says that an option ``metric`` also chooses, on calibration data, and
-    so matters beside a metric of the user's, which only judges.
+    ``trial`` holds the options with which ``graphopt inspect`` plans the pass, if it needs any. ``together`` says that
+    the sites only make sense as a whole: if one of them fails, none is taken; otherwise that one is rolled back and
+    the others are taken. ``metric_calibrates`` says that the option ``metric`` also makes choices on calibration data,
+    and so has an effect even beside a user's metric, which only judges.
     """
 
     name: ClassVar[str] = ""
@@ -60,69 +60,69 @@ class Pass:
         """Check options against one another; raise PipelineError with the reason."""
 
     def find(self, program: Program) -> Iterable[tuple[Site, Any] | Refused]:
-        """Yield each place that the pass could take, with what rewriting it needs to know, and those it refuses.
+        """Yield each site that the pass could take, with what rewriting it needs, and each site it refuses.
 
-        It depends on the program and the options alone. What rewriting needs to know are nodes and plain data, in
-        containers and dataclasses.
+        The result depends only on the program and the options. What rewriting needs consists of nodes and plain data,
+        in containers and dataclasses.
         """
         raise TypeError(f"pass {self.name} does not plan")
 
     def findings(self, program: Program) -> Findings:
-        """Return what :meth:`find` yields: found once, also for the copy that is rewritten."""
-        found: Findings = program.derived(
+        """Return what :meth:`find` yields, computed once and shared with the copy that is rewritten."""
+        findings: Findings = program.derived(
             ("found", type(self), str(self)), lambda: Findings.of(self.find(program)), portable=True
         )
-        return found
+        return findings
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Decide what to do, without changing the program: everything that was found, if a pass does not say otherwise."""
+        """Decide what to do, without changing the program; by default every site that was found."""
         return self.findings(program).plan()
 
     def chosen(self, program: Program, plan: Plan) -> list[tuple[Site, Any]]:
-        """Return the sites of a plan, each with what was found there; see :meth:`find`.
+        """Return the sites of a plan, each with what rewriting it needs; see :meth:`find`.
 
         Raises:
-            PassRefusedError: the plan takes what the pass refuses.
-            KeyError: it names what the program does not have.
+            PassRefusedError: the plan takes a site that the pass refuses.
+            KeyError: the plan names a site that the program does not have.
         """
         return self.findings(program).chosen(plan)
 
     def copied(self, program: Program) -> Program:
-        """Return a copy to rewrite, in which what was found of the program so far is known."""
+        """Return a copy to rewrite, which shares the analyses made of the program so far."""
         copy = program.copy(analysed=True)
         copy.edit.author = self.name
         return copy
 
     def tried(self, program: Program, plan: Plan) -> Program:
-        """Carry out a plan while planning, where that alone shows whether it can be; return what came of it.
+        """Carry out a plan on a copy while planning, where only trying shows whether it works; return the copy.
 
-        The pipeline goes on with that if the plan is not edited.
+        The pipeline continues with that copy unless the plan is edited.
         """
-        made = self.copied(program)
-        self.rewrite(made, plan)
-        plan.trial = Trial(self, program, plan.sites, made)
-        return made
+        copy = self.copied(program)
+        self.rewrite(copy, plan)
+        plan.trial = Trial(self, program, plan.sites, copy)
+        return copy
 
     def told(self, program: Program, plan: Plan) -> list[str]:
-        """Return what is to be said of the sites of a plan, which may have been edited since it was made."""
+        """Return notes for the report about the sites of a plan, which may have been edited since it was made."""
         return []
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Do what the plan says, and nothing else."""
+        """Carry out the plan, and nothing else."""
         raise TypeError(f"pass {self.name} does not rewrite")
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
-        """Hold the pass to a contract that only it can check; raise ContractError if it is broken."""
+        """Check a contract that only the pass itself can check; raise ContractError if it is broken."""
         raise TypeError(f"pass {self.name} checks no contract of its own")
 
     @classmethod
     def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
-        """Tidy up after a dial of a program that this pass was run on stands still from now on.
+        """Clean up after a run-time setting of a program that this pass was run on has been frozen.
 
         Args:
-            program: changed in place; a constant has taken the place of the dial.
-            dial: its name, whichever pass added it.
-            value: where it stands.
+            program: changed in place; a constant has replaced the setting.
+            dial: the setting's name, whichever pass added it.
+            value: the value it is frozen at.
         """
 
     def promises(self) -> Contract:
@@ -130,22 +130,22 @@ class Pass:
         return self.contract
 
     def __str__(self) -> str:
-        given = []
+        options = []
         for name, field in options_of(type(self)).items():
             value = getattr(self, name)
             default = default_of(field)
             if value != default:
-                given.append(f"{name}={format_value(value)}")
-        return self.name + ("{" + " ".join(given) + "}" if given else "")
+                options.append(f"{name}={format_value(value)}")
+        return self.name + ("{" + " ".join(options) + "}" if options else "")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Pass:
         """Return the pass with these options.
 
         Raises:
-            PipelineError: an option is unknown, has a wrong value, or the others leave it without effect.
+            PipelineError: an option is unknown, has a wrong value, or has no effect beside the others.
         """
         require_known(cls.name, cls, options)
-        made = cls(**options)
-        require_effect(cls.name, made, options)
-        return made
+        step = cls(**options)
+        require_effect(cls.name, step, options)
+        return step

@@ -1,4 +1,4 @@
-"""What a pass promises about the outputs of a program."""
+"""Contracts of passes: what may change in the outputs of a program."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Exact(Contract):
 
 @dataclass(frozen=True)
 class ExactAt(Contract):
-    """Exact at one value of an option or dial, approximate elsewhere.
+    """Exact at one value of an option or run-time setting, approximate elsewhere.
 
-    ``judged_at`` is another value of the dial, at which a metric says what is lost and a budget is held; None where
-    that is left to training.
+    ``judged_at`` is another value of the setting, at which a metric measures the loss and a budget is checked; None if
+    quality there is left to training.
     """
 
     option: str
@@ -44,9 +44,9 @@ class ExactAt(Contract):
 
 @dataclass(frozen=True)
 class ExactInChunks(Contract):
-    """Outputs of pieces, one after the other, equal those of the whole: in float64 to 1e-10, on random pieces.
+    """Outputs of consecutive pieces equal those of the whole: in float64 to 1e-10, on random pieces.
 
-    The pass compares them itself, by a method ``check(before, after, entry)``.
+    The pass compares them itself, in its method ``check(before, after, entry)``.
     """
 
     limit: ClassVar[float] = 1e-10
@@ -67,7 +67,7 @@ class Approximate(Contract):
 
 @dataclass(frozen=True)
 class AddsOutputs(Contract):
-    """Outputs that were there are bit-identical; new ones appear."""
+    """Existing outputs are bit-identical; new ones are added."""
 
     def __str__(self) -> str:
         return "adds outputs"

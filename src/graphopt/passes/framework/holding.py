@@ -1,4 +1,4 @@
-"""Holding a pass to its contract: exact ones site by site, approximate ones by a metric and a budget."""
+"""Checking the contract of a pass: exact ones site by site, approximate ones by a metric and a budget."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def hold(
     how: Verify,
     inputs: dict[str, Any] | None,
 ) -> None:
-    """Check what a contract says of values, and note the largest error.
+    """Check a contract that concerns values, and record the largest error.
 
     Raises:
-        SiteError: the contract is broken; it names the values at which that shows first.
+        SiteError: the contract is broken; it names the first values that differ.
     """
     contract = step.promises()
     if isinstance(contract, (Exact, ExactAt, AddsOutputs)):
         checks = check_sites(before, after)
         entry.checks = len(checks)
         entry.error = max((c.error for c in checks), default=0.0)
-        broken = [c for c in checks if not c.holds]
-        if broken:
-            raise _broken(step, broken, len(checks))
+        failed = [c for c in checks if not c.holds]
+        if failed:
+            raise _contract_error(step, failed, len(checks))
         if how == "full":
-            _whole(before, after, step, entry, inputs)
+            _compare_whole_programs(before, after, step, entry, inputs)
     elif isinstance(contract, ExactInChunks):
         try:
             step.check(before, after, entry)
@@ -51,30 +51,30 @@ def hold(
             raise SiteError(error) from error
 
 
-def _broken(step: Pass, broken: list[SiteCheck], count: int) -> SiteError:
-    names = {c.old for c in broken}
-    # a fault shows again in whatever is compared through it
-    first = [c for c in broken if not names & set(c.through)] or broken
+def _contract_error(step: Pass, failed: list[SiteCheck], count: int) -> SiteError:
+    failed_names = {c.old for c in failed}
+    # a fault shows up again in every value computed from a faulty one
+    first = [c for c in failed if not failed_names & set(c.through)] or failed
     worst = max(first, key=lambda c: c.error)
     error = ContractError(
-        f"{step.name} promised to be exact: {worst.new} differs from {worst.old} by "
+        f"{step.name} broke its contract to be exact: {worst.new} differs from {worst.old} by "
         f"{worst.error:.2g} relative{': ' + worst.reason if worst.reason else ''} "
-        f"({worst.weights} weights, limit {LIMIT:.0e}; {len(broken)} of {count} sites)",
+        f"({worst.weights} weights, limit {LIMIT:.0e}; {len(failed)} of {count} sites)",
         node=worst.old,
         source=worst.source,
-        hint="the program is left as it was; print the graph around the node with --print-after-all",
+        hint="the program was not changed; print the graph around the node with --print-after-all",
     )
     return SiteError(
         error,
         {
-            c.old: f"contract not held at {c.old}, which differs by {c.error:.2g} relative"
+            c.old: f"contract broken at {c.old}, which differs by {c.error:.2g} relative"
             + (f": {c.reason}" if c.reason else "")
             for c in first
         },
     )
 
 
-def _whole(
+def _compare_whole_programs(
     before: Program, after: Program, step: Pass, entry: PassReport, inputs: dict[str, Any] | None
 ) -> None:
     if inputs is None:
@@ -82,17 +82,17 @@ def _whole(
     errors = compare_programs(before, after, inputs)
     worst = max(errors, key=lambda name: errors[name])
     entry.metric[f"whole program, {worst}"] = errors[worst]
-    # differences grow through a network; sites are held to the tighter limit
+    # differences grow through a network; the tighter limit applies to single sites
     if not errors[worst] <= 1e-8:
         raise SiteError(
             ContractError(
-                f"{step.name} promised to be exact: output {worst} differs by {errors[worst]:.2g} relative"
+                f"{step.name} broke its contract to be exact: output {worst} differs by {errors[worst]:.2g} relative"
             )
         )
 
 
 def require_judgeable(step: Pass, context: Context) -> None:
-    """Refuse what says how a loss is judged where nothing judges it.
+    """Refuse options on how a loss is judged where nothing judges it.
 
     Raises:
         PipelineError: a budget or a metric was given, and there is no data, or a metric of the user's judges.
@@ -110,10 +110,10 @@ def require_judgeable(step: Pass, context: Context) -> None:
 
 
 def judge(before: Program, after: Program, step: Pass, context: Context, entry: PassReport) -> None:
-    """Measure what an approximate pass lost, and what another one loses where its contract says that it is judged.
+    """Measure the loss of an approximate pass, or of one whose contract names a value at which it is judged.
 
     Raises:
-        ContractError: more than its budget.
+        ContractError: the loss exceeds the pass's budget.
     """
     contract = step.promises()
     where = ""
@@ -128,15 +128,15 @@ def judge(before: Program, after: Program, step: Pass, context: Context, entry: 
         entry.notes.append("not judged: no data was given")
         context.log("quality was not measured: give data to judge this pass")
         return
-    alone = default_metric(after) if contract.metric == "auto" else contract.metric
-    if alone not in ("kl", "cosine"):
-        # calibration left the original loaded: two programs at once take twice the memory
+    metric = default_metric(after) if contract.metric == "auto" else contract.metric
+    if metric not in ("kl", "cosine"):
+        # calibration left the original loaded, and two loaded programs take twice the memory
         release(before)
     return_memory()
     name, value = context.evaluate(after, before, metric=contract.metric)
     entry.metric[f"{name}{where}"] = value
     original = 0.0
-    # what the pass made is loaded for this alone so far
+    # the rewritten program was loaded for this measurement only
     release(after)
     return_memory()
     if name not in ("kl", "cosine"):

@@ -1,4 +1,4 @@
-"""Tensors that a plan was made with: too large for its text, kept in memory and in the work directory."""
+"""Tensors that a plan refers to: too large for its text, stored in memory and in the work directory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from ...ir.errors import PipelineError
 from ...ir.weights import InMemory, digest
 
-_KEPT: dict[str, dict[str, torch.Tensor]] = {}
-_MOST = 64  # a process that plans for days does not grow
+_TENSORS_BY_KEY: dict[str, dict[str, torch.Tensor]] = {}
+_MOST_ENTRIES = 64  # bounds the memory of a process that plans for days
 
 
 def keep(found: dict[str, torch.Tensor], work_dir: Path | None, kind: str) -> str:
-    """Keep tensors for the rewrite; return what a plan calls them: a key, or a file where there is a work directory.
+    """Store tensors for the rewrite and return their reference in a plan: a key, or a path in the work directory.
 
-    The key is a hash of their names and values, so that a plan never meets what was made for another one.
+    The key is a hash of their names and values, so that a plan never reads tensors of another one.
 
     Args:
-        found: by name.
-        work_dir: of the run.
-        kind: the first part of the file's name.
+        found: the tensors by name.
+        work_dir: the run's work directory, or None.
+        kind: prefix of the key and file name.
     """
     names = "\n".join(f"{name} {digest(found[name])}" for name in sorted(found))
     key = f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:24]}"
-    _KEPT.pop(key, None)
-    _KEPT[key] = found
-    while len(_KEPT) > _MOST:
-        _KEPT.pop(next(iter(_KEPT)))
+    _TENSORS_BY_KEY.pop(key, None)
+    _TENSORS_BY_KEY[key] = found
+    while len(_TENSORS_BY_KEY) > _MOST_ENTRIES:
+        _TENSORS_BY_KEY.pop(next(iter(_TENSORS_BY_KEY)))
     if work_dir is None:
         return key
     from ...ir.storage.safetensors_file import write_file
@@ -41,20 +41,20 @@ def keep(found: dict[str, torch.Tensor], work_dir: Path | None, kind: str) -> st
 
 
 def kept(where: str) -> dict[str, torch.Tensor]:
-    """Return the tensors that a plan speaks of.
+    """Return the tensors that a plan refers to.
 
     Raises:
-        PipelineError: they are not to be had any more.
+        PipelineError: they are no longer available.
     """
     key = Path(where).name.removesuffix(".safetensors")
-    if key in _KEPT:
-        return _KEPT[key]
+    if key in _TENSORS_BY_KEY:
+        return _TENSORS_BY_KEY[key]
     if Path(where).is_file():
         from safetensors.torch import load_file
 
-        found: dict[str, torch.Tensor] = load_file(where)
-        return found
+        tensors: dict[str, torch.Tensor] = load_file(where)
+        return tensors
     raise PipelineError(
-        f"what the plan was made with ({where}) is not there",
-        hint="plan again with data; with work_dir it is kept in a file",
+        f"the tensors that the plan refers to ({where}) are not there",
+        hint="plan again with data; with work_dir they are stored in a file",
     )

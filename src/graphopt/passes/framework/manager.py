@@ -49,16 +49,16 @@ def check_order(program: Program, passes: Sequence[Pass]) -> None:
 
 
 def _who_provides(program: Program, passes: Sequence[Pass]) -> str:
-    """Name the passes that provide what the given ones lack; nothing if there are none."""
+    """Return a hint naming the passes that provide the facts these passes lack; empty if there are none."""
     provided = program.facts.kinds.union(*(step.provides for step in passes))
     lacking = {fact for step in passes for fact in step.requires if fact not in provided}
-    offers = {
+    providers = {
         fact: [name for name in BUILT_IN if fact in find_pass(name).provides]
         for fact in sorted(lacking, key=lambda kind: kind.name)
     }
     return ", ".join(
         f"{' or '.join(names)} before it makes the program {fact.done}"
-        for fact, names in offers.items()
+        for fact, names in providers.items()
         if names
     )
 
@@ -67,11 +67,11 @@ def _first_problem(facts: set[type[Fact]], passes: Sequence[Pass]) -> str | None
     for index, current in enumerate(passes):
         missing = [fact for fact in current.requires if fact not in facts]
         if missing:
-            lacking = " and ".join(kind.done for kind in missing)
-            return f"{current.name} (pass {index + 1}) requires a program that is {lacking}, which nothing before it makes"
-        present = [fact for fact in current.excludes if fact in facts]
-        if present:
-            done = ", ".join(kind.done for kind in present)
+            required = " and ".join(kind.done for kind in missing)
+            return f"{current.name} (pass {index + 1}) requires a program that is {required}, which nothing before it makes"
+        unwanted = [fact for fact in current.excludes if fact in facts]
+        if unwanted:
+            done = ", ".join(kind.done for kind in unwanted)
             return f"{current.name} (pass {index + 1}) cannot run on a program that is {done}"
         facts = (facts - set(current.invalidates)) | set(current.provides)
     return None
@@ -87,20 +87,20 @@ def run_pipeline(
     dump: Callable[[int, str, Program], None] | None = None,
     inputs: dict[str, Any] | None = None,
 ) -> Program:
-    """Run passes in order and return a new program; the given one stays as it is.
+    """Run passes in order and return a new program; the original is not changed.
 
     Args:
-        program: where to start.
-        passes: what to run.
+        program: the program to start from.
+        passes: the passes to run.
         context: data and services.
-        plans: one per pass, to obey instead of planning.
+        plans: one per pass, to follow instead of planning.
         verify_with: compare rewritten sites ("sites"), whole programs as well ("full"), or nothing ("off").
         dump: called with the number, name and program after each pass.
         inputs: for "full": flat inputs by name.
 
     Raises:
-        PassRefusedError: a pass matched nothing, and was not allowed to.
-        ContractError: a pass changed more than it promises.
+        PassRefusedError: a pass matched nothing, and ``allow_no_match`` is not set.
+        ContractError: a pass changed more than its contract allows.
         VerificationError: a pass broke the graph.
     """
     check_order(program, passes)
@@ -133,7 +133,7 @@ def run_pass(
     verify_with: Verify = "sites",
     inputs: dict[str, Any] | None = None,
 ) -> tuple[Program, PassReport]:
-    """Run one pass on a copy; the copy counts only when it has passed its checks."""
+    """Run one pass on a copy and return the copy once it has passed its checks, with a report."""
     with settled_objects():
         return _run_pass(program, step, context, plan, verify_with, inputs)
 
@@ -150,9 +150,9 @@ def _run_pass(
     context.notes = []
     require_judgeable(step, context)
     began = time.perf_counter()
-    given = plan is not None
+    from_file = plan is not None
     if plan is None:
-        plan = _planned(program, step, context)
+        plan = _plan(program, step, context)
     else:
         plan = plan.as_given()
     seconds["plan"] = time.perf_counter() - began
@@ -161,50 +161,50 @@ def _run_pass(
             f"{step.name} matched nothing" + _reasons(plan),
             hint="allow_no_match=true lets the pipeline go on",
         )
-    written = _versions(program)
-    if given and plan.sites:
-        _look(program, step)
+    versions = _versions(program)
+    if from_file and plan.sites:
+        _find_sites(program, step)
 
     def attempt(chosen: Plan) -> tuple[Program, PassReport]:
-        return _attempt(program, step, chosen, seconds, verify_with, inputs, planned=not given)
+        return _attempt(program, step, chosen, seconds, verify_with, inputs, planned=not from_file)
 
-    settled = settle(plan, attempt, together=step.together)
-    settled.plan.trial = None
-    _untouched(program, written)
-    if settled.error is not None and settled.result is None and not step.allow_no_match:
-        raise settled.error
-    plan = settled.plan
+    outcome = settle(plan, attempt, together=step.together)
+    outcome.plan.trial = None
+    _require_unwritten(program, versions)
+    if outcome.error is not None and outcome.result is None and not step.allow_no_match:
+        raise outcome.error
+    plan = outcome.plan
     try:
-        working, entry = settled.result or attempt(plan)
+        working, entry = outcome.result or attempt(plan)
     except SiteError as problem:
         raise problem.error from problem
     entry.refused = [Refusal(r.block, r.reason, r.source) for r in plan.refused]
-    entry.given = given
-    if settled.failed:
-        for refusal in entry.refused[-len(settled.failed) :]:
+    entry.given = from_file
+    if outcome.failed:
+        for refusal in entry.refused[-len(outcome.failed) :]:
             refusal.rolled_back = True
         context.log(
-            f"a fault of {step.name}: {len(settled.failed)} sites were rolled back, first "
-            f"{settled.failed[0].block}: {settled.failed[0].reason}; please report it"
+            f"a fault of {step.name}: {len(outcome.failed)} sites were rolled back, first "
+            f"{outcome.failed[0].block}: {outcome.failed[0].reason}; please report it"
         )
     if verify_with != "off" and plan.sites:
         began = time.perf_counter()
         judge(program, working, step, context, entry)
         seconds["contract"] = seconds.get("contract", 0.0) + time.perf_counter() - began
     working.facts.discard(*step.invalidates)
-    # a pass that was kept from its work has provided nothing; one that found none to do has
-    if plan.sites or not (given or plan.refused):
+    # a pass that refused its sites provides no facts; one that found nothing to do still does
+    if plan.sites or not (from_file or plan.refused):
         working.facts.provide(step.provides)
-    entry.change = _change(program, working)
+    entry.change = _cost_change(program, working)
     plan.told = step.told(program, plan)
     entry.notes = [*plan.told, *plan.notes, *context.notes]
-    working.history.append(_record(step, plan, entry, context))
+    working.history.append(_history_entry(step, plan, entry, context))
     working.edit.end()
     return working, entry
 
 
-def _planned(program: Program, step: Pass, context: Context) -> Plan:
-    """Return a pass's plan; one that refuses everything is a plan without sites where the pipeline may go on."""
+def _plan(program: Program, step: Pass, context: Context) -> Plan:
+    """Return a pass's plan; an empty one if the pass refuses the whole program and ``allow_no_match`` is set."""
     try:
         with refusing_guards(program.mode):
             return step.plan(program, context)
@@ -214,8 +214,8 @@ def _planned(program: Program, step: Pass, context: Context) -> Plan:
         return Plan(refused=[Refused(error.node or step.name, error.message, error.source or "")])
 
 
-def _look(program: Program, step: Pass) -> None:
-    """Let a pass whose plan was given find its places before the program is copied, so that no attempt does it again."""
+def _find_sites(program: Program, step: Pass) -> None:
+    """Find a pass's sites before the program is copied, so that no attempt on a copy searches again."""
     if type(step).find is not Pass.find:
         with refusing_guards(program.mode):
             step.findings(program)
@@ -231,10 +231,10 @@ def _attempt(
     *,
     planned: bool,
 ) -> tuple[Program, PassReport]:
-    """Do what a plan says on a copy and check it; times of several attempts add up.
+    """Carry out a plan on a copy and check the result; the times of several attempts add up.
 
     Raises:
-        SiteError: it failed in a way that leaving sites out may mend.
+        SiteError: it failed in a way that leaving out sites may fix.
     """
     began = time.perf_counter()
 
@@ -244,14 +244,14 @@ def _attempt(
         seconds[what] = seconds.get(what, 0.0) + now - began
         began = now
 
-    # what planning had to try is what goes on: it is not made a second time
-    tried = plan.trial.take(step, program, plan.sites) if plan.trial is not None else None
-    working = step.copied(program) if tried is None else tried
+    # reuse the program that planning already rewrote instead of rewriting again
+    trial_program = plan.trial.take(step, program, plan.sites) if plan.trial is not None else None
+    working = step.copied(program) if trial_program is None else trial_program
     contract = step.promises()
     entry = PassReport(step.name, str(step), str(contract), [s.block for s in plan.sites], seconds=seconds)
     try:
         with refusing_guards(program.mode):
-            if tried is None:
+            if trial_program is None:
                 step.rewrite(working, plan)
         count("rewrite")
         verify(working, [n for n in working.edit.touched if not n._erased])
@@ -276,13 +276,13 @@ def _attempt(
 
 
 def _versions(program: Program) -> dict[str, int]:
-    held = ((name, weight.source) for name, weight in program.weights.items())
-    tensors = {name: source.tensor for name, source in held if isinstance(source, InMemory)}
+    sources = ((name, weight.source) for name, weight in program.weights.items())
+    tensors = {name: source.tensor for name, source in sources if isinstance(source, InMemory)}
     return {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
 
 
-def _untouched(program: Program, versions: dict[str, int]) -> None:
-    """Check that nobody wrote to the tensors that all copies of a program, and the model, share."""
+def _require_unwritten(program: Program, versions: dict[str, int]) -> None:
+    """Check that nothing wrote to the tensors that all copies of a program share with the model."""
     for name, version in _versions(program).items():
         if name in versions and versions[name] != version:
             raise VerificationError(
@@ -297,16 +297,16 @@ def _reasons(plan: Plan) -> str:
     lines = [
         f"\n    {r.block}: {r.reason}" + (f"  [{r.source}]" if r.source else "") for r in plan.refused[:8]
     ]
-    more = f"\n    and {len(plan.refused) - 8} more" if len(plan.refused) > 8 else ""
-    return "".join(lines) + more
+    remainder = f"\n    and {len(plan.refused) - 8} more" if len(plan.refused) > 8 else ""
+    return "".join(lines) + remainder
 
 
-def _change(before: Program, after: Program) -> dict[str, tuple[float, float]]:
+def _cost_change(before: Program, after: Program) -> dict[str, tuple[float, float]]:
     first, second = run_totals(before), run_totals(after)
     return {name: (float(value), float(second[name])) for name, value in first.items()}
 
 
-def _record(step: Pass, plan: Plan, entry: PassReport, context: Context) -> dict[str, Any]:
+def _history_entry(step: Pass, plan: Plan, entry: PassReport, context: Context) -> dict[str, Any]:
     import torch
 
     return {

@@ -17,16 +17,16 @@ def parse_pipeline(text: str) -> list[Pass]:
     """Return the passes of a pipeline.
 
     Raises:
-        PipelineError: with the place in the text, if it is no pipeline or an option is wrong.
+        PipelineError: the text is no pipeline or an option is wrong; the message gives the position.
     """
     return _Reader(text).pipeline()
 
 
 def parse_calls(text: str, what: str = "a pass") -> list[tuple[str, dict[str, Any]]]:
-    """Return names with their options, ``name{option=value}, name``, of things that need not be passes.
+    """Return names with their options, ``name{option=value}, name``, which need not name passes.
 
     Raises:
-        PipelineError: with the place in the text, if it is not of that form.
+        PipelineError: the text is not of that form; the message gives the position.
     """
     return _Reader(text).calls(what)
 
@@ -37,73 +37,73 @@ def format_pipeline(passes: Iterable[Pass]) -> str:
 
 
 def as_passes(passes: str | Pass | Sequence[str | Pass]) -> list[Pass]:
-    """Return passes given as objects, text, or a mixture."""
+    """Return passes given as objects, text, or a mix of both."""
     if isinstance(passes, (str, Pass)):
         passes = [passes]
     if not isinstance(passes, Iterable):
         raise PipelineError(f"{passes!r} is neither a pass nor its text")
-    found: list[Pass] = []
+    steps: list[Pass] = []
     for entry in passes:
         if isinstance(entry, Pass):
-            found.append(entry)
+            steps.append(entry)
         elif isinstance(entry, str):
-            found.extend(parse_pipeline(entry))
+            steps.extend(parse_pipeline(entry))
         elif isinstance(entry, type) and issubclass(entry, Pass):
-            found.append(entry())
+            steps.append(entry())
         else:
             raise PipelineError(f"{entry!r} is neither a pass nor its text")
-    return found
+    return steps
 
 
 class _Reader:
     def __init__(self, text: str):
         self.text = text
-        self.place = 0
+        self.position = 0
 
     def fail(self, reason: str) -> PipelineError:
-        shown = (
-            self.text[max(0, self.place - 20) : self.place]
+        excerpt = (
+            self.text[max(0, self.position - 20) : self.position]
             + " >>> "
-            + self.text[self.place : self.place + 20]
+            + self.text[self.position : self.position + 20]
         )
-        return PipelineError(f"{reason} at character {self.place + 1} of the pipeline: {shown.strip()}")
+        return PipelineError(f"{reason} at character {self.position + 1} of the pipeline: {excerpt.strip()}")
 
     def space(self) -> None:
-        while self.place < len(self.text) and self.text[self.place].isspace():
-            self.place += 1
+        while self.position < len(self.text) and self.text[self.position].isspace():
+            self.position += 1
 
     def peek(self) -> str:
         self.space()
-        return self.text[self.place] if self.place < len(self.text) else ""
+        return self.text[self.position] if self.position < len(self.text) else ""
 
     def take(self, character: str) -> None:
         if self.peek() != character:
             raise self.fail(f"expected {character!r}, found {self.peek() or 'the end'!r}")
-        self.place += 1
+        self.position += 1
 
     def word(self, what: str) -> str:
         self.space()
-        start = self.place
-        while self.place < len(self.text):
-            character = self.text[self.place]
+        start = self.position
+        while self.position < len(self.text):
+            character = self.text[self.position]
             if character.isspace() or character in _SPECIAL:
                 break
-            self.place += 1
-        if start == self.place:
+            self.position += 1
+        if start == self.position:
             raise self.fail(f"expected {what}, found {self.peek() or 'the end'!r}")
-        return self.text[start : self.place]
+        return self.text[start : self.position]
 
     def pipeline(self) -> list[Pass]:
         return [find_pass(name).from_options(options) for name, options in self.calls("a pass")]
 
     def calls(self, what: str) -> list[tuple[str, dict[str, Any]]]:
-        found: list[tuple[str, dict[str, Any]]] = []
+        calls: list[tuple[str, dict[str, Any]]] = []
         if not self.peek():
             raise self.fail("a pipeline names at least one pass" if what == "a pass" else f"expected {what}")
         while True:
-            found.append(self.one(what))
+            calls.append(self.one(what))
             if not self.peek():
-                return found
+                return calls
             self.take(",")
 
     def one(self, what: str) -> tuple[str, dict[str, Any]]:
@@ -139,15 +139,15 @@ class _Reader:
 
     def quoted(self, quote: str) -> str:
         self.take(quote)
-        read: list[str] = []
-        while self.place < len(self.text):
-            character = self.text[self.place]
-            self.place += 1
-            if character == "\\" and self.place < len(self.text):
-                read.append(self.text[self.place])
-                self.place += 1
+        characters: list[str] = []
+        while self.position < len(self.text):
+            character = self.text[self.position]
+            self.position += 1
+            if character == "\\" and self.position < len(self.text):
+                characters.append(self.text[self.position])
+                self.position += 1
             elif character == quote:
-                return "".join(read)
+                return "".join(characters)
             else:
-                read.append(character)
+                characters.append(character)
         raise self.fail("a quoted string is not closed")

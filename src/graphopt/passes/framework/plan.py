@@ -1,4 +1,4 @@
-"""Plans: what a pass will do and will not do, as plain data that can be read, edited and kept."""
+"""Plans: what a pass will do and will not do, as plain data that can be read, edited and stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Site:
-    """A place a pass takes, with the choices made there: ``Site("attention.3", layout="grouped")``."""
+    """A site that a pass rewrites, with the choices made there: ``Site("attention.3", layout="grouped")``."""
 
     def __init__(self, /, block: str, **choices: Any):
         self.block = block
@@ -43,7 +43,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Refused:
-    """A place a pass leaves alone, why, and the line of the model."""
+    """A site that a pass leaves alone, the reason, and the line of the model."""
 
     block: str
     reason: str
@@ -52,9 +52,9 @@ class Refused:
 
 @dataclass
 class Findings:
-    """What a pass could do to a program (:meth:`Pass.find`): its sites, what rewriting each needs to know, and refusals.
+    """What a pass could do to a program (:meth:`Pass.find`): sites, what rewriting each needs, and refusals.
 
-    It speaks of the nodes of one graph, and goes with copies of it.
+    It refers to the nodes of one graph, and is carried over to copies of it.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -65,12 +65,12 @@ class Findings:
     def of(cls, found: Iterable[tuple[Site, Any] | Refused]) -> Findings:
         """Collect what :meth:`Pass.find` yields."""
         findings = cls()
-        for one in found:
-            if isinstance(one, Refused):
-                findings.refused.append(one)
+        for entry in found:
+            if isinstance(entry, Refused):
+                findings.refused.append(entry)
             else:
-                findings.sites.append(one[0])
-                findings.work[one[0].block] = one[1]
+                findings.sites.append(entry[0])
+                findings.work[entry[0].block] = entry[1]
         return findings
 
     def plan(self) -> Plan:
@@ -78,17 +78,18 @@ class Findings:
         return Plan(copy.deepcopy(self.sites), list(self.refused))
 
     def chosen(self, plan: Plan) -> list[tuple[Site, Any]]:
-        """Return the sites of a plan, in its order, each with what rewriting it needs to know.
+        """Return the sites of a plan, in its order, each with what rewriting it needs.
 
         Raises:
-            PassRefusedError: the plan takes what the pass refuses.
-            KeyError: it names what the program does not have.
+            PassRefusedError: the plan takes a site that the pass refuses.
+            KeyError: the plan names a site that the program does not have.
         """
         reasons = {refused.block: refused.reason for refused in self.refused}
         for site in plan.sites:
             if site.block not in self.work and site.block in reasons:
                 raise PassRefusedError(
-                    f"the plan takes {site.block}, which cannot be: {reasons[site.block]}", node=site.block
+                    f"the plan takes {site.block}, which cannot be taken: {reasons[site.block]}",
+                    node=site.block,
                 )
         return [(site, self.work[site.block]) for site in plan.sites]
 
@@ -96,8 +97,8 @@ class Findings:
 class Trial:
     """A program on which a plan was carried out while planning.
 
-    The pipeline goes on with it as it is, once, instead of carrying the plan out again: if the plan still has the same
-    sites, and is obeyed by the same pass, options included, on the program that it was made for, in the state that it had.
+    The pipeline continues with it once, instead of carrying out the plan again, provided that the plan still has the
+    same sites and is followed by the same pass, with the same options, on the same unchanged program.
     """
 
     def __init__(self, step: Pass, before: Program, sites: list[Site], after: Program):
@@ -108,12 +109,12 @@ class Trial:
 
     @property
     def after(self) -> Program:
-        """What came of it, to be measured and not to be edited."""
+        """The rewritten program, which may be measured but not edited."""
         assert self._after is not None
         return self._after
 
     def take(self, step: Pass, before: Program, sites: list[Site]) -> Program | None:
-        """Return what this pass made of this program at these sites; None if it was another, or was taken already."""
+        """Return the program rewritten by this pass at these sites; None if it does not match or was taken already."""
         if step != self._step or before is not self._before or before.version != self._version:
             return None
         if sites != self._sites:
@@ -124,10 +125,10 @@ class Trial:
 
 @dataclass
 class Plan:
-    """What a pass will do: sites taken with their choices, sites refused with reasons, scores behind it.
+    """What a pass will do: sites taken with their choices, sites refused with reasons, and the scores behind them.
 
-    ``told`` is what the pass says of these sites (:meth:`Pass.told`), ``trial`` what came of them where planning took
-    trying (:meth:`Pass.tried`); both are no part of a plan file, where sites are edited.
+    ``told`` holds the pass's notes about these sites (:meth:`Pass.told`), ``trial`` the program on which planning tried
+    them (:meth:`Pass.tried`). Neither is part of a plan file, whose sites may be edited.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -150,19 +151,19 @@ class Plan:
         }
 
     def as_given(self) -> Plan:
-        """Return the plan as it is obeyed, perhaps after somebody edited it: what it says of other sites is marked so."""
-        taken = {site.block for site in self.sites}
+        """Return the plan to follow, perhaps after it was edited, with its notes marked as made while planning."""
+        chosen_blocks = {site.block for site in self.sites}
         prefix = "when it was planned: "
         notes = [note if note.startswith(prefix) else prefix + note for note in self.notes]
-        refused = [r for r in self.refused if r.block not in taken]
+        refused = [r for r in self.refused if r.block not in chosen_blocks]
         return Plan(list(self.sites), refused, dict(self.scores), notes, trial=self.trial)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:
-        """Read plain data.
+        """Return the plan that plain data describes.
 
         Raises:
-            PipelineError: it has not the form of a plan.
+            PipelineError: it does not have the form of a plan.
         """
         if not isinstance(data, dict):
             raise PipelineError(f"{where} must be a mapping with sites, refused and scores")
@@ -191,12 +192,12 @@ class Plan:
 
 
 def _entries(data: dict[str, Any], name: str, where: str) -> list[Any]:
-    found = data.get(name)
-    if found is None:
+    entries = data.get(name)
+    if entries is None:
         return []
-    if not isinstance(found, list):
+    if not isinstance(entries, list):
         raise PipelineError(f"{where}: {name} must be a list")
-    return found
+    return entries
 
 
 def _plain(value: Any) -> Any:
@@ -214,13 +215,13 @@ def write_plans(steps: list[tuple[str, Plan]], note: str = "") -> str:
         document["note"] = note
     text: str = yaml.safe_dump(document, sort_keys=False, width=110, allow_unicode=True)
     if not text.isprintable() and yaml.safe_load(text) != document:
-        # rare line separators would come back as spaces
+        # rare line separators would be read back as spaces
         text = yaml.safe_dump(document, sort_keys=False, width=110, allow_unicode=False)
     return text
 
 
 def read_plans(text: str, where: str = "plan file") -> list[tuple[str, Plan]]:
-    """Read a plan file written by :func:`write_plans` and perhaps edited.
+    """Return the passes and plans of a file written by :func:`write_plans` and perhaps edited.
 
     Raises:
         PipelineError: it is not YAML or not of that form.
@@ -232,7 +233,7 @@ def read_plans(text: str, where: str = "plan file") -> list[tuple[str, Plan]]:
     except RecursionError:
         raise PipelineError(f"{where} is nested too deeply") from None
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        # what the reader's own conversions say of numbers and dates that are none
+        # raised by the YAML reader's conversions for malformed numbers and dates
         raise PipelineError(f"{where} is not YAML: {error}") from None
     if not isinstance(document, dict) or document.get("graphopt_plan") != 1:
         raise PipelineError(f"{where} is not a graphopt plan (graphopt_plan: 1)")

@@ -1,4 +1,4 @@
-"""Passes by name: our own, and those that installed packages offer by entry point."""
+"""Passes by name: built-in ones, and those that installed packages offer by entry point."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ BUILT_IN: dict[str, str] = {
 
 
 def pass_locations() -> dict[str, str]:
-    """Return where each pass lives, ``module:class`` by name, without importing any.
+    """Return the location of each pass, ``module:class`` by name, without importing any.
 
     Raises:
         PipelineError: two packages offer a pass of the same name.
     """
-    found = dict(BUILT_IN)
+    locations = dict(BUILT_IN)
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name in found and found[point.name] != point.value:
+        if point.name in locations and locations[point.name] != point.value:
             raise PipelineError(
-                f"the pass {point.name!r} is offered twice: by {found[point.name]} and {point.value}",
+                f"the pass {point.name!r} is offered twice: by {locations[point.name]} and {point.value}",
                 hint="uninstall one of the packages",
             )
-        found[point.name] = point.value
-    return found
+        locations[point.name] = point.value
+    return locations
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -80,11 +80,11 @@ def find_pass(name: str) -> type[Pass]:
         )
     module, _, attribute = locations[name].partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        cls = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PipelineError(f"the pass {name!r} at {locations[name]} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Pass)):
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise PipelineError(f"{locations[name]} is not a pass")
-    if found.name != name:
-        raise PipelineError(f"{locations[name]} is registered as {name!r} and calls itself {found.name!r}")
-    return found
+    if cls.name != name:
+        raise PipelineError(f"{locations[name]} is registered as {name!r} and calls itself {cls.name!r}")
+    return cls

@@ -1,4 +1,4 @@
-"""Sites whose rewrite fails: rolled back one by one, so that the others of a pass go on."""
+"""Rolling back the sites of a pass whose rewrite fails, so that the others are still taken."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class SiteError(Exception):
-    """An attempt at a plan failed in a way that leaving sites out may mend.
+    """An attempt at a plan failed in a way that leaving out sites may fix.
 
     Args:
         error: what happened.
-        reasons: what is wrong, by the names of the values at which it shows first, where they are known.
+        reasons: what is wrong, by the names of the first values that show it, where they are known.
     """
 
     def __init__(self, error: Exception, reasons: Mapping[str, str] | None = None):
@@ -28,7 +28,7 @@ class SiteError(Exception):
 
 @dataclass(frozen=True)
 class Settled:
-    """What held: the result of the last good attempt (None if no site is left), its plan, what was left out."""
+    """Outcome of attempts: the last good result (None if no site is left), its plan, the failed sites."""
 
     result: Any
     plan: Plan
@@ -37,23 +37,23 @@ class Settled:
 
 
 def may_be_left_out(error: Exception) -> bool:
-    """Tell whether an error in a rewrite says something of sites, not of options, files or the machine."""
+    """Tell whether an error in a rewrite concerns sites rather than options, files or the machine."""
     if isinstance(error, GraphoptError):
         return isinstance(error, (VerificationError, ContractError, PassRefusedError))
     return not isinstance(error, (MemoryError, OSError))
 
 
 def settle(plan: Plan, attempt: Callable[[Plan], T], *, together: bool) -> Settled:
-    """Return the result for as many sites of a plan as hold.
+    """Return the result for as many sites of a plan as pass their checks.
 
     An attempt starts from the untouched program, so a site that is left out leaves no trace. Where a failure
     names values, the sites that own them are left out; otherwise sites are searched by halves, in their order,
-    on top of those that hold. Whatever is returned was attempted as it is, all its checks included.
+    on top of those that pass. The plan that is returned was attempted exactly as it is, with all its checks.
 
     Args:
-        plan: with sites.
-        attempt: rewrites and checks a plan; raises :class:`SiteError` where leaving sites out may help.
-        together: sites that make sense as a whole only; all of them hold, or none.
+        plan: the plan, with sites.
+        attempt: rewrites and checks a plan; raises :class:`SiteError` where leaving out sites may help.
+        together: whether sites only make sense as a whole, so that either all are taken or none.
     """
     sites = list(plan.sites)
     failed: list[Refused] = []
@@ -76,48 +76,48 @@ def settle(plan: Plan, attempt: Callable[[Plan], T], *, together: bool) -> Settl
 def _by_halves(
     plan: Plan, sites: list[Site], attempt: Callable[[Plan], T], failed: list[Refused], first: SiteError
 ) -> Settled:
-    held: list[Site] = []
+    passing: list[Site] = []
     result: T | None = None
 
-    def take(part: list[Site], problem: SiteError | None) -> None:
-        nonlocal held, result
+    def take(group: list[Site], problem: SiteError | None) -> None:
+        nonlocal passing, result
         if problem is None:
             try:
-                result = attempt(_only(plan, [*held, *part]))
+                result = attempt(_only(plan, [*passing, *group]))
             except SiteError as again:
                 problem = again
             else:
-                held = [*held, *part]
+                passing = [*passing, *group]
                 return
-        if len(part) == 1:
-            failed.append(_refused(part[0], problem))
+        if len(group) == 1:
+            failed.append(_refused(group[0], problem))
             return
-        half = len(part) // 2
-        take(part[:half], None)
-        take(part[half:], None)
+        half = len(group) // 2
+        take(group[:half], None)
+        take(group[half:], None)
 
     take(sites, first)
-    return Settled(result, _without(plan, held, failed), failed, first.error)
+    return Settled(result, _without(plan, passing, failed), failed, first.error)
 
 
 def _owners(sites: list[Site], nodes: Iterable[str]) -> list[Site]:
-    """The sites that are, or in their choices name, one of these values."""
+    """Return the sites that are one of these values, or name one in their choices."""
     names = set(nodes)
     return [site for site in sites if names & _words(site)]
 
 
 def _words(site: Site) -> set[str]:
-    found = {site.block}
+    words = {site.block}
     work: list[Any] = list(site.choices.values())
     while work:
         value = work.pop()
         if isinstance(value, str):
-            found.add(value)
+            words.add(value)
         elif isinstance(value, (list, tuple)):
             work += value
         elif isinstance(value, dict):
             work += value.values()
-    return found
+    return words
 
 
 def _only(plan: Plan, sites: list[Site]) -> Plan:
@@ -130,12 +130,14 @@ def _without(plan: Plan, sites: list[Site], failed: list[Refused]) -> Plan:
 
 def _refused(site: Site, problem: SiteError) -> Refused:
     words, error = _words(site), problem.error
-    own = next((reason for name, reason in problem.reasons.items() if name in words), None)
-    if own is not None:
-        reason = own
+    site_reason = next((reason for name, reason in problem.reasons.items() if name in words), None)
+    if site_reason is not None:
+        reason = site_reason
     elif isinstance(error, GraphoptError):
         reason = error.message if isinstance(error, ContractError) else f"its rewrite failed: {error.message}"
     else:
-        said = str(error).strip().splitlines()
-        reason = f"its rewrite failed: {type(error).__name__}" + (f": {said[0]}" if said else "")
+        error_lines = str(error).strip().splitlines()
+        reason = f"its rewrite failed: {type(error).__name__}" + (
+            f": {error_lines[0]}" if error_lines else ""
+        )
     return Refused(site.block, reason, getattr(error, "source", None) or "")

@@ -10,7 +10,7 @@ from typing import Any
 from ...ir.errors import PipelineError
 
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
-_WHOLE = re.compile(r"[-+]?\d+", re.ASCII)
+_INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
 _FRACTION = re.compile(r"([-+]?\d+)/(\d+)", re.ASCII)
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
@@ -33,7 +33,7 @@ def _number(word: str) -> Any:
         if int(fraction[2]) == 0:
             raise PipelineError(f"{word[:40]} divides by zero")
         return float(Fraction(int(fraction[1]), int(fraction[2])))
-    if _WHOLE.fullmatch(word):
+    if _INTEGER.fullmatch(word):
         return int(word)
     if _NUMBER.fullmatch(word):
         if not math.isfinite(float(word)):

@@ -1,1 +1,1 @@
-"""Projections and norms, merged and taken apart exactly."""
+"""Exact passes that fuse and split projections and fold norms."""

@@ -1,4 +1,4 @@
-"""Fold norms' weights into the linears and convolutions beside them."""
+"""Folding norms' weights into neighbouring linears and convolutions."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class FoldNorms(Pass):
     """Fold what norms multiply and add into neighbouring weights.
 
     BatchNorm in evaluation mode is an affine map: it goes into the (transposed) convolution or linear before
-    it, or into those after it where no padding lies between; reshapes and permutations that keep channels
-    together part them from nothing. The weight of an RMSNorm, and weight and bias of a LayerNorm,
-    go into the linears (and experts) that read the norm, if nothing else does. Folding happens in float64;
-    the folded matrix is rounded once to the type it had, whatever that of the norm.
+    it, or into those after it if there is no padding in between; reshapes and permutations in between that keep
+    channels together are allowed. The weight of an RMSNorm, and the weight and bias of a LayerNorm, go into the
+    linears (and experts) that read the norm, if nothing else does. Folding happens in float64; the folded
+    matrix is rounded once to its own dtype, whatever that of the norm.
     """
 
     name = "fold-norms"
@@ -42,42 +42,42 @@ class FoldNorms(Pass):
 
     which: str = option("all", help="which norms", choices=("all", "batch-norm", "layer-norm", "rms-norm"))
     untie: bool = option(
-        False, help="also where a matrix is tied to another use, which then keeps its own copy"
+        False, help="also where a matrix is tied to another use, which then keeps a copy of its own"
     )
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield each norm whose neighbours can hold its weights, and them."""
+        """Yield each norm whose neighbours can absorb its weights, with those neighbours."""
         for node in program.graph.nodes:
             if is_operator(node, "aten.batch_norm") and self.which in ("all", "batch-norm"):
-                found: tuple[Site, Any] | str | None = find_batch_norm(program, node, self.untie)
+                site: tuple[Site, Any] | str | None = find_batch_norm(program, node, self.untie)
             elif (is_operator(node, "graphopt.rms_norm") and self.which in ("all", "rms-norm")) or (
                 is_operator(node, "aten.layer_norm") and self.which in ("all", "layer-norm")
             ):
-                found = self._affine(program, node)
+                site = self._affine(program, node)
             else:
                 continue
-            if found is None:
+            if site is None:
                 continue
-            if isinstance(found, str):
-                yield Refused(node.name, found, program.source_line(node))
+            if isinstance(site, str):
+                yield Refused(node.name, site, program.source_line(node))
             else:
-                yield found
+                yield site
 
     def _affine(self, program: Program, node: fx.Node) -> tuple[Site, Any] | str | None:
-        found = arguments(node)
-        weight, bias = found["weight"], found.get("bias")
+        args = arguments(node)
+        weight, bias = args["weight"], args.get("bias")
         if weight is None and bias is None:
             return None
         constant = depends_on_weights_alone(program)
         if any(t is not None and t not in constant for t in (weight, bias)):
             return "its weight depends on the input"
-        if is_operator(node, "aten.layer_norm") and len(found["normalized_shape"]) != 1:
+        if is_operator(node, "aten.layer_norm") and len(args["normalized_shape"]) != 1:
             return "it normalises over several dimensions"
         readers = matrix_readers(program, node, constant)
         if isinstance(readers, str):
             return readers
         if bias is not None and any(is_operator(r.node, "graphopt.routed_ffn") for r in readers):
-            return "experts have no place for the bias of a norm"
+            return "the bias of a norm cannot be folded into experts"
         for reader in readers:
             shared = [u for u in readers_of(program, reader.matrix) if u is not reader.node]
             if shared and not self.untie:
@@ -88,37 +88,37 @@ class FoldNorms(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Multiply matrices by the norms' weights."""
-        for _, (node, places) in self.chosen(program, plan):
+        for _, (node, readers) in self.chosen(program, plan):
             if is_operator(node, "aten.batch_norm"):
-                fold_batch_norm(program, node, places)
+                fold_batch_norm(program, node, readers)
             else:
-                _fold_affine(program, node, places)
+                _fold_affine(program, node, readers)
 
 
 def _fold_affine(program: Program, node: fx.Node, readers: list[Reader]) -> None:
-    found = arguments(node)
-    weight, bias = found["weight"], found.get("bias")
+    args = arguments(node)
+    weight, bias = args["weight"], args.get("bias")
     x = node.args[0]
     with program.edit.before(node):
         if is_operator(node, "aten.layer_norm"):
             bare = program.edit.call(
-                aten.layer_norm.default, x, found["normalized_shape"], None, None, found["eps"]
+                aten.layer_norm.default, x, args["normalized_shape"], None, None, args["eps"]
             )
         else:
             bare = program.edit.call(
-                torch.ops.graphopt.rms_norm.default, x, None, found["eps"], float32=argument(node, "float32")
+                torch.ops.graphopt.rms_norm.default, x, None, args["eps"], float32=argument(node, "float32")
             )
-        # a weight of a wider type made the value one of that type
+        # a weight of a wider dtype widened the norm's value
         bare = as_type_of(program, bare, node)
-    _neutral_in_checkpoint(program, weight, 1.0)
-    _neutral_in_checkpoint(program, bias, 0.0)
+    _set_neutral_in_checkpoint(program, weight, 1.0)
+    _set_neutral_in_checkpoint(program, bias, 0.0)
     for reader in readers:
         scale_reader(program, reader.now(program), node, bare, weight, bias)
     program.edit.erase_dead([node])
 
 
-def _neutral_in_checkpoint(program: Program, tensor: fx.Node | None, value: float) -> None:
-    """Where the checkpoint keeps the norm's weight, it keeps a neutral one from now on."""
+def _set_neutral_in_checkpoint(program: Program, tensor: fx.Node | None, value: float) -> None:
+    """Replace the norm's weight in the mapping to the checkpoint by a neutral one."""
     if tensor is None:
         return
     if is_operator(tensor, "aten.add") and 1.0 in [
@@ -128,7 +128,7 @@ def _neutral_in_checkpoint(program: Program, tensor: fx.Node | None, value: floa
         tensor, value = next(a for a in tensor.args if isinstance(a, fx.Node)), value - 1.0
     while is_operator(tensor, "aten.to"):
         tensor = tensor.args[0]  # type: ignore[assignment]
-    for name, held in list(program.checkpoint.items()):
-        if held is tensor:
+    for name, stored in list(program.checkpoint.items()):
+        if stored is tensor:
             with program.edit.after(tensor):
                 program.checkpoint[name] = program.edit.call(aten.full_like.default, tensor, value)

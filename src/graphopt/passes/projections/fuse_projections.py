@@ -1,4 +1,4 @@
-"""Linears that read one value become one linear and a split."""
+"""Fusing linears that read one value into one linear and a split."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class FuseProjections(Pass):
-    """Make one linear of the projections that read the same value.
+    """Fuse the projections that read the same value into one linear.
 
     Queries, keys and values of an attention, gate and up of a feed-forward: their matrices are joined along
-    the output channels, one product is computed, and the result is split. Fewer, larger products start less
-    often and read their input once.
+    the output channels, one product is computed, and the result is split. Fewer, larger products mean fewer
+    kernel launches, and the input is read once.
 
     Layouts: ``plain`` joins whole matrices; ``grouped`` joins, for each key-value head, the queries of its
     group, its key and its value (what tensor-parallel engines slice by head); ``interleaved`` alternates head
@@ -45,7 +45,7 @@ class FuseProjections(Pass):
     where: str = option("all", help="which blocks", choices=("all", "attention", "ffn"))
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield every block with its projections, if they read one value and have one type."""
+        """Yield every block whose projections read one value and have one dtype."""
         for block in program.anatomy.blocks:
             roles = {"attention": ("q", "k", "v"), "ffn": ("gate", "up")}.get(block.kind)
             if roles is None or self.where not in ("all", block.kind):
@@ -59,7 +59,7 @@ class FuseProjections(Pass):
     def _members(self, block: Block, roles: tuple[str, ...]) -> dict[str, fx.Node]:
         """Return the projections that read what the last of them reads, by role."""
         if roles == ("q", "k", "v") and block.sizes.get("cross") and "k" in block.parts:
-            # keys and values of another stream can still be one
+            # keys and values of another stream can still be fused
             roles = ("k", "v")
         return {role: block.parts[role] for role in roles if role in block.parts}
 
@@ -75,9 +75,9 @@ class FuseProjections(Pass):
             )
         if len(set(nodes)) < len(nodes):
             return (
-                "the projections are one already"
+                "the projections are fused already"
                 if len(set(nodes)) == 1
-                else "some projections are one already"
+                else "some projections are fused already"
             )
         if not all(is_operator(node, "aten.linear") for node in nodes):
             return "a projection is no linear"
@@ -108,7 +108,7 @@ class FuseProjections(Pass):
         return ""
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Insert the joined linear before the first of its members."""
+        """Insert the fused linear before the first of its members."""
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         for site, block in self.chosen(program, plan):
             members = [block.parts[role] for role in site["parts"]]
@@ -133,16 +133,16 @@ def _fuse(
     weights: list[Any] = [node.args[1] for node in members]
     biases = _biases(members)
     first = min(members, key=lambda n: order[n])
-    stem = _stem(program, weights)
+    stem = _common_prefix(program, weights)
     hoist([*weights, *(b for b in biases if b is not None)], first, order)
     with program.edit.before(first):
         weight = _join(program, weights, groups)
-        _name(weight, f"{stem}{'_'.join(roles)}.weight")
+        _set_weight_name(weight, f"{stem}{'_'.join(roles)}.weight")
         bias = None
         if any(b is not None for b in biases):
             full = [_bias_or_zero(program, b, w) for b, w in zip(biases, weights, strict=True)]
             bias = _join(program, full, groups)
-            _name(bias, f"{stem}{'_'.join(roles)}.bias")
+            _set_weight_name(bias, f"{stem}{'_'.join(roles)}.bias")
         joined = program.edit.call(aten.linear.default, x, weight, bias)
         parts = _split(program, joined, sizes, groups)
     for node, part in zip(members, parts, strict=True):
@@ -150,35 +150,36 @@ def _fuse(
 
 
 def hoist(values: list[fx.Node], anchor: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Move what computes some weights before ``anchor``; it depends on weights alone, so it can go anywhere.
+    """Move the computation of some weights before ``anchor``; it depends on weights alone, so it can go anywhere.
 
     Args:
         values: nodes that depend on weights alone.
         anchor: where they are needed.
-        order: places of nodes; what is not in it was made just now, before the anchor.
+        order: positions of nodes; nodes not in it were just created, before the anchor.
     """
-    late: dict[fx.Node, None] = {}
+    moved: dict[fx.Node, None] = {}
     work = list(values)
     while work:
         node = work.pop()
-        if node.op == "call_function" and node not in late and order.get(node, -1) > order[anchor]:
-            late[node] = None
+        if node.op == "call_function" and node not in moved and order.get(node, -1) > order[anchor]:
+            moved[node] = None
             work.extend(node.all_input_nodes)
-    for node in sorted(late, key=lambda n: order[n]):
+    for node in sorted(moved, key=lambda n: order[n]):
         anchor.prepend(node)
         order[node] = order[anchor]
 
 
 def _join(program: Program, tensors: list[Any], groups: int) -> fx.Node:
-    """Join rows: whole matrices, or their parts group by group."""
+    """Return matrices joined by rows: as a whole, or group by group."""
     call = program.edit.call
     if groups == 1:
         return call(aten.cat.default, tensors, 0)
-    rest = [int(s) for s in tensors[0].meta["val"].shape[1:]]
+    trailing = [int(s) for s in tensors[0].meta["val"].shape[1:]]
     grouped = [
-        call(aten.reshape.default, t, [groups, int(t.meta["val"].shape[0]) // groups, *rest]) for t in tensors
+        call(aten.reshape.default, t, [groups, int(t.meta["val"].shape[0]) // groups, *trailing])
+        for t in tensors
     ]
-    return call(aten.reshape.default, call(aten.cat.default, grouped, 1), [-1, *rest])
+    return call(aten.reshape.default, call(aten.cat.default, grouped, 1), [-1, *trailing])
 
 
 def _split(program: Program, joined: fx.Node, sizes: list[int], groups: int) -> list[fx.Node]:
@@ -189,9 +190,9 @@ def _split(program: Program, joined: fx.Node, sizes: list[int], groups: int) -> 
         pieces = call(aten.split_with_sizes.default, joined, sizes, -1)
         return [call(operator.getitem, pieces, i) for i in range(len(sizes))]
     lead = program.size_nodes(list(joined.meta["val"].shape[:-1]))
-    each = [size // groups for size in sizes]
-    folded = call(aten.reshape.default, joined, [*lead, groups, sum(each)])
-    pieces = call(aten.split_with_sizes.default, folded, each, -1)
+    group_sizes = [size // groups for size in sizes]
+    folded = call(aten.reshape.default, joined, [*lead, groups, sum(group_sizes)])
+    pieces = call(aten.split_with_sizes.default, folded, group_sizes, -1)
     return [
         call(aten.reshape.default, call(operator.getitem, pieces, i), [*lead, size])
         for i, size in enumerate(sizes)
@@ -209,14 +210,14 @@ def _bias_or_zero(program: Program, bias: fx.Node | None, weight: fx.Node) -> fx
     return program.edit.call(aten.zeros_like.default, column)
 
 
-def _stem(program: Program, weights: list[fx.Node]) -> str:
-    """Return what the members' names have in common, up to a dot."""
+def _common_prefix(program: Program, weights: list[fx.Node]) -> str:
+    """Return the common prefix of the members' names, up to a dot."""
     names = [program.weights[w.name].name for w in weights if w.name in program.weights]
     if not names:
         return "fused."
-    common = os.path.commonprefix(names)  # noqa: RUF071  by character: it is cut at a dot below
+    common = os.path.commonprefix(names)  # noqa: RUF071  by character: it is truncated at a dot below
     return common[: common.rfind(".") + 1]
 
 
-def _name(node: fx.Node, name: str) -> None:
+def _set_weight_name(node: fx.Node, name: str) -> None:
     node.meta.setdefault("custom", {}).setdefault("graphopt", {})["weight"] = name

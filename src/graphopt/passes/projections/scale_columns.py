@@ -1,4 +1,4 @@
-"""Scale the input channels of the matrices that read a value, down to the tensors they are made of."""
+"""Scaling the input channels of matrices that read a value, and updating the mapping to the checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Reader:
-    """A linear or mixture that multiplies a value with a matrix.
+    """A linear or MoE layer that multiplies a value with a matrix.
 
     ``path`` are the reshapes and casts between the value and the reader; ``axis`` is the matrix's input dimension.
     """
@@ -33,7 +33,7 @@ class Reader:
     path: list[fx.Node]
 
     def now(self, program: Program) -> Reader:
-        """Return it as it is after edits that gave it another matrix."""
+        """Return it in its present state, after edits that gave it another matrix."""
         node = program.edit.now(self.node)
         if node is self.node:
             return self
@@ -70,7 +70,7 @@ def matrix_readers(
                 work.append((user, [*path, user]))
                 continue
             else:
-                return f"{user.name} reads it and has no matrix to hold its weight"
+                return f"{user.name} reads it and has no matrix to absorb its weight"
             if matrix not in constant:
                 return f"{user.name} multiplies it with something that depends on the input"
             assert isinstance(matrix, fx.Node)
@@ -86,11 +86,11 @@ def scale_reader(
     weight: fx.Node | None,
     bias: fx.Node | None,
 ) -> None:
-    """Let a reader of ``old = bare * weight + bias`` read ``bare``, its matrix holding the rest."""
+    """Let a reader of ``old = bare * weight + bias`` read ``bare``, with weight and bias folded into its matrix."""
     call = program.edit.call
-    found = arguments(reader.node)
-    moved = None
-    offset: Any = found.get("bias")
+    call_args = arguments(reader.node)
+    bias_product = None
+    offset: Any = call_args.get("bias")
     shift: Any = offset
     with program.edit.before(reader.node):
         value = bare
@@ -99,22 +99,20 @@ def scale_reader(
         matrix = reader.matrix
         scaled = matrix if weight is None else scaled_matrix(program, matrix, weight, reader.axis)
         if is_operator(reader.node, "graphopt.routed_ffn"):
-            args, kwargs = normal_call(reader.node.target, found | {"x": value, "up": scaled})
+            args, kwargs = normal_call(reader.node.target, call_args | {"x": value, "up": scaled})
             new = call(reader.node.target, *args, **kwargs)
         else:
             if bias is not None:
-                moved = call(aten.mv.default, matrix, as_type_of(program, bias, matrix))
-                shift = moved if offset is None else call(aten.add.Tensor, moved, offset)
+                bias_product = call(aten.mv.default, matrix, as_type_of(program, bias, matrix))
+                shift = bias_product if offset is None else call(aten.add.Tensor, bias_product, offset)
             new = call(aten.linear.default, value, scaled, shift)
     program.edit.replace(reader.node, new)
     if weight is not None:
-        _update_checkpoint(program, matrix, scaled, moved)
+        _update_checkpoint(program, matrix, scaled, bias_product)
     if bias is None:
         return
     if offset is None:
-        block_export(
-            program, f"{new.name} gets a bias, for which a checkpoint of this architecture has no place"
-        )
+        block_export(program, f"{new.name} gets a bias, which a checkpoint of this architecture cannot store")
     elif not any(is_operator(u, "aten.linear") for u in offset.users):
         _update_checkpoint(program, offset, shift)
 
@@ -131,27 +129,36 @@ def scaled_matrix(program: Program, matrix: fx.Node, scale: fx.Node, axis: int) 
 
 
 def _update_checkpoint(
-    program: Program, matrix: fx.Node, scaled: fx.Node, moved: fx.Node | None = None
+    program: Program, matrix: fx.Node, scaled: fx.Node, bias_product: fx.Node | None = None
 ) -> None:
-    """Let the checkpoint's tensors that a matrix or bias is made of be what the new one has of them."""
+    """Map the checkpoint's tensors that a matrix or bias is computed from to their scaled values."""
     names: dict[str, list[str]] = {}
     for name, node in program.checkpoint.items():
         names.setdefault(node.name, []).append(name)
     if matrix.op == "placeholder" and matrix.name not in names:
-        # a saved program holds what it computed; the checkpoint's tensors are read out of it
-        follow(program, {matrix: scaled}, beside=[moved] if moved is not None else [])
+        # a saved program stores computed weights; the checkpoint's tensors are derived from them
+        follow(program, {matrix: scaled}, beside=[bias_product] if bias_product is not None else [])
         return
     if matrix.name in names:
-        back = {matrix.name: scaled}
+        mapping = {matrix.name: scaled}
     else:
-        made_of = computed(program, matrix)[0].graph
+        expression_graph = computed(program, matrix)[0].graph
         with program.edit.after(scaled):
-            back = {name: node for name, node in invert(program, made_of, scaled).items() if name in names}
-        missing = {n.name for n in made_of.find_nodes(op="placeholder")} & names.keys() - back.keys()
-        if missing or not back:
+            mapping = {
+                name: node
+                for name, node in invert(program, expression_graph, scaled).items()
+                if name in names
+            }
+        missing = {
+            n.name for n in expression_graph.find_nodes(op="placeholder")
+        } & names.keys() - mapping.keys()
+        if missing or not mapping:
             block_export(
-                program, (f"{matrix.name} is made of several tensors in a way that cannot be scaled back")
+                program,
+                (
+                    f"{matrix.name} is computed from several tensors in a way that cannot be inverted after scaling"
+                ),
             )
-    for held, node in back.items():
-        for name in names[held]:
+    for old_name, node in mapping.items():
+        for name in names[old_name]:
             program.checkpoint[name] = node

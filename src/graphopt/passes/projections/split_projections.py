@@ -1,4 +1,4 @@
-"""One linear whose result is split becomes several linears."""
+"""Splitting one linear whose result is used in parts into several linears."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class SplitProjections(Pass):
-    """Make several linears of one whose result is only ever used in parts.
+    """Split a linear whose result is only used in parts into several linears.
 
     The inverse of ``fuse-projections``, for checkpoints that store projections fused: plain (Phi-3, GPT-2),
-    grouped and interleaved by head (GPT-NeoX, Falcon), gate and up in one or alternating. Each part gets the
-    rows of the matrix that make it. Passes that place work by head or by channel need separate projections.
+    grouped and interleaved by head (GPT-NeoX, Falcon), gate and up joined or alternating. Each part gets the
+    rows of the matrix that produce it. Passes that shard by head or by channel need separate projections.
     """
 
     name = "split-projections"
@@ -34,7 +34,7 @@ class SplitProjections(Pass):
     invalidates = (FusedProjections,)
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield every linear, with its parts, if all of its readers take parts of it."""
+        """Yield every linear all of whose readers take parts of it, with those parts."""
         for node, pieces in fused_linears(program):
             if isinstance(pieces, str):
                 if pieces:
@@ -43,7 +43,7 @@ class SplitProjections(Pass):
                 yield Site(node.name, parts=[piece.node.name for piece in pieces]), (node, pieces)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Give each part its own linear."""
+        """Replace each part by a linear of its own."""
         for _, (linear, pieces) in self.chosen(program, plan):
             for piece in pieces:
                 separate(program, linear, piece)

@@ -1,1 +1,1 @@
-"""Settings chosen at run time."""
+"""Passes over run-time settings."""

@@ -1,4 +1,4 @@
-"""A dial that stands still."""
+"""Freezing a run-time setting of a program at one value."""
 
 from __future__ import annotations
 
@@ -23,61 +23,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FreezeDial(Pass):
-    """Set a dial for good: the program no longer takes it, and runs as it did with the dial at this value.
+    """Freeze a run-time setting: the program no longer takes it, and runs as it did with the setting at this value.
 
-    What a setting found by ``graphopt sweep`` becomes before it is shipped or lowered. A number of active experts becomes
-    a Hugging Face folder's own setting.
+    Used on a value found by ``graphopt sweep`` before the program is shipped or lowered. A number of active experts
+    becomes an entry in the configuration of a Hugging Face folder.
     """
 
     name = "freeze-dial"
     contract = Approximate()
     trial = {"value": 1.0}  # noqa: RUF012
 
-    dial: str | None = option(None, help="its name; may be left out where there is one")
-    value: float | None = option(None, help="where it stands from now on; its default if not given")
+    dial: str | None = option(None, help="name of the setting; may be left out where there is one")
+    value: float | None = option(None, help="value it is frozen at; its default if not given")
 
-    def _found(self, program: Program) -> str:
+    def _setting_name(self, program: Program) -> str:
         names = list(program.dials)
         if self.dial is None and len(names) == 1:
             return names[0]
         if self.dial not in names:
             raise PipelineError(
-                f"{self.name}: " + (f"there is no dial {self.dial!r}" if self.dial else "say which dial"),
-                hint=f"the program's dials are {', '.join(names)}" if names else "the program has no dials",
+                f"{self.name}: "
+                + (
+                    f"there is no run-time setting {self.dial!r}"
+                    if self.dial
+                    else "say which run-time setting"
+                ),
+                hint=f"the program's run-time settings are {', '.join(names)}"
+                if names
+                else "the program has no run-time settings",
             )
         return self.dial
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Check the value against the dial's range."""
+        """Check the value against the setting's range."""
         if not program.dials and self.dial is None:
             return Plan()
-        name = self._found(program)
+        name = self._setting_name(program)
         dial = program.dials[name]
         value = dial.default if self.value is None else self.value
         if not dial.low <= value <= dial.high:
             raise PipelineError(
-                f"{self.name}: {name} cannot stand at {value:g}, its range is {dial.low:g} to {dial.high:g}"
+                f"{self.name}: {name} cannot be {value:g}, its range is {dial.low:g} to {dial.high:g}"
             )
         return Plan([Site(name, value=float(value))])
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put a constant in its place."""
+        """Replace the setting by a constant."""
         for site in plan.sites:
             if site.block not in program.dials:
-                raise PipelineError(f"the plan names {site.block!r}, which is no dial of this program")
-            held = torch.tensor(float(site["value"]), dtype=torch.float64)
-            constant = program.edit.add_weight(f"dial.{site.block}", held, kind="constant", persistent=False)
+                raise PipelineError(
+                    f"the plan names {site.block!r}, which is no run-time setting of this program"
+                )
+            value = torch.tensor(float(site["value"]), dtype=torch.float64)
+            constant = program.edit.add_weight(f"dial.{site.block}", value, kind="constant", persistent=False)
             program.edit.replace(program.input_nodes[site.block], constant)
             remove_dial(program, site.block)
-            for name in _passes_of(program):
+            for name in _installed_passes(program):
                 find_pass(name).dial_frozen(program, site.block, float(site["value"]))
 
 
-def _passes_of(program: Program) -> list[str]:
-    """Return the passes that a program went through and that are installed, each once."""
-    known = pass_locations()
+def _installed_passes(program: Program) -> list[str]:
+    """Return the installed passes that a program went through, each once."""
+    installed = pass_locations()
     names = [
         *(str(entry.get("pass", "")).partition("{")[0] for entry in program.history),
         *export_blockers(program),
     ]
-    return [name for name in dict.fromkeys(names) if name in known]
+    return [name for name in dict.fromkeys(names) if name in installed]

@@ -1,4 +1,4 @@
-"""Linears whose result is only ever used in parts, and those parts as linears of their own."""
+"""Fused projections: linears whose result is only used in parts, and replacing the parts by separate linears."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHOOSING = ("aten.split_with_sizes", "aten.slice", "aten.select", "aten.unbind"
 
 @dataclass
 class FusedPart:
-    """A value made from a linear by views: which dimensions are channels, and the same views of the rows.
+    """A value computed from a linear by views: which dimensions are channels, and the same views of the rows.
 
     ``labels`` names each dimension: a number for a channel dimension (in the order of ``sizes``), or
     ``("lead", i)`` for dimension i of the linear's input.
@@ -35,9 +35,9 @@ class FusedPart:
 
 
 def find_pieces(linear: fx.Node) -> list[FusedPart] | str:
-    """Return the parts of a linear's result that are used, or why it cannot be taken apart.
+    """Return the parts of a linear's result that are used, or why it cannot be split.
 
-    An empty string means that it is not used in parts at all.
+    An empty string means that it is not used in parts.
     """
     rank = linear.meta["val"].dim()
     start = FusedPart(
@@ -66,7 +66,7 @@ def find_pieces(linear: fx.Node) -> list[FusedPart] | str:
         return "a part is an output"
     unique = {piece.node: piece for piece in pieces}
     for piece in unique.values():
-        # a view of a part that is a part itself is handled by that part's readers
+        # a view of a part that is itself a part is handled with that part's readers
         if any(
             other is not piece and other.node in _ancestors(piece.node, linear) for other in unique.values()
         ):
@@ -76,18 +76,18 @@ def find_pieces(linear: fx.Node) -> list[FusedPart] | str:
 
 
 def _ancestors(node: fx.Node, stop: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    ancestors: set[fx.Node] = set()
     while node is not stop and node.op == "call_function":
         first = node.args[0]
         if not isinstance(first, fx.Node):
             break
         node = first
-        found.add(node)
-    return found
+        ancestors.add(node)
+    return ancestors
 
 
 def _follow(view: FusedPart, user: fx.Node) -> list[tuple[FusedPart, bool]] | str:
-    """Return the views that ``user`` makes, each with whether it is a part; or a reason, empty if read."""
+    """Return the views that ``user`` makes, each with whether it is a part; or a reason, empty for other readers."""
     if user.op == "output" or user.args[0] is not view.node:
         return ""
     if is_operator(user, "aten.split_with_sizes", "aten.unbind"):
@@ -113,32 +113,32 @@ def _channel(view: FusedPart, dim: int) -> int | None:
 
 
 def _parts(view: FusedPart, user: fx.Node) -> list[tuple[FusedPart, bool]] | str:
-    found = arguments(user)
-    dim = _channel(view, int(found["dim"]))
+    args = arguments(user)
+    dim = _channel(view, int(args["dim"]))
     if dim is None:
         return ""
-    made: list[tuple[FusedPart, bool]] = []
+    parts: list[tuple[FusedPart, bool]] = []
     start = 0
-    whole = is_operator(user, "aten.split_with_sizes")
+    is_split = is_operator(user, "aten.split_with_sizes")
     readers = {int(u.args[1]): u for u in user.users if u.target is operator.getitem}  # type: ignore[arg-type]
     if len(readers) != len(user.users):
         return "parts are read as a list"
     for index in range(len(user.meta["val"])):
-        size = int(found["split_sizes"][index]) if whole else 1
+        size = int(args["split_sizes"][index]) if is_split else 1
         if index in readers:
-            if whole:
+            if is_split:
                 sizes = [*view.sizes]
                 sizes[dim] = size
                 step = ("slice", dim, start, start + size, 1)
-                made.append((FusedPart(readers[index], view.labels, sizes, [*view.steps, step]), True))
+                parts.append((FusedPart(readers[index], view.labels, sizes, [*view.steps, step]), True))
             else:
-                made.append((_selected(view, readers[index], int(found["dim"]), dim, index), True))
+                parts.append((_selected(view, readers[index], int(args["dim"]), dim, index), True))
         start += size
-    return made
+    return parts
 
 
-def _selected(view: FusedPart, node: fx.Node, place: int, dim: int, index: int) -> FusedPart:
-    labels = [label for i, label in enumerate(view.labels) if i != place % len(view.labels)]
+def _selected(view: FusedPart, node: fx.Node, position: int, dim: int, index: int) -> FusedPart:
+    labels = [label for i, label in enumerate(view.labels) if i != position % len(view.labels)]
     # channel dimensions after the selected one move up
     labels = [label - 1 if isinstance(label, int) and label > dim else label for label in labels]
     sizes = [s for i, s in enumerate(view.sizes) if i != dim]
@@ -146,29 +146,29 @@ def _selected(view: FusedPart, node: fx.Node, place: int, dim: int, index: int) 
 
 
 def _choose(view: FusedPart, user: fx.Node) -> list[tuple[FusedPart, bool]] | str:
-    found = arguments(user)
-    place = int(found["dim"])
-    dim = _channel(view, place)
+    args = arguments(user)
+    position = int(args["dim"])
+    dim = _channel(view, position)
     if dim is None:
         return ""
     size = view.sizes[dim]
     if is_operator(user, "aten.select"):
-        if not isinstance(found["index"], int):
+        if not isinstance(args["index"], int):
             return "a part is chosen by a value"
-        return [(_selected(view, user, place, dim, found["index"] % size), True)]
-    start, end = found["start"] or 0, size if found["end"] is None else found["end"]
+        return [(_selected(view, user, position, dim, args["index"] % size), True)]
+    start, end = args["start"] or 0, size if args["end"] is None else args["end"]
     if not isinstance(start, int) or not isinstance(end, int):
         return "a part is chosen by a value"
     start = max(0, start + size if start < 0 else start)
     end = min(size, end + size if end < 0 else end)
-    step = int(found["step"])
+    step = int(args["step"])
     sizes = [*view.sizes]
     sizes[dim] = len(range(start, end, step))
     return [(FusedPart(user, view.labels, sizes, [*view.steps, ("slice", dim, start, end, step)]), True)]
 
 
 def _reshape(view: FusedPart, user: fx.Node) -> list[tuple[FusedPart, bool]] | str:
-    """Follow a reshape that takes the last dimension, all channels, apart."""
+    """Return the view of a reshape that splits the last dimension, all channels; empty string if it is another one."""
     if (view.labels and view.labels[-1] != len(view.sizes) - 1) or len(view.sizes) != 1:
         return ""
     lead = len(view.labels) - 1
@@ -183,7 +183,7 @@ def _reshape(view: FusedPart, user: fx.Node) -> list[tuple[FusedPart, bool]] | s
 
 
 def separate(program: Program, linear: fx.Node, piece: FusedPart) -> None:
-    """Replace a part by a linear with the rows that make it."""
+    """Replace a part by a linear with the rows that produce it."""
     call = program.edit.call
     x, weight = linear.args[0], linear.args[1]
     bias = linear.args[2] if len(linear.args) > 2 else None
@@ -203,39 +203,39 @@ def separate(program: Program, linear: fx.Node, piece: FusedPart) -> None:
 def _rows(program: Program, tensor: Any, piece: FusedPart, columns: int) -> fx.Node:
     """Apply the views of a part to the rows of a matrix (``columns`` 1) or the entries of a bias (0)."""
     call = program.edit.call
-    rest = [int(s) for s in tensor.meta["val"].shape[1:]] if columns else []
+    trailing = [int(s) for s in tensor.meta["val"].shape[1:]] if columns else []
     value = tensor
     for step in piece.steps:
         if step[0] == "reshape":
-            value = call(aten.reshape.default, value, [*step[1:], *rest])
+            value = call(aten.reshape.default, value, [*step[1:], *trailing])
         elif step[0] == "select":
             value = call(aten.select.int, value, step[1], step[2])
         else:
             value = call(aten.slice.Tensor, value, *step[1:])
     if len(piece.sizes) != 1:
-        value = call(aten.reshape.default, value, [-1, *rest])
+        value = call(aten.reshape.default, value, [-1, *trailing])
     assert isinstance(value, fx.Node)
     return value
 
 
 def fused_linears(program: Program) -> list[tuple[fx.Node, list[FusedPart] | str]]:
-    """Return each linear whose matrix no input changes, and its parts or why it has none; see :func:`find_pieces`."""
+    """Return each linear with a constant matrix, with its parts or why it has none; see :func:`find_pieces`."""
 
     def find() -> list[tuple[fx.Node, list[FusedPart] | str]]:
         constant = depends_on_weights_alone(program)
         linears = (n for n in program.graph.nodes if is_operator(n, "aten.linear") and n.args[1] in constant)
         return [(node, find_pieces(node)) for node in linears]
 
-    found: list[tuple[fx.Node, list[FusedPart] | str]] = program.derived("fused", find, portable=True)
-    return found
+    result: list[tuple[fx.Node, list[FusedPart] | str]] = program.derived("fused", find, portable=True)
+    return result
 
 
 def split_all(program: Program, within: Collection[str] | None = None) -> None:
-    """Take fused projections apart, as placing by head or by channel needs.
+    """Split fused projections into separate ones, as sharding by head or by channel requires.
 
     Args:
         program: changed in place.
-        within: names of the blocks whose projections are; None for all. Others stay as their owner fused them.
+        within: names of the blocks whose projections are split; None for all.
     """
     inside = None
     if within is not None:

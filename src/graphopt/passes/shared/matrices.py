@@ -1,4 +1,4 @@
-"""Matrices of convolutions and linears that are multiplied, cut and put to use again."""
+"""Helpers for matrices of convolutions and linears that are scaled, reshaped and applied again."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def _shaped(program: Program, vector: fx.Node, shape: list[int]) -> fx.Node:
 
 
 def per_group(program: Program, vector: fx.Node, shape: list[int], groups: int) -> fx.Node:
-    """Lay a value a channel out for the second dimension of a matrix, of which each group of rows has its own."""
-    rest = [1] * (len(shape) - 2)
+    """Reshape per-channel values to the second dimension of a matrix, whose groups of rows have channels of their own."""
+    trailing = [1] * (len(shape) - 2)
     if groups == 1:
-        return _shaped(program, vector, [1, shape[1], *rest])
+        return _shaped(program, vector, [1, shape[1], *trailing])
     grouped = _shaped(program, vector, [groups, 1, shape[1]])
     spread = program.edit.call(aten.expand.default, grouped, [groups, shape[0] // groups, shape[1]])
-    return _shaped(program, spread, [shape[0], shape[1], *rest])
+    return _shaped(program, spread, [shape[0], shape[1], *trailing])
 
 
 def repeated(program: Program, node: fx.Node, x: Any, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    """Repeat a convolution or linear with another input, matrix and bias, which keep the types it had."""
-    held: Any = node.args[1]
-    weight, bias = (None if t is None else as_type_of(program, t, held) for t in (weight, bias))  # type: ignore[assignment]
+    """Repeat a convolution or linear with another input, matrix and bias, in the dtype of the original matrix."""
+    old_weight: Any = node.args[1]
+    weight, bias = (None if t is None else as_type_of(program, t, old_weight) for t in (weight, bias))  # type: ignore[assignment]
     return program.edit.call(node.target, x, weight, bias, *node.args[3:], **node.kwargs)
 
 
 def as_type_of(program: Program, tensor: fx.Node, like: fx.Node) -> fx.Node:
-    """Return a tensor in the type of another; folding rounds it once."""
+    """Return a tensor in the dtype of another; folding rounds it once."""
     if tensor.meta["val"].dtype == like.meta["val"].dtype:
         return tensor
     return program.edit.call(aten.to.dtype, tensor, like.meta["val"].dtype)

@@ -1,4 +1,4 @@
-"""Heads in another order, from the last projection of an attention back to the weights that make them."""
+"""Reordering heads, from the last projection of an attention back to the weights that produce them."""
 
 from __future__ import annotations
 
@@ -26,63 +26,63 @@ class Order:
 
     @property
     def length(self) -> int:
-        """How many there are; the size stays."""
+        """Number of entries; the size does not change."""
         return len(self.order)
 
     def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Order | None:
-        """Return the same order on another dimension, each entry now ``factor / divisor`` entries; None if none."""
+        """Return the same order on another dimension, where each entry is ``factor / divisor`` entries; None if none."""
         if len(self.order) * factor % divisor:
             return None
         if factor >= divisor:
             if factor % divisor:
                 return None
-            each = factor // divisor
-            return Order(dim, tuple(o * each + i for o in self.order for i in range(each)))
+            entries = factor // divisor
+            return Order(dim, tuple(o * entries + i for o in self.order for i in range(entries)))
         if divisor % factor:
             return None
-        each = divisor // factor
-        starts = self.order[::each]
-        whole = tuple(s + i for s in starts for i in range(each))
-        if whole != self.order or any(s % each for s in starts):
+        entries = divisor // factor
+        starts = self.order[::entries]
+        expanded = tuple(s + i for s in starts for i in range(entries))
+        if expanded != self.order or any(s % entries for s in starts):
             return None
-        return Order(dim, tuple(s // each for s in starts))
+        return Order(dim, tuple(s // entries for s in starts))
 
 
 @dataclass
 class Reorderer(Cutter):
-    """Makes values with entries in another order."""
+    """Creates values with entries in another order."""
 
     tables: dict[tuple[int, ...], fx.Node] = field(default_factory=dict)
 
     def is_all(self, cut: Any) -> bool:
-        """Tell whether the order is the one that there is."""
+        """Tell whether the order is the present one."""
         return bool(cut.order == tuple(range(len(cut.order))))
 
     def take(self, node: fx.Node, cut: Any) -> fx.Node:
-        """Take the entries of a value one by one."""
+        """Return the entries of a value in the new order, by index."""
         if cut.order not in self.tables:
-            taken = {w.name for w in self.program.weights.values()}
-            number = next(n for n in range(10**6) if f"order_of_heads.{n}" not in taken)
+            names = {w.name for w in self.program.weights.values()}
+            number = next(n for n in range(10**6) if f"order_of_heads.{n}" not in names)
             self.tables[cut.order] = self.program.edit.add_weight(
                 f"order_of_heads.{number}", torch.tensor(cut.order), kind="constant", persistent=False
             )
         return self.program.edit.call(aten.index_select.default, node, cut.dim, self.tables[cut.order])
 
     def mark(self, node: fx.Node, cut: Any) -> None:
-        """An order shows in no shape and needs no mark."""
+        """Do nothing: an order changes no shape and needs no mark."""
 
     def keys(self, cut: Any, key_value_heads: int) -> Any:
-        """Return the order of key-value heads: whole groups of queries move with theirs."""
+        """Return the order of key-value heads, each of which moves with its whole group of queries; else the reason."""
         group = len(cut.order) // key_value_heads
-        moved = cut.at(1, 1, group)
-        return moved if moved is not None else "queries of one key-value head would be torn apart"
+        head_order = cut.at(1, 1, group)
+        return head_order if head_order is not None else "queries of one key-value head would be separated"
 
 
 def reorder_heads(program: Program, block: Block, units: list[int]) -> None:
-    """Put the heads of an attention into another order; what it computes stays the same.
+    """Put the heads of an attention into another order without changing its output.
 
     Args:
-        program: is changed.
+        program: changed in place.
         block: an attention with a linear that reads its heads.
         units: new order of its key-value heads, each with the queries that share it.
 
@@ -90,53 +90,63 @@ def reorder_heads(program: Program, block: Block, units: list[int]) -> None:
         ValueError: the heads cannot be followed back to weights.
     """
     out = block.parts["o"]
-    found = arguments(out)
-    width = int(found["weight"].meta["val"].shape[1])
-    each = width // len(units)
-    last = found["input"].meta["val"].dim() - 1
-    order = Order(last, tuple(u * each + i for u in units for i in range(each)))
+    args = arguments(out)
+    width = int(args["weight"].meta["val"].shape[1])
+    head_width = width // len(units)
+    last = args["input"].meta["val"].dim() - 1
+    order = Order(last, tuple(u * head_width + i for u in units for i in range(head_width)))
     reorderer = Reorderer(program)
     with program.edit.before(out):
-        x = reorderer.part(found["input"], order)
+        x = reorderer.part(args["input"], order)
         columns = order.at(1)
         assert columns is not None
-        weight = reorderer.part(found["weight"], columns)
-        made = program.edit.call(out.target, x, weight, *out.args[2:], **out.kwargs)
+        weight = reorderer.part(args["weight"], columns)
+        new_out = program.edit.call(out.target, x, weight, *out.args[2:], **out.kwargs)
     inside = set(block.nodes)
     stuck = [(node, reason) for node, reason in reorderer.whole if node in inside]
     if stuck:
         raise ValueError(f"{stuck[0][0].name}: {stuck[0][1]}")
-    program.edit.replace(out, made)
+    program.edit.replace(out, new_out)
     to_checkpoint(program, reorderer)
 
 
 def to_checkpoint(program: Program, reorderer: Reorderer) -> None:
-    """Let the checkpoint's tensors be the reordered ones, where nothing else reads them as they were."""
-    taken = {
-        node: made for (node, _), made in reorderer.made.items() if is_operator(made, "aten.index_select")
+    """Map the checkpoint's tensors to the reordered ones, where nothing else reads the original ones."""
+    reordered = {
+        node: new_node
+        for (node, _), new_node in reorderer.made.items()
+        if is_operator(new_node, "aten.index_select")
     }
-    joined = {held: _joined(program, held, taken) for held in set(program.checkpoint.values())}
-    follow(program, taken | {held: made for held, made in joined.items() if made is not None})
+    joined = {
+        tensor: _joined_slices(program, tensor, reordered) for tensor in set(program.checkpoint.values())
+    }
+    follow(
+        program, reordered | {tensor: new_node for tensor, new_node in joined.items() if new_node is not None}
+    )
 
 
-def _joined(program: Program, held: fx.Node, taken: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """A tensor that is read in parts, each reordered: the parts, one after the other."""
+def _joined_slices(program: Program, tensor: fx.Node, reordered: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """Return the concatenation of a tensor's reordered slices, if it is read only in such slices; else None."""
     parts: list[tuple[int, int, fx.Node]] = []
-    for user in held.users:
-        if not is_operator(user, "aten.slice") or user not in taken or set(user.users) != {taken[user]}:
+    for user in tensor.users:
+        if (
+            not is_operator(user, "aten.slice")
+            or user not in reordered
+            or set(user.users) != {reordered[user]}
+        ):
             return None
-        found = arguments(user)
-        size = int(held.meta["val"].shape[0])
-        if found["dim"] != 0 or found["step"] != 1:
+        args = arguments(user)
+        size = int(tensor.meta["val"].shape[0])
+        if args["dim"] != 0 or args["step"] != 1:
             return None
-        end = size if found["end"] is None else min(found["end"], size)
-        parts.append((found["start"] or 0, end, taken[user]))
+        end = size if args["end"] is None else min(args["end"], size)
+        parts.append((args["start"] or 0, end, reordered[user]))
     parts.sort(key=lambda part: part[0])
     edges = [0, *(end for _, end, _ in parts)]
     if (
         not parts
         or [start for start, _, _ in parts] != edges[:-1]
-        or edges[-1] != int(held.meta["val"].shape[0])
+        or edges[-1] != int(tensor.meta["val"].shape[0])
     ):
         return None
     with program.edit.after(max(part for _, _, part in parts)):

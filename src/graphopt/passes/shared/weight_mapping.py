@@ -1,4 +1,4 @@
-"""A checkpoint's tensors after weights were taken from: the same expressions, of what is read now."""
+"""The mapping to the checkpoint after entries were selected from weights: the same expressions of the new values."""
 
 from __future__ import annotations
 
@@ -23,85 +23,89 @@ def follow(
     apart: Collection[str] = (),
     beside: Collection[fx.Node] = (),
 ) -> None:
-    """Let tensors of the checkpoint be computed from the taken values, where nothing reads them as they were.
+    """Compute tensors of the checkpoint from the selected values, where nothing reads the original ones.
 
-    A tensor may be the value that was taken from, a part that a fused weight has of it, or what was made of it to
-    be read back (a transposition, a scale that was folded in).
+    A tensor may be the original value itself, a slice of it in a fused weight, or a value computed from it for the
+    mapping to the checkpoint (a transposition, a scale that was folded in).
 
     Args:
         program: its checkpoint entries are changed.
-        taken: what is read now, by the value that was read before.
-        apart: names of entries that stay as they are.
-        beside: what also reads the values as they were, and keeps none of them.
+        taken: the value that is read now, by the value that was read before.
+        apart: names of checkpoint entries to leave unchanged.
+        beside: nodes that also read the original values but do not need them kept.
     """
     ends = {*taken.values(), *beside}
-    still = needed_for(program.outputs.values(), ends) - ends
-    numbered = Expressions()
-    now: dict[int, fx.Node] = {}
+    still_read = needed_for(program.outputs.values(), ends) - ends
+    expressions = Expressions()
+    replacements: dict[int, fx.Node] = {}
     for old, new in taken.items():
-        for known in (old, _part_of_whole(old)):
-            if known is not None and known not in still:
-                now.setdefault(numbered(known), new)
-    made_of: dict[fx.Node, fx.Node | None] = {}
-    left: list[fx.Node] = []
-    for name, held in list(program.checkpoint.items()):
+        for source in (old, _joined_tensor(old)):
+            if source is not None and source not in still_read:
+                replacements.setdefault(expressions(source), new)
+    rewritten: dict[fx.Node, fx.Node | None] = {}
+    replaced: list[fx.Node] = []
+    for name, node in list(program.checkpoint.items()):
         if name not in apart:
-            made = _again(program, held, now, numbered, made_of)
-            if made is not None:
-                program.checkpoint[name] = made
-                left.append(held)
-    # an old way back would keep alive, and stored, what is no longer read
-    program.edit.erase_dead(n for n in left if n not in taken)
+            new_node = _rewrite(program, node, replacements, expressions, rewritten)
+            if new_node is not None:
+                program.checkpoint[name] = new_node
+                replaced.append(node)
+    # an outdated mapping would keep values alive, and stored, that are no longer read
+    program.edit.erase_dead(n for n in replaced if n not in taken)
 
 
-def _part_of_whole(node: fx.Node) -> fx.Node | None:
-    """Return the tensor that was put into a joined one just where ``node`` takes a part of it."""
+def _joined_tensor(node: fx.Node) -> fx.Node | None:
+    """Return the operand of a concatenation that ``node`` slices out exactly; None if there is none."""
     if not is_operator(node, "aten.slice"):
         return None
-    found = arguments(node)
-    joined = found["self"]
-    if not is_operator(joined, "aten.cat") or found["step"] != 1:
+    args = arguments(node)
+    joined = args["self"]
+    if not is_operator(joined, "aten.cat") or args["step"] != 1:
         return None
-    dim = found["dim"] % joined.meta["val"].dim()
+    dim = args["dim"] % joined.meta["val"].dim()
     if arguments(joined)["dim"] % joined.meta["val"].dim() != dim:
         return None
     total, start = int(joined.meta["val"].shape[dim]), 0
-    ends = total if found["end"] is None else min(int(found["end"]), total)
+    end = total if args["end"] is None else min(int(args["end"]), total)
     for operand in arguments(joined)["tensors"]:
         size = int(operand.meta["val"].shape[dim])
-        if (int(found["start"] or 0), ends) == (start, start + size):
+        if (int(args["start"] or 0), end) == (start, start + size):
             return operand  # type: ignore[no-any-return]
         start += size
     return None
 
 
-def _again(
+def _rewrite(
     program: Program,
-    held: fx.Node,
-    now: dict[int, fx.Node],
-    numbered: Expressions,
-    known: dict[fx.Node, fx.Node | None],
+    node: fx.Node,
+    replacements: dict[int, fx.Node],
+    expressions: Expressions,
+    rewritten: dict[fx.Node, fx.Node | None],
 ) -> fx.Node | None:
-    """Return the expression with taken values in the place of those before; None where nothing was taken."""
-    if held not in known:
-        number = numbered(held)
-        known[held] = now.get(number)
-        if number not in now and held.op == "call_function":
-            read = held.all_input_nodes
-            others = {n: m for n in read if (m := _again(program, n, now, numbered, known)) is not None}
-            known[held] = _call(program, held, others) if others else None
-    return known[held]
+    """Return the expression with selected values in place of the original ones; None if it reads none of them."""
+    if node not in rewritten:
+        number = expressions(node)
+        rewritten[node] = replacements.get(number)
+        if number not in replacements and node.op == "call_function":
+            operands = node.all_input_nodes
+            new_operands = {
+                n: m
+                for n in operands
+                if (m := _rewrite(program, n, replacements, expressions, rewritten)) is not None
+            }
+            rewritten[node] = _repeat(program, node, new_operands) if new_operands else None
+    return rewritten[node]
 
 
-def _call(program: Program, held: fx.Node, others: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    resized = any(n.meta["val"].shape != m.meta["val"].shape for n, m in others.items())
-    if resized and has(held, Trait.PART):
-        return None  # where its part begins now is not known
-    args, kwargs = fx.map_arg((held.args, held.kwargs), lambda n: others.get(n, n))
-    read: list[fx.Node] = []
-    fx.map_arg((args, kwargs), read.append)
+def _repeat(program: Program, node: fx.Node, new_operands: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    resized = any(n.meta["val"].shape != m.meta["val"].shape for n, m in new_operands.items())
+    if resized and has(node, Trait.PART):
+        return None  # where its slice begins now is not known
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: new_operands.get(n, n))
+    inputs: list[fx.Node] = []
+    fx.map_arg((args, kwargs), inputs.append)
     try:
-        with program.edit.after(max(read)):
-            return program.edit.call(held.target, *args, **kwargs)
+        with program.edit.after(max(inputs)):
+            return program.edit.call(node.target, *args, **kwargs)
     except VerificationError:
         return None

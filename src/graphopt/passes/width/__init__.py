@@ -1,1 +1,1 @@
-"""Parts of passes that change the width of feed-forwards: importance of hidden channels, and taking some of them."""
+"""Passes that change the width of feed-forwards: importance of hidden channels, and selecting some of them."""

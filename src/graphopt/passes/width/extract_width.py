@@ -1,4 +1,4 @@
-"""One of several widths, as a plain dense program again."""
+"""Extracting one of several widths as a plain dense program."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractWidth(Pass):
-    """Leave one width of feed-forwards that have several, without routers: a dense model, which any tool takes.
+    """Keep one width of feed-forwards that have several, without routers: a dense model that any tool can read.
 
-    The result computes what the program computes where every token takes that width. With one width in all layers it
-    is written back to a plain Hugging Face folder.
+    The result computes what the program computes if every token takes that width. With one width in all layers it can
+    be written back to a plain Hugging Face folder.
     """
 
     name = "extract-width"
@@ -41,65 +41,65 @@ class ExtractWidth(Pass):
     paper = "arXiv 2502.12325"
     trial = {"width": 1.0}  # noqa: RUF012
 
-    width: float = option(1.0, help="the width that is left, as a share of the whole", low=0, high=1)
+    width: float = option(1.0, help="the width to keep, as a share of the full width", low=0, high=1)
 
     def validate(self) -> None:
-        """A width of nothing is no feed-forward."""
+        """Refuse a width of 0."""
         if self.width == 0:
             raise PipelineError(
                 f"{self.name}: a width of 0 is no feed-forward", hint="skip-layers{unit=ffn} removes them"
             )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find the feed-forwards of several widths."""
+        """Take the feed-forwards of several widths."""
         plan = Plan()
         for block in program.anatomy.ffn:
             if "core" not in block.parts:
                 plan.refused.append(Refused(block.name, "it has one width", program.source_line(block.term)))
                 continue
-            if len(_cores(block)) == 2 and _together(block) is None:
+            if len(_cores(block)) == 2 and _expert_sum(block) is None:
                 plan.refused.append(
                     Refused(
                         block.name,
-                        "what its experts give is not simply added",
+                        "the outputs of its experts are not simply added",
                         program.source_line(block.term),
                     )
                 )
                 continue
-            there = sorted({w for core in _cores(block) for w in arguments(core)["widths"]} - {0})
-            wanted = min(there, key=lambda w: abs(w - self.width * there[-1]))
-            # half a channel was rounded away when the widths were made
-            if abs(wanted - self.width * there[-1]) > max(1.0, 0.01 * there[-1]):
+            widths = sorted({w for core in _cores(block) for w in arguments(core)["widths"]} - {0})
+            chosen_width = min(widths, key=lambda w: abs(w - self.width * widths[-1]))
+            # the widths were rounded to whole channels
+            if abs(chosen_width - self.width * widths[-1]) > max(1.0, 0.01 * widths[-1]):
                 raise PassRefusedError(
-                    f"{self.name}: {block.name} has the widths {', '.join(map(str, there))}, none is "
-                    f"{self.width:g} of {there[-1]}",
-                    hint="widths=" + " ".join(f"{w / there[-1]:g}" for w in there),
+                    f"{self.name}: {block.name} has the widths {', '.join(map(str, widths))}, none is "
+                    f"{self.width:g} of {widths[-1]}",
+                    hint="widths=" + " ".join(f"{w / widths[-1]:g}" for w in widths),
                 )
-            plan.sites.append(Site(block.name, width=there[-1], kept=wanted))
+            plan.sites.append(Site(block.name, width=widths[-1], kept=chosen_width))
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Write them as ordinary operators and take the channels that stay."""
+        """Write the feed-forwards as ordinary operators and keep the planned channels."""
         blocks = {b.name: b for b in program.anatomy.ffn}
-        several = {name for name, b in blocks.items() if "core" in b.parts}
+        nested_names = {name for name, b in blocks.items() if "core" in b.parts}
         writable = True
         for site in plan.sites:
-            writable &= _leave(program, blocks[site.block], int(site["kept"]))
+            writable &= _make_dense(program, blocks[site.block], int(site["kept"]))
         ffns = {b.name: b for b in program.anatomy.ffn}
-        kept = {site.block: int(site["kept"]) for site in plan.sites}
-        narrow = {n: torch.arange(w) for n, w in kept.items() if int(ffns[n].sizes["width"]) > w}
+        kept_widths = {site.block: int(site["kept"]) for site in plan.sites}
+        narrow = {n: torch.arange(w) for n, w in kept_widths.items() if int(ffns[n].sizes["width"]) > w}
         take_channels(program, [b for n, b in ffns.items() if n in narrow], narrow)
         if DIAL in program.dials and not program.input_nodes[DIAL].users:
             remove_dial(program, DIAL)
         drop_unread_weights(program)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
-        if not kept or set(kept) != several:
+        if not kept_widths or set(kept_widths) != nested_names:
             return
         # no feed-forward has several widths any more
         unblock_export(program, by="split-ffn")
         if not writable:
-            block_export(program, "the weights of its small experts have no place in the checkpoint")
-        elif len(widths) > 1 or set(kept) != set(ffns):
+            block_export(program, "the weights of its small experts have no tensors in the checkpoint")
+        elif len(widths) > 1 or set(kept_widths) != set(ffns):
             block_export(
                 program, "feed-forwards have different widths, for which the configuration has one entry"
             )
@@ -111,40 +111,40 @@ def _cores(block: Block) -> list[fx.Node]:
     return [block.parts[name] for name in ("core", "other_core") if name in block.parts]
 
 
-def _together(block: Block) -> fx.Node | None:
-    """The sum of two experts."""
+def _expert_sum(block: Block) -> fx.Node | None:
+    """Return the node that adds two experts; None if there is none."""
     first, second = _cores(block)
     return next((u for u in first.users if second in u.all_input_nodes), None)
 
 
-def _leave(program: Program, block: Block, width: int) -> bool:
-    """Make the experts of one width dense and drop the others; tell whether the checkpoint has a place for it."""
+def _make_dense(program: Program, block: Block, width: int) -> bool:
+    """Make the expert of one width dense and drop the others; return whether the checkpoint can store it."""
     cores = _cores(block)
     if len(cores) == 1:
         program.edit.replace(cores[0], dense(program, cores[0]))
         return True
-    kept, gone = sorted(cores, key=lambda core: width not in arguments(core)["widths"])
-    both = _together(block)
-    assert both is not None
+    kept_core, removed_core = sorted(cores, key=lambda core: width not in arguments(core)["widths"])
+    expert_sum = _expert_sum(block)
+    assert expert_sum is not None
     writable = True
-    if kept is block.parts["other_core"]:
-        writable = _take_place(program, arguments(kept), arguments(gone))
-    made = dense(program, kept)
-    program.edit.replace(both, made)
+    if kept_core is block.parts["other_core"]:
+        writable = _replace_in_checkpoint(program, arguments(kept_core), arguments(removed_core))
+    output = dense(program, kept_core)
+    program.edit.replace(expert_sum, output)
     return writable
 
 
-def _take_place(program: Program, kept: dict[str, Any], gone: dict[str, Any]) -> bool:
-    """Let the small expert's weights be what the checkpoint's tensors are now."""
-    places: dict[fx.Node, list[str]] = {}
+def _replace_in_checkpoint(program: Program, kept_args: dict[str, Any], removed_args: dict[str, Any]) -> bool:
+    """Map the checkpoint's tensors to the small expert's weights; return whether each has a tensor."""
+    names_by_node: dict[fx.Node, list[str]] = {}
     for name, node in program.checkpoint.items():
-        places.setdefault(node, []).append(name)
-    found = True
+        names_by_node.setdefault(node, []).append(name)
+    writable = True
     for role in MATRICES:
-        if kept[role] is None:
+        if kept_args[role] is None:
             continue
-        names = places.get(gone[role], [])
-        found &= bool(names) or kept[role] in places
+        names = names_by_node.get(removed_args[role], [])
+        writable &= bool(names) or kept_args[role] in names_by_node
         for name in names:
-            program.checkpoint[name] = kept[role]
-    return found
+            program.checkpoint[name] = kept_args[role]
+    return writable

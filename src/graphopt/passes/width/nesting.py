@@ -1,4 +1,4 @@
-"""A feed-forward read as ``activation(gate) * up`` between projections, written as nested widths, and read back."""
+"""Feed-forwards read as ``activation(gate) * up`` between projections, written with nested widths, and made dense."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATRICES = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
 
 @dataclass(frozen=True)
 class FeedForward:
-    """What a dense feed-forward is made of: its input, its last linear, its weights by role, its activation."""
+    """The parts of a dense feed-forward: its input, its last linear, its weights by role, its activation."""
 
     x: fx.Node
     down: fx.Node
@@ -36,29 +36,29 @@ def read_feed_forward(block: Block) -> FeedForward | str:
     if down is None or up is None or not is_operator(up, "aten.linear"):
         return "its projections were not recognised"
     if gate is up:
-        return "its gate and what it multiplies come from one projection that cannot be taken apart"
-    first, last = arguments(up), arguments(down)
-    second = arguments(gate) if gate is not None else None
-    if second is not None and second["input"] is not first["input"]:
-        return "its gate reads another value than what it multiplies"
-    width = int(last["weight"].meta["val"].shape[1])
-    if any(int(f["weight"].meta["val"].shape[0]) != width for f in (first, second) if f is not None):
+        return "its gate and the value it multiplies come from one projection that cannot be split"
+    up_args, down_args = arguments(up), arguments(down)
+    gate_args = arguments(gate) if gate is not None else None
+    if gate_args is not None and gate_args["input"] is not up_args["input"]:
+        return "its gate and the projection it multiplies read different values"
+    width = int(down_args["weight"].meta["val"].shape[1])
+    if any(int(f["weight"].meta["val"].shape[0]) != width for f in (up_args, gate_args) if f is not None):
         return f"its projections have another width than the {width} channels that its last one reads"
-    hidden = last["input"]
+    hidden = down_args["input"]
     assert isinstance(hidden, fx.Node)
     activation = activation_between(up, gate, hidden)
     if activation is None:
-        return "what lies between its projections is no activation that graphopt.nested_ffn knows"
+        return "the function between its projections is no activation that graphopt.nested_ffn supports"
     weights = {
-        "up": first["weight"], "down": last["weight"], "gate": None if second is None else second["weight"],
-        "up_bias": first["bias"], "gate_bias": None if second is None else second["bias"],
-        "down_bias": last["bias"],
+        "up": up_args["weight"], "down": down_args["weight"], "gate": None if gate_args is None else gate_args["weight"],
+        "up_bias": up_args["bias"], "gate_bias": None if gate_args is None else gate_args["bias"],
+        "down_bias": down_args["bias"],
     }  # fmt: skip
-    return FeedForward(first["input"], down, weights, activation)
+    return FeedForward(up_args["input"], down, weights, activation)
 
 
 def nested(program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int]) -> fx.Node:
-    """Insert the operator for a feed-forward of which each token uses as many channels as its choice says."""
+    """Insert and return the operator for a feed-forward with a chosen number of channels for each token."""
     w = ffn.weights
     return program.edit.call(
         dialect.nested_ffn.default, ffn.x, choice, widths, w["up"], w["down"], w["gate"], w["up_bias"],
@@ -67,59 +67,59 @@ def nested(program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int
 
 
 def own_small(program: Program, ffn: FeedForward, width: int, place: str) -> FeedForward:
-    """Return a feed-forward with weights of its own that begin as the first channels of another."""
-    own: dict[str, fx.Node | None] = {}
+    """Return a feed-forward with weights of its own, initialised with the first channels of another."""
+    new_weights: dict[str, fx.Node | None] = {}
     for role, node in ffn.weights.items():
         if node is None:
-            own[role] = None
+            new_weights[role] = None
             continue
-        taken = node
+        tensor = node
         if role != "down_bias":
-            taken = program.edit.call(aten.slice.Tensor, node, 1 if role == "down" else 0, 0, width)
-        plain = program.weights.get(taken.name) if taken.op == "placeholder" else None
-        source = plain.source if plain is not None else computed(program, taken)[0]
-        own[role] = program.edit.add_weight(free_name(program, f"{place}.small_{role}"), source)
-        if taken is not node:
-            program.edit.erase_dead([taken])
-    return FeedForward(ffn.x, ffn.down, own, ffn.activation)
+            tensor = program.edit.call(aten.slice.Tensor, node, 1 if role == "down" else 0, 0, width)
+        stored = program.weights.get(tensor.name) if tensor.op == "placeholder" else None
+        source = stored.source if stored is not None else computed(program, tensor)[0]
+        new_weights[role] = program.edit.add_weight(free_name(program, f"{place}.small_{role}"), source)
+        if tensor is not node:
+            program.edit.erase_dead([tensor])
+    return FeedForward(ffn.x, ffn.down, new_weights, ffn.activation)
 
 
 def place_of(program: Program, node: fx.Node) -> str:
     """Return the path of the module that a projection's weight belongs to, without the projection: ``layers.0.mlp``."""
     work = [arguments(node)["weight"]]
     while work:
-        found = work.pop()
-        if found.op == "placeholder":
-            if found.name in program.weights and program.weights[found.name].kind == "parameter":
-                path = program.weights[found.name].name.split(".")
+        current = work.pop()
+        if current.op == "placeholder":
+            if current.name in program.weights and program.weights[current.name].kind == "parameter":
+                path = program.weights[current.name].name.split(".")
                 return ".".join(path[:-2]) or path[0]
         else:
-            work.extend(reversed(found.all_input_nodes))
+            work.extend(reversed(current.all_input_nodes))
     return node.name
 
 
 def free_name(program: Program, wanted: str) -> str:
-    """Return a name that no weight has: the one wanted, or with a number where layers share weights."""
-    taken = {name for w in program.weights.values() for name in w.all_names}
-    if wanted not in taken:
+    """Return a name that no weight has: ``wanted``, with a number appended if layers share weights."""
+    names = {name for w in program.weights.values() for name in w.all_names}
+    if wanted not in names:
         return wanted
-    stem, _, leaf = wanted.rpartition(".")
-    return next(n for i in range(1, 10**6) if (n := f"{stem}_{i}.{leaf}") not in taken)
+    stem, _, suffix = wanted.rpartition(".")
+    return next(n for i in range(1, 10**6) if (n := f"{stem}_{i}.{suffix}") not in names)
 
 
 def dense(program: Program, core: fx.Node) -> fx.Node:
-    """Insert the widest feed-forward of a nested one as ordinary operators, and return its result."""
-    found = arguments(core)
+    """Insert the full width of a nested feed-forward as ordinary operators, and return the result."""
+    args = arguments(core)
     call = program.edit.call
     with program.edit.before(core):
-        upper = call(aten.linear.default, found["x"], found["up"], found["up_bias"])
-        if found["gate"] is None:
+        upper = call(aten.linear.default, args["x"], args["up"], args["up_bias"])
+        if args["gate"] is None:
             hidden = program.edit.emit(
-                lambda u: gated_by(u, None, found["activation"], found["limit"], found["alpha"]), upper
+                lambda u: gated_by(u, None, args["activation"], args["limit"], args["alpha"]), upper
             )
         else:
-            gate = call(aten.linear.default, found["x"], found["gate"], found["gate_bias"])
+            gate = call(aten.linear.default, args["x"], args["gate"], args["gate_bias"])
             hidden = program.edit.emit(
-                lambda g, u: gated_by(g, u, found["activation"], found["limit"], found["alpha"]), gate, upper
+                lambda g, u: gated_by(g, u, args["activation"], args["limit"], args["alpha"]), gate, upper
             )
-        return call(aten.linear.default, hidden, found["down"], found["down_bias"])
+        return call(aten.linear.default, hidden, args["down"], args["down_bias"])

@@ -1,4 +1,4 @@
-"""Feed-forwards lose their least important hidden channels."""
+"""Removing the least important hidden channels of feed-forwards."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class PruneFfn(Pass):
     """Remove hidden channels of feed-forwards: rows of the first projections, columns of the last.
 
-    The same as zeroing them, with less to compute. ``fraction`` of the width goes, or as much as a ``budget`` holds.
-    ``allocation=cfsp`` removes less where a block turns the stream further (arXiv 2409.13199): keep ratios are
-    sigmoid(importance) relative to their mean, drawn towards it until none exceeds one. With one width in all layers the
-    result is written back to a plain Hugging Face folder.
+    Equivalent to zeroing them, with less to compute. ``fraction`` of the width is removed, or as much as a ``budget``
+    allows. ``allocation=cfsp`` removes less where a block rotates the stream further (arXiv 2409.13199): keep ratios
+    are sigmoid(importance) relative to their mean, shrunk towards it until none exceeds one. With one width in all
+    layers the result can be written back to a plain Hugging Face folder.
     """
 
     name = "prune-ffn"
@@ -37,13 +37,13 @@ class PruneFfn(Pass):
     paper = "arXiv 2409.13199, 2512.22671"
     trial = {"fraction": 0.5, "score": "peak"}  # noqa: RUF012
 
-    fraction: float | None = option(None, help="share of the hidden channels that goes", low=0, high=1)
+    fraction: float | None = option(None, help="share of the hidden channels to remove", low=0, high=1)
     budget: float | None = option(
-        None, help="largest relative loss; alone: remove as much as holds it", low=0
+        None, help="largest relative loss; alone: remove as much as it allows", low=0
     )
     score: str = option(
         "norm",
-        help="what tells how much a channel matters; peak needs no data",
+        help="score of a channel's importance; peak needs no data",
         source="code",
         choices=SCORES,
     )
@@ -59,16 +59,16 @@ class PruneFfn(Pass):
     )
 
     def validate(self) -> None:
-        """One way at least of saying how much."""
+        """Require an option that says how much is removed."""
         if self.fraction is None and self.budget is None:
-            raise PipelineError(f"{self.name}: say how much goes", hint="fraction=0.25 or budget=0.01")
+            raise PipelineError(f"{self.name}: say how much to remove", hint="fraction=0.25 or budget=0.01")
 
     def promises(self) -> Contract:
-        """Judged by the metric asked for."""
+        """Return an approximate contract, judged by the given metric."""
         return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Score the channels and choose."""
+        """Score the channels and choose which to keep."""
         scored = score_channels(self, program, context, self.score)
         importance: dict[str, float] = {}
         if self.allocation == "cfsp" and (ffn := scored.program.anatomy.ffn):
@@ -82,9 +82,9 @@ class PruneFfn(Pass):
             plan = carried_out(self, program, self._at(scored, context, step / 16, importance))
             if not plan.sites:
                 return plan
-            made = plan.trial.after if plan.trial is not None else self.tried(program, plan)
-            loss = context.loss(made, program, metric=self.metric)
-            release(made)
+            pruned = plan.trial.after if plan.trial is not None else self.tried(program, plan)
+            loss = context.loss(pruned, program, metric=self.metric)
+            release(pruned)
             notes.append(f"{step}/16 removed: loss {loss:.4g}")
             if loss <= self.budget:
                 low, best = step, plan
@@ -103,28 +103,28 @@ class PruneFfn(Pass):
         ratios = dict.fromkeys(widths, 1 - fraction)
         if importance:
             ratios = cfsp_ratios(importance, 1 - fraction, self.strength)
-        kept = {
-            name: _rounded(widths[name] * ratio, self.multiple, widths[name])
+        kept_widths = {
+            name: _rounded_width(widths[name] * ratio, self.multiple, widths[name])
             for name, ratio in ratios.items()
             if name in widths
         }
-        return plan_orders(scored, context, kept)
+        return plan_orders(scored, context, kept_widths)
 
     def told(self, program: Program, plan: Plan) -> list[str]:
-        """How many channels go."""
+        """Return a note on how many channels are removed."""
         before = sum(int(s["width"]) for s in plan.sites)
-        left = sum(int(s["kept"]) for s in plan.sites)
-        return [f"hidden channels: {before} -> {left} ({left / before - 1:+.1%})"] if before else []
+        after = sum(int(s["kept"]) for s in plan.sites)
+        return [f"hidden channels: {before} -> {after} ({after / before - 1:+.1%})"] if before else []
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Take the channels that stay."""
+        """Keep only the planned channels."""
         if not plan.sites:
             return
-        whole = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
-        mixtures = bool(program.anatomy.experts)
+        covers_all = {b.name for b in program.anatomy.ffn} == {s.block for s in plan.sites}
+        has_experts = bool(program.anatomy.experts)
         take_planned(program, plan)
         widths = {(int(s["width"]), int(s["kept"])) for s in plan.sites}
-        if len(widths) == 1 and whole and not mixtures:
+        if len(widths) == 1 and covers_all and not has_experts:
             (pair,) = widths
             if pair[0] != pair[1]:
                 note_checkpoint(program, ffn_widths=(pair,))
@@ -134,16 +134,17 @@ class PruneFfn(Pass):
             )
 
 
-def _rounded(width: float, multiple: int, most: int) -> int:
-    """A multiple near the width, at least one and at most what there is."""
+def _rounded_width(width: float, multiple: int, most: int) -> int:
+    """Return a multiple near the width, at least one and at most the present width."""
     return max(1, min(most, max(multiple, int((width + multiple / 2) // multiple * multiple))))
 
 
 def cfsp_ratios(importance: dict[str, float], mean: float, strength: float) -> dict[str, float]:
-    """Return keep ratios with the mean asked for, larger where importance is.
+    """Return keep ratios with the given mean, larger for more important blocks.
 
-    ``sigmoid(strength * (I - mean I) / spread)`` relative to its mean; drawn together by 1.05 until none exceeds one. The
-    released code divides by 1e4, which suits its number of tokens; here by the standard deviation.
+    ``sigmoid(strength * (I - mean I) / spread)`` relative to its mean; shrunk towards the mean by factors of 1.05 until
+    none exceeds one. The released code divides by 1e4, which suits its number of tokens; here the standard deviation
+    is used.
     """
     values = list(importance.values())
     centre = sum(values) / len(values)
@@ -151,7 +152,7 @@ def cfsp_ratios(importance: dict[str, float], mean: float, strength: float) -> d
     raw = {n: 1 / (1 + math.exp(-strength * (v - centre) / spread)) for n, v in importance.items()}
     level = sum(raw.values()) / len(raw)
     ratios = {n: v / level * mean for n, v in raw.items()}
-    # rounding may keep the largest a hair above one for ever
+    # rounding may keep the largest slightly above one forever
     while max(ratios.values()) > 1 + 1e-9:
         ratios = {n: mean + (v - mean) / 1.05 for n, v in ratios.items()}
         if mean >= 1:

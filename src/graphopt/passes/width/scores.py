@@ -1,4 +1,4 @@
-"""How much each hidden channel of a feed-forward matters."""
+"""Importance scores of the hidden channels of feed-forwards."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ WITH_DATA = ("activation", "wanda", "contribution", "norm")
 def hidden_scores(
     program: Program, context: Context, blocks: list[Block], score: str
 ) -> dict[str, torch.Tensor]:
-    """Return a score a hidden channel by block name; higher matters more.
+    """Return one score per hidden channel by block name; higher means more important.
 
-    With h the values that the last projection W reads, over calibration positions that are not padding:
+    Here h are the inputs of the last projection W, over calibration positions that are not padding:
 
     - ``activation``: sum of |h_j| (Flextron, arXiv 2406.10260).
     - ``norm``: root mean square of h_j (CFSP as released, arXiv 2409.13199).
     - ``wanda``: root mean square of h_j times mean |W_ij| (after Wanda, arXiv 2306.11695).
-    - ``contribution``: mean |h_j| times the norm of W's column (recalled of Puzzle, arXiv 2411.19146).
-    - ``peak``: largest less smallest weight of the channel's row, gate and up added; no data (arXiv 2512.22671).
+    - ``contribution``: mean |h_j| times the norm of W's column (recalled from Puzzle, arXiv 2411.19146).
+    - ``peak``: largest minus smallest weight of the channel's row, summed over gate and up; no data (arXiv 2512.22671).
     - ``random``: a control.
     """
     if score == "random":
@@ -40,38 +40,38 @@ def hidden_scores(
     if score == "peak":
         return {b.name: _peaks(program, b) for b in blocks}
     totals = _moments(program, context, blocks)
-    found = {}
+    scores = {}
     for block in blocks:
         total, squares, count = totals[block.name]
         if score == "activation":
-            found[block.name] = total
+            scores[block.name] = total
         elif score == "norm":
-            found[block.name] = (squares / count).sqrt()
+            scores[block.name] = (squares / count).sqrt()
         else:
-            matrix = _value(program, arguments(block.parts["down"])["weight"]).double().abs()
+            matrix = _weight_value(program, arguments(block.parts["down"])["weight"]).double().abs()
             if score == "wanda":
-                found[block.name] = (squares / count).sqrt() * matrix.mean(0)
+                scores[block.name] = (squares / count).sqrt() * matrix.mean(0)
             else:
-                found[block.name] = total / count * matrix.square().sum(0).sqrt()
-    return found
+                scores[block.name] = total / count * matrix.square().sum(0).sqrt()
+    return scores
 
 
 def _moments(
     program: Program, context: Context, blocks: list[Block]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
-    """Sum of |h|, sum of h squared and number of positions, by block."""
+    """Return the sum of |h|, the sum of h squared and the number of positions, by block."""
     hidden = {b.name: arguments(b.parts["down"])["input"] for b in blocks}
-    found: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
     context.progress.start(f"hidden channels of {len(blocks)} feed-forwards", len(context.batches()))
     for batch, values in context.record(program, dict.fromkeys(hidden.values())):
         for name, node in hidden.items():
             rows = _rows(values[node.name], batch).double()
             zero = torch.zeros(rows.shape[1], dtype=torch.float64)
-            total, squares, count = found.get(name, (zero, zero, 0))
-            found[name] = (total + rows.abs().sum(0), squares + rows.square().sum(0), count + len(rows))
+            total, squares, count = moments.get(name, (zero, zero, 0))
+            moments[name] = (total + rows.abs().sum(0), squares + rows.square().sum(0), count + len(rows))
         context.progress.step()
     context.progress.done()
-    return found
+    return moments
 
 
 def _rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -82,22 +82,22 @@ def _rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 def _peaks(program: Program, block: Block) -> torch.Tensor:
     total: torch.Tensor | None = None
     for part in dict.fromkeys(block.parts[n] for n in ("gate", "up") if n in block.parts):
-        matrix = _value(program, arguments(part)["weight"]).float()
+        matrix = _weight_value(program, arguments(part)["weight"]).float()
         width = int(block.sizes["width"])
-        for rows in torch.split(matrix, width):  # gate and up in one matrix are halves of it
+        for rows in torch.split(matrix, width):  # gate and up in one matrix are its two halves
             span = rows.amax(1) - rows.amin(1)
             total = span if total is None else total + span
     assert total is not None
     return total
 
 
-def _value(program: Program, node: fx.Node) -> torch.Tensor:
-    found: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
-    return found
+def _weight_value(program: Program, node: fx.Node) -> torch.Tensor:
+    value: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
+    return value
 
 
 def importance_of_blocks(program: Program, context: Context, blocks: list[Block]) -> dict[str, float]:
-    """Return the mean angle between what a block reads and writes, in half turns (CFSP's coarse importance)."""
+    """Return the mean angle between a block's input and output, in half turns (CFSP's coarse importance)."""
     totals = dict.fromkeys((b.name for b in blocks), 0.0)
     count = 0
     nodes = dict.fromkeys(n for b in blocks for n in (b.reads, b.writes))

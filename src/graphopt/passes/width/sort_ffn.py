@@ -1,4 +1,4 @@
-"""Hidden channels in the order of their importance."""
+"""Sorting hidden channels by importance."""
 
 from __future__ import annotations
 
@@ -27,18 +27,16 @@ if TYPE_CHECKING:
 class SortFfn(Pass):
     """Order the hidden channels of feed-forwards by importance, the most important first.
 
-    What nested experts (DynaMoE, arXiv 2502.12325; Flextron, arXiv 2406.10260) begin with: a prefix of the channels is
-    then the best small feed-forward of its width. The function stays the same. Layers that share weights get one order,
-    by the sum of their scores.
+    Nested experts (DynaMoE, arXiv 2502.12325; Flextron, arXiv 2406.10260) start from this: a prefix of the channels is
+    then the best small feed-forward of its width. The function does not change. Layers that share weights get one
+    order, by the sum of their scores.
     """
 
     name = "sort-ffn"
     contract = Exact()
     paper = "arXiv 2502.12325, 2406.10260"
 
-    score: str = option(
-        "activation", help="what tells how much a channel matters", source="paper", choices=SCORES
-    )
+    score: str = option("activation", help="score of a channel's importance", source="paper", choices=SCORES)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels of every feed-forward."""
@@ -52,9 +50,9 @@ class SortFfn(Pass):
 
 @dataclass
 class Scored:
-    """Feed-forwards whose hidden channels can be chosen, scores by block name, and those whose cannot.
+    """Feed-forwards whose hidden channels can be selected, their scores by block name, and refusals of the others.
 
-    ``program`` is the one that they are blocks of, with no projections fused inside them.
+    ``program`` is the one that the blocks belong to, with no projections fused inside them.
     """
 
     program: Program
@@ -64,45 +62,45 @@ class Scored:
 
 
 def apart(step: Pass, program: Program) -> Program:
-    """Return a program whose feed-forwards have projections of their own: itself where none is fused."""
+    """Return a program whose feed-forwards have no fused projections: itself if there are none, else a copy."""
     inside = {node for block in program.anatomy.ffn for node in block.nodes}
     fused = (node for node, parts in fused_linears(program) if not isinstance(parts, str) and len(parts) > 1)
     if inside.isdisjoint(fused):
         return program
-    made = step.copied(program)
-    split_all(made, {block.name for block in program.anatomy.ffn})
-    return made
+    copy = step.copied(program)
+    split_all(copy, {block.name for block in program.anatomy.ffn})
+    return copy
 
 
 def score_channels(step: Pass, program: Program, context: Context, score: str | None) -> Scored:
-    """Score the hidden channels of every feed-forward.
+    """Return scores of the hidden channels of every feed-forward.
 
     Args:
-        step: the pass that asks.
-        program: whose feed-forwards.
-        context: data.
+        step: the pass that needs the scores.
+        program: the program with the feed-forwards.
+        context: calibration data.
         score: one of ``SCORES``; None for no scores.
     """
-    whole = apart(step, program)
-    able: list[Block] = []
+    unfused = apart(step, program)
+    scorable: list[Block] = []
     refused: list[Refused] = []
-    for block in whole.anatomy.ffn:
-        reason = refusal(whole, block)
+    for block in unfused.anatomy.ffn:
+        reason = refusal(unfused, block)
         if reason:
-            refused.append(Refused(block.name, reason, whole.source_line(block.term)))
+            refused.append(Refused(block.name, reason, unfused.source_line(block.term)))
         else:
-            able.append(block)
-    scores = hidden_scores(whole, context, able, score) if able and score is not None else {}
-    return Scored(whole, able, scores, refused)
+            scorable.append(block)
+    scores = hidden_scores(unfused, context, scorable, score) if scorable and score is not None else {}
+    return Scored(unfused, scorable, scores, refused)
 
 
 def plan_orders(scored: Scored, context: Context, widths: dict[str, int] | None = None) -> Plan:
-    """Return a plan that takes the channels of highest score, in the order of their scores or of the graph.
+    """Return a plan that selects the channels of highest score, sorted by score or in their present order.
 
     Args:
         scored: feed-forwards with scores.
-        context: its work directory keeps the orders.
-        widths: how many channels each block keeps, in the order that they have; None sorts all.
+        context: its work directory stores the orders.
+        widths: how many channels each block keeps, in their present order; None sorts all by score.
     """
     plan = Plan(refused=list(scored.refused))
     if not scored.blocks:
@@ -123,7 +121,7 @@ def plan_orders(scored: Scored, context: Context, widths: dict[str, int] | None 
 
 
 def carried_out(step: Pass, program: Program, plan: Plan) -> Plan:
-    """Return a plan that was tried: without the feed-forwards whose channels cannot be followed to weights."""
+    """Return a plan that was tried, without the feed-forwards whose channels cannot be traced to weights."""
     if not plan.sites:
         return plan
     try:
@@ -133,35 +131,35 @@ def carried_out(step: Pass, program: Program, plan: Plan) -> Plan:
         if plan.sites:
             step.tried(program, plan)
     except Exception as error:
-        # the pipeline finds out which site fails, and leaves that one out
+        # the pipeline finds out which site fails, and leaves it out
         if not may_be_left_out(error):
             raise
     return plan
 
 
 def _refuse_stuck(step: Pass, program: Program, plan: Plan) -> None:
-    """Find out which feed-forwards cannot have other channels, each with those whose weights it shares."""
+    """Move feed-forwards whose channels cannot be selected from the sites to the refusals, with those tied to them."""
     probe = step.copied(program)
     split_all(probe, {site.block for site in plan.sites})
-    chosen = _channels(plan)
+    chosen = _channels_by_block(plan)
     for group in tied([b for b in probe.anatomy.ffn if b.name in chosen]):
         try:
             take_channels(probe, group, chosen)
         except ValueError as problem:
             names = {b.name for b in group}
             plan.refused += [
-                Refused(name, f"its channels cannot be followed to weights: {problem}") for name in names
+                Refused(name, f"its channels cannot be traced to weights: {problem}") for name in names
             ]
             plan.sites = [site for site in plan.sites if site.block not in names]
 
 
 def take_planned(program: Program, plan: Plan) -> None:
-    """Take the channels that a plan says."""
+    """Select the channels that a plan names."""
     split_all(program, {site.block for site in plan.sites})
-    chosen = _channels(plan)
+    chosen = _channels_by_block(plan)
     take_channels(program, [b for b in program.anatomy.ffn if b.name in chosen], chosen)
 
 
-def _channels(plan: Plan) -> dict[str, torch.Tensor]:
+def _channels_by_block(plan: Plan) -> dict[str, torch.Tensor]:
     """Return the channels of a plan by block."""
     return {site.block: kept(str(site["channels"]))[site.block] for site in plan.sites}

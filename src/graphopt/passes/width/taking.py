@@ -1,4 +1,4 @@
-"""Some hidden channels of a feed-forward, in some order, from its last projection back to the weights."""
+"""Selecting hidden channels of a feed-forward, from its last projection back to the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Selection(Order):
     total: int = 0
 
     def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Selection | None:
-        """Return the same selection on another dimension; None where it would take parts of entries."""
+        """Return the same selection on another dimension; None if it would split entries."""
         moved = super().at(dim, factor, divisor)
         if moved is None or self.total * factor % divisor:
             return None
@@ -28,48 +28,48 @@ class Selection(Order):
 
 
 class Taker(Reorderer):
-    """Makes values of which some entries are taken."""
+    """Creates values with only the selected entries."""
 
     def is_all(self, cut: Selection) -> bool:
-        """Tell whether all are taken, as they are."""
+        """Tell whether all entries are selected in their present order."""
         return cut.order == tuple(range(cut.total))
 
 
 def take_channels(program: Program, blocks: list[Block], chosen: dict[str, torch.Tensor]) -> None:
-    """Let feed-forwards have only some hidden channels, in the order given.
+    """Keep only some hidden channels of feed-forwards, in the given order.
 
     Args:
-        program: is changed.
-        blocks: feed-forwards, in the order of the graph; those that share weights together.
-        chosen: channels by block name.
+        program: changed in place.
+        blocks: feed-forwards, in graph order; those that share weights must be given together.
+        chosen: the channels to keep, by block name.
 
     Raises:
-        ValueError: a channel cannot be followed back to weights.
+        ValueError: a channel cannot be traced back to weights.
     """
     taker = Taker(program)
     for block in blocks:
         down = block.parts["down"]
-        found = arguments(down)
-        total = int(found["weight"].meta["val"].shape[1])
-        last = found["input"].meta["val"].dim() - 1
+        args = arguments(down)
+        total = int(args["weight"].meta["val"].shape[1])
+        last = args["input"].meta["val"].dim() - 1
         selection = Selection(last, tuple(int(i) for i in chosen[block.name]), total)
         before = len(taker.whole)
         with program.edit.before(down):
-            x = taker.part(found["input"], selection)
+            x = taker.part(args["input"], selection)
             columns = selection.at(1)
             assert columns is not None
-            weight = taker.part(found["weight"], columns)
-            made = program.edit.call(down.target, x, weight, *down.args[2:], **down.kwargs)
+            weight = taker.part(args["weight"], columns)
+            new_down = program.edit.call(down.target, x, weight, *down.args[2:], **down.kwargs)
         inside = set(block.nodes)
         stuck = [(node, reason) for node, reason in taker.whole[before:] if node in inside]
         if stuck:
             raise ValueError(f"{block.name}: {stuck[0][0].name}: {stuck[0][1]}")
-        program.edit.replace(down, made)
+        program.edit.replace(down, new_down)
     to_checkpoint(program, taker)
 
 
 def tied(blocks: list[Block]) -> list[list[Block]]:
-    """Return feed-forwards in groups that share the weights of their last projection."""
+    """Return feed-forwards grouped by the weights of their last projection."""
     groups: dict[fx.Node, list[Block]] = {}
     for block in blocks:
         groups.setdefault(arguments(block.parts["down"])["weight"], []).append(block)
