@@ -193,14 +193,14 @@ def run_passes(
     Raises:
         UsageError: ``verify`` is none of its values.
     """
-    whole = None
+    inputs = None
     if verify == "full":
-        whole = context.bound(program, context.data[0]) if context.data else example_inputs(program)
-        whole = {**whole, **{k: v for k, v in program.bind((), whole).items() if k not in whole}}
+        inputs = context.bound(program, context.data[0]) if context.data else example_inputs(program)
+        inputs = {**inputs, **{k: v for k, v in program.bind((), inputs).items() if k not in inputs}}
     elif verify not in ("sites", "off"):
         raise UsageError(f'verify is "sites", "full" or "off", not {verify!r}')
     return run_pipeline(
-        program, as_passes(passes), context, plans=plans, verify_with=verify, dump=dump, inputs=whole
+        program, as_passes(passes), context, plans=plans, verify_with=verify, dump=dump, inputs=inputs
     )
 
 

@@ -53,25 +53,29 @@ def command(work: str) -> Callable[[type[Described]], type[Described]]:
 
     def register(described: type[Described]) -> type[Described]:
         def call(**values: Any) -> None:
-            given = described()
-            vars(given).update(values)
+            args = described()
+            vars(args).update(values)
             module, _, function = work.partition(".")
-            getattr(import_module(f"{__package__}.{module}"), function)(given)
+            getattr(import_module(f"{__package__}.{module}"), function)(args)
 
         hints = get_type_hints(described)
         # its own before what it shares, and what has to be given before all others
-        names = dict.fromkeys(name for each in described.__mro__ for name in inspect.get_annotations(each))
-        taken = {name: getattr(described, name) for name in names}
-        for name, how in taken.items():
-            if how.default is ... and NoneType in get_args(hints[name]):
-                how.default = None
-            if isinstance(how, OptionInfo) and not any(f.startswith("--") for f in how.param_decls or ()):
-                how.param_decls = (*(how.param_decls or ()), f"--{name.replace('_', '-')}")
+        names = dict.fromkeys(name for cls in described.__mro__ for name in inspect.get_annotations(cls))
+        parameters = {name: getattr(described, name) for name in names}
+        for name, parameter in parameters.items():
+            if parameter.default is ... and NoneType in get_args(hints[name]):
+                parameter.default = None
+            if isinstance(parameter, OptionInfo) and not any(
+                f.startswith("--") for f in parameter.param_decls or ()
+            ):
+                parameter.param_decls = (*(parameter.param_decls or ()), f"--{name.replace('_', '-')}")
         call.__annotations__ = hints
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=hints[name])
-                for name, how in sorted(taken.items(), key=lambda each: each[1].default is not ...)
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=parameter, annotation=hints[name]
+                )
+                for name, parameter in sorted(parameters.items(), key=lambda item: item[1].default is not ...)
             ]
         )
         app.command(described.__name__.lower(), help=described.__doc__)(call)

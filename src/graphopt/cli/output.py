@@ -34,12 +34,12 @@ def documents_shown() -> int:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    rendered = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, overflow="fold")
+        rendered.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    screen.print(made)
+        rendered.add_row(*(str(cell) for cell in row))
+    screen.print(rendered)
 
 
 def listing(

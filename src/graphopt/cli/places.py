@@ -16,7 +16,7 @@ from ..ir.groups import rank
 from ..ir.storage.atomic import keeping, set_aside
 from ..ir.storage.safetensors_file import writer
 
-_ELSEWHERE = "choose another place; --force does not help here"
+_OTHER_OUTPUT_HINT = "choose another place; --force does not help here"
 
 
 @contextlib.contextmanager
@@ -48,48 +48,50 @@ def place(
     if not output:
         raise UsageError("the name of the output is empty")
     target = Path(output)
-    places = [target, *(target.with_name(target.name + ending) for ending in beside)]
-    for each in places:
-        _require_not_read(each, inputs)
-        _require_free(each, force, folder)
+    paths = [target, *(target.with_name(target.name + ending) for ending in beside)]
+    for path in paths:
+        _require_not_read(path, inputs)
+        _require_free(path, force, folder)
     before = _stamp(target)
 
-    def left() -> str:
+    def describe_outcome() -> str:
         after = _stamp(target)
         if after == before:
             return f"{output} was not written" if after is None else f"{output} is as it was"
         return f"{output} is written" if after is not None else f"{output} is gone"
 
-    with on_interrupt(left), contextlib.ExitStack() as stack:
-        for each in places:
+    with on_interrupt(describe_outcome), contextlib.ExitStack() as stack:
+        for path in paths:
             if not force:
-                stack.enter_context(keeping(each))
-            elif moved and each.exists():
-                stack.enter_context(set_aside(each))
+                stack.enter_context(keeping(path))
+            elif moved and path.exists():
+                stack.enter_context(set_aside(path))
         yield
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:
     """Tell one file or folder at a place from another."""
     try:
-        found = target.stat()
+        status = target.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _require_not_read(target: Path, inputs: Iterable[str | None]) -> None:
-    real = target.resolve()
-    for given in inputs:
-        if given is None or not os.path.exists(given):
+    resolved = target.resolve()
+    for name in inputs:
+        if name is None or not os.path.exists(name):
             continue
-        source = Path(given).resolve()
-        if source == real or (target.exists() and os.path.samefile(target, source)):
-            raise UsageError(f"{target} is what the command reads", hint=_ELSEWHERE)
-        if real in source.parents:
-            raise UsageError(f"{target} holds {given}, which the command reads", hint=_ELSEWHERE)
-        if source.is_dir() and source in real.parents and target.exists():
-            raise UsageError(f"{target} is a part of {given}, which the command reads", hint=_ELSEWHERE)
+        source = Path(name).resolve()
+        if source == resolved or (target.exists() and os.path.samefile(target, source)):
+            raise UsageError(f"{target} is what the command reads", hint=_OTHER_OUTPUT_HINT)
+        if resolved in source.parents:
+            raise UsageError(f"{target} holds {name}, which the command reads", hint=_OTHER_OUTPUT_HINT)
+        if source.is_dir() and source in resolved.parents and target.exists():
+            raise UsageError(
+                f"{target} is a part of {name}, which the command reads", hint=_OTHER_OUTPUT_HINT
+            )
 
 
 def _require_free(target: Path, force: bool, folder: bool) -> None:
@@ -118,10 +120,10 @@ def require_empty(folder: str, force: bool) -> None:
     Raises:
         UsageError: something is in it.
     """
-    there = Path(folder)
-    if there.exists() and not there.is_dir():
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{folder} is a file", hint="give the name of a folder")
-    if not force and there.is_dir() and any(there.iterdir()):
+    if not force and path.is_dir() and any(path.iterdir()):
         raise UsageError(
             f"{folder} is not empty", hint="choose another place, or say --force to have files replaced"
         )
@@ -133,7 +135,7 @@ def written_here(folder: Path) -> bool:
         return True
     if (folder / "config.json").is_file():
         return any(writer(file) == "graphopt" for file in folder.glob("*.safetensors"))
-    if any(b"graphopt" in _first(file, 64) for file in folder.glob("*.onnx")):
+    if any(b"graphopt" in _read_start(file, 64) for file in folder.glob("*.onnx")):
         return True
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -142,24 +144,24 @@ def written_here(folder: Path) -> bool:
     return isinstance(report, dict) and {"kernels", "without", "package"} <= set(report)
 
 
-def _first(file: Path, size: int) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(size)
+def _read_start(file: Path, size: int) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(size)
 
 
 @contextlib.contextmanager
-def on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
+def on_interrupt(describe: Callable[[], str]) -> Iterator[None]:
     """Add to an interruption what is kept of the work inside the block; nothing is added where that is empty."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        told = kept()
-        if told:
-            stop.add_note(told)
+        message = describe()
+        if message:
+            stop.add_note(message)
         raise
 
 
 def scores_in(work_dir: str | None) -> contextlib.AbstractContextManager[None]:
     """Say at an interruption where scores are kept, if they are."""
-    kept = f"what was measured is kept in {work_dir}; the same command goes on from there"
-    return on_interrupt(lambda: kept if work_dir is not None and os.path.isdir(work_dir) else "")
+    message = f"what was measured is kept in {work_dir}; the same command goes on from there"
+    return on_interrupt(lambda: message if work_dir is not None and os.path.isdir(work_dir) else "")

@@ -52,19 +52,19 @@ class ShownProgress:
 @contextlib.contextmanager
 def writing(output: str) -> Iterator[Callable[[str, int], None]]:
     """Show progress of writing tensors, in bytes; what is given is called with the name and size of each."""
-    shown, written = ShownProgress(), 0
-    shown.what = f"writing {output}"
+    progress, written = ShownProgress(), 0
+    progress.what = f"writing {output}"
 
     def count(name: str, size: int) -> None:
         nonlocal written
         written += size
-        shown.total = shown.count + 1
-        shown.step(f"{name} {written / 1e9:.2f} GB")
+        progress.total = progress.count + 1
+        progress.step(f"{name} {written / 1e9:.2f} GB")
 
     try:
         yield count
     finally:
-        shown.done()
+        progress.done()
 
 
 @contextlib.contextmanager

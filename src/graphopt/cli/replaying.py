@@ -58,26 +58,26 @@ def replay(
         try:
             (step,) = parse_pipeline(str(entry["pass"]))
             plan = Plan.from_dict(entry.get("plan") or {})
-            how: Any = "sites" if is_exact(entry) else "off"
-            current, done = run_pass(current, step, context, plan=plan, verify_with=how)
+            verify_with: Any = "sites" if is_exact(entry) else "off"
+            current, result = run_pass(current, step, context, plan=plan, verify_with=verify_with)
         except ContractError as error:
             return Replayed(False, broken=error.message)
         except GraphoptError as error:
             return Replayed(False, f"{entry['pass']} cannot be done again: {error.message}")
-        failed = next((r for r in done.refused if r.rolled_back), None)
+        failed = next((r for r in result.refused if r.rolled_back), None)
         if failed is not None:
             return Replayed(False, broken=f"{entry['pass']} at {failed.block}: {failed.reason}")
-    made = fold(current, to_store=True)
-    if difference(made, after):
+    folded = fold(current, to_store=True)
+    if difference(folded, after):
         return Replayed(False, "its graph is not what its passes make of the original today")
     for name, weight in after.weights.items():
-        here, there = made.weights[name].source.load(), weight.source.load()
-        if not _alike(here, there):
+        recomputed, stored = folded.weights[name].source.load(), weight.source.load()
+        if not _nearly_equal(recomputed, stored):
             return Replayed(False, broken=f"weight {weight.name} is not what its passes make of the original")
     return Replayed(True)
 
 
-def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+def _nearly_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Equal, or next to one another: sums on another machine may round the other way."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False

@@ -48,7 +48,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
         errors.print(f"warning: {message}", markup=False)
 
 
-def _run(arguments: list[str], who: str) -> int:
+def _run(arguments: list[str], prefix: str) -> int:
     before = documents_shown()
     try:
         # not its main(), which turns Ctrl-C into a status and loses what was said on the way
@@ -67,7 +67,7 @@ def _run(arguments: list[str], who: str) -> int:
     except (KeyboardInterrupt, typer.Abort) as stop:
         ending = _interrupted(stop)
     except Exception as error:
-        ending = _failed(error, who, _flags(arguments))
+        ending = _failed(error, prefix, _flags(arguments))
     # a command that shows what it found and then refuses has said it all
     if "--json" in arguments and documents_shown() == before:
         show_json({"error": ending.name, "message": ending.message, "exit_status": ending.status})
@@ -108,25 +108,25 @@ def _flags(arguments: list[str]) -> dict[str, str]:
 def _misused(error: Any) -> _Ending:
     message = str(error.format_message())
     context = getattr(error, "ctx", None)
-    where = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
-    return _Ending("UsageError", message, 2, message and f"UsageError: {message}{where}")
+    hint = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
+    return _Ending("UsageError", message, 2, message and f"UsageError: {message}{hint}")
 
 
-def _failed(error: Exception, who: str, flags: dict[str, str]) -> _Ending:
-    name, said = type(error).__name__, str(error)
+def _failed(error: Exception, prefix: str, flags: dict[str, str]) -> _Ending:
+    name, text = type(error).__name__, str(error)
     status = getattr(error, "exit_code", None)
-    if status is None and (isinstance(error, MemoryError) or any(words in said for words in _OUT_OF_MEMORY)):
+    if status is None and (isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)):
         # the machine's limit and nobody's mistake
-        message = f"out of memory: {said.splitlines()[0] if said else name}"
+        message = f"out of memory: {text.splitlines()[0] if text else name}"
         message += "\n  what to do: smaller sizes or fewer rows, or a machine with more memory"
-        return _Ending("MemoryError", message, 1, who + message)
-    message = at_the_shell(said, flags)
-    shown = f"{who}{name}: {message}"
+        return _Ending("MemoryError", message, 1, prefix + message)
+    message = at_the_shell(text, flags)
+    shown = f"{prefix}{name}: {message}"
     if status is None:
         if os.environ.get("GRAPHOPT_TRACEBACK"):
             traceback.print_exc()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        shown = f"{who}internal error: {name}: {said}\n  at {Path(where.filename).name}:{where.lineno}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        shown = f"{prefix}internal error: {name}: {text}\n  at {Path(frame.filename).name}:{frame.lineno}"
         shown += "\n  what to do: report it; GRAPHOPT_TRACEBACK=1 prints the whole traceback"
     notes = "".join(f"\n  in {line}" for line in getattr(error, "__notes__", []))
     return _Ending(name, message, int(status or 1), shown + notes)

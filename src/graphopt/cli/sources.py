@@ -29,8 +29,8 @@ def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
         raise UsageError("the name of a checkpoint is empty")
     with working(f"reading and capturing {source}"):
         program = capture(source, trust=trust)
-    for said in program.origin.notes:
-        note(said)
+    for remark in program.origin.notes:
+        note(remark)
     for name in program.origin.unused[:5]:
         note(f"the checkpoint's tensor {name} is read by nothing")
     if to_save:
@@ -38,19 +38,19 @@ def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
     return program
 
 
-def read_context(program: Program, given: Calibrating, work_dir: str | None = None) -> Context:
+def read_context(program: Program, args: Calibrating, work_dir: str | None = None) -> Context:
     """Return the context of a run, with its data read and one sample shown."""
     require_work_dir(work_dir)
     batches: list[dict[str, Tensor]] = []
-    if given.data is not None:
+    if args.data is not None:
         batches, sample = read_data(
-            program, given.data, sequences=given.sequences, length=given.length, seed=given.seed
+            program, args.data, sequences=args.sequences, length=args.length, seed=args.seed
         )
         rows = sum(next(iter(b.values())).shape[0] for b in batches)
-        if not given.as_json:
-            shown = f"; one of them: {sample!r}" if sample else ""
-            note(f"data: {rows} rows in {len(batches)} batches{shown}")
-    return Context(batches, work_dir=work_dir, seed=given.seed, progress=ShownProgress())
+        if not args.as_json:
+            sample_text = f"; one of them: {sample!r}" if sample else ""
+            note(f"data: {rows} rows in {len(batches)} batches{sample_text}")
+    return Context(batches, work_dir=work_dir, seed=args.seed, progress=ShownProgress())
 
 
 def require_files(*files: str | None) -> None:
@@ -72,6 +72,6 @@ def require_work_dir(work_dir: str | None) -> None:
     """
     if work_dir is None:
         return
-    there = next(p for p in (Path(work_dir), *Path(work_dir).absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UsageError(f"--work-dir {work_dir}: {there} is a file", hint="give the name of a folder")
+    existing = next(p for p in (Path(work_dir), *Path(work_dir).absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--work-dir {work_dir}: {existing} is a file", hint="give the name of a folder")

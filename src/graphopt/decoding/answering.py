@@ -84,43 +84,43 @@ def answer(
         raise UsageError("prompt_tokens, max_new_tokens and batch are at least 1")
     program = as_program(model)
     writer = _Writer(program, prompt_tokens, max_new_tokens, temperature, strategy, device)
-    given = [entry for _, entry in entries(path)][:sequences]
-    if not given:
+    rows = [entry for _, entry in entries(path)][:sequences]
+    if not rows:
         raise UsageError(f"{path} holds no text")
     header = {
-        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": whole_hash(program), "rows": len(given),
+        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": whole_hash(program), "rows": len(rows),
         "prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch, "temperature": temperature,
         "seed": seed,
     }  # fmt: skip
     part = target.with_name(target.name + ".part")
-    lines = _done(part, header)
-    shown = progress or Silent()
-    starts = range(len(lines), len(given), batch)
-    shown.start("writing answers", len(starts))
+    lines = _finished_rows(part, header)
+    reporter = progress or Silent()
+    starts = range(len(lines), len(rows), batch)
+    reporter.start("writing answers", len(starts))
     target.parent.mkdir(parents=True, exist_ok=True)
     with part.open("a", encoding="utf-8") as file:
         if not lines:
             file.truncate(0)
             file.write(json.dumps(header) + "\n")
         for start in starts:
-            made = writer.write(given[start : start + batch], seed + start)
-            lines.extend(json.dumps(row, ensure_ascii=False) for row in made)
+            answers = writer.write(rows[start : start + batch], seed + start)
+            lines.extend(json.dumps(row, ensure_ascii=False) for row in answers)
             file.write("\n".join(lines[start:]) + "\n")
             file.flush()
-            shown.step(f"{writer.tokens} tokens")
-    shown.done()
-    kept = [line for line in lines if line != "null"]
-    if not kept:
+            reporter.step(f"{writer.tokens} tokens")
+    reporter.done()
+    answered_lines = [line for line in lines if line != "null"]
+    if not answered_lines:
         raise UsageError(
             "no row fits into the positions that the model has", hint="shorter prompts or answers"
         )
     with atomic_file(target) as temporary:
-        temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(answered_lines) + "\n", encoding="utf-8")
     part.unlink()
-    return Answered(len(kept), len(lines) - len(kept), writer.tokens)
+    return Answered(len(answered_lines), len(lines) - len(answered_lines), writer.tokens)
 
 
-def _done(part: Path, header: dict[str, Any]) -> list[str]:
+def _finished_rows(part: Path, header: dict[str, Any]) -> list[str]:
     """Return the rows of an interrupted call, whole batches alone."""
     if not part.is_file():
         return []
@@ -129,19 +129,19 @@ def _done(part: Path, header: dict[str, Any]) -> list[str]:
     if not text.endswith("\n"):
         lines = lines[:-1]
     try:
-        held = json.loads(lines[0]) if lines else None
+        found_header = json.loads(lines[0]) if lines else None
     except ValueError:
-        held = None
-    if held != header:
+        found_header = None
+    if found_header != header:
         if not lines:
             return []
         raise UsageError(
             f"{part} was left by another call", hint="repeat that one to end it, or remove the file"
         )
     whole = (len(lines) - 1) // int(header["batch"]) * int(header["batch"])
-    kept = lines[1 : 1 + whole]
-    part.write_text("\n".join([lines[0], *kept]) + "\n", encoding="utf-8")
-    return kept
+    finished = lines[1 : 1 + whole]
+    part.write_text("\n".join([lines[0], *finished]) + "\n", encoding="utf-8")
+    return finished
 
 
 class _Writer:
@@ -160,41 +160,41 @@ class _Writer:
 
     def write(self, rows: Sequence[Entry], seed: int) -> list[dict[str, Any] | None]:
         """Return rows as lines of data; None for one that does not fit."""
-        made: list[dict[str, Any] | None] = [None] * len(rows)
+        results: list[dict[str, Any] | None] = [None] * len(rows)
         texts = [n for n, row in enumerate(rows) if isinstance(row, str)]
         prompts = [self.tokenizer.encode(str(rows[n]))[: self.prompt_tokens] for n in texts]
         for n, prompt, new in zip(texts, prompts, self._continued(prompts, seed), strict=True):
-            made[n] = None if new is None else {"text": self.tokenizer.decode([*prompt, *new])}
-        talks = {n: _Talk(row) for n, row in enumerate(rows) if isinstance(row, list)}
+            results[n] = None if new is None else {"text": self.tokenizer.decode([*prompt, *new])}
+        conversations = {n: _Conversation(row) for n, row in enumerate(rows) if isinstance(row, list)}
         turn = 0
-        while waiting := {n: talk for n, talk in talks.items() if talk.waits}:
+        while waiting := {n: conversation for n, conversation in conversations.items() if conversation.waits}:
             turn += 1
-            said = [
-                self.tokenizer.encode_chat(self.tokenizer.chat(talk.so_far, answering=True))[0]
-                for talk in waiting.values()
+            chats = [
+                self.tokenizer.encode_chat(self.tokenizer.chat(conversation.so_far, answering=True))[0]
+                for conversation in waiting.values()
             ]
-            for talk, new in zip(waiting.values(), self._continued(said, seed + turn), strict=True):
-                talk.say(None if new is None else self.tokenizer.decode(new).strip())
-        for n, talk in talks.items():
-            made[n] = {"messages": talk.so_far} if talk.whole else None
-        return made
+            for conversation, new in zip(waiting.values(), self._continued(chats, seed + turn), strict=True):
+                conversation.say(None if new is None else self.tokenizer.decode(new).strip())
+        for n, conversation in conversations.items():
+            results[n] = {"messages": conversation.so_far} if conversation.whole else None
+        return results
 
     def _continued(self, prompts: list[list[int]], seed: int) -> Iterator[list[int] | None]:
         fits = [bool(p) and (self.limit is None or len(p) + self.count <= self.limit) for p in prompts]
         rows = [p for p, fit in zip(prompts, fits, strict=True) if fit]
-        found: Iterator[list[int]] = iter(())
+        continued: Iterator[list[int]] = iter(())
         if rows:
             stream_ = stream(self.program, rows, max_new_tokens=self.count, seed=seed, **self.options)
             for _, tokens in stream_:
                 self.tokens += len(tokens)
-            found = (whole[len(begun) :] for whole, begun in zip(stream_.rows, rows, strict=True))
+            continued = (row[len(prompt) :] for row, prompt in zip(stream_.rows, rows, strict=True))
         for fit in fits:
-            new = next(found) if fit else None
+            new = next(continued) if fit else None
             # the end is written by the chat's template, and a text has none
             yield new if new is None else [t for t in new if t not in self.ends]
 
 
-class _Talk:
+class _Conversation:
     """A conversation in which the assistant's turns are written anew."""
 
     def __init__(self, messages: list[dict[str, Any]]):

@@ -121,15 +121,15 @@ class CachedDecoder:
         """Return the graph that computes these outputs from others; all graphs share weights and caches."""
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
-            made = Running(
+            running = Running(
                 self.program, self.capacity, self._loaded, outputs, self.device,
                 decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
             )  # fmt: skip
-            for buffer, (heads, size, dtype) in made.buffers.items():
+            for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:
                     shape = (self.batch, heads, self.capacity, size)
                     self.buffers[buffer] = torch.zeros(shape, dtype=dtype, device=self.device)
-            self._graphs[key] = made
+            self._graphs[key] = running
         return self._graphs[key]
 
     def forward(
@@ -152,23 +152,23 @@ class CachedDecoder:
         """
         taken = [name for name in given or {} if name in self.program.outputs]
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
-        placed = positions if slots is None else slots
-        limit = int(placed.max()) + 1
+        store_slots = positions if slots is None else slots
+        limit = int(store_slots.max()) + 1
         if limit > self.capacity:
             raise UsageError(f"slot {limit - 1} lies behind the {self.capacity} of the caches")
         start = None
         tokens = ids.shape[1]
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
-        fed = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
+        values = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
         if self.cache.tree:
-            fed["cache_slots"] = placed
-        inputs = {n: fed[n] for n in running.inputs}
+            values["cache_slots"] = store_slots
+        inputs = {n: values[n] for n in running.inputs}
         if self.recorder is not None and tokens <= RECORDED:
-            step = Step(self.buffers, positions, placed, self.capacity, None, step_mask)
+            step = Step(self.buffers, positions, store_slots, self.capacity, None, step_mask)
             return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
-        found = running(Step(self.buffers, positions, placed, limit, start, step_mask), inputs)
-        return over_all_tokens(self.program, found)
+        computed = running(Step(self.buffers, positions, store_slots, limit, start, step_mask), inputs)
+        return over_all_tokens(self.program, computed)
 
     def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Compute tokens that follow each row's; rows do not grow yet.
@@ -195,12 +195,12 @@ class CachedDecoder:
         last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
         for first in range(0, longest_row, PIECE):
             piece = ids[:, first : first + PIECE]
-            found = self.extend(piece)
+            outputs = self.extend(piece)
             self.lengths = [n + piece.shape[1] for n in self.lengths]
             for number, row in enumerate(rows):
-                place = len(row) - 1 - first
-                if 0 <= place < piece.shape[1]:
-                    last[number] = {name: value[number, place] for name, value in found.items()}
+                index = len(row) - 1 - first
+                if 0 <= index < piece.shape[1]:
+                    last[number] = {name: value[number, index] for name, value in outputs.items()}
         # what stands behind a shorter row is stale, and is written over
         self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
         return last
@@ -219,9 +219,9 @@ class CachedDecoder:
         for row, path in enumerate(paths):
             if moved[row]:
                 start = self.lengths[row]
-                places = torch.tensor(path, device=self.device) + start
+                slots = torch.tensor(path, device=self.device) + start
                 for buffer in self.buffers.values():
-                    buffer[row, :, start : start + len(path)] = buffer[row].index_select(1, places)
+                    buffer[row, :, start : start + len(path)] = buffer[row].index_select(1, slots)
         self.advance([len(path) for path in paths])
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -61,10 +61,10 @@ class Draft:
     @property
     def all_depths(self) -> list[int]:
         """The same of candidates, and after them of probes."""
-        found: list[int] = []
+        depths: list[int] = []
         for parent in self.all_parents:
-            found.append(1 if parent < 0 else found[parent] + 1)
-        return found
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
 
     def likeliest_first(self) -> Draft:
         """Return the same tree path after path, first children first: what is accepted then mostly lies at its beginning.
@@ -82,8 +82,8 @@ class Draft:
             node = work.pop()
             order.append(node)
             work.extend(following[node + 1][::-1])
-        place = {-1: -1} | {old: new for new, old in enumerate(order)}
-        return Draft([self.tokens[n] for n in order], [place[self.parents[n]] for n in order])
+        new_index = {-1: -1} | {old: new for new, old in enumerate(order)}
+        return Draft([self.tokens[n] for n in order], [new_index[self.parents[n]] for n in order])
 
     @property
     def width(self) -> int:
@@ -101,19 +101,19 @@ class Draft:
 
     def cut(self, depth: int) -> Draft:
         """Return the candidates of at most a depth."""
-        kept = [i for i, d in enumerate(self.depths) if d <= depth]
-        if len(kept) == len(self.tokens):
+        remaining = [i for i, d in enumerate(self.depths) if d <= depth]
+        if len(remaining) == len(self.tokens):
             return self
-        place = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        new_index = {-1: -1} | {old: new for new, old in enumerate(remaining)}
         probes: list[tuple[int, int]] = []
         for number, (parent, mark) in enumerate(self.probes):
-            if parent in place:  # what follows a candidate that is cut goes with it
-                place[len(self.tokens) + number] = len(kept) + len(probes)
-                probes.append((place[parent], mark))
+            if parent in new_index:  # what follows a candidate that is cut goes with it
+                new_index[len(self.tokens) + number] = len(remaining) + len(probes)
+                probes.append((new_index[parent], mark))
         return Draft(
-            [self.tokens[i] for i in kept],
-            [place[self.parents[i]] for i in kept],
-            [self.odds[i] for i in kept] if self.odds else [],
+            [self.tokens[i] for i in remaining],
+            [new_index[self.parents[i]] for i in remaining],
+            [self.odds[i] for i in remaining] if self.odds else [],
             probes,
         )
 
@@ -172,8 +172,8 @@ class Drafter:
             room: how deep candidates may stand.
         """
         return [
-            self.propose_row(number, row, deep)
-            for number, (row, deep) in enumerate(zip(rows, room, strict=True))
+            self.propose_row(number, row, depth)
+            for number, (row, depth) in enumerate(zip(rows, room, strict=True))
         ]
 
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:

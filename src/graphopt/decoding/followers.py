@@ -64,18 +64,18 @@ class Counted:
         """Return how often each token followed a run of at most ``order`` tokens."""
         if not len(self.runs):
             return {}
-        found = self._known.get(run)
-        if found is None:
-            wanted = numpy.uint64(_hash(run))
-            place = int(self.runs.searchsorted(wanted))
-            found = {}
-            if place < len(self.runs) and self.runs[place] == wanted:
-                part = slice(int(self.begins[place]), int(self.begins[place + 1]))
-                found = dict(zip(self.next[part].tolist(), self.count[part].tolist(), strict=True))
+        followers = self._known.get(run)
+        if followers is None:
+            hashed = numpy.uint64(_hash(run))
+            index = int(self.runs.searchsorted(hashed))
+            followers = {}
+            if index < len(self.runs) and self.runs[index] == hashed:
+                span = slice(int(self.begins[index]), int(self.begins[index + 1]))
+                followers = dict(zip(self.next[span].tolist(), self.count[span].tolist(), strict=True))
             if len(self._known) > 200_000:
                 self._known.clear()
-            self._known[run] = found
-        return found
+            self._known[run] = followers
+        return followers
 
 
 class Counting:
@@ -91,10 +91,10 @@ class Counting:
 
     def add(self, row: Sequence[int], start: int) -> None:
         """Count the tokens of a row from a place on."""
-        for place in range(max(start, 1), len(row)):
-            token = row[place]
-            for length in range(1, min(self.order, place) + 1):
-                seen = self.table.setdefault(tuple(row[place - length : place]), {})
+        for position in range(max(start, 1), len(row)):
+            token = row[position]
+            for length in range(1, min(self.order, position) + 1):
+                seen = self.table.setdefault(tuple(row[position - length : position]), {})
                 seen[token] = seen.get(token, 0) + 1
 
     def after(self, run: tuple[int, ...]) -> Followers:
@@ -113,8 +113,8 @@ def likely(run: Sequence[int], sources: Sequence[tuple[Counted | Counting, float
         sources: who counted, and how much each count weighs.
         order: length of the longest ending.
     """
-    found: Followers = {}
-    left = 1.0
+    probabilities: Followers = {}
+    unassigned = 1.0
     for length in range(min(order, len(run)), 0, -1):
         ending = tuple(run[-length:])
         seen: Followers = {}
@@ -124,18 +124,18 @@ def likely(run: Sequence[int], sources: Sequence[tuple[Counted | Counting, float
         if not seen:
             continue
         total = sum(seen.values())
-        share = total / (total + _DIFFERENT * len(seen))
+        share = total / (total + _TYPE_WEIGHT * len(seen))
         for token, count in seen.items():
-            found[token] = found.get(token, 0.0) + left * share * count / total
-        left *= 1 - share
-        if left < _ENOUGH:
+            probabilities[token] = probabilities.get(token, 0.0) + unassigned * share * count / total
+        unassigned *= 1 - share
+        if unassigned < _NEGLIGIBLE:
             break
-    return found
+    return probabilities
 
 
-_DIFFERENT = 0.6
+_TYPE_WEIGHT = 0.6
 """What a follower weighs against a count; 1 in the paper, less where texts repeat themselves as a model's do."""
-_ENOUGH = 0.05
+_NEGLIGIBLE = 0.05
 
 
 def _hash(run: Sequence[int]) -> int:

@@ -44,10 +44,10 @@ def with_cache(program: Program) -> Program:
     """
     if KVCache in program.facts:
         return program
-    found: Program = program.derived(
+    cached: Program = program.derived(
         "with cache", lambda: run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
     )
-    return found
+    return cached
 
 
 def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
@@ -67,10 +67,12 @@ def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
             f"there is no strategy {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint=f"there are {', '.join(BY_NAME)}",
         )
-    known = list(inspect.signature(BY_NAME[name]).parameters)
+    parameters = list(inspect.signature(BY_NAME[name]).parameters)
     for option in options:
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}", hint=f"its options are {', '.join(known)}")
+        if option not in parameters:
+            raise UsageError(
+                f"{name} has no option {option!r}", hint=f"its options are {', '.join(parameters)}"
+            )
     return BY_NAME[name], options
 
 
@@ -104,24 +106,24 @@ def texts_of(program: Program, file: str) -> list[list[int]]:
 
 def end_tokens(program: Program) -> list[int]:
     """Return the tokens after which the checkpoint's settings say to stop."""
-    found = _setting(program, "eos_token_id")
-    if isinstance(found, int):
-        return [found]
-    return [int(t) for t in found] if isinstance(found, list) else []
+    ends = _setting(program, "eos_token_id")
+    if isinstance(ends, int):
+        return [ends]
+    return [int(t) for t in ends] if isinstance(ends, list) else []
 
 
 def _setting(program: Program, name: str) -> Any:
     config = program.origin.config
-    found = config.get(
+    value = config.get(
         name, config.get("text_config", {}).get(name) if isinstance(config.get("text_config"), dict) else None
     )
-    given = program.origin.assets.get("generation_config.json")
-    if given is not None:
+    generation_config = program.origin.assets.get("generation_config.json")
+    if generation_config is not None:
         try:
-            found = json.loads(given).get(name, found)
+            value = json.loads(generation_config).get(name, value)
         except ValueError:
             warnings.warn("generation_config.json is not JSON and was left aside", stacklevel=3)
-    return found
+    return value
 
 
 class Stream:
@@ -254,14 +256,16 @@ def generate(
     Raises:
         UsageError: an argument is out of its range, a row is empty, or the text would not fit.
     """
-    found = stream(program, input_ids, max_new_tokens=max_new_tokens, **options)
-    begun = [len(row) for row in found.rows]
-    for _ in found:
+    tokens = stream(program, input_ids, max_new_tokens=max_new_tokens, **options)
+    prompt_lengths = [len(row) for row in tokens.rows]
+    for _ in tokens:
         pass
-    new = [row[start:] for row, start in zip(found.rows, begun, strict=True)]
+    new = [row[start:] for row, start in zip(tokens.rows, prompt_lengths, strict=True)]
     fill = _setting(program, "pad_token_id")
-    most = max(len(row) for row in new)
-    filled = torch.tensor([row + [fill if isinstance(fill, int) else 0] * (most - len(row)) for row in new])
+    longest_new = max(len(row) for row in new)
+    filled = torch.tensor(
+        [row + [fill if isinstance(fill, int) else 0] * (longest_new - len(row)) for row in new]
+    )
     if not isinstance(input_ids, torch.Tensor):
         first = max(len(row) for row in input_ids)
         pad = fill if isinstance(fill, int) else 0
@@ -276,8 +280,8 @@ def _typed(program: Program, dtype: str, device: torch.device | str) -> Program:
     slow = dtype == "auto" and torch.device(device).type == "cpu"
     if not halves or not (slow or dtype == "float32"):
         return program
-    found: Program = program.derived("in float32", lambda: retyped(program, torch.float32))
-    return found
+    converted: Program = program.derived("in float32", lambda: retyped(program, torch.float32))
+    return converted
 
 
 def _rows(input_ids: Any, mask: torch.Tensor | None) -> list[list[int]]:
@@ -286,8 +290,8 @@ def _rows(input_ids: Any, mask: torch.Tensor | None) -> list[list[int]]:
             raise UsageError(f"input_ids has {input_ids.dim()} dimensions; it is (batch, positions)")
         if mask is not None and mask.shape != input_ids.shape:
             raise UsageError(f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
-        kept = torch.ones_like(input_ids) if mask is None else mask
-        rows = [row[seen.bool()].tolist() for row, seen in zip(input_ids, kept, strict=True)]
+        mask_values = torch.ones_like(input_ids) if mask is None else mask
+        rows = [row[mask_row.bool()].tolist() for row, mask_row in zip(input_ids, mask_values, strict=True)]
     else:
         if mask is not None:
             raise UsageError("attention_mask belongs to a tensor of input_ids; lists have no padding")
@@ -301,22 +305,22 @@ def _capacity(program: Program, size: int, strategy: Drafter | None) -> int:
     """Return how many slots are made: room for candidates behind the text, where there are slots for them."""
     fixed = program.facts[KVCache].capacity
     limit = fixed if isinstance(fixed, int) else longest(program)
-    wanted = size + (strategy.room if strategy is not None else 0)
-    return size if limit is not None and size > limit else min(wanted, limit or wanted)
+    with_candidates = size + (strategy.room if strategy is not None else 0)
+    return size if limit is not None and size > limit else min(with_candidates, limit or with_candidates)
 
 
 def _check_tokens(rows: list[list[int]], program: Program) -> None:
     cache = program.facts.get(KVCache)
     name = cache.tokens if cache is not None else "input_ids"
-    known = known_ids(program, name) if name in program.input_nodes else None
+    vocabulary = known_ids(program, name) if name in program.input_nodes else None
     for number, row in enumerate(rows):
         for token in row:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise UsageError(f"row {number} has {token!r}, which is no token: they are whole numbers")
-            if token < 0 or (known is not None and token >= known):
+            if token < 0 or (vocabulary is not None and token >= vocabulary):
                 raise UsageError(
                     f"row {number} has token {token}, the program knows "
-                    + ("numbers from 0 on" if known is None else f"0 to {known - 1}"),
+                    + ("numbers from 0 on" if vocabulary is None else f"0 to {vocabulary - 1}"),
                     hint="encode the text with the checkpoint's own tokenizer",
                 )
 
@@ -328,11 +332,13 @@ def _check_positions(rows: list[list[int]], count: int, program: Program) -> Non
     # caches that are shorter say so themselves
     if cache is not None and isinstance(cache.capacity, int) and limit is not None:
         limit = max(limit, cache.capacity + 1)
-    most = max(len(row) for row in rows)
-    if limit is not None and most + count > limit:
+    longest_row = max(len(row) for row in rows)
+    if limit is not None and longest_row + count > limit:
         raise UsageError(
-            f"the text may have {most + count} tokens, the model has positions for {limit}",
-            hint=f"max_new_tokens of at most {limit - most}" if most < limit else "a shorter text",
+            f"the text may have {longest_row + count} tokens, the model has positions for {limit}",
+            hint=f"max_new_tokens of at most {limit - longest_row}"
+            if longest_row < limit
+            else "a shorter text",
         )
 
 

@@ -66,5 +66,5 @@ def _longest(program: Program) -> int | None:
     size = program.signature.inputs["input_ids"].shape[-1]
     if isinstance(size, int):
         return size
-    known = program.signature.sizes.get(size)
-    return known.high if known is not None else None
+    bounds = program.signature.sizes.get(size)
+    return bounds.high if bounds is not None else None

@@ -35,22 +35,22 @@ class Recorder(ABC):
         values = [step.positions, step.slots, *inputs.values()]
         if step.step_mask is not None:
             values.append(step.step_mask)
-        held = tuple(buffer.data_ptr() for buffer in step.buffers.values())
-        key = (id(running), held, step.step_mask is None, *((tuple(v.shape), v.dtype) for v in values))
+        addresses = tuple(buffer.data_ptr() for buffer in step.buffers.values())
+        key = (id(running), addresses, step.step_mask is None, *((tuple(v.shape), v.dtype) for v in values))
         if key not in self._known:
-            own = [value.clone() for value in values]
-            named = dict(zip(inputs, own[2:], strict=False))
-            mask = None if step.step_mask is None else own[-1]
+            static_inputs = [value.clone() for value in values]
+            named = dict(zip(inputs, static_inputs[2:], strict=False))
+            mask = None if step.step_mask is None else static_inputs[-1]
 
             def compute() -> Outputs:
                 # a new one each time: what is seen is computed once for every step
-                fixed = Step(step.buffers, own[0], own[1], step.limit, None, mask)
+                fixed = Step(step.buffers, static_inputs[0], static_inputs[1], step.limit, None, mask)
                 return running(fixed, named)
 
-            self._known[key] = (own, self.record(compute))
-        own, replay = self._known[key]
-        for mine, value in zip(own, values, strict=True):
-            mine.copy_(value)
+            self._known[key] = (static_inputs, self.record(compute))
+        static_inputs, replay = self._known[key]
+        for static_input, value in zip(static_inputs, values, strict=True):
+            static_input.copy_(value)
         return {name: value.clone() for name, value in replay().items()}
 
     @abstractmethod
@@ -63,12 +63,12 @@ class CudaRecorder(Recorder):
 
     def record(self, compute: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """Run the step apart, so that libraries make their choices, then record it."""
-        apart = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        apart.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(apart):
+        warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
             for _ in range(2):
                 compute()
-        torch.cuda.current_stream().wait_stream(apart)
+        torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = compute()

@@ -122,11 +122,11 @@ class Running:
         self.buffers: dict[Buffer, tuple[int, int, torch.dtype]] = {}
         self.inputs: list[str] = []
         copy = self.source.copy()
-        wanted = [copy.outputs[name] for name in self.outputs]
-        given = {name: copy.outputs[name] for name in taken}
+        roots = [copy.outputs[name] for name in self.outputs]
+        supplied = {name: copy.outputs[name] for name in taken}
         windows = self._rewrite(copy, copy.graph)
-        wanted = [windows.get(n, n) for n in wanted]
-        graph = self._cut(copy, wanted, loaded, {windows.get(n, n): name for name, n in given.items()})
+        roots = [windows.get(n, n) for n in roots]
+        graph = self._cut(copy, roots, loaded, {windows.get(n, n): name for name, n in supplied.items()})
         if compiled:
             self.module = in_pieces(graph, next(iter(graph.nodes)))
         else:
@@ -151,29 +151,29 @@ class Running:
             target: Any = None
             args: tuple[Any, ...] = ()
             if is_operator(node, "graphopt.cache_store"):
-                found = arguments(node)
-                buffer = self._buffer(found["cache"])
-                target, args = store, (self.step, buffer, found["values"])
+                operator_args = arguments(node)
+                buffer = self._buffer(operator_args["cache"])
+                target, args = store, (self.step, buffer, operator_args["values"])
             elif is_operator(node, "graphopt.cache_positions"):
                 target, args = positions_of_slots, (self.step,)
             elif is_operator(node, "graphopt.attention") and arguments(node)["visible"] is not None:
-                found = arguments(node)
-                window = arguments(found["visible"])["window"]
-                kept = [found[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
-                target, args = attend, (self.step, *kept, window)
+                operator_args = arguments(node)
+                window = arguments(operator_args["visible"])["window"]
+                operands = [operator_args[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
+                target, args = attend, (self.step, *operands, window)
             elif (phased := is_operator(node, "graphopt.skipped")) or (
                 not self.marked and has(node, Trait.MARKED)
             ):
-                kept = node.args[0 if self.decoding or not phased else 1]
-                assert isinstance(kept, fx.Node)
-                node.replace_all_uses_with(kept)
-                replaced[node] = kept
+                operand = node.args[0 if self.decoding or not phased else 1]
+                assert isinstance(operand, fx.Node)
+                node.replace_all_uses_with(operand)
+                replaced[node] = operand
             if target is not None:
                 with graph.inserting_before(node):
-                    made = graph.call_function(target, args)
-                made.meta = dict(node.meta)
-                node.replace_all_uses_with(made)
-                replaced[node] = made
+                    call = graph.call_function(target, args)
+                call.meta = dict(node.meta)
+                node.replace_all_uses_with(call)
+                replaced[node] = call
         for node in nodes:
             # all caches are as long as they are made
             if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):
@@ -182,55 +182,57 @@ class Running:
 
     def _buffer(self, cache: fx.Node) -> Buffer:
         first, last = 0, int(cache.meta["val"].shape[1])
-        held = cache
+        source = cache
         if is_operator(cache, "aten.slice"):
-            found = arguments(cache)
-            first, last, held = int(found["start"] or 0), int(found["end"]), found["self"]
-        buffer = (str(held.meta["input"]), first, last)
-        value = held.meta["val"]
+            args = arguments(cache)
+            first, last, source = int(args["start"] or 0), int(args["end"]), args["self"]
+        buffer = (str(source.meta["input"]), first, last)
+        value = source.meta["val"]
         self.buffers[buffer] = (last - first, int(value.shape[-1]), value.dtype)
         return buffer
 
     def _cut(
         self,
         program: Program,
-        wanted: list[fx.Node],
+        roots: list[fx.Node],
         loaded: dict[str, torch.Tensor],
-        given: dict[fx.Node, str],
+        supplied: dict[fx.Node, str],
     ) -> fx.Graph:
         """Keep what the outputs need; what no input changes is computed once, here."""
-        needed = needed_for(wanted, dict.fromkeys(given))
+        needed = needed_for(roots, dict.fromkeys(supplied))
         order = [n for n in program.graph.nodes if n in needed or n is self.step]
-        known: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, Any] = {}
         for node in order:
             if node.op == "placeholder" and node.name in program.weights:
                 if node.name not in loaded:
                     loaded[node.name] = program.weights[node.name].source.load().to(self.device)
-                known[node] = loaded[node.name]
+                values[node] = loaded[node.name]
             elif (
                 node.op == "call_function"
-                and node not in given
-                and all(n in known for n in node.all_input_nodes)
+                and node not in supplied
+                and all(n in values for n in node.all_input_nodes)
             ):
                 with torch.inference_mode():
-                    known[node] = evaluate(node, known)
+                    values[node] = evaluate(node, values)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {self.step: graph.placeholder("decoding_step")}
-        edge = [n for n in order if n in known and any(u in needed and u not in known for u in n.users)]
-        edge += [n for n in wanted if n in known and n not in edge]
-        self.constants = [known[n] for n in edge]
-        for node in edge:
+        constants = [
+            n for n in order if n in values and any(u in needed and u not in values for u in n.users)
+        ]
+        constants += [n for n in roots if n in values and n not in constants]
+        self.constants = [values[n] for n in constants]
+        for node in constants:
             copies[node] = graph.placeholder(f"constant_{node.name}")
         for node in order:
-            if node.op == "placeholder" and node is not self.step and node not in known:
+            if node.op == "placeholder" and node is not self.step and node not in values:
                 copies[node] = graph.placeholder(node.name)
                 self.inputs.append(str(node.meta["input"]))
         for node in order:
-            if node in given:
+            if node in supplied:
                 copies[node] = graph.placeholder(node.name)
-                self.inputs.append(given[node])
+                self.inputs.append(supplied[node])
         for node in order:
-            if node.op == "call_function" and node not in known and node not in given:
+            if node.op == "call_function" and node not in values and node not in supplied:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
-        graph.output([copies[n] for n in wanted])
+        graph.output([copies[n] for n in roots])
         return graph

@@ -64,8 +64,8 @@ class Sampling:
         if self.top_p is not None:
             ordered, order = odds.sort(dim=-1, descending=True, stable=True)
             # a token stays if those before it have not reached the share yet
-            gone = ordered.cumsum(-1) - ordered >= self.top_p
-            odds = odds.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), 0.0)
+            excluded = ordered.cumsum(-1) - ordered >= self.top_p
+            odds = odds.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), 0.0)
             odds = odds / odds.sum(-1, keepdim=True)
         return odds
 

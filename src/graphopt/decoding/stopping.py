@@ -36,13 +36,13 @@ class Stop:
             commit: those it would get now.
         """
         row = list(new)
-        kept: list[int] = []
+        accepted: list[int] = []
         for token in commit:
             row.append(token)
-            kept.append(token)
+            accepted.append(token)
             ended = token in self.tokens or any(
                 len(row) >= len(s) and tuple(row[-len(s) :]) == s for s in self.sequences
             )
             if ended or len(row) >= self.max_new_tokens:
-                return kept, True
-        return kept, False
+                return accepted, True
+        return accepted, False

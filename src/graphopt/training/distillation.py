@@ -61,8 +61,10 @@ def distil_sync_points(
     for name in blocks:
         if name not in points:
             raise UsageError(f"{name}: {refused.get(name, 'there is no such attention')}")
-    read, _ = read_data(program, data, sequences=sequences, length=length, batch=1, seed=settings.seed)
-    context = Context(list(read))
+    batches_read, _ = read_data(
+        program, data, sequences=sequences, length=length, batch=1, seed=settings.seed
+    )
+    context = Context(list(batches_read))
     trained: dict[str, torch.Tensor] = {}
     records: dict[str, Record] = {}
     for name in blocks:
@@ -89,17 +91,17 @@ def distil_sync_points(
             module, batch, recipe.loss, replace(settings), work_dir=folder, device="cpu", progress=progress
         )
         trained |= {n: p.detach().clone() for n, p in module.named_parameters()}
-    done = program.copy()
-    drop(done, list(blocks))
-    for node in done.weight_nodes:
-        weight = done.weights[node.name]
+    result = program.copy()
+    drop(result, list(blocks))
+    for node in result.weight_nodes:
+        weight = result.weights[node.name]
         if weight.name in trained:
-            done.weights[node.name] = weight.with_source(
+            result.weights[node.name] = weight.with_source(
                 InMemory(trained[weight.name].to(weight.source.dtype))
             )
-    block_export(done, "blocks were trained without their sync points", by="block-to-block distillation")
-    done.changed()
-    return done, records
+    block_export(result, "blocks were trained without their sync points", by="block-to-block distillation")
+    result.changed()
+    return result, records
 
 
 def block_pair(program: Program, name: str) -> tuple[Program, Program]:
@@ -116,8 +118,8 @@ def block_pair(program: Program, name: str) -> tuple[Program, Program]:
     teacher = extract(program, {"stream": reads}, {"written": writes})
     dropped = program.copy()
     written = drop(dropped, [name])[name]
-    here = next(n for n in dropped.graph.nodes if n.name == reads.name)
-    return teacher, extract(dropped, {"stream": here}, {"written": written})
+    dropped_reads = next(n for n in dropped.graph.nodes if n.name == reads.name)
+    return teacher, extract(dropped, {"stream": dropped_reads}, {"written": written})
 
 
 def _block_batch(

@@ -42,10 +42,10 @@ def as_method(recipe: str | Method) -> Method:
     """
     if isinstance(recipe, Method):
         return recipe
-    found = parse_calls(recipe, "a recipe")
-    if len(found) != 1:
-        raise PipelineError(f"one recipe trains a program at a time, not {len(found)}")
-    return find_method(*found[0])
+    calls = parse_calls(recipe, "a recipe")
+    if len(calls) != 1:
+        raise PipelineError(f"one recipe trains a program at a time, not {len(calls)}")
+    return find_method(*calls[0])
 
 
 def train(
@@ -106,98 +106,100 @@ def train(
             hint="train it first, then trim-vocabulary",
         )
     rows = _batches(program, data, batch, length, sequences, settings.seed, loss_on)
-    made = method.recipe(_typed(program, dtype))
-    module = made.module()
+    prepared = method.recipe(_typed(program, dtype))
+    module = prepared.module()
     if work_dir is not None:
-        _one_run(Path(work_dir), program, method, rows)
-    where = torch.device(device or default_device())
+        _require_same_run(Path(work_dir), program, method, rows)
+    target_device = torch.device(device or default_device())
     total = settings.steps * settings.accumulate * world_size()
 
     def numbered(number: int) -> Batch:
         order = torch.randperm(
             len(rows), generator=torch.Generator().manual_seed(settings.seed * 7919 + number // len(rows))
         )
-        row = {name: tensor.to(where) for name, tensor in rows[int(order[number % len(rows)])].items()}
-        return made.transform(row, number / total)
+        row = {
+            name: tensor.to(target_device) for name, tensor in rows[int(order[number % len(rows)])].items()
+        }
+        return prepared.transform(row, number / total)
 
     measure = None
     if validation is not None:
-        held = _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
+        validation_rows = _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
 
         def measure(trained: nn.Module) -> dict[str, float]:
-            return {"validation loss": _mean_loss(made, trained, held, settings.seed)}
+            return {"validation loss": _mean_loss(prepared, trained, validation_rows, settings.seed)}
 
     record = train_module(
-        module, numbered, made.loss, settings, work_dir=work_dir, device=where, measure=measure,
+        module, numbered, prepared.loss, settings, work_dir=work_dir, device=target_device, measure=measure,
         measure_every=measure_every, save_every=save_every, progress=progress,
     )  # fmt: skip
-    judged = (
+    judging_rows = (
         rows
         if validation is None
         else _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
     )
-    done = made.after(made.finish(program, module), judged[:4])
-    done.history.append(
+    trained_program = prepared.after(prepared.finish(program, module), judging_rows[:4])
+    trained_program.history.append(
         {
-            "recipe": _text(method),
+            "recipe": _method_text(method),
             "contract": "trained",
             "steps": settings.steps,
             "settings": settings.plain(),
             "loss": record.losses[-1],
         }
     )
-    return done, record
+    return trained_program, record
 
 
 def _typed(program: Program, dtype: str) -> Program:
     if dtype not in ("float32", "stored"):
         raise UsageError(f"dtype is float32 or stored, not {dtype!r}")
-    held = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
-    return retyped(program, torch.float32) if dtype == "float32" and held & HALVES else program
+    dtypes = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
+    return retyped(program, torch.float32) if dtype == "float32" and dtypes & HALVES else program
 
 
-def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
+def _require_same_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
     """Write down what a folder's run is made of, or refuse a folder of another run.
 
     Raises:
         UsageError: the folder holds a run of another recipe, program or data.
     """
-    mine = {
-        "recipe": _text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
+    identity = {
+        "recipe": _method_text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
         "number of processes": world_size(),
     }  # fmt: skip
     path = folder / "run.json"
     if not path.is_file() or not (folder / STATE).is_file():  # nothing was trained there yet
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as made:
-                made.write_text(json.dumps(mine, indent=1))
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1))
         return
     try:
-        held = json.loads(path.read_text())
-        other = [name for name, value in mine.items() if held.get(name) != value]
+        saved = json.loads(path.read_text())
+        differing = [name for name, value in identity.items() if saved.get(name) != value]
     except (ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not say what was trained: {error}", hint="remove the folder"
         ) from None
-    if other:
+    if differing:
         raise UsageError(
-            f"{folder} holds a run with another {' and another '.join(other)}",
+            f"{folder} holds a run with another {' and another '.join(differing)}",
             hint="start anew in another folder, or remove it",
         )
 
 
-def _text(method: Method) -> str:
+def _method_text(method: Method) -> str:
     from ..ir.option import default_of, options_of
     from ..passes.framework.values import format_value
 
-    given = {
+    options = {
         n: getattr(method, n)
         for n, f in options_of(type(method)).items()
         if getattr(method, n) != default_of(f)
     }
     return method.name + (
-        "{" + " ".join(f"{n}={format_value(v)}" for n, v in given.items()) + "}" if given else ""
+        "{" + " ".join(f"{n}={format_value(v)}" for n, v in options.items()) + "}" if options else ""
     )
 
 
@@ -223,14 +225,14 @@ def _batches(
 
 
 def _mean_loss(recipe: Recipe, module: nn.Module, rows: list[Batch], seed: int) -> float:
-    where = next(module.parameters()).device
+    device = next(module.parameters()).device
     total = 0.0
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for number, row in enumerate(rows):
             torch.manual_seed(seed * 1_000_003 + number)
-            given = recipe.transform({n: t.to(where) for n, t in row.items()}, 1.0)
-            given = {n: t.to(where) for n, t in given.items()}
-            total += float(recipe.loss(module, given))
+            inputs = recipe.transform({n: t.to(device) for n, t in row.items()}, 1.0)
+            inputs = {n: t.to(device) for n, t in inputs.items()}
+            total += float(recipe.loss(module, inputs))
     return total / len(rows)
 
 

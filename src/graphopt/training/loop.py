@@ -76,14 +76,14 @@ def train(
         DivergedError: the loss became infinite or not a number; the last state on disk is from before.
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
-    where = torch.device(device or default_device())
-    replicas = Replicas(where)
-    module.to(where)
+    target = torch.device(device or default_device())
+    replicas = Replicas(target)
+    module.to(target)
     update = (optimizer or adamw(settings))(module)
     folder = Path(work_dir) if work_dir is not None else None
-    shown = progress or Quiet()
+    reporter = progress or Quiet()
     if replicas.rank:
-        shown = Quiet()
+        reporter = Quiet()
     with contextlib.ExitStack() as stack:
         record = Record()
         if folder is not None:
@@ -92,12 +92,12 @@ def train(
             replicas.wait()
             record = load_state(folder, module, update, settings)
             replicas.wait()
-        whole = replicas.wrap(module)
+        wrapped = replicas.wrap(module)
         # the seeds below are nobody else's
-        stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
+        stack.enter_context(torch.random.fork_rng(devices=[target] if target.type == "cuda" else []))
         stopped = stack.enter_context(_stop_between_steps())
-        stack.callback(shown.end)
-        shown.begin(settings.steps, record.step)
+        stack.callback(reporter.end)
+        reporter.begin(settings.steps, record.step)
         saved = began = time.monotonic()
 
         def save() -> None:
@@ -112,7 +112,7 @@ def train(
         stack.callback(module.train, was_training)
         while record.step < settings.steps:
             value, stopping = _step(
-                whole, batch, loss, update, settings, record.step, replicas, stopped.is_set()
+                wrapped, batch, loss, update, settings, record.step, replicas, stopped.is_set()
             )
             record.losses.append(value)
             note = ""
@@ -121,7 +121,7 @@ def train(
                 values = _measure(module, measure)
                 record.measured.append((record.step, values))
                 note = ", ".join(f"{name} {v:.4g}" for name, v in values.items())
-            shown.step(record.step, value, note)
+            reporter.step(record.step, value, note)
             if last or stopping or time.monotonic() - saved > save_every:
                 save()
             if stopping and not last:
@@ -181,18 +181,18 @@ def _measure(module: nn.Module, measure: Callable[[nn.Module], Mapping[str, floa
 @contextlib.contextmanager
 def _stop_between_steps() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into a wish, so that no step is cut in the middle; the second one interrupts."""
-    wish = threading.Event()
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield requested
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if wish.is_set():
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if requested.is_set():
             raise KeyboardInterrupt
-        wish.set()
+        requested.set()
 
-    before: Any = signal.signal(signal.SIGINT, ask)
+    previous: Any = signal.signal(signal.SIGINT, on_signal)
     try:
-        yield wish
+        yield requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

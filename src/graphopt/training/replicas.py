@@ -32,8 +32,8 @@ class Replicas:
         if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         # a routed token leaves out weights, on every process other ones
-        where = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=where, find_unused_parameters=True)
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=True)
 
     @contextlib.contextmanager
     def apart(self, module: nn.Module, wanted: bool) -> Iterator[None]:

@@ -44,8 +44,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = {"steps": 1, "warmup": 0, "accumulate": 1}
-        for name, lowest in whole.items():
+        minimums = {"steps": 1, "warmup": 0, "accumulate": 1}
+        for name, lowest in minimums.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise UsageError(f"{name} must be a whole number from {lowest}, not {value!r}")
@@ -66,9 +66,9 @@ class Settings:
             return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        left = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
-        return self.learning_rate * (self.final + (1 - self.final) * left)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        factor = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
+        return self.learning_rate * (self.final + (1 - self.final) * factor)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON holds them."""
@@ -76,9 +76,11 @@ class Settings:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Return how other settings, read from a run, differ from these."""
-        mine = self.plain()
-        names = [f.name for f in fields(self)] + sorted(set(other) - set(mine))
-        return [f"{n} was {other.get(n)!r}, is {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
+        plain = self.plain()
+        names = [f.name for f in fields(self)] + sorted(set(other) - set(plain))
+        return [
+            f"{n} was {other.get(n)!r}, is {plain.get(n)!r}" for n in names if plain.get(n) != other.get(n)
+        ]
 
 
 def adamw(settings: Settings) -> Callable[[nn.Module], Optimizer]:

@@ -69,17 +69,17 @@ class Shown:
         """Show a step."""
         self.mean = loss if self.mean != self.mean else 0.95 * self.mean + 0.05 * loss
         if self.bar is not None and self.task is not None:
-            shown = {"note": note} if note else {}
-            self.bar.update(self.task, completed=step, loss=f"{self.mean:.4f}", **shown)  # type: ignore[arg-type]
+            fields = {"note": note} if note else {}
+            self.bar.update(self.task, completed=step, loss=f"{self.mean:.4f}", **fields)  # type: ignore[arg-type]
             return
         now = time.monotonic()
         if note or now - self.said > _INTERVAL:
             self.said = now
-            each = (now - self.began) / max(1, step - self.first)
-            left = each * (self.steps - step)
+            step_seconds = (now - self.began) / max(1, step - self.first)
+            seconds_left = step_seconds * (self.steps - step)
             self.console.print(
                 f"{self.what}: step {step} of {self.steps}, loss {self.mean:.4f}, "
-                f"{left / 60:.1f} minutes left{', ' + note if note else ''}",
+                f"{seconds_left / 60:.1f} minutes left{', ' + note if note else ''}",
                 markup=False,
             )
 

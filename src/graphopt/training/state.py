@@ -63,12 +63,12 @@ def load_state(folder: Path, module: nn.Module, optimizer: Optimizer, settings: 
         UsageError: the folder holds a run with other settings, or of another module.
         CheckpointError: its file is damaged.
     """
-    for left in folder.glob(f".{FILE}.*.partial"):
-        left.unlink(missing_ok=True)
+    for partial in folder.glob(f".{FILE}.*.partial"):
+        partial.unlink(missing_ok=True)
     path = folder / FILE
     if not path.is_file():
         return Record()
-    another = f"start anew in another folder, or remove {path}"
+    hint = f"start anew in another folder, or remove {path}"
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})["graphopt.training"])
@@ -76,11 +76,11 @@ def load_state(folder: Path, module: nn.Module, optimizer: Optimizer, settings: 
         record = Record(**header["record"])
         record.measured = [(int(step), values) for step, values in record.measured]
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is no state of a training run: {error}", hint=another) from error
+        raise CheckpointError(f"{path} is no state of a training run: {error}", hint=hint) from error
     changed = settings.differences(header["settings"])
     if changed:
-        raise UsageError(f"{folder} holds a run with other settings: {'; '.join(changed)}", hint=another)
-    _restore(module, tensors, path, another)
+        raise UsageError(f"{folder} holds a run with other settings: {'; '.join(changed)}", hint=hint)
+    _restore(module, tensors, path, hint)
     _restore_optimizer(module, optimizer, tensors, header["optimizer"])
     return record
 
@@ -88,22 +88,22 @@ def load_state(folder: Path, module: nn.Module, optimizer: Optimizer, settings: 
 def _distinct(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name; tied ones once."""
     seen: set[int] = set()
-    found = {}
+    distinct = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            distinct[name] = tensor
+    return distinct
 
 
 def _restore(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path, hint: str) -> None:
     for name, tensor in _distinct(module).items():
         saved = tensors.get(f"module.{name}")
         if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-            found = "nothing" if saved is None else f"{saved.dtype} {list(saved.shape)}"
+            in_file = "nothing" if saved is None else f"{saved.dtype} {list(saved.shape)}"
             raise UsageError(
                 f"{path} was written for another module: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"the file has {found}",
+                f"the file has {in_file}",
                 hint=hint,
             )
         with torch.no_grad():
@@ -141,10 +141,10 @@ def _restore_optimizer(
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             parameter, key = name.removeprefix("optimizer.").rsplit(":", 1)
-            kept = parameters[parameter]
+            target = parameters[parameter]
             # a step count stays where the optimizer reads it from
-            device = kept.device if value.dim() or kept.device.type != "cpu" else value.device
-            optimizer.state[kept][key] = value.to(device)
+            device = target.device if value.dim() or target.device.type != "cpu" else value.device
+            optimizer.state[target][key] = value.to(device)
     for parameter, state in numbers.items():
         optimizer.state[parameters[parameter]].update(state)
 

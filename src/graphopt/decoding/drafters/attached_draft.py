@@ -53,9 +53,11 @@ class AttachedDraft(Drafter):
             for number, row in enumerate(rows):
                 ids[number, : len(row) - 1] = torch.tensor(list(row[:-1]))
             positions = torch.arange(width).expand(len(rows), -1)
-            found = decoder.forward(ids.to(decoder.device), positions.to(decoder.device), outputs=(FEATURES,))
+            outputs = decoder.forward(
+                ids.to(decoder.device), positions.to(decoder.device), outputs=(FEATURES,)
+            )
             for number, row in enumerate(rows):
-                self.waiting[number] = list(found[FEATURES][number, : len(row) - 1])
+                self.waiting[number] = list(outputs[FEATURES][number, : len(row) - 1])
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
         """Keep the features of what was accepted."""
@@ -64,12 +66,12 @@ class AttachedDraft(Drafter):
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
         """Take up what was committed since, and go on from there."""
         features, following, positions, last = self._waiting(rows)
-        found = self._run(features, following, positions)
+        outputs = self._run(features, following, positions)
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
-        going = [deep > 0 and place >= 0 for deep, place in zip(room, last, strict=True)]
-        logits = torch.stack([found[LOGITS][n, max(place, 0)] for n, place in enumerate(last)])
-        hidden = torch.stack([found[HIDDEN][n, max(place, 0)] for n, place in enumerate(last)])
+        going = [depth > 0 and index >= 0 for depth, index in zip(room, last, strict=True)]
+        logits = torch.stack([outputs[LOGITS][n, max(index, 0)] for n, index in enumerate(last)])
+        hidden = torch.stack([outputs[HIDDEN][n, max(index, 0)] for n, index in enumerate(last)])
         for step in range(min(self.room, max(room))):
             for number in range(len(rows)):
                 if going[number] and step < room[number]:
@@ -80,9 +82,11 @@ class AttachedDraft(Drafter):
             if step + 1 == min(self.room, max(room)) or not any(going):
                 break
             ids = torch.tensor([[t[-1] if t else 0] for t in tokens], device=self.decoder.device)
-            at = torch.tensor([[place + step] for place in self.places], device=self.decoder.device)
-            found = self._run(hidden[:, None], ids, at)
-            logits, hidden = found[LOGITS][:, 0], found[HIDDEN][:, 0]
+            next_positions = torch.tensor(
+                [[index + step] for index in self.places], device=self.decoder.device
+            )
+            outputs = self._run(hidden[:, None], ids, next_positions)
+            logits, hidden = outputs[LOGITS][:, 0], outputs[HIDDEN][:, 0]
         return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
 
     def _waiting(
@@ -90,9 +94,9 @@ class AttachedDraft(Drafter):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """Put what waits side by side, and count it as read."""
         width = max(1, *(len(waiting) for waiting in self.waiting))
-        shown = self.decoder.program.outputs[FEATURES].meta["val"]
+        feature_value = self.decoder.program.outputs[FEATURES].meta["val"]
         features = torch.zeros(
-            len(rows), width, int(shown.shape[-1]), dtype=shown.dtype, device=self.decoder.device
+            len(rows), width, int(feature_value.shape[-1]), dtype=feature_value.dtype, device=self.decoder.device
         )  # fmt: skip
         following = torch.zeros(len(rows), width, dtype=torch.int64, device=self.decoder.device)
         start = torch.tensor(self.places, device=self.decoder.device)[:, None]

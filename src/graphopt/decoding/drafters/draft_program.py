@@ -59,13 +59,13 @@ class DraftProgram(Drafter):
             # the row's last token is computed again even if it is there, for what follows it
             same = _shared(self.held[number], row[:-1])
             self.held[number] = list(row[:same])
-        self.draft.lengths = [len(held) for held in self.held]
-        last = self.draft.prefill([row[len(held) :] for row, held in zip(rows, self.held, strict=True)])
-        logits = torch.stack([found[self.logits] for found in last])
+        self.draft.lengths = [len(cached) for cached in self.held]
+        last = self.draft.prefill([row[len(cached) :] for row, cached in zip(rows, self.held, strict=True)])
+        logits = torch.stack([outputs[self.logits] for outputs in last])
         self.held = [list(row) for row in rows]
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
-        going = [deep > 0 for deep in room]
+        going = [depth > 0 for depth in room]
         for step in range(min(self.room, max(room))):
             for number in range(len(rows)):
                 if going[number] and step < room[number]:
@@ -91,10 +91,10 @@ class DraftProgram(Drafter):
         self.held = [self.held[row] for row in rows]
 
 
-def _shared(held: Sequence[int], row: Sequence[int]) -> int:
+def _shared(cached: Sequence[int], row: Sequence[int]) -> int:
     """Return how many first tokens two rows share."""
     count = 0
-    for first, second in zip(held, row, strict=False):
+    for first, second in zip(cached, row, strict=False):
         if first != second:
             break
         count += 1

@@ -77,22 +77,22 @@ class MaskTokens(Drafter):
             drafts.append(Draft(line.tokens, line.parents, [], probes))
         return drafts
 
-    def _sampled(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[list[int]]:
-        known = [n for n, hidden in enumerate(self.hidden) if hidden is not None and room[n] > 0]
+    def _sample_chains(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[list[int]]:
+        ready = [n for n, hidden in enumerate(self.hidden) if hidden is not None and room[n] > 0]
         chains: list[list[int]] = [[] for _ in rows]
-        if not known:
+        if not ready:
             return chains
-        hidden = torch.stack([self.hidden[n] for n in known])  # type: ignore[misc]
+        hidden = torch.stack([self.hidden[n] for n in ready])  # type: ignore[misc]
         device = self.decoder.device
-        before = torch.tensor([[rows[n][-1]] for n in known], device=device)
-        nowhere = torch.zeros_like(before)
-        for place in range(min(self.count, max(room))):
-            given = {HIDDEN: hidden[:, place : place + 1], BEFORE: before}
-            logits = self.decoder.forward(nowhere, nowhere, outputs=(LOGITS,), given=given)[LOGITS]
+        before = torch.tensor([[rows[n][-1]] for n in ready], device=device)
+        zeros = torch.zeros_like(before)
+        for index in range(min(self.count, max(room))):
+            inputs = {HIDDEN: hidden[:, index : index + 1], BEFORE: before}
+            logits = self.decoder.forward(zeros, zeros, outputs=(LOGITS,), given=inputs)[LOGITS]
             before = logits.argmax(-1)
-            for n, token in zip(known, before[:, 0].tolist(), strict=True):
+            for n, token in zip(ready, before[:, 0].tolist(), strict=True):
                 chains[n].append(token)
-        return [chain[:deep] for chain, deep in zip(chains, room, strict=True)]
+        return [chain[:depth] for chain, depth in zip(chains, room, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows only."""

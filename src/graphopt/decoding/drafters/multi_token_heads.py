@@ -80,27 +80,29 @@ class MultiTokenHeads(Drafter):
         self.ranks = 1 + max(path[-1] for path in self.paths)
         self.outputs = (TOKENS if self.taken else OUTPUT,)
         if self.taken:
-            held = int(decoder.program.outputs[TOKENS].meta["val"].shape[-1])
-            if held < self.ranks:
+            available = int(decoder.program.outputs[TOKENS].meta["val"].shape[-1])
+            if available < self.ranks:
                 raise UsageError(
-                    f"the tree looks at {self.ranks} tokens of a head, the program gives {held}",
+                    f"the tree looks at {self.ranks} tokens of a head, the program gives {available}",
                     hint="take-top-k{k=...} says how many, nodes= how large the tree is",
                 )
         self.next: list[torch.Tensor | None] = [None] * len(rows)
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
         """Keep what the heads say at the last accepted token."""
-        said = seen.outputs[self.outputs[0]][seen.path[-1]]
-        self.next[number] = (said if self.taken else said.topk(self.ranks, dim=-1).indices).cpu()
+        predictions = seen.outputs[self.outputs[0]][seen.path[-1]]
+        self.next[number] = (
+            predictions if self.taken else predictions.topk(self.ranks, dim=-1).indices
+        ).cpu()
 
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
         """Fill the tree."""
-        said = self.next[number]
-        if said is None:
+        predictions = self.next[number]
+        if predictions is None:
             return Draft()
-        place = {path: node for node, path in enumerate(self.paths)}
-        tokens = [int(said[len(path) - 1, path[-1]]) for path in self.paths]
-        return Draft(tokens, [place.get(path[:-1], -1) for path in self.paths])
+        indices = {path: node for node, path in enumerate(self.paths)}
+        tokens = [int(predictions[len(path) - 1, path[-1]]) for path in self.paths]
+        return Draft(tokens, [indices.get(path[:-1], -1) for path in self.paths])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows only."""
@@ -118,19 +120,19 @@ def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[in
         nodes: how many paths.
     """
     heap: list[tuple[float, tuple[int, ...]]] = [(-float(accuracy[0][0]), (0,))]
-    found: list[tuple[int, ...]] = []
-    while heap and len(found) < nodes:
+    paths: list[tuple[int, ...]] = []
+    while heap and len(paths) < nodes:
         chance, path = heapq.heappop(heap)
         if chance == 0.0:
             break
-        found.append(path)
+        paths.append(path)
         depth, rank = len(path) - 1, path[-1]
         if rank + 1 < len(accuracy[depth]) and accuracy[depth][rank]:
             ratio = min(1.0, accuracy[depth][rank + 1] / accuracy[depth][rank])
             heapq.heappush(heap, (chance * ratio, (*path[:-1], rank + 1)))
         if depth + 1 < len(accuracy):
             heapq.heappush(heap, (chance * min(1.0, float(accuracy[depth + 1][0])), (*path, 0)))
-    return found or [(0,)]
+    return paths or [(0,)]
 
 
 def best_size(
@@ -149,10 +151,10 @@ def best_size(
 
     def seconds(tokens: int) -> float:
         sizes = {str(shape[0]): batch, str(shape[1]): tokens, "capacity": context}
-        known = {n: s for n, s in sizes.items() if n in program.signature.sizes}
-        found = cost(program, known, device).time_seconds
-        assert found is not None
-        return found
+        program_sizes = {n: s for n, s in sizes.items() if n in program.signature.sizes}
+        estimate = cost(program, program_sizes, device).time_seconds
+        assert estimate is not None
+        return estimate
 
     rates = {n: expected_tokens(accuracy, best_paths(accuracy, n)) / seconds(n + 1) for n in SIZES}
     return max(rates, key=lambda n: rates[n])

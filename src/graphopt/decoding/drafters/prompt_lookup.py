@@ -31,9 +31,9 @@ class PromptLookup(Drafter):
         """Look the row's end up in the row."""
         row = list(row)
         for size in range(min(self.longest, len(row) - 1), self.shortest - 1, -1):
-            wanted = row[-size:]
+            suffix = row[-size:]
             for start in range(len(row) - size - 1, -1, -1):
-                if row[start : start + size] == wanted:
-                    found = row[start + size : start + size + min(self.room, room)]
-                    return Draft.line(found)
+                if row[start : start + size] == suffix:
+                    continuation = row[start + size : start + size + min(self.room, room)]
+                    return Draft.line(continuation)
         return Draft()

@@ -36,9 +36,9 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
             hint=f"recipes are {', '.join(METHODS)}",
         )
     require_known(name, METHODS[name], options)
-    made = METHODS[name](**options)
-    require_effect(name, made, options)
-    return made
+    method = METHODS[name](**options)
+    require_effect(name, method, options)
+    return method
 
 
 __all__ = [

@@ -125,13 +125,13 @@ def masked_mean(each: torch.Tensor, batch: Batch, *, ahead: int = 0) -> torch.Te
         ahead: each number is about the token so many places on; both must be there, and the loss counts that token.
     """
     counted = None
-    mask, wanted = batch.get("attention_mask"), batch.get("loss_mask")
+    mask, full_loss_mask = batch.get("attention_mask"), batch.get("loss_mask")
     last = each.shape[-1]
     if mask is not None:
         counted = mask[:, ahead : ahead + last] * mask[:, :last]
-    if wanted is not None:
-        here = wanted[:, ahead : ahead + last]
-        counted = here if counted is None else counted * here
+    if full_loss_mask is not None:
+        loss_mask = full_loss_mask[:, ahead : ahead + last]
+        counted = loss_mask if counted is None else counted * loss_mask
     if counted is None:
         return each.mean()
     counted = counted.to(each.dtype)
@@ -141,13 +141,13 @@ def masked_mean(each: torch.Tensor, batch: Batch, *, ahead: int = 0) -> torch.Te
 def called(module: nn.Module, batch: Batch, **settings: Any) -> Mapping[str, Any]:
     """Call a module with the inputs of the program among a batch's tensors."""
     names = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "routing")
-    found = module(**{n: batch[n] for n in names if n in batch}, **settings)
-    if not isinstance(found, Mapping):
+    outputs = module(**{n: batch[n] for n in names if n in batch}, **settings)
+    if not isinstance(outputs, Mapping):
         raise UsageError(
-            f"the module returns {type(found).__name__}, and outputs of a recipe have names",
+            f"the module returns {type(outputs).__name__}, and outputs of a recipe have names",
             hint="capture a model that returns a dictionary or an output class, such as {'logits': ...}",
         )
-    return found
+    return outputs
 
 
 def imitation(teacher: Callable[..., Any], *, output: str) -> Recipe:
@@ -163,13 +163,13 @@ def imitation(teacher: Callable[..., Any], *, output: str) -> Recipe:
 
     def transform(batch: Batch, done: float = 0.0) -> Batch:
         with torch.no_grad():
-            found = teacher(**batch)
-        return {**batch, "imitated": found[output]}
+            targets = teacher(**batch)
+        return {**batch, "imitated": targets[output]}
 
     def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "imitated"}
-        made: torch.Tensor = module(**inputs)[output]
-        return (made - batch["imitated"]).square().mean()
+        outputs: torch.Tensor = module(**inputs)[output]
+        return (outputs - batch["imitated"]).square().mean()
 
     return Recipe("imitation", loss, transform)
 

@@ -51,8 +51,8 @@ class Draft(Method):
         """Return the recipe for a program that went through attach-draft."""
         if "draft_logits" not in program.outputs:
             raise UsageError("this program has no draft", hint="run the pass attach-draft first")
-        shape = program.outputs["draft_features"].meta["val"]
-        size, dtype = int(shape.shape[-1]), shape.dtype
+        features = program.outputs["draft_features"].meta["val"]
+        size, dtype = int(features.shape[-1]), features.dtype
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             ids = batch["input_ids"]
@@ -60,20 +60,24 @@ class Draft(Method):
             if self.noise:
                 others = following.flatten()[torch.randint(following.numel(), following.shape)]
                 following = torch.where(torch.rand(following.shape) < self.noise, others, following)
-            taken = torch.rand(self.steps - 1, *ids.shape, 1) < self.share
-            taken[:, :, 0] = False  # nothing stands before the first place
-            return {**batch, "draft_ids": following, "taken": taken}
+            use_supplied = torch.rand(self.steps - 1, *ids.shape, 1) < self.share
+            use_supplied[:, :, 0] = False  # nothing stands before the first place
+            return {**batch, "draft_ids": following, "taken": use_supplied}
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             ids, total = batch["input_ids"], torch.zeros((), device=batch["input_ids"].device)
-            given = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
-            none = torch.zeros(1, *ids.shape, 1, dtype=torch.bool, device=ids.device)
-            for step, taken in enumerate(torch.cat([none, batch["taken"]])):
-                found = called(
-                    module, batch, draft_ids=batch["draft_ids"], draft_given=given, draft_taken=taken
+            supplied = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
+            nothing_supplied = torch.zeros(1, *ids.shape, 1, dtype=torch.bool, device=ids.device)
+            for step, use_supplied in enumerate(torch.cat([nothing_supplied, batch["taken"]])):
+                outputs = called(
+                    module,
+                    batch,
+                    draft_ids=batch["draft_ids"],
+                    draft_given=supplied,
+                    draft_taken=use_supplied,
                 )
-                total = total + self.decay**step * _imitation(program, found, batch)
-                given = torch.cat([found["draft_hidden"][:, :1], found["draft_hidden"][:, :-1]], 1)
+                total = total + self.decay**step * _imitation(program, outputs, batch)
+                supplied = torch.cat([outputs["draft_hidden"][:, :1], outputs["draft_hidden"][:, :-1]], 1)
             return total
 
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
@@ -81,10 +85,10 @@ class Draft(Method):
         return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=form)
 
 
-def _imitation(program: Program, found: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+def _imitation(program: Program, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
     # the draft at t and the model at t + 1 are about the token at t + 2, which is not there for the last two places;
     # a draft of some tokens learns how likely they are among themselves
-    logits = kept_logits(program, "draft_logits", found["logits"])
+    logits = kept_logits(program, "draft_logits", outputs["logits"])
     target = logits[:, 1:-1].detach().float().softmax(-1).transpose(1, 2)
-    said = found["draft_logits"][:, :-2].float().transpose(1, 2)
-    return masked_mean(F.cross_entropy(said, target, reduction="none"), batch, ahead=2)
+    prediction = outputs["draft_logits"][:, :-2].float().transpose(1, 2)
+    return masked_mean(F.cross_entropy(prediction, target, reduction="none"), batch, ahead=2)

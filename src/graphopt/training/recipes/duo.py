@@ -41,36 +41,36 @@ class DuoDistil(Method):
         """Return the recipe for a program that went through split-ffn."""
         blocks = nested_blocks(program)
         widths = way_widths(blocks[0])
-        rest = sum(w > 0 for w in widths)
+        expert_count = sum(w > 0 for w in widths)
         if widths[0] != 0:
             refuse_set(
                 self.name, self, ("skip",), "no token can go around the feed-forwards of this program",
                 hint="split-ffn{skip=true} makes one where it can",
             )  # fmt: skip
         skip = self.skip if widths[0] == 0 else 0.0
-        likely = torch.tensor([skip if w == 0 else (1 - skip) / rest for w in widths])
+        probabilities = torch.tensor([skip if w == 0 else (1 - skip) / expert_count for w in widths])
         teacher = program.module().requires_grad_(False).eval() if self.distil else None
         routers = router_weights(program)
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             shape = (len(blocks), *batch["input_ids"].shape)
-            drawn = torch.multinomial(likely, shape[0] * shape[1] * shape[2], replacement=True)
-            made = {**batch, "routing": drawn.reshape(shape)}
+            drawn = torch.multinomial(probabilities, shape[0] * shape[1] * shape[2], replacement=True)
+            transformed = {**batch, "routing": drawn.reshape(shape)}
             if teacher is not None:
-                held = next(teacher.parameters()).device
-                if held != batch["input_ids"].device:
+                teacher_device = next(teacher.parameters()).device
+                if teacher_device != batch["input_ids"].device:
                     teacher.to(batch["input_ids"].device)
                 with torch.no_grad():
-                    made["original"] = called(teacher, batch)["logits"]
-            return made
+                    transformed["original"] = called(teacher, batch)["logits"]
+            return transformed
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             outputs = called(module, batch)
             total = torch.zeros((), device=outputs["logits"].device)
             if "original" in batch:
                 original = batch["original"].float().log_softmax(-1)
-                each = (original.exp() * (original - outputs["logits"].float().log_softmax(-1))).sum(-1)
-                total = total + self.distil * masked_mean(each, batch)
+                divergence = (original.exp() * (original - outputs["logits"].float().log_softmax(-1))).sum(-1)
+                total = total + self.distil * masked_mean(divergence, batch)
             if self.language:
                 total = total + self.language * language_loss(outputs, batch)
             return total
@@ -108,8 +108,8 @@ class DuoRouters(Method):
         routers = router_weights(program)
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
-            now = self.temperature * (self.final_temperature / self.temperature) ** done
-            return {**batch, "temperature": torch.tensor(now)}
+            temperature = self.temperature * (self.final_temperature / self.temperature) ** done
+            return {**batch, "temperature": torch.tensor(temperature)}
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             outputs = called(module, batch, temperature=float(batch["temperature"]))

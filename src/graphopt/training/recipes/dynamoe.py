@@ -60,11 +60,11 @@ class DynaMoE(Method):
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             outputs = called(module, batch)
             logits, labels = outputs["router_logits"], difficulty(outputs["similarity"], self.theta)
-            each = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
-            total = self.router * masked_mean(each.reshape(labels.shape), batch)
+            losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
+            total = self.router * masked_mean(losses.reshape(labels.shape), batch)
             if self.train == "all" and self.language:
                 total = total + self.language * language_loss(outputs, batch)
             return total
 
-        only = (lambda name: name in routers) if self.train == "routers" else (lambda name: True)
-        return Recipe(self.name, loss, trainable=only, form=form)
+        trainable = (lambda name: name in routers) if self.train == "routers" else (lambda name: True)
+        return Recipe(self.name, loss, trainable=trainable, form=form)

@@ -57,10 +57,10 @@ class Medusa(Method):
             refuse_set(self.name, self, ("decay",), "this program has one head, which counts whole")
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-            found = called(module, batch)
+            outputs = called(module, batch)
             from_model = self.targets == "model"
-            heads = head_loss(found[OUTPUT], found["logits"], batch, self.decay, from_model, tokens)
-            return language_loss(found, batch) + self.joint_weight * heads if self.joint else heads
+            heads = head_loss(outputs[OUTPUT], outputs["logits"], batch, self.decay, from_model, tokens)
+            return language_loss(outputs, batch) + self.joint_weight * heads if self.joint else heads
 
         tokens = kept_tokens(program, OUTPUT)
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
@@ -87,23 +87,25 @@ def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) ->
     counted = 0.0
     for batch in batches:
         inputs = {n: batch[n] for n in program.signature.inputs if n in batch}
-        found = over_all_tokens(program, interpret(program, program.bind((), inputs)))
-        said, own = found[OUTPUT], found["logits"].argmax(-1)
-        heads = said.shape[2]
-        if own.shape[1] <= heads + 1:
+        outputs = over_all_tokens(program, interpret(program, program.bind((), inputs)))
+        head_logits, predicted = outputs[OUTPUT], outputs["logits"].argmax(-1)
+        heads = head_logits.shape[2]
+        if predicted.shape[1] <= heads + 1:
             continue
-        mask = batch.get("attention_mask", torch.ones_like(own)).bool()
-        best = said.topk(min(ranks, said.shape[-1]), dim=-1).indices
-        last = own.shape[1] - heads - 1
-        seen = mask[:, :last] & mask[:, heads + 1 :]
+        mask = batch.get("attention_mask", torch.ones_like(predicted)).bool()
+        best = head_logits.topk(min(ranks, head_logits.shape[-1]), dim=-1).indices
+        last = predicted.shape[1] - heads - 1
+        counted_positions = mask[:, :last] & mask[:, heads + 1 :]
         hits = torch.stack(
             [
-                (best[:, :last, k] == own[:, k + 1 : k + 1 + last, None])[seen].double().sum(0)
+                (best[:, :last, k] == predicted[:, k + 1 : k + 1 + last, None])[counted_positions]
+                .double()
+                .sum(0)
                 for k in range(heads)
             ]
         )
         right = hits if right is None else right + hits
-        counted += float(seen.sum())
+        counted += float(counted_positions.sum())
     if right is None or not counted:
         raise UsageError("rows are too short to measure the heads on", hint="longer rows of data")
     return [[round(float(x), 4) for x in row] for row in right / counted]
@@ -132,23 +134,23 @@ def head_loss(
     if tokens is not None:
         tokens = tokens.to(ids.device)
         logits = logits.index_select(-1, tokens)
-        known = torch.isin(ids, tokens)
+        representable = torch.isin(ids, tokens)
         ids = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
         if not from_model:
             mask = batch.get("loss_mask", torch.ones_like(ids))
-            counted = {**batch, "loss_mask": mask * known}
+            counted = {**batch, "loss_mask": mask * representable}
     total = said.new_zeros((), dtype=torch.float32)
     for head in range(said.shape[2]):
         ahead = head + 2
         if ids.shape[1] <= ahead:
             break
-        mine = said[:, :-ahead, head].float().transpose(1, 2)
+        predicted = said[:, :-ahead, head].float().transpose(1, 2)
         # the model's logits at a place are about the token after it
         target = (
             logits[:, ahead - 1 : -1].detach().float().softmax(-1).transpose(1, 2)
             if from_model
             else ids[:, ahead:]
         )
-        each = F.cross_entropy(mine, target, reduction="none")
-        total = total + decay**head * masked_mean(each, counted, ahead=ahead)
+        losses = F.cross_entropy(predicted, target, reduction="none")
+        total = total + decay**head * masked_mean(losses, counted, ahead=ahead)
     return total

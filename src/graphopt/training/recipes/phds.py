@@ -46,16 +46,20 @@ class PHDS(Method):
         """Return the recipe for a program that went through dial-top-k."""
         form = soft_experts(program, self.epsilon)
         dials = active_dials(program)
-        most = int(min(program.dials[name].high for name in dials))
-        among = self.among or list(range(max(1, (most + 1) // 2), most + 1))
-        wrong = [k for k in [*among, *([self.anchor] if self.anchor else [])] if not 1 <= k <= most]
-        if wrong:
-            raise UsageError(f"{self.name}: {wrong[0]} active experts are not from 1 to the trained {most}")
+        trained_count = int(min(program.dials[name].high for name in dials))
+        among = self.among or list(range(max(1, (trained_count + 1) // 2), trained_count + 1))
+        out_of_range = [
+            k for k in [*among, *([self.anchor] if self.anchor else [])] if not 1 <= k <= trained_count
+        ]
+        if out_of_range:
+            raise UsageError(
+                f"{self.name}: {out_of_range[0]} active experts are not from 1 to the trained {trained_count}"
+            )
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             k = among[int(torch.randint(len(among), ()))]
-            pull = (done - self.anchor_from) / max(1e-9, 1 - self.anchor_from)
-            if self.anchor is not None and float(torch.rand(())) < pull:
+            anchor_probability = (done - self.anchor_from) / max(1e-9, 1 - self.anchor_from)
+            if self.anchor is not None and float(torch.rand(())) < anchor_probability:
                 k = self.anchor
             return {**batch, "active": torch.tensor(k)}
 

@@ -21,7 +21,7 @@ from .base import Batch, Method, Recipe, called, language_loss
 HELD = "range_regularization"
 PENALTY = "range_penalty"
 SETTINGS = "range_settings"
-_MULTIPLYING = named(Trait.CONVOLUTION) | {"aten.linear"}
+_MATRIX_OPERATORS = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def largest(weight: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class RangeRegularization(Method):
             return module
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
-            found = called(module, batch)
-            penalized: Tensor = language_loss(found, batch) + found[PENALTY]
+            outputs = called(module, batch)
+            penalized: Tensor = language_loss(outputs, batch) + outputs[PENALTY]
             return penalized
 
         return Recipe(self.name, loss, form=program, prepared=prepared)
@@ -100,7 +100,7 @@ def matrices(program: Program) -> Iterable[str]:
     """Yield the names of weights that linear operators and convolutions multiply with, and nothing else reads."""
     for node in program.weight_nodes:
         read = readers(program, node)
-        if read and all(is_operator(u, *_MULTIPLYING) and arguments(u)["weight"] is node for u in read):
+        if read and all(is_operator(u, *_MATRIX_OPERATORS) and arguments(u)["weight"] is node for u in read):
             yield program.weights[node.name].name
 
 
@@ -113,15 +113,15 @@ def regularize(module: nn.Module, names: Iterable[str], form: str, strength: flo
         form: "infinity", "margin" or "soft".
         strength: of the penalty.
     """
-    held = dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     learned = nn.ParameterList()
     names = list(names)
     for name in names if form != "infinity" else ():
-        weight = held[name].detach().float()
+        weight = parameters[name].detach().float()
         # as torch.std, but a single number has no spread
         spread = (weight - weight.mean()).norm() / max(1, weight.numel() - 1) ** 0.5
-        begin = 2 * spread if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
-        learned.append(nn.Parameter(begin.clone()))
+        initial = 2 * spread if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
+        learned.append(nn.Parameter(initial.clone()))
     module.add_module(HELD, learned)
     module.__dict__[SETTINGS] = (tuple(names), form, strength)
 
@@ -138,17 +138,22 @@ def penalty(module: nn.Module) -> Tensor:
     Raises:
         UsageError: it did not.
     """
-    own = module if SETTINGS in module.__dict__ else getattr(module, "module", module)
-    if SETTINGS not in own.__dict__:
+    owner = module if SETTINGS in module.__dict__ else getattr(module, "module", module)
+    if SETTINGS not in owner.__dict__:
         raise UsageError(
             "this module has no penalty on ranges", hint="RangeRegularization().recipe(program).module()"
         )
-    names, form, strength = own.__dict__[SETTINGS]
-    held = dict(own.named_parameters(remove_duplicate=False))
+    names, form, strength = owner.__dict__[SETTINGS]
+    parameters = dict(owner.named_parameters(remove_duplicate=False))
     if form == "infinity":
-        parts = [largest(held[name].float()) for name in names]
+        penalties = [largest(parameters[name].float()) for name in names]
     else:
-        each, learned = outside if form == "margin" else soft_range, own.get_submodule(HELD).parameters()
-        parts = [each(held[name].float(), number) for name, number in zip(names, learned, strict=True)]
-    total: Tensor = strength * torch.stack(parts).sum()
+        range_of, learned = (
+            outside if form == "margin" else soft_range,
+            owner.get_submodule(HELD).parameters(),
+        )
+        penalties = [
+            range_of(parameters[name].float(), number) for name, number in zip(names, learned, strict=True)
+        ]
+    total: Tensor = strength * torch.stack(penalties).sum()
     return total
