@@ -1,4 +1,4 @@
-"""Data that a model writes itself: texts that it continues, conversations in which it speaks for the assistant."""
+"""Data written by the model itself: texts that it continues, and conversations in which it plays the assistant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Entry = str | list[dict[str, Any]]
 
 @dataclass
 class Answered:
-    """What came out: rows written, rows left out since they did not fit, tokens that the model wrote."""
+    """Result of :func:`answer`: rows written, rows left out because they did not fit, and tokens the model wrote."""
 
     rows: int = 0
     left_out: int = 0
@@ -50,28 +50,30 @@ def answer(
 ) -> Answered:
     """Let a model write the data that heads, drafts and :class:`~graphopt.decoding.Retrieval` learn from.
 
-    Of a text the first tokens are kept and the model goes on. In a conversation it speaks for the assistant at every
-    turn, with its own earlier turns before it; one that ends with the user's turn is answered. So data may be prompts
-    alone, and a model is never taught another one's words (self-distillation of Medusa, arXiv 2401.10774).
+    The first tokens of a text are kept and the model continues them. In a conversation it writes every assistant turn,
+    with its own earlier turns as context; a conversation that ends with the user's turn gets an answer. The data may
+    therefore be prompts alone, and a model is never trained on another model's words (self-distillation of Medusa,
+    arXiv 2401.10774).
 
-    An interrupted call goes on where it stopped, if it is the same: what is done stands in ``output`` + ``.part``.
+    If an interrupted call is repeated with the same arguments, it resumes from the rows saved in ``output`` + ``.part``.
 
     Args:
         model: what :func:`graphopt.capture` takes, with its tokenizer.
-        source: a .jsonl (``text`` or ``messages`` a line) or .txt file.
-        output: a .jsonl file to write; the same form as the source.
-        sequences: rows at most; None takes all.
-        prompt_tokens: of a text, so many tokens are kept.
-        max_new_tokens: the model writes at most so many, a turn.
-        batch: rows that are written side by side.
+        source: a .jsonl file (``text`` or ``messages`` on each line) or a .txt file.
+        output: a .jsonl file to write, in the same form as the source.
+        sequences: maximum number of rows; None takes all.
+        prompt_tokens: number of tokens of each text that are kept as its prompt.
+        max_new_tokens: maximum number of tokens the model writes in each turn.
+        batch: number of rows generated together.
         temperature: 0 takes the most likely token.
-        seed: of draws.
-        strategy: who proposes candidates; the text stays the same.
-        device: where it runs.
-        progress: hears of every batch.
+        seed: for sampling.
+        strategy: how candidates are proposed; the text is the same with any strategy.
+        device: where the model runs.
+        progress: notified after every batch.
 
     Raises:
-        UsageError: the output exists, the source is missing or of no known kind, or another call's part lies there.
+        UsageError: the output exists, the source is missing or of an unknown kind, or the ``.part`` file belongs to a
+            different call.
     """
     path, target = Path(source), Path(output)
     if target.exists():
@@ -81,7 +83,7 @@ def answer(
     if path.suffix not in (".jsonl", ".json", ".txt"):
         raise UsageError(f"{path}: texts and conversations are read from .jsonl and .txt files")
     if min(prompt_tokens, max_new_tokens, batch) < 1:
-        raise UsageError("prompt_tokens, max_new_tokens and batch are at least 1")
+        raise UsageError("prompt_tokens, max_new_tokens and batch must be at least 1")
     program = as_program(model)
     writer = _Writer(program, prompt_tokens, max_new_tokens, temperature, strategy, device)
     rows = [entry for _, entry in entries(path)][:sequences]
@@ -111,9 +113,7 @@ def answer(
     reporter.done()
     answered_lines = [line for line in lines if line != "null"]
     if not answered_lines:
-        raise UsageError(
-            "no row fits into the positions that the model has", hint="shorter prompts or answers"
-        )
+        raise UsageError("no row fits into the model's positions", hint="use shorter prompts or answers")
     with atomic_file(target) as temporary:
         temporary.write_text("\n".join(answered_lines) + "\n", encoding="utf-8")
     part.unlink()
@@ -121,7 +121,7 @@ def answer(
 
 
 def _finished_rows(part: Path, header: dict[str, Any]) -> list[str]:
-    """Return the rows of an interrupted call, whole batches alone."""
+    """Return the rows that an interrupted call finished, counting complete batches only."""
     if not part.is_file():
         return []
     text = part.read_text(encoding="utf-8")
@@ -136,7 +136,7 @@ def _finished_rows(part: Path, header: dict[str, Any]) -> list[str]:
         if not lines:
             return []
         raise UsageError(
-            f"{part} was left by another call", hint="repeat that one to end it, or remove the file"
+            f"{part} was left by another call", hint="repeat that call to finish it, or remove the file"
         )
     whole = (len(lines) - 1) // int(header["batch"]) * int(header["batch"])
     finished = lines[1 : 1 + whole]
@@ -145,7 +145,7 @@ def _finished_rows(part: Path, header: dict[str, Any]) -> list[str]:
 
 
 class _Writer:
-    """Writes rows side by side."""
+    """Generates several rows together."""
 
     def __init__(
         self, program: Program, prompt_tokens: int, count: int, temperature: float, strategy: str | None,
@@ -159,7 +159,7 @@ class _Writer:
         self.tokens = 0
 
     def write(self, rows: Sequence[Entry], seed: int) -> list[dict[str, Any] | None]:
-        """Return rows as lines of data; None for one that does not fit."""
+        """Return each row as a line of data, or None if it does not fit."""
         results: list[dict[str, Any] | None] = [None] * len(rows)
         texts = [n for n, row in enumerate(rows) if isinstance(row, str)]
         prompts = [self.tokenizer.encode(str(rows[n]))[: self.prompt_tokens] for n in texts]
@@ -190,12 +190,12 @@ class _Writer:
             continued = (row[len(prompt) :] for row, prompt in zip(stream_.rows, rows, strict=True))
         for fit in fits:
             new = next(continued) if fit else None
-            # the end is written by the chat's template, and a text has none
+            # the chat template writes the end token, and plain texts have none
             yield new if new is None else [t for t in new if t not in self.ends]
 
 
 class _Conversation:
-    """A conversation in which the assistant's turns are written anew."""
+    """A conversation whose assistant turns are rewritten."""
 
     def __init__(self, messages: list[dict[str, Any]]):
         self.left = list(messages)
@@ -207,7 +207,7 @@ class _Conversation:
 
     @property
     def waits(self) -> bool:
-        """Tell whether the assistant is to speak."""
+        """Tell whether the assistant speaks next."""
         return self.whole and bool(self.left)
 
     def _listen(self) -> None:
@@ -215,9 +215,9 @@ class _Conversation:
             self.so_far.append(self.left.pop(0))
 
     def say(self, content: str | None) -> None:
-        """Take the assistant's turn; None where it has no room, which ends the conversation before this turn."""
+        """Add the assistant's turn; None means that it does not fit, which ends the conversation before this turn."""
         if content is None:
-            # the turns before are whole; the user's last stays unanswered, so it goes too
+            # earlier turns are complete; the user's last turn has no answer, so it is dropped too
             while self.so_far and self.so_far[-1].get("role") != "assistant":
                 self.so_far.pop()
             self.left, self.whole = [], bool(self.so_far)

@@ -1,4 +1,4 @@
-"""Decoding without a call for each operator: what lies between two attentions is compiled as one piece."""
+"""Compiled decoding: everything between two attentions is compiled as one piece, instead of one call per operator."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import fx, nn
 
 _COMPILED: dict[str, Callable[..., Any]] = {}
-"""Compiled pieces by their text: layers of one kind share one."""
+"""Compiled pieces by their text: identical layers share one."""
 
 
 def in_pieces(graph: fx.Graph, step: fx.Node) -> fx.GraphModule:
     """Return a module that runs a graph piece by piece, each compiled by torch.compile when it is first called.
 
-    What reads ``step`` (caches and attentions, whose lengths change with every token) stays as it is. Pieces and such
-    functions take turns; a piece has all nodes that need as many turns before them. Pieces with the same text are one
-    piece, called with other weights, so that a model of many layers compiles three.
+    Nodes that read ``step`` (caches and attentions, whose lengths change with every token) are not compiled. Pieces
+    alternate with such nodes; a piece contains all nodes with the same number of alternations before them. Pieces with
+    the same text are compiled once and called with different weights, so that a model of many layers compiles three.
 
     Args:
         graph: of tensors, and of functions of ``step``.
@@ -55,7 +55,7 @@ def _item(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
 
 
 def _piece_graph(nodes: list[fx.Node], reads: list[fx.Node], writes: list[fx.Node]) -> fx.Graph:
-    """Return a graph of its own, named by its order alone."""
+    """Return a separate graph of these nodes, whose names depend on their order alone."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(f"read_{index}") for index, node in enumerate(reads)}
     for node in nodes:
@@ -66,7 +66,7 @@ def _piece_graph(nodes: list[fx.Node], reads: list[fx.Node], writes: list[fx.Nod
 
 
 class Piece(nn.Module):
-    """A part of a step; as it is, once compiling has failed."""
+    """A compiled part of a step; runs uncompiled once any compilation has failed."""
 
     failed = False
 
@@ -78,16 +78,18 @@ class Piece(nn.Module):
             _COMPILED[self.text] = torch.compile(self.plain)
 
     def forward(self, *values: Any) -> Any:
-        """Run."""
+        """Run the piece."""
         if Piece.failed:
             return self.plain(*values)
         try:
             return _COMPILED[self.text](*values)
         except Exception as error:
-            results = self.plain(*values)  # what is wrong with the values is raised here
+            results = self.plain(*values)  # raises if the values themselves are at fault
             Piece.failed = True
             reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
-                f"decoding goes on without compiling, which failed: {reason[0]}", RuntimeWarning, stacklevel=2
+                f"compilation failed, decoding continues without it: {reason[0]}",
+                RuntimeWarning,
+                stacklevel=2,
             )
             return results

@@ -1,4 +1,4 @@
-"""The graph of a program with caches, as it runs step after step: caches written in place and read up to their end."""
+"""The graph of a program with caches as it runs step by step: caches are written in place and read up to their end."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 
 Buffer = tuple[str, int, int]
-"""Operators that give their first operand where no mask token stands."""
+"""A cache input, and the first and last of its heads that this buffer holds."""
 
 
 @dataclass
 class Step:
-    """What one call of a running graph is about, and the caches it writes into.
+    """The inputs of one call of a running graph, and the caches it writes into.
 
     Attributes:
-        buffers: (batch, heads, capacity, size) by cache input and the heads of it that are held.
+        buffers: (batch, heads, capacity, size) by cache input and the range of its heads.
         positions: (batch, tokens), of the new tokens.
-        slots: (batch, tokens), where they are stored.
+        slots: (batch, tokens), where the new tokens are stored.
         limit: one more than the last slot in use.
-        start: the slot of the first token where all rows stand alike and tokens follow one another; else None.
-        step_mask: (batch, tokens, tokens), which new token sees which; None where positions tell.
+        start: the slot of the first token if all rows are equally long and tokens are consecutive; else None.
+        step_mask: (batch, tokens, tokens), which new token attends to which; None if positions determine it.
     """
 
     buffers: dict[Buffer, torch.Tensor]
@@ -44,7 +44,7 @@ class Step:
     seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
-        """Write new tokens into a cache and return the part of it that is in use."""
+        """Write new tokens into a cache and return the part of the cache in use."""
         cache = self.buffers[buffer]
         if self.start is not None:
             cache[:, :, self.start : self.limit] = values
@@ -53,7 +53,7 @@ class Step:
         return cache[:, :, : self.limit]
 
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
-        """Return which slots new tokens see; computed once a step."""
+        """Return which slots new tokens attend to; computed once per step."""
         if window not in self.seen:
             self.seen[window] = cache_visible(
                 self.positions, self.slots, cache, self.step_mask, window=window
@@ -62,7 +62,7 @@ class Step:
 
 
 def store(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
-    """``graphopt.cache_store`` in place."""
+    """Compute ``graphopt.cache_store`` in place."""
     return step.store(buffer, values)
 
 
@@ -70,7 +70,7 @@ def attend(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
     sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """``graphopt.attention`` over caches: no mask where one token sees all there is."""
+    """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
     if bias is not None:
         bias = bias[..., : step.limit]
     visible = None
@@ -88,7 +88,7 @@ def attend(
 
 
 def positions_of_slots(step: Step) -> torch.Tensor:
-    """``graphopt.cache_positions`` of the slots in use."""
+    """Compute ``graphopt.cache_positions`` of the slots in use."""
     return cache_positions(step.positions, step.slots, step.limit)
 
 
@@ -97,17 +97,17 @@ class Running:
 
     Args:
         program: with a cache.
-        capacity: slots of each cache.
-        loaded: weights by node name, shared with other graphs of the program; filled.
-        outputs: names of outputs; nothing else is computed.
+        capacity: number of slots of each cache.
+        loaded: weights by node name, shared with other graphs of the program; missing ones are added.
+        outputs: names of the outputs; nothing else is computed.
         device: where it runs.
-        decoding: leave out the layers that are skipped while tokens are added.
-        taken: names of outputs that are given, not computed.
-        compiled: compile what lies between attentions.
-        marked: mask tokens may stand among the new ones; else what is computed at them alone is left out.
+        decoding: leave out the layers that are skipped after the prompt.
+        taken: names of outputs that are supplied as inputs, not computed.
+        compiled: compile everything between attentions.
+        marked: the new tokens may include mask tokens; else what is computed only for mask tokens is left out.
 
     Attributes:
-        buffers: the caches it writes: heads and size of each.
+        buffers: the caches it writes, with number of heads, size and dtype of each.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Running:
         return dict(zip(self.outputs, values, strict=True))
 
     def _rewrite(self, program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-        """Replace operators on caches by those that work in place."""
+        """Replace cache operators with in-place versions; return the replacement of each node."""
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             self.step = graph.placeholder("decoding_step")
@@ -175,7 +175,7 @@ class Running:
                 node.replace_all_uses_with(call)
                 replaced[node] = call
         for node in nodes:
-            # all caches are as long as they are made
+            # every cache has the full capacity
             if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):
                 node.replace_all_uses_with(self.capacity)
         return replaced
@@ -198,7 +198,7 @@ class Running:
         loaded: dict[str, torch.Tensor],
         supplied: dict[fx.Node, str],
     ) -> fx.Graph:
-        """Keep what the outputs need; what no input changes is computed once, here."""
+        """Return the graph that the outputs need; values that depend on no input are computed here, once."""
         needed = needed_for(roots, dict.fromkeys(supplied))
         order = [n for n in program.graph.nodes if n in needed or n is self.step]
         values: dict[fx.Node, Any] = {}

@@ -1,6 +1,6 @@
-"""Programs as they are trained: with choices given from outside, made softly, or shown as outputs.
+"""Variants of programs for training: choices become inputs, soft mixtures, or outputs.
 
-A form is a program of its own with the same weights under the same names; what it learned goes back by name.
+A variant is a separate program with the same weights under the same names; trained weights are copied back by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONTINUED = "continued"
 
 
 def router_weights(program: Program) -> set[str]:
-    """Return the names of the weights that routers alone read."""
+    """Return the names of the weights that only routers read."""
     blocks = nested_blocks(program)
     names: set[str] = set()
     for block in blocks:
@@ -40,10 +40,10 @@ def router_weights(program: Program) -> set[str]:
 
 
 def continued(program: Program) -> Program:
-    """Return the program with an input ``continued`` (batch, sequence) in place of the phase of decoding.
+    """Return the program with an input ``continued`` (batch, sequence) in place of the decoding phase.
 
-    A token that it marks goes around the layers that are skipped after a prompt, the others take them: one row is a prompt
-    and what is written after it. Keys and values of the prompt come from all layers, as while decoding.
+    Marked tokens bypass the layers that are skipped after a prompt, the others go through them: a row is a prompt and its
+    continuation. Keys and values of the prompt come from all layers, as in decoding.
 
     Raises:
         UsageError: the program skips no layers while decoding.
@@ -67,10 +67,10 @@ def continued(program: Program) -> Program:
 
 
 def shown_routers(program: Program) -> Program:
-    """Return the program with every token on its likeliest way, and what routers learn from as outputs.
+    """Return the program with every token routed to its likeliest expert, and outputs for training the routers.
 
-    ``router_logits`` (feed-forwards, batch, sequence, ways), and ``similarity`` of the same shape: how like the
-    whole feed-forward's output each width's is.
+    The outputs are ``router_logits`` (feed-forwards, batch, sequence, experts), and ``similarity`` of the same shape: how
+    similar each width's output is to that of the whole feed-forward.
 
     Raises:
         UsageError: its experts do not share weights.
@@ -83,14 +83,14 @@ def shown_routers(program: Program) -> Program:
         if "other_core" in block.parts or widths[0] == 0:
             raise UsageError(
                 f"{block.name}: difficulty is defined for widths of one feed-forward, without separate=true or skip=true",
-                hint="the recipes duo-distil and duo-routers train those",
+                hint="use the recipes duo-distil and duo-routers for those",
             )
         choice, router = block.parts["choice"], block.parts["router"]
         core_args = dict(arguments(block.parts["core"]))
         with form.edit.before(choice):
             likeliest = form.edit.call(aten.argmax.default, router, -1)
             core_args.pop("choice")
-            # labels are targets: no gradient goes through them
+            # labels are targets: no gradient flows through them
             for name, value in core_args.items():
                 if isinstance(value, fx.Node):
                     core_args[name] = form.edit.call(aten.detach.default, value)
@@ -108,9 +108,9 @@ def shown_routers(program: Program) -> Program:
 
 
 def soft_choices(program: Program) -> Program:
-    """Return the program whose tokens take all ways at once, as likely as routers say at a dial's ``temperature``.
+    """Return the program whose tokens take all experts at once, weighted by the routers' softmax at ``temperature``.
 
-    Output ``shares`` (feed-forwards, batch, sequence, ways) has the probabilities.
+    ``temperature`` is a run-time setting. Output ``shares`` (feed-forwards, batch, sequence, experts) has the weights.
     """
     form = program.copy()
     blocks = nested_blocks(form)
@@ -142,9 +142,10 @@ def soft_choices(program: Program) -> Program:
 
 
 def given_features(program: Program) -> Program:
-    """Return a program with a draft that takes features from outside where asked, instead of the program's own.
+    """Return the program with a draft that can read features from an input instead of the program's own.
 
-    Inputs ``draft_given`` (batch, sequence, size) and ``draft_taken`` (batch, sequence, 1), true where they are taken.
+    The new inputs are ``draft_given`` (batch, sequence, size), the features, and ``draft_taken`` (batch, sequence, 1), true
+    where they are used.
     """
     form = program.copy()
     features = form.outputs["draft_features"]
@@ -159,7 +160,7 @@ def given_features(program: Program) -> Program:
 
 
 def _by_row(form: Program, value: fx.Node) -> fx.Node:
-    """Return (tokens, ways) as (batch, sequence, ways)."""
+    """Return (tokens, experts) reshaped to (batch, sequence, experts)."""
     ids = form.input_nodes.get("input_ids")
     if value.meta["val"].dim() != 2 or ids is None:
         return value
@@ -168,16 +169,17 @@ def _by_row(form: Program, value: fx.Node) -> fx.Node:
 
 
 def soft_experts(program: Program, epsilon: float) -> Program:
-    """Return a program with a dial on active experts in which those beyond it count ``epsilon``, not nothing.
+    """Return a program in which experts beyond the number of active ones have the weight ``epsilon`` instead of zero.
 
     Raises:
-        UsageError: it has no such dial.
+        UsageError: the number of active experts is not a run-time setting of the program.
     """
     form = program.copy()
     limited = [n for n in form.nodes if is_operator(n, "graphopt.active_weights")]
     if not limited or not active_dials(form):
         raise UsageError(
-            "no mixture of this program has its experts on a dial", hint="run the pass dial-top-k first"
+            "the number of active experts is not a run-time setting of this program",
+            hint="run the pass dial-top-k first",
         )
     for node in limited:
         args = arguments(node)
@@ -196,13 +198,13 @@ def soft_experts(program: Program, epsilon: float) -> Program:
 
 
 def active_dials(program: Program) -> list[str]:
-    """Return the dials on the number of active experts."""
+    """Return the names of the run-time settings that control the number of active experts."""
     limits = {arguments(n)["k"] for n in program.nodes if is_operator(n, "graphopt.active_weights")}
     return [name for name in program.dials if program.input_nodes[name] in limits]
 
 
 def with_weights(program: Program, module: nn.Module) -> Program:
-    """Return a program with the weights that a module has under the same names; other weights stay."""
+    """Return a program with the module's weights of the same names; other weights are unchanged."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     result = program.copy()
     for node in result.weight_nodes:

@@ -1,4 +1,4 @@
-"""Training programs by recipes: data, form, loop, and the program with what was learned."""
+"""Training programs by recipes: data, training variant, loop, and the trained program."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Source = str | os.PathLike[str] | Iterable[Batch]
 
 
 def as_method(recipe: str | Method) -> Method:
-    """Return a training method given as an object or as text, ``"dynamoe{theta=0.9}"``.
+    """Return a training method given as an object or as text such as ``"dynamoe{theta=0.9}"``.
 
     Raises:
-        PipelineError: the text names no recipe, or an option wrongly.
+        PipelineError: the text names no recipe, or an option is wrong.
     """
     if isinstance(recipe, Method):
         return recipe
@@ -66,44 +66,44 @@ def train(
     loss_on: str = "all",
     progress: TrainingProgress | None = None,
 ) -> tuple[Program, Record]:
-    """Train a program by a recipe and return it with what it learned, and the record of the run.
+    """Train a program by a recipe and return the trained program and the record of the run.
 
-    With a ``work_dir`` an interrupted run goes on, and ends with the same weights. Under torchrun each process takes
-    batches of its own and gradients are averaged.
+    With a ``work_dir`` an interrupted run resumes, and ends with the same weights. Under torchrun each process takes
+    its own batches and gradients are averaged.
 
     Args:
-        model: what :func:`graphopt.capture` takes; it stays as it is.
+        model: what :func:`graphopt.capture` takes; it is not modified.
         recipe: a method, or its text: ``"dynamoe{theta=0.9}"``, ``"phds{anchor=1}"``, ``"language"``.
-        data: a .jsonl, .txt or .npz file, or batches of inputs by name; repeated in another order as often as needed.
-        settings: steps, learning rate and the like.
-        batch: rows a batch, of data read from a file.
-        length: tokens a row at most.
-        sequences: rows at most; None takes all.
-        work_dir: where the state is kept.
+        data: a .jsonl, .txt or .npz file, or batches of inputs by name; repeated, reshuffled, as often as needed.
+        settings: steps, learning rate and so on.
+        batch: rows per batch, for data read from a file.
+        length: maximum number of tokens per row.
+        sequences: maximum number of rows; None takes all.
+        work_dir: where the state is saved.
         device: where to train; None takes a GPU if there is one.
-        dtype: what weights and arithmetic are in while it learns: "float32", as small updates vanish in sixteen bits, or
-            "stored". The result has the types that were stored.
-        validation: data of which the recipe's loss is recorded too.
+        dtype: type of weights and arithmetic during training: "float32", because small updates vanish in sixteen bits, or
+            "stored". The result has the stored types.
+        validation: data on which the recipe's loss is also recorded.
         measure_every: steps between such measurements; 0 measures at the end.
-        save_every: seconds between states on disk.
-        loss_on: "all" tokens, or those that the "assistant" says, where the data are conversations.
-        progress: hears of every step.
+        save_every: seconds between saved states.
+        loss_on: "all" tokens, or only those of the "assistant" if the data are conversations.
+        progress: notified after every step.
 
     Raises:
         PipelineError: the recipe's text is wrong.
-        UsageError: the program has not what the recipe trains, or there is no data.
+        UsageError: the program lacks what the recipe trains, or there is no data.
     """
     method = as_method(recipe)
     program = as_program(model)
     if ranks_of(program) and world_size() > 1:
         raise UsageError(
-            "a sharded program does not train over processes",
-            hint="train it first, then shard what was learned",
+            "a sharded program cannot be trained over several processes",
+            hint="train the program first, then shard it",
         )
     if kept_tokens(program, "logits") is not None:
         raise UsageError(
-            "a program whose logits are of some tokens is not trained on text that has others",
-            hint="train it first, then trim-vocabulary",
+            "a program with a trimmed vocabulary cannot be trained on text that has other tokens",
+            hint="train it first, then run trim-vocabulary",
         )
     rows = _batches(program, data, batch, length, sequences, settings.seed, loss_on)
     prepared = method.recipe(_typed(program, dtype))
@@ -159,7 +159,7 @@ def _typed(program: Program, dtype: str) -> Program:
 
 
 def _require_same_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
-    """Write down what a folder's run is made of, or refuse a folder of another run.
+    """Record what identifies the run in a folder, or refuse the folder of another run.
 
     Raises:
         UsageError: the folder holds a run of another recipe, program or data.
@@ -185,7 +185,7 @@ def _require_same_run(folder: Path, program: Program, method: Method, rows: list
     if differing:
         raise UsageError(
             f"{folder} holds a run with another {' and another '.join(differing)}",
-            hint="start anew in another folder, or remove it",
+            hint="start a new run in another folder, or remove this one",
         )
 
 

@@ -18,26 +18,26 @@ from ..sampling import Sampling
 
 OUTPUT = "multi_token_logits"
 TOKENS = f"{OUTPUT}_tokens"
-"""What take-top-k leaves of them: the likeliest tokens, the best first."""
+"""The output that take-top-k makes of the logits: the likeliest tokens, best first."""
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
 """Numbers of candidates that are tried."""
 
 ASSUMED = (0.55, 0.15, 0.07, 0.04, 0.03, 0.02)
-"""Share of right predictions by rank that a tree is built for where nothing was measured; halved with each depth."""
+"""Assumed share of correct predictions by rank if nothing was measured; halved with each depth."""
 
 
 class MultiTokenHeads(Drafter):
-    """Proposes a tree of what the heads hold likely after the last accepted token.
+    """Proposes a tree of the tokens that the heads consider likely after the last accepted token.
 
-    The tree has the ``nodes`` most promising paths of ranks, by the measured accuracy of each head and rank; a
-    candidate's parent is always there. Nothing is padded: a row has as many candidates as its tree.
+    The tree consists of the ``nodes`` most promising paths of ranks, by the measured accuracy of each head and rank; a
+    candidate's parent is always included. Nothing is padded: a row has as many candidates as its tree.
 
     Args:
-        nodes: how many candidates; None for as many as the cost model finds best on ``device``.
-        accuracy: (heads, ranks), how often each head's prediction of each rank is right; measured or assumed if
-            left out.
-        device: the device that the number of candidates is chosen for; see ``graphopt devices``.
+        nodes: number of candidates; None lets the cost model choose the best number for ``device``.
+        accuracy: (heads, ranks), how often each head's prediction of each rank is correct; by default, the
+            program's measured accuracy, or an assumed one.
+        device: the device for which the number of candidates is chosen; see ``graphopt devices``.
 
     Raises:
         UsageError: fewer than one node, or no number and no device.
@@ -50,7 +50,7 @@ class MultiTokenHeads(Drafter):
         self, nodes: int | None = 8, accuracy: Sequence[Sequence[float]] | None = None, device: str | None = None
     ):  # fmt: skip
         if nodes is not None and nodes < 1:
-            raise UsageError("multi-token-heads: nodes is at least 1")
+            raise UsageError("multi-token-heads: nodes must be at least 1")
         if nodes is None and device is None:
             raise UsageError("multi-token-heads: say how many nodes, or for which device")
         self.nodes, self.accuracy, self.on = nodes, accuracy, device
@@ -89,7 +89,7 @@ class MultiTokenHeads(Drafter):
         self.next: list[torch.Tensor | None] = [None] * len(rows)
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
-        """Keep what the heads say at the last accepted token."""
+        """Keep the heads' predictions at the last accepted token."""
         predictions = seen.outputs[self.outputs[0]][seen.path[-1]]
         self.next[number] = (
             predictions if self.taken else predictions.topk(self.ranks, dim=-1).indices
@@ -105,19 +105,19 @@ class MultiTokenHeads(Drafter):
         return Draft(tokens, [indices.get(path[:-1], -1) for path in self.paths])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
+        """Continue with only some of the rows."""
         self.next = [self.next[row] for row in rows]
 
 
 def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
-    """Return the paths of ranks most likely to be right, parents before children.
+    """Return the paths of ranks that are most likely to be correct, parents before children.
 
-    A path's chance is taken to be the product of its steps'; a path is never likelier than its parent, nor than the
-    same path with a better last rank, so the best ones are found by growing the best so far.
+    The probability of a path is taken as the product over its steps. A path is never likelier than its parent, nor than
+    the same path with a better last rank, so extending the best path so far finds the best paths.
 
     Args:
         accuracy: (heads, ranks).
-        nodes: how many paths.
+        nodes: number of paths.
     """
     heap: list[tuple[float, tuple[int, ...]]] = [(-float(accuracy[0][0]), (0,))]
     paths: list[tuple[int, ...]] = []
@@ -138,14 +138,14 @@ def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[in
 def best_size(
     program: Program, accuracy: Sequence[Sequence[float]], device: str, batch: int, context: int
 ) -> int:
-    """Return the number of candidates with the most tokens a second, by measured accuracy and the cost model.
+    """Return the number of candidates that gives the most tokens per second, by measured accuracy and the cost model.
 
     Args:
         program: with a cache and heads.
         accuracy: (heads, ranks).
         device: see ``graphopt devices``.
-        batch: rows that are computed together.
-        context: slots of the caches that are read.
+        batch: number of rows computed together.
+        context: number of cache slots that are read.
     """
     shape = program.signature.inputs[program.facts[KVCache].tokens].shape
 
@@ -161,7 +161,7 @@ def best_size(
 
 
 def expected_tokens(accuracy: Sequence[Sequence[float]], paths: Sequence[tuple[int, ...]]) -> float:
-    """Return how many tokens a step commits on average, the program's own counted, if heads are right as often as said."""
+    """Return the average number of tokens a step commits, including the program's own, for the given accuracy."""
     total = 1.0
     for path in paths:
         chance = 1.0

@@ -1,4 +1,4 @@
-"""Big, small, or none, token by token: interchangeable experts and routers with one budget (Duo-LLM, arXiv 2410.10846)."""
+"""Large, small or no expert per token: interchangeable experts, routers with one budget (Duo-LLM, arXiv 2410.10846)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
 @dataclass(frozen=True, kw_only=True)
 class DuoDistil(Method):
-    """Every token takes a random way through every feed-forward, so that experts become interchangeable (stage 1).
+    """Every token takes a random expert in every feed-forward, so that experts become interchangeable (stage 1).
 
-    ``distil * KL(original || this) + language * CE(next token)``, the original being the program at its widest before
-    training. The paper trains from scratch with the language loss alone: ``distil=0 language=1``.
+    The loss is ``distil * KL(original || this) + language * CE(next token)``, where the original is the program at its
+    widest before training. The paper trains from scratch with only the language loss: ``distil=0 language=1``.
     """
 
     name = "duo-distil"
@@ -29,11 +29,13 @@ class DuoDistil(Method):
 
     distil: float = option(1.0, help="weight of the distance to the original", low=0)
     language: float = option(0.0, help="weight of the language loss", low=0)
-    skip: float = option(0.0, help="how often a token goes around, where that is a way", low=0, high=1)
-    train: str = option("all", help="what learns", choices=("all", "small"))
+    skip: float = option(
+        0.0, help="how often a token skips the feed-forward, where that is possible", low=0, high=1
+    )
+    train: str = option("all", help="which weights are trained", choices=("all", "small"))
 
     def validate(self) -> None:
-        """Something must be learned."""
+        """Require at least one of the two losses."""
         if not self.distil and not self.language:
             raise PipelineError(f"{self.name}: with distil=0 and language=0 there is nothing to learn")
 
@@ -44,8 +46,8 @@ class DuoDistil(Method):
         expert_count = sum(w > 0 for w in widths)
         if widths[0] != 0:
             refuse_set(
-                self.name, self, ("skip",), "no token can go around the feed-forwards of this program",
-                hint="split-ffn{skip=true} makes one where it can",
+                self.name, self, ("skip",), "no token can skip the feed-forwards of this program",
+                hint="split-ffn{skip=true} makes a program where tokens can",
             )  # fmt: skip
         skip = self.skip if widths[0] == 0 else 0.0
         probabilities = torch.tensor([skip if w == 0 else (1 - skip) / expert_count for w in widths])
@@ -85,11 +87,11 @@ class DuoDistil(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class DuoRouters(Method):
-    """Routers alone learn where the budget is spent best; all else stays (stage 3).
+    """Only routers learn, where to spend the budget best; everything else is frozen (stage 3).
 
-    ``CE(next token) + weight * (mean over layers and tokens of p(largest) - target)^2``: one budget for the whole model,
-    no balance layer by layer. Ways are mixed softly, at a temperature that falls geometrically from ``temperature`` to
-    ``final_temperature``, towards the hard choices that are run later at delta 0.5.
+    The loss is ``CE(next token) + weight * (mean over layers and tokens of p(largest) - target)^2``: one budget for the
+    whole model, with no balance layer by layer. Experts are mixed softly, at a temperature that falls geometrically from
+    ``temperature`` to ``final_temperature``, approaching the hard choices that are used later at delta 0.5.
     """
 
     name = "duo-routers"
@@ -99,8 +101,8 @@ class DuoRouters(Method):
         0.5, help="share of the tokens that take the largest", low=0, high=1, needs={"weight": NONZERO}
     )
     weight: float = option(10.0, help="weight of the budget", low=0)
-    temperature: float = option(2.0, help="of the routers' softmax at the beginning", low=1e-3)
-    final_temperature: float = option(0.2, help="and at the end", low=1e-3)
+    temperature: float = option(2.0, help="temperature of the routers' softmax at the beginning", low=1e-3)
+    final_temperature: float = option(0.2, help="temperature at the end", low=1e-3)
 
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program that went through split-ffn."""

@@ -1,4 +1,4 @@
-"""Mask tokens learn what comes after the next token (arXiv 2507.11851)."""
+"""Trains mask tokens to predict the tokens after the next (arXiv 2507.11851)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ PREFIX = "mask_tokens."
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTokens(Method):
-    """Cross-entropy of the head's and of the sampler's prediction at mask tokens, and latent consistency; the model stays.
+    """Cross-entropy of head and sampler predictions at mask tokens, and latent consistency; the model is frozen.
 
-    One pass has a row's text and, beside it, mask tokens after some of its tokens, which see the text up to there and one
-    another. Mask token j after place p is about the token at p + j + 1; the sampler is given the true token before that.
-    Latent consistency draws its hidden state towards the model's own where it predicts the same token, which stays as it
-    is. Weights of the three are not public; 1 each is taken here.
+    One forward pass computes a row's text and, beside it, mask tokens after some of its tokens, which attend to the text
+    up to there and to one another. Mask token j after position p predicts the token at p + j + 1; the sampler reads the
+    true token before that. Latent consistency pulls its hidden state towards the model's own hidden state for the same
+    token, through which no gradient flows. The paper does not give the weights of the three losses; 1 is used for each.
     """
 
     name = "mask-tokens"
     paper = "arXiv 2507.11851"
 
-    anchors: int = option(48, help="tokens of a row that have mask tokens after them", low=1)
+    anchors: int = option(48, help="number of tokens of a row that get mask tokens after them", low=1)
     head: float = option(1.0, help="weight of the head's cross-entropy", source="ours", low=0)
     sampler: float = option(1.0, help="weight of the sampler's cross-entropy", source="ours", low=0)
     consistency: float = option(1.0, help="weight of latent consistency", source="ours", low=0)
     targets: str = option(
-        "text", help="what mask tokens learn to say", choices=("text", "model"),
+        "text", help="what mask tokens learn to predict", choices=("text", "model"),
         needs=[{"head": NONZERO}, {"sampler": NONZERO}],
     )  # fmt: skip
 
@@ -50,8 +50,8 @@ class MaskTokens(Method):
         cache = program.facts.get(KVCache)
         if cache is None or not cache.tree:
             raise UsageError(
-                "mask tokens beside a text need a program that says who sees whom",
-                hint="run insert-kv-cache{tree=true} after attach-mask-tokens, and train what comes out",
+                "training mask tokens needs a program whose attention mask is an input",
+                hint="run insert-kv-cache{tree=true} after attach-mask-tokens, and train the result",
             )
         count, fixed = masked.masks, cache.capacity
 
@@ -62,8 +62,8 @@ class MaskTokens(Method):
             columns = batch["positions"].shape[1]
             if isinstance(fixed, int) and columns > fixed:
                 raise UsageError(
-                    f"rows with their mask tokens have {columns} places, the program's caches {fixed}",
-                    hint="shorter rows, fewer anchors, or insert-kv-cache without max_length",
+                    f"rows with their mask tokens need {columns} slots, the program's caches have {fixed}",
+                    hint="use shorter rows, fewer anchors, or insert-kv-cache without max_length",
                 )
             inputs = {
                 cache.tokens: batch["packed"], cache.positions: batch["positions"], "cache_slots": batch["slots"],
@@ -83,7 +83,7 @@ class MaskTokens(Method):
         rows, anchor_count = anchors.shape
         predecessors = anchors[:, :, None] + torch.arange(
             1, count + 1, device=ids.device
-        )  # the place before the target
+        )  # the position before the target
         inside = predecessors + 1 < length
         gathered_at = predecessors.clamp(max=length - 2).flatten(1)
         counted = inside.flatten(1).to(torch.float32)
@@ -117,16 +117,16 @@ class MaskTokens(Method):
 
 
 def _with_mask_tokens(ids: torch.Tensor, count: int, anchors: int) -> dict[str, torch.Tensor]:
-    """Return rows with mask tokens beside them, after places drawn at random.
+    """Return rows with mask tokens beside them, after randomly drawn positions.
 
     Args:
         ids: (batch, sequence).
-        count: mask tokens after a place.
-        anchors: how many places.
+        count: number of mask tokens after each of these positions.
+        anchors: number of these positions.
 
     Returns:
-        ``packed``, ``positions``, ``slots``, ``marks``, ``before`` (batch, places), ``seen`` (batch, places, places),
-        ``anchors`` (batch, anchors).
+        ``packed``, ``positions``, ``slots``, ``marks``, ``before`` (batch, columns), ``seen`` (batch, columns, columns),
+        ``anchors`` (batch, anchors), where columns are those of the text and of the mask tokens.
     """
     rows, length = ids.shape
     device = ids.device

@@ -1,4 +1,4 @@
-"""Heads learn to predict the tokens after the next (Medusa, arXiv 2401.10774)."""
+"""Trains heads to predict the tokens after the next (Medusa, arXiv 2401.10774)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HEADS_COUNT: Needs = [{"joint": False}, {"joint_weight": NONZERO}]
 
 @dataclass(frozen=True, kw_only=True)
 class Medusa(Method):
-    """Sum over heads k of ``decay^k`` times the cross-entropy of the token k + 2 places on.
+    """Sum over heads k of ``decay^k`` times the cross-entropy of the token k + 2 positions ahead.
 
-    Medusa-1 trains the heads alone, the model stays as it is. ``joint`` is Medusa-2: the model is trained with them,
-    on its own loss plus ``joint_weight`` times the heads'. ``targets=model`` lets heads learn what the model itself
-    would say there (soft targets from its own logits), which needs no text that it was trained on.
+    Medusa-1 trains only the heads, with the model frozen. ``joint`` is Medusa-2: the model is trained with them,
+    on its own loss plus ``joint_weight`` times the heads'. With ``targets=model`` heads learn what the model itself
+    would predict there (soft targets from its own logits), which does not require text that it was trained on.
     """
 
     name = "medusa"
@@ -39,7 +39,7 @@ class Medusa(Method):
         0.8, help="weight of each further head", source="paper", low=0, high=1, needs=HEADS_COUNT
     )
     targets: str = option(
-        "text", help="what heads learn to say", choices=("text", "model"), needs=HEADS_COUNT
+        "text", help="what heads learn to predict", choices=("text", "model"), needs=HEADS_COUNT
     )
     joint: bool = option(False, help="train the model as well (Medusa-2)")
     joint_weight: float = option(
@@ -54,7 +54,7 @@ class Medusa(Method):
             )
 
         if program.outputs[OUTPUT].meta["val"].shape[2] == 1:
-            refuse_set(self.name, self, ("decay",), "this program has one head, which counts whole")
+            refuse_set(self.name, self, ("decay",), "this program has one head, which has weight 1")
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             outputs = called(module, batch)
@@ -70,7 +70,7 @@ class Medusa(Method):
 
 
 def with_accuracy(program: Program, batches: Sequence[Batch]) -> Program:
-    """Return the program with how often each head's predictions are right: what decoding builds its tree from."""
+    """Return the program with the measured accuracy of each head, from which decoding builds its tree."""
     measured = program.copy()
     accuracy = tuple(map(tuple, head_accuracy(program, batches)))
     measured.facts.add(replace(program.facts[MultiTokenHeads], accuracy=accuracy))
@@ -78,10 +78,10 @@ def with_accuracy(program: Program, batches: Sequence[Batch]) -> Program:
 
 
 def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) -> list[list[float]]:
-    """Return (heads, ranks): how often the prediction of each rank is what the model itself says at that place.
+    """Return (heads, ranks): how often the prediction of each rank is what the model itself predicts at that position.
 
-    A head is asked at places where all before it were right in the text, so rates are those that a tree meets only
-    if depths are independent; they are measured on the model's own most likely tokens, not on the text.
+    Each head is measured on its own, whether or not the heads before it were right, so a tree meets these rates only if
+    depths are independent; they are measured against the model's own most likely tokens, not against the text.
     """
     right: torch.Tensor | None = None
     counted = 0.0
@@ -107,7 +107,7 @@ def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) ->
         right = hits if right is None else right + hits
         counted += float(counted_positions.sum())
     if right is None or not counted:
-        raise UsageError("rows are too short to measure the heads on", hint="longer rows of data")
+        raise UsageError("rows are too short to measure the heads on", hint="use longer rows of data")
     return [[round(float(x), 4) for x in row] for row in right / counted]
 
 
@@ -122,12 +122,13 @@ def head_loss(
     """Return the heads' loss.
 
     Args:
-        said: (batch, sequence, heads, vocabulary).
+        said: (batch, sequence, heads, vocabulary), logits of the heads.
         logits: (batch, sequence, vocabulary), of the model.
-        batch: with ``input_ids``; positions count whose target is no padding.
+        batch: with ``input_ids``; positions whose target is padding do not count.
         decay: weight of each further head.
-        from_model: targets are the model's own distributions at the places before them, instead of the text.
-        tokens: that the heads know, ascending; others are no targets, and the model's distribution is that among them.
+        from_model: use the model's own distributions one position earlier as targets, instead of the text.
+        tokens: the heads' vocabulary, ascending; other tokens are not used as targets, and the model's distribution is
+            restricted to it.
     """
     ids = batch["input_ids"]
     counted = batch
@@ -145,7 +146,7 @@ def head_loss(
         if ids.shape[1] <= ahead:
             break
         predicted = said[:, :-ahead, head].float().transpose(1, 2)
-        # the model's logits at a place are about the token after it
+        # the model's logits at a position predict the token after it
         target = (
             logits[:, ahead - 1 : -1].detach().float().softmax(-1).transpose(1, 2)
             if from_model

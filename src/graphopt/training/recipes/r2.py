@@ -1,4 +1,4 @@
-"""Weights learn to lie in narrow ranges, so that few bits can hold them (R², arXiv 2303.08253)."""
+"""Trains weights to lie in narrow ranges, so that few bits represent them well (R², arXiv 2303.08253)."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _MATRIX_OPERATORS = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def largest(weight: Tensor) -> Tensor:
-    """``max |w|``: the gradient is that of one weight."""
+    """Return ``max |w|``; only one weight gets a gradient."""
     return weight.abs().max()
 
 
 def outside(weight: Tensor, margin: Tensor) -> Tensor:
-    """``|M| + sum of max(|w| - |M|, 0)``: weights outside a margin are drawn in, while the margin shrinks.
+    """Return ``|M| + sum of max(|w| - |M|, 0)``: weights outside a margin are pulled in, while the margin shrinks.
 
     Args:
         weight: of any shape.
-        margin: a learned number, for this weight alone.
+        margin: a learned number, one for each weight tensor.
     """
     return margin.abs() + (weight.abs() - margin.abs()).clamp(min=0).sum()
 
 
 def soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
-    """``s_max - s_min + exp(-a)``: least and largest weight, as means weighted by ``exp(a w)`` and ``exp(-a w)``.
+    """Return ``s_max - s_min + exp(-a)``: soft extremes, as means weighted by ``exp(a w)`` and ``exp(-a w)``.
 
-    No symmetry is asked for, which suits compression by clusters. The last term draws the temperature up, towards the true
-    range.
+    It requires no symmetry, which suits compression by clustering. The last term pushes the temperature up, towards the
+    true range.
 
     Args:
         weight: of any shape.
-        temperature: a learned number, for this weight alone.
+        temperature: a learned number, one for each weight tensor.
     """
     flat = weight.flatten()
     high = (flat * (temperature * (flat - flat.max())).softmax(0)).sum()
@@ -57,31 +57,36 @@ def soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeRegularization(Method):
-    """Next tokens, and a penalty on the range of every matrix, for networks that will be stored in few bits.
+    """Next-token loss and a penalty on the range of every matrix, for networks that will be stored in few bits.
 
-    Penalties are the paper's: ``infinity`` is the largest weight, ``margin`` what lies outside a learned margin, both for
-    symmetric steps; ``soft`` is a soft range with a learned temperature. Biases, norms and embeddings are left alone. The
-    strength is quoted from memory; margins begin at twice the standard deviation, temperatures at one tenth of what
-    tells apart the largest weight.
+    Penalties are the paper's: ``infinity`` is the largest weight, ``margin`` is what lies outside a learned margin, both
+    for symmetric quantisation; ``soft`` is a soft range with a learned temperature. Biases, norms and embeddings are not
+    penalised. The strength is quoted from memory; margins start at twice the standard deviation, temperatures at 10
+    divided by the largest weight.
     """
 
     name = "r2"
     paper = "arXiv 2303.08253"
 
     form: str = option(
-        "margin", help="of the penalty", choices=("infinity", "margin", "soft"), needs={"strength": NONZERO}
+        "margin",
+        help="form of the penalty",
+        choices=("infinity", "margin", "soft"),
+        needs={"strength": NONZERO},
     )
-    strength: float = option(0.01, help="weight of the penalty beside the loss", source="recalled", low=0)
+    strength: float = option(
+        0.01, help="weight of the penalty relative to the loss", source="recalled", low=0
+    )
 
     def recipe(self, program: Program) -> Recipe:
-        """Return the recipe; a loop with a loss of its own adds ``penalty(module)`` to it.
+        """Return the recipe; a loop with its own loss adds ``penalty(module)`` to it.
 
         Raises:
-            UsageError: the program multiplies with no matrix of its own.
+            UsageError: the program has no weight matrix.
         """
         names = list(matrices(program))
         if not names:
-            raise UsageError("this program has no matrices whose range could be kept small")
+            raise UsageError("this program has no matrices whose range could be penalised")
 
         def prepared(module: nn.Module) -> nn.Module:
             if not hasattr(module, HELD):
@@ -97,7 +102,7 @@ class RangeRegularization(Method):
 
 
 def matrices(program: Program) -> Iterable[str]:
-    """Yield the names of weights that linear operators and convolutions multiply with, and nothing else reads."""
+    """Yield the names of weights that are read only as matrices of linear operators and convolutions."""
     for node in program.weight_nodes:
         read = readers(program, node)
         if read and all(is_operator(u, *_MATRIX_OPERATORS) and arguments(u)["weight"] is node for u in read):
@@ -105,13 +110,13 @@ def matrices(program: Program) -> Iterable[str]:
 
 
 def regularize(module: nn.Module, names: Iterable[str], form: str, strength: float) -> None:
-    """Give a module learned margins or temperatures, and an output ``range_penalty`` where its outputs have names.
+    """Add learned margins or temperatures to a module, and an output ``range_penalty`` if its outputs have names.
 
     Args:
-        module: with these weights among its parameters.
-        names: of weights.
+        module: has these weights among its parameters.
+        names: names of weights.
         form: "infinity", "margin" or "soft".
-        strength: of the penalty.
+        strength: weight of the penalty.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     learned = nn.ParameterList()
@@ -126,17 +131,17 @@ def regularize(module: nn.Module, names: Iterable[str], form: str, strength: flo
     module.__dict__[SETTINGS] = (tuple(names), form, strength)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        # inside forward, so that processes that share gradients see what it depends on
+        # inside forward, so that DistributedDataParallel sees which parameters it depends on
         return {**output, PENALTY: penalty(module)} if isinstance(output, dict) else output
 
     module.register_forward_hook(hook)
 
 
 def penalty(module: nn.Module) -> Tensor:
-    """Return the penalty of a module that went through a recipe's ``prepare``, for a loop with a loss of its own.
+    """Return the penalty of a module that went through a recipe's ``prepare``, for a loop with its own loss.
 
     Raises:
-        UsageError: it did not.
+        UsageError: the module did not go through ``prepare``.
     """
     owner = module if SETTINGS in module.__dict__ else getattr(module, "module", module)
     if SETTINGS not in owner.__dict__:
