@@ -1,8 +1,8 @@
 """``graphopt passes``, ``recipes``, ``devices`` and ``links``.
 
-A list is no reason to wait for torch, so what comes with the project is read from ``catalogue.json``, which ``make docs``
-and ``make wheel`` build from the passes, recipes, devices and links themselves. Where that file is missing, or was built
-from other sources, they are asked directly. Passes of other packages are imported when they are listed.
+Listing should not have to import torch, so what comes with the project is read from ``catalogue.json``, which
+``make docs`` and ``make wheel`` build from the passes, recipes, devices and links themselves. If that file is missing, or
+was built from other sources, they are imported instead. Passes of other packages are imported when they are listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUILT = Path(__file__).with_name("catalogue.json")
 
 
 def sources() -> str:
-    """Return a hash of the files that the catalogue is built from: all of the package, which takes milliseconds."""
+    """Return a hash of the files that the catalogue is built from: the whole package, which takes milliseconds."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(p for kind in ("*.py", "*.json") for p in package.rglob(kind)):
@@ -33,7 +33,7 @@ def sources() -> str:
 
 
 def build() -> None:
-    """Write the catalogue. This imports everything that it lists, and torch."""
+    """Write the catalogue file; this imports everything that it lists, and torch."""
     from .describing import everything
 
     document = {"sources": sources(), **everything()}
@@ -43,7 +43,7 @@ def build() -> None:
 
 
 def catalogue() -> dict[str, Any]:
-    """Return what comes with the project: ``passes``, ``recipes``, ``devices`` and ``links``, each by name."""
+    """Return the built-in ``passes``, ``recipes``, ``devices`` and ``links``, each by name."""
     if BUILT.exists():
         document: dict[str, Any] = json.loads(BUILT.read_text(encoding="utf-8"))
         if document.pop("sources", None) == sources():
@@ -54,15 +54,15 @@ def catalogue() -> dict[str, Any]:
 
 
 def _passes() -> dict[str, dict[str, Any] | None]:
-    """Return what is known of passes by name; None of those that other packages bring and nobody asked for yet."""
+    """Return the entry of each pass by name; None for passes of other packages that are not imported yet."""
     by_name: dict[str, dict[str, Any] | None] = dict(catalogue()["passes"])
-    # a package on the path may stand there twice
+    # a package may be on the path twice
     advertised = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
     external = {n: v for n, v in advertised if n not in by_name or (by_name[n] or {})["location"] != v}
     if len(external) < sum(n not in by_name for n, _ in advertised) or set(external) & set(by_name):
         from ..passes.framework.registry import pass_locations
 
-        pass_locations()  # says which name is offered twice
+        pass_locations()  # raises an error that names the pass offered twice
     return by_name | dict.fromkeys(external)
 
 
@@ -76,7 +76,7 @@ def _entry(by_name: dict[str, dict[str, Any] | None], name: str) -> dict[str, An
 
 
 def show_passes(args: Passes) -> None:
-    """List the catalogue, or one pass of it found by name or paper."""
+    """List the passes, or describe one, looked up by name, description or paper."""
     by_name = _passes()
     names = sorted(by_name)
     if args.name is None:
@@ -141,7 +141,7 @@ def show_recipes(args: Recipes) -> None:
 
 
 def show_devices(args: Devices) -> None:
-    """List the devices with their peaks."""
+    """List the devices with their peak rates."""
     devices = catalogue()["devices"]
     rows = []
     for name, device in devices.items():
@@ -153,7 +153,7 @@ def show_devices(args: Devices) -> None:
 
 
 def show_links(args: Links) -> None:
-    """List what joins ranks, with bandwidth and latency, or fit it."""
+    """List the links between ranks with bandwidth and latency, or fit one."""
     if args.fit or args.output is not None:
         from .linking import fit_link
 

@@ -1,4 +1,4 @@
-"""``graphopt evaluate``: several programs on several sets of data, as one table."""
+"""``graphopt evaluate``: several programs on several data sets, as one table."""
 
 from __future__ import annotations
 

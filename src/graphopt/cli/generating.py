@@ -1,4 +1,4 @@
-"""``graphopt generate``: text that continues a prompt, as it comes; ``graphopt answer``: data that a model writes."""
+"""``graphopt generate``: streams the continuation of a prompt; ``graphopt answer``: data that a model writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sources import read_program, require_files
 
 
 def generate_text(args: Generate) -> None:
-    """Print what a program makes of a prompt, with its rate."""
+    """Print a program's continuation of a prompt, and its speed."""
     if args.strategy is not None and args.draft is not None:
         raise UsageError("--strategy and --draft exclude one another")
     if args.strategy is not None:
@@ -43,13 +43,13 @@ def generate_text(args: Generate) -> None:
                 new.extend(piece)
                 if not args.as_json:
                     decoded = tokenizer.decode(new)
-                    # bytes of a character that has not come to its end yet are shown with the next token
+                    # bytes of an incomplete character are shown with the next token
                     if not decoded.endswith("\ufffd"):
                         print(decoded[len(printed) :], end="", flush=True)
                         printed = decoded
         finally:
             if not args.as_json and new:
-                # what says how it ended has a line of its own
+                # messages about how it ended start on a new line
                 print(flush=True)
     seconds = time.perf_counter() - began
     statistics = tokens.statistics
@@ -80,20 +80,20 @@ def _draft_program(source: str, args: Generate, program: Program) -> DraftProgra
     program_tokenizer, draft_tokenizer = (p.origin.assets.get("tokenizer.json") for p in (program, draft))
     if program_tokenizer is not None and draft_tokenizer is not None and program_tokenizer != draft_tokenizer:
         raise UsageError(
-            f"{source} has another tokenizer than {args.program}: its tokens mean something else",
-            hint="a draft is trained on the tokens of the program that it drafts for",
+            f"{source} has another tokenizer than {args.program}, so its tokens mean something else",
+            hint="a draft must use the tokenizer of the program that it drafts for",
         )
     return DraftProgram(draft)
 
 
 def answer_texts(args: Answer) -> None:
-    """Let a program write data, and say how much it wrote."""
+    """Let a program write data, and print how much it wrote."""
     if args.strategy is not None:
         named_strategy(args.strategy)
     require_files(args.data)
     began = time.perf_counter()
     part = Path(f"{args.output}.part")
-    resumable = f"the rows that are done stand in {part}; the same command goes on"
+    resumable = f"finished rows are kept in {part}; the same command resumes"
     with (
         place(args.output, args.force, (args.program, args.data), moved=True),
         on_interrupt(lambda: resumable if part.exists() else ""),
@@ -107,7 +107,7 @@ def answer_texts(args: Answer) -> None:
     if args.as_json:
         show_json({"output": args.output, **vars(answered), "seconds": seconds})
         return
-    left_out = f"; {answered.left_out} rows left out: they do not fit into the model's positions"
+    left_out = f"; {answered.left_out} rows left out because they do not fit into the model's positions"
     text(
         f"{answered.rows} rows, {answered.tokens} tokens written in {seconds:.0f} s"
         f"{left_out if answered.left_out else ''}\nsaved to {args.output}"

@@ -20,7 +20,7 @@ from .sources import read_program
 
 
 def inspect_checkpoint(args: Inspect) -> None:
-    """Print what a checkpoint is made of."""
+    """Print the structure of a checkpoint."""
     program = read_program(args.checkpoint, args.trust)
     sizes = {
         n: args.batch if n.startswith("batch") else args.sequence
@@ -80,18 +80,18 @@ def inspect_checkpoint(args: Inspect) -> None:
     )
     if exits:
         shares = [(f"layer {n}", f"{share:.1%}") for n, share in enumerate(exits)]
-        table("Exits", ("after", "says what the whole program says"), shares)
+        table("Exits", ("after", "agrees with the whole program"), shares)
     table("Passes", ("pass", "could take", "refused"), [tuple(p.values()) for p in possible])
 
 
 def _exits(program: Program, data: str) -> list[float]:
-    """Return for each layer but the last how often an exit after it is right, on the first rows of the data."""
+    """Return for each layer but the last how often an exit after it is correct, on the first rows of the data."""
     batches, _ = read_data(program, data, sequences=8, length=256)
     return exit_quality(program, batches[0])
 
 
 def _limits(program: Program) -> str:
-    """Return which sizes the program takes, where it does not take all."""
+    """Return the limits on the program's sizes as text, empty if there are none."""
     ranges = [
         f"{name} from {r.low}" + ("" if r.high is None else f" to {r.high}")
         for name, r in program.signature.sizes.items()
@@ -101,7 +101,7 @@ def _limits(program: Program) -> str:
 
 
 def _block_rows(program: Program) -> list[tuple[str, str, str]]:
-    """One row for each run of blocks that are alike."""
+    """Return one row for each group of blocks with the same norms and evidence."""
     groups: dict[tuple[str, str], list[str]] = {}
     for block in program.anatomy.blocks:
         evidence = "; ".join(block.evidence) + (" (parallel)" if block.parallel else "")
@@ -113,7 +113,7 @@ def _block_rows(program: Program) -> list[tuple[str, str, str]]:
 
 
 def what_passes_could_do(program: Program) -> list[dict[str, str]]:
-    """Return for each pass what it would take here with its defaults."""
+    """Return for each pass what it would do to this program with its default options."""
     entries = []
     for name in sorted(pass_locations()):
         try:

@@ -21,13 +21,13 @@ from .sources import read_program, require_files, require_work_dir
 
 
 def train_program(args: Train) -> None:
-    """Train, with progress, and save the program with what it learned."""
+    """Train a program, with progress, and save the result."""
     as_method(args.recipe)
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
     require_files(args.data, args.validation)
     folder = args.work_dir or f"{os.path.normpath(args.output)}.training"
     require_work_dir(folder)
-    resumable = f"the run is kept in {folder}; the same command goes on from there"
+    resumable = f"the run is kept in {folder}; the same command resumes it"
     with place(args.output, args.force, (args.program, args.data, args.validation), folder=True):
         program = read_program(args.program, args.trust, to_save=True)
         with on_interrupt(lambda: resumable if (Path(folder) / FILE).is_file() else ""):
@@ -55,20 +55,20 @@ def train_program(args: Train) -> None:
 
 
 class _ResumableProgress(Shown):
-    """Says where a run is kept once there is one."""
+    """Training progress that first says where the run is kept."""
 
     def __init__(self, what: str, resume_note: str):
         super().__init__(what)
         self.told = resume_note
 
     def begin(self, steps: int, done: int) -> None:
-        """Begin, or go on after ``done`` steps."""
+        """Start, or resume after ``done`` steps."""
         note(self.told)
         super().begin(steps, done)
 
 
 def sweep_program(args: Sweep) -> None:
-    """Print quality and cost at each setting; write them as CSV and as a picture."""
+    """Print quality and cost at each value; write them as CSV and as a picture."""
     inputs = (args.program, args.data, args.against)
     if args.csv is not None and args.csv == args.picture:
         raise UsageError(f"--csv and --picture are both {args.csv}")
@@ -96,12 +96,12 @@ def sweep_program(args: Sweep) -> None:
         for p in points:
             values = (f"{p.values[n]:.4f}" for n in measured)
             rows.append((f"{p.setting:g}", *values, f"{p.flops / 1e6:.3f}", f"{p.share:.1%}"))
-        columns = (name, *measured, "MFLOPs a token", "of what it governs")
+        columns = (name, *measured, "MFLOPs per token", "share of what it controls")
         listing(args.as_json, [{"dial": name, **vars(p)} for p in points], columns, rows)
 
 
 def show_oracle(args: Oracle) -> None:
-    """Print the best paths' losses by how much they compute, and which tokens would have gained most."""
+    """Print the best paths' losses by how much they compute, and the tokens that would have gained most."""
     oracle = routing_oracle(
         read_program(args.program, args.trust), args.data, budget=args.budget, tokens=args.tokens,
         length=args.length, seed=args.seed, progress=ShownProgress(),
@@ -112,12 +112,15 @@ def show_oracle(args: Oracle) -> None:
              "all_largest": oracle.all_largest, "best": oracle.best, "mean_difficulty": oracle.mean_difficulty}
         )  # fmt: skip
         return
-    title = f"Least loss by how many of {oracle.layers} feed-forwards are at their largest, over {len(oracle.tokens)} tokens"
+    count = len(oracle.tokens)
+    title = (
+        f"Least loss by how many of {oracle.layers} feed-forwards are at their largest, over {count} tokens"
+    )
     rows = [(n, f"{loss:.4f}", f"{loss - oracle.all_largest:+.4f}") for n, loss in oracle.exactly.items()]
     table(title, ("largest", "nats", "to all largest"), rows)
     text(
         f"all at their largest: {oracle.all_largest:.4f}; the best paths: {oracle.best:.4f}\n"
-        "the oracle knows the answer and takes the least of many: a bound, nothing that can be run"
+        "the oracle knows the answer and takes the minimum of many paths: a bound that no router can be expected to reach"
     )
     hardest = [
         (f"{t.difficulty:.3f}", f"{t.all_largest:.3f}", "".join(map(str, t.path)), repr(t.text))

@@ -1,4 +1,4 @@
-"""``graphopt export`` and ``run``: programs that leave, and forwards."""
+"""``graphopt export`` and ``graphopt run``: exports and forward passes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
         del buffer
         inputs = example_inputs(program)
         with temporary.open("rb") as file:
-            # our own file of a moment ago
+            # the file was written just above, so it is trusted
             reloaded = torch.export.load(file).module()(**inputs)
         expected = execute.run(program, inputs)
         errors = {name: relative_error(reloaded[name], value) for name, value in expected.items()}
@@ -75,7 +75,7 @@ def _write_pt2(program: Any, output: str) -> dict[str, float]:
 
 
 def run_program(args: Run) -> None:
-    """Run every row of a file, in its order."""
+    """Run a program on every row of a file, in order."""
     output = args.output
     if output is not None and not output.endswith(".npz"):
         raise UsageError(f"{output} should end in .npz")
@@ -96,12 +96,12 @@ def run_program(args: Run) -> None:
             stats = f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
         text(f"{name}: {described}{stats}")
     if rows.lengths and len(set(rows.lengths)) > 1:
-        note(f"rows of {min(rows.lengths)} to {max(rows.lengths)} tokens, filled up on the right")
+        note(f"rows of {min(rows.lengths)} to {max(rows.lengths)} tokens, padded on the right")
     note(f"{rows.count} rows" + (f"; written: {output}" if output is not None else ""))
 
 
 def _forward(program: Program, rows: Rows) -> dict[str, Any]:
-    """Run pieces one after the other where all inputs and outputs are rows, else everything at once."""
+    """Return the outputs, computed piece by piece if all inputs and outputs have rows, else all at once."""
     pieces = rows.pieces(program)
     results = []
     progress = ShownProgress()
@@ -117,7 +117,7 @@ def _write_values(values: dict[str, Any], rows: Rows, output: str | None) -> Non
     if output is not None and rank() == 0:
         arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}
         if len(set(rows.lengths)) > 1 and "lengths" not in arrays:
-            # behind its own tokens, what a row holds means nothing
+            # beyond a row's own tokens its values are meaningless
             arrays["lengths"] = numpy.array(rows.lengths)
         with atomic_file(output) as temporary, temporary.open("wb") as file:
             numpy.savez(file, **arrays)

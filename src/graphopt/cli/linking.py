@@ -1,4 +1,4 @@
-"""``graphopt links --fit``: what joins the ranks that run."""
+"""``graphopt links --fit``: the link between the running ranks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .places import place
 
 
 def fit_link(args: Links) -> None:
-    """Fit a link to the processes that run."""
+    """Fit a link to the running processes."""
     if not args.fit:
-        raise UsageError("-o writes a link that was fitted", hint="add --fit")
+        raise UsageError("-o writes a fitted link", hint="add --fit")
     with place(args.output, args.force):
         groups.join()
         ranks = groups.world_size()
         if ranks < 2:
             raise UsageError(
-                "a link joins several processes, and this one is alone",
+                "a link connects several processes, but only one is running",
                 hint="torchrun --nproc-per-node 2 -m graphopt links --fit",
             )
         points = measure(progress=lambda size, seconds: note(f"{size} bytes: {seconds * 1e6:.1f} µs"))

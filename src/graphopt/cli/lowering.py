@@ -1,4 +1,4 @@
-"""``graphopt lower``: programs for other runtimes, and what was written."""
+"""``graphopt lower``: write programs for other runtimes, and report on the files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def lower_program(args: Lower) -> None:
         _show([report.model], report.files)
         comparison = "not compared: onnxruntime-genai is not installed"
         if report.compared is not None:
-            comparison = f"onnxruntime-genai generated {report.compared} tokens, each one that the program takes for likeliest"
+            comparison = (
+                f"onnxruntime-genai generated {report.compared} tokens, each the program's most likely one"
+            )
         text(comparison)
     else:
         _show([report, *report.others], report.files)
@@ -54,17 +56,17 @@ def _options(args: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
             raise UsageError("--device is for AOTInductor packages", hint="--to triton")
         if to == "genai" and (fixed or target is not None):
             raise UsageError(
-                "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
+                "onnxruntime-genai needs sizes that vary", hint="use --shape and --target with --to onnx"
             )
         options: dict[str, Any] = {"opset": args.opset, "check": args.check}
         onnx_options = {"sizes": sizes, "target": target, "part_bytes": args.part_bytes}
         return options | onnx_options if to == "onnx" else options
     if args.opset is not None:
-        raise UsageError("--opset is ONNX's", hint="--to onnx")
+        raise UsageError("--opset is for ONNX files", hint="--to onnx")
     if len(fixed) > 1:
         raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
     if args.device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device is cpu or cuda, not {args.device!r}")
+        raise UsageError(f"--device must be cpu or cuda, not {args.device!r}")
     options = {"sizes": sizes, "check": args.check, "device": args.device}
     if target is not None:
         options["architectures"] = tuple(name.strip() for name in target.split(","))
@@ -86,13 +88,13 @@ def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
         check = report.checked
         if check is not None:
             text(
-                f"{report.path.name}: compiled and simulated for {check.target}, {check.nodes} nodes and none elsewhere; "
+                f"{report.path.name}: compiled and simulated for {check.target}, all {check.nodes} nodes on the target; "
                 f"{min(check.against_runtime.values()):.1f} dB to ONNX Runtime, "
                 f"{min(check.against_float.values()):.1f} dB to the program in floats"
             )
     limits = dict.fromkeys(limit for report in reports for limit in report.limits)
     if limits:
-        text(f"right where {'; '.join(limits)}: a runtime need not notice other sizes")
+        text(f"valid where {'; '.join(limits)}; a runtime may not detect other sizes")
     text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
 
 
@@ -118,7 +120,7 @@ def _show_kernels(args: Lower, report: Any) -> None:
     if report.package is not None:
         text(f"package: {report.package}, largest error {max(report.errors.values(), default=0.0):.2g}")
     else:
-        text("no package: there is no GPU here; --device cpu makes one for this machine")
+        text("no package, because there is no GPU; --device cpu makes one for this machine's CPU")
 
 
 def _sizes(spec: str) -> dict[str, int]:
@@ -127,11 +129,11 @@ def _sizes(spec: str) -> dict[str, int]:
         name, _, value = item.partition("=")
         number = re.fullmatch(r"\s*([0-9]+)\s*", value)
         if number is None or not name.strip() or int(number[1]) < 1:
-            raise UsageError(f"--shape is name=number, separated by commas, numbers from 1 on, not {spec!r}")
+            raise UsageError(f"--shape takes name=number, separated by commas, numbers from 1, not {spec!r}")
         if name.strip() in sizes:
             raise UsageError(
                 f"--shape gives {name.strip()} twice: {spec!r}",
-                hint="once for each graph: --shape A --shape B",
+                hint="repeat the option for each graph: --shape A --shape B",
             )
         sizes[name.strip()] = int(number[1])
     return sizes

@@ -1,4 +1,4 @@
-"""``graphopt optimize``: run passes and save what they make; ``graphopt plan``: every site of a pipeline, and why."""
+"""``graphopt optimize``: run passes and save the result; ``graphopt plan``: list every site of a pipeline, and why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .sources import read_context, read_program
 
 
 def optimize_checkpoint(args: app.Optimize) -> None:
-    """Optimise a checkpoint and write the program."""
+    """Optimise a checkpoint and save the program."""
     inputs = (args.checkpoint, args.data, args.plan_file)
     with place(args.output, args.force, inputs, folder=True), scores_in(args.work_dir):
         result = _run_passes(args)
@@ -70,7 +70,7 @@ def _run_passes(args: app.Optimize) -> Program:
 
 
 def plan_checkpoint(args: app.Plan) -> None:
-    """Plan a pipeline and show or write the plan."""
+    """Plan a pipeline, and print or write the plan."""
     with place(args.output, args.force, (args.checkpoint, args.data)), scores_in(args.work_dir):
         steps = as_passes(args.passes)
         program = read_program(args.checkpoint, args.trust, to_save=True)
@@ -109,7 +109,7 @@ def _format_source(source: str | None) -> str:
 
 
 def _why(planned: list[tuple[Pass, Plan]], name: str, as_json: bool) -> None:
-    """Say what each pass does to one block, and why."""
+    """Print what each pass does to one block, and why."""
     decisions: list[dict[str, Any]] = []
     lines: list[str] = []
     for step, plan in planned:

@@ -1,6 +1,6 @@
-"""Where commands write: what stands there stays unless ``--force`` is given, and what a command reads stays anyway.
+"""Output paths of commands: existing files are kept unless ``--force`` is given, and the command's inputs always are.
 
-At Ctrl-C, whoever keeps something says so.
+After Ctrl-C, messages say what has been kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..ir.groups import rank
 from ..ir.storage.atomic import keeping, set_aside
 from ..ir.storage.safetensors_file import writer
 
-_OTHER_OUTPUT_HINT = "choose another place; --force does not help here"
+_OTHER_OUTPUT_HINT = "choose another output; --force does not help here"
 
 
 @contextlib.contextmanager
@@ -29,21 +29,21 @@ def place(
     beside: Iterable[str] = (),
     moved: bool = False,
 ) -> Iterator[None]:
-    """Check where a command writes before it works, and keep watch over the place while it does.
+    """Check a command's output path before the work starts, and protect existing files during the work.
 
     Args:
-        output: where; None where nothing is written.
-        force: what stands there may be replaced: a plain file by a file, a folder that graphopt wrote by a folder.
-        inputs: what the command reads.
-        folder: a folder is written, not a file.
-        beside: endings of further files that are written beside the output.
-        moved: whoever writes the folder takes no place where something is, so what is there is put aside.
+        output: the path; None if nothing is written.
+        force: an existing plain file may be replaced by a file, a folder that graphopt wrote by a folder.
+        inputs: paths that the command reads.
+        folder: whether a folder is written, not a file.
+        beside: suffixes of further files that are written next to the output.
+        moved: the code that writes refuses an existing path, so existing files are set aside first.
 
     Raises:
-        UsageError: what is there is not to be replaced, or is read by the command.
+        UsageError: the path must not be replaced, or the command reads it.
     """
     if output is None or rank():
-        yield  # the first rank writes
+        yield  # only the first rank writes
         return
     if not output:
         raise UsageError("the name of the output is empty")
@@ -57,7 +57,7 @@ def place(
     def describe_outcome() -> str:
         after = _stamp(target)
         if after == before:
-            return f"{output} was not written" if after is None else f"{output} is as it was"
+            return f"{output} was not written" if after is None else f"{output} is unchanged"
         return f"{output} is written" if after is not None else f"{output} is gone"
 
     with on_interrupt(describe_outcome), contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def place(
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:
-    """Tell one file or folder at a place from another."""
+    """Return what identifies the file or folder at a path; None if there is none."""
     try:
         status = target.stat()
     except OSError:
@@ -100,9 +100,7 @@ def _require_free(target: Path, force: bool, folder: bool) -> None:
     if folder and target.is_dir() and not any(target.iterdir()):
         return
     if not force:
-        raise UsageError(
-            f"{target} exists already", hint="choose another place, or say --force to have it replaced"
-        )
+        raise UsageError(f"{target} exists already", hint="choose another output, or replace it with --force")
     if not folder and target.is_dir():
         raise UsageError(f"{target} is a folder", hint="give the name of a file")
     if not folder and not target.is_file():
@@ -110,27 +108,27 @@ def _require_free(target: Path, force: bool, folder: bool) -> None:
     if folder and not (target.is_dir() and written_here(target)):
         raise UsageError(
             f"{target} is not a folder that graphopt wrote, so --force does not replace it",
-            hint="choose another place, or remove it",
+            hint="choose another output, or remove it",
         )
 
 
 def require_empty(folder: str, force: bool) -> None:
-    """Check that a folder of files that a command adds is new or empty, unless ``--force`` is given.
+    """Check that a folder to which a command adds files is new or empty, unless ``--force`` is given.
 
     Raises:
-        UsageError: something is in it.
+        UsageError: the folder is not empty, or is a file.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{folder} is a file", hint="give the name of a folder")
     if not force and path.is_dir() and any(path.iterdir()):
         raise UsageError(
-            f"{folder} is not empty", hint="choose another place, or say --force to have files replaced"
+            f"{folder} is not empty", hint="choose another folder, or replace files with --force"
         )
 
 
 def written_here(folder: Path) -> bool:
-    """Tell whether a folder is a saved program, a Hugging Face folder or files for another runtime that graphopt wrote."""
+    """Tell whether graphopt wrote a folder: a saved program, a Hugging Face folder or files for another runtime."""
     if (folder / "program.json").is_file() and (folder / "manifest.json").is_file():
         return True
     if (folder / "config.json").is_file():
@@ -151,7 +149,7 @@ def _read_start(file: Path, size: int) -> bytes:
 
 @contextlib.contextmanager
 def on_interrupt(describe: Callable[[], str]) -> Iterator[None]:
-    """Add to an interruption what is kept of the work inside the block; nothing is added where that is empty."""
+    """Add a note to an interruption that says what has been kept, unless ``describe`` returns an empty text."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -163,5 +161,5 @@ def on_interrupt(describe: Callable[[], str]) -> Iterator[None]:
 
 def scores_in(work_dir: str | None) -> contextlib.AbstractContextManager[None]:
     """Say at an interruption where scores are kept, if they are."""
-    message = f"what was measured is kept in {work_dir}; the same command goes on from there"
+    message = f"measurements are kept in {work_dir}; the same command resumes from them"
     return on_interrupt(lambda: message if work_dir is not None and os.path.isdir(work_dir) else "")

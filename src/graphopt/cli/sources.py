@@ -1,4 +1,4 @@
-"""Reading what commands are given: programs and data."""
+"""Reads the inputs of commands: programs and data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
     """Return a checkpoint or saved program.
 
     Args:
-        source: which.
+        source: path or name of the checkpoint or program.
         trust: read a ``.pt2`` file although reading can run code from it.
-        to_save: what becomes of it is saved, so that a program that cannot be is refused before the work.
+        to_save: the result will be saved, so refuse a program that cannot be saved before doing any work.
     """
     if not source:
         raise UsageError("the name of a checkpoint is empty")
@@ -32,14 +32,14 @@ def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
     for remark in program.origin.notes:
         note(remark)
     for name in program.origin.unused[:5]:
-        note(f"the checkpoint's tensor {name} is read by nothing")
+        note(f"the checkpoint's tensor {name} is not used")
     if to_save:
         require_savable(program)
     return program
 
 
 def read_context(program: Program, args: Calibrating, work_dir: str | None = None) -> Context:
-    """Return the context of a run, with its data read and one sample shown."""
+    """Return the context of a run, after reading its data and printing one sample."""
     require_work_dir(work_dir)
     batches: list[dict[str, Tensor]] = []
     if args.data is not None:
@@ -54,10 +54,10 @@ def read_context(program: Program, args: Calibrating, work_dir: str | None = Non
 
 
 def require_files(*files: str | None) -> None:
-    """Check that files of data are there before anything slow begins.
+    """Check that data files exist before anything slow begins.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a file does not exist.
     """
     for file in files:
         if file is not None and not Path(file).is_file():
@@ -65,10 +65,10 @@ def require_files(*files: str | None) -> None:
 
 
 def require_work_dir(work_dir: str | None) -> None:
-    """Check that a place for scores or a run is a folder, or can become one.
+    """Check that the path for scores or a run is a folder, or can become one.
 
     Raises:
-        UsageError: a file is there, or above it.
+        UsageError: the path, or a parent of it, is a file.
     """
     if work_dir is None:
         return

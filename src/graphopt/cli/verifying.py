@@ -1,4 +1,4 @@
-"""``graphopt verify`` and ``graphopt diff``: two programs side by side."""
+"""``graphopt verify`` and ``graphopt diff``: compare two programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .output import show_json, table, text
 from .replaying import Replayed, is_exact, replay
 from .sources import read_context, read_program
 
-# an error below this is that of sums in another order, whatever weights are stored in
+# an error below this comes from summing in another order, whatever type weights are stored in
 _FINE = 1e-6
 
 # weights are rounded to their type when they are folded and stored
@@ -32,7 +32,7 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 
 def verify_programs(args: Verify) -> None:
-    """Compare a saved program with its original and say whether its contracts hold."""
+    """Compare a saved program with its original and print whether its contracts hold."""
     before = read_program(args.before, args.trust)
     if is_saved_program(Path(args.after)):
         load_program(args.after, check_hashes=True)
@@ -56,9 +56,9 @@ def verify_programs(args: Verify) -> None:
     metrics = _metrics(before, after, context) if context.data else {}
     if args.as_json:
         show_json(
-            {"passes": [e.get("pass", e.get("recipe")) for e in entries], "exact": judgement.limit is not None, "errors": errors,
-             "limit": judgement.limit, "replayed": replayed.same, "metrics": metrics, "verdict": judgement.verdict,
-             "budgets": judgement.broken}
+            {"passes": [e.get("pass", e.get("recipe")) for e in entries], "exact": judgement.limit is not None,
+             "errors": errors, "limit": judgement.limit, "replayed": replayed.same, "metrics": metrics,
+             "verdict": judgement.verdict, "budgets": judgement.broken}
         )  # fmt: skip
     else:
         for entry in entries:
@@ -71,8 +71,8 @@ def verify_programs(args: Verify) -> None:
         table("Outputs, relative error in float64", ("output", "error"), rows)
         for name, value in metrics.items():
             text(f"{name}: {value:.6g}")
-        text(f"done again: {'the same program' if replayed.same else replayed.reason or replayed.broken}")
-        text(f"promised: {judgement.promise}")
+        text(f"replayed: {'the same program' if replayed.same else replayed.reason or replayed.broken}")
+        text(f"contract: {judgement.promise}")
         text(
             "".join(f"  {line}\n" for line in judgement.broken) + f"verdict: the contract {judgement.verdict}"
         )
@@ -84,7 +84,7 @@ def verify_programs(args: Verify) -> None:
 
 @dataclass
 class _Judgement:
-    """Whether contracts hold: what is broken, else what could not be told, else nothing of either."""
+    """Whether contracts hold: what is broken, and what could not be judged."""
 
     limit: float | None
     promise: str
@@ -111,19 +111,19 @@ def _judge(
         if not errors[worst] <= limit:
             broken.append(f"output {worst} differs by {errors[worst]:.3g}")
         elif not replayed.same and errors[worst] > _FINE and limit > ROUNDING[torch.float32]:
-            # within what 16 bits hide, an error may be anything
+            # rounding to 16 bits could hide any error of this size
             judgement.open = (
                 f"{replayed.reason}, and rounding to 16 bits would hide the error {errors[worst]:.3g}"
             )
-            judgement.hint = "run its passes again on the original, or on it in float32"
+            judgement.hint = "run its passes again on the original, or on a float32 copy of it"
         return judgement
     judgement = _Judgement(None, "approximate", broken)
     budgets = _budgets(entries, budget)
     if not context.data:
         judgement.open, judgement.hint = "there is no data to judge an approximation on", "give --data FILE"
     elif not budgets:
-        judgement.open = "no pass was given a budget, so nothing is promised of the loss"
-        judgement.hint = "--budget NUMBER says what loss is allowed"
+        judgement.open = "no pass has a budget, so its contract does not limit the loss"
+        judgement.hint = "--budget NUMBER sets the allowed loss"
     for name, metric, allowed in budgets if context.data else []:
         loss = context.loss(after, before, metric=metric)
         if not loss <= allowed * (1 + 1e-9):
@@ -140,7 +140,7 @@ def _metrics(before: Program, after: Program, context: Context) -> dict[str, flo
 
 
 def _budgets(history: Sequence[dict[str, Any]], budget_of_call: float | None) -> list[tuple[str, str, float]]:
-    """Return who has a budget, the metric it is measured by, and how much it is."""
+    """Return each budget: where it comes from, the metric it applies to, and its value."""
     budgets = [] if budget_of_call is None else [("this call", "auto", budget_of_call)]
     steps = (parse_pipeline(str(entry["pass"]))[0] for entry in history if "pass" in entry)
     for step in steps:
@@ -157,7 +157,7 @@ def rounding(*programs: Program) -> float:
 
 
 def diff_programs(args: Diff) -> None:
-    """Print how two graphs differ."""
+    """Print the differences of two graphs."""
     before, after = (read_program(source, args.trust) for source in (args.first, args.second))
     changed = difference(before, after)
     if args.as_json:

@@ -37,7 +37,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.parents) or any(not -1 <= p < i for i, p in enumerate(self.parents)):
-            raise UsageError("candidates need one parent each, and parents come before children")
+            raise UsageError("candidates are listed parents before children, with one parent each")
         if self.odds and (len(self.odds) != len(self.tokens) or not self.chain):
             raise UsageError("distributions belong to a chain of candidates, one each")
         if any(not -1 <= p < len(self.tokens) + i or mark < 1 for i, (p, mark) in enumerate(self.probes)):
