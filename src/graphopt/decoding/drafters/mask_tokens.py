@@ -65,7 +65,7 @@ class MaskTokens(Drafter):
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
         """Sample candidates one after another, and put mask tokens after them."""
-        chains = self._sampled(rows, room)
+        chains = self._sample_chains(rows, room)
         drafts = []
         for chain in chains:
             anchors = range(-1, len(chain)) if self.layout == "quadratic" else (len(chain) - 1,)
