@@ -112,9 +112,9 @@ def show_oracle(args: Oracle) -> None:
              "all_largest": oracle.all_largest, "best": oracle.best, "mean_difficulty": oracle.mean_difficulty}
         )  # fmt: skip
         return
-    count = len(oracle.tokens)
     title = (
-        f"Least loss by how many of {oracle.layers} feed-forwards are at their largest, over {count} tokens"
+        f"Least loss by how many of {oracle.layers} feed-forwards are at their largest, "
+        f"over {len(oracle.tokens)} tokens"
     )
     rows = [(n, f"{loss:.4f}", f"{loss - oracle.all_largest:+.4f}") for n, loss in oracle.exactly.items()]
     table(title, ("largest", "nats", "to all largest"), rows)
