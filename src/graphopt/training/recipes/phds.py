@@ -54,7 +54,7 @@ class PHDS(Method):
         ]
         if out_of_range:
             raise UsageError(
-                f"{self.name}: {out_of_range[0]} active experts is outside 1 to the trained {trained_count}"
+                f"{self.name}: {out_of_range[0]} active experts are outside the range from 1 to the trained {trained_count}"
             )
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
