@@ -1,4 +1,4 @@
-"""The public functions: capture, optimize, load; and the ways out of a program."""
+"""The public functions: capture, optimize, load; and the functions that export a program."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def capture(
     trust: bool = False,
     compare: bool = True,
 ) -> Program:
-    """Return a model as a Program, compared with the model before it counts.
+    """Return a model as a Program, after comparing its outputs with the model's.
 
     Args:
-        model: an ``nn.Module``; what ``program.module()`` returned, trained since; a Hugging Face folder or an
-            id in the local cache; a GGUF file; a folder written by ``Program.save``; a ``.pt2`` file; an ExportedProgram;
-            or a Program, returned as it is.
-        inputs: an example: tensor, tuple, dict, or (args, kwargs). May be left out for checkpoints.
+        model: an ``nn.Module``; a module that ``program.module()`` returned and that was trained since; a Hugging Face
+            folder or an id in the local cache; a GGUF file; a folder written by ``Program.save``; a ``.pt2`` file; an
+            ExportedProgram; or a Program, which is returned unchanged.
+        inputs: example inputs: tensor, tuple, dict, or (args, kwargs). May be left out for checkpoints.
         dynamic: "auto" lets sizes vary where the model does; None fixes them; or
             ``{"input_ids": {0: "batch", 1: "sequence"}}``.
         trust: read a ``.pt2`` file although reading can run code from it.
@@ -68,7 +68,7 @@ def capture(
         return _module(model, inputs, dynamic, compare)
     if not isinstance(model, (str, os.PathLike)):
         raise UsageError(
-            f"a {type(model).__name__} is no model", hint="give a module, a folder, or a Program"
+            f"a {type(model).__name__} is not a model", hint="give a module, a folder, or a Program"
         )
     path = Path(model)
     if is_saved_program(path):
@@ -120,20 +120,20 @@ def optimize(
     progress: Progress | None = None,
     dump: Callable[[int, str, Program], None] | None = None,
 ) -> Program:
-    """Run passes over a model and return the program they make; the model stays as it is.
+    """Run passes over a model and return the resulting program; the model is not modified.
 
     Args:
         model: what :func:`capture` takes.
         passes: pass objects, or pipeline text such as ``"fuse-projections, skip-layers{remove=2}"``.
-        inputs: an example of the model's inputs.
+        inputs: example inputs of the model.
         dynamic: which sizes may vary.
-        data: calibration and judging data: a .jsonl, .txt or .npz file, or batches of inputs by name. The
-            first half calibrates, the second half judges.
-        evaluate: the user's own metric of a program, lower is better.
-        verify: "sites" compares each rewritten place in float64, "full" also whole programs, "off" nothing.
-        plan: a plan file (or plans, one per pass) to obey instead of planning.
-        work_dir: where scores are kept, so that an interrupted run goes on.
-        seed: of everything random.
+        data: calibration and evaluation data: a .jsonl, .txt or .npz file, or batches of inputs by name. The
+            first half is used for calibration, the second half for evaluation.
+        evaluate: your own metric of a program, lower is better.
+        verify: "sites" compares each rewritten site in float64, "full" also whole programs, "off" nothing.
+        plan: a plan file (or plans, one per pass) to follow instead of planning.
+        work_dir: where scores are saved, so that an interrupted run can resume.
+        seed: for everything random.
         trust: read a ``.pt2`` file although reading can run code from it.
         progress: shows long computations.
         dump: called with number, name and program after each pass.
@@ -141,7 +141,7 @@ def optimize(
     Raises:
         PipelineError: the pipeline is wrong, or its order cannot work.
         PassRefusedError: a pass can do nothing here.
-        ContractError: a pass changed more than it promises; the model and everything before it are intact.
+        ContractError: a pass changed more than its contract allows; the model and everything before it are intact.
     """
     program = capture(model, inputs, dynamic=dynamic, trust=trust)
     steps, plans = read_steps(passes, plan)
@@ -154,15 +154,15 @@ def optimize(
 def read_steps(
     passes: str | Pass | Sequence[str | Pass], plan: str | os.PathLike[str] | Sequence[Plan] | None = None
 ) -> tuple[list[Pass], list[Plan] | None]:
-    """Return the passes that a pipeline or a plan names, and the plans to obey where there are any.
+    """Return the passes that a pipeline or a plan names, and the plans to follow, if any.
 
     Args:
-        passes: pass objects, or pipeline text; may be left out where a plan file names them.
+        passes: pass objects, or pipeline text; may be left out if a plan file names them.
         plan: a plan file, or plans, one per pass.
 
     Raises:
         PipelineError: the pipeline is wrong.
-        UsageError: the plan cannot be read, or is one of another pipeline.
+        UsageError: the plan cannot be read, or belongs to another pipeline.
     """
     if plan is None:
         return as_passes(passes) if passes else [], None
@@ -188,26 +188,26 @@ def run_passes(
     verify: Verify = "sites",
     dump: Callable[[int, str, Program], None] | None = None,
 ) -> Program:
-    """Run passes over a program in a context: what :func:`optimize` does with what it has read.
+    """Run passes over a program in a context; :func:`optimize` calls this after reading its inputs.
 
     Raises:
-        UsageError: ``verify`` is none of its values.
+        UsageError: ``verify`` has an unknown value.
     """
-    whole = None
+    inputs = None
     if verify == "full":
-        whole = context.bound(program, context.data[0]) if context.data else example_inputs(program)
-        whole = {**whole, **{k: v for k, v in program.bind((), whole).items() if k not in whole}}
+        inputs = context.bound(program, context.data[0]) if context.data else example_inputs(program)
+        inputs = {**inputs, **{k: v for k, v in program.bind((), inputs).items() if k not in inputs}}
     elif verify not in ("sites", "off"):
-        raise UsageError(f'verify is "sites", "full" or "off", not {verify!r}')
+        raise UsageError(f'verify must be "sites", "full" or "off", not {verify!r}')
     return run_pipeline(
-        program, as_passes(passes), context, plans=plans, verify_with=verify, dump=dump, inputs=whole
+        program, as_passes(passes), context, plans=plans, verify_with=verify, dump=dump, inputs=inputs
     )
 
 
 def plan_passes(
     program: Program, passes: str | Pass | Sequence[str | Pass], context: Context
 ) -> list[tuple[Pass, Plan]]:
-    """Return what each pass of a pipeline would do, the ones before it done on a copy."""
+    """Return the plan of each pass of a pipeline, made after the passes before it ran on a copy."""
     steps = as_passes(passes)
     check_order(program, steps)
     planned: list[tuple[Pass, Plan]] = []
@@ -242,7 +242,7 @@ def load(path: str | os.PathLike[str], *, check_hashes: bool = False) -> Program
 def _one_graph(program: Program) -> None:
     if ranks_of(program):
         raise LoweringError(
-            f"the program is for {ranks_of(program)} ranks, and a file of this kind holds one graph",
+            f"the program is for {ranks_of(program)} ranks, but a file of this kind holds one graph",
             hint="save() keeps all ranks; write the program out before it is sharded",
         )
 

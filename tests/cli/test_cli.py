@@ -189,7 +189,7 @@ def test_verify_gives_numbers_and_a_verdict(
     assert unjudged["errors"]["logits"] > 0.01
     measured = told("verify", whole, shorter, "--data", rows, status=4)
     assert set(measured["metrics"]) == {"perplexity", "perplexity before"}
-    assert "no pass was given a budget" in measured["verdict"], "what nobody promised is said to hold"
+    assert "no pass has a budget" in measured["verdict"], "what nobody promised is said to hold"
     assert told("verify", whole, shorter, "--data", rows, "--budget", 1000)["verdict"] == "holds"
     lost = told("verify", whole, shorter, "--data", rows, "--budget", 0, status=5)
     assert any("budget of 0" in line for line in lost["budgets"])

@@ -29,7 +29,7 @@ def interrupted(*_: Any, **__: Any) -> None:
     ("arguments", "place", "says"),
     [
         (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.optimizing.read_steps", "{new} was not written"),
-        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{old}", "--force"], "cli.optimizing.run_passes", "{old} is as it was"),
+        (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{old}", "--force"], "cli.optimizing.run_passes", "{old} is unchanged"),
         (["optimize", "{whole}", "-p", "fuse-projections", "-o", "{new}", "--work-dir", "{old}"], "cli.optimizing.run_passes", "kept in {old}"),
         (["plan", "{whole}", "-p", "fuse-projections", "-o", "{new}"], "cli.optimizing.plan_passes", "{new} was not written"),
         (["run", "{whole}", "--input", "{rows}", "-o", "{new}.npz"], "ir.execute.run", "{new}.npz was not written"),
@@ -127,7 +127,7 @@ def test_training_and_answers_say_how_they_go_on(
     assert run(train) == 130
     told = capsys.readouterr().err
     assert "interrupted: stopped after step" in told
-    assert f"the run is kept in {out}.training; the same command goes on from there" in told
+    assert f"the run is kept in {out}.training; the same command resumes it" in told
     assert f"{out} was not written" in told
     monkeypatch.setattr(loop, "save_state", write)
     assert run(train) == 0, "the same command does not go on"

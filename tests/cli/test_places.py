@@ -316,11 +316,11 @@ def test_generation_stops_at_what_the_model_was_made_for(whole: Path) -> None:
     for wrong, says in (
         ([[5, 101]], "token 101"),
         ([[5, -1]], "token -1"),
-        ([[5, 1.5]], "1.5, which is no token"),
+        ([[5, 1.5]], "1.5, which is not a token"),
     ):
         with pytest.raises(UsageError, match=says):
             graphopt.generate(program, wrong, max_new_tokens=2)
-    with pytest.raises(UsageError, match=r"5\.0, which is no token"):
+    with pytest.raises(UsageError, match=r"5\.0, which is not a token"):
         graphopt.generate(program, torch.tensor([[5.0]]), max_new_tokens=2)
 
 

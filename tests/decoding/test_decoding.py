@@ -381,7 +381,7 @@ def test_who_fails_in_the_middle_loses_no_token(what: str, small: Any) -> None:
                 raise RuntimeError("no")
 
     found = graphopt.stream(program, [[2, 5]], max_new_tokens=12, strategy=Failing(truth, 2))
-    with pytest.warns(RuntimeWarning, match="decoding goes on without candidates"):
+    with pytest.warns(RuntimeWarning, match="decoding continues without candidates"):
         for _ in found:
             pass
     assert found.rows[0] == truth

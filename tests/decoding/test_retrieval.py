@@ -93,7 +93,7 @@ def test_what_is_written_is_counted_and_more_than_old_texts(captured: Callable[[
 
 def test_texts_are_files_on_the_command_line(captured: Callable[[str], Program], tmp_path: Path) -> None:
     program = captured("llama")
-    with pytest.raises(UsageError, match="nodes and order are at least 1"):
+    with pytest.raises(UsageError, match="nodes and order must be at least 1"):
         Retrieval(nodes=0)
     with pytest.raises(UsageError, match="does not exist"):
         graphopt.generate(

@@ -204,7 +204,7 @@ def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
         from safetensors.torch import save_file
 
         save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(CheckpointError, match=r"training\.safetensors is no state"):
+    with pytest.raises(CheckpointError, match=r"training\.safetensors is not the state"):
         trained(tmp_path)
 
 

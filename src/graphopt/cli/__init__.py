@@ -1,4 +1,4 @@
-"""The command line. ``main`` turns errors into messages and exit codes; commands import torch when run."""
+"""The command line. ``main`` turns errors into messages and exit codes; commands import torch only when they run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 def main() -> None:
     """Run ``graphopt``."""
-    # progress and tables are ours; libraries stay quiet unless asked
+    # graphopt prints its own progress and tables; libraries stay quiet unless configured otherwise
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,7 +17,7 @@ def main() -> None:
 
         status = run(sys.argv[1:])
     except KeyboardInterrupt:
-        # before or after the command itself, which says more
+        # interrupted before or after the command itself, which reports more
         sys.stderr.write("interrupted\n")
         status = 130
     sys.exit(status)

@@ -1,8 +1,8 @@
 """``graphopt passes``, ``recipes``, ``devices`` and ``links``.
 
-A list is no reason to wait for torch, so what comes with the project is read from ``catalogue.json``, which ``make docs``
-and ``make wheel`` build from the passes, recipes, devices and links themselves. Where that file is missing, or was built
-from other sources, they are asked directly. Passes of other packages are imported when they are listed.
+Listing should not have to import torch, so what comes with the project is read from ``catalogue.json``, which
+``make docs`` and ``make wheel`` build from the passes, recipes, devices and links themselves. If that file is missing, or
+was built from other sources, they are imported instead. Passes of other packages are imported when they are listed.
 """
 
 from __future__ import annotations
@@ -22,77 +22,79 @@ BUILT = Path(__file__).with_name("catalogue.json")
 
 
 def sources() -> str:
-    """Return a hash of the files that the catalogue is built from: all of the package, which takes milliseconds."""
+    """Return a hash of the files that the catalogue is built from: the whole package, which takes milliseconds."""
     package = Path(__file__).parents[1]
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(p for kind in ("*.py", "*.json") for p in package.rglob(kind)):
         if path.name != BUILT.name:
             content = path.read_bytes()
-            found.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest()
+            digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def build() -> None:
-    """Write the catalogue. This imports everything that it lists, and torch."""
+    """Write the catalogue file; this imports everything that it lists, and torch."""
     from .describing import everything
 
     document = {"sources": sources(), **everything()}
-    beside = BUILT.with_name(f"{BUILT.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(BUILT)
+    temporary = BUILT.with_name(f"{BUILT.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(BUILT)
 
 
 def catalogue() -> dict[str, Any]:
-    """Return what comes with the project: ``passes``, ``recipes``, ``devices`` and ``links``, each by name."""
+    """Return the built-in ``passes``, ``recipes``, ``devices`` and ``links``, each by name."""
     if BUILT.exists():
-        found: dict[str, Any] = json.loads(BUILT.read_text(encoding="utf-8"))
-        if found.pop("sources", None) == sources():
-            return found
+        document: dict[str, Any] = json.loads(BUILT.read_text(encoding="utf-8"))
+        if document.pop("sources", None) == sources():
+            return document
     from .describing import everything
 
     return everything()
 
 
 def _passes() -> dict[str, dict[str, Any] | None]:
-    """Return what is known of passes by name; None of those that other packages bring and nobody asked for yet."""
-    known: dict[str, dict[str, Any] | None] = dict(catalogue()["passes"])
-    # a package on the path may stand there twice
-    offered = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
-    others = {n: v for n, v in offered if n not in known or (known[n] or {})["location"] != v}
-    if len(others) < sum(n not in known for n, _ in offered) or set(others) & set(known):
+    """Return the entry of each pass by name; None for passes of other packages that are not imported yet."""
+    by_name: dict[str, dict[str, Any] | None] = dict(catalogue()["passes"])
+    # a package may be on the path twice
+    advertised = {(point.name, point.value) for point in entry_points(group="graphopt.passes")}
+    external = {n: v for n, v in advertised if n not in by_name or (by_name[n] or {})["location"] != v}
+    if len(external) < sum(n not in by_name for n, _ in advertised) or set(external) & set(by_name):
         from ..passes.framework.registry import pass_locations
 
-        pass_locations()  # says which name is offered twice
-    return known | dict.fromkeys(others)
+        pass_locations()  # raises an error that names the pass offered twice
+    return by_name | dict.fromkeys(external)
 
 
-def _entry(known: dict[str, dict[str, Any] | None], name: str) -> dict[str, Any]:
-    found = known[name]
-    if found is None:
+def _entry(by_name: dict[str, dict[str, Any] | None], name: str) -> dict[str, Any]:
+    entry = by_name[name]
+    if entry is None:
         from .describing import pass_entry
 
-        found = known[name] = pass_entry(name)
-    return found
+        entry = by_name[name] = pass_entry(name)
+    return entry
 
 
-def show_passes(given: Passes) -> None:
-    """List the catalogue, or one pass of it found by name or paper."""
-    known = _passes()
-    names = sorted(known)
-    if given.name is None:
-        entries = [_entry(known, n) for n in names]
+def show_passes(args: Passes) -> None:
+    """List the passes, or describe one, looked up by name, description or paper."""
+    by_name = _passes()
+    names = sorted(by_name)
+    if args.name is None:
+        entries = [_entry(by_name, n) for n in names]
         rows = [(e["name"], e["contract"], e["summary"]) for e in entries]
-        listing(given.as_json, entries, ("name", "contract", "what it does"), rows, "Passes")
+        listing(args.as_json, entries, ("name", "contract", "what it does"), rows, "Passes")
         return
-    name = given.name
+    name = args.name
     if name not in names:
-        said = {n: _entry(known, n) for n in names}
-        found = [n for n, e in said.items() if name.lower() in (e["description"] + e["paper"]).lower()]
-        if len(found) != 1:
-            raise _unknown("pass", "passes", name, names, found)
-        name = found[0]
-    entry = _entry(known, name)
-    if given.as_json:
+        entries_by_name = {n: _entry(by_name, n) for n in names}
+        matches = [
+            n for n, e in entries_by_name.items() if name.lower() in (e["description"] + e["paper"]).lower()
+        ]
+        if len(matches) != 1:
+            raise _unknown("pass", "passes", name, names, matches)
+        name = matches[0]
+    entry = _entry(by_name, name)
+    if args.as_json:
         show_json(entry)
         return
     text(f"{entry['name']}  ({entry['contract']})\n\n{entry['description']}\n")
@@ -105,27 +107,27 @@ def show_passes(given: Passes) -> None:
     table("Options", ("name", "type", "default", "from", "meaning"), options)
 
 
-def _unknown(kind: str, kinds: str, name: str, names: list[str], found: list[str]) -> Exception:
+def _unknown(kind: str, kinds: str, name: str, names: list[str], matches: list[str]) -> Exception:
     from ..ir.errors import UsageError
 
-    near = difflib.get_close_matches(name, names, n=1) or found
+    suggestions = difflib.get_close_matches(name, names, n=1) or matches
     return UsageError(
-        f"there is no {kind} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""),
+        f"there is no {kind} {name!r}" + (f"; did you mean {', '.join(suggestions)}?" if suggestions else ""),
         hint=f"{kinds} are {', '.join(names)}",
     )
 
 
-def show_recipes(given: Recipes) -> None:
+def show_recipes(args: Recipes) -> None:
     """List recipes, or describe one."""
-    known = catalogue()["recipes"]
-    if given.name is None:
-        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in known.values()]
-        listing(given.as_json, list(known.values()), ("recipe", "paper", "what it does"), rows)
+    recipes = catalogue()["recipes"]
+    if args.name is None:
+        rows = [(m["name"], m["paper"], m["about"].split("\n")[0]) for m in recipes.values()]
+        listing(args.as_json, list(recipes.values()), ("recipe", "paper", "what it does"), rows)
         return
-    if given.name not in known:
-        raise _unknown("recipe", "recipes", given.name, list(known), [])
-    method = known[given.name]
-    if given.as_json:
+    if args.name not in recipes:
+        raise _unknown("recipe", "recipes", args.name, list(recipes), [])
+    method = recipes[args.name]
+    if args.as_json:
         show_json([method])
         return
     paper = f"  ({method['paper']})" if method["paper"] else ""
@@ -138,8 +140,8 @@ def show_recipes(given: Recipes) -> None:
     table("", ("option", "default", "from", "meaning"), options)
 
 
-def show_devices(given: Devices) -> None:
-    """List the devices with their peaks."""
+def show_devices(args: Devices) -> None:
+    """List the devices with their peak rates."""
     devices = catalogue()["devices"]
     rows = []
     for name, device in devices.items():
@@ -147,16 +149,16 @@ def show_devices(given: Devices) -> None:
         memory = "shared" if device["memory"] is None else f"{device['memory'] / 1e9:g}"
         rows.append((name, peaks, f"{device['bandwidth'] / 1e12:g}", memory, device["note"]))
     columns = ("name", "peak TFLOP/s", "TB/s", "memory GB", "note")
-    listing(given.as_json, devices, columns, rows, "Devices")
+    listing(args.as_json, devices, columns, rows, "Devices")
 
 
-def show_links(given: Links) -> None:
-    """List what joins ranks, with bandwidth and latency, or fit it."""
-    if given.fit or given.output is not None:
+def show_links(args: Links) -> None:
+    """List the links between ranks with bandwidth and latency, or fit one."""
+    if args.fit or args.output is not None:
         from .linking import fit_link
 
-        fit_link(given)
+        fit_link(args)
         return
     links = catalogue()["links"]
     rows = [(n, f"{k['bandwidth'] / 1e9:g}", f"{k['latency'] * 1e6:g}", k["note"]) for n, k in links.items()]
-    listing(given.as_json, links, ("name", "GB/s", "µs", "note"), rows, "Links")
+    listing(args.as_json, links, ("name", "GB/s", "µs", "note"), rows, "Links")

@@ -1,4 +1,4 @@
-"""What passes, recipes, devices and links say of themselves, as plain data. This imports all of them, and torch."""
+"""Descriptions of passes, recipes, devices and links as plain data. This imports all of them, and torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..training.recipes import METHODS
 
 
 def pass_entry(name: str) -> dict[str, Any]:
-    """Return everything the catalogue says about a pass."""
+    """Return the catalogue entry of a pass."""
     cls = find_pass(name)
     hints = typing.get_type_hints(cls)
     options = [
@@ -46,7 +46,7 @@ def pass_entry(name: str) -> dict[str, Any]:
 
 
 def recipe_entry(name: str) -> dict[str, Any]:
-    """Return everything the catalogue says about a recipe."""
+    """Return the catalogue entry of a recipe."""
     method = METHODS[name]
     keys = ("name", "default", "source", "help")
     return {
@@ -58,7 +58,7 @@ def recipe_entry(name: str) -> dict[str, Any]:
 
 
 def everything() -> dict[str, Any]:
-    """Return the catalogue of what comes with the project."""
+    """Return the catalogue of everything built in."""
     return {
         "passes": {name: pass_entry(name) for name in sorted(BUILT_IN)},
         "recipes": {name: recipe_entry(name) for name in METHODS},

@@ -1,4 +1,4 @@
-"""``graphopt evaluate``: several programs on several sets of data, as one table."""
+"""``graphopt evaluate``: several programs on several data sets, as one table."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from .progress import ShownProgress
 from .sources import read_program, require_files
 
 
-def evaluate_programs(given: Evaluate) -> None:
+def evaluate_programs(args: Evaluate) -> None:
     """Measure each program on each file and print a row for each pair."""
-    require_files(*given.data)
-    known = (*BY_NAME, "bits_per_byte")
-    wanted: list[Any] = [m if m in known else find_judge(m) for m in given.metric or []]
-    reference = read_program(given.against, given.trust) if given.against is not None else None
-    found: list[tuple[str, str, Evaluation]] = []
-    for checkpoint in given.checkpoints:
-        program = read_program(checkpoint, given.trust)
-        for file in given.data:
+    require_files(*args.data)
+    built_in = (*BY_NAME, "bits_per_byte")
+    metrics: list[Any] = [m if m in built_in else find_judge(m) for m in args.metric or []]
+    reference = read_program(args.against, args.trust) if args.against is not None else None
+    results: list[tuple[str, str, Evaluation]] = []
+    for checkpoint in args.checkpoints:
+        program = read_program(checkpoint, args.trust)
+        for file in args.data:
             result = evaluate(
-                program, file, wanted, against=reference, sequences=given.sequences, length=given.length,
-                batch=given.batch, dtype=given.dtype, progress=ShownProgress(),
+                program, file, metrics, against=reference, sequences=args.sequences, length=args.length,
+                batch=args.batch, dtype=args.dtype, progress=ShownProgress(),
             )  # fmt: skip
-            if not found and not given.as_json and result.sample:
+            if not results and not args.as_json and result.sample:
                 note(f"the first row of {file} begins {result.sample[:120]!r}")
-            found.append((checkpoint, file, result))
-    names = list(dict.fromkeys(name for _, _, result in found for name in result.values))
+            results.append((checkpoint, file, result))
+    names = list(dict.fromkeys(name for _, _, result in results for name in result.values))
     rows = []
-    for checkpoint, file, r in found:
-        values = (_shown(r.values.get(n)) for n in names)
+    for checkpoint, file, r in results:
+        values = (_format_value(r.values.get(n)) for n in names)
         rows.append([checkpoint, Path(file).name, *values, r.tokens or f"{r.rows} rows", f"{r.seconds:.1f}"])
-    document = [{"program": c, "data": f, **asdict(r)} for c, f, r in found]
-    listing(given.as_json, document, ["program", "data", *names, "tokens", "seconds"], rows)
+    document = [{"program": c, "data": f, **asdict(r)} for c, f, r in results]
+    listing(args.as_json, document, ["program", "data", *names, "tokens", "seconds"], rows)
 
 
-def _shown(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""``graphopt generate``: text that continues a prompt, as it comes; ``graphopt answer``: data that a model writes."""
+"""``graphopt generate``: streams the continuation of a prompt; ``graphopt answer``: data that a model writes."""
 
 from __future__ import annotations
 
@@ -19,93 +19,96 @@ from .progress import ShownProgress
 from .sources import read_program, require_files
 
 
-def generate_text(given: Generate) -> None:
-    """Print what a program makes of a prompt, with its rate."""
-    if given.strategy is not None and given.draft is not None:
+def generate_text(args: Generate) -> None:
+    """Print a program's continuation of a prompt, and its speed."""
+    if args.strategy is not None and args.draft is not None:
         raise UsageError("--strategy and --draft exclude one another")
-    if given.strategy is not None:
-        named_strategy(given.strategy)
-    program = read_program(given.program, given.trust)
-    proposing = given.strategy if given.draft is None else _drafting(given.draft, given, program)
+    if args.strategy is not None:
+        named_strategy(args.strategy)
+    program = read_program(args.program, args.trust)
+    proposing = args.strategy if args.draft is None else _draft_program(args.draft, args, program)
     tokenizer = Tokenizer(program)
-    ids = tokenizer.encode(given.prompt)
+    ids = tokenizer.encode(args.prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
     tokens = stream(
-        program, [ids], max_new_tokens=given.max_new_tokens, strategy=proposing, temperature=given.temperature,
-        top_k=given.top_k, top_p=given.top_p, seed=given.seed, dtype=given.dtype, compiled=given.compiled,
+        program, [ids], max_new_tokens=args.max_new_tokens, strategy=proposing, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, seed=args.seed, dtype=args.dtype, compiled=args.compiled,
     )  # fmt: skip
-    began, shown = time.perf_counter(), ""
+    began, printed = time.perf_counter(), ""
     new: list[int] = []
     with on_interrupt(lambda: f"after {len(new)} tokens"):
         try:
             for _, piece in tokens:
                 new.extend(piece)
-                if not given.as_json:
-                    whole = tokenizer.decode(new)
-                    # bytes of a character that has not come to its end yet are shown with the next token
-                    if not whole.endswith("\ufffd"):
-                        print(whole[len(shown) :], end="", flush=True)
-                        shown = whole
+                if not args.as_json:
+                    decoded = tokenizer.decode(new)
+                    # bytes of an incomplete character are shown with the next token
+                    if not decoded.endswith("\ufffd"):
+                        print(decoded[len(printed) :], end="", flush=True)
+                        printed = decoded
         finally:
-            if not given.as_json and new:
-                # what says how it ended has a line of its own
+            if not args.as_json and new:
+                # messages about how it ended start on a new line
                 print(flush=True)
     seconds = time.perf_counter() - began
-    found = tokens.statistics
-    if given.as_json:
+    statistics = tokens.statistics
+    if args.as_json:
         show_json(
-            {"prompt": given.prompt, "text": tokenizer.decode(new), "tokens": new, "seconds": seconds,
-             "steps": found.steps, "tokens_per_step": found.tokens_per_step, "acceptance": found.acceptance,
-             "time": found.seconds, "notes": found.notes}
+            {"prompt": args.prompt, "text": tokenizer.decode(new), "tokens": new, "seconds": seconds,
+             "steps": statistics.steps, "tokens_per_step": statistics.tokens_per_step, "acceptance": statistics.acceptance,
+             "time": statistics.seconds, "notes": statistics.notes}
         )  # fmt: skip
         return
-    for remark in found.notes:
+    for remark in statistics.notes:
         note(remark)
-    note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / max(seconds, 1e-9):.1f} a second" + _said(found))
+    note(
+        f"{len(new)} tokens in {seconds:.1f} s, {len(new) / max(seconds, 1e-9):.1f} a second"
+        + _speculation_text(statistics)
+    )
 
 
-def _said(found: Statistics) -> str:
-    if not found.proposed:
+def _speculation_text(statistics: Statistics) -> str:
+    if not statistics.proposed:
         return ""
-    depths = ", ".join(f"{share:.0%}" for share in found.acceptance)
-    return f"; {found.tokens_per_step:.2f} a step, accepted by depth: {depths}"
+    depths = ", ".join(f"{share:.0%}" for share in statistics.acceptance)
+    return f"; {statistics.tokens_per_step:.2f} a step, accepted by depth: {depths}"
 
 
-def _drafting(source: str, given: Generate, program: Program) -> DraftProgram:
-    draft = read_program(source, given.trust)
-    ours, theirs = (p.origin.assets.get("tokenizer.json") for p in (program, draft))
-    if ours is not None and theirs is not None and ours != theirs:
+def _draft_program(source: str, args: Generate, program: Program) -> DraftProgram:
+    draft = read_program(source, args.trust)
+    program_tokenizer, draft_tokenizer = (p.origin.assets.get("tokenizer.json") for p in (program, draft))
+    if program_tokenizer is not None and draft_tokenizer is not None and program_tokenizer != draft_tokenizer:
         raise UsageError(
-            f"{source} has another tokenizer than {given.program}: its tokens mean something else",
-            hint="a draft is trained on the tokens of the program that it drafts for",
+            f"{source} has another tokenizer than {args.program}, so its tokens mean something else",
+            hint="a draft must use the tokenizer of the program that it drafts for",
         )
     return DraftProgram(draft)
 
 
-def answer_texts(given: Answer) -> None:
-    """Let a program write data, and say how much it wrote."""
-    if given.strategy is not None:
-        named_strategy(given.strategy)
-    require_files(given.data)
+def answer_texts(args: Answer) -> None:
+    """Let a program write data, and print how much it wrote."""
+    if args.strategy is not None:
+        named_strategy(args.strategy)
+    require_files(args.data)
     began = time.perf_counter()
-    part = Path(f"{given.output}.part")
-    goes_on = f"the rows that are done stand in {part}; the same command goes on"
+    part = Path(f"{args.output}.part")
+    resumable = f"finished rows are kept in {part}; the same command resumes"
     with (
-        place(given.output, given.force, (given.program, given.data), moved=True),
-        on_interrupt(lambda: goes_on if part.exists() else ""),
+        place(args.output, args.force, (args.program, args.data), moved=True),
+        on_interrupt(lambda: resumable if part.exists() else ""),
     ):
-        found = answer(
-            read_program(given.program, given.trust), given.data, given.output, sequences=given.sequences,
-            prompt_tokens=given.prompt_tokens, max_new_tokens=given.max_new_tokens, batch=given.batch,
-            temperature=given.temperature, seed=given.seed, strategy=given.strategy, progress=ShownProgress(),
+        answered = answer(
+            read_program(args.program, args.trust), args.data, args.output, sequences=args.sequences,
+            prompt_tokens=args.prompt_tokens, max_new_tokens=args.max_new_tokens, batch=args.batch,
+            temperature=args.temperature, seed=args.seed, strategy=args.strategy, progress=ShownProgress(),
         )  # fmt: skip
     seconds = time.perf_counter() - began
-    if given.as_json:
-        show_json({"output": given.output, **vars(found), "seconds": seconds})
+    if args.as_json:
+        show_json({"output": args.output, **vars(answered), "seconds": seconds})
         return
-    left_out = f"; {found.left_out} rows left out: they do not fit into the model's positions"
+    left_out = f"; {answered.left_out} rows left out because they do not fit into the model's positions"
     text(
-        f"{found.rows} rows, {found.tokens} tokens written in {seconds:.0f} s"
-        f"{left_out if found.left_out else ''}\nsaved to {given.output}"
+        f"{answered.rows} rows, {answered.tokens} tokens written in {seconds:.0f} s"
+        f"{left_out if answered.left_out else ''}\nsaved to {args.output}"
     )

@@ -19,21 +19,21 @@ from .output import show_json, table, text
 from .sources import read_program
 
 
-def inspect_checkpoint(given: Inspect) -> None:
-    """Print what a checkpoint is made of."""
-    program = read_program(given.checkpoint, given.trust)
+def inspect_checkpoint(args: Inspect) -> None:
+    """Print the structure of a checkpoint."""
+    program = read_program(args.checkpoint, args.trust)
     sizes = {
-        n: given.batch if n.startswith("batch") else given.sequence
+        n: args.batch if n.startswith("batch") else args.sequence
         for n in program.signature.sizes
         if n.startswith(("batch", "sequence"))
     }
-    near = program.signature.nearest(sizes)
-    sizes = {n: near[n] for n in sizes}
-    found = cost(program, sizes, given.device)
+    nearest = program.signature.nearest(sizes)
+    sizes = {n: nearest[n] for n in sizes}
+    estimate = cost(program, sizes, args.device)
     anatomy, inputs = program.anatomy, program.signature.inputs
     possible = what_passes_could_do(program)
-    exits = _exits(program, given.data) if given.data is not None else []
-    if given.as_json:
+    exits = _exits(program, args.data) if args.data is not None else []
+    if args.as_json:
         show_json(
             {
                 "inputs": {n: [str(v.dtype).removeprefix("torch."), *v.shape] for n, v in inputs.items()},
@@ -51,7 +51,7 @@ def inspect_checkpoint(given: Inspect) -> None:
                 "head": [n.name for n in anatomy.head],
                 "branches": [b.evidence for b in anatomy.branches],
                 "operators": dict(program.operators),
-                "cost": found.as_dict(),
+                "cost": estimate.as_dict(),
                 "passes": possible,
                 "exits": exits,
                 "unused_tensors": list(program.origin.unused),
@@ -70,61 +70,61 @@ def inspect_checkpoint(given: Inspect) -> None:
     ends = {"embedding": anatomy.embedding, "head": anatomy.head}
     others = [f"{what}: {', '.join(n.name for n in nodes)}" for what, nodes in ends.items() if nodes]
     text("\n" + "\n".join(others) + f"\nlayers: {len(anatomy.layers)}\n")
-    took = ""
-    if found.time_seconds is not None:
-        took = f", {found.time_seconds * 1e3:.3g} ms on {given.device}, bound by {found.bound}"
+    estimated_time = ""
+    if estimate.time_seconds is not None:
+        estimated_time = f", {estimate.time_seconds * 1e3:.3g} ms on {args.device}, bound by {estimate.bound}"
     text(
-        f"parameters {quantity(found.parameters)}   weights {quantity(found.parameter_bytes, 'B')}   at {sizes}: "
-        f"{quantity(found.flops, 'FLOP')}, {quantity(found.bytes, 'B')} moved, "
-        f"{quantity(found.peak_memory, 'B')} peak activations{took}\n"
+        f"parameters {quantity(estimate.parameters)}   weights {quantity(estimate.parameter_bytes, 'B')}   at {sizes}: "
+        f"{quantity(estimate.flops, 'FLOP')}, {quantity(estimate.bytes, 'B')} moved, "
+        f"{quantity(estimate.peak_memory, 'B')} peak activations{estimated_time}\n"
     )
     if exits:
         shares = [(f"layer {n}", f"{share:.1%}") for n, share in enumerate(exits)]
-        table("Exits", ("after", "says what the whole program says"), shares)
+        table("Exits", ("after", "agrees with the whole program"), shares)
     table("Passes", ("pass", "could take", "refused"), [tuple(p.values()) for p in possible])
 
 
 def _exits(program: Program, data: str) -> list[float]:
-    """Return for each layer but the last how often an exit after it is right, on the first rows of the data."""
+    """Return for each layer but the last how often an exit after it is correct, on the first rows of the data."""
     batches, _ = read_data(program, data, sequences=8, length=256)
     return exit_quality(program, batches[0])
 
 
 def _limits(program: Program) -> str:
-    """Return which sizes the program takes, where it does not take all."""
-    said = [
+    """Return the limits on the program's sizes as text, empty if there are none."""
+    ranges = [
         f"{name} from {r.low}" + ("" if r.high is None else f" to {r.high}")
         for name, r in program.signature.sizes.items()
         if r.low > 1 or r.high is not None
     ]
-    return ", ".join([*said, *program.signature.constraints])
+    return ", ".join([*ranges, *program.signature.constraints])
 
 
 def _block_rows(program: Program) -> list[tuple[str, str, str]]:
-    """One row for each run of blocks that are alike."""
+    """Return one row for each group of blocks with the same norms and evidence."""
     groups: dict[tuple[str, str], list[str]] = {}
     for block in program.anatomy.blocks:
         evidence = "; ".join(block.evidence) + (" (parallel)" if block.parallel else "")
         groups.setdefault((block.norms, evidence), []).append(block.name)
     return [
-        (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})", *alike)
-        for alike, names in groups.items()
+        (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})", *key)
+        for key, names in groups.items()
     ]
 
 
 def what_passes_could_do(program: Program) -> list[dict[str, str]]:
-    """Return for each pass what it would take here with its defaults."""
+    """Return for each pass what it would do to this program with its default options."""
     entries = []
     for name in sorted(pass_locations()):
         try:
-            could_take, refused = _tried(program, name)
+            could_take, refused = _plan_with_defaults(program, name)
         except GraphoptError as error:
             could_take, refused = "nothing", error.message
         entries.append({"pass": name, "could_take": could_take, "refused": refused})
     return entries
 
 
-def _tried(program: Program, name: str) -> tuple[str, str]:
+def _plan_with_defaults(program: Program, name: str) -> tuple[str, str]:
     cls = find_pass(name)
     missing = [fact.done for fact in cls.requires if fact not in program.facts]
     if missing:
@@ -142,5 +142,8 @@ def _reasons(plan: Plan) -> str:
 
 def _unrecognised(program: Program) -> dict[str, list[str]]:
     capture = program.facts.get(Capture) or Capture()
-    found = {"unraised_attention": capture.plain_attention, "unraised_experts": capture.plain_experts}
-    return {name: list(reasons) for name, reasons in found.items() if reasons}
+    reasons_by_kind = {
+        "unraised_attention": capture.plain_attention,
+        "unraised_experts": capture.plain_experts,
+    }
+    return {name: list(reasons) for name, reasons in reasons_by_kind.items() if reasons}

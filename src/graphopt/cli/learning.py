@@ -20,110 +20,111 @@ from .progress import ShownProgress, working
 from .sources import read_program, require_files, require_work_dir
 
 
-def train_program(given: Train) -> None:
-    """Train, with progress, and save the program with what it learned."""
-    as_method(given.recipe)
-    settings = Settings(
-        **{f.name: getattr(given, f.name) for f in fields(Settings) if hasattr(given, f.name)}
-    )
-    require_files(given.data, given.validation)
-    folder = given.work_dir or f"{os.path.normpath(given.output)}.training"
+def train_program(args: Train) -> None:
+    """Train a program, with progress, and save the result."""
+    as_method(args.recipe)
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
+    require_files(args.data, args.validation)
+    folder = args.work_dir or f"{os.path.normpath(args.output)}.training"
     require_work_dir(folder)
-    goes_on = f"the run is kept in {folder}; the same command goes on from there"
-    with place(given.output, given.force, (given.program, given.data, given.validation), folder=True):
-        program = read_program(given.program, given.trust, to_save=True)
-        with on_interrupt(lambda: goes_on if (Path(folder) / FILE).is_file() else ""):
-            done, record = train(
-                program, given.recipe, given.data, settings, batch=given.batch, length=given.length,
-                sequences=given.sequences, work_dir=folder, validation=given.validation,
-                measure_every=given.measure_every, save_every=given.save_every, dtype=given.dtype,
-                loss_on=given.loss_on, progress=_Kept(given.recipe, goes_on),
+    resumable = f"the run is kept in {folder}; the same command resumes it"
+    with place(args.output, args.force, (args.program, args.data, args.validation), folder=True):
+        program = read_program(args.program, args.trust, to_save=True)
+        with on_interrupt(lambda: resumable if (Path(folder) / FILE).is_file() else ""):
+            trained, record = train(
+                program, args.recipe, args.data, settings, batch=args.batch, length=args.length,
+                sequences=args.sequences, work_dir=folder, validation=args.validation,
+                measure_every=args.measure_every, save_every=args.save_every, dtype=args.dtype,
+                loss_on=args.loss_on, progress=_ResumableProgress(args.recipe, resumable),
             )  # fmt: skip
         if rank():
             return
-        with working(f"writing {given.output}"):
-            done.save(given.output)
+        with working(f"writing {args.output}"):
+            trained.save(args.output)
     first, last = record.losses[0], record.losses[-1]
-    if given.as_json:
+    if args.as_json:
         show_json(
-            {"output": given.output, "recipe": given.recipe, "steps": record.step, "seconds": record.seconds,
+            {"output": args.output, "recipe": args.recipe, "steps": record.step, "seconds": record.seconds,
              "first_loss": first, "loss": last, "measured": record.measured}
         )  # fmt: skip
         return
-    text(f"{given.recipe}: {record.step} steps in {record.seconds:.0f} s, loss {first:.4g} -> {last:.4g}")
+    text(f"{args.recipe}: {record.step} steps in {record.seconds:.0f} s, loss {first:.4g} -> {last:.4g}")
     for step, measured in record.measured:
         text(f"  after step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
-    text(f"saved to {given.output}")
+    text(f"saved to {args.output}")
 
 
-class _Kept(Shown):
-    """Says where a run is kept once there is one."""
+class _ResumableProgress(Shown):
+    """Training progress that first says where the run is kept."""
 
-    def __init__(self, what: str, told: str):
+    def __init__(self, what: str, resume_note: str):
         super().__init__(what)
-        self.told = told
+        self.told = resume_note
 
     def begin(self, steps: int, done: int) -> None:
-        """Begin, or go on after ``done`` steps."""
+        """Start, or resume after ``done`` steps."""
         note(self.told)
         super().begin(steps, done)
 
 
-def sweep_program(given: Sweep) -> None:
-    """Print quality and cost at each setting; write them as CSV and as a picture."""
-    inputs = (given.program, given.data, given.against)
-    if given.csv is not None and given.csv == given.picture:
-        raise UsageError(f"--csv and --picture are both {given.csv}")
+def sweep_program(args: Sweep) -> None:
+    """Print quality and cost at each value; write them as CSV and as a picture."""
+    inputs = (args.program, args.data, args.against)
+    if args.csv is not None and args.csv == args.picture:
+        raise UsageError(f"--csv and --picture are both {args.csv}")
     with (
-        place(given.csv, given.force, inputs),
-        place(given.picture, given.force, inputs),
-        scores_in(given.work_dir),
+        place(args.csv, args.force, inputs),
+        place(args.picture, args.force, inputs),
+        scores_in(args.work_dir),
     ):
-        require_work_dir(given.work_dir)
-        settings = _numbers(given.values) if given.values is not None else []
-        program = read_program(given.program, given.trust)
-        original = read_program(given.against, given.trust) if given.against is not None else None
-        found = sweep(
-            program, given.data, given.dial, settings, points=given.points, metrics=given.metric or [],
-            against=original, sequences=given.sequences, length=given.length, batch=given.batch,
-            work_dir=given.work_dir, progress=ShownProgress(),
+        require_work_dir(args.work_dir)
+        settings = _numbers(args.values) if args.values is not None else []
+        program = read_program(args.program, args.trust)
+        original = read_program(args.against, args.trust) if args.against is not None else None
+        points = sweep(
+            program, args.data, args.dial, settings, points=args.points, metrics=args.metric or [],
+            against=original, sequences=args.sequences, length=args.length, batch=args.batch,
+            work_dir=args.work_dir, progress=ShownProgress(),
         )  # fmt: skip
-        name = given.dial or next(iter(program.dials))
-        if given.csv is not None:
-            write_csv(given.csv, name, found)
-        if given.picture is not None:
-            write_picture(given.picture, name, found)
-        measured = list(found[0].values)
+        name = args.dial or next(iter(program.dials))
+        if args.csv is not None:
+            write_csv(args.csv, name, points)
+        if args.picture is not None:
+            write_picture(args.picture, name, points)
+        measured = list(points[0].values)
         rows = []
-        for p in found:
+        for p in points:
             values = (f"{p.values[n]:.4f}" for n in measured)
             rows.append((f"{p.setting:g}", *values, f"{p.flops / 1e6:.3f}", f"{p.share:.1%}"))
-        columns = (name, *measured, "MFLOPs a token", "of what it governs")
-        listing(given.as_json, [{"dial": name, **vars(p)} for p in found], columns, rows)
+        columns = (name, *measured, "MFLOPs per token", "share of what it controls")
+        listing(args.as_json, [{"dial": name, **vars(p)} for p in points], columns, rows)
 
 
-def show_oracle(given: Oracle) -> None:
-    """Print the best paths' losses by how much they compute, and which tokens would have gained most."""
-    found = routing_oracle(
-        read_program(given.program, given.trust), given.data, budget=given.budget, tokens=given.tokens,
-        length=given.length, seed=given.seed, progress=ShownProgress(),
+def show_oracle(args: Oracle) -> None:
+    """Print the best paths' losses by how much they compute, and the tokens that would have gained most."""
+    oracle = routing_oracle(
+        read_program(args.program, args.trust), args.data, budget=args.budget, tokens=args.tokens,
+        length=args.length, seed=args.seed, progress=ShownProgress(),
     )  # fmt: skip
-    if given.as_json:
+    if args.as_json:
         show_json(
-            {"tokens": [{**vars(t), "difficulty": t.difficulty} for t in found.tokens], "exactly": found.exactly,
-             "all_largest": found.all_largest, "best": found.best, "mean_difficulty": found.mean_difficulty}
+            {"tokens": [{**vars(t), "difficulty": t.difficulty} for t in oracle.tokens], "exactly": oracle.exactly,
+             "all_largest": oracle.all_largest, "best": oracle.best, "mean_difficulty": oracle.mean_difficulty}
         )  # fmt: skip
         return
-    title = f"Least loss by how many of {found.layers} feed-forwards are at their largest, over {len(found.tokens)} tokens"
-    rows = [(n, f"{loss:.4f}", f"{loss - found.all_largest:+.4f}") for n, loss in found.exactly.items()]
+    title = (
+        f"Least loss by how many of {oracle.layers} feed-forwards are at their largest, "
+        f"over {len(oracle.tokens)} tokens"
+    )
+    rows = [(n, f"{loss:.4f}", f"{loss - oracle.all_largest:+.4f}") for n, loss in oracle.exactly.items()]
     table(title, ("largest", "nats", "to all largest"), rows)
     text(
-        f"all at their largest: {found.all_largest:.4f}; the best paths: {found.best:.4f}\n"
-        "the oracle knows the answer and takes the least of many: a bound, nothing that can be run"
+        f"all at their largest: {oracle.all_largest:.4f}; the best paths: {oracle.best:.4f}\n"
+        "the oracle knows the answer and takes the minimum of many paths: a bound that no router can be expected to reach"
     )
     hardest = [
         (f"{t.difficulty:.3f}", f"{t.all_largest:.3f}", "".join(map(str, t.path)), repr(t.text))
-        for t in sorted(found.tokens, key=lambda t: -t.difficulty)[:8]
+        for t in sorted(oracle.tokens, key=lambda t: -t.difficulty)[:8]
     ]
     table("Tokens that a better path would have helped most", ("difficulty", "loss", "path", "text"), hardest)
 

@@ -1,4 +1,4 @@
-"""``graphopt export`` and ``run``: programs that leave, and forwards."""
+"""``graphopt export`` and ``graphopt run``: exports and forward passes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .sources import read_program
 from .verifying import rounding
 
 
-def export_program(given: Export) -> None:
+def export_program(args: Export) -> None:
     """Write a Hugging Face folder, a .pt2 file or multi-token heads."""
-    to, output = given.to, given.output
+    to, output = args.to, args.output
     if to not in ("huggingface", "pt2", "medusa"):
         raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface, pt2 or medusa")
     ending = {"medusa": ".safetensors", "pt2": ".pt2"}.get(to, "")
     if not output.endswith(ending):
         raise UsageError(f"{output} should end in {ending}")
-    with place(output, given.force, (given.program,), folder=to == "huggingface", moved=to == "medusa"):
-        result = _export(read_program(given.program, given.trust), to, output)
-    if given.as_json:
+    with place(output, args.force, (args.program,), folder=to == "huggingface", moved=to == "medusa"):
+        result = _export(read_program(args.program, args.trust), to, output)
+    if args.as_json:
         show_json(result)
     elif to == "medusa":
         text(f"written: {output}, {len(result['tensors'])} tensors")
@@ -47,8 +47,8 @@ def export_program(given: Export) -> None:
 
 def _export(program: Program, to: str, output: str) -> dict[str, Any]:
     if to == "huggingface":
-        with writing(output) as written:
-            report = program.save_pretrained(output, progress=written)
+        with writing(output) as progress:
+            report = program.save_pretrained(output, progress=progress)
         return {"path": output, "errors": report.errors, "checked": report.checked, "files": report.files}
     if to == "medusa":
         return {"path": output, "tensors": write_heads(program, output), "errors": {}}
@@ -56,38 +56,38 @@ def _export(program: Program, to: str, output: str) -> dict[str, Any]:
 
 
 def _write_pt2(program: Any, output: str) -> dict[str, float]:
-    with working("exporting"), atomic_file(output) as made:
+    with working("exporting"), atomic_file(output) as temporary:
         # through memory: on a full disk torch's own writer ends the process
         buffer = io.BytesIO()
         torch.export.save(program.exported_program(core_aten=True), buffer)
-        made.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getbuffer())
         del buffer
         inputs = example_inputs(program)
-        with made.open("rb") as file:
-            # our own file of a moment ago
-            again = torch.export.load(file).module()(**inputs)
+        with temporary.open("rb") as file:
+            # the file was written just above, so it is trusted
+            reloaded = torch.export.load(file).module()(**inputs)
         expected = execute.run(program, inputs)
-        errors = {name: relative_error(again[name], value) for name, value in expected.items()}
+        errors = {name: relative_error(reloaded[name], value) for name, value in expected.items()}
         worst = max(errors, key=lambda name: errors[name])
         if not errors[worst] <= rounding(program):
             raise LoweringError(f"the file's output {worst} differs by {errors[worst]:.2g} relative")
     return errors
 
 
-def run_program(given: Run) -> None:
-    """Run every row of a file, in its order."""
-    output = given.output
+def run_program(args: Run) -> None:
+    """Run a program on every row of a file, in order."""
+    output = args.output
     if output is not None and not output.endswith(".npz"):
         raise UsageError(f"{output} should end in .npz")
-    with place(output, given.force, (given.program, given.inputs)):
-        program = read_program(given.program, given.trust)
-        rows = read_rows(program, given.inputs)
+    with place(output, args.force, (args.program, args.inputs)):
+        program = read_program(args.program, args.trust)
+        rows = read_rows(program, args.inputs)
         if rows.sample:
             note(f"input: {rows.sample!r}")
         values = _forward(program, rows)
         _write_values(values, rows, output)
     summary = {k: describe_value(v) for k, v in values.items()}
-    if given.as_json:
+    if args.as_json:
         show_json({"rows": rows.count, "lengths": rows.lengths, "outputs": summary, "written": output})
         return
     for name, described in summary.items():
@@ -96,28 +96,28 @@ def run_program(given: Run) -> None:
             stats = f"  mean {value.float().mean():.4g}, standard deviation {value.float().std():.4g}"
         text(f"{name}: {described}{stats}")
     if rows.lengths and len(set(rows.lengths)) > 1:
-        note(f"rows of {min(rows.lengths)} to {max(rows.lengths)} tokens, filled up on the right")
+        note(f"rows of {min(rows.lengths)} to {max(rows.lengths)} tokens, padded on the right")
     note(f"{rows.count} rows" + (f"; written: {output}" if output is not None else ""))
 
 
 def _forward(program: Program, rows: Rows) -> dict[str, Any]:
-    """Run pieces one after the other where all inputs and outputs are rows, else everything at once."""
+    """Return the outputs, computed piece by piece if all inputs and outputs have rows, else all at once."""
     pieces = rows.pieces(program)
-    found = []
-    shown = ShownProgress()
-    shown.start("running", len(pieces))
+    results = []
+    progress = ShownProgress()
+    progress.start("running", len(pieces))
     for piece in pieces:
-        found.append(execute.run(program, program.bind((), piece)))
-        shown.step()
-    shown.done()
-    return found[0] if len(found) == 1 else {k: torch.cat([f[k] for f in found]) for k in found[0]}
+        results.append(execute.run(program, program.bind((), piece)))
+        progress.step()
+    progress.done()
+    return results[0] if len(results) == 1 else {k: torch.cat([f[k] for f in results]) for k in results[0]}
 
 
 def _write_values(values: dict[str, Any], rows: Rows, output: str | None) -> None:
     if output is not None and rank() == 0:
         arrays = {k: v.float().numpy() if v.dtype is torch.bfloat16 else v.numpy() for k, v in values.items()}
         if len(set(rows.lengths)) > 1 and "lengths" not in arrays:
-            # behind its own tokens, what a row holds means nothing
+            # beyond a row's own tokens its values are meaningless
             arrays["lengths"] = numpy.array(rows.lengths)
-        with atomic_file(output) as made, made.open("wb") as file:
+        with atomic_file(output) as temporary, temporary.open("wb") as file:
             numpy.savez(file, **arrays)

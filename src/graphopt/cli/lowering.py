@@ -1,4 +1,4 @@
-"""``graphopt lower``: programs for other runtimes, and what was written."""
+"""``graphopt lower``: write programs for other runtimes, and report on the files."""
 
 from __future__ import annotations
 
@@ -17,55 +17,57 @@ from .progress import working
 from .sources import read_program
 
 
-def lower_program(given: Lower) -> None:
+def lower_program(args: Lower) -> None:
     """Write a program for another runtime."""
-    to = given.to
+    to = args.to
     if to not in ("onnx", "genai", "triton"):
         raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
-    fixed = [_sizes(each) for each in given.sizes or ()]
-    options = _options(given, fixed)
-    several = len(fixed) > 1 or given.part_bytes is not None or given.target not in (None, "onnx")
-    folder = to != "onnx" or (several and not given.output.endswith(".onnx"))
+    fixed = [_sizes(spec) for spec in args.sizes or ()]
+    options = _options(args, fixed)
+    several = len(fixed) > 1 or args.part_bytes is not None or args.target not in (None, "onnx")
+    folder = to != "onnx" or (several and not args.output.endswith(".onnx"))
     kind: dict[str, Any] = {"folder": True, "moved": True} if folder else {"beside": [".data"]}
-    with place(given.output, given.force, (given.program,), **kind):
-        program = read_program(given.program, given.trust)
+    with place(args.output, args.force, (args.program,), **kind):
+        program = read_program(args.program, args.trust)
         with working("compiling kernels" if to == "triton" else f"lowering to {to}"):
-            report = program.lower(to, given.output, **options)
+            report = program.lower(to, args.output, **options)
     if to == "triton":
-        _show_kernels(given, report)
-    elif given.as_json:
+        _show_kernels(args, report)
+    elif args.as_json:
         show_json({k: str(v) if isinstance(v, Path) else v for k, v in asdict(report).items()})
     elif isinstance(report, GenaiReport):
         _show([report.model], report.files)
-        told = "not compared: onnxruntime-genai is not installed"
+        comparison = "not compared: onnxruntime-genai is not installed"
         if report.compared is not None:
-            told = f"onnxruntime-genai generated {report.compared} tokens, each one that the program takes for likeliest"
-        text(told)
+            comparison = (
+                f"onnxruntime-genai generated {report.compared} tokens, each the program's most likely one"
+            )
+        text(comparison)
     else:
         _show([report, *report.others], report.files)
 
 
-def _options(given: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
-    to, target, sizes = given.to, given.target, fixed[0] if len(fixed) == 1 else fixed or None
-    if to != "onnx" and given.part_bytes is not None:
+def _options(args: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
+    to, target, sizes = args.to, args.target, fixed[0] if len(fixed) == 1 else fixed or None
+    if to != "onnx" and args.part_bytes is not None:
         raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
     if to != "triton":
-        if given.device is not None:
+        if args.device is not None:
             raise UsageError("--device is for AOTInductor packages", hint="--to triton")
         if to == "genai" and (fixed or target is not None):
             raise UsageError(
-                "onnxruntime-genai takes sizes that vary", hint="--to onnx takes --shape and --target"
+                "onnxruntime-genai needs sizes that vary", hint="use --shape and --target with --to onnx"
             )
-        options: dict[str, Any] = {"opset": given.opset, "check": given.check}
-        more = {"sizes": sizes, "target": target, "part_bytes": given.part_bytes}
-        return options | more if to == "onnx" else options
-    if given.opset is not None:
-        raise UsageError("--opset is ONNX's", hint="--to onnx")
+        options: dict[str, Any] = {"opset": args.opset, "check": args.check}
+        onnx_options = {"sizes": sizes, "target": target, "part_bytes": args.part_bytes}
+        return options | onnx_options if to == "onnx" else options
+    if args.opset is not None:
+        raise UsageError("--opset is for ONNX files", hint="--to onnx")
     if len(fixed) > 1:
         raise UsageError("kernels are compiled for one set of sizes", hint="one --shape")
-    if given.device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device is cpu or cuda, not {given.device!r}")
-    options = {"sizes": sizes, "check": given.check, "device": given.device}
+    if args.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, not {args.device!r}")
+    options = {"sizes": sizes, "check": args.check, "device": args.device}
     if target is not None:
         options["architectures"] = tuple(name.strip() for name in target.split(","))
     return options
@@ -83,24 +85,24 @@ def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
         )  # fmt: skip
     table("", ("file", "nodes", "bytes of weights", "largest error", "inputs"), rows)
     for report in reports:
-        told = report.checked
-        if told is not None:
+        check = report.checked
+        if check is not None:
             text(
-                f"{report.path.name}: compiled and simulated for {told.target}, {told.nodes} nodes and none elsewhere; "
-                f"{min(told.against_runtime.values()):.1f} dB to ONNX Runtime, "
-                f"{min(told.against_float.values()):.1f} dB to the program in floats"
+                f"{report.path.name}: compiled and simulated for {check.target}, all {check.nodes} nodes on the target; "
+                f"{min(check.against_runtime.values()):.1f} dB to ONNX Runtime, "
+                f"{min(check.against_float.values()):.1f} dB to the program in floats"
             )
     limits = dict.fromkeys(limit for report in reports for limit in report.limits)
     if limits:
-        text(f"right where {'; '.join(limits)}: a runtime need not notice other sizes")
+        text(f"valid where {'; '.join(limits)}; a runtime may not detect other sizes")
     text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
 
 
-def _show_kernels(given: Lower, report: Any) -> None:
+def _show_kernels(args: Lower, report: Any) -> None:
     from ..backends.triton import as_json as plain
 
-    if given.as_json:
-        show_json({"path": given.output, **plain(report)})
+    if args.as_json:
+        show_json({"path": args.output, **plain(report)})
         return
     columns = ("operator", "kernel", "for", "nodes", "registers", "spilled", "shared", "warps")
     rows = [
@@ -118,20 +120,20 @@ def _show_kernels(given: Lower, report: Any) -> None:
     if report.package is not None:
         text(f"package: {report.package}, largest error {max(report.errors.values(), default=0.0):.2g}")
     else:
-        text("no package: there is no GPU here; --device cpu makes one for this machine")
+        text("no package, because there is no GPU; --device cpu makes one for this machine's CPU")
 
 
-def _sizes(given: str) -> dict[str, int]:
+def _sizes(spec: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for part in given.split(","):
-        name, _, value = part.partition("=")
+    for item in spec.split(","):
+        name, _, value = item.partition("=")
         number = re.fullmatch(r"\s*([0-9]+)\s*", value)
         if number is None or not name.strip() or int(number[1]) < 1:
-            raise UsageError(f"--shape is name=number, separated by commas, numbers from 1 on, not {given!r}")
+            raise UsageError(f"--shape takes name=number, separated by commas, numbers from 1, not {spec!r}")
         if name.strip() in sizes:
             raise UsageError(
-                f"--shape gives {name.strip()} twice: {given!r}",
-                hint="once for each graph: --shape A --shape B",
+                f"--shape gives {name.strip()} twice: {spec!r}",
+                hint="repeat the option for each graph: --shape A --shape B",
             )
         sizes[name.strip()] = int(number[1])
     return sizes

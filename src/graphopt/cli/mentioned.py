@@ -1,4 +1,4 @@
-"""Messages speak to whoever reads Python as well; at a shell, arguments are called by their flags."""
+"""Rewrites messages that name Python arguments so that they name command-line flags."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _SPELLINGS = (
 
 
 def at_the_shell(message: str, flags: Mapping[str, str]) -> str:
-    """Return a message as it is said to somebody at a shell.
+    """Return an error message worded for the command line.
 
     Args:
-        message: of an error, with its hint.
-        flags: of the command's arguments, by their names in Python.
+        message: the error's message, with its hint.
+        flags: the command's flags, by the names of its arguments in Python.
     """
     for pattern, spelling in _SPELLINGS:
         message = re.sub(pattern, spelling, message)
     for name, flag in flags.items():
-        # a name of one word may be an ordinary word of the sentence
+        # a single-word name may be an ordinary word of the sentence
         if "_" in name:
             message = re.sub(rf"(?<![\w\-{{.\"'/]){name}(?![\w.\"'/=])", flag, message)
     return message

@@ -1,7 +1,7 @@
-"""How a command is described: a class whose fields are what it takes and whose docstring is its help.
+"""Declares commands as classes: the fields are the command's arguments, the docstring is its help.
 
-That is the one description there is. The parser is made of it, and whoever does the work is given an instance with the
-values. What several commands take is a class that they inherit. Nothing here imports torch.
+The class is the only description of a command. The parser is built from it, and the function that does the work gets an
+instance with the values. Options shared by several commands are in a base class. This does not import torch.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def option(about: str, default: Any = ..., *flags: str, **limits: Any) -> Any:
 
     Args:
         about: its help.
-        default: what it is where it is not given; None where its type allows that; else it has to be given.
-        flags: how it is written; ``--`` and its name where none of them is long.
-        limits: what typer checks, such as ``min`` and ``max``.
+        default: value if the option is not given; without a default it is None if its type allows that, else required.
+        flags: its flags; ``--`` and its name is added if none of them is long.
+        limits: limits that typer checks, such as ``min`` and ``max``.
     """
     return typer.Option(default, *flags, help=about, **limits)
 
@@ -44,34 +44,38 @@ def argument(about: str, default: Any = ...) -> Any:
 
 
 def command(work: str) -> Callable[[type[Described]], type[Described]]:
-    """Make a class a command under its name in lower case.
+    """Return a decorator that makes a class a command, named after the class in lower case.
 
     Args:
-        work: module and function that do the work, as ``inspecting.inspect_checkpoint``. The module is imported when the
-            command runs, so that help and wrong usage need not wait for torch.
+        work: module and function that do the work, such as ``inspecting.inspect_checkpoint``. The module is imported
+            when the command runs, so that help and usage errors need not wait for torch.
     """
 
     def register(described: type[Described]) -> type[Described]:
         def call(**values: Any) -> None:
-            given = described()
-            vars(given).update(values)
+            args = described()
+            vars(args).update(values)
             module, _, function = work.partition(".")
-            getattr(import_module(f"{__package__}.{module}"), function)(given)
+            getattr(import_module(f"{__package__}.{module}"), function)(args)
 
         hints = get_type_hints(described)
-        # its own before what it shares, and what has to be given before all others
-        names = dict.fromkeys(name for each in described.__mro__ for name in inspect.get_annotations(each))
-        taken = {name: getattr(described, name) for name in names}
-        for name, how in taken.items():
-            if how.default is ... and NoneType in get_args(hints[name]):
-                how.default = None
-            if isinstance(how, OptionInfo) and not any(f.startswith("--") for f in how.param_decls or ()):
-                how.param_decls = (*(how.param_decls or ()), f"--{name.replace('_', '-')}")
+        # the command's own fields before shared ones, and required ones before all others
+        names = dict.fromkeys(name for cls in described.__mro__ for name in inspect.get_annotations(cls))
+        parameters = {name: getattr(described, name) for name in names}
+        for name, parameter in parameters.items():
+            if parameter.default is ... and NoneType in get_args(hints[name]):
+                parameter.default = None
+            if isinstance(parameter, OptionInfo) and not any(
+                f.startswith("--") for f in parameter.param_decls or ()
+            ):
+                parameter.param_decls = (*(parameter.param_decls or ()), f"--{name.replace('_', '-')}")
         call.__annotations__ = hints
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=hints[name])
-                for name, how in sorted(taken.items(), key=lambda each: each[1].default is not ...)
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=parameter, annotation=hints[name]
+                )
+                for name, parameter in sorted(parameters.items(), key=lambda item: item[1].default is not ...)
             ]
         )
         app.command(described.__name__.lower(), help=described.__doc__)(call)

@@ -1,4 +1,4 @@
-"""What commands print: tables for people on the terminal, JSON for programs, errors on standard error."""
+"""Output of commands: tables for people, JSON for programs, errors on standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Documents:
-    """How many JSON documents were printed: a command prints one, whether it fails or not."""
+    """Number of JSON documents printed: a command prints exactly one, whether it fails or not."""
 
     count = 0
 
@@ -34,18 +34,18 @@ def documents_shown() -> int:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    rendered = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, overflow="fold")
+        rendered.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    screen.print(made)
+        rendered.add_row(*(str(cell) for cell in row))
+    screen.print(rendered)
 
 
 def listing(
     as_json: bool, document: Any, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
 ) -> None:
-    """Print plain data as JSON where that was asked for, else as a table."""
+    """Print plain data as JSON if requested, else as a table."""
     if as_json:
         show_json(document)
     else:
@@ -53,11 +53,11 @@ def listing(
 
 
 def text(message: str) -> None:
-    """Print text as it is."""
+    """Print text without interpreting markup."""
     screen.print(message, markup=False)
 
 
 def note(message: str) -> None:
-    """Print a remark where it does not disturb results; under torchrun the first rank does."""
+    """Print a remark on standard error, apart from results; under torchrun only the first rank does."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
         errors.print(message, markup=False)

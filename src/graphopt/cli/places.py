@@ -1,6 +1,6 @@
-"""Where commands write: what stands there stays unless ``--force`` is given, and what a command reads stays anyway.
+"""Output paths of commands: existing files are kept unless ``--force`` is given, and the command's inputs always are.
 
-At Ctrl-C, whoever keeps something says so.
+After Ctrl-C, messages say what has been kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..ir.groups import rank
 from ..ir.storage.atomic import keeping, set_aside
 from ..ir.storage.safetensors_file import writer
 
-_ELSEWHERE = "choose another place; --force does not help here"
+_OTHER_OUTPUT_HINT = "choose another output; --force does not help here"
 
 
 @contextlib.contextmanager
@@ -29,67 +29,69 @@ def place(
     beside: Iterable[str] = (),
     moved: bool = False,
 ) -> Iterator[None]:
-    """Check where a command writes before it works, and keep watch over the place while it does.
+    """Check a command's output path before the work starts, and protect existing files during the work.
 
     Args:
-        output: where; None where nothing is written.
-        force: what stands there may be replaced: a plain file by a file, a folder that graphopt wrote by a folder.
-        inputs: what the command reads.
-        folder: a folder is written, not a file.
-        beside: endings of further files that are written beside the output.
-        moved: whoever writes the folder takes no place where something is, so what is there is put aside.
+        output: the path; None if nothing is written.
+        force: an existing plain file may be replaced by a file, a folder that graphopt wrote by a folder.
+        inputs: paths that the command reads.
+        folder: whether a folder is written, not a file.
+        beside: suffixes of further files that are written next to the output.
+        moved: the code that writes refuses an existing path, so existing files are set aside first.
 
     Raises:
-        UsageError: what is there is not to be replaced, or is read by the command.
+        UsageError: the path must not be replaced, or the command reads it.
     """
     if output is None or rank():
-        yield  # the first rank writes
+        yield  # only the first rank writes
         return
     if not output:
         raise UsageError("the name of the output is empty")
     target = Path(output)
-    places = [target, *(target.with_name(target.name + ending) for ending in beside)]
-    for each in places:
-        _require_not_read(each, inputs)
-        _require_free(each, force, folder)
+    paths = [target, *(target.with_name(target.name + ending) for ending in beside)]
+    for path in paths:
+        _require_not_read(path, inputs)
+        _require_free(path, force, folder)
     before = _stamp(target)
 
-    def left() -> str:
+    def describe_outcome() -> str:
         after = _stamp(target)
         if after == before:
-            return f"{output} was not written" if after is None else f"{output} is as it was"
+            return f"{output} was not written" if after is None else f"{output} is unchanged"
         return f"{output} is written" if after is not None else f"{output} is gone"
 
-    with on_interrupt(left), contextlib.ExitStack() as stack:
-        for each in places:
+    with on_interrupt(describe_outcome), contextlib.ExitStack() as stack:
+        for path in paths:
             if not force:
-                stack.enter_context(keeping(each))
-            elif moved and each.exists():
-                stack.enter_context(set_aside(each))
+                stack.enter_context(keeping(path))
+            elif moved and path.exists():
+                stack.enter_context(set_aside(path))
         yield
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:
-    """Tell one file or folder at a place from another."""
+    """Return what identifies the file or folder at a path; None if there is none."""
     try:
-        found = target.stat()
+        status = target.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _require_not_read(target: Path, inputs: Iterable[str | None]) -> None:
-    real = target.resolve()
-    for given in inputs:
-        if given is None or not os.path.exists(given):
+    resolved = target.resolve()
+    for name in inputs:
+        if name is None or not os.path.exists(name):
             continue
-        source = Path(given).resolve()
-        if source == real or (target.exists() and os.path.samefile(target, source)):
-            raise UsageError(f"{target} is what the command reads", hint=_ELSEWHERE)
-        if real in source.parents:
-            raise UsageError(f"{target} holds {given}, which the command reads", hint=_ELSEWHERE)
-        if source.is_dir() and source in real.parents and target.exists():
-            raise UsageError(f"{target} is a part of {given}, which the command reads", hint=_ELSEWHERE)
+        source = Path(name).resolve()
+        if source == resolved or (target.exists() and os.path.samefile(target, source)):
+            raise UsageError(f"{target} is what the command reads", hint=_OTHER_OUTPUT_HINT)
+        if resolved in source.parents:
+            raise UsageError(f"{target} holds {name}, which the command reads", hint=_OTHER_OUTPUT_HINT)
+        if source.is_dir() and source in resolved.parents and target.exists():
+            raise UsageError(
+                f"{target} is a part of {name}, which the command reads", hint=_OTHER_OUTPUT_HINT
+            )
 
 
 def _require_free(target: Path, force: bool, folder: bool) -> None:
@@ -98,9 +100,7 @@ def _require_free(target: Path, force: bool, folder: bool) -> None:
     if folder and target.is_dir() and not any(target.iterdir()):
         return
     if not force:
-        raise UsageError(
-            f"{target} exists already", hint="choose another place, or say --force to have it replaced"
-        )
+        raise UsageError(f"{target} exists already", hint="choose another output, or replace it with --force")
     if not folder and target.is_dir():
         raise UsageError(f"{target} is a folder", hint="give the name of a file")
     if not folder and not target.is_file():
@@ -108,32 +108,32 @@ def _require_free(target: Path, force: bool, folder: bool) -> None:
     if folder and not (target.is_dir() and written_here(target)):
         raise UsageError(
             f"{target} is not a folder that graphopt wrote, so --force does not replace it",
-            hint="choose another place, or remove it",
+            hint="choose another output, or remove it",
         )
 
 
 def require_empty(folder: str, force: bool) -> None:
-    """Check that a folder of files that a command adds is new or empty, unless ``--force`` is given.
+    """Check that a folder to which a command adds files is new or empty, unless ``--force`` is given.
 
     Raises:
-        UsageError: something is in it.
+        UsageError: the folder is not empty, or is a file.
     """
-    there = Path(folder)
-    if there.exists() and not there.is_dir():
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{folder} is a file", hint="give the name of a folder")
-    if not force and there.is_dir() and any(there.iterdir()):
+    if not force and path.is_dir() and any(path.iterdir()):
         raise UsageError(
-            f"{folder} is not empty", hint="choose another place, or say --force to have files replaced"
+            f"{folder} is not empty", hint="choose another folder, or replace files with --force"
         )
 
 
 def written_here(folder: Path) -> bool:
-    """Tell whether a folder is a saved program, a Hugging Face folder or files for another runtime that graphopt wrote."""
+    """Tell whether graphopt wrote a folder: a saved program, a Hugging Face folder or files for another runtime."""
     if (folder / "program.json").is_file() and (folder / "manifest.json").is_file():
         return True
     if (folder / "config.json").is_file():
         return any(writer(file) == "graphopt" for file in folder.glob("*.safetensors"))
-    if any(b"graphopt" in _first(file, 64) for file in folder.glob("*.onnx")):
+    if any(b"graphopt" in _read_start(file, 64) for file in folder.glob("*.onnx")):
         return True
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -142,24 +142,24 @@ def written_here(folder: Path) -> bool:
     return isinstance(report, dict) and {"kernels", "without", "package"} <= set(report)
 
 
-def _first(file: Path, size: int) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(size)
+def _read_start(file: Path, size: int) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(size)
 
 
 @contextlib.contextmanager
-def on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
-    """Add to an interruption what is kept of the work inside the block; nothing is added where that is empty."""
+def on_interrupt(describe: Callable[[], str]) -> Iterator[None]:
+    """Add a note to an interruption that says what has been kept, unless ``describe`` returns an empty text."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        told = kept()
-        if told:
-            stop.add_note(told)
+        message = describe()
+        if message:
+            stop.add_note(message)
         raise
 
 
 def scores_in(work_dir: str | None) -> contextlib.AbstractContextManager[None]:
     """Say at an interruption where scores are kept, if they are."""
-    kept = f"what was measured is kept in {work_dir}; the same command goes on from there"
-    return on_interrupt(lambda: kept if work_dir is not None and os.path.isdir(work_dir) else "")
+    message = f"measurements are kept in {work_dir}; the same command resumes from them"
+    return on_interrupt(lambda: message if work_dir is not None and os.path.isdir(work_dir) else "")

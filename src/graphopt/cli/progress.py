@@ -15,14 +15,14 @@ _DELAY = 2.0
 
 
 class ShownProgress:
-    """Progress of a pass, with what was just done and the time left."""
+    """Shows the progress of a pass, with the last step and the time left."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
         self.what, self.total, self.count, self.began = "", 0, 0, time.monotonic()
 
     def start(self, what: str, total: int) -> None:
-        """Begin; a total of 0 is a message."""
+        """Start; if the total is 0, only print the message."""
         if total == 0:
             errors.print(what, markup=False)
             return
@@ -43,7 +43,7 @@ class ShownProgress:
             self.bar.update(self.bar.task_ids[0], completed=self.count, total=self.total, note=note)
 
     def done(self) -> None:
-        """End."""
+        """Stop showing progress."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -51,25 +51,25 @@ class ShownProgress:
 
 @contextlib.contextmanager
 def writing(output: str) -> Iterator[Callable[[str, int], None]]:
-    """Show progress of writing tensors, in bytes; what is given is called with the name and size of each."""
-    shown, written = ShownProgress(), 0
-    shown.what = f"writing {output}"
+    """Show progress of writing tensors, in bytes; yields a function to call with the name and size of each."""
+    progress, written = ShownProgress(), 0
+    progress.what = f"writing {output}"
 
     def count(name: str, size: int) -> None:
         nonlocal written
         written += size
-        shown.total = shown.count + 1
-        shown.step(f"{name} {written / 1e9:.2f} GB")
+        progress.total = progress.count + 1
+        progress.step(f"{name} {written / 1e9:.2f} GB")
 
     try:
         yield count
     finally:
-        shown.done()
+        progress.done()
 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Say what is going on, if it takes more than two seconds."""
+    """Print what is being done if it takes more than two seconds."""
     stop = threading.Event()
 
     def wait() -> None:

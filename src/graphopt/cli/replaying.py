@@ -1,4 +1,4 @@
-"""What a saved program says of its making, done again on the original: the same passes by the same plans."""
+"""Replays the history of a saved program on the original: the same passes with the same plans."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..passes.framework.plan import Plan
 
 @dataclass
 class Replayed:
-    """What came of it.
+    """Result of a replay.
 
     Attributes:
-        same: the passes make exactly this program.
-        reason: why not, or why that cannot be told.
-        broken: a contract that does not hold, or a weight that is another one.
+        same: the passes produce exactly this program.
+        reason: why they do not, or why it cannot be determined.
+        broken: a contract that does not hold, or a weight that differs.
     """
 
     same: bool
@@ -34,51 +34,53 @@ class Replayed:
 
 
 def is_exact(entry: Mapping[str, Any]) -> bool:
-    """Tell whether an entry of a program's history promises that nothing changes."""
+    """Tell whether the contract of an entry of a program's history is exact."""
     return str(entry.get("contract", "")).startswith(("exact", "adds"))
 
 
 def replay(
     before: Program, after: Program, history: Sequence[Mapping[str, Any]], context: Context
 ) -> Replayed:
-    """Run the passes of a history again, hold exact ones to their contract site by site, and compare what is stored.
+    """Run the passes of a history again, check exact ones site by site, and compare the result with the stored program.
 
-    Whole outputs cannot tell a change of a hundredth from the rounding of weights to 16 bits; this can.
+    Comparing whole outputs cannot distinguish a change of one percent from rounding weights to 16 bits; this can.
 
     Args:
         before: the original.
-        after: what was made of it, as stored.
-        history: what was done, each entry with its plan.
+        after: the program made from it, as stored.
+        history: the passes that were run, each entry with its plan.
         context: of the run.
     """
     current = before
     for entry in history:
         if "pass" not in entry:
-            return Replayed(False, f"{entry.get('recipe', 'training')} cannot be done again")
+            return Replayed(False, f"{entry.get('recipe', 'training')} cannot be replayed")
         try:
             (step,) = parse_pipeline(str(entry["pass"]))
             plan = Plan.from_dict(entry.get("plan") or {})
-            how: Any = "sites" if is_exact(entry) else "off"
-            current, done = run_pass(current, step, context, plan=plan, verify_with=how)
+            verify_with: Any = "sites" if is_exact(entry) else "off"
+            current, result = run_pass(current, step, context, plan=plan, verify_with=verify_with)
         except ContractError as error:
             return Replayed(False, broken=error.message)
         except GraphoptError as error:
-            return Replayed(False, f"{entry['pass']} cannot be done again: {error.message}")
-        failed = next((r for r in done.refused if r.rolled_back), None)
+            return Replayed(False, f"{entry['pass']} cannot be replayed: {error.message}")
+        failed = next((r for r in result.refused if r.rolled_back), None)
         if failed is not None:
             return Replayed(False, broken=f"{entry['pass']} at {failed.block}: {failed.reason}")
-    made = fold(current, to_store=True)
-    if difference(made, after):
-        return Replayed(False, "its graph is not what its passes make of the original today")
+    folded = fold(current, to_store=True)
+    if difference(folded, after):
+        return Replayed(False, "its graph differs from what its passes now make of the original")
     for name, weight in after.weights.items():
-        here, there = made.weights[name].source.load(), weight.source.load()
-        if not _alike(here, there):
-            return Replayed(False, broken=f"weight {weight.name} is not what its passes make of the original")
+        recomputed, stored = folded.weights[name].source.load(), weight.source.load()
+        if not _nearly_equal(recomputed, stored):
+            return Replayed(
+                False, broken=f"weight {weight.name} differs from what its passes make of the original"
+            )
     return Replayed(True)
 
 
-def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equal, or next to one another: sums on another machine may round the other way."""
+def _nearly_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Tell whether two tensors are equal up to one rounding step: sums on another machine may round differently."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     if torch.equal(first, second):
@@ -87,5 +89,5 @@ def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
         return False
     step = torch.finfo(first.dtype).eps
     a, b = first.double(), second.double()
-    # a sum that cancels is as exact as what was added
+    # a sum with cancellation is only as exact as its terms
     return bool(((a - b).abs() <= step * torch.maximum(a.abs(), a.abs().mean())).all())

@@ -1,4 +1,4 @@
-"""Running the command line: exit status, errors as messages, one voice under torchrun."""
+"""Runs the command line: exit status, errors as messages, output from only one rank under torchrun."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .app import app
 from .mentioned import at_the_shell
 from .output import documents_shown, errors, show_json
 
-# typer has a copy of click or uses the package, by its version; either way its errors are found here
+# depending on its version, typer bundles click or imports it; this finds click's usage error either way
 _WrongUsage: Any = typer.BadParameter.__mro__[2]
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
-"""What torch says on a CPU and on a GPU."""
+"""Torch's messages on a CPU and on a GPU."""
 
 INTERRUPTED = 130
-"""The exit status after Ctrl-C, as of a process that a signal 2 ended."""
+"""The exit status after Ctrl-C, as of a process ended by signal 2."""
 
 
 def run(arguments: list[str]) -> int:
@@ -43,15 +43,15 @@ def run(arguments: list[str]) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-    """Ours in one line; those of libraries are for who writes programs."""
+    """Print graphopt's own warnings in one line; those of libraries are hidden from users of the command line."""
     if "graphopt" in Path(filename).parts or os.environ.get("GRAPHOPT_TRACEBACK"):
         errors.print(f"warning: {message}", markup=False)
 
 
-def _run(arguments: list[str], who: str) -> int:
+def _run(arguments: list[str], prefix: str) -> int:
     before = documents_shown()
     try:
-        # not its main(), which turns Ctrl-C into a status and loses what was said on the way
+        # not its main(), which turns Ctrl-C into a status and loses the notes of the exception
         command: Any = typer.main.get_command(app)
         with warnings.catch_warnings(), command.make_context("graphopt", list(arguments)) as context:
             warnings.showwarning = _show_warning
@@ -67,8 +67,8 @@ def _run(arguments: list[str], who: str) -> int:
     except (KeyboardInterrupt, typer.Abort) as stop:
         ending = _interrupted(stop)
     except Exception as error:
-        ending = _failed(error, who, _flags(arguments))
-    # a command that shows what it found and then refuses has said it all
+        ending = _failed(error, prefix, _flags(arguments))
+    # a command that has printed its result and then refuses needs no second document
     if "--json" in arguments and documents_shown() == before:
         show_json({"error": ending.name, "message": ending.message, "exit_status": ending.status})
     if ending.shown:
@@ -77,7 +77,7 @@ def _run(arguments: list[str], who: str) -> int:
 
 
 class _Ending(NamedTuple):
-    """How a command ended that was not done, as data and as it is shown to people."""
+    """How a command failed, as data and as text for people."""
 
     name: str
     message: str
@@ -86,7 +86,7 @@ class _Ending(NamedTuple):
 
 
 def _interrupted(stop: BaseException) -> _Ending:
-    """Say so, and what is kept of the work: whoever keeps something has left a note."""
+    """Return the ending of an interrupted command, with the exception's notes on what has been kept."""
     cause = stop if isinstance(stop, KeyboardInterrupt) else stop.__cause__
     words = [str(cause)] if isinstance(cause, KeyboardInterrupt) and str(cause) else []
     words += getattr(cause, "__notes__", [])
@@ -95,7 +95,7 @@ def _interrupted(stop: BaseException) -> _Ending:
 
 
 def _flags(arguments: list[str]) -> dict[str, str]:
-    """Return the flags of the command that was called, by the names of its parameters."""
+    """Return the flags of the called command, by the names of its parameters."""
     command: Any = typer.main.get_command(app)
     called = command.commands.get(next((a for a in arguments if not a.startswith("-")), ""))
     return {
@@ -108,25 +108,25 @@ def _flags(arguments: list[str]) -> dict[str, str]:
 def _misused(error: Any) -> _Ending:
     message = str(error.format_message())
     context = getattr(error, "ctx", None)
-    where = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
-    return _Ending("UsageError", message, 2, message and f"UsageError: {message}{where}")
+    hint = f"\n  what to do: see {context.command_path} --help" if context is not None else ""
+    return _Ending("UsageError", message, 2, message and f"UsageError: {message}{hint}")
 
 
-def _failed(error: Exception, who: str, flags: dict[str, str]) -> _Ending:
-    name, said = type(error).__name__, str(error)
+def _failed(error: Exception, prefix: str, flags: dict[str, str]) -> _Ending:
+    name, text = type(error).__name__, str(error)
     status = getattr(error, "exit_code", None)
-    if status is None and (isinstance(error, MemoryError) or any(words in said for words in _OUT_OF_MEMORY)):
-        # the machine's limit and nobody's mistake
-        message = f"out of memory: {said.splitlines()[0] if said else name}"
-        message += "\n  what to do: smaller sizes or fewer rows, or a machine with more memory"
-        return _Ending("MemoryError", message, 1, who + message)
-    message = at_the_shell(said, flags)
-    shown = f"{who}{name}: {message}"
+    if status is None and (isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)):
+        # a limit of the machine, not an error in graphopt
+        message = f"out of memory: {text.splitlines()[0] if text else name}"
+        message += "\n  what to do: use smaller sizes, fewer rows or a machine with more memory"
+        return _Ending("MemoryError", message, 1, prefix + message)
+    message = at_the_shell(text, flags)
+    shown = f"{prefix}{name}: {message}"
     if status is None:
         if os.environ.get("GRAPHOPT_TRACEBACK"):
             traceback.print_exc()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        shown = f"{who}internal error: {name}: {said}\n  at {Path(where.filename).name}:{where.lineno}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        shown = f"{prefix}internal error: {name}: {text}\n  at {Path(frame.filename).name}:{frame.lineno}"
         shown += "\n  what to do: report it; GRAPHOPT_TRACEBACK=1 prints the whole traceback"
     notes = "".join(f"\n  in {line}" for line in getattr(error, "__notes__", []))
     return _Ending(name, message, int(status or 1), shown + notes)

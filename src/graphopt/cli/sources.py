@@ -1,4 +1,4 @@
-"""Reading what commands are given: programs and data."""
+"""Reads the inputs of commands: programs and data."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
     """Return a checkpoint or saved program.
 
     Args:
-        source: which.
+        source: path or name of the checkpoint or program.
         trust: read a ``.pt2`` file although reading can run code from it.
-        to_save: what becomes of it is saved, so that a program that cannot be is refused before the work.
+        to_save: the result will be saved, so refuse a program that cannot be saved before doing any work.
     """
     if not source:
         raise UsageError("the name of a checkpoint is empty")
     with working(f"reading and capturing {source}"):
         program = capture(source, trust=trust)
-    for said in program.origin.notes:
-        note(said)
+    for remark in program.origin.notes:
+        note(remark)
     for name in program.origin.unused[:5]:
-        note(f"the checkpoint's tensor {name} is read by nothing")
+        note(f"the checkpoint's tensor {name} is not used")
     if to_save:
         require_savable(program)
     return program
 
 
-def read_context(program: Program, given: Calibrating, work_dir: str | None = None) -> Context:
-    """Return the context of a run, with its data read and one sample shown."""
+def read_context(program: Program, args: Calibrating, work_dir: str | None = None) -> Context:
+    """Return the context of a run, after reading its data and printing one sample."""
     require_work_dir(work_dir)
     batches: list[dict[str, Tensor]] = []
-    if given.data is not None:
+    if args.data is not None:
         batches, sample = read_data(
-            program, given.data, sequences=given.sequences, length=given.length, seed=given.seed
+            program, args.data, sequences=args.sequences, length=args.length, seed=args.seed
         )
         rows = sum(next(iter(b.values())).shape[0] for b in batches)
-        if not given.as_json:
-            shown = f"; one of them: {sample!r}" if sample else ""
-            note(f"data: {rows} rows in {len(batches)} batches{shown}")
-    return Context(batches, work_dir=work_dir, seed=given.seed, progress=ShownProgress())
+        if not args.as_json:
+            sample_text = f"; one of them: {sample!r}" if sample else ""
+            note(f"data: {rows} rows in {len(batches)} batches{sample_text}")
+    return Context(batches, work_dir=work_dir, seed=args.seed, progress=ShownProgress())
 
 
 def require_files(*files: str | None) -> None:
-    """Check that files of data are there before anything slow begins.
+    """Check that data files exist before anything slow begins.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a file does not exist.
     """
     for file in files:
         if file is not None and not Path(file).is_file():
@@ -65,13 +65,13 @@ def require_files(*files: str | None) -> None:
 
 
 def require_work_dir(work_dir: str | None) -> None:
-    """Check that a place for scores or a run is a folder, or can become one.
+    """Check that the path for scores or a run is a folder, or can become one.
 
     Raises:
-        UsageError: a file is there, or above it.
+        UsageError: the path, or a parent of it, is a file.
     """
     if work_dir is None:
         return
-    there = next(p for p in (Path(work_dir), *Path(work_dir).absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UsageError(f"--work-dir {work_dir}: {there} is a file", hint="give the name of a folder")
+    existing = next(p for p in (Path(work_dir), *Path(work_dir).absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--work-dir {work_dir}: {existing} is a file", hint="give the name of a folder")

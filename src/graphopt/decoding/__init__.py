@@ -1,4 +1,4 @@
-"""Generation over programs."""
+"""Text generation with programs."""
 
 from __future__ import annotations
 

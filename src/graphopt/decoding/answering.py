@@ -1,4 +1,4 @@
-"""Data that a model writes itself: texts that it continues, conversations in which it speaks for the assistant."""
+"""Data written by the model itself: texts that it continues, and conversations in which it plays the assistant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Entry = str | list[dict[str, Any]]
 
 @dataclass
 class Answered:
-    """What came out: rows written, rows left out since they did not fit, tokens that the model wrote."""
+    """Result of :func:`answer`: rows written, rows left out because they did not fit, and tokens the model wrote."""
 
     rows: int = 0
     left_out: int = 0
@@ -50,28 +50,30 @@ def answer(
 ) -> Answered:
     """Let a model write the data that heads, drafts and :class:`~graphopt.decoding.Retrieval` learn from.
 
-    Of a text the first tokens are kept and the model goes on. In a conversation it speaks for the assistant at every
-    turn, with its own earlier turns before it; one that ends with the user's turn is answered. So data may be prompts
-    alone, and a model is never taught another one's words (self-distillation of Medusa, arXiv 2401.10774).
+    The first tokens of a text are kept and the model continues them. In a conversation it writes every assistant turn,
+    with its own earlier turns as context; a conversation that ends with the user's turn gets an answer. The data may
+    therefore be prompts alone, and a model is never trained on another model's words (self-distillation of Medusa,
+    arXiv 2401.10774).
 
-    An interrupted call goes on where it stopped, if it is the same: what is done stands in ``output`` + ``.part``.
+    If an interrupted call is repeated with the same arguments, it resumes from the rows saved in ``output`` + ``.part``.
 
     Args:
         model: what :func:`graphopt.capture` takes, with its tokenizer.
-        source: a .jsonl (``text`` or ``messages`` a line) or .txt file.
-        output: a .jsonl file to write; the same form as the source.
-        sequences: rows at most; None takes all.
-        prompt_tokens: of a text, so many tokens are kept.
-        max_new_tokens: the model writes at most so many, a turn.
-        batch: rows that are written side by side.
+        source: a .jsonl file (``text`` or ``messages`` on each line) or a .txt file.
+        output: a .jsonl file to write, in the same form as the source.
+        sequences: maximum number of rows; None takes all.
+        prompt_tokens: number of tokens of each text that are kept as its prompt.
+        max_new_tokens: maximum number of tokens the model writes in each turn.
+        batch: number of rows generated together.
         temperature: 0 takes the most likely token.
-        seed: of draws.
-        strategy: who proposes candidates; the text stays the same.
-        device: where it runs.
-        progress: hears of every batch.
+        seed: for sampling.
+        strategy: how candidates are proposed; the text is the same with any strategy.
+        device: where the model runs.
+        progress: notified after every batch.
 
     Raises:
-        UsageError: the output exists, the source is missing or of no known kind, or another call's part lies there.
+        UsageError: the output exists, the source is missing or of an unknown kind, or the ``.part`` file belongs to a
+            different call.
     """
     path, target = Path(source), Path(output)
     if target.exists():
@@ -81,47 +83,45 @@ def answer(
     if path.suffix not in (".jsonl", ".json", ".txt"):
         raise UsageError(f"{path}: texts and conversations are read from .jsonl and .txt files")
     if min(prompt_tokens, max_new_tokens, batch) < 1:
-        raise UsageError("prompt_tokens, max_new_tokens and batch are at least 1")
+        raise UsageError("prompt_tokens, max_new_tokens and batch must be at least 1")
     program = as_program(model)
     writer = _Writer(program, prompt_tokens, max_new_tokens, temperature, strategy, device)
-    given = [entry for _, entry in entries(path)][:sequences]
-    if not given:
+    rows = [entry for _, entry in entries(path)][:sequences]
+    if not rows:
         raise UsageError(f"{path} holds no text")
     header = {
-        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": whole_hash(program), "rows": len(given),
+        "source": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "program": whole_hash(program), "rows": len(rows),
         "prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch, "temperature": temperature,
         "seed": seed,
     }  # fmt: skip
     part = target.with_name(target.name + ".part")
-    lines = _done(part, header)
-    shown = progress or Silent()
-    starts = range(len(lines), len(given), batch)
-    shown.start("writing answers", len(starts))
+    lines = _finished_rows(part, header)
+    reporter = progress or Silent()
+    starts = range(len(lines), len(rows), batch)
+    reporter.start("writing answers", len(starts))
     target.parent.mkdir(parents=True, exist_ok=True)
     with part.open("a", encoding="utf-8") as file:
         if not lines:
             file.truncate(0)
             file.write(json.dumps(header) + "\n")
         for start in starts:
-            made = writer.write(given[start : start + batch], seed + start)
-            lines.extend(json.dumps(row, ensure_ascii=False) for row in made)
+            answers = writer.write(rows[start : start + batch], seed + start)
+            lines.extend(json.dumps(row, ensure_ascii=False) for row in answers)
             file.write("\n".join(lines[start:]) + "\n")
             file.flush()
-            shown.step(f"{writer.tokens} tokens")
-    shown.done()
-    kept = [line for line in lines if line != "null"]
-    if not kept:
-        raise UsageError(
-            "no row fits into the positions that the model has", hint="shorter prompts or answers"
-        )
+            reporter.step(f"{writer.tokens} tokens")
+    reporter.done()
+    answered_lines = [line for line in lines if line != "null"]
+    if not answered_lines:
+        raise UsageError("no row fits into the model's positions", hint="use shorter prompts or answers")
     with atomic_file(target) as temporary:
-        temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(answered_lines) + "\n", encoding="utf-8")
     part.unlink()
-    return Answered(len(kept), len(lines) - len(kept), writer.tokens)
+    return Answered(len(answered_lines), len(lines) - len(answered_lines), writer.tokens)
 
 
-def _done(part: Path, header: dict[str, Any]) -> list[str]:
-    """Return the rows of an interrupted call, whole batches alone."""
+def _finished_rows(part: Path, header: dict[str, Any]) -> list[str]:
+    """Return the rows that an interrupted call finished, counting complete batches only."""
     if not part.is_file():
         return []
     text = part.read_text(encoding="utf-8")
@@ -129,23 +129,23 @@ def _done(part: Path, header: dict[str, Any]) -> list[str]:
     if not text.endswith("\n"):
         lines = lines[:-1]
     try:
-        held = json.loads(lines[0]) if lines else None
+        found_header = json.loads(lines[0]) if lines else None
     except ValueError:
-        held = None
-    if held != header:
+        found_header = None
+    if found_header != header:
         if not lines:
             return []
         raise UsageError(
-            f"{part} was left by another call", hint="repeat that one to end it, or remove the file"
+            f"{part} was left by another call", hint="repeat that call to finish it, or remove the file"
         )
     whole = (len(lines) - 1) // int(header["batch"]) * int(header["batch"])
-    kept = lines[1 : 1 + whole]
-    part.write_text("\n".join([lines[0], *kept]) + "\n", encoding="utf-8")
-    return kept
+    finished = lines[1 : 1 + whole]
+    part.write_text("\n".join([lines[0], *finished]) + "\n", encoding="utf-8")
+    return finished
 
 
 class _Writer:
-    """Writes rows side by side."""
+    """Generates several rows together."""
 
     def __init__(
         self, program: Program, prompt_tokens: int, count: int, temperature: float, strategy: str | None,
@@ -159,43 +159,43 @@ class _Writer:
         self.tokens = 0
 
     def write(self, rows: Sequence[Entry], seed: int) -> list[dict[str, Any] | None]:
-        """Return rows as lines of data; None for one that does not fit."""
-        made: list[dict[str, Any] | None] = [None] * len(rows)
+        """Return each row as a line of data, or None if it does not fit."""
+        results: list[dict[str, Any] | None] = [None] * len(rows)
         texts = [n for n, row in enumerate(rows) if isinstance(row, str)]
         prompts = [self.tokenizer.encode(str(rows[n]))[: self.prompt_tokens] for n in texts]
         for n, prompt, new in zip(texts, prompts, self._continued(prompts, seed), strict=True):
-            made[n] = None if new is None else {"text": self.tokenizer.decode([*prompt, *new])}
-        talks = {n: _Talk(row) for n, row in enumerate(rows) if isinstance(row, list)}
+            results[n] = None if new is None else {"text": self.tokenizer.decode([*prompt, *new])}
+        conversations = {n: _Conversation(row) for n, row in enumerate(rows) if isinstance(row, list)}
         turn = 0
-        while waiting := {n: talk for n, talk in talks.items() if talk.waits}:
+        while waiting := {n: conversation for n, conversation in conversations.items() if conversation.waits}:
             turn += 1
-            said = [
-                self.tokenizer.encode_chat(self.tokenizer.chat(talk.so_far, answering=True))[0]
-                for talk in waiting.values()
+            chats = [
+                self.tokenizer.encode_chat(self.tokenizer.chat(conversation.so_far, answering=True))[0]
+                for conversation in waiting.values()
             ]
-            for talk, new in zip(waiting.values(), self._continued(said, seed + turn), strict=True):
-                talk.say(None if new is None else self.tokenizer.decode(new).strip())
-        for n, talk in talks.items():
-            made[n] = {"messages": talk.so_far} if talk.whole else None
-        return made
+            for conversation, new in zip(waiting.values(), self._continued(chats, seed + turn), strict=True):
+                conversation.say(None if new is None else self.tokenizer.decode(new).strip())
+        for n, conversation in conversations.items():
+            results[n] = {"messages": conversation.so_far} if conversation.whole else None
+        return results
 
     def _continued(self, prompts: list[list[int]], seed: int) -> Iterator[list[int] | None]:
         fits = [bool(p) and (self.limit is None or len(p) + self.count <= self.limit) for p in prompts]
         rows = [p for p, fit in zip(prompts, fits, strict=True) if fit]
-        found: Iterator[list[int]] = iter(())
+        continued: Iterator[list[int]] = iter(())
         if rows:
             stream_ = stream(self.program, rows, max_new_tokens=self.count, seed=seed, **self.options)
             for _, tokens in stream_:
                 self.tokens += len(tokens)
-            found = (whole[len(begun) :] for whole, begun in zip(stream_.rows, rows, strict=True))
+            continued = (row[len(prompt) :] for row, prompt in zip(stream_.rows, rows, strict=True))
         for fit in fits:
-            new = next(found) if fit else None
-            # the end is written by the chat's template, and a text has none
+            new = next(continued) if fit else None
+            # the chat template writes the end token, and plain texts have none
             yield new if new is None else [t for t in new if t not in self.ends]
 
 
-class _Talk:
-    """A conversation in which the assistant's turns are written anew."""
+class _Conversation:
+    """A conversation whose assistant turns are rewritten."""
 
     def __init__(self, messages: list[dict[str, Any]]):
         self.left = list(messages)
@@ -207,7 +207,7 @@ class _Talk:
 
     @property
     def waits(self) -> bool:
-        """Tell whether the assistant is to speak."""
+        """Tell whether the assistant speaks next."""
         return self.whole and bool(self.left)
 
     def _listen(self) -> None:
@@ -215,9 +215,9 @@ class _Talk:
             self.so_far.append(self.left.pop(0))
 
     def say(self, content: str | None) -> None:
-        """Take the assistant's turn; None where it has no room, which ends the conversation before this turn."""
+        """Add the assistant's turn; None means that it does not fit, which ends the conversation before this turn."""
         if content is None:
-            # the turns before are whole; the user's last stays unanswered, so it goes too
+            # earlier turns are complete; the user's last turn has no answer, so it is dropped too
             while self.so_far and self.so_far[-1].get("role") != "assistant":
                 self.so_far.pop()
             self.left, self.whole = [], bool(self.so_far)

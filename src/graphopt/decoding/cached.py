@@ -1,4 +1,4 @@
-"""A decoder that runs with its caches: rows that stand at different places, trees of candidates, accepted paths."""
+"""A decoder that runs with KV caches: rows at different positions, trees of candidates, accepted paths."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Buffer, Running, Step
 
 MARKS = "mask_index"
-"""The input that says where mask tokens stand."""
+"""The input that marks the positions of mask tokens."""
 
 PIECE = 512
-"""Tokens of a prompt that are computed at once."""
+"""Number of prompt tokens that are computed at once."""
 
 
 PHASE = "decoding"
-"""The dial of ``skip-layers{phase=decode}``."""
+"""The run-time setting of ``skip-layers{phase=decode}``."""
 
 
 class CachedDecoder:
-    """Runs a program that insert-kv-cache made.
+    """Runs a program made by insert-kv-cache.
 
-    Invariant: row ``b`` has ``lengths[b]`` tokens whose keys and values lie in the slots of their positions; whatever
-    lies behind is never seen.
+    Invariant: row ``b`` has ``lengths[b]`` tokens whose keys and values are stored in the slots of their positions;
+    later slots are never attended to.
 
     Attributes:
-        phased: the program skips layers while tokens are added to a prompt.
-        decoding: it does so from now on.
+        phased: the program skips layers while it decodes, that is, after the prompt.
+        decoding: layers are skipped from now on.
 
     Args:
         program: with a cache.
-        batch: rows.
-        capacity: slots; as many as the longest row will have, with the candidates of a step.
-        outputs: names of what is computed each step; the logits if left out.
-        device: where it runs; the CPU if left out.
-        dials: settings of the program that are not to be the usual.
-        compiled: compile what lies between attentions, and on a GPU record steps as CUDA graphs.
+        batch: number of rows.
+        capacity: number of slots, enough for the longest row plus the candidates of a step.
+        outputs: names of the outputs computed at each step; the logits by default.
+        device: where it runs; the CPU by default.
+        dials: values of run-time settings that differ from their defaults.
+        compiled: compile everything between attentions, and on a GPU record steps as CUDA graphs.
 
     Raises:
-        UsageError: the program has no cache, or not as many slots.
+        UsageError: the program has no cache, or too few slots.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class CachedDecoder:
         self.phased = SkippedWhileDecoding in program.facts
         if self.phased and PHASE in (dials or {}):
             raise UsageError(
-                f"decoding says by itself when {PHASE} is 0 and when it is 1",
+                f"the decoder itself sets {PHASE} to 0 or 1",
                 hint=f"freeze-dial{{dial={PHASE} value=0}} makes a program that takes all layers always",
             )
         self.decoding = not self.phased
@@ -95,7 +95,7 @@ class CachedDecoder:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """Size of the vocabulary."""
         trimmed = self.program.facts.get(Vocabulary)
         if trimmed is not None:
             return trimmed.size
@@ -103,7 +103,7 @@ class CachedDecoder:
 
     @property
     def embedded(self) -> int | None:
-        """How many tokens the program can read; None where it takes no numbers."""
+        """Number of tokens the program can read; None if it takes no token ids."""
         rows = [
             int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
             for user in self.program.input_nodes[self.cache.tokens].users
@@ -113,23 +113,23 @@ class CachedDecoder:
 
     @property
     def biased(self) -> bool:
-        """Tell whether an attention adds a bias by position."""
+        """Tell whether any attention adds a bias that depends on position."""
         cores = (n for n in self.program.nodes if is_operator(n, "graphopt.attention"))
         return any(arguments(core)["bias"] is not None for core in cores)
 
     def graph(self, outputs: Sequence[str], taken: Sequence[str] = (), marked: bool = False) -> Running:
-        """Return the graph that computes these outputs from others; all graphs share weights and caches."""
+        """Return the graph that computes these outputs, taking others as given; all graphs share weights and caches."""
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
-            made = Running(
+            running = Running(
                 self.program, self.capacity, self._loaded, outputs, self.device,
                 decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
             )  # fmt: skip
-            for buffer, (heads, size, dtype) in made.buffers.items():
+            for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:
                     shape = (self.batch, heads, self.capacity, size)
                     self.buffers[buffer] = torch.zeros(shape, dtype=dtype, device=self.device)
-            self._graphs[key] = made
+            self._graphs[key] = running
         return self._graphs[key]
 
     def forward(
@@ -137,55 +137,56 @@ class CachedDecoder:
         step_mask: torch.Tensor | None = None, outputs: Sequence[str] | None = None,
         given: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Compute new tokens and store their keys and values; rows grow only by :meth:`advance`.
+        """Compute new tokens and store their keys and values; only :meth:`advance` lengthens rows.
 
         Args:
             ids: (batch, tokens).
             positions: (batch, tokens).
-            slots: (batch, tokens), where they are stored; the positions if left out.
-            step_mask: (batch, tokens, tokens), which new token sees which, where positions do not tell.
-            outputs: what to compute, if not the usual.
-            given: values of other inputs, and of outputs that are not to be computed but taken.
+            slots: (batch, tokens), where keys and values are stored; the positions by default.
+            step_mask: (batch, tokens, tokens), which new token attends to which, where positions do not determine it.
+            outputs: names of the outputs to compute; the decoder's own by default.
+            given: values of other inputs, and of outputs to use instead of computing them.
 
         Returns:
-            The outputs by name. Logits of some tokens are given over all, at minus infinity where there are none.
+            The outputs by name. Logits over a trimmed vocabulary are expanded to the full one, with minus infinity for
+            missing tokens.
         """
         taken = [name for name in given or {} if name in self.program.outputs]
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
-        placed = positions if slots is None else slots
-        limit = int(placed.max()) + 1
+        store_slots = positions if slots is None else slots
+        limit = int(store_slots.max()) + 1
         if limit > self.capacity:
-            raise UsageError(f"slot {limit - 1} lies behind the {self.capacity} of the caches")
+            raise UsageError(f"slot {limit - 1} lies beyond the {self.capacity} slots of the caches")
         start = None
         tokens = ids.shape[1]
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
-        fed = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
+        values = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
         if self.cache.tree:
-            fed["cache_slots"] = placed
-        inputs = {n: fed[n] for n in running.inputs}
+            values["cache_slots"] = store_slots
+        inputs = {n: values[n] for n in running.inputs}
         if self.recorder is not None and tokens <= RECORDED:
-            step = Step(self.buffers, positions, placed, self.capacity, None, step_mask)
+            step = Step(self.buffers, positions, store_slots, self.capacity, None, step_mask)
             return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
-        found = running(Step(self.buffers, positions, placed, limit, start, step_mask), inputs)
-        return over_all_tokens(self.program, found)
+        computed = running(Step(self.buffers, positions, store_slots, limit, start, step_mask), inputs)
+        return over_all_tokens(self.program, computed)
 
     def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Compute tokens that follow each row's; rows do not grow yet.
+        """Compute the tokens that follow each row, without lengthening the rows.
 
         Args:
             ids: (batch, tokens).
-            outputs: what to compute, if not the usual.
+            outputs: names of the outputs to compute; the decoder's own by default.
         """
         start = torch.tensor(self.lengths, device=self.device)[:, None]
         positions = start + torch.arange(ids.shape[1], device=self.device)[None]
         return self.forward(ids, positions, outputs=outputs)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
-        """Compute the beginnings of rows, of different lengths, and let them grow by it.
+        """Compute the prompts of all rows, which may differ in length, and lengthen the rows by them.
 
         Returns:
-            For each row its outputs at its last token.
+            For each row, its outputs at its last token.
         """
         longest_row = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), longest_row, dtype=torch.int64, device=self.device)
@@ -195,37 +196,37 @@ class CachedDecoder:
         last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
         for first in range(0, longest_row, PIECE):
             piece = ids[:, first : first + PIECE]
-            found = self.extend(piece)
+            outputs = self.extend(piece)
             self.lengths = [n + piece.shape[1] for n in self.lengths]
             for number, row in enumerate(rows):
-                place = len(row) - 1 - first
-                if 0 <= place < piece.shape[1]:
-                    last[number] = {name: value[number, place] for name, value in found.items()}
-        # what stands behind a shorter row is stale, and is written over
+                index = len(row) - 1 - first
+                if 0 <= index < piece.shape[1]:
+                    last[number] = {name: value[number, index] for name, value in outputs.items()}
+        # slots after a shorter row are stale and will be overwritten
         self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
         return last
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Let rows grow by tokens that lie in the slots after them."""
+        """Lengthen rows by tokens that are already stored in the slots after them."""
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keep of each row's last step the tokens of one path, in its order, and let the row grow by them.
+        """Keep the tokens on one path of each row's last step, in order, and lengthen the row by them.
 
         Args:
-            paths: for each row, numbers of tokens of the step, which lie in the slots after the row.
+            paths: for each row, indices of tokens of the step, which are stored in the slots after the row.
         """
         moved = [any(p != i for i, p in enumerate(path)) for path in paths]
         for row, path in enumerate(paths):
             if moved[row]:
                 start = self.lengths[row]
-                places = torch.tensor(path, device=self.device) + start
+                slots = torch.tensor(path, device=self.device) + start
                 for buffer in self.buffers.values():
-                    buffer[row, :, start : start + len(path)] = buffer[row].index_select(1, places)
+                    buffer[row, :, start : start + len(path)] = buffer[row].index_select(1, slots)
         self.advance([len(path) for path in paths])
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
+        """Continue with only some of the rows."""
         if list(rows) == list(range(self.batch)):
             return
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
@@ -235,6 +236,6 @@ class CachedDecoder:
 
 
 def longest(program: Program) -> int | None:
-    """Return for how many tokens a program has positions; None if nothing limits it."""
+    """Return the number of positions of a program; None if it is unlimited."""
     limit = program.facts[KVCache].limit
     return limit

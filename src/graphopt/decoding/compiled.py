@@ -1,4 +1,4 @@
-"""Decoding without a call for each operator: what lies between two attentions is compiled as one piece."""
+"""Compiled decoding: everything between two attentions is compiled as one piece, instead of one call per operator."""
 
 from __future__ import annotations
 
@@ -10,63 +10,63 @@ import torch
 from torch import fx, nn
 
 _COMPILED: dict[str, Callable[..., Any]] = {}
-"""Compiled pieces by their text: layers of one kind share one."""
+"""Compiled pieces by their text: identical layers share one."""
 
 
 def in_pieces(graph: fx.Graph, step: fx.Node) -> fx.GraphModule:
     """Return a module that runs a graph piece by piece, each compiled by torch.compile when it is first called.
 
-    What reads ``step`` (caches and attentions, whose lengths change with every token) stays as it is. Pieces and such
-    functions take turns; a piece has all nodes that need as many turns before them. Pieces with the same text are one
-    piece, called with other weights, so that a model of many layers compiles three.
+    Nodes that read ``step`` (caches and attentions, whose lengths change with every token) are not compiled. Pieces
+    alternate with such nodes; a piece contains all nodes with the same number of alternations before them. Pieces with
+    the same text are compiled once and called with different weights, so that a model of many layers compiles three.
 
     Args:
         graph: of tensors, and of functions of ``step``.
         step: a placeholder.
     """
-    level: dict[fx.Node, int] = {}
-    apart = {n for n in graph.nodes if n.op == "call_function" and step in n.all_input_nodes}
+    depth: dict[fx.Node, int] = {}
+    step_readers = {n for n in graph.nodes if n.op == "call_function" and step in n.all_input_nodes}
     for node in graph.nodes:
-        turn = [level[n] + (n in apart and node not in apart) for n in node.all_input_nodes]
-        level[node] = max(turn, default=0)
-    root, whole = nn.Module(), fx.Graph()
-    now = {n: whole.placeholder(n.name) for n in graph.nodes if n.op == "placeholder"}
+        depths = [depth[n] + (n in step_readers and node not in step_readers) for n in node.all_input_nodes]
+        depth[node] = max(depths, default=0)
+    root, outer = nn.Module(), fx.Graph()
+    copies = {n: outer.placeholder(n.name) for n in graph.nodes if n.op == "placeholder"}
     calls = [n for n in graph.nodes if n.op == "call_function"]
-    for number in range(1 + max((level[n] for n in calls), default=0)):
-        nodes = [n for n in calls if level[n] == number and n not in apart]
+    for number in range(1 + max((depth[n] for n in calls), default=0)):
+        nodes = [n for n in calls if depth[n] == number and n not in step_readers]
         if nodes:
-            mine = set(nodes)
-            reads = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in mine))
-            writes = [n for n in nodes if any(user not in mine for user in n.users)]
+            members = set(nodes)
+            reads = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in members))
+            writes = [n for n in nodes if any(user not in members for user in n.users)]
             name = f"piece_{number}"
             root.add_module(name, Piece(_piece_graph(nodes, reads, writes)))
-            found = whole.call_module(name, tuple(now[n] for n in reads))
-            for place, node in enumerate(writes):
-                now[node] = whole.call_function(_item, (found, place))
+            results = outer.call_module(name, tuple(copies[n] for n in reads))
+            for index, node in enumerate(writes):
+                copies[node] = outer.call_function(_item, (results, index))
         for node in calls:
-            if node in apart and level[node] == number:
-                now[node] = whole.node_copy(node, lambda n: now[n])
-    whole.output(fx.map_arg(graph.output_node().args[0], lambda n: now[n]))
-    return fx.GraphModule(root, whole)
+            if node in step_readers and depth[node] == number:
+                copies[node] = outer.node_copy(node, lambda n: copies[n])
+    outer.output(fx.map_arg(graph.output_node().args[0], lambda n: copies[n]))
+    return fx.GraphModule(root, outer)
 
 
-def _item(values: tuple[torch.Tensor, ...], place: int) -> torch.Tensor:
-    return values[place]
+def _item(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
+    return values[index]
 
 
 def _piece_graph(nodes: list[fx.Node], reads: list[fx.Node], writes: list[fx.Node]) -> fx.Graph:
-    """Return a graph of its own, named by its order alone."""
+    """Return a separate graph of these nodes, whose names depend on their order alone."""
     graph = fx.Graph()
-    now = {node: graph.placeholder(f"read_{place}") for place, node in enumerate(reads)}
+    copies = {node: graph.placeholder(f"read_{index}") for index, node in enumerate(reads)}
     for node in nodes:
-        args, kwargs = (fx.map_arg(a, lambda n: now[n]) for a in (node.args, node.kwargs))
-        now[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-    graph.output(tuple(now[n] for n in writes))
+        args, kwargs = (fx.map_arg(a, lambda n: copies[n]) for a in (node.args, node.kwargs))
+        copies[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+    graph.output(tuple(copies[n] for n in writes))
     return graph
 
 
 class Piece(nn.Module):
-    """A part of a step; as it is, once compiling has failed."""
+    """A compiled part of a step; runs uncompiled once any compilation has failed."""
 
     failed = False
 
@@ -78,16 +78,18 @@ class Piece(nn.Module):
             _COMPILED[self.text] = torch.compile(self.plain)
 
     def forward(self, *values: Any) -> Any:
-        """Run."""
+        """Run the piece."""
         if Piece.failed:
             return self.plain(*values)
         try:
             return _COMPILED[self.text](*values)
         except Exception as error:
-            found = self.plain(*values)  # what is wrong with the values is raised here
+            results = self.plain(*values)  # raises if the values themselves are at fault
             Piece.failed = True
             reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
-                f"decoding goes on without compiling, which failed: {reason[0]}", RuntimeWarning, stacklevel=2
+                f"compilation failed, decoding continues without it: {reason[0]}",
+                RuntimeWarning,
+                stacklevel=2,
             )
-            return found
+            return results

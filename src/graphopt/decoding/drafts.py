@@ -1,4 +1,4 @@
-"""What may come next: candidates as a tree, and who proposes them."""
+"""Candidates for the next tokens, as a tree, and the base class of drafters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Draft:
     """Candidates for the tokens after a row, parents before children.
 
     Attributes:
-        tokens: of each candidate.
-        parents: the candidate that each follows; -1 follows the row itself.
-        odds: (vocabulary,) the distribution that each token was drawn from; empty where none was drawn.
+        tokens: the token of each candidate.
+        parents: the candidate that each one follows; -1 for the row itself.
+        odds: (vocabulary,) the distribution that each token was sampled from; empty if none was sampled.
         probes: mask tokens that are computed beside the candidates and never committed: the node that each follows (-1
-            the row, then candidates, then probes before it), and which mask token it is, from 1 on.
+            for the row, then candidates, then earlier probes), and which mask token it is, counted from 1.
 
     Raises:
         UsageError: a parent does not come before its child.
@@ -37,7 +37,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.parents) or any(not -1 <= p < i for i, p in enumerate(self.parents)):
-            raise UsageError("candidates are given parents before children, one parent each")
+            raise UsageError("candidates are listed parents before children, with one parent each")
         if self.odds and (len(self.odds) != len(self.tokens) or not self.chain):
             raise UsageError("distributions belong to a chain of candidates, one each")
         if any(not -1 <= p < len(self.tokens) + i or mark < 1 for i, (p, mark) in enumerate(self.probes)):
@@ -45,7 +45,7 @@ class Draft:
 
     @classmethod
     def line(cls, tokens: Sequence[int], odds: Sequence[torch.Tensor] = ()) -> Draft:
-        """Return candidates each of which follows the one before."""
+        """Return a chain of candidates, each following the one before."""
         return cls(list(tokens), list(range(-1, len(tokens) - 1)), list(odds))
 
     @property
@@ -55,21 +55,21 @@ class Draft:
 
     @property
     def depths(self) -> list[int]:
-        """How many tokens after the row's last each candidate stands, from 1 on."""
+        """Distance of each candidate from the row's last token, counted from 1."""
         return self.all_depths[: len(self.tokens)]
 
     @property
     def all_depths(self) -> list[int]:
-        """The same of candidates, and after them of probes."""
-        found: list[int] = []
+        """Depths of the candidates, followed by those of the probes."""
+        depths: list[int] = []
         for parent in self.all_parents:
-            found.append(1 if parent < 0 else found[parent] + 1)
-        return found
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
 
     def likeliest_first(self) -> Draft:
-        """Return the same tree path after path, first children first: what is accepted then mostly lies at its beginning.
+        """Return the same tree in depth-first order, so that the accepted path is usually a prefix.
 
-        Caches need not be rearranged where it does.
+        Caches need not be rearranged when it is.
         """
         if self.odds or self.probes or self.chain:
             return self
@@ -82,51 +82,51 @@ class Draft:
             node = work.pop()
             order.append(node)
             work.extend(following[node + 1][::-1])
-        place = {-1: -1} | {old: new for new, old in enumerate(order)}
-        return Draft([self.tokens[n] for n in order], [place[self.parents[n]] for n in order])
+        new_index = {-1: -1} | {old: new for new, old in enumerate(order)}
+        return Draft([self.tokens[n] for n in order], [new_index[self.parents[n]] for n in order])
 
     @property
     def width(self) -> int:
-        """How many places it takes after the row's last token."""
+        """Number of positions it takes after the row's last token."""
         return len(self.tokens) + len(self.probes)
 
     @property
     def all_parents(self) -> list[int]:
-        """What each candidate, and after them each probe, follows."""
+        """Parents of the candidates, followed by those of the probes."""
         return [*self.parents, *(parent for parent, _ in self.probes)]
 
     def children(self, node: int) -> list[int]:
-        """Return the candidates that follow one; -1 for the row itself."""
+        """Return the candidates that follow a node; -1 is the row itself."""
         return [i for i, parent in enumerate(self.parents) if parent == node]
 
     def cut(self, depth: int) -> Draft:
-        """Return the candidates of at most a depth."""
-        kept = [i for i, d in enumerate(self.depths) if d <= depth]
-        if len(kept) == len(self.tokens):
+        """Return the candidates up to a depth."""
+        remaining = [i for i, d in enumerate(self.depths) if d <= depth]
+        if len(remaining) == len(self.tokens):
             return self
-        place = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        new_index = {-1: -1} | {old: new for new, old in enumerate(remaining)}
         probes: list[tuple[int, int]] = []
         for number, (parent, mark) in enumerate(self.probes):
-            if parent in place:  # what follows a candidate that is cut goes with it
-                place[len(self.tokens) + number] = len(kept) + len(probes)
-                probes.append((place[parent], mark))
+            if parent in new_index:  # probes that follow a removed candidate are removed too
+                new_index[len(self.tokens) + number] = len(remaining) + len(probes)
+                probes.append((new_index[parent], mark))
         return Draft(
-            [self.tokens[i] for i in kept],
-            [place[self.parents[i]] for i in kept],
-            [self.odds[i] for i in kept] if self.odds else [],
+            [self.tokens[i] for i in remaining],
+            [new_index[self.parents[i]] for i in remaining],
+            [self.odds[i] for i in remaining] if self.odds else [],
             probes,
         )
 
 
 @dataclass
 class Seen:
-    """What a step showed of one row.
+    """What a step computed for one row.
 
     Attributes:
-        tokens: the row's last token and the candidates, as they were fed.
+        tokens: the row's last token and the candidates, as they were fed in.
         draft: the candidates, with their probes.
-        path: which of them were accepted, the row's last token first.
-        outputs: what the program computed at each of them, and after them at probes: (tokens, ...) by name.
+        path: indices into ``tokens`` of the accepted ones, starting with the row's last token.
+        outputs: what the program computed at each token, then at each probe: (tokens, ...) by name.
     """
 
     tokens: list[int]
@@ -136,44 +136,44 @@ class Seen:
 
 
 class Drafter:
-    """Proposes candidates. Whatever it proposes, what is generated stays the same; only speed depends on it.
+    """Proposes candidates. The generated text does not depend on the proposals, only the speed does.
 
-    Rows are numbered as they stand in the batch at the moment.
+    Rows are numbered by their current position in the batch.
     """
 
     name: ClassVar[str] = ""
     outputs: tuple[str, ...] = ()
-    """What it reads of the program besides the logits."""
+    """Outputs of the program that it reads besides the logits."""
 
     room: int = 0
-    """How many candidates it proposes at most."""
+    """Maximum number of candidates it proposes."""
 
     generator: torch.Generator
-    """Of candidates that are drawn; set by the loop from its seed, apart from the loop's own draws."""
+    """For sampling candidates; set by the loop from its seed, independent of the loop's own sampling."""
 
     threshold: float = 0.0
-    """Candidates end where the most likely token has less than this probability."""
+    """Candidates end when the most likely token has less than this probability."""
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Take up new rows.
+        """Start with new rows.
 
         Args:
-            decoder: the program that decides.
-            rows: their beginnings.
-            sampling: how tokens are taken.
+            decoder: the program that verifies the candidates.
+            rows: the prompts.
+            sampling: how tokens are chosen.
         """
         self.decoder, self.sampling = decoder, sampling
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
-        """Return candidates for what follows each row.
+        """Return candidates for the tokens that follow each row.
 
         Args:
-            rows: all tokens of each.
-            room: how deep candidates may stand.
+            rows: all tokens of each row.
+            room: maximum depth of the candidates of each row.
         """
         return [
-            self.propose_row(number, row, deep)
-            for number, (row, deep) in enumerate(zip(rows, room, strict=True))
+            self.propose_row(number, row, depth)
+            for number, (row, depth) in enumerate(zip(rows, room, strict=True))
         ]
 
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
@@ -181,7 +181,7 @@ class Drafter:
         return Draft()
 
     def take(self, logits: torch.Tensor) -> tuple[int | None, torch.Tensor | None]:
-        """Return the candidate that logits (vocabulary,) give, and what it was drawn from; no candidate if too unsure."""
+        """Return a candidate from logits (vocabulary,), and its distribution if sampled; None below the threshold."""
         likely = logits.double().softmax(-1) if self.threshold else None
         if likely is not None and float(likely.max()) < self.threshold:
             return None, None
@@ -191,7 +191,7 @@ class Drafter:
         return draw(odds, self.generator), odds
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
-        """Learn from a step: ``row`` with what it committed, and what was seen."""
+        """Learn from a step: ``row`` including the tokens it committed, and what was computed."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
+        """Continue with only some of the rows."""

@@ -1,4 +1,4 @@
-"""What followed runs of tokens: counted in texts beforehand, and in what is written."""
+"""Counts of the tokens that followed n-grams, in texts given beforehand and in generated text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _MASK = (1 << 64) - 1
 
 
 class Counted:
-    """Counts of the tokens after each run of up to ``order`` tokens, in texts that do not change.
+    """Counts of the tokens after each n-gram of up to ``order`` tokens, in fixed texts.
 
-    Runs are known by a hash of 64 bits, all of them in one sorted array: 16 bytes for each pair of a run and a
-    follower. Two runs of one hash would mix their followers, which makes a candidate worse and nothing wrong.
+    N-grams are identified by a 64-bit hash, all in one sorted array: 16 bytes for each pair of an n-gram and a
+    follower. Two n-grams with the same hash would mix their followers, which worsens candidates but breaks nothing.
 
     Args:
-        texts: tokens of each.
-        order: length of the longest run.
-        kept: followers of a run at most, the most frequent ones.
+        texts: tokens of each text.
+        order: length of the longest n-gram.
+        kept: maximum number of followers kept for each n-gram, the most frequent ones.
     """
 
     def __init__(self, texts: Iterable[Sequence[int]], order: int, kept: int = 6):
@@ -61,28 +61,28 @@ class Counted:
         self._known: dict[tuple[int, ...], Followers] = {}
 
     def after(self, run: tuple[int, ...]) -> Followers:
-        """Return how often each token followed a run of at most ``order`` tokens."""
+        """Return how often each token followed an n-gram of at most ``order`` tokens."""
         if not len(self.runs):
             return {}
-        found = self._known.get(run)
-        if found is None:
-            wanted = numpy.uint64(_hash(run))
-            place = int(self.runs.searchsorted(wanted))
-            found = {}
-            if place < len(self.runs) and self.runs[place] == wanted:
-                part = slice(int(self.begins[place]), int(self.begins[place + 1]))
-                found = dict(zip(self.next[part].tolist(), self.count[part].tolist(), strict=True))
+        followers = self._known.get(run)
+        if followers is None:
+            hashed = numpy.uint64(_hash(run))
+            index = int(self.runs.searchsorted(hashed))
+            followers = {}
+            if index < len(self.runs) and self.runs[index] == hashed:
+                span = slice(int(self.begins[index]), int(self.begins[index + 1]))
+                followers = dict(zip(self.next[span].tolist(), self.count[span].tolist(), strict=True))
             if len(self._known) > 200_000:
                 self._known.clear()
-            self._known[run] = found
-        return found
+            self._known[run] = followers
+        return followers
 
 
 class Counting:
-    """The same of texts that grow.
+    """Counts of the tokens after each n-gram, in texts that grow.
 
     Args:
-        order: length of the longest run.
+        order: length of the longest n-gram.
     """
 
     def __init__(self, order: int):
@@ -90,31 +90,31 @@ class Counting:
         self.table: dict[tuple[int, ...], Followers] = {}
 
     def add(self, row: Sequence[int], start: int) -> None:
-        """Count the tokens of a row from a place on."""
-        for place in range(max(start, 1), len(row)):
-            token = row[place]
-            for length in range(1, min(self.order, place) + 1):
-                seen = self.table.setdefault(tuple(row[place - length : place]), {})
+        """Count the tokens of a row from position ``start`` on."""
+        for position in range(max(start, 1), len(row)):
+            token = row[position]
+            for length in range(1, min(self.order, position) + 1):
+                seen = self.table.setdefault(tuple(row[position - length : position]), {})
                 seen[token] = seen.get(token, 0) + 1
 
     def after(self, run: tuple[int, ...]) -> Followers:
-        """Return how often each token followed a run."""
+        """Return how often each token followed an n-gram."""
         return self.table.get(run, {})
 
 
 def likely(run: Sequence[int], sources: Sequence[tuple[Counted | Counting, float]], order: int) -> Followers:
-    """Return how likely each token follows a run, by its longest endings that were seen, the shorter ones for the rest.
+    """Return the probability that each token follows a run, interpolated from its longest known suffix to shorter ones.
 
-    Witten and Bell's interpolation: an ending that was seen ``n`` times with ``d`` different followers answers for
-    ``n / (n + d)`` of what longer endings left.
+    Witten-Bell interpolation: a suffix that was seen ``n`` times with ``d`` distinct followers gets ``n / (n + d)`` of
+    the probability mass that longer suffixes left.
 
     Args:
         run: tokens.
-        sources: who counted, and how much each count weighs.
-        order: length of the longest ending.
+        sources: counts, and the weight of each.
+        order: length of the longest suffix.
     """
-    found: Followers = {}
-    left = 1.0
+    probabilities: Followers = {}
+    unassigned = 1.0
     for length in range(min(order, len(run)), 0, -1):
         ending = tuple(run[-length:])
         seen: Followers = {}
@@ -124,18 +124,18 @@ def likely(run: Sequence[int], sources: Sequence[tuple[Counted | Counting, float
         if not seen:
             continue
         total = sum(seen.values())
-        share = total / (total + _DIFFERENT * len(seen))
+        share = total / (total + _TYPE_WEIGHT * len(seen))
         for token, count in seen.items():
-            found[token] = found.get(token, 0.0) + left * share * count / total
-        left *= 1 - share
-        if left < _ENOUGH:
+            probabilities[token] = probabilities.get(token, 0.0) + unassigned * share * count / total
+        unassigned *= 1 - share
+        if unassigned < _NEGLIGIBLE:
             break
-    return found
+    return probabilities
 
 
-_DIFFERENT = 0.6
-"""What a follower weighs against a count; 1 in the paper, less where texts repeat themselves as a model's do."""
-_ENOUGH = 0.05
+_TYPE_WEIGHT = 0.6
+"""Weight of a distinct follower relative to a count; 1 in the paper, less here since a model's texts repeat themselves."""
+_NEGLIGIBLE = 0.05
 
 
 def _hash(run: Sequence[int]) -> int:
@@ -147,7 +147,7 @@ def _hash(run: Sequence[int]) -> int:
 
 
 def _run_hashes(row: NDArray[numpy.uint64], length: int) -> NDArray[numpy.uint64]:
-    """Hashes of all runs of a length that something follows."""
+    """Return the hashes of all n-grams of a length that are followed by a token."""
     count = len(row) - length
     value = numpy.full(count, (length * _SEED) & _MASK, numpy.uint64)
     for offset in range(length):

@@ -1,4 +1,4 @@
-"""Text from a program: the cache is put in where it is missing, and rows of different lengths go side by side."""
+"""Text generation: a KV cache is inserted if it is missing, and rows of different lengths are batched."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ from .speculating import Loop, Statistics
 from .stopping import Stop
 
 CHECKPOINT = "checkpoint"
-"""Stands for what the checkpoint's own settings say."""
+"""Stands for the value in the checkpoint's own settings."""
 
 
 def with_cache(program: Program) -> Program:
-    """Return a program that takes text piece by piece: itself, or with insert-kv-cache applied, once.
+    """Return the program with a KV cache: unchanged if it has one, else with insert-kv-cache applied, once.
 
     Raises:
-        PassRefusedError: it has no such form; the reason is said.
+        PassRefusedError: no cache can be inserted; the message gives the reason.
     """
     if KVCache in program.facts:
         return program
-    found: Program = program.derived(
+    cached: Program = program.derived(
         "with cache", lambda: run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
     )
-    return found
+    return cached
 
 
 def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
-    """Return whom a text names to propose candidates, and the options that it gives.
+    """Return the drafter class that a text names, and the options that it gives.
 
     Raises:
-        PipelineError: the text is not of that form.
-        UsageError: there is nobody of that name, or no such option.
+        PipelineError: the text is malformed.
+        UsageError: there is no strategy of that name, or no such option.
     """
     calls = parse_calls(text, "a strategy")
     if len(calls) != 1:
-        raise UsageError(f"{text!r} names {len(calls)} strategies; one proposes candidates")
+        raise UsageError(f"{text!r} names {len(calls)} strategies; give exactly one")
     name, options = calls[0]
     if name not in BY_NAME:
         near = difflib.get_close_matches(name, BY_NAME, n=1)
@@ -67,19 +67,21 @@ def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
             f"there is no strategy {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint=f"there are {', '.join(BY_NAME)}",
         )
-    known = list(inspect.signature(BY_NAME[name]).parameters)
+    parameters = list(inspect.signature(BY_NAME[name]).parameters)
     for option in options:
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}", hint=f"its options are {', '.join(known)}")
+        if option not in parameters:
+            raise UsageError(
+                f"{name} has no option {option!r}", hint=f"its options are {', '.join(parameters)}"
+            )
     return BY_NAME[name], options
 
 
 def as_strategy(text: str, program: Program) -> Drafter:
-    """Return who proposes candidates for a program, by name and options; ``texts`` are files that its tokenizer reads.
+    """Return a drafter for a program, by name and options; ``texts`` names a file that the program's tokenizer encodes.
 
     Raises:
-        PipelineError: the text is not of that form.
-        UsageError: there is nobody of that name, or an option is wrong.
+        PipelineError: the text is malformed.
+        UsageError: there is no strategy of that name, or an option is wrong.
     """
     kind, options = named_strategy(text)
     if isinstance(options.get("texts"), str):
@@ -91,7 +93,7 @@ def texts_of(program: Program, file: str) -> list[list[int]]:
     """Return the tokens of the texts and conversations of a .jsonl or .txt file.
 
     Raises:
-        UsageError: the file is missing or of another kind.
+        UsageError: the file is missing or of an unsupported kind.
     """
     path = Path(file)
     if not path.is_file():
@@ -103,29 +105,29 @@ def texts_of(program: Program, file: str) -> list[list[int]]:
 
 
 def end_tokens(program: Program) -> list[int]:
-    """Return the tokens after which the checkpoint's settings say to stop."""
-    found = _setting(program, "eos_token_id")
-    if isinstance(found, int):
-        return [found]
-    return [int(t) for t in found] if isinstance(found, list) else []
+    """Return the end-of-sequence tokens in the checkpoint's settings."""
+    ends = _setting(program, "eos_token_id")
+    if isinstance(ends, int):
+        return [ends]
+    return [int(t) for t in ends] if isinstance(ends, list) else []
 
 
 def _setting(program: Program, name: str) -> Any:
     config = program.origin.config
-    found = config.get(
+    value = config.get(
         name, config.get("text_config", {}).get(name) if isinstance(config.get("text_config"), dict) else None
     )
-    given = program.origin.assets.get("generation_config.json")
-    if given is not None:
+    generation_config = program.origin.assets.get("generation_config.json")
+    if generation_config is not None:
         try:
-            found = json.loads(given).get(name, found)
+            value = json.loads(generation_config).get(name, value)
         except ValueError:
-            warnings.warn("generation_config.json is not JSON and was left aside", stacklevel=3)
-    return found
+            warnings.warn("generation_config.json is not JSON and was ignored", stacklevel=3)
+    return value
 
 
 class Stream:
-    """Tokens as they come: an iterator over (row, tokens) pairs, a pair for each row that a step adds to.
+    """Streams tokens: an iterator over (row, tokens) pairs, one pair for each row that a step extends.
 
     Attributes:
         statistics: steps, acceptance and seconds so far.
@@ -177,7 +179,7 @@ def stream(
     if isinstance(eos_token_id, str):
         if eos_token_id != CHECKPOINT:
             raise UsageError(
-                f"eos_token_id is {eos_token_id!r}; it is a token, several, None or {CHECKPOINT!r}"
+                f"eos_token_id is {eos_token_id!r}; it must be a token, several tokens, None or {CHECKPOINT!r}"
             )
         ends = end_tokens(program)
     else:
@@ -191,7 +193,7 @@ def stream(
         if strategy is not None or len(rows) > 1 or stop or top_k is not None or top_p is not None:
             raise
         warnings.warn(
-            f"no cache: {refused.message.splitlines()[-1].strip()}; every token is computed with all before it",
+            f"no cache: {refused.message.splitlines()[-1].strip()}; the whole text is recomputed for every token",
             RuntimeWarning, stacklevel=2,
         )  # fmt: skip
         return _without_cache(_typed(program, dtype, device), rows, max_new_tokens, ends, temperature, seed)
@@ -204,7 +206,7 @@ def stream(
     )  # fmt: skip
     if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(
-            "this program adds a bias by position, for which candidates need inputs of their own",
+            "this program adds a bias by position, so candidates need inputs of their own",
             hint="insert-kv-cache{tree=true}",
         )
     loop = Loop(decoder, strategy, sampling, stops, seed)
@@ -221,47 +223,50 @@ def generate(
     max_new_tokens: int,
     **options: Any,
 ) -> torch.Tensor:
-    """Return rows with what continues them.
+    """Return rows with their continuations.
 
-    Without a ``strategy`` or with any of them the output is the same, token for token: that of the program itself,
-    the most likely token at each place or one drawn from its distribution.
+    The output is the same token for token with any ``strategy`` or none: the program's own most likely token at each
+    position, or one sampled from its distribution.
 
     Args:
-        program: takes tokens and returns logits; with a cache, or insert-kv-cache puts one in.
+        program: takes tokens and returns logits; insert-kv-cache is applied if it has no cache.
         input_ids: (batch, positions), or a list of rows of different lengths.
-        max_new_tokens: how many at most, each row.
+        max_new_tokens: maximum number of new tokens per row.
         attention_mask: (batch, positions), 0 where ``input_ids`` is padding, on either side.
-        eos_token_id: tokens after which a row ends, kept; those of the checkpoint if left out, None for no end.
-        stop: runs of tokens after which a row ends, kept.
-        strategy: who proposes candidates, from :mod:`graphopt.decoding`, or its name with options,
+        eos_token_id: tokens that end a row, included in the output; by default those of the checkpoint, None for none.
+        stop: sequences of tokens that end a row, included in the output.
+        strategy: a drafter from :mod:`graphopt.decoding` that proposes candidates, or its name with options,
             ``"prompt-lookup{tokens=8}"``.
-        temperature: 0 takes the most likely token, else tokens are drawn.
-        top_k: draw among so many most likely tokens.
-        top_p: draw among the most likely tokens that have this probability together.
-        typical_acceptance: take candidates that are not unlikely, above this probability or less where many tokens are
-            likely (Medusa's rule, 0.09 there), instead of by their odds: **another text**, in fewer steps.
-        seed: of draws.
+        temperature: 0 takes the most likely token, otherwise tokens are sampled.
+        top_k: sample among this many most likely tokens.
+        top_p: sample among the most likely tokens whose probabilities add up to this.
+        typical_acceptance: accept candidates that are not unlikely, above this probability or a lower one where many
+            tokens are likely (Medusa's rule, 0.09 there), instead of by their probability: **changes the text**, in
+            fewer steps.
+        seed: for sampling.
         device: where it runs.
-        dtype: "stored", "float32", or "auto": as stored, but in float32 where a CPU would compute in 16 bits.
-        dials: settings of the program that are not to be the usual.
-        compiled: compile what lies between attentions (torch.compile, once for all layers of a kind), and on a GPU replay
-            steps as CUDA graphs. The first steps take seconds; sums may be rounded in another order.
+        dtype: "stored", "float32", or "auto": as stored, but float32 where a CPU would compute in 16 bits.
+        dials: values of run-time settings that differ from their defaults.
+        compiled: compile everything between attentions (torch.compile, once for all identical layers), and on a GPU
+            replay steps as CUDA graphs. The first steps take seconds; sums may be rounded in a different order.
 
     Returns:
-        (batch, positions + new): the given rows, then what continues each; rows that ended earlier are filled with
+        (batch, positions + new): the given rows, each with its continuation; rows that ended earlier are filled with
         the padding token (of the checkpoint, or 0).
 
     Raises:
         UsageError: an argument is out of its range, a row is empty, or the text would not fit.
     """
-    found = stream(program, input_ids, max_new_tokens=max_new_tokens, **options)
-    begun = [len(row) for row in found.rows]
-    for _ in found:
+    tokens = stream(program, input_ids, max_new_tokens=max_new_tokens, **options)
+    prompt_lengths = [len(row) for row in tokens.rows]
+    for _ in tokens:
         pass
-    new = [row[start:] for row, start in zip(found.rows, begun, strict=True)]
+    new = [row[start:] for row, start in zip(tokens.rows, prompt_lengths, strict=True)]
     fill = _setting(program, "pad_token_id")
-    most = max(len(row) for row in new)
-    filled = torch.tensor([row + [fill if isinstance(fill, int) else 0] * (most - len(row)) for row in new])
+    longest_new = max(len(row) for row in new)
+    filled = torch.tensor(
+        [row + [fill if isinstance(fill, int) else 0] * (longest_new - len(row)) for row in new]
+    )
     if not isinstance(input_ids, torch.Tensor):
         first = max(len(row) for row in input_ids)
         pad = fill if isinstance(fill, int) else 0
@@ -276,63 +281,67 @@ def _typed(program: Program, dtype: str, device: torch.device | str) -> Program:
     slow = dtype == "auto" and torch.device(device).type == "cpu"
     if not halves or not (slow or dtype == "float32"):
         return program
-    found: Program = program.derived("in float32", lambda: retyped(program, torch.float32))
-    return found
+    converted: Program = program.derived("in float32", lambda: retyped(program, torch.float32))
+    return converted
 
 
 def _rows(input_ids: Any, mask: torch.Tensor | None) -> list[list[int]]:
     if isinstance(input_ids, torch.Tensor):
         if input_ids.dim() != 2:
-            raise UsageError(f"input_ids has {input_ids.dim()} dimensions; it is (batch, positions)")
+            raise UsageError(f"input_ids has {input_ids.dim()} dimensions; it must be (batch, positions)")
         if mask is not None and mask.shape != input_ids.shape:
             raise UsageError(f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
-        kept = torch.ones_like(input_ids) if mask is None else mask
-        rows = [row[seen.bool()].tolist() for row, seen in zip(input_ids, kept, strict=True)]
+        mask_values = torch.ones_like(input_ids) if mask is None else mask
+        rows = [row[mask_row.bool()].tolist() for row, mask_row in zip(input_ids, mask_values, strict=True)]
     else:
         if mask is not None:
-            raise UsageError("attention_mask belongs to a tensor of input_ids; lists have no padding")
+            raise UsageError("attention_mask goes with a tensor of input_ids; lists have no padding")
         rows = [list(row) for row in input_ids]
     if not rows or not all(rows):
-        raise UsageError("every row begins with at least one token")
+        raise UsageError("every row needs at least one token")
     return rows
 
 
 def _capacity(program: Program, size: int, strategy: Drafter | None) -> int:
-    """Return how many slots are made: room for candidates behind the text, where there are slots for them."""
+    """Return the number of cache slots: enough for the text, and for candidates after it if the limit allows."""
     fixed = program.facts[KVCache].capacity
     limit = fixed if isinstance(fixed, int) else longest(program)
-    wanted = size + (strategy.room if strategy is not None else 0)
-    return size if limit is not None and size > limit else min(wanted, limit or wanted)
+    with_candidates = size + (strategy.room if strategy is not None else 0)
+    return size if limit is not None and size > limit else min(with_candidates, limit or with_candidates)
 
 
 def _check_tokens(rows: list[list[int]], program: Program) -> None:
     cache = program.facts.get(KVCache)
     name = cache.tokens if cache is not None else "input_ids"
-    known = known_ids(program, name) if name in program.input_nodes else None
+    vocabulary = known_ids(program, name) if name in program.input_nodes else None
     for number, row in enumerate(rows):
         for token in row:
             if isinstance(token, bool) or not isinstance(token, int):
-                raise UsageError(f"row {number} has {token!r}, which is no token: they are whole numbers")
-            if token < 0 or (known is not None and token >= known):
+                raise UsageError(
+                    f"row {number} has {token!r}, which is not a token: tokens are whole numbers"
+                )
+            if token < 0 or (vocabulary is not None and token >= vocabulary):
                 raise UsageError(
                     f"row {number} has token {token}, the program knows "
-                    + ("numbers from 0 on" if known is None else f"0 to {known - 1}"),
+                    + ("numbers from 0 on" if vocabulary is None else f"0 to {vocabulary - 1}"),
                     hint="encode the text with the checkpoint's own tokenizer",
                 )
 
 
 def _check_positions(rows: list[list[int]], count: int, program: Program) -> None:
-    """Past the positions that a model was made for it says nonsense, or nothing."""
+    """Refuse texts beyond the positions that the model was built for, where its output is nonsense or fails."""
     limit = positions(program)
     cache = program.facts.get(KVCache)
-    # caches that are shorter say so themselves
+    # caches that are too short are reported elsewhere
     if cache is not None and isinstance(cache.capacity, int) and limit is not None:
         limit = max(limit, cache.capacity + 1)
-    most = max(len(row) for row in rows)
-    if limit is not None and most + count > limit:
+    longest_row = max(len(row) for row in rows)
+    if limit is not None and longest_row + count > limit:
         raise UsageError(
-            f"the text may have {most + count} tokens, the model has positions for {limit}",
-            hint=f"max_new_tokens of at most {limit - most}" if most < limit else "a shorter text",
+            f"the text may have {longest_row + count} tokens, the model has positions for {limit}",
+            hint=f"max_new_tokens of at most {limit - longest_row}"
+            if longest_row < limit
+            else "a shorter text",
         )
 
 

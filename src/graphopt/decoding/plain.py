@@ -1,4 +1,4 @@
-"""One token at a time, the whole text through the program for each: right for any program that returns logits."""
+"""Generation without a cache: the whole text is computed for each token, which works for any program with logits."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def continuations(
 
     Args:
         program: takes ``input_ids`` and returns ``logits`` (batch, positions, vocabulary).
-        input_ids: (1, positions), at least one.
-        max_new_tokens: how many at most.
+        input_ids: (1, positions), with at least one position.
+        max_new_tokens: maximum number of tokens.
         eos_token_id: tokens after which to stop; they are yielded.
-        temperature: 0 takes the most likely token, else tokens are drawn.
-        seed: of the draws.
+        temperature: 0 takes the most likely token, otherwise tokens are sampled.
+        seed: for sampling.
 
     Raises:
-        UsageError: the program has no such inputs and outputs, or the row is empty.
+        UsageError: the program does not have these inputs and outputs, or the row is empty.
     """
     if "input_ids" not in program.signature.inputs or "logits" not in program.outputs:
         raise UsageError("only a program that takes input_ids and returns logits generates text")
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise UsageError(f"input_ids must be one row of at least one token, not {tuple(input_ids.shape)}")
     if max_new_tokens < 1 or temperature < 0:
-        raise UsageError("max_new_tokens is at least 1, temperature at least 0")
+        raise UsageError("max_new_tokens must be at least 1, temperature at least 0")
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     limit = _longest(program)
     generator = torch.Generator().manual_seed(seed)
@@ -66,5 +66,5 @@ def _longest(program: Program) -> int | None:
     size = program.signature.inputs["input_ids"].shape[-1]
     if isinstance(size, int):
         return size
-    known = program.signature.sizes.get(size)
-    return known.high if known is not None else None
+    bounds = program.signature.sizes.get(size)
+    return bounds.high if bounds is not None else None

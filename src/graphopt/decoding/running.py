@@ -1,4 +1,4 @@
-"""The graph of a program with caches, as it runs step after step: caches written in place and read up to their end."""
+"""The graph of a program with caches as it runs step by step: caches are written in place and read up to their end."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 
 Buffer = tuple[str, int, int]
-"""Operators that give their first operand where no mask token stands."""
+"""A cache input, and the first and last of its heads that this buffer holds."""
 
 
 @dataclass
 class Step:
-    """What one call of a running graph is about, and the caches it writes into.
+    """The inputs of one call of a running graph, and the caches it writes into.
 
     Attributes:
-        buffers: (batch, heads, capacity, size) by cache input and the heads of it that are held.
+        buffers: (batch, heads, capacity, size) by cache input and the range of its heads.
         positions: (batch, tokens), of the new tokens.
-        slots: (batch, tokens), where they are stored.
+        slots: (batch, tokens), where the new tokens are stored.
         limit: one more than the last slot in use.
-        start: the slot of the first token where all rows stand alike and tokens follow one another; else None.
-        step_mask: (batch, tokens, tokens), which new token sees which; None where positions tell.
+        start: the slot of the first token if all rows are equally long and tokens are consecutive; else None.
+        step_mask: (batch, tokens, tokens), which new token attends to which; None if positions determine it.
     """
 
     buffers: dict[Buffer, torch.Tensor]
@@ -44,7 +44,7 @@ class Step:
     seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
-        """Write new tokens into a cache and return the part of it that is in use."""
+        """Write new tokens into a cache and return the part of the cache in use."""
         cache = self.buffers[buffer]
         if self.start is not None:
             cache[:, :, self.start : self.limit] = values
@@ -53,7 +53,7 @@ class Step:
         return cache[:, :, : self.limit]
 
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
-        """Return which slots new tokens see; computed once a step."""
+        """Return which slots new tokens attend to; computed once per step."""
         if window not in self.seen:
             self.seen[window] = cache_visible(
                 self.positions, self.slots, cache, self.step_mask, window=window
@@ -62,7 +62,7 @@ class Step:
 
 
 def store(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
-    """``graphopt.cache_store`` in place."""
+    """Compute ``graphopt.cache_store`` in place."""
     return step.store(buffer, values)
 
 
@@ -70,7 +70,7 @@ def attend(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
     sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """``graphopt.attention`` over caches: no mask where one token sees all there is."""
+    """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
     if bias is not None:
         bias = bias[..., : step.limit]
     visible = None
@@ -88,7 +88,7 @@ def attend(
 
 
 def positions_of_slots(step: Step) -> torch.Tensor:
-    """``graphopt.cache_positions`` of the slots in use."""
+    """Compute ``graphopt.cache_positions`` of the slots in use."""
     return cache_positions(step.positions, step.slots, step.limit)
 
 
@@ -97,17 +97,17 @@ class Running:
 
     Args:
         program: with a cache.
-        capacity: slots of each cache.
-        loaded: weights by node name, shared with other graphs of the program; filled.
-        outputs: names of outputs; nothing else is computed.
+        capacity: number of slots of each cache.
+        loaded: weights by node name, shared with other graphs of the program; missing ones are added.
+        outputs: names of the outputs; nothing else is computed.
         device: where it runs.
-        decoding: leave out the layers that are skipped while tokens are added.
-        taken: names of outputs that are given, not computed.
-        compiled: compile what lies between attentions.
-        marked: mask tokens may stand among the new ones; else what is computed at them alone is left out.
+        decoding: leave out the layers that are skipped after the prompt.
+        taken: names of outputs that are supplied as inputs, not computed.
+        compiled: compile everything between attentions.
+        marked: the new tokens may include mask tokens; else what is computed only for mask tokens is left out.
 
     Attributes:
-        buffers: the caches it writes: heads and size of each.
+        buffers: the caches it writes, with number of heads, size and dtype of each.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class Running:
         self.buffers: dict[Buffer, tuple[int, int, torch.dtype]] = {}
         self.inputs: list[str] = []
         copy = self.source.copy()
-        wanted = [copy.outputs[name] for name in self.outputs]
-        given = {name: copy.outputs[name] for name in taken}
+        roots = [copy.outputs[name] for name in self.outputs]
+        supplied = {name: copy.outputs[name] for name in taken}
         windows = self._rewrite(copy, copy.graph)
-        wanted = [windows.get(n, n) for n in wanted]
-        graph = self._cut(copy, wanted, loaded, {windows.get(n, n): name for name, n in given.items()})
+        roots = [windows.get(n, n) for n in roots]
+        graph = self._cut(copy, roots, loaded, {windows.get(n, n): name for name, n in supplied.items()})
         if compiled:
             self.module = in_pieces(graph, next(iter(graph.nodes)))
         else:
@@ -139,7 +139,7 @@ class Running:
         return dict(zip(self.outputs, values, strict=True))
 
     def _rewrite(self, program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-        """Replace operators on caches by those that work in place."""
+        """Replace cache operators with in-place versions; return the replacement of each node."""
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             self.step = graph.placeholder("decoding_step")
@@ -151,86 +151,88 @@ class Running:
             target: Any = None
             args: tuple[Any, ...] = ()
             if is_operator(node, "graphopt.cache_store"):
-                found = arguments(node)
-                buffer = self._buffer(found["cache"])
-                target, args = store, (self.step, buffer, found["values"])
+                operator_args = arguments(node)
+                buffer = self._buffer(operator_args["cache"])
+                target, args = store, (self.step, buffer, operator_args["values"])
             elif is_operator(node, "graphopt.cache_positions"):
                 target, args = positions_of_slots, (self.step,)
             elif is_operator(node, "graphopt.attention") and arguments(node)["visible"] is not None:
-                found = arguments(node)
-                window = arguments(found["visible"])["window"]
-                kept = [found[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
-                target, args = attend, (self.step, *kept, window)
+                operator_args = arguments(node)
+                window = arguments(operator_args["visible"])["window"]
+                operands = [operator_args[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
+                target, args = attend, (self.step, *operands, window)
             elif (phased := is_operator(node, "graphopt.skipped")) or (
                 not self.marked and has(node, Trait.MARKED)
             ):
-                kept = node.args[0 if self.decoding or not phased else 1]
-                assert isinstance(kept, fx.Node)
-                node.replace_all_uses_with(kept)
-                replaced[node] = kept
+                operand = node.args[0 if self.decoding or not phased else 1]
+                assert isinstance(operand, fx.Node)
+                node.replace_all_uses_with(operand)
+                replaced[node] = operand
             if target is not None:
                 with graph.inserting_before(node):
-                    made = graph.call_function(target, args)
-                made.meta = dict(node.meta)
-                node.replace_all_uses_with(made)
-                replaced[node] = made
+                    call = graph.call_function(target, args)
+                call.meta = dict(node.meta)
+                node.replace_all_uses_with(call)
+                replaced[node] = call
         for node in nodes:
-            # all caches are as long as they are made
+            # every cache has the full capacity
             if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):
                 node.replace_all_uses_with(self.capacity)
         return replaced
 
     def _buffer(self, cache: fx.Node) -> Buffer:
         first, last = 0, int(cache.meta["val"].shape[1])
-        held = cache
+        source = cache
         if is_operator(cache, "aten.slice"):
-            found = arguments(cache)
-            first, last, held = int(found["start"] or 0), int(found["end"]), found["self"]
-        buffer = (str(held.meta["input"]), first, last)
-        value = held.meta["val"]
+            args = arguments(cache)
+            first, last, source = int(args["start"] or 0), int(args["end"]), args["self"]
+        buffer = (str(source.meta["input"]), first, last)
+        value = source.meta["val"]
         self.buffers[buffer] = (last - first, int(value.shape[-1]), value.dtype)
         return buffer
 
     def _cut(
         self,
         program: Program,
-        wanted: list[fx.Node],
+        roots: list[fx.Node],
         loaded: dict[str, torch.Tensor],
-        given: dict[fx.Node, str],
+        supplied: dict[fx.Node, str],
     ) -> fx.Graph:
-        """Keep what the outputs need; what no input changes is computed once, here."""
-        needed = needed_for(wanted, dict.fromkeys(given))
+        """Return the graph that the outputs need; values that depend on no input are computed here, once."""
+        needed = needed_for(roots, dict.fromkeys(supplied))
         order = [n for n in program.graph.nodes if n in needed or n is self.step]
-        known: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, Any] = {}
         for node in order:
             if node.op == "placeholder" and node.name in program.weights:
                 if node.name not in loaded:
                     loaded[node.name] = program.weights[node.name].source.load().to(self.device)
-                known[node] = loaded[node.name]
+                values[node] = loaded[node.name]
             elif (
                 node.op == "call_function"
-                and node not in given
-                and all(n in known for n in node.all_input_nodes)
+                and node not in supplied
+                and all(n in values for n in node.all_input_nodes)
             ):
                 with torch.inference_mode():
-                    known[node] = evaluate(node, known)
+                    values[node] = evaluate(node, values)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {self.step: graph.placeholder("decoding_step")}
-        edge = [n for n in order if n in known and any(u in needed and u not in known for u in n.users)]
-        edge += [n for n in wanted if n in known and n not in edge]
-        self.constants = [known[n] for n in edge]
-        for node in edge:
+        constants = [
+            n for n in order if n in values and any(u in needed and u not in values for u in n.users)
+        ]
+        constants += [n for n in roots if n in values and n not in constants]
+        self.constants = [values[n] for n in constants]
+        for node in constants:
             copies[node] = graph.placeholder(f"constant_{node.name}")
         for node in order:
-            if node.op == "placeholder" and node is not self.step and node not in known:
+            if node.op == "placeholder" and node is not self.step and node not in values:
                 copies[node] = graph.placeholder(node.name)
                 self.inputs.append(str(node.meta["input"]))
         for node in order:
-            if node in given:
+            if node in supplied:
                 copies[node] = graph.placeholder(node.name)
-                self.inputs.append(given[node])
+                self.inputs.append(supplied[node])
         for node in order:
-            if node.op == "call_function" and node not in known and node not in given:
+            if node.op == "call_function" and node not in values and node not in supplied:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
-        graph.output([copies[n] for n in wanted])
+        graph.output([copies[n] for n in roots])
         return graph

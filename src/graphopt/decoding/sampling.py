@@ -1,4 +1,4 @@
-"""From logits to tokens: the most likely one, or one that is drawn."""
+"""From logits to tokens: the most likely token, or a sampled one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..ir.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is taken.
+    """How tokens are chosen.
 
     Attributes:
-        temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
-        top_k: only among so many most likely ones.
-        top_p: only among the most likely ones that have this probability together.
-        typical: accept a candidate where it is not unlikely, instead of by its odds: the text is then another one.
+        temperature: 0 takes the most likely token; else logits are divided by it and a token is sampled.
+        top_k: sample only among this many most likely tokens.
+        top_p: sample only among the most likely tokens whose probabilities add up to this.
+        typical: accept a candidate that is not unlikely, instead of by its probability; this changes the text.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value is out of its range.
     """
 
     temperature: float = 0.0
@@ -40,7 +40,7 @@ class Sampling:
             raise UsageError("typical acceptance takes a number above 0, up to 1, and a temperature above 0")
 
     def acceptable(self, odds: torch.Tensor) -> torch.Tensor:
-        """Return which tokens typical acceptance takes: ``p > min(e, sqrt(e) * exp(-entropy))`` (arXiv 2401.10774).
+        """Return which tokens typical acceptance accepts: ``p > min(e, sqrt(e) * exp(-entropy))`` (arXiv 2401.10774).
 
         Args:
             odds: (vocabulary,), float64.
@@ -51,7 +51,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Tell whether the most likely token is taken."""
+        """Tell whether the most likely token is always taken."""
         return self.temperature == 0
 
     def distribution(self, logits: torch.Tensor) -> torch.Tensor:
@@ -63,13 +63,13 @@ class Sampling:
         odds = torch.softmax(wide, -1)
         if self.top_p is not None:
             ordered, order = odds.sort(dim=-1, descending=True, stable=True)
-            # a token stays if those before it have not reached the share yet
-            gone = ordered.cumsum(-1) - ordered >= self.top_p
-            odds = odds.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), 0.0)
+            # a token is kept if those before it do not add up to top_p yet
+            excluded = ordered.cumsum(-1) - ordered >= self.top_p
+            odds = odds.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), 0.0)
             odds = odds / odds.sum(-1, keepdim=True)
         return odds
 
 
 def draw(odds: torch.Tensor, generator: torch.Generator) -> int:
-    """Return one number drawn by its odds (vocabulary,)."""
+    """Return one token sampled from its distribution (vocabulary,)."""
     return int(torch.multinomial(odds, 1, generator=generator))

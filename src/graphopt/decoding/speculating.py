@@ -1,4 +1,4 @@
-"""The loop: candidates are computed in one step, and those that the program would have taken are committed."""
+"""The speculative decoding loop: candidates are verified in one step, and those the program would choose are committed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .stopping import Stop
 
 @dataclass
 class Statistics:
-    """What decoding did.
+    """Statistics of a decoding run.
 
     Attributes:
         steps: how often the program ran after the prompts.
-        row_steps: the same, counted once a row.
-        tokens: committed, over all rows.
-        proposed: for each depth how many rows had a candidate there.
-        accepted: for each depth how often one was accepted.
-        seconds: spent on prompts, candidates, the program, and all else.
-        notes: what went wrong on the way.
+        row_steps: the same, counted once per row.
+        tokens: number of committed tokens, over all rows.
+        proposed: for each depth, how often a row had a candidate there.
+        accepted: for each depth, how often one was accepted.
+        seconds: time spent on prompts, candidates, the program, and everything else.
+        notes: problems that occurred.
     """
 
     steps: int = 0
@@ -43,12 +43,12 @@ class Statistics:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a row commits in a step, on average."""
+        """Average number of tokens that a row commits in a step."""
         return self.tokens / max(self.row_steps, 1)
 
     @property
     def acceptance(self) -> list[float]:
-        """Of the rows that had a candidate at a depth, the share that accepted one, from depth 1 on."""
+        """Share of the rows with a candidate at a depth that accepted one, from depth 1 on."""
         return [a / p if p else 0.0 for a, p in zip(self.accepted, self.proposed, strict=True)]
 
     def count(self, draft: Draft, accepted: int) -> None:
@@ -64,7 +64,7 @@ class Statistics:
 
 @dataclass
 class Commit:
-    """What one step adds to one row: its number in the batch as it began, the tokens, whether the row has ended."""
+    """What one step adds to one row: its index in the original batch, the tokens, and whether the row has ended."""
 
     row: int
     tokens: list[int]
@@ -72,19 +72,19 @@ class Commit:
 
 
 class Loop:
-    """Generates with caches, and with candidates if somebody proposes them.
+    """Generates with caches, and with candidates if there is a drafter.
 
-    Greedy output is that of one token after the other: a candidate counts only if it is what the program takes
-    there. Drawn output has the program's distribution: a token is drawn from it at each place, and candidates that
-    were chosen without chance count if they are that token; candidates that were drawn are accepted by the rule of
-    speculative sampling (arXiv 2211.17192).
+    Greedy output equals that of decoding one token at a time: a candidate is accepted only if it is the token that the
+    program would choose. Sampled output has the program's distribution: a token is sampled at each position, and
+    candidates that were chosen deterministically are accepted if they equal it; candidates that were sampled are
+    accepted by the rule of speculative sampling (arXiv 2211.17192).
 
     Args:
-        decoder: empty.
-        drafter: who proposes candidates, or None.
-        sampling: how tokens are taken.
+        decoder: without tokens yet.
+        drafter: proposes candidates; None for none.
+        sampling: how tokens are chosen.
         stop: when rows end.
-        seed: of draws.
+        seed: for sampling.
     """
 
     def __init__(
@@ -93,20 +93,20 @@ class Loop:
         self.decoder, self.drafter, self.sampling, self.stop = decoder, drafter, sampling, stop
         self.generator = torch.Generator().manual_seed(seed)
         if drafter is not None:
-            # candidates must be drawn apart from the coins that accept them, and anew for every seed
-            apart = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
-            drafter.generator = torch.Generator().manual_seed(apart)
+            # candidates must be sampled independently of the draws that accept them, and differently for every seed
+            drafter_seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+            drafter.generator = torch.Generator().manual_seed(drafter_seed)
         self.statistics = Statistics()
         self.logits = decoder.cache.logits
 
     def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Commit]]:
-        """Yield what each step commits, rows in order; those that have ended take no part any more.
+        """Yield the commits of each step, in the order of rows; rows that have ended are dropped.
 
         Args:
             prompts: at least one token each.
 
         Raises:
-            UsageError: who proposes candidates cannot do so for this program.
+            UsageError: the drafter cannot work with this program.
         """
         began = time.perf_counter()
         rows = [list(prompt) for prompt in prompts]
@@ -122,41 +122,41 @@ class Loop:
             commits, seen = self._step(
                 [rows[r] for r in alive], [len(rows[r]) - start[r] for r in alive], alive
             )
-            kept: list[int] = []
-            for place, (row, tokens) in enumerate(zip(alive, commits, strict=True)):
+            continuing: list[int] = []
+            for index, (row, tokens) in enumerate(zip(alive, commits, strict=True)):
                 new, ended = self.stop.cut(rows[row][start[row] :], tokens)
                 rows[row].extend(new)
                 self.statistics.tokens += len(new)
-                commits[place] = new
+                commits[index] = new
                 if not ended:
-                    kept.append(place)
+                    continuing.append(index)
             result = [
-                Commit(row, tokens, p not in kept)
+                Commit(row, tokens, p not in continuing)
                 for p, (row, tokens) in enumerate(zip(alive, commits, strict=True))
             ]
-            for place in kept:
-                self._guarded("observe", place, rows[alive[place]], seen[place])
-            if 0 < len(kept) < len(alive):
-                self.decoder.keep_rows(kept)
-                self._guarded("keep", kept)
-            alive = [alive[place] for place in kept]
-            named = sum(self.statistics.seconds[n] - spent[n] for n in ("candidates", "program"))
-            self.statistics.seconds["rest"] += time.perf_counter() - step_began - named
+            for index in continuing:
+                self._guarded("observe", index, rows[alive[index]], seen[index])
+            if 0 < len(continuing) < len(alive):
+                self.decoder.keep_rows(continuing)
+                self._guarded("keep", continuing)
+            alive = [alive[index] for index in continuing]
+            accounted = sum(self.statistics.seconds[n] - spent[n] for n in ("candidates", "program"))
+            self.statistics.seconds["rest"] += time.perf_counter() - step_began - accounted
             yield result
 
-    def _guarded(self, what: str, *arguments: Any) -> Any:
-        """Ask who proposes candidates; if that fails on the way, go on without."""
+    def _guarded(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the drafter; if it fails once decoding has begun, continue without a drafter."""
         if self.drafter is None:
             return None
         try:
-            found = getattr(self.drafter, what)(*arguments)
-            return _checked(found, arguments[0], self.decoder) if what == "propose" else found
+            result = getattr(self.drafter, method)(*arguments)
+            return _checked(result, arguments[0], self.decoder) if method == "propose" else result
         except Exception as error:
             if isinstance(error, GraphoptError) and not self.statistics.steps:
-                raise  # it cannot run with this program at all
+                raise  # the drafter does not work with this program at all
             note = (
                 f"{self.drafter.name or type(self.drafter).__name__} failed ({type(error).__name__}: {error}); "
-                "decoding goes on without candidates"
+                "decoding continues without candidates"
             )
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             self.statistics.notes.append(note)
@@ -173,19 +173,19 @@ class Loop:
             return [Draft() for _ in rows]
         began = time.perf_counter()
         lengths = list(self.decoder.lengths)
-        found = self._guarded("propose", rows, room)
+        proposals = self._guarded("propose", rows, room)
         self.decoder.lengths = lengths
         self.statistics.seconds["candidates"] += time.perf_counter() - began
-        if found is None:
+        if proposals is None:
             return [Draft() for _ in rows]
-        drafts = [draft.cut(deep) for draft, deep in zip(found, room, strict=True)]
-        most = self.decoder.capacity - max(len(row) for row in rows)
-        return [draft if draft.width <= most else Draft() for draft in drafts]
+        drafts = [draft.cut(depth) for draft, depth in zip(proposals, room, strict=True)]
+        free_slots = self.decoder.capacity - max(len(row) for row in rows)
+        return [draft if draft.width <= free_slots else Draft() for draft in drafts]
 
     def _step(
         self, rows: list[list[int]], new: list[int], alive: list[int]
     ) -> tuple[list[list[int]], list[Seen]]:
-        # the last token of a prompt is read as the prompt is, by all layers
+        # the last token of a prompt is computed like the rest of the prompt, with all layers
         reading = self.decoder.phased and not self.decoder.decoding
         drafts = [Draft() for _ in rows] if reading else self._drafts(rows, new)
         width = 1 + max(draft.width for draft in drafts)
@@ -196,14 +196,14 @@ class Loop:
         self.statistics.steps += 1
         self.statistics.row_steps += len(rows)
         commits, paths, seen = [], [], []
-        for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-            path, tokens = self._walk(draft, outputs[self.logits][place])
+        for index, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            path, tokens = self._walk(draft, outputs[self.logits][index])
             self.statistics.count(draft, len(tokens) - 1)
             commits.append(tokens)
             paths.append(path)
-            fed = 1 + draft.width
-            shown = {n: v[place, :fed] for n, v in outputs.items()}
-            seen.append(Seen([row[-1], *draft.tokens], draft, path, shown))
+            node_count = 1 + draft.width
+            row_outputs = {n: v[index, :node_count] for n, v in outputs.items()}
+            seen.append(Seen([row[-1], *draft.tokens], draft, path, row_outputs))
         self.decoder.accept(paths)
         self.decoder.decoding = True
         return commits, seen
@@ -224,27 +224,27 @@ class Loop:
             return decoder.extend(ids, outputs=names)
         start = torch.tensor(decoder.lengths, device=device)[:, None]
         slots = start + torch.arange(width, device=device)[None]
-        # what fills a row up to the width sees itself alone, and nobody sees it
+        # padding up to the width attends only to itself, and nothing attends to it
         depths, seen = [], []
         for draft in drafts:
             depths.append([0, *draft.all_depths, *[0] * (width - 1 - draft.width)])
-            mine = [{node} for node in range(width)]
+            visible = [{node} for node in range(width)]
             for node, parent in enumerate(draft.all_parents):
-                mine[node + 1] |= mine[parent + 1]
-            seen.append([[other in mine[node] for other in range(width)] for node in range(width)])
+                visible[node + 1] |= visible[parent + 1]
+            seen.append([[other in visible[node] for other in range(width)] for node in range(width)])
         mask = torch.tensor(seen, device=device)
-        given = None
+        mark_inputs = None
         if probing:
             marks = [
                 [0] * (1 + len(d.tokens)) + [mark for _, mark in d.probes] + [0] * (width - 1 - d.width)
                 for d in drafts
             ]
-            given = {MARKS: torch.tensor(marks, device=device)}
-        places = start + torch.tensor(depths, device=device)
-        return decoder.forward(ids, places, slots, mask, outputs=names, given=given)
+            mark_inputs = {MARKS: torch.tensor(marks, device=device)}
+        positions = start + torch.tensor(depths, device=device)
+        return decoder.forward(ids, positions, slots, mask, outputs=names, given=mark_inputs)
 
     def _walk(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Return the accepted nodes, the row's last token first as 0, and the tokens to commit."""
+        """Return the accepted nodes, starting with 0 for the row's last token, and the tokens to commit."""
         if self.sampling.typical is not None:
             return self._accept_typical(draft, logits)
         if draft.odds and not self.sampling.greedy:
@@ -252,8 +252,8 @@ class Loop:
         path, tokens, node = [0], [], -1
         best = logits.argmax(-1).tolist() if self.sampling.greedy else None
         while True:
-            at = node + 1
-            token = best[at] if best is not None else self._draw(logits[at])
+            index = node + 1
+            token = best[index] if best is not None else self._draw(logits[index])
             tokens.append(token)
             following = next((c for c in draft.children(node) if draft.tokens[c] == token), None)
             if following is None:
@@ -262,16 +262,16 @@ class Loop:
             node = following
 
     def _accept_typical(self, draft: Draft, logits: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Take the likeliest candidate that is not unlikely, as long as there is one; then draw. Not lossless."""
+        """Accept the likeliest acceptable candidate as long as there is one, then sample. Not lossless."""
         path, node = [0], -1
         tokens: list[int] = []
         while True:
             odds = self.sampling.distribution(logits[node + 1].cpu())
-            fine = self.sampling.acceptable(odds)
-            able = [c for c in draft.children(node) if fine[draft.tokens[c]]]
-            if not able:
+            acceptable = self.sampling.acceptable(odds)
+            candidates = [c for c in draft.children(node) if acceptable[draft.tokens[c]]]
+            if not candidates:
                 return path, [*tokens, draw(odds, self.generator)]
-            node = max(able, key=lambda c: float(odds[draft.tokens[c]]))
+            node = max(candidates, key=lambda c: float(odds[draft.tokens[c]]))
             path.append(node + 1)
             tokens.append(draft.tokens[node])
 
@@ -282,14 +282,14 @@ class Loop:
         path, tokens = [0], []
         for node, (token, drawn_from) in enumerate(zip(draft.tokens, draft.odds, strict=True)):
             odds = self.sampling.distribution(logits[node].cpu())
-            other = drawn_from.double().cpu()
+            draft_odds = drawn_from.double().cpu()
             coin = torch.rand((), generator=self.generator, dtype=torch.float64)
-            if coin * other[token] < odds[token]:
+            if coin * draft_odds[token] < odds[token]:
                 path.append(node + 1)
                 tokens.append(token)
                 continue
-            rest = (odds - other).clamp(min=0)
-            tokens.append(draw(rest if rest.sum() > 0 else odds, self.generator))
+            residual = (odds - draft_odds).clamp(min=0)
+            tokens.append(draw(residual if residual.sum() > 0 else odds, self.generator))
             return path, tokens
         tokens.append(self._draw(logits[len(draft.tokens)]))
         return path, tokens

@@ -1,4 +1,4 @@
-"""Where a row ends, which may be inside of what one step commits."""
+"""When a row ends, which may be in the middle of what one step commits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..ir.errors import UsageError
 
 @dataclass(frozen=True)
 class Stop:
-    """When a row has come to its end.
+    """Conditions under which a row ends.
 
     Attributes:
-        max_new_tokens: how many tokens it gets at most.
-        tokens: after any of these, which is kept.
-        sequences: after any of these runs of tokens, which are kept.
+        max_new_tokens: maximum number of new tokens.
+        tokens: any of these ends the row, and is kept.
+        sequences: any of these sequences of tokens ends the row, and is kept.
     """
 
     max_new_tokens: int
@@ -24,25 +24,25 @@ class Stop:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UsageError("max_new_tokens is at least 1")
+            raise UsageError("max_new_tokens must be at least 1")
         if any(not sequence for sequence in self.sequences):
             raise UsageError("a stop sequence has no tokens")
 
     def cut(self, new: Sequence[int], commit: Sequence[int]) -> tuple[list[int], bool]:
-        """Return what of a commit is kept, and whether the row ends there.
+        """Return the part of a commit that is kept, and whether the row ends there.
 
         Args:
-            new: the tokens that the row got before.
-            commit: those it would get now.
+            new: the new tokens that the row has so far.
+            commit: the tokens that a step adds.
         """
         row = list(new)
-        kept: list[int] = []
+        accepted: list[int] = []
         for token in commit:
             row.append(token)
-            kept.append(token)
+            accepted.append(token)
             ended = token in self.tokens or any(
                 len(row) >= len(s) and tuple(row[-len(s) :]) == s for s in self.sequences
             )
             if ended or len(row) >= self.max_new_tokens:
-                return kept, True
-        return kept, False
+                return accepted, True
+        return accepted, False

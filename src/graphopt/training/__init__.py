@@ -1,4 +1,4 @@
-"""Training of any module: a thin loop with progress whose runs go on after an interruption."""
+"""Training of any module: a thin loop with progress, whose runs resume after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that lost their sync point learn to do without: block-to-block distillation."""
+"""Block-to-block distillation: blocks are trained to work without their sync point."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ def distil_sync_points(
     length: int = 2048,
     progress: TrainingProgress | None = None,
 ) -> tuple[Program, dict[str, Record]]:
-    """Drop sync points and train each block to do without its own (section 4 of arXiv 2502.20727).
+    """Drop sync points and train each block to work without its own (section 4 of arXiv 2502.20727).
 
-    Each block, from what it reads to what its feed-forward writes, is trained by itself: without its sync point it
-    learns to write what it wrote with it, on the stream of the original model. The paper takes 10 epochs over 128
-    sequences at a learning rate of 5e-5 (LLaMA-2) or 1e-6 (OPT); the optimizer is open, AdamW is used.
+    Each block, from the input of its attention to the output of its feed-forward, is trained separately: on the
+    hidden states of the original model, it learns to produce without its sync point what it produced with it. The paper
+    uses 10 epochs over 128 sequences at a learning rate of 5e-5 (LLaMA-2) or 1e-6 (OPT); it does not name the
+    optimizer, AdamW is used here.
 
     Args:
         program: sharded, with its sync points.
         blocks: names of attention blocks, such as ``"attention.3"``.
-        data: a file or batches, as for passes; all of it is trained on.
+        data: a file or batches, as for passes; all of it is used for training.
         settings: of each block's training.
-        work_dir: where states are kept, a folder a block, so that an interrupted run goes on.
-        sequences: rows read from a file.
-        length: tokens a row at most.
-        progress: hears of every step.
+        work_dir: where training states are saved, one folder per block, so that an interrupted run can resume.
+        sequences: number of rows read from a file.
+        length: maximum number of tokens per row.
+        progress: notified after every step.
 
     Returns:
         The program without these sync points, with trained weights, and the record of each block.
@@ -61,8 +62,10 @@ def distil_sync_points(
     for name in blocks:
         if name not in points:
             raise UsageError(f"{name}: {refused.get(name, 'there is no such attention')}")
-    read, _ = read_data(program, data, sequences=sequences, length=length, batch=1, seed=settings.seed)
-    context = Context(list(read))
+    batches_read, _ = read_data(
+        program, data, sequences=sequences, length=length, batch=1, seed=settings.seed
+    )
+    context = Context(list(batches_read))
     trained: dict[str, torch.Tensor] = {}
     records: dict[str, Record] = {}
     for name in blocks:
@@ -89,24 +92,24 @@ def distil_sync_points(
             module, batch, recipe.loss, replace(settings), work_dir=folder, device="cpu", progress=progress
         )
         trained |= {n: p.detach().clone() for n, p in module.named_parameters()}
-    done = program.copy()
-    drop(done, list(blocks))
-    for node in done.weight_nodes:
-        weight = done.weights[node.name]
+    result = program.copy()
+    drop(result, list(blocks))
+    for node in result.weight_nodes:
+        weight = result.weights[node.name]
         if weight.name in trained:
-            done.weights[node.name] = weight.with_source(
+            result.weights[node.name] = weight.with_source(
                 InMemory(trained[weight.name].to(weight.source.dtype))
             )
-    block_export(done, "blocks were trained without their sync points", by="block-to-block distillation")
-    done.changed()
-    return done, records
+    block_export(result, "blocks were trained without their sync points", by="block-to-block distillation")
+    result.changed()
+    return result, records
 
 
 def block_pair(program: Program, name: str) -> tuple[Program, Program]:
     """Return a block with and without its sync point, each as a program from ``stream`` to ``written``.
 
     Raises:
-        UsageError: the block has none to drop.
+        UsageError: the block has no sync point to drop.
     """
     points, refused = find_sync_points(program)
     if name not in points:
@@ -116,14 +119,14 @@ def block_pair(program: Program, name: str) -> tuple[Program, Program]:
     teacher = extract(program, {"stream": reads}, {"written": writes})
     dropped = program.copy()
     written = drop(dropped, [name])[name]
-    here = next(n for n in dropped.graph.nodes if n.name == reads.name)
-    return teacher, extract(dropped, {"stream": here}, {"written": written})
+    dropped_reads = next(n for n in dropped.graph.nodes if n.name == reads.name)
+    return teacher, extract(dropped, {"stream": dropped_reads}, {"written": written})
 
 
 def _block_batch(
     program: Program, context: Context, reads: Any, student: Program, batch: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What a block takes: the stream as it is in the original model, and inputs that it reads besides."""
+    """Return the inputs of a block: the hidden states in the original model, and any other inputs it reads."""
     bound = context.bound(program, batch)
     stream = interpret(program, bound, record=[reads], stop=True)[reads.name]
     return {"stream": stream} | {n: v for n, v in bound.items() if n in student.signature.inputs}

@@ -1,4 +1,4 @@
-"""Training programs by recipes: data, form, loop, and the program with what was learned."""
+"""Training programs by recipes: data, training variant, loop, and the trained program."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ Source = str | os.PathLike[str] | Iterable[Batch]
 
 
 def as_method(recipe: str | Method) -> Method:
-    """Return a training method given as an object or as text, ``"dynamoe{theta=0.9}"``.
+    """Return a training method given as an object or as text such as ``"dynamoe{theta=0.9}"``.
 
     Raises:
-        PipelineError: the text names no recipe, or an option wrongly.
+        PipelineError: the text names no recipe, or an option is wrong.
     """
     if isinstance(recipe, Method):
         return recipe
-    found = parse_calls(recipe, "a recipe")
-    if len(found) != 1:
-        raise PipelineError(f"one recipe trains a program at a time, not {len(found)}")
-    return find_method(*found[0])
+    calls = parse_calls(recipe, "a recipe")
+    if len(calls) != 1:
+        raise PipelineError(f"one recipe trains a program at a time, not {len(calls)}")
+    return find_method(*calls[0])
 
 
 def train(
@@ -66,138 +66,140 @@ def train(
     loss_on: str = "all",
     progress: TrainingProgress | None = None,
 ) -> tuple[Program, Record]:
-    """Train a program by a recipe and return it with what it learned, and the record of the run.
+    """Train a program by a recipe and return the trained program and the record of the run.
 
-    With a ``work_dir`` an interrupted run goes on, and ends with the same weights. Under torchrun each process takes
-    batches of its own and gradients are averaged.
+    With a ``work_dir`` an interrupted run resumes, and ends with the same weights. Under torchrun each process takes
+    its own batches and gradients are averaged.
 
     Args:
-        model: what :func:`graphopt.capture` takes; it stays as it is.
+        model: what :func:`graphopt.capture` takes; it is not modified.
         recipe: a method, or its text: ``"dynamoe{theta=0.9}"``, ``"phds{anchor=1}"``, ``"language"``.
-        data: a .jsonl, .txt or .npz file, or batches of inputs by name; repeated in another order as often as needed.
-        settings: steps, learning rate and the like.
-        batch: rows a batch, of data read from a file.
-        length: tokens a row at most.
-        sequences: rows at most; None takes all.
-        work_dir: where the state is kept.
+        data: a .jsonl, .txt or .npz file, or batches of inputs by name; repeated, reshuffled, as often as needed.
+        settings: steps, learning rate and so on.
+        batch: rows per batch, for data read from a file.
+        length: maximum number of tokens per row.
+        sequences: maximum number of rows; None takes all.
+        work_dir: where the state is saved.
         device: where to train; None takes a GPU if there is one.
-        dtype: what weights and arithmetic are in while it learns: "float32", as small updates vanish in sixteen bits, or
-            "stored". The result has the types that were stored.
-        validation: data of which the recipe's loss is recorded too.
+        dtype: type of weights and arithmetic during training: "float32", because small updates vanish in sixteen bits, or
+            "stored". The result has the stored types.
+        validation: data on which the recipe's loss is also recorded.
         measure_every: steps between such measurements; 0 measures at the end.
-        save_every: seconds between states on disk.
-        loss_on: "all" tokens, or those that the "assistant" says, where the data are conversations.
-        progress: hears of every step.
+        save_every: seconds between saved states.
+        loss_on: "all" tokens, or only those of the "assistant" if the data are conversations.
+        progress: notified after every step.
 
     Raises:
         PipelineError: the recipe's text is wrong.
-        UsageError: the program has not what the recipe trains, or there is no data.
+        UsageError: the program lacks what the recipe trains, or there is no data.
     """
     method = as_method(recipe)
     program = as_program(model)
     if ranks_of(program) and world_size() > 1:
         raise UsageError(
-            "a sharded program does not train over processes",
-            hint="train it first, then shard what was learned",
+            "a sharded program cannot be trained over several processes",
+            hint="train the program first, then shard it",
         )
     if kept_tokens(program, "logits") is not None:
         raise UsageError(
-            "a program whose logits are of some tokens is not trained on text that has others",
-            hint="train it first, then trim-vocabulary",
+            "a program with a trimmed vocabulary cannot be trained on text that has other tokens",
+            hint="train it first, then run trim-vocabulary",
         )
     rows = _batches(program, data, batch, length, sequences, settings.seed, loss_on)
-    made = method.recipe(_typed(program, dtype))
-    module = made.module()
+    prepared = method.recipe(_typed(program, dtype))
+    module = prepared.module()
     if work_dir is not None:
-        _one_run(Path(work_dir), program, method, rows)
-    where = torch.device(device or default_device())
+        _require_same_run(Path(work_dir), program, method, rows)
+    target_device = torch.device(device or default_device())
     total = settings.steps * settings.accumulate * world_size()
 
     def numbered(number: int) -> Batch:
         order = torch.randperm(
             len(rows), generator=torch.Generator().manual_seed(settings.seed * 7919 + number // len(rows))
         )
-        row = {name: tensor.to(where) for name, tensor in rows[int(order[number % len(rows)])].items()}
-        return made.transform(row, number / total)
+        row = {
+            name: tensor.to(target_device) for name, tensor in rows[int(order[number % len(rows)])].items()
+        }
+        return prepared.transform(row, number / total)
 
     measure = None
     if validation is not None:
-        held = _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
+        validation_rows = _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
 
         def measure(trained: nn.Module) -> dict[str, float]:
-            return {"validation loss": _mean_loss(made, trained, held, settings.seed)}
+            return {"validation loss": _mean_loss(prepared, trained, validation_rows, settings.seed)}
 
     record = train_module(
-        module, numbered, made.loss, settings, work_dir=work_dir, device=where, measure=measure,
+        module, numbered, prepared.loss, settings, work_dir=work_dir, device=target_device, measure=measure,
         measure_every=measure_every, save_every=save_every, progress=progress,
     )  # fmt: skip
-    judged = (
+    judging_rows = (
         rows
         if validation is None
         else _batches(program, validation, batch, length, sequences, settings.seed, loss_on)
     )
-    done = made.after(made.finish(program, module), judged[:4])
-    done.history.append(
+    trained_program = prepared.after(prepared.finish(program, module), judging_rows[:4])
+    trained_program.history.append(
         {
-            "recipe": _text(method),
+            "recipe": _method_text(method),
             "contract": "trained",
             "steps": settings.steps,
             "settings": settings.plain(),
             "loss": record.losses[-1],
         }
     )
-    return done, record
+    return trained_program, record
 
 
 def _typed(program: Program, dtype: str) -> Program:
     if dtype not in ("float32", "stored"):
         raise UsageError(f"dtype is float32 or stored, not {dtype!r}")
-    held = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
-    return retyped(program, torch.float32) if dtype == "float32" and held & HALVES else program
+    dtypes = {w.source.dtype for w in program.weights.values() if w.source.dtype.is_floating_point}
+    return retyped(program, torch.float32) if dtype == "float32" and dtypes & HALVES else program
 
 
-def _one_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
-    """Write down what a folder's run is made of, or refuse a folder of another run.
+def _require_same_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
+    """Record what identifies the run in a folder, or refuse the folder of another run.
 
     Raises:
         UsageError: the folder holds a run of another recipe, program or data.
     """
-    mine = {
-        "recipe": _text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
+    identity = {
+        "recipe": _method_text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
         "number of processes": world_size(),
     }  # fmt: skip
     path = folder / "run.json"
     if not path.is_file() or not (folder / STATE).is_file():  # nothing was trained there yet
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as made:
-                made.write_text(json.dumps(mine, indent=1))
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1))
         return
     try:
-        held = json.loads(path.read_text())
-        other = [name for name, value in mine.items() if held.get(name) != value]
+        saved = json.loads(path.read_text())
+        differing = [name for name, value in identity.items() if saved.get(name) != value]
     except (ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} does not say what was trained: {error}", hint="remove the folder"
         ) from None
-    if other:
+    if differing:
         raise UsageError(
-            f"{folder} holds a run with another {' and another '.join(other)}",
-            hint="start anew in another folder, or remove it",
+            f"{folder} holds a run with another {' and another '.join(differing)}",
+            hint="start a new run in another folder, or remove this one",
         )
 
 
-def _text(method: Method) -> str:
+def _method_text(method: Method) -> str:
     from ..ir.option import default_of, options_of
     from ..passes.framework.values import format_value
 
-    given = {
+    options = {
         n: getattr(method, n)
         for n, f in options_of(type(method)).items()
         if getattr(method, n) != default_of(f)
     }
     return method.name + (
-        "{" + " ".join(f"{n}={format_value(v)}" for n, v in given.items()) + "}" if given else ""
+        "{" + " ".join(f"{n}={format_value(v)}" for n, v in options.items()) + "}" if options else ""
     )
 
 
@@ -223,14 +225,14 @@ def _batches(
 
 
 def _mean_loss(recipe: Recipe, module: nn.Module, rows: list[Batch], seed: int) -> float:
-    where = next(module.parameters()).device
+    device = next(module.parameters()).device
     total = 0.0
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for number, row in enumerate(rows):
             torch.manual_seed(seed * 1_000_003 + number)
-            given = recipe.transform({n: t.to(where) for n, t in row.items()}, 1.0)
-            given = {n: t.to(where) for n, t in given.items()}
-            total += float(recipe.loss(module, given))
+            inputs = recipe.transform({n: t.to(device) for n, t in row.items()}, 1.0)
+            inputs = {n: t.to(device) for n, t in inputs.items()}
+            total += float(recipe.loss(module, inputs))
     return total / len(rows)
 
 

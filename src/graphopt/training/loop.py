@@ -1,4 +1,4 @@
-"""The loop: batch, loss, update, and a state on disk from which it goes on after any interruption."""
+"""The training loop: batch, loss, update, and a state on disk from which it resumes after any interruption."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 class DivergedError(GraphoptError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer finite."""
 
     exit_code = 5
 
@@ -48,42 +48,42 @@ def train(
     save_every: float = 60.0,
     progress: TrainingProgress | None = None,
 ) -> Record:
-    """Train a module in place and return what was seen on the way.
+    """Train a module in place and return the record of the run.
 
-    With a ``work_dir`` the run goes on where it stopped, after Ctrl-C, ``kill -9`` or a power cut, and ends
+    With a ``work_dir`` the run resumes where it stopped, after Ctrl-C, ``kill -9`` or a power cut, and ends
     with the weights that an uninterrupted run would have had, as long as the device and the number of
-    threads are the same: batches and random numbers depend on the step alone.
+    threads are the same: batches and random numbers depend only on the step.
 
-    Under torchrun every process trains a copy (DistributedDataParallel): n processes take n times as many batches a
-    step, and average their gradients; the first keeps the state, and the folder must be one that all see.
+    Under torchrun every process trains a copy (DistributedDataParallel): n processes take n times as many batches per
+    step, and average their gradients; the first saves the state, and all must see the same folder.
 
     Args:
-        module: what is trained; parameters that do not require gradients stay as they are.
-        batch: returns batch number n, counted from 0 over the whole run; the same for the same n.
+        module: the module to train; parameters that do not require gradients are not changed.
+        batch: returns batch number n, counted from 0 over the whole run; always the same for the same n.
         loss: returns the mean loss of a batch.
-        settings: steps, learning rate and the like.
-        work_dir: where the state is kept; None keeps none.
+        settings: steps, learning rate and so on.
+        work_dir: where the state is saved; None saves none.
         device: where to train; None takes a GPU if there is one.
-        optimizer: makes the optimizer; None makes AdamW.
+        optimizer: creates the optimizer; None creates AdamW.
         measure: returns values worth recording, such as a validation loss; called in evaluation mode.
-        measure_every: steps between measurements; 0 measures at the end alone.
-        save_every: seconds between states on disk.
-        progress: hears of every step.
+        measure_every: steps between measurements; 0 measures only at the end.
+        save_every: seconds between saved states.
+        progress: notified after every step.
 
     Raises:
-        UsageError: the folder holds another run, or another process trains there.
+        UsageError: the folder holds another run, or another process is training there.
         CheckpointError: the state in the folder is damaged.
-        DivergedError: the loss became infinite or not a number; the last state on disk is from before.
-        KeyboardInterrupt: after Ctrl-C, once the state is on disk.
+        DivergedError: the loss became infinite or NaN; the last saved state is from before that.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    where = torch.device(device or default_device())
-    replicas = Replicas(where)
-    module.to(where)
+    target = torch.device(device or default_device())
+    replicas = Replicas(target)
+    module.to(target)
     update = (optimizer or adamw(settings))(module)
     folder = Path(work_dir) if work_dir is not None else None
-    shown = progress or Quiet()
+    reporter = progress or Quiet()
     if replicas.rank:
-        shown = Quiet()
+        reporter = Quiet()
     with contextlib.ExitStack() as stack:
         record = Record()
         if folder is not None:
@@ -92,12 +92,12 @@ def train(
             replicas.wait()
             record = load_state(folder, module, update, settings)
             replicas.wait()
-        whole = replicas.wrap(module)
-        # the seeds below are nobody else's
-        stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
+        wrapped = replicas.wrap(module)
+        # the seeds set below must not affect the caller's random numbers
+        stack.enter_context(torch.random.fork_rng(devices=[target] if target.type == "cuda" else []))
         stopped = stack.enter_context(_stop_between_steps())
-        stack.callback(shown.end)
-        shown.begin(settings.steps, record.step)
+        stack.callback(reporter.end)
+        reporter.begin(settings.steps, record.step)
         saved = began = time.monotonic()
 
         def save() -> None:
@@ -112,7 +112,7 @@ def train(
         stack.callback(module.train, was_training)
         while record.step < settings.steps:
             value, stopping = _step(
-                whole, batch, loss, update, settings, record.step, replicas, stopped.is_set()
+                wrapped, batch, loss, update, settings, record.step, replicas, stopped.is_set()
             )
             record.losses.append(value)
             note = ""
@@ -121,7 +121,7 @@ def train(
                 values = _measure(module, measure)
                 record.measured.append((record.step, values))
                 note = ", ".join(f"{name} {v:.4g}" for name, v in values.items())
-            shown.step(record.step, value, note)
+            reporter.step(record.step, value, note)
             if last or stopping or time.monotonic() - saved > save_every:
                 save()
             if stopping and not last:
@@ -152,7 +152,7 @@ def _step(
     total = 0.0
     for part in range(settings.accumulate):
         number = (step * settings.accumulate + part) * replicas.size + replicas.rank
-        # dropout and the like draw the same numbers after a resumption
+        # dropout and other random operators must draw the same numbers after a resumption
         torch.manual_seed(settings.seed * 1_000_003 + number)
         with replicas.apart(module, part + 1 < settings.accumulate):
             inputs = {name: t.to(replicas.device) for name, t in batch(number).items()}
@@ -180,19 +180,19 @@ def _measure(module: nn.Module, measure: Callable[[nn.Module], Mapping[str, floa
 
 @contextlib.contextmanager
 def _stop_between_steps() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a wish, so that no step is cut in the middle; the second one interrupts."""
-    wish = threading.Event()
+    """Yield an event that the first Ctrl-C sets, so that no step is cut short; the second Ctrl-C interrupts."""
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield requested
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if wish.is_set():
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if requested.is_set():
             raise KeyboardInterrupt
-        wish.set()
+        requested.set()
 
-    before: Any = signal.signal(signal.SIGINT, ask)
+    previous: Any = signal.signal(signal.SIGINT, on_signal)
     try:
-        yield wish
+        yield requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""Several processes that train copies of one module, each on batches of its own."""
+"""Several processes that train copies of one module, each on its own batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..ir import groups
 
 
 class Replicas:
-    """The processes that torchrun started, or this one alone.
+    """The processes that torchrun started, or only this one.
 
     Args:
         device: where this process trains.
@@ -31,13 +31,13 @@ class Replicas:
         """Return a module whose gradients are the mean over processes."""
         if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
-        # a routed token leaves out weights, on every process other ones
-        where = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=where, find_unused_parameters=True)
+        # routing leaves some weights unused, different ones in each process
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=True)
 
     @contextlib.contextmanager
     def apart(self, module: nn.Module, wanted: bool) -> Iterator[None]:
-        """Add gradients up without sending them, where more batches of the same step follow."""
+        """Accumulate gradients without synchronising them, if more batches of the same step follow."""
         with (
             module.no_sync()
             if wanted and isinstance(module, DistributedDataParallel)
@@ -54,6 +54,6 @@ class Replicas:
         return float(both[0]) / self.size, bool(both[1] > 0)
 
     def wait(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()

@@ -1,4 +1,4 @@
-"""How long and how fast a module is trained."""
+"""Settings of a training run: number of steps, learning rate and so on."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of; a run that is taken up again must have the same.
+    """Settings of a training run; a run can be resumed only with the same settings.
 
     Args:
-        steps: updates of the weights.
+        steps: number of updates of the weights.
         learning_rate: its highest value.
-        warmup: steps over which the learning rate rises from zero.
-        schedule: how it falls afterwards: cosine, linear, or constant.
-        final: what it falls to, as a fraction of ``learning_rate``.
-        weight_decay: decoupled (Loshchilov and Hutter, 2019), on tensors of two dimensions and more.
+        warmup: number of steps over which the learning rate rises from zero.
+        schedule: how the learning rate falls afterwards: cosine, linear, or constant.
+        final: final learning rate, as a fraction of ``learning_rate``.
+        weight_decay: decoupled (Loshchilov and Hutter, 2019), on tensors of two or more dimensions.
         betas: of AdamW.
-        clip: largest norm of the gradient; 0 leaves it alone.
-        accumulate: batches whose gradients are averaged for one update.
-        seed: of everything random.
+        clip: largest norm of the gradient; 0 disables clipping.
+        accumulate: number of batches whose gradients are averaged for one update.
+        seed: for everything random.
     """
 
     steps: int
@@ -44,20 +44,22 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = {"steps": 1, "warmup": 0, "accumulate": 1}
-        for name, lowest in whole.items():
+        minimums = {"steps": 1, "warmup": 0, "accumulate": 1}
+        for name, lowest in minimums.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise UsageError(f"{name} must be a whole number from {lowest}, not {value!r}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UsageError(f"learning_rate must be positive, not {self.learning_rate!r}")
         if self.schedule not in ("cosine", "linear", "constant"):
-            raise UsageError(f"schedule is cosine, linear or constant, not {self.schedule!r}")
+            raise UsageError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
         if not 0 <= self.final <= 1:
-            raise UsageError(f"final is a fraction of the learning rate, not {self.final!r}")
+            raise UsageError(
+                f"final must be a fraction of the learning rate, from 0 to 1, not {self.final!r}"
+            )
         if not (self.clip >= 0 and self.weight_decay >= 0):
             raise UsageError(
-                f"clip and weight_decay are numbers from 0, not {self.clip} and {self.weight_decay}"
+                f"clip and weight_decay must be at least 0, not {self.clip} and {self.weight_decay}"
             )
 
     def rate(self, step: int) -> float:
@@ -66,23 +68,25 @@ class Settings:
             return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        left = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
-        return self.learning_rate * (self.final + (1 - self.final) * left)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        factor = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
+        return self.learning_rate * (self.final + (1 - self.final) * factor)
 
     def plain(self) -> dict[str, Any]:
-        """Return the settings as JSON holds them."""
+        """Return the settings as JSON-compatible values."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Return how other settings, read from a run, differ from these."""
-        mine = self.plain()
-        names = [f.name for f in fields(self)] + sorted(set(other) - set(mine))
-        return [f"{n} was {other.get(n)!r}, is {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
+        plain = self.plain()
+        names = [f.name for f in fields(self)] + sorted(set(other) - set(plain))
+        return [
+            f"{n} was {other.get(n)!r}, is {plain.get(n)!r}" for n in names if plain.get(n) != other.get(n)
+        ]
 
 
 def adamw(settings: Settings) -> Callable[[nn.Module], Optimizer]:
-    """Return what makes AdamW for a module, weight decay on matrices alone."""
+    """Return a function that creates AdamW for a module, with weight decay on matrices only."""
 
     def make(module: nn.Module) -> Optimizer:
         trained = [p for p in module.parameters() if p.requires_grad]

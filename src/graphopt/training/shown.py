@@ -1,4 +1,4 @@
-"""Progress of training on standard error: a live line on a terminal, a line every half minute in a log."""
+"""Training progress on standard error: a live line on a terminal, a line every half minute in a log."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _INTERVAL = 30.0
 
 
 class TrainingProgress(Protocol):
-    """Hears of every step."""
+    """Is notified of every training step."""
 
     def begin(self, steps: int, done: int) -> None:
-        """``done`` of ``steps`` were made in an earlier session."""
+        """Training starts; ``done`` of ``steps`` were done in an earlier session."""
 
     def step(self, step: int, loss: float, note: str = "") -> None:
-        """A step was made."""
+        """A step is done."""
 
     def end(self) -> None:
         """Training stops."""
@@ -28,20 +28,20 @@ class Quiet:
     """Shows nothing."""
 
     def begin(self, steps: int, done: int) -> None:
-        """Begin."""
+        """Ignore the start."""
 
     def step(self, step: int, loss: float, note: str = "") -> None:
-        """Count."""
+        """Ignore the step."""
 
     def end(self) -> None:
-        """End."""
+        """Ignore the end."""
 
 
 class Shown:
-    """Loss (a running mean), steps, time spent and time left.
+    """Shows loss (a running mean), steps, elapsed time and time left.
 
     Args:
-        what: the name of what is trained.
+        what: name shown for the run.
     """
 
     def __init__(self, what: str = "training"):
@@ -55,7 +55,7 @@ class Shown:
         self.steps, self.first, self.mean = steps, done, float("nan")
         self.began = self.said = time.monotonic()
         if done:
-            self.console.print(f"{self.what}: going on after step {done} of {steps}", markup=False)
+            self.console.print(f"{self.what}: resuming after step {done} of {steps}", markup=False)
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -69,22 +69,22 @@ class Shown:
         """Show a step."""
         self.mean = loss if self.mean != self.mean else 0.95 * self.mean + 0.05 * loss
         if self.bar is not None and self.task is not None:
-            shown = {"note": note} if note else {}
-            self.bar.update(self.task, completed=step, loss=f"{self.mean:.4f}", **shown)  # type: ignore[arg-type]
+            fields = {"note": note} if note else {}
+            self.bar.update(self.task, completed=step, loss=f"{self.mean:.4f}", **fields)  # type: ignore[arg-type]
             return
         now = time.monotonic()
         if note or now - self.said > _INTERVAL:
             self.said = now
-            each = (now - self.began) / max(1, step - self.first)
-            left = each * (self.steps - step)
+            step_seconds = (now - self.began) / max(1, step - self.first)
+            seconds_left = step_seconds * (self.steps - step)
             self.console.print(
                 f"{self.what}: step {step} of {self.steps}, loss {self.mean:.4f}, "
-                f"{left / 60:.1f} minutes left{', ' + note if note else ''}",
+                f"{seconds_left / 60:.1f} minutes left{', ' + note if note else ''}",
                 markup=False,
             )
 
     def end(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -1,4 +1,4 @@
-"""The state of a run on disk: one safetensors file that is always whole, whenever the process dies."""
+"""The state of a training run on disk: one safetensors file that is always complete, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LOCK = "training.lock"
 
 @dataclass
 class Record:
-    """What a run has seen: one entry a step, and the values measured on the way.
+    """Record of a training run: one loss per step, and the values measured during the run.
 
     Args:
         losses: mean loss of each step.
-        seconds: wall time spent in training, all sessions together.
+        seconds: wall time spent in training, over all sessions.
         measured: (step, values by name) of each measurement.
     """
 
@@ -39,14 +39,14 @@ class Record:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """Number of steps done."""
         return len(self.losses)
 
 
 def save_state(
     folder: Path, module: nn.Module, optimizer: Optimizer, record: Record, settings: Settings
 ) -> None:
-    """Write weights, optimizer and record; the former state stays until the new one is on disk."""
+    """Write weights, optimizer state and record; the old state is kept until the new one is on disk."""
     tensors, numbers = _optimizer_state(module, optimizer)
     for name, tensor in _distinct(module).items():
         tensors[f"module.{name}"] = tensor
@@ -57,18 +57,18 @@ def save_state(
 
 
 def load_state(folder: Path, module: nn.Module, optimizer: Optimizer, settings: Settings) -> Record:
-    """Take up a run, or begin one where the folder holds none.
+    """Restore a run and return its record, or an empty record if the folder holds no run.
 
     Raises:
         UsageError: the folder holds a run with other settings, or of another module.
-        CheckpointError: its file is damaged.
+        CheckpointError: the state file is damaged.
     """
-    for left in folder.glob(f".{FILE}.*.partial"):
-        left.unlink(missing_ok=True)
+    for partial in folder.glob(f".{FILE}.*.partial"):
+        partial.unlink(missing_ok=True)
     path = folder / FILE
     if not path.is_file():
         return Record()
-    another = f"start anew in another folder, or remove {path}"
+    hint = f"start a new run in another folder, or remove {path}"
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})["graphopt.training"])
@@ -76,34 +76,34 @@ def load_state(folder: Path, module: nn.Module, optimizer: Optimizer, settings: 
         record = Record(**header["record"])
         record.measured = [(int(step), values) for step, values in record.measured]
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is no state of a training run: {error}", hint=another) from error
+        raise CheckpointError(f"{path} is not the state of a training run: {error}", hint=hint) from error
     changed = settings.differences(header["settings"])
     if changed:
-        raise UsageError(f"{folder} holds a run with other settings: {'; '.join(changed)}", hint=another)
-    _restore(module, tensors, path, another)
+        raise UsageError(f"{folder} holds a run with other settings: {'; '.join(changed)}", hint=hint)
+    _restore(module, tensors, path, hint)
     _restore_optimizer(module, optimizer, tensors, header["optimizer"])
     return record
 
 
 def _distinct(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name; tied ones once."""
+    """Return parameters and buffers by name, tied ones once."""
     seen: set[int] = set()
-    found = {}
+    distinct = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            distinct[name] = tensor
+    return distinct
 
 
 def _restore(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path, hint: str) -> None:
     for name, tensor in _distinct(module).items():
         saved = tensors.get(f"module.{name}")
         if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-            found = "nothing" if saved is None else f"{saved.dtype} {list(saved.shape)}"
+            in_file = "nothing" if saved is None else f"{saved.dtype} {list(saved.shape)}"
             raise UsageError(
                 f"{path} was written for another module: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"the file has {found}",
+                f"the file has {in_file}",
                 hint=hint,
             )
         with torch.no_grad():
@@ -141,20 +141,20 @@ def _restore_optimizer(
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             parameter, key = name.removeprefix("optimizer.").rsplit(":", 1)
-            kept = parameters[parameter]
-            # a step count stays where the optimizer reads it from
-            device = kept.device if value.dim() or kept.device.type != "cpu" else value.device
-            optimizer.state[kept][key] = value.to(device)
+            target = parameters[parameter]
+            # a step count stays on the device where the optimizer reads it
+            device = target.device if value.dim() or target.device.type != "cpu" else value.device
+            optimizer.state[target][key] = value.to(device)
     for parameter, state in numbers.items():
         optimizer.state[parameters[parameter]].update(state)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process at a time; the system lets go of it however the process ends.
+    """Lock a folder for this process; the system releases the lock however the process ends.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:

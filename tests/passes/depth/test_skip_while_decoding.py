@@ -168,7 +168,7 @@ def test_a_row_of_prompt_and_continuation_computes_what_decoding_computes(
         found.append(decoder.extend(row[:, place : place + 1])["logits"][0, -1])
         decoder.advance([1])
     assert torch.allclose(torch.stack(found), said[0, prompt - 1 :], atol=1e-9)
-    with pytest.raises(UsageError, match="says by itself when"):
+    with pytest.raises(UsageError, match="decoder itself sets"):
         graphopt.generate(done, row, max_new_tokens=1, dials={"decoding": 0.0})
     assert not torch.allclose(said[0, prompt:], wide(input_ids=row)["logits"][0, prompt:], atol=1e-3)
 

@@ -167,11 +167,11 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 def test_a_recipe_refuses_what_a_program_leaves_without_effect() -> None:
     """Wrong if tokens were to go around where there is no way around, or a dial was set that is not there."""
     split = graphopt.optimize(plain(), "split-ffn{score=none widths=[1/4 1]}", verify="off")
-    with pytest.raises(PipelineError, match="skip has no effect: no token can go around"):
+    with pytest.raises(PipelineError, match="skip has no effect: no token can skip"):
         find_method("duo-distil", {"skip": 0.5}).recipe(split)
     around = graphopt.optimize(plain(), "split-ffn{score=none widths=[1/4 1] skip=true}", verify="off")
     assert find_method("duo-distil", {"skip": 0.5}).recipe(around).form is not None
-    with pytest.raises(PipelineError, match="dial has no effect: this program has no dial"):
+    with pytest.raises(PipelineError, match="dial has no effect: this program has no run-time setting"):
         find_method("language", {"dial": 1.0}).recipe(plain())
     one = graphopt.optimize(plain(), "attach-multi-token-heads{heads=1}", verify="off")
     with pytest.raises(PipelineError, match="decay has no effect: this program has one head"):

@@ -280,7 +280,7 @@ def test_what_cannot_be_is_refused(captured: Callable[[str], Program]) -> None:
     masked = graphopt.optimize(program, "attach-mask-tokens{rank=2}")
     with pytest.raises(UsageError, match="has no mask tokens"):
         Recipe().recipe(program)
-    with pytest.raises(UsageError, match="who sees whom"):
+    with pytest.raises(UsageError, match="whose attention mask is an input"):
         Recipe().recipe(masked)
     with pytest.raises(PipelineError, match="cannot run on a program that is cached"):
         graphopt.optimize(graphopt.optimize(program, "insert-kv-cache{tree=true}"), "attach-mask-tokens")
@@ -292,7 +292,7 @@ def test_what_cannot_be_is_refused(captured: Callable[[str], Program]) -> None:
         graphopt.generate(masked, [[5, 3]], max_new_tokens=3, strategy="mask-tokens{tokens=5}")
     fixed = graphopt.optimize(masked, "insert-kv-cache{tree=true max_length=20}")
     recipe = Recipe(anchors=7).recipe(fixed)
-    with pytest.raises(UsageError, match="places, the program's caches 20"):
+    with pytest.raises(UsageError, match="slots, the program's caches have 20"):
         recipe.loss(fixed.module(), recipe.transform({"input_ids": IDS}, 0.0))
 
 

@@ -1,4 +1,4 @@
-"""Who proposes candidates."""
+"""Drafters: strategies that propose candidates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BY_NAME: dict[str, type[Drafter]] = {
     d.name: d
     for d in (PromptLookup, Retrieval, TokenRecycling, EarlyExit, MultiTokenHeads, AttachedDraft, MaskTokens)
 }
-"""Strategies that need nothing but the program, and texts."""
+"""Strategies that need nothing but the program and optional texts."""
 
 __all__ = [
     "BY_NAME",

@@ -1,4 +1,4 @@
-"""Candidates from a draft that sees what the program thinks (after EAGLE-3)."""
+"""Candidates from a draft that reads the program's own features (after EAGLE-3)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FEATURES, HIDDEN, LOGITS = "draft_features", "draft_hidden", "draft_logits"
 
 
 class AttachedDraft(Drafter):
-    """Proposes a chain: the first token from the program's own features, each one after from the draft's hidden state.
+    """Proposes a chain: the first token from the program's own features, each later one from the draft's hidden state.
 
-    The draft's keys and values lie in caches of the same program. Place t holds the features at t and the token after
-    it, so that the draft of a row of n tokens has n - 1 places.
+    The draft's keys and values are stored in caches of the same program. Position t holds the features at t and the
+    token after it, so that the draft of a row of n tokens has n - 1 positions.
 
     Args:
-        tokens: how many are proposed.
-        threshold: stop where the draft's most likely token has less than this probability.
+        tokens: number of tokens proposed.
+        threshold: stop when the draft's most likely token has less than this probability.
 
     Raises:
         UsageError: fewer than one token.
@@ -33,11 +33,11 @@ class AttachedDraft(Drafter):
 
     def __init__(self, tokens: int = 4, threshold: float = 0.0):
         if tokens < 1 or not 0 <= threshold <= 1:
-            raise UsageError("attached-draft: tokens is at least 1, threshold from 0 to 1")
+            raise UsageError("attached-draft: tokens must be at least 1, threshold from 0 to 1")
         self.room, self.threshold = tokens, threshold
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Read the prompts once more, for their features.
+        """Run the program over the prompts again to collect their features.
 
         Raises:
             UsageError: the program has no draft.
@@ -53,23 +53,25 @@ class AttachedDraft(Drafter):
             for number, row in enumerate(rows):
                 ids[number, : len(row) - 1] = torch.tensor(list(row[:-1]))
             positions = torch.arange(width).expand(len(rows), -1)
-            found = decoder.forward(ids.to(decoder.device), positions.to(decoder.device), outputs=(FEATURES,))
+            outputs = decoder.forward(
+                ids.to(decoder.device), positions.to(decoder.device), outputs=(FEATURES,)
+            )
             for number, row in enumerate(rows):
-                self.waiting[number] = list(found[FEATURES][number, : len(row) - 1])
+                self.waiting[number] = list(outputs[FEATURES][number, : len(row) - 1])
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
-        """Keep the features of what was accepted."""
+        """Keep the features of the accepted tokens."""
         self.waiting[number].extend(seen.outputs[FEATURES][node] for node in seen.path)
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
-        """Take up what was committed since, and go on from there."""
+        """Feed the draft the tokens committed since the last call, then continue from them."""
         features, following, positions, last = self._waiting(rows)
-        found = self._run(features, following, positions)
+        outputs = self._run(features, following, positions)
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
-        going = [deep > 0 and place >= 0 for deep, place in zip(room, last, strict=True)]
-        logits = torch.stack([found[LOGITS][n, max(place, 0)] for n, place in enumerate(last)])
-        hidden = torch.stack([found[HIDDEN][n, max(place, 0)] for n, place in enumerate(last)])
+        going = [depth > 0 and index >= 0 for depth, index in zip(room, last, strict=True)]
+        logits = torch.stack([outputs[LOGITS][n, max(index, 0)] for n, index in enumerate(last)])
+        hidden = torch.stack([outputs[HIDDEN][n, max(index, 0)] for n, index in enumerate(last)])
         for step in range(min(self.room, max(room))):
             for number in range(len(rows)):
                 if going[number] and step < room[number]:
@@ -80,19 +82,21 @@ class AttachedDraft(Drafter):
             if step + 1 == min(self.room, max(room)) or not any(going):
                 break
             ids = torch.tensor([[t[-1] if t else 0] for t in tokens], device=self.decoder.device)
-            at = torch.tensor([[place + step] for place in self.places], device=self.decoder.device)
-            found = self._run(hidden[:, None], ids, at)
-            logits, hidden = found[LOGITS][:, 0], found[HIDDEN][:, 0]
+            next_positions = torch.tensor(
+                [[index + step] for index in self.places], device=self.decoder.device
+            )
+            outputs = self._run(hidden[:, None], ids, next_positions)
+            logits, hidden = outputs[LOGITS][:, 0], outputs[HIDDEN][:, 0]
         return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
 
     def _waiting(
         self, rows: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-        """Put what waits side by side, and count it as read."""
+        """Return the pending features of all rows as one batch, and mark them as read."""
         width = max(1, *(len(waiting) for waiting in self.waiting))
-        shown = self.decoder.program.outputs[FEATURES].meta["val"]
+        feature_value = self.decoder.program.outputs[FEATURES].meta["val"]
         features = torch.zeros(
-            len(rows), width, int(shown.shape[-1]), dtype=shown.dtype, device=self.decoder.device
+            len(rows), width, int(feature_value.shape[-1]), dtype=feature_value.dtype, device=self.decoder.device
         )  # fmt: skip
         following = torch.zeros(len(rows), width, dtype=torch.int64, device=self.decoder.device)
         start = torch.tensor(self.places, device=self.decoder.device)[:, None]
@@ -115,6 +119,6 @@ class AttachedDraft(Drafter):
         )
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
+        """Continue with only some of the rows."""
         self.waiting = [self.waiting[row] for row in rows]
         self.places = [self.places[row] for row in rows]

@@ -14,14 +14,14 @@ from ..sampling import Sampling
 
 
 class DraftProgram(Drafter):
-    """Proposes a chain that a smaller program with the same vocabulary continues the row by.
+    """Proposes a chain of tokens with which a smaller program of the same vocabulary continues the row.
 
-    Where tokens are drawn, candidates are drawn too, in the same way, and accepted by speculative sampling.
+    If tokens are sampled, candidates are sampled in the same way and accepted by speculative sampling.
 
     Args:
         program: with a cache.
-        tokens: how many are proposed.
-        threshold: stop where the draft's most likely token has less than this probability.
+        tokens: number of tokens proposed.
+        threshold: stop when the draft's most likely token has less than this probability.
 
     Raises:
         UsageError: fewer than one token.
@@ -31,14 +31,14 @@ class DraftProgram(Drafter):
 
     def __init__(self, program: Program, tokens: int = 4, threshold: float = 0.0):
         if tokens < 1 or not 0 <= threshold <= 1:
-            raise UsageError("draft-program: tokens is at least 1, threshold from 0 to 1")
+            raise UsageError("draft-program: tokens must be at least 1, threshold from 0 to 1")
         self.program, self.room, self.threshold = program, tokens, threshold
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Compute the beginnings of rows.
+        """Create the draft's decoder.
 
         Raises:
-            UsageError: the draft knows other tokens than the program.
+            UsageError: the draft's vocabulary differs from the program's.
         """
         super().begin(decoder, rows, sampling)
         self.draft = CachedDecoder(
@@ -54,18 +54,18 @@ class DraftProgram(Drafter):
         self.logits = self.draft.cache.logits
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
-        """Take up what was committed since, and continue it."""
+        """Feed the draft the tokens committed since the last call, then continue from them."""
         for number, row in enumerate(rows):
-            # the row's last token is computed again even if it is there, for what follows it
+            # the row's last token is recomputed even if it is cached, to get the logits after it
             same = _shared(self.held[number], row[:-1])
             self.held[number] = list(row[:same])
-        self.draft.lengths = [len(held) for held in self.held]
-        last = self.draft.prefill([row[len(held) :] for row, held in zip(rows, self.held, strict=True)])
-        logits = torch.stack([found[self.logits] for found in last])
+        self.draft.lengths = [len(cached) for cached in self.held]
+        last = self.draft.prefill([row[len(cached) :] for row, cached in zip(rows, self.held, strict=True)])
+        logits = torch.stack([outputs[self.logits] for outputs in last])
         self.held = [list(row) for row in rows]
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
-        going = [deep > 0 for deep in room]
+        going = [depth > 0 for depth in room]
         for step in range(min(self.room, max(room))):
             for number in range(len(rows)):
                 if going[number] and step < room[number]:
@@ -86,15 +86,15 @@ class DraftProgram(Drafter):
         return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
+        """Continue with only some of the rows."""
         self.draft.keep_rows(rows)
         self.held = [self.held[row] for row in rows]
 
 
-def _shared(held: Sequence[int], row: Sequence[int]) -> int:
-    """Return how many first tokens two rows share."""
+def _shared(cached: Sequence[int], row: Sequence[int]) -> int:
+    """Return the length of the common prefix of two rows."""
     count = 0
-    for first, second in zip(held, row, strict=False):
+    for first, second in zip(cached, row, strict=False):
         if first != second:
             break
         count += 1

@@ -14,12 +14,12 @@ from ..sampling import Sampling
 
 
 class EarlyExit(Drafter):
-    """Proposes what an exit after some layers says (arXiv 2404.16710); those layers' caches are the program's own.
+    """Proposes the predictions of an exit after some layers (arXiv 2404.16710), using the program's own caches.
 
     Args:
-        tokens: how many are proposed.
-        output: which exit; the only one if left out.
-        threshold: stop where the exit's most likely token has less than this probability.
+        tokens: number of tokens proposed.
+        output: the name of the exit; may be left out if there is only one.
+        threshold: stop when the exit's most likely token has less than this probability.
 
     Raises:
         UsageError: fewer than one token.
@@ -29,14 +29,14 @@ class EarlyExit(Drafter):
 
     def __init__(self, tokens: int = 3, output: str | None = None, threshold: float = 0.0):
         if tokens < 1 or not 0 <= threshold <= 1:
-            raise UsageError("early-exit: tokens is at least 1, threshold from 0 to 1")
+            raise UsageError("early-exit: tokens must be at least 1, threshold from 0 to 1")
         self.room, self.output, self.threshold = tokens, output, threshold
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Find the exit.
+        """Choose the exit.
 
         Raises:
-            UsageError: the program has none, or several and none is named.
+            UsageError: the program has no exit, or has several and none is named.
         """
         super().begin(decoder, rows, sampling)
         attached = decoder.program.facts.get(EarlyExits)
@@ -50,7 +50,7 @@ class EarlyExit(Drafter):
         self.exit = self.output or exits[0]
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
-        """Continue all rows by the first layers; what they store is written again when all layers decide."""
+        """Continue all rows with the first layers; their cache entries are overwritten when all layers run."""
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
         going = [deep > 0 for deep in room]

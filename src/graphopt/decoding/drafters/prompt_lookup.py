@@ -1,4 +1,4 @@
-"""Candidates from the text itself: what followed when its last tokens stood there before."""
+"""Candidates from the text itself: what followed an earlier occurrence of its last tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..drafts import Draft, Drafter
 
 
 class PromptLookup(Drafter):
-    """Proposes what followed the latest earlier occurrence of a row's last tokens; no model takes part.
+    """Proposes what followed the latest earlier occurrence of a row's last tokens; no model is involved.
 
     Args:
-        tokens: how many are proposed at most.
-        longest: of the row's last tokens so many are looked for, then fewer.
-        shortest: down to so many.
+        tokens: maximum number of tokens proposed.
+        longest: length of the longest suffix that is looked up; shorter ones are tried next.
+        shortest: length of the shortest suffix that is looked up.
 
     Raises:
         UsageError: a number below 1, or shortest above longest.
@@ -24,16 +24,16 @@ class PromptLookup(Drafter):
 
     def __init__(self, tokens: int = 8, longest: int = 3, shortest: int = 1):
         if tokens < 1 or not 1 <= shortest <= longest:
-            raise UsageError("prompt-lookup: tokens is at least 1, shortest from 1 to longest")
+            raise UsageError("prompt-lookup: tokens must be at least 1, shortest from 1 to longest")
         self.room, self.longest, self.shortest = tokens, longest, shortest
 
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
-        """Look the row's end up in the row."""
+        """Look up the row's suffix in the row itself."""
         row = list(row)
         for size in range(min(self.longest, len(row) - 1), self.shortest - 1, -1):
-            wanted = row[-size:]
+            suffix = row[-size:]
             for start in range(len(row) - size - 1, -1, -1):
-                if row[start : start + size] == wanted:
-                    found = row[start + size : start + size + min(self.room, room)]
-                    return Draft.line(found)
+                if row[start : start + size] == suffix:
+                    continuation = row[start + size : start + size + min(self.room, room)]
+                    return Draft.line(continuation)
         return Draft()

@@ -1,4 +1,4 @@
-"""Candidates from texts: what followed the same tokens in them, and in what was written since."""
+"""Candidates from texts: what followed the same tokens in them, and in text generated since."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..sampling import Sampling
 
 
 class Retrieval(Drafter):
-    """Proposes a tree of what most likely follows a row's last tokens, by counts; no model takes part.
+    """Proposes a tree of the tokens that most likely follow a row's last tokens, by counts; no model is involved.
 
-    Counted is what followed runs of tokens in ``texts``, best those that the program itself wrote
-    (:func:`graphopt.answer`), and in all rows since the drafter was made (after REST, arXiv 2311.08252, and
-    SuffixDecoding, arXiv 2411.04975; longer runs count before shorter ones, as in an n-gram model).
+    Counts come from what followed n-grams in ``texts``, ideally texts that the program itself wrote
+    (:func:`graphopt.answer`), and in all rows since the drafter was created (after REST, arXiv 2311.08252, and
+    SuffixDecoding, arXiv 2411.04975; longer n-grams take precedence over shorter ones, as in an n-gram model).
 
     Args:
-        texts: tokens of each text; none for what is written alone.
-        nodes: how many candidates at most.
-        order: length of the longest run that is looked up.
-        least: candidates are at least so likely, by the counts along their path.
-        own: how much a count in the rows weighs against one in the texts.
+        texts: tokens of each text; without any, only generated text is counted.
+        nodes: maximum number of candidates.
+        order: length of the longest n-gram that is looked up.
+        least: minimum probability of a candidate, by the counts along its path.
+        own: weight of a count in the rows relative to one in the texts.
 
     Raises:
         UsageError: a number is out of its range.
@@ -38,7 +38,7 @@ class Retrieval(Drafter):
         own: float = 8.0,
     ):  # fmt: skip
         if nodes < 1 or order < 1 or not 0 < least <= 1 or own <= 0:
-            raise UsageError("retrieval: nodes and order are at least 1, least in (0, 1], own above 0")
+            raise UsageError("retrieval: nodes and order must be at least 1, least in (0, 1], own above 0")
         self.room, self.order, self.least = nodes, order, least
         self.written = Counting(order)
         self.sources: list[tuple[Counted | Counting, float]] = [
@@ -47,19 +47,19 @@ class Retrieval(Drafter):
         ]
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Count the prompts; what was counted of earlier texts stays."""
+        """Count the prompts; counts from earlier texts are kept."""
         super().begin(decoder, rows, sampling)
         self.known = decoder.embedded or decoder.vocabulary
         for row in rows:
             self.written.add(row, 0)
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
-        """Count what was committed."""
+        """Count the committed tokens."""
         self.written.add(row, len(row) - len(seen.path))
 
     def propose_row(self, number: int, row: Sequence[int], room: int) -> Draft:
-        """Grow the tree where it is likeliest, node by node."""
-        heap: list[tuple[float, int, int, int]] = []  # minus chance, order of arrival, parent, token
+        """Grow the tree node by node, the likeliest candidate first."""
+        heap: list[tuple[float, int, int, int]] = []  # negative probability, order of arrival, parent, token
         arrival = itertools.count()
         tokens: list[int] = []
         parents: list[int] = []

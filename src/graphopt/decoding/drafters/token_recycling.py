@@ -1,4 +1,4 @@
-"""Candidates from what the program thought of before (arXiv 2408.08696)."""
+"""Candidates from the program's earlier predictions (arXiv 2408.08696)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..sampling import Sampling
 
 
 class TokenRecycling(Drafter):
-    """Keeps for each token the most likely successors that the program last gave it, and proposes a tree of them.
+    """Remembers the successors that the program last predicted for each token, and proposes a tree of them.
 
     The tree has the node budget of ``widths``: the first successor of a level's first nodes gets the most children.
     Nothing is proposed for a token that was never seen.
 
     Args:
-        successors: kept for each token.
-        widths: how many nodes each level of the tree has.
+        successors: number of successors kept for each token.
+        widths: number of nodes at each level of the tree.
 
     Raises:
         UsageError: a number below 1.
@@ -30,13 +30,13 @@ class TokenRecycling(Drafter):
 
     def __init__(self, successors: int = 4, widths: Sequence[int] = (4, 6, 5, 3, 2)):
         if successors < 1 or not widths or min(widths) < 1:
-            raise UsageError("token-recycling: successors and widths are at least 1")
+            raise UsageError("token-recycling: successors and widths must be at least 1")
         self.successors, self.widths = successors, tuple(widths)
         self.room = sum(self.widths)
         self.table = torch.zeros(0, successors, dtype=torch.int64)
 
     def begin(self, decoder: CachedDecoder, rows: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Keep the table of earlier texts, if the vocabulary is the same."""
+        """Keep the table from earlier texts if the vocabulary is the same."""
         super().begin(decoder, rows, sampling)
         self.logits = decoder.cache.logits
         self.successors = min(self.successors, decoder.vocabulary)
@@ -63,7 +63,7 @@ class TokenRecycling(Drafter):
         return Draft(tokens, parents)
 
     def observe(self, number: int, row: Sequence[int], seen: Seen) -> None:
-        """Write the most likely successors of every token that was computed, accepted or not; the last one counts."""
+        """Store the most likely successors of every computed token, accepted or not; the latest overwrites earlier ones."""
         best = seen.outputs[self.logits].topk(self.successors, dim=-1).indices.cpu()
         for token, successors in zip(seen.tokens, best, strict=True):
             self.table[token] = successors

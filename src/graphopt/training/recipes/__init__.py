@@ -1,4 +1,4 @@
-"""Recipes: a loss, what is trained, and what a batch becomes, for any loop; and the methods that make them."""
+"""Recipes: a loss, the trained parameters and a batch transform, for any loop; and the methods that create them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
     """Return a method by name, with options.
 
     Raises:
-        PipelineError: there is none of that name, or an option is wrong.
+        PipelineError: there is no method of that name, or an option is wrong.
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
@@ -36,9 +36,9 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
             hint=f"recipes are {', '.join(METHODS)}",
         )
     require_known(name, METHODS[name], options)
-    made = METHODS[name](**options)
-    require_effect(name, made, options)
-    return made
+    method = METHODS[name](**options)
+    require_effect(name, method, options)
+    return method
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a loop needs to know to train something."""
+"""Base classes of recipes, and losses that several of them share."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loss, what is trained, and what a batch becomes, for any loop.
+    """A loss, the trained parameters and a batch transform, for any loop.
 
     Args:
         name: for messages.
-        loss: mean loss of a module on a transformed batch.
-        transform: what a batch becomes before the loss sees it, by the share of training that is done, from 0 to 1;
-            targets are computed here, random choices drawn from torch's own generator.
-        trainable: tells by a parameter's name whether it is trained.
-        form: the program as it is trained; None where the loop brings a module of its own.
-        prepared: gives a module what is learned beside its weights and is no part of the program.
-        after: writes down in the trained program what is measured of it on some batches.
+        loss: returns the mean loss of a module on a transformed batch.
+        transform: transforms a batch before the loss is computed, given the fraction of training done, from 0 to 1;
+            targets are computed here, and random choices are drawn from torch's global generator.
+        trainable: tells by its name whether a parameter is trained.
+        form: the variant of the program that is trained; None if the loop supplies a module.
+        prepared: adds to a module parameters that are learned but are not part of the program.
+        after: records in the trained program what is measured on some batches.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Recipe:
     after: Callable[[Program, Sequence[Batch]], Program] = lambda program, batches: program
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """Let gradients reach what is trained, and nothing else.
+        """Return the module with gradients enabled for the trained parameters, and for nothing else.
 
         Raises:
-            UsageError: nothing of the module is.
+            UsageError: no parameter of the module is trained.
         """
         module = self.prepared(module)
         chosen = [parameter for name, parameter in module.named_parameters() if self.trainable(name)]
@@ -57,22 +57,22 @@ class Recipe:
         return module
 
     def module(self) -> nn.Module:
-        """Return the program as a module that this recipe's loss takes, with gradients where it trains."""
+        """Return the program as a module for this recipe's loss, with gradients for the trained parameters."""
         if self.form is None:
             raise UsageError(f"{self.name} has no program of its own", hint="call prepare(module)")
         return self.prepare(self.form.module())
 
     def finish(self, program: Program, module: nn.Module) -> Program:
-        """Return a program with what a module learned, by the names of weights."""
+        """Return the program with the trained weights of a module, matched by name."""
         return with_weights(program, module)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to train a program, with options; :meth:`recipe` makes what a loop needs for one program.
+    """A training method with options; :meth:`recipe` creates what a loop needs for one program.
 
-    Subclasses are frozen dataclasses; their fields, declared with :func:`graphopt.ir.option.option`, are the
-    constructor, the text ``name{option=value}`` and the help.
+    Subclasses are frozen dataclasses; their fields, declared with :func:`graphopt.ir.option.option`, define the
+    constructor, the text form ``name{option=value}`` and the help.
     """
 
     name: ClassVar[str] = ""
@@ -83,14 +83,14 @@ class Method(ABC):
         self.validate()
 
     def validate(self) -> None:  # noqa: B027  most have nothing to check
-        """Check options against one another; raise PipelineError with the reason."""
+        """Check options against one another; raise PipelineError with the reason if they conflict."""
 
     @abstractmethod
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program.
 
         Raises:
-            UsageError: the program has not what the method trains.
+            UsageError: the program lacks what the method trains.
         """
 
     @classmethod
@@ -100,15 +100,15 @@ class Method(ABC):
 
 
 def language_loss(outputs: Mapping[str, Any], batch: Batch) -> torch.Tensor:
-    """Mean negative log likelihood of each next token, over positions that are not padding.
+    """Return the mean negative log likelihood of each next token, over positions that are not padding.
 
     Raises:
-        UsageError: the program predicts no next token.
+        UsageError: the program does not predict the next token.
     """
     logits = outputs.get("logits")
     ids = batch.get("input_ids")
     if not isinstance(logits, torch.Tensor) or ids is None or logits.shape[:2] != ids.shape:
-        raise UsageError("this recipe needs a program from input_ids to logits, one a token")
+        raise UsageError("this recipe needs a program from input_ids to logits, one row of logits per token")
     return masked_mean(
         F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"),
         batch,
@@ -117,21 +117,22 @@ def language_loss(outputs: Mapping[str, Any], batch: Batch) -> torch.Tensor:
 
 
 def masked_mean(each: torch.Tensor, batch: Batch, *, ahead: int = 0) -> torch.Tensor:
-    """Return the mean over positions that count: no padding, and tokens of the batch's ``loss_mask`` if it has one.
+    """Return the mean over the positions that count: no padding, and only the batch's ``loss_mask`` if it has one.
 
     Args:
-        each: a number a position, (..., batch, sequence - ahead).
-        batch: with an ``attention_mask`` and a ``loss_mask`` (batch, sequence), or without.
-        ahead: each number is about the token so many places on; both must be there, and the loss counts that token.
+        each: one number per position, (..., batch, sequence - ahead).
+        batch: with or without an ``attention_mask`` and a ``loss_mask`` (batch, sequence).
+        ahead: each number is about the token this many positions later; neither token may be padding, and
+            ``loss_mask`` applies to the later one.
     """
     counted = None
-    mask, wanted = batch.get("attention_mask"), batch.get("loss_mask")
+    mask, full_loss_mask = batch.get("attention_mask"), batch.get("loss_mask")
     last = each.shape[-1]
     if mask is not None:
         counted = mask[:, ahead : ahead + last] * mask[:, :last]
-    if wanted is not None:
-        here = wanted[:, ahead : ahead + last]
-        counted = here if counted is None else counted * here
+    if full_loss_mask is not None:
+        loss_mask = full_loss_mask[:, ahead : ahead + last]
+        counted = loss_mask if counted is None else counted * loss_mask
     if counted is None:
         return each.mean()
     counted = counted.to(each.dtype)
@@ -139,37 +140,37 @@ def masked_mean(each: torch.Tensor, batch: Batch, *, ahead: int = 0) -> torch.Te
 
 
 def called(module: nn.Module, batch: Batch, **settings: Any) -> Mapping[str, Any]:
-    """Call a module with the inputs of the program among a batch's tensors."""
+    """Return the outputs of a module for those tensors of a batch that are inputs of the program."""
     names = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "routing")
-    found = module(**{n: batch[n] for n in names if n in batch}, **settings)
-    if not isinstance(found, Mapping):
+    outputs = module(**{n: batch[n] for n in names if n in batch}, **settings)
+    if not isinstance(outputs, Mapping):
         raise UsageError(
-            f"the module returns {type(found).__name__}, and outputs of a recipe have names",
+            f"the module returns {type(outputs).__name__}, but a recipe needs outputs with names",
             hint="capture a model that returns a dictionary or an output class, such as {'logits': ...}",
         )
-    return found
+    return outputs
 
 
 def imitation(teacher: Callable[..., Any], *, output: str) -> Recipe:
-    """A module learns to return what another returns: ``mean((student - teacher)^2)`` of one output.
+    """Return a recipe that trains a module to imitate another: ``mean((student - teacher)^2)`` of one output.
 
-    Block-to-block distillation of SPD (arXiv 2502.20727) is this, of a block without its sync point, with the block
-    that has it for a teacher.
+    Block-to-block distillation of SPD (arXiv 2502.20727) applies it to a block without its sync point, with the
+    original block as the teacher.
 
     Args:
         teacher: called like the module.
-        output: the name of the output compared.
+        output: name of the output that is compared.
     """
 
     def transform(batch: Batch, done: float = 0.0) -> Batch:
         with torch.no_grad():
-            found = teacher(**batch)
-        return {**batch, "imitated": found[output]}
+            targets = teacher(**batch)
+        return {**batch, "imitated": targets[output]}
 
     def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "imitated"}
-        made: torch.Tensor = module(**inputs)[output]
-        return (made - batch["imitated"]).square().mean()
+        outputs: torch.Tensor = module(**inputs)[output]
+        return (outputs - batch["imitated"]).square().mean()
 
     return Recipe("imitation", loss, transform)
 

@@ -1,4 +1,4 @@
-"""A draft learns to say what its model says (after EAGLE-3, arXiv 2503.01840)."""
+"""Trains a draft to predict what its model predicts (after EAGLE-3, arXiv 2503.01840)."""
 
 from __future__ import annotations
 
@@ -22,37 +22,43 @@ PREFIX = "draft."
 
 @dataclass(frozen=True, kw_only=True)
 class Draft(Method):
-    """Cross-entropy of the draft's prediction with the model's own distribution one place later; the model stays as it is.
+    """Cross-entropy of the draft's prediction with the model's own distribution one position later; the model is frozen.
 
-    While decoding, candidates after the first come from the draft's own hidden states. So it is trained on them as well:
-    in the second step, and those after, a ``share`` of the places is given what the step before made of the place before,
-    in place of the model's features (EAGLE-3's training-time test, at random places instead of with a mask for each step).
-    Each step counts ``decay`` times the one before.
+    In decoding, candidates after the first come from the draft's own hidden states, so the draft is trained on them as
+    well: from the second step on, a ``share`` of the positions gets the previous step's hidden state of the previous
+    position instead of the model's features (EAGLE-3's training-time test, at random positions instead of with a mask
+    for each step). Each step is weighted by ``decay`` relative to the one before.
 
-    ``noise`` shakes what the draft is given of the next token: with this probability another token of the batch stands
-    there, so that it does not lean on words alone.
+    ``noise`` perturbs the next token that the draft reads: with this probability it is replaced by another token of the
+    batch, so that the draft does not rely on tokens alone.
     """
 
     name = "draft"
     paper = "arXiv 2503.01840"
 
     steps: int = option(
-        2, help="how often the draft goes on from its own hidden states, the first included", low=1
+        2,
+        help="number of steps, the first from the model's features, the others from the draft's own hidden states",
+        low=1,
     )
     share: float = option(
-        0.5, help="of the places that are given them", low=0, high=1, needs={"steps": above(1)}
+        0.5,
+        help="share of positions that read the draft's hidden states",
+        low=0,
+        high=1,
+        needs={"steps": above(1)},
     )
     decay: float = option(
         0.8, help="weight of each further step", source="paper", low=0, high=1, needs={"steps": above(1)}
     )
-    noise: float = option(0.0, help="probability that the token given is another one", low=0, high=1)
+    noise: float = option(0.0, help="probability that the draft reads a different token", low=0, high=1)
 
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program that went through attach-draft."""
         if "draft_logits" not in program.outputs:
             raise UsageError("this program has no draft", hint="run the pass attach-draft first")
-        shape = program.outputs["draft_features"].meta["val"]
-        size, dtype = int(shape.shape[-1]), shape.dtype
+        features = program.outputs["draft_features"].meta["val"]
+        size, dtype = int(features.shape[-1]), features.dtype
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             ids = batch["input_ids"]
@@ -60,20 +66,24 @@ class Draft(Method):
             if self.noise:
                 others = following.flatten()[torch.randint(following.numel(), following.shape)]
                 following = torch.where(torch.rand(following.shape) < self.noise, others, following)
-            taken = torch.rand(self.steps - 1, *ids.shape, 1) < self.share
-            taken[:, :, 0] = False  # nothing stands before the first place
-            return {**batch, "draft_ids": following, "taken": taken}
+            use_supplied = torch.rand(self.steps - 1, *ids.shape, 1) < self.share
+            use_supplied[:, :, 0] = False  # nothing comes before the first position
+            return {**batch, "draft_ids": following, "taken": use_supplied}
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
             ids, total = batch["input_ids"], torch.zeros((), device=batch["input_ids"].device)
-            given = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
-            none = torch.zeros(1, *ids.shape, 1, dtype=torch.bool, device=ids.device)
-            for step, taken in enumerate(torch.cat([none, batch["taken"]])):
-                found = called(
-                    module, batch, draft_ids=batch["draft_ids"], draft_given=given, draft_taken=taken
+            supplied = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
+            nothing_supplied = torch.zeros(1, *ids.shape, 1, dtype=torch.bool, device=ids.device)
+            for step, use_supplied in enumerate(torch.cat([nothing_supplied, batch["taken"]])):
+                outputs = called(
+                    module,
+                    batch,
+                    draft_ids=batch["draft_ids"],
+                    draft_given=supplied,
+                    draft_taken=use_supplied,
                 )
-                total = total + self.decay**step * _imitation(program, found, batch)
-                given = torch.cat([found["draft_hidden"][:, :1], found["draft_hidden"][:, :-1]], 1)
+                total = total + self.decay**step * _imitation(program, outputs, batch)
+                supplied = torch.cat([outputs["draft_hidden"][:, :1], outputs["draft_hidden"][:, :-1]], 1)
             return total
 
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
@@ -81,10 +91,10 @@ class Draft(Method):
         return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=form)
 
 
-def _imitation(program: Program, found: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-    # the draft at t and the model at t + 1 are about the token at t + 2, which is not there for the last two places;
-    # a draft of some tokens learns how likely they are among themselves
-    logits = kept_logits(program, "draft_logits", found["logits"])
+def _imitation(program: Program, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    # the draft at t and the model at t + 1 predict the token at t + 2, which does not exist for the last two positions;
+    # a draft with a trimmed vocabulary learns the distribution over its own tokens
+    logits = kept_logits(program, "draft_logits", outputs["logits"])
     target = logits[:, 1:-1].detach().float().softmax(-1).transpose(1, 2)
-    said = found["draft_logits"][:, :-2].float().transpose(1, 2)
-    return masked_mean(F.cross_entropy(said, target, reduction="none"), batch, ahead=2)
+    prediction = outputs["draft_logits"][:, :-2].float().transpose(1, 2)
+    return masked_mean(F.cross_entropy(prediction, target, reduction="none"), batch, ahead=2)

@@ -1,4 +1,4 @@
-"""Mask tokens learn what comes after the next token (arXiv 2507.11851)."""
+"""Trains mask tokens to predict the tokens after the next (arXiv 2507.11851)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ PREFIX = "mask_tokens."
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTokens(Method):
-    """Cross-entropy of the head's and of the sampler's prediction at mask tokens, and latent consistency; the model stays.
+    """Cross-entropy of head and sampler predictions at mask tokens, and latent consistency; the model is frozen.
 
-    One pass has a row's text and, beside it, mask tokens after some of its tokens, which see the text up to there and one
-    another. Mask token j after place p is about the token at p + j + 1; the sampler is given the true token before that.
-    Latent consistency draws its hidden state towards the model's own where it predicts the same token, which stays as it
-    is. Weights of the three are not public; 1 each is taken here.
+    One forward pass computes a row's text and, beside it, mask tokens after some of its tokens, which attend to the text
+    up to there and to one another. Mask token j after position p predicts the token at p + j + 1; the sampler reads the
+    true token before that. Latent consistency pulls its hidden state towards the model's own hidden state for the same
+    token, through which no gradient flows. The paper does not give the weights of the three losses; 1 is used for each.
     """
 
     name = "mask-tokens"
     paper = "arXiv 2507.11851"
 
-    anchors: int = option(48, help="tokens of a row that have mask tokens after them", low=1)
+    anchors: int = option(48, help="number of tokens of a row that get mask tokens after them", low=1)
     head: float = option(1.0, help="weight of the head's cross-entropy", source="ours", low=0)
     sampler: float = option(1.0, help="weight of the sampler's cross-entropy", source="ours", low=0)
     consistency: float = option(1.0, help="weight of latent consistency", source="ours", low=0)
     targets: str = option(
-        "text", help="what mask tokens learn to say", choices=("text", "model"),
+        "text", help="what mask tokens learn to predict", choices=("text", "model"),
         needs=[{"head": NONZERO}, {"sampler": NONZERO}],
     )  # fmt: skip
 
@@ -50,102 +50,108 @@ class MaskTokens(Method):
         cache = program.facts.get(KVCache)
         if cache is None or not cache.tree:
             raise UsageError(
-                "mask tokens beside a text need a program that says who sees whom",
-                hint="run insert-kv-cache{tree=true} after attach-mask-tokens, and train what comes out",
+                "training mask tokens needs a program whose attention mask is an input",
+                hint="run insert-kv-cache{tree=true} after attach-mask-tokens, and train the result",
             )
         count, fixed = masked.masks, cache.capacity
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
-            return {**batch, **_beside(batch["input_ids"], count, self.anchors)}
+            return {**batch, **_with_mask_tokens(batch["input_ids"], count, self.anchors)}
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-            places = batch["positions"].shape[1]
-            if isinstance(fixed, int) and places > fixed:
+            columns = batch["positions"].shape[1]
+            if isinstance(fixed, int) and columns > fixed:
                 raise UsageError(
-                    f"rows with their mask tokens have {places} places, the program's caches {fixed}",
-                    hint="shorter rows, fewer anchors, or insert-kv-cache without max_length",
+                    f"rows with their mask tokens need {columns} slots, the program's caches have {fixed}",
+                    hint="use shorter rows, fewer anchors, or insert-kv-cache without max_length",
                 )
             inputs = {
                 cache.tokens: batch["packed"], cache.positions: batch["positions"], "cache_slots": batch["slots"],
                 "step_mask": batch["seen"], "mask_index": batch["marks"], "sampler_ids": batch["before"],
-                **_caches(program, batch["packed"], places if fixed == "capacity" else int(fixed)),
+                **_caches(program, batch["packed"], columns if fixed == "capacity" else int(fixed)),
             }  # fmt: skip
             return self._loss(module(**inputs), batch, count, cache.logits)
 
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
         return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=program)
 
-    def _loss(self, found: Mapping[str, torch.Tensor], batch: Batch, count: int, logits: str) -> torch.Tensor:
+    def _loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, count: int, logits: str
+    ) -> torch.Tensor:
         ids, anchors = batch["input_ids"], batch["anchors"]
         length = ids.shape[1]
-        rows, many = anchors.shape
-        own = anchors[:, :, None] + torch.arange(
+        rows, anchor_count = anchors.shape
+        predecessors = anchors[:, :, None] + torch.arange(
             1, count + 1, device=ids.device
-        )  # the place before the target
-        inside = own + 1 < length
-        at = own.clamp(max=length - 2).flatten(1)
+        )  # the position before the target
+        inside = predecessors + 1 < length
+        gathered_at = predecessors.clamp(max=length - 2).flatten(1)
         counted = inside.flatten(1).to(torch.float32)
         for name in ("attention_mask", "loss_mask"):
             if name in batch:
-                counted = counted * batch[name].gather(1, at + 1)
-        target = ids.gather(1, at + 1)
-        vocabulary = found[logits].shape[-1]
-        wide = at[:, :, None].expand(-1, -1, vocabulary)
-        likely = (
-            found[logits].gather(1, wide).detach().float().softmax(-1) if self.targets == "model" else None
+                counted = counted * batch[name].gather(1, gathered_at + 1)
+        target = ids.gather(1, gathered_at + 1)
+        vocabulary = outputs[logits].shape[-1]
+        vocabulary_index = gathered_at[:, :, None].expand(-1, -1, vocabulary)
+        model_odds = (
+            outputs[logits].gather(1, vocabulary_index).detach().float().softmax(-1)
+            if self.targets == "model"
+            else None
         )
 
-        def said(values: torch.Tensor) -> torch.Tensor:
-            mine = values[:, length:].float().transpose(1, 2)
+        def cross_entropy(values: torch.Tensor) -> torch.Tensor:
+            predicted = values[:, length:].float().transpose(1, 2)
             return F.cross_entropy(
-                mine, target if likely is None else likely.transpose(1, 2), reduction="none"
+                predicted, target if model_odds is None else model_odds.transpose(1, 2), reduction="none"
             )
 
-        hidden = found["mask_hidden"]
-        same = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1])).detach()
-        apart = (hidden[:, length:].float() - same.float()).square().mean(-1)
-        each = self.head * said(found[logits]) + self.sampler * said(found["mask_logits"])
-        each = each + self.consistency * apart
-        assert each.shape == (rows, many * count)
-        return (each * counted).sum() / counted.sum().clamp(min=1)
+        hidden = outputs["mask_hidden"]
+        model_hidden = hidden.gather(1, gathered_at[:, :, None].expand(-1, -1, hidden.shape[-1])).detach()
+        latent_distance = (hidden[:, length:].float() - model_hidden.float()).square().mean(-1)
+        losses = self.head * cross_entropy(outputs[logits]) + self.sampler * cross_entropy(
+            outputs["mask_logits"]
+        )
+        losses = losses + self.consistency * latent_distance
+        assert losses.shape == (rows, anchor_count * count)
+        return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 
-def _beside(ids: torch.Tensor, count: int, anchors: int) -> dict[str, torch.Tensor]:
-    """Return rows with mask tokens beside them, after places drawn at random.
+def _with_mask_tokens(ids: torch.Tensor, count: int, anchors: int) -> dict[str, torch.Tensor]:
+    """Return rows with mask tokens beside them, after randomly drawn positions.
 
     Args:
         ids: (batch, sequence).
-        count: mask tokens after a place.
-        anchors: how many places.
+        count: number of mask tokens after each of these positions.
+        anchors: number of these positions.
 
     Returns:
-        ``packed``, ``positions``, ``slots``, ``marks``, ``before`` (batch, places), ``seen`` (batch, places, places),
-        ``anchors`` (batch, anchors).
+        ``packed``, ``positions``, ``slots``, ``marks``, ``before`` (batch, columns), ``seen`` (batch, columns, columns),
+        ``anchors`` (batch, anchors), where columns are those of the text and of the mask tokens.
     """
     rows, length = ids.shape
     device = ids.device
-    many = max(1, min(anchors, length - 2))
-    drawn = torch.rand(rows, max(length - 2, 1)).argsort(1)[:, :many].sort(1).values.to(device)
+    anchor_count = max(1, min(anchors, length - 2))
+    drawn = torch.rand(rows, max(length - 2, 1)).argsort(1)[:, :anchor_count].sort(1).values.to(device)
     mark = torch.arange(1, count + 1, device=device)
     position = drawn[:, :, None] + mark
     text = torch.arange(length, device=device)
-    extra = many * count
+    extra = anchor_count * count
     anchor = drawn[:, :, None].expand(-1, -1, count).reshape(rows, extra)
-    block = torch.arange(many, device=device).repeat_interleave(count)
-    marks = mark.repeat(many)
+    block = torch.arange(anchor_count, device=device).repeat_interleave(count)
+    marks = mark.repeat(anchor_count)
     seen = torch.zeros(rows, length + extra, length + extra, dtype=torch.bool, device=device)
     seen[:, :length, :length] = text[:, None] >= text[None]
     seen[:, length:, :length] = text[None, None] <= anchor[:, :, None]
     seen[:, length:, length:] = (block[:, None] == block[None]) & (marks[:, None] >= marks[None])
-    at = position.flatten(1).clamp(max=length - 1)
+    gathered_at = position.flatten(1).clamp(max=length - 1)
     following = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], 1)
-    places = torch.arange(length + extra, device=device)
+    slots = torch.arange(length + extra, device=device)
     return {
         "packed": torch.cat([ids, torch.zeros(rows, extra, dtype=ids.dtype, device=device)], 1),
         "positions": torch.cat([text.expand(rows, -1), position.flatten(1)], 1),
-        "slots": places.expand(rows, -1).contiguous(),
+        "slots": slots.expand(rows, -1).contiguous(),
         "marks": torch.cat([torch.zeros(length, dtype=torch.int64, device=device), marks]).expand(rows, -1).contiguous(),
-        "before": torch.cat([following, ids.gather(1, at)], 1),
+        "before": torch.cat([following, ids.gather(1, gathered_at)], 1),
         "seen": seen,
         "anchors": drawn,
     }  # fmt: skip
@@ -153,9 +159,11 @@ def _beside(ids: torch.Tensor, count: int, anchors: int) -> dict[str, torch.Tens
 
 def _caches(program: Program, ids: torch.Tensor, capacity: int) -> dict[str, torch.Tensor]:
     """Return empty caches, by input name."""
-    made = {}
+    caches = {}
     for name, spec in program.signature.inputs.items():
         if f"next_{name}" in program.outputs:
             heads, size = int(spec.shape[1]), int(spec.shape[3])
-            made[name] = torch.zeros(ids.shape[0], heads, capacity, size, dtype=spec.dtype, device=ids.device)
-    return made
+            caches[name] = torch.zeros(
+                ids.shape[0], heads, capacity, size, dtype=spec.dtype, device=ids.device
+            )
+    return caches

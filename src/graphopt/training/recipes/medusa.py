@@ -1,4 +1,4 @@
-"""Heads learn to predict the tokens after the next (Medusa, arXiv 2401.10774)."""
+"""Trains heads to predict the tokens after the next (Medusa, arXiv 2401.10774)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HEADS_COUNT: Needs = [{"joint": False}, {"joint_weight": NONZERO}]
 
 @dataclass(frozen=True, kw_only=True)
 class Medusa(Method):
-    """Sum over heads k of ``decay^k`` times the cross-entropy of the token k + 2 places on.
+    """Sum over heads k of ``decay^k`` times the cross-entropy of the token k + 2 positions ahead.
 
-    Medusa-1 trains the heads alone, the model stays as it is. ``joint`` is Medusa-2: the model is trained with them,
-    on its own loss plus ``joint_weight`` times the heads'. ``targets=model`` lets heads learn what the model itself
-    would say there (soft targets from its own logits), which needs no text that it was trained on.
+    Medusa-1 trains only the heads, with the model frozen. ``joint`` is Medusa-2: the model is trained with them,
+    on its own loss plus ``joint_weight`` times the heads'. With ``targets=model`` heads learn what the model itself
+    would predict there (soft targets from its own logits), which does not require text that it was trained on.
     """
 
     name = "medusa"
@@ -39,7 +39,7 @@ class Medusa(Method):
         0.8, help="weight of each further head", source="paper", low=0, high=1, needs=HEADS_COUNT
     )
     targets: str = option(
-        "text", help="what heads learn to say", choices=("text", "model"), needs=HEADS_COUNT
+        "text", help="what heads learn to predict", choices=("text", "model"), needs=HEADS_COUNT
     )
     joint: bool = option(False, help="train the model as well (Medusa-2)")
     joint_weight: float = option(
@@ -54,13 +54,13 @@ class Medusa(Method):
             )
 
         if program.outputs[OUTPUT].meta["val"].shape[2] == 1:
-            refuse_set(self.name, self, ("decay",), "this program has one head, which counts whole")
+            refuse_set(self.name, self, ("decay",), "this program has one head, which has weight 1")
 
         def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-            found = called(module, batch)
+            outputs = called(module, batch)
             from_model = self.targets == "model"
-            heads = head_loss(found[OUTPUT], found["logits"], batch, self.decay, from_model, tokens)
-            return language_loss(found, batch) + self.joint_weight * heads if self.joint else heads
+            heads = head_loss(outputs[OUTPUT], outputs["logits"], batch, self.decay, from_model, tokens)
+            return language_loss(outputs, batch) + self.joint_weight * heads if self.joint else heads
 
         tokens = kept_tokens(program, OUTPUT)
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
@@ -70,7 +70,7 @@ class Medusa(Method):
 
 
 def with_accuracy(program: Program, batches: Sequence[Batch]) -> Program:
-    """Return the program with how often each head's predictions are right: what decoding builds its tree from."""
+    """Return the program with the measured accuracy of each head, from which decoding builds its tree."""
     measured = program.copy()
     accuracy = tuple(map(tuple, head_accuracy(program, batches)))
     measured.facts.add(replace(program.facts[MultiTokenHeads], accuracy=accuracy))
@@ -78,34 +78,36 @@ def with_accuracy(program: Program, batches: Sequence[Batch]) -> Program:
 
 
 def head_accuracy(program: Program, batches: Sequence[Batch], ranks: int = 8) -> list[list[float]]:
-    """Return (heads, ranks): how often the prediction of each rank is what the model itself says at that place.
+    """Return (heads, ranks): how often the prediction of each rank is what the model itself predicts at that position.
 
-    A head is asked at places where all before it were right in the text, so rates are those that a tree meets only
-    if depths are independent; they are measured on the model's own most likely tokens, not on the text.
+    Each head is measured on its own, whether or not the heads before it were right, so a tree meets these rates only if
+    depths are independent; they are measured against the model's own most likely tokens, not against the text.
     """
     right: torch.Tensor | None = None
     counted = 0.0
     for batch in batches:
         inputs = {n: batch[n] for n in program.signature.inputs if n in batch}
-        found = over_all_tokens(program, interpret(program, program.bind((), inputs)))
-        said, own = found[OUTPUT], found["logits"].argmax(-1)
-        heads = said.shape[2]
-        if own.shape[1] <= heads + 1:
+        outputs = over_all_tokens(program, interpret(program, program.bind((), inputs)))
+        head_logits, predicted = outputs[OUTPUT], outputs["logits"].argmax(-1)
+        heads = head_logits.shape[2]
+        if predicted.shape[1] <= heads + 1:
             continue
-        mask = batch.get("attention_mask", torch.ones_like(own)).bool()
-        best = said.topk(min(ranks, said.shape[-1]), dim=-1).indices
-        last = own.shape[1] - heads - 1
-        seen = mask[:, :last] & mask[:, heads + 1 :]
+        mask = batch.get("attention_mask", torch.ones_like(predicted)).bool()
+        best = head_logits.topk(min(ranks, head_logits.shape[-1]), dim=-1).indices
+        last = predicted.shape[1] - heads - 1
+        counted_positions = mask[:, :last] & mask[:, heads + 1 :]
         hits = torch.stack(
             [
-                (best[:, :last, k] == own[:, k + 1 : k + 1 + last, None])[seen].double().sum(0)
+                (best[:, :last, k] == predicted[:, k + 1 : k + 1 + last, None])[counted_positions]
+                .double()
+                .sum(0)
                 for k in range(heads)
             ]
         )
         right = hits if right is None else right + hits
-        counted += float(seen.sum())
+        counted += float(counted_positions.sum())
     if right is None or not counted:
-        raise UsageError("rows are too short to measure the heads on", hint="longer rows of data")
+        raise UsageError("rows are too short to measure the heads on", hint="use longer rows of data")
     return [[round(float(x), 4) for x in row] for row in right / counted]
 
 
@@ -120,35 +122,36 @@ def head_loss(
     """Return the heads' loss.
 
     Args:
-        said: (batch, sequence, heads, vocabulary).
+        said: (batch, sequence, heads, vocabulary), logits of the heads.
         logits: (batch, sequence, vocabulary), of the model.
-        batch: with ``input_ids``; positions count whose target is no padding.
+        batch: with ``input_ids``; positions whose target is padding do not count.
         decay: weight of each further head.
-        from_model: targets are the model's own distributions at the places before them, instead of the text.
-        tokens: that the heads know, ascending; others are no targets, and the model's distribution is that among them.
+        from_model: use the model's own distributions one position earlier as targets, instead of the text.
+        tokens: the heads' vocabulary, ascending; other tokens are not used as targets, and the model's distribution is
+            restricted to it.
     """
     ids = batch["input_ids"]
     counted = batch
     if tokens is not None:
         tokens = tokens.to(ids.device)
         logits = logits.index_select(-1, tokens)
-        known = torch.isin(ids, tokens)
+        representable = torch.isin(ids, tokens)
         ids = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
         if not from_model:
             mask = batch.get("loss_mask", torch.ones_like(ids))
-            counted = {**batch, "loss_mask": mask * known}
+            counted = {**batch, "loss_mask": mask * representable}
     total = said.new_zeros((), dtype=torch.float32)
     for head in range(said.shape[2]):
         ahead = head + 2
         if ids.shape[1] <= ahead:
             break
-        mine = said[:, :-ahead, head].float().transpose(1, 2)
-        # the model's logits at a place are about the token after it
+        predicted = said[:, :-ahead, head].float().transpose(1, 2)
+        # the model's logits at a position predict the token after it
         target = (
             logits[:, ahead - 1 : -1].detach().float().softmax(-1).transpose(1, 2)
             if from_model
             else ids[:, ahead:]
         )
-        each = F.cross_entropy(mine, target, reduction="none")
-        total = total + decay**head * masked_mean(each, counted, ahead=ahead)
+        losses = F.cross_entropy(predicted, target, reduction="none")
+        total = total + decay**head * masked_mean(losses, counted, ahead=ahead)
     return total

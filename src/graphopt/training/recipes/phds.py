@@ -1,4 +1,4 @@
-"""A mixture learns to work with fewer active experts than it was trained with (MoE-PHDS, arXiv 2509.23012)."""
+"""Trains a mixture of experts to work with fewer active experts than before (MoE-PHDS, arXiv 2509.23012)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from .base import Batch, Method, Recipe, called, language_loss
 
 @dataclass(frozen=True, kw_only=True)
 class PHDS(Method):
-    """Every step draws one number of active experts for all layers; towards the end, more and more often a low one.
+    """Every step draws one number of active experts for all layers; towards the end, a low number more and more often.
 
-    Experts beyond the number drawn count ``epsilon``. All weights are trained on the language loss. ``anchor`` is the
-    number that the end of training leans to, from ``anchor_from`` of the steps on, its probability rising to one.
+    Experts beyond the drawn number have the weight ``epsilon``. All weights are trained on the language loss. ``anchor``
+    is the number favoured at the end of training: from the share ``anchor_from`` of the steps on, its probability rises
+    to one.
     """
 
     name = "phds"
     paper = "arXiv 2509.23012"
 
     among: list[int] | None = option(  # noqa: RUF009
-        None, help="numbers of experts that are drawn; from half the trained number to all if not given"
+        None, help="numbers of experts to draw from; by default, from half the trained number to all"
     )
     anchor: int | None = option(
-        None, help="the low number at the end", low=1, needs={"anchor_from": below(1)}
+        None, help="the low number favoured at the end", low=1, needs={"anchor_from": below(1)}
     )
     anchor_from: float = option(
         0.939,
@@ -46,16 +47,20 @@ class PHDS(Method):
         """Return the recipe for a program that went through dial-top-k."""
         form = soft_experts(program, self.epsilon)
         dials = active_dials(program)
-        most = int(min(program.dials[name].high for name in dials))
-        among = self.among or list(range(max(1, (most + 1) // 2), most + 1))
-        wrong = [k for k in [*among, *([self.anchor] if self.anchor else [])] if not 1 <= k <= most]
-        if wrong:
-            raise UsageError(f"{self.name}: {wrong[0]} active experts are not from 1 to the trained {most}")
+        trained_count = int(min(program.dials[name].high for name in dials))
+        among = self.among or list(range(max(1, (trained_count + 1) // 2), trained_count + 1))
+        out_of_range = [
+            k for k in [*among, *([self.anchor] if self.anchor else [])] if not 1 <= k <= trained_count
+        ]
+        if out_of_range:
+            raise UsageError(
+                f"{self.name}: {out_of_range[0]} active experts are outside the range from 1 to the trained {trained_count}"
+            )
 
         def transform(batch: Batch, done: float = 0.0) -> Batch:
             k = among[int(torch.randint(len(among), ()))]
-            pull = (done - self.anchor_from) / max(1e-9, 1 - self.anchor_from)
-            if self.anchor is not None and float(torch.rand(())) < pull:
+            anchor_probability = (done - self.anchor_from) / max(1e-9, 1 - self.anchor_from)
+            if self.anchor is not None and float(torch.rand(())) < anchor_probability:
                 k = self.anchor
             return {**batch, "active": torch.tensor(k)}
 

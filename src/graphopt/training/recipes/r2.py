@@ -1,4 +1,4 @@
-"""Weights learn to lie in narrow ranges, so that few bits can hold them (R², arXiv 2303.08253)."""
+"""Trains weights to lie in narrow ranges, so that few bits represent them well (R², arXiv 2303.08253)."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from .base import Batch, Method, Recipe, called, language_loss
 HELD = "range_regularization"
 PENALTY = "range_penalty"
 SETTINGS = "range_settings"
-_MULTIPLYING = named(Trait.CONVOLUTION) | {"aten.linear"}
+_MATRIX_OPERATORS = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def largest(weight: Tensor) -> Tensor:
-    """``max |w|``: the gradient is that of one weight."""
+    """Return ``max |w|``; only one weight gets a gradient."""
     return weight.abs().max()
 
 
 def outside(weight: Tensor, margin: Tensor) -> Tensor:
-    """``|M| + sum of max(|w| - |M|, 0)``: weights outside a margin are drawn in, while the margin shrinks.
+    """Return ``|M| + sum of max(|w| - |M|, 0)``: weights outside a margin are pulled in, while the margin shrinks.
 
     Args:
         weight: of any shape.
-        margin: a learned number, for this weight alone.
+        margin: a learned number, one for each weight tensor.
     """
     return margin.abs() + (weight.abs() - margin.abs()).clamp(min=0).sum()
 
 
 def soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
-    """``s_max - s_min + exp(-a)``: least and largest weight, as means weighted by ``exp(a w)`` and ``exp(-a w)``.
+    """Return ``s_max - s_min + exp(-a)``: soft extremes, as means weighted by ``exp(a w)`` and ``exp(-a w)``.
 
-    No symmetry is asked for, which suits compression by clusters. The last term draws the temperature up, towards the true
-    range.
+    It requires no symmetry, which suits compression by clustering. The last term pushes the temperature up, towards the
+    true range.
 
     Args:
         weight: of any shape.
-        temperature: a learned number, for this weight alone.
+        temperature: a learned number, one for each weight tensor.
     """
     flat = weight.flatten()
     high = (flat * (temperature * (flat - flat.max())).softmax(0)).sum()
@@ -57,31 +57,36 @@ def soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeRegularization(Method):
-    """Next tokens, and a penalty on the range of every matrix, for networks that will be stored in few bits.
+    """Next-token loss and a penalty on the range of every matrix, for networks that will be stored in few bits.
 
-    Penalties are the paper's: ``infinity`` is the largest weight, ``margin`` what lies outside a learned margin, both for
-    symmetric steps; ``soft`` is a soft range with a learned temperature. Biases, norms and embeddings are left alone. The
-    strength is quoted from memory; margins begin at twice the standard deviation, temperatures at one tenth of what
-    tells apart the largest weight.
+    Penalties are the paper's: ``infinity`` is the largest weight, ``margin`` is what lies outside a learned margin, both
+    for symmetric quantisation; ``soft`` is a soft range with a learned temperature. Biases, norms and embeddings are not
+    penalised. The strength is quoted from memory; margins start at twice the standard deviation, temperatures at 10
+    divided by the largest weight.
     """
 
     name = "r2"
     paper = "arXiv 2303.08253"
 
     form: str = option(
-        "margin", help="of the penalty", choices=("infinity", "margin", "soft"), needs={"strength": NONZERO}
+        "margin",
+        help="form of the penalty",
+        choices=("infinity", "margin", "soft"),
+        needs={"strength": NONZERO},
     )
-    strength: float = option(0.01, help="weight of the penalty beside the loss", source="recalled", low=0)
+    strength: float = option(
+        0.01, help="weight of the penalty relative to the loss", source="recalled", low=0
+    )
 
     def recipe(self, program: Program) -> Recipe:
-        """Return the recipe; a loop with a loss of its own adds ``penalty(module)`` to it.
+        """Return the recipe; a loop with its own loss adds ``penalty(module)`` to it.
 
         Raises:
-            UsageError: the program multiplies with no matrix of its own.
+            UsageError: the program has no weight matrix.
         """
         names = list(matrices(program))
         if not names:
-            raise UsageError("this program has no matrices whose range could be kept small")
+            raise UsageError("this program has no matrices whose range could be penalised")
 
         def prepared(module: nn.Module) -> nn.Module:
             if not hasattr(module, HELD):
@@ -89,66 +94,71 @@ class RangeRegularization(Method):
             return module
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
-            found = called(module, batch)
-            penalized: Tensor = language_loss(found, batch) + found[PENALTY]
+            outputs = called(module, batch)
+            penalized: Tensor = language_loss(outputs, batch) + outputs[PENALTY]
             return penalized
 
         return Recipe(self.name, loss, form=program, prepared=prepared)
 
 
 def matrices(program: Program) -> Iterable[str]:
-    """Yield the names of weights that linear operators and convolutions multiply with, and nothing else reads."""
+    """Yield the names of weights that are read only as matrices of linear operators and convolutions."""
     for node in program.weight_nodes:
         read = readers(program, node)
-        if read and all(is_operator(u, *_MULTIPLYING) and arguments(u)["weight"] is node for u in read):
+        if read and all(is_operator(u, *_MATRIX_OPERATORS) and arguments(u)["weight"] is node for u in read):
             yield program.weights[node.name].name
 
 
 def regularize(module: nn.Module, names: Iterable[str], form: str, strength: float) -> None:
-    """Give a module learned margins or temperatures, and an output ``range_penalty`` where its outputs have names.
+    """Add learned margins or temperatures to a module, and an output ``range_penalty`` if its outputs have names.
 
     Args:
-        module: with these weights among its parameters.
-        names: of weights.
+        module: has these weights among its parameters.
+        names: names of weights.
         form: "infinity", "margin" or "soft".
-        strength: of the penalty.
+        strength: weight of the penalty.
     """
-    held = dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     learned = nn.ParameterList()
     names = list(names)
     for name in names if form != "infinity" else ():
-        weight = held[name].detach().float()
+        weight = parameters[name].detach().float()
         # as torch.std, but a single number has no spread
         spread = (weight - weight.mean()).norm() / max(1, weight.numel() - 1) ** 0.5
-        begin = 2 * spread if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
-        learned.append(nn.Parameter(begin.clone()))
+        initial = 2 * spread if form == "margin" else 10.0 / weight.abs().max().clamp(min=1e-6)
+        learned.append(nn.Parameter(initial.clone()))
     module.add_module(HELD, learned)
     module.__dict__[SETTINGS] = (tuple(names), form, strength)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        # inside forward, so that processes that share gradients see what it depends on
+        # inside forward, so that DistributedDataParallel sees which parameters it depends on
         return {**output, PENALTY: penalty(module)} if isinstance(output, dict) else output
 
     module.register_forward_hook(hook)
 
 
 def penalty(module: nn.Module) -> Tensor:
-    """Return the penalty of a module that went through a recipe's ``prepare``, for a loop with a loss of its own.
+    """Return the penalty of a module that went through a recipe's ``prepare``, for a loop with its own loss.
 
     Raises:
-        UsageError: it did not.
+        UsageError: the module did not go through ``prepare``.
     """
-    own = module if SETTINGS in module.__dict__ else getattr(module, "module", module)
-    if SETTINGS not in own.__dict__:
+    owner = module if SETTINGS in module.__dict__ else getattr(module, "module", module)
+    if SETTINGS not in owner.__dict__:
         raise UsageError(
             "this module has no penalty on ranges", hint="RangeRegularization().recipe(program).module()"
         )
-    names, form, strength = own.__dict__[SETTINGS]
-    held = dict(own.named_parameters(remove_duplicate=False))
+    names, form, strength = owner.__dict__[SETTINGS]
+    parameters = dict(owner.named_parameters(remove_duplicate=False))
     if form == "infinity":
-        parts = [largest(held[name].float()) for name in names]
+        penalties = [largest(parameters[name].float()) for name in names]
     else:
-        each, learned = outside if form == "margin" else soft_range, own.get_submodule(HELD).parameters()
-        parts = [each(held[name].float(), number) for name, number in zip(names, learned, strict=True)]
-    total: Tensor = strength * torch.stack(parts).sum()
+        range_of, learned = (
+            outside if form == "margin" else soft_range,
+            owner.get_submodule(HELD).parameters(),
+        )
+        penalties = [
+            range_of(parameters[name].float(), number) for name, number in zip(names, learned, strict=True)
+        ]
+    total: Tensor = strength * torch.stack(penalties).sum()
     return total
