@@ -77,14 +77,14 @@ class Target:
             dimensions: of its first operand.
             kind: "float", "w8a8", "w8a16", "w4a8" or "w4a16".
         """
-        known = self.operators.get(operator)
-        if known is None:
+        verdicts = self.operators.get(operator)
+        if verdicts is None:
             # what a runtime computes is compared in any case; a compiler may do it wrongly for a device
             return f"{operator} was never tried on {self.name}" if self.compiled else ""
-        verdict = known.get(kind)
+        verdict = verdicts.get(kind)
         if verdict is None:
             # bits of weights say nothing about what has none
-            verdict = known.get(kind.replace("w4", "w8"), known.get(FLOAT))
+            verdict = verdicts.get(kind.replace("w4", "w8"), verdicts.get(FLOAT))
         if verdict is not None and not verdict.placed:
             return f"{self.name} does not take {operator}" + (f": {verdict.why}" if verdict.why else "")
         if verdict is not None and not verdict.right:
@@ -129,8 +129,8 @@ def read_target(name: str, data: Mapping[str, Any]) -> Target:
     most: dict[str, int] = {}
     blocks: set[tuple[str, str]] = set()
     for case in data["cases"]:
-        for kind, said in case["verdicts"].items():
-            verdict = Verdict(bool(said["placed"]), said.get("snr"), said.get("why", ""))
+        for kind, entry in case["verdicts"].items():
+            verdict = Verdict(bool(entry["placed"]), entry.get("snr"), entry.get("why", ""))
             name_of, dimensions = case["operator"], int(case["dimensions"])
             if case["limit"] == "dimensions" and not verdict.placed:
                 most[name_of] = dimensions - 1
@@ -138,9 +138,9 @@ def read_target(name: str, data: Mapping[str, Any]) -> Target:
                 blocks.add((name_of, kind))
             if case["limit"]:
                 continue
-            held = operators.setdefault(case["operator"], {})
-            if kind not in held or _badness(verdict) > _badness(held[kind]):
-                held[kind] = verdict
+            by_kind = operators.setdefault(case["operator"], {})
+            if kind not in by_kind or _badness(verdict) > _badness(by_kind[kind]):
+                by_kind[kind] = verdict
     device = data["device"]
     return Target(
         name, int(device["opset"]), int(device.get("soc", 0)), int(device.get("arch", 0)), str(data["wheel"]),

@@ -14,10 +14,10 @@ def misread(node: fx.Node) -> bool:
     """Tell whether a node is such a convolution, with a dilation of 2 and a long kernel."""
     if not is_operator(node, "aten.conv1d", "aten.conv2d"):
         return False
-    found = arguments(node)
-    weight = found["weight"].meta["val"]
-    depthwise = found["groups"] > 1 and int(weight.shape[1]) == 1
+    args = arguments(node)
+    weight = args["weight"].meta["val"]
+    depthwise = args["groups"] > 1 and int(weight.shape[1]) == 1
     return depthwise and any(
         dilation == 2 and int(size) >= LONG
-        for dilation, size in zip(found["dilation"], weight.shape[2:], strict=True)
+        for dilation, size in zip(args["dilation"], weight.shape[2:], strict=True)
     )

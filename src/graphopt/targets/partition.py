@@ -11,35 +11,35 @@ from ..ir.schema import is_operator
 
 def host_nodes(program: Program) -> set[fx.Node]:
     """Return the calls that depend on integer inputs, and on no parameter and no input of numbers."""
-    found: set[fx.Node] = program.derived("host nodes", lambda: _host_nodes(program), portable=True)
-    return found
+    nodes: set[fx.Node] = program.derived("host nodes", lambda: _host_nodes(program), portable=True)
+    return nodes
 
 
 def _host_nodes(program: Program) -> set[fx.Node]:
-    heavy: set[fx.Node] = set()
-    driven: set[fx.Node] = set()
+    device_nodes: set[fx.Node] = set()
+    integer_nodes: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             value = node.meta.get("val")
             weight = program.weights.get(node.name)
             if weight is not None:
                 if weight.kind == "parameter":
-                    heavy.add(node)
+                    device_nodes.add(node)
             elif (
                 isinstance(value, torch.Tensor)
                 and value.dtype.is_floating_point
                 and node.meta.get("input") not in program.dials
             ):
-                heavy.add(node)
+                device_nodes.add(node)
             else:
-                driven.add(node)
+                integer_nodes.add(node)
         elif node.op == "call_function":
             # how a value is stored is the device's business
-            if is_operator(node, "graphopt.fake_quantize") or any(n in heavy for n in node.all_input_nodes):
-                heavy.add(node)
-            elif any(n in driven for n in node.all_input_nodes):
-                driven.add(node)
-    return {n for n in driven if n.op == "call_function"}
+            if is_operator(node, "graphopt.fake_quantize") or any(n in device_nodes for n in node.all_input_nodes):
+                device_nodes.add(node)
+            elif any(n in integer_nodes for n in node.all_input_nodes):
+                integer_nodes.add(node)
+    return {n for n in integer_nodes if n.op == "call_function"}
 
 
 def border(program: Program) -> list[fx.Node]:

@@ -57,16 +57,16 @@ def relative_error(
             torch.view_as_real(found.resolve_conj()),
             torch.view_as_real(expected.resolve_conj()),
         )
-    got, wanted = found.to(torch.float64), expected.to(torch.float64)
-    if bool(wanted.isnan().all()):
+    actual, reference = found.to(torch.float64), expected.to(torch.float64)
+    if bool(reference.isnan().all()):
         return float("inf")
-    same = (got == wanted) | (got.isnan() & wanted.isnan())
-    difference = torch.where(same, 0.0, (got - wanted).abs())
-    finite = wanted[wanted.isfinite()].abs()
+    same = (actual == reference) | (actual.isnan() & reference.isnan())
+    difference = torch.where(same, 0.0, (actual - reference).abs())
+    finite = reference[reference.isfinite()].abs()
     if beside == "norm":
         worst = float(difference.norm()) / max(float(finite.norm()), at_least)
     elif beside == "element":
-        sizes = wanted.abs().nan_to_num(nan=1.0, posinf=1.0).clamp(min=max(_usual(finite), at_least))
+        sizes = reference.abs().nan_to_num(nan=1.0, posinf=1.0).clamp(min=max(_usual(finite), at_least))
         worst = float((difference / sizes).max())
     else:
         largest = float(finite.max()) if finite.numel() else 1.0

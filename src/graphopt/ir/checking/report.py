@@ -57,7 +57,7 @@ class Report:
         return "\n".join(lines) if lines else "no passes ran"
 
 
-_SHOWN = 8  # notes of a pass that are printed; a deep network has hundreds
+_MAX_NOTES = 8  # notes of a pass that are printed; a deep network has hundreds
 
 _UNITS = {
     "parameters": "",
@@ -93,10 +93,10 @@ def _refusals(title: str, refused: list[Refusal]) -> list[str]:
 
 def _lines(entry: PassReport) -> list[str]:
     lines = [f"{entry.text}{', by the plan given' if entry.given else ''}  ({entry.contract})"]
-    shown = ", ".join(entry.sites[:12]) + (
+    site_names = ", ".join(entry.sites[:12]) + (
         f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else ""
     )
-    lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {shown}" if shown else ""))
+    lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {site_names}" if site_names else ""))
     lines.extend(_refusals("sites refused", [r for r in entry.refused if not r.rolled_back]))
     lines.extend(
         _refusals("sites ROLLED BACK, a fault of this pass", [r for r in entry.refused if r.rolled_back])
@@ -116,7 +116,7 @@ def _lines(entry: PassReport) -> list[str]:
         lines.append(
             "  seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in entry.seconds.items())
         )
-    lines.extend(f"  {note}" for note in entry.notes[:_SHOWN])
-    if len(entry.notes) > _SHOWN:
-        lines.append(f"  and {len(entry.notes) - _SHOWN} notes more, which as_dict() and --json hold")
+    lines.extend(f"  {note}" for note in entry.notes[:_MAX_NOTES])
+    if len(entry.notes) > _MAX_NOTES:
+        lines.append(f"  and {len(entry.notes) - _MAX_NOTES} notes more, which as_dict() and --json hold")
     return lines

@@ -139,24 +139,24 @@ def check_sites(
         progress: called with the number of sites done and in all.
     """
     pairs = changed_values(before, after)
-    kept = {n.name for n in before.graph.nodes} & {n.name for n in after.graph.nodes}
+    shared_names = {n.name for n in before.graph.nodes} & {n.name for n in after.graph.nodes}
     changed = {new.name for _, new in pairs} | {old.name for old, _ in pairs}
 
     def stop(node: fx.Node) -> bool:
-        return node.name in kept and node.name not in changed
+        return node.name in shared_names and node.name not in changed
 
     checks: list[SiteCheck] = []
     seen: dict[Any, SiteCheck] = {}
     for index, (old, new) in enumerate(pairs):
         pair = _cut_alike(before, after, old, new, stop)
         # values that the pass brought along are checked wherever they are
-        brought = tuple(n.name for n in pair.after.weights if _brought(before, after, n.name))
+        brought = tuple(n.name for n in pair.after.weights if _new_or_changed(before, after, n.name))
         key = (pair.before.key(before), pair.after.key(after), _sharing(pair), brought)
         if key not in seen:
             seen[key] = _check(before, after, pair, bool(brought))
         through = tuple(n.name for n in pair.before.operators if n.name in changed and n is not old)
-        places = {"old": old.name, "new": new.name, "source": before.source_line(old), "through": through}
-        checks.append(replace(seen[key], **places))  # type: ignore[arg-type]
+        labels = {"old": old.name, "new": new.name, "source": before.source_line(old), "through": through}
+        checks.append(replace(seen[key], **labels))  # type: ignore[arg-type]
         if progress is not None:
             progress(index + 1, len(pairs))
     return checks
@@ -176,11 +176,11 @@ def _cut_alike(
         pair = _Pair(old, new, cut(before, [old], ends), cut(after, [new], ends))
         first, second = ({n.name: n for n in r.leaves} for r in (pair.before, pair.after))
         weights = [{n.name for n in r.weights} for r in (pair.before, pair.after)]
-        known = first.keys() | second.keys() | weights[0] | weights[1]
+        given_names = first.keys() | second.keys() | weights[0] | weights[1]
         further = {
             name
             for name in first.keys() ^ second.keys()
-            if _descends(first.get(name) or second[name], known - {name})
+            if _descends(first.get(name) or second[name], given_names - {name})
         }
         # a value made of weights alone that both are given, one of which reads such a weight itself
         further |= {
@@ -209,7 +209,7 @@ def _descends(node: fx.Node, names: set[str], limit: int = 400) -> bool:
     return False
 
 
-def _brought(before: Program, after: Program, name: str) -> bool:
+def _new_or_changed(before: Program, after: Program, name: str) -> bool:
     """Tell whether a pass added a weight or gave it other values."""
     return name not in before.weights or after.weights[name].source is not before.weights[name].source
 
@@ -247,7 +247,7 @@ def _sharing(pair: _Pair) -> tuple[int, ...]:
     return tuple(names.get(n.name, -1) for n in [*pair.after.leaves, *pair.after.weights])
 
 
-def _given(before: Program, after: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
+def _leaf_input(before: Program, after: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
     """A random value for a place where a region was cut; dials stand where they stand by default."""
     dial = after.dials.get(str(node.meta.get("input", ""))) if node.op == "placeholder" else None
     if dial is not None:
@@ -266,8 +266,8 @@ def _compare(before: Program, after: Program, pair: _Pair) -> float:
     worst = 0.0
     for seed, sizes in enumerate(_sizes(before, pair)):
         values = {}
-        for place, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
-            values[node.name] = _given(before, after, node, sizes, 17 * place + seed)
+        for index, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
+            values[node.name] = _leaf_input(before, after, node, sizes, 17 * index + seed)
         seeds = {n.name: i for i, n in enumerate([*pair.before.weights, *pair.after.weights])}
 
         def load(node: fx.Node, seeds: dict[str, int] = seeds, offset: int = seed) -> torch.Tensor:
@@ -315,13 +315,13 @@ def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> floa
     nodes = {n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}
 
     def load(node: fx.Node) -> torch.Tensor:
-        held = (after if node in pair.after.weights else before).weights[node.name]
-        return held.source.load()
+        weight = (after if node in pair.after.weights else before).weights[node.name]
+        return weight.source.load()
 
     worst = 0.0
     try:
         for sizes in _sizes(before, pair)[: 2 if always else 1]:
-            values = {n.name: _given(before, after, n, sizes, i) for i, n in enumerate(nodes.values())}
+            values = {n.name: _leaf_input(before, after, n, sizes, i) for i, n in enumerate(nodes.values())}
             worst = max(worst, _error(pair, values, load))
     except CheckpointError:
         return None
@@ -337,9 +337,9 @@ def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
     if not limits:
         return [{}]
 
-    def within(name: str, wanted: int) -> int:
+    def within(name: str, size: int) -> int:
         high = limits[name].high
-        return max(limits[name].low, min(wanted, high if high is not None else wanted))
+        return max(limits[name].low, min(size, high if high is not None else size))
 
     windows = [{argument(n, "window") for n in r.operators if is_operator(n, "graphopt.attention")} - {None}
                for r in (pair.before, pair.after)]  # fmt: skip
@@ -364,10 +364,10 @@ def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
 
 def _error(pair: _Pair, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> float:
     """Relative error of the new value against the old one."""
-    expected, found = pair.before.run(values, load), pair.after.run(values, load)
+    expected, actual = pair.before.run(values, load), pair.after.run(values, load)
     # a value that differs from rank to rank is one a rank
-    if len(expected) != len(found):
-        (expected, found) = (
-            (expected * len(found), found) if len(expected) == 1 else (expected, found * len(expected))
+    if len(expected) != len(actual):
+        (expected, actual) = (
+            (expected * len(actual), actual) if len(expected) == 1 else (expected, actual * len(expected))
         )
-    return relative_error(found, expected)
+    return relative_error(actual, expected)

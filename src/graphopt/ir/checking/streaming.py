@@ -43,30 +43,30 @@ def initial_state(
     names = states_of(program)
     if not names and Streaming not in program.facts:
         raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
-    made = {}
+    states = {}
     for name in names:
         spec = program.signature.inputs[name]
-        known = {str(spec.shape[0]): batch, **(sizes or {})}
-        shape = [_number(program, name, size, known) for size in spec.shape]
-        made[name] = torch.zeros(shape, dtype=spec.dtype)
-    return made
+        size_values = {str(spec.shape[0]): batch, **(sizes or {})}
+        shape = [_number(program, name, size, size_values) for size in spec.shape]
+        states[name] = torch.zeros(shape, dtype=spec.dtype)
+    return states
 
 
-def _number(program: Program, name: str, size: int | str, known: Mapping[str, int]) -> int:
+def _number(program: Program, name: str, size: int | str, size_values: Mapping[str, int]) -> int:
     """The value of a size, which may be an expression over sizes of the inputs."""
-    symbols = {given: symbol for symbol, given in program.symbols.items()}
+    symbols = {size_name: symbol for symbol, size_name in program.symbols.items()}
     value = parse_size(size, symbols)
-    value = value.subs({symbols[given]: number for given, number in known.items() if given in symbols})
+    value = value.subs({symbols[size_name]: number for size_name, number in size_values.items() if size_name in symbols})
     if not value.is_Integer:
         raise UsageError(f"{name} has the size {size}, which varies", hint=f"sizes={{{str(size)!r}: ...}}")
     return int(value)
 
 
-def _sizes_of(program: Program, given: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _sizes_of(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The sizes that inputs have, by name."""
-    shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in given.items()]
+    shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in inputs.items()]
     return {
-        s: n for wanted, found in shapes for s, n in zip(wanted, found, strict=True) if isinstance(s, str)
+        s: n for names, shape in shapes for s, n in zip(names, shape, strict=True) if isinstance(s, str)
     }
 
 
@@ -80,11 +80,11 @@ def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch
     state: dict[str, torch.Tensor] | None = None
     others = [name for name in program.signature.inputs if name not in states_of(program)]
     for piece in pieces:
-        given = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
+        inputs = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
         if state is None:
-            sizes = _sizes_of(program, {name: t for name, t in given.items() if name in others})
-            state = initial_state(program, next(iter(given.values())).shape[0], sizes=sizes)
-        results = run(program, program.bind((), {**given, **state}))
+            sizes = _sizes_of(program, {name: t for name, t in inputs.items() if name in others})
+            state = initial_state(program, next(iter(inputs.values())).shape[0], sizes=sizes)
+        results = run(program, program.bind((), {**inputs, **state}))
         state = {name: results.pop(f"next_{name}") for name in state}
         yield next(iter(results.values())) if len(results) == 1 else results
 
@@ -114,9 +114,9 @@ def compare_in_chunks(
     expected = interpret(wide, inputs, record=recorded)
     worst: Difference | None = None
     for pieces in ([1] * frames, _pieces(frames, draw), [frames]):
-        found = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
+        results = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
         for name in [*[n.name for n in recorded], *whole.signature.output_names]:
-            error = _error(wide, name, found.get(name), expected, time)
+            error = _error(wide, name, results.get(name), expected, time)
             if error is not None and (worst is None or error > worst.error):
                 if every_value and error > 1e-9:
                     return Difference(name, error)
@@ -134,16 +134,16 @@ def _pieces(frames: int, draw: random.Random) -> list[int]:
 def _inputs(
     program: Program, time: str, frames: int, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    made, axes = {}, {}
+    inputs, axes = {}, {}
     for name, spec in program.signature.inputs.items():
         shape = [frames if s == time else s if isinstance(s, int) else _other(program, s) for s in spec.shape]
         if spec.dtype.is_floating_point:
-            made[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
+            inputs[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
         else:
-            made[name] = torch.ones(shape, dtype=spec.dtype)
+            inputs[name] = torch.ones(shape, dtype=spec.dtype)
         if time in spec.shape:
             axes[name] = spec.shape.index(time)
-    return made, axes
+    return inputs, axes
 
 
 def _other(program: Program, size: str) -> int:
@@ -159,20 +159,20 @@ def _in_pieces(
     pieces: Sequence[int],
     names: Sequence[str],
 ) -> dict[str, list[torch.Tensor]]:
-    found: dict[str, list[torch.Tensor]] = {}
+    results: dict[str, list[torch.Tensor]] = {}
     batch = next(iter(inputs.values())).shape[0]
     states = initial_state(program, batch, sizes=_sizes_of(program, inputs))
     state = {n: t.double() for n, t in states.items()}
     nodes = {n.name: n for n in program.graph.nodes}
-    place = 0
+    start = 0
     for size in pieces:
-        given = {n: t.narrow(axes[n], place, size) if n in axes else t for n, t in inputs.items()}
-        place += size
-        values = interpret(program, {**given, **state}, record=[nodes[n] for n in names if n in nodes])
+        piece = {n: t.narrow(axes[n], start, size) if n in axes else t for n, t in inputs.items()}
+        start += size
+        values = interpret(program, {**piece, **state}, record=[nodes[n] for n in names if n in nodes])
         state = {name: values[f"next_{name}"] for name in state}
         for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return found
+            results.setdefault(name, []).append(value)
+    return results
 
 
 def _timed(program: Program, node: Any, time: str) -> int | None:
@@ -185,16 +185,16 @@ def _timed(program: Program, node: Any, time: str) -> int | None:
 
 
 def _error(
-    program: Program, name: str, parts: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
+    program: Program, name: str, pieces: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
 ) -> float | None:
     """The difference of a value's pieces, one after the other, from the whole; None where there are none."""
     nodes = {n.name: n for n in program.graph.nodes}
     node = nodes.get(name)
     if name in program.signature.output_names:
         node = dict(zip(program.signature.output_names, program.output_node.args[0], strict=True))[name]  # type: ignore[arg-type]
-    if parts is None or node is None:
+    if pieces is None or node is None:
         return None
     axis = _timed(program, node, time)
     if axis is None:
         return float("inf") if name in program.signature.output_names else None
-    return relative_error(torch.cat(parts, axis), expected[name])
+    return relative_error(torch.cat(pieces, axis), expected[name])

@@ -59,16 +59,16 @@ def find_link(name: str, device: Device | None = None) -> Link:
     Raises:
         UsageError: there is none of that name, the file holds none, or the device has none.
     """
-    found = _read_link(name) if name.endswith(".json") else LINKS.get(name.lower())
-    if found is None:
+    link = _read_link(name) if name.endswith(".json") else LINKS.get(name.lower())
+    if link is None:
         raise UsageError(f"no link is called {name!r}", hint=nearest(name, LINKS))
-    if device is None or found.name != "nvlink":
-        return found
+    if device is None or link.name != "nvlink":
+        return link
     if device.link is None:
         raise UsageError(
             f"{device.name} has no NVLink", hint=nearest("", (n for n in LINKS if n != "nvlink"))
         )
-    return found if device.link >= found.bandwidth else replace(LINKS["nvlink3"], bandwidth=device.link)
+    return link if device.link >= link.bandwidth else replace(LINKS["nvlink3"], bandwidth=device.link)
 
 
 def _read_link(path: str) -> Link:

@@ -116,7 +116,7 @@ def find_device(name: str) -> Device:
     Raises:
         UsageError: there is none of that name.
     """
-    found = DEVICES.get(name.lower())
-    if found is None:
+    device = DEVICES.get(name.lower())
+    if device is None:
         raise UsageError(f"no device is called {name!r}", hint=nearest(name, DEVICES))
-    return found
+    return device

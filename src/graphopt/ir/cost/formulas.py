@@ -26,9 +26,9 @@ def work(call: Call) -> Work:
 
     An operator without a formula moves its operands and results and counts no FLOPs.
     """
-    found = formula_of(call.name)
-    if found is not None:
-        return found(call)
+    registered = formula_of(call.name)
+    if registered is not None:
+        return registered(call)
     if known(call):
         return moved(call, call.output.numel)
     return moved(call)
@@ -60,8 +60,8 @@ def variance(call: Call) -> Work:
 def pool(call: Call) -> Work:
     """FLOPs: 1 per element under the kernel."""
     dims = int(call.name[-2])
-    given = call.arguments["kernel_size"]
-    kernel = given if isinstance(given, tuple) else (given,)
+    kernel_size = call.arguments["kernel_size"]
+    kernel = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
     return moved(call, call.output.numel * product(kernel if len(kernel) == dims else kernel * dims))
 
 

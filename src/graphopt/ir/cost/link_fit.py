@@ -56,7 +56,7 @@ def measure(
     """Return the median seconds of an all-reduce of each size in bytes, over the processes that run together."""
     bound = groups.bind("links")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    points = []
     for size in sizes:
         value = torch.ones(max(1, size // 4), device=device)
         times = []
@@ -70,15 +70,15 @@ def measure(
         # the slowest rank is what everybody waits for
         middle = torch.tensor([statistics.median(times[3:])], device=device)
         slowest = float(groups.all_gather(middle, bound).max())
-        found.append((size, slowest))
+        points.append((size, slowest))
         if progress is not None:
             progress(size, slowest)
     groups.unbind("links")
-    return found
+    return points
 
 
 def write_link(link: Link, path: str | Path) -> None:
     """Write a link to a JSON file that ``find_link`` reads."""
     data = {"name": link.name, "bandwidth": link.bandwidth, "latency": link.latency, "note": link.note}
-    with atomic_file(path) as made:
-        made.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -30,15 +30,15 @@ class Numbers:
         for name, value in (sizes or {}).items():
             self.sizes[name] = _checked(program, name, value, self.sizes)
         self._values = {symbol: sympy.Integer(self.sizes[name]) for symbol, name in names.items()}
-        self._known: dict[sympy.Expr, int] = {}
+        self._numbers: dict[sympy.Expr, int] = {}
 
     def __call__(self, size: Size) -> int:
         """Return a size as a number."""
         if isinstance(size, int):
             return size
-        if size not in self._known:
-            self._known[size] = int(size.xreplace(self._values))
-        return self._known[size]
+        if size not in self._numbers:
+            self._numbers[size] = int(size.xreplace(self._values))
+        return self._numbers[size]
 
 
 def symbol_names(program: Program) -> dict[sympy.Symbol, str]:

@@ -36,13 +36,13 @@ def is_one(size: int | torch.SymInt) -> bool:
 def broadcast(node: fx.Node, dim: int) -> Sources:
     """Return where entries come from if operands broadcast and every entry is made of those at its place."""
     result = node.meta["val"]
-    found: Sources = {}
+    sources: Sources = {}
     for operand in tensors_of(node):
         value = operand.meta["val"]
-        place = dim - (result.dim() - value.dim())
-        whole = place < 0 or (is_one(value.shape[place]) and not is_one(result.shape[dim]))
-        found[operand] = None if whole else Along(place)
-    return found
+        operand_dim = dim - (result.dim() - value.dim())
+        whole = operand_dim < 0 or (is_one(value.shape[operand_dim]) and not is_one(result.shape[dim]))
+        sources[operand] = None if whole else Along(operand_dim)
+    return sources
 
 
 def last_mixed(node: fx.Node, dim: int) -> Sources | None:

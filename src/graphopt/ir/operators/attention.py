@@ -111,12 +111,12 @@ def _work(call: Call) -> Work:
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    q, k, v = (placement_of(found[n], placed) for n in ("q", "k", "v"))
+    args = arguments(node)
+    q, k, v = (placement_of(args[n], placed) for n in ("q", "k", "v"))
     if (q, k, v) == (WHOLE, WHOLE, WHOLE):
-        check_whole(placed, *(found[n] for n in ("key_mask", "bias", "sinks", "segments", "visible")))
+        check_whole(placed, *(args[n] for n in ("key_mask", "bias", "sinks", "segments", "visible")))
         return WHOLE
-    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and found["k"].meta["val"].shape[1] == 1:
+    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and args["k"].meta["val"].shape[1] == 1:
         # the one head of keys and values is every rank's
         k = v = Shard(1, (0,) * len(q.starts), 1, 1)
     if not all(isinstance(p, Shard) and p.dim == 1 for p in (q, k, v)):
@@ -129,13 +129,13 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     group = q.total // k.total
     if any(first // group != other for first, other in zip(q.starts, k.starts, strict=True)):
         raise Misplaced("queries of a rank do not belong to its keys")
-    check_whole(placed, *(found[n] for n in ("key_mask", "segments", "visible")))
-    bias, sinks = placement_of(found["bias"], placed), placement_of(found["sinks"], placed)
-    if isinstance(found["bias"], fx.Node):
-        by_head = found["bias"].meta["val"].shape[1] != 1
+    check_whole(placed, *(args[n] for n in ("key_mask", "segments", "visible")))
+    bias, sinks = placement_of(args["bias"], placed), placement_of(args["sinks"], placed)
+    if isinstance(args["bias"], fx.Node):
+        by_head = args["bias"].meta["val"].shape[1] != 1
         if by_head and not (isinstance(bias, Shard) and (bias.dim, bias.starts) == (1, q.starts)):
             raise Misplaced(f"its bias is {bias}, its heads are cut")
-    if isinstance(found["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
+    if isinstance(args["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
         raise Misplaced(f"its sinks are {sinks}, its heads are cut")
     return q
 

@@ -23,9 +23,9 @@ def _store_work(call: Call) -> Work:
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    cache, values = placement_of(found["cache"], placed), placement_of(found["values"], placed)
-    check_whole(placed, found["slots"])
+    args = arguments(node)
+    cache, values = placement_of(args["cache"], placed), placement_of(args["values"], placed)
+    check_whole(placed, args["slots"])
     if cache != values:
         raise Misplaced(f"its cache is {cache}, and what is stored is {values}")
     return cache
@@ -55,8 +55,8 @@ def cache_store(cache: Tensor, values: Tensor, slots: Tensor) -> Tensor:
         values: (batch, key-value heads, tokens, size).
         slots: (batch, tokens), integers below the capacity, all different in a row.
     """
-    places = slots[:, None, :, None].expand(values.shape)
-    return cache.scatter(2, places, values.to(cache.dtype))
+    index = slots[:, None, :, None].expand(values.shape)
+    return cache.scatter(2, index, values.to(cache.dtype))
 
 
 @dialect_operator("cache_positions(Tensor positions, Tensor slots, SymInt capacity) -> Tensor")
@@ -102,8 +102,8 @@ def cache_visible(
         is taken to be their number.
     """
     capacity = cache.shape[2]
-    held = cache_positions(positions, slots, capacity)
-    distance = positions[:, :, None] - held[:, None, :]
+    slot_positions = cache_positions(positions, slots, capacity)
+    distance = positions[:, :, None] - slot_positions[:, None, :]
     seen = distance >= 0
     if window is not None:
         seen = seen & (distance < window)
@@ -111,7 +111,7 @@ def cache_visible(
         tokens = positions.shape[1]
         # a row of zeros in front stands for slots that are not of this step
         order = torch.arange(1, tokens + 1, device=positions.device).expand(positions.shape)
-        place = torch.zeros_like(held).scatter(1, slots, order)
+        step_index = torch.zeros_like(slot_positions).scatter(1, slots, order)
         among = torch.cat([step_mask.new_ones(step_mask.shape[0], tokens, 1), step_mask], dim=2)
-        seen = seen & among.to(torch.bool).gather(2, place[:, None, :].expand(-1, tokens, -1))
+        seen = seen & among.to(torch.bool).gather(2, step_index[:, None, :].expand(-1, tokens, -1))
     return seen[:, None]

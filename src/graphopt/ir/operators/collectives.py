@@ -20,11 +20,11 @@ from .spec import OperatorSpec, Trait
 
 
 def _place_slice(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    check_whole(placed, found["x"])
-    rank = found["x"].meta["val"].dim()
-    total = found["x"].meta["val"].shape[found["dim"]]
-    return Shard(found["dim"] % rank, tuple(found["starts"]), int(found["length"]), int(total))
+    args = arguments(node)
+    check_whole(placed, args["x"])
+    rank = args["x"].meta["val"].dim()
+    total = args["x"].meta["val"].shape[args["dim"]]
+    return Shard(args["dim"] % rank, tuple(args["starts"]), int(args["length"]), int(total))
 
 
 def place_sum(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
@@ -36,18 +36,18 @@ def place_sum(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
 
 
 def _place_gathered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    source, dim = found["x"], found["dim"]
-    held = placed[source]
-    if not (isinstance(held, Shard) and held.even and held.dim == dim % source.meta["val"].dim()):
-        raise Misplaced(f"{source.name} is {held}, and cannot be put together along {dim}")
+    args = arguments(node)
+    source, dim = args["x"], args["dim"]
+    placement = placed[source]
+    if not (isinstance(placement, Shard) and placement.even and placement.dim == dim % source.meta["val"].dim()):
+        raise Misplaced(f"{source.name} is {placement}, and cannot be put together along {dim}")
     return WHOLE
 
 
 def _place_scattered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     place_sum(node, placed)
-    found = arguments(node)
-    size, dim = int(found["size"]), found["dim"] % node.meta["val"].dim()
+    args = arguments(node)
+    size, dim = int(args["size"]), args["dim"] % node.meta["val"].dim()
     length = int(node.meta["val"].shape[dim])
     return Shard(dim, tuple(range(0, size * length, length)), length, size * length)
 
@@ -59,8 +59,8 @@ def _place_unreduced(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placeme
 
 
 def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    table, start = placed[found["weight"]], placed[found["start"]]
+    args = arguments(node)
+    table, start = placed[args["weight"]], placed[args["start"]]
     if not (isinstance(table, Shard) and isinstance(start, Shard) and table.dim == 0 and table.even):
         raise Misplaced(f"its table is {table}, its first row {start}")
     return PARTIAL
@@ -134,7 +134,7 @@ def unreduced(x: Tensor, group: str) -> Tensor:
 )
 def local_embedding(weight: Tensor, ids: Tensor, start: Tensor) -> Tensor:
     """Look up rows of a table of which this rank has those from ``start`` (1,) on; zeros for all others."""
-    own = ids - start
-    inside = (own >= 0) & (own < weight.shape[0])
-    rows = torch.nn.functional.embedding(own.clamp(0, weight.shape[0] - 1), weight)
+    local_ids = ids - start
+    inside = (local_ids >= 0) & (local_ids < weight.shape[0])
+    rows = torch.nn.functional.embedding(local_ids.clamp(0, weight.shape[0] - 1), weight)
     return rows.masked_fill(inside.logical_not().unsqueeze(-1), 0.0)

@@ -92,5 +92,5 @@ def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
     Returns:
         (..., k) values, and (..., k) numbers as int64; which of equals comes first is not said.
     """
-    found = torch.topk(F.linear(x, weight, bias), k, dim=-1)
-    return found.values, found.indices
+    top = torch.topk(F.linear(x, weight, bias), k, dim=-1)
+    return top.values, top.indices

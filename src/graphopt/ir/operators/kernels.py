@@ -89,17 +89,17 @@ def _on_lattice(
     kernel: torch.Tensor, ratios: Sequence[int], before: Sequence[int], counts: Sequence[int]
 ) -> torch.Tensor:
     for axis, (ratio, low, count) in enumerate(zip(ratios, before, counts, strict=True)):
-        place = axis + 2
-        taps = kernel.shape[place]
-        if ratio > 1 and taps > 1:
-            ahead, behind = kernel.shape[: place + 1], kernel.shape[place + 1 :]
+        dim = axis + 2
+        length = kernel.shape[dim]
+        if ratio > 1 and length > 1:
+            ahead, behind = kernel.shape[: dim + 1], kernel.shape[dim + 1 :]
             apart = F.pad(kernel.reshape(*ahead, 1, *behind), [*[0] * (2 * len(behind)), 0, ratio - 1])
-            kernel = apart.reshape(*ahead[:-1], taps * ratio, *behind)
-            taps = (taps - 1) * ratio + 1
-            kernel = kernel.narrow(place, 0, taps)
-        if taps != count:
-            later = kernel.dim() - place - 1
-            kernel = F.pad(kernel, [*[0] * (2 * later), low, count - taps - low])
+            kernel = apart.reshape(*ahead[:-1], length * ratio, *behind)
+            length = (length - 1) * ratio + 1
+            kernel = kernel.narrow(dim, 0, length)
+        if length != count:
+            later = kernel.dim() - dim - 1
+            kernel = F.pad(kernel, [*[0] * (2 * later), low, count - length - low])
     return kernel
 
 
@@ -148,11 +148,11 @@ def kernel_sequence(
         ratios = [f if a > 1 else s for a, f, s in zip(one, apart_first, apart_second, strict=True)]
         return _on_lattice(kernel, ratios, [0] * axes, counts)
     flat = every.reshape(groups * outputs, math.prod(two), inputs, *one)
-    parts = []
-    for number, tap in enumerate(product(*(range(b) for b in two))):
-        at = [t * s for t, s in zip(tap, apart_second, strict=True)]
-        parts.append(_on_lattice(flat[:, number], apart_first, at, counts))
-    return torch.stack(parts).sum(0)
+    terms = []
+    for number, index in enumerate(product(*(range(b) for b in two))):
+        offset = [t * s for t, s in zip(index, apart_second, strict=True)]
+        terms.append(_on_lattice(flat[:, number], apart_first, offset, counts))
+    return torch.stack(terms).sum(0)
 
 
 @dialect_operator("bias_sequence(Tensor first, Tensor second, int have_second, Tensor? bias) -> Tensor")

@@ -32,9 +32,9 @@ def kernel_point(name: str) -> Callable[[Reference], Reference]:
         def either(*args: Any, **kwargs: Any) -> Any:
             kernel = KERNELS.get(name)
             if kernel is not None:
-                made = kernel(*args, **kwargs)
-                if made is not None:
-                    return made
+                result = kernel(*args, **kwargs)
+                if result is not None:
+                    return result
             return reference(*args, **kwargs)
 
         return cast(Reference, either)

@@ -30,8 +30,8 @@ def marked_embedding(embedded: Tensor, table: Tensor, marks: Tensor) -> Tensor:
         table: (mask tokens, size).
         marks: (batch, tokens), integers: the number of the mask token from 1 on, 0 where a token of the text stands.
     """
-    own = F.embedding((marks - 1).clamp(min=0), table).to(embedded.dtype)
-    return torch.where(marks.unsqueeze(-1) > 0, own, embedded)
+    vectors = F.embedding((marks - 1).clamp(min=0), table).to(embedded.dtype)
+    return torch.where(marks.unsqueeze(-1) > 0, vectors, embedded)
 
 
 @dialect_operator(

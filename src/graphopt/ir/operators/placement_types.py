@@ -61,12 +61,12 @@ class Joined:
 
     def part(self, start: int, end: int) -> Shard | None:
         """Return the piece that lies from ``start`` to ``end``; None if none does."""
-        place = 0
+        position = 0
         for piece in self.pieces:
-            following = place + piece.length
-            if (start, end) == (place, following):
+            following_position = position + piece.length
+            if (start, end) == (position, following_position):
                 return piece
-            place = following
+            position = following_position
         return None
 
     def at(self, dim: int) -> Joined:
@@ -90,8 +90,8 @@ def mark_cut(node: fx.Node, dim: int) -> None:
 
 def cut_along(node: fx.Node) -> int | None:
     """Return the dimension along which whoever made a value cut it, if it was written down."""
-    found = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
-    return int(found) if found is not None else None
+    dim = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
+    return int(dim) if dim is not None else None
 
 
 class Misplaced(Exception):

@@ -94,8 +94,8 @@ def additive_mask(
     Returns:
         (batch or 1, 1, queries, keys), float32.
     """
-    given = [t for t in (key_mask, segments, visible) if t is not None]
-    device = given[0].device if given else torch.device("cpu")
+    masks = [t for t in (key_mask, segments, visible) if t is not None]
+    device = masks[0].device if masks else torch.device("cpu")
     seen = visible_keys(queries, keys, key_mask, segments, causal, window, device)
     if visible is not None:
         seen = visible if seen is None else seen & visible

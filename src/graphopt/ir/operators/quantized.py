@@ -37,23 +37,23 @@ def pack(q: Tensor, bits: int) -> Tensor:
         return offset
     count = packed_bytes(q.shape[-1], bits)
     if 8 % bits == 0:
-        each = 8 // bits
-        parts = _rows(offset, count, each)
+        per_byte = 8 // bits
+        parts = _rows(offset, count, per_byte)
         total: Tensor = parts[..., 0]
-        for place in range(1, each):
-            total = total | (parts[..., place] << (bits * place))
+        for position in range(1, per_byte):
+            total = total | (parts[..., position] << (bits * position))
         return total
-    places = torch.arange(bits, device=q.device, dtype=torch.uint8)
-    stream = ((offset.unsqueeze(-1) >> places) & 1).flatten(-2)
+    bit_positions = torch.arange(bits, device=q.device, dtype=torch.uint8)
+    stream = ((offset.unsqueeze(-1) >> bit_positions) & 1).flatten(-2)
     stream = _rows(stream, count, 8)
     weights = 1 << torch.arange(8, device=q.device, dtype=torch.int32)
     return (stream.to(torch.int32) * weights).sum(-1).to(torch.uint8)
 
 
-def _rows(x: Tensor, count: int, each: int) -> Tensor:
+def _rows(x: Tensor, count: int, per_row: int) -> Tensor:
     """Return (..., count, each) of (..., n), filled up with zeros."""
-    filled = torch.nn.functional.pad(x, [0, count * each - x.shape[-1]])
-    return filled.reshape(*x.shape[:-1], count, each)
+    filled = torch.nn.functional.pad(x, [0, count * per_row - x.shape[-1]])
+    return filled.reshape(*x.shape[:-1], count, per_row)
 
 
 def unpack(packed: Tensor, features: int, bits: int) -> Tensor:
@@ -65,8 +65,8 @@ def unpack(packed: Tensor, features: int, bits: int) -> Tensor:
         parts = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
         offset = parts.flatten(-2)[..., :features]
     else:
-        places = torch.arange(8, device=packed.device, dtype=torch.uint8)
-        stream = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : features * bits]
+        bit_positions = torch.arange(8, device=packed.device, dtype=torch.uint8)
+        stream = ((packed.unsqueeze(-1) >> bit_positions) & 1).flatten(-2)[..., : features * bits]
         weights = 1 << torch.arange(bits, device=packed.device, dtype=torch.int32)
         offset = (_rows(stream, features, bits).to(torch.int32) * weights).sum(-1)
     return (offset.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
@@ -88,12 +88,12 @@ def _dynamic_scale(x: Tensor, bits: int, block: int) -> Tensor:
 def encode(x: Tensor, scale: Tensor | None, kept: int, bits: int, block: int) -> Tensor:
     """Return the bytes of (..., features) ordered values: outliers, then scales that travel, then integers."""
     outliers = x[..., :kept].to(torch.bfloat16).contiguous().view(torch.uint8)
-    rest = x[..., kept:]
+    inliers = x[..., kept:]
     if scale is not None:
-        return torch.cat([outliers, pack(quantize(rest, scale, bits), bits)], -1)
-    travelling = _dynamic_scale(rest, bits, block)
-    wide = travelling.repeat_interleave(block, -1)[..., : rest.shape[-1]]
-    packed = pack(quantize(rest, wide, bits), bits)
+        return torch.cat([outliers, pack(quantize(inliers, scale, bits), bits)], -1)
+    travelling = _dynamic_scale(inliers, bits, block)
+    wide = travelling.repeat_interleave(block, -1)[..., : inliers.shape[-1]]
+    packed = pack(quantize(inliers, wide, bits), bits)
     return torch.cat([outliers, travelling.contiguous().view(torch.uint8), packed], -1)
 
 
@@ -107,16 +107,16 @@ def _typed(payload: Tensor, dtype: torch.dtype) -> Tensor:
 def decode(payload: Tensor, scale: Tensor | None, features: int, kept: int, bits: int, block: int) -> Tensor:
     """Return the (..., ``features``) float32 values that :func:`encode` wrote."""
     outliers = _typed(payload[..., : 2 * kept], torch.bfloat16).float()
-    rest, place = features - kept, 2 * kept
+    inlier_count, offset = features - kept, 2 * kept
     if scale is None:
-        count = _blocks(rest, block)
+        count = _blocks(inlier_count, block)
         scale = (
-            _typed(payload[..., place : place + 2 * count], torch.float16)
+            _typed(payload[..., offset : offset + 2 * count], torch.float16)
             .float()
-            .repeat_interleave(block, -1)[..., :rest]
+            .repeat_interleave(block, -1)[..., :inlier_count]
         )
-        place += 2 * count
-    whole = unpack(payload[..., place : place + packed_bytes(rest, bits)], rest, bits)
+        offset += 2 * count
+    whole = unpack(payload[..., offset : offset + packed_bytes(inlier_count, bits)], inlier_count, bits)
     return torch.cat([outliers, whole.float() * scale.float()], -1)
 
 
@@ -173,8 +173,8 @@ def unpack_sum(
 
 def payload_bytes(features: int, kept: int, bits: int, block: int) -> int:
     """Return how many bytes a token's values take."""
-    rest = features - kept
-    return 2 * kept + 2 * _blocks(rest, block) + packed_bytes(rest, bits)
+    inlier_count = features - kept
+    return 2 * kept + 2 * _blocks(inlier_count, block) + packed_bytes(inlier_count, bits)
 
 
 def shares(count: int, ranks: int) -> list[tuple[int, int]]:
@@ -208,14 +208,14 @@ def chosen_algorithm(
     return "gather" if message * (ranks - 1) * (1 - 2 / ranks) < crossover else "two-step"
 
 
-def _part(x: Tensor, kept: int, rank: int, ranks: int) -> tuple[Tensor, slice, int]:
+def _rank_share(x: Tensor, kept: int, rank: int, ranks: int) -> tuple[Tensor, slice, int]:
     """Return a rank's share of ordered features, its range of static scales, and how many of it are outliers."""
-    outliers, rest = shares(kept, ranks)[rank], shares(x.shape[-1] - kept, ranks)[rank]
-    own = torch.cat([x[..., outliers[0] : outliers[1]], x[..., kept + rest[0] : kept + rest[1]]], -1)
-    return own, slice(*rest), outliers[1] - outliers[0]
+    outliers, inliers = shares(kept, ranks)[rank], shares(x.shape[-1] - kept, ranks)[rank]
+    share = torch.cat([x[..., outliers[0] : outliers[1]], x[..., kept + inliers[0] : kept + inliers[1]]], -1)
+    return share, slice(*inliers), outliers[1] - outliers[0]
 
 
-def _together(parts: Sequence[Tensor], kept: int, ranks: int) -> Tensor:
+def _join_shares(parts: Sequence[Tensor], kept: int, ranks: int) -> Tensor:
     """Put the shares of all ranks back into one ordered value."""
     counts = [end - start for start, end in shares(kept, ranks)]
     first = [part[..., :count] for part, count in zip(parts, counts, strict=True)]
@@ -251,12 +251,12 @@ def quantized_sum(
     def added(owner: int | None) -> Tensor:
         total: Tensor | None = None
         for rank, value in enumerate(ordered):
-            own, columns, outliers = (
-                (value, slice(None), kept) if owner is None else _part(value, kept, owner, ranks)
+            share, columns, outliers = (
+                (value, slice(None), kept) if owner is None else _rank_share(value, kept, owner, ranks)
             )
             scale = _static(scales, rank, columns, block)
-            sent = encode(own, scale, outliers, bits, block)
-            term = decode(sent, scale, own.shape[-1], outliers, bits, block)
+            sent = encode(share, scale, outliers, bits, block)
+            term = decode(sent, scale, share.shape[-1], outliers, bits, block)
             total = term if total is None else total + term
         assert total is not None
         return total
@@ -265,12 +265,12 @@ def quantized_sum(
         return added(None).index_select(-1, inverse).to(parts[0].dtype)
     done = []
     for rank in range(ranks):
-        _, columns, outliers = _part(ordered[0], kept, rank, ranks)
+        _, columns, outliers = _rank_share(ordered[0], kept, rank, ranks)
         value = added(rank)
         scale = None if block else reduced[columns]
         sent = encode(value, scale, outliers, bits, block)
         done.append(decode(sent, scale, value.shape[-1], outliers, bits, block))
-    return _together(done, kept, ranks).index_select(-1, inverse).to(parts[0].dtype)
+    return _join_shares(done, kept, ranks).index_select(-1, inverse).to(parts[0].dtype)
 
 
 @dialect_operator(
@@ -316,26 +316,26 @@ def quantized_all_reduce(
     form = chosen_algorithm(algorithm, x[..., 0].numel(), features, ranks, bits, crossover)
     if form == "gather":
         width = payload_bytes(features, kept, bits, block)
-        own = _static(scales, bound.rank, slice(None), block)
-        sent = quantize_pack(x, order, own, kept, bits, block, width)
+        own_scales = _static(scales, bound.rank, slice(None), block)
+        sent = quantize_pack(x, order, own_scales, kept, bits, block, width)
         received = groups.all_gather(sent.unsqueeze(0), bound)
         static = None if block else scales
         return unpack_sum(received, order, static, features, kept, bits, block).to(x.dtype)
     width = share_bytes(features, kept, bits, block, ranks)
     messages = []
     for rank in range(ranks):
-        part, columns, outliers = _part(order, kept, rank, ranks)
+        part, columns, outliers = _rank_share(order, kept, rank, ranks)
         scale = _static(scales, bound.rank, columns, block)
         messages.append(quantize_pack(x, part, scale, outliers, bits, block, width))
     received = groups.all_to_all(torch.stack(messages), bound)
-    part, columns, outliers = _part(order, kept, bound.rank, ranks)
+    part, columns, outliers = _rank_share(order, kept, bound.rank, ranks)
     count = part.shape[0]
     total = unpack_sum(received, None, None if block else scales[:, columns], count, outliers, bits, block)
     sent = quantize_pack(total, None, None if block else reduced[columns], outliers, bits, block, width)
     gathered = groups.all_gather(sent.unsqueeze(0), bound)
     done = []
     for rank in range(ranks):
-        part, columns, outliers = _part(order, kept, rank, ranks)
+        part, columns, outliers = _rank_share(order, kept, rank, ranks)
         scale = None if block else reduced[columns][None]
         done.append(unpack_sum(gathered[rank : rank + 1], None, scale, part.shape[0], outliers, bits, block))
-    return _together(done, kept, ranks).index_select(-1, inverse).to(x.dtype)
+    return _join_shares(done, kept, ranks).index_select(-1, inverse).to(x.dtype)

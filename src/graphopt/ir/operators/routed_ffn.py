@@ -26,28 +26,28 @@ def _work(call: Call) -> Work:
     rows = tokens * chosen
     experts = up.shape[0]
     inner = down.shape[1] if call.arguments.get("transposed") else down.shape[2]
-    each = ACTIVATION_FLOPS + (1 if call.arguments.get("gated") else 0)
+    flops_per_channel = ACTIVATION_FLOPS + (1 if call.arguments.get("gated") else 0)
     matrices = product(up.shape[1:]) + product(down.shape[1:])
-    flops = rows * (2 * matrices + each * inner + 2 * x.shape[-1])
+    flops = rows * (2 * matrices + flops_per_channel * inner + 2 * x.shape[-1])
     touched = minimum(rows, experts)
     stacked = ("up", "down", "up_bias", "down_bias")
-    given = [name for name in stacked if call.arguments.get(name) is not None]
-    work = moved(call, flops, {name: touched * product(call.tensor(name).shape[1:]) for name in given})
+    present = [name for name in stacked if call.arguments.get(name) is not None]
+    work = moved(call, flops, {name: touched * product(call.tensor(name).shape[1:]) for name in present})
     hidden = 2 * rows * inner * x.dtype.itemsize
     return Work(work.flops, work.weight_bytes, work.activation_bytes + hidden)
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    check_whole(placed, *(found[n] for n in ("x", "weights")))
-    up, down = placement_of(found["up"], placed), placement_of(found["down"], placed)
+    args = arguments(node)
+    check_whole(placed, *(args[n] for n in ("x", "weights")))
+    up, down = placement_of(args["up"], placed), placement_of(args["down"], placed)
     if isinstance(up, Joined) and len(set(up.pieces)) == 1:
         up = up.pieces[0]  # gate and what it multiplies, cut alike
     if up == WHOLE and down == WHOLE:
         return WHOLE
     if not (isinstance(up, Shard) and isinstance(down, Shard)):
         raise Misplaced(f"its first matrices are {up}, its second {down}")
-    if found["down_bias"] is not None and up.dim != 0:
+    if args["down_bias"] is not None and up.dim != 0:
         raise Misplaced("its bias would be added once a rank; add it after the sum")
     return PARTIAL
 
@@ -111,12 +111,12 @@ def routed_ffn(
         out = torch.zeros(
             tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device
         )
-        known = experts.reshape(-1)
+        expert_ids = experts.reshape(-1)
         if first is not None:
             # the numbers of absent experts sort behind all others
-            known = known.where((known >= 0) & (known < up.shape[0]), torch.full_like(known, up.shape[0]))
-        order = torch.argsort(known, stable=True)
-        counts = torch.bincount(known, minlength=up.shape[0])
+            expert_ids = expert_ids.where((expert_ids >= 0) & (expert_ids < up.shape[0]), torch.full_like(expert_ids, up.shape[0]))
+        order = torch.argsort(expert_ids, stable=True)
+        counts = torch.bincount(expert_ids, minlength=up.shape[0])
         for expert, chosen in enumerate(torch.split(order, counts.tolist())):
             if chosen.numel() == 0 or expert >= up.shape[0]:
                 continue

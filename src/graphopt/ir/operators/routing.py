@@ -34,11 +34,11 @@ def active_weights(weights: Tensor, k: Tensor, renormalised: bool) -> Tensor:
         k: a number, float64, from 1 to ``most``.
         renormalised: scale those that are left to the sum that all had, as models do that divide by it.
     """
-    left = torch.where(_taking_part(weights, k), weights, torch.zeros_like(weights))
+    remaining = torch.where(_taking_part(weights, k), weights, torch.zeros_like(weights))
     if not renormalised:
-        return left
-    total = left.sum(-1, keepdim=True)
-    return left * (weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total))
+        return remaining
+    total = remaining.sum(-1, keepdim=True)
+    return remaining * (weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total))
 
 
 @dialect_operator("skipped(Tensor before, Tensor after, Tensor phase) -> Tensor")
@@ -84,7 +84,7 @@ def softened_weights(weights: Tensor, k: Tensor, renormalised: bool, epsilon: fl
         renormalised: scale all to the sum that they had.
         epsilon: weight of an expert beyond k.
     """
-    left = torch.where(_taking_part(weights, k), weights, torch.full_like(weights, epsilon))
+    softened = torch.where(_taking_part(weights, k), weights, torch.full_like(weights, epsilon))
     if not renormalised:
-        return left
-    return left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
+        return softened
+    return softened * (weights.sum(-1, keepdim=True) / softened.sum(-1, keepdim=True))

@@ -66,10 +66,10 @@ _ATEN: tuple[tuple[Trait, str], ...] = (
 
 def _by_name() -> dict[str, int]:
     # a list that an operator returns is taken apart by Python's own
-    found = {"getitem": Trait.PART.value}
+    bits = {"getitem": Trait.PART.value}
     for traits, names in _ATEN:
-        found |= dict.fromkeys((f"aten.{name}" for name in names.split()), traits.value)
-    return found
+        bits |= dict.fromkeys((f"aten.{name}" for name in names.split()), traits.value)
+    return bits
 
 
 _BITS = _by_name()
@@ -107,8 +107,8 @@ def has(node: object, trait: Trait) -> bool:
 
 def named(trait: Trait) -> frozenset[str]:
     """Return the names of the operators that have a trait, or one of several; torch's tags are left out."""
-    own = {name for name, spec in SPECS.items() if spec.traits & trait}
-    return frozenset(own | {name for name, bits in _BITS.items() if bits & trait.value})
+    specified = {name for name, spec in SPECS.items() if spec.traits & trait}
+    return frozenset(specified | {name for name, bits in _BITS.items() if bits & trait.value})
 
 
 __all__ = ["Trait", "has", "named", "traits_of"]

@@ -135,9 +135,9 @@ class Call:
 
     def tensor(self, name: str) -> Operand:
         """Return a tensor argument by name."""
-        found = self.arguments[name]
-        assert isinstance(found, Operand), f"{self.name}: {name} is not a tensor"
-        return found
+        operand = self.arguments[name]
+        assert isinstance(operand, Operand), f"{self.name}: {name} is not a tensor"
+        return operand
 
     @property
     def output(self) -> Operand:

@@ -63,35 +63,35 @@ class _Unroller:
                     self.plain(node)
 
     def at(self, node: fx.Node, rank: int) -> fx.Node:
-        held = self.copies[node]
-        return held[rank] if len(held) > 1 else held[0]
+        copies = self.copies[node]
+        return copies[rank] if len(copies) > 1 else copies[0]
 
     def copy(self, node: fx.Node, rank: int) -> fx.Node:
         return self.new.node_copy(node, lambda n: self.at(n, rank))
 
     def call(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-        made = self.new.call_function(target, args)
+        node = self.new.call_function(target, args)
         for key in ("val", "stack_trace", "nn_module_stack", "custom"):
             if key in like.meta:
-                made.meta[key] = like.meta[key]
-        return made
+                node.meta[key] = like.meta[key]
+        return node
 
     def plain(self, node: fx.Node) -> None:
         apart = any(len(self.copies[n]) > 1 for n in node.all_input_nodes)
         self.copies[node] = [self.copy(node, r) for r in range(self.ranks if apart else 1)]
 
     def local_slice(self, node: fx.Node) -> None:
-        found = arguments(node)
-        made: dict[Any, fx.Node] = {}
-        held = []
+        args = arguments(node)
+        slices: dict[Any, fx.Node] = {}
+        copies = []
         for rank in range(self.ranks):
-            source, start = self.at(found["x"], rank), found["starts"][rank]
-            if (source, start) not in made:
-                made[source, start] = self.call(
-                    node, aten.slice.Tensor, source, found["dim"], start, start + found["length"]
+            source, start = self.at(args["x"], rank), args["starts"][rank]
+            if (source, start) not in slices:
+                slices[source, start] = self.call(
+                    node, aten.slice.Tensor, source, args["dim"], start, start + args["length"]
                 )
-            held.append(made[source, start])
-        self.copies[node] = held if self.ranks > 1 else held[:1]
+            copies.append(slices[source, start])
+        self.copies[node] = copies if self.ranks > 1 else copies[:1]
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
         source = arguments(node)["x"]
@@ -102,10 +102,10 @@ class _Unroller:
         dtype = like.meta["val"].dtype
         narrow = dtype in (torch.float16, torch.bfloat16) and len(terms) > 1
 
-        def typed(value: fx.Node, wanted: torch.dtype) -> fx.Node:
-            made = self.call(like, aten.to.dtype, value, wanted)
-            made.meta["val"] = like.meta["val"].to(wanted)
-            return made
+        def typed(value: fx.Node, target_dtype: torch.dtype) -> fx.Node:
+            cast = self.call(like, aten.to.dtype, value, target_dtype)
+            cast.meta["val"] = like.meta["val"].to(target_dtype)
+            return cast
 
         if narrow:
             terms = [typed(term, torch.float32) for term in terms]
@@ -122,11 +122,11 @@ class _Unroller:
         self.copies[node] = [self.call(node, aten.cat.default, self.terms(node), arguments(node)["dim"])]
 
     def reduce_scatter(self, node: fx.Node) -> None:
-        found = arguments(node)
-        whole = self.total(node, self.terms(node), found["x"])
-        size = int(node.meta["val"].shape[found["dim"]])
+        args = arguments(node)
+        total = self.total(node, self.terms(node), args["x"])
+        size = int(node.meta["val"].shape[args["dim"]])
         self.copies[node] = [
-            self.call(node, aten.slice.Tensor, whole, found["dim"], rank * size, (rank + 1) * size)
+            self.call(node, aten.slice.Tensor, total, args["dim"], rank * size, (rank + 1) * size)
             for rank in range(self.ranks)
         ]
 
@@ -134,9 +134,9 @@ class _Unroller:
         self.copies[node] = self.copies[arguments(node)["x"]]
 
     def quantized_all_reduce(self, node: fx.Node) -> None:
-        found = arguments(node)
-        fixed = [self.at(found[n], 0) for n in ("order", "inverse", "scales", "reduced")]
-        settings = [found[n] for n in ("kept", "bits", "block", "algorithm", "crossover")]
+        args = arguments(node)
+        fixed = [self.at(args[n], 0) for n in ("order", "inverse", "scales", "reduced")]
+        settings = [args[n] for n in ("kept", "bits", "block", "algorithm", "crossover")]
         target = torch.ops.graphopt.quantized_sum.default
         self.copies[node] = [self.call(node, target, self.terms(node), *fixed, *settings)]
 
@@ -161,15 +161,15 @@ def unrolled(program: Program) -> Program:
     Raises:
         VerificationError: ranks would return different values.
     """
-    found: Program = program.derived("unrolled", lambda: _unrolled(program)[0])
-    return found
+    result: Program = program.derived("unrolled", lambda: _unrolled(program)[0])
+    return result
 
 
 def rank_copies(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """Return the nodes of the unrolled program that stand for each node, one or one a rank."""
     unrolled(program)
-    found: dict[fx.Node, list[fx.Node]] = program.derived("rank_copies", dict)
-    return found
+    copies: dict[fx.Node, list[fx.Node]] = program.derived("rank_copies", dict)
+    return copies
 
 
 def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
@@ -203,29 +203,29 @@ def rank_program(program: Program, rank: int) -> Program:
     if not 0 <= rank < ranks:
         raise UsageError(f"there is no rank {rank}; the program is for {ranks}")
     key = f"rank {rank}"
-    found: Program = program.derived(key, lambda: _bound_to(program, rank))
-    return found
+    result: Program = program.derived(key, lambda: _bound_to(program, rank))
+    return result
 
 
 def _bound_to(program: Program, rank: int) -> Program:
-    own = program.copy()
-    for node in list(own.graph.nodes):
+    result = program.copy()
+    for node in list(result.graph.nodes):
         if is_operator(node, "graphopt.local_slice"):
-            found = arguments(node)
-            start = found["starts"][rank]
-            with own.edit.before(node):
-                part = own.edit.call(
-                    aten.slice.Tensor, found["x"], found["dim"], start, start + found["length"]
+            args = arguments(node)
+            start = args["starts"][rank]
+            with result.edit.before(node):
+                local = result.edit.call(
+                    aten.slice.Tensor, args["x"], args["dim"], start, start + args["length"]
                 )
-            own.edit.replace(node, part, same=False)
+            result.edit.replace(node, local, same=False)
         elif is_operator(node, "graphopt.unreduced"):
-            own.edit.replace(node, arguments(node)["x"], same=False)
-    own.facts.add(OwnRank(rank))
-    own.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
-    replaced = dict(own.edit.journal)
-    own.derived("replaced by", lambda: replaced)
-    own.edit.end()
-    return own
+            result.edit.replace(node, arguments(node)["x"], same=False)
+    result.facts.add(OwnRank(rank))
+    result.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
+    replaced = dict(result.edit.journal)
+    result.derived("replaced by", lambda: replaced)
+    result.edit.end()
+    return result
 
 
 @dataclass(frozen=True)

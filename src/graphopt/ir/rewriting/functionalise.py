@@ -109,7 +109,7 @@ def _aliases(program: Program, node: fx.Node) -> bool:
         return isinstance(source.meta.get("val"), (list, tuple)) and _aliases(program, source)
     name = operator_name(node.target)
     schema = getattr(node.target, "_schema", None)
-    if schema is None or name in _FRESH:
+    if schema is None or name in _NEW_TENSORS:
         return False
     if name not in DROPOUTS and name != "aten.type_as" and not any(r.alias_info for r in schema.returns):
         return False
@@ -124,7 +124,7 @@ def _aliases(program: Program, node: fx.Node) -> bool:
 
 
 # a constant of the model is a new tensor each time
-_FRESH = ("aten.lift_fresh", "aten.lift")
+_NEW_TENSORS = ("aten.lift_fresh", "aten.lift")
 
 
 def _split_into_slices(program: Program) -> None:
@@ -138,16 +138,16 @@ def _split_into_slices(program: Program) -> None:
         name = operator_name(source.target)
         if name not in ("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unbind"):
             continue
-        whole, dim, place = source.args[0], arguments(source)["dim"], int(index)
+        base, dim, position = source.args[0], arguments(source)["dim"], int(index)
         with program.graph.inserting_before(node):
             if name == "aten.unbind":
-                part = _made(program, aten.select.int, (whole, dim, place), {})
+                part = _insert_call(program, aten.select.int, (base, dim, position), {})
             else:
                 sizes = [p.shape[dim] for p in source.meta["val"]]
                 if not all(isinstance(s, int) for s in sizes):
                     continue
-                start = sum(sizes[:place])
-                part = _made(program, aten.slice.Tensor, (whole, dim, start, start + sizes[place]), {})
+                start = sum(sizes[:position])
+                part = _insert_call(program, aten.slice.Tensor, (base, dim, start, start + sizes[position]), {})
         part.meta.update(node.meta)
         node.replace_all_uses_with(part)
         program.graph.erase_node(node)
@@ -214,7 +214,7 @@ def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx
         return _copied(program, destination, args[1])
     if name == "zero_" or (name == "fill_" and not isinstance(args[1], fx.Node)):
         filler = 0 if name == "zero_" else args[1]
-        return _made(program, aten.full_like.default, (destination, filler), {})
+        return _insert_call(program, aten.full_like.default, (destination, filler), {})
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     overload = getattr(packet, target._overloadname, None)
     if overload is None or is_mutable(overload):
@@ -223,23 +223,23 @@ def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx
             node=node.name,
             source=program.source_line(node),
         )
-    made = _made(program, overload, args, kwargs)
-    wanted = destination.meta["val"].dtype
-    if made.meta["val"].dtype != wanted:
-        made = _made(program, aten.to.dtype, (made, wanted), {})
-    return made
+    result = _insert_call(program, overload, args, kwargs)
+    dtype = destination.meta["val"].dtype
+    if result.meta["val"].dtype != dtype:
+        result = _insert_call(program, aten.to.dtype, (result, dtype), {})
+    return result
 
 
 def _copied(program: Program, destination: fx.Node, source: fx.Node) -> fx.Node:
-    value, wanted = source.meta["val"], destination.meta["val"]
-    if value.dtype != wanted.dtype:
-        source = _made(program, aten.to.dtype, (source, wanted.dtype), {})
-    if not same_shape(value.shape, wanted.shape):
-        source = _made(program, aten.expand_as.default, (source, destination), {})
+    value, expected = source.meta["val"], destination.meta["val"]
+    if value.dtype != expected.dtype:
+        source = _insert_call(program, aten.to.dtype, (source, expected.dtype), {})
+    if not same_shape(value.shape, expected.shape):
+        source = _insert_call(program, aten.expand_as.default, (source, destination), {})
     return source
 
 
-def _made(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+def _insert_call(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
     node = program.graph.call_function(target, args, kwargs)
     node.meta["val"] = infer(program.mode, target, args, kwargs)
     return node

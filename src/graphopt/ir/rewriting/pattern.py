@@ -210,10 +210,10 @@ def _sketch(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Sk
         ends = SWAPS[operator] or args[1:3]
         return _sketch("aten.permute", (args[0], _Sketch(_swap(*ends))), {})
     if operator in SPLITS and len(args) > 1 and isinstance(args[1], (list, tuple, int)):
-        wanted = args[1] if isinstance(args[1], (list, tuple)) else _Sketch(_parts(operator, args[1]))
-        return _sketch("aten.split_with_sizes", (args[0], wanted, *args[2:]), kwargs)
-    made = Call((operator,), tuple(_pattern(a) for a in args), {k: _pattern(v) for k, v in kwargs.items()})
-    return _Sketch(made)
+        sizes = args[1] if isinstance(args[1], (list, tuple)) else _Sketch(_split_sizes(operator, args[1]))
+        return _sketch("aten.split_with_sizes", (args[0], sizes, *args[2:]), kwargs)
+    pattern = Call((operator,), tuple(_pattern(a) for a in args), {k: _pattern(v) for k, v in kwargs.items()})
+    return _Sketch(pattern)
 
 
 _NUMBERS = itertools.count()
@@ -223,13 +223,13 @@ def _swap(first: int, second: int) -> Wild:
     def answer(order: Any) -> Answer:
         rank = len(order)
         fits = all(-rank <= dim < rank for dim in (first, second))
-        found = [int(d) % rank for d in order]
-        return (fits and found == swapped(rank, first, second)) or f"the permutation {list(order)}"
+        dims = [int(d) % rank for d in order]
+        return (fits and dims == swapped(rank, first, second)) or f"the permutation {list(order)}"
 
     return Wild(f"(order {next(_NUMBERS)})", answer)
 
 
-def _parts(operator: str, number: int) -> Wild:
+def _split_sizes(operator: str, number: int) -> Wild:
     """Sizes of a split into parts of this size, or into this many."""
 
     def answer(sizes: Any) -> Answer:

@@ -29,9 +29,9 @@ def respelled(target: Any) -> Any | None:
     if usual is None:
         return None
     packet = getattr(torch.ops.aten, usual)
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    parameters = [(a.name, str(a.type)) for a in target._schema.arguments]
     for overload in packet.overloads():
-        found = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
-            return found
+        candidate = getattr(packet, overload)
+        if [(a.name, str(a.type)) for a in candidate._schema.arguments] == parameters:
+            return candidate
     return None

@@ -67,20 +67,20 @@ def rewrite(
     for node in candidates(program.graph, roots[0]):
         if node._erased:
             continue
-        found = matcher.at(node)
-        if isinstance(found, Miss):
-            result.refused.append((node.name, found.reason))
+        match = matcher.at(node)
+        if isinstance(match, Miss):
+            result.refused.append((node.name, match.reason))
             continue
-        answer = True if where is None else where(found)
+        answer = True if where is None else where(match)
         if answer is not True:
             result.refused.append((node.name, answer if isinstance(answer, str) else "where() said no"))
             continue
-        place = _place(found)
-        reason = _unsafe(program, found) or (place if isinstance(place, str) else "")
-        if reason or isinstance(place, str):
+        anchor = _insertion_point(match)
+        reason = _unsafe(program, match) or (anchor if isinstance(anchor, str) else "")
+        if reason or isinstance(anchor, str):
             result.refused.append((node.name, reason))
             continue
-        result.made.extend(_apply(program, found, replacement, names, place, traces))
+        result.made.extend(_apply(program, match, replacement, names, anchor, traces))
     return result
 
 
@@ -90,9 +90,9 @@ def _unsafe(program: Program, match: Match) -> str:
     for node in match.inside:
         if is_mutable(node.target):
             return f"{node.name} writes in place"
-    kept = set(program.checkpoint.values())
+    checkpoint_nodes = set(program.checkpoint.values())
     for node in match.inside:
-        if node in kept and node not in match.roots:
+        if node in checkpoint_nodes and node not in match.roots:
             return f"{node.name} is a tensor of the checkpoint"
     return ""
 
@@ -102,24 +102,24 @@ def _apply(
     match: Match,
     replacement: Callable[..., Any],
     names: list[str] | None,
-    place: fx.Node,
+    anchor: fx.Node,
     traces: dict[Any, Trace],
 ) -> list[fx.Node]:
     import inspect
 
-    wanted = names if names is not None else list(inspect.signature(replacement).parameters)
-    missing = [name for name in wanted if name not in match.captured]
+    parameters = names if names is not None else list(inspect.signature(replacement).parameters)
+    missing = [name for name in parameters if name not in match.captured]
     if missing:
         raise UsageError(f"the replacement asks for {', '.join(missing)}, which the pattern does not capture")
-    arguments = tuple(match.captured[name] for name in wanted)
+    arguments = tuple(match.captured[name] for name in parameters)
     traced = _traced(program, replacement, arguments, traces)
     traced.require(program, match.roots, f"the pattern {len(match.roots)}")
-    with program.edit.before(place):
-        made = stamp(program.edit, traced, arguments)
-    made = made if traced.several else [made]
-    for old, new in zip(match.roots, made, strict=True):
+    with program.edit.before(anchor):
+        results = stamp(program.edit, traced, arguments)
+    results = results if traced.several else [results]
+    for old, new in zip(match.roots, results, strict=True):
         program.edit.replace(old, new)
-    return list(made)
+    return list(results)
 
 
 def _traced(
@@ -134,7 +134,7 @@ def _traced(
     return traces[key]
 
 
-def _place(match: Match) -> fx.Node | str:
+def _insertion_point(match: Match) -> fx.Node | str:
     """Return the node to insert before, or why there is no place between what a match reads and its readers."""
     last = max(match.roots)
     readers = [u for root in match.roots for u in root.users if u not in match.inside]

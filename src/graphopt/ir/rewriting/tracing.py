@@ -163,10 +163,10 @@ class _Recording:
             is_mutable(user.target) for user in node.users
         ):
             node = node.args[0]  # type: ignore[assignment]
-        found = [
-            tensor for place, tensor in self.piece.constants.values() if place is node and not tensor.dim()
+        scalars = [
+            tensor for placeholder, tensor in self.piece.constants.values() if placeholder is node and not tensor.dim()
         ]
-        return found[0].item() if found and weight_of(self.piece.program, found[0]) is None else value
+        return scalars[0].item() if scalars and weight_of(self.piece.program, scalars[0]) is None else value
 
     def nodes(self, argument: Any) -> Any:
         """Replace tensors and varying sizes in an argument by nodes."""
@@ -192,21 +192,21 @@ class _Recording:
             # what y[0] = 1.0 writes; a number needs no tensor in the model
             target, args = torch.ops.aten.fill_.Scalar, (args[0], self.literal(args[1]))
             target = torch.ops.aten.fill_.Tensor if isinstance(args[1], torch.Tensor) else target
-        given = self.nodes(args), {name: self.nodes(value) for name, value in kwargs.items()}
+        node_arguments = self.nodes(args), {name: self.nodes(value) for name, value in kwargs.items()}
         counted = operator_name(target) in _COUNTED
         if counted:
-            _require_count(self.piece, target, _given(target, args, kwargs), None)
+            _require_count(self.piece, target, _bound_arguments(target, args, kwargs), None)
         try:
-            value = infer(self.piece.mode, target, *given)
+            value = infer(self.piece.mode, target, *node_arguments)
         except VerificationError as error:
             if type(error.__cause__).__name__ in _DATA_DEPENDENT:
-                raise _by_values(target) from error
+                raise _value_dependent(target) from error
             raise
         if counted:
-            _require_count(self.piece, target, _given(target, args, kwargs), value)
+            _require_count(self.piece, target, _bound_arguments(target, args, kwargs), value)
         if isinstance(value, (int, torch.SymInt)) and operator_name(target).startswith("aten.sym_"):
             return value
-        node = self.piece.graph.call_function(target, *given)
+        node = self.piece.graph.call_function(target, *node_arguments)
         node.meta["val"] = value
         if is_mutable(target):
             return args[0] if args else None
@@ -217,7 +217,7 @@ class _Recording:
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             if not _symbols(value) <= self.symbols:
-                raise _by_values(target)
+                raise _value_dependent(target)
             return self.follow(node)
         if isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value):
             parts = []
@@ -226,15 +226,15 @@ class _Recording:
                 part.meta["val"] = item
                 parts.append(self.wrapped(target, part))
             return type(value)(parts) if type(value) in (list, tuple) else tuple(parts)
-        raise _by_values(target)
+        raise _value_dependent(target)
 
 
-def _require_count(piece: _Piece, target: Any, given: dict[str, Any], parts: Sequence[Any] | None) -> None:
+def _require_count(piece: _Piece, target: Any, bound: dict[str, Any], parts: Sequence[Any] | None) -> None:
     """Refuse to take a dimension apart into as many parts as the example has; before there are any, or after."""
-    size, dim = given["self"].shape[given["dim"]], given["dim"]
-    if isinstance(size, int) or given.get("chunks", 3) <= 2:
+    size, dim = bound["self"].shape[bound["dim"]], bound["dim"]
+    if isinstance(size, int) or bound.get("chunks", 3) <= 2:
         return
-    by_size = "chunks" in given or "split_size" in given
+    by_size = "chunks" in bound or "split_size" in bound
     if by_size and (parts is None or same_size(size, parts[0].shape[dim] * len(parts))):
         return
     raise UsageError(
@@ -254,29 +254,29 @@ def _admit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse operators whose results cannot be recorded."""
     name = operator_name(target)
     if torch.Tag.data_dependent_output in target.tags or name in ("aten.item", "aten.is_nonzero"):
-        raise _by_values(target)
+        raise _value_dependent(target)
     if torch.Tag.inplace_view in target.tags:
         raise UsageError(
             f"{name} changes the shape of a tensor in place",
             hint=f"use {name.removesuffix('_')}, which returns it",
         )
     if torch.Tag.nondeterministic_seeded in target.tags:
-        given = _given(target, args, kwargs)
-        off = given.get("train", given.get("training", True)) is False
-        if not off and given.get("p", given.get("dropout_p", 1.0)) != 0.0:
+        bound = _bound_arguments(target, args, kwargs)
+        off = bound.get("train", bound.get("training", True)) is False
+        if not off and bound.get("p", bound.get("dropout_p", 1.0)) != 0.0:
             raise UsageError(
                 f"{name} draws random numbers, and equal calls are recorded once",
                 hint="draw before, and let the function read the tensor drawn",
             )
 
 
-def _given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bound_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     listed = target._schema.arguments
     defaults = {a.name: a.default_value for a in listed if a.has_default_value()}
     return {**defaults, **dict(zip((a.name for a in listed), args, strict=False)), **kwargs}
 
 
-def _by_values(target: Any) -> UsageError:
+def _value_dependent(target: Any) -> UsageError:
     return UsageError(f"the function calls {operator_name(target)}, {_ON_VALUES[0]}", hint=_ON_VALUES[1])
 
 
@@ -294,12 +294,12 @@ def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, 
         VerificationError: an operator in it does not accept its arguments.
     """
     piece = _Piece(program)
-    held = _Recording(piece)
-    given = [held.operand(argument) for argument in arguments]
+    recorder = _Recording(piece)
+    operands = [recorder.operand(argument) for argument in arguments]
     name = getattr(function, "__name__", type(function).__name__)
     try:
-        with refusing_guards(program.mode, UsageError, program.symbols), recording(held.record):
-            returned = function(*given)
+        with refusing_guards(program.mode, UsageError, program.symbols), recording(recorder.record):
+            returned = function(*operands)
     except GraphoptError:
         raise
     except Exception as error:
@@ -317,7 +317,7 @@ def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, 
                 "and a replacement must return tensors",
                 hint="end the function with return and the tensor",
             )
-    nodes = tuple(held.node_of(result) for result in results)
+    nodes = tuple(recorder.node_of(result) for result in results)
     piece.graph.output(nodes).meta["val"] = tuple(node.meta["val"] for node in nodes)
     _simplify(piece, name)
     return Trace(piece, several)
@@ -342,8 +342,8 @@ def weight_of(program: Program, tensor: torch.Tensor) -> fx.Node | None:
         source = program.weights[node.name].source
         if not isinstance(source, InMemory):
             continue
-        own = source.tensor
-        same = own.dtype == tensor.dtype and own.shape == tensor.shape and own.stride() == tensor.stride()
-        if same and tensor.numel() and own.data_ptr() == tensor.data_ptr():
+        stored = source.tensor
+        same = stored.dtype == tensor.dtype and stored.shape == tensor.shape and stored.stride() == tensor.stride()
+        if same and tensor.numel() and stored.data_ptr() == tensor.data_ptr():
             return node
     return None
