@@ -235,13 +235,13 @@ class Editor:
             source = InMemory(source.detach())
         if any(name == w.name or name in w.names for w in self.program.weights.values()):
             raise VerificationError(f"the program already has a weight named {name!r}")
-        known = [n for n in self.program.weight_nodes if n.name in self.program.weights]
-        place = self.graph.inserting_before(like) if like is not None else None
-        if place is None and known:
-            place = self.graph.inserting_after(known[-1])
-        elif place is None:
-            place = self.graph.inserting_before(next(iter(self.graph.nodes)))
-        with place:
+        placeholders = [n for n in self.program.weight_nodes if n.name in self.program.weights]
+        insertion_point = self.graph.inserting_before(like) if like is not None else None
+        if insertion_point is None and placeholders:
+            insertion_point = self.graph.inserting_after(placeholders[-1])
+        elif insertion_point is None:
+            insertion_point = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with insertion_point:
             target = "w_" + "".join(c if c.isalnum() else "_" for c in name)
             node = self.graph.placeholder(target)
         node.target = node.name

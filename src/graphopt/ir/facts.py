@@ -32,10 +32,10 @@ class Fact:
 
     def __init_subclass__(cls, name: str, done: str = "", **options: Any):
         super().__init_subclass__(**options)
-        known = KINDS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        registered = KINDS.get(name)
+        if registered is not None and (registered.__module__, registered.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(
-                f"two types of facts are called {name!r}: {known.__qualname__} and {cls.__qualname__}"
+                f"two types of facts are called {name!r}: {registered.__qualname__} and {cls.__qualname__}"
             )
         cls.name, cls.done = name, done or name.replace("_", " ")
         KINDS[name] = cls
@@ -45,30 +45,30 @@ class Facts:
     """The facts of one program, at most one of each type."""
 
     def __init__(self, facts: Iterable[Fact] = ()):
-        self._held: dict[type[Fact], Fact] = {type(fact): fact for fact in facts}
+        self._by_type: dict[type[Fact], Fact] = {type(fact): fact for fact in facts}
 
     def get(self, kind: type[F]) -> F | None:
         """Return the fact of a type, or None."""
-        found = self._held.get(kind)
-        return found if isinstance(found, kind) else None
+        fact = self._by_type.get(kind)
+        return fact if isinstance(fact, kind) else None
 
     def __getitem__(self, kind: type[F]) -> F:
-        found = self.get(kind)
-        if found is None:
+        fact = self.get(kind)
+        if fact is None:
             raise UsageError(f"the program is not {kind.done}")
-        return found
+        return fact
 
     def __contains__(self, kind: object) -> bool:
-        return kind in self._held
+        return kind in self._by_type
 
     def __iter__(self) -> Iterator[Fact]:
-        return iter(self._held.values())
+        return iter(self._by_type.values())
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._by_type)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Facts) and self._held == other._held
+        return isinstance(other, Facts) and self._by_type == other._held
 
     __hash__ = None  # type: ignore[assignment]  # they change
 
@@ -78,24 +78,24 @@ class Facts:
     @property
     def kinds(self) -> set[type[Fact]]:
         """The types of all facts."""
-        return set(self._held)
+        return set(self._by_type)
 
     def add(self, fact: Fact) -> None:
         """Take a fact in, in place of one of the same type."""
         if not is_dataclass(fact):
             raise TypeError(f"a fact is a dataclass, not {type(fact).__name__}")
-        self._held[type(fact)] = fact
+        self._by_type[type(fact)] = fact
 
     def discard(self, *kinds: type[Fact]) -> None:
         """Forget the facts of these types, where there are any."""
         for kind in kinds:
-            self._held.pop(kind, None)
+            self._by_type.pop(kind, None)
 
     def provide(self, kinds: Iterable[type[Fact]]) -> None:
         """Add the facts without fields among these types; one with fields is added by whoever knows them."""
         for kind in kinds:
-            if kind not in self._held and not fields(kind):
-                self._held[kind] = kind()
+            if kind not in self._by_type and not fields(kind):
+                self._by_type[kind] = kind()
 
     def copy(self) -> Facts:
         """Return the same facts, to be changed apart from these."""
@@ -343,9 +343,9 @@ def note_checkpoint(program: Program, **changed: Any) -> None:
 
 
 def _note(program: Program, kind: type[F], changed: Mapping[str, Any]) -> None:
-    held = program.facts.get(kind) or kind()
-    added = {
-        name: (*getattr(held, name), *value) if isinstance(value, tuple) else value
+    fact = program.facts.get(kind) or kind()
+    updated = {
+        name: (*getattr(fact, name), *value) if isinstance(value, tuple) else value
         for name, value in changed.items()
     }
-    program.facts.add(replace(held, **added))
+    program.facts.add(replace(fact, **updated))

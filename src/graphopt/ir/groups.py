@@ -49,8 +49,8 @@ def bind(group: str, process_group: Any = None) -> Bound:
             "torch.distributed is not initialised",
             hint="start with torchrun, or call init_process_group first",
         )
-    held: Any = process_group if process_group is not None else dist.group.WORLD
-    bound = Bound(str(held.group_name), dist.get_rank(held), dist.get_world_size(held))
+    bound_to: Any = process_group if process_group is not None else dist.group.WORLD
+    bound = Bound(str(bound_to.group_name), dist.get_rank(bound_to), dist.get_world_size(bound_to))
     _BOUND[group] = bound
     return bound
 
@@ -131,13 +131,13 @@ def bound_group(group: str, like: torch.Tensor) -> Bound | None:
     Raises:
         UsageError: nothing is bound.
     """
-    found = _BOUND.get(group)
-    if found is None and is_plain_tensor(like):
+    bound = _BOUND.get(group)
+    if bound is None and is_plain_tensor(like):
         raise UsageError(
             f"no process group is bound to {group!r}",
             hint="call the program itself, which binds one, or graphopt.ir.groups.bind(group, process_group)",
         )
-    return found
+    return bound
 
 
 def barrier() -> None:

@@ -76,11 +76,11 @@ def remove_input(program: Program, name: str) -> None:
 def limit_size(program: Program, size: str, low: int, high: int | None = None) -> None:
     """Let a size be as small as ``low``, and no larger than ``high`` if that is given."""
     signature = program.signature
-    known = signature.sizes[size]
-    most = known.high if high is None else min(high, known.high or high)
-    hint = known.hint if most is None else min(known.hint, most)
+    limits = signature.sizes[size]
+    highest = limits.high if high is None else min(high, limits.high or high)
+    hint = limits.hint if highest is None else min(limits.hint, highest)
     program.signature = replace(
-        signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), most, hint)}
+        signature, sizes={**signature.sizes, size: SizeRange(min(low, limits.low), highest, hint)}
     )
 
 
@@ -93,13 +93,13 @@ def unite_sizes(program: Program, kept: str, gone: str) -> None:
         gone: the name that goes.
     """
     symbols = {name: symbol for symbol, name in program.symbols.items()}
-    swap = {symbols[gone]: symbols[kept]}
+    substitution = {symbols[gone]: symbols[kept]}
 
     def united(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(united(item) for item in value)
         if isinstance(value, torch.SymInt) and symbols[gone] in value.node.expr.free_symbols:
-            return symint(program.mode, value.node.expr.xreplace(swap), value.node.hint)
+            return symint(program.mode, value.node.expr.xreplace(substitution), value.node.hint)
         if isinstance(value, torch.Tensor) and any(united(size) is not size for size in value.shape):
             return program.fake([united(size) for size in value.shape], value.dtype)
         return value
@@ -125,9 +125,9 @@ def standing_at(program: Program, dial: str, value: float) -> Program:
         UsageError: there is no such dial, or the value is out of its range.
     """
     settings_of(program, {dial: value})
-    found = program.copy()
-    found.dials[dial] = replace(found.dials[dial], default=float(value))
-    return found
+    result = program.copy()
+    result.dials[dial] = replace(result.dials[dial], default=float(value))
+    return result
 
 
 def remove_dial(program: Program, name: str) -> None:
@@ -151,10 +151,10 @@ def settings_of(program: Program, given: Mapping[str, float]) -> dict[str, torch
             raise UsageError(
                 f"the program has no dial {name!r}", hint=f"it has {', '.join(program.dials) or 'none'}"
             )
-    found = {}
+    settings = {}
     for name, dial in program.dials.items():
         value = float(given.get(name, dial.default))
         if not dial.low <= value <= dial.high:
             raise UsageError(f"dial {name} is {value}, its range is {dial.low} to {dial.high}")
-        found[name] = torch.tensor(value, dtype=torch.float64)
-    return found
+        settings[name] = torch.tensor(value, dtype=torch.float64)
+    return settings

@@ -55,30 +55,30 @@ def alternatives(needs: Needs | None) -> list[dict[str, Condition]]:
     if not needs:
         return []
     sets = [needs] if isinstance(needs, Mapping) else list(needs)
-    return [{name: _condition(value) for name, value in each.items()} for each in sets]
+    return [{name: _condition(value) for name, value in conditions.items()} for conditions in sets]
 
 
 def _condition(value: Any) -> Condition:
     if isinstance(value, Condition):
         return value
     values = value if isinstance(value, tuple) else (value,)
-    return Condition("=" + " or ".join(_shown(v) for v in values), lambda found: found in values)
+    return Condition("=" + " or ".join(_value_text(v) for v in values), lambda found: found in values)
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def matters(needs: Needs | None, values: Mapping[str, Any]) -> bool:
     """Tell whether an option has an effect beside these values of the others."""
     sets = alternatives(needs)
-    return not sets or any(all(c.holds(values[name]) for name, c in each.items()) for each in sets)
+    return not sets or any(all(c.holds(values[name]) for name, c in conditions.items()) for conditions in sets)
 
 
 def text_of(needs: Needs | None) -> str:
     """Return the conditions as a phrase: ``algorithm=auto``; nothing where there are none."""
     sets = alternatives(needs)
-    return ", or ".join(" and ".join(name + c.text for name, c in each.items()) for each in sets)
+    return ", or ".join(" and ".join(name + c.text for name, c in conditions.items()) for conditions in sets)
 
 
 def refuse_without_effect(
@@ -99,10 +99,10 @@ def refuse_without_effect(
         if matters(needs.get(name), values):
             continue
         sets = alternatives(needs.get(name))
-        against = dict.fromkeys(o for each in sets for o, c in each.items() if not c.holds(values[o]))
-        stand = ", ".join(f"{o}={_written(values[o])}" for o in against)
+        unmet = dict.fromkeys(o for conditions in sets for o, c in conditions.items() if not c.holds(values[o]))
+        obstacles = ", ".join(f"{o}={_written(values[o])}" for o in unmet)
         raise PipelineError(
-            f"{owner}: {name}={_written(values[name])} has no effect beside {stand}",
+            f"{owner}: {name}={_written(values[name])} has no effect beside {obstacles}",
             hint=f"leave {name} out; it matters where {text_of(needs.get(name))}",
         )
 
@@ -110,4 +110,4 @@ def refuse_without_effect(
 def _written(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + " ".join(_written(v) for v in value) + "]"
-    return "none" if value is None else _shown(value) if not isinstance(value, float) else f"{value:g}"
+    return "none" if value is None else _value_text(value) if not isinstance(value, float) else f"{value:g}"

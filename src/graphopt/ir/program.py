@@ -137,8 +137,8 @@ class Program:
     @property
     def input_nodes(self) -> dict[str, fx.Node]:
         """Placeholders of inputs by name."""
-        found = (n for n in self.graph.find_nodes(op="placeholder") if n.name not in self.weights)
-        return {str(n.meta["input"]): n for n in found}
+        placeholders = (n for n in self.graph.find_nodes(op="placeholder") if n.name not in self.weights)
+        return {str(n.meta["input"]): n for n in placeholders}
 
     @property
     def operators(self) -> Counter[str]:
@@ -198,16 +198,16 @@ class Program:
             compute: finds it, without changing the graph.
             portable: it holds for copies as well (:meth:`copy`): nodes and plain data, in containers and dataclasses.
         """
-        held = self._derived.get(key)
-        if held is None or held[0] != self.version:
+        cached = self._derived.get(key)
+        if cached is None or cached[0] != self.version:
             if portable and key in self._portable:
-                held = (self.version, relocated(self._portable[key], {n.name: n for n in self.graph.nodes}))
+                cached = (self.version, relocated(self._portable[key], {n.name: n for n in self.graph.nodes}))
             else:
-                held = (self.version, compute())
-            self._derived[key] = held
-            if portable and self.version == held[0]:
-                self._portable[key] = held[1]
-        return held[1]
+                cached = (self.version, compute())
+            self._derived[key] = cached
+            if portable and self.version == cached[0]:
+                self._portable[key] = cached[1]
+        return cached[1]
 
     # -- sizes ----------------------------------------------------------------------------------------
 
@@ -285,9 +285,9 @@ class Program:
         self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> dict[str, torch.Tensor]:
         """Return the value of each placeholder that is not a weight, by input name."""
-        given = dict(kwargs or {})
-        settings = settings_of(self, {n: given.pop(n) for n in self.dials if n in given})
-        return self.signature.bind(args, given) | settings
+        inputs = dict(kwargs or {})
+        settings = settings_of(self, {n: inputs.pop(n) for n in self.dials if n in inputs})
+        return self.signature.bind(args, inputs) | settings
 
     # -- editing verbs --------------------------------------------------------------------------------
 

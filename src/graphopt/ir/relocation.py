@@ -31,7 +31,7 @@ class _Relocation:
     def __init__(self, nodes: Mapping[str, fx.Node]):
         self.nodes = nodes
         # the originals are kept with what was made of them, so that no other object gets their id meanwhile
-        self.made: dict[int, tuple[Any, Any]] = {}
+        self.copies: dict[int, tuple[Any, Any]] = {}
 
     def of(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -42,9 +42,9 @@ class _Relocation:
             isinstance(value, type) or not is_dataclass(value)
         ):
             return value
-        if id(value) not in self.made:
-            self.made[id(value)] = value, self._copied(value)
-        return self.made[id(value)][1]
+        if id(value) not in self.copies:
+            self.copies[id(value)] = value, self._copied(value)
+        return self.copies[id(value)][1]
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -53,11 +53,11 @@ class _Relocation:
             return type(value)(*map(self.of, value))
         if isinstance(value, (list, tuple, set, frozenset)):
             return type(value)(map(self.of, value))
-        made = copy.copy(value)
+        copied = copy.copy(value)
         for name, part in vars(value).items():
             # through the base, since some are frozen
-            object.__setattr__(made, name, self.of(part))
-        return made
+            object.__setattr__(copied, name, self.of(part))
+        return copied
 
 
 __all__ = ["relocated"]

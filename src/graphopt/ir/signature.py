@@ -75,16 +75,16 @@ class Signature:
         Raises:
             UsageError: an input is unknown, missing, of another type or of a size the program does not take.
         """
-        given = dict(kwargs)
+        by_name = dict(kwargs)
         names = list(self.parameters)
         if len(args) > len(names):
             raise UsageError(f"{len(args)} inputs given, the program takes {len(names)}: {', '.join(names)}")
         for name, value in zip(names, args, strict=False):
-            if name in given:
+            if name in by_name:
                 raise UsageError(f"input {name!r} is given twice, by position and by name")
-            given[name] = value
+            by_name[name] = value
         flat: dict[str, Any] = {}
-        for name, value in given.items():
+        for name, value in by_name.items():
             if name not in self.parameters:
                 raise UsageError(
                     f"the program takes no input {name!r}", hint=f"it takes {', '.join(names) or 'none'}"
@@ -144,15 +144,15 @@ class Signature:
                 raise UsageError(
                     f"input {name!r} has {value.dim()} dimensions, the program takes {len(spec.shape)}"
                 )
-            for dim, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
-                self._check_size(name, dim, int(size), wanted, seen)
+            for dim, (size, expected) in enumerate(zip(value.shape, spec.shape, strict=True)):
+                self._check_size(name, dim, int(size), expected, seen)
         self._check_expressions(flat, seen)
-        known = {name: size for name, (size, _) in seen.items()}
-        broken = self.broken_constraint(known)
+        sizes = {name: size for name, (size, _) in seen.items()}
+        broken = self.broken_constraint(sizes)
         if broken is not None:
-            said = ", ".join(f"{n} is {known[n]}" for n in sorted(known) if n in broken)
+            values = ", ".join(f"{n} is {sizes[n]}" for n in sorted(sizes) if n in broken)
             raise UsageError(
-                f"{said}: the program takes sizes with {broken} only",
+                f"{values}: the program takes sizes with {broken} only",
                 hint="the model decides by its sizes; capture it again with an example of these",
             )
 
@@ -180,52 +180,52 @@ class Signature:
         all are.
         """
         hints = {name: limits.hint for name, limits in self.sizes.items()}
-        found = dict(hints)
+        clamped = dict(hints)
         for name, limits in self.sizes.items():
             if name in wanted:
                 high = wanted[name] if limits.high is None else limits.high
-                found[name] = max(limits.low, min(wanted[name], high))
-        if self.broken_constraint(found) is None:
-            return found
+                clamped[name] = max(limits.low, min(wanted[name], high))
+        if self.broken_constraint(clamped) is None:
+            return clamped
         for name in self.sizes:
-            for size in _around(found[name], hints[name]):
-                if self.takes({**found, name: size}):
-                    return {**found, name: size}
+            for size in _around(clamped[name], hints[name]):
+                if self.takes({**clamped, name: size}):
+                    return {**clamped, name: size}
         # sizes that depend on each other, one after the other
-        settled = dict(hints)
-        for name, size in found.items():
+        adjusted = dict(hints)
+        for name, size in clamped.items():
             for value in _around(size, hints[name]):
-                if self.takes({**settled, name: value}):
-                    settled[name] = value
+                if self.takes({**adjusted, name: value}):
+                    adjusted[name] = value
                     break
-        return settled
+        return adjusted
 
     def _check_size(
-        self, name: str, dim: int, size: int, wanted: int | str, seen: dict[str, tuple[int, str]]
+        self, name: str, dim: int, size: int, expected: int | str, seen: dict[str, tuple[int, str]]
     ) -> None:
-        if isinstance(wanted, int):
-            if size != wanted:
+        if isinstance(expected, int):
+            if size != expected:
                 raise UsageError(
                     f"input {name!r} has size {size} in dimension {dim}, "
-                    f"the program was captured for {wanted} only",
+                    f"the program was captured for {expected} only",
                     hint="capture again with dynamic sizes to let it vary",
                 )
             return
-        if wanted not in self.sizes:  # an expression of other sizes
+        if expected not in self.sizes:  # an expression of other sizes
             return
-        limits = self.sizes[wanted]
+        limits = self.sizes[expected]
         again = "capture the model again with a larger or smaller example to let it vary further"
         if size < limits.low:
             raise UsageError(
-                f"input {name!r}: {wanted} is {size}, the program takes {limits.low} and more", hint=again
+                f"input {name!r}: {expected} is {size}, the program takes {limits.low} and more", hint=again
             )
         if limits.high is not None and size > limits.high:
             raise UsageError(
-                f"input {name!r}: {wanted} is {size}, the program takes up to {limits.high}", hint=again
+                f"input {name!r}: {expected} is {size}, the program takes up to {limits.high}", hint=again
             )
-        if wanted in seen and seen[wanted][0] != size:
-            raise UsageError(f"{wanted} is {size} in {name!r} and {seen[wanted][0]} in {seen[wanted][1]!r}")
-        seen[wanted] = (size, name)
+        if expected in seen and seen[expected][0] != size:
+            raise UsageError(f"{expected} is {size} in {name!r} and {seen[expected][0]} in {seen[expected][1]!r}")
+        seen[expected] = (size, name)
 
     def _check_expressions(self, flat: Mapping[str, Any], seen: Mapping[str, tuple[int, str]]) -> None:
         """Check the sizes that are computed from others, such as ``2*sequence``."""
@@ -234,14 +234,14 @@ class Signature:
         symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in self.sizes}
         values = {symbols[name]: size for name, (size, _) in seen.items()}
         for name, value in flat.items():
-            for dim, (size, wanted) in enumerate(zip(value.shape, self.inputs[name].shape, strict=True)):
-                if isinstance(wanted, int) or wanted in self.sizes:
+            for dim, (size, declared) in enumerate(zip(value.shape, self.inputs[name].shape, strict=True)):
+                if isinstance(declared, int) or declared in self.sizes:
                     continue
-                expected = parse_size(wanted, symbols, f"input {name!r}").subs(values)
+                expected = parse_size(declared, symbols, f"input {name!r}").subs(values)
                 if expected.is_Integer and int(expected) != int(size):
                     raise UsageError(
                         f"input {name!r} has size {int(size)} in dimension {dim}, "
-                        f"which must be {wanted} = {int(expected)}"
+                        f"which must be {declared} = {int(expected)}"
                     )
 
     def unflatten(self, values: Mapping[str, Any]) -> Any:

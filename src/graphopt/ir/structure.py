@@ -134,8 +134,8 @@ def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
         parts = structure["dict"]
         items = dict(value) if isinstance(value, Mapping) else dict(getattr(value, "__dict__", {}))
         if set(items) != set(parts):
-            given = sorted(map(str, items))
-            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {given}")
+            actual_keys = sorted(map(str, items))
+            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {actual_keys}")
         for key, part in parts.items():
             leaves.update(flatten(part, items[key], f"{where}[{key!r}]"))
     return leaves

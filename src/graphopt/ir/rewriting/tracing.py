@@ -118,7 +118,7 @@ class _Recording:
 
     def __init__(self, piece: _Piece):
         self.piece = piece
-        self.known: dict[int, fx.Node] = {}
+        self.node_by_tensor: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
         self.symbols = set(piece.symbols)
 
@@ -126,7 +126,7 @@ class _Recording:
         """Return a tensor of its own for a node: equal calls share one value, tensors are told apart by identity."""
         tensor = fresh(self.piece.mode, node.meta["val"])
         self.alive.append(tensor)
-        self.known[id(tensor)] = node
+        self.node_by_tensor[id(tensor)] = node
         return tensor
 
     def operand(self, argument: Any) -> Any:
@@ -145,7 +145,7 @@ class _Recording:
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """Return the node of a tensor; one from elsewhere is a constant."""
-        node = self.known.get(id(tensor))
+        node = self.node_by_tensor.get(id(tensor))
         if node is not None:
             return node
         if isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):

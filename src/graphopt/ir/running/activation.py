@@ -41,12 +41,12 @@ def run_region(
 
 def constants(region: set[fx.Node]) -> list[float]:
     """Return the numbers that its operators are called with, and 0 and 1."""
-    found = {0.0, 1.0}
+    numbers = {0.0, 1.0}
     for node in region:
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.add(float(value))
-    return sorted(found)
+                numbers.add(float(value))
+    return sorted(numbers)
 
 
 def clamps(activation: str, region: set[fx.Node]) -> list[tuple[float, float]]:
@@ -70,9 +70,9 @@ def activation_between(up: fx.Node, gate: fx.Node | None, hidden: fx.Node) -> di
     width = int(up.meta["val"].shape[-1])
     # few channels tell, unless the region names how many there are
     for size in dict.fromkeys((min(width, 64), width)):
-        found = _recognised(up, gate, hidden, region, size)
-        if found is not None:
-            return found
+        activation = _recognised(up, gate, hidden, region, size)
+        if activation is not None:
+            return activation
     return None
 
 
@@ -83,8 +83,8 @@ def _recognised(
     shape = (*(2 + i for i in range(up.meta["val"].dim() - 1)), width)
     sources = [up] if gate is None else [gate, up]
     probes = {n: torch.randn(shape, generator=generator, dtype=torch.float64) * 6 for n in sources}
-    found = run_region(hidden, probes, region)
-    if found is None or found.shape != torch.Size(shape):
+    actual = run_region(hidden, probes, region)
+    if actual is None or actual.shape != torch.Size(shape):
         return None
     for activation in ACTIVATIONS:
         if activation == "swiglu_clamped" and gate is None:
@@ -93,7 +93,7 @@ def _recognised(
             first = probes[up] if gate is None else probes[gate]
             expected = gated_by(first, None if gate is None else probes[up], activation, limit, alpha)
             # as near as sites are held to afterwards
-            if torch.allclose(expected, found, rtol=1e-12, atol=1e-12):
+            if torch.allclose(expected, actual, rtol=1e-12, atol=1e-12):
                 return {"activation": activation, "limit": limit, "alpha": alpha}
     return None
 
@@ -111,8 +111,8 @@ def activation_of_experts(source: fx.Node, target: fx.Node) -> dict[str, Any] | 
         return None
     shape = [5, *(2 for _ in range(source.meta["val"].dim() - 2)), size]
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
-    found = run_region(target, {source: probe}, region)
-    if found is None:
+    actual = run_region(target, {source: probe}, region)
+    if actual is None:
         return None
     for activation in ACTIVATIONS:
         for gated, interleaved in ((True, False), (True, True), (False, False)):
@@ -120,7 +120,7 @@ def activation_of_experts(source: fx.Node, target: fx.Node) -> dict[str, Any] | 
                 continue
             for limit, alpha in clamps(activation, region):
                 expected = activate(probe, activation, gated, interleaved, limit, alpha)
-                if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
+                if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-9, atol=1e-9):
                     return {
                         "activation": activation,
                         "gated": gated,

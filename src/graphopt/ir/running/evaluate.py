@@ -27,14 +27,14 @@ def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.
 def last_uses(nodes: Iterable[fx.Node], keep: Iterable[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
     """Return, for each node, the values that nobody needs after it."""
     order = list(nodes)
-    kept = set(keep)
+    kept_to_end = set(keep)
     seen: set[fx.Node] = set()
     freed: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(order):
         for used in node.all_input_nodes:
             if used not in seen:
                 seen.add(used)
-                if used not in kept:
+                if used not in kept_to_end:
                     freed.setdefault(node, []).append(used)
     return freed
 

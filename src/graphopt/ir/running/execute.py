@@ -64,8 +64,8 @@ def run(
 
 def release(program: Program) -> None:
     """Free the weights that were loaded to run a program; they are loaded again when it runs again."""
-    for held in {id(p): p for p in (program, runnable(program))}.values():
-        held._derived.pop("compiled", None)
+    for running in {id(p): p for p in (program, runnable(program))}.values():
+        running._derived.pop("compiled", None)
 
 
 def return_memory() -> None:
@@ -78,41 +78,41 @@ def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], An
     """Return a function of the inputs with everything that depends on weights alone computed once."""
     folded = fold(program)
     module = fx.GraphModule(torch.nn.Module(), folded.graph)
-    places = folded.graph.find_nodes(op="placeholder")
+    placeholders = folded.graph.find_nodes(op="placeholder")
     # what nothing reads, such as a matrix of which each rank has its part, is not loaded
-    held = {
-        n.name: _held(folded.weights[n.name].source) for n in places if n.name in folded.weights and n.users
+    loaded = {
+        n.name: _load_shared(folded.weights[n.name].source) for n in placeholders if n.name in folded.weights and n.users
     }
-    order = [(n.name, str(n.meta.get("input", "")), n.name in folded.weights) for n in places]
+    order = [(n.name, str(n.meta.get("input", "")), n.name in folded.weights) for n in placeholders]
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:
-        given = (
-            (held[name].tensor if name in held else None) if weight else inputs[label]
+        arguments = (
+            (loaded[name].tensor if name in loaded else None) if weight else inputs[label]
             for name, label, weight in order
         )
         with torch.no_grad():
-            return module(*given)
+            return module(*arguments)
 
     return call
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _Loaded:
     """The values of a source, for as long as some program holds them; the source stays, so that its id is its own."""
 
     source: TensorSource
     tensor: torch.Tensor
 
 
-_HELD: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()
+_LOADED: weakref.WeakValueDictionary[int, _Loaded] = weakref.WeakValueDictionary()
 
 
-def _held(source: TensorSource) -> _Held:
+def _load_shared(source: TensorSource) -> _Loaded:
     """Load a source, or share what another program has of it: passes change few weights of a program."""
-    found = _HELD.get(id(source))
-    if found is None:
-        found = _HELD[id(source)] = _Held(source, source.load())
-    return found
+    loaded = _LOADED.get(id(source))
+    if loaded is None:
+        loaded = _LOADED[id(source)] = _Loaded(source, source.load())
+    return loaded
 
 
 def interpret(
@@ -140,14 +140,14 @@ def interpret(
         Outputs by flat name, unless ``stop``, and recorded values by node name. Of a sharded program that runs
         in one process, a value that differs from rank to rank is a list, one a rank.
     """
-    wanted = list(record)
-    standing = stand_ins(program)
-    if standing is not None:
-        return _interpret_ranks(standing, inputs, wanted, stop, hook, sources, given or {})
-    targets = wanted if stop else [*wanted, program.output_node]
+    recorded = list(record)
+    stand_in = stand_ins(program)
+    if stand_in is not None:
+        return _interpret_ranks(stand_in, inputs, recorded, stop, hook, sources, given or {})
+    targets = recorded if stop else [*recorded, program.output_node]
     needed = needed_for(targets, given or {})
     order = [n for n in program.graph.nodes if n in needed]
-    freed = last_uses(order, wanted)
+    freed = last_uses(order, recorded)
     values: dict[fx.Node, Any] = dict(given or {})
     results: dict[str, Any] = {}
 
@@ -173,7 +173,7 @@ def interpret(
                 values[node] = hook(node, values[node])
             for dead in freed.get(node, ()):
                 values.pop(dead, None)
-    for node in wanted:
+    for node in recorded:
         if node not in values and node.name in program.weights:
             values[node] = (sources or {}).get(node.name, program.weights[node.name].source).load()
         results[node.name] = values[node]
@@ -181,26 +181,26 @@ def interpret(
 
 
 def _interpret_ranks(
-    standing: StandIns,
+    stand_in: StandIns,
     inputs: Mapping[str, torch.Tensor],
-    wanted: list[fx.Node],
+    recorded: list[fx.Node],
     stop: bool,
     hook: Hook | None,
     sources: Mapping[str, TensorSource] | None,
     given: Mapping[fx.Node, Any],
 ) -> dict[str, Any]:
     """Run a sharded program by the nodes that stand for its own: of all ranks, or of this process's."""
-    known: dict[fx.Node, Any] = {}
+    values_by_copy: dict[fx.Node, Any] = {}
     for node, value in given.items():
-        copies = standing.nodes(node)
-        known.update(zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True))
-    record = [copy for node in wanted for copy in standing.nodes(node)]
-    found = interpret(
-        standing.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=known
+        copies = stand_in.nodes(node)
+        values_by_copy.update(zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True))
+    record = [copy for node in recorded for copy in stand_in.nodes(node)]
+    outputs = interpret(
+        stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=values_by_copy
     )
     names = {copy.name for copy in record}
-    results = {name: value for name, value in found.items() if name not in names}
-    for node in wanted:
-        values = [found[copy.name] for copy in standing.nodes(node)]
+    results = {name: value for name, value in outputs.items() if name not in names}
+    for node in recorded:
+        values = [outputs[copy.name] for copy in stand_in.nodes(node)]
         results[node.name] = values[0] if len(values) == 1 else values
     return results

@@ -35,13 +35,13 @@ def extract(
     part = program.copy()
     nodes = {node.name: node for node in part.graph.nodes}
     for name, node in reads.items():
-        here = nodes[node.name]
-        value = here.meta["val"]
-        taken = add_input(part, name, list(value.shape), value.dtype)
-        here.replace_all_uses_with(taken)
+        copied = nodes[node.name]
+        value = copied.meta["val"]
+        input_node = add_input(part, name, list(value.shape), value.dtype)
+        copied.replace_all_uses_with(input_node)
     part.checkpoint.clear()
-    held = dict(writes)
-    outputs = {name: nodes[node.name] for name, node in held.items()}
+    named_outputs = dict(writes)
+    outputs = {name: nodes[node.name] for name, node in named_outputs.items()}
     structure = {"dict": {name: {"leaf": name} for name in outputs}, "class": None}
     part.signature = replace(part.signature, outputs=structure)
     part.edit.set_outputs(list(outputs.values()))

@@ -25,27 +25,27 @@ def begun(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torc
 
     Rows are cut to the cache's length.
     """
-    given = dict(batch)
-    names = [name for name in states_of(program) if name not in given]
+    inputs = dict(batch)
+    names = [name for name in states_of(program) if name not in inputs]
     cache = program.facts.get(KVCache)
-    if not names or not given:
-        return given
-    if cache is not None and cache.tokens in given:
-        tokens = given[cache.tokens]
+    if not names or not inputs:
+        return inputs
+    if cache is not None and cache.tokens in inputs:
+        tokens = inputs[cache.tokens]
         longest = program.signature.inputs[names[0]].shape[2]
         if isinstance(longest, int):
             tokens = tokens[:, :longest]
-        given[cache.tokens] = tokens
-        if cache.positions not in given:
-            given[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-    rows = next(iter(given.values())).shape[0]
+        inputs[cache.tokens] = tokens
+        if cache.positions not in inputs:
+            inputs[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+    rows = next(iter(inputs.values())).shape[0]
     for name in names:
         spec = program.signature.inputs[name]
         sizes = [s if isinstance(s, int) else rows for s in spec.shape]
         if cache is not None and not isinstance(spec.shape[2], int):
-            sizes[2] = given[cache.tokens].shape[1] + STEPS
-        given[name] = torch.zeros(sizes, dtype=spec.dtype)
-    return given
+            sizes[2] = inputs[cache.tokens].shape[1] + STEPS
+        inputs[name] = torch.zeros(sizes, dtype=spec.dtype)
+    return inputs
 
 
 def in_steps(
@@ -62,8 +62,8 @@ def in_steps(
     """
     names, cache = states_of(program), program.facts.get(KVCache)
 
-    def following(given: Mapping[str, torch.Tensor], outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return {**given, **{name: outputs[f"next_{name}"] for name in names}}
+    def following(inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {**inputs, **{name: outputs[f"next_{name}"] for name in names}}
 
     if cache is None:
         run(following(batch, run(dict(batch))))

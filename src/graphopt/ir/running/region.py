@@ -43,17 +43,17 @@ class Region:
     @cached_property
     def operators(self) -> list[fx.Node]:
         """What it computes between leaves, weights and targets."""
-        given = {*self.leaves, *self.weights}
-        return [node for node in self.nodes if node not in given]
+        read = {*self.leaves, *self.weights}
+        return [node for node in self.nodes if node not in read]
 
     @cached_property
     def graph(self) -> fx.Graph:
         """The region as a graph of its own; most regions are never run, so it is made when asked for."""
         graph = fx.Graph()
-        given = {*self.leaves, *self.weights}
+        read = {*self.leaves, *self.weights}
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
-            if node in given:
+            if node in read:
                 copies[node] = graph.placeholder(node.name)
                 copies[node].meta["val"] = node.meta["val"]
             else:
@@ -71,32 +71,32 @@ class Region:
         graph = in_type(self.graph)
         freed = last_uses(graph.nodes)
         originals = {n.name: n for n in self.weights}
-        known: dict[fx.Node, Any] = {}
+        computed: dict[fx.Node, Any] = {}
         with torch.no_grad():
             for node in graph.nodes:
                 if node.op == "placeholder":
                     if node.name in values:
                         value = values[node.name]
-                        known[node] = widen(value) if isinstance(value, torch.Tensor) else value
+                        computed[node] = widen(value) if isinstance(value, torch.Tensor) else value
                     continue
                 for used in node.all_input_nodes:
-                    if used not in known:
-                        known[used] = widen(load(originals[used.name]))
+                    if used not in computed:
+                        computed[used] = widen(load(originals[used.name]))
                 if node.op == "output":
-                    return [known[n] for n in node.args[0]]
-                known[node] = evaluate(node, known)
+                    return [computed[n] for n in node.args[0]]
+                computed[node] = evaluate(node, computed)
                 for dead in freed.get(node, ()):
-                    known.pop(dead, None)
+                    computed.pop(dead, None)
         raise AssertionError("a region without an output")
 
     def key(self, program: Program) -> tuple[Any, ...]:
         """Return what makes two regions the same computation on other weights: operators, wiring, shapes."""
-        place: dict[fx.Node, int] = {}
-        given = {*self.leaves, *self.weights}
+        position: dict[fx.Node, int] = {}
+        read = {*self.leaves, *self.weights}
         key: list[Any] = []
         for index, node in enumerate(self.nodes):
-            place[node] = index
-            if node in given:
+            position[node] = index
+            if node in read:
                 value = node.meta.get("val")
                 shape = (
                     tuple(str(program.size_text(s)) for s in value.shape)
@@ -105,21 +105,21 @@ class Region:
                 )
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
-                key.append((node.op, node.target, _frozen(node.args, place), _frozen(node.kwargs, place)))
-        return (*key, *(place[target] for target in self.targets))
+                key.append((node.op, node.target, _frozen(node.args, position), _frozen(node.kwargs, position)))
+        return (*key, *(position[target] for target in self.targets))
 
 
 _PLAIN = (int, float, str, type(None))
 
 
-def _frozen(value: Any, place: dict[fx.Node, int]) -> Any:
+def _frozen(value: Any, position: dict[fx.Node, int]) -> Any:
     """An argument as something to compare: nodes by their place, numbers by type as well, for 1 == 1.0 == True."""
     if isinstance(value, fx.Node):
-        return (fx.Node, place[value])
+        return (fx.Node, position[value])
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v, place) for v in value)
+        return tuple(_frozen(v, position) for v in value)
     if isinstance(value, dict):
-        return tuple(sorted((k, _frozen(v, place)) for k, v in value.items()))
+        return tuple(sorted((k, _frozen(v, position)) for k, v in value.items()))
     return (type(value), value) if type(value) in _PLAIN or isinstance(value, bool) else repr(value)
 
 
@@ -192,15 +192,15 @@ def _are_slots(program: Program, node: fx.Node) -> bool:
     if node.meta["val"].dtype not in (torch.int64, torch.int32):
         return False
     # the node may be that of a rewritten copy, in which caches are stored otherwise
-    own = next((n for n in program.graph.nodes if n.name == node.name), node)
-    return any(is_operator(u, "graphopt.cache_store") and argument(u, "slots") is own for u in own.users)
+    same_node = next((n for n in program.graph.nodes if n.name == node.name), node)
+    return any(is_operator(u, "graphopt.cache_store") and argument(u, "slots") is same_node for u in same_node.users)
 
 
 def _rows(program: Program, node: fx.Node) -> int:
     """Return how many values the integers of a place may take: rows of a table, experts of a mixture."""
-    mixtures = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
+    moe_layers = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
     nested = [u for u in node.users if is_operator(u, "graphopt.nested_ffn") and u.args[1] is node]
-    experts = [int(argument(u, "up").meta["val"].shape[0]) for u in mixtures]
+    experts = [int(argument(u, "up").meta["val"].shape[0]) for u in moe_layers]
     return max([rows_of(program, node), *experts, *(len(argument(u, "widths")) for u in nested)])
 
 

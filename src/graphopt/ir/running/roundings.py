@@ -16,10 +16,10 @@ def new_roundings(before: Region, after: Region) -> set[torch.dtype]:
     that type before: a bfloat16 matrix that is scaled by a float32 vector is a bfloat16 matrix again.
     """
     values, constants = _roundings(after)
-    known = set.union(*_roundings(before))
-    held = {weight.meta["val"].dtype for weight in before.weights}
-    given = {value.dtype for t in before.targets if isinstance(value := t.meta.get("val"), torch.Tensor)}
-    return (values - known) | (constants - known - (held & given))
+    earlier = set.union(*_roundings(before))
+    weight_types = {weight.meta["val"].dtype for weight in before.weights}
+    target_types = {value.dtype for t in before.targets if isinstance(value := t.meta.get("val"), torch.Tensor)}
+    return (values - earlier) | (constants - earlier - (weight_types & target_types))
 
 
 def _roundings(region: Region) -> tuple[set[torch.dtype], set[torch.dtype]]:
