@@ -148,8 +148,8 @@ class Program:
     @property
     def anatomy(self) -> Anatomy:
         """What the graph is made of: residual stream, attention, FFNs, experts, norms, ..."""
-        found: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self), portable=True)
-        return found
+        result: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self), portable=True)
+        return result
 
     def weight_of(self, node: fx.Node) -> Weight:
         """Return the tensor of the model that a placeholder stands for."""

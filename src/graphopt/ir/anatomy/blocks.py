@@ -56,9 +56,9 @@ class Block:
     def __getattr__(self, part: str) -> fx.Node:
         parts = self.__dict__.get("parts", {})
         if part in parts:
-            found = parts[part]
-            assert isinstance(found, fx.Node)
-            return found
+            node = parts[part]
+            assert isinstance(node, fx.Node)
+            return node
         raise AttributeError(
             f"{self.__dict__.get('kind', 'block')} has no part {part!r}; it has {', '.join(parts)}"
         )

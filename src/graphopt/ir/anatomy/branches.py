@@ -27,12 +27,12 @@ def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
     """
     del sums
     constant = depends_on_weights_alone(program)
-    taken: set[fx.Node] = set()
-    found: list[Branches] = []
+    inner_sums: set[fx.Node] = set()
+    branches: list[Branches] = []
     for node in reversed(list(program.graph.nodes)):
-        if node in taken or not is_operator(node, "aten.add"):
+        if node in inner_sums or not is_operator(node, "aten.add"):
             continue
-        leaves = _leaves(node, taken)
+        leaves = _leaves(node, inner_sums)
         if leaves is None:
             continue
         paths = [_chain(leaf, constant) for leaf in leaves]
@@ -44,12 +44,12 @@ def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
         if convolutions == 0:
             continue
         evidence = [f"{len(trimmed)} linear paths from {source.name}, {convolutions} with a convolution"]
-        found.append(Branches(source, node, trimmed, evidence))
-    found.reverse()
-    return found
+        branches.append(Branches(source, node, trimmed, evidence))
+    branches.reverse()
+    return branches
 
 
-def _leaves(node: fx.Node, taken: set[fx.Node]) -> list[fx.Node] | None:
+def _leaves(node: fx.Node, inner_sums: set[fx.Node]) -> list[fx.Node] | None:
     leaves: list[fx.Node] = []
     if len(node.args) != 2 or node.kwargs:
         return None
@@ -57,9 +57,9 @@ def _leaves(node: fx.Node, taken: set[fx.Node]) -> list[fx.Node] | None:
         if not isinstance(operand, fx.Node):
             return None
         if is_operator(operand, "aten.add") and len(operand.users) == 1:
-            inner = _leaves(operand, taken)
+            inner = _leaves(operand, inner_sums)
             if inner is not None:
-                taken.add(operand)
+                inner_sums.add(operand)
                 leaves.extend(inner)
                 continue
         leaves.append(operand)

@@ -45,7 +45,7 @@ def mixtures_beside(program: Program, blocks: list[Block]) -> list[Block]:
     named = {block.parts.get("core") for block in blocks}
     cores = [n for n in program.nodes if is_operator(n, "graphopt.routed_ffn") and n not in named]
     order = {node: i for i, node in enumerate(program.graph.nodes)} if cores else {}
-    found = []
+    blocks_beside = []
     for core in cores:
         reads = core.args[0]
         while is_operator(reads, "aten.reshape"):
@@ -54,20 +54,20 @@ def mixtures_beside(program: Program, blocks: list[Block]) -> list[Block]:
         block = Block("experts", reads, core, core, core, between(reads, core, order))
         block.evidence.append("on no residual stream that was recognised")
         experts_parts(program, block)
-        found.append(block)
-    return found
+        blocks_beside.append(block)
+    return blocks_beside
 
 
 def _one_choice(blocks: list[Block]) -> list[Block]:
     """Feed-forwards between which one router chooses are one block."""
     first: dict[fx.Node, Block] = {}
-    rest: list[Block] = []
+    remaining: list[Block] = []
     for block in blocks:
         choice = block.parts.get("choice")
         if choice is None or choice not in first:
             if choice is not None:
                 first[choice] = block
-            rest.append(block)
+            remaining.append(block)
             continue
         joined = first[choice]
         inside = set(joined.nodes)
@@ -78,28 +78,28 @@ def _one_choice(blocks: list[Block]) -> list[Block]:
             joined.parts["core"], joined.parts["other_core"] = block.parts["core"], joined.parts["core"]
             joined.sizes["width"] = block.sizes["width"]
         joined.evidence.append(f"a feed-forward of width {block.sizes['width']} is chosen by the same router")
-    for block in rest:
-        block.parallel = len(rest) > 1
-    return rest
+    for block in remaining:
+        block.parallel = len(remaining) > 1
+    return remaining
 
 
 def _with_shared_experts(blocks: list[Block]) -> list[Block]:
     """A feed-forward that meets a mixture in the same sum is its shared expert."""
-    mixtures = [b for b in blocks if b.kind == "experts"]
+    moe_layers = [b for b in blocks if b.kind == "experts"]
     shared = [b for b in blocks if b.kind == "ffn"]
-    if len(mixtures) != 1 or not shared:
+    if len(moe_layers) != 1 or not shared:
         return blocks
-    mixture = mixtures[0]
+    moe_layer = moe_layers[0]
     for block in shared:
-        inside = set(mixture.nodes)
-        mixture.nodes.extend(n for n in block.nodes if n not in inside)
-        mixture.shared_terms.append(block.term)
-        mixture.parts.update({f"shared_{name}": node for name, node in block.parts.items() if name != "norm"})
-    mixture.sizes["shared_expert"] = True
-    mixture.evidence.append("a feed-forward that every token passes meets it in the same sum")
-    rest = [b for b in blocks if b not in shared]
-    mixture.parallel = len(rest) > 1
-    return rest
+        inside = set(moe_layer.nodes)
+        moe_layer.nodes.extend(n for n in block.nodes if n not in inside)
+        moe_layer.shared_terms.append(block.term)
+        moe_layer.parts.update({f"shared_{name}": node for name, node in block.parts.items() if name != "norm"})
+    moe_layer.sizes["shared_expert"] = True
+    moe_layer.evidence.append("a feed-forward that every token passes meets it in the same sum")
+    remaining = [b for b in blocks if b not in shared]
+    moe_layer.parallel = len(remaining) > 1
+    return remaining
 
 
 def _name(program: Program, block: Block) -> None:

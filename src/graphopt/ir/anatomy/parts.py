@@ -14,8 +14,8 @@ from .blocks import Block
 if TYPE_CHECKING:
     from ..program import Program
 
-_MOVED = Trait.MOVEMENT | Trait.CAST
-_PASSING = named(_MOVED | Trait.NORM) | {
+_MOVEMENT = Trait.MOVEMENT | Trait.CAST
+_PASSING = named(_MOVEMENT | Trait.NORM) | {
     "graphopt.rotary", "aten.mul", "aten.div", "aten.add", "aten.clamp", "aten.sigmoid"
 }  # fmt: skip
 _PROJECTIONS = named(Trait.CONVOLUTION) | {"aten.linear"}
@@ -56,16 +56,16 @@ def target_projection(node: fx.Node, inside: set[fx.Node], limit: int = 40) -> f
 def attention_parts(program: Program, block: Block) -> None:
     """Name q, k, v, o and the core of an attention block, with heads and sizes."""
     core = next(n for n in block.nodes if is_operator(n, "graphopt.attention"))
-    found = arguments(core)
+    args = arguments(core)
     block.parts["core"] = core
     for name in ("q", "k", "v"):
-        projection = source_projection(found[name])
+        projection = source_projection(args[name])
         if projection is not None:
             block.parts[name] = projection
     out = target_projection(core, set(block.nodes))
     if out is not None:
         block.parts["o"] = out
-    q, k, v = (found[name].meta["val"] for name in ("q", "k", "v"))
+    q, k, v = (args[name].meta["val"] for name in ("q", "k", "v"))
     block.sizes.update(heads=q.shape[1], kv_heads=k.shape[1], head_size=q.shape[-1], value_size=v.shape[-1])
     cross = "k" in block.parts and block.parts["k"] not in block.nodes
     fused = len({block.parts.get(n) for n in ("q", "k", "v")}) == 1
@@ -116,7 +116,7 @@ def _last_linear(block: Block) -> fx.Node | None:
         if is_operator(node, "aten.linear"):
             assert isinstance(node, fx.Node)
             return node
-        if not has(node, _MOVED | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
+        if not has(node, _MOVEMENT | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
             node, "aten.mul", "aten.add", "aten.div"
         ):
             return None
@@ -162,7 +162,7 @@ def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, f
 
 
 def _direct(node: fx.Node) -> bool:
-    while has(node, _MOVED):
+    while has(node, _MOVEMENT):
         node = node.args[0]  # type: ignore[assignment]
     return is_operator(node, "aten.linear")
 
@@ -184,11 +184,11 @@ def _projection_behind(node: Any) -> fx.Node | None:
 def experts_parts(program: Program, block: Block) -> None:
     """Name the core and the router of a mixture, with its sizes; and a shared expert beside it."""
     core = next(n for n in block.nodes if is_operator(n, "graphopt.routed_ffn"))
-    found = arguments(core)
+    args = arguments(core)
     block.parts["core"] = core
-    up, chosen = found["up"].meta["val"], found["experts"].meta["val"]
+    up, chosen = args["up"].meta["val"], args["experts"].meta["val"]
     block.sizes.update(experts=up.shape[0], active=chosen.shape[1])
-    router = _router(found["experts"], set(block.nodes))
+    router = _router(args["experts"], set(block.nodes))
     if router is not None:
         block.parts["router"] = router
     constant = depends_on_weights_alone(program)
@@ -209,8 +209,8 @@ def nested_parts(block: Block) -> None:
     def widths(core: fx.Node) -> list[int]:
         return [int(w) for w in arguments(core)["widths"]]
 
-    found = [n for n in block.nodes if is_operator(n, "graphopt.nested_ffn")]
-    cores = sorted(found, key=lambda core: -max(widths(core)))
+    nested = [n for n in block.nodes if is_operator(n, "graphopt.nested_ffn")]
+    cores = sorted(nested, key=lambda core: -max(widths(core)))
     chosen = arguments(cores[0])["choice"]
     cores = [core for core in cores if arguments(core)["choice"] is chosen]
     block.parts.update(zip(("core", "other_core"), cores, strict=False), choice=chosen)

@@ -28,10 +28,10 @@ def remove(program: Program, block: Block | Layer) -> None:
         return
     (block,) = blocks
     terms = set(block.terms)
-    rest = [leaf for leaf in _summands(block.add, terms) if leaf not in terms]
+    summands = [leaf for leaf in _summands(block.add, terms) if leaf not in terms]
     with program.edit.before(block.add):
-        total = rest[0]
-        for term in rest[1:]:
+        total = summands[0]
+        for term in summands[1:]:
             total = program.edit.call(torch.ops.aten.add.Tensor, total, term)
     program.edit.replace(block.add, total)
 
@@ -50,13 +50,13 @@ def present(program: Program, block: Block) -> Block:
     inside = (block.add, *block.nodes)
     if not any(n._erased for n in ends) and any(block.reads in n.all_input_nodes for n in inside):
         return block
-    now = program.anatomy.blocks
-    for found in now:
-        if any(term in block.terms and not term._erased for term in found.terms):
-            return found
-    for found in now:
-        if found.add is block.add and not found.parallel and not block.parallel:
-            return found
+    blocks = program.anatomy.blocks
+    for candidate in blocks:
+        if any(term in block.terms and not term._erased for term in candidate.terms):
+            return candidate
+    for candidate in blocks:
+        if candidate.add is block.add and not candidate.parallel and not block.parallel:
+            return candidate
     raise UsageError(
         f"{block.name} is no part of the program any more: an edit removed or replaced it",
         hint="read program.anatomy again after an edit",
@@ -64,10 +64,10 @@ def present(program: Program, block: Block) -> Block:
 
 
 def _summands(node: fx.Node, terms: set[fx.Node]) -> list[fx.Node]:
-    found: list[fx.Node] = []
+    summands: list[fx.Node] = []
     for operand in node.all_input_nodes:
         nested = (
             operator_name(operand.target) == "aten.add" and len(operand.users) == 1 and operand not in terms
         )
-        found.extend(_summands(operand, terms) if nested else [operand])
-    return found
+        summands.extend(_summands(operand, terms) if nested else [operand])
+    return summands

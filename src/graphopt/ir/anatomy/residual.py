@@ -90,9 +90,9 @@ def find_residual(program: Program) -> Residual:
         if node in inner or not _is_sum(node, constant):
             continue
         leaves = _leaves(node, constant, inner)
-        found = _base(node, leaves, order)
-        if found is not None:
-            additions.append(found)
+        addition = _base(node, leaves, order)
+        if addition is not None:
+            additions.append(addition)
         else:
             inner.difference_update(_sums(node))
     additions.reverse()
@@ -140,12 +140,12 @@ def _leaves(node: fx.Node, constant: set[fx.Node], inner: set[fx.Node]) -> list[
 
 
 def _sums(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    sums: set[fx.Node] = set()
     for operand in node.args:
         if is_operator(operand, "aten.add") and len(operand.users) == 1:  # type: ignore[union-attr]
-            found.add(operand)  # type: ignore[arg-type]
-            found |= _sums(operand)  # type: ignore[arg-type]
-    return found
+            sums.add(operand)  # type: ignore[arg-type]
+            sums |= _sums(operand)  # type: ignore[arg-type]
+    return sums
 
 
 def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Addition | None:
@@ -154,12 +154,12 @@ def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Ad
         terms = [leaf for leaf in leaves if leaf is not base]
         inside = {term: between(base, term, order) for term in terms}
         # without an operator that mixes, x + f(x) is arithmetic and no block
-        known = [t for t in terms if any(has(n, Trait.MIXING) for n in inside[t])]
-        if known and len(known) == len(terms):
+        mixing = [t for t in terms if any(has(n, Trait.MIXING) for n in inside[t])]
+        if mixing and len(mixing) == len(terms):
             return Addition(node, base, sorted(terms, key=lambda n: order[n]), inside)
-        if known and len(leaves) > 2:
+        if mixing and len(leaves) > 2:
             # a term from elsewhere (an embedding added again, another stream) leaves the rest intact
-            return Addition(node, base, sorted(known, key=lambda n: order[n]), {t: inside[t] for t in known})
+            return Addition(node, base, sorted(mixing, key=lambda n: order[n]), {t: inside[t] for t in mixing})
     return None
 
 
@@ -181,9 +181,9 @@ def between(base: fx.Node, term: fx.Node, order: dict[fx.Node, int]) -> list[fx.
     if not reached:
         return []
     descending = {base}
-    found: list[fx.Node] = []
+    nodes: list[fx.Node] = []
     for node in sorted(seen, key=lambda n: order[n]):
         if any(source in descending for source in node.all_input_nodes):
             descending.add(node)
-            found.append(node)
-    return found
+            nodes.append(node)
+    return nodes

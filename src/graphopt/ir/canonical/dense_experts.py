@@ -23,7 +23,7 @@ def raise_dense_experts(program: Program) -> list[str]:
 
     Experts have no biases, so one with a score of 0 gives 0, and only the chosen need to be computed. Llama 4's.
     """
-    unraised: list[str] = []
+    unrecognised: list[str] = []
     constant = depends_on_weights_alone(program)
 
     def stacked(node: Any) -> bool:
@@ -42,24 +42,24 @@ def raise_dense_experts(program: Program) -> list[str]:
         scored = _scores(up.args[0])
         if down is None or total is None or scored is None:
             continue
-        reason = _raise(program, up, down, total, *scored)
+        reason = _recognise(program, up, down, total, *scored)
         if reason:
-            unraised.append(f"{up.name}: {reason}")
-    return unraised
+            unrecognised.append(f"{up.name}: {reason}")
+    return unrecognised
 
 
 def _downstream(node: fx.Node, limit: int = 12) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
+    reached: dict[fx.Node, None] = {}
     work = list(node.users)
-    while work and len(found) < limit:
+    while work and len(reached) < limit:
         current = work.pop(0)
-        if current not in found:
-            found[current] = None
+        if current not in reached:
+            reached[current] = None
             work.extend(current.users)
-    return list(found)
+    return list(reached)
 
 
-def _raise(
+def _recognise(
     program: Program,
     up: fx.Node,
     down: fx.Node,
@@ -123,18 +123,18 @@ def _inputs(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Evaluate what experts are given for random tokens and logits, and what they should be given."""
     logits = arguments(chosen.args[0])["self"]  # type: ignore[arg-type]
-    found = evaluated(program, [inputs, scores, chosen], [rows, logits])
-    if found is None:
+    evaluation = evaluated(program, [inputs, scores, chosen], [rows, logits])
+    if evaluation is None:
         return None, torch.empty(0)
-    (given, table, numbers), (tokens, _) = found
-    kept = torch.zeros_like(table).scatter(1, numbers, table.gather(1, numbers))
-    return given, kept.T.unsqueeze(-1) * tokens
+    (actual, table, numbers), (tokens, _) = evaluation
+    chosen_scores = torch.zeros_like(table).scatter(1, numbers, table.gather(1, numbers))
+    return actual, chosen_scores.T.unsqueeze(-1) * tokens
 
 
 def _sums(program: Program, down: fx.Node, total: fx.Node) -> bool:
-    found = evaluated(program, [total], [down])
-    if found is None:
+    evaluation = evaluated(program, [total], [down])
+    if evaluation is None:
         return False
-    (result,), (given,) = found
-    expected = given.sum(0)
+    (result,), (outputs,) = evaluation
+    expected = outputs.sum(0)
     return result.shape == expected.shape and bool(torch.allclose(result, expected, rtol=1e-12, atol=1e-12))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def raise_experts(program: Program) -> None:
     """Replace pairs of gathered products over the same experts by one operator."""
-    unraised = [*raise_dense_experts(program), *raise_sorted_experts(program)]
+    unrecognised = [*raise_dense_experts(program), *raise_sorted_experts(program)]
     products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
     for up in products:
         for down in products:
@@ -33,17 +33,17 @@ def raise_experts(program: Program) -> None:
                 and down["ids"] is up["ids"]
                 and _reaches(up["node"], down["input"])
             ):
-                reason = _raise(program, up, down)
+                reason = _recognise(program, up, down)
                 if reason:
-                    unraised.append(f"{up['node'].name}: {reason}")
-    note_capture(program, plain_experts=tuple(unraised))
+                    unrecognised.append(f"{up['node'].name}: {reason}")
+    note_capture(program, plain_experts=tuple(unrecognised))
 
 
 def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
     """Read ``bmm`` of rows and matrices that were gathered by expert, with its bias."""
     if not is_operator(node, "aten.bmm"):
         return None
-    for place, matrix in enumerate(node.args):
+    for position, matrix in enumerate(node.args):
         transposed_view = False
         if is_operator(matrix, "aten.permute"):
             transposed_view, matrix = True, matrix.args[0]  # type: ignore[union-attr]
@@ -51,11 +51,11 @@ def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
         if gathered is None:
             continue
         weight, ids = gathered
-        rows = node.args[1 - place]
+        rows = node.args[1 - position]
         if not is_operator(rows, "aten.unsqueeze"):
             continue
         # w @ x keeps (out, in); x @ w keeps (in, out)
-        transposed = (place == 1) != transposed_view
+        transposed = (position == 1) != transposed_view
         result = node
         while len(result.users) == 1 and has(next(iter(result.users)), Trait.RESHAPE):
             result = next(iter(result.users))
@@ -105,7 +105,7 @@ def _reaches(source: fx.Node, target: Any) -> bool:
     return False
 
 
-def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
+def _recognise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
     if up["transposed"] != down["transposed"]:
         return "the two projections are stored in different orders"
     gate = activation_of_experts(up["result"], down["input"])
@@ -136,9 +136,9 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
 
 def _repeated(node: Any) -> tuple[fx.Node | None, int]:
     if is_operator(node, "aten.repeat_interleave"):
-        found = arguments(node)
-        if isinstance(found.get("repeats"), int) and found.get("dim") == 0:
-            return found["self"], int(found["repeats"])
+        args = arguments(node)
+        if isinstance(args.get("repeats"), int) and args.get("dim") == 0:
+            return args["self"], int(args["repeats"])
     return None, 0
 
 

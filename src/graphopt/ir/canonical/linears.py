@@ -41,8 +41,8 @@ def raise_linears(program: Program) -> None:
 def _einsum(program: Program, node: fx.Node) -> None:
     """A sum of products over one index is a product of matrices, between permutations."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    left, _, rest = equation.partition(",")
-    right, arrow, out = rest.partition("->")
+    left, _, remainder = equation.partition(",")
+    right, arrow, out = remainder.partition("->")
     if (
         not arrow
         or not isinstance(operands, (list, tuple))

@@ -60,8 +60,8 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
     paddings = [None, *(name for name, n in inputs.items() if _is_padding(n))]
     windows = candidate_windows(program, mask)
 
-    def run(given: dict[str, torch.Tensor]) -> torch.Tensor:
-        value: torch.Tensor = interpret(program, given, record=[mask], stop=True)[mask.name]
+    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        value: torch.Tensor = interpret(program, values, record=[mask], stop=True)[mask.name]
         return value
 
     reach = _table_length(program, sources)
@@ -95,7 +95,7 @@ def _confirmed(
     if meaning.window is None or meaning.window > _CONFIRMED:
         return True
     cases = _cases(program, inputs, meaning.key_mask, meaning.window + 4)[-1:]
-    return all(_agrees(meaning, case, value) for case, value in _computed(run, cases))
+    return all(_agrees(meaning, case, value) for case, value in _run_cases(run, cases))
 
 
 def _search(
@@ -113,9 +113,9 @@ def _search(
             continue
         if reach is not None:
             # a table may hold a window that shows at its far end only
-            whole = _evaluate(program, mask, run, inputs, key_mask, reach, few=True)
-            windows = sorted({*windows, *(w for w in (_widest(v) for _, v in whole) if 0 < w < reach)})
-            cases = cases + whole
+            table_cases = _evaluate(program, mask, run, inputs, key_mask, reach, few=True)
+            windows = sorted({*windows, *(w for w in (_widest(v) for _, v in table_cases) if 0 < w < reach)})
+            cases = cases + table_cases
         for causal, window in itertools.product((True, False), [None, *windows]):
             meaning = MaskMeaning(causal, window, key_mask)
             if all(_agrees(meaning, case, value) for case, value in cases):
@@ -161,15 +161,15 @@ def _evaluate(
     *,
     few: bool = False,
 ) -> list[tuple[_Case, torch.Tensor]]:
-    results = _computed(run, _cases(program, inputs, key_mask, length)[: 1 if few else None])
-    apart = _apart(program, mask, inputs, key_mask, length)
-    if apart is not None:
-        found = _computed(run, [apart])
-        return [*results, *found] if found else []
+    results = _run_cases(run, _cases(program, inputs, key_mask, length)[: 1 if few else None])
+    unequal_case = _unequal_case(program, mask, inputs, key_mask, length)
+    if unequal_case is not None:
+        unequal_results = _run_cases(run, [unequal_case])
+        return [*results, *unequal_results] if unequal_results else []
     return results
 
 
-def _computed(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:
+def _run_cases(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:
     results = []
     for case in cases:
         try:
@@ -181,7 +181,7 @@ def _computed(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:
     return results
 
 
-def _apart(
+def _unequal_case(
     program: Program, mask: fx.Node, inputs: dict[str, fx.Node], key_mask: str | None, length: int
 ) -> _Case | None:
     """Return a case with other numbers of queries than of keys, where nothing makes them equal."""
@@ -196,20 +196,20 @@ def _apart(
     for name in inputs:
         first = program.signature.inputs[name].shape[:1]
         values.update(dict.fromkeys(parse_size(first[0], symbols).free_symbols, 2) if first else {})
-    given, padding = {}, None
+    case_inputs, padding = {}, None
     generator = torch.Generator().manual_seed(1)
     for name in inputs:
         spec = program.signature.inputs[name]
         size = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
         if name == key_mask:
             padding = torch.rand(size, generator=generator) > 0.3
-            given[name] = padding.to(spec.dtype)
+            case_inputs[name] = padding.to(spec.dtype)
         elif "position" in name:
-            given[name] = torch.arange(size[-1], dtype=spec.dtype).expand(size).contiguous()
+            case_inputs[name] = torch.arange(size[-1], dtype=spec.dtype).expand(size).contiguous()
         else:
-            given[name] = torch.ones(size, dtype=spec.dtype)
+            case_inputs[name] = torch.ones(size, dtype=spec.dtype)
     queries = int(expression(shape[-2]).subs(values))
-    return _Case(given, padding, 2, queries)
+    return _Case(case_inputs, padding, 2, queries)
 
 
 def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, length: int) -> list[_Case]:
@@ -343,12 +343,12 @@ def _where(program: Program, mask: fx.Node) -> tuple[Any, Any]:
     """Read a choice between a bias and a number that hides: where the bias is, and the bias."""
     if not is_operator(mask, "aten.where", "aten.masked_fill"):
         return None, None
-    found = arguments(mask)
+    args = arguments(mask)
     filled = is_operator(mask, "aten.masked_fill")
-    low = constant(program, found["value"] if filled else found["other"])
+    low = constant(program, args["value"] if filled else args["other"])
     if low is None or low > HIDDEN:
         return None, None
     if not filled:
-        return found["condition"], found["self"]
+        return args["condition"], args["self"]
     with program.edit.before(mask):
-        return program.edit.call(torch.ops.aten.bitwise_not.default, found["mask"]), found["self"]
+        return program.edit.call(torch.ops.aten.bitwise_not.default, args["mask"]), args["self"]

@@ -29,9 +29,9 @@ def _last(dims: Any) -> bool | str:
 
 
 def _population(node: fx.Node) -> bool | str:
-    found = arguments(node)
-    whole = found.get("unbiased") is False or found.get("correction") == 0
-    return (whole and found.get("keepdim") is True) or "a variance of a sample, or without its dimension"
+    args = arguments(node)
+    is_population = args.get("unbiased") is False or args.get("correction") == 0
+    return (is_population and args.get("keepdim") is True) or "a variance of a sample, or without its dimension"
 
 
 def _mean_square(square: Any) -> Any:
@@ -56,8 +56,8 @@ def _layer_pattern() -> Either:
     wide = Wild("wide")
     mean = call("mean", shared=True)(wide, Wild("dims", _last), True)
     centred = call("sub", shared=True)(wide, mean)
-    whole = call("var", loose=True, where=_population)(wide, Wild("dims", _last))
-    return _scaled(centred, Either((_mean_square(_square(centred)), whole)))
+    variance = call("var", loose=True, where=_population)(wide, Wild("dims", _last))
+    return _scaled(centred, Either((_mean_square(_square(centred)), variance)))
 
 
 def raise_norms(program: Program) -> None:
@@ -65,9 +65,9 @@ def raise_norms(program: Program) -> None:
     for node in list(program.graph.find_nodes(op="call_function", target=aten.rms_norm.default)):
         _fused(program, node)
     for match in find(program.graph, _layer_pattern()):
-        _raise(program, match, centred=True)
+        _recognise(program, match, centred=True)
     for match in find(program.graph, _rms_pattern()):
-        _raise(program, match, centred=False)
+        _recognise(program, match, centred=False)
 
 
 def _fused(program: Program, node: fx.Node) -> None:
@@ -82,7 +82,7 @@ def _fused(program: Program, node: fx.Node) -> None:
     _install(program, node, new)
 
 
-def _raise(program: Program, match: Match, centred: bool) -> None:
+def _recognise(program: Program, match: Match, centred: bool) -> None:
     wide, eps = match["wide"], match["eps"]
     core = match.roots[0]
     dims = match["dims"]

@@ -56,15 +56,15 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
         if node.meta["val"].dim() == 4:
             shaped = node
         if is_operator(node, *_PRODUCTS):
-            found = _product(program, node, added, factor, capped, shaped)
-            if isinstance(found, Scores):
-                found.sinks = sinks
-            return found
+            scores = _product(program, node, added, factor, capped, shaped)
+            if isinstance(scores, Scores):
+                scores.sinks = sinks
+            return scores
         if is_operator(node, "aten.cat") and sinks is None:
-            read = _sinks(program, node)
-            if read is None:
+            scores_and_sinks = _sinks(program, node)
+            if scores_and_sinks is None:
                 return ""
-            node, sinks = read
+            node, sinks = scores_and_sinks
             continue
         step = _step(program, node)
         if step is None:
@@ -152,18 +152,18 @@ def _sum(node: fx.Node) -> tuple[Any, str, Any] | None:
 
 def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
     """Read scores of which some are replaced by a number that hides them."""
-    found = arguments(node)
+    args = arguments(node)
     if is_operator(node, "aten.masked_fill"):
-        scores, hidden, value = found["self"], found["mask"], found["value"]
-    elif constant(program, found["self"]) is not None:
-        scores, hidden, value = found["other"], found["condition"], found["self"]
+        scores, hidden, value = args["self"], args["mask"], args["value"]
+    elif constant(program, args["self"]) is not None:
+        scores, hidden, value = args["other"], args["condition"], args["self"]
     else:
-        scores, hidden, value = found["self"], None, found["other"]
+        scores, hidden, value = args["self"], None, args["other"]
     low = constant(program, value)
     if low is None or low > _HIDDEN or not isinstance(scores, fx.Node):
         return None
     if hidden is None:
-        return scores, "add", found["condition"]
+        return scores, "add", args["condition"]
     if not isinstance(hidden, fx.Node):
         return None
     with program.edit.before(node):
@@ -172,13 +172,13 @@ def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
 
 def _own_maximum(node: fx.Node) -> bool:
     """Tell whether what is subtracted is the same for a whole row of scores."""
-    taken: Any = node.args[1]
-    other = taken
+    subtracted: Any = node.args[1]
+    other = subtracted
     if is_operator(other, "getitem") and other.args[1] == 0:
         other = other.args[0]
     if not is_operator(other, "aten.amax", "aten.max") or other.args[0] is not node.args[0]:
         return False
-    shape = taken.meta["val"].shape
+    shape = subtracted.meta["val"].shape
     return not shape or same_size(shape[-1], 1)
 
 
@@ -209,8 +209,8 @@ def _leads_to_product(start: Any, deep: bool = False) -> bool:
         if is_operator(node, *_PRODUCTS):
             return True
         if is_operator(node, "aten.where"):
-            found = arguments(node)
-            work.extend([found["other"], found["self"]] if deep else [found["self"]])
+            args = arguments(node)
+            work.extend([args["other"], args["self"]] if deep else [args["self"]])
         elif is_operator(node, "aten.add") and deep:
             work.extend([node.args[1], node.args[0]])
         elif has(node, Trait.RESHAPE | Trait.CAST) or is_operator(
@@ -230,10 +230,10 @@ def _product(
     shaped: fx.Node | None,
 ) -> Scores | str:
     if is_operator(node, "aten.baddbmm"):
-        found = arguments(node)
-        q, transposed = found["batch1"], found["batch2"]
-        beta, alpha = found["beta"], found["alpha"]
-        added = [*added, (found["self"], factor * float(beta))]
+        args = arguments(node)
+        q, transposed = args["batch1"], args["batch2"]
+        beta, alpha = args["beta"], args["alpha"]
+        added = [*added, (args["self"], factor * float(beta))]
         factor *= float(alpha)
     else:
         q, transposed = node.args[:2]

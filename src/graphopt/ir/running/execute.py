@@ -104,14 +104,14 @@ class _Loaded:
     tensor: torch.Tensor
 
 
-_LOADED: weakref.WeakValueDictionary[int, _Loaded] = weakref.WeakValueDictionary()
+_HELD: weakref.WeakValueDictionary[int, _Loaded] = weakref.WeakValueDictionary()
 
 
 def _load_shared(source: TensorSource) -> _Loaded:
     """Load a source, or share what another program has of it: passes change few weights of a program."""
-    loaded = _LOADED.get(id(source))
+    loaded = _HELD.get(id(source))
     if loaded is None:
-        loaded = _LOADED[id(source)] = _Loaded(source, source.load())
+        loaded = _HELD[id(source)] = _Loaded(source, source.load())
     return loaded
 
 

@@ -70,7 +70,7 @@ def in_steps(
         return
     ids, positions = batch[cache.tokens], batch[cache.positions]
     prompt = max(1, ids.shape[1] - STEPS)
-    given = dict(batch)
+    step_inputs = dict(batch)
     for first, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
-        given |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
-        given = following(given, run(given))
+        step_inputs |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
+        step_inputs = following(step_inputs, run(step_inputs))
