@@ -97,8 +97,8 @@ def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint
     # torch takes sizes of 0 and 1 for special while it traces; what it traced runs at 1 all the same
     env.var_to_range[symbol] = ValueRanges(max(low, 2) if hint >= 2 else low, upper)
     # a range that a guard narrows later must have a place it came from
-    place = SLoc("graphopt", None)
-    env.var_to_range_sloc[symbol] = ValueRangesSLoc(place, place)
+    location = SLoc("graphopt", None)
+    env.var_to_range_sloc[symbol] = ValueRangesSLoc(location, location)
     # decompositions and ONNX export ask where a symbol came from
     env.var_to_stack[symbol] = CapturedTraceback.extract()  # type: ignore[no-untyped-call]
     return symbol
@@ -121,16 +121,16 @@ def size_guards(mode: FakeTensorMode) -> list[Any]:
     """Return what was decided about sizes under ``mode``, as relations of sympy between symbols that are still free."""
     env = mode.shape_env
     assert env is not None
-    found = []
+    relations = []
     for guard in env.guards:
         relation = guard.expr
         for _ in range(len(env.replacements) + 1):
-            settled = relation.xreplace(env.replacements)
-            if settled == relation:
+            replaced = relation.xreplace(env.replacements)
+            if replaced == relation:
                 break
-            relation = settled
-        found.append(relation)
-    return found
+            relation = replaced
+        relations.append(relation)
+    return relations
 
 
 def guard_code(exported: ExportedProgram) -> list[str]:
@@ -142,11 +142,11 @@ def widen_symbol(mode: FakeTensorMode, symbol: sympy.Symbol, low: int, high: int
     """Let a size symbol take values outside the range that tracing narrowed it to; a range is never narrowed here."""
     env = mode.shape_env
     assert env is not None
-    known = env.var_to_range[symbol]
+    current = env.var_to_range[symbol]
     upper = int_oo if high is None else high
     # sizes of 0 and 1 stay special, as in add_symbol
-    wide = ValueRanges(min(int(known.lower), max(low, 2)), max(known.upper, upper))
-    if wide != known:
+    wide = ValueRanges(min(int(current.lower), max(low, 2)), max(current.upper, upper))
+    if wide != current:
         env.var_to_range[symbol] = wide
         env._update_version_counter()
 
@@ -387,10 +387,10 @@ def quick_onnx_export(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> 
         if (cls, opset_version) not in _ONNX_REGISTRIES:
             _ONNX_REGISTRIES[cls, opset_version] = make.__func__(cls, opset_version=opset_version)
         first = _ONNX_REGISTRIES[cls, opset_version]
-        own = copy.copy(first)
+        registry_copy = copy.copy(first)
         # the translations of one export are put into these lists
-        own.functions = {target: list(metas) for target, metas in first.functions.items()}
-        return own
+        registry_copy.functions = {target: list(metas) for target, metas in first.functions.items()}
+        return registry_copy
 
     def known_value(self: Any, node: fx.Node) -> Any:
         if node.op != "call_function" or "val" not in node.meta or not apart:

@@ -49,18 +49,18 @@ class Relation:
     @property
     def names(self) -> frozenset[str]:
         """Names of the sizes it speaks of."""
-        sides = [side for case in self.cases for left, _, right in case for side in (left, right)]
-        return frozenset(str(s) for side in sides for s in side.free_symbols)
+        expressions = [value for case in self.cases for left, _, right in case for value in (left, right)]
+        return frozenset(str(s) for value in expressions for s in value.free_symbols)
 
     def holds(self, sizes: Mapping[str, Value]) -> Any:
         """Tell whether sizes keep it; for tensors of sizes (float64, one size an entry), for each entry."""
-        total: Any = False
+        any_case: Any = False
         for case in self.cases:
-            together: Any = True
+            all_hold: Any = True
             for comparison in case:
-                together = together & _holds(comparison, sizes)
-            total = total | together
-        return total
+                all_hold = all_hold & _holds(comparison, sizes)
+            any_case = any_case | all_hold
+        return any_case
 
     def written(self, change: Callable[[sympy.Expr], sympy.Expr]) -> str:
         """Return its text with every expression changed."""
@@ -185,8 +185,8 @@ def parse_relation(text: str, names: frozenset[str], where: str = "") -> Relatio
 
 def _parsed(text: str, symbols: Mapping[str, sympy.Symbol], where: str) -> Comparison:
     for operator in _COMPARE:
-        left, found, right = text.partition(operator)
-        if found:
+        left, separator, right = text.partition(operator)
+        if separator:
             return (
                 parse_size(left.strip(), symbols, where),
                 operator,
@@ -212,14 +212,14 @@ def constraints_with(
     constraints: tuple[str, ...], names: frozenset[str], sizes: Mapping[str, int]
 ) -> tuple[str, ...]:
     """Return what is left of constraints where some sizes have become numbers, which keep them."""
-    left = []
+    remaining = []
     for text in constraints:
         relation = parse_relation(text, names)
         if relation.names <= set(sizes):
             continue
         values = {sympy.Symbol(n, integer=True, positive=True): v for n, v in sizes.items()}
-        left.append(relation.written(lambda e: e.subs(values)) if relation.names & set(sizes) else text)  # noqa: B023
-    return tuple(left)
+        remaining.append(relation.written(lambda e: e.subs(values)) if relation.names & set(sizes) else text)  # noqa: B023
+    return tuple(remaining)
 
 
 def rename_in(text: str, names: frozenset[str], old: str, new: str) -> str | None:
@@ -228,10 +228,10 @@ def rename_in(text: str, names: frozenset[str], old: str, new: str) -> str | Non
     if old not in relation.names:
         return text
     symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in (old, new)}
-    swap = {symbols[old]: symbols[new]}
-    changed = relation.written(lambda e: e.xreplace(swap))
+    substitution = {symbols[old]: symbols[new]}
+    changed = relation.written(lambda e: e.xreplace(substitution))
     trivial = all(
-        left.xreplace(swap) == right.xreplace(swap) and operator in ("==", "<=", ">=")
+        left.xreplace(substitution) == right.xreplace(substitution) and operator in ("==", "<=", ">=")
         for case in relation.cases[:1]
         for left, operator, right in case
     )

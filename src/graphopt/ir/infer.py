@@ -28,18 +28,18 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
     Raises:
         VerificationError: the operator does not accept arguments of these shapes or types.
     """
-    known = _KNOWN.setdefault(mode, {})
+    cached = _INFERRED.setdefault(mode, {})
     key = signature_of((target, args, kwargs))
-    if key is not None and key in known:
-        return known[key]
+    if key is not None and key in cached:
+        return cached[key]
     result = _infer(mode, target, value_of(args), value_of(kwargs))
     if key is not None:
-        known[key] = result
+        cached[key] = result
     return result
 
 
 # the layers of a model repeat the same calls on the same shapes; values are never written to
-_KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
+_INFERRED: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def signature_of(value: Any) -> Any:

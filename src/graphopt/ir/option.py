@@ -49,13 +49,13 @@ def require_known(owner: str, cls: type, options: dict[str, Any]) -> None:
     Raises:
         PipelineError: there is such an option.
     """
-    known = options_of(cls)
+    options_by_name = options_of(cls)
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in options_by_name:
+            near = difflib.get_close_matches(name, options_by_name, n=1)
             raise PipelineError(
                 f"{owner} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                hint=f"its options are {', '.join(known)}",
+                hint=f"its options are {', '.join(options_by_name)}",
             )
 
 

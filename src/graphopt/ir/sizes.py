@@ -168,8 +168,8 @@ def parse_size(size: object, symbols: Mapping[str, sympy.Symbol], where: str = "
         if parser.next != len(parser.tokens):
             raise ValueError(f"unexpected {parser.peek()!r}")
     except (ValueError, RecursionError, ArithmeticError, AssertionError) as error:
-        shown = size if len(size) <= 60 else size[:57] + "..."
-        raise CheckpointError(f"{where}: {shown!r} is not a size: {error}") from None
+        short_text = size if len(size) <= 60 else size[:57] + "..."
+        raise CheckpointError(f"{where}: {short_text!r} is not a size: {error}") from None
     return value
 
 
@@ -191,9 +191,9 @@ def node_of_size(program: Program, value: sympy.Expr) -> int | float | fx.Node:
             f"the size {format_size(value, program.symbols)} cannot be computed from the sizes of inputs",
             hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
         )
-    total, *rest = (node_of_size(program, part) for part in value.args)
-    if not rest:
+    total, *operands = (node_of_size(program, part) for part in value.args)
+    if not operands:
         return program.edit.call(combine, total)
-    for part in rest:
+    for part in operands:
         total = program.edit.call(combine, total, part)
     return total

@@ -25,8 +25,8 @@ def source_line(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    own = [f for f in frames if "/torch/" not in f[0]]
-    file, line, code = (own or frames)[-1]
+    model_frames = [f for f in frames if "/torch/" not in f[0]]
+    file, line, code = (model_frames or frames)[-1]
     return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}"
 
 
@@ -97,15 +97,15 @@ def around(program: Program, node: fx.Node, lines: int = 4) -> str:
     nodes = list(program.graph.nodes)
     if node not in nodes:
         return ""
-    place = nodes.index(node)
-    shown = []
-    for index in range(max(0, place - lines), min(len(nodes), place + lines + 1)):
+    position = nodes.index(node)
+    excerpt = []
+    for index in range(max(0, position - lines), min(len(nodes), position + lines + 1)):
         try:
             text = format_node(program, nodes[index])
         except Exception as error:  # a broken node must still be shown
             text = f"%{nodes[index].name} = ... ({type(error).__name__}: {error})"
-        shown.append(("  > " if index == place else "    ") + text)
-    return "\n".join(shown)
+        excerpt.append(("  > " if index == position else "    ") + text)
+    return "\n".join(excerpt)
 
 
 def difference(before: Program, after: Program, context: int = 2) -> str:

@@ -33,18 +33,18 @@ def over_all_tokens(program: Program, outputs: Mapping[str, Any]) -> dict[str, A
     trimmed = program.facts.get(Vocabulary)
     if trimmed is None:
         return dict(outputs)
-    found = dict(outputs)
+    results = dict(outputs)
     for name in trimmed.outputs:
         ids = kept_tokens(program, name)
         assert ids is not None
-        if isinstance(found.get(name), torch.Tensor):
-            some = found[name]
-            whole = some.new_full((*some.shape[:-1], trimmed.size), float("-inf"))
-            found[name] = whole.index_copy(-1, ids.to(some.device), some)
+        if isinstance(results.get(name), torch.Tensor):
+            trimmed_logits = results[name]
+            all_logits = trimmed_logits.new_full((*trimmed_logits.shape[:-1], trimmed.size), float("-inf"))
+            results[name] = all_logits.index_copy(-1, ids.to(trimmed_logits.device), trimmed_logits)
         tokens = f"{name}_tokens"
-        if isinstance(found.get(tokens), torch.Tensor):
-            found[tokens] = ids.to(found[tokens].device)[found[tokens]]
-    return found
+        if isinstance(results.get(tokens), torch.Tensor):
+            results[tokens] = ids.to(results[tokens].device)[results[tokens]]
+    return results
 
 
 def kept_logits(program: Program, output: str, logits: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ class SafetensorsEntry:
         inner = numel(self.shape[dim + 1 :]) * self.dtype.itemsize
         outer, length = numel(self.shape[:dim]), (end - start) * inner
         raw = torch.empty(outer * length, dtype=torch.uint8)
-        place = memoryview(raw.numpy().data).cast("B") if raw.numel() else memoryview(b"")
+        buffer = memoryview(raw.numpy().data).cast("B") if raw.numel() else memoryview(b"")
         read = 0
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -98,7 +98,7 @@ class SafetensorsEntry:
                     file.seek(self.start + row * self.shape[dim] * inner + start * inner)
                     row_read = 0
                     while row_read < length:
-                        count = file.readinto(place[row * length + row_read : (row + 1) * length])
+                        count = file.readinto(buffer[row * length + row_read : (row + 1) * length])
                         if not count:
                             break
                         row_read += count

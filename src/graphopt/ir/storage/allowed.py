@@ -90,8 +90,8 @@ def operator_of(name: str) -> Any:
             overload = getattr(packet, parts[2])
             if not overload._schema.is_mutable:
                 return overload
-    shown = name if len(name) <= 60 else name[:57] + "..."
-    raise CheckpointError(f"{shown!r} is not an operator that a program may call")
+    short_name = name if len(name) <= 60 else name[:57] + "..."
+    raise CheckpointError(f"{short_name!r} is not an operator that a program may call")
 
 
 _COUNTS: dict[str, tuple[int, ...]] = {

@@ -87,16 +87,16 @@ def set_aside(path: str | os.PathLike[str]) -> Iterator[None]:
 def _beside(path: str | os.PathLike[str], check: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
     """Give the real place and a temporary name beside it; whatever happens, the temporary one is gone afterwards."""
     target = Path(path)
-    made: list[Path] = []
+    new_folders: list[Path] = []
     temporary = None
     try:
         # what a link leads to is replaced, not the link
         target = target.resolve() if target.is_symlink() else target
         check(target)
-        made = _make_folders(target.parent)
+        new_folders = _make_folders(target.parent)
         temporary = _fresh(target)
         yield target, temporary
-        made = []
+        new_folders = []
     except OSError as error:
         raise WriteError(
             f"cannot write {path}: {error}", hint="nothing was written; free space, or choose another place"
@@ -104,23 +104,23 @@ def _beside(path: str | os.PathLike[str], check: Callable[[Path], None]) -> Iter
     finally:
         if temporary is not None:
             _remove(temporary)
-        for folder in reversed(made):
+        for folder in reversed(new_folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def _make_folders(folder: Path) -> list[Path]:
     """Make a folder and those above it; return the ones that were not there, outermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _require_file_place(target: Path) -> None:
@@ -172,9 +172,9 @@ def _take_place(temporary: Path, target: Path, may_replace: Callable[[Path], boo
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _settle(place: Path) -> None:
+def _settle(root: Path) -> None:
     """Have the system write files out, so that a rename never outlives their contents."""
-    for path in [place, *place.rglob("*")]:
+    for path in [root, *root.rglob("*")]:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -32,13 +32,13 @@ def source_hash(source: TensorSource) -> str:
     if isinstance(source, Absent):
         return f"{tuple(source.shape)} {source.dtype} without values"
     state = _state(source)
-    held = _HASHES.get(id(source))
-    if held is not None and held[0]() is source and held[1] == state and state is not None:
-        return held[2]
-    found = digest(source.load())
+    cached = _HASHES.get(id(source))
+    if cached is not None and cached[0]() is source and cached[1] == state and state is not None:
+        return cached[2]
+    value_hash = digest(source.load())
     key = id(source)
-    _HASHES[key] = (weakref.ref(source, lambda _: _HASHES.pop(key, None)), state, found)
-    return found
+    _HASHES[key] = (weakref.ref(source, lambda _: _HASHES.pop(key, None)), state, value_hash)
+    return value_hash
 
 
 def _state(source: TensorSource) -> Any:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..facts import KINDS, Fact, Facts, OwnRank
 
 # what was said twice, or by nobody: the fact with fields says it as well
-_SAID_ELSEWHERE = (
+_REDUNDANT = (
     "cached", "quantized_values", "multi_token", "masked", "early_exit", "drafting", "trimmed_vocabulary", "streaming",
     "tensor_parallel", "eval", "calibrated", "calibrated_communication",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def typed_facts(plain: Mapping[str, Any]) -> Facts:
     Raises:
         CheckpointError: one is of no known type, or has fields of other types.
     """
-    return Facts(_typed(name, value) for name, value in _of_today(plain).items())
+    return Facts(_typed(name, value) for name, value in _current_form(plain).items())
 
 
 def _typed(name: str, value: Any) -> Fact:
@@ -54,12 +54,12 @@ def _typed(name: str, value: Any) -> Fact:
             f"the program has the fact {name!r}, which this graphopt does not know",
             hint="install the package whose pass it went through, or a newer graphopt",
         )
-    known = {field.name for field in fields(kind)}
-    if not known:
+    field_names = {field.name for field in fields(kind)}
+    if not field_names:
         if value is not True:
             raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
         return kind()
-    if not isinstance(value, Mapping) or not known >= value.keys():
+    if not isinstance(value, Mapping) or not field_names >= value.keys():
         raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
     try:
         # strictly, as JSON: numbers are not made of texts, and arrays become tuples
@@ -69,33 +69,33 @@ def _typed(name: str, value: Any) -> Fact:
         raise CheckpointError(f"the fact {name!r} is damaged: {first}") from error
 
 
-def _of_today(plain: Mapping[str, Any]) -> dict[str, Any]:
+def _current_form(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return facts by their names and fields of today."""
-    found: dict[str, Any] = {}
+    current: dict[str, Any] = {}
     capture: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     for name, value in plain.items():
-        if name in _SAID_ELSEWHERE and value is True:
+        if name in _REDUNDANT and value is True:
             continue
         if name in _CAPTURED:
             capture[_CAPTURED[name]] = value
         elif name in _CHANGED:
             changes[_CHANGED[name]] = value
         elif name == "ranks":
-            found["tensor_parallel"] = {"ranks": value}
+            current["tensor_parallel"] = {"ranks": value}
         elif name == "time":
-            found["streaming"] = {"time": value}
+            current["streaming"] = {"time": value}
         elif name == "unwritable":
-            found.setdefault("export_blockers", {"reasons": {}})["reasons"]["an earlier pass"] = [value]
+            current.setdefault("export_blockers", {"reasons": {}})["reasons"]["an earlier pass"] = [value]
         elif name in _BARE and not _has_field(value, _BARE[name]):
-            found[name] = {_BARE[name]: value}
+            current[name] = {_BARE[name]: value}
         else:
-            found[name] = value
+            current[name] = value
     if capture:
-        found["capture"] = capture
+        current["capture"] = capture
     if changes:
-        found["checkpoint_changes"] = changes
-    return found
+        current["checkpoint_changes"] = changes
+    return current
 
 
 def _has_field(value: Any, field: str) -> bool:

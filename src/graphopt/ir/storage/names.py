@@ -25,7 +25,7 @@ def input_name(name: Any, where: str) -> str:
         CheckpointError: it holds more than letters, digits and ``_ . - /``.
     """
     if not isinstance(name, str) or not _INPUT.fullmatch(name):
-        raise CheckpointError(f"{where}: {_shown(name)} cannot be the name of an input")
+        raise CheckpointError(f"{where}: {_short_repr(name)} cannot be the name of an input")
     return name
 
 
@@ -41,7 +41,7 @@ def weight_name(name: Any, where: str) -> str:
         or not name.isprintable()
         or _QUOTES & set(name)
     ):
-        raise CheckpointError(f"{where}: {_shown(name)} cannot be the name of a weight")
+        raise CheckpointError(f"{where}: {_short_repr(name)} cannot be the name of a weight")
     return name
 
 
@@ -53,7 +53,7 @@ def asset_name(name: Any, where: str) -> str:
     """
     if not isinstance(name, str) or not is_asset(name):
         raise CheckpointError(
-            f"{where}: {_shown(name)} is not the name of a file that goes along with a program"
+            f"{where}: {_short_repr(name)} is not the name of a file that goes along with a program"
         )
     return name
 
@@ -70,6 +70,6 @@ def is_asset(name: str) -> bool:
     return not path.name.lower().endswith(_ASSETS_NEVER)
 
 
-def _shown(name: Any) -> str:
+def _short_repr(name: Any) -> str:
     text = repr(name)
     return text if len(text) <= 60 else text[:57] + "..."

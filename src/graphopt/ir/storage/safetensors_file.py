@@ -47,15 +47,15 @@ def contained(folder: Path, name: str, where: Path) -> Path:
     path = folder / name
     try:
         home, real = folder.resolve(), path.resolve()
-        found = path.is_file()
+        is_file = path.is_file()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{where} names {name[:100]!r}, which cannot be read: {error}") from None
-    if not found:
+    if not is_file:
         raise CheckpointError(f"{where} names {name!r}, which does not exist")
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in homes):
+    if not any(real.is_relative_to(root) for root in homes):
         raise CheckpointError(
             f"{path} is a link that leaves its folder, to {real}",
             hint="links are not followed out of a folder; copy the file there, or make a hard link",
@@ -98,11 +98,11 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return seen.st_size, seen.st_mtime_ns
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    by_name = dict(pairs)
+    if len(by_name) != len(pairs):
         raise ValueError("a name is used twice")
-    return made
+    return by_name
 
 
 def read_header(path: Path) -> dict[str, SafetensorsEntry]:
@@ -130,12 +130,12 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise wrong(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise wrong("its header is not an object")
-    found: dict[str, SafetensorsEntry] = {}
+    entries: dict[str, SafetensorsEntry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -159,16 +159,16 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
         if end - start != numel(shape) * DTYPES[dtype].itemsize:
             raise wrong(f"{name!r} has shape {shape} and {end - start} bytes")
         spans.append((start, end, name))
-        found[name] = _Unchanged(path, name, tuple(shape), DTYPES[dtype], 8 + length + start, stamp)
+        entries[name] = _Unchanged(path, name, tuple(shape), DTYPES[dtype], 8 + length + start, stamp)
     spans.sort()
-    place = 0
+    position = 0
     for start, end, name in spans:
-        if start != place:
+        if start != position:
             raise wrong(f"{name!r} overlaps another tensor or leaves a gap")
-        place = end
-    if 8 + length + place != size:
-        raise wrong(f"its tensors end at byte {8 + length + place}, the file at {size}")
-    return found
+        position = end
+    if 8 + length + position != size:
+        raise wrong(f"its tensors end at byte {8 + length + position}, the file at {size}")
+    return entries
 
 
 def writer(path: Path) -> object:
@@ -202,7 +202,7 @@ def write_file(
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    place = 0
+    offset = 0
     # wide types first, as the format's own writer does, so that every tensor is aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
@@ -213,9 +213,9 @@ def write_file(
         header[name] = {
             "dtype": codes[source.dtype],
             "shape": [int(s) for s in source.shape],
-            "data_offsets": [place, place + size],
+            "data_offsets": [offset, offset + size],
         }
-        place += size
+        offset += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:

@@ -63,9 +63,9 @@ def save_program(
             for node_name in shard:
                 document["weights"][node_name]["file"] = name
         for name, data in sorted(work.origin.assets.items()):
-            place = folder / "assets" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
+            asset_path = folder / "assets" / name
+            asset_path.parent.mkdir(parents=True, exist_ok=True)
+            asset_path.write_bytes(data)
             files[f"assets/{name}"] = hashlib.sha256(data).hexdigest()
         text = json.dumps(document, separators=(",", ":"), allow_nan=False)
         (folder / "program.json").write_text(text, encoding="utf-8")
@@ -212,11 +212,11 @@ def _value(program: Program, value: Any) -> Any:
 
 
 def _notes(node: fx.Node) -> dict[str, Any]:
-    own = dict(node.meta.get("custom", {}).get("graphopt", {}))
+    notes = dict(node.meta.get("custom", {}).get("graphopt", {}))
     line = source_line(node)
     if line:
-        own["source"] = line
-    return {str(k): str(v) for k, v in own.items()}
+        notes["source"] = line
+    return {str(k): str(v) for k, v in notes.items()}
 
 
 def _plain(value: Any) -> Any:
