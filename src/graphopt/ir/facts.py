@@ -33,7 +33,10 @@ class Fact:
     def __init_subclass__(cls, name: str, done: str = "", **options: Any):
         super().__init_subclass__(**options)
         registered = KINDS.get(name)
-        if registered is not None and (registered.__module__, registered.__qualname__) != (cls.__module__, cls.__qualname__):
+        if registered is not None and (registered.__module__, registered.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
             raise TypeError(
                 f"two types of facts are called {name!r}: {registered.__qualname__} and {cls.__qualname__}"
             )
@@ -68,7 +71,7 @@ class Facts:
         return len(self._by_type)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Facts) and self._by_type == other._held
+        return isinstance(other, Facts) and self._by_type == other._by_type
 
     __hash__ = None  # type: ignore[assignment]  # they change
 

@@ -72,7 +72,9 @@ def _value_text(value: Any) -> str:
 def matters(needs: Needs | None, values: Mapping[str, Any]) -> bool:
     """Tell whether an option has an effect beside these values of the others."""
     sets = alternatives(needs)
-    return not sets or any(all(c.holds(values[name]) for name, c in conditions.items()) for conditions in sets)
+    return not sets or any(
+        all(c.holds(values[name]) for name, c in conditions.items()) for conditions in sets
+    )
 
 
 def text_of(needs: Needs | None) -> str:
@@ -99,7 +101,9 @@ def refuse_without_effect(
         if matters(needs.get(name), values):
             continue
         sets = alternatives(needs.get(name))
-        unmet = dict.fromkeys(o for conditions in sets for o, c in conditions.items() if not c.holds(values[o]))
+        unmet = dict.fromkeys(
+            o for conditions in sets for o, c in conditions.items() if not c.holds(values[o])
+        )
         obstacles = ", ".join(f"{o}={_written(values[o])}" for o in unmet)
         raise PipelineError(
             f"{owner}: {name}={_written(values[name])} has no effect beside {obstacles}",

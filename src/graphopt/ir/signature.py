@@ -224,7 +224,9 @@ class Signature:
                 f"input {name!r}: {expected} is {size}, the program takes up to {limits.high}", hint=again
             )
         if expected in seen and seen[expected][0] != size:
-            raise UsageError(f"{expected} is {size} in {name!r} and {seen[expected][0]} in {seen[expected][1]!r}")
+            raise UsageError(
+                f"{expected} is {size} in {name!r} and {seen[expected][0]} in {seen[expected][1]!r}"
+            )
         seen[expected] = (size, name)
 
     def _check_expressions(self, flat: Mapping[str, Any], seen: Mapping[str, tuple[int, str]]) -> None:

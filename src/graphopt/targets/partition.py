@@ -35,7 +35,9 @@ def _host_nodes(program: Program) -> set[fx.Node]:
                 integer_nodes.add(node)
         elif node.op == "call_function":
             # how a value is stored is the device's business
-            if is_operator(node, "graphopt.fake_quantize") or any(n in device_nodes for n in node.all_input_nodes):
+            if is_operator(node, "graphopt.fake_quantize") or any(
+                n in device_nodes for n in node.all_input_nodes
+            ):
                 device_nodes.add(node)
             elif any(n in integer_nodes for n in node.all_input_nodes):
                 integer_nodes.add(node)

@@ -94,7 +94,9 @@ def _with_shared_experts(blocks: list[Block]) -> list[Block]:
         inside = set(moe_layer.nodes)
         moe_layer.nodes.extend(n for n in block.nodes if n not in inside)
         moe_layer.shared_terms.append(block.term)
-        moe_layer.parts.update({f"shared_{name}": node for name, node in block.parts.items() if name != "norm"})
+        moe_layer.parts.update(
+            {f"shared_{name}": node for name, node in block.parts.items() if name != "norm"}
+        )
     moe_layer.sizes["shared_expert"] = True
     moe_layer.evidence.append("a feed-forward that every token passes meets it in the same sum")
     remaining = [b for b in blocks if b not in shared]

@@ -159,7 +159,9 @@ def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Ad
             return Addition(node, base, sorted(terms, key=lambda n: order[n]), inside)
         if mixing and len(leaves) > 2:
             # a term from elsewhere (an embedding added again, another stream) leaves the rest intact
-            return Addition(node, base, sorted(mixing, key=lambda n: order[n]), {t: inside[t] for t in mixing})
+            return Addition(
+                node, base, sorted(mixing, key=lambda n: order[n]), {t: inside[t] for t in mixing}
+            )
     return None
 
 

@@ -31,7 +31,9 @@ def _last(dims: Any) -> bool | str:
 def _population(node: fx.Node) -> bool | str:
     args = arguments(node)
     is_population = args.get("unbiased") is False or args.get("correction") == 0
-    return (is_population and args.get("keepdim") is True) or "a variance of a sample, or without its dimension"
+    return (
+        is_population and args.get("keepdim") is True
+    ) or "a variance of a sample, or without its dimension"
 
 
 def _mean_square(square: Any) -> Any:

@@ -56,7 +56,9 @@ def _number(program: Program, name: str, size: int | str, size_values: Mapping[s
     """The value of a size, which may be an expression over sizes of the inputs."""
     symbols = {size_name: symbol for symbol, size_name in program.symbols.items()}
     value = parse_size(size, symbols)
-    value = value.subs({symbols[size_name]: number for size_name, number in size_values.items() if size_name in symbols})
+    value = value.subs(
+        {symbols[size_name]: number for size_name, number in size_values.items() if size_name in symbols}
+    )
     if not value.is_Integer:
         raise UsageError(f"{name} has the size {size}, which varies", hint=f"sizes={{{str(size)!r}: ...}}")
     return int(value)
@@ -65,9 +67,7 @@ def _number(program: Program, name: str, size: int | str, size_values: Mapping[s
 def _sizes_of(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The sizes that inputs have, by name."""
     shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in inputs.items()]
-    return {
-        s: n for names, shape in shapes for s, n in zip(names, shape, strict=True) if isinstance(s, str)
-    }
+    return {s: n for names, shape in shapes for s, n in zip(names, shape, strict=True) if isinstance(s, str)}
 
 
 def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch.Tensor]) -> Iterator[Any]:

@@ -176,7 +176,9 @@ class _Surveyor:
     def freeze(self, value: Any, positions: dict[fx.Node, int]) -> Any:
         if isinstance(value, fx.Node):
             size = value.meta.get("val")
-            return ("size", self.size(size)) if isinstance(size, torch.SymInt) else ("operand", positions[value])
+            return (
+                ("size", self.size(size)) if isinstance(size, torch.SymInt) else ("operand", positions[value])
+            )
         if isinstance(value, (list, tuple)):
             return tuple(self.freeze(item, positions) for item in value)
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""What ranks do together, and what each does with its own share.
+"""Collectives, and operators that return a different value on every rank.
 
-Every operator names its group by a symbol (:mod:`graphopt.ir.groups`). In a process of its own group the operator
-is a collective of torch.distributed; in a single process a sharded program is unrolled instead
-(:mod:`graphopt.ir.ranks.rank_programs`), and these are never called on values.
+Every operator names its group by a symbol (:mod:`graphopt.ir.groups`). In a process that belongs to the group, the
+operator is a collective of torch.distributed; in a single process, a sharded program is unrolled instead
+(:mod:`graphopt.ir.ranks.rank_programs`), and these operators are never called on values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _place_slice(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
 
 
 def place_sum(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Every rank has the sum of what ranks have: a placement rule."""
+    """Return the placement of a sum over ranks: the operand must be partial, the result is replicated."""
     source = arguments(node)["x"]
     if placed[source] != PARTIAL:
         raise Misplaced(f"{source.name} is {placed[source]}; only a partial sum is reduced")
@@ -39,8 +39,10 @@ def _place_gathered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placemen
     args = arguments(node)
     source, dim = args["x"], args["dim"]
     placement = placed[source]
-    if not (isinstance(placement, Shard) and placement.even and placement.dim == dim % source.meta["val"].dim()):
-        raise Misplaced(f"{source.name} is {placement}, and cannot be put together along {dim}")
+    if not (
+        isinstance(placement, Shard) and placement.even and placement.dim == dim % source.meta["val"].dim()
+    ):
+        raise Misplaced(f"{source.name} is {placement}, and cannot be gathered along dimension {dim}")
     return WHOLE
 
 
@@ -54,7 +56,7 @@ def _place_scattered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placeme
 
 def _place_unreduced(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     if placed[arguments(node)["x"]] != PARTIAL:
-        raise Misplaced("only a partial sum can go unreduced")
+        raise Misplaced("only a partial sum can be left unreduced")
     return WHOLE
 
 
@@ -71,13 +73,13 @@ def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     spec=OperatorSpec(place=_place_slice, traits=Trait.PER_RANK),
 )
 def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: str) -> Tensor:
-    """Return this rank's part of a value that every rank has, or could have.
+    """Return this rank's shard of a replicated value.
 
     Args:
-        x: the whole.
-        dim: the dimension that is cut.
-        starts: where the part of each rank begins; two ranks may have the same part.
-        length: of every part.
+        x: the replicated value.
+        dim: the dimension that is sharded.
+        starts: the first entry of each rank's shard; two ranks may have the same shard.
+        length: of every shard.
         group: whose ranks.
     """
     bound = groups.bound_group(group, x)
@@ -99,7 +101,7 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     spec=OperatorSpec(place=_place_gathered, traits=Trait.COLLECTIVE),
 )
 def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """Return all ranks' values one after the other along ``dim``; there are ``size`` ranks."""
+    """Return all ranks' values concatenated along ``dim``; there are ``size`` ranks."""
     bound = groups.bound_group(group, x)
     if bound is None:
         return torch.cat([x] * size, dim)
@@ -112,7 +114,7 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     spec=OperatorSpec(place=_place_scattered, traits=Trait.COLLECTIVE),
 )
 def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """Return this rank's part, along ``dim``, of the sum of all ranks' values."""
+    """Return this rank's shard, along ``dim``, of the sum of all ranks' values."""
     bound = groups.bound_group(group, x)
     parts = x.chunk(size, dim)
     if bound is None:
@@ -125,7 +127,7 @@ def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     spec=OperatorSpec(place=_place_unreduced, traits=Trait.PER_RANK),
 )
 def unreduced(x: Tensor, group: str) -> Tensor:
-    """Return a partial sum as it is, said to be used as if it were the whole: a dropped sync point."""
+    """Return a partial sum unchanged, marked to be used as if it were the full sum: a dropped sync point."""
     return x.clone()
 
 
@@ -133,7 +135,7 @@ def unreduced(x: Tensor, group: str) -> Tensor:
     "local_embedding(Tensor weight, Tensor ids, Tensor start) -> Tensor", spec=OperatorSpec(place=_place_rows)
 )
 def local_embedding(weight: Tensor, ids: Tensor, start: Tensor) -> Tensor:
-    """Look up rows of a table of which this rank has those from ``start`` (1,) on; zeros for all others."""
+    """Look up rows of a table of which this rank has those from ``start`` (1,) on; other rows are zeros."""
     local_ids = ids - start
     inside = (local_ids >= 0) & (local_ids < weight.shape[0])
     rows = torch.nn.functional.embedding(local_ids.clamp(0, weight.shape[0] - 1), weight)

@@ -1,8 +1,8 @@
-"""Sums over ranks whose terms travel in a few bits (arXiv 2411.07942).
+"""All-reduce with quantised messages (arXiv 2411.07942).
 
-A value of E features is ordered so that the ``kept`` outliers come first. Those travel in bfloat16; the rest as
-integers of ``bits`` bits, either with static scales, a number per rank and feature known to everybody, or with a
-scale per ``block`` of features and token that travels along in float16.
+A value of E features is ordered so that the ``kept`` outliers come first. Outliers are sent in bfloat16, the others as
+integers of ``bits`` bits: either with static scales, one per rank and feature and known to all ranks, or with a
+float16 scale per token and ``block`` of features, which is sent along.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def _rows(x: Tensor, count: int, per_row: int) -> Tensor:
-    """Return (..., count, each) of (..., n), filled up with zeros."""
+    """Return (..., n) as (..., count, per_row), padded with zeros."""
     filled = torch.nn.functional.pad(x, [0, count * per_row - x.shape[-1]])
     return filled.reshape(*x.shape[:-1], count, per_row)
 
@@ -81,12 +81,12 @@ def _dynamic_scale(x: Tensor, bits: int, block: int) -> Tensor:
     count = _blocks(x.shape[-1], block)
     spread = _rows(x.float(), count, block)
     top = (1 << (bits - 1)) - 1
-    # float16 has no number above 65,504, and a scale of zero divides nothing
+    # the largest float16 is 65,504, and a scale must not be zero
     return (spread.abs().amax(-1) / max(top, 1)).clamp(6e-8, 65504.0).to(torch.float16)
 
 
 def encode(x: Tensor, scale: Tensor | None, kept: int, bits: int, block: int) -> Tensor:
-    """Return the bytes of (..., features) ordered values: outliers, then scales that travel, then integers."""
+    """Return the bytes of (..., features) ordered values: outliers, then dynamic scales, then integers."""
     outliers = x[..., :kept].to(torch.bfloat16).contiguous().view(torch.uint8)
     inliers = x[..., kept:]
     if scale is not None:
@@ -98,7 +98,7 @@ def encode(x: Tensor, scale: Tensor | None, kept: int, bits: int, block: int) ->
 
 
 def _typed(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bytes as numbers; an empty tensor has strides that no other type accepts."""
+    """Return bytes viewed as another type; empty tensors are made anew, since their strides do not allow a view."""
     if payload.shape[-1] == 0:
         return payload.new_empty(payload.shape, dtype=dtype)
     return payload.clone(memory_format=torch.contiguous_format).view(dtype)
@@ -124,15 +124,15 @@ def decode(payload: Tensor, scale: Tensor | None, features: int, kept: int, bits
 def quantize_pack(
     x: Tensor, columns: Tensor | None, scale: Tensor | None, kept: int, bits: int, block: int, width: int
 ) -> Tensor:
-    """Return the message that is sent for x: (..., ``width``) bytes, zeros behind what is needed.
+    """Return the message for x: (..., ``width``) bytes, padded with zeros.
 
     Args:
         x: (..., features).
         columns: which features are sent, outliers first; all in their order if left out.
-        scale: (columns - kept,) static scales; None where they travel.
+        scale: (columns - kept,) static scales; None where scales are dynamic.
         kept: how many outliers come first.
         bits: of an integer.
-        block: features that share a scale which travels.
+        block: features that share a dynamic scale.
         width: of the message.
     """
     message = encode(x if columns is None else x.index_select(-1, columns), scale, kept, bits, block)
@@ -149,13 +149,13 @@ def unpack_sum(
     bits: int,
     block: int,
 ) -> Tensor:
-    """Return the float32 sum of what all ranks sent, added in their order.
+    """Return the float32 sum of the messages of all ranks, added in the order of ranks.
 
     Args:
         payload: (ranks, ..., bytes).
-        columns: (count,), the feature that each value is; all features, once each.
-        scales: (ranks, count - kept) static scales; None where they travel.
-        count: how many values a token has.
+        columns: (count,), the feature of each value; a permutation of all features.
+        scales: (ranks, count - kept) static scales; None where scales are dynamic.
+        count: number of values per token.
         kept, bits, block: as in :func:`quantize_pack`.
 
     Returns:
@@ -172,13 +172,13 @@ def unpack_sum(
 
 
 def payload_bytes(features: int, kept: int, bits: int, block: int) -> int:
-    """Return how many bytes a token's values take."""
+    """Return the number of bytes of one token's values."""
     inlier_count = features - kept
     return 2 * kept + 2 * _blocks(inlier_count, block) + packed_bytes(inlier_count, bits)
 
 
 def shares(count: int, ranks: int) -> list[tuple[int, int]]:
-    """Return the range of each rank when ``count`` things are shared out as evenly as they can be."""
+    """Return the range of each rank when ``count`` items are divided as evenly as possible."""
     size, more = divmod(count, ranks)
     ends = [0]
     for rank in range(ranks):
@@ -187,7 +187,7 @@ def shares(count: int, ranks: int) -> list[tuple[int, int]]:
 
 
 def share_bytes(features: int, kept: int, bits: int, block: int, ranks: int) -> int:
-    """Return how many bytes a token takes in the largest share that a rank has of it."""
+    """Return the number of bytes of one token in the largest share that a rank has of it."""
     return max(
         payload_bytes((b - a) + (d - c), b - a, bits, block)
         for (a, b), (c, d) in zip(shares(kept, ranks), shares(features - kept, ranks), strict=True)
@@ -197,7 +197,7 @@ def share_bytes(features: int, kept: int, bits: int, block: int, ranks: int) -> 
 def chosen_algorithm(
     algorithm: str, tokens: int, features: int, ranks: int, bits: int, crossover: int
 ) -> str:
-    """Return the form that a sum takes: by message size where ``auto`` leaves it open.
+    """Return the algorithm of a sum: ``algorithm`` itself, or for ``auto`` the one chosen by message size.
 
     Gathering takes one step and moves (N-1) n bytes a rank, two steps move 2 (N-1)/N n: gathering is
     faster while n (N-1)(1 - 2/N) < latency * bandwidth, which ``crossover`` is, in bytes.
@@ -209,14 +209,14 @@ def chosen_algorithm(
 
 
 def _rank_share(x: Tensor, kept: int, rank: int, ranks: int) -> tuple[Tensor, slice, int]:
-    """Return a rank's share of ordered features, its range of static scales, and how many of it are outliers."""
+    """Return a rank's share of ordered features, its range of static scales, and its number of outliers."""
     outliers, inliers = shares(kept, ranks)[rank], shares(x.shape[-1] - kept, ranks)[rank]
     share = torch.cat([x[..., outliers[0] : outliers[1]], x[..., kept + inliers[0] : kept + inliers[1]]], -1)
     return share, slice(*inliers), outliers[1] - outliers[0]
 
 
 def _join_shares(parts: Sequence[Tensor], kept: int, ranks: int) -> Tensor:
-    """Put the shares of all ranks back into one ordered value."""
+    """Join the shares of all ranks into one ordered value."""
     counts = [end - start for start, end in shares(kept, ranks)]
     first = [part[..., :count] for part, count in zip(parts, counts, strict=True)]
     second = [part[..., count:] for part, count in zip(parts, counts, strict=True)]
@@ -243,7 +243,7 @@ def quantized_sum(
     algorithm: str,
     crossover: int,
 ) -> Tensor:
-    """Return what :func:`quantized_all_reduce` gives on every rank, computed in one process from all terms."""
+    """Return the result of :func:`quantized_all_reduce`, computed in one process from all terms."""
     ranks, features = len(parts), parts[0].shape[-1]
     form = chosen_algorithm(algorithm, parts[0][..., 0].numel(), features, ranks, bits, crossover)
     ordered = [p.index_select(-1, order) for p in parts]
@@ -291,23 +291,23 @@ def quantized_all_reduce(
     crossover: int,
     group: str,
 ) -> Tensor:
-    """Return the sum of all ranks' values, sent in about ``bits`` bits a feature; the same bits on every rank.
+    """Return the sum of all ranks' values, sent in about ``bits`` bits a feature; bit-identical on every rank.
 
     Args:
         x: (..., features).
         order: (features,) features with the ``kept`` outliers first.
         inverse: (features,) the inverse of ``order``.
-        scales: (ranks, features - kept) static scales in that order; (ranks, 0) where scales travel.
+        scales: (ranks, features - kept) static scales in that order; (ranks, 0) where scales are dynamic.
         reduced: (features - kept,) static scales of the sum, for the second of two steps; (0,) likewise.
-        kept: how many outliers travel in bfloat16.
+        kept: how many outliers are sent in bfloat16.
         bits: of the integers, 2 to 8.
-        block: features that share a scale which travels along; 0 for static scales.
-        algorithm: ``gather`` (everybody gets everything and adds), ``two-step`` (everybody adds its share of
-            the features and sends the sums on, quantised again), ``auto`` by message size.
+        block: features that share a dynamic scale; 0 for static scales.
+        algorithm: ``gather`` (every rank receives all messages and adds them), ``two-step`` (every rank adds its share
+            of the features and sends the sums on, quantised again), ``auto`` by message size.
         crossover: for ``auto``, latency times bandwidth of the link in bytes.
         group: whose ranks.
 
-    Sums are in float32, in the order of ranks.
+    Sums are computed in float32, in the order of ranks.
     """
     bound = groups.bound_group(group, x)
     if bound is None:

@@ -1,4 +1,4 @@
-"""Remove what computes nothing, and spell what has several spellings in one way."""
+"""Remove operators that compute nothing, and give equivalent calls one spelling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RENAMED = {
     "aten.logical_and": torch.ops.aten.bitwise_and.Tensor,
     "aten._softmax": torch.ops.aten.softmax.int,
 }
-# calls with equal operands that are not the same value
+# calls whose results differ even where their operands are equal
 _NEVER_SHARED = Trait.RANDOM | Trait.EMPTY
 _END = 2**63 - 1
 
@@ -59,7 +59,7 @@ def clean(program: Program) -> None:
 
 
 def settle_sizes(program: Program) -> None:
-    """Write sizes that turned out to be fixed while the model was traced as plain numbers."""
+    """Replace symbolic sizes that tracing found to be fixed by plain integers."""
 
     def settled(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -76,26 +76,31 @@ def settle_sizes(program: Program) -> None:
 
 
 def respell_transposes(program: Program) -> None:
-    """Spell every transposition as a permutation, the one whose inverse is known."""
+    """Rewrite every transposition as a permutation, whose inverse is known."""
     for node in list(program.graph.nodes):
         if not node._erased and operator_name(node.target) in TRANSPOSES and node.op == "call_function":
             _permute(program, node)
 
 
 def drop_dead(program: Program) -> None:
-    """Erase every call whose result nobody reads, and weights that neither graph nor checkpoint reads."""
+    """Erase calls whose results are unused, and weights that neither the graph nor the checkpoint mapping reads."""
     from ..running.fold import drop_unread_weights
 
     checkpoint_nodes = set(program.checkpoint.values())
     for node in reversed(list(program.graph.nodes)):
-        if node.op == "call_function" and not node.users and node not in checkpoint_nodes and not is_mutable(node.target):
+        if (
+            node.op == "call_function"
+            and not node.users
+            and node not in checkpoint_nodes
+            and not is_mutable(node.target)
+        ):
             program.graph.erase_node(node)
     drop_unread_weights(program)
     program.changed()
 
 
 def share_equal(program: Program) -> None:
-    """Let equal computations on equal operands be one, as masks and rotary tables computed per layer."""
+    """Merge equal computations on equal operands, such as masks and rotary tables computed in every layer."""
     seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
         if node.op != "call_function" or is_mutable(node.target) or has(node, _NEVER_SHARED):
@@ -157,7 +162,7 @@ def _view(program: Program, node: fx.Node) -> None:
 
 
 def _flatten(program: Program, node: fx.Node) -> None:
-    """Spell a flattening, or its inverse, as a reshape; one unknown size is inferred, others are read."""
+    """Rewrite a flattening, or its inverse, as a reshape; one unknown size is inferred, the others are read."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if _same(program, node, source):
@@ -192,14 +197,16 @@ def _permute(program: Program, node: fx.Node) -> None:
         moved = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])  # type: ignore[arg-type]
         destinations = [node.args[2]] if isinstance(node.args[2], int) else list(node.args[2])  # type: ignore[arg-type]
         remaining = [d for d in order if d not in {m % rank for m in moved}]
-        for position, dim in sorted(zip((p % rank for p in destinations), (m % rank for m in moved), strict=True)):
+        for position, dim in sorted(
+            zip((p % rank for p in destinations), (m % rank for m in moved), strict=True)
+        ):
             remaining.insert(position, dim)
         order = remaining
     _swap(program, node, torch.ops.aten.permute.default, source, order)
 
 
 def merge_permutes(program: Program, node: fx.Node) -> None:
-    """Drop a permutation that changes nothing, or that undoes the one before it."""
+    """Remove a permutation that changes nothing, or that undoes the one before it."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     order = [int(d) % source.meta["val"].dim() for d in node.args[1]]  # type: ignore[union-attr, arg-type]
@@ -215,7 +222,7 @@ def merge_permutes(program: Program, node: fx.Node) -> None:
 
 
 def _split(program: Program, node: fx.Node) -> None:
-    """Spell chunk and split as split_with_sizes where the sizes are known."""
+    """Rewrite chunk and split as split_with_sizes where the sizes are known."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dim = int(argument(node, "dim"))
@@ -241,7 +248,7 @@ def _slice(program: Program, node: fx.Node) -> None:
 
 
 def _index(program: Program, node: fx.Node) -> None:
-    """Spell the choice of evenly spaced constant places as a slice."""
+    """Rewrite indexing by evenly spaced constant positions as a slice."""
     source, indices = node.args[:2]
     assert isinstance(source, fx.Node)
     assert isinstance(indices, (list, tuple))
@@ -266,11 +273,20 @@ def _index(program: Program, node: fx.Node) -> None:
         return
     step = chosen_positions[1] - chosen_positions[0] if len(chosen_positions) > 1 else 1
     if step > 0 and chosen_positions == list(range(chosen_positions[0], chosen_positions[-1] + 1, step)):
-        _swap(program, node, torch.ops.aten.slice.Tensor, source, dim, chosen_positions[0], chosen_positions[-1] + 1, step)
+        _swap(
+            program,
+            node,
+            torch.ops.aten.slice.Tensor,
+            source,
+            dim,
+            chosen_positions[0],
+            chosen_positions[-1] + 1,
+            step,
+        )
 
 
 def _extreme(program: Program, node: fx.Node) -> None:
-    """``max`` of two values is ``maximum``."""
+    """Rewrite ``max`` and ``min`` of two values as ``maximum`` and ``minimum``."""
     if node.target in _EXTREMES:
         _swap(program, node, _EXTREMES[node.target], *node.args)
 
@@ -311,7 +327,7 @@ def _getitem(program: Program, node: fx.Node) -> None:
 
 
 def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
-    """Put another spelling in the node's place; its value stays as it is."""
+    """Replace the node by a call of another operator that computes the same value."""
     if node.target is target:
         return
     with program.graph.inserting_before(node):

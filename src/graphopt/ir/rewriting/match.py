@@ -1,4 +1,4 @@
-"""Find patterns in the graph: with reasons for what nearly matched, in time linear in the graph."""
+"""Pattern matching on the graph, in time linear in its size, with reasons for near misses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Miss:
 
 @dataclass
 class Match:
-    """A place where a pattern fits: what each name stands for, and the nodes inside."""
+    """An occurrence of a pattern: the values of its names, and the nodes inside."""
 
     roots: tuple[fx.Node, ...]
     captured: dict[str, Any]
@@ -32,7 +32,7 @@ class Match:
         return self.captured[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return what a name stands for, or the default where an alternative without it matched."""
+        """Return the value of a name, or the default where an alternative without it matched."""
         return self.captured.get(name, default)
 
 
@@ -65,7 +65,7 @@ class Matcher:
     _best: tuple[int, Miss | None] = (-1, None)
 
     def at(self, node: fx.Node) -> Match | Miss:
-        """Match with the first result at ``node``; the miss is the one that got furthest."""
+        """Return the match whose first result is ``node``, or the miss that got furthest."""
         self._best = (-1, None)
         for state in self._value(self.roots[0], node, _State({}, {})):
             for complete, roots in self._others(state, (node,), self.roots[1:]):
@@ -167,7 +167,7 @@ class Matcher:
             yield from self._all([(p, args[k]) for k, p in order.items()], inner)
 
 
-# how a device computes, not what
+# arguments that choose a backend and do not change the result
 _BACKEND_ARGUMENTS = ("cudnn_enable", "cudnn_enabled")
 
 
@@ -198,11 +198,11 @@ def leaking(inside: dict[fx.Node, Call], roots: tuple[fx.Node, ...]) -> fx.Node 
 
 
 def _readers(state: _State, pattern: Pattern) -> list[fx.Node]:
-    """Return the nodes that could be a further result: what reads a value that it must read, near enough."""
+    """Return candidates for a further result: nodes that read a captured value, within the pattern's depth."""
     certain = [state.captured.get(name) for name in pattern.names()]
     level = [v for v in certain if isinstance(v, fx.Node)]
     if level:
-        # of several values that it reads, the one with the fewest readers finds it soonest
+        # of several values that it reads, the one with the fewest readers leaves the fewest candidates
         level = [min(level, key=lambda node: len(node.users))]
     else:
         level = [v for v in state.captured.values() if isinstance(v, fx.Node)]
@@ -219,7 +219,7 @@ def _readers(state: _State, pattern: Pattern) -> list[fx.Node]:
 
 
 def find(graph: fx.Graph, *patterns: Pattern) -> Iterator[Match]:
-    """Yield the places where a pattern fits, in execution order; the graph may be edited in between.
+    """Yield the matches of a pattern in execution order; the graph may be edited in between.
 
     Args:
         graph: searched by the operator of the first pattern.
@@ -234,7 +234,7 @@ def find(graph: fx.Graph, *patterns: Pattern) -> Iterator[Match]:
 
 
 def candidates(graph: fx.Graph, pattern: Pattern) -> list[fx.Node]:
-    """Return the nodes whose operator could be the pattern's result."""
+    """Return the nodes whose operator is one that computes the pattern's result."""
     operators = _root_operators(pattern)
     return [n for n in graph.nodes if n.op == "call_function" and operator_name(n.target) in operators]
 

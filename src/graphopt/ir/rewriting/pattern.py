@@ -17,7 +17,7 @@ COMMUTATIVE = frozenset(
     {"aten.add", "aten.mul", "aten.bitwise_and", "aten.bitwise_or", "aten.maximum", "aten.minimum", "aten.eq"}
 )
 
-# what a predicate answers: True, or why not
+# the result of a predicate: True, or False or the reason
 Answer = bool | str
 
 
@@ -25,17 +25,17 @@ class Pattern:
     """Base of all patterns."""
 
     def depth(self) -> int:
-        """Longest chain of nodes the pattern spans."""
+        """Return the length of the longest chain of nodes the pattern spans."""
         return 0
 
     def names(self) -> set[str]:
-        """Names of the values that every match of the pattern reads."""
+        """Return the names of the values that every match of the pattern reads."""
         return set()
 
 
 @dataclass(frozen=True, eq=False)
 class Wild(Pattern):
-    """Anything: a node or a plain value. The same name twice must be the same thing."""
+    """Any node or plain value; two wildcards of the same name must match the same value."""
 
     name: str
     where: Callable[[Any], Answer] | None = None
@@ -82,11 +82,11 @@ class Listed(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Call(Pattern):
-    """A call of one of some operators, whatever the overload.
+    """A call of one of several operators, with any overload.
 
     ``positional`` and ``named`` are patterns or plain values; arguments not mentioned must have their
-    default unless ``loose``. Operands of commutative operators match in any order. ``shared`` lets other
-    readers see the result; otherwise it may not leave the match.
+    default unless ``loose``. Operands of commutative operators match in any order. With ``shared``, nodes outside
+    the match may read the result too.
     """
 
     operators: tuple[str, ...]
@@ -108,7 +108,7 @@ class Call(Pattern):
         return set().union(*(p.names() for p in inner if isinstance(p, Pattern)))
 
     def commutes(self) -> bool:
-        """Tell whether the first two operands may swap."""
+        """Tell whether the first two operands may be swapped."""
         return self.operators[0] in COMMUTATIVE and len(self.positional) >= 2
 
 
@@ -129,7 +129,7 @@ class Either(Pattern):
 
 
 def call(*operators: str, **options: Any) -> Callable[..., Call]:
-    """Return a maker of calls: ``call("aten.mul")(x, y)``; names without a dot are ATen's."""
+    """Return a function that builds calls: ``call("aten.mul")(x, y)``; names without a dot are ATen's."""
     full = tuple(name if "." in name or name == "getitem" else f"aten.{name}" for name in operators)
 
     def make(*positional: Any, **named: Any) -> Call:
@@ -139,9 +139,9 @@ def call(*operators: str, **options: Any) -> Callable[..., Call]:
 
 
 def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str]]:
-    """Return the patterns of what a function of tensors computes, one per result, and its parameters.
+    """Return the patterns that a function of tensors describes, one per result, and its parameters.
 
-    Parameters become wildcards; they stand for tensors and for plain arguments (an epsilon, a size).
+    Parameters become wildcards, which match tensors and plain arguments (an epsilon, a size).
     """
     try:
         parameters = list(inspect.signature(function).parameters)
@@ -161,7 +161,7 @@ def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str
 
 
 class _Sketch:
-    """A value of a pattern function: torch functions called on it become patterns."""
+    """A symbolic value inside a pattern function: torch functions called on it become patterns."""
 
     def __init__(self, pattern: Pattern):
         self.pattern = pattern
@@ -230,7 +230,7 @@ def _swap(first: int, second: int) -> Wild:
 
 
 def _split_sizes(operator: str, number: int) -> Wild:
-    """Sizes of a split into parts of this size, or into this many."""
+    """Match the sizes of a split into parts of this size, or into this many parts."""
 
     def answer(sizes: Any) -> Answer:
         size = number if operator == "aten.split" else sizes[0]

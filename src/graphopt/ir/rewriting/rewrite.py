@@ -1,4 +1,4 @@
-"""The subgraph rewriter: a pattern, its replacement, and a condition, all written as functions."""
+"""The subgraph rewriter: pattern, replacement and condition are all written as functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rewrites:
-    """What a rewrite did: the values it made, and the places it left alone and why."""
+    """The result of a rewrite: the values it made, and the sites it refused, with reasons."""
 
     made: list[fx.Node] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -37,7 +37,7 @@ def rewrite(
     replacement: Callable[..., Any],
     where: Callable[[Match], bool | str] | None = None,
 ) -> Rewrites:
-    """Replace what ``pattern`` computes by what ``replacement`` computes, wherever it occurs.
+    """Replace every occurrence of ``pattern`` by ``replacement``.
 
     Args:
         program: edited in place; ``program.copy()`` first keeps the original.
@@ -45,8 +45,8 @@ def rewrite(
             matched on operators with their arguments normalised, commutative operands in any order. Values
             inside it that something else reads are never rewritten.
         replacement: takes the same parameters (or names captured by the pattern) and returns as many
-            tensors, of the same shapes and types. It is run once for each set of shapes and types that it
-            meets, on tensors without values: it may have no side effects, and decide nothing by values or by
+            tensors, of the same shapes and types. It is run once for each combination of shapes and types,
+            on tensors without values: it must have no side effects, and must not branch on values or on
             sizes that vary.
         where: called with each match; returns True, or False or the reason to leave it alone.
 
@@ -135,19 +135,19 @@ def _traced(
 
 
 def _insertion_point(match: Match) -> fx.Node | str:
-    """Return the node to insert before, or why there is no place between what a match reads and its readers."""
+    """Return the node to insert before, or why no position lies after what a match reads and before its readers."""
     last = max(match.roots)
     readers = [u for root in match.roots for u in root.users if u not in match.inside]
     if len(match.roots) == 1 or not readers or min(readers) > last:
         return last
-    # before the first reader, once all that the match reads is there
+    # insert before the first reader, after everything that the match reads
     first = min(readers)
     late: dict[fx.Node, None] = {}
     work = [v for v in match.captured.values() if isinstance(v, fx.Node) and v not in match.inside]
     while work:
         node = work.pop()
         if node in match.inside or node is first:
-            return "its results are read before all that it reads is there"
+            return "one of its results is read before everything that it reads is computed"
         if node > first and node not in late:
             late[node] = None
             work.extend(node.all_input_nodes)

@@ -1,4 +1,4 @@
-"""The inverse of views: what the whole becomes when a part of it is written."""
+"""The inverse of views: the new value of a tensor of which a part was written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _RESHAPES = named(Trait.RESHAPE) | VIEWS
-# the same values in the same order, unless the shape says otherwise
+# these return the same values in the same order if the shape is unchanged
 _PLAIN = named(Trait.REPEAT) | NOTHING | CASTS | DROPOUTS
 
 
 def put_back(program: Program, whole: fx.Node, chain: list[fx.Node], value: fx.Node) -> fx.Node:
-    """Return the storage's new value after ``value`` was written through a chain of views.
+    """Return the new value of a storage after ``value`` was written through a chain of views.
 
     Args:
-        program: whose insertion point is used.
-        whole: the storage's value before.
+        program: nodes are inserted at its insertion point.
+        whole: the storage's value before the write.
         chain: the views from the storage to the written value, outermost first.
         value: what was written.
 
     Raises:
-        CaptureError: a view in the chain has no inverse here.
+        CaptureError: a view in the chain has no functional inverse.
     """
     if not chain:
         return value

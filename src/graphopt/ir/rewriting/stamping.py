@@ -1,4 +1,4 @@
-"""Recorded functions as nodes of a program."""
+"""Insertion of recorded functions into a program as nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tracing import Trace, trace, weight_of
 
 
 def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
-    """Insert a recorded function for these arguments, which have the shapes and types that it was recorded on.
+    """Insert a recorded function, called on arguments of the shapes and types that it was recorded on.
 
     Returns:
         One node, or a list of them where the function returned several.
@@ -29,7 +29,9 @@ def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
         for node in piece.graph.nodes:
             if node.op != "call_function":
                 continue
-            args, kwargs = (fx.map_arg(argument, mapping.__getitem__) for argument in (node.args, node.kwargs))
+            args, kwargs = (
+                fx.map_arg(argument, mapping.__getitem__) for argument in (node.args, node.kwargs)
+            )
             inserted = graph.call_function(node.target, args, kwargs)
             inserted.meta["val"] = node.meta["val"]
             editor.adopt(inserted)
@@ -43,14 +45,14 @@ def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
 
 
 def emit(editor: Editor, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Insert what a function of tensors computes; see :meth:`~graphopt.ir.editor.Editor.emit`."""
+    """Insert the nodes of a function of tensors; see :meth:`~graphopt.ir.editor.Editor.emit`."""
     return stamp(editor, trace(editor.program, function, arguments), arguments)
 
 
 def stand_in(
     editor: Editor, old: fx.Node, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> fx.Node:
-    """Insert ``function(*arguments)``, which may stand for ``old``, and return its node.
+    """Insert ``function(*arguments)`` as a possible replacement of ``old``, and return its node.
 
     Raises:
         UsageError: the function cannot be recorded, or returns several values.
@@ -64,7 +66,7 @@ def stand_in(
 
 
 def _enter(editor: Editor, traced: Trace, mapping: dict[fx.Node, Any], nodes: list[fx.Node]) -> None:
-    """Find or make what the placeholders of a piece stand for, operands apart."""
+    """Map the placeholders of a recorded graph, except operands, to nodes of the program, adding what is missing."""
     program, piece = editor.program, traced.piece
     sizes = {
         n.meta["val"].node.expr: n for n in nodes if isinstance(n.meta["val"], (torch.SymInt, torch.SymFloat))

@@ -81,7 +81,9 @@ def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], An
     placeholders = folded.graph.find_nodes(op="placeholder")
     # what nothing reads, such as a matrix of which each rank has its part, is not loaded
     loaded = {
-        n.name: _load_shared(folded.weights[n.name].source) for n in placeholders if n.name in folded.weights and n.users
+        n.name: _load_shared(folded.weights[n.name].source)
+        for n in placeholders
+        if n.name in folded.weights and n.users
     }
     order = [(n.name, str(n.meta.get("input", "")), n.name in folded.weights) for n in placeholders]
 
@@ -193,7 +195,9 @@ def _interpret_ranks(
     values_by_copy: dict[fx.Node, Any] = {}
     for node, value in given.items():
         copies = stand_in.nodes(node)
-        values_by_copy.update(zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True))
+        values_by_copy.update(
+            zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True)
+        )
     record = [copy for node in recorded for copy in stand_in.nodes(node)]
     outputs = interpret(
         stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=values_by_copy

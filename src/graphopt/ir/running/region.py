@@ -105,7 +105,9 @@ class Region:
                 )
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
-                key.append((node.op, node.target, _frozen(node.args, position), _frozen(node.kwargs, position)))
+                key.append(
+                    (node.op, node.target, _frozen(node.args, position), _frozen(node.kwargs, position))
+                )
         return (*key, *(position[target] for target in self.targets))
 
 
@@ -193,7 +195,9 @@ def _are_slots(program: Program, node: fx.Node) -> bool:
         return False
     # the node may be that of a rewritten copy, in which caches are stored otherwise
     same_node = next((n for n in program.graph.nodes if n.name == node.name), node)
-    return any(is_operator(u, "graphopt.cache_store") and argument(u, "slots") is same_node for u in same_node.users)
+    return any(
+        is_operator(u, "graphopt.cache_store") and argument(u, "slots") is same_node for u in same_node.users
+    )
 
 
 def _rows(program: Program, node: fx.Node) -> int:

@@ -18,7 +18,9 @@ def new_roundings(before: Region, after: Region) -> set[torch.dtype]:
     values, constants = _roundings(after)
     earlier = set.union(*_roundings(before))
     weight_types = {weight.meta["val"].dtype for weight in before.weights}
-    target_types = {value.dtype for t in before.targets if isinstance(value := t.meta.get("val"), torch.Tensor)}
+    target_types = {
+        value.dtype for t in before.targets if isinstance(value := t.meta.get("val"), torch.Tensor)
+    }
     return (values - earlier) | (constants - earlier - (weight_types & target_types))
 
 

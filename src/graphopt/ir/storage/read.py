@@ -338,7 +338,9 @@ def _check_structure(structure: Structure, depth: int = 0) -> None:
             raise damaged
         for part in content:
             _check_structure(part, depth + 1)
-    elif kind == "dict" and isinstance(content, dict) and isinstance(structure.get("class"), (str, type(None))):
+    elif (
+        kind == "dict" and isinstance(content, dict) and isinstance(structure.get("class"), (str, type(None)))
+    ):
         for part in content.values():
             _check_structure(part, depth + 1)
     else:
