@@ -73,7 +73,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Give one argument of the call another value."""
+    """Set one argument of the call."""
     args = arguments(node)
     if name not in args:
         raise VerificationError(f"{node.target} has no argument {name!r}", node=node.name)
@@ -82,7 +82,7 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 
 def normal_call(target: Any, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Spell a call in the one normal way: positional where possible, trailing defaults left out."""
+    """Return a call in its normal form: positional where possible, trailing defaults left out."""
     positional: list[Any] = []
     keyword: dict[str, Any] = {}
     listed = _arguments(target)
@@ -101,7 +101,7 @@ def normal_call(target: Any, values: dict[str, Any]) -> tuple[tuple[Any, ...], d
 
 
 def normalise(node: fx.Node) -> None:
-    """Rewrite the node's call in the normal spelling."""
+    """Rewrite the node's call in its normal form."""
     if isinstance(node.target, OpOverload):
         args, kwargs = normal_call(node.target, arguments(node))
         if args != node.args or kwargs != node.kwargs:

@@ -1,4 +1,4 @@
-"""The graph as text: one line a node, readable and stable enough to compare."""
+"""The graph as text: one line per node, readable and stable enough to compare."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _argument(value: Any) -> str:
 
 
 def format_value(program: Program, value: Any) -> str:
-    """Return type and sizes in the program's names."""
+    """Return type and sizes of a value, with the program's names of sizes."""
     if isinstance(value, torch.Tensor):
         sizes = ", ".join(str(program.size_text(s)) for s in value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
@@ -93,7 +93,7 @@ def format_value(program: Program, value: Any) -> str:
 
 
 def around(program: Program, node: fx.Node, lines: int = 4) -> str:
-    """Return the graph around a node, the node marked."""
+    """Return the text of the graph around a node, with the node marked."""
     nodes = list(program.graph.nodes)
     if node not in nodes:
         return ""
@@ -109,6 +109,6 @@ def around(program: Program, node: fx.Node, lines: int = 4) -> str:
 
 
 def difference(before: Program, after: Program, context: int = 2) -> str:
-    """Return the difference of two graphs as a unified diff of their text."""
+    """Return a unified diff of the text of two graphs."""
     first, second = format_program(before).splitlines(), format_program(after).splitlines()
     return "\n".join(difflib.unified_diff(first, second, "before", "after", lineterm="", n=context))

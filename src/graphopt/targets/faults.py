@@ -1,4 +1,4 @@
-"""What a device computes wrongly in some forms of an operator, which a table of operators does not tell apart."""
+"""Calls that a device computes wrongly, where the table of operators cannot tell them from correct ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import fx
 from ..ir.schema import arguments, is_operator
 
 LONG = 9
-"""Entries of a kernel from which on qnn-htp-v75 gets depthwise convolutions of dilation 2 wrong in float16, silently."""
+"""Kernel size from which qnn-htp-v75 silently computes wrong depthwise convolutions of dilation 2 in float16."""
 
 
 def misread(node: fx.Node) -> bool:
-    """Tell whether a node is such a convolution, with a dilation of 2 and a long kernel."""
+    """Tell whether a node is a depthwise convolution with a dilation of 2 and a kernel of at least ``LONG``."""
     if not is_operator(node, "aten.conv1d", "aten.conv2d"):
         return False
     args = arguments(node)

@@ -1,4 +1,4 @@
-"""Which part of a graph a host computes for a device: what integers alone decide, such as masks and positions."""
+"""The part of a graph that the host computes for a device: what depends on integers only, as masks and positions do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..ir.schema import is_operator
 
 
 def host_nodes(program: Program) -> set[fx.Node]:
-    """Return the calls that depend on integer inputs, and on no parameter and no input of numbers."""
+    """Return the calls that depend on integer inputs, and on no parameter and no floating-point input."""
     nodes: set[fx.Node] = program.derived("host nodes", lambda: _host_nodes(program), portable=True)
     return nodes
 
@@ -34,7 +34,7 @@ def _host_nodes(program: Program) -> set[fx.Node]:
             else:
                 integer_nodes.add(node)
         elif node.op == "call_function":
-            # how a value is stored is the device's business
+            # quantisation belongs to the device
             if is_operator(node, "graphopt.fake_quantize") or any(
                 n in device_nodes for n in node.all_input_nodes
             ):
@@ -45,7 +45,7 @@ def _host_nodes(program: Program) -> set[fx.Node]:
 
 
 def border(program: Program) -> list[fx.Node]:
-    """Return the tensors that a host computes and a device reads."""
+    """Return the tensors that the host computes and the device reads."""
     host = host_nodes(program)
     outputs = set(program.outputs.values())
     return [

@@ -1,4 +1,4 @@
-"""Anatomy: what a graph is made of, read from its dataflow and never from names of classes or parameters."""
+"""Anatomy: the structure of a model, derived from dataflow and never from names of classes or parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def find_anatomy(program: Program) -> Anatomy:
 
 
 def _by_output(program: Program, stream: Stream) -> list[Stream]:
-    """Take apart what a stream adds on the way to the first output, and what others put beside it (attached heads)."""
+    """Split a stream into the blocks that the first output depends on, and the others (attached heads)."""
     values = list(program.outputs.values())
     if len(values) < 2:
         return [stream]

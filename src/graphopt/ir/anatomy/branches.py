@@ -1,4 +1,4 @@
-"""Training-time branches: linear operators that read one value and meet in a sum."""
+"""Training-time branches: parallel chains of linear operators from one value to a sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
 
     Args:
         program: a canonical graph.
-        sums: additions on residual streams; those whose branches are all linear belong here instead.
+        sums: additions on residual streams; those whose branches are all linear count as branches instead.
     """
     del sums
     constant = depends_on_weights_alone(program)
@@ -67,7 +67,7 @@ def _leaves(node: fx.Node, inner_sums: set[fx.Node]) -> list[fx.Node] | None:
 
 
 def _chain(leaf: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
-    """Return the chain of linear operators that ends in ``leaf``, from its source on, the source first."""
+    """Return the chain of linear operators that ends in ``leaf``, with its source first."""
     chain = [leaf]
     node: Any = leaf
     while _linear(node, constant):
@@ -94,7 +94,7 @@ def _common_source(paths: list[list[fx.Node]], leaves: list[fx.Node]) -> fx.Node
     shared = [node for node in reversed(paths[0]) if all(node in path for path in paths[1:])]
     if not shared:
         return None
-    # the latest value that all of them pass
+    # the latest value on all paths
     return shared[0]
 
 

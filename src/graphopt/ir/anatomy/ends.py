@@ -1,4 +1,4 @@
-"""Where a stream begins and ends: embeddings and heads."""
+"""Embeddings and heads: the operators before and after the residual streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_embedding(program: Program, anatomy: Anatomy) -> list[fx.Node]:
-    """Return the operators that turn inputs into a stream: table lookups, patch convolutions, projections."""
+    """Return the operators that embed inputs into a stream: table lookups, patch convolutions, projections."""
     starts = [stream.start for stream in anatomy.streams]
     operators: dict[fx.Node, None] = {}
     work, seen = list(starts), set()

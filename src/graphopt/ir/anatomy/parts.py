@@ -1,4 +1,4 @@
-"""Named parts of blocks: the projections of an attention, of a feed-forward, of a mixture."""
+"""Named parts of blocks: the projections of attention, feed-forwards and MoE layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROJECTIONS = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
-    """Follow a value back through reshapes, norms and rotations to the linear that made it."""
+    """Return the linear that a value comes from through reshapes, norms and rotations; None if there is none."""
     for _ in range(limit):
         if is_operator(node, *_PROJECTIONS):
             assert isinstance(node, fx.Node)
@@ -37,7 +37,7 @@ def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
 
 
 def target_projection(node: fx.Node, inside: set[fx.Node], limit: int = 40) -> fx.Node | None:
-    """Follow a value forward through reshapes and gates to the linear that reads it."""
+    """Return the linear that reads a value through reshapes and gates; None if there is none."""
     seen: set[fx.Node] = set()
     work = [node]
     while work and len(seen) < limit:
@@ -143,7 +143,7 @@ def _feeds(source: fx.Node, target: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
-    """Tell the gate, which an activation reads, from what it multiplies."""
+    """Return the gate projection, which an activation reads, and the up projection; None for those not found."""
     node = hidden
     while has(node, Trait.CAST | Trait.RESHAPE | Trait.NORM):
         node = node.args[0]
@@ -182,7 +182,7 @@ def _projection_behind(node: Any) -> fx.Node | None:
 
 
 def experts_parts(program: Program, block: Block) -> None:
-    """Name the core and the router of a mixture, with its sizes; and a shared expert beside it."""
+    """Name the core and the router of an MoE layer, with its sizes, and record a shared expert."""
     core = next(n for n in block.nodes if is_operator(n, "graphopt.routed_ffn"))
     args = arguments(core)
     block.parts["core"] = core
@@ -201,9 +201,9 @@ def experts_parts(program: Program, block: Block) -> None:
 
 
 def nested_parts(block: Block) -> None:
-    """Name the core of a feed-forward of several widths, what chooses among them, and the choice.
+    """Name the core of a nested feed-forward, its router, and the choice of widths.
 
-    Where experts have weights of their own, ``core`` is the widest and ``other_core`` the one beside it.
+    Where experts have separate weights, ``core`` is the widest and ``other_core`` the other one.
     """
 
     def widths(core: fx.Node) -> list[int]:

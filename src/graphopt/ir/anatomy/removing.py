@@ -1,4 +1,4 @@
-"""Take blocks and layers out of the residual stream, also those that were read before an earlier edit."""
+"""Removal of blocks and layers from the residual stream, including those obtained before an earlier edit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .rows import shaped_like
 
 @program_method("remove")
 def remove(program: Program, block: Block | Layer) -> None:
-    """Let the stream pass by a block or a layer.
+    """Remove a block or a layer, so that the stream bypasses it.
 
     Raises:
-        UsageError: it is no part of the program, or not any more.
+        UsageError: it is not part of the program, or no longer.
     """
     blocks = [present(program, b) for b in (block.blocks if isinstance(block, Layer) else [block])]
     if len(blocks) > 1 or not blocks[0].parallel:
@@ -37,14 +37,14 @@ def remove(program: Program, block: Block | Layer) -> None:
 
 
 def present(program: Program, block: Block) -> Block:
-    """Return a block as it stands now: edits since it was read may have changed what it reads and writes.
+    """Return the current version of a block, since edits may have changed what it reads and writes.
 
     Raises:
-        UsageError: it is no part of the program, or not any more.
+        UsageError: it is not part of the program, or no longer.
     """
     if block.add.graph is not program.graph:
         raise UsageError(
-            f"{block.name} is a block of another program", hint="a copy has blocks of its own: copy.anatomy"
+            f"{block.name} is a block of another program", hint="use the blocks of the copy: copy.anatomy"
         )
     ends = (block.reads, block.writes, block.add, *block.terms)
     inside = (block.add, *block.nodes)
@@ -58,7 +58,7 @@ def present(program: Program, block: Block) -> Block:
         if candidate.add is block.add and not candidate.parallel and not block.parallel:
             return candidate
     raise UsageError(
-        f"{block.name} is no part of the program any more: an edit removed or replaced it",
+        f"{block.name} is no longer part of the program: an edit removed or replaced it",
         hint="read program.anatomy again after an edit",
     )
 

@@ -1,4 +1,4 @@
-"""Raise attention to ``graphopt.attention``: fused or written out, with whatever mask it has."""
+"""Recognition of attention, fused or written out and with any mask, as ``graphopt.attention``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def raise_attention(program: Program) -> None:
-    """Replace every attention that can be by the dialect's operator; the rest is noted as a fact."""
+    """Replace recognised attention by ``graphopt.attention``; attention that was not recognised is noted as a fact."""
     unrecognised: list[str] = []
     cache: dict[fx.Node, tuple[MaskMeaning | None, list[Any]]] = {}
     for node in list(program.graph.nodes):
@@ -69,7 +69,7 @@ def _preceding(node: fx.Node) -> set[fx.Node]:
 
 
 def ungrouped(value: fx.Node) -> tuple[fx.Node, int]:
-    """Return keys or values before their heads were repeated, and how often they were."""
+    """Return keys or values before their heads were repeated, and the number of repetitions."""
     if is_operator(value, "aten.repeat_interleave"):
         args = arguments(value)
         if args.get("dim") == 1 and isinstance(args.get("repeats"), int):
@@ -105,12 +105,12 @@ def _fused(program: Program, node: fx.Node, cache: dict[fx.Node, Any]) -> str:
         return "dropout inside attention"
     scale, size = args["scale"], q.meta["val"].shape[-1]
     if scale is None and not isinstance(size, int):
-        return "its scale follows a head size that varies"
+        return "its scale depends on a head size that varies"
     if isinstance(scale, fx.Node):
         return "its scale is computed from sizes that vary"
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
     if args["is_causal"] and not same_size(q.meta["val"].shape[-2], k.meta["val"].shape[-2]):
-        return "causal from the first key on, with other numbers of queries and keys"
+        return "causal masking aligned with the first key, with different numbers of queries and keys"
     scores = Scores(q, k, scale, [], None, bool(args["is_causal"]))
     mask = args["attn_mask"]
     if mask is not None:
@@ -141,18 +141,18 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
     v = product.args[1]
     scores = peel(program, softmax)
     if isinstance(scores, str) or not isinstance(v, fx.Node):
-        return scores if isinstance(scores, str) else "values are no node"
+        return scores if isinstance(scores, str) else "values are not a node"
     if not same_size(weights.meta["val"].shape[-1], scores.k.meta["val"].shape[-2]):
-        return "the weights are not one for each key"
+        return "there is not one attention weight per key"
     return _install(program, product, scores, v, cache)
 
 
 def _heads(program: Program, value: fx.Node, like: fx.Node | None) -> fx.Node:
-    """Return (batch * heads, length, size) as (batch, heads, length, size), as scores of four have it."""
+    """Return (batch * heads, length, size) as (batch, heads, length, size), with the sizes of ``like``."""
     if value.meta["val"].dim() == 4:
         return value
     if like is None:
-        # nothing tells heads from rows; each is a row of one head
+        # heads and rows cannot be told apart, so each becomes a row with one head
         return program.edit.call(aten.unsqueeze.default, value, 1)
     batch, heads = like.meta["val"].shape[:2]
     length, size = value.meta["val"].shape[1:]
@@ -219,7 +219,7 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
             )
         ):
             program.edit.erase_dead([new])
-            return "the raised operator has another type or shape"
+            return "the recognised operator has another type or shape"
     program.edit.replace(node, new, record=False, same=False)
     return ""
 

@@ -1,4 +1,4 @@
-"""Convolutions and BatchNorm as models write them, in graphs that were decomposed already."""
+"""Recognition of convolutions and BatchNorm in graphs that were already decomposed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _END = 2**63 - 1
 
 
 def raise_convolutions(program: Program) -> None:
-    """Spell ``convolution`` and the forms of BatchNorm that it comes with as ``conv2d`` and ``batch_norm``."""
+    """Replace ``convolution`` and decomposed variants of BatchNorm by ``conv2d`` and ``batch_norm``."""
     for node in list(program.graph.nodes):
         if node._erased:
             continue
@@ -53,7 +53,7 @@ def _convolution(program: Program, node: fx.Node) -> None:
 
 
 def _batch_norm(program: Program, node: fx.Node) -> None:
-    """The first of the values that these operators return is the norm; in evaluation nobody reads the others."""
+    """Replace an operator of which only the first result, the normalised value, is read, as in evaluation."""
     args = arguments(node)
     if args.get("training"):
         return
@@ -71,7 +71,7 @@ def _batch_norm(program: Program, node: fx.Node) -> None:
 
 
 def _drop_overwritten(program: Program, node: fx.Node) -> None:
-    """Writing all of a dimension leaves nothing of what was there."""
+    """Replace a ``slice_scatter`` that overwrites all of a dimension by the value written."""
     args = arguments(node)
     end, written = args["end"], args["src"]
     is_whole = end is None or (isinstance(end, int) and end >= _END)
@@ -81,7 +81,7 @@ def _drop_overwritten(program: Program, node: fx.Node) -> None:
 
 
 def _drop_copy(program: Program, node: fx.Node) -> None:
-    """A copy is what was copied."""
+    """Replace a copy by its source."""
     source = arguments(node)["src"]
     if isinstance(source, fx.Node) and same_value(source.meta["val"], node.meta["val"]):
         program.edit.replace(node, source, record=False)

@@ -1,4 +1,4 @@
-"""Raise mixtures of experts, written as gathered batched products, to ``graphopt.routed_ffn``."""
+"""Recognition of MoE layers, written as gathered batched products, as ``graphopt.routed_ffn``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def raise_experts(program: Program) -> None:
 
 
 def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
-    """Read ``bmm`` of rows and matrices that were gathered by expert, with its bias."""
+    """Return the operands of a ``bmm`` of rows and matrices gathered by expert, with its bias; None otherwise."""
     if not is_operator(node, "aten.bmm"):
         return None
     for position, matrix in enumerate(node.args):
@@ -75,7 +75,7 @@ def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
 
 
 def _index_of(program: Program, node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """Read a selection of matrices or rows of a weight by a vector of expert numbers."""
+    """Return the weight and the expert indices of a selection of matrices or rows; None for anything else."""
     if is_operator(node, "aten.index"):
         weight, indices = node.args[:2]
         if isinstance(indices, (list, tuple)) and len(indices) == 1:
@@ -116,7 +116,7 @@ def _recognise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> st
         return "tokens are not repeated once per expert"
     ids = _flattened(up["ids"], k)
     if ids is None:
-        return "expert numbers are not a flattened (tokens, k) table"
+        return "expert indices are not a flattened (tokens, k) table"
     end = _combined(down["result"], k)
     if end is None:
         return "expert outputs are not weighted and summed per token"
@@ -129,7 +129,7 @@ def _recognise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> st
         )  # fmt: skip
     if not same_value(new.meta["val"], result.meta["val"]):
         program.edit.erase_dead([new])
-        return "the raised operator has another type or shape"
+        return "the recognised operator has another type or shape"
     program.edit.replace(result, new, record=False)
     return ""
 
@@ -156,7 +156,7 @@ def _flattened(ids: fx.Node, k: int) -> fx.Node | None:
 
 
 def _combined(node: fx.Node, k: int) -> tuple[fx.Node, fx.Node] | None:
-    """Follow ``(out * weights[:, None]).view(tokens, k, size).sum(1)`` to its end."""
+    """Return weights and result of ``(out * weights[:, None]).view(tokens, k, size).sum(1)``; None otherwise."""
     if len(node.users) != 1:
         return None
     product = next(iter(node.users))

@@ -1,4 +1,4 @@
-"""Raise root-mean-square and layer norms that are written out."""
+"""Recognition of written-out RMS norms and layer norms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _mean_square(square: Any) -> Any:
 
 
 def _scaled(wide: Any, variance: Any) -> Either:
-    """``wide`` divided by the root of a variance and an epsilon, in its usual spellings."""
+    """Return the pattern of ``wide`` divided by the root of variance plus epsilon, in its usual spellings."""
     total = call("add")(variance, Wild("eps"))
     inverse = Either(
         (call("rsqrt")(total), call("pow")(total, -0.5), call("reciprocal")(call("sqrt")(total)))
@@ -134,7 +134,7 @@ def _vector(program: Program, weight: fx.Node | None, size: Any) -> fx.Node | No
 def _following(
     program: Program, core: fx.Node, x: fx.Node, centred: bool
 ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, bool]:
-    """Return what comes of the normalised value: weight, bias, return to the narrow type, and their order."""
+    """Return the last node of a norm, its weight and bias, and whether the weight is applied before the cast."""
     result = core
     weight: fx.Node | None = None
     bias: fx.Node | None = None

@@ -1,4 +1,4 @@
-"""Raise rotary position embeddings, in halves (Llama) and in pairs (GPT-J)."""
+"""Recognition of rotary position embeddings, in halves (Llama) and in pairs (GPT-J)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _pattern(rotated: Any) -> Any:
 
 
 def _half_tables(interleaved: bool) -> Either:
-    """Rotation with tables of half the size: ``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
+    """Return the pattern with tables of half the size: ``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
     x = Wild("x")
     if interleaved:
         even = _slice(x, Wild("zero0"), Wild("end0"), 2)
@@ -66,7 +66,7 @@ def _rotate_pair(first: Any, second: Any) -> Listed:
 
 
 def _widened(program: Program, match: Match, interleaved: bool) -> bool:
-    """Give the tables a value for each channel; tell whether they have one for each pair."""
+    """Expand tables with one value per pair to one per channel; return False if they have another size."""
     tables = [match["cos"], match["sin"]]
     size = match["x"].meta["val"].shape[-1]
     if any(not t.meta["val"].dim() or not same_size(t.meta["val"].shape[-1], size // 2) for t in tables):

@@ -1,4 +1,4 @@
-"""Raise mixtures that sort tokens by expert and give each expert its stretch of them."""
+"""Recognition of MoE layers that sort tokens by expert and give each expert a slice of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Projection:
-    """One product for each expert: rows, split by how many go to each, with matrices (experts, out, in)."""
+    """One product per expert: rows, split by the number of tokens of each, with matrices (experts, out, in)."""
 
     rows: fx.Node
     counts: tuple[Any, ...]
@@ -30,7 +30,7 @@ class _Projection:
 
 
 def raise_sorted_experts(program: Program) -> list[str]:
-    """Replace two split, multiplied and joined projections by one operator; return what could not be. JetMoE's."""
+    """Replace two projections per expert, as in JetMoE, by one operator; return what was not recognised."""
     unrecognised: list[str] = []
     constant = depends_on_weights_alone(program)
     projections = [p for n in program.graph.nodes if (p := _projection(n, constant)) is not None]
@@ -39,7 +39,7 @@ def raise_sorted_experts(program: Program) -> list[str]:
             if up is down or up.counts != down.counts or up.result._erased or down.result._erased:
                 continue
             gate = activation_of_experts(up.result, down.rows)
-            # projections with something else between them, as attention, are no feed-forward
+            # projections with something else between them, such as attention, are not a feed-forward
             if gate is not None:
                 reason = _recognise(program, up, down, gate)
                 if reason:
@@ -76,7 +76,7 @@ def _projection(node: fx.Node, constant: set[fx.Node]) -> _Projection | None:
 def _recognise(program: Program, up: _Projection, down: _Projection, gate: dict[str, Any]) -> str:
     table = _count_vector(up.counts)
     if table is None:
-        return "the stretches are not as long as the experts' numbers of tokens"
+        return "the split sizes are not the experts' numbers of tokens"
     end = _weighted_sum(down.result)
     if end is None or not is_operator(up.rows, "aten.index"):
         return "expert outputs are not weighted and added to their tokens"
@@ -112,13 +112,13 @@ def _recognise(program: Program, up: _Projection, down: _Projection, gate: dict[
         )
     if not same_value(new.meta["val"], result.meta["val"]):
         program.edit.erase_dead([new])
-        return "the raised operator has another type or shape"
+        return "the recognised operator has another type or shape"
     program.edit.replace(result, new, record=False)
     return ""
 
 
 def _count_vector(counts: tuple[Any, ...]) -> fx.Node | None:
-    """Find the vector whose elements, in order, are the numbers."""
+    """Return the vector whose elements, in order, are the counts; None if there is none."""
     table = None
     for position, count in enumerate(counts):
         element = count.args[0] if is_operator(count, "aten.item") else None
@@ -132,10 +132,10 @@ def _count_vector(counts: tuple[Any, ...]) -> fx.Node | None:
 
 
 def _weighted_sum(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
-    """Follow ``zeros.index_add(0, token, out * weights.flatten()[order][:, None])``.
+    """Match ``zeros.index_add(0, token, out * weights.flatten()[order][:, None])``.
 
     Returns:
-        Its result, weights (tokens, k), the order, and the token of each place.
+        Its result, weights (tokens, k), the order, and the token of each position; None for anything else.
     """
     if len(node.users) != 1:
         return None
@@ -161,7 +161,7 @@ def _weighted_sum(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | 
 
 
 def _sorted_table(order: Any) -> fx.Node | None:
-    """Return the (tokens, k) numbers of experts that an order sorts."""
+    """Return the (tokens, k) expert indices that an order sorts."""
     if not (is_operator(order, "getitem") and order.args[1] == 1 and is_operator(order.args[0], "aten.sort")):
         return None
     flat = order.args[0].args[0]

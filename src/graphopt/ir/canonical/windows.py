@@ -1,4 +1,4 @@
-"""Windows of a mask: numbers among the arguments of what computes it, short ones in place of long ones."""
+"""Candidate windows of a mask, from the arguments of its operators, and masks with shortened windows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LARGEST_SHORT = 400
 
 
 def candidate_windows(program: Program, mask: fx.Node) -> list[int]:
-    """Return what may be windows: numbers among the mask's own arguments, and their neighbours."""
+    """Return candidates for windows: numbers among the arguments of the mask's operators, and their neighbours."""
     windows: set[int] = set()
     for node in needed_for([mask], {}):
         for number in _numbers(program, node):
             if not isinstance(number, (int, float)) or isinstance(number, bool):
                 continue
-            # what hides is no window, as large as it may be
+            # fill values that hide scores are not windows
             if 1 < abs(number) < 2**20 and not (number <= HIDDEN and _of_floats(node)):
                 windows.update((int(abs(number)) - 1, int(abs(number)), int(abs(number)) + 1))
     return sorted(w for w in windows if w > 0)
@@ -42,13 +42,13 @@ def _numbers(program: Program, node: fx.Node) -> list[Any]:
 
 
 def shortened(program: Program, mask: fx.Node, longest: int) -> tuple[Run, list[int], dict[int, int]] | None:
-    """Return the same mask with short windows in place of long ones, so that short rows say what it does.
+    """Return the same mask with long windows replaced by short ones, so that short rows are enough to recognise it.
 
-    Long are integers above ``longest`` where integers are computed or compared; what else stands there is left, as
-    numbers that hide. Every long number gets a short one of its own, in the same order and above all others.
+    Integers above ``longest`` in integer arithmetic and comparisons are replaced; other numbers, such as fill values,
+    are not. Every long number gets a different short one, in the same order and above all others.
 
     Returns:
-        What computes it, all its candidates for windows, and the long number each short one stands for; None where
+        A function that computes the mask, its candidates for windows, and the long number for each short one; None if
         there are too many.
     """
     region = cut(program, [mask], lambda n: False)

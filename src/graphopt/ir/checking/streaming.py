@@ -1,4 +1,4 @@
-"""Running a streaming program piece by piece, and comparing it with the program it was made of."""
+"""Running a streaming program in pieces, and comparing it with the program it was made from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .comparison import relative_error
 
 @dataclass(frozen=True)
 class Difference:
-    """The value that differs most, and by how much of the largest value."""
+    """The value that differs most, and its error relative to the largest value."""
 
     name: str
     error: float
@@ -30,19 +30,21 @@ class Difference:
 def initial_state(
     program: Program, batch: int = 1, *, sizes: Mapping[str, int] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the states of the beginning: zeros, by input name.
+    """Return the initial recurrent state: zeros, by input name.
 
     Args:
         program: made by stream-convolutions.
-        batch: how many streams run side by side.
-        sizes: other sizes that states have, by name, where they vary.
+        batch: how many streams run in parallel.
+        sizes: other sizes of the state that vary, by name.
 
     Raises:
-        UsageError: the program has no states, or they have a size that is not given.
+        UsageError: the program has no recurrent state, or a size of it is not given.
     """
     names = states_of(program)
     if not names and Streaming not in program.facts:
-        raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
+        raise UsageError(
+            "this program has no recurrent state", hint="stream-convolutions makes a program that has one"
+        )
     states = {}
     for name in names:
         spec = program.signature.inputs[name]
@@ -53,7 +55,7 @@ def initial_state(
 
 
 def _number(program: Program, name: str, size: int | str, size_values: Mapping[str, int]) -> int:
-    """The value of a size, which may be an expression over sizes of the inputs."""
+    """Return the value of a size, which may be an expression over sizes of the inputs."""
     symbols = {size_name: symbol for symbol, size_name in program.symbols.items()}
     value = parse_size(size, symbols)
     value = value.subs(
@@ -65,13 +67,13 @@ def _number(program: Program, name: str, size: int | str, size_values: Mapping[s
 
 
 def _sizes_of(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The sizes that inputs have, by name."""
+    """Return the sizes of the inputs, by name."""
     shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in inputs.items()]
     return {s: n for names, shape in shapes for s, n in zip(names, shape, strict=True) if isinstance(s, str)}
 
 
 def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch.Tensor]) -> Iterator[Any]:
-    """Yield what a streaming program makes of each piece, the states carried from one to the next.
+    """Yield the outputs of a streaming program for each piece, passing the recurrent state from piece to piece.
 
     Args:
         program: made by stream-convolutions.
@@ -92,12 +94,12 @@ def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch
 def compare_in_chunks(
     whole: Program, streaming: Program, time: str, *, every_value: bool = False, seed: int = 0
 ) -> Difference | None:
-    """Run random pieces in float64 and return where they differ most from the whole.
+    """Run random pieces in float64 and return the largest difference from the program that takes all frames.
 
     Args:
         whole: the program that takes all frames at once.
-        streaming: the one that takes pieces.
-        time: the name of the size that is cut.
+        streaming: the program that takes pieces.
+        time: the name of the size that is split into pieces.
         every_value: compare all values of the graph that both have, and return the first that differs.
         seed: of inputs and pieces.
     """
@@ -147,7 +149,7 @@ def _inputs(
 
 
 def _other(program: Program, size: str) -> int:
-    """Two for what lies side by side; what another axis had when the program was captured."""
+    """Return 2 for the batch, and the size at capture for any other axis."""
     first = {str(spec.shape[0]) for spec in program.signature.inputs.values() if spec.shape}
     return 2 if size in first or size not in program.signature.sizes else program.signature.sizes[size].hint
 
@@ -176,7 +178,7 @@ def _in_pieces(
 
 
 def _timed(program: Program, node: Any, time: str) -> int | None:
-    """The axis of a value that is time, if exactly one is."""
+    """Return the time axis of a value, if it has exactly one."""
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor):
         return None
@@ -187,7 +189,7 @@ def _timed(program: Program, node: Any, time: str) -> int | None:
 def _error(
     program: Program, name: str, pieces: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
 ) -> float | None:
-    """The difference of a value's pieces, one after the other, from the whole; None where there are none."""
+    """Return the error of a value's concatenated pieces; None where there are none."""
     nodes = {n.name: n for n in program.graph.nodes}
     node = nodes.get(name)
     if name in program.signature.output_names:

@@ -1,4 +1,4 @@
-"""What of a program's arithmetic a run really used: tokens on narrow ways, experts left out, layers passed over."""
+"""FLOPs that a run actually used, given narrow widths, inactive experts and skipped layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def choices_of(program: Program) -> list[fx.Node]:
-    """Return the values that say which ways tokens take: to be recorded while the program runs."""
+    """Return the values that route tokens to widths or experts: to be recorded while the program runs."""
     choices: dict[fx.Node, None] = {}
     for node in program.nodes:
         if is_operator(node, "graphopt.nested_ffn"):
@@ -28,7 +28,7 @@ def choices_of(program: Program) -> list[fx.Node]:
 
 
 def passed_over(program: Program) -> set[fx.Node]:
-    """Return what is computed for layers alone that are skipped while tokens are added to a prompt."""
+    """Return the nodes that are needed only by layers that are skipped during decoding."""
     if not any(is_operator(n, "graphopt.skipped") for n in program.nodes):
         return set()
     decoding_nodes: set[fx.Node] = set()
@@ -44,7 +44,7 @@ def passed_over(program: Program) -> set[fx.Node]:
 
 
 class ActiveWork:
-    """Counts FLOPs over batches, of what tokens used and of what they could have used; padding counts as it computes.
+    """Counts FLOPs over batches: those that tokens used, and those possible. Padding counts, since it is computed.
 
     Args:
         program: not sharded.
@@ -86,7 +86,7 @@ class ActiveWork:
             self.routed_used += flops[node] * share
             self.routed_possible += flops[node]
         self.used += total - saved
-        # where there are no tokens, by row
+        # without tokens, rows are counted
         read = next((inputs[n] for n in ("input_ids", "inputs_embeds") if n in inputs), None)
         self.tokens += len(next(iter(inputs.values()))) if read is None else read.shape[0] * read.shape[1]
 

@@ -1,4 +1,4 @@
-"""What the ranks of a sharded program send one another, and how long that takes over a link."""
+"""Communication between the ranks of a sharded program: bytes sent, and time over a link."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Sync:
 
     Attributes:
         node: the collective.
-        algorithm: how it is made.
-        message: bytes of the value that is summed or gathered, as it travels.
+        algorithm: its algorithm.
+        message: bytes of the value that is summed or gathered, as sent.
         sent: bytes that each rank sends.
         seconds: over the link; None without one.
     """
@@ -49,7 +49,7 @@ def communication(
 
     Args:
         program: sharded.
-        link: what joins the ranks.
+        link: the interconnect between the ranks.
         sizes: sizes by name; the others as at capture.
         algorithm: of plain all-reduces: ring, tree, double-tree, one-shot, two-shot, star, or the best.
     """
@@ -99,5 +99,5 @@ def _quantized(node: fx.Node, tokens: int, features: int, ranks: int, link: Link
 
 
 def sent_bytes(program: Program, sizes: Mapping[str, int] | None = None) -> int:
-    """Return how many bytes each rank sends in one run; 0 for a program that is not sharded."""
+    """Return the number of bytes each rank sends in one run; 0 for a program that is not sharded."""
     return sum(sync.sent for sync in communication(program, None, sizes))

@@ -12,7 +12,7 @@ from . import fused as fused
 from . import products as products
 from .registry import formula, formula_of
 
-# of each entry they compare or choose, and are not pointwise where operands are cut
+# one operation per entry, but not pointwise for sharding
 _COMPARING = {"aten.isin", "aten.prelu", "aten.tril", "aten.triu"}
 
 
@@ -76,19 +76,19 @@ def copy(call: Call) -> Work:
 
 
 def _rows(call: Call, source: str) -> Work:
-    """No FLOPs: of ``source`` only what is returned is read."""
+    """No FLOPs: only the returned elements of ``source`` are read."""
     return moved(call, 0, {source: call.output.numel})
 
 
 @formula("aten.embedding")
 def embedding(call: Call) -> Work:
-    """No FLOPs: of the table only the rows looked up are read."""
+    """No FLOPs: only the rows looked up are read from the table."""
     return _rows(call, "weight")
 
 
 @formula(*named(Trait.LOOKUP) - {"aten.embedding"})
 def lookup(call: Call) -> Work:
-    """No FLOPs: of the source only the elements returned are read."""
+    """No FLOPs: only the elements returned are read from the source."""
     return _rows(call, "self")
 
 

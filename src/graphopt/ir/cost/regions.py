@@ -15,8 +15,8 @@ EMBEDDING, HEAD, OTHER = "embedding", "head", "other"
 def regions(program: Program) -> dict[fx.Node, str]:
     """Return the region of every node: the name of a block, ``embedding``, ``head`` or ``other``.
 
-    A block has its addition to the stream, and whatever only it reads, such as the keys and values of
-    cross-attention. The embedding is what a stream starts with; the head is what comes after the streams;
+    A block includes its addition to the stream, and whatever only it reads, such as the keys and values of
+    cross-attention. The embedding computes the start of a stream; the head follows the streams;
     masks and rotary tables that several blocks share are ``other``.
     """
     region_of: dict[fx.Node, str] = program.derived("cost_regions", lambda: _find(program))

@@ -1,4 +1,4 @@
-"""Sizes of a program as numbers: those asked for, the rest as at capture."""
+"""Sizes of a program as numbers: as given, or as at capture."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Numbers:
 
 
 def symbol_names(program: Program) -> dict[sympy.Symbol, str]:
-    """Return every symbol in the program's sizes and its name.
+    """Return the name of every symbol in the program's sizes.
 
-    A size that no input decides, as the number of elements that a mask selects, goes by its symbol.
+    A size that depends on values, such as the number of elements that a mask selects, is named by its symbol.
     """
     names = dict(program.symbols)
     for symbol in sorted(survey(program).symbols() - set(names), key=str):
@@ -70,5 +70,5 @@ def _checked(program: Program, name: str, value: int, known: Mapping[str, int]) 
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"the size {name} is a positive integer, not {value!r}")
     if high is not None and value > high:
-        raise UsageError(f"{name} is {value}, the program takes up to {high}")
+        raise UsageError(f"{name} is {value}, but the program takes up to {high}")
     return value

@@ -1,4 +1,4 @@
-"""What a program costs to run: parameters, FLOPs, bytes, peak memory and time, in all and by block."""
+"""The cost of running a program: parameters, FLOPs, bytes, peak memory and time, in total and by block."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """The share of one block, or of the embedding, the head or the rest.
+    """The cost of one block, or of the embedding, the head or everything else.
 
     Attributes:
-        operators: how many operators compute something; views and folded ones do not.
+        operators: number of operators that compute something; views and folded operators do not.
         flops: floating-point operations.
         bytes: bytes moved.
         weight_bytes: bytes of weights among them.
@@ -47,13 +47,13 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a program costs.
+    """The cost of one run of a program.
 
     Attributes:
         sizes: the named sizes it was computed for.
-        parameters: number of trained values that the program reads, what depends on weights alone folded.
+        parameters: number of trained values that the program reads, after folding what depends on weights alone.
         parameter_bytes: their bytes.
-        resident_bytes: bytes of all weights, buffers included: what a device holds between runs.
+        resident_bytes: bytes of all weights, buffers included: the memory a device needs between runs.
         flops: floating-point operations; a multiplication and an addition count as two.
         bytes: bytes moved to and from memory, no operator fused with another.
         weight_bytes: bytes of weights among them, read once per operator that reads them.
@@ -104,12 +104,12 @@ class Cost:
 def cost(
     program: Program, sizes: Mapping[str, int] | None = None, device: Device | str | None = None
 ) -> Cost:
-    """Return what one run of a program costs.
+    """Return the cost of one run of a program.
 
     Args:
-        program: a program in the dialect.
+        program: a canonical program.
         sizes: sizes by name, such as ``{"batch": 1, "sequence": 4096}``; the others as at capture.
-        device: to estimate time on, or its name.
+        device: the device to estimate time for, or its name.
 
     Raises:
         UsageError: a size or the device has no such name, or a size is out of range.
@@ -143,8 +143,8 @@ def cost(
 
 
 def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Return what changes of a program are reported by, without its shares by block: parameters,
-    parameter_bytes, flops, bytes and peak_memory, as in :class:`Cost`, and what a rank sends."""
+    """Return the totals that reports compare: parameters, parameter_bytes, flops, bytes and peak_memory,
+    as in :class:`Cost`, and the bytes that a rank sends."""
     calls = survey(program)
     number = Numbers(program, sizes)
     works, _ = _works(calls, number, None)
@@ -163,7 +163,7 @@ def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict
 def works_by_node(program: Program, sizes: Mapping[str, int] | None = None) -> dict[fx.Node, Work]:
     """Return the work, in numbers, of every operator that computes something when the program runs.
 
-    Views and what depends on weights alone are not among them.
+    Views and operators on weights alone are left out.
     """
     calls = survey(program)
     works, _ = _works(calls, Numbers(program, sizes), None)
@@ -187,7 +187,7 @@ def expressions(program: Program) -> dict[str, sympy.Expr]:
 def _works(calls: Survey, number: Numbers, device: Device | None) -> tuple[list[Work], list[Timing] | None]:
     """Return the work of each distinct call in numbers, and its time where there is a device.
 
-    Formulas run again on numbers instead of substituting in their expressions, which is slower.
+    Formulas are evaluated on numbers, which is faster than substituting in their expressions.
     """
     works = [work(call.at(number)) for call in calls.calls]
     if device is None:

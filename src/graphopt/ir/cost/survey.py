@@ -1,4 +1,4 @@
-"""Which distinct calls a program makes when it runs, and in whose storage each value lies."""
+"""The distinct calls that a program makes when it runs, and the storage of each value."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ..program import Program
 
 VIEWS = named(Trait.VIEW | Trait.BITS) | {"aten.detach"}
-"""Operators that return their first operand's storage under other sizes."""
+"""Operators that return a view of their first operand."""
 
-# these never write anything out, whatever their operand
+# squeeze and unsqueeze never copy, whatever their operand
 _RESHAPES = named(Trait.RESHAPE) - {"aten.squeeze", "aten.unsqueeze"}
 _REPEATS = named(Trait.REPEAT)
 _PARTS = named(Trait.PART)
@@ -30,14 +30,14 @@ _PARTS = named(Trait.PART)
 
 @dataclass
 class Survey:
-    """The calls of a program at run time; what depends on weights alone was computed before.
+    """The calls of a program at run time; what depends on weights alone is computed beforehand.
 
     Attributes:
         calls: distinct calls.
-        symbolic: the work of each, in expressions of sizes.
-        call_of: nodes that compute something, in execution order, and their call's index.
+        symbolic: the work of each call, in expressions of sizes.
+        call_of: nodes that compute something, in execution order, and the index of their call.
         operands: the tensors that each node returns.
-        base: the node in whose storage a node's value lies.
+        base: the node whose storage holds a node's value.
         constant: nodes that depend on weights alone.
     """
 
@@ -76,13 +76,13 @@ class Survey:
 
 
 def survey(program: Program) -> Survey:
-    """Return the calls of a program, found at most once per version of its graph; linear in its size."""
+    """Return the calls of a program, computed at most once per version of its graph; linear in its size."""
     result: Survey = program.derived("cost_survey", lambda: _Surveyor(program).run())
     return result
 
 
 def _stored_bits(node: fx.Node) -> int | None:
-    """Return in how many bits an element of a value is stored, where a rounding says so."""
+    """Return the number of bits in which an element of a value is stored, where it is fake-quantised."""
     rounding = node if has(node, Trait.ROUNDING) else None
     if rounding is None and node.op == "call_function" and all(has(u, Trait.ROUNDING) for u in node.users):
         rounding = next(iter(node.users), None)
@@ -118,7 +118,7 @@ class _Surveyor:
             name = operator_name(node.target)
             source = next((n for n in node.all_input_nodes if result.operands.get(n)), None)
             if has(node, Trait.ROUNDING) and source is not None:
-                # how a value is stored is no work of its own
+                # fake quantisation is not counted as work
                 result.base[node] = result.base[source]
             elif name in VIEWS and source is not None and not self.copies(name, source):
                 result.base[node] = result.base[source]
@@ -128,7 +128,7 @@ class _Surveyor:
         result.operands[node] = operands
 
     def copies(self, name: str, source: fx.Node) -> bool:
-        """A reshape cannot merge an expanded dimension with another without writing it out."""
+        """Tell whether a reshape copies: merging an expanded dimension with another has to."""
         return name in _RESHAPES and self.result.operands[source][0].stored is not None
 
     def viewed(self, name: str, source: fx.Node, results: tuple[Operand, ...]) -> tuple[Operand, ...]:
@@ -162,7 +162,7 @@ class _Surveyor:
         sources = node.all_input_nodes
         positions = {source: position for position, source in enumerate(sources)}
         inputs = tuple(self.result.operands[source] for source in sources)
-        # the same operand given twice is read once, so its place is part of the key
+        # an operand passed twice is read once, so positions of operands are part of the key
         arguments_key = (self.freeze(node.args, positions), self.freeze(node.kwargs, positions))
         key = (node.target, arguments_key, inputs, outputs)
         if key not in self.index:

@@ -51,7 +51,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
         if not _sharded_alike(placement, down):
             raise Misplaced(f"its {name} is {placement}, its last matrix {down}")
     if args["down_bias"] is not None:
-        raise Misplaced("its bias would be added once a rank; add it after the sum")
+        raise Misplaced("its bias would be added once per rank; add it after the sum")
     return PARTIAL
 
 

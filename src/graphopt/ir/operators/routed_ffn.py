@@ -48,7 +48,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     if not (isinstance(up, Shard) and isinstance(down, Shard)):
         raise Misplaced(f"its first matrices are {up}, its second {down}")
     if args["down_bias"] is not None and up.dim != 0:
-        raise Misplaced("its bias would be added once a rank; add it after the sum")
+        raise Misplaced("its bias would be added once per rank; add it after the sum")
     return PARTIAL
 
 

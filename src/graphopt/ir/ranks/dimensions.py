@@ -1,6 +1,6 @@
-"""Where a dimension of a result comes from: which dimension of which operand holds the same entries, in order.
+"""Sources of a result's dimension: which dimension of which operand holds the same entries, in order.
 
-Asked by whoever computes a part of a value from parts of what it is computed from.
+Used to compute a part of a value from parts of its operands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..sizes import expression
 
 
 def sources_of(node: fx.Node, dim: int) -> Sources | None:
-    """Return where the entries along ``dim`` of a result come from; None if the operator mixes them.
+    """Return the sources of the entries along ``dim`` of a result; None if the operator mixes them.
 
     Args:
         node: a call that returns one tensor.
@@ -38,13 +38,13 @@ def sources_of(node: fx.Node, dim: int) -> Sources | None:
 
 
 def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) -> Along | None:
-    """Return where an operand's dimension goes: the result's, and how its entries count there; None if mixed.
+    """Return the result's dimension that an operand's dimension becomes, with the ratio of entries; None if mixed.
 
     Args:
         node: a call.
         source: an operand.
         dim: of the operand.
-        place: of the result, where it is known; a part may have one entry, which looks like no dimension.
+        place: dimension of the result, where it is known; a shard of one entry looks like a broadcast dimension.
     """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
@@ -61,14 +61,14 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
     return None
 
 
-# an entry of the result is made of the operands' entries at its place
+# an entry of the result depends on the operands' entries at its position
 _ENTRYWISE = Trait.POINTWISE | Trait.CAST | Trait.IDENTITY
 
 
 def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int] | None:
-    """Return sizes (of the source's dimension, of the result's) if a reshape keeps the order of their entries.
+    """Return (size of the source's dimension, size of the result's) if a reshape keeps the order of their entries.
 
-    It does where as many elements lie outside of one as outside of the other. None otherwise.
+    It does where the sizes before both dimensions have the same product. None otherwise.
     """
     if bool((_product(before[:source]) - _product(after[:result])).expand() != 0):
         return None
@@ -81,7 +81,7 @@ def _rank(node: fx.Node) -> int:
 
 
 def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
-    """Operators that mix the dimensions that an argument names, and keep all others where they are."""
+    """Return the rule of operators that mix the dimensions named by an argument and keep all others."""
 
     def rule(node: fx.Node, dim: int) -> Sources | None:
         args = arguments(node)
@@ -94,7 +94,7 @@ def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
         if args.get("keepdim") is False and node.meta["val"].dim() != rank:
             remaining = [d for d in range(rank) if d not in mixed]
             return {source: Along(remaining[dim])} if dim < len(remaining) else None
-        # an index is read whole
+        # all of an index is read
         return (
             None if dim in mixed else {n: Along(dim) if _rank(n) == rank else None for n in tensors_of(node)}
         )
@@ -153,14 +153,14 @@ def _expand(node: fx.Node, dim: int) -> Sources:
 
 
 def _factory(node: fx.Node, dim: int) -> Sources:
-    """A new tensor reads nothing of the one that it takes its type from."""
+    """Return the sources of a new tensor, which reads no entries of the operand that gives its type."""
     return dict.fromkeys(tensors_of(node))
 
 
 def _reshape(node: fx.Node, dim: int) -> Sources | None:
     source = arguments(node)["self"]
     before, after = source.meta["val"].shape, node.meta["val"].shape
-    # a size of one has no entries to cut
+    # a dimension of size one cannot be sharded
     order = sorted(range(len(before)), key=lambda d: is_one(before[d]))
     for source_dim in order:
         counts = related(before, after, source_dim, dim)
@@ -177,7 +177,7 @@ def _product(shape: Any) -> sympy.Expr:
 
 
 def _products(node: fx.Node, dim: int) -> Sources | None:
-    """Products of batches of matrices: leading dimensions, rows of the first, columns of the second."""
+    """Return the sources for batched matrix products: batch dimensions, rows of the first, columns of the second."""
     first, second = (n for n in node.args[:2])
     rank = node.meta["val"].dim()
     assert isinstance(first, fx.Node)
@@ -199,7 +199,7 @@ def _slice_scatter(node: fx.Node, dim: int) -> Sources | None:
     return {args["self"]: Along(dim), args["src"]: Along(dim)}
 
 
-# general rules first: a later one takes the place of an earlier
+# general rules first: later entries override earlier ones
 _DIMENSION_RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
     **dict.fromkeys(named(Trait.RESHAPE), _reshape),
     **dict.fromkeys(named(Trait.ALONG), _not_dims("dim", "dims")),

@@ -1,8 +1,8 @@
-"""What each rank holds of each value: all of it, a term of a sum, or a part along one dimension.
+"""Placements: whether each value of a sharded program is replicated, partial, or sharded along a dimension.
 
-The types are DTensor's: ``Replicate``, ``Partial``, ``Shard(dim)``. A partial value may pass through what is linear
-and into a collective, nothing else; adding a whole value to a partial one would count it once a rank, which is the
-error behind wrong biases and residuals.
+The types are DTensor's: ``Replicate``, ``Partial``, ``Shard(dim)``. A partial value may only be read by linear operators
+and collectives; adding a replicated value to a partial one would count it once per rank, the usual error with
+biases and residuals.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-# a rounding to a narrower type is as near to linear as the sum itself
+# a cast to a narrower type rounds, but so does the sum itself
 _LINEAR = Trait.MOVEMENT | Trait.LINEAR | Trait.CAST
 
 
@@ -44,7 +44,7 @@ def placements(program: Program) -> dict[fx.Node, Placement]:
     """Return the placement of every value of a sharded program.
 
     Raises:
-        VerificationError: an operator reads operands that ranks hold in ways that do not fit together.
+        VerificationError: the placements of an operator's operands are incompatible.
     """
     result: dict[fx.Node, Placement] = program.derived("placements", lambda: _infer(program))
     return result
@@ -63,7 +63,7 @@ def _infer(program: Program) -> dict[fx.Node, Placement]:
                 raise VerificationError(
                     f"{node.name} = {operator_name(node.target)}: {problem}",
                     node=node.name, source=next(filter(None, map(program.source_line, near)), ""),
-                    hint="reduce or gather the value first, or add what is whole after the sum",
+                    hint="reduce or gather the value first, or add replicated values after the sum",
                 ) from None  # fmt: skip
         elif node.op == "output":
             for name, value in zip(program.signature.output_names, node.args[0], strict=True):
@@ -99,7 +99,7 @@ def _place_partial(node: fx.Node, name: str, operands: dict[fx.Node, Placement])
         if not others and not any(isinstance(a, (int, float)) for a in node.args):
             return PARTIAL
         what = f"{others[0].name}, which is {operands[others[0]]}" if others else "a number"
-        raise Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
+        raise Misplaced(f"it adds {what}, to a partial sum, where it would count once per rank")
     if name in ("aten.mul", "aten.div") and all(operands[n] == WHOLE for n in others):
         first: Any = node.args[0]
         if sum(isinstance(a, fx.Node) and operands[a] == PARTIAL for a in node.args) == 1 and (
@@ -113,7 +113,7 @@ def _place_partial(node: fx.Node, name: str, operands: dict[fx.Node, Placement])
 
 
 def _adds_up(node: fx.Node) -> bool:
-    """Tell whether what an operator makes of a sum is the sum of what it makes of the terms."""
+    """Tell whether applying an operator to a sum gives the sum of applying it to the terms."""
     if has(node, Trait.PADDING) and arguments(node).get("value"):
         return False
     value = node.meta["val"]
@@ -122,7 +122,7 @@ def _adds_up(node: fx.Node) -> bool:
 
 
 def _split_joined(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
-    """Values that lie side by side are taken apart again."""
+    """Return the placement of a call on joined values: a piece of them, or the same joined values moved."""
     source = next(n for n, p in operands.items() if isinstance(p, Joined))
     joined = operands[source]
     assert isinstance(joined, Joined)
@@ -142,29 +142,31 @@ def _split_joined(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) 
     moved = carried(node, source, joined.dim)
     others = [n for n, p in operands.items() if n is not source]
     if moved is None or moved.factor != moved.divisor or any(operands[n] != WHOLE for n in others):
-        raise Misplaced(f"{source.name} is {joined}, and this takes no whole piece of it")
+        raise Misplaced(f"{source.name} is {joined}, and this does not read a complete piece of it")
     for other in others:
         value = other.meta.get("val")
         if isinstance(value, torch.Tensor) and not _broadcasts_over(node, value, moved.dim):
-            raise Misplaced(f"{other.name} is whole where the other operand is {joined}")
+            raise Misplaced(f"{other.name} is replicated where the other operand is {joined}")
     return joined.at(moved.dim)
 
 
 def _place_sharded(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
-    """An operator that treats every entry of the cut dimension apart, or moves it."""
+    """Return the placement for an operator that keeps the entries of the sharded dimension apart, or moves them."""
     results: set[Placement] = set()
     for source, placement in operands.items():
         if not isinstance(placement, Shard):
             continue
         moved = carried(node, source, placement.dim, cut_along(node))
         if moved is None:
-            raise Misplaced(f"{source.name} is {placement}, which this operator mixes or whose place is lost")
+            raise Misplaced(
+                f"{source.name} is {placement}, and this operator mixes that dimension or its position is lost"
+            )
         moved_placement = placement.at(moved.dim, moved.factor, moved.divisor)
         if moved_placement is None:
-            raise Misplaced(f"{source.name} is {placement}, and the cut falls inside an entry here")
+            raise Misplaced(f"{source.name} is {placement}, and a shard would end inside an entry here")
         results.add(moved_placement)
     if len(results) > 1:
-        raise Misplaced("its operands are cut in different ways: " + "; ".join(sorted(map(str, results))))
+        raise Misplaced("its operands have different placements: " + "; ".join(sorted(map(str, results))))
     (result,) = results
     assert isinstance(result, Shard)
     for source, placement in operands.items():
@@ -174,12 +176,12 @@ def _place_sharded(node: fx.Node, name: str, operands: dict[fx.Node, Placement])
             and isinstance(value, torch.Tensor)
             and not _broadcasts_over(node, value, result.dim)
         ):
-            raise Misplaced(f"{source.name} is whole where the other operand is {result}")
+            raise Misplaced(f"{source.name} is replicated where the other operand is {result}")
     return result
 
 
 def _broadcasts_over(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
-    """Tell whether a whole operand broadcasts over the cut dimension of the result."""
+    """Tell whether a replicated operand broadcasts over the sharded dimension of the result."""
     result = node.meta["val"]
     if not isinstance(result, torch.Tensor):
         return True
@@ -190,7 +192,7 @@ def _broadcasts_over(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
 
 
 def _place_linear(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Linear: columns of the matrix cut with the input's channels give a term, rows cut give channels."""
+    """Return the placement of a linear: a matrix sharded by columns gives a partial sum, by rows sharded channels."""
     args = arguments(node)
     x, weight, bias = (placement_of(args[n], placed) for n in ("input", "weight", "bias"))
     last = node.meta["val"].dim() - 1
@@ -198,7 +200,7 @@ def _place_linear(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
         raise Misplaced("its weights are partial sums")
     if x == PARTIAL:
         if weight != WHOLE or args["bias"] is not None:
-            raise Misplaced("a bias added to a partial sum would count once a rank")
+            raise Misplaced("a bias added to a partial sum would count once per rank")
         return PARTIAL
     if isinstance(x, Shard) and x.dim == last:
         if (
@@ -206,11 +208,11 @@ def _place_linear(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
             or weight.dim != 1
             or (x.starts, x.length) != (weight.starts, weight.length)
         ):
-            raise Misplaced(f"its input is {x}, and its matrix not along the same columns")
+            raise Misplaced(f"its input is {x}, and its matrix is not sharded by the same columns")
         if not x.even:
-            raise Misplaced("two ranks hold the same columns, which the sum would count twice")
+            raise Misplaced("two ranks have the same columns, which the sum would count twice")
         if args["bias"] is not None:
-            raise Misplaced("its bias would be added once a rank; add it after the sum")
+            raise Misplaced("its bias would be added once per rank; add it after the sum")
         return PARTIAL
     if isinstance(weight, Joined):
         if weight.dim != 0 or x != WHOLE or (args["bias"] is not None and bias != weight):
@@ -221,15 +223,15 @@ def _place_linear(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
             raise Misplaced(f"its matrix is {weight}, and its input is {x}")
         same = isinstance(bias, Shard) and (bias.starts, bias.length) == (weight.starts, weight.length)
         if args["bias"] is not None and not same:
-            raise Misplaced("its matrix is cut by rows, and its bias is not cut with them")
+            raise Misplaced("its matrix is sharded by rows, and its bias is not sharded in the same way")
         return Shard(last, weight.starts, weight.length, weight.total)
     if bias != WHOLE:
-        raise Misplaced("its bias is cut, and its matrix is not")
+        raise Misplaced("its bias is sharded, and its matrix is not")
     return x
 
 
 def _place_cat(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Values cut alike, one after the other along the cut."""
+    """Return the placement of a concatenation; values sharded along its dimension become joined."""
     pieces = [placed[n] for n in node.args[0]]  # type: ignore[union-attr, index]
     dim = int(arguments(node)["dim"]) % node.meta["val"].dim()
     if all(p == WHOLE for p in pieces):

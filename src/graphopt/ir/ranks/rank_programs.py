@@ -1,9 +1,9 @@
-"""A sharded program in one process, and one rank of it in a process of its own.
+"""Running a sharded program: all ranks in one process, or one rank in each process.
 
-A sharded program is one graph that every rank runs: each cuts its part with ``local_slice``, and what they must
-agree on goes through a collective. Unrolled, the graph holds the nodes of all ranks side by side and collectives
-are sums and concatenations, so that it runs, trains, is compared in float64 and exported like any other. Bound to
-a rank, cuts are plain slices and collectives are those of a process group.
+A sharded program is one graph that every rank runs: each rank takes its shard with ``local_slice``, and combines values
+with the other ranks' through collectives. Unrolled, the graph holds the nodes of all ranks and collectives are sums
+and concatenations, so that it runs, trains, is compared in float64 and exported like any other program. Bound to
+a rank, local slices are plain slices and collectives are those of a process group.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..schema import arguments, is_operator, operator_name
 aten = torch.ops.aten
 
 ON_RANKS = Trait.COLLECTIVE | Trait.PER_RANK
-"""Traits of what is something else in a process of a rank than in one for all of them."""
+"""Traits of operators that are replaced when a program is unrolled or bound to a rank."""
 
 
 def ranks_of(program: Program) -> int:
-    """Return how many ranks a program is for; 0 if it is not sharded, or is one rank's."""
+    """Return the number of ranks of a program; 0 if it is not sharded, or is the program of one rank."""
     sharded = program.facts.get(TensorParallel)
     return 0 if sharded is None or OwnRank in program.facts else sharded.ranks
 
@@ -39,7 +39,7 @@ def synchronisations(program: Program) -> list[fx.Node]:
 
 
 class _Unroller:
-    """Copies a graph node by node, once or once a rank."""
+    """Copies a graph node by node, once or once per rank."""
 
     def __init__(self, graph: fx.Graph, ranks: int):
         self.old = graph
@@ -48,7 +48,7 @@ class _Unroller:
         self.copies: dict[fx.Node, list[fx.Node]] = {}
 
     def run(self) -> None:
-        # first, so that they keep their names, by which they are given values
+        # first, so that they keep the names by which they receive values
         for node in self.old.nodes:
             if node.op == "placeholder":
                 self.copies[node] = [self.copy(node, 0)]
@@ -98,7 +98,7 @@ class _Unroller:
         return [self.at(source, rank) for rank in range(self.ranks)]
 
     def total(self, node: fx.Node, terms: list[fx.Node], like: fx.Node) -> fx.Node:
-        """Add up in float32 or wider, in the order of ranks, and round once."""
+        """Return the sum of the terms in float32 or wider, in the order of ranks, rounded once."""
         dtype = like.meta["val"].dtype
         narrow = dtype in (torch.float16, torch.bfloat16) and len(terms) > 1
 
@@ -148,7 +148,7 @@ class _Unroller:
 def unroll(graph: fx.Graph, ranks: int) -> tuple[fx.Graph, dict[fx.Node, list[fx.Node]]]:
     """Return the graph of all ranks, and the copies of each node: one where all ranks have the same value.
 
-    Values that differ by rank among those returned are returned once a rank.
+    Outputs that differ between ranks are returned once per rank.
     """
     unroller = _Unroller(graph, ranks)
     unroller.run()
@@ -156,7 +156,7 @@ def unroll(graph: fx.Graph, ranks: int) -> tuple[fx.Graph, dict[fx.Node, list[fx
 
 
 def unrolled(program: Program) -> Program:
-    """Return a sharded program as an ordinary one that does the work of all ranks.
+    """Return a sharded program as an ordinary one that computes all ranks.
 
     Raises:
         VerificationError: ranks would return different values.
@@ -166,7 +166,7 @@ def unrolled(program: Program) -> Program:
 
 
 def rank_copies(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Return the nodes of the unrolled program that stand for each node, one or one a rank."""
+    """Return the copies of each node in the unrolled program: one, or one per rank."""
     unrolled(program)
     copies: dict[fx.Node, list[fx.Node]] = program.derived("rank_copies", dict)
     return copies
@@ -195,9 +195,9 @@ def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
 
 
 def rank_program(program: Program, rank: int) -> Program:
-    """Return what one rank runs: its slices of the weights, collectives over the group that is bound.
+    """Return the program of one rank: its slices of the weights, and collectives over the bound group.
 
-    Weights are not read here; when they are, only the rank's own part of each is.
+    Weights are not read here; when they are, only the rank's shard of each is.
     """
     ranks = ranks_of(program)
     if not 0 <= rank < ranks:
@@ -221,7 +221,7 @@ def _bound_to(program: Program, rank: int) -> Program:
         elif is_operator(node, "graphopt.unreduced"):
             result.edit.replace(node, arguments(node)["x"], same=False)
     result.facts.add(OwnRank(rank))
-    result.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
+    result.checkpoint.clear()  # one rank's shards cannot be mapped to the checkpoint
     replaced = dict(result.edit.journal)
     result.derived("replaced by", lambda: replaced)
     result.edit.end()
@@ -230,19 +230,19 @@ def _bound_to(program: Program, rank: int) -> Program:
 
 @dataclass(frozen=True)
 class StandIns:
-    """The program that runs for a sharded one, and which of its nodes stand for the other's."""
+    """The program that runs in place of a sharded one, and the mapping of nodes to it."""
 
     program: Program
     copies: dict[fx.Node, list[fx.Node]] | None
     by_name: dict[str, fx.Node]
 
     def nodes(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that compute a value: one, or one a rank where ranks differ."""
+        """Return the nodes that compute a value: one, or one per rank where ranks differ."""
         return [self.by_name[node.name]] if self.copies is None else self.copies[node]
 
 
 def stand_ins(program: Program) -> StandIns | None:
-    """Return what runs for a sharded program in this process; None for one that runs as it is."""
+    """Return the program that runs for a sharded one in this process; None if the program itself runs."""
     running = runnable(program)
     if running is program:
         return None
@@ -253,10 +253,10 @@ def stand_ins(program: Program) -> StandIns | None:
 
 
 def runnable(program: Program) -> Program:
-    """Return what this process runs for a program: itself, all ranks at once, or the process's own rank.
+    """Return the program that this process runs: the program itself, all ranks unrolled, or this process's rank.
 
     Raises:
-        UsageError: another number of processes runs than the program is for.
+        UsageError: the number of processes is not the program's number of ranks.
     """
     ranks = ranks_of(program)
     if not ranks:

@@ -1,4 +1,4 @@
-"""Inputs to try a program with: random, of the right types and sizes, padded where there is a mask."""
+"""Example inputs of a program: random, of the right types and sizes, padded where there is a mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_SIZES = {"batch": 2, "sequence": 9, "decoder_sequence": 5}
 
 
 def rows_of(program: Program, node: fx.Node) -> int:
-    """Return how many values an integer input may take: the rows of the tables it is looked up in."""
+    """Return the number of values an integer input may have: the rows of the tables it indexes."""
     rows = [2]
     work, seen = [node], set()
     while work:
@@ -40,16 +40,16 @@ def example_inputs(
     """Return a value for each input of a program.
 
     Args:
-        program: whose inputs are made.
+        program: the program to make inputs for.
         sizes: by name; small ones within the program's limits if not given.
         seed: of the random values.
-        padding: which side of the first row a mask hides: right, left or none.
+        padding: which end of the first row a mask hides: right, left or none.
     """
     chosen = {**{n: r.hint for n, r in program.signature.sizes.items()}, **DEFAULT_SIZES, **(sizes or {})}
     for name, limits in program.signature.sizes.items():
         chosen[name] = max(limits.low, min(chosen[name], limits.high or chosen[name]))
     for name in chosen:
-        # one size that the tracer saw twice
+        # the tracer numbers sizes that occur twice
         base = name.rsplit("_", 1)[0]
         if name not in (sizes or {}) and base in ("batch", "sequence") and name.rsplit("_", 1)[-1].isdigit():
             chosen[name] = chosen.get(base, chosen[name])

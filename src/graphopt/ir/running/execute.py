@@ -1,4 +1,4 @@
-"""Running a program: compiled where it fits in memory, streamed weight by weight where it does not."""
+"""Running a program: compiled if it fits in memory, otherwise streamed weight by weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Hook = Callable[[fx.Node, Any], Any]
 
 
 def memory_available() -> int:
-    """Bytes of memory that can be had without swapping or passing a limit; a guess where nothing says."""
+    """Return the bytes of memory available without swapping or exceeding a limit; a guess where unknown."""
     available, used = 4 << 30, 0
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -49,7 +49,7 @@ def run(
 
     Args:
         program: what to run.
-        inputs: a tensor per input and dial.
+        inputs: a tensor per input and run-time setting.
         streamed: load each weight at its first use and free it after its last; decided by size if None.
     """
     program = runnable(program)
@@ -69,17 +69,17 @@ def release(program: Program) -> None:
 
 
 def return_memory() -> None:
-    """Give what was freed back to the system where the C library keeps it, as glibc does of what calibration took."""
+    """Return freed memory to the system where the C library keeps it, as glibc does after calibration."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:
-    """Return a function of the inputs with everything that depends on weights alone computed once."""
+    """Return a function of the inputs in which everything that depends on weights alone is computed once."""
     folded = fold(program)
     module = fx.GraphModule(torch.nn.Module(), folded.graph)
     placeholders = folded.graph.find_nodes(op="placeholder")
-    # what nothing reads, such as a matrix of which each rank has its part, is not loaded
+    # unused weights, such as a matrix of which each rank has its shard, are not loaded
     loaded = {
         n.name: _load_shared(folded.weights[n.name].source)
         for n in placeholders
@@ -100,7 +100,7 @@ def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], An
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """The values of a source, for as long as some program holds them; the source stays, so that its id is its own."""
+    """The values of a source, for as long as some program uses them; keeping the source keeps its id unique."""
 
     source: TensorSource
     tensor: torch.Tensor
@@ -110,7 +110,7 @@ _HELD: weakref.WeakValueDictionary[int, _Loaded] = weakref.WeakValueDictionary()
 
 
 def _load_shared(source: TensorSource) -> _Loaded:
-    """Load a source, or share what another program has of it: passes change few weights of a program."""
+    """Return the values of a source, shared with other programs that loaded it: passes change few weights."""
     loaded = _HELD.get(id(source))
     if loaded is None:
         loaded = _HELD[id(source)] = _Loaded(source, source.load())
@@ -127,20 +127,20 @@ def interpret(
     sources: Mapping[str, TensorSource] | None = None,
     given: Mapping[fx.Node, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run node by node; a weight is loaded at its first use and freed after the last.
+    """Run node by node and return outputs and recorded values; weights are loaded at first use and freed after the last.
 
     Args:
         program: what to run.
-        inputs: a tensor per input and dial.
-        record: nodes whose values are returned too, under their node names.
+        inputs: a tensor per input and run-time setting.
+        record: nodes whose values are also returned, under their node names.
         stop: end once the recorded values are known, instead of computing the outputs.
-        hook: called with each node and its value; what it returns takes the value's place.
-        sources: other values for weights, by node name.
-        given: values known beforehand; what only they need is not computed.
+        hook: called with each node and its value; its result replaces the value.
+        sources: replacements for the values of weights, by node name.
+        given: values known beforehand; nodes that only these need are not computed.
 
     Returns:
-        Outputs by flat name, unless ``stop``, and recorded values by node name. Of a sharded program that runs
-        in one process, a value that differs from rank to rank is a list, one a rank.
+        Outputs by flat name, unless ``stop``, and recorded values by node name. If a sharded program runs
+        in one process, a value that differs between ranks is a list with one entry per rank.
     """
     recorded = list(record)
     stand_in = stand_ins(program)
@@ -191,7 +191,7 @@ def _interpret_ranks(
     sources: Mapping[str, TensorSource] | None,
     given: Mapping[fx.Node, Any],
 ) -> dict[str, Any]:
-    """Run a sharded program by the nodes that stand for its own: of all ranks, or of this process's."""
+    """Run a sharded program through its stand-in: the unrolled program, or the program of this process's rank."""
     values_by_copy: dict[fx.Node, Any] = {}
     for node, value in given.items():
         copies = stand_in.nodes(node)

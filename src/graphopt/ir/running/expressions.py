@@ -8,14 +8,14 @@ from torch import fx
 
 
 class Expressions:
-    """Gives nodes that compute the same of the same one number."""
+    """Gives the same number to nodes that compute the same expression."""
 
     def __init__(self) -> None:
         self.number_of: dict[fx.Node, int] = {}
         self.numbers: dict[Any, int] = {}
 
     def __call__(self, node: fx.Node) -> int:
-        """Return the number of what a node computes; its operands are not to change meanwhile."""
+        """Return the number of a node's expression; its operands must not change meanwhile."""
         work = [node]
         while work:
             current = work[-1]

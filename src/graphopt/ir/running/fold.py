@@ -1,4 +1,4 @@
-"""Fold what depends on weights alone into new weights, computed late and one at a time."""
+"""Folding of operators on weights alone into new weights, which are computed one at a time when loaded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .retype import in_type
 if TYPE_CHECKING:
     from ..program import Program
 
-# results are bits of the operands, whatever the precision
+# results are bits of the operands, at any precision
 EXACT = Trait.MOVEMENT | Trait.BITS
-# what differs from rank to rank, and what says how a weight is stored
+# operators that differ between ranks, and fake quantisation of weights
 _NOT_FOLDED = Trait.PER_RANK | Trait.ROUNDING
 
 
 @dataclass(frozen=True)
 class Computed:
-    """The value of a small graph over other tensors, computed when asked for.
+    """The value of a small graph over other tensors, computed on demand.
 
     Arithmetic runs in float64 and is rounded once, to ``dtype``.
     """
@@ -37,7 +37,7 @@ class Computed:
     dtype: torch.dtype
 
     def load(self) -> torch.Tensor:
-        """Compute the value; operands are read and freed one after the other."""
+        """Return the value; operands are read and freed one at a time."""
         plain = all(has(n, EXACT) for n in self.graph.nodes if n.op == "call_function")
         graph = self.graph if plain else in_type(self.graph)
         freed = last_uses(graph.nodes)
@@ -56,7 +56,7 @@ class Computed:
                     if used in pending:
                         source = pending.pop(used)
                         bounds = _first_cut(used)
-                        # what reads a part of a matrix loads that part alone
+                        # only the part of a tensor that is read is loaded
                         tensor = source.load() if bounds is None else load_part(source, *bounds)
                         wide = not plain and tensor.dtype.is_floating_point
                         values[used] = tensor.to(torch.float64) if wide else tensor
@@ -72,7 +72,7 @@ class Computed:
 
 
 def _first_cut(node: fx.Node) -> tuple[int, int, int] | None:
-    """Return (dimension, start, end) if a tensor is read through one slice of consecutive entries only."""
+    """Return (dimension, start, end) if a tensor is read only through one slice of consecutive entries."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
@@ -102,7 +102,7 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
             if not inputs and has(node, Trait.FILL):
                 neutral.add(node)
             elif inputs and all(n in constant or n in neutral for n in inputs):
-                # a table of equal numbers is no weight, but what is made of it and of weights is
+                # a tensor of equal numbers is not a weight, but what is computed from it and weights is constant
                 (constant if any(n in constant for n in inputs) else neutral).add(node)
         return constant
 
@@ -111,7 +111,7 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
 
 
 def frontier(program: Program) -> list[fx.Node]:
-    """Return the computed values, depending on weights alone, that the rest of the graph reads."""
+    """Return the computed values that depend on weights alone and that other nodes of the graph read."""
     constant = _foldable(program)
     checkpoint_nodes = set(program.checkpoint.values())
     return [
@@ -128,7 +128,7 @@ def frontier(program: Program) -> list[fx.Node]:
 
 
 def _foldable(program: Program) -> set[fx.Node]:
-    """What depends on weights alone, and is the same on every rank."""
+    """Return the nodes that depend on weights alone and have the same value on every rank."""
     constant = depends_on_weights_alone(program)
     apart: set[fx.Node] = set()
     for node in program.graph.nodes:
@@ -141,7 +141,7 @@ def _vector_of_checkpoint(program: Program, node: fx.Node) -> bool:
     checkpoint_nodes = program.checkpoint.values()
     while node.op == "call_function":
         value = node.meta["val"]
-        # parts of a vector that is split come by way of a list
+        # the parts of a split vector come from a list
         if not isinstance(value, torch.Tensor) or value.dim() != 1:
             return False
         if len(node.all_input_nodes) != 1 or node in checkpoint_nodes:
@@ -151,7 +151,7 @@ def _vector_of_checkpoint(program: Program, node: fx.Node) -> bool:
 
 
 def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
+    """Tell whether a value only moves data of a weight for the checkpoint mapping, which is not worth a copy."""
     while node.op == "call_function" and all(user in constant for user in node.users):
         if not has(node, EXACT) or len(node.all_input_nodes) != 1:
             return False
@@ -162,13 +162,13 @@ def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
 def fold(program: Program, *, to_store: bool = False) -> Program:
     """Return a program in which no node computes on weights alone.
 
-    Nothing is computed here: each new weight knows how to compute itself when it is loaded, so that
-    folding a model larger than memory streams. Checkpoint entries point at the folded values.
+    Nothing is computed here: each new weight is computed when it is loaded, so that models larger than memory can be
+    folded and streamed. Checkpoint entries point at the folded values.
 
     Args:
-        program: stays as it is.
-        to_store: leave what a number makes of a vector that is stored in any case, such as 1 + w in a norm: nothing
-            would become smaller, and what the vector is for would no longer be known.
+        program: not changed.
+        to_store: do not fold arithmetic with a number on a vector that is stored anyway, such as 1 + w in a norm:
+            it would save nothing, and the role of the vector would be lost.
     """
     edges = frontier(program)
     if to_store:
@@ -183,14 +183,14 @@ def fold(program: Program, *, to_store: bool = False) -> Program:
     numbers = [numbered(original) for original in edges]
     for original, key in zip(edges, numbers, strict=True):
         node = by_name[original.name]
-        # the way back of a scaled weight is often what the graph computes too
+        # the checkpoint mapping of a scaled weight is often equal to a value in the graph
         if key in folded_nodes:
             _put_in_place(folded, node, folded_nodes[key])
             continue
         source, operands = computed(folded, node)
         name = _free_name(node, operands, used_names)
         used_names.add(name)
-        # a kernel into which statistics were folded is trained as the kernel was
+        # a kernel with folded statistics stays trainable if the kernel was
         trainable = any(w.trainable for w in operands)
         kind = "parameter" if any(w.kind == "parameter" for w in operands) else "buffer"
         new = folded.edit.add_weight(name, source, kind=kind, persistent=any(w.persistent for w in operands))
@@ -213,7 +213,7 @@ def _put_in_place(program: Program, node: fx.Node, new: fx.Node) -> None:
 
 
 def _map_operands(program: Program, source: Computed, new: fx.Node) -> None:
-    """Let the checkpoint's tensors that only the folded weight holds now be read from it."""
+    """Map tensors of the checkpoint to the folded weight where only it still has their values."""
     from .invert import invert
 
     unread = {
@@ -231,19 +231,19 @@ def _map_operands(program: Program, source: Computed, new: fx.Node) -> None:
 
 
 def unread_weights(program: Program) -> list[fx.Node]:
-    """Return placeholders of tensors that neither the graph nor the checkpoint's way back reads."""
+    """Return placeholders of tensors that neither the graph nor the checkpoint mapping reads."""
     checkpoint_nodes = set(program.checkpoint.values())
     return [n for n in program.weight_nodes if not n.users and n not in checkpoint_nodes]
 
 
 def drop_unread_weights(program: Program) -> None:
-    """Remove tensors that nothing reads."""
+    """Remove unused weights."""
     for node in unread_weights(program):
         program.edit.remove_weight(node)
 
 
 def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
-    """Return the value of a node that depends on weights alone as a source, and the weights it reads."""
+    """Return a source that computes a node which depends on weights alone, and the weights it reads."""
     needed: list[fx.Node] = []
     seen: set[fx.Node] = set()
 

@@ -1,4 +1,4 @@
-"""The way back from a folded weight to the tensors it was put together from."""
+"""Inversion of data movement: the mapping from a folded weight to the tensors it was assembled from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ aten = torch.ops.aten
 
 
 def invert(program: Program, graph: fx.Graph, value: fx.Node) -> dict[str, fx.Node]:
-    """Return nodes that compute the operands of a movement of data from its result.
+    """Insert nodes that recover the operands of a data movement from its result, and return them.
 
     Args:
         program: nodes are inserted at its insertion point.
-        graph: the movement, operands as placeholders.
+        graph: the movement, with operands as placeholders.
         value: a node of the program with the result.
 
     Returns:
-        A node by placeholder name, for those operands that can be had back.
+        Nodes by placeholder name, for the operands that can be recovered.
     """
     inverted: dict[fx.Node, fx.Node] = {}
     output = next(iter(graph.find_nodes(op="output")))

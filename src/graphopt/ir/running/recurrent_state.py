@@ -1,4 +1,4 @@
-"""Values that a program is given from its step before: caches and states."""
+"""Recurrent state: caches and other values that a program passes from one step to the next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..program import Program
 
 
 def states_of(program: Program) -> list[str]:
-    """Return the names of a streaming program's states, without the ``next_`` of those it gives."""
+    """Return the input names of a program's recurrent state; the outputs have the prefix ``next_``."""
     return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
 
 
@@ -21,9 +21,9 @@ STEPS = 4
 
 
 def begun(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch with everything of a first step: states of zeros, and positions where a cache asks for them.
+    """Return a batch with the inputs of a first step: zeros as recurrent state, and positions for a cache.
 
-    Rows are cut to the cache's length.
+    Rows are truncated to the cache's length.
     """
     inputs = dict(batch)
     names = [name for name in states_of(program) if name not in inputs]
@@ -53,10 +53,10 @@ def in_steps(
     batch: Mapping[str, torch.Tensor],
     run: Callable[[dict[str, torch.Tensor]], Mapping[str, Any]],
 ) -> None:
-    """Run a batch as a program that carries values runs: a prompt and single tokens, or twice with the states of the first.
+    """Run a batch in steps: a prompt and single tokens with a cache, else twice, the second time with the new state.
 
     Args:
-        program: with caches or states.
+        program: with caches or another recurrent state.
         batch: all of its inputs, as :func:`begun` gives them.
         run: called with the inputs of each step; returns the outputs by name.
     """

@@ -1,4 +1,4 @@
-"""A part of a graph cut out: what it computes from where it was cut, evaluated by itself in float64."""
+"""Regions: parts of a graph between leaves and targets, evaluated on their own in float64."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Region:
-    """Nodes that compute ``targets`` from ``leaves`` (values where it was cut) and weights.
+    """Nodes that compute ``targets`` from ``leaves`` (values at which the region ends) and weights.
 
     Attributes:
-        nodes: leaves, weights and operators in an order in which they can be computed.
-        leaves: where it was cut.
-        weights: what it reads of weights.
-        targets: what it computes.
+        nodes: leaves, weights and operators in topological order.
+        leaves: values that are inputs of the region.
+        weights: weights that it reads.
+        targets: values that it computes.
         ranks: how many ranks compute it together; 0 if it is not sharded.
     """
 
@@ -42,13 +42,13 @@ class Region:
 
     @cached_property
     def operators(self) -> list[fx.Node]:
-        """What it computes between leaves, weights and targets."""
+        """Nodes of the region that are neither leaves nor weights."""
         read = {*self.leaves, *self.weights}
         return [node for node in self.nodes if node not in read]
 
     @cached_property
     def graph(self) -> fx.Graph:
-        """The region as a graph of its own; most regions are never run, so it is made when asked for."""
+        """The region as a separate graph, made on demand, since most regions are never run."""
         graph = fx.Graph()
         read = {*self.leaves, *self.weights}
         copies: dict[fx.Node, fx.Node] = {}
@@ -62,7 +62,7 @@ class Region:
         return graph if not self.ranks else unroll(graph, self.ranks)[0]
 
     def run(self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> list[torch.Tensor]:
-        """Evaluate in float64; a weight is loaded at its first use and freed after its last.
+        """Return the targets, evaluated in float64; a weight is loaded at its first use and freed after its last.
 
         Args:
             values: the value of each leaf by node name.
@@ -90,7 +90,7 @@ class Region:
         raise AssertionError("a region without an output")
 
     def key(self, program: Program) -> tuple[Any, ...]:
-        """Return what makes two regions the same computation on other weights: operators, wiring, shapes."""
+        """Return a key that is equal for regions with the same operators, wiring and shapes."""
         position: dict[fx.Node, int] = {}
         read = {*self.leaves, *self.weights}
         key: list[Any] = []
@@ -115,7 +115,7 @@ _PLAIN = (int, float, str, type(None))
 
 
 def _frozen(value: Any, position: dict[fx.Node, int]) -> Any:
-    """An argument as something to compare: nodes by their place, numbers by type as well, for 1 == 1.0 == True."""
+    """Return a hashable form of an argument: nodes by position, numbers with their type, since 1 == 1.0 == True."""
     if isinstance(value, fx.Node):
         return (fx.Node, position[value])
     if isinstance(value, (list, tuple)):
@@ -126,7 +126,7 @@ def _frozen(value: Any, position: dict[fx.Node, int]) -> Any:
 
 
 def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool]) -> Region:
-    """Cut out what computes ``targets``, going back until ``stop`` says so, an input, or a weight."""
+    """Return the region that computes ``targets``, ending at nodes for which ``stop`` holds, inputs and weights."""
     order: list[fx.Node] = []
     seen: set[fx.Node] = set()
     leaves: dict[fx.Node, None] = {}
@@ -153,10 +153,10 @@ def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool
 def evaluated(
     program: Program, targets: list[fx.Node], sources: list[fx.Node]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """Compute targets from random values of sources, in float64 at the usual sizes.
+    """Compute targets from random values of sources, in float64 at the sizes of capture.
 
     Returns:
-        The values of the targets and of the sources; None where they depend on an input or a weight besides.
+        The values of the targets and of the sources; None if the targets also depend on another input or a weight.
     """
     region = cut(
         program, targets, lambda node: node in sources or isinstance(node.meta.get("val"), torch.SymInt)
@@ -174,7 +174,7 @@ def evaluated(
 
 
 def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
-    """Return a random value for a place where a region was cut, at given sizes."""
+    """Return a random value for a leaf of a region, at given sizes."""
     value = node.meta["val"]
     if isinstance(value, (int, float, bool)):
         return value
@@ -183,7 +183,7 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
     if isinstance(value, (list, tuple)):
         return [leaf_tensor(program, v, sizes, seed + i) for i, v in enumerate(value)]
     if _are_slots(program, node):
-        # no two tokens of a row go into one slot
+        # tokens of a row are stored in different slots
         shape = [int(_substituted(program, s, sizes)) for s in value.shape]
         order = torch.randperm(shape[-1], generator=torch.Generator().manual_seed(seed))
         return order.to(value.dtype).expand(shape).contiguous()
@@ -193,7 +193,7 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
 def _are_slots(program: Program, node: fx.Node) -> bool:
     if node.meta["val"].dtype not in (torch.int64, torch.int32):
         return False
-    # the node may be that of a rewritten copy, in which caches are stored otherwise
+    # the node may belong to a rewritten copy, in which caches are stored differently
     same_node = next((n for n in program.graph.nodes if n.name == node.name), node)
     return any(
         is_operator(u, "graphopt.cache_store") and argument(u, "slots") is same_node for u in same_node.users
@@ -201,7 +201,7 @@ def _are_slots(program: Program, node: fx.Node) -> bool:
 
 
 def _rows(program: Program, node: fx.Node) -> int:
-    """Return how many values the integers of a place may take: rows of a table, experts of a mixture."""
+    """Return the number of values an integer tensor may have: rows of a table, or experts of an MoE layer."""
     moe_layers = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
     nested = [u for u in node.users if is_operator(u, "graphopt.nested_ffn") and u.args[1] is node]
     experts = [int(argument(u, "up").meta["val"].shape[0]) for u in moe_layers]
@@ -211,7 +211,7 @@ def _rows(program: Program, node: fx.Node) -> int:
 def leaf_tensor(
     program: Program, value: torch.Tensor, sizes: dict[str, int], seed: int, rows: int = 2
 ) -> torch.Tensor:
-    """Return a random tensor of a fake one's type and shape at given sizes, integers below ``rows``."""
+    """Return a random tensor with the type and shape of a fake one at given sizes; integers are below ``rows``."""
     shape = [int(_substituted(program, s, sizes)) for s in value.shape]
     generator = torch.Generator().manual_seed(seed)
     if value.dtype is torch.bool:
@@ -234,7 +234,7 @@ def _substituted(program: Program, size: int | torch.SymInt, sizes: dict[str, in
 
 
 def drawn_source(node: fx.Node, seed: int) -> TensorSource:
-    """Return random values for a weight, scaled so that products keep their size."""
+    """Return random values for a weight, scaled so that products keep their magnitude."""
     value = node.meta["val"]
     shape = tuple(int(s) for s in value.shape)
     fan_in = numel(shape[1:]) if len(shape) > 1 else 1

@@ -1,4 +1,4 @@
-"""JSON documents whose shape is checked as it is read."""
+"""JSON documents whose structure is checked as they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 
 
 class Entry:
-    """An object of a JSON document; what is asked of it must be there and of its kind."""
+    """An object of a JSON document; entries that are read must exist and have the right type."""
 
     def __init__(self, data: dict[str, Any], where: str):
         self.data = data
@@ -22,7 +22,7 @@ class Entry:
         return self.data.get(name)
 
     def table(self, name: str, kind: type | None = None) -> dict[str, Any]:
-        """Return an object, all of whose values are of one kind."""
+        """Return an object whose values are all of one type."""
         content = self.data.get(name)
         if not isinstance(content, dict) or (
             kind is not None and not all(isinstance(v, kind) for v in content.values())

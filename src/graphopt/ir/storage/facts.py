@@ -1,4 +1,4 @@
-"""Facts as plain data of a saved program, and back; also those of programs that were saved before facts had types."""
+"""Facts of a saved program as plain data, and back; also those of programs saved before facts had types."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import CheckpointError
 from ..facts import KINDS, Fact, Facts, OwnRank
 
-# what was said twice, or by nobody: the fact with fields says it as well
+# facts of earlier releases that repeat one with fields, or that nothing reads
 _REDUNDANT = (
     "cached", "quantized_values", "multi_token", "masked", "early_exit", "drafting", "trimmed_vocabulary", "streaming",
     "tensor_parallel", "eval", "calibrated", "calibrated_communication",
@@ -25,12 +25,12 @@ _CHANGED = {
     "renumbered": "removed_layers", "ffn_widths": "ffn_widths", "expert_counts": "expert_counts",
     "fixed_experts": "active_experts",
 }  # fmt: skip
-# facts that were stored as a bare value: the field that has it now
+# facts that earlier releases stored as a bare value, and the field that now holds it
 _BARE = {"early_exits": "layers", "decode_layers": "names", "export_blockers": "reasons"}
 
 
 def plain_facts(facts: Facts) -> dict[str, Any]:
-    """Return facts as JSON holds them: by name, ``true`` or the fields."""
+    """Return facts in their JSON form: by name, ``true`` or the fields."""
     return {
         fact.name: TypeAdapter(type(fact)).dump_python(fact, mode="json") if fields(fact) else True
         for fact in facts
@@ -51,8 +51,8 @@ def _typed(name: str, value: Any) -> Fact:
     kind = KINDS.get(name)
     if kind is None or kind is OwnRank:
         raise CheckpointError(
-            f"the program has the fact {name!r}, which this graphopt does not know",
-            hint="install the package whose pass it went through, or a newer graphopt",
+            f"the program has the fact {name!r}, which this version of graphopt does not know",
+            hint="install the package whose pass made it, or a newer graphopt",
         )
     field_names = {field.name for field in fields(kind)}
     if not field_names:
@@ -62,7 +62,7 @@ def _typed(name: str, value: Any) -> Fact:
     if not isinstance(value, Mapping) or not field_names >= value.keys():
         raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
     try:
-        # strictly, as JSON: numbers are not made of texts, and arrays become tuples
+        # strict JSON mode: text is not converted to numbers, and arrays become tuples
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except (ValidationError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -70,7 +70,7 @@ def _typed(name: str, value: Any) -> Fact:
 
 
 def _current_form(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts by their names and fields of today."""
+    """Return facts converted to their current names and fields."""
     current: dict[str, Any] = {}
     capture: dict[str, Any] = {}
     changes: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def _current_form(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_field(value: Any, field: str) -> bool:
-    """Tell whether a value is a fact's fields, and not a table that happens to have an entry of the field's name."""
+    """Tell whether a value holds a fact's fields, and is not a table with an entry of the field's name."""
     return (
         isinstance(value, Mapping)
         and value.keys() == {field}

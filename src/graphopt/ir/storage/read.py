@@ -1,4 +1,4 @@
-"""Read a program's folder strictly: every entry checked, nothing evaluated, no weight read yet."""
+"""Reading of saved programs: every entry is checked, nothing is evaluated, and no weight is read yet."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
         raise CheckpointError(f"{folder} is not a saved program")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder} has format version {manifest.get('version')!r}, this graphopt reads {VERSION}",
-            hint="use the graphopt that wrote it",
+            f"{folder} has format version {manifest.get('version')!r}, but this graphopt reads {VERSION}",
+            hint="use the version of graphopt that wrote it",
         )
     files = manifest.table("files", str)
     text = _read_checked(folder, "program.json", files)
@@ -59,7 +59,7 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
     except CheckpointError:
         raise
     except Exception as error:
-        # whatever a damaged or forged file makes the libraries below say, it is the file that is wrong
+        # damaged or forged files can raise any error in the libraries below
         raise CheckpointError(
             f"{folder / 'program.json'} is damaged: {type(error).__name__}: {error}"
         ) from error
@@ -74,11 +74,11 @@ def _contained_path(folder: Path, name: str) -> Path:
 
 
 def _require_sizes(target: Any, call: list[Any], name: str) -> None:
-    """Check that a function of sizes is given sizes, and no power that takes all memory to compute."""
+    """Check that a function of sizes is called on sizes, and that a power is small enough to compute."""
     values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call]
     numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
     if not all(isinstance(v, numbers) for v in values):
-        raise CheckpointError(f"{name!r} calls a function of sizes on what is no size")
+        raise CheckpointError(f"{name!r} calls a function of sizes on something that is not a size")
     if target is operator_module.pow and len(values) == 2:
         base, exponent = values
         if (
@@ -86,7 +86,7 @@ def _require_sizes(target: Any, call: list[Any], name: str) -> None:
             or abs(exponent) > 64
             or (isinstance(base, (int, float)) and abs(base) >= 2**40)
         ):
-            raise CheckpointError(f"{name!r} is an absurd power of a size")
+            raise CheckpointError(f"{name!r} is an unreasonable power of a size")
 
 
 def _read_checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
@@ -101,7 +101,7 @@ def _read_checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
 
 
 def _require_hash(folder: Path, name: str, files: dict[str, Any]) -> None:
-    """Like :func:`_read_checked` for files of any size, which are read piece by piece."""
+    """Check the hash of a file of any size, which is read piece by piece."""
     path = _contained_path(folder, name)
     try:
         actual_hash = file_hash(path)
@@ -112,7 +112,7 @@ def _require_hash(folder: Path, name: str, files: dict[str, Any]) -> None:
 
 
 def _changed_file_error(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is not what manifest.json says; it was changed or damaged")
+    return CheckpointError(f"{path} does not match manifest.json; it was changed or damaged")
 
 
 class _Reader:
@@ -171,7 +171,7 @@ class _Reader:
         if "dtype" in entry:
             shape = [program.parse_size(size, where) for size in entry["shape"]]
             if len(shape) > 32 or any(isinstance(s, int) and not 0 <= s < 2**40 for s in shape):
-                raise CheckpointError(f"{where}: the shape {str(entry['shape'])[:80]} is absurd")
+                raise CheckpointError(f"{where}: the shape {str(entry['shape'])[:80]} is unreasonable")
             return program.fake(shape, dtype_of(entry["dtype"], where))
         if "list" in entry:
             return [self._value(program, part, where) for part in entry["list"]]
@@ -221,7 +221,7 @@ class _Reader:
         output.meta["val"] = tuple(r.meta["val"] for r in results)
         for key, name in self.document.table("checkpoint", str).items():
             if name not in nodes_by_name:
-                raise CheckpointError(f"the checkpoint's {key!r} leads to {name!r}, which does not exist")
+                raise CheckpointError(f"the checkpoint's {key!r} is mapped to {name!r}, which does not exist")
             program.checkpoint[key] = nodes_by_name[name]
 
     def weight(self, name: str, weights: dict[str, Any], node: fx.Node) -> Weight:
@@ -235,7 +235,7 @@ class _Reader:
             or Path(file).name != file.removeprefix("weights/")
         ):
             raise CheckpointError(
-                f"the weight {name!r} lies in {file!r}, which is not a file of this program"
+                f"the weight {name!r} is stored in {file!r}, which is not a file of this program"
             )
         if file not in self.headers:
             self.headers[file] = read_header(_contained_path(self.folder, file))
@@ -293,7 +293,7 @@ def _input(entry: Any) -> Input:
 
 
 def _check_signature(signature: Signature) -> None:
-    """Every input is reached by one parameter, every fill leads to an input that is given, every output is one."""
+    """Check that one parameter leads to each input, fills lead to given inputs, and output names are unique."""
     leaves: list[str] = []
     for structure in signature.parameters.values():
         _check_structure(structure)
@@ -308,14 +308,14 @@ def _check_signature(signature: Signature) -> None:
         while current.fill is not None:
             if current.fill.like in passed or current.fill.like not in signature.inputs:
                 raise CheckpointError(
-                    f"input {spec.name!r} is filled from {current.fill.like!r}, which leads nowhere"
+                    f"input {spec.name!r} is filled from {current.fill.like!r}, which is circular or does not exist"
                 )
             passed.add(current.fill.like)
             current = signature.inputs[current.fill.like]
     _check_structure(signature.outputs)
     names = signature.output_names
     if len(set(names)) != len(names):
-        raise CheckpointError("two outputs have one name")
+        raise CheckpointError("two outputs have the same name")
 
 
 def _check_structure(structure: Structure, depth: int = 0) -> None:
@@ -348,10 +348,10 @@ def _check_structure(structure: Structure, depth: int = 0) -> None:
 
 
 def _check_inputs(program: Program) -> None:
-    """What the signature says of an input must be what the graph says."""
+    """Check that the signature and the graph agree on every input."""
     for name, spec in program.signature.inputs.items():
         value = program.input_nodes[name].meta["val"]
         sizes = [program.parse_size(size, f"input {name!r}") for size in spec.shape]
         same = isinstance(value, torch.Tensor) and value.dtype == spec.dtype and len(sizes) == value.dim()
         if not same or not all(same_size(a, b) for a, b in zip(sizes, value.shape, strict=True)):
-            raise CheckpointError(f"the input {name!r} is described as {list(spec.shape)} and is {value}")
+            raise CheckpointError(f"the input {name!r} is described as {list(spec.shape)} but is {value}")

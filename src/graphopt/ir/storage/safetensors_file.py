@@ -1,4 +1,4 @@
-"""Safetensors files: headers read with suspicion, tensors written one at a time."""
+"""Safetensors files: headers are checked strictly, tensors are written one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGEST_HEADER = 100 << 20
 
 
 def inside(folder: Path, name: str, where: Path) -> Path:
-    """Return the path of a file that must lie in the folder itself.
+    """Return the path of a file that must be directly in the folder.
 
     Raises:
         CheckpointError: the name leads elsewhere, or there is no such file.
@@ -35,9 +35,9 @@ def inside(folder: Path, name: str, where: Path) -> Path:
 
 
 def contained(folder: Path, name: str, where: Path) -> Path:
-    """Return the path of a file in the folder or below it; links are followed no further.
+    """Return the path of a file in the folder or below it; links out of the folder are refused.
 
-    The Hugging Face cache is the exception: its folders of snapshots are links into the ``blobs`` beside them.
+    The Hugging Face cache is an exception: its snapshot folders have links into the folder ``blobs`` of the same model.
 
     Raises:
         CheckpointError: the name or a link leads elsewhere, or there is no such file.
@@ -58,16 +58,16 @@ def contained(folder: Path, name: str, where: Path) -> Path:
     if not any(real.is_relative_to(root) for root in homes):
         raise CheckpointError(
             f"{path} is a link that leaves its folder, to {real}",
-            hint="links are not followed out of a folder; copy the file there, or make a hard link",
+            hint="links out of a folder are not followed; copy the file into it, or make a hard link",
         )
     return path
 
 
 @dataclass(frozen=True)
 class _Unchanged(SafetensorsEntry):
-    """A tensor of a file that must still be the one whose header was read.
+    """A tensor of a file that must be unchanged since its header was read.
 
-    Another program saved in its place may well be as large, and its bytes would be taken for this tensor.
+    Another program saved at the same path may have the same size, and its bytes would be read as this tensor.
     """
 
     stamp: tuple[int, ...] = ()
@@ -93,7 +93,7 @@ class _Unchanged(SafetensorsEntry):
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what tells that a file is no longer the one it was."""
+    """Return size and modification time of a file, to detect changes."""
     seen = path.stat()
     return seen.st_size, seen.st_mtime_ns
 
@@ -114,7 +114,7 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
 
     def wrong(why: str) -> CheckpointError:
         return CheckpointError(
-            f"{path} is not a whole safetensors file: {why}", hint="copy or download it again"
+            f"{path} is not a complete safetensors file: {why}", hint="copy or download it again"
         )
 
     try:
@@ -155,7 +155,7 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
         ):
             raise wrong(f"the shape of {name!r} is {str(shape)[:80]}")
         if type(start) is not int or type(end) is not int or not 0 <= start <= end <= size:
-            raise wrong(f"the place of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
+            raise wrong(f"the position of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
         if end - start != numel(shape) * DTYPES[dtype].itemsize:
             raise wrong(f"{name!r} has shape {shape} and {end - start} bytes")
         spans.append((start, end, name))
@@ -167,12 +167,12 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
             raise wrong(f"{name!r} overlaps another tensor or leaves a gap")
         position = end
     if 8 + length + position != size:
-        raise wrong(f"its tensors end at byte {8 + length + position}, the file at {size}")
+        raise wrong(f"its tensors end at byte {8 + length + position}, but the file at {size}")
     return entries
 
 
 def writer(path: Path) -> object:
-    """Return who wrote a file, where its header says so; None where it does not, or is damaged."""
+    """Return the writer recorded in a file's header; None if there is none, or the header is damaged."""
     with path.open("rb") as file:
         start = file.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -225,7 +225,7 @@ def write_file(
             tensor = tensors[name].load()
             if tuple(tensor.shape) != tuple(tensors[name].shape) or tensor.dtype != tensors[name].dtype:
                 raise CheckpointError(
-                    f"{name} was announced as {tensors[name].shape} and came as {tuple(tensor.shape)}"
+                    f"{name} was declared as {tensors[name].shape} but loaded as {tuple(tensor.shape)}"
                 )
             data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
             file.write(data.data)
