@@ -62,9 +62,9 @@ def _hint(program: Program, symbol: sympy.Symbol) -> int:
         return 1
 
 
-def _checked(program: Program, name: str, value: int, known: Mapping[str, int]) -> int:
-    if name not in known:
-        raise UsageError(f"the program has no size named {name!r}", hint=nearest(name, known))
+def _checked(program: Program, name: str, value: int, named_sizes: Mapping[str, int]) -> int:
+    if name not in named_sizes:
+        raise UsageError(f"the program has no size named {name!r}", hint=nearest(name, named_sizes))
     limits = program.signature.sizes.get(name)
     high = None if limits is None else limits.high
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
