@@ -1,6 +1,6 @@
-"""Every private or moving name of torch that graphopt leans on, in one place.
+"""All private or unstable names of torch that graphopt depends on, in one place.
 
-``tests/ir/test_compat.py`` fails loudly when one of them moves.
+``tests/ir/test_compat.py`` fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def new_fake_mode() -> FakeTensorMode:
 
 
 def without_fake_cache() -> contextlib.AbstractContextManager[None]:
-    """Let modes made here compute every fake value, instead of looking for it among earlier ones.
+    """Return a context in which new fake modes do not cache fake values.
 
-    With sizes that vary, an entry costs more to keep than a value to compute: tracing two layers takes
-    0.6 of the time without, 32 equal layers the same, more only then the cache is worth it.
+    With sizes that vary, caching a value costs more than computing it: without the cache, tracing two layers takes
+    0.6 of the time, and 32 equal layers take the same time; only beyond that does the cache pay off.
     """
     from torch._dynamo import config
 
@@ -94,12 +94,12 @@ def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint
     # older releases call the table of example values var_to_val
     (getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val)(symbol, hint)
     upper = int_oo if high is None else high
-    # torch takes sizes of 0 and 1 for special while it traces; what it traced runs at 1 all the same
+    # torch specialises sizes of 0 and 1 while tracing; the traced graph runs at 1 nevertheless
     env.var_to_range[symbol] = ValueRanges(max(low, 2) if hint >= 2 else low, upper)
-    # a range that a guard narrows later must have a place it came from
-    place = SLoc("graphopt", None)
-    env.var_to_range_sloc[symbol] = ValueRangesSLoc(place, place)
-    # decompositions and ONNX export ask where a symbol came from
+    # a guard can only narrow a range that has a source location
+    location = SLoc("graphopt", None)
+    env.var_to_range_sloc[symbol] = ValueRangesSLoc(location, location)
+    # decompositions and ONNX export ask for the origin of a symbol
     env.var_to_stack[symbol] = CapturedTraceback.extract()  # type: ignore[no-untyped-call]
     return symbol
 
@@ -118,55 +118,55 @@ def symbol_range(mode: FakeTensorMode, symbol: sympy.Symbol) -> tuple[int, int |
 
 
 def size_guards(mode: FakeTensorMode) -> list[Any]:
-    """Return what was decided about sizes under ``mode``, as relations of sympy between symbols that are still free."""
+    """Return the guards on sizes under ``mode``, as sympy relations between symbols that are still free."""
     env = mode.shape_env
     assert env is not None
-    found = []
+    relations = []
     for guard in env.guards:
         relation = guard.expr
         for _ in range(len(env.replacements) + 1):
-            settled = relation.xreplace(env.replacements)
-            if settled == relation:
+            replaced = relation.xreplace(env.replacements)
+            if replaced == relation:
                 break
-            relation = settled
-        found.append(relation)
-    return found
+            relation = replaced
+        relations.append(relation)
+    return relations
 
 
 def guard_code(exported: ExportedProgram) -> list[str]:
-    """Return the guards that came with an exported program from a file, as the text torch keeps."""
+    """Return the guards stored with an exported program that was read from a file, as torch's text."""
     return list(getattr(exported, "_guards_code", None) or [])
 
 
 def widen_symbol(mode: FakeTensorMode, symbol: sympy.Symbol, low: int, high: int | None) -> None:
-    """Let a size symbol take values outside the range that tracing narrowed it to; a range is never narrowed here."""
+    """Widen the range of a size symbol that tracing narrowed; a range is never narrowed here."""
     env = mode.shape_env
     assert env is not None
-    known = env.var_to_range[symbol]
+    current = env.var_to_range[symbol]
     upper = int_oo if high is None else high
     # sizes of 0 and 1 stay special, as in add_symbol
-    wide = ValueRanges(min(int(known.lower), max(low, 2)), max(known.upper, upper))
-    if wide != known:
+    wide = ValueRanges(min(int(current.lower), max(low, 2)), max(current.upper, upper))
+    if wide != current:
         env.var_to_range[symbol] = wide
         env._update_version_counter()
 
 
 def is_recorded() -> bool:
-    """Tell whether operators that run now become nodes of a graph."""
+    """Tell whether operators are currently being recorded in a graph."""
     return get_proxy_mode() is not None
 
 
 def symbolic_kernels() -> contextlib.AbstractContextManager[None]:
-    """Prefer implementations that keep sizes symbolic, as torch.export does while it traces."""
+    """Return a context that prefers implementations with symbolic sizes, as torch.export does while tracing."""
     return enable_python_dispatcher()
 
 
 @contextlib.contextmanager
 def without_guards(mode: FakeTensorMode) -> Iterator[None]:
-    """Decide questions about sizes by their example values, and keep nothing of the answers.
+    """Decide conditions on sizes by their example values inside the block, and discard the guards afterwards.
 
-    The environment's own switch for that makes some operators give fixed sizes; what an answer leaves behind
-    is taken back instead.
+    The switch of the shape environment for that makes some operators return fixed sizes, so guards are removed
+    afterwards instead.
     """
     env = mode.shape_env
     assert env is not None
@@ -189,7 +189,7 @@ def without_guards(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def _forget_answers(env: ShapeEnv) -> None:
-    """Clear what is remembered of earlier answers: by question, by version and, since torch 2.13, on each size."""
+    """Clear cached decisions about sizes: by condition, by version and, since torch 2.13, on each size."""
     for function in vars(ShapeEnv).values():
         if isinstance(function, functools._lru_cache_wrapper):
             function.cache_clear()
@@ -199,7 +199,7 @@ def _forget_answers(env: ShapeEnv) -> None:
         env._replacements_version_counter += 1
 
 
-# what torch calls before it decides a question about a varying size by the example
+# the method that torch calls before it decides a condition on a varying size by its example value
 _GUARDING = "_check_frozen"
 
 
@@ -209,14 +209,14 @@ def refusing_guards(
     error: type[GraphoptError] = VerificationError,
     names: Mapping[sympy.Symbol, str] | None = None,
 ) -> Iterator[None]:
-    """Raise where code asks for the value of a size that varies, instead of answering by the example's.
+    """Raise inside the block where code branches on a size that varies, instead of using the example's value.
 
-    Inside :func:`without_guards`, where answers are taken back, asking is allowed.
+    Inside :func:`without_guards`, where guards are discarded, this is allowed.
 
     Args:
-        mode: what the sizes belong to.
-        error: what is raised in the body, where it asks.
-        names: what to call the sizes in the message.
+        mode: the mode of the sizes.
+        error: the exception class to raise.
+        names: names of the sizes, for the message.
     """
     named = {symbol: sympy.Symbol(name) for symbol, name in (names or {}).items()}
     env = mode.shape_env
@@ -226,7 +226,7 @@ def refusing_guards(
     def refuse(expression: sympy.Basic, answer: sympy.Basic) -> None:
         raise error(
             f"{expression.xreplace(named)} is not known: sizes in it vary (the example has {answer})",
-            hint="decide nothing by a size that varies; use -1 or a size read from a value",
+            hint="do not branch on a size that varies; use -1 or a size read from a value",
         )
 
     vars(env)[_GUARDING] = refuse
@@ -253,9 +253,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 class _Recorder(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands each operator to a function, before composite ones are taken apart.
+    """Calls a function for each operator, before composite operators are decomposed.
 
-    Torch keeps no other class of mode on the stack that sees operators whole.
+    No other class of mode in torch's stack sees operators before decomposition.
     """
 
     def __init__(self, record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]):
@@ -271,20 +271,20 @@ class _Recorder(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def recording(record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Let ``record(operator, args, kwargs)`` stand for every operator that the body calls on tensors."""
+    """Call ``record(operator, args, kwargs)`` instead of every operator that the block calls on tensors."""
     with torch.no_grad(), symbolic_kernels(), _Recorder(record):
         yield
 
 
 @contextlib.contextmanager
 def quiet_failures() -> Iterator[None]:
-    """Keep torch from printing the traceback of a call whose failure is expected and handled."""
+    """Suppress the traceback that torch prints for a call whose failure is expected and handled."""
     with _quiet("torch._subclasses.fake_tensor"):
         yield
 
 
 def surely_equal(size: int | torch.SymInt, number: int) -> bool:
-    """Tell whether a size is this number for all values of its symbols; no guard is left."""
+    """Tell whether a size equals a number for all values of its symbols, without adding a guard."""
     return bool(statically_known_true(size == number))
 
 
@@ -306,7 +306,7 @@ def fake_tensor(
 
 
 def fresh(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
-    """Return another tensor object of the same shape, type and strides, which may be told from the first."""
+    """Return a new tensor object of the same shape, type and strides."""
     with mode:
         return value.detach()
 
@@ -347,7 +347,7 @@ def build_exported_program(
 
 @contextlib.contextmanager
 def quiet_onnx_registration() -> Iterator[None]:
-    """Silence the exporter's remarks about packages that no graph here needs."""
+    """Suppress the exporter's messages about packages that are not needed here."""
     import logging
 
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -364,11 +364,11 @@ _ONNX_REGISTRIES: dict[Any, Any] = {}
 
 @contextlib.contextmanager
 def quick_onnx_export(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> Iterator[None]:
-    """Spare the exporter what it works out again for every file, three quarters of the time of a few layers.
+    """Skip repeated work of the exporter inside the block, three quarters of the time for a few layers.
 
-    Its table of translations is made once a process: for each, it reads the source of some 500 functions. Its pass that
-    makes promotions of types explicit runs every operator for a value that the graph holds already; it still does where
-    two sizes have the same example, which it may find to be one size by running them.
+    Its table of translations is built once per process, since each build reads the source of some 500 functions. Its
+    pass for type promotion no longer runs every operator for a value that the graph already has, except where two sizes
+    have the same example, since running operators may show that they are one size.
 
     Args:
         mode: of the graph.
@@ -387,10 +387,10 @@ def quick_onnx_export(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> 
         if (cls, opset_version) not in _ONNX_REGISTRIES:
             _ONNX_REGISTRIES[cls, opset_version] = make.__func__(cls, opset_version=opset_version)
         first = _ONNX_REGISTRIES[cls, opset_version]
-        own = copy.copy(first)
-        # the translations of one export are put into these lists
-        own.functions = {target: list(metas) for target, metas in first.functions.items()}
-        return own
+        registry_copy = copy.copy(first)
+        # each export adds its translations to these lists
+        registry_copy.functions = {target: list(metas) for target, metas in first.functions.items()}
+        return registry_copy
 
     def known_value(self: Any, node: fx.Node) -> Any:
         if node.op != "call_function" or "val" not in node.meta or not apart:
@@ -416,7 +416,7 @@ def compile_package(exported: ExportedProgram, path: str | os.PathLike[str]) -> 
 
 
 def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
-    """Return a compiled package as a callable; what it holds is code and is run, so only for files of our own."""
+    """Return a compiled package as a callable; its code is executed, so only load files that graphopt wrote."""
     from torch._inductor import aoti_load_package
 
     loaded: Callable[..., Any] = aoti_load_package(os.fspath(path))
@@ -425,9 +425,9 @@ def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Keep torch.export from printing: a graph that it could not finish goes to standard error, hundreds of lines long.
+    """Suppress the output of torch.export, which prints an unfinished graph of hundreds of lines to standard error.
 
-    What failed is in the error that it raises.
+    The exception that it raises still describes the failure.
     """
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]

@@ -1,6 +1,6 @@
-"""What must hold between sizes, as text: ``sequence % 8 == 0``, ``keys <= sequence``.
+"""Constraints between sizes, as text: ``sequence % 8 == 0``, ``keys <= sequence``.
 
-An export decides questions about sizes by its example; each answer is a relation that other sizes must keep.
+An export decides conditions on sizes by its example; each decision is a relation that other sizes must satisfy.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ Comparison = tuple[sympy.Expr, str, sympy.Expr]
 
 @dataclass(frozen=True)
 class Relation:
-    """Comparisons of named sizes: all of one of ``cases`` hold."""
+    """Comparisons of named sizes; it holds if all comparisons of one of ``cases`` hold."""
 
     text: str
     cases: tuple[tuple[Comparison, ...], ...]
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the sizes it speaks of."""
-        sides = [side for case in self.cases for left, _, right in case for side in (left, right)]
-        return frozenset(str(s) for side in sides for s in side.free_symbols)
+        """Names of the sizes in it."""
+        expressions = [value for case in self.cases for left, _, right in case for value in (left, right)]
+        return frozenset(str(s) for value in expressions for s in value.free_symbols)
 
     def holds(self, sizes: Mapping[str, Value]) -> Any:
-        """Tell whether sizes keep it; for tensors of sizes (float64, one size an entry), for each entry."""
-        total: Any = False
+        """Tell whether sizes satisfy it; for tensors of sizes (float64), for each entry."""
+        any_case: Any = False
         for case in self.cases:
-            together: Any = True
+            all_hold: Any = True
             for comparison in case:
-                together = together & _holds(comparison, sizes)
-            total = total | together
-        return total
+                all_hold = all_hold & _holds(comparison, sizes)
+            any_case = any_case | all_hold
+        return any_case
 
     def written(self, change: Callable[[sympy.Expr], sympy.Expr]) -> str:
-        """Return its text with every expression changed."""
+        """Return its text with ``change`` applied to every expression."""
         return " or ".join(
             " and ".join(
                 f"{format_size(change(left), {})} {operator} {format_size(change(right), {})}"
@@ -81,7 +81,7 @@ def _holds(comparison: Comparison, sizes: Mapping[str, Value]) -> Any:
         return False
     answer = _COMPARE[operator](first, second)
     if isinstance(answer, torch.Tensor):
-        # a division by zero is no number
+        # a division by zero is NaN or infinite
         answer = answer & torch.as_tensor(first + second).isfinite()
     return answer
 
@@ -136,10 +136,10 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def format_relations(guard: Any, names: Mapping[sympy.Symbol, str]) -> list[str]:
-    """Return a relation as texts that :func:`parse_relation` reads; what always holds is none.
+    """Return a relation as texts that :func:`parse_relation` reads; empty if it always holds.
 
     Raises:
-        CheckpointError: it has no text in the grammar of sizes.
+        CheckpointError: it cannot be written in the grammar of sizes.
     """
     if guard in (True, sympy.true):
         return []
@@ -172,7 +172,7 @@ def parse_relation(text: str, names: frozenset[str], where: str = "") -> Relatio
         where: for messages.
 
     Raises:
-        CheckpointError: it is not in the grammar, names a size there is not, or is absurdly long.
+        CheckpointError: it is not in the grammar, names an unknown size, or is too long.
     """
     if len(text) > _LONGEST:
         raise CheckpointError(f"{where}: {text[:60]!r}... is too long for a relation between sizes")
@@ -185,8 +185,8 @@ def parse_relation(text: str, names: frozenset[str], where: str = "") -> Relatio
 
 def _parsed(text: str, symbols: Mapping[str, sympy.Symbol], where: str) -> Comparison:
     for operator in _COMPARE:
-        left, found, right = text.partition(operator)
-        if found:
+        left, separator, right = text.partition(operator)
+        if separator:
             return (
                 parse_size(left.strip(), symbols, where),
                 operator,
@@ -198,12 +198,12 @@ def _parsed(text: str, symbols: Mapping[str, sympy.Symbol], where: str) -> Compa
 def constraints_among(
     constraints: tuple[str, ...], names: frozenset[str], kept: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Return the constraints that speak of kept sizes only.
+    """Return the constraints that refer only to remaining sizes.
 
     Args:
         constraints: as texts.
-        names: of all sizes they may speak of.
-        kept: the sizes that are left.
+        names: of all sizes they may refer to.
+        kept: the remaining sizes.
     """
     return tuple(text for text in constraints if parse_relation(text, names).names <= set(kept))
 
@@ -211,27 +211,27 @@ def constraints_among(
 def constraints_with(
     constraints: tuple[str, ...], names: frozenset[str], sizes: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """Return what is left of constraints where some sizes have become numbers, which keep them."""
-    left = []
+    """Return the constraints with some sizes replaced by numbers, which satisfy them."""
+    remaining = []
     for text in constraints:
         relation = parse_relation(text, names)
         if relation.names <= set(sizes):
             continue
         values = {sympy.Symbol(n, integer=True, positive=True): v for n, v in sizes.items()}
-        left.append(relation.written(lambda e: e.subs(values)) if relation.names & set(sizes) else text)  # noqa: B023
-    return tuple(left)
+        remaining.append(relation.written(lambda e: e.subs(values)) if relation.names & set(sizes) else text)  # noqa: B023
+    return tuple(remaining)
 
 
 def rename_in(text: str, names: frozenset[str], old: str, new: str) -> str | None:
-    """Return a constraint with another size in a size's place, or None if it then says nothing."""
+    """Return a constraint with one size replaced by another, or None if it then always holds."""
     relation = parse_relation(text, names)
     if old not in relation.names:
         return text
     symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in (old, new)}
-    swap = {symbols[old]: symbols[new]}
-    changed = relation.written(lambda e: e.xreplace(swap))
+    substitution = {symbols[old]: symbols[new]}
+    changed = relation.written(lambda e: e.xreplace(substitution))
     trivial = all(
-        left.xreplace(swap) == right.xreplace(swap) and operator in ("==", "<=", ">=")
+        left.xreplace(substitution) == right.xreplace(substitution) and operator in ("==", "<=", ">=")
         for case in relation.cases[:1]
         for left, operator, right in case
     )

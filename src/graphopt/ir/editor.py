@@ -1,4 +1,4 @@
-"""The only place where graphs change: nodes enter with inferred shapes and a record of who made them."""
+"""The only place where graphs are edited: new nodes get inferred shapes and the name of the pass that made them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from .program import Program
 
 RECORDING: dict[str, Callable[..., Any]] = {}
-"""How functions become nodes: ``emit`` and ``stand_in``, which :mod:`graphopt.ir.rewriting.stamping` puts here."""
+"""Functions that record functions as nodes: ``emit`` and ``stand_in``, from :mod:`graphopt.ir.rewriting.stamping`."""
 
 
 class Editor:
     """Edits the graph of one program.
 
-    ``journal`` lists each replaced value as (name of the old node, new node): what a contract check
-    compares. ``author`` is written into every node made.
+    ``journal`` is the edit log: each replaced value as (name of the old node, new node), which contract checks
+    compare. ``author`` is recorded in every new node.
     """
 
     def __init__(self, program: Program):
@@ -64,7 +64,7 @@ class Editor:
 
     @contextlib.contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
-        """Insert new nodes after ``node`` (after all placeholders, where it is one)."""
+        """Insert new nodes after ``node`` (after all placeholders if it is one)."""
         self.require_present(node)
         anchor = node
         if node.op == "placeholder":
@@ -73,10 +73,10 @@ class Editor:
             yield
 
     def change(self, node: fx.Node, **changed: Any) -> None:
-        """Give a call other arguments, by name; its value keeps its shape and type.
+        """Change arguments of a call, by name; its value must keep its shape and type.
 
         Raises:
-            VerificationError: it does not.
+            VerificationError: the value would change its shape or type.
         """
         self.require_present(node)
         args, kwargs = normal_call(node.target, {**arguments(node), **changed})
@@ -88,7 +88,7 @@ class Editor:
         self.program.changed()
 
     def hoist(self, node: fx.Node, before: fx.Node) -> None:
-        """Move a value, and what it is computed from, before a node that it does not depend on."""
+        """Move a value, and the nodes it is computed from, before a node that it does not depend on."""
         late: set[fx.Node] = set()
         work = [node]
         while work:
@@ -101,13 +101,13 @@ class Editor:
         self.program.changed()
 
     def adopt(self, node: fx.Node) -> None:
-        """Take in a call whose value and normal spelling are known."""
+        """Register a node whose value is known and whose call is normalised."""
         self._sign(node)
         self.touched[node] = None
         self.program.changed()
 
     def emit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Insert what a function of tensors computes from these nodes; see :func:`~graphopt.ir.rewriting.tracing.trace`.
+        """Insert a function of tensors on these arguments; see :func:`~graphopt.ir.rewriting.tracing.trace`.
 
         Returns:
             One node, or a list of them where the function returns several.
@@ -115,7 +115,7 @@ class Editor:
         return RECORDING["emit"](self, function, arguments)
 
     def stand_in(self, old: fx.Node, function: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
-        """Insert ``function(*arguments)``, which may stand for ``old``, and return its node.
+        """Insert ``function(*arguments)`` as a possible replacement of ``old``, and return its node.
 
         Raises:
             UsageError: the function cannot be recorded, or returns several values.
@@ -127,11 +127,11 @@ class Editor:
     # -- replacing ----------------------------------------------------------------------------------
 
     def replace(self, old: fx.Node, new: fx.Node, *, same: bool = True, record: bool = True) -> None:
-        """Let all users of ``old`` read ``new``, and drop what only ``old`` needed.
+        """Make all users of ``old`` read ``new``, and remove nodes that only ``old`` needed.
 
         Raises:
-            VerificationError: the values differ in shape or type, and ``same`` asks that they do not.
-            UsageError: a node is no part of the program any more.
+            VerificationError: the values differ in shape or type, and ``same`` is set.
+            UsageError: a node is no longer part of the program.
         """
         self.require_present(old, new)
         if same:
@@ -150,23 +150,23 @@ class Editor:
         self.erase_dead([old])
 
     def now(self, node: fx.Node) -> fx.Node:
-        """Return what stands for a value that was found before: itself, or what replaced it since."""
+        """Return the current node of a value: the node itself, or its latest replacement."""
         while node in self._replaced:
             node = self._replaced[node]
         return node
 
     def end(self) -> None:
-        """Forget what was replaced, touched and by whom, once it was checked: the next pass begins anew."""
+        """Clear the edit log, the touched nodes and the author, after a pass was checked."""
         self.author = ""
         self.journal.clear()
         self.touched.clear()
         self._replaced.clear()
 
     def require_present(self, *nodes: fx.Node) -> None:
-        """Check that nodes are in this graph: an edit through one that left it would be lost, or break it.
+        """Check that nodes are in this graph, since editing through any other would be lost or corrupt the graph.
 
         Raises:
-            UsageError: one was erased by an earlier edit, or belongs to another program.
+            UsageError: a node was erased by an earlier edit, or belongs to another program.
         """
         for node in nodes:
             if node.graph is not self.graph:
@@ -176,12 +176,12 @@ class Editor:
                 )
             if node._erased:
                 raise UsageError(
-                    f"{node.name} is no part of the program any more: an earlier edit replaced or removed it",
+                    f"{node.name} is no longer part of the program: an earlier edit replaced or removed it",
                     hint="look nodes and blocks up again after an edit: program.anatomy, program.node(name)",
                 )
 
     def require_same(self, old: fx.Node, new: fx.Node) -> None:
-        """Check that a value may stand for another.
+        """Check that a value can replace another.
 
         Raises:
             VerificationError: they differ in shape or type.
@@ -200,7 +200,7 @@ class Editor:
                 new.meta[key] = old.meta[key]
 
     def erase_dead(self, nodes: Iterable[fx.Node]) -> None:
-        """Erase those of the nodes that nothing reads, and in turn what only they read."""
+        """Erase the nodes that are unused, and recursively the operands that only they used."""
         pinned = set(self.program.checkpoint.values()) | self.keep
         work = list(nodes)
         while work:
@@ -235,13 +235,13 @@ class Editor:
             source = InMemory(source.detach())
         if any(name == w.name or name in w.names for w in self.program.weights.values()):
             raise VerificationError(f"the program already has a weight named {name!r}")
-        known = [n for n in self.program.weight_nodes if n.name in self.program.weights]
-        place = self.graph.inserting_before(like) if like is not None else None
-        if place is None and known:
-            place = self.graph.inserting_after(known[-1])
-        elif place is None:
-            place = self.graph.inserting_before(next(iter(self.graph.nodes)))
-        with place:
+        placeholders = [n for n in self.program.weight_nodes if n.name in self.program.weights]
+        insertion_point = self.graph.inserting_before(like) if like is not None else None
+        if insertion_point is None and placeholders:
+            insertion_point = self.graph.inserting_after(placeholders[-1])
+        elif insertion_point is None:
+            insertion_point = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with insertion_point:
             target = "w_" + "".join(c if c.isalnum() else "_" for c in name)
             node = self.graph.placeholder(target)
         node.target = node.name
@@ -258,7 +258,7 @@ class Editor:
         return node
 
     def remove_weight(self, node: fx.Node) -> None:
-        """Remove the placeholder of a tensor that nothing reads."""
+        """Remove the placeholder of an unused weight."""
         if node.users or node in self.program.checkpoint.values():
             raise VerificationError("a weight that is still read cannot be removed", node=node.name)
         del self.program.weights[node.name]
@@ -266,7 +266,7 @@ class Editor:
         self.program.changed()
 
     def set_outputs(self, values: Sequence[fx.Node]) -> None:
-        """Make these the values that the program returns, in the order of its signature."""
+        """Set the values that the program returns, in the order of its signature."""
         self.require_present(*values)
         output = self.program.output_node
         output.args = (tuple(values),)

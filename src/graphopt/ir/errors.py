@@ -1,4 +1,4 @@
-"""Errors that a user can act on: what failed, where, why, and what to do next."""
+"""Errors that say what failed, where, why, and what to do next."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PipelineError(UsageError):
 
 
 class PassRefusedError(GraphoptError):
-    """A pass cannot make its rewrite here, or it matched nothing."""
+    """A pass cannot be applied to the program, or found no site."""
 
     exit_code = 4
 
@@ -67,12 +67,12 @@ class VerificationError(GraphoptError):
 
 
 class LoweringError(GraphoptError):
-    """A program cannot be written in the form asked for."""
+    """A program cannot be written in the requested format."""
 
     exit_code = 4
 
 
 class DistributedError(GraphoptError):
-    """Ranks could not work together: one ended, hung, or computed something else than the others."""
+    """A distributed run failed: a rank ended, hung, or computed other values than the others."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Why a program cannot go back to the folder it came from: one entry for each pass that stands in the way."""
+"""Reasons why a program cannot be exported to a Hugging Face folder, one entry per pass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def block_export(program: Program, reason: str, *, by: str | None = None) -> None:
-    """Say that no Hugging Face folder can hold what the program is from now on.
+    """Record that the program can no longer be exported to a Hugging Face folder.
 
     Args:
         program: changed in place.
-        reason: what a configuration or a checkpoint has no place for.
-        by: the pass that is in the way; by default the one that is editing the program, or none: "an edit".
+        reason: what a configuration or a checkpoint cannot represent.
+        by: the pass responsible; by default the one that is editing the program, or "an edit" if there is none.
     """
     by = by or program.edit.author or "an edit"
     blockers = export_blockers(program)
@@ -26,7 +26,7 @@ def block_export(program: Program, reason: str, *, by: str | None = None) -> Non
 
 
 def unblock_export(program: Program, by: str) -> None:
-    """Take away what one pass had in the way, since what it made is gone; other passes' reasons stay."""
+    """Remove the reasons of one pass, whose changes are gone; the reasons of other passes stay."""
     blockers = export_blockers(program)
     blockers.pop(by, None)
     program.facts.discard(ExportBlockers)
@@ -35,6 +35,6 @@ def unblock_export(program: Program, by: str) -> None:
 
 
 def export_blockers(program: Program) -> dict[str, tuple[str, ...]]:
-    """Return the reasons by the name of the pass that gave them."""
+    """Return the reasons by name of the pass."""
     blockers = program.facts.get(ExportBlockers)
     return dict(blockers.reasons) if blockers is not None else {}

@@ -1,8 +1,8 @@
-"""What is known of a program beyond its graph, as values with types: what passes made of it, and how it was captured.
+"""Facts: typed information about a program beyond its graph, such as what passes did and how it was captured.
 
-A fact is a frozen dataclass, and a program has at most one of each type. Passes require and provide types; those without
-fields only say that something was done. Whatever is stored under ``name`` in a saved program is read by the fields' types
-(:mod:`graphopt.ir.storage.facts`).
+A fact is a frozen dataclass, and a program has at most one of each type. Passes require and provide types; a type without
+fields only records that something was done. Saved programs store facts under ``name``, and they are read by the fields'
+types (:mod:`graphopt.ir.storage.facts`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ KINDS: dict[str, type[Fact]] = {}
 
 @dataclass(frozen=True)
 class Fact:
-    """Something known of a program."""
+    """Base of all facts about a program."""
 
     name: ClassVar[str] = ""
     done: ClassVar[str] = ""
-    """What a program with it is, for messages: "cannot run on a program that is ..."."""
+    """Description of a program with this fact, for messages: "cannot run on a program that is ..."."""
 
     def __init_subclass__(cls, name: str, done: str = "", **options: Any):
         super().__init_subclass__(**options)
-        known = KINDS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        registered = KINDS.get(name)
+        if registered is not None and (registered.__module__, registered.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
             raise TypeError(
-                f"two types of facts are called {name!r}: {known.__qualname__} and {cls.__qualname__}"
+                f"two types of facts are called {name!r}: {registered.__qualname__} and {cls.__qualname__}"
             )
         cls.name, cls.done = name, done or name.replace("_", " ")
         KINDS[name] = cls
@@ -45,30 +48,30 @@ class Facts:
     """The facts of one program, at most one of each type."""
 
     def __init__(self, facts: Iterable[Fact] = ()):
-        self._held: dict[type[Fact], Fact] = {type(fact): fact for fact in facts}
+        self._by_type: dict[type[Fact], Fact] = {type(fact): fact for fact in facts}
 
     def get(self, kind: type[F]) -> F | None:
         """Return the fact of a type, or None."""
-        found = self._held.get(kind)
-        return found if isinstance(found, kind) else None
+        fact = self._by_type.get(kind)
+        return fact if isinstance(fact, kind) else None
 
     def __getitem__(self, kind: type[F]) -> F:
-        found = self.get(kind)
-        if found is None:
+        fact = self.get(kind)
+        if fact is None:
             raise UsageError(f"the program is not {kind.done}")
-        return found
+        return fact
 
     def __contains__(self, kind: object) -> bool:
-        return kind in self._held
+        return kind in self._by_type
 
     def __iter__(self) -> Iterator[Fact]:
-        return iter(self._held.values())
+        return iter(self._by_type.values())
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._by_type)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Facts) and self._held == other._held
+        return isinstance(other, Facts) and self._by_type == other._by_type
 
     __hash__ = None  # type: ignore[assignment]  # they change
 
@@ -78,28 +81,28 @@ class Facts:
     @property
     def kinds(self) -> set[type[Fact]]:
         """The types of all facts."""
-        return set(self._held)
+        return set(self._by_type)
 
     def add(self, fact: Fact) -> None:
-        """Take a fact in, in place of one of the same type."""
+        """Add a fact, replacing one of the same type."""
         if not is_dataclass(fact):
             raise TypeError(f"a fact is a dataclass, not {type(fact).__name__}")
-        self._held[type(fact)] = fact
+        self._by_type[type(fact)] = fact
 
     def discard(self, *kinds: type[Fact]) -> None:
-        """Forget the facts of these types, where there are any."""
+        """Remove the facts of these types, if there are any."""
         for kind in kinds:
-            self._held.pop(kind, None)
+            self._by_type.pop(kind, None)
 
     def provide(self, kinds: Iterable[type[Fact]]) -> None:
         """Add those of these types that need nothing to be known: all others are added by whoever knows their fields."""
         for kind in kinds:
             known = all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind))
-            if kind not in self._held and known:
-                self._held[kind] = kind()
+            if kind not in self._by_type and known:
+                self._by_type[kind] = kind()
 
     def copy(self) -> Facts:
-        """Return the same facts, to be changed apart from these."""
+        """Return a copy that can be changed independently."""
         return Facts(self)
 
 
@@ -113,42 +116,42 @@ class Canonical(Fact, name="canonical"):
 
 @dataclass(frozen=True)
 class FusedProjections(Fact, name="fused_projections"):
-    """Linears that read the same value are one."""
+    """Linears that read the same value are fused into one."""
 
 
 @dataclass(frozen=True)
 class SplitProjections(Fact, name="split_projections"):
-    """No linear's result is only used in parts."""
+    """No linear has a result that is only used in parts."""
 
 
 @dataclass(frozen=True)
 class FoldedNorms(Fact, name="norms_folded", done="without scales of norms"):
-    """Scales of norms are in the matrices beside them."""
+    """Scales of norms are folded into the following matrices."""
 
 
 @dataclass(frozen=True)
 class FusedBranches(Fact, name="branches_fused", done="fused branch by branch"):
-    """Branches of convolutions are one."""
+    """Branches of convolutions are fused into one convolution."""
 
 
 @dataclass(frozen=True)
 class FusedKernels(Fact, name="fused_kernels"):
-    """Operators that have kernels of their own are called."""
+    """The graph calls operators that have fused kernels."""
 
 
 @dataclass(frozen=True)
 class AdjustableExperts(Fact, name="dialled_experts", done="limited to fewer experts"):
-    """Tokens go to fewer experts than the router picks."""
+    """Tokens use fewer experts than the router picks."""
 
 
 @dataclass(frozen=True)
 class QuantizedCommunication(Fact, name="quantized_communication", done="sending few bits"):
-    """Ranks send few bits."""
+    """Ranks exchange quantised values."""
 
 
 @dataclass(frozen=True)
 class Legal(Fact, name="fitted", done="legal on a target"):
-    """Operators are those that a target takes: see ``fit-target``."""
+    """All operators are legal on a target: see ``fit-target``."""
 
 
 # -- what passes made ---------------------------------------------------------------------------------
@@ -156,16 +159,16 @@ class Legal(Fact, name="fitted", done="legal on a target"):
 
 @dataclass(frozen=True)
 class KVCache(Fact, name="kv_cache", done="cached"):
-    """Keys and values of tokens seen are inputs and outputs.
+    """Keys and values of earlier tokens are inputs and outputs.
 
     Args:
-        capacity: slots of a cache, or the name of the size that says.
-        layers: pairs of caches.
-        tree: whether an input says which new token sees which.
+        capacity: number of slots of a cache, or the name of that size.
+        layers: number of pairs of caches.
+        tree: whether an input determines which new tokens see each other.
         tokens: the input of new tokens, (batch, new).
         positions: the input of their positions, of the same shape.
-        limit: positions that the model has; None where it has any number.
-        logits: the output of logits; "" where there is none.
+        limit: number of positions that the model supports; None if unlimited.
+        logits: the output of logits; "" if there is none.
     """
 
     capacity: int | str
@@ -182,13 +185,13 @@ class Quantized(Fact, name="quantized"):
     """Values and weights are rounded to integers, as a target stores them.
 
     Args:
-        weights: bits asked for.
+        weights: bits requested for weights.
         activations: bits of values.
-        kind: what came of it: ``w8a16``, or ``w4or8a16`` where matrices have either.
-        value: values that are rounded.
-        matrix: matrices that are.
-        constant: constants that are.
-        four_bits: matrices of four bits.
+        kind: the resulting kind: ``w8a16``, or ``w4or8a16`` where matrices have either width.
+        value: number of quantised values.
+        matrix: number of quantised matrices.
+        constant: number of quantised constants.
+        four_bits: number of matrices with four bits.
     """
 
     weights: int
@@ -202,7 +205,7 @@ class Quantized(Fact, name="quantized"):
 
 @dataclass(frozen=True)
 class MultiTokenHeads(Fact, name="multi_token_heads", done="with multi-token heads"):
-    """Heads that say later tokens; ``accuracy`` is how often the first k choices of each were right."""
+    """Heads that predict later tokens; ``accuracy`` is the top-k accuracy of each head."""
 
     heads: int
     layers: int
@@ -212,7 +215,7 @@ class MultiTokenHeads(Fact, name="multi_token_heads", done="with multi-token hea
 
 @dataclass(frozen=True)
 class MaskTokens(Fact, name="mask_tokens", done="with mask tokens"):
-    """Mask tokens beside the text, whose values a gated LoRA of this rank makes."""
+    """Mask tokens in addition to the text, computed by a gated LoRA of this rank."""
 
     masks: int
     rank: int
@@ -220,14 +223,14 @@ class MaskTokens(Fact, name="mask_tokens", done="with mask tokens"):
 
 @dataclass(frozen=True)
 class EarlyExits(Fact, name="early_exits", done="with early exits"):
-    """Logits of layers before the last: the layer's number by the output's name."""
+    """Logits of layers before the last: the layer's index by the output's name."""
 
     layers: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class AttachedDraft(Fact, name="draft", done="with a draft"):
-    """A layer that drafts from hidden states: of which layers, and its own number."""
+    """A draft layer on hidden states: the layers that it reads, and its own index."""
 
     taps: tuple[int, ...]
     layer: int
@@ -235,7 +238,7 @@ class AttachedDraft(Fact, name="draft", done="with a draft"):
 
 @dataclass(frozen=True)
 class Vocabulary(Fact, name="vocabulary", done="trimmed to some tokens"):
-    """Outputs whose logits are of some tokens: how many there are in all, and which are left, ascending."""
+    """Outputs with logits of a part of the vocabulary: the full size, and the remaining token ids, ascending."""
 
     size: int
     ids: tuple[int, ...]
@@ -251,21 +254,21 @@ class Streaming(Fact, name="streaming"):
 
 @dataclass(frozen=True)
 class TensorParallel(Fact, name="tensor_parallel", done="sharded"):
-    """The program of ``ranks`` ranks, as one graph."""
+    """The graph is the common program of ``ranks`` ranks."""
 
     ranks: int
 
 
 @dataclass(frozen=True)
 class OwnRank(Fact, name="rank", done="one rank's"):
-    """What one rank runs; such a program lives as long as its process."""
+    """The graph is the program of one rank; it exists only within its process."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class SkippedWhileDecoding(Fact, name="decode_layers", done="shorter while decoding"):
-    """Layers or blocks, by name, that are passed over after a prompt."""
+    """Layers or blocks, by name, that are skipped during decoding."""
 
     names: tuple[str, ...]
 
@@ -275,7 +278,7 @@ class SkippedWhileDecoding(Fact, name="decode_layers", done="shorter while decod
 
 @dataclass(frozen=True)
 class RemovedLayers:
-    """Layers that went: the prefix of their tensors' names, how many there were, and which numbers went."""
+    """Removed layers: the prefix of their tensors' names, the count before, and the indices removed."""
 
     prefix: str
     count: int
@@ -284,10 +287,10 @@ class RemovedLayers:
 
 @dataclass(frozen=True)
 class CheckpointChanges(Fact, name="checkpoint_changes", done="of another configuration"):
-    """What a folder's configuration must say differently.
+    """Changes to the configuration of a model folder.
 
     Args:
-        removed_layers: in the order in which they went.
+        removed_layers: in the order in which they were removed.
         ffn_widths: (before, after).
         expert_counts: (before, after).
         active_experts: (before, after).
@@ -301,7 +304,7 @@ class CheckpointChanges(Fact, name="checkpoint_changes", done="of another config
 
 @dataclass(frozen=True)
 class ExportBlockers(Fact, name="export_blockers", done="no folder's"):
-    """Why no folder can hold it: reasons by the pass that gave them; see :mod:`graphopt.ir.export_blockers`."""
+    """Reasons why no model folder can hold the program, by pass; see :mod:`graphopt.ir.export_blockers`."""
 
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -311,14 +314,14 @@ class ExportBlockers(Fact, name="export_blockers", done="no folder's"):
 
 @dataclass(frozen=True)
 class Capture(Fact, name="capture", done="captured"):
-    """How the capture went.
+    """Results of the capture.
 
     Args:
-        plain_attention: attention that stays as it was, and why it was not recognised.
-        plain_experts: experts that do.
-        fixed_sizes: sizes that could vary as far as the graph says, and not as far as the model does.
-        packed_positions: how the model differs where several texts share a row; "" where it does not.
-        compared: what was compared in place of the whole model; "" for all of it.
+        plain_attention: attention that was not recognised, with reasons.
+        plain_experts: experts that were not recognised, with reasons.
+        fixed_sizes: sizes that could vary in the graph, but not in the model.
+        packed_positions: how the model's results differ where several texts share a row; "" where they do not.
+        compared: what was compared instead of the whole model; "" if all of it was compared.
         attention_implementation: of transformers, by name.
     """
 
@@ -331,12 +334,12 @@ class Capture(Fact, name="capture", done="captured"):
 
 
 def note_capture(program: Program, **changed: Any) -> None:
-    """Note how a capture went; tuples are added to what is noted, anything else takes its place."""
+    """Record results of a capture; tuples are appended to recorded ones, anything else replaces them."""
     _note(program, Capture, changed)
 
 
 def note_checkpoint(program: Program, **changed: Any) -> None:
-    """Note what a folder's configuration must say differently; tuples of entries are added to those before."""
+    """Record changes to a model folder's configuration; tuples of entries are appended to recorded ones."""
     active = changed.pop("active_experts", None)
     _note(program, CheckpointChanges, changed)
     if active is not None:
@@ -344,9 +347,9 @@ def note_checkpoint(program: Program, **changed: Any) -> None:
 
 
 def _note(program: Program, kind: type[F], changed: Mapping[str, Any]) -> None:
-    held = program.facts.get(kind) or kind()
-    added = {
-        name: (*getattr(held, name), *value) if isinstance(value, tuple) else value
+    fact = program.facts.get(kind) or kind()
+    updated = {
+        name: (*getattr(fact, name), *value) if isinstance(value, tuple) else value
         for name, value in changed.items()
     }
-    program.facts.add(replace(held, **added))
+    program.facts.add(replace(fact, **updated))

@@ -1,7 +1,7 @@
-"""Groups of ranks: the names that graphs use, bound to process groups of torch.distributed when a program runs.
+"""Groups of ranks: symbolic names in graphs, bound to process groups of torch.distributed when a program runs.
 
-The only module that names torch's functional collectives. A graph says ``tensor_parallel``, whatever torch calls
-the group in this process.
+The only module that uses torch's functional collectives. A graph names the group ``tensor_parallel``, whatever torch's
+name for it is in this process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .compat import is_plain_tensor
 from .errors import DistributedError, UsageError
 
 TENSOR_PARALLEL = "tensor_parallel"
-"""The group that tensor-parallel programs add up over."""
+"""The group over which tensor-parallel programs reduce."""
 
 TIMEOUT_SECONDS = 120.0
 
@@ -39,7 +39,7 @@ _BOUND: dict[str, Bound] = {}
 
 
 def bind(group: str, process_group: Any = None) -> Bound:
-    """Let ``group`` mean a process group from now on; the whole world if none is given.
+    """Bind ``group`` to a process group, by default the whole world, and return the binding.
 
     Raises:
         UsageError: torch.distributed is not initialised.
@@ -49,14 +49,14 @@ def bind(group: str, process_group: Any = None) -> Bound:
             "torch.distributed is not initialised",
             hint="start with torchrun, or call init_process_group first",
         )
-    held: Any = process_group if process_group is not None else dist.group.WORLD
-    bound = Bound(str(held.group_name), dist.get_rank(held), dist.get_world_size(held))
+    bound_to: Any = process_group if process_group is not None else dist.group.WORLD
+    bound = Bound(str(bound_to.group_name), dist.get_rank(bound_to), dist.get_world_size(bound_to))
     _BOUND[group] = bound
     return bound
 
 
 def unbind(group: str) -> None:
-    """Forget what ``group`` means in this process."""
+    """Remove the binding of ``group`` in this process."""
     _BOUND.pop(group, None)
 
 
@@ -66,25 +66,25 @@ def started_by_torchrun() -> bool:
 
 
 def rank() -> int:
-    """Return this process's number among all, 0 where it is alone."""
+    """Return the rank of this process, 0 if it runs alone."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0") or 0) if started_by_torchrun() else 0
 
 
 def world_size() -> int:
-    """Return how many processes run together, 1 where this one is alone."""
+    """Return the number of processes, 1 if this one runs alone."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1") or 1) if started_by_torchrun() else 1
 
 
 def join(timeout_seconds: float | None = None) -> None:
-    """Join the processes that torchrun started, over NCCL on GPUs and gloo on CPUs; does nothing where alone.
+    """Join the processes that torchrun started, over NCCL on GPUs and gloo on CPUs; does nothing in a single process.
 
     Args:
-        timeout_seconds: how long a collective waits for a rank that does not come; else the environment's
-            GRAPHOPT_TIMEOUT, else two minutes.
+        timeout_seconds: how long a collective waits for a missing rank; by default GRAPHOPT_TIMEOUT from the
+            environment, or two minutes.
     """
     if dist.is_initialized() or not started_by_torchrun():
         return
@@ -98,17 +98,17 @@ def join(timeout_seconds: float | None = None) -> None:
 
 
 def leave() -> None:
-    """Leave the processes that ``join`` joined; a process that ends in the middle of a group may abort."""
+    """Leave the group that ``join`` joined; without this, a process may abort at its end."""
     _BOUND.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def group_for(size: int, group: str = TENSOR_PARALLEL) -> Bound | None:
-    """Return the process group for a program of ``size`` ranks, bound if need be; None in a process alone.
+    """Return the process group for a program of ``size`` ranks, binding it if necessary; None in a single process.
 
     Raises:
-        UsageError: another number of processes runs than the program is for.
+        UsageError: the number of processes is not ``size``.
     """
     if group in _BOUND:
         bound = _BOUND[group]
@@ -119,32 +119,32 @@ def group_for(size: int, group: str = TENSOR_PARALLEL) -> Bound | None:
         bound = bind(group)
     if bound.size != size:
         raise UsageError(
-            f"the program is for {size} ranks, {bound.size} processes run",
+            f"the program is for {size} ranks, but {bound.size} processes are running",
             hint=f"start {size} with torchrun --nproc-per-node {size}, or shard again with size={bound.size}",
         )
     return bound
 
 
 def bound_group(group: str, like: torch.Tensor) -> Bound | None:
-    """Return what a group is bound to; None for a tensor without values, whose shape alone is asked for.
+    """Return the binding of a group; None for a tensor without values, of which only the shape is needed.
 
     Raises:
         UsageError: nothing is bound.
     """
-    found = _BOUND.get(group)
-    if found is None and is_plain_tensor(like):
+    bound = _BOUND.get(group)
+    if bound is None and is_plain_tensor(like):
         raise UsageError(
             f"no process group is bound to {group!r}",
             hint="call the program itself, which binds one, or graphopt.ir.groups.bind(group, process_group)",
         )
-    return found
+    return bound
 
 
 def barrier() -> None:
-    """Wait until all ranks are here; does nothing where this process is alone.
+    """Wait until all ranks arrive; does nothing in a single process.
 
     Raises:
-        DistributedError: a rank did not come.
+        DistributedError: a rank did not arrive.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         with _explained("a barrier", Bound("", dist.get_rank(), dist.get_world_size())):
@@ -175,7 +175,7 @@ def all_reduce(x: torch.Tensor, group: Bound) -> torch.Tensor:
 
 
 def all_gather(x: torch.Tensor, group: Bound) -> torch.Tensor:
-    """Return all ranks' tensors, one after the other along the first dimension."""
+    """Return all ranks' tensors, concatenated along the first dimension."""
     with _explained("an all-gather", group):
         return _wait(
             torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
@@ -183,7 +183,7 @@ def all_gather(x: torch.Tensor, group: Bound) -> torch.Tensor:
 
 
 def reduce_scatter(x: torch.Tensor, group: Bound) -> torch.Tensor:
-    """Return this rank's part, along the first dimension, of the sum of all ranks' tensors."""
+    """Return this rank's shard, along the first dimension, of the sum of all ranks' tensors."""
     with _explained("a reduce-scatter", group):
         return _wait(
             torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size, group.name)
@@ -191,7 +191,7 @@ def reduce_scatter(x: torch.Tensor, group: Bound) -> torch.Tensor:
 
 
 def all_to_all(x: torch.Tensor, group: Bound) -> torch.Tensor:
-    """Send part r of the first dimension to rank r; return what the ranks sent here, in their order."""
+    """Send part r of the first dimension to rank r, and return the parts received, in the order of ranks."""
     part = x.shape[0] // group.size
     sizes = [part] * group.size
     with _explained("an all-to-all", group):

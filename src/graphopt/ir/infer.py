@@ -14,11 +14,11 @@ from .errors import VerificationError
 from .schema import operator_name
 
 SHAPE_RULES: dict[str, Callable[..., Any]] = {}
-"""What computes a call's fake value in place of the operator, by its name; filled where operators of ours are defined."""
+"""Shape rules by operator name, which compute a call's fake value; filled where graphopt's operators are defined."""
 
 
 def value_of(argument: Any) -> Any:
-    """Replace nodes in an argument by their fake values."""
+    """Return an argument with nodes replaced by their fake values."""
     return fx.map_arg(argument, lambda node: node.meta["val"])
 
 
@@ -28,22 +28,22 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
     Raises:
         VerificationError: the operator does not accept arguments of these shapes or types.
     """
-    known = _KNOWN.setdefault(mode, {})
+    cached = _INFERRED.setdefault(mode, {})
     key = signature_of((target, args, kwargs))
-    if key is not None and key in known:
-        return known[key]
+    if key is not None and key in cached:
+        return cached[key]
     result = _infer(mode, target, value_of(args), value_of(kwargs))
     if key is not None:
-        known[key] = result
+        cached[key] = result
     return result
 
 
 # the layers of a model repeat the same calls on the same shapes; values are never written to
-_KNOWN: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
+_INFERRED: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def signature_of(value: Any) -> Any:
-    """Return what a call's value depends on, or None where that is more than types and sizes."""
+    """Return a key for a call's fake value, or None if it depends on more than types and sizes."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, torch.Tensor):
@@ -82,7 +82,7 @@ def _infer(mode: FakeTensorMode, target: Any, fake_args: Any, fake_kwargs: dict[
 
 
 def describe_value(value: Any) -> str:
-    """Shape and type of a value, for messages and listings."""
+    """Return type and shape of a value as text, for messages and listings."""
     if isinstance(value, torch.Tensor):
         kind = str(value.dtype).removeprefix("torch.")
         return f"{kind}[{', '.join(str(size) for size in value.shape)}]"
@@ -103,12 +103,12 @@ def same_value(first: Any, second: Any) -> bool:
 
 
 def same_shape(first: Sequence[int | torch.SymInt], second: Sequence[int | torch.SymInt]) -> bool:
-    """Tell whether two shapes are equal for every value of their symbols, without guarding on it."""
+    """Tell whether two shapes are equal for every value of their symbols, without adding a guard."""
     return len(first) == len(second) and all(same_size(a, b) for a, b in zip(first, second, strict=True))
 
 
 def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
-    """Tell whether two sizes are equal for every value of their symbols, without guarding on it."""
+    """Tell whether two sizes are equal for every value of their symbols, without adding a guard."""
     if isinstance(first, int) and isinstance(second, int):
         return first == second
     from .sizes import expression

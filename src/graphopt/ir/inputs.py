@@ -1,4 +1,4 @@
-"""Inputs that a pass adds to a program."""
+"""Adding, removing and changing inputs of a program."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def add_input(
     program: Program, name: str, shape: list[int | torch.SymInt], dtype: torch.dtype,
     *, fill: tuple[FillRule, str] | None = None,
 ) -> fx.Node:  # fmt: skip
-    """Let the program take one more tensor, by name, and return its node.
+    """Add an input tensor to a program and return its node.
 
     Args:
-        program: which takes it.
+        program: changed in place.
         name: of the input.
         shape: numbers and sizes of the program.
         dtype: of its elements.
-        fill: how it is made, and from which input, where it is left out.
+        fill: the rule for its default, and the input that the rule reads; None if the input is required.
 
     Raises:
-        UsageError: it takes one of that name already.
+        UsageError: the program already has an input of that name.
     """
     signature = program.signature
     if name in signature.parameters or name in signature.inputs or name in program.dials:
@@ -54,10 +54,10 @@ def add_input(
 
 
 def remove_input(program: Program, name: str) -> None:
-    """Take an input away that nothing reads any more.
+    """Remove an input that is no longer used.
 
     Raises:
-        UsageError: something reads it, or it is one part of a larger parameter.
+        UsageError: a node reads it, or it is part of a larger parameter.
     """
     signature, node = program.signature, program.input_nodes[name]
     if node.users:
@@ -74,32 +74,32 @@ def remove_input(program: Program, name: str) -> None:
 
 
 def limit_size(program: Program, size: str, low: int, high: int | None = None) -> None:
-    """Let a size be as small as ``low``, and no larger than ``high`` if that is given."""
+    """Lower the smallest value of a size to ``low``, and limit its largest to ``high`` if given."""
     signature = program.signature
-    known = signature.sizes[size]
-    most = known.high if high is None else min(high, known.high or high)
-    hint = known.hint if most is None else min(known.hint, most)
+    limits = signature.sizes[size]
+    highest = limits.high if high is None else min(high, limits.high or high)
+    hint = limits.hint if highest is None else min(limits.hint, highest)
     program.signature = replace(
-        signature, sizes={**signature.sizes, size: SizeRange(min(low, known.low), most, hint)}
+        signature, sizes={**signature.sizes, size: SizeRange(min(low, limits.low), highest, hint)}
     )
 
 
 def unite_sizes(program: Program, kept: str, gone: str) -> None:
-    """Let two named sizes with one value at capture be one, for inputs that a model wants to agree.
+    """Merge two named sizes that were equal at capture, for inputs that must agree.
 
     Args:
-        program: its values, inputs and constraints speak of ``kept`` only afterwards.
+        program: changed in place; its values, inputs and constraints refer only to ``kept`` afterwards.
         kept: the name that stays.
         gone: the name that goes.
     """
     symbols = {name: symbol for symbol, name in program.symbols.items()}
-    swap = {symbols[gone]: symbols[kept]}
+    substitution = {symbols[gone]: symbols[kept]}
 
     def united(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(united(item) for item in value)
         if isinstance(value, torch.SymInt) and symbols[gone] in value.node.expr.free_symbols:
-            return symint(program.mode, value.node.expr.xreplace(swap), value.node.hint)
+            return symint(program.mode, value.node.expr.xreplace(substitution), value.node.hint)
         if isinstance(value, torch.Tensor) and any(united(size) is not size for size in value.shape):
             return program.fake([united(size) for size in value.shape], value.dtype)
         return value
@@ -119,42 +119,45 @@ def unite_sizes(program: Program, kept: str, gone: str) -> None:
 
 
 def standing_at(program: Program, dial: str, value: float) -> Program:
-    """Return a copy whose dial stands at a value wherever nobody sets it.
+    """Return a copy in which a run-time setting has another default.
 
     Raises:
-        UsageError: there is no such dial, or the value is out of its range.
+        UsageError: there is no such setting, or the value is out of its range.
     """
     settings_of(program, {dial: value})
-    found = program.copy()
-    found.dials[dial] = replace(found.dials[dial], default=float(value))
-    return found
+    result = program.copy()
+    result.dials[dial] = replace(result.dials[dial], default=float(value))
+    return result
 
 
 def remove_dial(program: Program, name: str) -> None:
-    """Take a dial away that nothing reads any more."""
+    """Remove a run-time setting that is no longer used."""
     node = program.input_nodes[name]
     if node.users:
-        raise UsageError(f"dial {name} is still read by {next(iter(node.users)).name}")
+        raise UsageError(f"run-time setting {name} is still read by {next(iter(node.users)).name}")
     program.graph.erase_node(node)
     del program.dials[name]
     program.changed()
 
 
 def settings_of(program: Program, given: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Return the value of each dial: as given, or its default.
+    """Return the value of each run-time setting: as given, or its default.
 
     Raises:
-        UsageError: there is no such dial, or a value is out of its range.
+        UsageError: there is no such setting, or a value is out of its range.
     """
     for name in given:
         if name not in program.dials:
             raise UsageError(
-                f"the program has no dial {name!r}", hint=f"it has {', '.join(program.dials) or 'none'}"
+                f"the program has no run-time setting {name!r}",
+                hint=f"it has {', '.join(program.dials) or 'none'}",
             )
-    found = {}
+    settings = {}
     for name, dial in program.dials.items():
         value = float(given.get(name, dial.default))
         if not dial.low <= value <= dial.high:
-            raise UsageError(f"dial {name} is {value}, its range is {dial.low} to {dial.high}")
-        found[name] = torch.tensor(value, dtype=torch.float64)
-    return found
+            raise UsageError(
+                f"run-time setting {name} is {value}, but its range is {dial.low} to {dial.high}"
+            )
+        settings[name] = torch.tensor(value, dtype=torch.float64)
+    return settings

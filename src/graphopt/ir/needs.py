@@ -1,4 +1,4 @@
-"""When an option matters: what the other options must be, declared beside it."""
+"""Conditions on other options under which an option has an effect, declared with the option."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .errors import PipelineError
 
 @dataclass(frozen=True)
 class Condition:
-    """What another option's value must be.
+    """A condition on the value of another option.
 
     Args:
         text: follows the option's name in a message: ``rate is given``.
-        holds: tells of a value.
+        holds: tells whether a value satisfies it.
     """
 
     text: str
@@ -46,45 +46,47 @@ def longer(count: int) -> Condition:
 
 
 Needs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""Conditions by option, all of which must hold, or several such sets, one of which must. What is no
-:class:`Condition` is the value itself, and a tuple holds several that will do."""
+"""Conditions by option, all of which must hold, or several such sets, one of which must. Anything but a
+:class:`Condition` is a required value, and a tuple lists alternative values."""
 
 
 def alternatives(needs: Needs | None) -> list[dict[str, Condition]]:
-    """Return the sets of conditions, one of which must hold; none where an option always matters."""
+    """Return the sets of conditions, one of which must hold; empty where an option always has an effect."""
     if not needs:
         return []
     sets = [needs] if isinstance(needs, Mapping) else list(needs)
-    return [{name: _condition(value) for name, value in each.items()} for each in sets]
+    return [{name: _condition(value) for name, value in conditions.items()} for conditions in sets]
 
 
 def _condition(value: Any) -> Condition:
     if isinstance(value, Condition):
         return value
     values = value if isinstance(value, tuple) else (value,)
-    return Condition("=" + " or ".join(_shown(v) for v in values), lambda found: found in values)
+    return Condition("=" + " or ".join(_value_text(v) for v in values), lambda found: found in values)
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def matters(needs: Needs | None, values: Mapping[str, Any]) -> bool:
-    """Tell whether an option has an effect beside these values of the others."""
+    """Tell whether an option has an effect, given the values of the others."""
     sets = alternatives(needs)
-    return not sets or any(all(c.holds(values[name]) for name, c in each.items()) for each in sets)
+    return not sets or any(
+        all(c.holds(values[name]) for name, c in conditions.items()) for conditions in sets
+    )
 
 
 def text_of(needs: Needs | None) -> str:
-    """Return the conditions as a phrase: ``algorithm=auto``; nothing where there are none."""
+    """Return the conditions as a phrase, such as ``algorithm=auto``; empty where there are none."""
     sets = alternatives(needs)
-    return ", or ".join(" and ".join(name + c.text for name, c in each.items()) for each in sets)
+    return ", or ".join(" and ".join(name + c.text for name, c in conditions.items()) for conditions in sets)
 
 
 def refuse_without_effect(
     owner: str, needs: Mapping[str, Needs | None], values: Mapping[str, Any], given: Collection[str]
 ) -> None:
-    """Refuse options that were given although others leave them nothing to do.
+    """Refuse options that were given although they have no effect with the values of the others.
 
     Args:
         owner: the pass or recipe.
@@ -93,16 +95,18 @@ def refuse_without_effect(
         given: names of those that were given.
 
     Raises:
-        PipelineError: naming the option and those that stand against it.
+        PipelineError: names the option, and the options that leave it without effect.
     """
     for name in given:
         if matters(needs.get(name), values):
             continue
         sets = alternatives(needs.get(name))
-        against = dict.fromkeys(o for each in sets for o, c in each.items() if not c.holds(values[o]))
-        stand = ", ".join(f"{o}={_written(values[o])}" for o in against)
+        unmet = dict.fromkeys(
+            o for conditions in sets for o, c in conditions.items() if not c.holds(values[o])
+        )
+        obstacles = ", ".join(f"{o}={_written(values[o])}" for o in unmet)
         raise PipelineError(
-            f"{owner}: {name}={_written(values[name])} has no effect beside {stand}",
+            f"{owner}: {name}={_written(values[name])} has no effect beside {obstacles}",
             hint=f"leave {name} out; it matters where {text_of(needs.get(name))}",
         )
 
@@ -110,4 +114,4 @@ def refuse_without_effect(
 def _written(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + " ".join(_written(v) for v in value) + "]"
-    return "none" if value is None else _shown(value) if not isinstance(value, float) else f"{value:g}"
+    return "none" if value is None else _value_text(value) if not isinstance(value, float) else f"{value:g}"

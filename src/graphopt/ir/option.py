@@ -1,4 +1,4 @@
-"""Options of passes and recipes: typed fields that say what they mean and where their default comes from."""
+"""Options of passes and recipes: typed fields with a description and the source of their default."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def option(
     Args:
         default: its value when not given.
         help: one line for the command line and the documentation.
-        source: where the default comes from; ``recalled`` means: from memory, check before quoting.
+        source: where the default comes from; ``recalled`` means from memory, to be checked before quoting.
         choices: the only values allowed.
         low: smallest number allowed.
         high: largest number allowed.
-        needs: what other options must be for this one to have an effect (:mod:`graphopt.ir.needs`); where they are not,
-            giving it is an error.
+        needs: conditions on other options for this one to have an effect (:mod:`graphopt.ir.needs`); where they do
+            not hold, giving it is an error.
     """
     metadata = {"help": help, "source": source, "choices": choices, "low": low, "high": high, "needs": needs}
     if isinstance(default, (list, dict)):
@@ -44,18 +44,18 @@ def option(
 
 
 def require_known(owner: str, cls: type, options: dict[str, Any]) -> None:
-    """Refuse options that a class does not have, with the nearest name.
+    """Refuse options that a class does not have, suggesting the nearest name.
 
     Raises:
-        PipelineError: there is such an option.
+        PipelineError: the class does not have an option.
     """
-    known = options_of(cls)
+    options_by_name = options_of(cls)
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in options_by_name:
+            near = difflib.get_close_matches(name, options_by_name, n=1)
             raise PipelineError(
                 f"{owner} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                hint=f"its options are {', '.join(known)}",
+                hint=f"its options are {', '.join(options_by_name)}",
             )
 
 
@@ -65,15 +65,15 @@ def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def help_of(field: dataclasses.Field[Any]) -> str:
-    """Return what an option is, and when it matters."""
+    """Return the help of an option, with the conditions under which it has an effect."""
     needs = text_of(field.metadata.get("needs"))
     return str(field.metadata["help"]) + (f"; only where {needs}" if needs else "")
 
 
 def checked(owner: str, declared: Any) -> None:
-    """Give every option of a pass or recipe its type, and refuse those that the others leave without effect.
+    """Convert every option of a pass or recipe to its type, and refuse those that have no effect.
 
-    An option counts as given where its value is not the default; :func:`require_effect` knows better what was written.
+    An option counts as given if its value is not the default; :func:`require_effect` is told which were given.
 
     Raises:
         PipelineError: a value is wrong, or has no effect.
@@ -85,10 +85,10 @@ def checked(owner: str, declared: Any) -> None:
 
 
 def require_effect(owner: str, declared: Any, given: typing.Collection[str]) -> None:
-    """Refuse options that were given although others leave them nothing to do.
+    """Refuse options that were given although they have no effect with the values of the others.
 
     Raises:
-        PipelineError: there is one.
+        PipelineError: there is such an option.
     """
     fields = options_of(type(declared))
     values = {name: getattr(declared, name) for name in fields}
@@ -101,11 +101,11 @@ def set_options(declared: Any) -> list[str]:
 
 
 def refuse_set(owner: str, declared: Any, names: typing.Iterable[str], reason: str, hint: str = "") -> None:
-    """Refuse options that were set although a program, or the data, leaves them nothing to do.
+    """Refuse options that were set although they have no effect on a program or data.
 
     Args:
-        owner: the pass or recipe.
-        declared: it.
+        owner: the name of the pass or recipe.
+        declared: the pass or recipe.
         names: of options.
         reason: why they have no effect here.
         hint: what to do.
@@ -133,7 +133,7 @@ def check(owner: str, name: str, field: dataclasses.Field[Any], annotation: Any,
         PipelineError: it has another type, is out of range, or is not one of the choices.
     """
     if value is None and "none" in (field.metadata.get("choices") or ()):
-        value = "none"  # the word, which the text of a pipeline otherwise takes for nothing
+        value = "none"  # the text of a pipeline reads this word as None
     converted = _convert(annotation, value)
     if converted is _WRONG:
         raise PipelineError(f"{owner}: option {name} must be {describe(annotation)}, not {value!r}")
@@ -180,7 +180,7 @@ def _convert(annotation: Any, value: Any) -> Any:
 
 
 def _finite(value: float) -> Any:
-    """NaN and infinity pass every test of a range, so they must not get there."""
+    """Return a number as float, and refuse NaN and infinity, which range checks would miss."""
     try:
         return float(value) if math.isfinite(value) else _WRONG
     except OverflowError:
@@ -188,7 +188,7 @@ def _finite(value: float) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Return a type as a user would say it."""
+    """Return a user-readable name of a type."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(part) for part in typing.get_args(annotation) if part is not type(None))

@@ -1,4 +1,4 @@
-"""The Program: one graph, the weights it reads, what it takes and gives, and its history."""
+"""The Program: one graph, its weights, its signature and its history."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Origin:
-    """Where a program came from: what is needed to write it back in the same format.
+    """The origin of a program: what is needed to write it in its original format.
 
     ``config`` is the model's configuration as plain data, ``assets`` are small files that belong to the
     checkpoint (tokenizer, cards), by relative name. ``unused`` lists tensors of the checkpoint that the
@@ -53,7 +53,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Dial:
-    """A setting chosen at run time: its default and range."""
+    """A run-time setting: its default and range."""
 
     default: float
     low: float
@@ -64,10 +64,10 @@ class Dial:
 _NUMBERS = itertools.count()
 
 METHODS: dict[str, Callable[..., Any]] = {}
-"""Methods of a program that are built on programs, by name: each registers itself where it is written.
+"""Methods of programs that are defined in other modules, by name; each module registers its own.
 
-Those of the intermediate representation are there as soon as :mod:`graphopt.ir` is, exporters with
-:mod:`graphopt.api`. So a program imports nothing that imports programs.
+Importing :mod:`graphopt.ir` registers those of the intermediate representation, :mod:`graphopt.api` those that export.
+This module therefore imports nothing that imports programs.
 """
 
 Model = torch.nn.Module | torch.export.ExportedProgram | str | os.PathLike[str]
@@ -77,7 +77,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def program_method(name: str) -> Callable[[Method], Method]:
-    """Let a function of a program be what its method of this name does."""
+    """Register the decorated function as the implementation of the program method of this name."""
 
     def register(function: Method) -> Method:
         METHODS[name] = function
@@ -87,7 +87,7 @@ def program_method(name: str) -> Callable[[Method], Method]:
 
 
 class Program:
-    """A model as a graph that passes can change. A value: copies share tensors, the model stays untouched."""
+    """A model as a graph that passes can change. Copies share tensors, and the model itself is never changed."""
 
     def __init__(
         self, graph: fx.Graph, mode: FakeTensorMode, weights: dict[str, Weight], signature: Signature
@@ -102,16 +102,16 @@ class Program:
         self.history: list[dict[str, Any]] = []
         self.origin = Origin()
         self.checkpoint: dict[str, fx.Node] = {}
-        """Each tensor of the checkpoint and the node that has its present value: how to write it back."""
+        """Weight mapping: each tensor of the checkpoint and the node that computes its current value."""
         self.report: Report | None = None
         self.number, self.version = next(_NUMBERS), 0
-        """Which program of the process it is, and how often it was changed."""
+        """A number that identifies the program in this process, and how often it was changed."""
         self.edit = Editor(self)
         self._derived: dict[Hashable, tuple[int, Any]] = {}
         self._portable: dict[Hashable, Any] = {}
-        """What is known of this graph, or of the one that it is a copy of and does not differ from yet."""
+        """Analyses of this graph, or of the graph that it is an unmodified copy of."""
 
-    # -- looking ------------------------------------------------------------------------------------
+    # -- inspecting ---------------------------------------------------------------------------------
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -137,8 +137,8 @@ class Program:
     @property
     def input_nodes(self) -> dict[str, fx.Node]:
         """Placeholders of inputs by name."""
-        found = (n for n in self.graph.find_nodes(op="placeholder") if n.name not in self.weights)
-        return {str(n.meta["input"]): n for n in found}
+        placeholders = (n for n in self.graph.find_nodes(op="placeholder") if n.name not in self.weights)
+        return {str(n.meta["input"]): n for n in placeholders}
 
     @property
     def operators(self) -> Counter[str]:
@@ -147,16 +147,16 @@ class Program:
 
     @property
     def anatomy(self) -> Anatomy:
-        """What the graph is made of: residual stream, attention, FFNs, experts, norms, ..."""
-        found: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self), portable=True)
-        return found
+        """The structure of the model: residual streams, attention, FFNs, experts, norms, ..."""
+        result: Anatomy = self.derived("anatomy", lambda: METHODS["anatomy"](self), portable=True)
+        return result
 
     def weight_of(self, node: fx.Node) -> Weight:
-        """Return the tensor of the model that a placeholder stands for."""
+        """Return the weight of a placeholder."""
         return self.weights[node.name]
 
     def weight_node(self, name: str) -> fx.Node:
-        """Return the placeholder of the tensor of this name."""
+        """Return the placeholder of the weight of this name."""
         for node in self.weight_nodes:
             if name in self.weights[node.name].all_names:
                 return node
@@ -185,7 +185,7 @@ class Program:
     # -- derived facts, recomputed when the graph has changed -----------------------------------------
 
     def changed(self) -> None:
-        """Say that the graph was edited; whatever was derived from it is stale."""
+        """Record that the graph was edited, which invalidates everything derived from it."""
         self.version += 1
         if self._portable:
             self._portable = {}
@@ -194,20 +194,21 @@ class Program:
         """Return a value that depends on the graph, computed at most once per version of it.
 
         Args:
-            key: what it is called.
-            compute: finds it, without changing the graph.
-            portable: it holds for copies as well (:meth:`copy`): nodes and plain data, in containers and dataclasses.
+            key: identifies the value.
+            compute: returns the value, without changing the graph.
+            portable: the value is also valid for copies (:meth:`copy`): nodes and plain data, in containers and
+                dataclasses.
         """
-        held = self._derived.get(key)
-        if held is None or held[0] != self.version:
+        cached = self._derived.get(key)
+        if cached is None or cached[0] != self.version:
             if portable and key in self._portable:
-                held = (self.version, relocated(self._portable[key], {n.name: n for n in self.graph.nodes}))
+                cached = (self.version, relocated(self._portable[key], {n.name: n for n in self.graph.nodes}))
             else:
-                held = (self.version, compute())
-            self._derived[key] = held
-            if portable and self.version == held[0]:
-                self._portable[key] = held[1]
-        return held[1]
+                cached = (self.version, compute())
+            self._derived[key] = cached
+            if portable and self.version == cached[0]:
+                self._portable[key] = cached[1]
+        return cached[1]
 
     # -- sizes ----------------------------------------------------------------------------------------
 
@@ -217,8 +218,8 @@ class Program:
 
     def add_size(self, name: str, limits: SizeRange) -> torch.SymInt:
         """Add a named size to the signature and return it as a symbolic integer."""
-        # Inductor takes only symbols for sizes that are called as torch calls its own, s and a number;
-        # the same name gives the same symbol, as copies share what is known of it
+        # Inductor accepts only size symbols named like torch's own, s and a number;
+        # the same name gives the same symbol, since copies share its range and example
         number = 1000 + zlib.crc32(name.encode()) % 10**6
         while self.symbols.get(sympy.Symbol(f"s{number}", integer=True, positive=True), name) != name:
             number += 1
@@ -230,7 +231,7 @@ class Program:
         return size
 
     def size_text(self, size: int | torch.SymInt) -> int | str:
-        """Return a size as a number or text in the names of this program's sizes."""
+        """Return a size as a number, or as text in terms of this program's named sizes."""
         return format_size(size, self.symbols)
 
     def parse_size(self, text: int | str, where: str = "") -> int | torch.SymInt:
@@ -250,11 +251,11 @@ class Program:
     # -- copying --------------------------------------------------------------------------------------
 
     def copy(self, *, analysed: bool = False) -> Program:
-        """Return a program whose graph can be edited apart from this one; tensors are shared.
+        """Return a copy whose graph can be edited independently; tensors are shared.
 
         Args:
-            analysed: what was found of this graph so far need not be found again, until the copy is edited. All edits of
-                such a copy go through its editor, or are followed by :meth:`changed`.
+            analysed: keep the analyses of this graph until the copy is edited. All edits of such a copy must go
+                through its editor, or be followed by :meth:`changed`.
         """
         graph = copy.deepcopy(self.graph)
         pairs = dict(zip(self.graph.nodes, graph.nodes, strict=True))
@@ -278,26 +279,26 @@ class Program:
     # -- running --------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program as the model was run; inputs that the model may leave out may be left out here."""
+        """Run the program with the arguments of the model; inputs that are optional for the model are optional here."""
         return self.signature.unflatten(METHODS["run"](self, self.bind(args, kwargs)))
 
     def bind(
         self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> dict[str, torch.Tensor]:
         """Return the value of each placeholder that is not a weight, by input name."""
-        given = dict(kwargs or {})
-        settings = settings_of(self, {n: given.pop(n) for n in self.dials if n in given})
-        return self.signature.bind(args, given) | settings
+        inputs = dict(kwargs or {})
+        settings = settings_of(self, {n: inputs.pop(n) for n in self.dials if n in inputs})
+        return self.signature.bind(args, inputs) | settings
 
-    # -- editing verbs --------------------------------------------------------------------------------
+    # -- editing --------------------------------------------------------------------------------------
 
     def replace(self, old: fx.Node, function: Callable[..., Any], *arguments: Any) -> fx.Node:
-        """Replace a value by ``function(*arguments)``; without arguments it is given what ``old`` read.
+        """Replace a value by ``function(*arguments)``; without arguments, the function gets the arguments of ``old``.
 
         Args:
             old: the node whose value is replaced.
-            function: an ordinary function of tensors, run once on tensors without values; so it decides nothing
-                by values or by sizes that vary, has no side effects and writes to nothing that it is given.
+            function: an ordinary function of tensors, run once on tensors without values; it must not branch on
+                values or on sizes that vary, have side effects, or write to its arguments.
             arguments: nodes and plain values.
 
         Returns:
@@ -305,7 +306,7 @@ class Program:
 
         Raises:
             UsageError: the function cannot be recorded.
-            VerificationError: it returns another shape or type. The program is as it was, after either.
+            VerificationError: it returns another shape or type. After either error the program is unchanged.
         """
         self.edit.require_present(old, *(a for a in arguments if isinstance(a, fx.Node)))
         with self.edit.before(old):
@@ -314,7 +315,7 @@ class Program:
         return new
 
     def insert_after(self, node: fx.Node, function: Callable[..., Any]) -> fx.Node:
-        """Let everything that read ``node`` read ``function(node)`` instead; returns the new node.
+        """Make all readers of ``node`` read ``function(node)`` instead, and return the new node.
 
         Raises:
             UsageError: the function cannot be recorded, see :meth:`replace`.
@@ -329,17 +330,17 @@ class Program:
         return new
 
     def bypass(self, value: fx.Node, with_: fx.Node) -> None:
-        """Let everything that read ``value`` read ``with_``, and drop what only ``value`` needed."""
+        """Make all readers of ``value`` read ``with_``, and remove nodes that only ``value`` needed."""
         self.edit.replace(value, with_)
 
     def remove(self, block: Block | Layer) -> None:
-        """Take a block, or a layer, out of the residual stream: what it added is no longer added.
+        """Remove a block, or a layer, from the residual stream.
 
-        A post-norm goes with its block, as when a layer leaves a model. Blocks that share an addition with
-        others leave alone. A block that was read before other edits is looked up again.
+        A post-norm is removed with its block. Of several blocks that share an addition, only the given one is
+        removed. A block that was obtained before other edits is looked up again.
 
         Raises:
-            UsageError: it is no part of the program, or not any more.
+            UsageError: it is not part of the program, or no longer.
         """
         METHODS["remove"](self, block)
 
@@ -348,12 +349,12 @@ class Program:
         return self.edit.add_weight(name, value)
 
     def add_output(self, name: str, node: fx.Node) -> None:
-        """Return one more value, under this name."""
+        """Add a value to the program's outputs, under this name."""
         self.edit.require_present(node)
         if "dict" not in self.signature.outputs:
             only = self.signature.outputs
             if "leaf" not in only:
-                raise UsageError("outputs can be added to programs whose outputs have names")
+                raise UsageError("outputs can only be added to programs whose outputs have names")
             self.signature.outputs = {"dict": {only["leaf"]: only}, "class": None}
         items: dict[str, Structure] = self.signature.outputs["dict"]
         if name in items:
@@ -364,7 +365,7 @@ class Program:
         self.edit.set_outputs(values)
 
     def add_dial(self, name: str, dial: Dial) -> fx.Node:
-        """Add a setting chosen at run time and return the node of its value, a float64 scalar."""
+        """Add a run-time setting and return the node of its value, a float64 scalar."""
         if name in self.dials or name in self.signature.parameters:
             raise UsageError(f"the program already takes {name!r}")
         last = list(self.graph.find_nodes(op="placeholder"))[-1]
@@ -398,27 +399,27 @@ class Program:
         return module
 
     def exported_program(self, *, core_aten: bool = False) -> torch.export.ExportedProgram:
-        """Return a ``torch.export.ExportedProgram``; with ``core_aten`` no operator of graphopt is left."""
+        """Return a ``torch.export.ExportedProgram``; with ``core_aten``, graphopt's operators are decomposed."""
         exported = self._export("exported_program", core_aten=core_aten)
         assert isinstance(exported, torch.export.ExportedProgram)
         return exported
 
     def save_pretrained(self, path: Any, **options: Any) -> Any:
-        """Write a Hugging Face folder, reload it with transformers and compare before it counts."""
+        """Write a Hugging Face folder, after reloading it with transformers and comparing."""
         return self._export("save_pretrained", path, **options)
 
 
 def as_program(model: Model | Program) -> Program:
-    """Return what stands for a model: itself where it is a program, else what :func:`graphopt.capture` makes of it.
+    """Return a model as a program: a program is returned unchanged, anything else is captured.
 
     Raises:
-        CaptureError: it cannot be captured.
-        CheckpointError: it cannot be read.
+        CaptureError: the model cannot be captured.
+        CheckpointError: the model cannot be read.
     """
     if isinstance(model, Program):
         return model
     if "capture" not in METHODS:
-        raise UsageError("nothing that captures models is loaded", hint="import graphopt.api first")
+        raise UsageError("no frontend that captures models is loaded", hint="import graphopt.api first")
     program: Program = METHODS["capture"](model)
     return program
 

@@ -1,4 +1,4 @@
-"""What is known of one graph, said of the nodes of the same names in a copy of it."""
+"""Transfer of analysis results from a graph to the nodes of the same names in a copy of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import fx
 
 
 def relocated(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    """Return a value in which every node is replaced by the one of its name; containers and dataclasses are copied.
+    """Return a value in which every node is replaced by the one of the same name; containers and dataclasses are copied.
 
-    Objects that occur several times stay one. Anything else (numbers, names, tensors, objects of other classes) is shared.
+    Objects that occur several times are copied once. Anything else (numbers, names, tensors, objects of other classes)
+    is shared.
 
     Args:
-        value: nodes in lists, tuples, sets, dictionaries and dataclasses, nested as they like.
-        nodes: of the graph that the result speaks of, by name.
+        value: nodes in lists, tuples, sets, dictionaries and dataclasses, nested to any depth.
+        nodes: of the graph that the result refers to, by name.
 
     Raises:
-        KeyError: there is no node of a name.
-        TypeError: a function was met that holds values of its own, among which may be nodes.
+        KeyError: there is no node of that name.
+        TypeError: the value contains a closure, which may hold nodes.
     """
     return _Relocation(nodes).of(value)
 
@@ -30,8 +31,8 @@ def relocated(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
 class _Relocation:
     def __init__(self, nodes: Mapping[str, fx.Node]):
         self.nodes = nodes
-        # the originals are kept with what was made of them, so that no other object gets their id meanwhile
-        self.made: dict[int, tuple[Any, Any]] = {}
+        # the originals are kept with their copies, so that their ids are not reused
+        self.copies: dict[int, tuple[Any, Any]] = {}
 
     def of(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -42,9 +43,9 @@ class _Relocation:
             isinstance(value, type) or not is_dataclass(value)
         ):
             return value
-        if id(value) not in self.made:
-            self.made[id(value)] = value, self._copied(value)
-        return self.made[id(value)][1]
+        if id(value) not in self.copies:
+            self.copies[id(value)] = value, self._copied(value)
+        return self.copies[id(value)][1]
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -53,11 +54,11 @@ class _Relocation:
             return type(value)(*map(self.of, value))
         if isinstance(value, (list, tuple, set, frozenset)):
             return type(value)(map(self.of, value))
-        made = copy.copy(value)
+        copied = copy.copy(value)
         for name, part in vars(value).items():
             # through the base, since some are frozen
-            object.__setattr__(made, name, self.of(part))
-        return made
+            object.__setattr__(copied, name, self.of(part))
+        return copied
 
 
 __all__ = ["relocated"]

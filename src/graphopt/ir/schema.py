@@ -51,38 +51,38 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     target = node.target
     if not isinstance(target, OpOverload):
         return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for index, (name, _, has_default, default) in enumerate(_arguments(target)):
         if index < len(node.args):
-            found[name] = node.args[index]
+            values[name] = node.args[index]
         elif name in node.kwargs:
-            found[name] = node.kwargs[name]
+            values[name] = node.kwargs[name]
         elif has_default:
-            found[name] = default
+            values[name] = default
         else:
             raise VerificationError(f"{target} needs the argument {name!r}", node=node.name)
-    return found
+    return values
 
 
 def argument(node: fx.Node, name: str) -> Any:
     """Return one argument of the call by its name in the operator's schema."""
-    found = arguments(node)
-    if name not in found:
+    args = arguments(node)
+    if name not in args:
         raise VerificationError(f"{node.target} has no argument {name!r}", node=node.name)
-    return found[name]
+    return args[name]
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Give one argument of the call another value."""
-    found = arguments(node)
-    if name not in found:
+    """Set one argument of the call."""
+    args = arguments(node)
+    if name not in args:
         raise VerificationError(f"{node.target} has no argument {name!r}", node=node.name)
-    found[name] = value
-    node.args, node.kwargs = normal_call(node.target, found)
+    args[name] = value
+    node.args, node.kwargs = normal_call(node.target, args)
 
 
 def normal_call(target: Any, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Spell a call in the one normal way: positional where possible, trailing defaults left out."""
+    """Return a call in its normal form: positional where possible, trailing defaults left out."""
     positional: list[Any] = []
     keyword: dict[str, Any] = {}
     listed = _arguments(target)
@@ -101,7 +101,7 @@ def normal_call(target: Any, values: dict[str, Any]) -> tuple[tuple[Any, ...], d
 
 
 def normalise(node: fx.Node) -> None:
-    """Rewrite the node's call in the normal spelling."""
+    """Rewrite the node's call in its normal form."""
     if isinstance(node.target, OpOverload):
         args, kwargs = normal_call(node.target, arguments(node))
         if args != node.args or kwargs != node.kwargs:
@@ -111,6 +111,6 @@ def normalise(node: fx.Node) -> None:
 def resolve(name: str) -> OpOverload:
     """Return the overload of a full name such as ``aten.linear.default``."""
     namespace, operator, overload = name.split(".")
-    found = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
-    assert isinstance(found, OpOverload)
-    return found
+    overload_object = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
+    assert isinstance(overload_object, OpOverload)
+    return overload_object

@@ -1,4 +1,4 @@
-"""What a program takes and gives: names, structure, sizes, and how inputs left out are filled."""
+"""The signature of a program: inputs and outputs by name, structure, sizes, and defaults of optional inputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FillRule = Literal["ones", "zeros", "positions", "positions_from_mask", "followi
 
 @dataclass(frozen=True)
 class Fill:
-    """How an input left out is made: from the size of another input, or from a mask.
+    """The default of an optional input: made from the size of another input, or from a mask.
 
     ``ones`` and ``zeros`` have the shape of ``like``. ``positions`` counts 0, 1, ... along the last
-    dimension; ``positions_from_mask`` counts the ones of the mask ``like`` (masked places get 1, as the
-    models that use it do). ``following`` is ``like`` one place on, with a 0 at the end. ``marks`` is zeros that say of
-    each token that it is an ordinary one.
+    dimension; ``positions_from_mask`` counts the ones of the mask ``like`` (masked positions get 1, as in the
+    models that use it). ``following`` is ``like`` shifted by one, with a 0 at the end. ``marks`` is zeros, which mark
+    every token as an ordinary one.
     """
 
     rule: FillRule
@@ -33,7 +33,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that the program takes: flat name, type, sizes (numbers or names of sizes)."""
+    """An input tensor: flat name, type, sizes (numbers or names of sizes)."""
 
     name: str
     dtype: torch.dtype
@@ -53,9 +53,9 @@ class SizeRange:
 
 @dataclass
 class Signature:
-    """Inputs by parameter name, outputs by name, the named sizes they share, and what must hold between these.
+    """Inputs by parameter name, outputs by name, the named sizes they share, and constraints between sizes.
 
-    ``constraints`` are texts as ``sequence % 8 == 0``: what ranges of single sizes cannot say.
+    ``constraints`` are texts such as ``sequence % 8 == 0``, for what ranges of single sizes cannot express.
     """
 
     inputs: dict[str, Input]
@@ -70,21 +70,23 @@ class Signature:
         return list(leaf_names(self.outputs))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the value of each flat input, filling those left out.
+        """Return the value of each flat input, with defaults for those left out.
 
         Raises:
-            UsageError: an input is unknown, missing, of another type or of a size the program does not take.
+            UsageError: an input is unknown, missing, of another type or of a size the program does not accept.
         """
-        given = dict(kwargs)
+        by_name = dict(kwargs)
         names = list(self.parameters)
         if len(args) > len(names):
-            raise UsageError(f"{len(args)} inputs given, the program takes {len(names)}: {', '.join(names)}")
+            raise UsageError(
+                f"{len(args)} inputs given, but the program takes {len(names)}: {', '.join(names)}"
+            )
         for name, value in zip(names, args, strict=False):
-            if name in given:
+            if name in by_name:
                 raise UsageError(f"input {name!r} is given twice, by position and by name")
-            given[name] = value
+            by_name[name] = value
         flat: dict[str, Any] = {}
-        for name, value in given.items():
+        for name, value in by_name.items():
             if name not in self.parameters:
                 raise UsageError(
                     f"the program takes no input {name!r}", hint=f"it takes {', '.join(names) or 'none'}"
@@ -102,7 +104,7 @@ class Signature:
         return {name: self._value(name, flat) for name in self.inputs}
 
     def _refuse_packed(self, flat: Mapping[str, Any]) -> None:
-        """Positions that restart mean packed sequences to some models, when no mask says otherwise."""
+        """Refuse positions that restart where the model would treat them as packed sequences and no mask is given."""
         for name, spec in self.inputs.items():
             fill = spec.fill
             if not spec.filled_positions_only or fill is None or flat.get(name) is None:
@@ -137,27 +139,27 @@ class Signature:
                 same_kind = value.dtype.is_floating_point == spec.dtype.is_floating_point
                 if not (same_kind and value.dtype.is_floating_point):
                     raise UsageError(
-                        f"input {name!r} is {value.dtype}, the program takes {spec.dtype}",
+                        f"input {name!r} is {value.dtype}, but the program takes {spec.dtype}",
                         hint=f"convert it with .to({spec.dtype})",
                     )
             if value.dim() != len(spec.shape):
                 raise UsageError(
-                    f"input {name!r} has {value.dim()} dimensions, the program takes {len(spec.shape)}"
+                    f"input {name!r} has {value.dim()} dimensions, but the program takes {len(spec.shape)}"
                 )
-            for dim, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
-                self._check_size(name, dim, int(size), wanted, seen)
+            for dim, (size, expected) in enumerate(zip(value.shape, spec.shape, strict=True)):
+                self._check_size(name, dim, int(size), expected, seen)
         self._check_expressions(flat, seen)
-        known = {name: size for name, (size, _) in seen.items()}
-        broken = self.broken_constraint(known)
+        sizes = {name: size for name, (size, _) in seen.items()}
+        broken = self.broken_constraint(sizes)
         if broken is not None:
-            said = ", ".join(f"{n} is {known[n]}" for n in sorted(known) if n in broken)
+            values = ", ".join(f"{n} is {sizes[n]}" for n in sorted(sizes) if n in broken)
             raise UsageError(
-                f"{said}: the program takes sizes with {broken} only",
-                hint="the model decides by its sizes; capture it again with an example of these",
+                f"{values}: the program takes sizes with {broken} only",
+                hint="the model branches on its sizes; capture it again with an example of these sizes",
             )
 
     def broken_constraint(self, sizes: Mapping[str, int]) -> str | None:
-        """Return a constraint that sizes do not keep, or None; those that speak of other sizes are left out."""
+        """Return a constraint that the sizes violate, or None; constraints on other sizes are not considered."""
         names = frozenset(self.sizes)
         for text in self.constraints:
             relation = parse_relation(text, names)
@@ -166,7 +168,7 @@ class Signature:
         return None
 
     def takes(self, sizes: Mapping[str, int]) -> bool:
-        """Tell whether sizes lie in their ranges and keep the constraints."""
+        """Tell whether sizes are in their ranges and satisfy the constraints."""
         for name, size in sizes.items():
             limits = self.sizes[name]
             if size < limits.low or (limits.high is not None and size > limits.high):
@@ -174,58 +176,61 @@ class Signature:
         return self.broken_constraint(sizes) is None
 
     def nearest(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """Return sizes that the program takes, near those wanted: a value for each named size.
+        """Return a value for each named size that the program accepts, near the wanted sizes.
 
-        Sizes that are not wanted are those seen at capture; if no neighbours of what is wanted keep the constraints,
-        all are.
+        Sizes without a wanted value are those of the capture; so are all if no sizes near the wanted ones satisfy the
+        constraints.
         """
         hints = {name: limits.hint for name, limits in self.sizes.items()}
-        found = dict(hints)
+        clamped = dict(hints)
         for name, limits in self.sizes.items():
             if name in wanted:
                 high = wanted[name] if limits.high is None else limits.high
-                found[name] = max(limits.low, min(wanted[name], high))
-        if self.broken_constraint(found) is None:
-            return found
+                clamped[name] = max(limits.low, min(wanted[name], high))
+        if self.broken_constraint(clamped) is None:
+            return clamped
         for name in self.sizes:
-            for size in _around(found[name], hints[name]):
-                if self.takes({**found, name: size}):
-                    return {**found, name: size}
-        # sizes that depend on each other, one after the other
-        settled = dict(hints)
-        for name, size in found.items():
+            for size in _around(clamped[name], hints[name]):
+                if self.takes({**clamped, name: size}):
+                    return {**clamped, name: size}
+        # sizes that depend on each other are adjusted in turn
+        adjusted = dict(hints)
+        for name, size in clamped.items():
             for value in _around(size, hints[name]):
-                if self.takes({**settled, name: value}):
-                    settled[name] = value
+                if self.takes({**adjusted, name: value}):
+                    adjusted[name] = value
                     break
-        return settled
+        return adjusted
 
     def _check_size(
-        self, name: str, dim: int, size: int, wanted: int | str, seen: dict[str, tuple[int, str]]
+        self, name: str, dim: int, size: int, expected: int | str, seen: dict[str, tuple[int, str]]
     ) -> None:
-        if isinstance(wanted, int):
-            if size != wanted:
+        if isinstance(expected, int):
+            if size != expected:
                 raise UsageError(
                     f"input {name!r} has size {size} in dimension {dim}, "
-                    f"the program was captured for {wanted} only",
+                    f"but the program was captured for {expected} only",
                     hint="capture again with dynamic sizes to let it vary",
                 )
             return
-        if wanted not in self.sizes:  # an expression of other sizes
+        if expected not in self.sizes:  # an expression of other sizes
             return
-        limits = self.sizes[wanted]
+        limits = self.sizes[expected]
         again = "capture the model again with a larger or smaller example to let it vary further"
         if size < limits.low:
             raise UsageError(
-                f"input {name!r}: {wanted} is {size}, the program takes {limits.low} and more", hint=again
+                f"input {name!r}: {expected} is {size}, but the program takes {limits.low} or more",
+                hint=again,
             )
         if limits.high is not None and size > limits.high:
             raise UsageError(
-                f"input {name!r}: {wanted} is {size}, the program takes up to {limits.high}", hint=again
+                f"input {name!r}: {expected} is {size}, but the program takes up to {limits.high}", hint=again
             )
-        if wanted in seen and seen[wanted][0] != size:
-            raise UsageError(f"{wanted} is {size} in {name!r} and {seen[wanted][0]} in {seen[wanted][1]!r}")
-        seen[wanted] = (size, name)
+        if expected in seen and seen[expected][0] != size:
+            raise UsageError(
+                f"{expected} is {size} in {name!r} and {seen[expected][0]} in {seen[expected][1]!r}"
+            )
+        seen[expected] = (size, name)
 
     def _check_expressions(self, flat: Mapping[str, Any], seen: Mapping[str, tuple[int, str]]) -> None:
         """Check the sizes that are computed from others, such as ``2*sequence``."""
@@ -234,29 +239,29 @@ class Signature:
         symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in self.sizes}
         values = {symbols[name]: size for name, (size, _) in seen.items()}
         for name, value in flat.items():
-            for dim, (size, wanted) in enumerate(zip(value.shape, self.inputs[name].shape, strict=True)):
-                if isinstance(wanted, int) or wanted in self.sizes:
+            for dim, (size, declared) in enumerate(zip(value.shape, self.inputs[name].shape, strict=True)):
+                if isinstance(declared, int) or declared in self.sizes:
                     continue
-                expected = parse_size(wanted, symbols, f"input {name!r}").subs(values)
+                expected = parse_size(declared, symbols, f"input {name!r}").subs(values)
                 if expected.is_Integer and int(expected) != int(size):
                     raise UsageError(
                         f"input {name!r} has size {int(size)} in dimension {dim}, "
-                        f"which must be {wanted} = {int(expected)}"
+                        f"which must be {declared} = {int(expected)}"
                     )
 
     def unflatten(self, values: Mapping[str, Any]) -> Any:
-        """Return the outputs in the structure of the model's own."""
+        """Return the outputs in the structure of the model's outputs."""
         return rebuild(self.outputs, values)
 
 
 def _around(size: int, hint: int) -> list[int]:
-    """Sizes in the order they are tried: first those near the one wanted, then the one seen at capture."""
+    """Return sizes in the order they are tried: those near ``size``, then the one of the capture."""
     near = [size + step for distance in range(129) for step in (distance, -distance)]
     return [n for n in dict.fromkeys(near) if n > 0] + [hint]
 
 
 def make_fill(fill: Fill, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """Return the value of an input that was left out."""
+    """Return the default value of an input that was left out."""
     if fill.rule == "positions_from_mask":
         counted = like.long().cumsum(-1) - 1
         return counted.masked_fill(like == 0, 1).to(dtype)

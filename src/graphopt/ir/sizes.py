@@ -1,4 +1,4 @@
-"""Sizes as text and back: ``batch``, ``2*sequence + 1``; nothing is ever evaluated as code."""
+"""Formatting and parsing of sizes: ``batch``, ``2*sequence + 1``; nothing is ever evaluated as code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class SizeTextError(CheckpointError):
-    """A size that the grammar of sizes cannot write, such as one computed through fractions."""
+    """A size that the grammar of sizes cannot express, such as one computed through fractions."""
 
 
 _TOKEN = re.compile(r"\s*(?:(\d{1,18})|([^\W\d]\w{0,199})|(//|[-+*%(),]))")
 _FUNCTIONS = {"max": 2, "min": 2}
-# what computes a size, or a number from sizes, by the name of its expression's class
+# functions that compute a size, or a number from sizes, by the name of the expression's class
 COMBINE: dict[str, Any] = {
     "Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
     "Mod": operator.mod, "PythonMod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min,
@@ -70,7 +70,7 @@ def _print(value: Any, names: Mapping[sympy.Symbol, str]) -> str:
         for part in parts[1:]:
             text = f"{kind.lower()}({text}, {part})"
         return text
-    raise SizeTextError(f"a size of the form {value} has no text; the grammar knows + - * // % max min")
+    raise SizeTextError(f"the size {value} cannot be written as text; the grammar has + - * // % max min")
 
 
 class _Parser:
@@ -86,7 +86,7 @@ class _Parser:
                 raise ValueError(f"unexpected {stripped[position]!r}")
             self.tokens.append(match.group().strip())
             position = match.end()
-        # simplifying nested divisions takes time that grows fast with their number
+        # the time to simplify nested divisions grows fast with their number
         if sum(token in ("//", "%") for token in self.tokens) > _DIVISIONS:
             raise ValueError("too many divisions")
         self.symbols = symbols
@@ -155,7 +155,7 @@ def parse_size(size: object, symbols: Mapping[str, sympy.Symbol], where: str = "
     """Read a size written by :func:`format_size`.
 
     Raises:
-        CheckpointError: the text is not in the grammar, names an unknown symbol or is absurdly long or deep.
+        CheckpointError: the text is not in the grammar, names an unknown symbol, or is too long or too deeply nested.
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise CheckpointError(f"{where}: a size must be an integer or text, not {type(size).__name__}")
@@ -168,16 +168,16 @@ def parse_size(size: object, symbols: Mapping[str, sympy.Symbol], where: str = "
         if parser.next != len(parser.tokens):
             raise ValueError(f"unexpected {parser.peek()!r}")
     except (ValueError, RecursionError, ArithmeticError, AssertionError) as error:
-        shown = size if len(size) <= 60 else size[:57] + "..."
-        raise CheckpointError(f"{where}: {shown!r} is not a size: {error}") from None
+        short_text = size if len(size) <= 60 else size[:57] + "..."
+        raise CheckpointError(f"{where}: {short_text!r} is not a size: {error}") from None
     return value
 
 
 def node_of_size(program: Program, value: sympy.Expr) -> int | float | fx.Node:
-    """Return a node, or a number, for what is computed from sizes of a program's inputs.
+    """Return a node, or a number, that computes an expression of the sizes of a program's inputs.
 
     Raises:
-        VerificationError: it is not, or not by what :data:`COMBINE` lists.
+        VerificationError: it is not such an expression, or has an operation that :data:`COMBINE` does not list.
     """
     if value.is_Integer or value.is_Float:
         return int(value) if value.is_Integer else float(value)
@@ -191,9 +191,9 @@ def node_of_size(program: Program, value: sympy.Expr) -> int | float | fx.Node:
             f"the size {format_size(value, program.symbols)} cannot be computed from the sizes of inputs",
             hint="use -1 in reshape, or a size read from a value with torch.ops.aten.sym_size",
         )
-    total, *rest = (node_of_size(program, part) for part in value.args)
-    if not rest:
+    total, *operands = (node_of_size(program, part) for part in value.args)
+    if not operands:
         return program.edit.call(combine, total)
-    for part in rest:
+    for part in operands:
         total = program.edit.call(combine, total, part)
     return total

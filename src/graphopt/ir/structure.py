@@ -17,7 +17,7 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 class Output(OrderedDict[str, Any]):
-    """Named outputs, also as attributes: what a model's own output class looks like without its library."""
+    """Named outputs, also available as attributes, like the model's output class without its library."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -38,9 +38,9 @@ def describe(
     Args:
         value: anything made of mappings, sequences, dataclass-like outputs and leaves.
         is_leaf: tells a leaf, usually a tensor.
-        prefix: what names of nested leaves begin with.
-        lone: the name of a leaf that is all there is.
-        taken: names that other leaves have.
+        prefix: prefix of the names of nested leaves.
+        lone: the name of the leaf if ``value`` itself is one.
+        taken: names already in use by other leaves.
     """
     taken = set() if taken is None else taken
     if is_leaf(value):
@@ -78,7 +78,7 @@ def describe(
 
 
 def rebuild(structure: Structure, leaves: Mapping[str, Any]) -> Any:
-    """Put the leaves back into their structure; output classes are used where their module is loaded."""
+    """Return the leaves in their structure; output classes are used where their module is loaded."""
     if "leaf" in structure:
         return leaves[structure["leaf"]]
     if "constant" in structure:
@@ -118,7 +118,7 @@ def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, _CONSTANTS) or value != structure["constant"]:
             now = repr(value) if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"
             raise UsageError(
-                f"{where} was {structure['constant']!r} when the model was captured and is {now} now",
+                f"{where} was {structure['constant']!r} when the model was captured, but is {now} now",
                 hint="capture the model again with this value",
             )
         return {}
@@ -134,8 +134,8 @@ def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
         parts = structure["dict"]
         items = dict(value) if isinstance(value, Mapping) else dict(getattr(value, "__dict__", {}))
         if set(items) != set(parts):
-            given = sorted(map(str, items))
-            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {given}")
+            actual_keys = sorted(map(str, items))
+            raise UsageError(f"{where} must have the keys {sorted(parts)}, not {actual_keys}")
         for key, part in parts.items():
             leaves.update(flatten(part, items[key], f"{where}[{key!r}]"))
     return leaves

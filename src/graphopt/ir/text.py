@@ -1,4 +1,4 @@
-"""The graph as text: one line a node, readable and stable enough to compare."""
+"""The graph as text: one line per node, readable and stable enough to compare."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def source_line(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    own = [f for f in frames if "/torch/" not in f[0]]
-    file, line, code = (own or frames)[-1]
+    model_frames = [f for f in frames if "/torch/" not in f[0]]
+    file, line, code = (model_frames or frames)[-1]
     return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}"
 
 
@@ -81,7 +81,7 @@ def _argument(value: Any) -> str:
 
 
 def format_value(program: Program, value: Any) -> str:
-    """Return type and sizes in the program's names."""
+    """Return type and sizes of a value, with the program's names of sizes."""
     if isinstance(value, torch.Tensor):
         sizes = ", ".join(str(program.size_text(s)) for s in value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
@@ -93,22 +93,22 @@ def format_value(program: Program, value: Any) -> str:
 
 
 def around(program: Program, node: fx.Node, lines: int = 4) -> str:
-    """Return the graph around a node, the node marked."""
+    """Return the text of the graph around a node, with the node marked."""
     nodes = list(program.graph.nodes)
     if node not in nodes:
         return ""
-    place = nodes.index(node)
-    shown = []
-    for index in range(max(0, place - lines), min(len(nodes), place + lines + 1)):
+    position = nodes.index(node)
+    excerpt = []
+    for index in range(max(0, position - lines), min(len(nodes), position + lines + 1)):
         try:
             text = format_node(program, nodes[index])
         except Exception as error:  # a broken node must still be shown
             text = f"%{nodes[index].name} = ... ({type(error).__name__}: {error})"
-        shown.append(("  > " if index == place else "    ") + text)
-    return "\n".join(shown)
+        excerpt.append(("  > " if index == position else "    ") + text)
+    return "\n".join(excerpt)
 
 
 def difference(before: Program, after: Program, context: int = 2) -> str:
-    """Return the difference of two graphs as a unified diff of their text."""
+    """Return a unified diff of the text of two graphs."""
     first, second = format_program(before).splitlines(), format_program(after).splitlines()
     return "\n".join(difflib.unified_diff(first, second, "before", "after", lineterm="", n=context))

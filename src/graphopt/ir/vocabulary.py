@@ -1,4 +1,4 @@
-"""Outputs whose logits are of some of the tokens: which those are, and the same logits over all of them."""
+"""Trimmed vocabularies: the remaining tokens of an output, and its logits over the full vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def kept_tokens(program: Program, output: str) -> torch.Tensor | None:
-    """Return the tokens that an output's logits are of, ascending; None where it has all."""
+    """Return the token ids of an output's logits, ascending; None where its vocabulary is not trimmed."""
     trimmed = program.facts.get(Vocabulary)
     if trimmed is None or output not in trimmed.outputs:
         return None
@@ -22,32 +22,32 @@ def kept_tokens(program: Program, output: str) -> torch.Tensor | None:
 
 
 def over_all_tokens(program: Program, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return outputs with logits over all tokens: minus infinity, and so probability 0, for those that are gone.
+    """Return outputs with logits over the full vocabulary: minus infinity, so probability 0, for removed tokens.
 
-    The numbers of tokens that ``take-top-k`` leaves of such an output become those of the tokenizer.
+    The token ids that ``take-top-k`` returns for such an output become those of the tokenizer.
 
     Args:
-        program: that computed them.
+        program: the program that computed them.
         outputs: by name; other outputs are returned as they are.
     """
     trimmed = program.facts.get(Vocabulary)
     if trimmed is None:
         return dict(outputs)
-    found = dict(outputs)
+    results = dict(outputs)
     for name in trimmed.outputs:
         ids = kept_tokens(program, name)
         assert ids is not None
-        if isinstance(found.get(name), torch.Tensor):
-            some = found[name]
-            whole = some.new_full((*some.shape[:-1], trimmed.size), float("-inf"))
-            found[name] = whole.index_copy(-1, ids.to(some.device), some)
+        if isinstance(results.get(name), torch.Tensor):
+            trimmed_logits = results[name]
+            all_logits = trimmed_logits.new_full((*trimmed_logits.shape[:-1], trimmed.size), float("-inf"))
+            results[name] = all_logits.index_copy(-1, ids.to(trimmed_logits.device), trimmed_logits)
         tokens = f"{name}_tokens"
-        if isinstance(found.get(tokens), torch.Tensor):
-            found[tokens] = ids.to(found[tokens].device)[found[tokens]]
-    return found
+        if isinstance(results.get(tokens), torch.Tensor):
+            results[tokens] = ids.to(results[tokens].device)[results[tokens]]
+    return results
 
 
 def kept_logits(program: Program, output: str, logits: torch.Tensor) -> torch.Tensor:
-    """Return those of the logits over all tokens that an output has too: what it can be compared with."""
+    """Return the logits of the tokens that an output has, selected from logits over all tokens, for comparison."""
     ids = kept_tokens(program, output)
     return logits if ids is None else logits.index_select(-1, ids.to(logits.device))

@@ -1,4 +1,4 @@
-"""Where the values of weights are, and how they are read: whole, late, and one at a time."""
+"""Weights, and sources of their values, which are read on demand and one at a time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class TensorSource(Protocol):
         ...
 
     def load(self) -> torch.Tensor:
-        """Return the values; whoever asks must not write to them."""
+        """Return the values, which must not be written to."""
         ...
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A tensor that is already there; shared, never written to."""
+    """A tensor in memory; shared, never written to."""
 
     tensor: torch.Tensor
 
@@ -50,16 +50,16 @@ class InMemory:
         return self.tensor.dtype
 
     def load(self) -> torch.Tensor:
-        """Return the tensor itself, apart from its gradient."""
+        """Return the tensor, detached from autograd."""
         return self.tensor.detach()
 
 
 @dataclass(frozen=True)
 class SafetensorsEntry:
-    """One tensor of a safetensors file, read when asked for.
+    """One tensor of a safetensors file, read on demand.
 
-    Read, not mapped: a mapping counts as memory of the process for as long as any tensor of the file lives.
-    ``start`` is the place of its first byte in the file.
+    It is read, not memory-mapped: a mapping counts as memory of the process for as long as any tensor of the file lives.
+    ``start`` is the offset of its first byte in the file.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class SafetensorsEntry:
     start: int
 
     def load(self) -> torch.Tensor:
-        """Read the values from the file."""
+        """Return the values, read from the file."""
         size = numel(self.shape) * self.dtype.itemsize
         raw = torch.empty(size, dtype=torch.uint8)
         try:
@@ -86,11 +86,11 @@ class SafetensorsEntry:
         return raw.view(self.dtype).reshape(self.shape)
 
     def load_part(self, dim: int, start: int, end: int) -> torch.Tensor:
-        """Read ``end - start`` entries along a dimension from the file, and nothing else of it."""
+        """Return ``end - start`` entries along a dimension, reading only these from the file."""
         inner = numel(self.shape[dim + 1 :]) * self.dtype.itemsize
         outer, length = numel(self.shape[:dim]), (end - start) * inner
         raw = torch.empty(outer * length, dtype=torch.uint8)
-        place = memoryview(raw.numpy().data).cast("B") if raw.numel() else memoryview(b"")
+        buffer = memoryview(raw.numpy().data).cast("B") if raw.numel() else memoryview(b"")
         read = 0
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -98,7 +98,7 @@ class SafetensorsEntry:
                     file.seek(self.start + row * self.shape[dim] * inner + start * inner)
                     row_read = 0
                     while row_read < length:
-                        count = file.readinto(place[row * length + row_read : (row + 1) * length])
+                        count = file.readinto(buffer[row * length + row_read : (row + 1) * length])
                         if not count:
                             break
                         row_read += count
@@ -114,7 +114,7 @@ class SafetensorsEntry:
 
 
 def load_part(source: TensorSource, dim: int, start: int, end: int) -> torch.Tensor:
-    """Return a part of a tensor along one dimension; where the source can, only that part is read."""
+    """Return a part of a tensor along one dimension; if the source supports it, only that part is read."""
     reader = getattr(source, "load_part", None)
     if reader is not None:
         part: torch.Tensor = reader(dim, start, end)
@@ -124,7 +124,7 @@ def load_part(source: TensorSource, dim: int, start: int, end: int) -> torch.Ten
 
 @dataclass(frozen=True)
 class Uniform:
-    """Numbers drawn evenly from ``-bound`` to ``bound``, the same ones each time; drawn when they are asked for."""
+    """Uniformly distributed numbers from ``-bound`` to ``bound``, reproducible by seed and drawn on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,21 +132,21 @@ class Uniform:
     seed: int
 
     def load(self) -> torch.Tensor:
-        """Draw."""
+        """Return the values, drawn anew."""
         generator = torch.Generator().manual_seed(self.seed)
         return ((torch.rand(self.shape, generator=generator) * 2 - 1) * self.bound).to(self.dtype)
 
 
 @dataclass(frozen=True)
 class Absent:
-    """A tensor whose values nobody has: a graph captured from a configuration alone."""
+    """A tensor without values, in a graph captured from a configuration alone."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     name: str = ""
 
     def load(self) -> torch.Tensor:
-        """Refuse: there are no values."""
+        """Raise a CheckpointError, since there are no values."""
         raise CheckpointError(
             f"weight {self.name!r} has no values: this program was captured without weights",
             hint="capture from a checkpoint folder to run it or to write it out",
@@ -155,7 +155,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Random values by seed: what a check runs with where real weights are not wanted."""
+    """Normally distributed values by seed, for checks that do not use real weights."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -163,7 +163,7 @@ class Drawn:
     scale: float = 1.0
 
     def load(self) -> torch.Tensor:
-        """Draw the values."""
+        """Return the values, drawn anew."""
         generator = torch.Generator().manual_seed(self.seed)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not self.dtype.is_floating_point:
@@ -173,7 +173,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A tensor of zeros, made when it is asked for."""
+    """A tensor of zeros, made on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -185,10 +185,10 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the model: its name, the names tied to it, and where its values are.
+    """A tensor of the model: its name, the names tied to it, and the source of its values.
 
     ``names`` lists every name the tensor has in the model, ``name`` first. ``persistent`` is false for
-    buffers that no checkpoint holds.
+    buffers that are not in checkpoints.
     """
 
     name: str
@@ -200,7 +200,7 @@ class Weight:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Every name of the tensor, its own first."""
+        """Every name of the tensor, ``name`` first."""
         return (self.name, *(n for n in self.names if n != self.name))
 
     @property
@@ -214,7 +214,7 @@ class Weight:
 
 
 def numel(shape: Sequence[int]) -> int:
-    """Number of elements of a shape."""
+    """Return the number of elements of a shape."""
     count = 1
     for size in shape:
         count *= size
@@ -222,7 +222,7 @@ def numel(shape: Sequence[int]) -> int:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Hash of a tensor's type, shape and bytes."""
+    """Return a hash of a tensor's type, shape and bytes."""
     plain = tensor.detach().contiguous().cpu()
     seen = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
     seen.update(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""What a device computes wrongly in some forms of an operator, which a table of operators does not tell apart."""
+"""Calls that a device computes wrongly, where the table of operators cannot tell them from correct ones."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import fx
 from ..ir.schema import arguments, is_operator
 
 LONG = 9
-"""Entries of a kernel from which on qnn-htp-v75 gets depthwise convolutions of dilation 2 wrong in float16, silently."""
+"""Kernel size from which qnn-htp-v75 silently computes wrong depthwise convolutions of dilation 2 in float16."""
 
 
 def misread(node: fx.Node) -> bool:
-    """Tell whether a node is such a convolution, with a dilation of 2 and a long kernel."""
+    """Tell whether a node is a depthwise convolution with a dilation of 2 and a kernel of at least ``LONG``."""
     if not is_operator(node, "aten.conv1d", "aten.conv2d"):
         return False
-    found = arguments(node)
-    weight = found["weight"].meta["val"]
-    depthwise = found["groups"] > 1 and int(weight.shape[1]) == 1
+    args = arguments(node)
+    weight = args["weight"].meta["val"]
+    depthwise = args["groups"] > 1 and int(weight.shape[1]) == 1
     return depthwise and any(
         dilation == 2 and int(size) >= LONG
-        for dilation, size in zip(found["dilation"], weight.shape[2:], strict=True)
+        for dilation, size in zip(args["dilation"], weight.shape[2:], strict=True)
     )

@@ -1,4 +1,4 @@
-"""Which part of a graph a host computes for a device: what integers alone decide, such as masks and positions."""
+"""The part of a graph that the host computes for a device: what depends on integers only, as masks and positions do."""
 
 from __future__ import annotations
 
@@ -10,40 +10,42 @@ from ..ir.schema import is_operator
 
 
 def host_nodes(program: Program) -> set[fx.Node]:
-    """Return the calls that depend on integer inputs, and on no parameter and no input of numbers."""
-    found: set[fx.Node] = program.derived("host nodes", lambda: _host_nodes(program), portable=True)
-    return found
+    """Return the calls that depend on integer inputs, and on no parameter and no floating-point input."""
+    nodes: set[fx.Node] = program.derived("host nodes", lambda: _host_nodes(program), portable=True)
+    return nodes
 
 
 def _host_nodes(program: Program) -> set[fx.Node]:
-    heavy: set[fx.Node] = set()
-    driven: set[fx.Node] = set()
+    device_nodes: set[fx.Node] = set()
+    integer_nodes: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             value = node.meta.get("val")
             weight = program.weights.get(node.name)
             if weight is not None:
                 if weight.kind == "parameter":
-                    heavy.add(node)
+                    device_nodes.add(node)
             elif (
                 isinstance(value, torch.Tensor)
                 and value.dtype.is_floating_point
                 and node.meta.get("input") not in program.dials
             ):
-                heavy.add(node)
+                device_nodes.add(node)
             else:
-                driven.add(node)
+                integer_nodes.add(node)
         elif node.op == "call_function":
-            # how a value is stored is the device's business
-            if is_operator(node, "graphopt.fake_quantize") or any(n in heavy for n in node.all_input_nodes):
-                heavy.add(node)
-            elif any(n in driven for n in node.all_input_nodes):
-                driven.add(node)
-    return {n for n in driven if n.op == "call_function"}
+            # quantisation belongs to the device
+            if is_operator(node, "graphopt.fake_quantize") or any(
+                n in device_nodes for n in node.all_input_nodes
+            ):
+                device_nodes.add(node)
+            elif any(n in integer_nodes for n in node.all_input_nodes):
+                integer_nodes.add(node)
+    return {n for n in integer_nodes if n.op == "call_function"}
 
 
 def border(program: Program) -> list[fx.Node]:
-    """Return the tensors that a host computes and a device reads."""
+    """Return the tensors that the host computes and the device reads."""
     host = host_nodes(program)
     outputs = set(program.outputs.values())
     return [

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_somebody_else_is_not_replaced(folder_of, tmp_path: Path
     theirs = tmp_path / "theirs"
     zoo.make("llama").save_pretrained(theirs)
     before = {f.name: f.read_bytes() for f in theirs.iterdir()}
-    with pytest.raises(graphopt.UsageError, match="not what would be replaced"):
+    with pytest.raises(graphopt.UsageError, match="must not be replaced"):
         program.save_pretrained(theirs)
     assert {f.name: f.read_bytes() for f in theirs.iterdir()} == before
     program.save_pretrained(tmp_path / "ours")

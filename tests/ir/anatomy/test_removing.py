@@ -79,7 +79,7 @@ def test_a_block_that_left_is_refused(programs: dict[str, Program]) -> None:
     block = program.anatomy.ffn[1]
     program.remove(block)
     text = program.text()
-    with pytest.raises(UsageError, match=r"ffn\.1 is no part of the program any more"):
+    with pytest.raises(UsageError, match=r"ffn\.1 is no longer part of the program"):
         program.remove(block)
     with pytest.raises(UsageError, match="another program"):
         program.copy().remove(program.anatomy.ffn[0])
@@ -108,7 +108,7 @@ def test_nodes_that_left_are_refused(edit: Callable[..., Any], programs: dict[st
     program.remove(block)
     other = programs["llama"].copy().anatomy.ffn[2].term
     text = program.text()
-    for node, message in ((gone, "no part of the program any more"), (other, "another program")):
+    for node, message in ((gone, "no longer part of the program"), (other, "another program")):
         with pytest.raises(UsageError, match=message):
             edit(program, node, live)
         assert program.text() == text

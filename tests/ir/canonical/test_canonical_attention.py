@@ -259,7 +259,7 @@ LEFT_ALONE: dict[str, Callable[..., torch.Tensor]] = {
     "scores kept above a floor": lambda q, k, v, m: torch.softmax((q @ k.mT).clamp(min=-0.1), -1) @ v,
     "the larger of two scores": lambda q, k, v, m: torch.softmax(torch.maximum(q @ k.mT, k @ q.mT), -1) @ v,
     "only the last query": lambda q, k, v, m: torch.softmax(q @ k.mT, -1)[:, :, -1:] @ v,
-    "causal from the first key on": _causal_from_the_first_key,
+    "causal masking aligned with the first key": _causal_from_the_first_key,
     "scaled after the cap": lambda q, k, v, m: torch.softmax(torch.tanh(q @ k.mT / 5) * 5 * 0.5, -1) @ v,
     "bias inside the cap": lambda q, k, v, m: (
         torch.softmax(torch.tanh((q @ k.mT + v @ v.mT) / 5) * 5, -1) @ v

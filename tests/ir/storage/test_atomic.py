@@ -220,7 +220,7 @@ def test_a_weight_that_is_not_what_was_announced_is_not_written(whole: Path, tmp
         def shape(self) -> tuple[int, ...]:
             return (3, 3)
 
-    with pytest.raises(CheckpointError, match=r"announced as \(3, 3\) and came as \(2, 2\)"):
+    with pytest.raises(CheckpointError, match=r"declared as \(3, 3\) but loaded as \(2, 2\)"):
         write_file(tmp_path / "x.safetensors", {"a": Lying(torch.ones(2, 2))})
 
 
@@ -273,7 +273,7 @@ def test_what_is_not_ours_is_not_replaced(there: Callable[[Path], None], whole: 
     before = everything_in(tmp_path)
     program = graphopt.load(whole)
     for write in (program.save, program.save_pretrained):
-        with pytest.raises(UsageError, match="exists and is not what would be replaced"):
+        with pytest.raises(UsageError, match="exists and must not be replaced"):
             write(tmp_path / "out")
         assert everything_in(tmp_path) == before
 

@@ -41,7 +41,7 @@ def test_small_files_cannot_be_written_elsewhere_or_pass_for_others(
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text("x")
     list_file(folder, "notes.txt", f"assets/{name}")
-    refused(whole, folder, lambda d: d["origin"]["assets"].append(name), match="goes along with a program")
+    refused(whole, folder, lambda d: d["origin"]["assets"].append(name), match="may be saved with a program")
 
 
 def test_weights_behind_a_link_out_of_the_folder_are_refused(whole: Path, tmp_path: Path) -> None:

@@ -219,11 +219,11 @@ STRUCTURE: dict[str, tuple[str, Edit]] = {
     ),
     "a node that reads a later one": ("not defined before", swap_nodes),
     "a node without its arguments": (
-        "not called as it can be",
+        "called with wrong arguments",
         lambda d: first_call(d, "aten.linear")[2].clear(),
     ),
     "a node with too many arguments": (
-        "not called as it can be",
+        "called with wrong arguments",
         lambda d: first_call(d, "aten.linear")[2].extend([None] * 9),
     ),
     "an argument of no kind": (
@@ -249,16 +249,22 @@ STRUCTURE: dict[str, tuple[str, Edit]] = {
     "no nodes": ("not defined before", set_in("nodes", value=[])),
     "nodes that are no list": ("'nodes' is missing", set_in("nodes", value={})),
     "a result that is no node": ("output is not a node", set_in("results", value=[5])),
-    "results for no output": ("another number of values", lambda d: d["results"].append(d["results"][0])),
+    "results for no output": (
+        "does not return the number of values",
+        lambda d: d["results"].append(d["results"][0]),
+    ),
     "an input that nobody reaches": (
         "parameters lead to",
         set_in("parameters", "position_ids", value={"leaf": "input_ids"}),
     ),
     "an input filled from itself": (
-        "leads nowhere",
+        "is circular or does not exist",
         set_in("inputs", 1, "fill", value=["ones", "attention_mask"]),
     ),
-    "an input filled from nothing": ("leads nowhere", set_in("inputs", 1, "fill", value=["ones", "nobody"])),
+    "an input filled from nothing": (
+        "is circular or does not exist",
+        set_in("inputs", 1, "fill", value=["ones", "nobody"]),
+    ),
     "an input filled by an unknown rule": (
         "unknown rule",
         set_in("inputs", 1, "fill", value=["eval", "input_ids"]),
@@ -275,7 +281,7 @@ STRUCTURE: dict[str, tuple[str, Edit]] = {
     "outputs of no form": ("structure", set_in("outputs", value={"leaf": "a", "dict": {}})),
     "outputs of a class that is no name": ("structure", set_in("outputs", "class", value=5)),
     "outputs that share a name": (
-        "one name",
+        "the same name",
         set_in("outputs", value={"list": [{"leaf": "a"}, {"leaf": "a"}]}),
     ),
     "a constant that is a list": ("structure", set_in("parameters", "more", value={"constant": [1]})),
@@ -309,8 +315,8 @@ STRUCTURE: dict[str, tuple[str, Edit]] = {
         "not a file of this program",
         set_in("weights", "p_lm_head_weight", "file", value="weights/../../x.safetensors"),
     ),
-    "an asset outside": ("goes along", lambda d: d["origin"]["assets"].append("../canary")),
-    "an asset at an absolute place": ("goes along", lambda d: d["origin"]["assets"].append("/etc/passwd")),
+    "an asset outside": ("may be saved", lambda d: d["origin"]["assets"].append("../canary")),
+    "an asset at an absolute place": ("may be saved", lambda d: d["origin"]["assets"].append("/etc/passwd")),
     "an asset that is not listed": ("does not exist", lambda d: d["origin"]["assets"].append("notes.txt")),
 }
 
@@ -328,5 +334,5 @@ def test_a_power_that_takes_all_memory_is_refused_before_it_is_computed(base: in
     from graphopt.ir.storage.read import _require_sizes
 
     _require_sizes(operator.pow, [base % 1000, 2], "small")
-    with pytest.raises(CheckpointError, match="absurd power"):
+    with pytest.raises(CheckpointError, match="unreasonable power"):
         _require_sizes(operator.pow, [base, exponent], "large")

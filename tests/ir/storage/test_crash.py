@@ -74,7 +74,7 @@ def test_full_disk_leaves_nothing(forks: Forks, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_not_replaced(program, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="not what would be replaced"):
+    with pytest.raises(UsageError, match="must not be replaced"):
         program.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

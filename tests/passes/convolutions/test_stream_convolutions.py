@@ -162,7 +162,7 @@ def test_states_are_asked_for_and_begin_with_zeros() -> None:
     assert {n: tuple(t.shape) for n, t in initial_state(program, 5).items()} == {"state_0": (5, 4, 4)}
     with pytest.raises(UsageError, match="missing input state_0"):
         program(torch.randn(1, 4, 3))
-    with pytest.raises(UsageError, match="no states"):
+    with pytest.raises(UsageError, match="no recurrent state"):
         initial_state(graphopt.capture(network, torch.randn(2, 4, 20)))
     with pytest.raises(graphopt.PipelineError, match="streaming"):
         graphopt.optimize(program, "stream-convolutions")

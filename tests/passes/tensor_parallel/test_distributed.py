@@ -102,7 +102,10 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     save_file(tokens(2, 6), tmp_path / "inputs.safetensors")
     finish(start([str(HERE / "rank_worker.py"), str(tmp_path)], 2))
     for rank in range(2):
-        assert "the program is for 4 ranks, 2 processes run" in (tmp_path / f"rank{rank}.error").read_text()
+        assert (
+            "the program is for 4 ranks, but 2 processes are running"
+            in (tmp_path / f"rank{rank}.error").read_text()
+        )
 
 
 def test_damaged_weights_are_told_to_every_rank(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_misplaced_bias_is_a_type_error() -> None:
     with program.edit.before(out):
         wrong = program.edit.call(aten.linear.default, out.args[0], out.args[1], bias)
     program.edit.replace(out, wrong)
-    with pytest.raises(VerificationError, match="bias would be added once a rank") as caught:
+    with pytest.raises(VerificationError, match="bias would be added once per rank") as caught:
         verify(program, [])
     assert "builders.py" in str(caught.value), "the error must name the line of the model"
 
@@ -251,7 +251,7 @@ def test_residual_inside_the_sum_is_a_type_error() -> None:
         wrong = program.edit.call(aten.add.Tensor, out, block.reads)
         again = program.edit.call(dialect.all_reduce.default, wrong, "tensor_parallel")
     program.edit.replace(reduce, again)
-    with pytest.raises(VerificationError, match="would count once a rank"):
+    with pytest.raises(VerificationError, match="would count once per rank"):
         verify(program, [])
 
 
@@ -260,7 +260,7 @@ def test_residual_inside_the_sum_is_a_type_error() -> None:
     [
         (lambda p, n: p.edit.call(aten.relu.default, n), "not linear in it"),
         (lambda p, n: p.edit.call(aten.mul.Tensor, n, n), "not linear in it"),
-        (lambda p, n: p.edit.call(aten.add.Tensor, n, 1.0), "would count once a rank"),
+        (lambda p, n: p.edit.call(aten.add.Tensor, n, 1.0), "would count once per rank"),
         (lambda p, n: p.edit.call(aten.softmax.int, n, -1), "not linear in it"),
         (lambda p, n: p.edit.call(aten.constant_pad_nd.default, n, [1, -1], 1.0), "not linear in it"),
         (lambda p, n: p.edit.emit(lambda y: y.long().to(y.dtype), n), "not linear in it"),

@@ -1,4 +1,4 @@
-"""Anatomy: what a graph is made of, read from its dataflow and never from names of classes or parameters."""
+"""Anatomy: the structure of a model, derived from dataflow and never from names of classes or parameters."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Anatomy", "Block", "Branches", "Layer", "Stream", "find_anatomy"]
 def find_anatomy(program: Program) -> Anatomy:
     """Return the anatomy of a canonical graph; linear in its size."""
     anatomy = Anatomy()
-    found = find_residual(program)
-    anatomy.branches = find_branches(program, {add.node for add in found.additions})
+    residual = find_residual(program)
+    anatomy.branches = find_branches(program, {add.node for add in residual.additions})
     linear_sums = {group.writes for group in anatomy.branches}
-    for addition in found.additions:
+    for addition in residual.additions:
         if addition.node in linear_sums:
             continue
         for block in classify(program, addition):
@@ -31,7 +31,7 @@ def find_anatomy(program: Program) -> Anatomy:
     for block in (*anatomy.blocks, *anatomy.beside):
         block.index = counts.get(block.kind, 0)
         counts[block.kind] = block.index + 1
-    anatomy.streams = [part for s in found.streams(anatomy.blocks) for part in _by_output(program, s)]
+    anatomy.streams = [part for s in residual.streams(anatomy.blocks) for part in _by_output(program, s)]
     anatomy.layers = [layer for stream in anatomy.streams for layer in group_layers(stream)]
     for index, layer in enumerate(anatomy.layers):
         layer.index = index
@@ -43,15 +43,15 @@ def find_anatomy(program: Program) -> Anatomy:
 
 
 def _by_output(program: Program, stream: Stream) -> list[Stream]:
-    """Take apart what a stream adds on the way to the first output, and what others put beside it (attached heads)."""
+    """Split a stream into the blocks that the first output depends on, and the others (attached heads)."""
     values = list(program.outputs.values())
     if len(values) < 2:
         return [stream]
-    back = program.derived("first output", lambda: needed_for(values[:1], {}))
+    main_nodes = program.derived("first output", lambda: needed_for(values[:1], {}))
     main: list[Block] = []
-    rest: list[Block] = []
+    beside: list[Block] = []
     for block in stream.blocks:
-        (main if block.add in back else rest).append(block)
-    if not main or not rest:
+        (main if block.add in main_nodes else beside).append(block)
+    if not main or not beside:
         return [stream]
-    return [Stream(stream.start, main), Stream(rest[0].reads, rest)]
+    return [Stream(stream.start, main), Stream(beside[0].reads, beside)]

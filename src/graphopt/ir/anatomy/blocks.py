@@ -1,4 +1,4 @@
-"""The names of things: blocks on the residual stream, their parts, layers, and the evidence for each name."""
+"""Blocks on the residual stream, their parts, layers, and the evidence for each classification."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Block:
             tables) is not among them.
         parts: named operators, such as q, k, v, o, core, gate, up, down, router, norm.
         sizes: heads, kv_heads, head_size, width, experts, ... where they apply.
-        norms: pre, post, sandwich, branch (on the contribution alone) or none.
-        evidence: why it got its name.
+        norms: pre, post, sandwich, branch (on the contribution only) or none.
+        evidence: reasons for its kind.
         parallel: another block reads and writes at the same addition.
-        shared_terms: what a shared expert beside a mixture adds.
+        shared_terms: the contribution of a shared expert of an MoE layer.
     """
 
     kind: str
@@ -45,20 +45,20 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Kind and number in execution order: ``attention.3``."""
+        """Kind and index in execution order: ``attention.3``."""
         return f"{self.kind}.{self.index}"
 
     @property
     def terms(self) -> list[fx.Node]:
-        """What the block adds to the stream."""
+        """The terms that the block adds to the stream."""
         return [self.term, *self.shared_terms]
 
     def __getattr__(self, part: str) -> fx.Node:
         parts = self.__dict__.get("parts", {})
         if part in parts:
-            found = parts[part]
-            assert isinstance(found, fx.Node)
-            return found
+            node = parts[part]
+            assert isinstance(node, fx.Node)
+            return node
         raise AttributeError(
             f"{self.__dict__.get('kind', 'block')} has no part {part!r}; it has {', '.join(parts)}"
         )
@@ -69,7 +69,7 @@ class Block:
 
 @dataclass(eq=False)
 class Layer:
-    """The blocks that repeat as one: from the stream's value before the first to that after the last."""
+    """A repeating group of blocks, from the stream's value before the first to that after the last."""
 
     blocks: list[Block]
     index: int = 0
@@ -95,7 +95,7 @@ class Layer:
 
 @dataclass(eq=False)
 class Stream:
-    """A residual stream: the value it starts with and the blocks that add to it."""
+    """A residual stream: its first value and the blocks that add to it."""
 
     start: fx.Node
     blocks: list[Block]
@@ -108,7 +108,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Branches:
-    """Linear operators that read one value and meet in a sum: training-time branches."""
+    """Parallel chains of linear operators from one value to a sum: training-time branches."""
 
     reads: fx.Node
     writes: fx.Node
@@ -118,10 +118,10 @@ class Branches:
 
 @dataclass
 class Anatomy:
-    """What a graph is made of, in execution order.
+    """The structure of a model, in execution order.
 
-    ``beside`` are mixtures on no residual stream that was recognised, as between hyper-connections: passes that work
-    inside a mixture take them, passes that move blocks do not.
+    ``beside`` are MoE layers that are not on a recognised residual stream, as between hyper-connections: passes that
+    work inside an MoE layer handle them, passes that move blocks do not.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -133,7 +133,7 @@ class Anatomy:
     beside: list[Block] = field(default_factory=list)
 
     def of(self, kind: str) -> list[Block]:
-        """Blocks of one kind."""
+        """Return the blocks of one kind."""
         return [block for block in self.blocks if block.kind == kind]
 
     @property
@@ -153,7 +153,7 @@ class Anatomy:
 
     @property
     def experts(self) -> list[Block]:
-        """Mixtures of experts."""
+        """MoE layers."""
         return [*self.of("experts"), *self.beside]
 
     def block(self, name: str) -> Block:
@@ -168,7 +168,7 @@ class Anatomy:
         raise KeyError(name)
 
     def summary(self) -> dict[str, int]:
-        """Count blocks by kind."""
+        """Return the number of blocks of each kind."""
         counts: dict[str, int] = {}
         for block in (*self.blocks, *self.beside):
             counts[block.kind] = counts.get(block.kind, 0) + 1

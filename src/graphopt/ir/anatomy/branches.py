@@ -1,4 +1,4 @@
-"""Training-time branches: linear operators that read one value and meet in a sum."""
+"""Training-time branches: parallel chains of linear operators from one value to a sum."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
 
     Args:
         program: a canonical graph.
-        sums: additions on residual streams; those whose branches are all linear belong here instead.
+        sums: additions on residual streams; those whose branches are all linear count as branches instead.
     """
     del sums
     constant = depends_on_weights_alone(program)
-    taken: set[fx.Node] = set()
-    found: list[Branches] = []
+    inner_sums: set[fx.Node] = set()
+    branches: list[Branches] = []
     for node in reversed(list(program.graph.nodes)):
-        if node in taken or not is_operator(node, "aten.add"):
+        if node in inner_sums or not is_operator(node, "aten.add"):
             continue
-        leaves = _leaves(node, taken)
+        leaves = _leaves(node, inner_sums)
         if leaves is None:
             continue
         paths = [_chain(leaf, constant) for leaf in leaves]
@@ -44,12 +44,12 @@ def find_branches(program: Program, sums: set[fx.Node]) -> list[Branches]:
         if convolutions == 0:
             continue
         evidence = [f"{len(trimmed)} linear paths from {source.name}, {convolutions} with a convolution"]
-        found.append(Branches(source, node, trimmed, evidence))
-    found.reverse()
-    return found
+        branches.append(Branches(source, node, trimmed, evidence))
+    branches.reverse()
+    return branches
 
 
-def _leaves(node: fx.Node, taken: set[fx.Node]) -> list[fx.Node] | None:
+def _leaves(node: fx.Node, inner_sums: set[fx.Node]) -> list[fx.Node] | None:
     leaves: list[fx.Node] = []
     if len(node.args) != 2 or node.kwargs:
         return None
@@ -57,9 +57,9 @@ def _leaves(node: fx.Node, taken: set[fx.Node]) -> list[fx.Node] | None:
         if not isinstance(operand, fx.Node):
             return None
         if is_operator(operand, "aten.add") and len(operand.users) == 1:
-            inner = _leaves(operand, taken)
+            inner = _leaves(operand, inner_sums)
             if inner is not None:
-                taken.add(operand)
+                inner_sums.add(operand)
                 leaves.extend(inner)
                 continue
         leaves.append(operand)
@@ -67,7 +67,7 @@ def _leaves(node: fx.Node, taken: set[fx.Node]) -> list[fx.Node] | None:
 
 
 def _chain(leaf: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
-    """Return the chain of linear operators that ends in ``leaf``, from its source on, the source first."""
+    """Return the chain of linear operators that ends in ``leaf``, with its source first."""
     chain = [leaf]
     node: Any = leaf
     while _linear(node, constant):
@@ -94,7 +94,7 @@ def _common_source(paths: list[list[fx.Node]], leaves: list[fx.Node]) -> fx.Node
     shared = [node for node in reversed(paths[0]) if all(node in path for path in paths[1:])]
     if not shared:
         return None
-    # the latest value that all of them pass
+    # the latest value on all paths
     return shared[0]
 
 

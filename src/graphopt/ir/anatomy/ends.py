@@ -1,4 +1,4 @@
-"""Where a stream begins and ends: embeddings and heads."""
+"""Embeddings and heads: the operators before and after the residual streams."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def find_embedding(program: Program, anatomy: Anatomy) -> list[fx.Node]:
-    """Return the operators that turn inputs into a stream: table lookups, patch convolutions, projections."""
+    """Return the operators that embed inputs into a stream: table lookups, patch convolutions, projections."""
     starts = [stream.start for stream in anatomy.streams]
-    found: dict[fx.Node, None] = {}
+    operators: dict[fx.Node, None] = {}
     work, seen = list(starts), set()
     while work:
         node = work.pop()
@@ -25,12 +25,12 @@ def find_embedding(program: Program, anatomy: Anatomy) -> list[fx.Node]:
             continue
         seen.add(node)
         if has(node, Trait.CONVOLUTION) or is_operator(node, "aten.embedding", "aten.linear"):
-            found[node] = None
+            operators[node] = None
             if is_operator(node, "aten.embedding"):
                 continue
         work.extend(node.all_input_nodes)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    return sorted(found, key=lambda n: order[n])
+    return sorted(operators, key=lambda n: order[n])
 
 
 def find_head(program: Program, anatomy: Anatomy) -> list[fx.Node]:
@@ -38,7 +38,7 @@ def find_head(program: Program, anatomy: Anatomy) -> list[fx.Node]:
     inside = {node for block in anatomy.blocks for node in block.nodes}
     ends = {stream.blocks[-1].writes for stream in anatomy.streams if stream.blocks}
     ends |= {block.add for block in anatomy.blocks}
-    found: dict[fx.Node, None] = {}
+    linears: dict[fx.Node, None] = {}
     work, seen = list(program.output_node.all_input_nodes), set()
     while work:
         node = work.pop()
@@ -46,7 +46,7 @@ def find_head(program: Program, anatomy: Anatomy) -> list[fx.Node]:
             continue
         seen.add(node)
         if is_operator(node, "aten.linear"):
-            found[node] = None
+            linears[node] = None
         work.extend(node.all_input_nodes)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    return sorted(found, key=lambda n: order[n])
+    return sorted(linears, key=lambda n: order[n])

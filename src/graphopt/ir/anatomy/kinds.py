@@ -1,4 +1,4 @@
-"""What a contribution to the stream is: attention, feed-forward, experts, another mixer."""
+"""Classification of contributions to the stream: attention, feed-forward, experts, other mixers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def classify(program: Program, addition: Addition) -> list[Block]:
     """Return a block per term of an addition on the stream."""
     blocks: list[Block] = []
     writes, norms_after = _writes(addition)
-    # a term that another is made from, as in a + f(a), is no block beside it
+    # a term that another is computed from, as in a + f(a), is not a separate block
     outer = [
         t for t in addition.terms if not any(t in addition.inside[o] for o in addition.terms if o is not t)
     ]
@@ -41,33 +41,33 @@ def classify(program: Program, addition: Addition) -> list[Block]:
 
 
 def mixtures_beside(program: Program, blocks: list[Block]) -> list[Block]:
-    """Return a block for each mixture that no block is about: what leads from its tokens through its router to its sum."""
+    """Return a block for each MoE layer that no block contains: the nodes from its tokens to its result."""
     named = {block.parts.get("core") for block in blocks}
     cores = [n for n in program.nodes if is_operator(n, "graphopt.routed_ffn") and n not in named]
     order = {node: i for i, node in enumerate(program.graph.nodes)} if cores else {}
-    found = []
+    blocks_beside = []
     for core in cores:
         reads = core.args[0]
         while is_operator(reads, "aten.reshape"):
             reads = reads.args[0]  # type: ignore[union-attr]
         assert isinstance(reads, fx.Node)
         block = Block("experts", reads, core, core, core, between(reads, core, order))
-        block.evidence.append("on no residual stream that was recognised")
+        block.evidence.append("not on a recognised residual stream")
         experts_parts(program, block)
-        found.append(block)
-    return found
+        blocks_beside.append(block)
+    return blocks_beside
 
 
 def _one_choice(blocks: list[Block]) -> list[Block]:
-    """Feed-forwards between which one router chooses are one block."""
+    """Return the blocks with feed-forwards that share a router merged into one block."""
     first: dict[fx.Node, Block] = {}
-    rest: list[Block] = []
+    remaining: list[Block] = []
     for block in blocks:
         choice = block.parts.get("choice")
         if choice is None or choice not in first:
             if choice is not None:
                 first[choice] = block
-            rest.append(block)
+            remaining.append(block)
             continue
         joined = first[choice]
         inside = set(joined.nodes)
@@ -77,29 +77,31 @@ def _one_choice(blocks: list[Block]) -> list[Block]:
         if int(block.sizes["width"]) > int(joined.sizes["width"]):
             joined.parts["core"], joined.parts["other_core"] = block.parts["core"], joined.parts["core"]
             joined.sizes["width"] = block.sizes["width"]
-        joined.evidence.append(f"a feed-forward of width {block.sizes['width']} is chosen by the same router")
-    for block in rest:
-        block.parallel = len(rest) > 1
-    return rest
+        joined.evidence.append(f"the same router chooses a feed-forward of width {block.sizes['width']}")
+    for block in remaining:
+        block.parallel = len(remaining) > 1
+    return remaining
 
 
 def _with_shared_experts(blocks: list[Block]) -> list[Block]:
-    """A feed-forward that meets a mixture in the same sum is its shared expert."""
-    mixtures = [b for b in blocks if b.kind == "experts"]
+    """Return the blocks with a feed-forward in the same sum as an MoE layer merged into it as its shared expert."""
+    moe_layers = [b for b in blocks if b.kind == "experts"]
     shared = [b for b in blocks if b.kind == "ffn"]
-    if len(mixtures) != 1 or not shared:
+    if len(moe_layers) != 1 or not shared:
         return blocks
-    mixture = mixtures[0]
+    moe_layer = moe_layers[0]
     for block in shared:
-        inside = set(mixture.nodes)
-        mixture.nodes.extend(n for n in block.nodes if n not in inside)
-        mixture.shared_terms.append(block.term)
-        mixture.parts.update({f"shared_{name}": node for name, node in block.parts.items() if name != "norm"})
-    mixture.sizes["shared_expert"] = True
-    mixture.evidence.append("a feed-forward that every token passes meets it in the same sum")
-    rest = [b for b in blocks if b not in shared]
-    mixture.parallel = len(rest) > 1
-    return rest
+        inside = set(moe_layer.nodes)
+        moe_layer.nodes.extend(n for n in block.nodes if n not in inside)
+        moe_layer.shared_terms.append(block.term)
+        moe_layer.parts.update(
+            {f"shared_{name}": node for name, node in block.parts.items() if name != "norm"}
+        )
+    moe_layer.sizes["shared_expert"] = True
+    moe_layer.evidence.append("the same sum has a feed-forward that every token uses: a shared expert")
+    remaining = [b for b in blocks if b not in shared]
+    moe_layer.parallel = len(remaining) > 1
+    return remaining
 
 
 def _name(program: Program, block: Block) -> None:
@@ -115,7 +117,7 @@ def _name(program: Program, block: Block) -> None:
         experts_parts(program, block)
     elif "aten.topk" in operators and operators & {"aten.bmm", "aten.matmul", "aten.index", "aten.index_add"}:
         block.kind = "experts"
-        block.evidence.append("the largest of a router's scores choose weights to multiply with")
+        block.evidence.append("the top-k of a router's scores select weights of a product")
     elif "graphopt.nested_ffn" in operators:
         block.kind = "ffn"
         nested_parts(block)
@@ -155,14 +157,14 @@ def _mixes_positions(block: Block, operators: set[str]) -> bool:
 
 
 def _writes(addition: Addition) -> tuple[fx.Node, bool]:
-    """Return the stream's value after the addition, and whether a norm on the stream comes with it."""
+    """Return the stream's value after the addition, and whether that is the result of a post-norm."""
     node = addition.node
     users = list(node.users)
     if len(users) == 1 and is_operator(users[0], "aten.to") and len(users[0].users) == 1:
         users = list(users[0].users)
     if len(users) != 1 or not has(users[0], Trait.NORM):
         return node, False
-    # before a final norm the branches begin with norms of their own; on a post-norm stream they do not
+    # before a final norm the branches begin with their own norms; on a post-norm stream they do not
     for term in addition.terms:
         first = [n for n in addition.inside[term] if addition.base in n.all_input_nodes]
         if any(has(n, Trait.NORM) for n in first) or _ends_in_norm(term):

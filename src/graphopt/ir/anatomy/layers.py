@@ -1,4 +1,4 @@
-"""Group the blocks of a stream into the layers that repeat."""
+"""Grouping of the blocks of a stream into repeating layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _POSITIONS = ("attention", "mixer")
 
 
 def group_layers(stream: Stream) -> list[Layer]:
-    """Return the layers of a stream: the shortest pattern of blocks that repeats along all of it.
+    """Return the layers of a stream: occurrences of the shortest pattern of blocks that repeats along all of it.
 
-    Blocks that share an addition are never parted. Where nothing repeats, a layer begins at each block that
+    Blocks that share an addition are never separated. Where nothing repeats, a layer begins at each block that
     mixes positions and follows a feed-forward.
     """
     steps: list[list[Block]] = []

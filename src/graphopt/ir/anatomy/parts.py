@@ -1,4 +1,4 @@
-"""Named parts of blocks: the projections of an attention, of a feed-forward, of a mixture."""
+"""Named parts of blocks: the projections of attention, feed-forwards and MoE layers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .blocks import Block
 if TYPE_CHECKING:
     from ..program import Program
 
-_MOVED = Trait.MOVEMENT | Trait.CAST
-_PASSING = named(_MOVED | Trait.NORM) | {
+_MOVEMENT = Trait.MOVEMENT | Trait.CAST
+_PASSING = named(_MOVEMENT | Trait.NORM) | {
     "graphopt.rotary", "aten.mul", "aten.div", "aten.add", "aten.clamp", "aten.sigmoid"
 }  # fmt: skip
 _PROJECTIONS = named(Trait.CONVOLUTION) | {"aten.linear"}
 
 
 def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
-    """Follow a value back through reshapes, norms and rotations to the linear that made it."""
+    """Return the linear that a value comes from through reshapes, norms and rotations; None if there is none."""
     for _ in range(limit):
         if is_operator(node, *_PROJECTIONS):
             assert isinstance(node, fx.Node)
@@ -37,7 +37,7 @@ def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
 
 
 def target_projection(node: fx.Node, inside: set[fx.Node], limit: int = 40) -> fx.Node | None:
-    """Follow a value forward through reshapes and gates to the linear that reads it."""
+    """Return the linear that reads a value through reshapes and gates; None if there is none."""
     seen: set[fx.Node] = set()
     work = [node]
     while work and len(seen) < limit:
@@ -56,16 +56,16 @@ def target_projection(node: fx.Node, inside: set[fx.Node], limit: int = 40) -> f
 def attention_parts(program: Program, block: Block) -> None:
     """Name q, k, v, o and the core of an attention block, with heads and sizes."""
     core = next(n for n in block.nodes if is_operator(n, "graphopt.attention"))
-    found = arguments(core)
+    args = arguments(core)
     block.parts["core"] = core
     for name in ("q", "k", "v"):
-        projection = source_projection(found[name])
+        projection = source_projection(args[name])
         if projection is not None:
             block.parts[name] = projection
     out = target_projection(core, set(block.nodes))
     if out is not None:
         block.parts["o"] = out
-    q, k, v = (found[name].meta["val"] for name in ("q", "k", "v"))
+    q, k, v = (args[name].meta["val"] for name in ("q", "k", "v"))
     block.sizes.update(heads=q.shape[1], kv_heads=k.shape[1], head_size=q.shape[-1], value_size=v.shape[-1])
     cross = "k" in block.parts and block.parts["k"] not in block.nodes
     fused = len({block.parts.get(n) for n in ("q", "k", "v")}) == 1
@@ -116,7 +116,7 @@ def _last_linear(block: Block) -> fx.Node | None:
         if is_operator(node, "aten.linear"):
             assert isinstance(node, fx.Node)
             return node
-        if not has(node, _MOVED | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
+        if not has(node, _MOVEMENT | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
             node, "aten.mul", "aten.add", "aten.div"
         ):
             return None
@@ -143,7 +143,7 @@ def _feeds(source: fx.Node, target: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
-    """Tell the gate, which an activation reads, from what it multiplies."""
+    """Return the gate projection, which an activation reads, and the up projection; None for those not found."""
     node = hidden
     while has(node, Trait.CAST | Trait.RESHAPE | Trait.NORM):
         node = node.args[0]
@@ -162,7 +162,7 @@ def _gate_and_up(hidden: Any, feeding: list[fx.Node]) -> tuple[fx.Node | None, f
 
 
 def _direct(node: fx.Node) -> bool:
-    while has(node, _MOVED):
+    while has(node, _MOVEMENT):
         node = node.args[0]  # type: ignore[assignment]
     return is_operator(node, "aten.linear")
 
@@ -182,13 +182,13 @@ def _projection_behind(node: Any) -> fx.Node | None:
 
 
 def experts_parts(program: Program, block: Block) -> None:
-    """Name the core and the router of a mixture, with its sizes; and a shared expert beside it."""
+    """Name the core and the router of an MoE layer, with its sizes, and record a shared expert."""
     core = next(n for n in block.nodes if is_operator(n, "graphopt.routed_ffn"))
-    found = arguments(core)
+    args = arguments(core)
     block.parts["core"] = core
-    up, chosen = found["up"].meta["val"], found["experts"].meta["val"]
+    up, chosen = args["up"].meta["val"], args["experts"].meta["val"]
     block.sizes.update(experts=up.shape[0], active=chosen.shape[1])
-    router = _router(found["experts"], set(block.nodes))
+    router = _router(args["experts"], set(block.nodes))
     if router is not None:
         block.parts["router"] = router
     constant = depends_on_weights_alone(program)
@@ -201,16 +201,16 @@ def experts_parts(program: Program, block: Block) -> None:
 
 
 def nested_parts(block: Block) -> None:
-    """Name the core of a feed-forward of several widths, what chooses among them, and the choice.
+    """Name the core of a nested feed-forward, its router, and the choice of widths.
 
-    Where experts have weights of their own, ``core`` is the widest and ``other_core`` the one beside it.
+    Where experts have separate weights, ``core`` is the widest and ``other_core`` the other one.
     """
 
     def widths(core: fx.Node) -> list[int]:
         return [int(w) for w in arguments(core)["widths"]]
 
-    found = [n for n in block.nodes if is_operator(n, "graphopt.nested_ffn")]
-    cores = sorted(found, key=lambda core: -max(widths(core)))
+    nested = [n for n in block.nodes if is_operator(n, "graphopt.nested_ffn")]
+    cores = sorted(nested, key=lambda core: -max(widths(core)))
     chosen = arguments(cores[0])["choice"]
     cores = [core for core in cores if arguments(core)["choice"] is chosen]
     block.parts.update(zip(("core", "other_core"), cores, strict=False), choice=chosen)

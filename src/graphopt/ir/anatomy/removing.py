@@ -1,4 +1,4 @@
-"""Take blocks and layers out of the residual stream, also those that were read before an earlier edit."""
+"""Removal of blocks and layers from the residual stream, including those obtained before an earlier edit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .rows import shaped_like
 
 @program_method("remove")
 def remove(program: Program, block: Block | Layer) -> None:
-    """Let the stream pass by a block or a layer.
+    """Remove a block or a layer, so that the stream bypasses it.
 
     Raises:
-        UsageError: it is no part of the program, or not any more.
+        UsageError: it is not part of the program, or no longer.
     """
     blocks = [present(program, b) for b in (block.blocks if isinstance(block, Layer) else [block])]
     if len(blocks) > 1 or not blocks[0].parallel:
@@ -28,46 +28,46 @@ def remove(program: Program, block: Block | Layer) -> None:
         return
     (block,) = blocks
     terms = set(block.terms)
-    rest = [leaf for leaf in _summands(block.add, terms) if leaf not in terms]
+    summands = [leaf for leaf in _summands(block.add, terms) if leaf not in terms]
     with program.edit.before(block.add):
-        total = rest[0]
-        for term in rest[1:]:
+        total = summands[0]
+        for term in summands[1:]:
             total = program.edit.call(torch.ops.aten.add.Tensor, total, term)
     program.edit.replace(block.add, total)
 
 
 def present(program: Program, block: Block) -> Block:
-    """Return a block as it stands now: edits since it was read may have changed what it reads and writes.
+    """Return the current version of a block, since edits may have changed what it reads and writes.
 
     Raises:
-        UsageError: it is no part of the program, or not any more.
+        UsageError: it is not part of the program, or no longer.
     """
     if block.add.graph is not program.graph:
         raise UsageError(
-            f"{block.name} is a block of another program", hint="a copy has blocks of its own: copy.anatomy"
+            f"{block.name} is a block of another program", hint="use the blocks of the copy: copy.anatomy"
         )
     ends = (block.reads, block.writes, block.add, *block.terms)
     inside = (block.add, *block.nodes)
     if not any(n._erased for n in ends) and any(block.reads in n.all_input_nodes for n in inside):
         return block
-    now = program.anatomy.blocks
-    for found in now:
-        if any(term in block.terms and not term._erased for term in found.terms):
-            return found
-    for found in now:
-        if found.add is block.add and not found.parallel and not block.parallel:
-            return found
+    blocks = program.anatomy.blocks
+    for candidate in blocks:
+        if any(term in block.terms and not term._erased for term in candidate.terms):
+            return candidate
+    for candidate in blocks:
+        if candidate.add is block.add and not candidate.parallel and not block.parallel:
+            return candidate
     raise UsageError(
-        f"{block.name} is no part of the program any more: an edit removed or replaced it",
+        f"{block.name} is no longer part of the program: an edit removed or replaced it",
         hint="read program.anatomy again after an edit",
     )
 
 
 def _summands(node: fx.Node, terms: set[fx.Node]) -> list[fx.Node]:
-    found: list[fx.Node] = []
+    summands: list[fx.Node] = []
     for operand in node.all_input_nodes:
         nested = (
             operator_name(operand.target) == "aten.add" and len(operand.users) == 1 and operand not in terms
         )
-        found.extend(_summands(operand, terms) if nested else [operand])
-    return found
+        summands.extend(_summands(operand, terms) if nested else [operand])
+    return summands

@@ -1,4 +1,4 @@
-"""The residual stream: additions ``s + f(s)``, and the chains they form."""
+"""Residual streams: additions ``s + f(s)``, and the chains they form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRANSPARENT = named(Trait.NORM | Trait.VIEW | Trait.IDENTITY | Trait.CAST) | {
 
 @dataclass(eq=False)
 class Addition:
-    """A sum on the stream: the stream's value before, what is added, and the sum itself."""
+    """A sum on the stream: the stream's value before, the terms added, and the sum itself."""
 
     node: fx.Node
     base: fx.Node
@@ -40,7 +40,7 @@ class Residual:
     order: dict[fx.Node, int]
 
     def streams(self, blocks: list[Block]) -> list[Stream]:
-        """Chain blocks into streams: the next block reads what the last one wrote."""
+        """Return the streams: chains of blocks, each of which reads what the previous one wrote."""
         streams: list[Stream] = []
         owner: dict[fx.Node, Stream] = {}
         by_add: dict[fx.Node, list[Block]] = {}
@@ -59,7 +59,7 @@ class Residual:
 
 
 def origin(node: fx.Node, owner: dict[fx.Node, Stream]) -> Stream | None:
-    """Follow a stream's value back through norms and reshapes to the block that wrote it."""
+    """Return the stream that a value comes from through norms and reshapes; None if there is none."""
     for _ in range(12):
         if node in owner:
             return owner[node]
@@ -68,7 +68,7 @@ def origin(node: fx.Node, owner: dict[fx.Node, Stream]) -> Stream | None:
             continue
         if not is_operator(node, *_TRANSPARENT):
             return None
-        # a constant factor or offset on the stream leads back through its one changing operand
+        # through a constant factor or offset, follow the one operand that is computed
         operands = [
             a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)
         ]
@@ -85,14 +85,14 @@ def find_residual(program: Program) -> Residual:
     constant = depends_on_weights_alone(program)
     inner: set[fx.Node] = set()
     additions: list[Addition] = []
-    # outermost sums first, so that a sum of several branches is taken apart once
+    # outermost sums first, so that a sum of several branches is split once
     for node in reversed(list(program.graph.nodes)):
         if node in inner or not _is_sum(node, constant):
             continue
         leaves = _leaves(node, constant, inner)
-        found = _base(node, leaves, order)
-        if found is not None:
-            additions.append(found)
+        addition = _base(node, leaves, order)
+        if addition is not None:
+            additions.append(addition)
         else:
             inner.difference_update(_sums(node))
     additions.reverse()
@@ -114,7 +114,7 @@ def _is_sum(node: Any, constant: set[fx.Node]) -> bool:
 
 
 def _same_width(first: fx.Node, second: fx.Node) -> bool:
-    """A float32 stream may take contributions of a narrower type."""
+    """Tell whether two values have the same shape; a float32 stream may have contributions of a narrower type."""
     a, b = first.meta["val"], second.meta["val"]
     return (
         isinstance(a, torch.Tensor)
@@ -127,7 +127,7 @@ def _same_width(first: fx.Node, second: fx.Node) -> bool:
 
 
 def _leaves(node: fx.Node, constant: set[fx.Node], inner: set[fx.Node]) -> list[fx.Node]:
-    """Return the terms of a sum; a sum that only this one reads is part of it."""
+    """Return the terms of a sum; terms that are sums and have no other reader are split as well."""
     leaves: list[fx.Node] = []
     for operand in node.args:
         assert isinstance(operand, fx.Node)
@@ -140,26 +140,28 @@ def _leaves(node: fx.Node, constant: set[fx.Node], inner: set[fx.Node]) -> list[
 
 
 def _sums(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    sums: set[fx.Node] = set()
     for operand in node.args:
         if is_operator(operand, "aten.add") and len(operand.users) == 1:  # type: ignore[union-attr]
-            found.add(operand)  # type: ignore[arg-type]
-            found |= _sums(operand)  # type: ignore[arg-type]
-    return found
+            sums.add(operand)  # type: ignore[arg-type]
+            sums |= _sums(operand)  # type: ignore[arg-type]
+    return sums
 
 
 def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Addition | None:
-    """Return the addition if one leaf is an ancestor of the others, with operators that mix in between."""
+    """Return the addition if one leaf is an ancestor of the others, with mixing operators in between."""
     for base in sorted(leaves, key=lambda n: order[n]):
         terms = [leaf for leaf in leaves if leaf is not base]
         inside = {term: between(base, term, order) for term in terms}
-        # without an operator that mixes, x + f(x) is arithmetic and no block
-        known = [t for t in terms if any(has(n, Trait.MIXING) for n in inside[t])]
-        if known and len(known) == len(terms):
+        # without a mixing operator, x + f(x) is arithmetic and not a block
+        mixing = [t for t in terms if any(has(n, Trait.MIXING) for n in inside[t])]
+        if mixing and len(mixing) == len(terms):
             return Addition(node, base, sorted(terms, key=lambda n: order[n]), inside)
-        if known and len(leaves) > 2:
-            # a term from elsewhere (an embedding added again, another stream) leaves the rest intact
-            return Addition(node, base, sorted(known, key=lambda n: order[n]), {t: inside[t] for t in known})
+        if mixing and len(leaves) > 2:
+            # terms from elsewhere (an embedding added again, another stream) are ignored
+            return Addition(
+                node, base, sorted(mixing, key=lambda n: order[n]), {t: inside[t] for t in mixing}
+            )
     return None
 
 
@@ -181,9 +183,9 @@ def between(base: fx.Node, term: fx.Node, order: dict[fx.Node, int]) -> list[fx.
     if not reached:
         return []
     descending = {base}
-    found: list[fx.Node] = []
+    nodes: list[fx.Node] = []
     for node in sorted(seen, key=lambda n: order[n]):
         if any(source in descending for source in node.all_input_nodes):
             descending.add(node)
-            found.append(node)
-    return found
+            nodes.append(node)
+    return nodes

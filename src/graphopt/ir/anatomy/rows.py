@@ -1,4 +1,4 @@
-"""The two forms of a stream's values: (batch, sequence, size), and its rows one after another, (batch * sequence, size)."""
+"""The two shapes of a stream's values: (batch, sequence, size), and flattened to rows, (batch * sequence, size)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ aten = torch.ops.aten
 
 
 def shaped_like(program: Program, value: fx.Node, like: fx.Node) -> fx.Node:
-    """Return a value of a stream in the form of another one; a new node is inserted at the insertion point.
+    """Return a value of a stream in the shape of another; new nodes are inserted at the insertion point.
 
     Args:
-        program: whose graph it is.
+        program: the program of both nodes.
         value: (..., size).
         like: (..., size), of the same rows.
     """

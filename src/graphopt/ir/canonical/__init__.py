@@ -1,7 +1,7 @@
-"""Canonicalisation: one spelling for each thing, so that every pass is written once.
+"""Canonicalisation: one form for each construct, so that every pass is written once.
 
-What later parts rely on is listed in ``docs/architecture.md``; :func:`canonicalise` establishes it and
-records the fact ``canonical``. What could not be raised stays as it was and is noted in ``program.facts``.
+The guarantees are listed in ``docs/architecture.md``; :func:`canonicalise` establishes them and
+records the fact ``canonical``. What was not recognised stays unchanged and is noted in ``program.facts``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["canonicalise", "clean", "drop_dead"]
 
 
 def canonicalise(program: Program) -> None:
-    """Bring a captured graph into the dialect, in place.
+    """Rewrite a captured graph in place into canonical form, in graphopt's operator set.
 
     Raises:
         CaptureError: an in-place operator cannot be made functional.
-        VerificationError: a rule would decide by the example's value of a size that varies.
+        VerificationError: a rule would branch on the example's value of a size that varies.
     """
     with refusing_guards(program.mode):
         _canonicalise(program)

@@ -1,4 +1,4 @@
-"""Raise attention to ``graphopt.attention``: fused or written out, with whatever mask it has."""
+"""Recognition of attention, fused or written out and with any mask, as ``graphopt.attention``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ aten = torch.ops.aten
 
 
 def raise_attention(program: Program) -> None:
-    """Replace every attention that can be by the dialect's operator; the rest is noted as a fact."""
-    unraised: list[str] = []
+    """Replace recognised attention by ``graphopt.attention``; attention that was not recognised is noted as a fact."""
+    unrecognised: list[str] = []
     cache: dict[fx.Node, tuple[MaskMeaning | None, list[Any]]] = {}
     for node in list(program.graph.nodes):
         if node._erased:
@@ -35,8 +35,8 @@ def raise_attention(program: Program) -> None:
         else:
             continue
         if reason:
-            unraised.append(f"{node.name}: {reason}")
-    note_capture(program, plain_attention=tuple(unraised))
+            unrecognised.append(f"{node.name}: {reason}")
+    note_capture(program, plain_attention=tuple(unrecognised))
 
 
 def _meaning(
@@ -44,8 +44,8 @@ def _meaning(
 ) -> tuple[MaskMeaning | None, list[Any]]:
     if mask not in cache:
         cache[mask] = split_mask(program, mask)
-    found: tuple[MaskMeaning | None, list[Any]] = cache[mask]
-    return found
+    meaning: tuple[MaskMeaning | None, list[Any]] = cache[mask]
+    return meaning
 
 
 def _key_mask(program: Program, name: str, at: fx.Node) -> fx.Node:
@@ -53,13 +53,13 @@ def _key_mask(program: Program, name: str, at: fx.Node) -> fx.Node:
     if source.meta["val"].dtype is torch.bool:
         return source
     for user in source.users:
-        if is_operator(user, "aten.to") and user.meta["val"].dtype is torch.bool and user in _before(at):
+        if is_operator(user, "aten.to") and user.meta["val"].dtype is torch.bool and user in _preceding(at):
             return user
     with program.edit.after(source):
         return program.edit.call(aten.to.dtype, source, torch.bool)
 
 
-def _before(node: fx.Node) -> set[fx.Node]:
+def _preceding(node: fx.Node) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     current = node.prev
     while current.op != "root":
@@ -69,13 +69,13 @@ def _before(node: fx.Node) -> set[fx.Node]:
 
 
 def ungrouped(value: fx.Node) -> tuple[fx.Node, int]:
-    """Return keys or values before their heads were repeated, and how often they were."""
+    """Return keys or values before their heads were repeated, and the number of repetitions."""
     if is_operator(value, "aten.repeat_interleave"):
-        found = arguments(value)
-        if found.get("dim") == 1 and isinstance(found.get("repeats"), int):
-            source = found["self"]
+        args = arguments(value)
+        if args.get("dim") == 1 and isinstance(args.get("repeats"), int):
+            source = args["self"]
             assert isinstance(source, fx.Node)
-            return source, int(found["repeats"])
+            return source, int(args["repeats"])
     if is_operator(value, "aten.reshape") and is_operator(value.args[0], "aten.expand"):
         expanded = value.args[0]
         assert isinstance(expanded, fx.Node)
@@ -97,22 +97,22 @@ def ungrouped(value: fx.Node) -> tuple[fx.Node, int]:
 
 
 def _fused(program: Program, node: fx.Node, cache: dict[fx.Node, Any]) -> str:
-    found = arguments(node)
-    q, k, v = found["query"], found["key"], found["value"]
+    args = arguments(node)
+    q, k, v = args["query"], args["key"], args["value"]
     if q.meta["val"].dim() != 4 or k.meta["val"].dim() != 4:
         return f"attention over {q.meta['val'].dim()} dimensions"
-    if found["dropout_p"]:
+    if args["dropout_p"]:
         return "dropout inside attention"
-    scale, size = found["scale"], q.meta["val"].shape[-1]
+    scale, size = args["scale"], q.meta["val"].shape[-1]
     if scale is None and not isinstance(size, int):
-        return "its scale follows a head size that varies"
+        return "its scale depends on a head size that varies"
     if isinstance(scale, fx.Node):
         return "its scale is computed from sizes that vary"
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
-    if found["is_causal"] and not same_size(q.meta["val"].shape[-2], k.meta["val"].shape[-2]):
-        return "causal from the first key on, with other numbers of queries and keys"
-    scores = Scores(q, k, scale, [], None, bool(found["is_causal"]))
-    mask = found["attn_mask"]
+    if args["is_causal"] and not same_size(q.meta["val"].shape[-2], k.meta["val"].shape[-2]):
+        return "causal masking aligned with the first key, with different numbers of queries and keys"
+    scores = Scores(q, k, scale, [], None, bool(args["is_causal"]))
+    mask = args["attn_mask"]
     if mask is not None:
         scores.added.append((mask, 1.0))
     return _install(program, node, scores, v, cache)
@@ -141,18 +141,18 @@ def _written_out(program: Program, softmax: fx.Node, cache: dict[fx.Node, Any]) 
     v = product.args[1]
     scores = peel(program, softmax)
     if isinstance(scores, str) or not isinstance(v, fx.Node):
-        return scores if isinstance(scores, str) else "values are no node"
+        return scores if isinstance(scores, str) else "values are not a node"
     if not same_size(weights.meta["val"].shape[-1], scores.k.meta["val"].shape[-2]):
-        return "the weights are not one for each key"
+        return "there is not one attention weight per key"
     return _install(program, product, scores, v, cache)
 
 
 def _heads(program: Program, value: fx.Node, like: fx.Node | None) -> fx.Node:
-    """Return (batch * heads, length, size) as (batch, heads, length, size), as scores of four have it."""
+    """Return (batch * heads, length, size) as (batch, heads, length, size), with the sizes of ``like``."""
     if value.meta["val"].dim() == 4:
         return value
     if like is None:
-        # nothing tells heads from rows; each is a row of one head
+        # heads and rows cannot be told apart, so each becomes a row with one head
         return program.edit.call(aten.unsqueeze.default, value, 1)
     batch, heads = like.meta["val"].shape[:2]
     length, size = value.meta["val"].shape[1:]
@@ -170,13 +170,13 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
     biases: list[tuple[fx.Node, float]] = []
     seen_meaning = False
     for term, factor in scores.added:
-        meaning, rest = _meaning(program, term, cache)
+        meaning, remaining = _meaning(program, term, cache)
         if meaning is not None and (not seen_meaning or meaning.key_mask is None or key_mask is None):
             seen_meaning = True
             causal = causal or meaning.causal
             window = min((w for w in (window, meaning.window) if w is not None), default=None)
             key_mask = meaning.key_mask or key_mask
-            biases.extend((bias, factor) for bias in rest)
+            biases.extend((bias, factor) for bias in remaining)
         else:
             biases.append((term, factor))
     like = scores.four_dimensional
@@ -209,17 +209,17 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
                 aten.reshape.default, new, program.size_nodes(list(node.meta["val"].shape))
             )
     if not same_value(node.meta["val"], new.meta["val"]):
-        wanted, made = node.meta["val"], new.meta["val"]
+        expected, actual = node.meta["val"], new.meta["val"]
         if (
-            made.dtype != wanted.dtype
-            or len(made.shape) != len(wanted.shape)
+            actual.dtype != expected.dtype
+            or len(actual.shape) != len(expected.shape)
             or any(
                 (isinstance(a, int) or isinstance(b, int)) and not same_size(a, b)
-                for a, b in zip(made.shape, wanted.shape, strict=True)
+                for a, b in zip(actual.shape, expected.shape, strict=True)
             )
         ):
             program.edit.erase_dead([new])
-            return "the raised operator has another type or shape"
+            return "the recognised operator has another type or shape"
     program.edit.replace(node, new, record=False, same=False)
     return ""
 

@@ -1,4 +1,4 @@
-"""Numbers that the graph computes from weights alone, as scales and the values that hide scores are."""
+"""Numbers that the graph computes from weights alone, such as scales and the fill values of masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def depends_on(node: fx.Node) -> set[fx.Node]:
 
 
 def constant(program: Program, value: Any) -> float | None:
-    """Return a number, also where it is a tensor of one element that no input can change."""
+    """Return a value as a number, also if it is a constant tensor of one element; None if it is neither."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):

@@ -1,4 +1,4 @@
-"""Convolutions and BatchNorm as models write them, in graphs that were decomposed already."""
+"""Recognition of convolutions and BatchNorm in graphs that were already decomposed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _END = 2**63 - 1
 
 
 def raise_convolutions(program: Program) -> None:
-    """Spell ``convolution`` and the forms of BatchNorm that it comes with as ``conv2d`` and ``batch_norm``."""
+    """Replace ``convolution`` and decomposed variants of BatchNorm by ``conv2d`` and ``batch_norm``."""
     for node in list(program.graph.nodes):
         if node._erased:
             continue
@@ -33,19 +33,19 @@ def raise_convolutions(program: Program) -> None:
         elif is_operator(node, *_NORMS):
             _batch_norm(program, node)
         elif is_operator(node, "aten.slice_scatter"):
-            _written_whole(program, node)
+            _drop_overwritten(program, node)
         elif is_operator(node, "aten.copy"):
-            _copied(program, node)
+            _drop_copy(program, node)
 
 
 def _convolution(program: Program, node: fx.Node) -> None:
-    found = arguments(node)
+    args = arguments(node)
     target = _BY_AXES.get(node.meta["val"].dim() - 2)
-    if found["transposed"] or any(found["output_padding"]) or target is None:
+    if args["transposed"] or any(args["output_padding"]) or target is None:
         return
     order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     with program.edit.before(node):
-        new = program.edit.call(target, *(found[name] for name in order))
+        new = program.edit.call(target, *(args[name] for name in order))
     if same_value(new.meta["val"], node.meta["val"]):
         program.edit.replace(node, new, record=False)
     else:
@@ -53,35 +53,35 @@ def _convolution(program: Program, node: fx.Node) -> None:
 
 
 def _batch_norm(program: Program, node: fx.Node) -> None:
-    """The first of the values that these operators return is the norm; in evaluation nobody reads the others."""
-    found = arguments(node)
-    if found.get("training"):
+    """Replace an operator of which only the first result, the normalised value, is read, as in evaluation."""
+    args = arguments(node)
+    if args.get("training"):
         return
     if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
         return
-    x = found.get("input", found.get("self"))
+    x = args.get("input", args.get("self"))
     with program.edit.before(node):
         new = program.edit.call(
-            aten.batch_norm.default, x, found["weight"], found["bias"], found["running_mean"],
-            found["running_var"], False, found.get("momentum", found.get("exponential_average_factor", 0.1)),
-            found.get("eps", found.get("epsilon")), False,
+            aten.batch_norm.default, x, args["weight"], args["bias"], args["running_mean"],
+            args["running_var"], False, args.get("momentum", args.get("exponential_average_factor", 0.1)),
+            args.get("eps", args.get("epsilon")), False,
         )  # fmt: skip
     for user in list(node.users):
         program.edit.replace(user, new, record=False)
 
 
-def _written_whole(program: Program, node: fx.Node) -> None:
-    """Writing all of a dimension leaves nothing of what was there."""
-    found = arguments(node)
-    end, written = found["end"], found["src"]
-    whole = end is None or (isinstance(end, int) and end >= _END)
-    whole = whole and found["start"] in (None, 0) and found["step"] == 1 and isinstance(written, fx.Node)
-    if whole and same_value(written.meta["val"], node.meta["val"]):
+def _drop_overwritten(program: Program, node: fx.Node) -> None:
+    """Replace a ``slice_scatter`` that overwrites all of a dimension by the value written."""
+    args = arguments(node)
+    end, written = args["end"], args["src"]
+    is_whole = end is None or (isinstance(end, int) and end >= _END)
+    is_whole = is_whole and args["start"] in (None, 0) and args["step"] == 1 and isinstance(written, fx.Node)
+    if is_whole and same_value(written.meta["val"], node.meta["val"]):
         program.edit.replace(node, written, record=False)
 
 
-def _copied(program: Program, node: fx.Node) -> None:
-    """A copy is what was copied."""
+def _drop_copy(program: Program, node: fx.Node) -> None:
+    """Replace a copy by its source."""
     source = arguments(node)["src"]
     if isinstance(source, fx.Node) and same_value(source.meta["val"], node.meta["val"]):
         program.edit.replace(node, source, record=False)

@@ -1,4 +1,4 @@
-"""Raise mixtures that run every expert on every token, with scores of zero for those not chosen."""
+"""Recognition of MoE layers that run every expert on every token, with scores of zero for unchosen experts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def raise_dense_experts(program: Program) -> list[str]:
-    """Replace ``sum over experts of f(score * x)`` by one operator on the chosen ones; return what could not be.
+    """Replace ``sum over experts of f(score * x)``, as in Llama 4, by one operator; return what was not recognised.
 
-    Experts have no biases, so one with a score of 0 gives 0, and only the chosen need to be computed. Llama 4's.
+    Experts have no biases, so an expert with a score of 0 returns 0, and only chosen experts need to be computed.
     """
-    unraised: list[str] = []
+    unrecognised: list[str] = []
     constant = depends_on_weights_alone(program)
 
     def stacked(node: Any) -> bool:
@@ -42,24 +42,24 @@ def raise_dense_experts(program: Program) -> list[str]:
         scored = _scores(up.args[0])
         if down is None or total is None or scored is None:
             continue
-        reason = _raise(program, up, down, total, *scored)
+        reason = _recognise(program, up, down, total, *scored)
         if reason:
-            unraised.append(f"{up.name}: {reason}")
-    return unraised
+            unrecognised.append(f"{up.name}: {reason}")
+    return unrecognised
 
 
 def _downstream(node: fx.Node, limit: int = 12) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
+    reached: dict[fx.Node, None] = {}
     work = list(node.users)
-    while work and len(found) < limit:
+    while work and len(reached) < limit:
         current = work.pop(0)
-        if current not in found:
-            found[current] = None
+        if current not in reached:
+            reached[current] = None
             work.extend(current.users)
-    return list(found)
+    return list(reached)
 
 
-def _raise(
+def _recognise(
     program: Program,
     up: fx.Node,
     down: fx.Node,
@@ -70,7 +70,7 @@ def _raise(
 ) -> str:
     inputs, weighed = _inputs(program, up.args[0], rows, scores, chosen)
     if inputs is None or not torch.equal(inputs, weighed):
-        return "the experts' inputs are not tokens times scores, with 0 for experts that were not chosen"
+        return "the experts' inputs are not tokens times scores, with 0 for experts that are not chosen"
     gate = activation_of_experts(up, down.args[0])  # type: ignore[arg-type]
     if gate is None:
         return "an activation that graphopt.routed_ffn does not know"
@@ -85,13 +85,13 @@ def _raise(
         )  # fmt: skip
     if not same_value(new.meta["val"], total.meta["val"]):
         program.edit.erase_dead([new])
-        return "the raised operator has another type or shape"
+        return "the recognised operator has another type or shape"
     program.edit.replace(total, new, record=False)
     return ""
 
 
 def _scores(inputs: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Find the tokens (tokens, size), their scores (tokens, experts) and the numbers of those chosen (tokens, k)."""
+    """Return tokens (tokens, size), scores (tokens, experts) and indices of chosen experts (tokens, k), if found."""
     while has(inputs, Trait.RESHAPE | Trait.CAST):
         inputs = inputs.args[0]
     if not is_operator(inputs, "aten.mul"):
@@ -121,20 +121,20 @@ def _scores(inputs: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 def _inputs(
     program: Program, inputs: Any, rows: fx.Node, scores: fx.Node, chosen: fx.Node
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Evaluate what experts are given for random tokens and logits, and what they should be given."""
+    """Return the actual and the expected inputs of the experts, evaluated on random tokens and logits."""
     logits = arguments(chosen.args[0])["self"]  # type: ignore[arg-type]
-    found = evaluated(program, [inputs, scores, chosen], [rows, logits])
-    if found is None:
+    evaluation = evaluated(program, [inputs, scores, chosen], [rows, logits])
+    if evaluation is None:
         return None, torch.empty(0)
-    (given, table, numbers), (tokens, _) = found
-    kept = torch.zeros_like(table).scatter(1, numbers, table.gather(1, numbers))
-    return given, kept.T.unsqueeze(-1) * tokens
+    (actual, table, numbers), (tokens, _) = evaluation
+    chosen_scores = torch.zeros_like(table).scatter(1, numbers, table.gather(1, numbers))
+    return actual, chosen_scores.T.unsqueeze(-1) * tokens
 
 
 def _sums(program: Program, down: fx.Node, total: fx.Node) -> bool:
-    found = evaluated(program, [total], [down])
-    if found is None:
+    evaluation = evaluated(program, [total], [down])
+    if evaluation is None:
         return False
-    (result,), (given,) = found
-    expected = given.sum(0)
+    (result,), (outputs,) = evaluation
+    expected = outputs.sum(0)
     return result.shape == expected.shape and bool(torch.allclose(result, expected, rtol=1e-12, atol=1e-12))

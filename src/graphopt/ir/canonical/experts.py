@@ -1,4 +1,4 @@
-"""Raise mixtures of experts, written as gathered batched products, to ``graphopt.routed_ffn``."""
+"""Recognition of MoE layers, written as gathered batched products, as ``graphopt.routed_ffn``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def raise_experts(program: Program) -> None:
     """Replace pairs of gathered products over the same experts by one operator."""
-    unraised = [*raise_dense_experts(program), *raise_sorted_experts(program)]
+    unrecognised = [*raise_dense_experts(program), *raise_sorted_experts(program)]
     products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
     for up in products:
         for down in products:
@@ -33,17 +33,17 @@ def raise_experts(program: Program) -> None:
                 and down["ids"] is up["ids"]
                 and _reaches(up["node"], down["input"])
             ):
-                reason = _raise(program, up, down)
+                reason = _recognise(program, up, down)
                 if reason:
-                    unraised.append(f"{up['node'].name}: {reason}")
-    note_capture(program, plain_experts=tuple(unraised))
+                    unrecognised.append(f"{up['node'].name}: {reason}")
+    note_capture(program, plain_experts=tuple(unrecognised))
 
 
 def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
-    """Read ``bmm`` of rows and matrices that were gathered by expert, with its bias."""
+    """Return the operands of a ``bmm`` of rows and matrices gathered by expert, with its bias; None otherwise."""
     if not is_operator(node, "aten.bmm"):
         return None
-    for place, matrix in enumerate(node.args):
+    for position, matrix in enumerate(node.args):
         transposed_view = False
         if is_operator(matrix, "aten.permute"):
             transposed_view, matrix = True, matrix.args[0]  # type: ignore[union-attr]
@@ -51,11 +51,11 @@ def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
         if gathered is None:
             continue
         weight, ids = gathered
-        rows = node.args[1 - place]
+        rows = node.args[1 - position]
         if not is_operator(rows, "aten.unsqueeze"):
             continue
         # w @ x keeps (out, in); x @ w keeps (in, out)
-        transposed = (place == 1) != transposed_view
+        transposed = (position == 1) != transposed_view
         result = node
         while len(result.users) == 1 and has(next(iter(result.users)), Trait.RESHAPE):
             result = next(iter(result.users))
@@ -75,7 +75,7 @@ def _gathered(program: Program, node: fx.Node) -> dict[str, Any] | None:
 
 
 def _index_of(program: Program, node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """Read a selection of matrices or rows of a weight by a vector of expert numbers."""
+    """Return the weight and the expert indices of a selection of matrices or rows; None for anything else."""
     if is_operator(node, "aten.index"):
         weight, indices = node.args[:2]
         if isinstance(indices, (list, tuple)) and len(indices) == 1:
@@ -105,7 +105,7 @@ def _reaches(source: fx.Node, target: Any) -> bool:
     return False
 
 
-def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
+def _recognise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
     if up["transposed"] != down["transposed"]:
         return "the two projections are stored in different orders"
     gate = activation_of_experts(up["result"], down["input"])
@@ -116,7 +116,7 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
         return "tokens are not repeated once per expert"
     ids = _flattened(up["ids"], k)
     if ids is None:
-        return "expert numbers are not a flattened (tokens, k) table"
+        return "expert indices are not a flattened (tokens, k) table"
     end = _combined(down["result"], k)
     if end is None:
         return "expert outputs are not weighted and summed per token"
@@ -129,16 +129,16 @@ def _raise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> str:
         )  # fmt: skip
     if not same_value(new.meta["val"], result.meta["val"]):
         program.edit.erase_dead([new])
-        return "the raised operator has another type or shape"
+        return "the recognised operator has another type or shape"
     program.edit.replace(result, new, record=False)
     return ""
 
 
 def _repeated(node: Any) -> tuple[fx.Node | None, int]:
     if is_operator(node, "aten.repeat_interleave"):
-        found = arguments(node)
-        if isinstance(found.get("repeats"), int) and found.get("dim") == 0:
-            return found["self"], int(found["repeats"])
+        args = arguments(node)
+        if isinstance(args.get("repeats"), int) and args.get("dim") == 0:
+            return args["self"], int(args["repeats"])
     return None, 0
 
 
@@ -156,7 +156,7 @@ def _flattened(ids: fx.Node, k: int) -> fx.Node | None:
 
 
 def _combined(node: fx.Node, k: int) -> tuple[fx.Node, fx.Node] | None:
-    """Follow ``(out * weights[:, None]).view(tokens, k, size).sum(1)`` to its end."""
+    """Return weights and result of ``(out * weights[:, None]).view(tokens, k, size).sum(1)``; None otherwise."""
     if len(node.users) != 1:
         return None
     product = next(iter(node.users))

@@ -1,4 +1,4 @@
-"""A product with a weight is a linear, however it was written."""
+"""Rewriting of products with weights as linears."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def raise_linears(program: Program) -> None:
 
 
 def _einsum(program: Program, node: fx.Node) -> None:
-    """A sum of products over one index is a product of matrices, between permutations."""
+    """Rewrite an einsum of two operands over one index as a matrix product between permutations."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    left, _, rest = equation.partition(",")
-    right, arrow, out = rest.partition("->")
+    left, _, remainder = equation.partition(",")
+    right, arrow, out = remainder.partition("->")
     if (
         not arrow
         or not isinstance(operands, (list, tuple))
@@ -132,7 +132,7 @@ def _bias(program: Program, node: fx.Node) -> None:
 
 
 def _unflatten(program: Program, node: fx.Node) -> None:
-    """``reshape(linear(reshape(x, [-1, n])), [..., m])`` is ``linear(x)``."""
+    """Replace ``reshape(linear(reshape(x, [-1, n])), [..., m])`` by ``linear(x)``."""
     linear = node.args[0]
     if not is_operator(linear, "aten.linear") or len(linear.users) != 1:  # type: ignore[union-attr]
         return
@@ -161,7 +161,7 @@ def _unflatten(program: Program, node: fx.Node) -> None:
 
 
 def _layer_norm(program: Program, node: fx.Node) -> None:
-    """A decomposed graph's norm, read for its first result only, is a whole layer norm."""
+    """Replace a ``native_layer_norm`` of which only the first result is read by ``layer_norm``."""
     if any(user.args[1] != 0 for user in node.users):
         return
     x, shape, weight, bias, eps = node.args

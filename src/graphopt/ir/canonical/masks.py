@@ -1,8 +1,8 @@
-"""What an attention mask means: found by running the few nodes that make it, on small inputs.
+"""Recognition of attention masks by running the nodes that compute them on small inputs.
 
-Models build masks in many ways. Whatever the way, a mask that depends on nothing but sizes and a padding
-mask is a function of positions; it is compared with causality, windows and padding over several inputs,
-so that no spelling has to be known.
+Models compute masks in many different ways, but a mask that depends only on sizes and a padding mask is a function of
+positions. It is compared with causal masks, windows and padding on several inputs, so no particular way has to be
+known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHORT, _LONGEST, _LONGEST_TABLE, _CONFIRMED = 64, 1500, 4200, 5000
 
 @dataclass(frozen=True)
 class MaskMeaning:
-    """A mask as attention's own arguments; ``key_mask`` is the input that marks padding, if one does."""
+    """A mask as arguments of attention; ``key_mask`` is the name of the padding mask input, if there is one."""
 
     causal: bool
     window: int | None
@@ -47,7 +47,7 @@ class _Case:
 
 
 def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
-    """Return what a mask says, or None if it says something else or depends on more than padding.
+    """Return the meaning of a mask, or None if it is not recognised or depends on more than padding.
 
     Args:
         program: the program the mask is computed in.
@@ -60,8 +60,8 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
     paddings = [None, *(name for name, n in inputs.items() if _is_padding(n))]
     windows = candidate_windows(program, mask)
 
-    def run(given: dict[str, torch.Tensor]) -> torch.Tensor:
-        value: torch.Tensor = interpret(program, given, record=[mask], stop=True)[mask.name]
+    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        value: torch.Tensor = interpret(program, values, record=[mask], stop=True)[mask.name]
         return value
 
     reach = _table_length(program, sources)
@@ -70,7 +70,7 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
     longest = max(windows, default=0)
     short = shortened(program, mask, _SHORT) if longest > _SHORT and reach is None else None
     if short is None:
-        # whether so long a window is there takes an input longer than it to say
+        # recognising a window takes an input longer than the window
         if longest + 3 > _LONGEST:
             return None
         return _search(program, mask, run, inputs, paddings, windows, reach)
@@ -88,14 +88,14 @@ def mask_meaning(program: Program, mask: fx.Node) -> MaskMeaning | None:
 def _confirmed(
     program: Program, mask: fx.Node, run: Run, inputs: dict[str, fx.Node], meaning: MaskMeaning
 ) -> bool:
-    """Tell whether the mask itself is what its form with short windows was: in few tokens, and past its window once."""
+    """Tell whether the original mask agrees with the meaning found for short windows: on few tokens and past its window."""
     few = _evaluate(program, mask, run, inputs, meaning.key_mask, 9)
     if not few or not all(_agrees(meaning, case, value) for case, value in few):
         return False
     if meaning.window is None or meaning.window > _CONFIRMED:
         return True
     cases = _cases(program, inputs, meaning.key_mask, meaning.window + 4)[-1:]
-    return all(_agrees(meaning, case, value) for case, value in _computed(run, cases))
+    return all(_agrees(meaning, case, value) for case, value in _run_cases(run, cases))
 
 
 def _search(
@@ -112,16 +112,16 @@ def _search(
         if not cases:
             continue
         if reach is not None:
-            # a table may hold a window that shows at its far end only
-            whole = _evaluate(program, mask, run, inputs, key_mask, reach, few=True)
-            windows = sorted({*windows, *(w for w in (_widest(v) for _, v in whole) if 0 < w < reach)})
-            cases = cases + whole
+            # a window in a table may show only at the end of the table
+            table_cases = _evaluate(program, mask, run, inputs, key_mask, reach, few=True)
+            windows = sorted({*windows, *(w for w in (_widest(v) for _, v in table_cases) if 0 < w < reach)})
+            cases = cases + table_cases
         for causal, window in itertools.product((True, False), [None, *windows]):
             meaning = MaskMeaning(causal, window, key_mask)
             if all(_agrees(meaning, case, value) for case, value in cases):
                 if not windows or (reach is not None and reach > max(windows)):
                     return meaning
-                # a short input cannot tell a long window from none, nor one that begins behind some first keys
+                # on a short input, a long window looks like none, as does a window with some always visible first keys
                 longer = _evaluate(program, mask, run, inputs, key_mask, 2 * max(windows) + 5)
                 if all(_agrees(meaning, case, value) for case, value in longer):
                     return meaning
@@ -140,13 +140,13 @@ def _is_padding(node: fx.Node) -> bool:
 
 
 def _table_length(program: Program, sources: set[fx.Node]) -> int | None:
-    """Return how many positions the tables reach that a mask is cut from, or None where there is none."""
+    """Return the length of the tables that a mask is sliced from, or None where there is none."""
     shapes = [program.weights[n.name].source.shape for n in sources if n.name in program.weights]
     return max((s[-1] for s in shapes if len(s) >= 2 and s[-1] == s[-2] > 1), default=None)
 
 
 def _widest(value: torch.Tensor) -> int:
-    """Return the most keys that a query sees."""
+    """Return the largest number of keys that a query sees."""
     seen = value if value.dtype is torch.bool else value > HIDDEN
     return int(seen.sum(-1).max()) if seen.dim() and seen.numel() else 0
 
@@ -161,30 +161,30 @@ def _evaluate(
     *,
     few: bool = False,
 ) -> list[tuple[_Case, torch.Tensor]]:
-    results = _computed(run, _cases(program, inputs, key_mask, length)[: 1 if few else None])
-    apart = _apart(program, mask, inputs, key_mask, length)
-    if apart is not None:
-        found = _computed(run, [apart])
-        return [*results, *found] if found else []
+    results = _run_cases(run, _cases(program, inputs, key_mask, length)[: 1 if few else None])
+    unequal_case = _unequal_case(program, mask, inputs, key_mask, length)
+    if unequal_case is not None:
+        unequal_results = _run_cases(run, [unequal_case])
+        return [*results, *unequal_results] if unequal_results else []
     return results
 
 
-def _computed(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:
+def _run_cases(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:
     results = []
     for case in cases:
         try:
             value = run(case.inputs)
         except (RuntimeError, IndexError, ValueError):
-            # a table of fixed size, or sizes that this graph does not take
+            # a table of fixed size, or sizes that this graph does not accept
             continue
         results.append((case, value))
     return results
 
 
-def _apart(
+def _unequal_case(
     program: Program, mask: fx.Node, inputs: dict[str, fx.Node], key_mask: str | None, length: int
 ) -> _Case | None:
-    """Return a case with other numbers of queries than of keys, where nothing makes them equal."""
+    """Return a case with different numbers of queries and keys, if these sizes are independent."""
     shape = mask.meta["val"].shape
     varying = [size for size in shape[-2:] if isinstance(size, torch.SymInt)]
     if len(shape) < 2 or not varying or any(isinstance(s, int) and s == 1 for s in shape[-2:]):
@@ -196,20 +196,20 @@ def _apart(
     for name in inputs:
         first = program.signature.inputs[name].shape[:1]
         values.update(dict.fromkeys(parse_size(first[0], symbols).free_symbols, 2) if first else {})
-    given, padding = {}, None
+    case_inputs, padding = {}, None
     generator = torch.Generator().manual_seed(1)
     for name in inputs:
         spec = program.signature.inputs[name]
         size = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
         if name == key_mask:
             padding = torch.rand(size, generator=generator) > 0.3
-            given[name] = padding.to(spec.dtype)
+            case_inputs[name] = padding.to(spec.dtype)
         elif "position" in name:
-            given[name] = torch.arange(size[-1], dtype=spec.dtype).expand(size).contiguous()
+            case_inputs[name] = torch.arange(size[-1], dtype=spec.dtype).expand(size).contiguous()
         else:
-            given[name] = torch.ones(size, dtype=spec.dtype)
+            case_inputs[name] = torch.ones(size, dtype=spec.dtype)
     queries = int(expression(shape[-2]).subs(values))
-    return _Case(given, padding, 2, queries)
+    return _Case(case_inputs, padding, 2, queries)
 
 
 def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, length: int) -> list[_Case]:
@@ -239,7 +239,7 @@ def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, l
                     assert padding is not None
                     if fixed and list(shape) != [batch, span]:
                         return _fixed_cases(program, inputs, key_mask)
-                    # numbers of tokens are not only zeros and ones
+                    # token ids are not only zeros and ones
                     drawn = torch.randint(1, rows_of(program, node), padding.shape, generator=generator)
                     values[name] = (padding * drawn).to(spec.dtype)
                 elif (spec.fill is not None and spec.fill.rule.startswith("positions")) or "position" in name:
@@ -260,7 +260,7 @@ def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, l
 
 
 def _fixed_cases(program: Program, inputs: dict[str, fx.Node], key_mask: str) -> list[_Case]:
-    """The same paddings at the one size that a program without dynamic sizes takes."""
+    """Return cases with different paddings at the only size that a program without dynamic sizes accepts."""
     shape = [int(s) for s in program.signature.inputs[key_mask].shape]
     cases = []
     for hide in (
@@ -310,17 +310,17 @@ def _agrees(meaning: MaskMeaning, case: _Case, value: torch.Tensor) -> bool:
         and queries == case.padding.shape[1]
         and seen.shape[0] == case.padding.shape[0]
     ):
-        # models let a padded position see nothing, or all; what it sees never reaches a valid one
+        # padded positions may see no keys or all keys; their results never reach valid positions
         idle = ~case.padding[:, None, :] & (seen.all(-1) | ~seen.any(-1))
         same = same | idle
     return bool(same.all())
 
 
 def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, list[Any]]:
-    """Return the part of a mask that hides positions, and the terms that are added to scores.
+    """Return the meaning of the part of a mask that hides positions, and the terms that are added to scores.
 
-    ``a + b``, ``where(seen, bias, hidden)`` and ``bias.masked_fill(...)`` are taken apart; what has no
-    meaning is returned whole.
+    ``a + b``, ``where(seen, bias, hidden)`` and ``bias.masked_fill(...)`` are split; a mask that is not
+    recognised is returned as a term.
     """
     meaning = mask_meaning(program, mask)
     if meaning is not None:
@@ -340,15 +340,15 @@ def split_mask(program: Program, mask: fx.Node) -> tuple[MaskMeaning | None, lis
 
 
 def _where(program: Program, mask: fx.Node) -> tuple[Any, Any]:
-    """Read a choice between a bias and a number that hides: where the bias is, and the bias."""
+    """Return condition and bias of a ``where`` or ``masked_fill`` with a number that hides; (None, None) otherwise."""
     if not is_operator(mask, "aten.where", "aten.masked_fill"):
         return None, None
-    found = arguments(mask)
+    args = arguments(mask)
     filled = is_operator(mask, "aten.masked_fill")
-    low = constant(program, found["value"] if filled else found["other"])
+    low = constant(program, args["value"] if filled else args["other"])
     if low is None or low > HIDDEN:
         return None, None
     if not filled:
-        return found["condition"], found["self"]
+        return args["condition"], args["self"]
     with program.edit.before(mask):
-        return program.edit.call(torch.ops.aten.bitwise_not.default, found["mask"]), found["self"]
+        return program.edit.call(torch.ops.aten.bitwise_not.default, args["mask"]), args["self"]

@@ -1,4 +1,4 @@
-"""Raise root-mean-square and layer norms that are written out."""
+"""Recognition of written-out RMS norms and layer norms."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def _last(dims: Any) -> bool | str:
 
 
 def _population(node: fx.Node) -> bool | str:
-    found = arguments(node)
-    whole = found.get("unbiased") is False or found.get("correction") == 0
-    return (whole and found.get("keepdim") is True) or "a variance of a sample, or without its dimension"
+    args = arguments(node)
+    is_population = args.get("unbiased") is False or args.get("correction") == 0
+    return (
+        is_population and args.get("keepdim") is True
+    ) or "a variance of a sample, or without its dimension"
 
 
 def _mean_square(square: Any) -> Any:
@@ -39,7 +41,7 @@ def _mean_square(square: Any) -> Any:
 
 
 def _scaled(wide: Any, variance: Any) -> Either:
-    """``wide`` divided by the root of a variance and an epsilon, in its usual spellings."""
+    """Return the pattern of ``wide`` divided by the root of variance plus epsilon, in its usual spellings."""
     total = call("add")(variance, Wild("eps"))
     inverse = Either(
         (call("rsqrt")(total), call("pow")(total, -0.5), call("reciprocal")(call("sqrt")(total)))
@@ -56,8 +58,8 @@ def _layer_pattern() -> Either:
     wide = Wild("wide")
     mean = call("mean", shared=True)(wide, Wild("dims", _last), True)
     centred = call("sub", shared=True)(wide, mean)
-    whole = call("var", loose=True, where=_population)(wide, Wild("dims", _last))
-    return _scaled(centred, Either((_mean_square(_square(centred)), whole)))
+    variance = call("var", loose=True, where=_population)(wide, Wild("dims", _last))
+    return _scaled(centred, Either((_mean_square(_square(centred)), variance)))
 
 
 def raise_norms(program: Program) -> None:
@@ -65,9 +67,9 @@ def raise_norms(program: Program) -> None:
     for node in list(program.graph.find_nodes(op="call_function", target=aten.rms_norm.default)):
         _fused(program, node)
     for match in find(program.graph, _layer_pattern()):
-        _raise(program, match, centred=True)
+        _recognise(program, match, centred=True)
     for match in find(program.graph, _rms_pattern()):
-        _raise(program, match, centred=False)
+        _recognise(program, match, centred=False)
 
 
 def _fused(program: Program, node: fx.Node) -> None:
@@ -82,7 +84,7 @@ def _fused(program: Program, node: fx.Node) -> None:
     _install(program, node, new)
 
 
-def _raise(program: Program, match: Match, centred: bool) -> None:
+def _recognise(program: Program, match: Match, centred: bool) -> None:
     wide, eps = match["wide"], match["eps"]
     core = match.roots[0]
     dims = match["dims"]
@@ -132,7 +134,7 @@ def _vector(program: Program, weight: fx.Node | None, size: Any) -> fx.Node | No
 def _following(
     program: Program, core: fx.Node, x: fx.Node, centred: bool
 ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, bool]:
-    """Return what comes of the normalised value: weight, bias, return to the narrow type, and their order."""
+    """Return the last node of a norm, its weight and bias, and whether the weight is applied before the cast."""
     result = core
     weight: fx.Node | None = None
     bias: fx.Node | None = None

@@ -1,4 +1,4 @@
-"""Raise rotary position embeddings, in halves (Llama) and in pairs (GPT-J)."""
+"""Recognition of rotary position embeddings, in halves (Llama) and in pairs (GPT-J)."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def _pattern(rotated: Any) -> Any:
 
 
 def _half_tables(interleaved: bool) -> Either:
-    """Rotation with tables of half the size: ``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
+    """Return the pattern with tables of half the size: ``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
     x = Wild("x")
     if interleaved:
         even = _slice(x, Wild("zero0"), Wild("end0"), 2)
         odd = _slice(x, Wild("zero1"), Wild("end1"), 2)
-        stacked = call("stack")(_turned(even, odd), Wild("axis"))
+        stacked = call("stack")(_rotate_pair(even, odd), Wild("axis"))
         return Either((call("reshape")(stacked, Wild("shape")), call("flatten", loose=True)(stacked)))
     first, second = _slice(x, Wild("zero"), Wild("half")), _slice(x, Wild("half"), Wild("end"))
     parts = call("split_with_sizes")(x, Wild("sizes"), Wild("dim"))
     split = call("getitem")(parts, 0), call("getitem")(parts, 1)
-    return Either(tuple(call("cat")(_turned(*pair), Wild("axis")) for pair in ((first, second), split)))
+    return Either(tuple(call("cat")(_rotate_pair(*pair), Wild("axis")) for pair in ((first, second), split)))
 
 
-def _turned(first: Any, second: Any) -> Listed:
+def _rotate_pair(first: Any, second: Any) -> Listed:
     cos, sin, mul = Wild("cos"), Wild("sin"), call("mul")
     straight = call("sub")(mul(first, cos), mul(second, sin))
     return Listed((straight, call("add")(mul(second, cos), mul(first, sin))))
 
 
 def _widened(program: Program, match: Match, interleaved: bool) -> bool:
-    """Give the tables a value for each channel; tell whether they have one for each pair."""
+    """Expand tables with one value per pair to one per channel; return False if they have another size."""
     tables = [match["cos"], match["sin"]]
     size = match["x"].meta["val"].shape[-1]
     if any(not t.meta["val"].dim() or not same_size(t.meta["val"].shape[-1], size // 2) for t in tables):
@@ -85,15 +85,15 @@ def raise_rotary(program: Program) -> None:
     """Replace rotations of channel pairs by ``graphopt.rotary``."""
     for interleaved in (False, True):
         for match in find(program.graph, _half_tables(interleaved)):
-            if _fits(match, interleaved) and _widened(program, match, interleaved):
+            if _is_rotation(match, interleaved) and _widened(program, match, interleaved):
                 _raise(program, match, interleaved)
     for interleaved, rotated in ((False, _halves), (True, _pairs)):
         for match in find(program.graph, _pattern(rotated)):
-            if _fits(match, interleaved):
+            if _is_rotation(match, interleaved):
                 _raise(program, match, interleaved)
 
 
-def _fits(match: Match, interleaved: bool) -> bool:
+def _is_rotation(match: Match, interleaved: bool) -> bool:
     x = match["x"]
     if (
         not isinstance(x, fx.Node)

@@ -1,4 +1,4 @@
-"""Read what comes before a softmax: the product of queries and keys, and what was done to it."""
+"""Recognition of attention scores: the product of queries and keys, and the operators between it and the softmax."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Scores:
 def peel(program: Program, softmax: fx.Node) -> Scores | str:
     """Return the scores that a softmax reads, or why they are not those of an attention.
 
-    Additions, scalings, masks, caps, casts and reshapes are taken off one by one until the product of two
-    values is left.
+    Additions, scalings, masks, caps, casts and reshapes are peeled off one by one until the product of two
+    values is reached.
     """
     node = softmax.args[0]
     added: list[tuple[fx.Node, float]] = []
@@ -56,15 +56,15 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
         if node.meta["val"].dim() == 4:
             shaped = node
         if is_operator(node, *_PRODUCTS):
-            found = _product(program, node, added, factor, capped, shaped)
-            if isinstance(found, Scores):
-                found.sinks = sinks
-            return found
+            scores = _product(program, node, added, factor, capped, shaped)
+            if isinstance(scores, Scores):
+                scores.sinks = sinks
+            return scores
         if is_operator(node, "aten.cat") and sinks is None:
-            read = _sinks(program, node)
-            if read is None:
+            scores_and_sinks = _sinks(program, node)
+            if scores_and_sinks is None:
                 return ""
-            node, sinks = read
+            node, sinks = scores_and_sinks
             continue
         step = _step(program, node)
         if step is None:
@@ -87,7 +87,7 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
 
 
 def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Read ``cat([scores, sinks])`` along the keys: the scores, and a vector with a value per head."""
+    """Return scores and sinks (a vector with a value per head) of ``cat([scores, sinks])``; None otherwise."""
     parts = node.args[0]
     if argument(node, "dim") not in (-1, 3) or not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return None
@@ -108,7 +108,7 @@ def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
         return node.args[0], "", None
     if is_operator(node, "aten.sub") and argument(node, "alpha") == 1:
         if _own_maximum(node):
-            # softmax does not change when a constant is taken from a row
+            # softmax does not change when a constant is subtracted from a row
             return node.args[0], "shift", None
         first, second = node.args[:2]
         if isinstance(second, fx.Node) and _leads_to_product(first):
@@ -116,7 +116,7 @@ def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
                 return first, "add", program.edit.call(aten.neg.default, second)
         return None
     if is_operator(node, "aten.maximum", "aten.clamp"):
-        # the floor that keeps a sum of masks finite
+        # a lower bound that keeps a sum of masks finite
         floor = node.args[1] if is_operator(node, "aten.maximum") else argument(node, "min")
         low = constant(program, floor)
         above = is_operator(node, "aten.clamp") and argument(node, "max") is not None
@@ -142,7 +142,7 @@ def _sum(node: fx.Node) -> tuple[Any, str, Any] | None:
     if not isinstance(second, fx.Node) or not isinstance(first, fx.Node):
         return None
     for deep in (False, True):
-        # a bias may come from a product too; the plainer road to one leads to the scores
+        # a bias may come from a product too, so the operand with the shorter path to a product is the scores
         if _leads_to_product(first, deep):
             return first, "add", second
         if _leads_to_product(second, deep):
@@ -151,19 +151,19 @@ def _sum(node: fx.Node) -> tuple[Any, str, Any] | None:
 
 
 def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
-    """Read scores of which some are replaced by a number that hides them."""
-    found = arguments(node)
+    """Return the peeling step for scores of which some are replaced by a number that hides them; None otherwise."""
+    args = arguments(node)
     if is_operator(node, "aten.masked_fill"):
-        scores, hidden, value = found["self"], found["mask"], found["value"]
-    elif constant(program, found["self"]) is not None:
-        scores, hidden, value = found["other"], found["condition"], found["self"]
+        scores, hidden, value = args["self"], args["mask"], args["value"]
+    elif constant(program, args["self"]) is not None:
+        scores, hidden, value = args["other"], args["condition"], args["self"]
     else:
-        scores, hidden, value = found["self"], None, found["other"]
+        scores, hidden, value = args["self"], None, args["other"]
     low = constant(program, value)
     if low is None or low > _HIDDEN or not isinstance(scores, fx.Node):
         return None
     if hidden is None:
-        return scores, "add", found["condition"]
+        return scores, "add", args["condition"]
     if not isinstance(hidden, fx.Node):
         return None
     with program.edit.before(node):
@@ -171,19 +171,19 @@ def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
 
 
 def _own_maximum(node: fx.Node) -> bool:
-    """Tell whether what is subtracted is the same for a whole row of scores."""
-    taken: Any = node.args[1]
-    other = taken
+    """Tell whether the maximum of the scores is subtracted from them, one value per row."""
+    subtracted: Any = node.args[1]
+    other = subtracted
     if is_operator(other, "getitem") and other.args[1] == 0:
         other = other.args[0]
     if not is_operator(other, "aten.amax", "aten.max") or other.args[0] is not node.args[0]:
         return False
-    shape = taken.meta["val"].shape
+    shape = subtracted.meta["val"].shape
     return not shape or same_size(shape[-1], 1)
 
 
 def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
-    """``value * tanh(scores / value)``: return the scores."""
+    """Return the scores of ``value * tanh(scores / value)``; None otherwise."""
     tanh = node.args[0]
     if not is_operator(tanh, "aten.tanh"):
         return None
@@ -195,11 +195,11 @@ def _cap(program: Program, node: fx.Node, value: float) -> fx.Node | None:
 
 
 def _leads_to_product(start: Any, deep: bool = False) -> bool:
-    """Tell whether scores of this kind come from a product without a lookup in between.
+    """Tell whether a value comes from a product through operators that :func:`peel` removes.
 
     Args:
-        start: where to begin.
-        deep: also try the second operands of sums and choices.
+        start: the value.
+        deep: also follow the second operands of additions and both branches of ``where``.
     """
     work = [start]
     for _ in range(32):
@@ -209,8 +209,8 @@ def _leads_to_product(start: Any, deep: bool = False) -> bool:
         if is_operator(node, *_PRODUCTS):
             return True
         if is_operator(node, "aten.where"):
-            found = arguments(node)
-            work.extend([found["other"], found["self"]] if deep else [found["self"]])
+            args = arguments(node)
+            work.extend([args["other"], args["self"]] if deep else [args["self"]])
         elif is_operator(node, "aten.add") and deep:
             work.extend([node.args[1], node.args[0]])
         elif has(node, Trait.RESHAPE | Trait.CAST) or is_operator(
@@ -230,10 +230,10 @@ def _product(
     shaped: fx.Node | None,
 ) -> Scores | str:
     if is_operator(node, "aten.baddbmm"):
-        found = arguments(node)
-        q, transposed = found["batch1"], found["batch2"]
-        beta, alpha = found["beta"], found["alpha"]
-        added = [*added, (found["self"], factor * float(beta))]
+        args = arguments(node)
+        q, transposed = args["batch1"], args["batch2"]
+        beta, alpha = args["beta"], args["alpha"]
+        added = [*added, (args["self"], factor * float(beta))]
         factor *= float(alpha)
     else:
         q, transposed = node.args[:2]
@@ -245,7 +245,7 @@ def _product(
         factor *= value if is_operator(transposed, "aten.mul") else 1.0 / value
         transposed = transposed.args[0]
     if not is_operator(transposed, "aten.permute"):
-        return "the second operand of the scores is no transpose"
+        return "the second operand of the scores is not a transpose"
     assert isinstance(transposed, fx.Node)
     assert isinstance(q, fx.Node)
     k, order = transposed.args[0], [int(d) for d in transposed.args[1]]  # type: ignore[union-attr, arg-type]
@@ -257,5 +257,5 @@ def _product(
             # fold the swap of the last two dimensions out of a longer permutation
             k = program.edit.call(aten.permute.default, k, [*order[:-2], order[-1], order[-2]])
     if q.meta["val"].dim() not in (3, 4) or not same_size(q.meta["val"].shape[-1], k.meta["val"].shape[-1]):
-        return "queries and keys of other ranks or sizes"
+        return "queries and keys have unsupported ranks or different sizes"
     return Scores(q, k, factor, added, capped, False, shaped)

@@ -1,4 +1,4 @@
-"""Raise mixtures that sort tokens by expert and give each expert its stretch of them."""
+"""Recognition of MoE layers that sort tokens by expert and give each expert a slice of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Projection:
-    """One product for each expert: rows, split by how many go to each, with matrices (experts, out, in)."""
+    """One product per expert: rows, split by the number of tokens of each, with matrices (experts, out, in)."""
 
     rows: fx.Node
     counts: tuple[Any, ...]
@@ -30,8 +30,8 @@ class _Projection:
 
 
 def raise_sorted_experts(program: Program) -> list[str]:
-    """Replace two split, multiplied and joined projections by one operator; return what could not be. JetMoE's."""
-    unraised: list[str] = []
+    """Replace two projections per expert, as in JetMoE, by one operator; return what was not recognised."""
+    unrecognised: list[str] = []
     constant = depends_on_weights_alone(program)
     projections = [p for n in program.graph.nodes if (p := _projection(n, constant)) is not None]
     for up in projections:
@@ -39,12 +39,12 @@ def raise_sorted_experts(program: Program) -> list[str]:
             if up is down or up.counts != down.counts or up.result._erased or down.result._erased:
                 continue
             gate = activation_of_experts(up.result, down.rows)
-            # projections with something else between them, as attention, are no feed-forward
+            # projections with something else between them, such as attention, are not a feed-forward
             if gate is not None:
-                reason = _raise(program, up, down, gate)
+                reason = _recognise(program, up, down, gate)
                 if reason:
-                    unraised.append(f"{up.result.name}: {reason}")
-    return unraised
+                    unrecognised.append(f"{up.result.name}: {reason}")
+    return unrecognised
 
 
 def _projection(node: fx.Node, constant: set[fx.Node]) -> _Projection | None:
@@ -52,31 +52,31 @@ def _projection(node: fx.Node, constant: set[fx.Node]) -> _Projection | None:
         return None
     parts = arguments(node)["tensors"]
     split = weight = None
-    for place, part in enumerate(parts):
+    for expert, part in enumerate(parts):
         if not is_operator(part, "aten.linear") or arguments(part).get("bias") is not None:
             return None
         rows, matrix = part.args[:2]
         if not (
-            is_operator(rows, "getitem") and rows.args[1] == place and is_operator(matrix, "aten.select")
+            is_operator(rows, "getitem") and rows.args[1] == expert and is_operator(matrix, "aten.select")
         ):
             return None
-        if matrix.args[1:] != (0, place) or matrix.args[0] not in constant:
+        if matrix.args[1:] != (0, expert) or matrix.args[0] not in constant:
             return None
         split, weight = split or rows.args[0], weight or matrix.args[0]
         if rows.args[0] is not split or matrix.args[0] is not weight:
             return None
     if split is None or weight is None or not is_operator(split, "aten.split_with_sizes"):
         return None
-    given = arguments(split)
-    if given.get("dim", 0) != 0 or not same_size(weight.meta["val"].shape[0], len(parts)):
+    args = arguments(split)
+    if args.get("dim", 0) != 0 or not same_size(weight.meta["val"].shape[0], len(parts)):
         return None
-    return _Projection(given["self"], tuple(given["split_sizes"]), weight, node)
+    return _Projection(args["self"], tuple(args["split_sizes"]), weight, node)
 
 
-def _raise(program: Program, up: _Projection, down: _Projection, gate: dict[str, Any]) -> str:
-    table = _counted(up.counts)
+def _recognise(program: Program, up: _Projection, down: _Projection, gate: dict[str, Any]) -> str:
+    table = _count_vector(up.counts)
     if table is None:
-        return "the stretches are not as long as the experts' numbers of tokens"
+        return "the split sizes are not the experts' numbers of tokens"
     end = _weighted_sum(down.result)
     if end is None or not is_operator(up.rows, "aten.index"):
         return "expert outputs are not weighted and added to their tokens"
@@ -91,12 +91,12 @@ def _raise(program: Program, up: _Projection, down: _Projection, gate: dict[str,
     counted = evaluated(program, [table, order, token], [_scores_of(chosen)])
     if counted is None:
         return "the order depends on more than the router's scores"
-    (counts, places, tokens), (scores,) = counted
+    (counts, positions, tokens), (scores,) = counted
     experts = scores.topk(k, dim=1).indices.flatten()
     right = (
         torch.equal(counts.long(), experts.bincount(minlength=len(up.counts)))
-        and torch.equal(experts[places], experts.sort().values)
-        and torch.equal(tokens, places // k)
+        and torch.equal(experts[positions], experts.sort().values)
+        and torch.equal(tokens, positions // k)
     )
     if not right or not same_shape(weights.meta["val"].shape, chosen.meta["val"].shape):
         return "the tokens are not sorted by expert"
@@ -112,17 +112,17 @@ def _raise(program: Program, up: _Projection, down: _Projection, gate: dict[str,
         )
     if not same_value(new.meta["val"], result.meta["val"]):
         program.edit.erase_dead([new])
-        return "the raised operator has another type or shape"
+        return "the recognised operator has another type or shape"
     program.edit.replace(result, new, record=False)
     return ""
 
 
-def _counted(counts: tuple[Any, ...]) -> fx.Node | None:
-    """Find the vector whose elements, in order, are the numbers."""
+def _count_vector(counts: tuple[Any, ...]) -> fx.Node | None:
+    """Return the vector whose elements, in order, are the counts; None if there is none."""
     table = None
-    for place, count in enumerate(counts):
+    for position, count in enumerate(counts):
         element = count.args[0] if is_operator(count, "aten.item") else None
-        if not is_operator(element, "getitem") or element.args[1] != place:  # type: ignore[union-attr]
+        if not is_operator(element, "getitem") or element.args[1] != position:  # type: ignore[union-attr]
             return None
         unbound = element.args[0]  # type: ignore[union-attr]
         if not is_operator(unbound, "aten.unbind") or table not in (None, unbound.args[0]):
@@ -132,10 +132,10 @@ def _counted(counts: tuple[Any, ...]) -> fx.Node | None:
 
 
 def _weighted_sum(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
-    """Follow ``zeros.index_add(0, token, out * weights.flatten()[order][:, None])``.
+    """Match ``zeros.index_add(0, token, out * weights.flatten()[order][:, None])``.
 
     Returns:
-        Its result, weights (tokens, k), the order, and the token of each place.
+        Its result, weights (tokens, k), the order, and the token of each position; None for anything else.
     """
     if len(node.users) != 1:
         return None
@@ -151,17 +151,17 @@ def _weighted_sum(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | 
     if not is_operator(flat, "aten.reshape") or not isinstance(indices, (list, tuple)) or len(indices) != 1:
         return None
     result = next(iter(product.users))
-    given = arguments(result) if is_operator(result, "aten.index_add") else {}
-    if given.get("source") is not product or given.get("dim") != 0 or given.get("alpha", 1) != 1:
+    args = arguments(result) if is_operator(result, "aten.index_add") else {}
+    if args.get("source") is not product or args.get("dim") != 0 or args.get("alpha", 1) != 1:
         return None
-    if not is_operator(given["self"], "aten.zeros"):
+    if not is_operator(args["self"], "aten.zeros"):
         return None
     weights = flat.args[0]  # type: ignore[union-attr]
-    return result, weights, indices[0], given["index"]  # type: ignore[return-value]
+    return result, weights, indices[0], args["index"]  # type: ignore[return-value]
 
 
 def _sorted_table(order: Any) -> fx.Node | None:
-    """Return the (tokens, k) numbers of experts that an order sorts."""
+    """Return the (tokens, k) expert indices that an order sorts."""
     if not (is_operator(order, "getitem") and order.args[1] == 1 and is_operator(order.args[0], "aten.sort")):
         return None
     flat = order.args[0].args[0]

@@ -1,4 +1,4 @@
-"""Windows of a mask: numbers among the arguments of what computes it, short ones in place of long ones."""
+"""Candidate windows of a mask, from the arguments of its operators, and masks with shortened windows."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Run = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """Computes a mask from inputs by name."""
 
 HIDDEN = -1e4
-_MOST = 400
+_LARGEST_SHORT = 400
 
 
 def candidate_windows(program: Program, mask: fx.Node) -> list[int]:
-    """Return what may be windows: numbers among the mask's own arguments, and their neighbours."""
-    found: set[int] = set()
+    """Return candidates for windows: numbers among the arguments of the mask's operators, and their neighbours."""
+    windows: set[int] = set()
     for node in needed_for([mask], {}):
         for number in _numbers(program, node):
             if not isinstance(number, (int, float)) or isinstance(number, bool):
                 continue
-            # what hides is no window, as large as it may be
+            # fill values that hide scores are not windows
             if 1 < abs(number) < 2**20 and not (number <= HIDDEN and _of_floats(node)):
-                found.update((int(abs(number)) - 1, int(abs(number)), int(abs(number)) + 1))
-    return sorted(w for w in found if w > 0)
+                windows.update((int(abs(number)) - 1, int(abs(number)), int(abs(number)) + 1))
+    return sorted(w for w in windows if w > 0)
 
 
 def _numbers(program: Program, node: fx.Node) -> list[Any]:
@@ -42,34 +42,34 @@ def _numbers(program: Program, node: fx.Node) -> list[Any]:
 
 
 def shortened(program: Program, mask: fx.Node, longest: int) -> tuple[Run, list[int], dict[int, int]] | None:
-    """Return the same mask with short windows in place of long ones, so that short rows say what it does.
+    """Return the same mask with long windows replaced by short ones, so that short rows are enough to recognise it.
 
-    Long are integers above ``longest`` where integers are computed or compared; what else stands there is left, as
-    numbers that hide. Every long number gets a short one of its own, in the same order and above all others.
+    Integers above ``longest`` in integer arithmetic and comparisons are replaced; other numbers, such as fill values,
+    are not. Every long number gets a different short one, in the same order and above all others.
 
     Returns:
-        What computes it, all its candidates for windows, and the long number each short one stands for; None where
+        A function that computes the mask, its candidates for windows, and the long number for each short one; None if
         there are too many.
     """
     region = cut(program, [mask], lambda n: False)
-    held = {
+    scalars = {
         n.name: program.weights[n.name].source.load()
         for n in region.weights
         if not n.meta["val"].dim() and not n.meta["val"].dtype.is_floating_point
     }
-    numbers: set[int] = {int(abs(value)) for value in held.values()}
+    numbers: set[int] = {int(abs(value)) for value in scalars.values()}
     for node in region.operators:
         if not _of_floats(node):
             numbers.update(abs(a) for a in (*node.args, *node.kwargs.values()) if type(a) is int)
     short = {n for n in numbers if 1 < n <= longest}
     first = max(short, default=1) + 8
-    stands = {n: first + 8 * i for i, n in enumerate(sorted(n for n in numbers if longest < n < 2**20))}
-    if not stands or max(stands.values()) > _MOST:
+    replacements = {n: first + 8 * i for i, n in enumerate(sorted(n for n in numbers if longest < n < 2**20))}
+    if not replacements or max(replacements.values()) > _LARGEST_SHORT:
         return None
 
     def swap(value: Any) -> Any:
-        if type(value) is int and abs(value) in stands:
-            return stands[abs(value)] * (1 if value > 0 else -1)
+        if type(value) is int and abs(value) in replacements:
+            return replacements[abs(value)] * (1 if value > 0 else -1)
         return value
 
     for node in region.graph.nodes:
@@ -78,15 +78,15 @@ def shortened(program: Program, mask: fx.Node, longest: int) -> tuple[Run, list[
             node.kwargs = {k: swap(v) for k, v in node.kwargs.items()}
 
     def load(node: fx.Node) -> torch.Tensor:
-        if node.name in held:
-            return torch.tensor(swap(int(held[node.name])), dtype=held[node.name].dtype)
+        if node.name in scalars:
+            return torch.tensor(swap(int(scalars[node.name])), dtype=scalars[node.name].dtype)
         return program.weights[node.name].source.load()
 
     def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return region.run({n.name: inputs[str(n.meta["input"])] for n in region.leaves}, load)[0]
 
-    candidates = {number + d for number in (*short, *stands.values()) for d in (-1, 0, 1)}
-    return run, sorted(candidates), {s: n for n, s in stands.items()}
+    candidates = {number + d for number in (*short, *replacements.values()) for d in (-1, 0, 1)}
+    return run, sorted(candidates), {s: n for n, s in replacements.items()}
 
 
 def _of_floats(node: fx.Node) -> bool:

@@ -1,1 +1,1 @@
-"""Values and programs compared: the judge of contracts, captures and exports."""
+"""Comparison of values and programs, used to check contracts, captures and exports."""

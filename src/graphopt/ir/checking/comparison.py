@@ -1,4 +1,4 @@
-"""How far a value is from what it should be: the one definition, for contracts, captures, exports and kernels."""
+"""The relative error of a value: one definition for contracts, captures, exports and kernels."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 Beside = Literal["largest", "norm", "element"]
 
 _SMALLEST = 1e-30
-# above what a quarter of all values stay below, by this much: a mask's number, and no size of anything
+# values this many times larger than the lower quartile are fill values of a mask, not magnitudes
 _MASKED = 1e6
 
 
 def relative_error(
     found: Any, expected: Any, *, beside: Beside = "largest", at_least: float = _SMALLEST
 ) -> float:
-    """Return how far a value is from the one expected, relative to that one's size.
+    """Return the error of a value relative to the magnitude of the expected one.
 
-    NaN or infinity where the reference has a finite number is an infinite error, as is another shape, another kind of
-    type, or a number where the reference has none. NaN agrees with NaN, and an infinity with the same one; where a
-    reference is NaN throughout, nothing was compared, which is an infinite error as well.
+    NaN or infinity where the reference is finite is an infinite error, as is another shape, another kind of type, or a
+    number where the reference is NaN. NaN agrees with NaN, and an infinity with the same infinity; a reference that is
+    NaN throughout is an infinite error as well, since nothing was compared.
 
     Args:
-        found: a tensor of any shape, or tensors in lists and tuples; what is neither is compared by ``==``.
-        expected: the reference, alike.
-        beside: what a difference is measured against. "largest": the largest finite value of the reference.
-            "norm": Euclidean norms of both, for values that were rounded everywhere. "element": each value's own size,
-            or the largest that is no mask's where that is larger, so that one huge value hides no other.
-        at_least: the size of a reference that is smaller than this.
+        found: a tensor of any shape, or tensors in lists and tuples; anything else is compared by ``==``.
+        expected: the reference, of the same structure.
+        beside: what a difference is divided by. "largest": the largest finite value of the reference.
+            "norm": Euclidean norms, for values that were rounded everywhere. "element": each value's own magnitude,
+            or the largest that is not a mask's fill value where that is larger, so that one huge value hides no other.
+        at_least: lower bound on the magnitude of the reference.
 
     Returns:
         At least 0; integers and booleans give 0 or 1.
@@ -57,21 +57,21 @@ def relative_error(
             torch.view_as_real(found.resolve_conj()),
             torch.view_as_real(expected.resolve_conj()),
         )
-    got, wanted = found.to(torch.float64), expected.to(torch.float64)
-    if bool(wanted.isnan().all()):
+    actual, reference = found.to(torch.float64), expected.to(torch.float64)
+    if bool(reference.isnan().all()):
         return float("inf")
-    same = (got == wanted) | (got.isnan() & wanted.isnan())
-    difference = torch.where(same, 0.0, (got - wanted).abs())
-    finite = wanted[wanted.isfinite()].abs()
+    same = (actual == reference) | (actual.isnan() & reference.isnan())
+    difference = torch.where(same, 0.0, (actual - reference).abs())
+    finite = reference[reference.isfinite()].abs()
     if beside == "norm":
         worst = float(difference.norm()) / max(float(finite.norm()), at_least)
     elif beside == "element":
-        sizes = wanted.abs().nan_to_num(nan=1.0, posinf=1.0).clamp(min=max(_usual(finite), at_least))
+        sizes = reference.abs().nan_to_num(nan=1.0, posinf=1.0).clamp(min=max(_usual(finite), at_least))
         worst = float((difference / sizes).max())
     else:
         largest = float(finite.max()) if finite.numel() else 1.0
         worst = float(difference.max()) / max(largest, at_least)
-    # every comparison with NaN is false, so that it would pass any limit that is asked the wrong way round
+    # comparisons with NaN are false, so NaN would pass a check of the form "not error > limit"
     return float("inf") if worst != worst else worst
 
 
@@ -82,7 +82,7 @@ def _kind(value: torch.Tensor) -> str:
 
 
 def _usual(finite: torch.Tensor) -> float:
-    """Return the largest size that is no mask's, of sizes that are finite."""
+    """Return the largest of finite magnitudes that is not a mask's fill value."""
     sizes = finite[finite != 0]
     if not sizes.numel():
         return _SMALLEST

@@ -1,4 +1,4 @@
-"""What a pipeline did: sites taken and refused, time, measured errors, cost before and after."""
+"""Reports of pipelines: sites taken and refused, time, measured errors, cost before and after."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass
 class Refusal:
-    """A place a pass left alone: the block or node, why, and the line of the model.
+    """A site that a pass refused: the block or node, the reason, and the line of the model.
 
-    ``rolled_back`` says that the pass took it and failed there: a fault of the pass, though not of the result.
+    ``rolled_back`` means that the pass took the site and failed there: a fault of the pass, but not of the result.
     """
 
     block: str
@@ -21,7 +21,7 @@ class Refusal:
 
 @dataclass
 class PassReport:
-    """What one pass did."""
+    """The report of one pass."""
 
     name: str
     text: str
@@ -35,12 +35,12 @@ class PassReport:
     change: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     given: bool = False
-    """Its sites are those of a plan that was given, whatever the options say."""
+    """Whether its sites are those of a given plan, regardless of the options."""
 
 
 @dataclass
 class Report:
-    """What a pipeline did, pass by pass."""
+    """The report of a pipeline, pass by pass."""
 
     passes: list[PassReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Report:
         return "\n".join(lines) if lines else "no passes ran"
 
 
-_SHOWN = 8  # notes of a pass that are printed; a deep network has hundreds
+_MAX_NOTES = 8  # notes printed per pass; a deep network has hundreds
 
 _UNITS = {
     "parameters": "",
@@ -93,10 +93,10 @@ def _refusals(title: str, refused: list[Refusal]) -> list[str]:
 
 def _lines(entry: PassReport) -> list[str]:
     lines = [f"{entry.text}{', by the plan given' if entry.given else ''}  ({entry.contract})"]
-    shown = ", ".join(entry.sites[:12]) + (
+    site_names = ", ".join(entry.sites[:12]) + (
         f" and {len(entry.sites) - 12} more" if len(entry.sites) > 12 else ""
     )
-    lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {shown}" if shown else ""))
+    lines.append(f"  sites taken: {len(entry.sites)}" + (f"  {site_names}" if site_names else ""))
     lines.extend(_refusals("sites refused", [r for r in entry.refused if not r.rolled_back]))
     lines.extend(
         _refusals("sites ROLLED BACK, a fault of this pass", [r for r in entry.refused if r.rolled_back])
@@ -116,7 +116,7 @@ def _lines(entry: PassReport) -> list[str]:
         lines.append(
             "  seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in entry.seconds.items())
         )
-    lines.extend(f"  {note}" for note in entry.notes[:_SHOWN])
-    if len(entry.notes) > _SHOWN:
-        lines.append(f"  and {len(entry.notes) - _SHOWN} notes more, which as_dict() and --json hold")
+    lines.extend(f"  {note}" for note in entry.notes[:_MAX_NOTES])
+    if len(entry.notes) > _MAX_NOTES:
+        lines.append(f"  and {len(entry.notes) - _MAX_NOTES} more notes, listed by as_dict() and --json")
     return lines

@@ -1,4 +1,4 @@
-"""The exactness of a rewrite, site by site: what was replaced against what replaced it, in float64."""
+"""Exactness checks of a rewrite, site by site: each replaced value is compared with its replacement in float64."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from ..program import Program
 
 LIMIT = 1e-11
-"""Largest relative error of an exact rewrite in float64: far above rounding, far below one changed row."""
+"""Largest relative error of an exact rewrite in float64: far above rounding errors, far below one changed row."""
 
 _REAL_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """The comparison of one site: which values, the largest relative error, and on which weights.
+    """The comparison of one site: its values, the largest relative error, and the kind of weights.
 
-    ``through`` names other changed values between the site and where both were cut.
+    ``through`` names other changed values between the site and the leaves of both regions.
     """
 
     old: str
@@ -43,7 +43,7 @@ class SiteCheck:
 
     @property
     def holds(self) -> bool:
-        """Tell whether the rewrite is exact here."""
+        """Tell whether the rewrite is exact at this site."""
         return self.error <= LIMIT
 
 
@@ -59,8 +59,7 @@ def changed_values(before: Program, after: Program, may_lose: bool = False) -> l
     """Return pairs (old value, new value) whose equality makes both programs equal.
 
     They are the values that the pass replaced, the operators whose arguments it changed in place, the
-    readers of weights it changed, and the outputs that it exchanged. Only where it ``may_lose`` some may
-    outputs be missing.
+    readers of weights it changed, and the outputs that it replaced. Outputs may be missing only with ``may_lose``.
     """
     old_nodes = {node.name: node for node in before.graph.nodes}
     replaced: dict[str, fx.Node] = {}
@@ -128,35 +127,35 @@ def check_sites(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SiteCheck]:
-    """Compare every changed value of a rewrite with what it was, each computed from the same inputs.
+    """Compare every changed value of a rewrite with the value before, each computed from the same inputs.
 
     Sites of the same signature (operators, wiring, shapes) are checked once, on random weights at two sizes;
-    one site of each is checked on its real weights too, where they can be read.
+    one site of each signature is also checked on its real weights, where they can be read.
 
     Args:
         before: the program before the pass.
-        after: the program after it, with the pass's journal.
-        progress: called with the number of sites done and in all.
+        after: the program after it, with the edit log of the pass.
+        progress: called with the number of sites done and the total.
     """
     pairs = changed_values(before, after)
-    kept = {n.name for n in before.graph.nodes} & {n.name for n in after.graph.nodes}
+    shared_names = {n.name for n in before.graph.nodes} & {n.name for n in after.graph.nodes}
     changed = {new.name for _, new in pairs} | {old.name for old, _ in pairs}
 
     def stop(node: fx.Node) -> bool:
-        return node.name in kept and node.name not in changed
+        return node.name in shared_names and node.name not in changed
 
     checks: list[SiteCheck] = []
     seen: dict[Any, SiteCheck] = {}
     for index, (old, new) in enumerate(pairs):
         pair = _cut_alike(before, after, old, new, stop)
-        # values that the pass brought along are checked wherever they are
-        brought = tuple(n.name for n in pair.after.weights if _brought(before, after, n.name))
+        # weights with new values are checked at every site
+        brought = tuple(n.name for n in pair.after.weights if _new_or_changed(before, after, n.name))
         key = (pair.before.key(before), pair.after.key(after), _sharing(pair), brought)
         if key not in seen:
             seen[key] = _check(before, after, pair, bool(brought))
         through = tuple(n.name for n in pair.before.operators if n.name in changed and n is not old)
-        places = {"old": old.name, "new": new.name, "source": before.source_line(old), "through": through}
-        checks.append(replace(seen[key], **places))  # type: ignore[arg-type]
+        labels = {"old": old.name, "new": new.name, "source": before.source_line(old), "through": through}
+        checks.append(replace(seen[key], **labels))  # type: ignore[arg-type]
         if progress is not None:
             progress(index + 1, len(pairs))
     return checks
@@ -165,7 +164,7 @@ def check_sites(
 def _cut_alike(
     before: Program, after: Program, old: fx.Node, new: fx.Node, stop: Callable[[fx.Node], bool]
 ) -> _Pair:
-    """Cut both regions so that neither is given a value that the other computes from what it is given."""
+    """Cut both regions so that no leaf of one is a value that the other computes from its own leaves."""
     through: set[str] = set()
     constant = depends_on_weights_alone(before)
 
@@ -176,13 +175,13 @@ def _cut_alike(
         pair = _Pair(old, new, cut(before, [old], ends), cut(after, [new], ends))
         first, second = ({n.name: n for n in r.leaves} for r in (pair.before, pair.after))
         weights = [{n.name for n in r.weights} for r in (pair.before, pair.after)]
-        known = first.keys() | second.keys() | weights[0] | weights[1]
+        given_names = first.keys() | second.keys() | weights[0] | weights[1]
         further = {
             name
             for name in first.keys() ^ second.keys()
-            if _descends(first.get(name) or second[name], known - {name})
+            if _descends(first.get(name) or second[name], given_names - {name})
         }
-        # a value made of weights alone that both are given, one of which reads such a weight itself
+        # a leaf of both regions that depends on weights alone, where one region reads such a weight itself
         further |= {
             name
             for name in first.keys() & second.keys()
@@ -196,7 +195,7 @@ def _cut_alike(
 def _descends(node: fx.Node, names: set[str], limit: int = 400) -> bool:
     """Tell whether a value is computed from one of those named."""
     if not isinstance(node.meta.get("val"), torch.Tensor):
-        return False  # a size is the same wherever it is read
+        return False  # a size has the same value everywhere
     work = list(node.all_input_nodes)
     seen: set[fx.Node] = set()
     while work and len(seen) < limit:
@@ -209,7 +208,7 @@ def _descends(node: fx.Node, names: set[str], limit: int = 400) -> bool:
     return False
 
 
-def _brought(before: Program, after: Program, name: str) -> bool:
+def _new_or_changed(before: Program, after: Program, name: str) -> bool:
     """Tell whether a pass added a weight or gave it other values."""
     return name not in before.weights or after.weights[name].source is not before.weights[name].source
 
@@ -228,8 +227,8 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
             error = _compare(before, after, pair)
         real = _real(before, after, pair, always=brought)
         if brought and real is None:
-            # the claim is about values that cannot be had; unchecked is not exact
-            reason = "weights it is computed from have no values"
+            # the new values cannot be read, and an unchecked rewrite does not count as exact
+            reason = "it is computed from weights without values"
             return SiteCheck("", "", float("inf"), weights, reason=reason)
         if real is not None and not real <= error:
             error, weights = real, "real" if brought else "real and random"
@@ -242,13 +241,13 @@ def _check(before: Program, after: Program, pair: _Pair, brought: bool) -> SiteC
 
 
 def _sharing(pair: _Pair) -> tuple[int, ...]:
-    """Which leaves and weights of the new region are which of the old one."""
+    """Return, for each leaf and weight of the new region, its index in the old one, or -1."""
     names = {n.name: i for i, n in enumerate([*pair.before.leaves, *pair.before.weights])}
     return tuple(names.get(n.name, -1) for n in [*pair.after.leaves, *pair.after.weights])
 
 
-def _given(before: Program, after: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
-    """A random value for a place where a region was cut; dials stand where they stand by default."""
+def _leaf_input(before: Program, after: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
+    """Return a random value for a leaf of a region; run-time settings have their defaults."""
     dial = after.dials.get(str(node.meta.get("input", ""))) if node.op == "placeholder" else None
     if dial is not None:
         return torch.tensor(dial.default, dtype=torch.float64)
@@ -257,17 +256,17 @@ def _given(before: Program, after: Program, node: fx.Node, sizes: dict[str, int]
     spec = after.signature.inputs.get(name) if node.op == "placeholder" else None
     new = spec is not None and name not in before.signature.inputs
     if new and spec.fill is not None and spec.fill.rule == "marks":  # type: ignore[union-attr]
-        return torch.zeros_like(drawn)  # what was there before is about tokens of the text
+        return torch.zeros_like(drawn)  # the program before has no mask tokens
     return drawn
 
 
 def _compare(before: Program, after: Program, pair: _Pair) -> float:
-    """Compare on random weights."""
+    """Return the largest relative error on random weights."""
     worst = 0.0
     for seed, sizes in enumerate(_sizes(before, pair)):
         values = {}
-        for place, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
-            values[node.name] = _given(before, after, node, sizes, 17 * place + seed)
+        for index, node in enumerate({n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}.values()):
+            values[node.name] = _leaf_input(before, after, node, sizes, 17 * index + seed)
         seeds = {n.name: i for i, n in enumerate([*pair.before.weights, *pair.after.weights])}
 
         def load(node: fx.Node, seeds: dict[str, int] = seeds, offset: int = seed) -> torch.Tensor:
@@ -282,7 +281,7 @@ def _compare(before: Program, after: Program, pair: _Pair) -> float:
 
 
 def _varied(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
-    """Variances must be positive; a running variance is known by its reader."""
+    """Return random values for a weight, made positive where its readers show that it is a variance."""
     for user in node.users:
         if operator_name(user.target) == "aten.batch_norm" and len(user.args) > 4 and user.args[4] is node:
             return tensor.abs() + 1e-3
@@ -305,7 +304,7 @@ def _takes_root(node: fx.Node) -> bool:
 
 
 def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> float | None:
-    """Compare on the weights' own values, if they can be read and are not too many."""
+    """Return the largest relative error on the real weights, or None if they cannot be read or are too large."""
     weights = {n.name: n for n in [*pair.before.weights, *pair.after.weights]}
     if (
         not always
@@ -315,13 +314,13 @@ def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> floa
     nodes = {n.name: n for n in [*pair.before.leaves, *pair.after.leaves]}
 
     def load(node: fx.Node) -> torch.Tensor:
-        held = (after if node in pair.after.weights else before).weights[node.name]
-        return held.source.load()
+        weight = (after if node in pair.after.weights else before).weights[node.name]
+        return weight.source.load()
 
     worst = 0.0
     try:
         for sizes in _sizes(before, pair)[: 2 if always else 1]:
-            values = {n.name: _given(before, after, n, sizes, i) for i, n in enumerate(nodes.values())}
+            values = {n.name: _leaf_input(before, after, n, sizes, i) for i, n in enumerate(nodes.values())}
             worst = max(worst, _error(pair, values, load))
     except CheckpointError:
         return None
@@ -329,22 +328,22 @@ def _real(before: Program, after: Program, pair: _Pair, *, always: bool) -> floa
 
 
 def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
-    """Two choices of sizes within the program's limits; one where nothing varies.
+    """Return two choices of sizes within the program's limits; one where no size varies.
 
-    Where windows changed, the longer one is longer than they are.
+    Where attention windows changed, the longer sequence exceeds them.
     """
     limits = program.signature.sizes
     if not limits:
         return [{}]
 
-    def within(name: str, wanted: int) -> int:
+    def within(name: str, size: int) -> int:
         high = limits[name].high
-        return max(limits[name].low, min(wanted, high if high is not None else wanted))
+        return max(limits[name].low, min(size, high if high is not None else size))
 
     windows = [{argument(n, "window") for n in r.operators if is_operator(n, "graphopt.attention")} - {None}
                for r in (pair.before, pair.after)]  # fmt: skip
     length = max([5, *(w + 2 for w in windows[0] ^ windows[1])])
-    # a size that the tracer saw twice has a number behind its name
+    # the tracer numbers sizes that occur twice
     kinds = {name: name.split("_")[0] for name in limits}
     first = {
         name: within(name, {"batch": 2, "sequence": length}[kind])
@@ -363,11 +362,11 @@ def _sizes(program: Program, pair: _Pair) -> list[dict[str, int]]:
 
 
 def _error(pair: _Pair, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> float:
-    """Relative error of the new value against the old one."""
-    expected, found = pair.before.run(values, load), pair.after.run(values, load)
-    # a value that differs from rank to rank is one a rank
-    if len(expected) != len(found):
-        (expected, found) = (
-            (expected * len(found), found) if len(expected) == 1 else (expected, found * len(expected))
+    """Return the relative error of the new value against the old one."""
+    expected, actual = pair.before.run(values, load), pair.after.run(values, load)
+    # a value that differs between ranks has one entry per rank
+    if len(expected) != len(actual):
+        (expected, actual) = (
+            (expected * len(actual), actual) if len(expected) == 1 else (expected, actual * len(expected))
         )
-    return relative_error(found, expected)
+    return relative_error(actual, expected)

@@ -1,4 +1,4 @@
-"""Running a streaming program piece by piece, and comparing it with the program it was made of."""
+"""Running a streaming program in pieces, and comparing it with the program it was made from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .comparison import relative_error
 
 @dataclass(frozen=True)
 class Difference:
-    """The value that differs most, and by how much of the largest value."""
+    """The value that differs most, and its error relative to the largest value."""
 
     name: str
     error: float
@@ -30,48 +30,50 @@ class Difference:
 def initial_state(
     program: Program, batch: int = 1, *, sizes: Mapping[str, int] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the states of the beginning: zeros, by input name.
+    """Return the initial recurrent state: zeros, by input name.
 
     Args:
         program: made by stream-convolutions.
-        batch: how many streams run side by side.
-        sizes: other sizes that states have, by name, where they vary.
+        batch: how many streams run in parallel.
+        sizes: other sizes of the state that vary, by name.
 
     Raises:
-        UsageError: the program has no states, or they have a size that is not given.
+        UsageError: the program has no recurrent state, or a size of it is not given.
     """
     names = states_of(program)
     if not names and Streaming not in program.facts:
-        raise UsageError("this program has no states", hint="stream-convolutions makes one that has")
-    made = {}
+        raise UsageError(
+            "this program has no recurrent state", hint="stream-convolutions makes a program that has one"
+        )
+    states = {}
     for name in names:
         spec = program.signature.inputs[name]
-        known = {str(spec.shape[0]): batch, **(sizes or {})}
-        shape = [_number(program, name, size, known) for size in spec.shape]
-        made[name] = torch.zeros(shape, dtype=spec.dtype)
-    return made
+        size_values = {str(spec.shape[0]): batch, **(sizes or {})}
+        shape = [_number(program, name, size, size_values) for size in spec.shape]
+        states[name] = torch.zeros(shape, dtype=spec.dtype)
+    return states
 
 
-def _number(program: Program, name: str, size: int | str, known: Mapping[str, int]) -> int:
-    """The value of a size, which may be an expression over sizes of the inputs."""
-    symbols = {given: symbol for symbol, given in program.symbols.items()}
+def _number(program: Program, name: str, size: int | str, size_values: Mapping[str, int]) -> int:
+    """Return the value of a size, which may be an expression over sizes of the inputs."""
+    symbols = {size_name: symbol for symbol, size_name in program.symbols.items()}
     value = parse_size(size, symbols)
-    value = value.subs({symbols[given]: number for given, number in known.items() if given in symbols})
+    value = value.subs(
+        {symbols[size_name]: number for size_name, number in size_values.items() if size_name in symbols}
+    )
     if not value.is_Integer:
         raise UsageError(f"{name} has the size {size}, which varies", hint=f"sizes={{{str(size)!r}: ...}}")
     return int(value)
 
 
-def _sizes_of(program: Program, given: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The sizes that inputs have, by name."""
-    shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in given.items()]
-    return {
-        s: n for wanted, found in shapes for s, n in zip(wanted, found, strict=True) if isinstance(s, str)
-    }
+def _sizes_of(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the sizes of the inputs, by name."""
+    shapes = [(program.signature.inputs[name].shape, tensor.shape) for name, tensor in inputs.items()]
+    return {s: n for names, shape in shapes for s, n in zip(names, shape, strict=True) if isinstance(s, str)}
 
 
 def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch.Tensor]) -> Iterator[Any]:
-    """Yield what a streaming program makes of each piece, the states carried from one to the next.
+    """Yield the outputs of a streaming program for each piece, passing the recurrent state from piece to piece.
 
     Args:
         program: made by stream-convolutions.
@@ -80,11 +82,11 @@ def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch
     state: dict[str, torch.Tensor] | None = None
     others = [name for name in program.signature.inputs if name not in states_of(program)]
     for piece in pieces:
-        given = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
+        inputs = dict(piece) if isinstance(piece, Mapping) else {others[0]: piece}
         if state is None:
-            sizes = _sizes_of(program, {name: t for name, t in given.items() if name in others})
-            state = initial_state(program, next(iter(given.values())).shape[0], sizes=sizes)
-        results = run(program, program.bind((), {**given, **state}))
+            sizes = _sizes_of(program, {name: t for name, t in inputs.items() if name in others})
+            state = initial_state(program, next(iter(inputs.values())).shape[0], sizes=sizes)
+        results = run(program, program.bind((), {**inputs, **state}))
         state = {name: results.pop(f"next_{name}") for name in state}
         yield next(iter(results.values())) if len(results) == 1 else results
 
@@ -92,12 +94,12 @@ def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch
 def compare_in_chunks(
     whole: Program, streaming: Program, time: str, *, every_value: bool = False, seed: int = 0
 ) -> Difference | None:
-    """Run random pieces in float64 and return where they differ most from the whole.
+    """Run random pieces in float64 and return the largest difference from the program that takes all frames.
 
     Args:
         whole: the program that takes all frames at once.
-        streaming: the one that takes pieces.
-        time: the name of the size that is cut.
+        streaming: the program that takes pieces.
+        time: the name of the size that is split into pieces.
         every_value: compare all values of the graph that both have, and return the first that differs.
         seed: of inputs and pieces.
     """
@@ -114,9 +116,9 @@ def compare_in_chunks(
     expected = interpret(wide, inputs, record=recorded)
     worst: Difference | None = None
     for pieces in ([1] * frames, _pieces(frames, draw), [frames]):
-        found = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
+        results = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
         for name in [*[n.name for n in recorded], *whole.signature.output_names]:
-            error = _error(wide, name, found.get(name), expected, time)
+            error = _error(wide, name, results.get(name), expected, time)
             if error is not None and (worst is None or error > worst.error):
                 if every_value and error > 1e-9:
                     return Difference(name, error)
@@ -134,20 +136,20 @@ def _pieces(frames: int, draw: random.Random) -> list[int]:
 def _inputs(
     program: Program, time: str, frames: int, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    made, axes = {}, {}
+    inputs, axes = {}, {}
     for name, spec in program.signature.inputs.items():
         shape = [frames if s == time else s if isinstance(s, int) else _other(program, s) for s in spec.shape]
         if spec.dtype.is_floating_point:
-            made[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
+            inputs[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
         else:
-            made[name] = torch.ones(shape, dtype=spec.dtype)
+            inputs[name] = torch.ones(shape, dtype=spec.dtype)
         if time in spec.shape:
             axes[name] = spec.shape.index(time)
-    return made, axes
+    return inputs, axes
 
 
 def _other(program: Program, size: str) -> int:
-    """Two for what lies side by side; what another axis had when the program was captured."""
+    """Return 2 for the batch, and the size at capture for any other axis."""
     first = {str(spec.shape[0]) for spec in program.signature.inputs.values() if spec.shape}
     return 2 if size in first or size not in program.signature.sizes else program.signature.sizes[size].hint
 
@@ -159,24 +161,24 @@ def _in_pieces(
     pieces: Sequence[int],
     names: Sequence[str],
 ) -> dict[str, list[torch.Tensor]]:
-    found: dict[str, list[torch.Tensor]] = {}
+    results: dict[str, list[torch.Tensor]] = {}
     batch = next(iter(inputs.values())).shape[0]
     states = initial_state(program, batch, sizes=_sizes_of(program, inputs))
     state = {n: t.double() for n, t in states.items()}
     nodes = {n.name: n for n in program.graph.nodes}
-    place = 0
+    start = 0
     for size in pieces:
-        given = {n: t.narrow(axes[n], place, size) if n in axes else t for n, t in inputs.items()}
-        place += size
-        values = interpret(program, {**given, **state}, record=[nodes[n] for n in names if n in nodes])
+        piece = {n: t.narrow(axes[n], start, size) if n in axes else t for n, t in inputs.items()}
+        start += size
+        values = interpret(program, {**piece, **state}, record=[nodes[n] for n in names if n in nodes])
         state = {name: values[f"next_{name}"] for name in state}
         for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return found
+            results.setdefault(name, []).append(value)
+    return results
 
 
 def _timed(program: Program, node: Any, time: str) -> int | None:
-    """The axis of a value that is time, if exactly one is."""
+    """Return the time axis of a value, if it has exactly one."""
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, torch.Tensor):
         return None
@@ -185,16 +187,16 @@ def _timed(program: Program, node: Any, time: str) -> int | None:
 
 
 def _error(
-    program: Program, name: str, parts: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
+    program: Program, name: str, pieces: list[torch.Tensor] | None, expected: Mapping[str, Any], time: str
 ) -> float | None:
-    """The difference of a value's pieces, one after the other, from the whole; None where there are none."""
+    """Return the error of a value's concatenated pieces; None where there are none."""
     nodes = {n.name: n for n in program.graph.nodes}
     node = nodes.get(name)
     if name in program.signature.output_names:
         node = dict(zip(program.signature.output_names, program.output_node.args[0], strict=True))[name]  # type: ignore[arg-type]
-    if parts is None or node is None:
+    if pieces is None or node is None:
         return None
     axis = _timed(program, node, time)
     if axis is None:
         return float("inf") if name in program.signature.output_names else None
-    return relative_error(torch.cat(parts, axis), expected[name])
+    return relative_error(torch.cat(pieces, axis), expected[name])

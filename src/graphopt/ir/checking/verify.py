@@ -1,4 +1,4 @@
-"""The rules of the graph, checked where it changed: order, values, weights, signature, shapes."""
+"""The invariants of the graph, checked where it changed: order, values, weights, signature, shapes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def verify(program: Program, nodes: Iterable[fx.Node] | None = None) -> None:
     """Check the structure of the whole graph, and the shapes of ``nodes`` (of all if None).
 
-    Structure costs about a microsecond a node; shapes are inferred again, which costs milliseconds a node,
-    so passes re-infer what they touched.
+    Checking the structure costs about a microsecond a node; inferring shapes again costs milliseconds a node,
+    so passes infer only what they touched.
 
     Raises:
         VerificationError: with the node, its source line and the graph around it.
@@ -45,7 +45,7 @@ def verify(program: Program, nodes: Iterable[fx.Node] | None = None) -> None:
                 program,
                 node,
                 f"its recorded value is {describe_value(node.meta['val'])}, "
-                f"the operator gives {describe_value(value)}",
+                f"but the operator returns {describe_value(value)}",
             )
 
 
@@ -69,7 +69,7 @@ def _structure(program: Program) -> None:
             if node.name not in program.weights and "input" not in node.meta:
                 raise _at(program, node, "it is neither a weight nor an input")
         elif node.op != "output":
-            raise _at(program, node, f"operations of kind {node.op} have no place in a program")
+            raise _at(program, node, f"a program cannot have operations of kind {node.op}")
     _tables(program, seen, names)
 
 
@@ -87,19 +87,23 @@ def _tables(program: Program, seen: set[fx.Node], names: set[str]) -> None:
             raise _at(
                 program,
                 node,
-                f"weight {weight.name} is {describe_value(value)}, its values are {weight.source.dtype} "
+                f"weight {weight.name} is {describe_value(value)}, but its values are {weight.source.dtype} "
                 f"{list(weight.source.shape)}",
             )
     inputs = set(program.input_nodes)
     expected = set(program.signature.inputs) | set(program.dials)
     if inputs != expected:
-        raise VerificationError(f"the graph takes {sorted(inputs)}, the signature says {sorted(expected)}")
+        raise VerificationError(
+            f"the graph takes {sorted(inputs)}, but the signature lists {sorted(expected)}"
+        )
     results = program.output_node.args[0]
     if not isinstance(results, (list, tuple)) or len(results) != len(program.signature.output_names):
-        raise VerificationError("the graph returns another number of values than the signature says")
+        raise VerificationError("the graph does not return the number of values that the signature lists")
     for name, node in program.checkpoint.items():
         if node not in seen:
-            raise VerificationError(f"the way back to the checkpoint's {name} was erased", node=node.name)
+            raise VerificationError(
+                f"the node that maps to the checkpoint's {name} was erased", node=node.name
+            )
 
 
 def _at(program: Program, node: fx.Node, reason: str) -> VerificationError:
@@ -113,12 +117,12 @@ def _at(program: Program, node: fx.Node, reason: str) -> VerificationError:
 def compare_programs(
     before: Program, after: Program, inputs: dict[str, torch.Tensor], *, float64: bool = True
 ) -> dict[str, float]:
-    """Run both whole programs, streamed, and return the relative error of each output they share.
+    """Run both programs, streamed, and return the relative error of each output they share.
 
     Args:
         before: the reference.
         after: what is checked.
-        inputs: by input name, for both; dials that are not among them stand at their defaults.
+        inputs: by input name, for both; run-time settings that are not among them have their defaults.
         float64: retype both, so that rounding does not hide errors.
     """
     first, second = (_run(p, inputs, float64) for p in (before, after))

@@ -1,4 +1,4 @@
-"""Cost: FLOPs, bytes, peak memory and time of a program, as numbers and as expressions of its sizes."""
+"""Cost of a program: FLOPs, bytes, peak memory and time, as numbers and as expressions of its sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a program's arithmetic a run really used: tokens on narrow ways, experts left out, layers passed over."""
+"""FLOPs that a run actually used, given narrow widths, inactive experts and skipped layers."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 
 def choices_of(program: Program) -> list[fx.Node]:
-    """Return the values that say which ways tokens take: to be recorded while the program runs."""
-    found: dict[fx.Node, None] = {}
+    """Return the values that route tokens to widths or experts: to be recorded while the program runs."""
+    choices: dict[fx.Node, None] = {}
     for node in program.nodes:
         if is_operator(node, "graphopt.nested_ffn"):
-            found[arguments(node)["choice"]] = None
+            choices[arguments(node)["choice"]] = None
         elif is_operator(node, "graphopt.routed_ffn"):
-            found[arguments(node)["experts"]] = None
-    return list(found)
+            choices[arguments(node)["experts"]] = None
+    return list(choices)
 
 
 def passed_over(program: Program) -> set[fx.Node]:
-    """Return what is computed for layers alone that are skipped while tokens are added to a prompt."""
+    """Return the nodes that are needed only by layers that are skipped during decoding."""
     if not any(is_operator(n, "graphopt.skipped") for n in program.nodes):
         return set()
-    found: set[fx.Node] = set()
+    decoding_nodes: set[fx.Node] = set()
     work = list(program.outputs.values())
     while work:
         node = work.pop()
-        if node not in found:
-            found.add(node)
+        if node not in decoding_nodes:
+            decoding_nodes.add(node)
             work += (
                 [arguments(node)["before"]] if is_operator(node, "graphopt.skipped") else node.all_input_nodes
             )
-    return needed_for(program.outputs.values(), ()) - found
+    return needed_for(program.outputs.values(), ()) - decoding_nodes
 
 
 class ActiveWork:
-    """Counts FLOPs over batches, of what tokens used and of what they could have used; padding counts as it computes.
+    """Counts FLOPs over batches: those that tokens used, and those possible. Padding counts, since it is computed.
 
     Args:
         program: not sharded.
@@ -86,16 +86,16 @@ class ActiveWork:
             self.routed_used += flops[node] * share
             self.routed_possible += flops[node]
         self.used += total - saved
-        # where there are no tokens, by row
+        # without tokens, rows are counted
         read = next((inputs[n] for n in ("input_ids", "inputs_embeds") if n in inputs), None)
         self.tokens += len(next(iter(inputs.values()))) if read is None else read.shape[0] * read.shape[1]
 
     def _flops(self, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, float]:
         sizes: dict[str, int] = {}
         for name, spec in self.program.signature.inputs.items():
-            for wanted, size in zip(spec.shape, inputs[name].shape, strict=True):
-                if isinstance(wanted, str) and wanted in self.program.signature.sizes:
-                    sizes[wanted] = int(size)
+            for size_name, size in zip(spec.shape, inputs[name].shape, strict=True):
+                if isinstance(size_name, str) and size_name in self.program.signature.sizes:
+                    sizes[size_name] = int(size)
         key = tuple(sorted(sizes.items()))
         if key not in self._static:
             self._static[key] = {n: float(w.flops) for n, w in works_by_node(self.program, sizes).items()}
@@ -103,12 +103,12 @@ class ActiveWork:
 
 
 def _share(node: fx.Node, recorded: Mapping[str, Any]) -> float:
-    found = arguments(node)
+    args = arguments(node)
     if is_operator(node, "graphopt.nested_ffn"):
-        widths = torch.tensor(found["widths"], dtype=torch.float64)
-        return float(widths[recorded[found["choice"].name]].mean() / widths.max())
-    experts = recorded[found["experts"].name]
-    count = int(found["up"].meta["val"].shape[0])
+        widths = torch.tensor(args["widths"], dtype=torch.float64)
+        return float(widths[recorded[args["choice"].name]].mean() / widths.max())
+    experts = recorded[args["experts"].name]
+    count = int(args["up"].meta["val"].shape[0])
     return float(((experts >= 0) & (experts < count)).double().mean())
 
 

@@ -1,4 +1,4 @@
-"""What it takes to add up n bytes over p ranks: links and all-reduce algorithms.
+"""Time of an all-reduce of n bytes over p ranks: links and algorithms.
 
 α is the latency of a hop in seconds, β the bandwidth in bytes per second and direction. Every function
 returns seconds, and 0 for one rank.
@@ -18,13 +18,13 @@ from .names import nearest
 
 @dataclass(frozen=True)
 class Link:
-    """What joins ranks.
+    """An interconnect between ranks.
 
     Attributes:
-        name: as it is asked for.
+        name: as given by users.
         bandwidth: bytes per second, per direction and rank (β).
         latency: seconds per hop (α).
-        in_switch: switches can add (NVLink SHARP).
+        in_switch: switches can reduce (NVLink SHARP).
         note: where the numbers come from.
     """
 
@@ -54,21 +54,21 @@ LINKS: dict[str, Link] = {
 def find_link(name: str, device: Device | None = None) -> Link:
     """Return a link by name, or from a JSON file that ``graphopt links --fit`` wrote.
 
-    ``nvlink`` has the rate of the device, where one is given.
+    ``nvlink`` has the bandwidth of the device, where one is given.
 
     Raises:
-        UsageError: there is none of that name, the file holds none, or the device has none.
+        UsageError: there is no link of that name, the file does not hold one, or the device has no such link.
     """
-    found = _read_link(name) if name.endswith(".json") else LINKS.get(name.lower())
-    if found is None:
+    link = _read_link(name) if name.endswith(".json") else LINKS.get(name.lower())
+    if link is None:
         raise UsageError(f"no link is called {name!r}", hint=nearest(name, LINKS))
-    if device is None or found.name != "nvlink":
-        return found
+    if device is None or link.name != "nvlink":
+        return link
     if device.link is None:
         raise UsageError(
             f"{device.name} has no NVLink", hint=nearest("", (n for n in LINKS if n != "nvlink"))
         )
-    return found if device.link >= found.bandwidth else replace(LINKS["nvlink3"], bandwidth=device.link)
+    return link if device.link >= link.bandwidth else replace(LINKS["nvlink3"], bandwidth=device.link)
 
 
 def _read_link(path: str) -> Link:
@@ -97,44 +97,47 @@ def _hops(ranks: int) -> int:
 
 
 def ring(size: float, ranks: int, link: Link) -> float:
-    """Ring all-reduce: 2(p−1)α + 2(p−1)/p · n/β."""
+    """Return the time of a ring all-reduce: 2(p−1)α + 2(p−1)/p · n/β."""
     _hops(ranks)
     return 2 * (ranks - 1) * link.latency + 2 * (ranks - 1) / ranks * size / link.bandwidth
 
 
 def tree(size: float, ranks: int, link: Link) -> float:
-    """Binomial tree, reduce and broadcast: 2⌈log2 p⌉(α + n/β)."""
+    """Return the time of reduce and broadcast over a binomial tree: 2⌈log2 p⌉(α + n/β)."""
     return 2 * _hops(ranks) * (link.latency + size / link.bandwidth)
 
 
 def double_tree(size: float, ranks: int, link: Link) -> float:
-    """Pipelined double binary tree: 2⌈log2 p⌉α + 2n/β."""
+    """Return the time of a pipelined double binary tree: 2⌈log2 p⌉α + 2n/β."""
     hops = _hops(ranks)
     return 2 * hops * link.latency + 2 * size / link.bandwidth if hops else 0.0
 
 
 def one_shot(size: float, ranks: int, link: Link) -> float:
-    """Every rank pushes everything to every other: α + (p−1)n/β."""
+    """Return the time if every rank sends all data to every other: α + (p−1)n/β."""
     return link.latency + (ranks - 1) * size / link.bandwidth if _hops(ranks) else 0.0
 
 
 def two_shot(size: float, ranks: int, link: Link) -> float:
-    """Direct reduce-scatter, then direct all-gather: 2α + 2(p−1)/p · n/β."""
+    """Return the time of a direct reduce-scatter and a direct all-gather: 2α + 2(p−1)/p · n/β."""
     return 2 * link.latency + 2 * (ranks - 1) / ranks * size / link.bandwidth if _hops(ranks) else 0.0
 
 
 def star(size: float, ranks: int, link: Link) -> float:
-    """Everybody sends to one rank, which adds and sends back: 2α + 2(p−1)n/β (TPI-LLM, arXiv 2410.00531)."""
+    """Return the time if one rank adds all messages and sends the sum back: 2α + 2(p−1)n/β.
+
+    TPI-LLM, arXiv 2410.00531.
+    """
     return 2 * link.latency + 2 * (ranks - 1) * size / link.bandwidth if _hops(ranks) else 0.0
 
 
 def in_switch(size: float, ranks: int, link: Link) -> float:
-    """The switch adds (NVLS): 2α + n/β."""
+    """Return the time of a reduction in the switch (NVLS): 2α + n/β."""
     return 2 * link.latency + size / link.bandwidth if _hops(ranks) else 0.0
 
 
 def all_gather(size: float, ranks: int, link: Link) -> float:
-    """Ring all-gather, or reduce-scatter, of n bytes in all: half of a ring all-reduce."""
+    """Return the time of a ring all-gather, or reduce-scatter, of n bytes in total: half of a ring all-reduce."""
     return ring(size, ranks, link) / 2
 
 

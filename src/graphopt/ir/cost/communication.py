@@ -1,4 +1,4 @@
-"""What the ranks of a sharded program send one another, and how long that takes over a link."""
+"""Communication between the ranks of a sharded program: bytes sent, and time over a link."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Sync:
 
     Attributes:
         node: the collective.
-        algorithm: how it is made.
-        message: bytes of the value that is summed or gathered, as it travels.
+        algorithm: its algorithm.
+        message: bytes of the value that is summed or gathered, as sent.
         sent: bytes that each rank sends.
         seconds: over the link; None without one.
     """
@@ -49,7 +49,7 @@ def communication(
 
     Args:
         program: sharded.
-        link: what joins the ranks.
+        link: the interconnect between the ranks.
         sizes: sizes by name; the others as at capture.
         algorithm: of plain all-reduces: ring, tree, double-tree, one-shot, two-shot, star, or the best.
     """
@@ -61,8 +61,8 @@ def communication(
 
 
 def _sync(node: fx.Node, ranks: int, link: Link | None, number: Numbers, algorithm: str) -> Sync:
-    found = arguments(node)
-    value = found["x"].meta["val"]
+    args = arguments(node)
+    value = args["x"].meta["val"]
     shape = [number(expression(s)) if not isinstance(s, int) else s for s in value.shape]
     count = 1
     for size in shape:
@@ -72,9 +72,9 @@ def _sync(node: fx.Node, ranks: int, link: Link | None, number: Numbers, algorit
     if name == "graphopt.quantized_all_reduce":
         return _quantized(node, count // shape[-1], shape[-1], ranks, link)
     if name in ("graphopt.all_gather", "graphopt.reduce_scatter"):
-        whole = plain * ranks if name == "graphopt.all_gather" else plain
-        seconds = None if link is None else all_gather(whole, ranks, link)
-        return Sync(node.name, "ring", whole, whole * (ranks - 1) // ranks, seconds)
+        total = plain * ranks if name == "graphopt.all_gather" else plain
+        seconds = None if link is None else all_gather(total, ranks, link)
+        return Sync(node.name, "ring", total, total * (ranks - 1) // ranks, seconds)
     seconds = None
     if link is not None:
         if algorithm == "best":
@@ -85,19 +85,19 @@ def _sync(node: fx.Node, ranks: int, link: Link | None, number: Numbers, algorit
 
 
 def _quantized(node: fx.Node, tokens: int, features: int, ranks: int, link: Link | None) -> Sync:
-    found = arguments(node)
-    kept, bits, block = int(found["kept"]), int(found["bits"]), int(found["block"])
-    form = chosen_algorithm(found["algorithm"], tokens, features, ranks, bits, int(found["crossover"]))
+    args = arguments(node)
+    outliers, bits, block = int(args["kept"]), int(args["bits"]), int(args["block"])
+    form = chosen_algorithm(args["algorithm"], tokens, features, ranks, bits, int(args["crossover"]))
     if form == "gather":
-        message = tokens * payload_bytes(features, kept, bits, block)
+        message = tokens * payload_bytes(features, outliers, bits, block)
         seconds = None if link is None else one_shot(message, ranks, link)
         return Sync(node.name, form, message, (ranks - 1) * message, seconds)
-    largest = share_bytes(features, kept, bits, block, ranks)
+    largest = share_bytes(features, outliers, bits, block, ranks)
     message = tokens * largest * ranks
     seconds = None if link is None else two_shot(message, ranks, link)
     return Sync(node.name, form, message, 2 * (ranks - 1) * tokens * largest, seconds)
 
 
 def sent_bytes(program: Program, sizes: Mapping[str, int] | None = None) -> int:
-    """Return how many bytes each rank sends in one run; 0 for a program that is not sharded."""
+    """Return the number of bytes each rank sends in one run; 0 for a program that is not sharded."""
     return sum(sync.sent for sync in communication(program, None, sizes))

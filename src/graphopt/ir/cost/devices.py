@@ -20,10 +20,10 @@ _STAND_INS = {
 
 @dataclass(frozen=True)
 class Device:
-    """A device as a roofline sees it.
+    """The properties of a device that a roofline model needs.
 
     Attributes:
-        name: lower case, as it is asked for.
+        name: lower case, as given by users.
         flops: dense peak in operations per second, by element type.
         bandwidth: memory bandwidth in bytes per second.
         memory: bytes of its own memory; None where it shares the host's.
@@ -41,7 +41,7 @@ class Device:
     def peak(self, kind: str = "bfloat16") -> float:
         """Return the peak in operations per second for an element type.
 
-        A type that is not listed runs as the nearest wider one that is; any other at the slowest listed.
+        A type that is not listed runs at the rate of the nearest wider listed type; any other at the slowest rate.
         """
         for name in (kind, *_STAND_INS.get(kind, ("float32",))):
             if name in self.flops:
@@ -49,14 +49,14 @@ class Device:
         return min(self.flops.values())
 
     def ridge(self, kind: str = "bfloat16") -> float:
-        """Return the arithmetic intensity, in operations per byte, from which on arithmetic is the limit."""
+        """Return the arithmetic intensity, in operations per byte, above which arithmetic is the limit."""
         return self.peak(kind) / self.bandwidth
 
     def derated(self, compute: float = 1.0, bandwidth: float = 1.0) -> Device:
-        """Return the device with these fractions of its peaks: what kernels reach.
+        """Return the device with these fractions of its peak rates, to model what kernels reach.
 
-        Usual are 0.5 to 0.7 of the arithmetic and 0.8 to 0.9 of the bandwidth on GPUs, 0.5 to 0.7 of the
-        bandwidth on NPUs.
+        Typical values are 0.5 to 0.7 of the arithmetic and 0.8 to 0.9 of the bandwidth on GPUs, and 0.5 to 0.7 of
+        the bandwidth on NPUs.
         """
         if not (0 < compute <= 1 and 0 < bandwidth <= 1):
             raise UsageError(f"a device is derated to fractions of its peaks, not {compute} and {bandwidth}")
@@ -116,7 +116,7 @@ def find_device(name: str) -> Device:
     Raises:
         UsageError: there is none of that name.
     """
-    found = DEVICES.get(name.lower())
-    if found is None:
+    device = DEVICES.get(name.lower())
+    if device is None:
         raise UsageError(f"no device is called {name!r}", hint=nearest(name, DEVICES))
-    return found
+    return device

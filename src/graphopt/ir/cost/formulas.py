@@ -12,7 +12,7 @@ from . import fused as fused
 from . import products as products
 from .registry import formula, formula_of
 
-# of each entry they compare or choose, and are not pointwise where operands are cut
+# one operation per entry, but not pointwise for sharding
 _COMPARING = {"aten.isin", "aten.prelu", "aten.tril", "aten.triu"}
 
 
@@ -26,9 +26,9 @@ def work(call: Call) -> Work:
 
     An operator without a formula moves its operands and results and counts no FLOPs.
     """
-    found = formula_of(call.name)
-    if found is not None:
-        return found(call)
+    registered = formula_of(call.name)
+    if registered is not None:
+        return registered(call)
     if known(call):
         return moved(call, call.output.numel)
     return moved(call)
@@ -60,8 +60,8 @@ def variance(call: Call) -> Work:
 def pool(call: Call) -> Work:
     """FLOPs: 1 per element under the kernel."""
     dims = int(call.name[-2])
-    given = call.arguments["kernel_size"]
-    kernel = given if isinstance(given, tuple) else (given,)
+    kernel_size = call.arguments["kernel_size"]
+    kernel = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
     return moved(call, call.output.numel * product(kernel if len(kernel) == dims else kernel * dims))
 
 
@@ -76,19 +76,19 @@ def copy(call: Call) -> Work:
 
 
 def _rows(call: Call, source: str) -> Work:
-    """No FLOPs: of ``source`` only what is returned is read."""
+    """No FLOPs: only the returned elements of ``source`` are read."""
     return moved(call, 0, {source: call.output.numel})
 
 
 @formula("aten.embedding")
 def embedding(call: Call) -> Work:
-    """No FLOPs: of the table only the rows looked up are read."""
+    """No FLOPs: only the rows looked up are read from the table."""
     return _rows(call, "weight")
 
 
 @formula(*named(Trait.LOOKUP) - {"aten.embedding"})
 def lookup(call: Call) -> Work:
-    """No FLOPs: of the source only the elements returned are read."""
+    """No FLOPs: only the elements returned are read from the source."""
     return _rows(call, "self")
 
 

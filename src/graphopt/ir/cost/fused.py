@@ -1,4 +1,4 @@
-"""Formulas of ATen operators that stand for a whole part: norms, softmax, attention."""
+"""Formulas of ATen operators that fuse several steps: norms, softmax, attention."""
 
 from __future__ import annotations
 

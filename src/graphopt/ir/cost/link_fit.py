@@ -1,4 +1,4 @@
-"""Latency and bandwidth of the processes that run now, from the times of their own all-reduces."""
+"""Latency and bandwidth between the running processes, fitted to measured times of all-reduces."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..storage.atomic import atomic_file
 from .collectives import Link
 
 SIZES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-"""Bytes of the messages measured: one token of a small model to a prompt of a large one."""
+"""Message sizes measured, in bytes: from one token of a small model to a prompt of a large one."""
 
 
 def fit(points: Sequence[tuple[int, float]], ranks: int, name: str = "fitted") -> Link:
-    """Return the link whose ring all-reduce, 2(p-1)α + 2(p-1)/p · n/β, comes closest to measured times.
+    """Return the link whose ring all-reduce, 2(p-1)α + 2(p-1)/p · n/β, fits measured times best.
 
-    Least squares of relative errors, both numbers at least zero.
+    Least squares of relative errors, with both parameters at least zero.
 
     Args:
         points: message sizes in bytes and seconds.
@@ -53,10 +53,10 @@ def measure(
     rounds: int = 20,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[tuple[int, float]]:
-    """Return the median seconds of an all-reduce of each size in bytes, over the processes that run together."""
+    """Return the median seconds of an all-reduce for each size in bytes, over all processes of the group."""
     bound = groups.bind("links")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    points = []
     for size in sizes:
         value = torch.ones(max(1, size // 4), device=device)
         times = []
@@ -67,18 +67,18 @@ def measure(
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-        # the slowest rank is what everybody waits for
+        # all ranks wait for the slowest
         middle = torch.tensor([statistics.median(times[3:])], device=device)
         slowest = float(groups.all_gather(middle, bound).max())
-        found.append((size, slowest))
+        points.append((size, slowest))
         if progress is not None:
             progress(size, slowest)
     groups.unbind("links")
-    return found
+    return points
 
 
 def write_link(link: Link, path: str | Path) -> None:
     """Write a link to a JSON file that ``find_link`` reads."""
     data = {"name": link.name, "bandwidth": link.bandwidth, "latency": link.latency, "note": link.note}
-    with atomic_file(path) as made:
-        made.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -47,32 +47,32 @@ def peak_memory(program: Program, sizes: Mapping[str, int] | None = None) -> Pea
 
 def find_peak(program: Program, number: Callable[[Size], int]) -> Peak:
     """Return the peak of activation memory with sizes given by a function."""
-    found = survey(program)
+    calls = survey(program)
     nodes = list(program.graph.nodes)
     order = {node: index for index, node in enumerate(nodes)}
     end = len(nodes) - 1
     born: dict[fx.Node, int] = {}
     dies: dict[fx.Node, int] = {}
     for index, node in enumerate(nodes):
-        if node.op == "output" or node in found.constant:
+        if node.op == "output" or node in calls.constant:
             continue
-        base = found.base[node]
-        if base in found.constant or not found.operands[node]:
+        base = calls.base[node]
+        if base in calls.constant or not calls.operands[node]:
             continue
-        given = node.op == "placeholder"
+        is_input = node.op == "placeholder"
         if base is node:
-            born[node] = 0 if given else index
-        last = end if given else max((order[user] for user in node.users), default=index)
+            born[node] = 0 if is_input else index
+        last = end if is_input else max((order[user] for user in node.users), default=index)
         dies[base] = max(dies.get(base, index), last)
-    held = {node: sum(number(operand.bytes) for operand in found.operands[node]) for node in born}
+    sizes = {node: sum(number(operand.bytes) for operand in calls.operands[node]) for node in born}
     change = [0] * (len(nodes) + 1)
     for node, first in born.items():
-        change[first] += held[node]
-        change[dies[node] + 1] -= held[node]
+        change[first] += sizes[node]
+        change[dies[node] + 1] -= sizes[node]
     best = now = at = 0
     for index in range(len(nodes)):
         now += change[index]
         if now > best:
             best, at = now, index
-    alive = {node.name: held[node] for node in born if born[node] <= at <= dies[node]}
+    alive = {node.name: sizes[node] for node in born if born[node] <= at <= dies[node]}
     return Peak(best, nodes[at].name, dict(sorted(alive.items(), key=lambda item: -item[1])))

@@ -15,23 +15,23 @@ EMBEDDING, HEAD, OTHER = "embedding", "head", "other"
 def regions(program: Program) -> dict[fx.Node, str]:
     """Return the region of every node: the name of a block, ``embedding``, ``head`` or ``other``.
 
-    A block has its addition to the stream, and whatever only it reads, such as the keys and values of
-    cross-attention. The embedding is what a stream starts with; the head is what comes after the streams;
+    A block includes its addition to the stream, and whatever only it reads, such as the keys and values of
+    cross-attention. The embedding computes the start of a stream; the head follows the streams;
     masks and rotary tables that several blocks share are ``other``.
     """
-    found: dict[fx.Node, str] = program.derived("cost_regions", lambda: _find(program))
-    return found
+    region_of: dict[fx.Node, str] = program.derived("cost_regions", lambda: _find(program))
+    return region_of
 
 
 def _find(program: Program) -> dict[fx.Node, str]:
     anatomy = program.anatomy
-    found: dict[fx.Node, str] = {}
+    region_of: dict[fx.Node, str] = {}
     for block in anatomy.blocks:
         for node in block.nodes:
-            found.setdefault(node, block.name)
+            region_of.setdefault(node, block.name)
     for block in anatomy.blocks:
-        found.setdefault(block.add, block.name)
-        found.setdefault(block.writes, block.name)
+        region_of.setdefault(block.add, block.name)
+        region_of.setdefault(block.writes, block.name)
     nodes = list(program.graph.nodes)
     before = {stream.start for stream in anatomy.streams}
     feeds: set[fx.Node] = set()
@@ -39,21 +39,21 @@ def _find(program: Program) -> dict[fx.Node, str]:
         users = list(node.users)
         if any(user in before for user in users):
             before.add(node)
-        if any(user in found or user in feeds for user in users):
+        if any(user in region_of or user in feeds for user in users):
             feeds.add(node)
-    blocks = set(found)
+    blocks = set(region_of)
     after: set[fx.Node] = set()
     for node in nodes:
         if any(source in blocks or source in after for source in node.all_input_nodes):
             after.add(node)
     for node in reversed(nodes):
-        if node in found:
+        if node in region_of:
             continue
         if node in before:
-            found[node] = EMBEDDING
+            region_of[node] = EMBEDDING
         elif node in after and node not in feeds:
-            found[node] = HEAD
+            region_of[node] = HEAD
         else:
-            readers = {found[user] for user in node.users}
-            found[node] = readers.pop() if len(readers) == 1 else OTHER
-    return found
+            readers = {region_of[user] for user in node.users}
+            region_of[node] = readers.pop() if len(readers) == 1 else OTHER
+    return region_of

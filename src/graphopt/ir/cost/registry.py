@@ -10,7 +10,7 @@ from ..operators.work import Call, Work
 Formula = Callable[[Call], Work]
 
 FORMULAS: dict[str, Formula] = {}
-"""ATen's operators to their formulas, by name; sizes may be numbers or expressions, so a formula only does arithmetic."""
+"""Formulas of ATen's operators by name; sizes may be numbers or expressions, so a formula only does arithmetic."""
 
 
 def formula(*names: str) -> Callable[[Formula], Formula]:
@@ -25,6 +25,6 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
 
 
 def formula_of(name: str) -> Formula | None:
-    """Return the formula of an operator, of torch's or of ours; None if it has none."""
+    """Return the formula of an operator of torch or of graphopt; None if it has none."""
     spec = SPECS.get(name)
     return FORMULAS.get(name) if spec is None else spec.work

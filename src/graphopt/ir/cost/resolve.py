@@ -1,4 +1,4 @@
-"""Sizes of a program as numbers: those asked for, the rest as at capture."""
+"""Sizes of a program as numbers: as given, or as at capture."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class Numbers:
         for name, value in (sizes or {}).items():
             self.sizes[name] = _checked(program, name, value, self.sizes)
         self._values = {symbol: sympy.Integer(self.sizes[name]) for symbol, name in names.items()}
-        self._known: dict[sympy.Expr, int] = {}
+        self._numbers: dict[sympy.Expr, int] = {}
 
     def __call__(self, size: Size) -> int:
         """Return a size as a number."""
         if isinstance(size, int):
             return size
-        if size not in self._known:
-            self._known[size] = int(size.xreplace(self._values))
-        return self._known[size]
+        if size not in self._numbers:
+            self._numbers[size] = int(size.xreplace(self._values))
+        return self._numbers[size]
 
 
 def symbol_names(program: Program) -> dict[sympy.Symbol, str]:
-    """Return every symbol in the program's sizes and its name.
+    """Return the name of every symbol in the program's sizes.
 
-    A size that no input decides, as the number of elements that a mask selects, goes by its symbol.
+    A size that depends on values, such as the number of elements that a mask selects, is named by its symbol.
     """
     names = dict(program.symbols)
     for symbol in sorted(survey(program).symbols() - set(names), key=str):
@@ -62,13 +62,13 @@ def _hint(program: Program, symbol: sympy.Symbol) -> int:
         return 1
 
 
-def _checked(program: Program, name: str, value: int, known: Mapping[str, int]) -> int:
-    if name not in known:
-        raise UsageError(f"the program has no size named {name!r}", hint=nearest(name, known))
+def _checked(program: Program, name: str, value: int, named_sizes: Mapping[str, int]) -> int:
+    if name not in named_sizes:
+        raise UsageError(f"the program has no size named {name!r}", hint=nearest(name, named_sizes))
     limits = program.signature.sizes.get(name)
     high = None if limits is None else limits.high
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"the size {name} is a positive integer, not {value!r}")
     if high is not None and value > high:
-        raise UsageError(f"{name} is {value}, the program takes up to {high}")
+        raise UsageError(f"{name} is {value}, but the program takes up to {high}")
     return value

@@ -1,4 +1,4 @@
-"""Time by roofline: a call takes as long as the slower of its arithmetic and its memory traffic.
+"""Roofline model of time: a call takes as long as the slower of its arithmetic and its memory traffic.
 
 ``t = max(FLOPs / peak, bytes / bandwidth)`` (LLM-Viewer, arXiv 2402.16363), summed over calls: nothing
 overlaps. Peaks are those of the device as given; :meth:`Device.derated` gives what kernels reach.
@@ -18,12 +18,12 @@ Bound = Literal["compute", "memory"]
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a call, or a program, takes.
+    """The time of a call, or of a program.
 
     Attributes:
         flops: floating-point operations.
         bytes: bytes moved.
-        seconds: time in all.
+        seconds: total time.
         memory_seconds: the part spent in calls that memory limits.
         bound: what limits a call; of a program, what limits it for more of the time.
     """
@@ -62,7 +62,7 @@ def time_call(flops: int, bytes_moved: int, device: Device, kind: str = "bfloat1
 
 
 def total(timings: Iterable[tuple[Timing, int]]) -> Timing:
-    """Return the time of calls one after the other; each comes with how often it is made."""
+    """Return the total time of calls in sequence; each comes with the number of times it is made."""
     flops = moved = 0
     seconds = memory = 0.0
     for timing, count in timings:

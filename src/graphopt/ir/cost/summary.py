@@ -1,4 +1,4 @@
-"""What a program costs to run: parameters, FLOPs, bytes, peak memory and time, in all and by block."""
+"""The cost of running a program: parameters, FLOPs, bytes, peak memory and time, in total and by block."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """The share of one block, or of the embedding, the head or the rest.
+    """The cost of one block, or of the embedding, the head or everything else.
 
     Attributes:
-        operators: how many operators compute something; views and folded ones do not.
+        operators: number of operators that compute something; views and folded operators do not.
         flops: floating-point operations.
         bytes: bytes moved.
         weight_bytes: bytes of weights among them.
@@ -47,13 +47,13 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run of a program costs.
+    """The cost of one run of a program.
 
     Attributes:
         sizes: the named sizes it was computed for.
-        parameters: number of trained values that the program reads, what depends on weights alone folded.
+        parameters: number of trained values that the program reads, after folding what depends on weights alone.
         parameter_bytes: their bytes.
-        resident_bytes: bytes of all weights, buffers included: what a device holds between runs.
+        resident_bytes: bytes of all weights, buffers included: the memory a device needs between runs.
         flops: floating-point operations; a multiplication and an addition count as two.
         bytes: bytes moved to and from memory, no operator fused with another.
         weight_bytes: bytes of weights among them, read once per operator that reads them.
@@ -104,22 +104,22 @@ class Cost:
 def cost(
     program: Program, sizes: Mapping[str, int] | None = None, device: Device | str | None = None
 ) -> Cost:
-    """Return what one run of a program costs.
+    """Return the cost of one run of a program.
 
     Args:
-        program: a program in the dialect.
+        program: a canonical program.
         sizes: sizes by name, such as ``{"batch": 1, "sequence": 4096}``; the others as at capture.
-        device: to estimate time on, or its name.
+        device: the device to estimate time for, or its name.
 
     Raises:
         UsageError: a size or the device has no such name, or a size is out of range.
     """
-    where = find_device(device) if isinstance(device, str) else device
-    found = survey(program)
+    target_device = find_device(device) if isinstance(device, str) else device
+    calls = survey(program)
     number = Numbers(program, sizes)
-    works, timings = _works(found, number, where)
+    works, timings = _works(calls, number, target_device)
     tally = _Tally(works, timings)
-    everything = tally.of(found.call_of.values())
+    everything = tally.of(calls.call_of.values())
     weights = count_weights(program)
     peak: Peak = find_peak(program, number)
     return Cost(
@@ -132,23 +132,23 @@ def cost(
         weight_bytes=everything.weight_bytes,
         peak_memory=peak.bytes,
         peak_node=peak.node,
-        device=None if where is None else where.name,
+        device=None if target_device is None else target_device.name,
         time_seconds=everything.time_seconds,
         bound=everything.bound,
         expressions=expressions(program),
         names=symbol_names(program),
-        blocks=_blocks(program, found, tally),
-        unknown=found.unknown(),
+        blocks=_blocks(program, calls, tally),
+        unknown=calls.unknown(),
     )
 
 
 def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Return what changes of a program are reported by, without its shares by block: parameters,
-    parameter_bytes, flops, bytes and peak_memory, as in :class:`Cost`, and what a rank sends."""
-    found = survey(program)
+    """Return the totals that reports compare: parameters, parameter_bytes, flops, bytes and peak_memory,
+    as in :class:`Cost`, and the bytes that a rank sends."""
+    calls = survey(program)
     number = Numbers(program, sizes)
-    works, _ = _works(found, number, None)
-    everything = _Tally(works, None).of(found.call_of.values())
+    works, _ = _works(calls, number, None)
+    everything = _Tally(works, None).of(calls.call_of.values())
     weights = count_weights(program)
     return {
         "parameters": weights.parameters,
@@ -163,19 +163,19 @@ def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict
 def works_by_node(program: Program, sizes: Mapping[str, int] | None = None) -> dict[fx.Node, Work]:
     """Return the work, in numbers, of every operator that computes something when the program runs.
 
-    Views and what depends on weights alone are not among them.
+    Views and operators on weights alone are left out.
     """
-    found = survey(program)
-    works, _ = _works(found, Numbers(program, sizes), None)
-    return {node: works[index] for node, index in found.call_of.items()}
+    calls = survey(program)
+    works, _ = _works(calls, Numbers(program, sizes), None)
+    return {node: works[index] for node, index in calls.call_of.items()}
 
 
 def expressions(program: Program) -> dict[str, sympy.Expr]:
     """Return the program's ``flops`` and ``bytes`` as expressions of its size symbols."""
 
     def find() -> dict[str, sympy.Expr]:
-        found = survey(program)
-        pairs = list(zip(found.symbolic, found.counts(), strict=True))
+        calls = survey(program)
+        pairs = list(zip(calls.symbolic, calls.counts(), strict=True))
         return {
             "flops": sympy.expand(sympy.Add(*(count * item.flops for item, count in pairs))),
             "bytes": sympy.expand(sympy.Add(*(count * item.bytes for item, count in pairs))),
@@ -184,17 +184,17 @@ def expressions(program: Program) -> dict[str, sympy.Expr]:
     return dict(program.derived("cost_expressions", find))
 
 
-def _works(found: Survey, number: Numbers, device: Device | None) -> tuple[list[Work], list[Timing] | None]:
+def _works(calls: Survey, number: Numbers, device: Device | None) -> tuple[list[Work], list[Timing] | None]:
     """Return the work of each distinct call in numbers, and its time where there is a device.
 
-    Formulas run again on numbers instead of substituting in their expressions, which is slower.
+    Formulas are evaluated on numbers, which is faster than substituting in their expressions.
     """
-    works = [work(call.at(number)) for call in found.calls]
+    works = [work(call.at(number)) for call in calls.calls]
     if device is None:
         return works, None
     timings = [
         time_call(int(item.flops), int(item.bytes), device, call.kind)
-        for call, item in zip(found.calls, works, strict=True)
+        for call, item in zip(calls.calls, works, strict=True)
     ]
     return works, timings
 
@@ -223,10 +223,10 @@ class _Tally:
         )
 
 
-def _blocks(program: Program, found: Survey, tally: _Tally) -> dict[str, BlockCost]:
-    where = regions(program)
+def _blocks(program: Program, program_calls: Survey, tally: _Tally) -> dict[str, BlockCost]:
+    region_of = regions(program)
     calls: dict[str, list[int]] = {block.name: [] for block in program.anatomy.blocks}
     calls |= {"embedding": [], "head": [], "other": []}
-    for node, index in found.call_of.items():
-        calls[where[node]].append(index)
+    for node, index in program_calls.call_of.items():
+        calls[region_of[node]].append(index)
     return {name: tally.of(indices) for name, indices in calls.items() if indices}

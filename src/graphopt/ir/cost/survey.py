@@ -1,4 +1,4 @@
-"""Which distinct calls a program makes when it runs, and in whose storage each value lies."""
+"""The distinct calls that a program makes when it runs, and the storage of each value."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ..program import Program
 
 VIEWS = named(Trait.VIEW | Trait.BITS) | {"aten.detach"}
-"""Operators that return their first operand's storage under other sizes."""
+"""Operators that return a view of their first operand."""
 
-# these never write anything out, whatever their operand
+# squeeze and unsqueeze never copy, whatever their operand
 _RESHAPES = named(Trait.RESHAPE) - {"aten.squeeze", "aten.unsqueeze"}
 _REPEATS = named(Trait.REPEAT)
 _PARTS = named(Trait.PART)
@@ -30,14 +30,14 @@ _PARTS = named(Trait.PART)
 
 @dataclass
 class Survey:
-    """The calls of a program at run time; what depends on weights alone was computed before.
+    """The calls of a program at run time; what depends on weights alone is computed beforehand.
 
     Attributes:
         calls: distinct calls.
-        symbolic: the work of each, in expressions of sizes.
-        call_of: nodes that compute something, in execution order, and their call's index.
+        symbolic: the work of each call, in expressions of sizes.
+        call_of: nodes that compute something, in execution order, and the index of their call.
         operands: the tensors that each node returns.
-        base: the node in whose storage a node's value lies.
+        base: the node whose storage holds a node's value.
         constant: nodes that depend on weights alone.
     """
 
@@ -50,10 +50,10 @@ class Survey:
 
     def counts(self) -> list[int]:
         """Return how often each distinct call is made."""
-        found = [0] * len(self.calls)
+        totals = [0] * len(self.calls)
         for index in self.call_of.values():
-            found[index] += 1
-        return found
+            totals[index] += 1
+        return totals
 
     def symbols(self) -> set[sympy.Symbol]:
         """Return every symbol that some size depends on."""
@@ -68,21 +68,21 @@ class Survey:
 
     def unknown(self) -> dict[str, int]:
         """Return operators without a formula and how often they are called."""
-        found: dict[str, int] = {}
+        by_name: dict[str, int] = {}
         for call, count in zip(self.calls, self.counts(), strict=True):
             if not known(call):
-                found[call.name] = found.get(call.name, 0) + count
-        return found
+                by_name[call.name] = by_name.get(call.name, 0) + count
+        return by_name
 
 
 def survey(program: Program) -> Survey:
-    """Return the calls of a program, found at most once per version of its graph; linear in its size."""
-    found: Survey = program.derived("cost_survey", lambda: _Surveyor(program).run())
-    return found
+    """Return the calls of a program, computed at most once per version of its graph; linear in its size."""
+    result: Survey = program.derived("cost_survey", lambda: _Surveyor(program).run())
+    return result
 
 
 def _stored_bits(node: fx.Node) -> int | None:
-    """Return in how many bits an element of a value is stored, where a rounding says so."""
+    """Return the number of bits in which an element of a value is stored, where it is fake-quantised."""
     rounding = node if has(node, Trait.ROUNDING) else None
     if rounding is None and node.op == "call_function" and all(has(u, Trait.ROUNDING) for u in node.users):
         rounding = next(iter(node.users), None)
@@ -94,54 +94,54 @@ def _stored_bits(node: fx.Node) -> int | None:
 class _Surveyor:
     def __init__(self, program: Program):
         self.program = program
-        self.found = Survey(constant=depends_on_weights_alone(program))
+        self.result = Survey(constant=depends_on_weights_alone(program))
         self.index: dict[Any, int] = {}
         self.sizes: dict[Any, Size] = {}
 
     def run(self) -> Survey:
         for node in self.program.graph.nodes:
             self.visit(node)
-        self.found.symbolic = [work(call) for call in self.found.calls]
-        return self.found
+        self.result.symbolic = [work(call) for call in self.result.calls]
+        return self.result
 
     def visit(self, node: fx.Node) -> None:
-        found = self.found
+        result = self.result
         if node.op == "output":
             return
-        constant = node in found.constant
+        constant = node in result.constant
         operands = self.read(node.meta.get("val"), constant)
         bits = _stored_bits(node)
         if bits is not None:
             operands = tuple(replace(operand, bits=bits) for operand in operands)
-        found.base[node] = node
+        result.base[node] = node
         if node.op == "call_function" and operands:
             name = operator_name(node.target)
-            source = next((n for n in node.all_input_nodes if found.operands.get(n)), None)
+            source = next((n for n in node.all_input_nodes if result.operands.get(n)), None)
             if has(node, Trait.ROUNDING) and source is not None:
-                # how a value is stored is no work of its own
-                found.base[node] = found.base[source]
+                # fake quantisation is not counted as work
+                result.base[node] = result.base[source]
             elif name in VIEWS and source is not None and not self.copies(name, source):
-                found.base[node] = found.base[source]
+                result.base[node] = result.base[source]
                 operands = operands if constant else self.viewed(name, source, operands)
             elif not constant:
-                found.call_of[node] = self.call(node, name, operands)
-        found.operands[node] = operands
+                result.call_of[node] = self.call(node, name, operands)
+        result.operands[node] = operands
 
     def copies(self, name: str, source: fx.Node) -> bool:
-        """A reshape cannot merge an expanded dimension with another without writing it out."""
-        return name in _RESHAPES and self.found.operands[source][0].stored is not None
+        """Tell whether a reshape copies: merging an expanded dimension with another has to."""
+        return name in _RESHAPES and self.result.operands[source][0].stored is not None
 
     def viewed(self, name: str, source: fx.Node, results: tuple[Operand, ...]) -> tuple[Operand, ...]:
-        whole = self.found.operands[source][0]
-        stored = whole.stored
-        if name in _REPEATS and stored is None and whole.shape != results[0].shape:
-            stored = whole.numel
+        operand = self.result.operands[source][0]
+        stored = operand.stored
+        if name in _REPEATS and stored is None and operand.shape != results[0].shape:
+            stored = operand.numel
         if stored is not None and name in _PARTS:
             return tuple(
-                replace(r, weight=whole.weight, stored=minimum(stored, r.numel), bits=whole.bits)
+                replace(r, weight=operand.weight, stored=minimum(stored, r.numel), bits=operand.bits)
                 for r in results
             )
-        return tuple(replace(r, weight=whole.weight, stored=stored, bits=whole.bits) for r in results)
+        return tuple(replace(r, weight=operand.weight, stored=stored, bits=operand.bits) for r in results)
 
     def read(self, value: Any, weight: bool) -> tuple[Operand, ...]:
         if isinstance(value, torch.Tensor):
@@ -160,36 +160,38 @@ class _Surveyor:
 
     def call(self, node: fx.Node, name: str, outputs: tuple[Operand, ...]) -> int:
         sources = node.all_input_nodes
-        places = {source: place for place, source in enumerate(sources)}
-        inputs = tuple(self.found.operands[source] for source in sources)
-        # the same operand given twice is read once, so its place is part of the key
-        arguments_key = (self.freeze(node.args, places), self.freeze(node.kwargs, places))
+        positions = {source: position for position, source in enumerate(sources)}
+        inputs = tuple(self.result.operands[source] for source in sources)
+        # an operand passed twice is read once, so positions of operands are part of the key
+        arguments_key = (self.freeze(node.args, positions), self.freeze(node.kwargs, positions))
         key = (node.target, arguments_key, inputs, outputs)
         if key not in self.index:
-            self.index[key] = len(self.found.calls)
+            self.index[key] = len(self.result.calls)
             tensors = {p: replace(i[0], position=p) for p, i in enumerate(inputs) if i}
-            by_name = {k: self.argument(v, places, tensors) for k, v in arguments(node).items()}
+            by_name = {k: self.argument(v, positions, tensors) for k, v in arguments(node).items()}
             pointwise = has(node, Trait.POINTWISE)
-            self.found.calls.append(Call(name, by_name, tuple(tensors.values()), outputs, pointwise))
+            self.result.calls.append(Call(name, by_name, tuple(tensors.values()), outputs, pointwise))
         return self.index[key]
 
-    def freeze(self, value: Any, places: dict[fx.Node, int]) -> Any:
+    def freeze(self, value: Any, positions: dict[fx.Node, int]) -> Any:
         if isinstance(value, fx.Node):
-            held = value.meta.get("val")
-            return ("size", self.size(held)) if isinstance(held, torch.SymInt) else ("operand", places[value])
+            size = value.meta.get("val")
+            return (
+                ("size", self.size(size)) if isinstance(size, torch.SymInt) else ("operand", positions[value])
+            )
         if isinstance(value, (list, tuple)):
-            return tuple(self.freeze(item, places) for item in value)
+            return tuple(self.freeze(item, positions) for item in value)
         if isinstance(value, dict):
-            return tuple((name, self.freeze(item, places)) for name, item in value.items())
+            return tuple((name, self.freeze(item, positions)) for name, item in value.items())
         # 1, 1.0 and True are equal keys and different arguments; slices have no hash
         return (type(value), repr(value) if isinstance(value, slice) else value)
 
-    def argument(self, value: Any, places: dict[fx.Node, int], tensors: dict[int, Operand]) -> Any:
+    def argument(self, value: Any, positions: dict[fx.Node, int], tensors: dict[int, Operand]) -> Any:
         if isinstance(value, fx.Node):
-            if places[value] in tensors:
-                return tensors[places[value]]
-            held = value.meta.get("val")
-            return self.size(held) if isinstance(held, (int, torch.SymInt)) else held
+            if positions[value] in tensors:
+                return tensors[positions[value]]
+            size = value.meta.get("val")
+            return self.size(size) if isinstance(size, (int, torch.SymInt)) else size
         if isinstance(value, (list, tuple)):
-            return tuple(self.argument(item, places, tensors) for item in value)
+            return tuple(self.argument(item, positions, tensors) for item in value)
         return value

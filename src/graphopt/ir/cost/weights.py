@@ -1,4 +1,4 @@
-"""How many values the weights of a program hold when it runs."""
+"""The number of values in the weights of a running program."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class WeightCount:
 
 
 def count_weights(program: Program) -> WeightCount:
-    """Return the size of what the program reads of its weights, each tensor once.
+    """Return the size of the weights that the program reads, counting each tensor once.
 
-    What depends on weights alone is folded first: a rank that reads a slice of a matrix holds the slice.
-    Weights that nothing reads are not counted.
+    Operators on weights alone are folded first: a rank that reads a slice of a matrix holds only the slice.
+    Unused weights are not counted.
     """
     base, operands = survey(program).base, survey(program).operands
     constant = depends_on_weights_alone(program)

@@ -1,4 +1,4 @@
-"""The dialect: few, meaningful operators under ``torch.ops.graphopt``.
+"""graphopt's operator set: a few high-level composite operators under ``torch.ops.graphopt``.
 
 Each is defined by a reference in plain PyTorch, registered as a composite, so that autograd,
 ``torch.compile``, ``run_decompositions`` and the ONNX exporter see through it to ATen.

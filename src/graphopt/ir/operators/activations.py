@@ -1,4 +1,4 @@
-"""What lies between the projections of a feed-forward."""
+"""Activations between the projections of a feed-forward network."""
 
 from __future__ import annotations
 

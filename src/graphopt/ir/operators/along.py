@@ -1,4 +1,4 @@
-"""Where a dimension of a result comes from, for operators whose operands broadcast."""
+"""Which dimension of which operand a dimension of a result comes from, for broadcasting operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Along:
 
 
 Sources = dict[fx.Node, Along | None]
-"""Operands by where they hold the entries; None where an operand is read whole."""
+"""Operands and the dimension that holds the entries; None where all of the operand is read."""
 
 
 def tensors_of(node: fx.Node) -> list[fx.Node]:
@@ -34,17 +34,17 @@ def is_one(size: int | torch.SymInt) -> bool:
 
 
 def broadcast(node: fx.Node, dim: int) -> Sources:
-    """Return where entries come from if operands broadcast and every entry is made of those at its place."""
+    """Return the sources of a dimension for operators that broadcast their operands and work entry by entry."""
     result = node.meta["val"]
-    found: Sources = {}
+    sources: Sources = {}
     for operand in tensors_of(node):
         value = operand.meta["val"]
-        place = dim - (result.dim() - value.dim())
-        whole = place < 0 or (is_one(value.shape[place]) and not is_one(result.shape[dim]))
-        found[operand] = None if whole else Along(place)
-    return found
+        operand_dim = dim - (result.dim() - value.dim())
+        whole = operand_dim < 0 or (is_one(value.shape[operand_dim]) and not is_one(result.shape[dim]))
+        sources[operand] = None if whole else Along(operand_dim)
+    return sources
 
 
 def last_mixed(node: fx.Node, dim: int) -> Sources | None:
-    """Return the same for an operator that mixes the last dimension, and treats the others as if pointwise."""
+    """Return the sources of a dimension for operators that mix the last dimension and are pointwise in the others."""
     return None if dim == node.meta["val"].dim() - 1 else broadcast(node, dim)

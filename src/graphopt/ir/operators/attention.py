@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with everything that real models add to it."""
+"""Scaled dot-product attention with the masks, biases, sinks and caps of real models."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def visible_keys(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Return which key each query may see, broadcastable to (batch, 1, queries, keys), or None for all.
+    """Return which keys each query may see, broadcastable to (batch, 1, queries, keys), or None for all.
 
-    Queries are aligned with the last keys. ``window`` counts the positions seen, the own one included;
+    Queries are aligned with the last keys. ``window`` counts the positions seen, including the query's own;
     without ``causal`` it reaches as far to the right as to the left.
     """
     mask: Tensor | None = None
@@ -66,9 +66,9 @@ def _mask_for(
     window: int | None,
     device: torch.device,
 ) -> tuple[Tensor | None, bool]:
-    """Return the mask, or None and whether plain causality says it all.
+    """Return the mask, or None and whether plain causal masking is enough.
 
-    The layers of a model share one key mask; models build their mask once a forward, so must we.
+    The layers of a model share one key mask, so the mask is built once per forward pass.
     """
     if key_mask is None and segments is None and window is None:
         if not causal:
@@ -81,7 +81,7 @@ def _mask_for(
     for owner, seen_key, mask, plain in _last_masks:
         if owner() is key_mask and seen_key == key:
             return mask, plain
-    # asking a GPU whether a mask is full would stall it
+    # testing whether a mask is full would synchronise a GPU
     full = device.type == "cpu" and bool(key_mask.all())
     mask, plain = None, False
     if full and (window is None or window >= keys) and (not causal or queries == keys):
@@ -111,32 +111,32 @@ def _work(call: Call) -> Work:
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    q, k, v = (placement_of(found[n], placed) for n in ("q", "k", "v"))
+    args = arguments(node)
+    q, k, v = (placement_of(args[n], placed) for n in ("q", "k", "v"))
     if (q, k, v) == (WHOLE, WHOLE, WHOLE):
-        check_whole(placed, *(found[n] for n in ("key_mask", "bias", "sinks", "segments", "visible")))
+        check_whole(placed, *(args[n] for n in ("key_mask", "bias", "sinks", "segments", "visible")))
         return WHOLE
-    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and found["k"].meta["val"].shape[1] == 1:
-        # the one head of keys and values is every rank's
+    if (k, v) == (WHOLE, WHOLE) and isinstance(q, Shard) and args["k"].meta["val"].shape[1] == 1:
+        # every rank has the only head of keys and values
         k = v = Shard(1, (0,) * len(q.starts), 1, 1)
     if not all(isinstance(p, Shard) and p.dim == 1 for p in (q, k, v)):
-        raise Misplaced(f"its queries are {q}, its keys {k}, its values {v}; all must be cut by heads")
+        raise Misplaced(f"its queries are {q}, its keys {k}, its values {v}; all must be sharded by heads")
     assert isinstance(q, Shard)
     assert isinstance(k, Shard)
     assert isinstance(v, Shard)
     if (k.starts, k.length) != (v.starts, v.length):
-        raise Misplaced("keys and values are cut by different heads")
+        raise Misplaced("keys and values are sharded by different heads")
     group = q.total // k.total
     if any(first // group != other for first, other in zip(q.starts, k.starts, strict=True)):
-        raise Misplaced("queries of a rank do not belong to its keys")
-    check_whole(placed, *(found[n] for n in ("key_mask", "segments", "visible")))
-    bias, sinks = placement_of(found["bias"], placed), placement_of(found["sinks"], placed)
-    if isinstance(found["bias"], fx.Node):
-        by_head = found["bias"].meta["val"].shape[1] != 1
+        raise Misplaced("the queries of a rank do not belong to its keys")
+    check_whole(placed, *(args[n] for n in ("key_mask", "segments", "visible")))
+    bias, sinks = placement_of(args["bias"], placed), placement_of(args["sinks"], placed)
+    if isinstance(args["bias"], fx.Node):
+        by_head = args["bias"].meta["val"].shape[1] != 1
         if by_head and not (isinstance(bias, Shard) and (bias.dim, bias.starts) == (1, q.starts)):
-            raise Misplaced(f"its bias is {bias}, its heads are cut")
-    if isinstance(found["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
-        raise Misplaced(f"its sinks are {sinks}, its heads are cut")
+            raise Misplaced(f"its bias is {bias}, its heads are sharded")
+    if isinstance(args["sinks"], fx.Node) and not (isinstance(sinks, Shard) and sinks.starts == q.starts):
+        raise Misplaced(f"its sinks are {sinks}, its heads are sharded")
     return q
 
 
@@ -172,7 +172,8 @@ def attention(
         bias: added to the scores, broadcastable to (batch, heads, queries, keys).
         sinks: (heads,), a score per head that takes part in the softmax and carries no value.
         segments: (batch, keys), integers; a query sees keys of its own segment.
-        visible: (batch, 1, queries, keys), true where a key may be seen, besides all else; what a cache says.
+        visible: (batch, 1, queries, keys), true where a key may be seen; applied in addition to the other masks and
+            used by caches.
         scale: factor on the scores.
         causal: a query sees no later position.
         window: number of positions seen, counting its own (both ways when not causal).

@@ -1,7 +1,7 @@
-"""Keys and values of earlier tokens: where new ones are stored, and what a token sees of them.
+"""KV caches: where the keys and values of new tokens are stored, and which of them a token sees.
 
-A cache has a slot for each token of a row; committed tokens lie in the slot of their position. Tokens of one step may
-lie in other slots (the nodes of a tree share positions), after the committed ones.
+A cache has a slot for each token of a row; committed tokens are in the slot of their position. Tokens of one step may
+be in other slots (the nodes of a tree share positions), after the committed ones.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _store_work(call: Call) -> Work:
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    cache, values = placement_of(found["cache"], placed), placement_of(found["values"], placed)
-    check_whole(placed, found["slots"])
+    args = arguments(node)
+    cache, values = placement_of(args["cache"], placed), placement_of(args["values"], placed)
+    check_whole(placed, args["slots"])
     if cache != values:
-        raise Misplaced(f"its cache is {cache}, and what is stored is {values}")
+        raise Misplaced(f"its cache is {cache}, and the values to store are {values}")
     return cache
 
 
@@ -55,13 +55,13 @@ def cache_store(cache: Tensor, values: Tensor, slots: Tensor) -> Tensor:
         values: (batch, key-value heads, tokens, size).
         slots: (batch, tokens), integers below the capacity, all different in a row.
     """
-    places = slots[:, None, :, None].expand(values.shape)
-    return cache.scatter(2, places, values.to(cache.dtype))
+    index = slots[:, None, :, None].expand(values.shape)
+    return cache.scatter(2, index, values.to(cache.dtype))
 
 
 @dialect_operator("cache_positions(Tensor positions, Tensor slots, SymInt capacity) -> Tensor")
 def cache_positions(positions: Tensor, slots: Tensor, capacity: int) -> Tensor:
-    """Return the position of what each slot holds: its own number, but for slots of this step.
+    """Return the position of the token in each slot: the slot's index, except for slots written in this step.
 
     Args:
         positions: (batch, tokens), of the new tokens.
@@ -87,31 +87,31 @@ def cache_visible(
     *,
     window: int | None = None,
 ) -> Tensor:
-    """Return which slots each new token sees: those of no later position, within its window.
+    """Return which slots each new token sees: those up to its position and within its window.
 
     Args:
         positions: (batch, tokens), of the new tokens.
         slots: (batch, tokens), where they are stored.
         cache: (batch, heads, capacity, size), read for its capacity.
         step_mask: (batch, tokens, tokens), true where a new token sees another one of the same step, as in a tree;
-            positions alone tell if left out.
-        window: how many positions a token sees, its own included.
+            if left out, positions alone decide.
+        window: how many positions a token sees, including its own.
 
     Returns:
-        (batch, 1, tokens, capacity), booleans. Slots behind the new tokens hold nothing that is seen: their position
-        is taken to be their number.
+        (batch, 1, tokens, capacity), booleans. Slots after the new tokens are never visible: their position is taken
+        to be their index.
     """
     capacity = cache.shape[2]
-    held = cache_positions(positions, slots, capacity)
-    distance = positions[:, :, None] - held[:, None, :]
+    slot_positions = cache_positions(positions, slots, capacity)
+    distance = positions[:, :, None] - slot_positions[:, None, :]
     seen = distance >= 0
     if window is not None:
         seen = seen & (distance < window)
     if step_mask is not None:
         tokens = positions.shape[1]
-        # a row of zeros in front stands for slots that are not of this step
+        # index 0 stands for slots that were not written in this step
         order = torch.arange(1, tokens + 1, device=positions.device).expand(positions.shape)
-        place = torch.zeros_like(held).scatter(1, slots, order)
+        step_index = torch.zeros_like(slot_positions).scatter(1, slots, order)
         among = torch.cat([step_mask.new_ones(step_mask.shape[0], tokens, 1), step_mask], dim=2)
-        seen = seen & among.to(torch.bool).gather(2, place[:, None, :].expand(-1, tokens, -1))
+        seen = seen & among.to(torch.bool).gather(2, step_index[:, None, :].expand(-1, tokens, -1))
     return seen[:, None]

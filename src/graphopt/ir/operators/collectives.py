@@ -1,8 +1,8 @@
-"""What ranks do together, and what each does with its own share.
+"""Collectives, and operators that return a different value on every rank.
 
-Every operator names its group by a symbol (:mod:`graphopt.ir.groups`). In a process of its own group the operator
-is a collective of torch.distributed; in a single process a sharded program is unrolled instead
-(:mod:`graphopt.ir.ranks.rank_programs`), and these are never called on values.
+Every operator names its group by a symbol (:mod:`graphopt.ir.groups`). In a process that belongs to the group, the
+operator is a collective of torch.distributed; in a single process, a sharded program is unrolled instead
+(:mod:`graphopt.ir.ranks.rank_programs`), and these operators are never called on values.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .spec import OperatorSpec, Trait
 
 
 def _place_slice(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    check_whole(placed, found["x"])
-    rank = found["x"].meta["val"].dim()
-    total = found["x"].meta["val"].shape[found["dim"]]
-    return Shard(found["dim"] % rank, tuple(found["starts"]), int(found["length"]), int(total))
+    args = arguments(node)
+    check_whole(placed, args["x"])
+    rank = args["x"].meta["val"].dim()
+    total = args["x"].meta["val"].shape[args["dim"]]
+    return Shard(args["dim"] % rank, tuple(args["starts"]), int(args["length"]), int(total))
 
 
 def place_sum(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Every rank has the sum of what ranks have: a placement rule."""
+    """Return the placement of a sum over ranks: the operand must be partial, the result is replicated."""
     source = arguments(node)["x"]
     if placed[source] != PARTIAL:
         raise Misplaced(f"{source.name} is {placed[source]}; only a partial sum is reduced")
@@ -36,31 +36,33 @@ def place_sum(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
 
 
 def _place_gathered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    source, dim = found["x"], found["dim"]
-    held = placed[source]
-    if not (isinstance(held, Shard) and held.even and held.dim == dim % source.meta["val"].dim()):
-        raise Misplaced(f"{source.name} is {held}, and cannot be put together along {dim}")
+    args = arguments(node)
+    source, dim = args["x"], args["dim"]
+    placement = placed[source]
+    if not (
+        isinstance(placement, Shard) and placement.even and placement.dim == dim % source.meta["val"].dim()
+    ):
+        raise Misplaced(f"{source.name} is {placement}, and cannot be gathered along dimension {dim}")
     return WHOLE
 
 
 def _place_scattered(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     place_sum(node, placed)
-    found = arguments(node)
-    size, dim = int(found["size"]), found["dim"] % node.meta["val"].dim()
+    args = arguments(node)
+    size, dim = int(args["size"]), args["dim"] % node.meta["val"].dim()
     length = int(node.meta["val"].shape[dim])
     return Shard(dim, tuple(range(0, size * length, length)), length, size * length)
 
 
 def _place_unreduced(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     if placed[arguments(node)["x"]] != PARTIAL:
-        raise Misplaced("only a partial sum can go unreduced")
+        raise Misplaced("only a partial sum can be left unreduced")
     return WHOLE
 
 
 def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    table, start = placed[found["weight"]], placed[found["start"]]
+    args = arguments(node)
+    table, start = placed[args["weight"]], placed[args["start"]]
     if not (isinstance(table, Shard) and isinstance(start, Shard) and table.dim == 0 and table.even):
         raise Misplaced(f"its table is {table}, its first row {start}")
     return PARTIAL
@@ -71,13 +73,13 @@ def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     spec=OperatorSpec(place=_place_slice, traits=Trait.PER_RANK),
 )
 def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: str) -> Tensor:
-    """Return this rank's part of a value that every rank has, or could have.
+    """Return this rank's shard of a replicated value.
 
     Args:
-        x: the whole.
-        dim: the dimension that is cut.
-        starts: where the part of each rank begins; two ranks may have the same part.
-        length: of every part.
+        x: the replicated value.
+        dim: the dimension that is sharded.
+        starts: the first entry of each rank's shard; two ranks may have the same shard.
+        length: of every shard.
         group: whose ranks.
     """
     bound = groups.bound_group(group, x)
@@ -99,7 +101,7 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     spec=OperatorSpec(place=_place_gathered, traits=Trait.COLLECTIVE),
 )
 def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """Return all ranks' values one after the other along ``dim``; there are ``size`` ranks."""
+    """Return all ranks' values concatenated along ``dim``; there are ``size`` ranks."""
     bound = groups.bound_group(group, x)
     if bound is None:
         return torch.cat([x] * size, dim)
@@ -112,7 +114,7 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     spec=OperatorSpec(place=_place_scattered, traits=Trait.COLLECTIVE),
 )
 def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """Return this rank's part, along ``dim``, of the sum of all ranks' values."""
+    """Return this rank's shard, along ``dim``, of the sum of all ranks' values."""
     bound = groups.bound_group(group, x)
     parts = x.chunk(size, dim)
     if bound is None:
@@ -125,7 +127,7 @@ def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     spec=OperatorSpec(place=_place_unreduced, traits=Trait.PER_RANK),
 )
 def unreduced(x: Tensor, group: str) -> Tensor:
-    """Return a partial sum as it is, said to be used as if it were the whole: a dropped sync point."""
+    """Return a partial sum unchanged, marked to be used as if it were the full sum: a dropped sync point."""
     return x.clone()
 
 
@@ -133,8 +135,8 @@ def unreduced(x: Tensor, group: str) -> Tensor:
     "local_embedding(Tensor weight, Tensor ids, Tensor start) -> Tensor", spec=OperatorSpec(place=_place_rows)
 )
 def local_embedding(weight: Tensor, ids: Tensor, start: Tensor) -> Tensor:
-    """Look up rows of a table of which this rank has those from ``start`` (1,) on; zeros for all others."""
-    own = ids - start
-    inside = (own >= 0) & (own < weight.shape[0])
-    rows = torch.nn.functional.embedding(own.clamp(0, weight.shape[0] - 1), weight)
+    """Look up rows of a table of which this rank has those from ``start`` (1,) on; other rows are zeros."""
+    local_ids = ids - start
+    inside = (local_ids >= 0) & (local_ids < weight.shape[0])
+    rows = torch.nn.functional.embedding(local_ids.clamp(0, weight.shape[0] - 1), weight)
     return rows.masked_fill(inside.logical_not().unsqueeze(-1), 0.0)

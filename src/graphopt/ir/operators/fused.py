@@ -1,4 +1,4 @@
-"""What is computed together where memory is what takes the time."""
+"""Fused operators for computations that are limited by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _gated_product_work(call: Call) -> Work:
 
 
 def _linear_top_k_work(call: Call) -> Work:
-    """FLOPs: 2 · rows · size · vocabulary. Bytes: operands and the k entries found, not the logits."""
+    """FLOPs: 2 · rows · size · vocabulary. Bytes: operands and the k entries returned, not the logits."""
     x, weight = call.tensor("x"), call.tensor("weight")
     rows = product(x.shape[:-1])
     work = moved(call, rows * (2 * x.shape[-1] + 1) * weight.shape[0])
@@ -42,13 +42,13 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True,
     weight_before_cast: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the sum of a stream and what a block adds to it, and the sum's norm.
+    """Return the sum of the residual stream and a block's output, and the RMS norm of that sum.
 
     Args:
         x: (..., size).
         residual: the same shape and type.
         weight: (size,), or None.
-        eps: as in ``rms_norm``, as are the others.
+        eps: as in ``rms_norm``, like the other arguments.
 
     Returns:
         ``x + residual``, and ``rms_norm`` of it.
@@ -81,7 +81,7 @@ def gated_product(
     spec=OperatorSpec(work=_linear_top_k_work),
 )
 def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of ``x weight^T + bias``, the largest first, and which they are.
+    """Return the k largest entries of ``x weight^T + bias``, in descending order, and their indices.
 
     Args:
         x: (..., size).
@@ -90,7 +90,7 @@ def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
         k: how many.
 
     Returns:
-        (..., k) values, and (..., k) numbers as int64; which of equals comes first is not said.
+        (..., k) values, and (..., k) indices as int64; the order of equal values is unspecified.
     """
-    found = torch.topk(F.linear(x, weight, bias), k, dim=-1)
-    return found.values, found.indices
+    top = torch.topk(F.linear(x, weight, bias), k, dim=-1)
+    return top.values, top.indices

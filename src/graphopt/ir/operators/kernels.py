@@ -1,7 +1,7 @@
-"""Kernels of sums and sequences of convolutions: what one convolution that stands for several is made of.
+"""Kernels that combine several convolutions, in parallel or in sequence, into one.
 
-A kernel is (outputs, inputs / groups, *taps). The rules are those of RepVGG (Ding et al., 2021), ACNet, DBB and
-MobileOne; numbers in comments follow the list in the documentation of fuse-branches. All of this depends on weights
+A kernel is (outputs, inputs / groups, *kernel size). The rules are those of RepVGG (Ding et al., 2021), ACNet, DBB and
+MobileOne; rule numbers follow the list in the documentation of fuse-branches. All of this depends on weights
 alone and is folded before anything runs.
 """
 
@@ -19,20 +19,20 @@ from .library import dialect_operator
 
 @dialect_operator("norm_scale(Tensor variance, Tensor? weight, float eps) -> Tensor")
 def norm_scale(variance: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Return what a BatchNorm in evaluation mode multiplies by: ``weight / sqrt(variance + eps)`` (rule 1)."""
+    """Return the scale of a BatchNorm in evaluation mode: ``weight / sqrt(variance + eps)`` (rule 1)."""
     scale = torch.rsqrt(variance + eps)
     return scale if weight is None else scale * weight
 
 
 @dialect_operator("norm_shift(Tensor mean, Tensor scale, Tensor? bias) -> Tensor")
 def norm_shift(mean: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return what a BatchNorm in evaluation mode adds: ``bias - mean * scale`` (rule 1)."""
+    """Return the shift of a BatchNorm in evaluation mode: ``bias - mean * scale`` (rule 1)."""
     return -mean * scale if bias is None else bias - mean * scale
 
 
 @dialect_operator("kernel_diagonal(Tensor vector, int groups, int axes) -> Tensor")
 def kernel_diagonal(vector: torch.Tensor, groups: int, axes: int) -> torch.Tensor:
-    """Return the kernel of one tap that multiplies channel c by ``vector[c]`` (rules 5 and 13)."""
+    """Return the kernel of size 1 that multiplies channel c by ``vector[c]`` (rules 5 and 13)."""
     channels = vector.shape[0]
     square = torch.diag_embed(vector.reshape(groups, channels // groups))
     return square.reshape(channels, channels // groups, *[1] * axes)
@@ -40,7 +40,7 @@ def kernel_diagonal(vector: torch.Tensor, groups: int, axes: int) -> torch.Tenso
 
 @dialect_operator("kernel_scaled(Tensor kernel, Tensor scale) -> Tensor")
 def kernel_scaled(kernel: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiply what a convolution gives by a value a channel (rules 1 and 13)."""
+    """Return a kernel whose outputs are scaled by one factor per channel (rules 1 and 13)."""
     return kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))
 
 
@@ -55,32 +55,32 @@ def kernel_spread(
     before: Sequence[int],
     counts: Sequence[int],
 ) -> torch.Tensor:
-    """Return the same map with fewer groups, its taps on a finer or longer lattice (rules 4, 10 and 12).
+    """Return the same linear map with fewer groups, its kernel offsets on a finer or longer grid (rules 4, 10 and 12).
 
     Args:
         kernel: with ``have`` groups.
-        have: groups it has.
-        want: groups wanted, a divisor of them.
-        ratios: per axis, tap k comes to place ``before + ratio * k``.
+        have: its number of groups.
+        want: number of groups of the result, a divisor of ``have``.
+        ratios: per axis, offset k moves to position ``before + ratio * k``.
         before: per axis.
-        counts: taps of the result, per axis.
+        counts: kernel size of the result, per axis.
     """
     return _on_lattice(_with_groups(kernel, have, want), ratios, before, counts)
 
 
 def _with_groups(kernel: torch.Tensor, have: int, want: int) -> torch.Tensor:
-    """Blocks on the diagonal, zeros beside them."""
+    """Return the kernel with fewer groups: blocks on the diagonal, zeros elsewhere."""
     if have == want:
         return kernel
     shape = kernel.shape
     blocks, outputs, inputs = have // want, shape[0] // have, shape[1]
     apart = kernel.reshape(want, blocks, outputs, inputs, -1)
-    spread = torch.diag_embed(apart.permute(0, 2, 3, 4, 1))  # want, outputs, inputs, taps, block, block
+    spread = torch.diag_embed(apart.permute(0, 2, 3, 4, 1))  # want, outputs, inputs, offsets, block, block
     return spread.permute(0, 4, 1, 5, 2, 3).reshape(shape[0], blocks * inputs, *shape[2:])
 
 
 def _one_type(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the wider type: a norm's float32 beside a kernel's bfloat16."""
+    """Return both tensors in the wider of their types, such as a norm's float32 and a kernel's bfloat16."""
     dtype = torch.promote_types(first.dtype, second.dtype)
     return first.to(dtype), second.to(dtype)
 
@@ -89,17 +89,17 @@ def _on_lattice(
     kernel: torch.Tensor, ratios: Sequence[int], before: Sequence[int], counts: Sequence[int]
 ) -> torch.Tensor:
     for axis, (ratio, low, count) in enumerate(zip(ratios, before, counts, strict=True)):
-        place = axis + 2
-        taps = kernel.shape[place]
-        if ratio > 1 and taps > 1:
-            ahead, behind = kernel.shape[: place + 1], kernel.shape[place + 1 :]
+        dim = axis + 2
+        length = kernel.shape[dim]
+        if ratio > 1 and length > 1:
+            ahead, behind = kernel.shape[: dim + 1], kernel.shape[dim + 1 :]
             apart = F.pad(kernel.reshape(*ahead, 1, *behind), [*[0] * (2 * len(behind)), 0, ratio - 1])
-            kernel = apart.reshape(*ahead[:-1], taps * ratio, *behind)
-            taps = (taps - 1) * ratio + 1
-            kernel = kernel.narrow(place, 0, taps)
-        if taps != count:
-            later = kernel.dim() - place - 1
-            kernel = F.pad(kernel, [*[0] * (2 * later), low, count - taps - low])
+            kernel = apart.reshape(*ahead[:-1], length * ratio, *behind)
+            length = (length - 1) * ratio + 1
+            kernel = kernel.narrow(dim, 0, length)
+        if length != count:
+            later = kernel.dim() - dim - 1
+            kernel = F.pad(kernel, [*[0] * (2 * later), low, count - length - low])
     return kernel
 
 
@@ -117,17 +117,17 @@ def kernel_sequence(
     apart_second: Sequence[int],
     counts: Sequence[int],
 ) -> torch.Tensor:
-    """Return the kernel of two convolutions one after the other (rules 7, 8, 9 and 11).
+    """Return the kernel of two convolutions in sequence (rules 7, 8, 9 and 11).
 
     Args:
         first: applied first.
-        second: applied to what the first gives.
+        second: applied to the result of the first.
         have_first: groups of the first.
         have_second: groups of the second.
         groups: of the result, a divisor of both.
-        apart_first: per axis, how far apart the result's lattice places the taps of the first.
-        apart_second: those of the second.
-        counts: taps of the result, per axis.
+        apart_first: per axis, the distance between offsets of the first kernel on the grid of the result.
+        apart_second: the same for the second kernel.
+        counts: kernel size of the result, per axis.
     """
     first, second = _with_groups(first, have_first, groups), _with_groups(second, have_second, groups)
     first, second = _one_type(first, second)
@@ -135,7 +135,7 @@ def kernel_sequence(
     middle, inputs, outputs = first.shape[0] // groups, first.shape[1], second.shape[0] // groups
     left = second.reshape(groups, outputs, middle, -1).permute(0, 1, 3, 2)
     left = left.reshape(groups, outputs * math.prod(two), middle)
-    every = left @ first.reshape(groups, middle, inputs * math.prod(one))  # each tap with each
+    every = left @ first.reshape(groups, middle, inputs * math.prod(one))  # each offset with each
     every = every.reshape(groups * outputs, *two, inputs, *one)
     axes = len(one)
     if all(a == 1 or b == 1 for a, b in zip(one, two, strict=True)):
@@ -148,18 +148,18 @@ def kernel_sequence(
         ratios = [f if a > 1 else s for a, f, s in zip(one, apart_first, apart_second, strict=True)]
         return _on_lattice(kernel, ratios, [0] * axes, counts)
     flat = every.reshape(groups * outputs, math.prod(two), inputs, *one)
-    parts = []
-    for number, tap in enumerate(product(*(range(b) for b in two))):
-        at = [t * s for t, s in zip(tap, apart_second, strict=True)]
-        parts.append(_on_lattice(flat[:, number], apart_first, at, counts))
-    return torch.stack(parts).sum(0)
+    terms = []
+    for number, index in enumerate(product(*(range(b) for b in two))):
+        offset = [t * s for t, s in zip(index, apart_second, strict=True)]
+        terms.append(_on_lattice(flat[:, number], apart_first, offset, counts))
+    return torch.stack(terms).sum(0)
 
 
 @dialect_operator("bias_sequence(Tensor first, Tensor second, int have_second, Tensor? bias) -> Tensor")
 def bias_sequence(
     first: torch.Tensor, second: torch.Tensor, have_second: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the bias of two convolutions one after the other: the second applied to the first's bias, plus its own."""
+    """Return the bias of two convolutions in sequence: the second applied to the first's bias, plus its own bias."""
     summed = second.reshape(have_second, second.shape[0] // have_second, second.shape[1], -1).sum(-1)
     summed, first = _one_type(summed, first)
     moved = (summed @ first.reshape(have_second, -1, 1)).reshape(-1)

@@ -1,4 +1,4 @@
-"""Registration of graphopt's own operators, and of kernels that may stand in for their references."""
+"""Registration of graphopt's operators, and of kernels that may replace their reference implementations."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ DIALECT: dict[str, str] = {}
 _PLAIN = OperatorSpec()
 
 KERNELS: dict[str, Callable[..., Any]] = {}
-"""What is asked before a reference runs, by name: it returns the result, or None where it does not apply."""
+"""Kernels by name, tried before the reference runs: each returns the result, or None where it does not apply."""
 
 Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 
 def kernel_point(name: str) -> Callable[[Reference], Reference]:
-    """Let the kernel of a name stand in for the decorated function where one is in use and applies."""
+    """Let a registered kernel of this name replace the decorated function wherever it applies."""
 
     def wrap(reference: Reference) -> Reference:
         @functools.wraps(reference)
         def either(*args: Any, **kwargs: Any) -> Any:
             kernel = KERNELS.get(name)
             if kernel is not None:
-                made = kernel(*args, **kwargs)
-                if made is not None:
-                    return made
+                result = kernel(*args, **kwargs)
+                if result is not None:
+                    return result
             return reference(*args, **kwargs)
 
         return cast(Reference, either)
@@ -43,10 +43,10 @@ def kernel_point(name: str) -> Callable[[Reference], Reference]:
 
 
 def dialect_operator(schema: str, *, spec: OperatorSpec = _PLAIN) -> Callable[[Reference], Reference]:
-    """Define ``graphopt::<schema>`` with the decorated function as its meaning on every device.
+    """Define ``graphopt::<schema>`` with the decorated function as its reference on every device.
 
     Args:
-        schema: name, arguments and results, as torch writes them.
+        schema: name, arguments and results, in torch's schema syntax.
         spec: what passes, cost and placement ask about the operator.
     """
 

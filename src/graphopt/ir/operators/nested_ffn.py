@@ -1,4 +1,4 @@
-"""Feed-forwards of several widths in one: each is the first channels of the widest."""
+"""Nested feed-forward networks: each width uses the first channels of the widest."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ _MATRICES = (
 
 
 def _work(call: Call) -> Work:
-    """FLOPs of the largest width, as any token may need it: tokens · (2 · elements of the matrices + activation).
+    """FLOPs of the largest width, which any token may need: tokens · (2 · elements of the matrices + activation).
 
-    What tokens really use is measured: see :func:`graphopt.sweep`. Bytes as of a mixture: hidden values are written
-    and read once between the two products. Factors for each channel, and products of outputs, are left out.
+    The widths that tokens actually use are measured by :func:`graphopt.sweep`. Bytes are counted as for an MoE layer:
+    hidden values are written and read once between the two products. Factors per channel, and products of outputs, are
+    not counted.
     """
     width = max(call.arguments["widths"])
     x, up = call.tensor("x"), call.tensor("up")
     tokens = product(x.shape[:-1])
     matrices = [name for name in ("up", "gate", "down") if call.arguments.get(name) is not None]
-    each = ACTIVATION_FLOPS + len(matrices) - 2
-    flops = tokens * width * (2 * len(matrices) * x.shape[-1] + each)
+    flops_per_channel = ACTIVATION_FLOPS + len(matrices) - 2
+    flops = tokens * width * (2 * len(matrices) * x.shape[-1] + flops_per_channel)
     work = moved(call, flops, dict.fromkeys(matrices, width * x.shape[-1]) if width < up.shape[0] else {})
     return Work(work.flops, work.weight_bytes, work.activation_bytes + 2 * tokens * width * x.dtype.itemsize)
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Each rank has a share of every range of channels between two widths, so that all shrink alike."""
-    found = arguments(node)
-    check_whole(placed, found["x"], found["choice"])
-    names = [n for n in ("up", "gate", "up_bias", "gate_bias") if found[n] is not None]
-    held = [placement_of(found[n], placed) for n in names]
-    down = placement_of(found["down"], placed)
-    if down == WHOLE and all(p == WHOLE for p in held):
+    """Return the placement: each rank has a share of every range of channels between two widths."""
+    args = arguments(node)
+    check_whole(placed, args["x"], args["choice"])
+    names = [n for n in ("up", "gate", "up_bias", "gate_bias") if args[n] is not None]
+    placements = [placement_of(args[n], placed) for n in names]
+    down = placement_of(args["down"], placed)
+    if down == WHOLE and all(p == WHOLE for p in placements):
         return WHOLE
-    for name, placement in zip(names, held, strict=True):
-        if not _alike(placement, down):
+    for name, placement in zip(names, placements, strict=True):
+        if not _sharded_alike(placement, down):
             raise Misplaced(f"its {name} is {placement}, its last matrix {down}")
-    if found["down_bias"] is not None:
-        raise Misplaced("its bias would be added once a rank; add it after the sum")
+    if args["down_bias"] is not None:
+        raise Misplaced("its bias would be added once per rank; add it after the sum")
     return PARTIAL
 
 
-def _alike(first: Placement, second: Placement) -> bool:
-    """Tell whether rows of one matrix are cut as the columns of another."""
+def _sharded_alike(first: Placement, second: Placement) -> bool:
+    """Tell whether the rows of one matrix are sharded like the columns of another."""
     pieces = [p.pieces if isinstance(p, Joined) else (p,) for p in (first, second)]
     if len(pieces[0]) != len(pieces[1]):
         return False
@@ -85,7 +86,7 @@ def nested_ffn(
     limit: float = 0.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """A feed-forward of which each token uses the first ``widths[choice]`` hidden channels (arXiv 2502.12325).
+    """Apply a feed-forward network of which each token uses the first ``widths[choice]`` channels (arXiv 2502.12325).
 
     Args:
         x: (..., size).
@@ -103,8 +104,8 @@ def nested_ffn(
 
     Returns:
         (..., size). Where values are known, tokens are sorted by width, and each range of channels between two widths
-        meets the tokens that reach it: every weight is read once, and arithmetic is proportional to the mean width. A
-        traced graph computes all channels and zeroes those beyond each token's width.
+        is computed for the tokens that use it: every weight is read once, and arithmetic is proportional to the mean
+        width. A traced graph computes all channels and zeroes those beyond each token's width.
     """
 
     def part(rows: Tensor, first: int, end: int) -> Tensor:
@@ -114,16 +115,16 @@ def nested_ffn(
         return _hidden(rows, up[first:end], cut(gate), cut(up_bias), cut(gate_bias), activation, limit, alpha)
 
     if not (is_plain_tensor(x) and is_plain_tensor(choice)):
-        each = torch.zeros_like(choice)
+        token_widths = torch.zeros_like(choice)
         for number, width in enumerate(widths):
-            each = torch.where(choice == number, width, each)
-        each = each.unsqueeze(-1)
-        reached = torch.arange(up.shape[0], device=x.device) < each
+            token_widths = torch.where(choice == number, width, token_widths)
+        token_widths = token_widths.unsqueeze(-1)
+        reached = torch.arange(up.shape[0], device=x.device) < token_widths
         hidden = part(x, 0, up.shape[0])
         out = F.linear(torch.where(reached, hidden, torch.zeros_like(hidden)), down)
         if down_bias is None:
             return out
-        return out + (down_bias if min(widths) > 0 else torch.where(each > 0, down_bias, 0.0))
+        return out + (down_bias if min(widths) > 0 else torch.where(token_widths > 0, down_bias, 0.0))
 
     rows, chosen = x.reshape(-1, x.shape[-1]), choice.reshape(-1)
     ranks, ranges = _ranges(chosen, widths)
@@ -135,17 +136,17 @@ def nested_ffn(
         if len(ranges) > 1 or used < len(rows)
         else None
     )
-    taken = rows if order is None else rows.index_select(0, order)
+    sorted_rows = rows if order is None else rows.index_select(0, order)
     total: Tensor | None = None
     for first, end, count in ranges:
-        # chunks of columns are strided views, which products take as they are
-        made = F.linear(part(taken[:count], first, end), down[:, first:end])
+        # slices of columns are strided views, which matrix products accept
+        contribution = F.linear(part(sorted_rows[:count], first, end), down[:, first:end])
         if total is None:
-            total = made if down_bias is None else made + down_bias
-        elif total.requires_grad or made.requires_grad:
-            total = torch.cat([total[:count] + made, total[count:]])
+            total = contribution if down_bias is None else contribution + down_bias
+        elif total.requires_grad or contribution.requires_grad:
+            total = torch.cat([total[:count] + contribution, total[count:]])
         else:
-            total[:count] += made
+            total[:count] += contribution
     assert total is not None
     if order is not None:
         total = total.new_zeros(len(rows), total.shape[1]).index_copy(0, order, total)
@@ -162,7 +163,7 @@ def _hidden(
 
 
 def _ranges(chosen: Tensor, widths: list[int]) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Return a rank for each token, higher for wider ones, and ranges of channels with how many tokens reach them."""
+    """Return a rank per token, higher for wider ones, and ranges of channels with the number of tokens using them."""
     if chosen.numel() == 1:
         width = widths[int(chosen)]
         return chosen, [(0, width, 1)] if width else []
@@ -202,14 +203,14 @@ def soft_nested_ffn(
     limit: float = 0.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """The mean of what :func:`nested_ffn` gives for each width, weighted by ``shares``: what routers learn through.
+    """Return the mean of :func:`nested_ffn` over the widths, weighted by ``shares``; routers are trained through it.
 
-    A channel counts as much as all widths together that reach it, so that this costs one feed-forward.
+    A channel is weighted by the sum of the shares of all widths that include it, so that this costs one feed-forward.
 
     Args:
         x: (..., size).
         shares: (..., len(widths)).
-        widths: as above, as are the others.
+        widths: as in :func:`nested_ffn`, like the other arguments.
 
     Returns:
         (..., size).
@@ -251,21 +252,23 @@ def nested_similarity(
     limit: float = 0.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """How like the widest each width's output O_e is: ``<O_e, O_last> / <O_last, O_last>`` (recalled of arXiv 2502.12325).
+    """Return the similarity of each width's output O_e to the widest's: ``<O_e, O_last> / <O_last, O_last>``.
+
+    The formula is from arXiv 2502.12325, from memory.
 
     Args:
         x: (..., size).
-        widths: rising; the last is the whole width. The others as in :func:`nested_ffn`.
+        widths: ascending; the last is the full width. The others as in :func:`nested_ffn`.
 
     Returns:
-        (..., len(widths)); the last is 1. Where the widest gives zero, all are 1.
+        (..., len(widths)); the last is 1. Where the output of the widest is zero, all are 1.
     """
     hidden = _hidden(x, up, gate, up_bias, gate_bias, activation, limit, alpha)
     outputs: list[Tensor] = []
     for first, end in zip([0, *widths[:-1]], widths, strict=True):
-        made = F.linear(hidden[..., first:end], down[:, first:end])
+        contribution = F.linear(hidden[..., first:end], down[:, first:end])
         base = outputs[-1] if outputs else down_bias
-        outputs.append(made if base is None else made + base)
+        outputs.append(contribution if base is None else contribution + base)
     products = torch.stack([(out * outputs[-1]).sum(-1) for out in outputs], -1)
     whole = products[..., -1:]
     return torch.where(whole == 0, torch.ones_like(products), products / whole)

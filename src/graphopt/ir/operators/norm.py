@@ -24,13 +24,13 @@ def _work(call: Call) -> Work:
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, float32: bool = True, weight_before_cast: bool = False
 ) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv 1910.07467).
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv 1910.07467).
 
     Args:
         x: (..., size), any floating type.
         weight: broadcastable to the last dimension, or None.
         eps: added to the mean square.
-        float32: compute in at least float32, as trained models do.
+        float32: compute in at least float32, as models do in training.
         weight_before_cast: multiply by the weight before returning to the type of ``x``
             (OLMo, Gemma); otherwise after (Llama).
 

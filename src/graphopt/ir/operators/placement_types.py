@@ -1,4 +1,4 @@
-"""The types of :mod:`graphopt.ir.ranks.placement`, and where they are written down on nodes."""
+"""The placement types of :mod:`graphopt.ir.ranks.placement`, and how nodes record them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Replicate:
     """Every rank has the whole value."""
 
     def __str__(self) -> str:
-        return "whole"
+        return "replicated"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Shard:
-    """Every rank has ``length`` entries of ``total`` along ``dim``, from its own start on."""
+    """Every rank has ``length`` of ``total`` entries along ``dim``, beginning at its entry of ``starts``."""
 
     dim: int
     starts: tuple[int, ...]
@@ -35,13 +35,13 @@ class Shard:
 
     @property
     def even(self) -> bool:
-        """Tell whether the parts, in the order of ranks, are the whole without gap or overlap."""
+        """Tell whether the shards, in the order of ranks, cover the value without gap or overlap."""
         return self.starts == tuple(range(0, self.total, self.length)) and (
             self.length * len(self.starts) == self.total
         )
 
     def at(self, dim: int, factor: int = 1, divisor: int = 1) -> Shard | None:
-        """Return the same cut on another dimension, each entry now ``factor / divisor`` entries; None if none."""
+        """Return the same sharding on another dimension, each entry now ``factor / divisor`` entries; None if inexact."""
         numbers = (*self.starts, self.length, self.total)
         if any(n * factor % divisor for n in numbers):
             return None
@@ -49,24 +49,24 @@ class Shard:
         return Shard(dim, tuple(starts), length, total)
 
     def __str__(self) -> str:
-        return f"cut along dimension {self.dim}"
+        return f"sharded along dimension {self.dim}"
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Several values, each cut in its own way, one after the other along ``dim``: fused projections."""
+    """Several values, each sharded on its own, concatenated along ``dim``: fused projections."""
 
     dim: int
     pieces: tuple[Shard, ...]
 
     def part(self, start: int, end: int) -> Shard | None:
-        """Return the piece that lies from ``start`` to ``end``; None if none does."""
-        place = 0
+        """Return the piece that spans ``start`` to ``end``; None if none does."""
+        position = 0
         for piece in self.pieces:
-            following = place + piece.length
-            if (start, end) == (place, following):
+            following_position = position + piece.length
+            if (start, end) == (position, following_position):
                 return piece
-            place = following
+            position = following_position
         return None
 
     def at(self, dim: int) -> Joined:
@@ -74,7 +74,7 @@ class Joined:
         return Joined(dim, tuple(replace(piece, dim=dim) for piece in self.pieces))
 
     def __str__(self) -> str:
-        return f"{len(self.pieces)} values cut along dimension {self.dim}, side by side"
+        return f"{len(self.pieces)} values sharded along dimension {self.dim}, concatenated"
 
 
 Placement = Replicate | Partial | Shard | Joined
@@ -82,33 +82,33 @@ WHOLE, PARTIAL = Replicate(), Partial()
 
 
 def mark_cut(node: fx.Node, dim: int) -> None:
-    """Write down along which dimension a value is cut: a part of one entry does not show it."""
+    """Record the dimension along which a value is sharded, which a shard of one entry does not show."""
     custom = dict(node.meta.get("custom") or {})
     custom["graphopt"] = {**custom.get("graphopt", {}), "cut": dim}
     node.meta["custom"] = custom
 
 
 def cut_along(node: fx.Node) -> int | None:
-    """Return the dimension along which whoever made a value cut it, if it was written down."""
-    found = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
-    return int(found) if found is not None else None
+    """Return the recorded dimension along which a value is sharded, if there is one."""
+    dim = (node.meta.get("custom") or {}).get("graphopt", {}).get("cut")
+    return int(dim) if dim is not None else None
 
 
 class Misplaced(Exception):
-    """Ranks hold the operands of a call in ways that do not fit together; the message says how."""
+    """The placements of a call's operands are incompatible; the message says how."""
 
 
 def placement_of(value: Any, placed: dict[fx.Node, Placement]) -> Placement:
-    """Return what ranks hold of an argument; all of it where it is no node."""
+    """Return the placement of an argument; replicated where it is not a node."""
     return placed[value] if isinstance(value, fx.Node) else WHOLE
 
 
 def check_whole(placed: dict[fx.Node, Placement], *operands: Any) -> None:
-    """Check that every rank has all of these operands.
+    """Check that these operands are replicated.
 
     Raises:
-        Misplaced: a rank has a part or a term.
+        Misplaced: one is sharded or partial.
     """
     for value in operands:
         if isinstance(value, fx.Node) and placed[value] != WHOLE:
-            raise Misplaced(f"{value.name} must be whole here and is {placed[value]}")
+            raise Misplaced(f"{value.name} must be replicated here and is {placed[value]}")

@@ -1,4 +1,4 @@
-"""Values stored in few bits, and masks as numbers that can be."""
+"""Simulated quantisation, and attention masks as numbers that can be quantised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTEGERS = {
 }
 """Least and largest number of each type."""
 HIDDEN = -30000.0
-"""What hides a key whatever the scores, and is a number in sixteen bits too."""
+"""A value that hides a key whatever its score, and is representable in sixteen bits."""
 
 
 @dialect_operator(
@@ -26,11 +26,11 @@ HIDDEN = -30000.0
     spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
 )
 def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Tensor:
-    """Return ``(clamp(round(x / scale) + zero_point) - zero_point) * scale``: x as it is after being stored as integers.
+    """Return ``(clamp(round(x / scale) + zero_point) - zero_point) * scale``: x quantised and dequantised.
 
     Args:
         x: of any shape.
-        scale: what one step is worth.
+        scale: the value of one step.
         zero_point: the integer that stands for 0.
         dtype: of the integers, see ``INTEGERS``.
     """
@@ -38,7 +38,7 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
     wide = x if x.dtype == torch.float64 else x.float()
     steps = wide / scale
     if type(x) is Tensor and not torch.is_grad_enabled():
-        # the same in the memory of one: logits of a large vocabulary are larger than most weights
+        # in place, to save memory: logits of a large vocabulary are larger than most weights
         return steps.round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale).to(x.dtype)
     return (steps.round() + zero_point).clamp(low, high).sub(zero_point).mul(scale).to(x.dtype)
 
@@ -50,14 +50,14 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
 def fake_quantize_channels(
     x: Tensor, scale: Tensor, integers: Tensor | None = None, *, axis: int, dtype: str
 ) -> Tensor:
-    """The same with a scale for each entry of a dimension, and 0 stored as 0; the range is symmetric.
+    """Return x quantised and dequantised symmetrically, with a scale for each entry of a dimension; 0 stays 0.
 
     Args:
         x: of any shape.
-        scale: (entries of the dimension,); or of a matrix, whose axis is 0, (rows, blocks): columns are as many blocks, and
-            each has scales of its own.
-        integers: of x's shape, what is stored in place of the nearest integers, where data decided otherwise; x is then
-            what was stored.
+        scale: (entries of the dimension,); or, for a matrix whose axis is 0, (rows, blocks): the columns are divided into
+            this many blocks, each with its own scales.
+        integers: of x's shape, stored instead of the nearest integers where calibration chose others; x is then the
+            value that was quantised.
         axis: the dimension.
         dtype: of the integers.
     """
@@ -79,7 +79,7 @@ def additive_mask(
     key_mask: Tensor | None, segments: Tensor | None, visible: Tensor | None, queries: int, keys: int, *,
     causal: bool = False, window: int | None = None, hidden: float = HIDDEN,
 ) -> Tensor:  # fmt: skip
-    """Return what attention's masks come to as numbers to add to scores: 0 where a key is seen, ``hidden`` elsewhere.
+    """Return attention's masks as numbers to add to scores: 0 where a key is seen, ``hidden`` elsewhere.
 
     Args:
         key_mask: (batch, keys), true where a key may be seen.
@@ -89,13 +89,13 @@ def additive_mask(
         keys: how many.
         causal: a query sees no later position.
         window: number of positions seen.
-        hidden: low enough that its softmax is nothing, and no lower, where a range stored in few bits has to hold it.
+        hidden: low enough that the softmax is zero, but no lower, since a quantised range has to hold it.
 
     Returns:
         (batch or 1, 1, queries, keys), float32.
     """
-    given = [t for t in (key_mask, segments, visible) if t is not None]
-    device = given[0].device if given else torch.device("cpu")
+    masks = [t for t in (key_mask, segments, visible) if t is not None]
+    device = masks[0].device if masks else torch.device("cpu")
     seen = visible_keys(queries, keys, key_mask, segments, causal, window, device)
     if visible is not None:
         seen = visible if seen is None else seen & visible

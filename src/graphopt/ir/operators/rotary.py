@@ -25,7 +25,7 @@ def _work(call: Call) -> Work:
     spec=OperatorSpec(shape=_shape, work=_work, dimensions=last_mixed),
 )
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate pairs of channels: ``x * cos + rotated(x) * sin`` (RoFormer, arXiv 2104.09864).
+    """Return ``x * cos + rotated(x) * sin``, which rotates pairs of channels (RoFormer, arXiv 2104.09864).
 
     Args:
         x: (..., size) with an even size.

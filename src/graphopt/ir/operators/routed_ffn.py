@@ -1,4 +1,4 @@
-"""A mixture of feed-forward experts, after the router has chosen."""
+"""The experts of a mixture-of-experts layer, after routing."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def _work(call: Call) -> Work:
     rows = tokens * chosen
     experts = up.shape[0]
     inner = down.shape[1] if call.arguments.get("transposed") else down.shape[2]
-    each = ACTIVATION_FLOPS + (1 if call.arguments.get("gated") else 0)
+    flops_per_channel = ACTIVATION_FLOPS + (1 if call.arguments.get("gated") else 0)
     matrices = product(up.shape[1:]) + product(down.shape[1:])
-    flops = rows * (2 * matrices + each * inner + 2 * x.shape[-1])
+    flops = rows * (2 * matrices + flops_per_channel * inner + 2 * x.shape[-1])
     touched = minimum(rows, experts)
     stacked = ("up", "down", "up_bias", "down_bias")
-    given = [name for name in stacked if call.arguments.get(name) is not None]
-    work = moved(call, flops, {name: touched * product(call.tensor(name).shape[1:]) for name in given})
+    present = [name for name in stacked if call.arguments.get(name) is not None]
+    work = moved(call, flops, {name: touched * product(call.tensor(name).shape[1:]) for name in present})
     hidden = 2 * rows * inner * x.dtype.itemsize
     return Work(work.flops, work.weight_bytes, work.activation_bytes + hidden)
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    found = arguments(node)
-    check_whole(placed, *(found[n] for n in ("x", "weights")))
-    up, down = placement_of(found["up"], placed), placement_of(found["down"], placed)
+    args = arguments(node)
+    check_whole(placed, *(args[n] for n in ("x", "weights")))
+    up, down = placement_of(args["up"], placed), placement_of(args["down"], placed)
     if isinstance(up, Joined) and len(set(up.pieces)) == 1:
-        up = up.pieces[0]  # gate and what it multiplies, cut alike
+        up = up.pieces[0]  # gate and up projection, sharded alike
     if up == WHOLE and down == WHOLE:
         return WHOLE
     if not (isinstance(up, Shard) and isinstance(down, Shard)):
         raise Misplaced(f"its first matrices are {up}, its second {down}")
-    if found["down_bias"] is not None and up.dim != 0:
-        raise Misplaced("its bias would be added once a rank; add it after the sum")
+    if args["down_bias"] is not None and up.dim != 0:
+        raise Misplaced("its bias would be added once per rank; add it after the sum")
     return PARTIAL
 
 
@@ -76,7 +76,7 @@ def routed_ffn(
     alpha: float = 1.0,
     weigh_inputs: bool = False,
 ) -> Tensor:
-    """Sum of the chosen experts' outputs, each times its routing weight.
+    """Return the sum of the chosen experts' outputs, each times its routing weight.
 
     Args:
         x: (tokens, size).
@@ -86,17 +86,17 @@ def routed_ffn(
         down: (experts, size, inner), likewise.
         up_bias: (experts, inner or 2 * inner).
         down_bias: (experts, size).
-        first: (1,), the number of the first expert given, where the others are on other ranks.
+        first: (1,), the index of the first expert given, where other ranks have the others.
         activation: one of ``ACTIVATIONS``.
         gated: the first half of the up projection is the gate of the second.
-        interleaved: gate and up alternate instead of lying in halves.
+        interleaved: gate and up channels alternate instead of filling one half each.
         transposed: expert matrices are stored input first.
         limit: clamp of swiglu_clamped and silu_clamped; cap on the gate of silu_softcapped.
         alpha: slope of swiglu_clamped; cap on the other half of silu_softcapped.
-        weigh_inputs: weights are factors on what experts are given, as in Llama 4, instead of on what they give.
+        weigh_inputs: weights are factors on the experts' inputs, as in Llama 4, instead of on their outputs.
 
     Returns:
-        (tokens, size). An expert that is not among those given adds nothing. Work is proportional to tokens
+        (tokens, size). Experts that are not among those given contribute nothing. Work is proportional to tokens
         times k where values are known; a traced graph gathers the experts' matrices instead, because its
         shapes may not depend on the routing.
     """
@@ -111,12 +111,14 @@ def routed_ffn(
         out = torch.zeros(
             tokens, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device
         )
-        known = experts.reshape(-1)
+        expert_ids = experts.reshape(-1)
         if first is not None:
-            # the numbers of absent experts sort behind all others
-            known = known.where((known >= 0) & (known < up.shape[0]), torch.full_like(known, up.shape[0]))
-        order = torch.argsort(known, stable=True)
-        counts = torch.bincount(known, minlength=up.shape[0])
+            # indices of absent experts sort after all others
+            expert_ids = expert_ids.where(
+                (expert_ids >= 0) & (expert_ids < up.shape[0]), torch.full_like(expert_ids, up.shape[0])
+            )
+        order = torch.argsort(expert_ids, stable=True)
+        counts = torch.bincount(expert_ids, minlength=up.shape[0])
         for expert, chosen in enumerate(torch.split(order, counts.tolist())):
             if chosen.numel() == 0 or expert >= up.shape[0]:
                 continue
@@ -137,7 +139,7 @@ def routed_ffn(
     factors = weights.reshape(-1, 1)
     if weigh_inputs:
         rows = rows * factors.to(x.dtype)
-        # an expert that is not here gives nothing, although its biases would
+        # absent experts must contribute nothing, and their biases would
         factors = (
             torch.ones_like(factors) if first is None else absent.logical_not().to(x.dtype).reshape(-1, 1)
         )

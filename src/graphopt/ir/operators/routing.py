@@ -1,4 +1,4 @@
-"""What dials choose while a program runs: experts (arXiv 2509.23012), the width of nested ones, layers."""
+"""Operators controlled by run-time settings: the number of experts (arXiv 2509.23012), widths, skipped layers."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ def _taking_part(chosen: Tensor, k: Tensor) -> Tensor:
 
 @dialect_operator("active_experts(Tensor experts, Tensor k, int absent) -> Tensor")
 def active_experts(experts: Tensor, k: Tensor, absent: int) -> Tensor:
-    """Keep the first ``k`` experts of each token, the best first; the others become ``absent``, which no expert has.
+    """Return the experts of each token with all but the first ``k`` replaced by ``absent``.
 
     Args:
-        experts: (tokens, most), integers.
-        k: a number, float64, from 1 to ``most``.
-        absent: a number that is no expert's.
+        experts: (tokens, most), integers, the best expert first.
+        k: a scalar, float64, from 1 to ``most``.
+        absent: a number that is no expert's index.
     """
     return torch.where(_taking_part(experts, k), experts, torch.full_like(experts, absent))
 
 
 @dialect_operator("active_weights(Tensor weights, Tensor k, bool renormalised) -> Tensor")
 def active_weights(weights: Tensor, k: Tensor, renormalised: bool) -> Tensor:
-    """Keep the first ``k`` routing weights of each token and zero the others.
+    """Return the routing weights of each token with all but the first ``k`` set to zero.
 
     Args:
         weights: (tokens, most), the best expert's first.
-        k: a number, float64, from 1 to ``most``.
-        renormalised: scale those that are left to the sum that all had, as models do that divide by it.
+        k: a scalar, float64, from 1 to ``most``.
+        renormalised: scale the remaining weights to the original sum, for models that normalise their weights.
     """
-    left = torch.where(_taking_part(weights, k), weights, torch.zeros_like(weights))
+    remaining = torch.where(_taking_part(weights, k), weights, torch.zeros_like(weights))
     if not renormalised:
-        return left
-    total = left.sum(-1, keepdim=True)
-    return left * (weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total))
+        return remaining
+    total = remaining.sum(-1, keepdim=True)
+    return remaining * (
+        weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total)
+    )
 
 
 @dialect_operator("skipped(Tensor before, Tensor after, Tensor phase) -> Tensor")
 def skipped(before: Tensor, after: Tensor, phase: Tensor) -> Tensor:
-    """Return a stream's value after some layers at phase 0, and before them at phase 1.
+    """Return the residual stream after some layers at phase 0, and before them at phase 1.
 
     Args:
-        before: what the layers read.
-        after: what they wrote, of the same shape.
-        phase: a number, float64: 0 while a prompt is read, 1 while tokens are added to it.
+        before: the input of the layers.
+        after: their output, of the same shape.
+        phase: a scalar, float64: 0 during prefill, 1 during decoding.
     """
     return torch.where(phase.to(before.device) >= 0.5, before, after)
 
 
 @dialect_operator("choose_width(Tensor logits, Tensor delta) -> Tensor")
 def choose_width(logits: Tensor, delta: Tensor) -> Tensor:
-    """Return the first way up to which a router's probabilities sum to ``delta``, its ways ordered by cost.
+    """Return the first choice at which the cumulative probability of a router reaches ``delta``; choices ascend in cost.
 
     Args:
-        logits: (..., ways).
-        delta: a number, float64: at 0 every token takes the first way, at 1 the last; with two ways, 0.5 takes the
-            likelier one.
+        logits: (..., choices).
+        delta: a scalar, float64: at 0 every token takes the first choice, at 1 the last; with two choices, 0.5 takes
+            the more probable one.
 
     Returns:
         (...), integers.
@@ -68,23 +70,23 @@ def choose_width(logits: Tensor, delta: Tensor) -> Tensor:
     exact = torch.promote_types(logits.dtype, torch.float32)
     summed = logits.to(exact).softmax(-1).cumsum(-1)[..., :-1]
     limit = delta.to(device=logits.device)
-    # rounding may let a sum reach one before all ways are in it
+    # rounding may let the sum reach one before the last choice
     return ((summed < limit) | (limit >= 1)).sum(-1)
 
 
 @dialect_operator("softened_weights(Tensor weights, Tensor k, bool renormalised, float epsilon) -> Tensor")
 def softened_weights(weights: Tensor, k: Tensor, renormalised: bool, epsilon: float) -> Tensor:
-    """As :func:`active_weights`, but what is beyond ``k`` counts ``epsilon`` instead of nothing (arXiv 2509.23012).
+    """Return the routing weights with all but the first ``k`` set to ``epsilon`` (arXiv 2509.23012).
 
-    Shapes stay, and a trickle of gradient reaches the experts that a step leaves out.
+    Shapes stay the same, and experts beyond ``k`` still receive a small gradient.
 
     Args:
         weights: (tokens, most), the best expert's first.
-        k: a number, float64, from 1 to ``most``.
-        renormalised: scale all to the sum that they had.
-        epsilon: weight of an expert beyond k.
+        k: a scalar, float64, from 1 to ``most``.
+        renormalised: scale all weights to their original sum.
+        epsilon: weight of the experts beyond k.
     """
-    left = torch.where(_taking_part(weights, k), weights, torch.full_like(weights, epsilon))
+    softened = torch.where(_taking_part(weights, k), weights, torch.full_like(weights, epsilon))
     if not renormalised:
-        return left
-    return left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
+        return softened
+    return softened * (weights.sum(-1, keepdim=True) / softened.sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""What is known of an operator beside its reference: shapes, work, placement on ranks, dimensions and traits."""
+"""Properties of an operator beside its reference: shapes, work, placement on ranks, dimensions and traits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DimensionRule = Callable[[fx.Node, int], "Sources | None"]
 
 
 class Trait(Flag):
-    """What can be said of an operator wherever it stands; see :mod:`graphopt.ir.operators.traits` for ATen's."""
+    """Properties of an operator that do not depend on the call; see :mod:`graphopt.ir.operators.traits` for ATen's."""
 
     NONE = 0
     RESHAPE = auto()
@@ -31,35 +31,35 @@ class Trait(Flag):
     REPEAT = auto()
     """Returns its operand's values several times without copying them."""
     PART = auto()
-    """Returns values of its operand that are chosen by place."""
+    """Returns values of its operand that are selected by position."""
     VIEW = RESHAPE | REORDER | REPEAT | PART
-    """Returns values of its operand, in its memory wherever that is possible."""
+    """Returns values of its operand, sharing its memory where possible."""
     IDENTITY = auto()
-    """Returns its operand's values at their places."""
+    """Returns its operand's values at the same positions."""
     COPY = auto()
-    """Writes values of its operands to other places."""
+    """Copies values of its operands to other positions."""
     MOVEMENT = VIEW | IDENTITY | COPY
-    """Every number returned is one of the operands', or a constant filled in beside them."""
+    """Every value returned is one of the operands' values, or a constant used as padding."""
     BITS = auto()
-    """Returns its operand's bits, read as numbers of another type."""
+    """Returns its operand's bits, reinterpreted as another type."""
     CAST = auto()
-    """Returns its operand's values at their places in another type."""
+    """Returns its operand's values converted to another type."""
     PADDING = auto()
-    """Puts values around its operand."""
+    """Pads its operand."""
     LOOKUP = auto()
-    """Returns entries of its operand, or rows of a table, that integers name."""
+    """Returns entries of its operand, or rows of a table, selected by integer indices."""
     POINTWISE = auto()
-    """Operands broadcast, and an entry of the result is made of the entries at its place."""
+    """Operands broadcast, and an entry of the result depends on the entries at its position only."""
     ACTIVATION = auto()
-    """Pointwise, of one value, by a function with an exponential in it."""
+    """A pointwise function of one value that involves an exponential."""
     HOMOGENEOUS = auto()
-    """f(s x) = s f(x) for every positive s, and the channels of images and signals stay apart."""
+    """f(s x) = s f(x) for every positive s, and the channels of images and signals are not mixed."""
     LINEAR = auto()
     """Linear in its first operand, whatever the others are; movement is linear as well."""
     CONVOLUTION = auto()
-    """A convolution of weight (outputs, inputs / groups, *taps)."""
+    """A convolution of weight (outputs, inputs / groups, *kernel size)."""
     TRANSPOSED = auto()
-    """A transposed convolution of weight (inputs, outputs / groups, *taps)."""
+    """A transposed convolution of weight (inputs, outputs / groups, *kernel size)."""
     PRODUCT = auto()
     """A product of matrices, either of which may depend on the input."""
     MEAN_POOLING = auto()
@@ -67,49 +67,49 @@ class Trait(Flag):
     MAX_POOLING = auto()
     """Maxima over windows."""
     NORM = auto()
-    """Shifts or scales values by what other values are on average; the result has the operand's shape."""
+    """Normalises values by statistics over other values; the result has the operand's shape."""
     SOFTMAX = auto()
     """A softmax along a dimension, or its logarithm."""
     REDUCTION = auto()
     """One value for all entries of the dimensions it names, or of all dimensions."""
     SCAN = auto()
-    """Every entry along a dimension is made of those up to it."""
+    """Every entry along a dimension is computed from those up to it."""
     ALONG = auto()
-    """Mixes or chooses entries along the dimensions that ``dim`` or ``dims`` names, and keeps all others in place."""
+    """Mixes or selects entries along the dimensions that ``dim`` or ``dims`` names, and keeps all other dimensions."""
     MIXING = auto()
     """Mixes channels or positions by weights or by scores, as blocks of a residual network do."""
     FACTORY = auto()
-    """Makes a tensor out of sizes and numbers."""
+    """Creates a tensor from sizes and numbers."""
     FILL = auto()
     """A factory of equal values."""
     NEW = auto()
-    """A factory whose operand says type and device alone."""
+    """A factory whose operand determines type and device only."""
     EMPTY = auto()
-    """Returns memory that nobody wrote."""
+    """Returns uninitialised memory."""
     RANDOM = auto()
-    """Returns other values each time, as torch tags it."""
+    """Returns different values at every call, according to torch's tag."""
     ROUNDING = auto()
-    """Says in how many bits a value is stored."""
+    """Simulates storing a value in fewer bits."""
     COLLECTIVE = auto()
-    """All ranks send and receive."""
+    """A collective: all ranks send and receive."""
     PER_RANK = auto()
-    """Returns something else on every rank, without any message."""
+    """Returns a different value on every rank, without communication."""
     MARKED = auto()
-    """Returns its first operand where no mask token stands."""
+    """Returns its first operand at positions without a mask token."""
 
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """What is known of an operator beside its reference; None where nothing special is to be said.
+    """Properties of an operator beside its reference; None stands for the default behaviour.
 
     Attributes:
-        shape: called like the operator on fake tensors, returns the result's; without it the reference is run on them.
-        work: cost of a call; without it operands and results are moved and nothing is computed.
-        place: what ranks hold of the result, by what they hold of the operands (see
-            :mod:`graphopt.ir.ranks.placement`); without it, whatever the dimensions allow.
-        dimensions: where a dimension of the result comes from (see :mod:`graphopt.ir.ranks.dimensions`); without it
+        shape: called like the operator on fake tensors, returns a fake result; without it, the reference is run on them.
+        work: cost of a call; without it, operands and results are moved and nothing is computed.
+        place: the placement of the result from those of the operands (see :mod:`graphopt.ir.ranks.placement`);
+            without it, whatever the dimensions allow.
+        dimensions: where a dimension of the result comes from (see :mod:`graphopt.ir.ranks.dimensions`); without it,
             every dimension is mixed.
-        traits: what else passes ask.
+        traits: other properties that passes ask for.
     """
 
     shape: ShapeRule | None = None
@@ -120,9 +120,9 @@ class OperatorSpec:
 
 
 SPECS: dict[str, OperatorSpec] = {}
-"""Operator name, ``graphopt.attention``, to what is known of it."""
+"""Specs by operator name, such as ``graphopt.attention``."""
 
 
 def like_first(first: Any, *others: Any, **options: Any) -> Any:
-    """Return a value of the first operand's shape and type: a shape rule."""
+    """Return an empty tensor of the first operand's shape and type: a shape rule."""
     return first.new_empty(first.shape)

@@ -1,8 +1,8 @@
-"""Which operators have which traits: one table of ATen's, beside what operators of ours say of themselves.
+"""The traits of operators: one table for ATen, and the specs of graphopt's operator set.
 
-A table that leaves an operator out by mistake makes a pass stop there, and one that has it by mistake makes a wrong
-program; so whoever looks through operators asks for traits here and keeps no list of its own. Which operators a pass
-takes stays with the pass. Spellings that canonicalisation takes out of every graph (``view``, ``transpose``) are absent.
+A missing entry makes a pass stop at an operator, and a wrong entry makes a wrong program; so code that looks through
+operators asks for traits here and keeps no list of its own. Which operators a pass rewrites is defined by the pass.
+Spellings that canonicalisation removes from every graph (``view``, ``transpose``) are absent.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from ..schema import operator_name
 from .spec import SPECS, Trait
 
 T = Trait
-# every operator once, with all that is said of it
+# every operator once, with all of its traits
 _ATEN: tuple[tuple[Trait, str], ...] = (
     (T.RESHAPE, "flatten reshape squeeze unflatten unsqueeze"),
     (T.REORDER, "permute"),
     (T.REPEAT, "broadcast_to expand expand_as"),
     (T.PART, "as_strided chunk diagonal select split split_with_sizes tensor_split unbind unfold"),
     (T.PART | T.ALONG, "narrow slice"),
-    # copies are left beside as_strided alone, detach in the forms that recipes train
+    # copies remain only in graphs with as_strided, detach only in programs that recipes train
     (T.IDENTITY, "clone contiguous detach"),
     (T.COPY | T.ALONG, "cat flip roll"),
     (T.COPY | T.PADDING, "constant_pad_nd"),
     (T.COPY | T.LOOKUP, "gather index"),
     (T.COPY | T.LOOKUP | T.ALONG, "index_select"),
     (T.COPY, "pixel_shuffle pixel_unshuffle repeat repeat_interleave stack"),
-    # canonicalisation leaves of view what names a type
+    # canonicalisation keeps only the overload of view that takes a type
     (T.BITS, "view view_as_complex view_as_real"),
     (T.CAST, "to"),
     (T.PADDING, "pad"),
     (T.LOOKUP, "embedding take take_along_dim"),
-    # torch tags the others; of some it tags one overload only
+    # torch tags the others; of these it tags one overload only, or none
     (T.POINTWISE, "dropout floor_divide hardswish masked_fill rsub where"),
     (T.POINTWISE | T.ACTIVATION, "log_sigmoid"),
     (T.ACTIVATION, "celu elu erf gelu mish selu sigmoid silu softplus tanh"),
@@ -47,7 +47,7 @@ _ATEN: tuple[tuple[Trait, str], ...] = (
     (T.LINEAR | T.REDUCTION | T.ALONG, "mean sum"),
     (T.LINEAR, "neg"),
     (T.CONVOLUTION | T.MIXING, "conv1d conv2d conv3d"),
-    # what canonicalisation leaves of the general operator is transposed
+    # after canonicalisation the general operator is always transposed
     (T.TRANSPOSED | T.MIXING, "conv_transpose1d conv_transpose2d conv_transpose3d convolution"),
     (T.PRODUCT | T.MIXING, "_grouped_mm _int_mm baddbmm bmm einsum matmul mm"),
     (T.NORM, "batch_norm group_norm instance_norm layer_norm rms_norm"),
@@ -65,11 +65,11 @@ _ATEN: tuple[tuple[Trait, str], ...] = (
 
 
 def _by_name() -> dict[str, int]:
-    # a list that an operator returns is taken apart by Python's own
-    found = {"getitem": Trait.PART.value}
+    # the results of an operator that returns a list are read by Python's getitem
+    bits = {"getitem": Trait.PART.value}
     for traits, names in _ATEN:
-        found |= dict.fromkeys((f"aten.{name}" for name in names.split()), traits.value)
-    return found
+        bits |= dict.fromkeys((f"aten.{name}" for name in names.split()), traits.value)
+    return bits
 
 
 _BITS = _by_name()
@@ -93,22 +93,22 @@ def traits_of(target: object) -> Trait:
     """Return all traits of an operator.
 
     Args:
-        target: what a node calls, or an operator's name. Torch's tags are known of what a node calls alone.
+        target: what a node calls, or an operator's name. Torch's tags are known only for what a node calls.
     """
     return Trait(_bits(target))
 
 
 def has(node: object, trait: Trait) -> bool:
-    """Tell whether a value is the result of an operator that has this trait, or one of several joined by ``|``."""
+    """Tell whether a value is the result of an operator with this trait, or with any of several joined by ``|``."""
     return (
         isinstance(node, fx.Node) and node.op == "call_function" and bool(_bits(node.target) & trait._value_)
     )
 
 
 def named(trait: Trait) -> frozenset[str]:
-    """Return the names of the operators that have a trait, or one of several; torch's tags are left out."""
-    own = {name for name, spec in SPECS.items() if spec.traits & trait}
-    return frozenset(own | {name for name, bits in _BITS.items() if bits & trait.value})
+    """Return the names of the operators with a trait, or with any of several; torch's tags are not considered."""
+    specified = {name for name, spec in SPECS.items() if spec.traits & trait}
+    return frozenset(specified | {name for name, bits in _BITS.items() if bits & trait.value})
 
 
 __all__ = ["Trait", "has", "named", "traits_of"]

@@ -1,4 +1,4 @@
-"""What a cost formula sees (operands and calls of numeric or symbolic sizes), what it returns, and shared arithmetic."""
+"""Inputs and results of cost formulas: operands, calls and work, in numbers or symbolic sizes; shared arithmetic."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Operand:
         return self.bytes_of(self.numel)
 
     def bytes_of(self, elements: Size) -> Size:
-        """Bytes of so many elements."""
+        """Return the bytes of this many elements."""
         if self.bits is None or self.bits % 8 == 0:
             return elements * (self.dtype.itemsize if self.bits is None else self.bits // 8)
         return half(elements * (self.bits // 4))
@@ -135,9 +135,9 @@ class Call:
 
     def tensor(self, name: str) -> Operand:
         """Return a tensor argument by name."""
-        found = self.arguments[name]
-        assert isinstance(found, Operand), f"{self.name}: {name} is not a tensor"
-        return found
+        operand = self.arguments[name]
+        assert isinstance(operand, Operand), f"{self.name}: {name} is not a tensor"
+        return operand
 
     @property
     def output(self) -> Operand:
@@ -178,7 +178,7 @@ def moved(call: Call, flops: Size = 0, read: Mapping[str, Size] | None = None) -
     Args:
         call: the call.
         flops: floating-point operations.
-        read: how many elements of an argument are read, by its name, where it is not all of them.
+        read: number of elements read of an argument, by its name, where not all of them are.
     """
     partly = {call.tensor(name).position: elements for name, elements in (read or {}).items()}
     weights: Size = 0
@@ -201,11 +201,11 @@ def _ramp(rows: Size, window: int | None) -> Size:
 
 
 def visible_pairs(queries: Size, keys: Size, causal: bool, window: int | None) -> Size:
-    """Return how many (query, key) pairs take part in attention, per head and sequence.
+    """Return the number of (query, key) pairs in attention, per head and sequence.
 
     Queries are aligned with the last keys: causal over n positions, n (n + 1) / 2 pairs. ``window`` counts
-    positions seen, the own one included, to both sides when not causal. Masks and segments are values, not
-    sizes: what they hide is counted.
+    positions seen, including the query's own, to both sides when not causal. Masks and segments are values, not
+    sizes, so the pairs they hide are counted.
     """
     if not causal and window is None:
         return queries * keys
@@ -215,7 +215,7 @@ def visible_pairs(queries: Size, keys: Size, causal: bool, window: int | None) -
 
 
 def attention_work(call: Call, q: str, k: str, v: str, pairs: Size, keys: Size) -> Work:
-    """Return the work of fused attention in which so many pairs take part and so many keys are read."""
+    """Return the work of fused attention over ``pairs`` (query, key) pairs that reads ``keys`` keys."""
     query, key, value = call.tensor(q), call.tensor(k), call.tensor(v)
     rows = product(query.shape[:-2]) * pairs
     flops = rows * (2 * query.shape[-1] + 2 * value.shape[-1] + SOFTMAX_FLOPS)

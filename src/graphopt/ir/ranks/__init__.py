@@ -1,1 +1,1 @@
-"""Sharded programs: where values lie, and the programs that ranks run."""
+"""Sharded programs: placements of values, and the programs that ranks run."""

@@ -1,6 +1,6 @@
-"""Where a dimension of a result comes from: which dimension of which operand holds the same entries, in order.
+"""Sources of a result's dimension: which dimension of which operand holds the same entries, in order.
 
-Asked by whoever computes a part of a value from parts of what it is computed from.
+Used to compute a part of a value from parts of its operands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..sizes import expression
 
 
 def sources_of(node: fx.Node, dim: int) -> Sources | None:
-    """Return where the entries along ``dim`` of a result come from; None if the operator mixes them.
+    """Return the sources of the entries along ``dim`` of a result; None if the operator mixes them.
 
     Args:
         node: a call that returns one tensor.
@@ -31,20 +31,20 @@ def sources_of(node: fx.Node, dim: int) -> Sources | None:
         return None
     name = operator_name(node.target)
     spec = SPECS.get(name)
-    rule = _RULES.get(name) if spec is None else spec.dimensions
+    rule = _DIMENSION_RULES.get(name) if spec is None else spec.dimensions
     if rule is not None:
         return rule(node, dim)
-    return broadcast(node, dim) if has(node, _BY_PLACE) else None
+    return broadcast(node, dim) if has(node, _ENTRYWISE) else None
 
 
 def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) -> Along | None:
-    """Return where an operand's dimension goes: the result's, and how its entries count there; None if mixed.
+    """Return the result's dimension that an operand's dimension becomes, with the ratio of entries; None if mixed.
 
     Args:
         node: a call.
         source: an operand.
         dim: of the operand.
-        place: of the result, where it is known; a part may have one entry, which looks like no dimension.
+        place: dimension of the result, where it is known; a shard of one entry looks like a broadcast dimension.
     """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
@@ -52,23 +52,23 @@ def carried(node: fx.Node, source: fx.Node, dim: int, place: int | None = None) 
     for index in range(value.dim()) if place is None else [place]:
         if has(node, Trait.RESHAPE):
             counts = related(source.meta["val"].shape, value.shape, dim, index)
-            found: Sources | None = {source: Along(dim, *counts)} if counts is not None else None
+            sources: Sources | None = {source: Along(dim, *counts)} if counts is not None else None
         else:
-            found = sources_of(node, index)
-        along = found.get(source) if found is not None else None
+            sources = sources_of(node, index)
+        along = sources.get(source) if sources is not None else None
         if along is not None and along.dim == dim:
             return Along(index, along.divisor, along.factor)
     return None
 
 
-# an entry of the result is made of the operands' entries at its place
-_BY_PLACE = Trait.POINTWISE | Trait.CAST | Trait.IDENTITY
+# an entry of the result depends on the operands' entries at its position
+_ENTRYWISE = Trait.POINTWISE | Trait.CAST | Trait.IDENTITY
 
 
 def related(before: Any, after: Any, source: int, result: int) -> tuple[int, int] | None:
-    """Return sizes (of the source's dimension, of the result's) if a reshape keeps the order of their entries.
+    """Return (size of the source's dimension, size of the result's) if a reshape keeps the order of their entries.
 
-    It does where as many elements lie outside of one as outside of the other. None otherwise.
+    It does where the sizes before both dimensions have the same product. None otherwise.
     """
     if bool((_product(before[:source]) - _product(after[:result])).expand() != 0):
         return None
@@ -81,20 +81,20 @@ def _rank(node: fx.Node) -> int:
 
 
 def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
-    """Operators that mix the dimensions that an argument names, and keep all others where they are."""
+    """Return the rule of operators that mix the dimensions named by an argument and keep all others."""
 
     def rule(node: fx.Node, dim: int) -> Sources | None:
-        found = arguments(node)
+        args = arguments(node)
         source = next(iter(tensors_of(node)))
         rank = source.meta["val"].dim()
-        given = next((found[n] for n in names if n in found), None)
-        if given is None:
+        dims = next((args[n] for n in names if n in args), None)
+        if dims is None:
             return None
-        mixed = {int(d) % rank for d in (given if isinstance(given, (list, tuple)) else [given])}
-        if found.get("keepdim") is False and node.meta["val"].dim() != rank:
-            kept = [d for d in range(rank) if d not in mixed]
-            return {source: Along(kept[dim])} if dim < len(kept) else None
-        # an index is read whole
+        mixed = {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+        if args.get("keepdim") is False and node.meta["val"].dim() != rank:
+            remaining = [d for d in range(rank) if d not in mixed]
+            return {source: Along(remaining[dim])} if dim < len(remaining) else None
+        # all of an index is read
         return (
             None if dim in mixed else {n: Along(dim) if _rank(n) == rank else None for n in tensors_of(node)}
         )
@@ -103,69 +103,69 @@ def _not_dims(*names: str) -> Callable[[fx.Node, int], Sources | None]:
 
 
 def _layer_norm(node: fx.Node, dim: int) -> Sources | None:
-    found = arguments(node)
-    if dim >= node.meta["val"].dim() - len(found["normalized_shape"]):
+    args = arguments(node)
+    if dim >= node.meta["val"].dim() - len(args["normalized_shape"]):
         return None
-    return {n: Along(dim) if n is found["input"] else None for n in tensors_of(node)}
+    return {n: Along(dim) if n is args["input"] else None for n in tensors_of(node)}
 
 
 def _permute(node: fx.Node, dim: int) -> Sources:
-    found = arguments(node)
+    args = arguments(node)
     rank = node.meta["val"].dim()
-    return {found["self"]: Along(int(found["dims"][dim]) % rank)}
+    return {args["self"]: Along(int(args["dims"][dim]) % rank)}
 
 
 def _unsqueeze(node: fx.Node, dim: int) -> Sources | None:
-    found = arguments(node)
-    place = int(found["dim"]) % node.meta["val"].dim()
-    return None if dim == place else {found["self"]: Along(dim - (dim > place))}
+    args = arguments(node)
+    position = int(args["dim"]) % node.meta["val"].dim()
+    return None if dim == position else {args["self"]: Along(dim - (dim > position))}
 
 
 def _select(node: fx.Node, dim: int) -> Sources:
-    found = arguments(node)
-    place = int(found["dim"]) % found["self"].meta["val"].dim()
-    return {found["self"]: Along(dim + (dim >= place))}
+    args = arguments(node)
+    position = int(args["dim"]) % args["self"].meta["val"].dim()
+    return {args["self"]: Along(dim + (dim >= position))}
 
 
 def _linear(node: fx.Node, dim: int) -> Sources:
-    found = arguments(node)
+    args = arguments(node)
     if dim == node.meta["val"].dim() - 1:
-        made: Sources = {found["input"]: None, found["weight"]: Along(0)}
-        if found["bias"] is not None:
-            made[found["bias"]] = Along(0)
-        return made
-    return {n: Along(dim) if n is found["input"] else None for n in tensors_of(node)}
+        sources: Sources = {args["input"]: None, args["weight"]: Along(0)}
+        if args["bias"] is not None:
+            sources[args["bias"]] = Along(0)
+        return sources
+    return {n: Along(dim) if n is args["input"] else None for n in tensors_of(node)}
 
 
 def _embedding(node: fx.Node, dim: int) -> Sources:
-    found = arguments(node)
+    args = arguments(node)
     if dim == node.meta["val"].dim() - 1:
-        return {found["weight"]: Along(1), found["indices"]: None}
-    return {found["weight"]: None, found["indices"]: Along(dim)}
+        return {args["weight"]: Along(1), args["indices"]: None}
+    return {args["weight"]: None, args["indices"]: Along(dim)}
 
 
 def _expand(node: fx.Node, dim: int) -> Sources:
     source = arguments(node)["self"]
     result, value = node.meta["val"], source.meta["val"]
-    place = dim - (result.dim() - value.dim())
-    whole = place < 0 or (is_one(value.shape[place]) and not is_one(result.shape[dim]))
-    return {source: None if whole else Along(place)}
+    operand_dim = dim - (result.dim() - value.dim())
+    is_whole = operand_dim < 0 or (is_one(value.shape[operand_dim]) and not is_one(result.shape[dim]))
+    return {source: None if is_whole else Along(operand_dim)}
 
 
 def _factory(node: fx.Node, dim: int) -> Sources:
-    """A new tensor reads nothing of the one that it takes its type from."""
+    """Return the sources of a new tensor, which reads no entries of the operand that gives its type."""
     return dict.fromkeys(tensors_of(node))
 
 
 def _reshape(node: fx.Node, dim: int) -> Sources | None:
     source = arguments(node)["self"]
     before, after = source.meta["val"].shape, node.meta["val"].shape
-    # a size of one has no entries to cut
+    # a dimension of size one cannot be sharded
     order = sorted(range(len(before)), key=lambda d: is_one(before[d]))
-    for place in order:
-        counts = related(before, after, place, dim)
+    for source_dim in order:
+        counts = related(before, after, source_dim, dim)
         if counts is not None:
-            return {source: Along(place, *counts)}
+            return {source: Along(source_dim, *counts)}
     return None
 
 
@@ -177,7 +177,7 @@ def _product(shape: Any) -> sympy.Expr:
 
 
 def _products(node: fx.Node, dim: int) -> Sources | None:
-    """Products of batches of matrices: leading dimensions, rows of the first, columns of the second."""
+    """Return the sources for batched matrix products: batch dimensions, rows of the first, columns of the second."""
     first, second = (n for n in node.args[:2])
     rank = node.meta["val"].dim()
     assert isinstance(first, fx.Node)
@@ -188,19 +188,19 @@ def _products(node: fx.Node, dim: int) -> Sources | None:
         return {first: Along(dim), second: None}
     if dim == rank - 1:
         return {first: None, second: Along(dim)}
-    found = {n: None if is_one(n.meta["val"].shape[dim]) else Along(dim) for n in (first, second)}
-    return dict(found)
+    sources = {n: None if is_one(n.meta["val"].shape[dim]) else Along(dim) for n in (first, second)}
+    return dict(sources)
 
 
 def _slice_scatter(node: fx.Node, dim: int) -> Sources | None:
-    found = arguments(node)
-    if dim == int(found["dim"]) % node.meta["val"].dim():
+    args = arguments(node)
+    if dim == int(args["dim"]) % node.meta["val"].dim():
         return None
-    return {found["self"]: Along(dim), found["src"]: Along(dim)}
+    return {args["self"]: Along(dim), args["src"]: Along(dim)}
 
 
-# general rules first: a later one takes the place of an earlier
-_RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
+# general rules first: later entries override earlier ones
+_DIMENSION_RULES: dict[str, Callable[[fx.Node, int], Sources | None]] = {
     **dict.fromkeys(named(Trait.RESHAPE), _reshape),
     **dict.fromkeys(named(Trait.ALONG), _not_dims("dim", "dims")),
     **dict.fromkeys(named(Trait.NEW), _factory),

@@ -1,8 +1,8 @@
-"""What each rank holds of each value: all of it, a term of a sum, or a part along one dimension.
+"""Placements: whether each value of a sharded program is replicated, partial, or sharded along a dimension.
 
-The types are DTensor's: ``Replicate``, ``Partial``, ``Shard(dim)``. A partial value may pass through what is linear
-and into a collective, nothing else; adding a whole value to a partial one would count it once a rank, which is the
-error behind wrong biases and residuals.
+The types are DTensor's: ``Replicate``, ``Partial``, ``Shard(dim)``. A partial value may only be read by linear operators
+and collectives; adding a replicated value to a partial one would count it once per rank, the usual error with
+biases and residuals.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-# a rounding to a narrower type is as near to linear as the sum itself
+# a cast to a narrower type rounds, but so does the sum itself
 _LINEAR = Trait.MOVEMENT | Trait.LINEAR | Trait.CAST
 
 
@@ -44,10 +44,10 @@ def placements(program: Program) -> dict[fx.Node, Placement]:
     """Return the placement of every value of a sharded program.
 
     Raises:
-        VerificationError: an operator reads operands that ranks hold in ways that do not fit together.
+        VerificationError: the placements of an operator's operands are incompatible.
     """
-    found: dict[fx.Node, Placement] = program.derived("placements", lambda: _infer(program))
-    return found
+    result: dict[fx.Node, Placement] = program.derived("placements", lambda: _infer(program))
+    return result
 
 
 def _infer(program: Program) -> dict[fx.Node, Placement]:
@@ -63,7 +63,7 @@ def _infer(program: Program) -> dict[fx.Node, Placement]:
                 raise VerificationError(
                     f"{node.name} = {operator_name(node.target)}: {problem}",
                     node=node.name, source=next(filter(None, map(program.source_line, near)), ""),
-                    hint="reduce or gather the value first, or add what is whole after the sum",
+                    hint="reduce or gather the value first, or add replicated values after the sum",
                 ) from None  # fmt: skip
         elif node.op == "output":
             for name, value in zip(program.signature.output_names, node.args[0], strict=True):
@@ -79,41 +79,41 @@ def _infer(program: Program) -> dict[fx.Node, Placement]:
 def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     name = operator_name(node.target)
     spec = SPECS.get(name)
-    rule = _RULES.get(name) if spec is None else spec.place
+    rule = _PLACEMENT_RULES.get(name) if spec is None else spec.place
     if rule is not None:
         return rule(node, placed)
-    held = {n: placed[n] for n in node.all_input_nodes}
-    if all(p == WHOLE for p in held.values()):
+    operands = {n: placed[n] for n in node.all_input_nodes}
+    if all(p == WHOLE for p in operands.values()):
         return WHOLE
-    if any(isinstance(p, Joined) for p in held.values()):
-        return _apart(node, name, held)
-    if any(p == PARTIAL for p in held.values()):
-        return _linear(node, name, held)
-    return _along(node, name, held)
+    if any(isinstance(p, Joined) for p in operands.values()):
+        return _split_joined(node, name, operands)
+    if any(p == PARTIAL for p in operands.values()):
+        return _place_partial(node, name, operands)
+    return _place_sharded(node, name, operands)
 
 
-def _linear(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
-    others = [n for n, p in held.items() if p != PARTIAL]
+def _place_partial(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
+    others = [n for n, p in operands.items() if p != PARTIAL]
     tensors = [n for n in others if isinstance(n.meta.get("val"), torch.Tensor)]
     if name in ("aten.add", "aten.sub"):
         if not others and not any(isinstance(a, (int, float)) for a in node.args):
             return PARTIAL
-        what = f"{others[0].name}, which is {held[others[0]]}" if others else "a number"
-        raise Misplaced(f"it adds {what}, to a partial sum, where it would count once a rank")
-    if name in ("aten.mul", "aten.div") and all(held[n] == WHOLE for n in others):
+        what = f"{others[0].name}, which is {operands[others[0]]}" if others else "a number"
+        raise Misplaced(f"it adds {what}, to a partial sum, where it would count once per rank")
+    if name in ("aten.mul", "aten.div") and all(operands[n] == WHOLE for n in others):
         first: Any = node.args[0]
-        if sum(isinstance(a, fx.Node) and held[a] == PARTIAL for a in node.args) == 1 and (
-            name == "aten.mul" or held.get(first) == PARTIAL
+        if sum(isinstance(a, fx.Node) and operands[a] == PARTIAL for a in node.args) == 1 and (
+            name == "aten.mul" or operands.get(first) == PARTIAL
         ):
             return PARTIAL
     if _adds_up(node) and not tensors:
         return PARTIAL
-    partial = next(n for n, p in held.items() if p == PARTIAL)
+    partial = next(n for n, p in operands.items() if p == PARTIAL)
     raise Misplaced(f"{partial.name} is a partial sum, and this is not linear in it")
 
 
 def _adds_up(node: fx.Node) -> bool:
-    """Tell whether what an operator makes of a sum is the sum of what it makes of the terms."""
+    """Tell whether applying an operator to a sum gives the sum of applying it to the terms."""
     if has(node, Trait.PADDING) and arguments(node).get("value"):
         return False
     value = node.meta["val"]
@@ -121,18 +121,18 @@ def _adds_up(node: fx.Node) -> bool:
     return has(node, _LINEAR) and not (has(node, Trait.CAST) and whole_numbers)
 
 
-def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
-    """Values that lie side by side are taken apart again."""
-    source = next(n for n, p in held.items() if isinstance(p, Joined))
-    joined = held[source]
+def _split_joined(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
+    """Return the placement of a call on joined values: a piece of them, or the same joined values moved."""
+    source = next(n for n, p in operands.items() if isinstance(p, Joined))
+    joined = operands[source]
     assert isinstance(joined, Joined)
-    found = arguments(node)
-    if name == "aten.split_with_sizes" and found["dim"] % source.meta["val"].dim() == joined.dim:
+    args = arguments(node)
+    if name == "aten.split_with_sizes" and args["dim"] % source.meta["val"].dim() == joined.dim:
         return joined
     piece: Shard | None = None
-    if name == "aten.slice" and found["dim"] % source.meta["val"].dim() == joined.dim and found["step"] == 1:
+    if name == "aten.slice" and args["dim"] % source.meta["val"].dim() == joined.dim and args["step"] == 1:
         size = int(source.meta["val"].shape[joined.dim])
-        piece = joined.part(found["start"] or 0, min(size, size if found["end"] is None else found["end"]))
+        piece = joined.part(args["start"] or 0, min(size, size if args["end"] is None else args["end"]))
     elif name == "getitem":
         sizes = [int(v.shape[joined.dim]) for v in source.meta["val"]]
         number = int(node.args[1])  # type: ignore[arg-type]
@@ -140,65 +140,67 @@ def _apart(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placemen
     if piece is not None:
         return piece
     moved = carried(node, source, joined.dim)
-    others = [n for n, p in held.items() if n is not source]
-    if moved is None or moved.factor != moved.divisor or any(held[n] != WHOLE for n in others):
-        raise Misplaced(f"{source.name} is {joined}, and this takes no whole piece of it")
+    others = [n for n, p in operands.items() if n is not source]
+    if moved is None or moved.factor != moved.divisor or any(operands[n] != WHOLE for n in others):
+        raise Misplaced(f"{source.name} is {joined}, and this does not read a complete piece of it")
     for other in others:
         value = other.meta.get("val")
-        if isinstance(value, torch.Tensor) and not _fits_whole(node, value, moved.dim):
-            raise Misplaced(f"{other.name} is whole where the other operand is {joined}")
+        if isinstance(value, torch.Tensor) and not _broadcasts_over(node, value, moved.dim):
+            raise Misplaced(f"{other.name} is replicated where the other operand is {joined}")
     return joined.at(moved.dim)
 
 
-def _along(node: fx.Node, name: str, held: dict[fx.Node, Placement]) -> Placement:
-    """An operator that treats every entry of the cut dimension apart, or moves it."""
+def _place_sharded(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
+    """Return the placement for an operator that keeps the entries of the sharded dimension apart, or moves them."""
     results: set[Placement] = set()
-    for source, placement in held.items():
+    for source, placement in operands.items():
         if not isinstance(placement, Shard):
             continue
         moved = carried(node, source, placement.dim, cut_along(node))
         if moved is None:
-            raise Misplaced(f"{source.name} is {placement}, which this operator mixes or whose place is lost")
-        made = placement.at(moved.dim, moved.factor, moved.divisor)
-        if made is None:
-            raise Misplaced(f"{source.name} is {placement}, and the cut falls inside an entry here")
-        results.add(made)
+            raise Misplaced(
+                f"{source.name} is {placement}, and this operator mixes that dimension or its position is lost"
+            )
+        moved_placement = placement.at(moved.dim, moved.factor, moved.divisor)
+        if moved_placement is None:
+            raise Misplaced(f"{source.name} is {placement}, and a shard would end inside an entry here")
+        results.add(moved_placement)
     if len(results) > 1:
-        raise Misplaced("its operands are cut in different ways: " + "; ".join(sorted(map(str, results))))
+        raise Misplaced("its operands have different placements: " + "; ".join(sorted(map(str, results))))
     (result,) = results
     assert isinstance(result, Shard)
-    for source, placement in held.items():
+    for source, placement in operands.items():
         value = source.meta.get("val")
         if (
             placement == WHOLE
             and isinstance(value, torch.Tensor)
-            and not _fits_whole(node, value, result.dim)
+            and not _broadcasts_over(node, value, result.dim)
         ):
-            raise Misplaced(f"{source.name} is whole where the other operand is {result}")
+            raise Misplaced(f"{source.name} is replicated where the other operand is {result}")
     return result
 
 
-def _fits_whole(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
-    """Tell whether a whole operand broadcasts over the cut dimension of the result."""
+def _broadcasts_over(node: fx.Node, value: torch.Tensor, dim: int) -> bool:
+    """Tell whether a replicated operand broadcasts over the sharded dimension of the result."""
     result = node.meta["val"]
     if not isinstance(result, torch.Tensor):
         return True
     if has(node, Trait.POINTWISE | Trait.NORM) or is_operator(node, "graphopt.rotary"):
-        place = value.dim() - (result.dim() - dim % result.dim())
-        return place < 0 or bool(value.shape[place] == 1)
+        operand_dim = value.dim() - (result.dim() - dim % result.dim())
+        return operand_dim < 0 or bool(value.shape[operand_dim] == 1)
     return True
 
 
-def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Linear: columns of the matrix cut with the input's channels give a term, rows cut give channels."""
-    found = arguments(node)
-    x, weight, bias = (placement_of(found[n], placed) for n in ("input", "weight", "bias"))
+def _place_linear(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Return the placement of a linear: a matrix sharded by columns gives a partial sum, by rows sharded channels."""
+    args = arguments(node)
+    x, weight, bias = (placement_of(args[n], placed) for n in ("input", "weight", "bias"))
     last = node.meta["val"].dim() - 1
     if PARTIAL in (weight, bias):
         raise Misplaced("its weights are partial sums")
     if x == PARTIAL:
-        if weight != WHOLE or found["bias"] is not None:
-            raise Misplaced("a bias added to a partial sum would count once a rank")
+        if weight != WHOLE or args["bias"] is not None:
+            raise Misplaced("a bias added to a partial sum would count once per rank")
         return PARTIAL
     if isinstance(x, Shard) and x.dim == last:
         if (
@@ -206,44 +208,44 @@ def _matmul(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
             or weight.dim != 1
             or (x.starts, x.length) != (weight.starts, weight.length)
         ):
-            raise Misplaced(f"its input is {x}, and its matrix not along the same columns")
+            raise Misplaced(f"its input is {x}, and its matrix is not sharded by the same columns")
         if not x.even:
-            raise Misplaced("two ranks hold the same columns, which the sum would count twice")
-        if found["bias"] is not None:
-            raise Misplaced("its bias would be added once a rank; add it after the sum")
+            raise Misplaced("two ranks have the same columns, which the sum would count twice")
+        if args["bias"] is not None:
+            raise Misplaced("its bias would be added once per rank; add it after the sum")
         return PARTIAL
     if isinstance(weight, Joined):
-        if weight.dim != 0 or x != WHOLE or (found["bias"] is not None and bias != weight):
+        if weight.dim != 0 or x != WHOLE or (args["bias"] is not None and bias != weight):
             raise Misplaced(f"its matrix is {weight}, its input is {x}, its bias is {bias}")
         return weight.at(last)
     if isinstance(weight, Shard):
         if weight.dim != 0 or x != WHOLE:
             raise Misplaced(f"its matrix is {weight}, and its input is {x}")
         same = isinstance(bias, Shard) and (bias.starts, bias.length) == (weight.starts, weight.length)
-        if found["bias"] is not None and not same:
-            raise Misplaced("its matrix is cut by rows, and its bias is not cut with them")
+        if args["bias"] is not None and not same:
+            raise Misplaced("its matrix is sharded by rows, and its bias is not sharded in the same way")
         return Shard(last, weight.starts, weight.length, weight.total)
     if bias != WHOLE:
-        raise Misplaced("its bias is cut, and its matrix is not")
+        raise Misplaced("its bias is sharded, and its matrix is not")
     return x
 
 
-def _joined(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
-    """Values cut alike, one after the other along the cut."""
-    held = [placed[n] for n in node.args[0]]  # type: ignore[union-attr, index]
+def _place_cat(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
+    """Return the placement of a concatenation; values sharded along its dimension become joined."""
+    pieces = [placed[n] for n in node.args[0]]  # type: ignore[union-attr, index]
     dim = int(arguments(node)["dim"]) % node.meta["val"].dim()
-    if all(p == WHOLE for p in held):
+    if all(p == WHOLE for p in pieces):
         return WHOLE
-    if all(p == PARTIAL for p in held):
+    if all(p == PARTIAL for p in pieces):
         return PARTIAL
-    if all(isinstance(p, Shard) and p.dim == dim for p in held):
-        return Joined(dim, tuple(p for p in held if isinstance(p, Shard)))
-    return _along(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
+    if all(isinstance(p, Shard) and p.dim == dim for p in pieces):
+        return Joined(dim, tuple(p for p in pieces if isinstance(p, Shard)))
+    return _place_sharded(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
 
 
-_RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
-    "aten.linear": _matmul,
-    "aten.cat": _joined,
+_PLACEMENT_RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {
+    "aten.linear": _place_linear,
+    "aten.cat": _place_cat,
 }
 
 __all__ = [

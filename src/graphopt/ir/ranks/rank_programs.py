@@ -1,9 +1,9 @@
-"""A sharded program in one process, and one rank of it in a process of its own.
+"""Running a sharded program: all ranks in one process, or one rank in each process.
 
-A sharded program is one graph that every rank runs: each cuts its part with ``local_slice``, and what they must
-agree on goes through a collective. Unrolled, the graph holds the nodes of all ranks side by side and collectives
-are sums and concatenations, so that it runs, trains, is compared in float64 and exported like any other. Bound to
-a rank, cuts are plain slices and collectives are those of a process group.
+A sharded program is one graph that every rank runs: each rank takes its shard with ``local_slice``, and combines values
+with the other ranks' through collectives. Unrolled, the graph holds the nodes of all ranks and collectives are sums
+and concatenations, so that it runs, trains, is compared in float64 and exported like any other program. Bound to
+a rank, local slices are plain slices and collectives are those of a process group.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..schema import arguments, is_operator, operator_name
 aten = torch.ops.aten
 
 ON_RANKS = Trait.COLLECTIVE | Trait.PER_RANK
-"""Traits of what is something else in a process of a rank than in one for all of them."""
+"""Traits of operators that are replaced when a program is unrolled or bound to a rank."""
 
 
 def ranks_of(program: Program) -> int:
-    """Return how many ranks a program is for; 0 if it is not sharded, or is one rank's."""
+    """Return the number of ranks of a program; 0 if it is not sharded, or is the program of one rank."""
     sharded = program.facts.get(TensorParallel)
     return 0 if sharded is None or OwnRank in program.facts else sharded.ranks
 
@@ -39,7 +39,7 @@ def synchronisations(program: Program) -> list[fx.Node]:
 
 
 class _Unroller:
-    """Copies a graph node by node, once or once a rank."""
+    """Copies a graph node by node, once or once per rank."""
 
     def __init__(self, graph: fx.Graph, ranks: int):
         self.old = graph
@@ -48,7 +48,7 @@ class _Unroller:
         self.copies: dict[fx.Node, list[fx.Node]] = {}
 
     def run(self) -> None:
-        # first, so that they keep their names, by which they are given values
+        # first, so that they keep the names by which they receive values
         for node in self.old.nodes:
             if node.op == "placeholder":
                 self.copies[node] = [self.copy(node, 0)]
@@ -63,49 +63,49 @@ class _Unroller:
                     self.plain(node)
 
     def at(self, node: fx.Node, rank: int) -> fx.Node:
-        held = self.copies[node]
-        return held[rank] if len(held) > 1 else held[0]
+        copies = self.copies[node]
+        return copies[rank] if len(copies) > 1 else copies[0]
 
     def copy(self, node: fx.Node, rank: int) -> fx.Node:
         return self.new.node_copy(node, lambda n: self.at(n, rank))
 
     def call(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-        made = self.new.call_function(target, args)
+        node = self.new.call_function(target, args)
         for key in ("val", "stack_trace", "nn_module_stack", "custom"):
             if key in like.meta:
-                made.meta[key] = like.meta[key]
-        return made
+                node.meta[key] = like.meta[key]
+        return node
 
     def plain(self, node: fx.Node) -> None:
         apart = any(len(self.copies[n]) > 1 for n in node.all_input_nodes)
         self.copies[node] = [self.copy(node, r) for r in range(self.ranks if apart else 1)]
 
     def local_slice(self, node: fx.Node) -> None:
-        found = arguments(node)
-        made: dict[Any, fx.Node] = {}
-        held = []
+        args = arguments(node)
+        slices: dict[Any, fx.Node] = {}
+        copies = []
         for rank in range(self.ranks):
-            source, start = self.at(found["x"], rank), found["starts"][rank]
-            if (source, start) not in made:
-                made[source, start] = self.call(
-                    node, aten.slice.Tensor, source, found["dim"], start, start + found["length"]
+            source, start = self.at(args["x"], rank), args["starts"][rank]
+            if (source, start) not in slices:
+                slices[source, start] = self.call(
+                    node, aten.slice.Tensor, source, args["dim"], start, start + args["length"]
                 )
-            held.append(made[source, start])
-        self.copies[node] = held if self.ranks > 1 else held[:1]
+            copies.append(slices[source, start])
+        self.copies[node] = copies if self.ranks > 1 else copies[:1]
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
         source = arguments(node)["x"]
         return [self.at(source, rank) for rank in range(self.ranks)]
 
     def total(self, node: fx.Node, terms: list[fx.Node], like: fx.Node) -> fx.Node:
-        """Add up in float32 or wider, in the order of ranks, and round once."""
+        """Return the sum of the terms in float32 or wider, in the order of ranks, rounded once."""
         dtype = like.meta["val"].dtype
         narrow = dtype in (torch.float16, torch.bfloat16) and len(terms) > 1
 
-        def typed(value: fx.Node, wanted: torch.dtype) -> fx.Node:
-            made = self.call(like, aten.to.dtype, value, wanted)
-            made.meta["val"] = like.meta["val"].to(wanted)
-            return made
+        def typed(value: fx.Node, target_dtype: torch.dtype) -> fx.Node:
+            cast = self.call(like, aten.to.dtype, value, target_dtype)
+            cast.meta["val"] = like.meta["val"].to(target_dtype)
+            return cast
 
         if narrow:
             terms = [typed(term, torch.float32) for term in terms]
@@ -122,11 +122,11 @@ class _Unroller:
         self.copies[node] = [self.call(node, aten.cat.default, self.terms(node), arguments(node)["dim"])]
 
     def reduce_scatter(self, node: fx.Node) -> None:
-        found = arguments(node)
-        whole = self.total(node, self.terms(node), found["x"])
-        size = int(node.meta["val"].shape[found["dim"]])
+        args = arguments(node)
+        total = self.total(node, self.terms(node), args["x"])
+        size = int(node.meta["val"].shape[args["dim"]])
         self.copies[node] = [
-            self.call(node, aten.slice.Tensor, whole, found["dim"], rank * size, (rank + 1) * size)
+            self.call(node, aten.slice.Tensor, total, args["dim"], rank * size, (rank + 1) * size)
             for rank in range(self.ranks)
         ]
 
@@ -134,9 +134,9 @@ class _Unroller:
         self.copies[node] = self.copies[arguments(node)["x"]]
 
     def quantized_all_reduce(self, node: fx.Node) -> None:
-        found = arguments(node)
-        fixed = [self.at(found[n], 0) for n in ("order", "inverse", "scales", "reduced")]
-        settings = [found[n] for n in ("kept", "bits", "block", "algorithm", "crossover")]
+        args = arguments(node)
+        fixed = [self.at(args[n], 0) for n in ("order", "inverse", "scales", "reduced")]
+        settings = [args[n] for n in ("kept", "bits", "block", "algorithm", "crossover")]
         target = torch.ops.graphopt.quantized_sum.default
         self.copies[node] = [self.call(node, target, self.terms(node), *fixed, *settings)]
 
@@ -148,7 +148,7 @@ class _Unroller:
 def unroll(graph: fx.Graph, ranks: int) -> tuple[fx.Graph, dict[fx.Node, list[fx.Node]]]:
     """Return the graph of all ranks, and the copies of each node: one where all ranks have the same value.
 
-    Values that differ by rank among those returned are returned once a rank.
+    Outputs that differ between ranks are returned once per rank.
     """
     unroller = _Unroller(graph, ranks)
     unroller.run()
@@ -156,20 +156,20 @@ def unroll(graph: fx.Graph, ranks: int) -> tuple[fx.Graph, dict[fx.Node, list[fx
 
 
 def unrolled(program: Program) -> Program:
-    """Return a sharded program as an ordinary one that does the work of all ranks.
+    """Return a sharded program as an ordinary one that computes all ranks.
 
     Raises:
         VerificationError: ranks would return different values.
     """
-    found: Program = program.derived("unrolled", lambda: _unrolled(program)[0])
-    return found
+    result: Program = program.derived("unrolled", lambda: _unrolled(program)[0])
+    return result
 
 
 def rank_copies(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Return the nodes of the unrolled program that stand for each node, one or one a rank."""
+    """Return the copies of each node in the unrolled program: one, or one per rank."""
     unrolled(program)
-    found: dict[fx.Node, list[fx.Node]] = program.derived("rank_copies", dict)
-    return found
+    copies: dict[fx.Node, list[fx.Node]] = program.derived("rank_copies", dict)
+    return copies
 
 
 def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
@@ -195,54 +195,54 @@ def _unrolled(program: Program) -> tuple[Program, dict[fx.Node, list[fx.Node]]]:
 
 
 def rank_program(program: Program, rank: int) -> Program:
-    """Return what one rank runs: its slices of the weights, collectives over the group that is bound.
+    """Return the program of one rank: its slices of the weights, and collectives over the bound group.
 
-    Weights are not read here; when they are, only the rank's own part of each is.
+    Weights are not read here; when they are, only the rank's shard of each is.
     """
     ranks = ranks_of(program)
     if not 0 <= rank < ranks:
         raise UsageError(f"there is no rank {rank}; the program is for {ranks}")
     key = f"rank {rank}"
-    found: Program = program.derived(key, lambda: _bound_to(program, rank))
-    return found
+    result: Program = program.derived(key, lambda: _bound_to(program, rank))
+    return result
 
 
 def _bound_to(program: Program, rank: int) -> Program:
-    own = program.copy()
-    for node in list(own.graph.nodes):
+    result = program.copy()
+    for node in list(result.graph.nodes):
         if is_operator(node, "graphopt.local_slice"):
-            found = arguments(node)
-            start = found["starts"][rank]
-            with own.edit.before(node):
-                part = own.edit.call(
-                    aten.slice.Tensor, found["x"], found["dim"], start, start + found["length"]
+            args = arguments(node)
+            start = args["starts"][rank]
+            with result.edit.before(node):
+                local = result.edit.call(
+                    aten.slice.Tensor, args["x"], args["dim"], start, start + args["length"]
                 )
-            own.edit.replace(node, part, same=False)
+            result.edit.replace(node, local, same=False)
         elif is_operator(node, "graphopt.unreduced"):
-            own.edit.replace(node, arguments(node)["x"], same=False)
-    own.facts.add(OwnRank(rank))
-    own.checkpoint.clear()  # one rank's parts are no way back, and what only it reads need not be loaded
-    replaced = dict(own.edit.journal)
-    own.derived("replaced by", lambda: replaced)
-    own.edit.end()
-    return own
+            result.edit.replace(node, arguments(node)["x"], same=False)
+    result.facts.add(OwnRank(rank))
+    result.checkpoint.clear()  # one rank's shards cannot be mapped to the checkpoint
+    replaced = dict(result.edit.journal)
+    result.derived("replaced by", lambda: replaced)
+    result.edit.end()
+    return result
 
 
 @dataclass(frozen=True)
 class StandIns:
-    """The program that runs for a sharded one, and which of its nodes stand for the other's."""
+    """The program that runs in place of a sharded one, and the mapping of nodes to it."""
 
     program: Program
     copies: dict[fx.Node, list[fx.Node]] | None
     by_name: dict[str, fx.Node]
 
     def nodes(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that compute a value: one, or one a rank where ranks differ."""
+        """Return the nodes that compute a value: one, or one per rank where ranks differ."""
         return [self.by_name[node.name]] if self.copies is None else self.copies[node]
 
 
 def stand_ins(program: Program) -> StandIns | None:
-    """Return what runs for a sharded program in this process; None for one that runs as it is."""
+    """Return the program that runs for a sharded one in this process; None if the program itself runs."""
     running = runnable(program)
     if running is program:
         return None
@@ -253,10 +253,10 @@ def stand_ins(program: Program) -> StandIns | None:
 
 
 def runnable(program: Program) -> Program:
-    """Return what this process runs for a program: itself, all ranks at once, or the process's own rank.
+    """Return the program that this process runs: the program itself, all ranks unrolled, or this process's rank.
 
     Raises:
-        UsageError: another number of processes runs than the program is for.
+        UsageError: the number of processes is not the program's number of ranks.
     """
     ranks = ranks_of(program)
     if not ranks:

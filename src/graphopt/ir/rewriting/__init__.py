@@ -1,1 +1,1 @@
-"""Functions of tensors as patterns and as replacements, and the rules that recorded graphs pass through."""
+"""Pattern matching and subgraph rewriting with functions of tensors, and the rules that clean recorded graphs."""

@@ -1,4 +1,4 @@
-"""Remove what computes nothing, and spell what has several spellings in one way."""
+"""Remove operators that compute nothing, and give equivalent calls one spelling."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _RENAMED = {
     "aten.logical_and": torch.ops.aten.bitwise_and.Tensor,
     "aten._softmax": torch.ops.aten.softmax.int,
 }
-# calls with equal operands that are not the same value
-_DIFFERENT = Trait.RANDOM | Trait.EMPTY
+# calls whose results differ even where their operands are equal
+_NEVER_SHARED = Trait.RANDOM | Trait.EMPTY
 _END = 2**63 - 1
 
 
@@ -50,7 +50,7 @@ def clean(program: Program) -> None:
             continue
         if keeps_strides and name in ("aten.contiguous", "aten.clone"):
             continue
-        rule = _RULES.get(name)
+        rule = _CLEANUP_RULES.get(name)
         if rule is not None:
             rule(program, node)
         if not node._erased:
@@ -59,7 +59,7 @@ def clean(program: Program) -> None:
 
 
 def settle_sizes(program: Program) -> None:
-    """Write sizes that turned out to be fixed while the model was traced as plain numbers."""
+    """Replace symbolic sizes that tracing found to be fixed by plain integers."""
 
     def settled(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -76,29 +76,34 @@ def settle_sizes(program: Program) -> None:
 
 
 def respell_transposes(program: Program) -> None:
-    """Spell every transposition as a permutation, the one whose inverse is known."""
+    """Rewrite every transposition as a permutation, whose inverse is known."""
     for node in list(program.graph.nodes):
         if not node._erased and operator_name(node.target) in TRANSPOSES and node.op == "call_function":
             _permute(program, node)
 
 
 def drop_dead(program: Program) -> None:
-    """Erase every call whose result nobody reads, and weights that neither graph nor checkpoint reads."""
+    """Erase calls whose results are unused, and weights that neither the graph nor the checkpoint mapping reads."""
     from ..running.fold import drop_unread_weights
 
-    kept = set(program.checkpoint.values())
+    checkpoint_nodes = set(program.checkpoint.values())
     for node in reversed(list(program.graph.nodes)):
-        if node.op == "call_function" and not node.users and node not in kept and not is_mutable(node.target):
+        if (
+            node.op == "call_function"
+            and not node.users
+            and node not in checkpoint_nodes
+            and not is_mutable(node.target)
+        ):
             program.graph.erase_node(node)
     drop_unread_weights(program)
     program.changed()
 
 
 def share_equal(program: Program) -> None:
-    """Let equal computations on equal operands be one, as masks and rotary tables computed per layer."""
+    """Merge equal computations on equal operands, such as masks and rotary tables computed in every layer."""
     seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
-        if node.op != "call_function" or is_mutable(node.target) or has(node, _DIFFERENT):
+        if node.op != "call_function" or is_mutable(node.target) or has(node, _NEVER_SHARED):
             continue
         try:
             key = (node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -157,15 +162,15 @@ def _view(program: Program, node: fx.Node) -> None:
 
 
 def _flatten(program: Program, node: fx.Node) -> None:
-    """Spell a flattening, or its inverse, as a reshape; one unknown size is inferred, others are read."""
+    """Rewrite a flattening, or its inverse, as a reshape; one unknown size is inferred, the others are read."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if _same(program, node, source):
         return
     sizes = list(node.meta["val"].shape)
     unknown = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
-    for place in unknown[-1:]:
-        sizes[place] = -1
+    for position in unknown[-1:]:
+        sizes[position] = -1
     try:
         with program.edit.before(node):
             shape = program.size_nodes(sizes)
@@ -190,16 +195,18 @@ def _permute(program: Program, node: fx.Node) -> None:
         order.reverse()
     else:
         moved = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])  # type: ignore[arg-type]
-        places = [node.args[2]] if isinstance(node.args[2], int) else list(node.args[2])  # type: ignore[arg-type]
-        rest = [d for d in order if d not in {m % rank for m in moved}]
-        for place, dim in sorted(zip((p % rank for p in places), (m % rank for m in moved), strict=True)):
-            rest.insert(place, dim)
-        order = rest
+        destinations = [node.args[2]] if isinstance(node.args[2], int) else list(node.args[2])  # type: ignore[arg-type]
+        remaining = [d for d in order if d not in {m % rank for m in moved}]
+        for position, dim in sorted(
+            zip((p % rank for p in destinations), (m % rank for m in moved), strict=True)
+        ):
+            remaining.insert(position, dim)
+        order = remaining
     _swap(program, node, torch.ops.aten.permute.default, source, order)
 
 
 def merge_permutes(program: Program, node: fx.Node) -> None:
-    """Drop a permutation that changes nothing, or that undoes the one before it."""
+    """Remove a permutation that changes nothing, or that undoes the one before it."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     order = [int(d) % source.meta["val"].dim() for d in node.args[1]]  # type: ignore[union-attr, arg-type]
@@ -215,7 +222,7 @@ def merge_permutes(program: Program, node: fx.Node) -> None:
 
 
 def _split(program: Program, node: fx.Node) -> None:
-    """Spell chunk and split as split_with_sizes where the sizes are known."""
+    """Rewrite chunk and split as split_with_sizes where the sizes are known."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dim = int(argument(node, "dim"))
@@ -241,7 +248,7 @@ def _slice(program: Program, node: fx.Node) -> None:
 
 
 def _index(program: Program, node: fx.Node) -> None:
-    """Spell the choice of evenly spaced constant places as a slice."""
+    """Rewrite indexing by evenly spaced constant positions as a slice."""
     source, indices = node.args[:2]
     assert isinstance(source, fx.Node)
     assert isinstance(indices, (list, tuple))
@@ -252,25 +259,34 @@ def _index(program: Program, node: fx.Node) -> None:
     weight = program.weights.get(index.name)
     if weight is None or not isinstance(weight.source, InMemory) or weight.kind == "parameter":
         return
-    places = weight.source.tensor
+    positions = weight.source.tensor
     size = source.meta["val"].shape[dim]
     if (
-        places.dim() != 1
-        or places.dtype.is_floating_point
-        or places.dtype is torch.bool
+        positions.dim() != 1
+        or positions.dtype.is_floating_point
+        or positions.dtype is torch.bool
         or not isinstance(size, int)
     ):
         return
-    listed = [int(i) % size for i in places]
-    if not listed:
+    chosen_positions = [int(i) % size for i in positions]
+    if not chosen_positions:
         return
-    step = listed[1] - listed[0] if len(listed) > 1 else 1
-    if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
-        _swap(program, node, torch.ops.aten.slice.Tensor, source, dim, listed[0], listed[-1] + 1, step)
+    step = chosen_positions[1] - chosen_positions[0] if len(chosen_positions) > 1 else 1
+    if step > 0 and chosen_positions == list(range(chosen_positions[0], chosen_positions[-1] + 1, step)):
+        _swap(
+            program,
+            node,
+            torch.ops.aten.slice.Tensor,
+            source,
+            dim,
+            chosen_positions[0],
+            chosen_positions[-1] + 1,
+            step,
+        )
 
 
 def _extreme(program: Program, node: fx.Node) -> None:
-    """``max`` of two values is ``maximum``."""
+    """Rewrite ``max`` and ``min`` of two values as ``maximum`` and ``minimum``."""
     if node.target in _EXTREMES:
         _swap(program, node, _EXTREMES[node.target], *node.args)
 
@@ -311,15 +327,15 @@ def _getitem(program: Program, node: fx.Node) -> None:
 
 
 def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
-    """Put another spelling in the node's place; its value stays as it is."""
+    """Replace the node by a call of another operator that computes the same value."""
     if node.target is target:
         return
     with program.graph.inserting_before(node):
         new = program.graph.call_function(target, args)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
-    for name, kept in list(program.checkpoint.items()):
-        if kept is node:
+    for name, mapped in list(program.checkpoint.items()):
+        if mapped is node:
             program.checkpoint[name] = new
     program.graph.erase_node(node)
     program.changed()
@@ -327,7 +343,7 @@ def _swap(program: Program, node: fx.Node, target: Any, *args: Any) -> None:
         merge_permutes(program, new)
 
 
-_RULES: dict[str, Callable[[Program, fx.Node], None]] = {
+_CLEANUP_RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     **dict.fromkeys(NOTHING, _drop),
     **dict.fromkeys(DROPOUTS, _dropout),
     **dict.fromkeys(CASTS, _cast),

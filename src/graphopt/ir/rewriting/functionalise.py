@@ -1,4 +1,4 @@
-"""Make writes in place functional: every value has one definition, every edge is in the graph."""
+"""Replace in-place writes by functional operators, so that every value has one definition."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ aten = torch.ops.aten
 
 @dataclass
 class _Storage:
-    """One piece of memory: who made it, its present value and how often it was written."""
+    """One piece of memory: the node that allocated it, its current value and how often it was written."""
 
     origin: fx.Node
     value: fx.Node
     version: int = 0
     written: tuple[list[fx.Node], fx.Node] | None = None
-    """The views through which it was last written, and what was written."""
+    """The views through which it was last written, and the value written."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class _View:
 
 
 def functionalise(program: Program) -> None:
-    """Rewrite operators that write to their arguments, views of the written memory included.
+    """Replace operators that write to their arguments, including writes through views.
 
     Raises:
         CaptureError: an in-place operator or a view of written memory has no functional form here.
@@ -61,7 +61,7 @@ def functionalise(program: Program) -> None:
         return views[node]
 
     def current(node: fx.Node) -> fx.Node:
-        """Return the value that reading ``node`` gives now."""
+        """Return the node that now has the value of ``node``."""
         view = views.get(node)
         if view is None or view.version == view.storage.version:
             return node
@@ -79,7 +79,7 @@ def functionalise(program: Program) -> None:
         if node.op == "placeholder":
             continue
         if node.op == "output" or not is_mutable(node.target):
-            # what a view reads is tracked by the storage, not by the value it happens to have now
+            # views are tracked by storage, not by the storage's current value
             _track_view(program, node, views, view_of)
             with graph.inserting_before(node):
                 node.args = fx.map_arg(node.args, current)
@@ -103,17 +103,17 @@ def _track_view(
 
 
 def _aliases(program: Program, node: fx.Node) -> bool:
-    """Tell whether a result is memory of the first operand; a reshape or a cast is only sometimes."""
+    """Tell whether a result shares memory with the first operand; reshapes and casts do only sometimes."""
     source: Any = node.args[0]
     if node.target is operator.getitem:
         return isinstance(source.meta.get("val"), (list, tuple)) and _aliases(program, source)
     name = operator_name(node.target)
     schema = getattr(node.target, "_schema", None)
-    if schema is None or name in _FRESH:
+    if schema is None or name in _NEW_TENSORS:
         return False
     if name not in DROPOUTS and name != "aten.type_as" and not any(r.alias_info for r in schema.returns):
         return False
-    # tried on the tensors of the trace, whose strides are those of the model
+    # run on the tensors of the trace, which have the model's strides
     args, kwargs = value_of(node.args), value_of(node.kwargs)
     with program.mode, torch.no_grad(), without_guards(program.mode):
         result = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -124,11 +124,11 @@ def _aliases(program: Program, node: fx.Node) -> bool:
 
 
 # a constant of the model is a new tensor each time
-_FRESH = ("aten.lift_fresh", "aten.lift")
+_NEW_TENSORS = ("aten.lift_fresh", "aten.lift")
 
 
 def _split_into_slices(program: Program) -> None:
-    """Spell parts of a split as slices, whose inverse is known."""
+    """Replace the results of a split by slices, whose inverse is known."""
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node.target is not operator.getitem:
             continue
@@ -138,23 +138,25 @@ def _split_into_slices(program: Program) -> None:
         name = operator_name(source.target)
         if name not in ("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unbind"):
             continue
-        whole, dim, place = source.args[0], arguments(source)["dim"], int(index)
+        base, dim, position = source.args[0], arguments(source)["dim"], int(index)
         with program.graph.inserting_before(node):
             if name == "aten.unbind":
-                part = _made(program, aten.select.int, (whole, dim, place), {})
+                part = _insert_call(program, aten.select.int, (base, dim, position), {})
             else:
                 sizes = [p.shape[dim] for p in source.meta["val"]]
                 if not all(isinstance(s, int) for s in sizes):
                     continue
-                start = sum(sizes[:place])
-                part = _made(program, aten.slice.Tensor, (whole, dim, start, start + sizes[place]), {})
+                start = sum(sizes[:position])
+                part = _insert_call(
+                    program, aten.slice.Tensor, (base, dim, start, start + sizes[position]), {}
+                )
         part.meta.update(node.meta)
         node.replace_all_uses_with(part)
         program.graph.erase_node(node)
 
 
 def _again(program: Program, step: fx.Node, source: fx.Node) -> fx.Node:
-    """Repeat a view of memory that was written since."""
+    """Insert a view again, of memory that was written since."""
     args = (source, *step.args[1:])
     new = program.graph.call_function(step.target, args, dict(step.kwargs))  # type: ignore[arg-type]
     new.meta = dict(step.meta)
@@ -214,7 +216,7 @@ def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx
         return _copied(program, destination, args[1])
     if name == "zero_" or (name == "fill_" and not isinstance(args[1], fx.Node)):
         filler = 0 if name == "zero_" else args[1]
-        return _made(program, aten.full_like.default, (destination, filler), {})
+        return _insert_call(program, aten.full_like.default, (destination, filler), {})
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     overload = getattr(packet, target._overloadname, None)
     if overload is None or is_mutable(overload):
@@ -223,23 +225,23 @@ def _functional(program: Program, node: fx.Node, current: Callable[[fx.Node], fx
             node=node.name,
             source=program.source_line(node),
         )
-    made = _made(program, overload, args, kwargs)
-    wanted = destination.meta["val"].dtype
-    if made.meta["val"].dtype != wanted:
-        made = _made(program, aten.to.dtype, (made, wanted), {})
-    return made
+    result = _insert_call(program, overload, args, kwargs)
+    dtype = destination.meta["val"].dtype
+    if result.meta["val"].dtype != dtype:
+        result = _insert_call(program, aten.to.dtype, (result, dtype), {})
+    return result
 
 
 def _copied(program: Program, destination: fx.Node, source: fx.Node) -> fx.Node:
-    value, wanted = source.meta["val"], destination.meta["val"]
-    if value.dtype != wanted.dtype:
-        source = _made(program, aten.to.dtype, (source, wanted.dtype), {})
-    if not same_shape(value.shape, wanted.shape):
-        source = _made(program, aten.expand_as.default, (source, destination), {})
+    value, expected = source.meta["val"], destination.meta["val"]
+    if value.dtype != expected.dtype:
+        source = _insert_call(program, aten.to.dtype, (source, expected.dtype), {})
+    if not same_shape(value.shape, expected.shape):
+        source = _insert_call(program, aten.expand_as.default, (source, destination), {})
     return source
 
 
-def _made(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+def _insert_call(program: Program, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
     node = program.graph.call_function(target, args, kwargs)
     node.meta["val"] = infer(program.mode, target, args, kwargs)
     return node

@@ -1,4 +1,4 @@
-"""Find patterns in the graph: with reasons for what nearly matched, in time linear in the graph."""
+"""Pattern matching on the graph, in time linear in its size, with reasons for near misses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Miss:
 
 @dataclass
 class Match:
-    """A place where a pattern fits: what each name stands for, and the nodes inside."""
+    """An occurrence of a pattern: the values of its names, and the nodes inside."""
 
     roots: tuple[fx.Node, ...]
     captured: dict[str, Any]
@@ -32,7 +32,7 @@ class Match:
         return self.captured[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return what a name stands for, or the default where an alternative without it matched."""
+        """Return the value of a name, or the default where an alternative without it matched."""
         return self.captured.get(name, default)
 
 
@@ -65,14 +65,14 @@ class Matcher:
     _best: tuple[int, Miss | None] = (-1, None)
 
     def at(self, node: fx.Node) -> Match | Miss:
-        """Match with the first result at ``node``; the miss is the one that got furthest."""
+        """Return the match whose first result is ``node``, or the miss that got furthest."""
         self._best = (-1, None)
         for state in self._value(self.roots[0], node, _State({}, {})):
-            for found, roots in self._others(state, (node,), self.roots[1:]):
-                leak = leaking(found.inside, roots)
+            for complete, roots in self._others(state, (node,), self.roots[1:]):
+                leak = leaking(complete.inside, roots)
                 if leak is None:
-                    return Match(roots, found.captured, found.inside)
-                self._fail(len(found.inside), f"{leak.name} is read outside the match", leak)
+                    return Match(roots, complete.captured, complete.inside)
+                self._fail(len(complete.inside), f"{leak.name} is read outside the match", leak)
         return self._best[1] or Miss("no match", node)
 
     def _fail(self, depth: int, reason: str, node: fx.Node | None) -> None:
@@ -80,15 +80,15 @@ class Matcher:
             self._best = (depth, Miss(reason, node))
 
     def _others(
-        self, state: _State, roots: tuple[fx.Node, ...], rest: list[Pattern]
+        self, state: _State, roots: tuple[fx.Node, ...], remaining: list[Pattern]
     ) -> Iterator[tuple[_State, tuple[fx.Node, ...]]]:
-        if not rest:
+        if not remaining:
             yield state, roots
             return
-        for candidate in _readers(state, rest[0]):
+        for candidate in _readers(state, remaining[0]):
             if candidate not in roots:
-                for after in self._value(rest[0], candidate, state):
-                    yield from self._others(after, (*roots, candidate), rest[1:])
+                for after in self._value(remaining[0], candidate, state):
+                    yield from self._others(after, (*roots, candidate), remaining[1:])
 
     def _value(self, pattern: Any, value: Any, state: _State) -> Iterator[_State]:
         if isinstance(pattern, Call):
@@ -100,8 +100,8 @@ class Matcher:
                 if after is not None:
                     yield after
                 else:
-                    held = state.captured[pattern.name]
-                    self._fail(len(state.inside), f"{pattern.name} would be {held} and {value}", None)
+                    bound = state.captured[pattern.name]
+                    self._fail(len(state.inside), f"{pattern.name} would be {bound} and {value}", None)
             else:
                 node = value if isinstance(value, fx.Node) else None
                 self._fail(len(state.inside), answer or f"{pattern.name} does not qualify", node)
@@ -136,17 +136,17 @@ class Matcher:
             # a value that the pattern uses twice is matched once
             yield state
             return
-        found = arguments(node)
-        names = list(found)
+        args = arguments(node)
+        names = list(args)
         if len(pattern.positional) > len(names):
             return
-        given = dict(zip(names, pattern.positional, strict=False)) | pattern.named
-        if any(key not in found for key in given):
+        patterns = dict(zip(names, pattern.positional, strict=False)) | pattern.named
+        if any(key not in args for key in patterns):
             return
         if not pattern.loose:
-            extra = next((k for k in names if k not in given and not _is_default(node, k, found[k])), None)
+            extra = next((k for k in names if k not in patterns and not _is_default(node, k, args[k])), None)
             if extra is not None:
-                self._fail(len(state.inside), f"{name} has {extra}={found[extra]}", node)
+                self._fail(len(state.inside), f"{name} has {extra}={args[extra]}", node)
                 return
         if pattern.where is not None:
             answer = pattern.where(node)
@@ -159,23 +159,23 @@ class Matcher:
             if bound is None:
                 return
             inner = bound
-        orders = [given]
-        if pattern.commutes() and found.get("alpha", 1) == 1:
+        orders = [patterns]
+        if pattern.commutes() and args.get("alpha", 1) == 1:
             first, second = names[:2]
-            orders.append({**given, first: given[second], second: given[first]})
+            orders.append({**patterns, first: patterns[second], second: patterns[first]})
         for order in orders:
-            yield from self._all([(p, found[k]) for k, p in order.items()], inner)
+            yield from self._all([(p, args[k]) for k, p in order.items()], inner)
 
 
-# how a device computes, not what
-_HOW = ("cudnn_enable", "cudnn_enabled")
+# arguments that choose a backend and do not change the result
+_BACKEND_ARGUMENTS = ("cudnn_enable", "cudnn_enabled")
 
 
 def _is_default(node: fx.Node, name: str, value: Any) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return False
-    if name in _HOW:
+    if name in _BACKEND_ARGUMENTS:
         return True
     for argument in schema.arguments:
         if argument.name == name:
@@ -198,11 +198,11 @@ def leaking(inside: dict[fx.Node, Call], roots: tuple[fx.Node, ...]) -> fx.Node 
 
 
 def _readers(state: _State, pattern: Pattern) -> list[fx.Node]:
-    """Return the nodes that could be a further result: what reads a value that it must read, near enough."""
+    """Return candidates for a further result: nodes that read a captured value, within the pattern's depth."""
     certain = [state.captured.get(name) for name in pattern.names()]
     level = [v for v in certain if isinstance(v, fx.Node)]
     if level:
-        # of several values that it reads, the one with the fewest readers finds it soonest
+        # of several values that it reads, the one with the fewest readers leaves the fewest candidates
         level = [min(level, key=lambda node: len(node.users))]
     else:
         level = [v for v in state.captured.values() if isinstance(v, fx.Node)]
@@ -219,7 +219,7 @@ def _readers(state: _State, pattern: Pattern) -> list[fx.Node]:
 
 
 def find(graph: fx.Graph, *patterns: Pattern) -> Iterator[Match]:
-    """Yield the places where a pattern fits, in execution order; the graph may be edited in between.
+    """Yield the matches of a pattern in execution order; the graph may be edited in between.
 
     Args:
         graph: searched by the operator of the first pattern.
@@ -228,15 +228,15 @@ def find(graph: fx.Graph, *patterns: Pattern) -> Iterator[Match]:
     matcher = Matcher(list(patterns))
     for node in candidates(graph, patterns[0]):
         if not node._erased:
-            found = matcher.at(node)
-            if isinstance(found, Match):
-                yield found
+            match = matcher.at(node)
+            if isinstance(match, Match):
+                yield match
 
 
 def candidates(graph: fx.Graph, pattern: Pattern) -> list[fx.Node]:
-    """Return the nodes whose operator could be the pattern's result."""
-    wanted = _root_operators(pattern)
-    return [n for n in graph.nodes if n.op == "call_function" and operator_name(n.target) in wanted]
+    """Return the nodes whose operator is one that computes the pattern's result."""
+    operators = _root_operators(pattern)
+    return [n for n in graph.nodes if n.op == "call_function" and operator_name(n.target) in operators]
 
 
 def _root_operators(pattern: Pattern) -> set[str]:

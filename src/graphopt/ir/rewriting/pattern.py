@@ -17,7 +17,7 @@ COMMUTATIVE = frozenset(
     {"aten.add", "aten.mul", "aten.bitwise_and", "aten.bitwise_or", "aten.maximum", "aten.minimum", "aten.eq"}
 )
 
-# what a predicate answers: True, or why not
+# the result of a predicate: True, or False or the reason
 Answer = bool | str
 
 
@@ -25,17 +25,17 @@ class Pattern:
     """Base of all patterns."""
 
     def depth(self) -> int:
-        """Longest chain of nodes the pattern spans."""
+        """Return the length of the longest chain of nodes the pattern spans."""
         return 0
 
     def names(self) -> set[str]:
-        """Names of the values that every match of the pattern reads."""
+        """Return the names of the values that every match of the pattern reads."""
         return set()
 
 
 @dataclass(frozen=True, eq=False)
 class Wild(Pattern):
-    """Anything: a node or a plain value. The same name twice must be the same thing."""
+    """Any node or plain value; two wildcards of the same name must match the same value."""
 
     name: str
     where: Callable[[Any], Answer] | None = None
@@ -82,11 +82,11 @@ class Listed(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Call(Pattern):
-    """A call of one of some operators, whatever the overload.
+    """A call of one of several operators, with any overload.
 
     ``positional`` and ``named`` are patterns or plain values; arguments not mentioned must have their
-    default unless ``loose``. Operands of commutative operators match in any order. ``shared`` lets other
-    readers see the result; otherwise it may not leave the match.
+    default unless ``loose``. Operands of commutative operators match in any order. With ``shared``, nodes outside
+    the match may read the result too.
     """
 
     operators: tuple[str, ...]
@@ -108,7 +108,7 @@ class Call(Pattern):
         return set().union(*(p.names() for p in inner if isinstance(p, Pattern)))
 
     def commutes(self) -> bool:
-        """Tell whether the first two operands may swap."""
+        """Tell whether the first two operands may be swapped."""
         return self.operators[0] in COMMUTATIVE and len(self.positional) >= 2
 
 
@@ -129,7 +129,7 @@ class Either(Pattern):
 
 
 def call(*operators: str, **options: Any) -> Callable[..., Call]:
-    """Return a maker of calls: ``call("aten.mul")(x, y)``; names without a dot are ATen's."""
+    """Return a function that builds calls: ``call("aten.mul")(x, y)``; names without a dot are ATen's."""
     full = tuple(name if "." in name or name == "getitem" else f"aten.{name}" for name in operators)
 
     def make(*positional: Any, **named: Any) -> Call:
@@ -139,9 +139,9 @@ def call(*operators: str, **options: Any) -> Callable[..., Call]:
 
 
 def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str]]:
-    """Return the patterns of what a function of tensors computes, one per result, and its parameters.
+    """Return the patterns that a function of tensors describes, one per result, and its parameters.
 
-    Parameters become wildcards; they stand for tensors and for plain arguments (an epsilon, a size).
+    Parameters become wildcards, which match tensors and plain arguments (an epsilon, a size).
     """
     try:
         parameters = list(inspect.signature(function).parameters)
@@ -161,7 +161,7 @@ def from_function(function: Callable[..., Any]) -> tuple[list[Pattern], list[str
 
 
 class _Sketch:
-    """A value of a pattern function: torch functions called on it become patterns."""
+    """A symbolic value inside a pattern function: torch functions called on it become patterns."""
 
     def __init__(self, pattern: Pattern):
         self.pattern = pattern
@@ -210,10 +210,10 @@ def _sketch(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Sk
         ends = SWAPS[operator] or args[1:3]
         return _sketch("aten.permute", (args[0], _Sketch(_swap(*ends))), {})
     if operator in SPLITS and len(args) > 1 and isinstance(args[1], (list, tuple, int)):
-        wanted = args[1] if isinstance(args[1], (list, tuple)) else _Sketch(_parts(operator, args[1]))
-        return _sketch("aten.split_with_sizes", (args[0], wanted, *args[2:]), kwargs)
-    made = Call((operator,), tuple(_pattern(a) for a in args), {k: _pattern(v) for k, v in kwargs.items()})
-    return _Sketch(made)
+        sizes = args[1] if isinstance(args[1], (list, tuple)) else _Sketch(_split_sizes(operator, args[1]))
+        return _sketch("aten.split_with_sizes", (args[0], sizes, *args[2:]), kwargs)
+    pattern = Call((operator,), tuple(_pattern(a) for a in args), {k: _pattern(v) for k, v in kwargs.items()})
+    return _Sketch(pattern)
 
 
 _NUMBERS = itertools.count()
@@ -223,14 +223,14 @@ def _swap(first: int, second: int) -> Wild:
     def answer(order: Any) -> Answer:
         rank = len(order)
         fits = all(-rank <= dim < rank for dim in (first, second))
-        found = [int(d) % rank for d in order]
-        return (fits and found == swapped(rank, first, second)) or f"the permutation {list(order)}"
+        dims = [int(d) % rank for d in order]
+        return (fits and dims == swapped(rank, first, second)) or f"the permutation {list(order)}"
 
     return Wild(f"(order {next(_NUMBERS)})", answer)
 
 
-def _parts(operator: str, number: int) -> Wild:
-    """Sizes of a split into parts of this size, or into this many."""
+def _split_sizes(operator: str, number: int) -> Wild:
+    """Match the sizes of a split into parts of this size, or into this many parts."""
 
     def answer(sizes: Any) -> Answer:
         size = number if operator == "aten.split" else sizes[0]

@@ -1,4 +1,4 @@
-"""Operators that torch has under two names: which name a program uses."""
+"""Aliases of torch operators, and the name that programs use for each."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ special_logsumexp logsumexp  special_polygamma polygamma  special_psi digamma  s
 special_sinc sinc  special_softmax softmax  special_xlogy xlogy  subtract sub  trapz trapezoid  ger outer
 """.split()
 SPELLINGS = dict(zip(_NAMES[::2], _NAMES[1::2], strict=True))
-"""Other names and the one that programs use; both compute the same from the same arguments."""
+"""Aliases to the name that programs use; both take the same arguments and compute the same."""
 
 
 def respelled(target: Any) -> Any | None:
-    """Return the overload of the usual name that takes the same arguments, or None where there is no other name."""
+    """Return the overload of the canonical name with the same arguments, or None where the operator has no alias."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
     usual = SPELLINGS.get(target._schema.name.removeprefix("aten::"))
     if usual is None:
         return None
     packet = getattr(torch.ops.aten, usual)
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    parameters = [(a.name, str(a.type)) for a in target._schema.arguments]
     for overload in packet.overloads():
-        found = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
-            return found
+        candidate = getattr(packet, overload)
+        if [(a.name, str(a.type)) for a in candidate._schema.arguments] == parameters:
+            return candidate
     return None

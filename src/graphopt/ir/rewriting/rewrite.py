@@ -1,4 +1,4 @@
-"""The subgraph rewriter: a pattern, its replacement, and a condition, all written as functions."""
+"""The subgraph rewriter: pattern, replacement and condition are all written as functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rewrites:
-    """What a rewrite did: the values it made, and the places it left alone and why."""
+    """The result of a rewrite: the values it made, and the sites it refused, with reasons."""
 
     made: list[fx.Node] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -77,10 +77,10 @@ class Rule:
             match: from :meth:`at`, in the program as it is.
             traces: of this rule, kept from one match to the next: equal shapes and types are recorded once.
         """
-        place = _place(match)
-        if isinstance(place, str):
-            return place
-        return _apply(program, match, self.replacement, self.names, place, {} if traces is None else traces)
+        anchor = _insertion_point(match)
+        if isinstance(anchor, str):
+            return anchor
+        return _apply(program, match, self.replacement, self.names, anchor, {} if traces is None else traces)
 
 
 def rewrite(
@@ -89,7 +89,7 @@ def rewrite(
     replacement: Callable[..., Any],
     where: Callable[[Match], bool | str] | None = None,
 ) -> Rewrites:
-    """Replace what ``pattern`` computes by what ``replacement`` computes, wherever it occurs.
+    """Replace every occurrence of ``pattern`` by ``replacement``.
 
     Args:
         program: edited in place; ``program.copy()`` first keeps the original.
@@ -97,8 +97,8 @@ def rewrite(
             matched on operators with their arguments normalised, commutative operands in any order. Values
             inside it that something else reads are never rewritten.
         replacement: takes the same parameters (or names captured by the pattern) and returns as many
-            tensors, of the same shapes and types. It is run once for each set of shapes and types that it
-            meets, on tensors without values: it may have no side effects, and decide nothing by values or by
+            tensors, of the same shapes and types. It is run once for each combination of shapes and types,
+            on tensors without values: it must have no side effects, and must not branch on values or on
             sizes that vary.
         where: called with each match; returns True, or False or the reason to leave it alone.
 
@@ -130,9 +130,9 @@ def _unsafe(program: Program, match: Match) -> str:
     for node in match.inside:
         if is_mutable(node.target):
             return f"{node.name} writes in place"
-    kept = set(program.checkpoint.values())
+    checkpoint_nodes = set(program.checkpoint.values())
     for node in match.inside:
-        if node in kept and node not in match.roots:
+        if node in checkpoint_nodes and node not in match.roots:
             return f"{node.name} is a tensor of the checkpoint"
     return ""
 
@@ -142,24 +142,24 @@ def _apply(
     match: Match,
     replacement: Callable[..., Any],
     names: list[str] | None,
-    place: fx.Node,
+    anchor: fx.Node,
     traces: dict[Any, Trace],
 ) -> list[fx.Node]:
     import inspect
 
-    wanted = names if names is not None else list(inspect.signature(replacement).parameters)
-    missing = [name for name in wanted if name not in match.captured]
+    parameters = names if names is not None else list(inspect.signature(replacement).parameters)
+    missing = [name for name in parameters if name not in match.captured]
     if missing:
         raise UsageError(f"the replacement asks for {', '.join(missing)}, which the pattern does not capture")
-    arguments = tuple(match.captured[name] for name in wanted)
+    arguments = tuple(match.captured[name] for name in parameters)
     traced = _traced(program, replacement, arguments, traces)
     traced.require(program, match.roots, f"the pattern {len(match.roots)}")
-    with program.edit.before(place):
-        made = stamp(program.edit, traced, arguments)
-    made = made if traced.several else [made]
-    for old, new in zip(match.roots, made, strict=True):
+    with program.edit.before(anchor):
+        results = stamp(program.edit, traced, arguments)
+    results = results if traced.several else [results]
+    for old, new in zip(match.roots, results, strict=True):
         program.edit.replace(old, new)
-    return list(made)
+    return list(results)
 
 
 def _traced(
@@ -174,20 +174,20 @@ def _traced(
     return traces[key]
 
 
-def _place(match: Match) -> fx.Node | str:
-    """Return the node to insert before, or why there is no place between what a match reads and its readers."""
+def _insertion_point(match: Match) -> fx.Node | str:
+    """Return the node to insert before, or why no position lies after what a match reads and before its readers."""
     last = max(match.roots)
     readers = [u for root in match.roots for u in root.users if u not in match.inside]
     if len(match.roots) == 1 or not readers or min(readers) > last:
         return last
-    # before the first reader, once all that the match reads is there
+    # insert before the first reader, after everything that the match reads
     first = min(readers)
     late: dict[fx.Node, None] = {}
     work = [v for v in match.captured.values() if isinstance(v, fx.Node) and v not in match.inside]
     while work:
         node = work.pop()
         if node in match.inside or node is first:
-            return "its results are read before all that it reads is there"
+            return "one of its results is read before everything that it reads is computed"
         if node > first and node not in late:
             late[node] = None
             work.extend(node.all_input_nodes)

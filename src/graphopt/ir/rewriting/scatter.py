@@ -1,4 +1,4 @@
-"""The inverse of views: what the whole becomes when a part of it is written."""
+"""The inverse of views: the new value of a tensor of which a part was written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _RESHAPES = named(Trait.RESHAPE) | VIEWS
-# the same values in the same order, unless the shape says otherwise
+# these return the same values in the same order if the shape is unchanged
 _PLAIN = named(Trait.REPEAT) | NOTHING | CASTS | DROPOUTS
 
 
 def put_back(program: Program, whole: fx.Node, chain: list[fx.Node], value: fx.Node) -> fx.Node:
-    """Return the storage's new value after ``value`` was written through a chain of views.
+    """Return the new value of a storage after ``value`` was written through a chain of views.
 
     Args:
-        program: whose insertion point is used.
-        whole: the storage's value before.
+        program: nodes are inserted at its insertion point.
+        whole: the storage's value before the write.
         chain: the views from the storage to the written value, outermost first.
         value: what was written.
 
     Raises:
-        CaptureError: a view in the chain has no inverse here.
+        CaptureError: a view in the chain has no functional inverse.
     """
     if not chain:
         return value
@@ -48,25 +48,25 @@ def put_back(program: Program, whole: fx.Node, chain: list[fx.Node], value: fx.N
 
 def _inverse(program: Program, step: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
     name = operator_name(step.target)
-    found = arguments(step)
+    args = arguments(step)
     before = source.meta["val"]
     if name == "aten.slice":
-        span: tuple[Any, ...] = (source, value, found["dim"], found["start"], found["end"], found["step"])
+        span: tuple[Any, ...] = (source, value, args["dim"], args["start"], args["end"], args["step"])
         return _call(program, aten.slice_scatter.default, span)
     if name == "aten.narrow":
-        end = found["start"] + found["length"] if isinstance(found["length"], int) else None
+        end = args["start"] + args["length"] if isinstance(args["length"], int) else None
         if end is None:
-            end = _call(program, operator.add, (found["start"], found["length"]))
-        return _call(program, aten.slice_scatter.default, (source, value, found["dim"], found["start"], end))
+            end = _call(program, operator.add, (args["start"], args["length"]))
+        return _call(program, aten.slice_scatter.default, (source, value, args["dim"], args["start"], end))
     if name == "aten.select":
-        return _call(program, aten.select_scatter.default, (source, value, found["dim"], found["index"]))
+        return _call(program, aten.select_scatter.default, (source, value, args["dim"], args["index"]))
     if name == "aten.diagonal":
-        span = (source, value, found["offset"], found["dim1"], found["dim2"])
+        span = (source, value, args["offset"], args["dim1"], args["dim2"])
         return _call(program, aten.diagonal_scatter.default, span)
     if name in _RESHAPES and step.target is not aten.view.dtype:
         return _call(program, aten.view_as.default, (value, source))
     if name == "aten.permute":
-        order = [int(d) % before.dim() for d in found["dims"]]
+        order = [int(d) % before.dim() for d in args["dims"]]
         return _call(program, aten.permute.default, (value, [order.index(d) for d in range(len(order))]))
     if name in _PLAIN and same_value(before, step.meta["val"]):
         return value

@@ -1,4 +1,4 @@
-"""Names of torch functions, methods and operators, and what canonicalisation calls them."""
+"""Names of torch functions, methods and operators, and their canonical names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def packet_of(function: Any) -> OpOverloadPacket:
 def clean_arguments(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Drop the arguments that exist in Python only, and name the rest as the operator does."""
+    """Drop the arguments that exist in Python only, and rename the others as in the operator's schema."""
     if inspect.isfunction(function) and function.__module__ == "torch.nn.functional":
         bound = inspect.signature(function).bind(*args, **kwargs)
         kwargs, args = dict(bound.arguments), ()
@@ -72,16 +72,16 @@ SWAPS = {
     "aten.adjoint": (-2, -1),
     "aten.matrix_H": (-2, -1),
 }
-"""Swaps of two dimensions, which programs spell as permutations; which dimensions, where the name says it."""
+"""Swaps of two dimensions, which programs write as permutations, and the dimensions where the operator fixes them."""
 TRANSPOSES = {*SWAPS, "aten.numpy_T", "aten.movedim"}
 VIEWS = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_as", "aten.reshape_as"}
-"""What programs spell as reshapes."""
+"""Operators that programs write as reshapes."""
 SPLITS = ("aten.split", "aten.chunk")
 NOTHING = {
     "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.lift", "aten.lift_fresh",
     "aten.lift_fresh_copy", "aten.positive", "aten.resolve_conj", "aten.resolve_neg",
 }  # fmt: skip
-"""Calls that canonicalisation takes out of every graph."""
+"""Calls that canonicalisation removes from every graph."""
 DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
 CASTS = {"aten.to", "aten.type_as", "aten._to_copy"}
 

@@ -1,4 +1,4 @@
-"""Recorded functions as nodes of a program."""
+"""Insertion of recorded functions into a program as nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tracing import Trace, trace, weight_of
 
 
 def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
-    """Insert a recorded function for these arguments, which have the shapes and types that it was recorded on.
+    """Insert a recorded function, called on arguments of the shapes and types that it was recorded on.
 
     Returns:
         One node, or a list of them where the function returned several.
@@ -22,35 +22,37 @@ def stamp(editor: Editor, traced: Trace, arguments: tuple[Any, ...]) -> Any:
     graph, piece = editor.graph, traced.piece
     nodes = list(_nodes_in(arguments))
     tensors = [n for n in nodes if isinstance(n.meta["val"], torch.Tensor)]
-    known: dict[fx.Node, Any] = dict(zip(piece.operands, tensors, strict=True))
+    mapping: dict[fx.Node, Any] = dict(zip(piece.operands, tensors, strict=True))
     before = len(editor.touched)
     try:
-        _enter(editor, traced, known, nodes)
+        _enter(editor, traced, mapping, nodes)
         for node in piece.graph.nodes:
             if node.op != "call_function":
                 continue
-            args, kwargs = (fx.map_arg(given, known.__getitem__) for given in (node.args, node.kwargs))
-            made = graph.call_function(node.target, args, kwargs)
-            made.meta["val"] = node.meta["val"]
-            editor.adopt(made)
-            known[node] = made
+            args, kwargs = (
+                fx.map_arg(argument, mapping.__getitem__) for argument in (node.args, node.kwargs)
+            )
+            inserted = graph.call_function(node.target, args, kwargs)
+            inserted.meta["val"] = node.meta["val"]
+            editor.adopt(inserted)
+            mapping[node] = inserted
     except GraphoptError:
-        for made in reversed(list(editor.touched)[before:]):
-            editor.erase_dead([made])
+        for inserted in reversed(list(editor.touched)[before:]):
+            editor.erase_dead([inserted])
         raise
-    results = [known[node] for node in traced.results]
+    results = [mapping[node] for node in traced.results]
     return results if traced.several else results[0]
 
 
 def emit(editor: Editor, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Insert what a function of tensors computes; see :meth:`~graphopt.ir.editor.Editor.emit`."""
+    """Insert the nodes of a function of tensors; see :meth:`~graphopt.ir.editor.Editor.emit`."""
     return stamp(editor, trace(editor.program, function, arguments), arguments)
 
 
 def stand_in(
     editor: Editor, old: fx.Node, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> fx.Node:
-    """Insert ``function(*arguments)``, which may stand for ``old``, and return its node.
+    """Insert ``function(*arguments)`` as a possible replacement of ``old``, and return its node.
 
     Raises:
         UsageError: the function cannot be recorded, or returns several values.
@@ -58,33 +60,33 @@ def stand_in(
     """
     traced = trace(editor.program, function, arguments)
     traced.require(editor.program, [old], "and one value is replaced")
-    made = stamp(editor, traced, arguments)
-    node: fx.Node = made[0] if traced.several else made
+    result = stamp(editor, traced, arguments)
+    node: fx.Node = result[0] if traced.several else result
     return node
 
 
-def _enter(editor: Editor, traced: Trace, known: dict[fx.Node, Any], nodes: list[fx.Node]) -> None:
-    """Find or make what the placeholders of a piece stand for, operands apart."""
+def _enter(editor: Editor, traced: Trace, mapping: dict[fx.Node, Any], nodes: list[fx.Node]) -> None:
+    """Map the placeholders of a recorded graph, except operands, to nodes of the program, adding what is missing."""
     program, piece = editor.program, traced.piece
-    given = {
+    sizes = {
         n.meta["val"].node.expr: n for n in nodes if isinstance(n.meta["val"], (torch.SymInt, torch.SymFloat))
     }
     for value, node in piece.sizes.items():
         if node.users:
-            known[node] = given.get(value) or program.size_nodes(node.meta["val"])
+            mapping[node] = sizes.get(value) or program.size_nodes(node.meta["val"])
     returned = set(traced.results)
     for node, tensor in piece.constants.values():
         if node._erased or not (node.users or node in returned):
             continue
         if node not in traced.placed:
             traced.placed[node] = weight_of(program, tensor) or _new_weight(editor, tensor)
-        known[node] = traced.placed[node]
+        mapping[node] = traced.placed[node]
 
 
 def _new_weight(editor: Editor, tensor: torch.Tensor) -> fx.Node:
     kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "constant"
-    taken = {name for weight in editor.program.weights.values() for name in (weight.name, *weight.names)}
-    number = next(i for i in range(len(taken) + 1) if f"{kind}_{i}" not in taken)
+    used_names = {name for weight in editor.program.weights.values() for name in (weight.name, *weight.names)}
+    number = next(i for i in range(len(used_names) + 1) if f"{kind}_{i}" not in used_names)
     return editor.add_weight(f"{kind}_{number}", tensor.detach(), kind=kind)
 
 

@@ -1,7 +1,7 @@
-"""Functions of tensors as pieces of graph: they are run once on values without memory, and recorded.
+"""Recording of functions of tensors as graphs: each is run once on fake tensors.
 
-What a function calls is what torch's dispatcher says it calls, so that overloads, methods, indexing and
-composite operators are torch's own. What cannot be recorded is refused.
+Calls are recorded from torch's dispatcher, so overloads, methods, indexing and composite operators resolve as in
+torch. Functions that cannot be recorded are refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ON_VALUES = (
 
 
 class _Piece(Program):
-    """What one function does. Sizes that vary and constants are placeholders, beside the operands."""
+    """The graph of one function. Sizes that vary and constants are placeholders, like the operands."""
 
     def __init__(self, program: Program):
         super().__init__(fx.Graph(), program.mode, {}, Signature({}, {}, {"constant": None}))
@@ -49,7 +49,7 @@ class _Piece(Program):
         self.constants: dict[int, tuple[fx.Node, torch.Tensor]] = {}
 
     def entry(self, name: str, value: Any) -> fx.Node:
-        """Add a placeholder before all else that there is."""
+        """Add a placeholder before all other nodes."""
         first = next(iter(self.graph.nodes), None)
         with self.graph.inserting_before(first):
             node = self.graph.placeholder(name)
@@ -72,7 +72,7 @@ class _Piece(Program):
         return self.size(argument) if isinstance(argument, (torch.SymInt, torch.SymFloat)) else argument
 
     def constant(self, tensor: torch.Tensor) -> fx.Node:
-        """Return the placeholder of a tensor that the function has from elsewhere."""
+        """Return the placeholder of a tensor that is not an argument of the function."""
         if id(tensor) not in self.constants:
             node = self.entry("constant", self.fake(tensor.shape, tensor.dtype))
             self.constants[id(tensor)] = node, tensor
@@ -81,7 +81,7 @@ class _Piece(Program):
 
 
 class Trace:
-    """A recorded function: what it returns, and the nodes that compute it from its operands."""
+    """A recorded function: its results, and the nodes that compute them from its operands."""
 
     def __init__(self, piece: _Piece, several: bool):
         self.piece = piece
@@ -90,14 +90,14 @@ class Trace:
 
     @property
     def results(self) -> list[fx.Node]:
-        """Nodes of the piece that are returned."""
+        """Nodes of the recorded graph that are returned."""
         return list(self.piece.output_node.args[0])  # type: ignore[arg-type]
 
     def require(self, program: Program, replaced: Sequence[fx.Node], wanted: str) -> None:
-        """Check that the results may stand for these nodes.
+        """Check that the results can replace these nodes.
 
         Raises:
-            UsageError: there are more or fewer of them.
+            UsageError: there are more or fewer results.
             VerificationError: they differ in shape or type.
         """
         if len(self.results) != len(replaced):
@@ -118,19 +118,19 @@ class _Recording:
 
     def __init__(self, piece: _Piece):
         self.piece = piece
-        self.known: dict[int, fx.Node] = {}
+        self.node_by_tensor: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []
         self.symbols = set(piece.symbols)
 
     def follow(self, node: fx.Node) -> torch.Tensor:
-        """Return a tensor of its own for a node: equal calls share one value, tensors are told apart by identity."""
+        """Return a new tensor object for a node: equal calls share one value, but tensors are mapped by identity."""
         tensor = fresh(self.piece.mode, node.meta["val"])
         self.alive.append(tensor)
-        self.known[id(tensor)] = node
+        self.node_by_tensor[id(tensor)] = node
         return tensor
 
     def operand(self, argument: Any) -> Any:
-        """Return what the function is given for an argument."""
+        """Return the value that the function is called with for an argument."""
         if isinstance(argument, (list, tuple)):
             return type(argument)(self.operand(item) for item in argument)
         if not isinstance(argument, fx.Node):
@@ -144,29 +144,31 @@ class _Recording:
         return self.follow(node)
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
-        """Return the node of a tensor; one from elsewhere is a constant."""
-        node = self.known.get(id(tensor))
+        """Return the node of a tensor; a tensor that was not recorded is a constant."""
+        node = self.node_by_tensor.get(id(tensor))
         if node is not None:
             return node
         if isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UsageError(
-                f"a tensor of class {type(tensor).__name__} was met whose origin is not recorded",
-                hint="use no .data, and no tensors kept from an earlier call",
+                f"the origin of a tensor of class {type(tensor).__name__} is not recorded",
+                hint="do not use .data or tensors kept from an earlier call",
             )
         self.alive.append(tensor)
         return self.piece.constant(tensor)
 
     def literal(self, value: torch.Tensor) -> Any:
-        """Return the number that torch wrapped as a tensor, or the tensor if it is more than that."""
+        """Return the number that torch wrapped as a tensor, or the tensor itself if it is not such a number."""
         node = self.node_of(value)
         while is_operator(node, "aten.lift_fresh") and not any(
             is_mutable(user.target) for user in node.users
         ):
             node = node.args[0]  # type: ignore[assignment]
-        found = [
-            tensor for place, tensor in self.piece.constants.values() if place is node and not tensor.dim()
+        scalars = [
+            tensor
+            for placeholder, tensor in self.piece.constants.values()
+            if placeholder is node and not tensor.dim()
         ]
-        return found[0].item() if found and weight_of(self.piece.program, found[0]) is None else value
+        return scalars[0].item() if scalars and weight_of(self.piece.program, scalars[0]) is None else value
 
     def nodes(self, argument: Any) -> Any:
         """Replace tensors and varying sizes in an argument by nodes."""
@@ -192,21 +194,21 @@ class _Recording:
             # what y[0] = 1.0 writes; a number needs no tensor in the model
             target, args = torch.ops.aten.fill_.Scalar, (args[0], self.literal(args[1]))
             target = torch.ops.aten.fill_.Tensor if isinstance(args[1], torch.Tensor) else target
-        given = self.nodes(args), {name: self.nodes(value) for name, value in kwargs.items()}
+        node_arguments = self.nodes(args), {name: self.nodes(value) for name, value in kwargs.items()}
         counted = operator_name(target) in _COUNTED
         if counted:
-            _require_count(self.piece, target, _given(target, args, kwargs), None)
+            _require_count(self.piece, target, _bound_arguments(target, args, kwargs), None)
         try:
-            value = infer(self.piece.mode, target, *given)
+            value = infer(self.piece.mode, target, *node_arguments)
         except VerificationError as error:
             if type(error.__cause__).__name__ in _DATA_DEPENDENT:
-                raise _by_values(target) from error
+                raise _value_dependent(target) from error
             raise
         if counted:
-            _require_count(self.piece, target, _given(target, args, kwargs), value)
+            _require_count(self.piece, target, _bound_arguments(target, args, kwargs), value)
         if isinstance(value, (int, torch.SymInt)) and operator_name(target).startswith("aten.sym_"):
             return value
-        node = self.piece.graph.call_function(target, *given)
+        node = self.piece.graph.call_function(target, *node_arguments)
         node.meta["val"] = value
         if is_mutable(target):
             return args[0] if args else None
@@ -217,7 +219,7 @@ class _Recording:
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             if not _symbols(value) <= self.symbols:
-                raise _by_values(target)
+                raise _value_dependent(target)
             return self.follow(node)
         if isinstance(value, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in value):
             parts = []
@@ -226,21 +228,21 @@ class _Recording:
                 part.meta["val"] = item
                 parts.append(self.wrapped(target, part))
             return type(value)(parts) if type(value) in (list, tuple) else tuple(parts)
-        raise _by_values(target)
+        raise _value_dependent(target)
 
 
-def _require_count(piece: _Piece, target: Any, given: dict[str, Any], parts: Sequence[Any] | None) -> None:
-    """Refuse to take a dimension apart into as many parts as the example has; before there are any, or after."""
-    size, dim = given["self"].shape[given["dim"]], given["dim"]
-    if isinstance(size, int) or given.get("chunks", 3) <= 2:
+def _require_count(piece: _Piece, target: Any, bound: dict[str, Any], parts: Sequence[Any] | None) -> None:
+    """Refuse a split whose number of parts would follow from the example's size; checked before and after the call."""
+    size, dim = bound["self"].shape[bound["dim"]], bound["dim"]
+    if isinstance(size, int) or bound.get("chunks", 3) <= 2:
         return
-    by_size = "chunks" in given or "split_size" in given
+    by_size = "chunks" in bound or "split_size" in bound
     if by_size and (parts is None or same_size(size, parts[0].shape[dim] * len(parts))):
         return
     raise UsageError(
-        f"{operator_name(target)} of a dimension of size {piece.size_text(size)} gives as many parts as that "
-        "has, and it varies",
-        hint="compute on the whole dimension, or take parts of given sizes with torch.split(x, [first, second])",
+        f"{operator_name(target)} of a dimension of size {piece.size_text(size)} returns a number of parts that "
+        "depends on that size, which varies",
+        hint="compute on the whole dimension, or split it into parts of known sizes: torch.split(x, [first, second])",
     )
 
 
@@ -254,52 +256,52 @@ def _admit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse operators whose results cannot be recorded."""
     name = operator_name(target)
     if torch.Tag.data_dependent_output in target.tags or name in ("aten.item", "aten.is_nonzero"):
-        raise _by_values(target)
+        raise _value_dependent(target)
     if torch.Tag.inplace_view in target.tags:
         raise UsageError(
             f"{name} changes the shape of a tensor in place",
             hint=f"use {name.removesuffix('_')}, which returns it",
         )
     if torch.Tag.nondeterministic_seeded in target.tags:
-        given = _given(target, args, kwargs)
-        off = given.get("train", given.get("training", True)) is False
-        if not off and given.get("p", given.get("dropout_p", 1.0)) != 0.0:
+        bound = _bound_arguments(target, args, kwargs)
+        off = bound.get("train", bound.get("training", True)) is False
+        if not off and bound.get("p", bound.get("dropout_p", 1.0)) != 0.0:
             raise UsageError(
                 f"{name} draws random numbers, and equal calls are recorded once",
                 hint="draw before, and let the function read the tensor drawn",
             )
 
 
-def _given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bound_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     listed = target._schema.arguments
     defaults = {a.name: a.default_value for a in listed if a.has_default_value()}
     return {**defaults, **dict(zip((a.name for a in listed), args, strict=False)), **kwargs}
 
 
-def _by_values(target: Any) -> UsageError:
+def _value_dependent(target: Any) -> UsageError:
     return UsageError(f"the function calls {operator_name(target)}, {_ON_VALUES[0]}", hint=_ON_VALUES[1])
 
 
 def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:
-    """Record a function of tensors on the shapes and types of these nodes; the program is not touched.
+    """Record a function of tensors on the shapes and types of its arguments; the program is not changed.
 
     Args:
-        program: whose nodes and sizes the arguments are.
-        function: of as many arguments; called once, so it may have no side effects.
+        program: the program that the arguments belong to.
+        function: of as many arguments; called once, so it must have no side effects.
         arguments: nodes, plain values, and lists of them.
 
     Raises:
-        UsageError: it decides by values or by sizes that vary, writes to an operand, draws random numbers, or
-            returns something else than tensors.
+        UsageError: it branches on values or on sizes that vary, writes to an operand, draws random numbers, or
+            returns anything but tensors.
         VerificationError: an operator in it does not accept its arguments.
     """
     piece = _Piece(program)
-    held = _Recording(piece)
-    given = [held.operand(argument) for argument in arguments]
+    recorder = _Recording(piece)
+    operands = [recorder.operand(argument) for argument in arguments]
     name = getattr(function, "__name__", type(function).__name__)
     try:
-        with refusing_guards(program.mode, UsageError, program.symbols), recording(held.record):
-            returned = function(*given)
+        with refusing_guards(program.mode, UsageError, program.symbols), recording(recorder.record):
+            returned = function(*operands)
     except GraphoptError:
         raise
     except Exception as error:
@@ -317,7 +319,7 @@ def trace(program: Program, function: Callable[..., Any], arguments: tuple[Any, 
                 "and a replacement must return tensors",
                 hint="end the function with return and the tensor",
             )
-    nodes = tuple(held.node_of(result) for result in results)
+    nodes = tuple(recorder.node_of(result) for result in results)
     piece.graph.output(nodes).meta["val"] = tuple(node.meta["val"] for node in nodes)
     _simplify(piece, name)
     return Trace(piece, several)
@@ -329,7 +331,7 @@ def _simplify(piece: _Piece, name: str) -> None:
     except CaptureError as error:
         if "writes to a weight" in error.message or "writes to an input" in error.message:
             raise UsageError(
-                f"{name} writes to what it is given: {error.message.split(' in place')[0]}",
+                f"{name} writes to one of its arguments: {error.message.split(' in place')[0]}",
                 hint="write to a clone() of it, or use the operator without the underscore",
             ) from error
         raise UsageError(f"{name}: {error.message}", hint="compute a new tensor instead") from error
@@ -337,13 +339,17 @@ def _simplify(piece: _Piece, name: str) -> None:
 
 
 def weight_of(program: Program, tensor: torch.Tensor) -> fx.Node | None:
-    """Return the weight whose values a tensor of the user's is, if there is one."""
+    """Return the weight that shares its memory with a tensor, if there is one."""
     for node in program.weight_nodes:
         source = program.weights[node.name].source
         if not isinstance(source, InMemory):
             continue
-        own = source.tensor
-        same = own.dtype == tensor.dtype and own.shape == tensor.shape and own.stride() == tensor.stride()
-        if same and tensor.numel() and own.data_ptr() == tensor.data_ptr():
+        stored = source.tensor
+        same = (
+            stored.dtype == tensor.dtype
+            and stored.shape == tensor.shape
+            and stored.stride() == tensor.stride()
+        )
+        if same and tensor.numel() and stored.data_ptr() == tensor.data_ptr():
             return node
     return None

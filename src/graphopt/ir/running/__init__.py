@@ -1,1 +1,1 @@
-"""Programs and parts of them run, folded, retyped and taken apart."""
+"""Running, folding, retyping and splitting programs."""

@@ -1,4 +1,4 @@
-"""Which activation lies between two projections, recognised by trying it on random numbers."""
+"""Recognition of the activation between two projections, by evaluating it on random numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .evaluate import evaluate, needed_for
 
 
 def plain_region(target: fx.Node, sources: list[fx.Node]) -> set[fx.Node] | None:
-    """Return what computes a value from others; None where it reads an input or a weight besides."""
+    """Return the nodes that compute a value from ``sources``; None if it also reads an input or a weight."""
     region = needed_for([target], dict.fromkeys(sources))
     if any(n.op == "placeholder" for n in region if n not in sources):
         return None
@@ -24,7 +24,7 @@ def plain_region(target: fx.Node, sources: list[fx.Node]) -> set[fx.Node] | None
 def run_region(
     target: fx.Node, given: Mapping[fx.Node, torch.Tensor], region: set[fx.Node]
 ) -> torch.Tensor | None:
-    """Evaluate a region in the type of what it is given; None where an operator does not take it."""
+    """Return the value of a region, computed in the type of the given values; None where an operator rejects them."""
     values: dict[fx.Node, Any] = dict(given)
     for node in target.graph.nodes:
         if node in region and node not in given:
@@ -40,17 +40,17 @@ def run_region(
 
 
 def constants(region: set[fx.Node]) -> list[float]:
-    """Return the numbers that its operators are called with, and 0 and 1."""
-    found = {0.0, 1.0}
+    """Return 0, 1 and the numbers that the region's operators are called with."""
+    numbers = {0.0, 1.0}
     for node in region:
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.add(float(value))
-    return sorted(found)
+                numbers.add(float(value))
+    return sorted(numbers)
 
 
 def clamps(activation: str, region: set[fx.Node]) -> list[tuple[float, float]]:
-    """Return the pairs of limit and slope to try."""
+    """Return the pairs of limit and alpha to try."""
     if activation == "gelu_tanh":
         return [(0.0, 1.0), *((0.0, n) for n in constants(region) if 0.797 < n < 0.799)]
     if not activation.endswith(("_clamped", "_softcapped")):
@@ -62,17 +62,17 @@ def clamps(activation: str, region: set[fx.Node]) -> list[tuple[float, float]]:
 
 
 def activation_between(up: fx.Node, gate: fx.Node | None, hidden: fx.Node) -> dict[str, Any] | None:
-    """Return ``activation``, ``limit`` and ``alpha`` of ``hidden = activation(gate) * up``; None if none is known."""
+    """Return ``activation``, ``limit`` and ``alpha`` of ``hidden = activation(gate) * up``; None if none matches."""
     sources = [up] if gate is None else [gate, up]
     region = plain_region(hidden, sources)
     if region is None:
         return None
     width = int(up.meta["val"].shape[-1])
-    # few channels tell, unless the region names how many there are
+    # a few channels are enough, unless the region depends on their number
     for size in dict.fromkeys((min(width, 64), width)):
-        found = _recognised(up, gate, hidden, region, size)
-        if found is not None:
-            return found
+        activation = _recognised(up, gate, hidden, region, size)
+        if activation is not None:
+            return activation
     return None
 
 
@@ -83,8 +83,8 @@ def _recognised(
     shape = (*(2 + i for i in range(up.meta["val"].dim() - 1)), width)
     sources = [up] if gate is None else [gate, up]
     probes = {n: torch.randn(shape, generator=generator, dtype=torch.float64) * 6 for n in sources}
-    found = run_region(hidden, probes, region)
-    if found is None or found.shape != torch.Size(shape):
+    actual = run_region(hidden, probes, region)
+    if actual is None or actual.shape != torch.Size(shape):
         return None
     for activation in ACTIVATIONS:
         if activation == "swiglu_clamped" and gate is None:
@@ -92,17 +92,17 @@ def _recognised(
         for limit, alpha in clamps(activation, region):
             first = probes[up] if gate is None else probes[gate]
             expected = gated_by(first, None if gate is None else probes[up], activation, limit, alpha)
-            # as near as sites are held to afterwards
-            if torch.allclose(expected, found, rtol=1e-12, atol=1e-12):
+            # the precision that sites are checked to afterwards
+            if torch.allclose(expected, actual, rtol=1e-12, atol=1e-12):
                 return {"activation": activation, "limit": limit, "alpha": alpha}
     return None
 
 
 def activation_of_experts(source: fx.Node, target: fx.Node) -> dict[str, Any] | None:
-    """Return how ``graphopt.routed_ffn`` says what lies between the two projections of experts; None if it cannot.
+    """Return the arguments of ``graphopt.routed_ffn`` for the activation between two projections; None if none fit.
 
     Args:
-        source: (..., inner or 2 * inner), with the gate, if there is one, in one half or in every other place.
+        source: (..., inner or 2 * inner), with the gate, if there is one, in one half or in every other channel.
         target: (..., inner), what the second projection reads.
     """
     size = source.meta["val"].shape[-1]
@@ -111,8 +111,8 @@ def activation_of_experts(source: fx.Node, target: fx.Node) -> dict[str, Any] | 
         return None
     shape = [5, *(2 for _ in range(source.meta["val"].dim() - 2)), size]
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
-    found = run_region(target, {source: probe}, region)
-    if found is None:
+    actual = run_region(target, {source: probe}, region)
+    if actual is None:
         return None
     for activation in ACTIVATIONS:
         for gated, interleaved in ((True, False), (True, True), (False, False)):
@@ -120,7 +120,7 @@ def activation_of_experts(source: fx.Node, target: fx.Node) -> dict[str, Any] | 
                 continue
             for limit, alpha in clamps(activation, region):
                 expected = activate(probe, activation, gated, interleaved, limit, alpha)
-                if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-9, atol=1e-9):
+                if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-9, atol=1e-9):
                     return {
                         "activation": activation,
                         "gated": gated,

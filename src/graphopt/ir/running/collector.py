@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from walking over the same graphs again and again."""
+"""Control of Python's garbage collector, to keep it from scanning the same graphs repeatedly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def settled_objects() -> Iterator[None]:
-    """Leave everything that exists now out of collections until the end.
+    """Exclude all existing objects from garbage collection inside the block.
 
-    A graph is many small objects that point at each other; a pass makes enough new ones for several full
-    collections, each of which would walk over all programs of the process. Somebody who froze objects before
-    keeps that as it is.
+    A graph consists of many small objects that refer to each other; a pass makes enough new ones to trigger several
+    full collections, each of which would scan all programs of the process. If objects are frozen already, nothing
+    is changed.
     """
     if gc.get_freeze_count():
         yield

@@ -1,4 +1,4 @@
-"""Values of nodes: which are needed, how long, and what one is."""
+"""Evaluation of nodes: which are needed, how long, and their values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..schema import operator_name
 
 
 def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that must be known to compute the targets, themselves included."""
+    """Return the nodes needed to compute the targets, including the targets."""
     needed: set[fx.Node] = set()
     work = list(targets)
     while work:
@@ -25,22 +25,22 @@ def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.
 
 
 def last_uses(nodes: Iterable[fx.Node], keep: Iterable[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for each node, the values that nobody needs after it."""
+    """Return, for each node, the values that are not needed after it."""
     order = list(nodes)
-    kept = set(keep)
+    kept_to_end = set(keep)
     seen: set[fx.Node] = set()
     freed: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(order):
         for used in node.all_input_nodes:
             if used not in seen:
                 seen.add(used)
-                if used not in kept:
+                if used not in kept_to_end:
                     freed.setdefault(node, []).append(used)
     return freed
 
 
 def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Call the node's operator on known values."""
+    """Return the result of the node's operator on known values."""
     args = fx.map_arg(node.args, lambda n: values[n])
     kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
     try:

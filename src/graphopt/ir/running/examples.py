@@ -1,4 +1,4 @@
-"""Inputs to try a program with: random, of the right types and sizes, padded where there is a mask."""
+"""Example inputs of a program: random, of the right types and sizes, padded where there is a mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_SIZES = {"batch": 2, "sequence": 9, "decoder_sequence": 5}
 
 
 def rows_of(program: Program, node: fx.Node) -> int:
-    """Return how many values an integer input may take: the rows of the tables it is looked up in."""
+    """Return the number of values an integer input may have: the rows of the tables it indexes."""
     rows = [2]
     work, seen = [node], set()
     while work:
@@ -40,32 +40,32 @@ def example_inputs(
     """Return a value for each input of a program.
 
     Args:
-        program: whose inputs are made.
+        program: the program to make inputs for.
         sizes: by name; small ones within the program's limits if not given.
         seed: of the random values.
-        padding: which side of the first row a mask hides: right, left or none.
+        padding: which end of the first row a mask hides: right, left or none.
     """
-    wanted = {**{n: r.hint for n, r in program.signature.sizes.items()}, **DEFAULT_SIZES, **(sizes or {})}
+    chosen = {**{n: r.hint for n, r in program.signature.sizes.items()}, **DEFAULT_SIZES, **(sizes or {})}
     for name, limits in program.signature.sizes.items():
-        wanted[name] = max(limits.low, min(wanted[name], limits.high or wanted[name]))
-    for name in wanted:
-        # one size that the tracer saw twice
+        chosen[name] = max(limits.low, min(chosen[name], limits.high or chosen[name]))
+    for name in chosen:
+        # the tracer numbers sizes that occur twice
         base = name.rsplit("_", 1)[0]
         if name not in (sizes or {}) and base in ("batch", "sequence") and name.rsplit("_", 1)[-1].isdigit():
-            wanted[name] = wanted.get(base, wanted[name])
+            chosen[name] = chosen.get(base, chosen[name])
     if sizes is None:
-        wanted |= program.signature.nearest({n: v for n, v in wanted.items() if n in program.signature.sizes})
+        chosen |= program.signature.nearest({n: v for n, v in chosen.items() if n in program.signature.sizes})
     generator = torch.Generator().manual_seed(seed)
     symbols = {name: symbol for symbol, name in program.symbols.items()}
-    values = {symbols[name]: size for name, size in wanted.items() if name in symbols}
-    made: dict[str, torch.Tensor] = {}
+    values = {symbols[name]: size for name, size in chosen.items() if name in symbols}
+    inputs: dict[str, torch.Tensor] = {}
     for name, spec in program.signature.inputs.items():
         shape = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
         if spec.dtype.is_floating_point:
-            made[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(spec.dtype)
+            inputs[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(spec.dtype)
         elif name == "step_mask":
             # every new token sees those before it
-            made[name] = torch.ones(shape, dtype=spec.dtype).tril()
+            inputs[name] = torch.ones(shape, dtype=spec.dtype).tril()
         elif "mask" in name:
             mask = torch.ones(shape, dtype=spec.dtype)
             hidden = shape[-1] // 3
@@ -73,15 +73,15 @@ def example_inputs(
                 mask[0, ..., -hidden:] = 0
             elif padding == "left" and hidden:
                 mask[0, ..., :hidden] = 0
-            made[name] = mask
+            inputs[name] = mask
         elif "position" in name or name == "cache_slots":
-            made[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
+            inputs[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()
         elif spec.fill is not None and spec.fill.rule == "zeros":
-            made[name] = torch.zeros(shape, dtype=spec.dtype)
+            inputs[name] = torch.zeros(shape, dtype=spec.dtype)
         elif spec.dtype is torch.bool:
-            made[name] = torch.rand(shape, generator=generator) < 0.5
+            inputs[name] = torch.rand(shape, generator=generator) < 0.5
         else:
             rows = rows_of(program, program.input_nodes[name])
             low = 3 if rows > 8 else 0
-            made[name] = torch.randint(low, rows, shape, generator=generator).to(spec.dtype)
-    return made
+            inputs[name] = torch.randint(low, rows, shape, generator=generator).to(spec.dtype)
+    return inputs

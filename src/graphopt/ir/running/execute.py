@@ -1,4 +1,4 @@
-"""Running a program: compiled where it fits in memory, streamed weight by weight where it does not."""
+"""Running a program: compiled if it fits in memory, otherwise streamed weight by weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Hook = Callable[[fx.Node, Any], Any]
 
 
 def memory_available() -> int:
-    """Bytes of memory that can be had without swapping or passing a limit; a guess where nothing says."""
+    """Return the bytes of memory available without swapping or exceeding a limit; a guess where unknown."""
     available, used = 4 << 30, 0
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -49,7 +49,7 @@ def run(
 
     Args:
         program: what to run.
-        inputs: a tensor per input and dial.
+        inputs: a tensor per input and run-time setting.
         streamed: load each weight at its first use and free it after its last; decided by size if None.
     """
     program = runnable(program)
@@ -64,55 +64,57 @@ def run(
 
 def release(program: Program) -> None:
     """Free the weights that were loaded to run a program; they are loaded again when it runs again."""
-    for held in {id(p): p for p in (program, runnable(program))}.values():
-        held._derived.pop("compiled", None)
+    for running in {id(p): p for p in (program, runnable(program))}.values():
+        running._derived.pop("compiled", None)
 
 
 def return_memory() -> None:
-    """Give what was freed back to the system where the C library keeps it, as glibc does of what calibration took."""
+    """Return freed memory to the system where the C library keeps it, as glibc does after calibration."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def compile_graph(program: Program) -> Callable[[Mapping[str, torch.Tensor]], Any]:
-    """Return a function of the inputs with everything that depends on weights alone computed once."""
+    """Return a function of the inputs in which everything that depends on weights alone is computed once."""
     folded = fold(program)
     module = fx.GraphModule(torch.nn.Module(), folded.graph)
-    places = folded.graph.find_nodes(op="placeholder")
-    # what nothing reads, such as a matrix of which each rank has its part, is not loaded
-    held = {
-        n.name: _held(folded.weights[n.name].source) for n in places if n.name in folded.weights and n.users
+    placeholders = folded.graph.find_nodes(op="placeholder")
+    # unused weights, such as a matrix of which each rank has its shard, are not loaded
+    loaded = {
+        n.name: _load_shared(folded.weights[n.name].source)
+        for n in placeholders
+        if n.name in folded.weights and n.users
     }
-    order = [(n.name, str(n.meta.get("input", "")), n.name in folded.weights) for n in places]
+    order = [(n.name, str(n.meta.get("input", "")), n.name in folded.weights) for n in placeholders]
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:
-        given = (
-            (held[name].tensor if name in held else None) if weight else inputs[label]
+        arguments = (
+            (loaded[name].tensor if name in loaded else None) if weight else inputs[label]
             for name, label, weight in order
         )
         with torch.no_grad():
-            return module(*given)
+            return module(*arguments)
 
     return call
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
-    """The values of a source, for as long as some program holds them; the source stays, so that its id is its own."""
+class _Loaded:
+    """The values of a source, for as long as some program uses them; keeping the source keeps its id unique."""
 
     source: TensorSource
     tensor: torch.Tensor
 
 
-_HELD: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()
+_HELD: weakref.WeakValueDictionary[int, _Loaded] = weakref.WeakValueDictionary()
 
 
-def _held(source: TensorSource) -> _Held:
-    """Load a source, or share what another program has of it: passes change few weights of a program."""
-    found = _HELD.get(id(source))
-    if found is None:
-        found = _HELD[id(source)] = _Held(source, source.load())
-    return found
+def _load_shared(source: TensorSource) -> _Loaded:
+    """Return the values of a source, shared with other programs that loaded it: passes change few weights."""
+    loaded = _HELD.get(id(source))
+    if loaded is None:
+        loaded = _HELD[id(source)] = _Loaded(source, source.load())
+    return loaded
 
 
 def interpret(
@@ -125,29 +127,29 @@ def interpret(
     sources: Mapping[str, TensorSource] | None = None,
     given: Mapping[fx.Node, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run node by node; a weight is loaded at its first use and freed after the last.
+    """Run node by node and return outputs and recorded values; weights are loaded at first use and freed after the last.
 
     Args:
         program: what to run.
-        inputs: a tensor per input and dial.
-        record: nodes whose values are returned too, under their node names.
+        inputs: a tensor per input and run-time setting.
+        record: nodes whose values are also returned, under their node names.
         stop: end once the recorded values are known, instead of computing the outputs.
-        hook: called with each node and its value; what it returns takes the value's place.
-        sources: other values for weights, by node name.
-        given: values known beforehand; what only they need is not computed.
+        hook: called with each node and its value; its result replaces the value.
+        sources: replacements for the values of weights, by node name.
+        given: values known beforehand; nodes that only these need are not computed.
 
     Returns:
-        Outputs by flat name, unless ``stop``, and recorded values by node name. Of a sharded program that runs
-        in one process, a value that differs from rank to rank is a list, one a rank.
+        Outputs by flat name, unless ``stop``, and recorded values by node name. If a sharded program runs
+        in one process, a value that differs between ranks is a list with one entry per rank.
     """
-    wanted = list(record)
-    standing = stand_ins(program)
-    if standing is not None:
-        return _interpret_ranks(standing, inputs, wanted, stop, hook, sources, given or {})
-    targets = wanted if stop else [*wanted, program.output_node]
+    recorded = list(record)
+    stand_in = stand_ins(program)
+    if stand_in is not None:
+        return _interpret_ranks(stand_in, inputs, recorded, stop, hook, sources, given or {})
+    targets = recorded if stop else [*recorded, program.output_node]
     needed = needed_for(targets, given or {})
     order = [n for n in program.graph.nodes if n in needed]
-    freed = last_uses(order, wanted)
+    freed = last_uses(order, recorded)
     values: dict[fx.Node, Any] = dict(given or {})
     results: dict[str, Any] = {}
 
@@ -173,7 +175,7 @@ def interpret(
                 values[node] = hook(node, values[node])
             for dead in freed.get(node, ()):
                 values.pop(dead, None)
-    for node in wanted:
+    for node in recorded:
         if node not in values and node.name in program.weights:
             values[node] = (sources or {}).get(node.name, program.weights[node.name].source).load()
         results[node.name] = values[node]
@@ -181,26 +183,28 @@ def interpret(
 
 
 def _interpret_ranks(
-    standing: StandIns,
+    stand_in: StandIns,
     inputs: Mapping[str, torch.Tensor],
-    wanted: list[fx.Node],
+    recorded: list[fx.Node],
     stop: bool,
     hook: Hook | None,
     sources: Mapping[str, TensorSource] | None,
     given: Mapping[fx.Node, Any],
 ) -> dict[str, Any]:
-    """Run a sharded program by the nodes that stand for its own: of all ranks, or of this process's."""
-    known: dict[fx.Node, Any] = {}
+    """Run a sharded program through its stand-in: the unrolled program, or the program of this process's rank."""
+    values_by_copy: dict[fx.Node, Any] = {}
     for node, value in given.items():
-        copies = standing.nodes(node)
-        known.update(zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True))
-    record = [copy for node in wanted for copy in standing.nodes(node)]
-    found = interpret(
-        standing.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=known
+        copies = stand_in.nodes(node)
+        values_by_copy.update(
+            zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True)
+        )
+    record = [copy for node in recorded for copy in stand_in.nodes(node)]
+    outputs = interpret(
+        stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=values_by_copy
     )
     names = {copy.name for copy in record}
-    results = {name: value for name, value in found.items() if name not in names}
-    for node in wanted:
-        values = [found[copy.name] for copy in standing.nodes(node)]
+    results = {name: value for name, value in outputs.items() if name not in names}
+    for node in recorded:
+        values = [outputs[copy.name] for copy in stand_in.nodes(node)]
         results[node.name] = values[0] if len(values) == 1 else values
     return results

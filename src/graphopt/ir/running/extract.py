@@ -1,4 +1,4 @@
-"""A part of a program as a program of its own: from some of its values to others."""
+"""Extraction of a part of a program, between some of its values, as a separate program."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 def extract(
     program: Program, reads: Mapping[str, fx.Node], writes: Mapping[str, fx.Node], *, all_given: bool = False
 ) -> Program:
-    """Return what computes ``writes`` from ``reads``, from other inputs where it must, and from weights.
+    """Return the program that computes ``writes`` from ``reads``, other inputs where needed, and weights.
 
     Args:
-        program: stays as it is; weights are shared.
-        reads: values of it by the names of the inputs that take their place.
-        writes: values of it by the names of the outputs they become.
-        all_given: no input of the part may be left out; so none is kept only because another is made like it.
+        program: not changed; weights are shared.
+        reads: values of the program by the names of the inputs that replace them.
+        writes: values of the program by the names of the outputs they become.
+        all_given: all inputs are always given, so none is kept only because another is filled from it.
 
     Raises:
-        UsageError: a value to be written does not depend on anything that is read, or a name is taken.
+        UsageError: the values written do not depend on a value read, or a name is in use.
     """
     part = program.copy()
     nodes = {node.name: node for node in part.graph.nodes}
     for name, node in reads.items():
-        here = nodes[node.name]
-        value = here.meta["val"]
-        taken = add_input(part, name, list(value.shape), value.dtype)
-        here.replace_all_uses_with(taken)
+        copied = nodes[node.name]
+        value = copied.meta["val"]
+        input_node = add_input(part, name, list(value.shape), value.dtype)
+        copied.replace_all_uses_with(input_node)
     part.checkpoint.clear()
-    held = dict(writes)
-    outputs = {name: nodes[node.name] for name, node in held.items()}
+    named_outputs = dict(writes)
+    outputs = {name: nodes[node.name] for name, node in named_outputs.items()}
     structure = {"dict": {name: {"leaf": name} for name in outputs}, "class": None}
     part.signature = replace(part.signature, outputs=structure)
     part.edit.set_outputs(list(outputs.values()))
@@ -54,14 +54,14 @@ def extract(
     drop_unread_weights(part)
     missing = [name for name in reads if name not in part.input_nodes]
     if missing:
-        raise UsageError(f"what is written does not depend on {', '.join(missing)}")
+        raise UsageError(f"the outputs do not depend on {', '.join(missing)}")
     part.history, part.report = [], None
     part.changed()
     return part
 
 
 def _drop_inputs(program: Program, all_given: bool) -> None:
-    """Take out inputs that nothing reads; sizes are read from those that are left."""
+    """Remove unused inputs; sizes are read from the remaining ones."""
     signature = program.signature
     unread = {
         name for name, node in program.input_nodes.items() if not node.users and name not in program.dials

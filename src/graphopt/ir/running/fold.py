@@ -1,4 +1,4 @@
-"""Fold what depends on weights alone into new weights, computed late and one at a time."""
+"""Folding of operators on weights alone into new weights, which are computed one at a time when loaded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .retype import in_type
 if TYPE_CHECKING:
     from ..program import Program
 
-# results are bits of the operands, whatever the precision
+# results are bits of the operands, at any precision
 EXACT = Trait.MOVEMENT | Trait.BITS
-# what differs from rank to rank, and what says how a weight is stored
-_KEPT = Trait.PER_RANK | Trait.ROUNDING
+# operators that differ between ranks, and fake quantisation of weights
+_NOT_FOLDED = Trait.PER_RANK | Trait.ROUNDING
 
 
 @dataclass(frozen=True)
 class Computed:
-    """The value of a small graph over other tensors, computed when asked for.
+    """The value of a small graph over other tensors, computed on demand.
 
     Arithmetic runs in float64 and is rounded once, to ``dtype``.
     """
@@ -37,7 +37,7 @@ class Computed:
     dtype: torch.dtype
 
     def load(self) -> torch.Tensor:
-        """Compute the value; operands are read and freed one after the other."""
+        """Return the value; operands are read and freed one at a time."""
         plain = all(has(n, EXACT) for n in self.graph.nodes if n.op == "call_function")
         graph = self.graph if plain else in_type(self.graph)
         freed = last_uses(graph.nodes)
@@ -55,14 +55,14 @@ class Computed:
                 for used in node.all_input_nodes:
                     if used in pending:
                         source = pending.pop(used)
-                        cut = _first_cut(used)
-                        # what reads a part of a matrix loads that part alone
-                        tensor = source.load() if cut is None else load_part(source, *cut)
+                        bounds = _first_cut(used)
+                        # only the part of a tensor that is read is loaded
+                        tensor = source.load() if bounds is None else load_part(source, *bounds)
                         wide = not plain and tensor.dtype.is_floating_point
                         values[used] = tensor.to(torch.float64) if wide else tensor
                 start = node.args[0] if node.args else None
-                whole = not isinstance(start, fx.Node) or start.op != "placeholder"
-                if not whole and isinstance(start, fx.Node) and _first_cut(start) is not None:
+                is_whole = not isinstance(start, fx.Node) or start.op != "placeholder"
+                if not is_whole and isinstance(start, fx.Node) and _first_cut(start) is not None:
                     values[node] = values[start]
                 else:
                     values[node] = evaluate(node, values)
@@ -72,18 +72,18 @@ class Computed:
 
 
 def _first_cut(node: fx.Node) -> tuple[int, int, int] | None:
-    """Return (dimension, start, end) if a tensor is read through one slice of consecutive entries only."""
+    """Return (dimension, start, end) if a tensor is read only through one slice of consecutive entries."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
     if not is_operator(user, "aten.slice"):
         return None
-    found = arguments(user)
+    args = arguments(user)
     shape = node.meta["val"].shape
-    dim = int(found["dim"]) % len(shape)
+    dim = int(args["dim"]) % len(shape)
     size = int(shape[dim])
-    start, end = found["start"] or 0, size if found["end"] is None else found["end"]
-    if found["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
+    start, end = args["start"] or 0, size if args["end"] is None else args["end"]
+    if args["step"] != 1 or not isinstance(start, int) or not isinstance(end, int):
         return None
     start, end = (max(0, min(size, value + size if value < 0 else value)) for value in (start, end))
     return (dim, start, max(start, end))
@@ -102,18 +102,18 @@ def depends_on_weights_alone(program: Program) -> set[fx.Node]:
             if not inputs and has(node, Trait.FILL):
                 neutral.add(node)
             elif inputs and all(n in constant or n in neutral for n in inputs):
-                # a table of equal numbers is no weight, but what is made of it and of weights is
+                # a tensor of equal numbers is not a weight, but what is computed from it and weights is constant
                 (constant if any(n in constant for n in inputs) else neutral).add(node)
         return constant
 
-    found: set[fx.Node] = program.derived("weights_alone", find, portable=True)
-    return found
+    nodes: set[fx.Node] = program.derived("weights_alone", find, portable=True)
+    return nodes
 
 
 def frontier(program: Program) -> list[fx.Node]:
-    """Return the computed values, depending on weights alone, that the rest of the graph reads."""
+    """Return the computed values that depend on weights alone and that other nodes of the graph read."""
     constant = _foldable(program)
-    kept = set(program.checkpoint.values())
+    checkpoint_nodes = set(program.checkpoint.values())
     return [
         node
         for node in program.graph.nodes
@@ -122,36 +122,36 @@ def frontier(program: Program) -> list[fx.Node]:
         and isinstance(node.meta.get("val"), torch.Tensor)
         and (
             any(user not in constant for user in node.users)
-            or (node in kept and not _movement_only(node, constant))
+            or (node in checkpoint_nodes and not _movement_only(node, constant))
         )
     ]
 
 
 def _foldable(program: Program) -> set[fx.Node]:
-    """What depends on weights alone, and is the same on every rank."""
+    """Return the nodes that depend on weights alone and have the same value on every rank."""
     constant = depends_on_weights_alone(program)
     apart: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if has(node, _KEPT) or any(n in apart for n in node.all_input_nodes):
+        if has(node, _NOT_FOLDED) or any(n in apart for n in node.all_input_nodes):
             apart.add(node)
     return constant - apart if apart else constant
 
 
-def _number_on_kept(program: Program, node: fx.Node) -> bool:
-    kept = program.checkpoint.values()
+def _vector_of_checkpoint(program: Program, node: fx.Node) -> bool:
+    checkpoint_nodes = program.checkpoint.values()
     while node.op == "call_function":
         value = node.meta["val"]
-        # parts of a vector that is split come by way of a list
+        # the parts of a split vector come from a list
         if not isinstance(value, torch.Tensor) or value.dim() != 1:
             return False
-        if len(node.all_input_nodes) != 1 or node in kept:
+        if len(node.all_input_nodes) != 1 or node in checkpoint_nodes:
             return False
         node = node.all_input_nodes[0]
-    return node in kept
+    return node in checkpoint_nodes
 
 
 def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """A part of a weight, kept as the way back to the checkpoint, is not worth a copy of its own."""
+    """Tell whether a value only moves data of a weight for the checkpoint mapping, which is not worth a copy."""
     while node.op == "call_function" and all(user in constant for user in node.users):
         if not has(node, EXACT) or len(node.all_input_nodes) != 1:
             return False
@@ -162,88 +162,88 @@ def _movement_only(node: fx.Node, constant: set[fx.Node]) -> bool:
 def fold(program: Program, *, to_store: bool = False) -> Program:
     """Return a program in which no node computes on weights alone.
 
-    Nothing is computed here: each new weight knows how to compute itself when it is loaded, so that
-    folding a model larger than memory streams. Checkpoint entries point at the folded values.
+    Nothing is computed here: each new weight is computed when it is loaded, so that models larger than memory can be
+    folded and streamed. Checkpoint entries point at the folded values.
 
     Args:
-        program: stays as it is.
-        to_store: leave what a number makes of a vector that is stored in any case, such as 1 + w in a norm: nothing
-            would become smaller, and what the vector is for would no longer be known.
+        program: not changed.
+        to_store: do not fold arithmetic with a number on a vector that is stored anyway, such as 1 + w in a norm:
+            it would save nothing, and the role of the vector would be lost.
     """
     edges = frontier(program)
     if to_store:
-        edges = [node for node in edges if not _number_on_kept(program, node)]
+        edges = [node for node in edges if not _vector_of_checkpoint(program, node)]
     if not edges and not program.derived("unread_weights", lambda: unread_weights(program)):
         return program
     folded = program.copy()
     by_name = {node.name: node for node in folded.graph.nodes}
-    taken = {name for weight in folded.weights.values() for name in weight.all_names}
-    made: dict[int, fx.Node] = {}
+    used_names = {name for weight in folded.weights.values() for name in weight.all_names}
+    folded_nodes: dict[int, fx.Node] = {}
     numbered = Expressions()
     numbers = [numbered(original) for original in edges]
     for original, key in zip(edges, numbers, strict=True):
         node = by_name[original.name]
-        # the way back of a scaled weight is often what the graph computes too
-        if key in made:
-            _stands_for(folded, node, made[key])
+        # the checkpoint mapping of a scaled weight is often equal to a value in the graph
+        if key in folded_nodes:
+            _put_in_place(folded, node, folded_nodes[key])
             continue
         source, operands = computed(folded, node)
-        name = _name(node, operands, taken)
-        taken.add(name)
-        # a kernel into which statistics were folded is trained as the kernel was
+        name = _free_name(node, operands, used_names)
+        used_names.add(name)
+        # a kernel with folded statistics stays trainable if the kernel was
         trainable = any(w.trainable for w in operands)
         kind = "parameter" if any(w.kind == "parameter" for w in operands) else "buffer"
         new = folded.edit.add_weight(name, source, kind=kind, persistent=any(w.persistent for w in operands))
         new.meta["val"] = node.meta["val"]
         folded.weights[new.name] = Weight(name, source, kind, (), True, trainable)  # type: ignore[arg-type]
-        made[key] = new
-        _stands_for(folded, node, new)
-        _way_back(folded, source, new)
+        folded_nodes[key] = new
+        _put_in_place(folded, node, new)
+        _map_operands(folded, source, new)
     drop_unread_weights(folded)
     folded.changed()
     return folded
 
 
-def _stands_for(program: Program, node: fx.Node, new: fx.Node) -> None:
-    for name, held in list(program.checkpoint.items()):
-        if held is node:
+def _put_in_place(program: Program, node: fx.Node, new: fx.Node) -> None:
+    for name, mapped in list(program.checkpoint.items()):
+        if mapped is node:
             program.checkpoint[name] = new
     node.replace_all_uses_with(new)
     program.edit.erase_dead([node])
 
 
-def _way_back(program: Program, source: Computed, new: fx.Node) -> None:
-    """Let the checkpoint's tensors that only the folded weight holds now be read from it."""
+def _map_operands(program: Program, source: Computed, new: fx.Node) -> None:
+    """Map tensors of the checkpoint to the folded weight where only it still has their values."""
     from .invert import invert
 
-    held = {
+    unread = {
         node: key for key, node in program.checkpoint.items() if node.op == "placeholder" and not node.users
     }
-    wanted = {n.name for n in source.graph.find_nodes(op="placeholder")} & {n.name for n in held}
-    if not wanted or not all(has(n, EXACT) for n in source.graph.nodes if n.op == "call_function"):
+    operand_names = {n.name for n in source.graph.find_nodes(op="placeholder")} & {n.name for n in unread}
+    if not operand_names or not all(has(n, EXACT) for n in source.graph.nodes if n.op == "call_function"):
         return
     with program.edit.after(new):
-        back = invert(program, source.graph, new)
-    for node, key in held.items():
-        if node.name in back and node.name in wanted:
-            program.checkpoint[key] = back[node.name]
-    program.edit.erase_dead(back.values())
+        inverted = invert(program, source.graph, new)
+    for node, key in unread.items():
+        if node.name in inverted and node.name in operand_names:
+            program.checkpoint[key] = inverted[node.name]
+    program.edit.erase_dead(inverted.values())
 
 
 def unread_weights(program: Program) -> list[fx.Node]:
-    """Return placeholders of tensors that neither the graph nor the checkpoint's way back reads."""
-    kept = set(program.checkpoint.values())
-    return [n for n in program.weight_nodes if not n.users and n not in kept]
+    """Return placeholders of tensors that neither the graph nor the checkpoint mapping reads."""
+    checkpoint_nodes = set(program.checkpoint.values())
+    return [n for n in program.weight_nodes if not n.users and n not in checkpoint_nodes]
 
 
 def drop_unread_weights(program: Program) -> None:
-    """Remove tensors that nothing reads."""
+    """Remove unused weights."""
     for node in unread_weights(program):
         program.edit.remove_weight(node)
 
 
 def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
-    """Return the value of a node that depends on weights alone as a source, and the weights it reads."""
+    """Return a source that computes a node which depends on weights alone, and the weights it reads."""
     needed: list[fx.Node] = []
     seen: set[fx.Node] = set()
 
@@ -277,11 +277,11 @@ def computed(program: Program, node: fx.Node) -> tuple[Computed, list[Weight]]:
     return source, operands
 
 
-def _name(node: fx.Node, operands: list[Weight], taken: set[str]) -> str:
-    wanted = node.meta.get("custom", {}).get("graphopt", {}).get("weight")
-    base = wanted or (f"{operands[0].name}.folded" if operands else f"{node.name}.folded")
+def _free_name(node: fx.Node, operands: list[Weight], used_names: set[str]) -> str:
+    requested = node.meta.get("custom", {}).get("graphopt", {}).get("weight")
+    base = requested or (f"{operands[0].name}.folded" if operands else f"{node.name}.folded")
     name, count = str(base), 1
-    while name in taken:
+    while name in used_names:
         count += 1
         name = f"{base}_{count}"
     return name

@@ -1,4 +1,4 @@
-"""The way back from a folded weight to the tensors it was put together from."""
+"""Inversion of data movement: the mapping from a folded weight to the tensors it was assembled from."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ aten = torch.ops.aten
 
 
 def invert(program: Program, graph: fx.Graph, value: fx.Node) -> dict[str, fx.Node]:
-    """Return nodes that compute the operands of a movement of data from its result.
+    """Insert nodes that recover the operands of a data movement from its result, and return them.
 
     Args:
         program: nodes are inserted at its insertion point.
-        graph: the movement, operands as placeholders.
+        graph: the movement, with operands as placeholders.
         value: a node of the program with the result.
 
     Returns:
-        A node by placeholder name, for those operands that can be had back.
+        Nodes by placeholder name, for the operands that can be recovered.
     """
-    known: dict[fx.Node, fx.Node] = {}
+    inverted: dict[fx.Node, fx.Node] = {}
     output = next(iter(graph.find_nodes(op="output")))
-    known[output.args[0]] = value
-    back: dict[str, fx.Node] = {}
+    inverted[output.args[0]] = value
+    operands: dict[str, fx.Node] = {}
     for node in reversed(list(graph.nodes)):
-        if node not in known:
+        if node not in inverted:
             continue
         if node.op == "placeholder":
-            back[node.name] = known[node]
+            operands[node.name] = inverted[node]
         elif node.op == "call_function":
-            _one(program, node, known[node], known)
-    return back
+            _invert_call(program, node, inverted[node], inverted)
+    return operands
 
 
-def _one(program: Program, node: fx.Node, value: fx.Node, known: dict[fx.Node, fx.Node]) -> None:
+def _invert_call(program: Program, node: fx.Node, value: fx.Node, inverted: dict[fx.Node, fx.Node]) -> None:
     name = operator_name(node.target)
     call = program.edit.call
     if name in ("aten.cat", "aten.stack"):
@@ -55,19 +55,19 @@ def _one(program: Program, node: fx.Node, value: fx.Node, known: dict[fx.Node, f
                 size = int(operand.meta["val"].shape[dim])
                 part = call(aten.slice.Tensor, value, dim, start, start + size)
                 start += size
-            known.setdefault(operand, part)
+            inverted.setdefault(operand, part)
         return
     source = node.args[0]
-    if not isinstance(source, fx.Node) or source in known:
+    if not isinstance(source, fx.Node) or source in inverted:
         return
     if has(node, Trait.RESHAPE):
-        known[source] = call(aten.reshape.default, value, [int(s) for s in source.meta["val"].shape])
+        inverted[source] = call(aten.reshape.default, value, [int(s) for s in source.meta["val"].shape])
     elif name == "aten.permute":
         order = [int(d) % len(source.meta["val"].shape) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-        known[source] = call(aten.permute.default, value, [order.index(d) for d in range(len(order))])
+        inverted[source] = call(aten.permute.default, value, [order.index(d) for d in range(len(order))])
     elif name == "aten.flip":
-        known[source] = call(aten.flip.default, value, arguments(node)["dims"])
+        inverted[source] = call(aten.flip.default, value, arguments(node)["dims"])
     elif name == "aten.to":
-        known[source] = call(aten.to.dtype, value, source.meta["val"].dtype)
+        inverted[source] = call(aten.to.dtype, value, source.meta["val"].dtype)
     elif has(node, Trait.IDENTITY):
-        known[source] = value
+        inverted[source] = value

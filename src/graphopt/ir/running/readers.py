@@ -1,6 +1,6 @@
-"""Who reads a value for the program's sake.
+"""Readers of a value that outputs depend on.
 
-The ways back to a checkpoint's tensors are nodes of the graph as well, though nothing that is returned depends on them.
+The mapping to a checkpoint's tensors consists of nodes of the graph as well, although no output depends on them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def readers(program: Program, node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that read a value and that an output depends on, in execution order."""
+    """Return the readers of a value that an output depends on, in execution order."""
     needed: set[fx.Node] = program.derived(
         "needed", lambda: needed_for(program.outputs.values(), ()), portable=True
     )

@@ -1,4 +1,4 @@
-"""Values that a program is given from its step before: caches and states."""
+"""Recurrent state: caches and other values that a program passes from one step to the next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..program import Program
 
 
 def states_of(program: Program) -> list[str]:
-    """Return the names of a streaming program's states, without the ``next_`` of those it gives."""
+    """Return the input names of a program's recurrent state; the outputs have the prefix ``next_``."""
     return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
 
 
@@ -21,31 +21,31 @@ STEPS = 4
 
 
 def begun(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch with everything of a first step: states of zeros, and positions where a cache asks for them.
+    """Return a batch with the inputs of a first step: zeros as recurrent state, and positions for a cache.
 
-    Rows are cut to the cache's length.
+    Rows are truncated to the cache's length.
     """
-    given = dict(batch)
-    names = [name for name in states_of(program) if name not in given]
+    inputs = dict(batch)
+    names = [name for name in states_of(program) if name not in inputs]
     cache = program.facts.get(KVCache)
-    if not names or not given:
-        return given
-    if cache is not None and cache.tokens in given:
-        tokens = given[cache.tokens]
+    if not names or not inputs:
+        return inputs
+    if cache is not None and cache.tokens in inputs:
+        tokens = inputs[cache.tokens]
         longest = program.signature.inputs[names[0]].shape[2]
         if isinstance(longest, int):
             tokens = tokens[:, :longest]
-        given[cache.tokens] = tokens
-        if cache.positions not in given:
-            given[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-    rows = next(iter(given.values())).shape[0]
+        inputs[cache.tokens] = tokens
+        if cache.positions not in inputs:
+            inputs[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+    rows = next(iter(inputs.values())).shape[0]
     for name in names:
         spec = program.signature.inputs[name]
         sizes = [s if isinstance(s, int) else rows for s in spec.shape]
         if cache is not None and not isinstance(spec.shape[2], int):
-            sizes[2] = given[cache.tokens].shape[1] + STEPS
-        given[name] = torch.zeros(sizes, dtype=spec.dtype)
-    return given
+            sizes[2] = inputs[cache.tokens].shape[1] + STEPS
+        inputs[name] = torch.zeros(sizes, dtype=spec.dtype)
+    return inputs
 
 
 def in_steps(
@@ -53,24 +53,24 @@ def in_steps(
     batch: Mapping[str, torch.Tensor],
     run: Callable[[dict[str, torch.Tensor]], Mapping[str, Any]],
 ) -> None:
-    """Run a batch as a program that carries values runs: a prompt and single tokens, or twice with the states of the first.
+    """Run a batch in steps: a prompt and single tokens with a cache, else twice, the second time with the new state.
 
     Args:
-        program: with caches or states.
+        program: with caches or another recurrent state.
         batch: all of its inputs, as :func:`begun` gives them.
         run: called with the inputs of each step; returns the outputs by name.
     """
     names, cache = states_of(program), program.facts.get(KVCache)
 
-    def following(given: Mapping[str, torch.Tensor], outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return {**given, **{name: outputs[f"next_{name}"] for name in names}}
+    def following(inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {**inputs, **{name: outputs[f"next_{name}"] for name in names}}
 
     if cache is None:
         run(following(batch, run(dict(batch))))
         return
     ids, positions = batch[cache.tokens], batch[cache.positions]
     prompt = max(1, ids.shape[1] - STEPS)
-    given = dict(batch)
+    step_inputs = dict(batch)
     for first, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
-        given |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
-        given = following(given, run(given))
+        step_inputs |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
+        step_inputs = following(step_inputs, run(step_inputs))

@@ -1,4 +1,4 @@
-"""A part of a graph cut out: what it computes from where it was cut, evaluated by itself in float64."""
+"""Regions: parts of a graph between leaves and targets, evaluated on their own in float64."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Region:
-    """Nodes that compute ``targets`` from ``leaves`` (values where it was cut) and weights.
+    """Nodes that compute ``targets`` from ``leaves`` (values at which the region ends) and weights.
 
     Attributes:
-        nodes: leaves, weights and operators in an order in which they can be computed.
-        leaves: where it was cut.
-        weights: what it reads of weights.
-        targets: what it computes.
+        nodes: leaves, weights and operators in topological order.
+        leaves: values that are inputs of the region.
+        weights: weights that it reads.
+        targets: values that it computes.
         ranks: how many ranks compute it together; 0 if it is not sharded.
     """
 
@@ -42,18 +42,18 @@ class Region:
 
     @cached_property
     def operators(self) -> list[fx.Node]:
-        """What it computes between leaves, weights and targets."""
-        given = {*self.leaves, *self.weights}
-        return [node for node in self.nodes if node not in given]
+        """Nodes of the region that are neither leaves nor weights."""
+        read = {*self.leaves, *self.weights}
+        return [node for node in self.nodes if node not in read]
 
     @cached_property
     def graph(self) -> fx.Graph:
-        """The region as a graph of its own; most regions are never run, so it is made when asked for."""
+        """The region as a separate graph, made on demand, since most regions are never run."""
         graph = fx.Graph()
-        given = {*self.leaves, *self.weights}
+        read = {*self.leaves, *self.weights}
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
-            if node in given:
+            if node in read:
                 copies[node] = graph.placeholder(node.name)
                 copies[node].meta["val"] = node.meta["val"]
             else:
@@ -62,7 +62,7 @@ class Region:
         return graph if not self.ranks else unroll(graph, self.ranks)[0]
 
     def run(self, values: dict[str, Any], load: Callable[[fx.Node], torch.Tensor]) -> list[torch.Tensor]:
-        """Evaluate in float64; a weight is loaded at its first use and freed after its last.
+        """Return the targets, evaluated in float64; a weight is loaded at its first use and freed after its last.
 
         Args:
             values: the value of each leaf by node name.
@@ -71,32 +71,32 @@ class Region:
         graph = in_type(self.graph)
         freed = last_uses(graph.nodes)
         originals = {n.name: n for n in self.weights}
-        known: dict[fx.Node, Any] = {}
+        computed: dict[fx.Node, Any] = {}
         with torch.no_grad():
             for node in graph.nodes:
                 if node.op == "placeholder":
                     if node.name in values:
                         value = values[node.name]
-                        known[node] = widen(value) if isinstance(value, torch.Tensor) else value
+                        computed[node] = widen(value) if isinstance(value, torch.Tensor) else value
                     continue
                 for used in node.all_input_nodes:
-                    if used not in known:
-                        known[used] = widen(load(originals[used.name]))
+                    if used not in computed:
+                        computed[used] = widen(load(originals[used.name]))
                 if node.op == "output":
-                    return [known[n] for n in node.args[0]]
-                known[node] = evaluate(node, known)
+                    return [computed[n] for n in node.args[0]]
+                computed[node] = evaluate(node, computed)
                 for dead in freed.get(node, ()):
-                    known.pop(dead, None)
+                    computed.pop(dead, None)
         raise AssertionError("a region without an output")
 
     def key(self, program: Program) -> tuple[Any, ...]:
-        """Return what makes two regions the same computation on other weights: operators, wiring, shapes."""
-        place: dict[fx.Node, int] = {}
-        given = {*self.leaves, *self.weights}
+        """Return a key that is equal for regions with the same operators, wiring and shapes."""
+        position: dict[fx.Node, int] = {}
+        read = {*self.leaves, *self.weights}
         key: list[Any] = []
         for index, node in enumerate(self.nodes):
-            place[node] = index
-            if node in given:
+            position[node] = index
+            if node in read:
                 value = node.meta.get("val")
                 shape = (
                     tuple(str(program.size_text(s)) for s in value.shape)
@@ -105,26 +105,28 @@ class Region:
                 )
                 key.append(("leaf", shape, str(getattr(value, "dtype", ""))))
             else:
-                key.append((node.op, node.target, _frozen(node.args, place), _frozen(node.kwargs, place)))
-        return (*key, *(place[target] for target in self.targets))
+                key.append(
+                    (node.op, node.target, _frozen(node.args, position), _frozen(node.kwargs, position))
+                )
+        return (*key, *(position[target] for target in self.targets))
 
 
 _PLAIN = (int, float, str, type(None))
 
 
-def _frozen(value: Any, place: dict[fx.Node, int]) -> Any:
-    """An argument as something to compare: nodes by their place, numbers by type as well, for 1 == 1.0 == True."""
+def _frozen(value: Any, position: dict[fx.Node, int]) -> Any:
+    """Return a hashable form of an argument: nodes by position, numbers with their type, since 1 == 1.0 == True."""
     if isinstance(value, fx.Node):
-        return (fx.Node, place[value])
+        return (fx.Node, position[value])
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v, place) for v in value)
+        return tuple(_frozen(v, position) for v in value)
     if isinstance(value, dict):
-        return tuple(sorted((k, _frozen(v, place)) for k, v in value.items()))
+        return tuple(sorted((k, _frozen(v, position)) for k, v in value.items()))
     return (type(value), value) if type(value) in _PLAIN or isinstance(value, bool) else repr(value)
 
 
 def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool]) -> Region:
-    """Cut out what computes ``targets``, going back until ``stop`` says so, an input, or a weight."""
+    """Return the region that computes ``targets``, ending at nodes for which ``stop`` holds, inputs and weights."""
     order: list[fx.Node] = []
     seen: set[fx.Node] = set()
     leaves: dict[fx.Node, None] = {}
@@ -151,10 +153,10 @@ def cut(program: Program, targets: list[fx.Node], stop: Callable[[fx.Node], bool
 def evaluated(
     program: Program, targets: list[fx.Node], sources: list[fx.Node]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """Compute targets from random values of sources, in float64 at the usual sizes.
+    """Compute targets from random values of sources, in float64 at the sizes of capture.
 
     Returns:
-        The values of the targets and of the sources; None where they depend on an input or a weight besides.
+        The values of the targets and of the sources; None if the targets also depend on another input or a weight.
     """
     region = cut(
         program, targets, lambda node: node in sources or isinstance(node.meta.get("val"), torch.SymInt)
@@ -172,7 +174,7 @@ def evaluated(
 
 
 def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int) -> Any:
-    """Return a random value for a place where a region was cut, at given sizes."""
+    """Return a random value for a leaf of a region, at given sizes."""
     value = node.meta["val"]
     if isinstance(value, (int, float, bool)):
         return value
@@ -181,7 +183,7 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
     if isinstance(value, (list, tuple)):
         return [leaf_tensor(program, v, sizes, seed + i) for i, v in enumerate(value)]
     if _are_slots(program, node):
-        # no two tokens of a row go into one slot
+        # tokens of a row are stored in different slots
         shape = [int(_substituted(program, s, sizes)) for s in value.shape]
         order = torch.randperm(shape[-1], generator=torch.Generator().manual_seed(seed))
         return order.to(value.dtype).expand(shape).contiguous()
@@ -191,23 +193,25 @@ def leaf_value(program: Program, node: fx.Node, sizes: dict[str, int], seed: int
 def _are_slots(program: Program, node: fx.Node) -> bool:
     if node.meta["val"].dtype not in (torch.int64, torch.int32):
         return False
-    # the node may be that of a rewritten copy, in which caches are stored otherwise
-    own = next((n for n in program.graph.nodes if n.name == node.name), node)
-    return any(is_operator(u, "graphopt.cache_store") and argument(u, "slots") is own for u in own.users)
+    # the node may belong to a rewritten copy, in which caches are stored differently
+    same_node = next((n for n in program.graph.nodes if n.name == node.name), node)
+    return any(
+        is_operator(u, "graphopt.cache_store") and argument(u, "slots") is same_node for u in same_node.users
+    )
 
 
 def _rows(program: Program, node: fx.Node) -> int:
-    """Return how many values the integers of a place may take: rows of a table, experts of a mixture."""
-    mixtures = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
+    """Return the number of values an integer tensor may have: rows of a table, or experts of an MoE layer."""
+    moe_layers = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
     nested = [u for u in node.users if is_operator(u, "graphopt.nested_ffn") and u.args[1] is node]
-    experts = [int(argument(u, "up").meta["val"].shape[0]) for u in mixtures]
+    experts = [int(argument(u, "up").meta["val"].shape[0]) for u in moe_layers]
     return max([rows_of(program, node), *experts, *(len(argument(u, "widths")) for u in nested)])
 
 
 def leaf_tensor(
     program: Program, value: torch.Tensor, sizes: dict[str, int], seed: int, rows: int = 2
 ) -> torch.Tensor:
-    """Return a random tensor of a fake one's type and shape at given sizes, integers below ``rows``."""
+    """Return a random tensor with the type and shape of a fake one at given sizes; integers are below ``rows``."""
     shape = [int(_substituted(program, s, sizes)) for s in value.shape]
     generator = torch.Generator().manual_seed(seed)
     if value.dtype is torch.bool:
@@ -230,7 +234,7 @@ def _substituted(program: Program, size: int | torch.SymInt, sizes: dict[str, in
 
 
 def drawn_source(node: fx.Node, seed: int) -> TensorSource:
-    """Return random values for a weight, scaled so that products keep their size."""
+    """Return random values for a weight, scaled so that products keep their magnitude."""
     value = node.meta["val"]
     shape = tuple(int(s) for s in value.shape)
     fan_in = numel(shape[1:]) if len(shape) > 1 else 1

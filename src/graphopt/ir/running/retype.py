@@ -1,4 +1,4 @@
-"""The same graph in another floating type: float64, so that a check sees what float32 would hide."""
+"""Conversion of a graph to another floating type, mostly float64, which shows errors that float32 would hide."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def in_type(graph: fx.Graph, dtype: torch.dtype = torch.float64) -> fx.Graph:
-    """Return a copy of a graph whose narrower floating types are all ``dtype``.
+    """Return a copy of a graph in which all narrower floating types are ``dtype``.
 
-    Type arguments are rewritten too; a graph that merely gets float64 weights would compute its norms and
-    rotary tables in float32 and hide what it is asked to show.
+    Type arguments are rewritten too; a graph that only gets float64 weights would still compute its norms and
+    rotary tables in float32 and hide errors.
     """
     wide = copy.deepcopy(graph)
     for node in wide.nodes:
@@ -51,7 +51,7 @@ def _retype(argument: Any, dtype: torch.dtype) -> Any:
 
 
 def _pin_default_dtype(node: fx.Node, dtype: torch.dtype) -> None:
-    """Factories without a dtype make torch's default; say which one it was, and widen that."""
+    """Set the type of a factory that has none and would use torch's default."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and _narrower(value.dtype, dtype):
         values = arguments(node) | {"dtype": dtype}
@@ -92,9 +92,9 @@ def retyped(program: Program, dtype: torch.dtype = torch.float64, *, shapes: boo
     """Return the program in a wider floating type, weights widened as they are read.
 
     Args:
-        program: stays as it is.
+        program: not changed.
         dtype: what narrower floating types become; inputs must be given in it.
-        shapes: infer the recorded values anew; without, the result is for running node by node alone.
+        shapes: infer the recorded values again; otherwise the result is only for running node by node.
     """
     wide = program.copy()
     graph = in_type(wide.graph, dtype)

@@ -1,4 +1,4 @@
-"""Where values are rounded to a narrower type, which a comparison in float64 does not show."""
+"""Casts to narrower types, which a comparison in float64 does not show."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from .region import Region
 
 
 def new_roundings(before: Region, after: Region) -> set[torch.dtype]:
-    """Return types to which the region after a rewrite rounds, and the one before did not.
+    """Return the types to which the region after a rewrite rounds values and the region before does not.
 
-    What is made of weights alone may be rounded to the type of the value that both compute, if a weight was of
-    that type before: a bfloat16 matrix that is scaled by a float32 vector is a bfloat16 matrix again.
+    Values that depend on weights alone may be rounded to the type of the value that both regions compute, if a weight
+    had that type before: a bfloat16 matrix scaled by a float32 vector becomes a bfloat16 matrix again.
     """
     values, constants = _roundings(after)
-    known = set.union(*_roundings(before))
-    held = {weight.meta["val"].dtype for weight in before.weights}
-    given = {value.dtype for t in before.targets if isinstance(value := t.meta.get("val"), torch.Tensor)}
-    return (values - known) | (constants - known - (held & given))
+    earlier = set.union(*_roundings(before))
+    weight_types = {weight.meta["val"].dtype for weight in before.weights}
+    target_types = {
+        value.dtype for t in before.targets if isinstance(value := t.meta.get("val"), torch.Tensor)
+    }
+    return (values - earlier) | (constants - earlier - (weight_types & target_types))
 
 
 def _roundings(region: Region) -> tuple[set[torch.dtype], set[torch.dtype]]:
-    """Types that values are rounded to, and those that what depends on weights alone is rounded to."""
+    """Return the types that values are rounded to, and those that values of weights alone are rounded to."""
     values: set[torch.dtype] = set()
     constants: set[torch.dtype] = set()
     made_of_weights: set[fx.Node] = set(region.weights)

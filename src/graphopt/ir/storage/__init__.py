@@ -1,4 +1,4 @@
-"""Programs as folders: plain JSON and safetensors, read strictly, nothing evaluated."""
+"""Storage of programs as folders of plain JSON and safetensors, read strictly and without evaluating anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a saved program may call: operators that are listed one by one, and arithmetic with sizes."""
+"""The operators that a saved program may call: individually listed operators, and arithmetic with sizes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _NAMES = {function: name for name, function in PLAIN.items()}
 
 @lru_cache(maxsize=1)
 def allowed() -> frozenset[str]:
-    """Return ``namespace.operator`` of everything a saved program may call."""
+    """Return the names, as ``namespace.operator``, of everything a saved program may call."""
     return frozenset({f"aten.{name}" for name in ATEN} | {f"graphopt.{name}" for name in DIALECT})
 
 
@@ -69,8 +69,8 @@ def name_of(target: Any, where: str) -> str:
     reason = f": {REFUSED[base]}" if base in REFUSED else ""
     raise CheckpointError(
         f"{where}: the operator {target} is not one that a saved program may hold{reason}",
-        hint="optimise and lower in Python, without saving; or let the model call operators listed in "
-        "graphopt.ir.storage.aten",
+        hint="optimise and lower in Python, without saving; or use only operators listed in "
+        "graphopt.ir.storage.aten in the model",
     )
 
 
@@ -90,8 +90,8 @@ def operator_of(name: str) -> Any:
             overload = getattr(packet, parts[2])
             if not overload._schema.is_mutable:
                 return overload
-    shown = name if len(name) <= 60 else name[:57] + "..."
-    raise CheckpointError(f"{shown!r} is not an operator that a program may call")
+    short_name = name if len(name) <= 60 else name[:57] + "..."
+    raise CheckpointError(f"{short_name!r} is not an operator that a program may call")
 
 
 _COUNTS: dict[str, tuple[int, ...]] = {
@@ -112,14 +112,14 @@ _COUNTS: dict[str, tuple[int, ...]] = {
 
 
 def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
-    """Check that a call passes what its operator takes; names of keywords become source code when it is compiled.
+    """Check the arguments of a call against its operator; keyword names become source code when it is compiled.
 
     Raises:
         CheckpointError: an argument is unknown, given twice or missing.
     """
-    wrong = CheckpointError(f"{where}: {target} is not called as it can be")
+    wrong = CheckpointError(f"{where}: {target} is called with wrong arguments")
     if not isinstance(target, OpOverload):
-        # a rounding says that it keeps no digits by none, or by naming none
+        # rounding to an integer has no digits argument, or an explicit None
         if _NAMES[target] == "size.round":
             args, kwargs = (
                 tuple(a for a in args if a is not None),

@@ -1,26 +1,26 @@
-"""The aten operators that a saved program may call, one by one.
+"""The aten operators that a saved program may call, listed individually.
 
-Everything here computes a value from its arguments and does nothing else. A namespace would not do as a
-list: ``aten`` alone has operators that write and read files, share memory, or read it where unchecked numbers say.
-Core operators are those torch tags as such, which a test compares with this list.
+Every operator here computes a value from its arguments and does nothing else. Allowing a whole namespace would be
+unsafe: ``aten`` has operators that write and read files, share memory, or read memory at unchecked offsets.
+Core operators are those that torch tags as such; a test compares them with this list.
 """
 
 from __future__ import annotations
 
 REFUSED = {
     "resize_": "it writes to its operand",
-    "empty_strided": "memory that nobody wrote, laid out by hand",
-    "sym_is_contiguous": "how values lie in memory is no part of a program",
-    "sym_storage_offset": "how values lie in memory is no part of a program",
-    "sym_stride": "how values lie in memory is no part of a program",
+    "empty_strided": "it returns uninitialised memory with explicit strides",
+    "sym_is_contiguous": "memory layout is not part of a program",
+    "sym_storage_offset": "memory layout is not part of a program",
+    "sym_stride": "memory layout is not part of a program",
     "as_strided_scatter": "it writes by an address in memory",
-    "ctc_loss": "labels and lengths that do not fit one another are not all checked before memory is read",
+    "ctc_loss": "labels and lengths are not fully checked against each other before memory is read",
     "segment_reduce": "lengths may be left unchecked before memory is read",
     "lu_solve": "pivots reach LAPACK unchecked",
     "linalg_lu_solve": "pivots reach LAPACK unchecked",
     "linalg_ldl_solve": "pivots reach LAPACK unchecked",
 }
-"""Operators that a program might be captured with and that no saved program may call, and why."""
+"""Operators that captured programs may contain and saved programs may not, with reasons."""
 
 _CORE = """
 abs acos acosh adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d add
@@ -91,4 +91,4 @@ vstack _weight_norm xlogy zeros zeros_like
 """.split()
 
 ATEN = frozenset((*_CORE, *_OTHERS))
-"""Names without their namespace; every overload that writes to no operand is meant."""
+"""Names without their namespace; allowed are all overloads that do not write to an operand."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writing of files and folders: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..errors import GraphoptError, UsageError
 
 
 class WriteError(GraphoptError):
-    """Nothing was written: the disk is full, or the place cannot be written to."""
+    """Nothing was written: the disk is full, or the path cannot be written to."""
 
     exit_code = 1
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary folder that replaces ``path`` when the block ends without an error.
 
     Args:
         path: the folder to make.
-        may_replace: tells whether an existing folder is one of ours.
+        may_replace: tells whether an existing folder may be replaced.
 
     Raises:
         UsageError: something else is already there.
@@ -39,10 +39,10 @@ def atomic_folder(path: str | os.PathLike[str], *, may_replace: Callable[[Path],
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file that takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary file that replaces ``path`` when the block ends without an error.
 
     Raises:
-        UsageError: a folder or a device is there, or the place is kept (:func:`keeping`).
+        UsageError: a folder or a device is there, or the path is protected (:func:`keeping`).
         WriteError: the disk is full or not writable; nothing is left.
     """
     with _beside(path, _require_file_place) as (target, temporary):
@@ -57,7 +57,7 @@ _kept: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("kept", 
 
 @contextlib.contextmanager
 def keeping(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let nothing inside the block take a place where something is, also if it came there meanwhile."""
+    """Protect a path inside the block: nothing that exists there is replaced, even if it was created meanwhile."""
     token = _kept.set(_kept.get() | {Path(path).resolve()})
     try:
         yield
@@ -67,9 +67,9 @@ def keeping(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_aside(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put what is at a place out of the way of what is made there: removed afterwards, or put back if that failed.
+    """Move a file or folder aside inside the block: afterwards it is removed, or restored if nothing replaced it.
 
-    Killed inside of the block, a process leaves the older one beside its place, under a hidden name.
+    If the process is killed inside the block, the older one stays in the same folder, under a hidden name.
     """
     target = Path(path).resolve()
     old = _fresh(target)
@@ -85,42 +85,42 @@ def set_aside(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: str | os.PathLike[str], check: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
-    """Give the real place and a temporary name beside it; whatever happens, the temporary one is gone afterwards."""
+    """Yield the resolved path and a temporary one in the same folder, which is always removed afterwards."""
     target = Path(path)
-    made: list[Path] = []
+    new_folders: list[Path] = []
     temporary = None
     try:
-        # what a link leads to is replaced, not the link
+        # replace the target of a link, not the link
         target = target.resolve() if target.is_symlink() else target
         check(target)
-        made = _make_folders(target.parent)
+        new_folders = _make_folders(target.parent)
         temporary = _fresh(target)
         yield target, temporary
-        made = []
+        new_folders = []
     except OSError as error:
         raise WriteError(
-            f"cannot write {path}: {error}", hint="nothing was written; free space, or choose another place"
+            f"cannot write {path}: {error}", hint="nothing was written; free space, or choose another path"
         ) from error
     finally:
         if temporary is not None:
             _remove(temporary)
-        for folder in reversed(made):
+        for folder in reversed(new_folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; return the ones that were not there, outermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    """Make a folder and its missing parents; return the new ones, outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _require_file_place(target: Path) -> None:
@@ -134,29 +134,29 @@ def _require_file_place(target: Path) -> None:
 def _require_not_kept(target: Path) -> None:
     empty = target.is_dir() and not any(target.iterdir())
     if target in _kept.get() and target.exists() and not empty:
-        raise UsageError(f"{target} exists already", hint="choose another place, or remove it")
+        raise UsageError(f"{target} exists already", hint="choose another path, or remove it")
 
 
 def _fresh(target: Path) -> Path:
-    """Return a hidden name beside the target, so that renaming stays on one disk."""
+    """Return a hidden path in the target's folder, so that renaming stays on one disk."""
     return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.partial"
 
 
 def require_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
-    """Check that a folder can be made at a place.
+    """Check that a folder can be made at a path.
 
     Raises:
-        UsageError: something is there that would not be replaced.
+        UsageError: something is there that must not be replaced.
     """
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or may_replace(target))):
         raise UsageError(
-            f"{target} exists and is not what would be replaced", hint="choose another place, or remove it"
+            f"{target} exists and must not be replaced", hint="choose another path, or remove it"
         )
     _require_not_kept(target.resolve())
 
 
 def _take_place(temporary: Path, target: Path, may_replace: Callable[[Path], bool]) -> None:
-    """Put a folder where another may be; if that fails or is interrupted, the older one comes back."""
+    """Move a folder to a path where another may be; if that fails or is interrupted, the older one is restored."""
     require_free(target, may_replace)
     if not target.exists():
         os.rename(temporary, target)
@@ -172,9 +172,9 @@ def _take_place(temporary: Path, target: Path, may_replace: Callable[[Path], boo
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _settle(place: Path) -> None:
-    """Have the system write files out, so that a rename never outlives their contents."""
-    for path in [place, *place.rglob("*")]:
+def _settle(root: Path) -> None:
+    """Flush files to disk, so that a rename is never persisted before their contents."""
+    for path in [root, *root.rglob("*")]:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

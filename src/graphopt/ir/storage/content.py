@@ -1,4 +1,4 @@
-"""Hashes of all values of a program: what may be reused of another run, and what may not."""
+"""Hashes of a program with all values of its weights, for reusing results of other runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _HASHES: dict[int, tuple[weakref.ref[TensorSource], Any, str]] = {}
 def whole_hash(program: Program) -> str:
     """Return a hash of a program's graph and of all values of its weights.
 
-    Every byte counts, wherever the tensors are: a file's name, size and date say nothing of a fine-tuned copy. Tensors
-    are read one at a time, and a source that was hashed before, by this process, is not read again.
+    Every byte counts, since name, size and date of a file do not identify a fine-tuned copy. Tensors
+    are read one at a time, and a source that this process hashed before is not read again.
     """
     seen = hashlib.sha256(program.text().encode())
     for name in sorted(program.weights):
@@ -32,17 +32,17 @@ def source_hash(source: TensorSource) -> str:
     if isinstance(source, Absent):
         return f"{tuple(source.shape)} {source.dtype} without values"
     state = _state(source)
-    held = _HASHES.get(id(source))
-    if held is not None and held[0]() is source and held[1] == state and state is not None:
-        return held[2]
-    found = digest(source.load())
+    cached = _HASHES.get(id(source))
+    if cached is not None and cached[0]() is source and cached[1] == state and state is not None:
+        return cached[2]
+    value_hash = digest(source.load())
     key = id(source)
-    _HASHES[key] = (weakref.ref(source, lambda _: _HASHES.pop(key, None)), state, found)
-    return found
+    _HASHES[key] = (weakref.ref(source, lambda _: _HASHES.pop(key, None)), state, value_hash)
+    return value_hash
 
 
 def _state(source: TensorSource) -> Any:
-    """What changes when somebody writes to what a source reads; None where nobody can tell."""
+    """Return a value that changes when the source's data is written to; None where that cannot be detected."""
     if isinstance(source, InMemory):
         return None if source.tensor.is_inference() else source.tensor._version
     if isinstance(source, SafetensorsEntry):

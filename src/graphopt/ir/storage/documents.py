@@ -1,4 +1,4 @@
-"""JSON documents whose shape is checked as it is read."""
+"""JSON documents whose structure is checked as they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 
 
 class Entry:
-    """An object of a JSON document; what is asked of it must be there and of its kind."""
+    """An object of a JSON document; entries that are read must exist and have the right type."""
 
     def __init__(self, data: dict[str, Any], where: str):
         self.data = data
@@ -22,20 +22,20 @@ class Entry:
         return self.data.get(name)
 
     def table(self, name: str, kind: type | None = None) -> dict[str, Any]:
-        """Return an object, all of whose values are of one kind."""
-        found = self.data.get(name)
-        if not isinstance(found, dict) or (
-            kind is not None and not all(isinstance(v, kind) for v in found.values())
+        """Return an object whose values are all of one type."""
+        content = self.data.get(name)
+        if not isinstance(content, dict) or (
+            kind is not None and not all(isinstance(v, kind) for v in content.values())
         ):
             raise CheckpointError(f"{self.where}: {name!r} is missing or damaged")
-        return found
+        return content
 
     def list(self, name: str) -> builtins.list[Any]:
         """Return an array."""
-        found = self.data.get(name)
-        if not isinstance(found, builtins.list):
+        array = self.data.get(name)
+        if not isinstance(array, builtins.list):
             raise CheckpointError(f"{self.where}: {name!r} is missing or damaged")
-        return found
+        return array
 
 
 def read_document(path: Path, data: bytes | None = None) -> Entry:
@@ -46,13 +46,13 @@ def read_document(path: Path, data: bytes | None = None) -> Entry:
     """
     try:
         raw = path.read_bytes() if data is None else data
-        found = json.loads(raw)
+        document = json.loads(raw)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist", hint="give a folder written by Program.save"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise CheckpointError(f"{path} must hold an object")
-    return Entry(found, str(path))
+    return Entry(document, str(path))

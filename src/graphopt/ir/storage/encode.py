@@ -1,4 +1,4 @@
-"""Arguments and values as JSON, both ways."""
+"""Encoding of arguments and values as JSON, and decoding."""
 
 from __future__ import annotations
 

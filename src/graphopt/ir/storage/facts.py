@@ -1,4 +1,4 @@
-"""Facts as plain data of a saved program, and back; also those of programs that were saved before facts had types."""
+"""Facts of a saved program as plain data, and back; also those of programs saved before facts had types."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import CheckpointError
 from ..facts import KINDS, Fact, Facts, OwnRank
 
-# what was said twice, or by nobody: the fact with fields says it as well
-_SAID_ELSEWHERE = (
+# facts of earlier releases that repeat one with fields, or that nothing reads
+_REDUNDANT = (
     "cached", "quantized_values", "multi_token", "masked", "early_exit", "drafting", "trimmed_vocabulary", "streaming",
     "tensor_parallel", "eval", "calibrated", "calibrated_communication",
 )  # fmt: skip
@@ -25,12 +25,12 @@ _CHANGED = {
     "renumbered": "removed_layers", "ffn_widths": "ffn_widths", "expert_counts": "expert_counts",
     "fixed_experts": "active_experts",
 }  # fmt: skip
-# facts that were stored as a bare value: the field that has it now
+# facts that earlier releases stored as a bare value, and the field that now holds it
 _BARE = {"early_exits": "layers", "decode_layers": "names", "export_blockers": "reasons"}
 
 
 def plain_facts(facts: Facts) -> dict[str, Any]:
-    """Return facts as JSON holds them: by name, ``true`` or the fields."""
+    """Return facts in their JSON form: by name, ``true`` or the fields."""
     return {
         fact.name: TypeAdapter(type(fact)).dump_python(fact, mode="json") if fields(fact) else True
         for fact in facts
@@ -44,62 +44,62 @@ def typed_facts(plain: Mapping[str, Any]) -> Facts:
     Raises:
         CheckpointError: one is of no known type, or has fields of other types.
     """
-    return Facts(_typed(name, value) for name, value in _of_today(plain).items())
+    return Facts(_typed(name, value) for name, value in _current_form(plain).items())
 
 
 def _typed(name: str, value: Any) -> Fact:
     kind = KINDS.get(name)
     if kind is None or kind is OwnRank:
         raise CheckpointError(
-            f"the program has the fact {name!r}, which this graphopt does not know",
-            hint="install the package whose pass it went through, or a newer graphopt",
+            f"the program has the fact {name!r}, which this version of graphopt does not know",
+            hint="install the package whose pass made it, or a newer graphopt",
         )
-    known = {field.name for field in fields(kind)}
-    if not known:
+    field_names = {field.name for field in fields(kind)}
+    if not field_names:
         if value is not True:
             raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
         return kind()
-    if not isinstance(value, Mapping) or not known >= value.keys():
+    if not isinstance(value, Mapping) or not field_names >= value.keys():
         raise CheckpointError(f"the fact {name!r} is damaged: {str(value)[:80]}")
     try:
-        # strictly, as JSON: numbers are not made of texts, and arrays become tuples
+        # strict JSON mode: text is not converted to numbers, and arrays become tuples
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except (ValidationError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"the fact {name!r} is damaged: {first}") from error
 
 
-def _of_today(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts by their names and fields of today."""
-    found: dict[str, Any] = {}
+def _current_form(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts converted to their current names and fields."""
+    current: dict[str, Any] = {}
     capture: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     for name, value in plain.items():
-        if name in _SAID_ELSEWHERE and value is True:
+        if name in _REDUNDANT and value is True:
             continue
         if name in _CAPTURED:
             capture[_CAPTURED[name]] = value
         elif name in _CHANGED:
             changes[_CHANGED[name]] = value
         elif name == "ranks":
-            found["tensor_parallel"] = {"ranks": value}
+            current["tensor_parallel"] = {"ranks": value}
         elif name == "time":
-            found["streaming"] = {"time": value}
+            current["streaming"] = {"time": value}
         elif name == "unwritable":
-            found.setdefault("export_blockers", {"reasons": {}})["reasons"]["an earlier pass"] = [value]
+            current.setdefault("export_blockers", {"reasons": {}})["reasons"]["an earlier pass"] = [value]
         elif name in _BARE and not _has_field(value, _BARE[name]):
-            found[name] = {_BARE[name]: value}
+            current[name] = {_BARE[name]: value}
         else:
-            found[name] = value
+            current[name] = value
     if capture:
-        found["capture"] = capture
+        current["capture"] = capture
     if changes:
-        found["checkpoint_changes"] = changes
-    return found
+        current["checkpoint_changes"] = changes
+    return current
 
 
 def _has_field(value: Any, field: str) -> bool:
-    """Tell whether a value is a fact's fields, and not a table that happens to have an entry of the field's name."""
+    """Tell whether a value holds a fact's fields, and is not a table with an entry of the field's name."""
     return (
         isinstance(value, Mapping)
         and value.keys() == {field}

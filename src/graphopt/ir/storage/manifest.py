@@ -1,4 +1,4 @@
-"""What says that a folder is a saved program: its format, version and files."""
+"""The manifest of a saved program: format, version and files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 FORMAT = "graphopt-program"
 VERSION = 1
 INFERRED = {"inferred": True}
-"""A value that no text describes, such as a size's root: it is inferred from its operands when it is read."""
+"""Stands for a value that no text describes, such as the root of a size: it is inferred when the program is read."""
 
 
 def is_saved_program(path: Path) -> bool:
-    """Tell whether a folder is a program written here."""
+    """Tell whether a folder is a saved program."""
     return (path / "program.json").is_file() and (path / "manifest.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Names in a saved program. Some become source code when a graph is compiled, some become paths: none is taken on trust."""
+"""Checks of names in a saved program, some of which become source code when a graph is compiled, others paths."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ASSETS_NEVER = (
 
 
 def input_name(name: Any, where: str) -> str:
-    """Return the name of an input or dial, which may become a parameter of a generated function.
+    """Return the name of an input or run-time setting, which may become a parameter of a generated function.
 
     Raises:
         CheckpointError: it holds more than letters, digits and ``_ . - /``.
     """
     if not isinstance(name, str) or not _INPUT.fullmatch(name):
-        raise CheckpointError(f"{where}: {_shown(name)} cannot be the name of an input")
+        raise CheckpointError(f"{where}: {_short_repr(name)} cannot be the name of an input")
     return name
 
 
@@ -41,7 +41,7 @@ def weight_name(name: Any, where: str) -> str:
         or not name.isprintable()
         or _QUOTES & set(name)
     ):
-        raise CheckpointError(f"{where}: {_shown(name)} cannot be the name of a weight")
+        raise CheckpointError(f"{where}: {_short_repr(name)} cannot be the name of a weight")
     return name
 
 
@@ -49,17 +49,17 @@ def asset_name(name: Any, where: str) -> str:
     """Return the relative name of a small file beside the weights.
 
     Raises:
-        CheckpointError: it leads out of its folder, or is of a kind that is never carried along.
+        CheckpointError: it leads out of its folder, or is of a kind that is never saved with a program.
     """
     if not isinstance(name, str) or not is_asset(name):
         raise CheckpointError(
-            f"{where}: {_shown(name)} is not the name of a file that goes along with a program"
+            f"{where}: {_short_repr(name)} is not the name of a file that may be saved with a program"
         )
     return name
 
 
 def is_asset(name: str) -> bool:
-    """Tell whether a file of this relative name goes along with a program: no weights, code, pickles, hidden files."""
+    """Tell whether a file may be saved with a program, by relative name: no weights, code, pickles, hidden files."""
     path = PurePosixPath(name)
     # one spelling only: no absolute path, no "..", no "//", no drive
     plain = str(path) == name and not path.is_absolute() and not set(name) & set("\\:")
@@ -70,6 +70,6 @@ def is_asset(name: str) -> bool:
     return not path.name.lower().endswith(_ASSETS_NEVER)
 
 
-def _shown(name: Any) -> str:
+def _short_repr(name: Any) -> str:
     text = repr(name)
     return text if len(text) <= 60 else text[:57] + "..."

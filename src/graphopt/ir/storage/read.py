@@ -1,4 +1,4 @@
-"""Read a program's folder strictly: every entry checked, nothing evaluated, no weight read yet."""
+"""Reading of saved programs: every entry is checked, nothing is evaluated, and no weight is read yet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .manifest import FORMAT, INFERRED, VERSION, file_hash
 from .names import asset_name, input_name, weight_name
 from .safetensors_file import contained, read_header
 
-_RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
+_FILL_RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
 _MOST_CONSTRAINTS = 1000
 
 
@@ -48,18 +48,18 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
         raise CheckpointError(f"{folder} is not a saved program")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder} has format version {manifest.get('version')!r}, this graphopt reads {VERSION}",
-            hint="use the graphopt that wrote it",
+            f"{folder} has format version {manifest.get('version')!r}, but this graphopt reads {VERSION}",
+            hint="use the version of graphopt that wrote it",
         )
     files = manifest.table("files", str)
-    text = _checked(folder, "program.json", files)
+    text = _read_checked(folder, "program.json", files)
     document = read_document(folder / "program.json", text)
     try:
         program = _Reader(folder, document, files).program()
     except CheckpointError:
         raise
     except Exception as error:
-        # whatever a damaged or forged file makes the libraries below say, it is the file that is wrong
+        # damaged or forged files can raise any error in the libraries below
         raise CheckpointError(
             f"{folder / 'program.json'} is damaged: {type(error).__name__}: {error}"
         ) from error
@@ -69,16 +69,16 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
     return program
 
 
-def _place(folder: Path, name: str) -> Path:
+def _contained_path(folder: Path, name: str) -> Path:
     return contained(folder, name, folder / "manifest.json")
 
 
 def _require_sizes(target: Any, call: list[Any], name: str) -> None:
-    """Check that a function of sizes is given sizes, and no power that takes all memory to compute."""
+    """Check that a function of sizes is called on sizes, and that a power is small enough to compute."""
     values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call]
     numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
     if not all(isinstance(v, numbers) for v in values):
-        raise CheckpointError(f"{name!r} calls a function of sizes on what is no size")
+        raise CheckpointError(f"{name!r} calls a function of sizes on something that is not a size")
     if target is operator_module.pow and len(values) == 2:
         base, exponent = values
         if (
@@ -86,33 +86,33 @@ def _require_sizes(target: Any, call: list[Any], name: str) -> None:
             or abs(exponent) > 64
             or (isinstance(base, (int, float)) and abs(base) >= 2**40)
         ):
-            raise CheckpointError(f"{name!r} is an absurd power of a size")
+            raise CheckpointError(f"{name!r} is an unreasonable power of a size")
 
 
-def _checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
-    place = _place(folder, name)
+def _read_checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
+    path = _contained_path(folder, name)
     try:
-        data = place.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {place}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error}") from error
     if hashlib.sha256(data).hexdigest() != files.get(name):
-        raise _changed(place)
+        raise _changed_file_error(path)
     return data
 
 
 def _require_hash(folder: Path, name: str, files: dict[str, Any]) -> None:
-    """Like :func:`_checked` for files of any size, which are read piece by piece."""
-    place = _place(folder, name)
+    """Check the hash of a file of any size, which is read piece by piece."""
+    path = _contained_path(folder, name)
     try:
-        found = file_hash(place)
+        actual_hash = file_hash(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {place}: {error}") from error
-    if found != files.get(name):
-        raise _changed(place)
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if actual_hash != files.get(name):
+        raise _changed_file_error(path)
 
 
-def _changed(place: Path) -> CheckpointError:
-    return CheckpointError(f"{place} is not what manifest.json says; it was changed or damaged")
+def _changed_file_error(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} does not match manifest.json; it was changed or damaged")
 
 
 class _Reader:
@@ -151,7 +151,7 @@ class _Reader:
             signature.inputs[spec.name] = spec
         _check_signature(signature)
         self.nodes(program)
-        self.rest(program)
+        self.metadata(program)
         _check_inputs(program)
         return program
 
@@ -171,7 +171,7 @@ class _Reader:
         if "dtype" in entry:
             shape = [program.parse_size(size, where) for size in entry["shape"]]
             if len(shape) > 32 or any(isinstance(s, int) and not 0 <= s < 2**40 for s in shape):
-                raise CheckpointError(f"{where}: the shape {str(entry['shape'])[:80]} is absurd")
+                raise CheckpointError(f"{where}: the shape {str(entry['shape'])[:80]} is unreasonable")
             return program.fake(shape, dtype_of(entry["dtype"], where))
         if "list" in entry:
             return [self._value(program, part, where) for part in entry["list"]]
@@ -182,19 +182,19 @@ class _Reader:
         raise CheckpointError(f"{where}: {str(entry)[:60]!r} is not a value")
 
     def nodes(self, program: Program) -> None:
-        known: dict[str, fx.Node] = {}
+        nodes_by_name: dict[str, fx.Node] = {}
         graph = program.graph
         weights = self.document.table("weights", dict)
         for entry in self.document.list("nodes"):
             name, operator, args, kwargs, number, notes = entry
-            if not isinstance(name, str) or not name.isidentifier() or name in known:
+            if not isinstance(name, str) or not name.isidentifier() or name in nodes_by_name:
                 raise CheckpointError(f"{str(name)[:60]!r} is not the name of a new node")
             if operator == "placeholder":
                 node = graph.placeholder(name)
                 node.target = node.name
             else:
-                call = [decode(a, known, name) for a in args]
-                options = {str(k): decode(v, known, name) for k, v in kwargs.items()}
+                call = [decode(a, nodes_by_name, name) for a in args]
+                options = {str(k): decode(v, nodes_by_name, name) for k, v in kwargs.items()}
                 target = operator_of(operator)
                 check_call(target, tuple(call), options, name)
                 if str(operator).startswith("size."):
@@ -213,16 +213,16 @@ class _Reader:
                 node.meta["input"] = input_name(notes["input"], name)
             elif notes:
                 node.meta["custom"] = {"graphopt": {str(k): str(v) for k, v in notes.items()}}
-            known[name] = node
-        results = [decode(r, known, "output") for r in self.document.list("results")]
+            nodes_by_name[name] = node
+        results = [decode(r, nodes_by_name, "output") for r in self.document.list("results")]
         if not all(isinstance(r, fx.Node) for r in results):
             raise CheckpointError("an output is not a node")
         output = graph.output(tuple(results))
         output.meta["val"] = tuple(r.meta["val"] for r in results)
         for key, name in self.document.table("checkpoint", str).items():
-            if name not in known:
-                raise CheckpointError(f"the checkpoint's {key!r} leads to {name!r}, which does not exist")
-            program.checkpoint[key] = known[name]
+            if name not in nodes_by_name:
+                raise CheckpointError(f"the checkpoint's {key!r} is mapped to {name!r}, which does not exist")
+            program.checkpoint[key] = nodes_by_name[name]
 
     def weight(self, name: str, weights: dict[str, Any], node: fx.Node) -> Weight:
         entry = weights.get(name)
@@ -235,16 +235,16 @@ class _Reader:
             or Path(file).name != file.removeprefix("weights/")
         ):
             raise CheckpointError(
-                f"the weight {name!r} lies in {file!r}, which is not a file of this program"
+                f"the weight {name!r} is stored in {file!r}, which is not a file of this program"
             )
         if file not in self.headers:
-            self.headers[file] = read_header(_place(self.folder, file))
+            self.headers[file] = read_header(_contained_path(self.folder, file))
         source = self.headers[file].get(name)
         if source is None:
             raise CheckpointError(f"{self.folder / file} has no tensor {name!r}")
         value = node.meta["val"]
-        known = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
-        if not known or tuple(value.shape) != source.shape or value.dtype != source.dtype:
+        fixed_shape = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+        if not fixed_shape or tuple(value.shape) != source.shape or value.dtype != source.dtype:
             raise CheckpointError(f"the weight {name!r} is described as {value} and stored as {source.shape}")
         names = [weight_name(n, name) for n in entry["names"]]
         return Weight(
@@ -252,7 +252,7 @@ class _Reader:
             bool(entry["persistent"]), bool(entry["trainable"]),
         )  # fmt: skip
 
-    def rest(self, program: Program) -> None:
+    def metadata(self, program: Program) -> None:
         document = self.document
         program.facts = typed_facts(document.table("facts"))
         program.history = list(document.list("history"))
@@ -265,7 +265,7 @@ class _Reader:
         assets = {}
         for listed in origin.get("assets", ()):
             name = asset_name(listed, "assets")
-            assets[name] = _checked(self.folder, f"assets/{name}", self.files)
+            assets[name] = _read_checked(self.folder, f"assets/{name}", self.files)
         program.origin = Origin(
             str(origin["kind"]), str(origin["model_class"]), dict(origin["config"]), assets,
             tuple(origin["unused"]), tuple(origin["notes"]), str(origin["padding"]),
@@ -281,7 +281,7 @@ def _input(entry: Any) -> Input:
     name = input_name(entry["name"], "inputs")
     where = f"input {name!r}"
     fill = entry["fill"]
-    if fill is not None and fill[0] not in _RULES:
+    if fill is not None and fill[0] not in _FILL_RULES:
         raise CheckpointError(f"{where}: unknown rule {fill[0]!r}")
     shape = tuple(entry["shape"])
     if not all(_is_size(s) or isinstance(s, str) for s in shape):
@@ -293,7 +293,7 @@ def _input(entry: Any) -> Input:
 
 
 def _check_signature(signature: Signature) -> None:
-    """Every input is reached by one parameter, every fill leads to an input that is given, every output is one."""
+    """Check that one parameter leads to each input, fills lead to given inputs, and output names are unique."""
     leaves: list[str] = []
     for structure in signature.parameters.values():
         _check_structure(structure)
@@ -308,14 +308,14 @@ def _check_signature(signature: Signature) -> None:
         while current.fill is not None:
             if current.fill.like in passed or current.fill.like not in signature.inputs:
                 raise CheckpointError(
-                    f"input {spec.name!r} is filled from {current.fill.like!r}, which leads nowhere"
+                    f"input {spec.name!r} is filled from {current.fill.like!r}, which is circular or does not exist"
                 )
             passed.add(current.fill.like)
             current = signature.inputs[current.fill.like]
     _check_structure(signature.outputs)
     names = signature.output_names
     if len(set(names)) != len(names):
-        raise CheckpointError("two outputs have one name")
+        raise CheckpointError("two outputs have the same name")
 
 
 def _check_structure(structure: Structure, depth: int = 0) -> None:
@@ -326,30 +326,32 @@ def _check_structure(structure: Structure, depth: int = 0) -> None:
     if len(kinds) != 1:
         raise damaged
     (kind,) = kinds
-    held = structure[kind]
+    content = structure[kind]
     if kind == "leaf":
-        if not isinstance(held, str):
+        if not isinstance(content, str):
             raise damaged
     elif kind == "constant":
-        if not (held is None or isinstance(held, (bool, int, float, str))):
+        if not (content is None or isinstance(content, (bool, int, float, str))):
             raise damaged
     elif kind in ("list", "tuple"):
-        if not isinstance(held, list):
+        if not isinstance(content, list):
             raise damaged
-        for part in held:
+        for part in content:
             _check_structure(part, depth + 1)
-    elif kind == "dict" and isinstance(held, dict) and isinstance(structure.get("class"), (str, type(None))):
-        for part in held.values():
+    elif (
+        kind == "dict" and isinstance(content, dict) and isinstance(structure.get("class"), (str, type(None)))
+    ):
+        for part in content.values():
             _check_structure(part, depth + 1)
     else:
         raise damaged
 
 
 def _check_inputs(program: Program) -> None:
-    """What the signature says of an input must be what the graph says."""
+    """Check that the signature and the graph agree on every input."""
     for name, spec in program.signature.inputs.items():
         value = program.input_nodes[name].meta["val"]
         sizes = [program.parse_size(size, f"input {name!r}") for size in spec.shape]
         same = isinstance(value, torch.Tensor) and value.dtype == spec.dtype and len(sizes) == value.dim()
         if not same or not all(same_size(a, b) for a, b in zip(sizes, value.shape, strict=True)):
-            raise CheckpointError(f"the input {name!r} is described as {list(spec.shape)} and is {value}")
+            raise CheckpointError(f"the input {name!r} is described as {list(spec.shape)} but is {value}")

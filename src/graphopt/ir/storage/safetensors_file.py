@@ -1,4 +1,4 @@
-"""Safetensors files: headers read with suspicion, tensors written one at a time."""
+"""Safetensors files: headers are checked strictly, tensors are written one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGEST_HEADER = 100 << 20
 
 
 def inside(folder: Path, name: str, where: Path) -> Path:
-    """Return the path of a file that must lie in the folder itself.
+    """Return the path of a file that must be directly in the folder.
 
     Raises:
         CheckpointError: the name leads elsewhere, or there is no such file.
@@ -35,9 +35,9 @@ def inside(folder: Path, name: str, where: Path) -> Path:
 
 
 def contained(folder: Path, name: str, where: Path) -> Path:
-    """Return the path of a file in the folder or below it; links are followed no further.
+    """Return the path of a file in the folder or below it; links out of the folder are refused.
 
-    The Hugging Face cache is the exception: its folders of snapshots are links into the ``blobs`` beside them.
+    The Hugging Face cache is an exception: its snapshot folders have links into the folder ``blobs`` of the same model.
 
     Raises:
         CheckpointError: the name or a link leads elsewhere, or there is no such file.
@@ -47,27 +47,27 @@ def contained(folder: Path, name: str, where: Path) -> Path:
     path = folder / name
     try:
         home, real = folder.resolve(), path.resolve()
-        found = path.is_file()
+        is_file = path.is_file()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{where} names {name[:100]!r}, which cannot be read: {error}") from None
-    if not found:
+    if not is_file:
         raise CheckpointError(f"{where} names {name!r}, which does not exist")
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in homes):
+    if not any(real.is_relative_to(root) for root in homes):
         raise CheckpointError(
             f"{path} is a link that leaves its folder, to {real}",
-            hint="links are not followed out of a folder; copy the file there, or make a hard link",
+            hint="links out of a folder are not followed; copy the file into it, or make a hard link",
         )
     return path
 
 
 @dataclass(frozen=True)
 class _Unchanged(SafetensorsEntry):
-    """A tensor of a file that must still be the one whose header was read.
+    """A tensor of a file that must be unchanged since its header was read.
 
-    Another program saved in its place may well be as large, and its bytes would be taken for this tensor.
+    Another program saved at the same path may have the same size, and its bytes would be read as this tensor.
     """
 
     stamp: tuple[int, ...] = ()
@@ -93,16 +93,16 @@ class _Unchanged(SafetensorsEntry):
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what tells that a file is no longer the one it was."""
+    """Return size and modification time of a file, to detect changes."""
     seen = path.stat()
     return seen.st_size, seen.st_mtime_ns
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    by_name = dict(pairs)
+    if len(by_name) != len(pairs):
         raise ValueError("a name is used twice")
-    return made
+    return by_name
 
 
 def read_header(path: Path) -> dict[str, SafetensorsEntry]:
@@ -114,7 +114,7 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
 
     def wrong(why: str) -> CheckpointError:
         return CheckpointError(
-            f"{path} is not a whole safetensors file: {why}", hint="copy or download it again"
+            f"{path} is not a complete safetensors file: {why}", hint="copy or download it again"
         )
 
     try:
@@ -130,12 +130,12 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise wrong(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise wrong("its header is not an object")
-    found: dict[str, SafetensorsEntry] = {}
+    entries: dict[str, SafetensorsEntry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -155,24 +155,24 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
         ):
             raise wrong(f"the shape of {name!r} is {str(shape)[:80]}")
         if type(start) is not int or type(end) is not int or not 0 <= start <= end <= size:
-            raise wrong(f"the place of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
+            raise wrong(f"the position of {name!r} is {str(start)[:30]} to {str(end)[:30]}")
         if end - start != numel(shape) * DTYPES[dtype].itemsize:
             raise wrong(f"{name!r} has shape {shape} and {end - start} bytes")
         spans.append((start, end, name))
-        found[name] = _Unchanged(path, name, tuple(shape), DTYPES[dtype], 8 + length + start, stamp)
+        entries[name] = _Unchanged(path, name, tuple(shape), DTYPES[dtype], 8 + length + start, stamp)
     spans.sort()
-    place = 0
+    position = 0
     for start, end, name in spans:
-        if start != place:
+        if start != position:
             raise wrong(f"{name!r} overlaps another tensor or leaves a gap")
-        place = end
-    if 8 + length + place != size:
-        raise wrong(f"its tensors end at byte {8 + length + place}, the file at {size}")
-    return found
+        position = end
+    if 8 + length + position != size:
+        raise wrong(f"its tensors end at byte {8 + length + position}, but the file at {size}")
+    return entries
 
 
 def writer(path: Path) -> object:
-    """Return who wrote a file, where its header says so; None where it does not, or is damaged."""
+    """Return the writer recorded in a file's header; None if there is none, or the header is damaged."""
     with path.open("rb") as file:
         start = file.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -202,7 +202,7 @@ def write_file(
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    place = 0
+    offset = 0
     # wide types first, as the format's own writer does, so that every tensor is aligned
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in order:
@@ -213,9 +213,9 @@ def write_file(
         header[name] = {
             "dtype": codes[source.dtype],
             "shape": [int(s) for s in source.shape],
-            "data_offsets": [place, place + size],
+            "data_offsets": [offset, offset + size],
         }
-        place += size
+        offset += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
@@ -225,7 +225,7 @@ def write_file(
             tensor = tensors[name].load()
             if tuple(tensor.shape) != tuple(tensors[name].shape) or tensor.dtype != tensors[name].dtype:
                 raise CheckpointError(
-                    f"{name} was announced as {tensors[name].shape} and came as {tuple(tensor.shape)}"
+                    f"{name} was declared as {tensors[name].shape} but loaded as {tuple(tensor.shape)}"
                 )
             data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
             file.write(data.data)

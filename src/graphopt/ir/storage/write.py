@@ -1,4 +1,4 @@
-"""Write a program as a folder: ``program.json``, ``weights/``, ``assets/``, ``manifest.json``."""
+"""Writing of a program as a folder: ``program.json``, ``weights/``, ``assets/``, ``manifest.json``."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def save_program(
     fold_weights: bool = True,
     progress: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Write a program; the folder appears whole or not at all.
+    """Write a program to a folder, which appears complete or not at all, and return its path.
 
     Args:
         program: weights are loaded, written and freed one at a time.
         path: the folder; an earlier saved program there is replaced.
-        fold_weights: compute what depends on weights alone, so that loading does not have to.
+        fold_weights: fold operators on weights alone, so that they need not be computed when loading.
         progress: called with the name and bytes of each tensor written.
 
     Raises:
         CheckpointError: the program holds an operator or argument that the format does not.
-        WriteError: the disk is full or the place not writable; nothing is left.
+        WriteError: the disk is full or the path not writable; nothing is left.
     """
     require_savable(program)
     work = fold(program, to_store=True) if fold_weights else program
@@ -63,9 +63,9 @@ def save_program(
             for node_name in shard:
                 document["weights"][node_name]["file"] = name
         for name, data in sorted(work.origin.assets.items()):
-            place = folder / "assets" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
+            asset_path = folder / "assets" / name
+            asset_path.parent.mkdir(parents=True, exist_ok=True)
+            asset_path.write_bytes(data)
             files[f"assets/{name}"] = hashlib.sha256(data).hexdigest()
         text = json.dumps(document, separators=(",", ":"), allow_nan=False)
         (folder / "program.json").write_text(text, encoding="utf-8")
@@ -77,10 +77,10 @@ def save_program(
 
 
 def require_savable(program: Program) -> None:
-    """Check that the format knows every call of a program; whoever saves later asks before the work is done.
+    """Check that the format supports every call of a program, so that saving does not fail after long work.
 
     Raises:
-        CheckpointError: it names the operator, and the line of the model that calls it.
+        CheckpointError: names the unsupported operator, and the line of the model that calls it.
     """
     for node in program.graph.nodes:
         if node.op != "call_function":
@@ -94,7 +94,7 @@ def require_savable(program: Program) -> None:
 
 
 def _require_readable(folder: Path) -> None:
-    """A folder counts as written when it can be read; weights are not read for it."""
+    """Check that a written folder can be read back, without reading weights."""
     try:
         load_program(folder)
     except CheckpointError as error:
@@ -114,12 +114,12 @@ def _shards(program: Program) -> list[dict[str, Weight]]:
 
 
 def _in_order(program: Program) -> list[tuple[str, Weight]]:
-    """Weights in the order of the graph, so that a program written again is the same bytes."""
+    """Return weights in the order of the graph, so that writing a program again gives the same bytes."""
     return [(node.name, program.weights[node.name]) for node in program.weight_nodes]
 
 
 def describe_program(program: Program) -> dict[str, Any]:
-    """Return everything about a program but its weights' values, as plain data."""
+    """Return a program as plain data, without the values of its weights."""
     values: dict[str, int] = {}
 
     def value_number(value: Any) -> int:
@@ -212,11 +212,11 @@ def _value(program: Program, value: Any) -> Any:
 
 
 def _notes(node: fx.Node) -> dict[str, Any]:
-    own = dict(node.meta.get("custom", {}).get("graphopt", {}))
+    notes = dict(node.meta.get("custom", {}).get("graphopt", {}))
     line = source_line(node)
     if line:
-        own["source"] = line
-    return {str(k): str(v) for k, v in own.items()}
+        notes["source"] = line
+    return {str(k): str(v) for k, v in notes.items()}
 
 
 def _plain(value: Any) -> Any:
