@@ -7,7 +7,7 @@ import copy
 import torch
 from amounts import examples
 from builders import tokens
-from drawn_decoders import SHAPES, SIZES, Decoder, alike, decoders, recorded, shaken, weight_values
+from drawn_decoders import SIZES, Decoder, alike, decoders, recorded, shaken, weight_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
