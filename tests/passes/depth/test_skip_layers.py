@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from builders import Layer, Shape, Transformer, tokens
+from drawn_decoders import SIZES, Decoder, alike, decoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -65,7 +66,11 @@ class Less(nn.Module):
 
 def without(placement: str, unit: str, gone: list[int], layers: int = 4) -> Transformer:
     """Return the same transformer built without some layers, attentions or feed-forwards."""
-    model = copy.deepcopy(Transformer(shape(placement, layers)))
+    return built_without(Transformer(shape(placement, layers)), unit, gone)
+
+
+def built_without(model: Transformer, unit: str, gone: list[int]) -> Transformer:
+    """Return a transformer, which is used up, without some layers, attentions or feed-forwards."""
     model.blocks = nn.ModuleList(
         Less(block, not (unit == "attention" and i in gone), not (unit == "ffn" and i in gone))
         for i, block in enumerate(model.blocks)
@@ -98,6 +103,49 @@ def test_what_is_left_is_the_model_built_without_it(placement: str, unit: str) -
         expected.sum().backward()
         kept = [weight for weight in model.parameters() if weight.grad is not None]
         assert len(program.weights) == len(kept), "weights of what is gone stayed, or others went"
+
+
+@settings(max_examples=examples(18), deadline=None)
+@given(
+    decoders(),
+    st.sampled_from(["layer", "attention", "ffn"]),
+    st.sampled_from(["layers", "remove", "speedup"]),
+    st.sampled_from(["always", "decode"]),
+    st.data(),
+)
+def test_any_decoder_is_the_one_built_without(
+    drawn: Decoder, unit: str, how: str, phase: str, draw: st.DataObject
+) -> None:
+    """Wrong if another unit went than the plan says, or one that is skipped after the prompt left anything behind."""
+    count = drawn.shape.layers
+    if how == "speedup" and count < 3:
+        how = "remove"  # the rule keeps two
+    if how == "layers":
+        numbers = st.lists(st.integers(0, count - 1), min_size=1, max_size=count - 1, unique=True)
+        options: dict[str, Any] = {how: draw.draw(numbers)}
+    else:
+        options = {how: draw.draw(st.integers(1, count - 1)) if how == "remove" else 1.5}
+    program = drawn.program
+    after = graphopt.optimize(
+        program, SkipLayers(unit=unit, phase=phase, **options), data=data(), verify="off"
+    )
+    gone = removed(after, unit)
+    if how == "layers":
+        assert gone == sorted(options[how])
+    elif how == "remove":
+        assert len(gone) == options[how]
+    else:
+        assert gone == [n for n in range(count) if n not in unified_rule(count, 1.5)]
+    model = built_without(drawn.model, unit, gone)
+    for size in SIZES:
+        given_tokens = tokens(*size, seed=drawn.seed)
+        with torch.no_grad():
+            expected = model(**given_tokens)["logits"]
+        if phase == "decode":
+            assert alike(after(**given_tokens)["logits"], program(**given_tokens)["logits"])
+            assert alike(after(**given_tokens, decoding=1)["logits"], expected)
+        else:
+            assert alike(after(**given_tokens)["logits"], expected)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

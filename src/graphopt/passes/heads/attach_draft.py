@@ -16,6 +16,8 @@ from ...ir.facts import AttachedDraft
 from ...ir.inputs import add_input
 from ...ir.option import option
 from ...ir.program import Program
+from ...ir.running.evaluate import needed_for
+from ...ir.running.fold import depends_on_weights_alone
 from ...ir.weights import InMemory
 from ..framework.base import Pass
 from ..framework.contracts import AddsOutputs
@@ -106,13 +108,13 @@ class AttachDraft(Pass):
         }
         own = {n: program.edit.add_weight(f"{PREFIX}.{n}.weight", InMemory(t)) for n, t in begun.items()}
         now: dict[fx.Node, fx.Node] = {}
-        for node in way:
-            for used in node.all_input_nodes:
-                if used in program.weight_nodes and used not in now:
-                    weight = program.weights[used.name]
-                    if weight.kind == "parameter":
-                        now[used] = program.edit.add_weight(f"{PREFIX}.layer.{weight.name}", weight.source)
+        stored = _stored(program, way)
+        for used in stored:
+            if used in program.weight_nodes and program.weights[used.name].kind == "parameter":
+                weight = program.weights[used.name]
+                now[used] = program.edit.add_weight(f"{PREFIX}.layer.{weight.name}", weight.source)
         with program.edit.after(head.way[-1]):
+            repeat_way(program, stored, now)
             streams = [shaped_like(program, layers[t].writes, table) for t in taps]
             features = call(aten.linear.default, call(aten.cat.default, streams, -1), own["features"])
             embedded = call(aten.embedding.default, table.args[0], following)
@@ -137,3 +139,13 @@ class AttachDraft(Pass):
             program.add_output(name, value)
         program.facts.add(AttachedDraft(tuple(taps), number))
         block_export(program, "a folder has no place for a draft; write it before attach-draft")
+
+
+def _stored(program: Program, way: list[fx.Node]) -> list[fx.Node]:
+    """Return the weights that a way reads and what is made of them alone, in order.
+
+    A matrix that is stored input first is transposed before it is read, and is the layer's own all the same.
+    """
+    constant = depends_on_weights_alone(program)
+    needed = needed_for([n for node in way for n in node.all_input_nodes if n in constant], {})
+    return [node for node in program.graph.nodes if node in needed]
