@@ -20,14 +20,14 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 def special_tokens(*tables: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of special tokens by name; earlier tables come first. Settings of the same ending are no tokens."""
-    found: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for name in SPECIAL_TOKENS:
         for table in tables:
             value = table.get(name)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
-                found.setdefault(name, text)
-    return found
+                tokens.setdefault(name, text)
+    return tokens
 
 
 @functools.lru_cache(maxsize=8)
@@ -74,9 +74,9 @@ def render(
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is None, and give what a model thought under all of its names."""
-    given = {k: v for k, v in message.items() if v is not None}
-    thought = next((given[k] for k in _REASONING if k in given), None)
-    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
+    fields = {k: v for k, v in message.items() if v is not None}
+    thought = next((fields[k] for k in _REASONING if k in fields), None)
+    return fields if thought is None else {"thinking": thought, **fields, "reasoning_content": thought}
 
 
 def _environment() -> Any:

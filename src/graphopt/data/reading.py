@@ -79,7 +79,7 @@ def read_data(
     # judging needs data of its own
     if len(batches) == 1 and len(rows) > 1:
         half = len(rows) // 2
-        batches = [_padded(program, part, pad, marked) for part in (rows[:half], rows[half:])]
+        batches = [_padded(program, half_of_rows, pad, marked) for half_of_rows in (rows[:half], rows[half:])]
     return batches, tokenizer.decode(rows[0].ids)[:300]
 
 
@@ -155,9 +155,9 @@ def encoded(path: Path, tokenizer: Tokenizer, *, assistant: bool = False) -> Ite
             text, spans = tokenizer.turns(entry) if assistant else (tokenizer.chat(entry), [])
         except UsageError as error:
             raise UsageError(f"{path}, line {number}: {error.message}", hint=error.hint) from error
-        ids, places = tokenizer.encode_chat(text)
-        said = [int(any(a < end and b > start and b > a for start, end in spans)) for a, b in places]
-        yield Row(ids, said if assistant else [1] * len(ids))
+        ids, offsets = tokenizer.encode_chat(text)
+        marked = [int(any(a < end and b > start and b > a for start, end in spans)) for a, b in offsets]
+        yield Row(ids, marked if assistant else [1] * len(ids))
 
 
 def _rows(program: Program, texts: list[Row], sequences: int | None, length: int) -> list[Row]:
@@ -188,9 +188,9 @@ def _rows(program: Program, texts: list[Row], sequences: int | None, length: int
 def padding_id(tokenizer: Tokenizer) -> int:
     """Return the token that rows are filled up with: the tokenizer's own, or one that stands for no text, or 0."""
     for key in ("pad_token", "eos_token", "unk_token"):
-        found = tokenizer.fast.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
-        if found is not None:
-            return int(found)
+        token = tokenizer.fast.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
+        if token is not None:
+            return int(token)
     return 0
 
 
@@ -203,11 +203,11 @@ def _padded(program: Program, rows: list[Row], pad: int, marked: bool) -> Batch:
         ids[index, :size] = torch.tensor(row.ids)
         counted[index, :size] = torch.tensor(row.counted)
         mask[index, :size] = 1
-    made = {"input_ids": ids, "attention_mask": mask}
-    kept = {k: v for k, v in made.items() if k in program.signature.inputs}
-    if not kept:
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    accepted = {k: v for k, v in inputs.items() if k in program.signature.inputs}
+    if not accepted:
         raise UsageError("the program takes no input_ids, so text cannot be its data")
-    return {**kept, "loss_mask": counted} if marked else kept
+    return {**accepted, "loss_mask": counted} if marked else accepted
 
 
 def read_arrays(program: Program, path: Path) -> Batch:
@@ -246,8 +246,8 @@ def read_arrays(program: Program, path: Path) -> Batch:
         n: r for n, r in rows.items() if _rows_size(program, n) == _rows_size(program, next(iter(rows)))
     }
     if len(set(shared.values())) > 1:
-        told = ", ".join(f"{r} of {n}" for n, r in shared.items())
-        raise UsageError(f"{path} holds different numbers of rows: {told}")
+        listing = ", ".join(f"{r} of {n}" for n, r in shared.items())
+        raise UsageError(f"{path} holds different numbers of rows: {listing}")
     _require_positions(program, tensors, path)
     cast = {n: as_whole(t, program.signature.inputs[n].dtype, n, str(path)) for n, t in tensors.items()}
     require_ids(program, cast, str(path))

@@ -108,6 +108,6 @@ def read_rows(program: Program, source: str | os.PathLike[str]) -> Rows:
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     require_ids(program, {"input_ids": ids}, str(path))
-    made = {"input_ids": ids, "attention_mask": mask}
-    kept = {k: v for k, v in made.items() if k in program.signature.inputs}
-    return Rows(kept, len(rows), lengths, tokenizer.decode(rows[0])[:300])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    accepted = {k: v for k, v in batch.items() if k in program.signature.inputs}
+    return Rows(accepted, len(rows), lengths, tokenizer.decode(rows[0])[:300])

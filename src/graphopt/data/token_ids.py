@@ -36,16 +36,16 @@ def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str,
     for name, value in batch.items():
         if name not in program.input_nodes or value.is_floating_point() or not value.numel():
             continue
-        known = known_ids(program, name)
-        if known is None:
+        count = known_ids(program, name)
+        if count is None:
             continue
-        wrong = (value < 0) | (value >= known)
+        wrong = (value < 0) | (value >= count)
         if bool(wrong.any()):
-            place = wrong.nonzero()[0].tolist()
-            found = int(value[tuple(place)])
-            row = f", row {first + place[0]}" if place else ""
+            index = wrong.nonzero()[0].tolist()
+            token = int(value[tuple(index)])
+            row = f", row {first + index[0]}" if index else ""
             raise UsageError(
-                f"{where}{row}: {name} is {found}, the program knows 0 to {known - 1}",
+                f"{where}{row}: {name} is {token}, the program knows 0 to {count - 1}",
                 hint="encode text with the checkpoint's own tokenizer",
             )
 
@@ -65,9 +65,9 @@ def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> 
     wrong = value != value.round()
     wrong |= ~value.isfinite()
     if bool(wrong.any()):
-        place = wrong.nonzero()[0].tolist()
-        row = f", row {place[0]}" if place else ""
+        index = wrong.nonzero()[0].tolist()
+        row = f", row {index[0]}" if index else ""
         raise UsageError(
-            f"{where}{row}: {name} is {float(value[tuple(place)]):g}, the program takes whole numbers"
+            f"{where}{row}: {name} is {float(value[tuple(index)]):g}, the program takes whole numbers"
         )
     return value.to(dtype)

@@ -37,10 +37,10 @@ class Tokenizer:
         self.special = special_tokens(self.config, _table(program, "special_tokens_map.json"))
         template = program.origin.assets.get("chat_template.jinja")
         try:
-            given = template.decode() if template else self.config.get("chat_template")
+            chat_template = template.decode() if template else self.config.get("chat_template")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"chat_template.jinja is no text: {error}") from error
-        self.template = _one_of(given)
+        self.template = _one_of(chat_template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer puts around it unless ``special`` is false."""
@@ -67,8 +67,8 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the tokens of what :meth:`chat` made, and the characters of each; templates write special ones."""
-        found = self.fast.encode(text, add_special_tokens=not self.template)
-        return list(found.ids), [(int(a), int(b)) for a, b in found.offsets]
+        encoding = self.fast.encode(text, add_special_tokens=not self.template)
+        return list(encoding.ids), [(int(a), int(b)) for a, b in encoding.offsets]
 
     def turns(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """Return a conversation as text, and which characters of it the assistant says, the end of its turn included.
@@ -76,14 +76,14 @@ class Tokenizer:
         Raises:
             UsageError: the assistant says nothing, or the template writes earlier turns otherwise once later ones follow.
         """
-        whole = self.chat(messages)
+        conversation = self.chat(messages)
         spans = []
         for number, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
             before = self.chat(messages[:number], answering=True)
             after = self.chat(messages[: number + 1])
-            if not (after.startswith(before) and whole.startswith(after)):
+            if not (after.startswith(before) and conversation.startswith(after)):
                 raise UsageError(
                     "the checkpoint's chat template does not write turns one after the other, so nobody can tell "
                     "what the assistant says",
@@ -92,29 +92,29 @@ class Tokenizer:
             spans.append((len(before), len(after)))
         if not spans:
             raise UsageError("the assistant says nothing in a conversation")
-        return whole, spans
+        return conversation, spans
 
 
 def _table(program: Program, name: str) -> dict[str, Any]:
     """Return a JSON file of the checkpoint, which must hold a table; an empty one where it is not there."""
     try:
-        found = json.loads(program.origin.assets.get(name, b"{}"))
+        table = json.loads(program.origin.assets.get(name, b"{}"))
     except ValueError as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise CheckpointError(f"{name} holds no table")
-    return found
+    return table
 
 
-def _one_of(given: Any) -> str | None:
+def _one_of(templates: Any) -> str | None:
     """Return the template that counts, of one or of several by name."""
-    if isinstance(given, list):
-        named = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
-        if named and "default" not in named:
+    if isinstance(templates, list):
+        by_name = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+        if by_name and "default" not in by_name:
             raise CheckpointError(
-                f"the checkpoint has the chat templates {', '.join(map(str, named))}, and none is the default"
+                f"the checkpoint has the chat templates {', '.join(map(str, by_name))}, and none is the default"
             )
-        given = named.get("default")
-    if given is not None and not isinstance(given, str):
+        templates = by_name.get("default")
+    if templates is not None and not isinstance(templates, str):
         raise CheckpointError("the checkpoint's chat template is no text")
-    return given
+    return templates

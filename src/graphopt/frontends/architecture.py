@@ -74,9 +74,9 @@ def model_class(config: Any) -> Any:
     """
     transformers = require_transformers()
     for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        candidate = getattr(transformers, str(name), None)
+        if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
+            return candidate
         raise CheckpointError(
             f"the architecture {name!r} is not one of transformers' own",
             hint="remote code is never run; use a checkpoint of a built-in architecture",
@@ -126,9 +126,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
-        held = self._parameters.get(name)
-        if held is not None and not held.is_meta:
-            self._parameters[name] = type(held)(held.detach().to("meta"), requires_grad=held.requires_grad)
+        registered = self._parameters.get(name)
+        if registered is not None and not registered.is_meta:
+            self._parameters[name] = type(registered)(
+                registered.detach().to("meta"), requires_grad=registered.requires_grad
+            )
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
     try:

@@ -54,11 +54,11 @@ def _plain(program: Program, node: fx.Node, weight: Weight, key: str, source: Fi
 
 def _cast(program: Program, node: fx.Node, stored: torch.dtype) -> None:
     """The checkpoint keeps the tensor in another type than the model runs in."""
-    wanted = node.meta["val"].dtype
+    dtype = node.meta["val"].dtype
     users = list(node.users)
     node.meta["val"] = program.fake(node.meta["val"].shape, stored)
     with program.edit.after(node):
-        cast = program.edit.call(torch.ops.aten.to.dtype, node, wanted)
+        cast = program.edit.call(torch.ops.aten.to.dtype, node, dtype)
     for user in users:
         user.replace_input_with(node, cast)
 

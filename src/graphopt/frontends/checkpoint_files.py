@@ -55,7 +55,7 @@ class CheckpointFiles:
         """Return the small files that belong to the checkpoint: tokenizer, cards, pooling."""
         if self.given is not None:
             return dict(self.given)
-        found: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         total = 0
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
@@ -64,9 +64,9 @@ class CheckpointFiles:
                 contained(self.folder, name, self.folder)
                 size = path.stat().st_size
                 if total + size <= _ASSETS:
-                    found[name] = path.read_bytes()
+                    contents[name] = path.read_bytes()
                     total += size
-        return found
+        return contents
 
 
 def read_json(path: Path) -> Any:
@@ -120,8 +120,8 @@ def read_folder(folder: Path) -> CheckpointFiles:
 
 def _indexed(folder: Path, index: Path) -> dict[str, SafetensorsEntry]:
     """Return the tensors of the files that an index lists; a tensor in two files is the one the index says."""
-    listed = read_json(index)
-    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+    index_table = read_json(index)
+    weight_map = index_table.get("weight_map") if isinstance(index_table, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map")
     headers = {name: read_header(inside(folder, name, index)) for name in sorted(set(weight_map.values()))}

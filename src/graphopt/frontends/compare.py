@@ -39,12 +39,12 @@ def compare_outputs(
     """Run both on the same inputs and return the largest relative error over outputs."""
     with torch.no_grad():
         expected = model(**inputs)
-    _, wanted = describe(expected, lambda v: isinstance(v, torch.Tensor))
-    _, found = describe(program(**inputs), lambda v: isinstance(v, torch.Tensor))
-    shared = [name for name in wanted if name in found]
-    if set(found) - set(wanted) or not shared:
-        raise CaptureError(f"the program returns {sorted(found)}, the model returns {sorted(wanted)}")
-    return max(counted_error(found[name], wanted[name], where) for name in shared)
+    _, reference = describe(expected, lambda v: isinstance(v, torch.Tensor))
+    _, results = describe(program(**inputs), lambda v: isinstance(v, torch.Tensor))
+    shared = [name for name in reference if name in results]
+    if set(results) - set(reference) or not shared:
+        raise CaptureError(f"the program returns {sorted(results)}, the model returns {sorted(reference)}")
+    return max(counted_error(results[name], reference[name], where) for name in shared)
 
 
 def tolerance_of(program: Program) -> float:
@@ -89,7 +89,7 @@ def require_equal(
 
 def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any] | None:
     """Return the example cut or repeated to other values of the named sizes, or None if it cannot be."""
-    wanted = {name: sizes.get(name, limits.hint) for name, limits in program.signature.sizes.items()}
+    targets = {name: sizes.get(name, limits.hint) for name, limits in program.signature.sizes.items()}
     flat: dict[int, torch.Tensor] = {}
     structures = describe(inputs, lambda v: isinstance(v, torch.Tensor), "")[1]
     for name, tensor in structures.items():
@@ -100,12 +100,12 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
         for dim, size in enumerate(spec.shape):
             if isinstance(size, int):
                 continue
-            if size not in wanted:
+            if size not in targets:
                 return None
-            times = -(-wanted[size] // value.shape[dim])
+            times = -(-targets[size] // value.shape[dim])
             repeats = [1] * value.dim()
             repeats[dim] = times
-            value = value.repeat(*repeats).narrow(dim, 0, wanted[size])
+            value = value.repeat(*repeats).narrow(dim, 0, targets[size])
         flat[id(tensor)] = value.clone()
     resized_inputs: dict[str, Any] = tree_map(
         lambda v: flat.get(id(v), v) if isinstance(v, torch.Tensor) else v, inputs

@@ -51,22 +51,22 @@ def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: Ca
         if isinstance(weight.source, Absent):
             tensor = next(state[n] for n in weight.all_names if n in state)
             captured.weights[name] = replace(weight, source=InMemory(tensor))
-    tried = set(captured.signature.constraints)
+    constraints = set(captured.signature.constraints)
     compare_with_model(captured, model)
-    take_limits(program.signature, captured.signature, tried)
+    take_limits(program.signature, captured.signature, constraints)
     for name, spec in captured.signature.inputs.items():
         if name in program.signature.inputs:
             # how the model fills in positions was found by comparing
             program.signature.inputs[name] = replace(program.signature.inputs[name], fill=spec.fill)
-    known = {layer_key(captured, layer) for layer in captured.anatomy.layers}
+    layer_kinds = {layer_key(captured, layer) for layer in captured.anatomy.layers}
     for layer in program.anatomy.layers:
-        if layer_key(program, layer) not in known:
+        if layer_key(program, layer) not in layer_kinds:
             raise CaptureError(
                 f"{layer.name} is like no layer of the small model it was compared with",
                 source=program.source_line(layer.writes),
                 hint="this architecture varies by layer in a way the comparison does not cover",
             )
-    note_capture(program, compared=f"{len(known)} kinds of layers, with random weights")
+    note_capture(program, compared=f"{len(layer_kinds)} kinds of layers, with random weights")
 
 
 def fewer_layers(config: Any) -> Any:
@@ -90,9 +90,9 @@ def fewer_layers(config: Any) -> Any:
         needed = needed if len(needed) > 1 or not first_sparse else [0, first_sparse]
     text.num_hidden_layers = len(needed)
     for name in _KINDS:
-        listed = getattr(text, name, None)
-        if isinstance(listed, (list, tuple)):
-            setattr(text, name, [listed[i] for i in needed])
+        entries = getattr(text, name, None)
+        if isinstance(entries, (list, tuple)):
+            setattr(text, name, [entries[i] for i in needed])
     return small
 
 

@@ -45,16 +45,16 @@ def _text(config: Any, takes: Any) -> dict[str, torch.Tensor]:
     vocabulary = int(getattr(text, "vocab_size", 2) or 2)
     low = min(5, vocabulary - 1)
     ids = torch.randint(low, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    made: dict[str, torch.Tensor] = {"input_ids": ids}
+    inputs: dict[str, torch.Tensor] = {"input_ids": ids}
     if "attention_mask" in takes:
-        made["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"] = torch.ones_like(ids)
     if "token_type_ids" in takes and getattr(text, "type_vocab_size", None):
-        made["token_type_ids"] = torch.zeros_like(ids)
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     if "position_ids" in takes and causal(config):
-        made["position_ids"] = torch.arange(LENGTH).expand(BATCH, LENGTH).clone()
+        inputs["position_ids"] = torch.arange(LENGTH).expand(BATCH, LENGTH).clone()
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        made["decoder_input_ids"] = ids[:, :7].clone()
-    return made
+        inputs["decoder_input_ids"] = ids[:, :7].clone()
+    return inputs
 
 
 def causal(config: Any) -> bool:
@@ -65,11 +65,11 @@ def causal(config: Any) -> bool:
 
 def size_names(inputs: dict[str, torch.Tensor]) -> dict[str, dict[int, str]]:
     """Return which sizes vary and under which name, for inputs of known kinds."""
-    named: dict[str, dict[int, str]] = {}
+    names: dict[str, dict[int, str]] = {}
     for name, value in inputs.items():
         if value.dim() == 0:
             continue
-        named[name] = {0: "batch"}
+        names[name] = {0: "batch"}
         if value.dim() == 2 and not value.dtype.is_floating_point:
-            named[name][1] = "decoder_sequence" if name.startswith("decoder") else "sequence"
-    return named
+            names[name][1] = "decoder_sequence" if name.startswith("decoder") else "sequence"
+    return names

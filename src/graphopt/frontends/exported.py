@@ -25,13 +25,13 @@ def capture_exported(exported: ExportedProgram) -> Program:
         CaptureError: it writes to its state, or holds objects that are not tensors.
     """
     tensors = [*exported.state_dict.values(), *exported.constants.values()]
-    own = copy.deepcopy(exported, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
+    copied = copy.deepcopy(exported, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
     inputs = {}
-    nodes = list(own.graph.find_nodes(op="placeholder"))
-    for node, spec in zip(nodes, own.graph_signature.input_specs, strict=True):
+    nodes = list(copied.graph.find_nodes(op="placeholder"))
+    for node, spec in zip(nodes, copied.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument):
             inputs[node.name] = node.meta["val"]
-    program = lift(own, inputs)
+    program = lift(copied, inputs)
     settle_by_guards(program)
     canonicalise(program)
     program.origin.kind = "exported"

@@ -51,13 +51,13 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found
+    value: Any = module
+    for attribute in str(node.target).split("."):
+        value = getattr(value, attribute, None)
+    return value
 
 
-def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, known: dict[Any, Any]) -> list[Any]:
+def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, outer: dict[Any, Any]) -> list[Any]:
     """Copy the calls of a region to where the graph inserts, and return its results."""
     first = 1
     if getattr(region.target, "__name__", "") == _AUTOCAST:
@@ -70,9 +70,9 @@ def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, known: di
                 hint="convert the model to that type, as by model.to(torch.bfloat16), and capture it without autocast",
             )
     inner = _attribute(module, region.args[first])  # type: ignore[arg-type]
-    operands = [known[a] if isinstance(a, fx.Node) else a for a in region.args[first + 1 :]]
-    places = inner.graph.find_nodes(op="placeholder")
-    values: dict[Any, Any] = dict(zip(places, operands, strict=True))
+    operands = [outer[a] if isinstance(a, fx.Node) else a for a in region.args[first + 1 :]]
+    placeholders = inner.graph.find_nodes(op="placeholder")
+    values: dict[Any, Any] = dict(zip(placeholders, operands, strict=True))
     several: dict[fx.Node, list[Any]] = {}
     for node in inner.graph.nodes:
         if node.op == "output":

@@ -41,10 +41,10 @@ def _tables(config: Any) -> Iterator[tuple[dict[str, Any], Any]]:
     owners = [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))]
     for owner in owners:
         for name in ("rope_parameters", "rope_scaling"):
-            found = getattr(owner, name, None)
-            if not isinstance(found, dict):
+            table = getattr(owner, name, None)
+            if not isinstance(table, dict):
                 continue
-            yield found, owner
-            for inner in found.values():
+            yield table, owner
+            for inner in table.values():
                 if isinstance(inner, dict):
                     yield inner, owner

@@ -53,12 +53,12 @@ def read_guards(program: Program, exported: ExportedProgram) -> None:
 def _open_ranges(signature: Signature) -> None:
     """Leave to the constraints what the tracer's ranges repeat of them, so that it can be tried as well."""
     sizes = {n: SizeRange(1, None, limits.hint) for n, limits in signature.sizes.items()}
-    said = replace(signature, sizes=sizes)
-    simplify(said)
+    constrained = replace(signature, sizes=sizes)
+    simplify(constrained)
     for name, limits in list(signature.sizes.items()):
-        known = said.sizes[name]
-        low = 1 if limits.low <= known.low else limits.low
-        open_ = limits.high is not None and known.high is not None and known.high <= limits.high
+        implied = constrained.sizes[name]
+        low = 1 if limits.low <= implied.low else limits.low
+        open_ = limits.high is not None and implied.high is not None and implied.high <= limits.high
         if limits.low != limits.high:
             signature.sizes[name] = replace(limits, low=low, high=None if open_ else limits.high)
 
@@ -116,9 +116,9 @@ def _fix(signature: Signature, name: str) -> None:
 
 
 def _limit(signature: Signature, name: str, low: int, high: int | None) -> None:
-    known = signature.sizes[name]
-    highs = [h for h in (known.high, high) if h is not None]
-    signature.sizes[name] = replace(known, low=max(known.low, low), high=min(highs, default=None))
+    limits = signature.sizes[name]
+    highs = [h for h in (limits.high, high) if h is not None]
+    signature.sizes[name] = replace(limits, low=max(limits.low, low), high=min(highs, default=None))
 
 
 def relations_of(signature: Signature) -> list[Relation]:
@@ -130,14 +130,14 @@ def relations_of(signature: Signature) -> list[Relation]:
 def holding(signature: Signature, relation: Relation, name: str, points: torch.Tensor) -> torch.Tensor:
     """Tell for which values of one size a relation holds, the others as they were at capture."""
     sizes: dict[str, Any] = {n: limits.hint for n, limits in signature.sizes.items()}
-    answer = relation.holds({**sizes, name: points})
-    return torch.as_tensor(answer).expand(points.shape)
+    holds = relation.holds({**sizes, name: points})
+    return torch.as_tensor(holds).expand(points.shape)
 
 
 def within(limits: SizeRange, points: torch.Tensor = POINTS) -> torch.Tensor:
     """Return the points that lie in a range."""
-    kept = points >= max(limits.low, 1)
-    return points[kept if limits.high is None else kept & (points <= limits.high)]
+    inside = points >= max(limits.low, 1)
+    return points[inside if limits.high is None else inside & (points <= limits.high)]
 
 
 def drop_idle(signature: Signature) -> None:
@@ -166,18 +166,18 @@ def _always(signature: Signature, relation: Relation) -> bool:
 def _implied(signature: Signature, relation: Relation, others: list[Relation]) -> bool:
     """Tell whether a relation of several sizes holds for all of a sample that keeps others."""
     generator = torch.Generator().manual_seed(0)
-    drawn = {}
+    samples = {}
     for name, limits in signature.sizes.items():
         points = within(limits)
         points = points[points >= 2] if len(points) > 1 else points
         # small sizes meet in all ways, large ones by chance
         points = torch.cat([points[:24], points[24:100:8], points[100::97], points[-3:]])
-        drawn[name] = points[torch.randint(0, len(points), (_SAMPLE,), generator=generator)]
-    kept = torch.ones(_SAMPLE, dtype=torch.bool)
+        samples[name] = points[torch.randint(0, len(points), (_SAMPLE,), generator=generator)]
+    valid = torch.ones(_SAMPLE, dtype=torch.bool)
     for other in others:
-        kept = kept & torch.as_tensor(other.holds(drawn))
-    holds = torch.as_tensor(relation.holds(drawn))
-    return int(kept.sum()) >= 20 and bool(holds[kept].all())
+        valid = valid & torch.as_tensor(other.holds(samples))
+    holds = torch.as_tensor(relation.holds(samples))
+    return int(valid.sum()) >= 20 and bool(holds[valid].all())
 
 
 def simplify(signature: Signature) -> None:
@@ -211,10 +211,10 @@ def take_limits(signature: Signature, other: Signature, tried: set[str]) -> None
         other: of the smaller program, settled.
         tried: the constraints it had before.
     """
-    own = [text for text in signature.constraints if text not in tried]
+    untried = [text for text in signature.constraints if text not in tried]
     names = frozenset(signature.sizes)
     settled = constraints_among(other.constraints, frozenset(other.sizes), signature.sizes)
-    signature.constraints = (*own, *settled)
+    signature.constraints = (*untried, *settled)
     for name in names & set(other.sizes):
         _limit(signature, name, other.sizes[name].low, other.sizes[name].high)
     simplify(signature)
@@ -228,14 +228,14 @@ def _say_equal(signature: Signature) -> None:
         if signature.sizes[first].hint != signature.sizes[second].hint:
             continue
         grid = torch.arange(2, 40, dtype=torch.float64)
-        one, other = torch.meshgrid(grid, grid, indexing="ij")
-        together = torch.ones(one.shape, dtype=torch.bool)
+        first_values, second_values = torch.meshgrid(grid, grid, indexing="ij")
+        together = torch.ones(first_values.shape, dtype=torch.bool)
         sizes: dict[str, Any] = {n: limits.hint for n, limits in signature.sizes.items()}
-        own = [r for r in relations if pair <= r.names]
-        for relation in own:
-            together = together & relation.holds({**sizes, first: one, second: other})
-        if bool((together == (one == other)).all()):
-            others = tuple(r.text for r in relations if r not in own or len(r.names) > 2)
+        between_both = [r for r in relations if pair <= r.names]
+        for relation in between_both:
+            together = together & relation.holds({**sizes, first: first_values, second: second_values})
+        if bool((together == (first_values == second_values)).all()):
+            others = tuple(r.text for r in relations if r not in between_both or len(r.names) > 2)
             signature.constraints = (*others, f"{second} == {first}")
             relations = relations_of(signature)
 
@@ -243,14 +243,14 @@ def _say_equal(signature: Signature) -> None:
 def _simplify(signature: Signature, name: str) -> None:
     relations = relations_of(signature)
     single = [r for r in relations if r.names == {name}]
-    left = []
+    unresolved = []
     for relation in single:
         interval = _interval(signature, relation, name)
         if interval is None:
-            left.append(relation)
+            unresolved.append(relation)
         else:
             _limit(signature, name, *interval)
-    texts = _said_once(signature, name, left)
+    texts = _said_once(signature, name, unresolved)
     signature.constraints = (*(r.text for r in relations if r.names != {name}), *texts)
 
 
@@ -258,15 +258,15 @@ def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int,
     """Return the one range about the size seen at capture in which a relation holds, or None if it is none."""
     hint = signature.sizes[name].hint
     holds = holding(signature, relation, name, POINTS)
-    places = holds.nonzero().flatten()
-    if not len(places) or len(places) != int(places[-1] - places[0]) + 1:
+    indices = holds.nonzero().flatten()
+    if not len(indices) or len(indices) != int(indices[-1] - indices[0]) + 1:
         return None
-    low, high = int(POINTS[places[0]]), int(POINTS[places[-1]])
+    low, high = int(POINTS[indices[0]]), int(POINTS[indices[-1]])
     if not low <= hint <= high:
         return None
-    if int(places[-1]) == len(POINTS) - 1:
+    if int(indices[-1]) == len(POINTS) - 1:
         return low, None
-    beyond = int(POINTS[places[-1] + 1])
+    beyond = int(POINTS[indices[-1] + 1])
     while beyond - high > 1:
         middle = (beyond + high) // 2
         if bool(holding(signature, relation, name, torch.tensor([float(middle)])).all()):
@@ -279,23 +279,23 @@ def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int,
 def _said_once(signature: Signature, name: str, relations: list[Relation]) -> list[str]:
     """Return texts for what relations of one size say together within its range: a remainder if that is all."""
     points = within(signature.sizes[name], POINTS[:DENSE])
-    seen: dict[bytes, str] = {}
+    shortest: dict[bytes, str] = {}
     for relation in relations:
         holds = holding(signature, relation, name, points)
         if not bool(holds.all()):
             key = holds.contiguous().numpy().tobytes()
-            if len(relation.text) < len(seen.get(key, relation.text + " ")):
-                seen[key] = relation.text
+            if len(relation.text) < len(shortest.get(key, relation.text + " ")):
+                shortest[key] = relation.text
     together = torch.ones(len(points), dtype=torch.bool)
     for relation in relations:
         together = together & holding(signature, relation, name, points)
-    kept = points[together]
-    if len(kept) > 1:
-        step = int(kept[1] - kept[0])
-        rest = int(kept[0]) % step
-        if step > 1 and bool(((points % step == rest) == together).all()):
-            return [f"{name} % {step} == {rest}"]
-    elif len(kept) == 1 and signature.sizes[name].high is not None:
+    allowed = points[together]
+    if len(allowed) > 1:
+        step = int(allowed[1] - allowed[0])
+        remainder = int(allowed[0]) % step
+        if step > 1 and bool(((points % step == remainder) == together).all()):
+            return [f"{name} % {step} == {remainder}"]
+    elif len(allowed) == 1 and signature.sizes[name].high is not None:
         _fix(signature, name)
         return []
-    return list(seen.values())
+    return list(shortest.values())

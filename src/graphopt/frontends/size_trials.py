@@ -55,17 +55,17 @@ def _varies(program: Program, model: Any, example: dict[str, Any], names: list[s
     """Tell whether the model takes another value for some sizes at once."""
     limits = [program.signature.sizes[n] for n in names]
     hint = hints[names[0]]
-    tried = 0
+    trials = 0
     for size in (hint + 2, hint * 2, hint + 1, hint - 1, hint // 2, hint * 3):
         if size < 1 or any(size < r.low or (r.high is not None and size > r.high) for r in limits):
             continue
         other = resized(program, example, dict.fromkeys(names, size))
         if other is None:
             return True
-        tried += 1
+        trials += 1
         if _taken(model, other):
             return True
-    return not tried
+    return not trials
 
 
 def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dict[str, Any] | None:
@@ -85,9 +85,9 @@ def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dic
                 fixed.setdefault(limits.hint, []).append((name, dim))
     tensors = describe(example, lambda v: isinstance(v, torch.Tensor), "")[1]
     grown: set[tuple[str, int]] = set()
-    for places in fixed.values():
+    for dimensions in fixed.values():
         # dimensions of one size often belong together
-        for group in (places, *([p] for p in places if len(places) > 1)):
+        for group in (dimensions, *([p] for p in dimensions if len(dimensions) > 1)):
             trial = grown | set(group)
             if not set(group) <= grown and _taken(model, _grown(example, tensors, trial)):
                 grown = trial
@@ -95,16 +95,16 @@ def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dic
 
 
 def _grown(
-    example: dict[str, Any], tensors: Mapping[str, Any], places: set[tuple[str, int]]
+    example: dict[str, Any], tensors: Mapping[str, Any], dimensions: set[tuple[str, int]]
 ) -> dict[str, Any]:
-    made = {}
+    copies = {}
     for name, tensor in tensors.items():
         value = tensor
-        for dim in (d for n, d in places if n == name):
+        for dim in (d for n, d in dimensions if n == name):
             value = torch.cat([value, value], dim)
-        made[id(tensor)] = value.clone()
+        copies[id(tensor)] = value.clone()
     grown: dict[str, Any] = tree_map(
-        lambda v: made.get(id(v), v) if isinstance(v, torch.Tensor) else v, example
+        lambda v: copies.get(id(v), v) if isinstance(v, torch.Tensor) else v, example
     )
     return grown
 
@@ -194,8 +194,8 @@ def _work(program: Program) -> Callable[[Sizes], bool]:
     usual = volume(hints)
 
     def affordable(sizes: Sizes) -> bool:
-        found = volume({**hints, **sizes})
-        few = found <= 4 * usual or found * weights <= _WORK
+        cost = volume({**hints, **sizes})
+        few = cost <= 4 * usual or cost * weights <= _WORK
         return few and max(sizes.values(), default=0) <= max(LONGEST, *hints.values())
 
     return affordable
@@ -205,36 +205,38 @@ def _break_each(program: Program, same: Trial, affordable: Callable[[Sizes], boo
     signature = program.signature
     relations = relations_of(signature)
     dropped: set[str] = set()
-    kept: set[str] = set()
+    confirmed: set[str] = set()
     for name, limits in signature.sizes.items():
-        own = [r for r in relations if name in r.names]
-        if not own:
+        constraining = [r for r in relations if name in r.names]
+        if not constraining:
             continue
         points = within(limits)
         points = points[points <= max(LONGEST, limits.hint)]
-        holds = torch.stack([holding(signature, r, name, points) for r in own])
+        holds = torch.stack([holding(signature, r, name, points) for r in constraining])
         groups: dict[frozenset[str], list[int]] = {}
-        for place in (~holds).any(0).nonzero().flatten().tolist():
+        for point in (~holds).any(0).nonzero().flatten().tolist():
             broken = frozenset(
-                r.text for r, held in zip(own, holds[:, place].tolist(), strict=True) if not held
+                r.text
+                for r, satisfied in zip(constraining, holds[:, point].tolist(), strict=True)
+                if not satisfied
             )
-            groups.setdefault(broken, []).append(int(points[place]))
+            groups.setdefault(broken, []).append(int(points[point]))
         near = {key: min(sizes, key=lambda n: abs(n - limits.hint)) for key, sizes in groups.items()}
         order = sorted(groups, key=lambda key: (len(key), abs(near[key] - limits.hint)))
         for key in order[:_GROUPS]:
             open_ = key - dropped
-            if not open_ or open_ & kept:
+            if not open_ or open_ & confirmed:
                 continue
-            answers = [
+            results = [
                 same({name: size})
                 for size in _witnesses(groups[key], limits.hint)
                 if affordable({name: size})
             ]
-            if False in answers:
-                kept |= open_
-            elif True in answers:
+            if False in results:
+                confirmed |= open_
+            elif True in results:
                 dropped |= open_
-    return dropped - kept
+    return dropped - confirmed
 
 
 def _witnesses(sizes: list[int], hint: int) -> list[int]:
@@ -259,7 +261,7 @@ def _try_far(program: Program, same: Trial, affordable: Callable[[Sizes], bool],
         others: Sizes = {n: 1 for n in rows if isinstance(n, str) and n in signature.sizes and n != name}
         others = {n: max(1, signature.sizes[n].low) for n in others}
         lengths = sorted({n + step for n in constants for step in (0, 1)} | {4 * limits.hint}, reverse=True)
-        tried = 0
+        trials = 0
         for length in lengths:
             sizes = {**others, name: length}
             if (
@@ -268,11 +270,11 @@ def _try_far(program: Program, same: Trial, affordable: Callable[[Sizes], bool],
                 or not signature.takes({**_hints(program), **sizes})
             ):
                 continue
-            answer = same(sizes)
-            tried += 1
-            if answer is False:
+            equal = same(sizes)
+            trials += 1
+            if equal is False:
                 _shorten(program, same, name, others, length)
-            if answer is not None or tried == 4:
+            if equal is not None or trials == 4:
                 break
 
 

@@ -69,11 +69,11 @@ def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> li
             if not equal(tensors[mapped.plain[stored[0]]], tensors[mapped.plain[name]]):
                 owner, _, leaf = name.rpartition(".")
                 module = model.get_submodule(owner)
-                held = module._parameters.get(leaf)
-                if held is None:
+                parameter = module._parameters.get(leaf)
+                if parameter is None:
                     continue
                 module._parameters[leaf] = nn.Parameter(
-                    torch.empty_like(held), requires_grad=held.requires_grad
+                    torch.empty_like(parameter), requires_grad=parameter.requires_grad
                 )
                 freed.append(name)
     return freed
@@ -86,21 +86,21 @@ def plain_numbers(model: Any, mapped: Mapped, files: CheckpointFiles) -> None:
         CheckpointError: they are of eight bits or packed, or scales lie beside them that nothing reads.
     """
     state = model.state_dict()
-    read = {key: [name] for name, key in mapped.plain.items()}
+    sources = {key: [name] for name, key in mapped.plain.items()}
     for recipe in mapped.made:
-        read |= {key: list(recipe.targets) for key in recipe.sources}
-    for key, names in read.items():
+        sources |= {key: list(recipe.targets) for key in recipe.sources}
+    for key, names in sources.items():
         stored = files.tensors[key].dtype
-        wanted = [state[name].dtype for name in names if name in state]
+        dtypes = [state[name].dtype for name in names if name in state]
         if stored.itemsize == 1 and stored.is_floating_point:
             raise _quantised(files, f"{key!r} is stored in {str(stored).removeprefix('torch.')}")
         if (
             stored is not torch.bool
             and not stored.is_floating_point
-            and any(w.is_floating_point for w in wanted)
+            and any(w.is_floating_point for w in dtypes)
         ):
             raise _quantised(files, f"{key!r} is stored in integers")
-    stems = {key.removesuffix(".weight") for key in read} | set(read)
+    stems = {key.removesuffix(".weight") for key in sources} | set(sources)
     for key in mapped.unused:
         match = _SCALES.fullmatch(key)
         if match and match.group(1) in stems:

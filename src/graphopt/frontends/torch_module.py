@@ -49,7 +49,7 @@ def bind_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise UsageError(f"the example inputs do not fit {type(model).__name__}.forward: {error}") from None
-    named: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
@@ -58,10 +58,10 @@ def bind_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
                 hint="wrap the model in a module whose forward names its inputs",
             )
         if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
+            by_name.update(value)
         else:
-            named[name] = value
-    return named
+            by_name[name] = value
+    return by_name
 
 
 def widen(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def widen(inputs: dict[str, Any]) -> dict[str, Any]:
     lengths = {t.shape[1] for t in integers}
     grow_length = len(lengths) == 1 and next(iter(lengths)) < 4
 
-    def one(value: Any) -> Any:
+    def enlarged(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if grow_batch and value.dim():
@@ -88,7 +88,7 @@ def widen(inputs: dict[str, Any]) -> dict[str, Any]:
             value = value.repeat(1, times)[:, :WIDE_LENGTH]
         return value.detach().clone()
 
-    widened: dict[str, Any] = tree_map(one, inputs)
+    widened: dict[str, Any] = tree_map(enlarged, inputs)
     return widened
 
 
@@ -191,11 +191,11 @@ def capture_module(
     Raises:
         CaptureError: it cannot be traced, or the graph does not compute what the model computes.
     """
-    named = bind_inputs(model, inputs)
+    bound = bind_inputs(model, inputs)
     example = (
-        widen(named)
+        widen(bound)
         if dynamic == "auto"
-        else tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, named)
+        else tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, bound)
     )
 
     def captured(example: dict[str, Any]) -> Program:
@@ -208,7 +208,7 @@ def capture_module(
             share_sizes(program, model, example)
         canonicalise(program)
         if compare:
-            compare_with_model(program, model, named, example)
+            compare_with_model(program, model, bound, example)
         else:
             settle_by_guards(program)
         return program

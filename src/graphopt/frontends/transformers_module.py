@@ -96,10 +96,10 @@ def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
                     filler = torch.arange(ids.shape[1]).expand(ids.shape).clone()
                 example[name] = filler
                 del value
-    named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
+    dimension_names = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
     with evaluation(model):
-        exported = _export(model, example, dynamic, named)
-    program = lift(exported, example, names=_symbol_names(exported, named))
+        exported = _export(model, example, dynamic, dimension_names)
+    program = lift(exported, example, names=_symbol_names(exported, dimension_names))
     _fill_rules(program, model.config)
     canonicalise(program)
     program.origin = Origin(
@@ -112,12 +112,12 @@ def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
 
 
 def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
-    known = (
+    accepted = (
         set(example_inputs(model))
         if getattr(model, "main_input_name", "") in ("input_ids", "pixel_values")
         else set()
     )
-    if set(program.signature.inputs) <= known:
+    if set(program.signature.inputs) <= accepted:
         compare_with_model(program, model)
     else:
         settle_limits(program, trial(program, model, inputs), numbers_in(model.config.to_dict()))

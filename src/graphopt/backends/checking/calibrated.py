@@ -29,15 +29,15 @@ def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str
         inputs: random ones, by name; tokens, masks and dials stay.
     """
     carried = [name for name in program.signature.inputs if f"next_{name}" in program.outputs]
-    begun = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
-    numbers = [n for n, v in begun.items() if v.is_floating_point() and v.dim() and n not in carried]
-    always = _cut_off(program, begun | {n: torch.zeros_like(begun[n]) for n in numbers})
+    initial = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
+    numbers = [n for n, v in initial.items() if v.is_floating_point() and v.dim() and n not in carried]
+    always = _cut_off(program, initial | {n: torch.zeros_like(initial[n]) for n in numbers})
     bits = program.facts[Quantized].activations
     most = CUT_OFF.get(bits, 0.01)
     for halvings in range(8):
-        smaller = begun | {n: begun[n] * 0.5**halvings for n in numbers}
-        made = run(program, smaller) if carried else {}
-        smaller |= {name: made[f"next_{name}"] for name in carried}
+        smaller = initial | {n: initial[n] * 0.5**halvings for n in numbers}
+        outputs = run(program, smaller) if carried else {}
+        smaller |= {name: outputs[f"next_{name}"] for name in carried}
         if not numbers:
             break
         shares = _cut_off(program, smaller)
@@ -51,12 +51,12 @@ def _cut_off(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[fx.No
     ranges: dict[fx.Node, tuple[float, float]] = {}
     for node in program.nodes:
         if is_operator(node, "graphopt.fake_quantize"):
-            found = arguments(node)
-            low, high = INTEGERS[found["dtype"]]
+            args = arguments(node)
+            low, high = INTEGERS[args["dtype"]]
             # half a step is rounding
-            ranges[found["x"]] = (
-                (low - found["zero_point"] - 0.5) * found["scale"],
-                (high - found["zero_point"] + 0.5) * found["scale"],
+            ranges[args["x"]] = (
+                (low - args["zero_point"] - 0.5) * args["scale"],
+                (high - args["zero_point"] + 0.5) * args["scale"],
             )
     shares: dict[fx.Node, float] = {}
 

@@ -57,8 +57,8 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
     if dynamic:
         settings.append(_another(program, first, sizes))
     for values in settings:
-        named = [f"{name} {value}" for name, value in values.items() if namesake(name) == name]
-        label = f"inputs of {', '.join(named) or 'the captured sizes'}"
+        labels = [f"{name} {value}" for name, value in values.items() if namesake(name) == name]
+        label = f"inputs of {', '.join(labels) or 'the captured sizes'}"
         plain = _seen(program, _inputs(program, values, "none"))
         yield Case(label, plain)
         for side in ("right", "left"):
@@ -79,8 +79,8 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
             )
             for name, d in program.dials.items()
         }
-        told = ", ".join(f"{name} {float(end):g}" for name, end in ends.items())
-        yield Case(f"{label}, {told}", plain | ends)
+        listing = ", ".join(f"{name} {float(end):g}" for name, end in ends.items())
+        yield Case(f"{label}, {listing}", plain | ends)
 
 
 def _masks(program: Program) -> list[str]:
@@ -104,14 +104,14 @@ def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.
 
 def _sees(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Tell whether every row sees a key, where masks are attention's, and whether outputs are numbers."""
-    asked = [arguments(n) for n in program.nodes if is_operator(n, "graphopt.attention")]
-    masks = {given[name] for given in asked for name in ("key_mask", "bias")} - {None}
-    found = interpret(program, dict(inputs), record=masks)
-    seen = [
-        ((m := found[n.name]) != (0 if m.dtype is torch.bool else -math.inf)).any(-1).all() for n in masks
+    attentions = [arguments(n) for n in program.nodes if is_operator(n, "graphopt.attention")]
+    masks = {call[name] for call in attentions for name in ("key_mask", "bias")} - {None}
+    values = interpret(program, dict(inputs), record=masks)
+    visible_keys = [
+        ((m := values[n.name]) != (0 if m.dtype is torch.bool else -math.inf)).any(-1).all() for n in masks
     ]
-    numbers = [~v.isnan().any() for v in found.values() if isinstance(v, torch.Tensor)]
-    return all(map(bool, [*seen, *numbers]))
+    numbers = [~v.isnan().any() for v in values.values() if isinstance(v, torch.Tensor)]
+    return all(map(bool, [*visible_keys, *numbers]))
 
 
 def _turned(mask: torch.Tensor) -> torch.Tensor:
@@ -138,8 +138,10 @@ def _later(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def _inputs(program: Program, sizes: Mapping[str, int], padding: str) -> dict[str, torch.Tensor]:
-    dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
-    inputs = example_inputs(program, dict(sizes), padding=padding) | dials
+    settings = {
+        name: torch.tensor(setting.default, dtype=torch.float64) for name, setting in program.dials.items()
+    }
+    inputs = example_inputs(program, dict(sizes), padding=padding) | settings
     if Quantized in program.facts:
         return within_ranges(program, inputs)
     return inputs

@@ -58,15 +58,17 @@ def reach(program: Program) -> int:
 
     The configuration has its say too: what a program lost must not shorten what it is compared on.
     """
-    found = [1]
-    for _, part in configurations(load(program.origin.config)):
-        numbers = ((k, v) for k, v in vars(part).items() if _WINDOW.search(k) and "layer" not in k)
-        found.extend(v for _, v in numbers if type(v) is int and v < 2**20)
+    reaches = [1]
+    for _, config in configurations(load(program.origin.config)):
+        numbers = ((k, v) for k, v in vars(config).items() if _WINDOW.search(k) and "layer" not in k)
+        reaches.extend(v for _, v in numbers if type(v) is int and v < 2**20)
     for node in program.nodes:
         if is_operator(node, "graphopt.attention"):
-            found.append(int(arguments(node)["window"] or 1))
-    found.extend(n for node in program.nodes if _of_positions(program, node) for n in _numbers(program, node))
-    return max(found)
+            reaches.append(int(arguments(node)["window"] or 1))
+    reaches.extend(
+        n for node in program.nodes if _of_positions(program, node) for n in _numbers(program, node)
+    )
+    return max(reaches)
 
 
 def _of_positions(program: Program, node: fx.Node) -> bool:
@@ -78,10 +80,10 @@ def _of_positions(program: Program, node: fx.Node) -> bool:
     ):
         return False
     # numbers of tokens are compared with numbers of tokens
-    read = [
+    position_inputs = [
         str(n.meta["input"]) for n in needed_for([node], ()) if n.op == "placeholder" and "input" in n.meta
     ]
-    return not any(name.endswith("input_ids") for name in read)
+    return not any(name.endswith("input_ids") for name in position_inputs)
 
 
 def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
@@ -99,10 +101,10 @@ def cases(program: Program) -> tuple[list[Case], int]:
 
     Where so many take too long, the inputs are short.
     """
-    wanted, length = reach(program) + 5, 9
+    target_length, length = reach(program) + 5, 9
     needed = max(
         (
-            min(wanted, limits.high or wanted)
+            min(target_length, limits.high or target_length)
             for name, limits in program.signature.sizes.items()
             if _is_length(name)
         ),
@@ -148,11 +150,11 @@ def _affordable(program: Program, length: int) -> bool:
     heads = sum(int(arguments(n)["q"].meta["val"].shape[1]) for n in attentions)
     widest = max((int(arguments(n)["q"].meta["val"].shape[1]) for n in attentions), default=1)
     work = 2 * weights * length + 4 * heads * length**2 * 64
-    held = 4 * 5 * widest * length**2 + 16 * length * max(
+    memory = 4 * 5 * widest * length**2 + 16 * length * max(
         (int(s) for v in program.outputs.values() if isinstance(t := getattr(v, "meta", {}).get("val"), torch.Tensor)
          for s in t.shape[-1:] if isinstance(s, int)), default=1
     )  # fmt: skip
-    return work < _FLOPS and held < min(memory_available() // 6, 3 << 30)
+    return work < _FLOPS and memory < min(memory_available() // 6, 3 << 30)
 
 
 class Reference:
@@ -165,9 +167,9 @@ class Reference:
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the outputs; weights are loaded one after the other."""
-        given = {name: widen(value, self.dtype) for name, value in inputs.items()}
-        found = interpret(self._wide, given)
-        return {name: found[name] for name in self.program.outputs}
+        widened = {name: widen(value, self.dtype) for name, value in inputs.items()}
+        values = interpret(self._wide, widened)
+        return {name: values[name] for name in self.program.outputs}
 
     def limit(self, case: Case) -> float:
         """Return the largest relative difference that rounding explains, of what is stored too where it is computed."""
@@ -185,8 +187,8 @@ class Reference:
             if isinstance(weight.source, Widened) else weight
             for number, (name, weight) in enumerate(shaken.weights.items())
         }  # fmt: skip
-        given = {name: widen(value, self.dtype) for name, value in case.inputs.items()}
-        errors = differences(self.program, case, self(case.inputs), interpret(shaken, given))
+        widened = {name: widen(value, self.dtype) for name, value in case.inputs.items()}
+        errors = differences(self.program, case, self(case.inputs), interpret(shaken, widened))
         return max(least, 4 * max(errors.values()))
 
 
@@ -255,27 +257,29 @@ def require_same_attention(program: Program, again: Program) -> None:
     Raises:
         LoweringError: an attention of the folder's model sees something else.
     """
-    ours, theirs = _seen(program), _seen(again)
-    for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
+    seen_before, seen_after = _seen(program), _seen(again)
+    for number, (first, other) in enumerate(zip(seen_before, seen_after, strict=False)):
+        if first != other:
             raise LoweringError(
-                f"attention {number} of the folder's model sees {other}, the program's {one}: "
+                f"attention {number} of the folder's model sees {other}, the program's {first}: "
                 "the configuration gives its layers other windows",
                 hint="a Hugging Face folder cannot hold this program; use program.save or program.lower",
             )
-    if len(ours) != len(theirs):
-        raise LoweringError(f"the folder's model has {len(theirs)} attentions, the program has {len(ours)}")
+    if len(seen_before) != len(seen_after):
+        raise LoweringError(
+            f"the folder's model has {len(seen_after)} attentions, the program has {len(seen_before)}"
+        )
 
 
 def _seen(program: Program) -> list[tuple[Any, ...]]:
-    found = []
+    visibilities = []
     for node in program.nodes:
         if is_operator(node, "graphopt.attention"):
-            given = arguments(node)
-            made = needed_for([n for n in (given["bias"], given["visible"]) if n is not None], ())
-            numbers = sorted(v for n in made if _of_positions(program, n) for v in _numbers(program, n))
-            found.append((given["causal"], given["window"], *numbers))
-    return found
+            args = arguments(node)
+            needed = needed_for([n for n in (args["bias"], args["visible"]) if n is not None], ())
+            numbers = sorted(v for n in needed if _of_positions(program, n) for v in _numbers(program, n))
+            visibilities.append((args["causal"], args["window"], *numbers))
+    return visibilities
 
 
 __all__ = [

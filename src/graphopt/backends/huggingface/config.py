@@ -27,15 +27,15 @@ def with_widths(config: dict[str, Any], widths: Sequence[tuple[int, int]]) -> di
     edited = copy.deepcopy(config)
     for before, after in widths:
         tables = [edited, *(v for v in edited.values() if isinstance(v, dict))]
-        places = [(t, n) for t in tables for n in _WIDTHS if t.get(n) == before]
+        entries = [(t, n) for t in tables for n in _WIDTHS if t.get(n) == before]
         hidden = next((t for t in tables if "n_inner" in t and t["n_inner"] is None), None)
-        if not places and hidden is not None and hidden.get("n_embd") and before == 4 * hidden["n_embd"]:
-            places = [(hidden, "n_inner")]  # left out, it is four times the model's width
-        if not places:
+        if not entries and hidden is not None and hidden.get("n_embd") and before == 4 * hidden["n_embd"]:
+            entries = [(hidden, "n_inner")]  # left out, it is four times the model's width
+        if not entries:
             raise LoweringError(
                 f"the configuration has no entry that holds the feed-forwards' width of {before}"
             )
-        for table, name in places:
+        for table, name in entries:
             table[name] = after
     return edited
 

@@ -111,24 +111,24 @@ def _without(
 ) -> dict[str, Any]:
     loaded = load(raw)
     kept = [i for i in range(count) if i not in gone]
-    places = list(_counts(loaded, count))
-    if not places:
+    counters = list(_counts(loaded, count))
+    if not counters:
         raise LoweringError(f"the configuration has no entry that counts the {count} layers named {prefix}N")
     edits: list[tuple[_Place, dict[str, Any]]] = []
     refused: LoweringError | None = None
-    for place in places:
+    for counter in counters:
         try:
-            edits.append((place, _edited(raw, loaded, place, count, kept)))
+            edits.append((counter, _edited(raw, loaded, counter, count, kept)))
         except LoweringError as error:
             refused = error
-    if len(places) > 1:
+    if len(counters) > 1:
         edits = list(_meant(raw, prefix, len(kept), edits, skeleton))
     if not edits and refused is not None:
         raise refused
     if len(edits) != 1:
-        named = ", ".join(".".join((*p.path, p.key)) for p in places)
+        listing = ", ".join(".".join((*p.path, p.key)) for p in counters)
         raise LoweringError(
-            f"the configuration counts {count} layers in {named}; none tells that of {prefix}N"
+            f"the configuration counts {count} layers in {listing}; none tells that of {prefix}N"
         )
     return edits[0][1]
 
@@ -142,15 +142,15 @@ def configurations(loaded: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def _counts(loaded: Any, count: int) -> Iterator[_Place]:
-    for path, part in configurations(loaded):
-        found = [
-            key for key, value in vars(part).items()
+    for path, config in configurations(loaded):
+        keys = [
+            key for key, value in vars(config).items()
             if type(value) is int and value == count and _DEPTH.search(key) and key not in (*LEADING, *TRAILING)
         ]  # fmt: skip
-        if not found:
+        if not keys:
             # the list of layers is all that counts them
-            found = [k for k in ENTRIES if _stored(part, k) and _is_list(part, k, count)][:1]
-        yield from (_Place(path, key) for key in found)
+            keys = [k for k in ENTRIES if _stored(config, k) and _is_list(config, k, count)][:1]
+        yield from (_Place(path, key) for key in keys)
 
 
 def _meant(
@@ -164,55 +164,57 @@ def _meant(
     if skeleton is None:
         return
     before = _stacks(skeleton(raw))
-    fits: list[tuple[int, _Place, dict[str, Any]]] = []
-    for place, edited in edits:
+    candidates: list[tuple[int, _Place, dict[str, Any]]] = []
+    for counter, edited in edits:
         now = _stacks(skeleton(edited))
         changed = [name for name in before if now.get(name, 0) != before[name] and now.get(name, 0) == after]
-        fits.extend((_alike(prefix, name), place, edited) for name in changed)
-    best = max((likeness for likeness, _, _ in fits), default=0)
-    chosen: dict[_Place, dict[str, Any]] = {p: e for likeness, p, e in fits if likeness == best and best}
-    yield from chosen.items()
+        candidates.extend((_alike(prefix, name), counter, edited) for name in changed)
+    best = max((likeness for likeness, _, _ in candidates), default=0)
+    best_edits: dict[_Place, dict[str, Any]] = {
+        p: e for likeness, p, e in candidates if likeness == best and best
+    }
+    yield from best_edits.items()
 
 
 def _stacks(names: Iterable[str]) -> dict[str, int]:
     """Return how many numbers follow each prefix that numbers something."""
-    found: dict[str, set[str]] = {}
+    numbers_after: dict[str, set[str]] = {}
     for name in names:
-        parts = name.split(".")
-        for i, part in enumerate(parts):
-            if part.isdigit():
-                found.setdefault(".".join(parts[:i]) + ".", set()).add(part)
-    return {name: len(numbers) for name, numbers in found.items()}
+        words = name.split(".")
+        for i, word in enumerate(words):
+            if word.isdigit():
+                numbers_after.setdefault(".".join(words[:i]) + ".", set()).add(word)
+    return {name: len(numbers) for name, numbers in numbers_after.items()}
 
 
-def _alike(one: str, other: str) -> int:
+def _alike(first: str, second: str) -> int:
     """Return how many last words two prefixes share: a checkpoint may leave out the first ones."""
-    pairs = zip(reversed(one.split(".")[:-1]), reversed(other.split(".")[:-1]), strict=False)
+    pairs = zip(reversed(first.split(".")[:-1]), reversed(second.split(".")[:-1]), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _edited(raw: dict[str, Any], loaded: Any, place: _Place, count: int, kept: list[int]) -> dict[str, Any]:
+def _edited(raw: dict[str, Any], loaded: Any, counter: _Place, count: int, kept: list[int]) -> dict[str, Any]:
     edited = copy.deepcopy(raw)
-    table, part = edited, loaded
-    for name in place.path:
-        part = getattr(part, name)
+    table, config = edited, loaded
+    for name in counter.path:
+        config = getattr(config, name)
         if not isinstance(table.get(name), dict):
-            table[name] = part.to_dict()
+            table[name] = config.to_dict()
         table = table[name]
-    side = next((s for s in ("encoder", "decoder") if s in place.key), "")
-    wanted = settings(part, count, kept, side)
-    if place.key not in wanted:
-        wanted[place.key] = len(kept)
-    for key, value in wanted.items():
-        _write(table, part, key, value)
+    stack = next((s for s in ("encoder", "decoder") if s in counter.key), "")
+    entries = settings(config, count, kept, stack)
+    if counter.key not in entries:
+        entries[counter.key] = len(kept)
+    for key, value in entries.items():
+        _write(table, config, key, value)
     again = load(edited)
-    for name in place.path:
+    for name in counter.path:
         again = getattr(again, name)
-    for key, value in {**wanted, **_derived(part, count, kept)}.items():
-        found = _setting(again, key)
-        if found != value:
+    for key, value in {**entries, **_derived(config, count, kept)}.items():
+        actual = _setting(again, key)
+        if actual != value:
             raise LoweringError(
-                f"the configuration cannot say {key} of the layers that are left: it should be {value} and is {found}",
+                f"the configuration cannot say {key} of the layers that are left: it should be {value} and is {actual}",
                 hint="remove layers so that its rule still holds, or use program.save or program.lower",
             )
     return edited
@@ -227,11 +229,11 @@ def settings(part: Any, count: int, kept: list[int], side: str = "") -> dict[str
         kept: the old numbers of those that are left.
         side: "encoder" or "decoder" where one configuration is about both.
     """
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key in ENTRIES:
         if _stored(part, key) and _is_list(part, key, count):
             values = _setting(part, key)
-            found[key] = [values[i] for i in kept]
+            entries[key] = [values[i] for i in kept]
     for key in SOURCES:
         if _stored(part, key) and _is_list(part, key, count):
             values = _setting(part, key)
@@ -240,41 +242,41 @@ def settings(part: Any, count: int, kept: list[int], side: str = "") -> dict[str
                     f"a layer that is left takes keys and values from one that was removed ({key})",
                     hint="remove the layers that share them too",
                 )
-            found[key] = [kept.index(values[i]) for i in kept]
+            entries[key] = [kept.index(values[i]) for i in kept]
     for key in NUMBERS:
         values = _setting(part, key)
         if isinstance(values, list) and all(type(v) is int for v in values):
-            found[key] = [kept.index(i) for i in values if i in kept]
+            entries[key] = [kept.index(i) for i in values if i in kept]
     if table := _setting(part, "per_layer_config"):
         # an empty table is no table
-        found["per_layer_config"] = {
+        entries["per_layer_config"] = {
             str(kept.index(int(i))): v for i, v in table.items() if int(i) in kept
         } or None
     for key in (*LEADING, *TRAILING):
         number = _setting(part, key)
         if type(number) is int:
             first, last = (0, number) if key in LEADING else (count - number, count)
-            found[key] = sum(1 for i in kept if first <= i < last)
-    found.update(_periods(part, count, kept, side))
-    found.update(_stages(part, count, kept))
-    return found
+            entries[key] = sum(1 for i in kept if first <= i < last)
+    entries.update(_periods(part, count, kept, side))
+    entries.update(_stages(part, count, kept))
+    return entries
 
 
-def _stages(part: Any, count: int, kept: list[int]) -> dict[str, Any]:
+def _stages(config: Any, count: int, kept: list[int]) -> dict[str, Any]:
     """Return which values of the stream a backbone gives, where each layer is a stage: the same ones, by new numbers."""
-    names, given = _setting(part, "stage_names"), _setting(part, "out_indices")
-    if names != ["stem", *(f"stage{i}" for i in range(1, count + 1))] or not isinstance(given, list):
+    names, out_indices = _setting(config, "stage_names"), _setting(config, "out_indices")
+    if names != ["stem", *(f"stage{i}" for i in range(1, count + 1))] or not isinstance(out_indices, list):
         return {}
-    left = names[: len(kept) + 1]
+    remaining = names[: len(kept) + 1]
     # behind how many layers, counted from the front
-    numbers = [sum(i < (k if k >= 0 else k + count + 1) for i in kept) for k in given]
-    return {"stage_names": left, "out_indices": numbers, "out_features": [left[k] for k in numbers]}
+    numbers = [sum(i < (k if k >= 0 else k + count + 1) for i in kept) for k in out_indices]
+    return {"stage_names": remaining, "out_indices": numbers, "out_features": [remaining[k] for k in numbers]}
 
 
-def _periods(part: Any, count: int, kept: list[int], side: str) -> dict[str, Any]:
+def _periods(config: Any, count: int, kept: list[int], stack: str) -> dict[str, Any]:
     """Return rules that say of the layers left what the old ones say of them; those that cannot stay as they are."""
-    found: dict[str, Any] = {}
-    first, last, distance = (_setting(part, key) for key in RANGE)
+    entries: dict[str, Any] = {}
+    first, last, distance = (_setting(config, key) for key in RANGE)
     if type(first) is int and type(last) is int and type(distance) is int and distance > 0:
         final = count if last < 0 else last
         kind = [n for n, i in enumerate(kept) if (i + 1) % distance == 0 and first <= i <= final]
@@ -283,37 +285,37 @@ def _periods(part: Any, count: int, kept: list[int], side: str) -> dict[str, Any
         step = next(steps, None)
         if step is None:
             raise _unsayable(RANGE)
-        found.update(zip(RANGE, (start, end, step), strict=True))
+        entries.update(zip(RANGE, (start, end, step), strict=True))
     for keys, rule in PERIODS.items():
-        values = [_setting(part, key) for key in keys]
+        values = [_setting(config, key) for key in keys]
         if not all(type(v) is int for v in values) or values[0] < 1:
             continue
-        if (side and keys[0].startswith(("encoder", "decoder")) and not keys[0].startswith(side)) or any(
-            key.startswith("num_sparse_") for key in vars(part)
+        if (stack and keys[0].startswith(("encoder", "decoder")) and not keys[0].startswith(stack)) or any(
+            key.startswith("num_sparse_") for key in vars(config)
         ):
             continue  # another stack's, or a number that this library divides on its own
         kinds = [rule(i, *values) for i in kept]
-        if keys == ("decoder_sparse_step",) and _stored(part, "mlp_only_layers"):
+        if keys == ("decoder_sparse_step",) and _stored(config, "mlp_only_layers"):
             # the list of exceptions can say all of it
             dense = {i for i in range(count) if not rule(i, *values)} | set(
-                _setting(part, "mlp_only_layers") or ()
+                _setting(config, "mlp_only_layers") or ()
             )
-            found |= {
+            entries |= {
                 "decoder_sparse_step": 1,
                 "mlp_only_layers": [n for n, i in enumerate(kept) if i in dense],
             }
             continue
         others = [range(count + 1)] * (len(keys) - 1)
-        tried = ((p, *rest) for p in range(1, count + 2) for rest in itertools.product(*others))
+        candidates = ((p, *offsets) for p in range(1, count + 2) for offsets in itertools.product(*others))
         able = (
-            v for v in itertools.chain([values], tried)
+            v for v in itertools.chain([values], candidates)
             if all(offset < v[0] for offset in v[1:]) and [rule(i, *v) for i in range(len(kept))] == kinds
         )  # fmt: skip
-        chosen = next(able, None)
-        if chosen is None:
+        parameters = next(able, None)
+        if parameters is None:
             raise _unsayable(keys)
-        found.update(zip(keys, chosen, strict=True))
-    return found
+        entries.update(zip(keys, parameters, strict=True))
+    return entries
 
 
 def _every(distance: int, start: int, end: int) -> list[int]:
@@ -327,46 +329,46 @@ def _unsayable(keys: tuple[str, ...]) -> LoweringError:
     )
 
 
-def _derived(part: Any, count: int, kept: list[int]) -> dict[str, Any]:
+def _derived(config: Any, count: int, kept: list[int]) -> dict[str, Any]:
     """Return the lists that a configuration computes and does not store, as they must be computed now."""
-    found = {}
+    entries = {}
     for key in (*ENTRIES, "layers_num_experts", "kv_sharing_modes"):
-        if not _stored(part, key) and _is_list(part, key, count):
-            values = _setting(part, key)
-            found[key] = [values[i] for i in kept]
-    return found
+        if not _stored(config, key) and _is_list(config, key, count):
+            values = _setting(config, key)
+            entries[key] = [values[i] for i in kept]
+    return entries
 
 
-def _write(table: dict[str, Any], part: Any, key: str, value: Any) -> None:
-    if key == "attention_layers" and "attention_types" in vars(part):
+def _write(table: dict[str, Any], config: Any, key: str, value: Any) -> None:
+    if key == "attention_layers" and "attention_types" in vars(config):
         # GPT-Neo stores the pattern and how often it comes; the list itself is a pattern that comes once
         table["attention_types"] = [[value, 1]]
     table[key] = value
-    for other, stands_for in (getattr(part, "attribute_map", None) or {}).items():
+    for other, stands_for in (getattr(config, "attribute_map", None) or {}).items():
         if stands_for == key and other in table:
             table[other] = value
 
 
-def _stored(part: Any, key: str) -> bool:
-    return key in vars(part)
+def _stored(config: Any, key: str) -> bool:
+    return key in vars(config)
 
 
-def _setting(part: Any, key: str) -> Any:
+def _setting(config: Any, key: str) -> Any:
     """Return what a configuration says, as plain data; None where it says nothing."""
     if key == "per_layer_config":
-        spec = getattr(part, "_heterogeneity_spec", None)
+        spec = getattr(config, "_heterogeneity_spec", None)
         table = spec.per_layer_overrides if spec is not None else {}
         return {str(k): _plain(v) for k, v in sorted(table.items())} or None
-    reader = getattr(part, "_getattr_without_heterogeneous_validation", None)
+    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
     try:
-        return _plain(reader(key, None) if reader is not None else getattr(part, key, None))
+        return _plain(reader(key, None) if reader is not None else getattr(config, key, None))
     except Exception:
         # a property that needs what this configuration does not have
         return None
 
 
-def _is_list(part: Any, key: str, count: int) -> bool:
-    value = _setting(part, key)
+def _is_list(config: Any, key: str, count: int) -> bool:
+    value = _setting(config, key)
     return isinstance(value, list) and len(value) == count
 
 

@@ -31,12 +31,14 @@ def main() -> None:
     for name, value in load_file(inputs).items():
         run, _, name = name.partition("/")
         runs.setdefault(run, {})[name] = value
-    found = {}
-    for run, given in runs.items():
+    tensors_of_runs = {}
+    for run, arguments in runs.items():
         with torch.no_grad():
-            result = flat(model(**given))
-        found.update({f"{run}/{name}": value.contiguous().clone() for name, value in result.items()})
-    save_file(found, outputs)
+            result = flat(model(**arguments))
+        tensors_of_runs.update(
+            {f"{run}/{name}": value.contiguous().clone() for name, value in result.items()}
+        )
+    save_file(tensors_of_runs, outputs)
 
 
 def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]
@@ -51,7 +53,7 @@ def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]
     elif isinstance(value, (list, tuple)):
         items = list(enumerate(value))
     inner = [flat(item, f"{name}_{key}" if name else str(key)) for key, item in items]
-    return {key: tensor for part in inner for key, tensor in part.items()}
+    return {key: tensor for tensors in inner for key, tensor in tensors.items()}
 
 
 if __name__ == "__main__":

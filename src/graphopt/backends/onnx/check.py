@@ -34,8 +34,8 @@ def check_file(path: Path, opset: int) -> Counter[str]:
         raise LoweringError(f"the file written cannot be read back: {error}") from error
     stated = {entry.domain: entry.version for entry in model.opset_import}
     if {_STANDARD[0] if d in _STANDARD else d: v for d, v in stated.items()} != {"": opset}:
-        found = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in stated.items())
-        raise LoweringError(f"opset {opset} was asked for, and the file states {found or 'none'}")
+        listing = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in stated.items())
+        raise LoweringError(f"opset {opset} was asked for, and the file states {listing or 'none'}")
     if model.functions:
         names = ", ".join(function.name for function in model.functions[:5])
         raise LoweringError(f"functions are left in the file: {names}")

@@ -52,17 +52,17 @@ def _tensor(weight: Weight, name: str, order: list[int] | None) -> Any:
 
     source: TensorSource = weight.source
 
-    def read() -> Any:
+    def load() -> Any:
         tensor = source.load()
         if order is not None:
             tensor = tensor.permute(order)
         return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
 
     if weight.bytes <= EAGER_BYTES:
-        return read()
+        return load()
     shape = [source.shape[i] for i in order] if order is not None else list(source.shape)
     kind = tensor_adapters.from_torch_dtype(source.dtype)
-    return onnx_ir.LazyTensor(read, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
+    return onnx_ir.LazyTensor(load, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
 
 
 def _is_late(value: Any) -> bool:

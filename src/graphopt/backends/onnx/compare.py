@@ -56,19 +56,19 @@ def compare_with_runtime(
     Raises:
         LoweringError: ONNX Runtime does not run a file, or an error exceeds the tolerance.
     """
-    whole = Quantized in program.facts
+    quantized = Quantized in program.facts
     limit = tolerance if tolerance is not None else tolerance_of(program)
-    plain = without_rounding(program) if whole and tolerance is None else None
+    plain = without_rounding(program) if quantized and tolerance is None else None
     results = _results(paths, cases)
     errors: dict[str, float] = {}
     wrong: dict[str, tuple[float, float, str]] = {}
-    for case, found in zip(cases, results, strict=True):
-        given = {n: v for n, v in case.inputs.items() if n in program.input_nodes}
-        wanted = run(program, given)
-        floats = run(plain, given) if plain is not None else {}
+    for case, outputs in zip(cases, results, strict=True):
+        inputs = {n: v for n, v in case.inputs.items() if n in program.input_nodes}
+        expected = run(program, inputs)
+        floats = run(plain, inputs) if plain is not None else {}
         exact: dict[str, Any] = {}
-        for name, reference in wanted.items():
-            error = _error(torch.from_numpy(found[name].copy()), reference, case, whole)
+        for name, reference in expected.items():
+            error = _error(torch.from_numpy(outputs[name].copy()), reference, case, quantized)
             if error is None:
                 continue
             most = limit
@@ -77,11 +77,11 @@ def compare_with_runtime(
                 lost = _lost(program.outputs[name], reference, floats[name], case)
                 most = min(limit, max(lost.step, share * lost.all))
                 if most < error <= lost.all:
-                    exact = exact or _without_own_rounding(program, given)
-                    apart = _error(reference, exact[name], case, whole)
+                    exact = exact or _without_own_rounding(program, inputs)
+                    apart = _error(reference, exact[name], case, quantized)
                     most = max(most, min(_WAYS * (apart or 0.0), lost.all))
             elif tolerance is None and limit < error <= _MOST_ROUNDED:
-                exact = exact or _without_own_rounding(program, given)
+                exact = exact or _without_own_rounding(program, inputs)
                 apart = _error(reference, exact[name], case)
                 most = min(max(limit, _ROUNDINGS * (apart or 0.0)), _MOST_ROUNDED)
             if not error <= errors.get(name, -1.0):
@@ -89,10 +89,10 @@ def compare_with_runtime(
             if not error <= most and not error <= wrong.get(name, (-1.0,))[0]:
                 wrong[name] = error, most, case.label
     if wrong:
-        told = "; ".join(f"{name}: {error:.2e} on {label}" for name, (error, _, label) in wrong.items())
+        listing = "; ".join(f"{name}: {error:.2e} on {label}" for name, (error, _, label) in wrong.items())
         most = min(most for _, most, _ in wrong.values())
         raise LoweringError(
-            f"what ONNX Runtime computes differs from the program by more than {most:.0e}: {told}",
+            f"what ONNX Runtime computes differs from the program by more than {most:.0e}: {listing}",
             hint="tolerance= accepts more"
             + (", as where rounding sends a token to another expert" if limit > _TOLERANCE else "")
             + "; compare=False writes the file all the same",
@@ -102,22 +102,22 @@ def compare_with_runtime(
 
 def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
     """Return what files give one after another, by name; one of them is in memory at a time."""
-    known = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
+    values_by_case = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
     for path in paths:
         session = _session(path)
-        taken = [value.name for value in session.get_inputs()]
-        given = [value.name for value in session.get_outputs()]
-        for case, values in zip(cases, known, strict=True):
+        input_names = [value.name for value in session.get_inputs()]
+        output_names = [value.name for value in session.get_outputs()]
+        for case, values in zip(cases, values_by_case, strict=True):
             try:
-                results = session.run(given, {name: values[name] for name in taken})
+                results = session.run(output_names, {name: values[name] for name in input_names})
             except Exception as error:
                 text = str(error).strip().splitlines()[0]
                 raise LoweringError(
                     f"ONNX Runtime does not run the file on {case.label}: {text}",
                     hint="target=onnx names the nodes that it is known not to take in these types",
                 ) from error
-            values.update(zip(given, results, strict=True))
-    return known
+            values.update(zip(output_names, results, strict=True))
+    return values_by_case
 
 
 def _without_own_rounding(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _to_numpy(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().numpy()
 
 
-def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, whole: bool = False) -> float | None:
+def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, by_norm: bool = False) -> float | None:
     """Return the relative error, or None where the case says nothing about this output."""
     if result.shape != reference.shape:
         return float("inf")
@@ -185,4 +185,4 @@ def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, whole: boo
     if pair is None:
         return None
     result, reference = pair
-    return relative_error(result, reference, beside="norm" if whole else "element")
+    return relative_error(result, reference, beside="norm" if by_norm else "element")

@@ -24,28 +24,28 @@ def share_weights(folder: Path) -> int:
     """
     import onnx
 
-    known: dict[str, tuple[int, int]] = {}
+    offsets: dict[str, tuple[int, int]] = {}
     before: dict[Path, dict[str, str]] = {}
     end = 0
     with (folder / SHARED).open("wb") as shared:
         for path in sorted(folder.glob("*.onnx")):
             model = onnx.load(str(path), load_external_data=False)
-            held = {
+            external = {
                 t.name: t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
             }
-            if not held or path.stem.endswith("_ctx"):
+            if not external or path.stem.endswith("_ctx"):
                 continue
             before[path] = {}
-            for name, tensor in held.items():
+            for name, tensor in external.items():
                 data = _bytes(folder, tensor)
                 mark = before[path][name] = hashlib.sha256(data).hexdigest()
-                if mark not in known:
+                if mark not in offsets:
                     end += -end % _ALIGNMENT
                     shared.seek(end)
                     shared.write(data)
-                    known[mark] = (end, len(data))
+                    offsets[mark] = (end, len(data))
                     end += len(data)
-                _refer(tensor, *known[mark])
+                _refer(tensor, *offsets[mark])
             path.write_bytes(model.SerializeToString())
     for path, marks in before.items():
         (folder / f"{path.name}.data").unlink()
@@ -60,10 +60,10 @@ def share_weights(folder: Path) -> int:
 
 
 def _bytes(folder: Path, tensor: Any) -> bytes:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    with (folder / place["location"]).open("rb") as file:
-        file.seek(int(place.get("offset", 0)))
-        data: bytes = file.read(int(place["length"]))
+    location = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / location["location"]).open("rb") as file:
+        file.seek(int(location.get("offset", 0)))
+        data: bytes = file.read(int(location["length"]))
     return data
 
 

@@ -64,25 +64,27 @@ def lower_genai(
             "the program's logits are of some tokens, and genai takes their places for tokens",
             hint="lower it without trim-vocabulary; graphopt generate maps them back",
         )
-    place = Path(path).absolute()
-    if place.exists():
-        raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")
-    if not place.parent.is_dir():
-        raise LoweringError(f"the folder {place.parent} does not exist")
+    destination = Path(path).absolute()
+    if destination.exists():
+        raise LoweringError(f"{destination} exists already", hint="choose another place, or remove it")
+    if not destination.parent.is_dir():
+        raise LoweringError(f"the folder {destination.parent} does not exist")
     if check and not installed():
         raise LoweringError(
             "the check generates with onnxruntime-genai", hint='pip install "graphopt[genai]"'
         )
     config = genai_config(program)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
-        draft = Path(name) / place.name
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
+        draft = Path(name) / destination.name
         draft.mkdir()
         model = lower_onnx(
             program, draft / "model.onnx", opset=opset, dynamic=True, float32=float32, tolerance=tolerance
         )
         write_beside(program, draft, config)
         compared = compare(program, draft) if installed() else None
-        files = tuple(place / f.name for f in sorted(draft.iterdir()))
-        os.replace(draft, place)
-    moved = replace(model, path=place / "model.onnx", files=tuple(place / f.name for f in model.files))
-    return GenaiReport(place, moved, files, compared)
+        files = tuple(destination / f.name for f in sorted(draft.iterdir()))
+        os.replace(draft, destination)
+    moved = replace(
+        model, path=destination / "model.onnx", files=tuple(destination / f.name for f in model.files)
+    )
+    return GenaiReport(destination, moved, files, compared)

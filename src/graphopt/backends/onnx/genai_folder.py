@@ -96,14 +96,14 @@ def _stage(path: Path, prompt: bool, target: Target | None) -> dict[str, Any]:
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    said: dict[str, Any] = {
+    stage: dict[str, Any] = {
         "filename": path.name, "inputs": [v.name for v in graph.input], "outputs": [v.name for v in graph.output],
         "run_on_prompt": prompt, "run_on_token_gen": not prompt,
     }  # fmt: skip
     if target is not None:
         device = {"backend_type": "htp", "soc_model": str(target.soc), "htp_arch": str(target.arch)}
-        said["session_options"] = {"log_id": "onnxruntime-genai", "provider_options": [{"qnn": device}]}
-    return {path.stem: said}
+        stage["session_options"] = {"log_id": "onnxruntime-genai", "provider_options": [{"qnn": device}]}
+    return {path.stem: stage}
 
 
 def beside_buckets(
@@ -117,10 +117,10 @@ def beside_buckets(
     Raises:
         LoweringError: genai generates something else.
     """
-    found = prompt_and_step(program, reports)
-    if found is None:
+    pair = prompt_and_step(program, reports)
+    if pair is None:
         return False
-    chunk, graphs = found
+    chunk, graphs = pair
     if try_it and installed():
         write_beside(program, folder, pipeline_config(program, chunk, graphs, folder, None))
         compare(program, folder, chunk)
@@ -146,9 +146,9 @@ def genai_config(program: Program) -> dict[str, Any]:
         raise LoweringError(
             f"onnxruntime-genai makes all caches alike, and these differ: {sorted(map(str, shapes))}"
         )
-    known = {cache.tokens, cache.positions, *(n for n in inputs if "_cache_" in n)}
-    if set(inputs) - known or program.dials:
-        more = ", ".join(sorted({*inputs, *program.dials} - known))
+    handled = {cache.tokens, cache.positions, *(n for n in inputs if "_cache_" in n)}
+    if set(inputs) - handled or program.dials:
+        more = ", ".join(sorted({*inputs, *program.dials} - handled))
         raise LoweringError(
             f"onnxruntime-genai has nothing to give for {more}", hint="freeze-dial fixes a dial"
         )
@@ -163,9 +163,9 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
-    given = cache.limit or config.get("max_position_embeddings") or LONGEST
+    context_length = cache.limit or config.get("max_position_embeddings") or LONGEST
     fixed = cache.capacity if isinstance(cache.capacity, int) else None
-    longest = fixed or min(int(given), LONGEST)
+    longest = fixed or min(int(context_length), LONGEST)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",
@@ -189,7 +189,7 @@ def genai_config(program: Program) -> dict[str, Any]:
             "bos_token_id": _within(config.get("bos_token_id"), vocabulary),
             "eos_token_id": ends,
             "pad_token_id": _within(config.get("pad_token_id"), vocabulary, ends[0] if ends else 0),
-            "context_length": int(fixed or given),
+            "context_length": int(fixed or context_length),
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
@@ -206,9 +206,11 @@ def _configuration(program: Program) -> dict[str, Any]:
     config = {**config, **(config.get("text_config") or {})}
     raw = program.origin.assets.get("generation_config.json")
     if raw:
-        said = json.loads(raw)
+        configuration = json.loads(raw)
         config |= {
-            k: said[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(k) is not None
+            k: configuration[k]
+            for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if configuration.get(k) is not None
         }
     return config
 
@@ -243,10 +245,10 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     vocabulary = config["model"]["vocab_size"]
     longest, fixed = int(config["search"]["max_length"]), isinstance(cache.capacity, int)
     # a piece of the prompt's graph, two tokens one by one, and room for some that are generated
-    given = min(chunk + 2, longest - 1)
-    if given < 1:
+    prompt_length = min(chunk + 2, longest - 1)
+    if prompt_length < 1:
         raise LoweringError("a cache of one slot has no room for a token after a prompt's")
-    prompt = torch.randint(vocabulary, (given,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(vocabulary, (prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
     length = min(len(prompt) + TOKENS, longest)
     try:
         # what is tried must not end at once
@@ -263,23 +265,25 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
             generator.append_tokens(piece)
         while not generator.is_done() and len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
-        found = [int(token) for token in generator.get_sequence(0)]
+        generated = [int(token) for token in generator.get_sequence(0)]
     except Exception as error:
         raise LoweringError(
             f"onnxruntime-genai does not take the folder: {str(error).strip().splitlines()[0]}"
         ) from error
-    logits = _logits(program, found)
-    for place in range(len(prompt), len(found)):
-        before = logits[place - 1]
-        behind = float(before.max() - before[found[place]]) / float(before.abs().max().clamp(min=1e-30))
+    logits = _logits(program, generated)
+    for position in range(len(prompt), len(generated)):
+        before = logits[position - 1]
+        behind = float(before.max() - before[generated[position]]) / float(
+            before.abs().max().clamp(min=1e-30)
+        )
         if not behind <= 2e-2:
             raise LoweringError(
-                f"onnxruntime-genai generates token {found[place]} at place {place}, and the program "
+                f"onnxruntime-genai generates token {generated[position]} at place {position}, and the program "
                 f"{int(before.argmax())}, which is likelier by {behind:.2g} of the largest logit"
             )
-    if len(found) == len(prompt):
+    if len(generated) == len(prompt):
         raise LoweringError("onnxruntime-genai generates nothing")
-    return len(found) - len(prompt)
+    return len(generated) - len(prompt)
 
 
 def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
@@ -293,5 +297,5 @@ def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
     for name, spec in program.signature.inputs.items():
         if "_cache_" in name:
             inputs[name] = torch.zeros(1, int(spec.shape[1]), slots, int(spec.shape[3]), dtype=spec.dtype)
-    said: torch.Tensor = run(program, inputs)[cache.logits][0].double()
-    return said
+    logits: torch.Tensor = run(program, inputs)[cache.logits][0].double()
+    return logits

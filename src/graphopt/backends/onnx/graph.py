@@ -65,18 +65,18 @@ def written_out(program: Program, opset: int) -> Program:
         program: not changed.
         opset: of the graph.
     """
-    known = translation_table(opset)
+    translations = translation_table(opset)
 
-    def left(program: Program) -> list[fx.Node]:
-        return [n for n in program.graph.nodes if _reference(n) is not None and n.target not in known]
+    def untranslated(program: Program) -> list[fx.Node]:
+        return [n for n in program.graph.nodes if _reference(n) is not None and n.target not in translations]
 
-    if not left(program):
+    if not untranslated(program):
         return program
-    made = program.copy()
+    lowered = program.copy()
     # what one is written out in may be another
-    while sum(_write_out(made, node) for node in left(made)):
+    while sum(_write_out(lowered, node) for node in untranslated(lowered)):
         pass
-    return made
+    return lowered
 
 
 def _reference(node: fx.Node) -> Callable[..., Any] | None:
@@ -92,12 +92,12 @@ def _write_out(program: Program, node: fx.Node) -> bool:
     users = list(node.users)
     try:
         with program.edit.before(node):
-            made = program.edit.emit(partial(reference, **node.kwargs), *node.args)
-        if isinstance(made, fx.Node):
-            program.edit.replace(node, made)
+            value = program.edit.emit(partial(reference, **node.kwargs), *node.args)
+        if isinstance(value, fx.Node):
+            program.edit.replace(node, value)
         else:
             for user in users:
-                program.edit.replace(user, made[user.args[1]])
+                program.edit.replace(user, value[user.args[1]])
     except GraphoptError:
         return False
     return True
@@ -147,7 +147,7 @@ def _roundings_by_shape() -> Iterator[None]:
     Worked out of symbolic sizes step by step, they take two thirds of the time of a quantised file.
     """
 
-    def shape_alone(x: Any, *rest: Any, **options: Any) -> torch.Tensor | None:
+    def shape_alone(x: Any, *others: Any, **options: Any) -> torch.Tensor | None:
         return torch.empty_like(x) if isinstance(x, FakeTensor) and not is_recorded() else None
 
     before = dict(KERNELS)
@@ -167,7 +167,7 @@ def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        written = torch.onnx.export(
+        exported_model = torch.onnx.export(
             exported,
             dynamo=True,
             verbose=False,
@@ -175,8 +175,8 @@ def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
             optimize=False,
             custom_translation_table=translation_table(opset),
         )
-    assert written is not None
-    return written.model
+    assert exported_model is not None
+    return exported_model.model
 
 
 def _undecomposed(exported: ExportedProgram) -> ExportedProgram:
@@ -199,22 +199,22 @@ def _undecomposed(exported: ExportedProgram) -> ExportedProgram:
 def _rename(model: Any, inputs: list[str], outputs: list[str]) -> None:
     """Give inputs and outputs the program's names; a value inside that has one of them gets another."""
     graph = model.graph
-    wanted = [*inputs, *outputs]
-    clash = {name for name in wanted if wanted.count(name) > 1} | (set(wanted) & set(graph.initializers))
+    names = [*inputs, *outputs]
+    clash = {name for name in names if names.count(name) > 1} | (set(names) & set(graph.initializers))
     if clash:
         raise LoweringError(
             f"ONNX needs distinct names, and the program uses {', '.join(sorted(clash))} twice",
             hint="rename the output or the weight",
         )
     ends = [*graph.inputs, *graph.outputs]
-    if len(ends) != len(wanted):
-        raise LoweringError(f"the exporter kept {len(ends)} inputs and outputs of {len(wanted)}")
-    taken = set(wanted)
+    if len(ends) != len(names):
+        raise LoweringError(f"the exporter kept {len(ends)} inputs and outputs of {len(names)}")
+    used = set(names)
     for node in graph:
         for value in node.outputs:
-            if value.name in taken:
+            if value.name in used:
                 value.name = f"{value.name}_inner"
-    for value, name in zip(ends, wanted, strict=True):
+    for value, name in zip(ends, names, strict=True):
         value.name = name
 
 
@@ -223,9 +223,9 @@ def _require_dynamic(model: Any, program: Program) -> None:
     for value in model.graph.inputs:
         if value.name not in program.signature.inputs:
             continue
-        for size, wanted in zip(value.shape, program.signature.inputs[value.name].shape, strict=True):
-            if isinstance(size, int) and not isinstance(wanted, int):
+        for size, expected in zip(value.shape, program.signature.inputs[value.name].shape, strict=True):
+            if isinstance(size, int) and not isinstance(expected, int):
                 raise LoweringError(
-                    f"the exporter takes {wanted} of input {value.name!r} for {size} always",
+                    f"the exporter takes {expected} of input {value.name!r} for {size} always",
                     hint="capture with another example size, or write a static graph with sizes=",
                 )

@@ -30,9 +30,9 @@ def split(program: Program) -> Split:
         LoweringError: an output depends on integers alone, and a device would have nothing to do with it.
     """
     values = border(program)
-    held = {node: name for name, node in program.outputs.items()}
-    if any(node in held for node in values):
-        name = next(held[n] for n in values if n in held)
+    output_names = {node: name for name, node in program.outputs.items()}
+    if any(node in output_names for node in values):
+        name = next(output_names[n] for n in values if n in output_names)
         raise LoweringError(
             f"output {name!r} does not depend on what a device computes", hint="remove the output"
         )
@@ -45,5 +45,5 @@ def split(program: Program) -> Split:
 
 def prepared(case: Case, host: Program) -> Case:
     """Return inputs with what a host makes of them."""
-    taken = {name: value for name, value in case.inputs.items() if name in host.input_nodes}
-    return replace(case, inputs=case.inputs | run(host, taken))
+    inputs = {name: value for name, value in case.inputs.items() if name in host.input_nodes}
+    return replace(case, inputs=case.inputs | run(host, inputs))

@@ -75,36 +75,36 @@ class Masks(Nodes):
             return mask
 
         def make() -> Any:
-            one = self.integers(1)
+            unit = self.integers(1)
             count = self.op.Shape(q, start=2, end=3)
-            return self.op.Expand(mask, self.op.Concat(one, one, count, one, axis=0))
+            return self.op.Expand(mask, self.op.Concat(unit, unit, count, unit, axis=0))
 
         return self.once(("rows", str(q.shape[2])), (mask,), make)
 
     def _keys(self, key_mask: Any, dtype: Any) -> Any:
         def make() -> Any:
-            seen = self.cast(key_mask, self.ir.DataType.BOOL)
-            return self._hide(self.op.Unsqueeze(seen, self.integers(1, 2)), dtype)
+            visible = self.cast(key_mask, self.ir.DataType.BOOL)
+            return self._hide(self.op.Unsqueeze(visible, self.integers(1, 2)), dtype)
 
         return self.once(("keys", dtype), (key_mask,), make)
 
     def _hide(self, visible: Any, dtype: Any) -> Any:
         """Return 0 where ``visible``, else HIDDEN, without a boolean operator."""
-        seen = self.op.Cast(visible, to=dtype)
-        return self.op.Mul(self.op.Sub(seen, self.number(1.0, dtype)), self.number(-HIDDEN, dtype))
+        factor = self.op.Cast(visible, to=dtype)
+        return self.op.Mul(self.op.Sub(factor, self.number(1.0, dtype)), self.number(-HIDDEN, dtype))
 
     def _positions(self, q: Any, k: Any, causal: bool, window: int | None, dtype: Any) -> Any:
         queries, keys = q.shape[2], k.shape[2]
         if isinstance(queries, int) and isinstance(keys, int) and queries * keys <= _LARGEST_CONSTANT:
             return self._constant_positions(queries, keys, causal, window, dtype)
-        op, whole = self.op, self.ir.DataType.INT64
-        zero, one = self.number(0, whole), self.number(1, whole)
+        op, int64 = self.op, self.ir.DataType.INT64
+        zero, unit = self.number(0, int64), self.number(1, int64)
         length = op.Squeeze(op.Shape(k, start=2, end=3))
-        column = op.Range(zero, length, one)
+        column = op.Range(zero, length, unit)
         row = column
         if not same_size(queries, keys):
             count = op.Squeeze(op.Shape(q, start=2, end=3))
-            row = op.Add(op.Range(zero, count, one), op.Sub(length, count))
+            row = op.Add(op.Range(zero, count, unit), op.Sub(length, count))
         distance = op.Sub(op.Unsqueeze(row, self.integers(1)), op.Unsqueeze(column, self.integers(0)))
         if not causal:
             distance = op.Abs(distance)
@@ -112,9 +112,9 @@ class Masks(Nodes):
         if causal:
             terms.append(op.GreaterOrEqual(distance, zero))
         if window is not None:
-            terms.append(op.Less(distance, self.number(window, whole)))
-        seen = terms[0] if len(terms) == 1 else op.And(*terms)
-        return self._hide(op.Unsqueeze(seen, self.integers(0, 1)), dtype)
+            terms.append(op.Less(distance, self.number(window, int64)))
+        visible = terms[0] if len(terms) == 1 else op.And(*terms)
+        return self._hide(op.Unsqueeze(visible, self.integers(0, 1)), dtype)
 
     def _constant_positions(
         self, queries: int, keys: int, causal: bool, window: int | None, dtype: Any
@@ -122,10 +122,10 @@ class Masks(Nodes):
         import numpy
 
         distance = numpy.arange(queries)[:, None] + (keys - queries) - numpy.arange(keys)[None, :]
-        seen = distance >= 0 if causal else numpy.ones_like(distance, dtype=bool)
+        visible = distance >= 0 if causal else numpy.ones_like(distance, dtype=bool)
         if window is not None:
-            seen &= (distance if causal else abs(distance)) < window
-        values = numpy.where(seen, 0.0, HIDDEN).astype(dtype.numpy())[None, None]
+            visible &= (distance if causal else abs(distance)) < window
+        values = numpy.where(visible, 0.0, HIDDEN).astype(dtype.numpy())[None, None]
         return self.op.Constant(value=self.ir.tensor(values))
 
     def _same_segment(self, q: Any, k: Any, segments: Any) -> Any:

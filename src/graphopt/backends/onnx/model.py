@@ -93,11 +93,11 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
         paths.append(draft.with_name(f"{draft.stem}_host.onnx"))
         _write(build_graph(halves.host, how.opset), paths[0], False)
         check_file(paths[0], how.opset)
-    parts = [halves.device] if how.part_bytes is None else in_parts(halves.device, how.part_bytes)
+    shards = [halves.device] if how.part_bytes is None else in_parts(halves.device, how.part_bytes)
     reports = []
-    for number, part in enumerate(parts, start=1):
-        paths.append(draft if len(parts) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx"))
-        reports.append(_write_model(part, paths[-1], how))
+    for number, shard in enumerate(shards, start=1):
+        paths.append(draft if len(shards) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx"))
+        reports.append(_write_model(shard, paths[-1], how))
     if how.compare:
         # all files one after another are the program, whatever each of them is
         errors = compare_with_runtime(paths, reference, cases, how.tolerance)
@@ -105,20 +105,20 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
     if how.check and how.device is not None:
         if halves.host is not None:
             cases = [prepared(case, halves.host) for case in cases]
-        for number, (part, report) in enumerate(zip(parts, reports, strict=True)):
+        for number, (shard, report) in enumerate(zip(shards, reports, strict=True)):
             # several graphs are compiled into one binary when all of them are there
             context = report.path.with_name(f"{report.path.stem}_ctx.onnx") if how.alone else None
-            told = check_on_target(report.path, part, cases, how.device, how.kind, context)
-            reports[number] = replace(report, checked=told)
-            if number + 1 < len(parts):
-                cases = [replace(case, inputs=case.inputs | _following(part, case)) for case in cases]
+            measured = check_on_target(report.path, shard, cases, how.device, how.kind, context)
+            reports[number] = replace(report, checked=measured)
+            if number + 1 < len(shards):
+                cases = [replace(case, inputs=case.inputs | _following(shard, case)) for case in cases]
     return reports
 
 
-def _following(part: Program, case: Case) -> dict[str, Any]:
+def _following(program: Program, case: Case) -> dict[str, Any]:
     """Return what the next part is given of this one."""
-    made = run(part, {n: v for n, v in case.inputs.items() if n in part.input_nodes})
-    return {n: v for n, v in made.items() if n.startswith("part_")}
+    outputs = run(program, {n: v for n, v in case.inputs.items() if n in program.input_nodes})
+    return {n: v for n, v in outputs.items() if n.startswith("part_")}
 
 
 def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:

@@ -26,16 +26,16 @@ def pairs_in(program: Program) -> int:
 
 def without_rounding(program: Program) -> Program:
     """Return a program whose values are not stored in few bits: what was quantised."""
-    done = program.copy()
-    for node in list(done.nodes):
+    copy = program.copy()
+    for node in list(copy.nodes):
         if has(node, Trait.ROUNDING):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            for name, held in done.checkpoint.items():
-                if held is node:
-                    done.checkpoint[name] = node.args[0]  # type: ignore[assignment]
-            done.graph.erase_node(node)
-    done.changed()
-    return done
+            for name, mapped in copy.checkpoint.items():
+                if mapped is node:
+                    copy.checkpoint[name] = node.args[0]  # type: ignore[assignment]
+            copy.graph.erase_node(node)
+    copy.changed()
+    return copy
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,21 @@ class Restored:
 
 def with_integers(program: Program) -> Program:
     """Return a program whose weights are what their integers stand for, where those were fitted to data."""
-    done = program.copy()
-    for node in list(done.nodes):
+    copy = program.copy()
+    for node in list(copy.nodes):
         if not is_operator(node, "graphopt.fake_quantize_channels"):
             continue
-        found = dict(arguments(node))
-        if found["integers"] is None:
+        args = dict(arguments(node))
+        if args["integers"] is None:
             continue
-        held, scale = (done.weights[found[n].name] for n in ("integers", "scale"))
-        source = Restored(held.source, scale.source, found["x"].meta["val"].dtype)
-        found["x"] = done.edit.add_weight(f"{held.name}_restored", source)
-        found["integers"] = None
-        node.args, node.kwargs = normal_call(node.target, found)
-    drop_unread_weights(done)
-    done.changed()
-    return done
+        integers, scale = (copy.weights[args[n].name] for n in ("integers", "scale"))
+        source = Restored(integers.source, scale.source, args["x"].meta["val"].dtype)
+        args["x"] = copy.edit.add_weight(f"{integers.name}_restored", source)
+        args["integers"] = None
+        node.args, node.kwargs = normal_call(node.target, args)
+    drop_unread_weights(copy)
+    copy.changed()
+    return copy
 
 
 def store_weights(model: Any) -> None:
@@ -104,9 +104,9 @@ def store_weights(model: Any) -> None:
         stored = _value(weight, scale, zero, axis, order, name)
         if order is not None and len(scale.shape) == 2:
             # scales of blocks lie as their weight does
-            for place, held in ((1, scale), (2, zero)):
+            for index, parameter in ((1, scale), (2, zero)):
                 back.replace_input_with(
-                    place, _turned(graph, held, f"{name}_{'scale' if place == 1 else 'zero'}")
+                    index, _turned(graph, parameter, f"{name}_{'scale' if index == 1 else 'zero'}")
                 )
         graph.register_initializer(stored)
         back.replace_input_with(0, stored)
@@ -123,9 +123,9 @@ def store_weights(model: Any) -> None:
             for reader in [r for r in readers if r.op_type == "Transpose"]:
                 _turn_integers(graph, back, reader, axis)
         graph.remove(node, safe=True)
-        for left in (weight, scale, zero):
-            if not left.uses():
-                graph.initializers.pop(left.name, None)
+        for initializer in (weight, scale, zero):
+            if not initializer.uses():
+                graph.initializers.pop(initializer.name, None)
 
 
 def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None:
@@ -149,9 +149,9 @@ def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None
     if axis is not None:
         attributes["axis"] = onnx_ir.AttrInt64("axis", order.index(axis))
     again = onnx_ir.Node("", DEQUANTIZE, [turned.outputs[0], scale, zero], attributes.values())
-    for made, dtype in ((turned, stored.dtype), (again, reader.outputs[0].dtype)):
-        made.outputs[0].shape = reader.outputs[0].shape
-        made.outputs[0].type = onnx_ir.TensorType(dtype)
+    for value, dtype in ((turned, stored.dtype), (again, reader.outputs[0].dtype)):
+        value.outputs[0].shape = reader.outputs[0].shape
+        value.outputs[0].type = onnx_ir.TensorType(dtype)
     turned.outputs[0].name, again.outputs[0].name = f"{name}_integers", f"{name}_numbers"
     graph.insert_before(reader, [turned, again])
     reader.outputs[0].replace_all_uses_with(again.outputs[0])
@@ -169,7 +169,7 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
     if order is not None:
         shape = [shape[i] for i in order]
 
-    def read() -> Any:
+    def load() -> Any:
         values = weight.const_value.numpy().astype(numpy.float32)
         step, offset = (
             scale.const_value.numpy().astype(numpy.float32),
@@ -187,19 +187,21 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
             integers = integers.transpose(order)
         return onnx_ir.tensor(numpy.ascontiguousarray(integers).astype(kind.numpy()), dtype=kind, name=name)
 
-    lazy = onnx_ir.LazyTensor(read, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
+    lazy = onnx_ir.LazyTensor(load, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
     return onnx_ir.Value(
         name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(kind), const_value=lazy
     )
 
 
-def _turned(graph: Any, held: Any, name: str) -> Any:
+def _turned(graph: Any, stored: Any, name: str) -> Any:
     import numpy
     import onnx_ir
 
-    tensor = onnx_ir.tensor(numpy.ascontiguousarray(held.const_value.numpy().T), dtype=held.dtype, name=name)
+    tensor = onnx_ir.tensor(
+        numpy.ascontiguousarray(stored.const_value.numpy().T), dtype=stored.dtype, name=name
+    )
     value = onnx_ir.Value(
-        name=name, shape=tensor.shape, type=onnx_ir.TensorType(held.dtype), const_value=tensor
+        name=name, shape=tensor.shape, type=onnx_ir.TensorType(stored.dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value
@@ -212,8 +214,8 @@ def _limits(kind: Any) -> tuple[int, int]:
         onnx_ir.DataType.UINT8: (0, 255), onnx_ir.DataType.INT8: (-127, 127), onnx_ir.DataType.UINT16: (0, 65535),
         onnx_ir.DataType.INT16: (-32768, 32767), onnx_ir.DataType.INT4: (-7, 7),
     }  # fmt: skip
-    found: tuple[int, int] = bounds[kind]
-    return found
+    limits: tuple[int, int] = bounds[kind]
+    return limits
 
 
 def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
@@ -235,20 +237,20 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
             f"{expected} values are quantised in the program, and {counts[DEQUANTIZE]} are in the file"
         )
     bare = []
-    given = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
-    given |= {v for name, v in model.graph.initializers.items() if name in parameters}
-    own = set(given)
+    unquantized = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
+    unquantized |= {v for name, v in model.graph.initializers.items() if name in parameters}
+    at_boundary = set(unquantized)
     for node in model.graph:
         if node.op_type in (QUANTIZE, DEQUANTIZE):
-            own.update(node.outputs)
+            at_boundary.update(node.outputs)
             continue
-        if not any(v in own for v in node.inputs):
+        if not any(v in at_boundary for v in node.inputs):
             continue
-        for place, value in enumerate(node.inputs):
+        for index, value in enumerate(node.inputs):
             # a bias goes into sums, which are wide
-            if value in given and not (place == 2 and node.op_type in _BIASED):
+            if value in unquantized and not (index == 2 and node.op_type in _BIASED):
                 bare.append(f"{value.name}, which {node.op_type} {node.outputs[0].name} reads")
-        own.update(node.outputs)
+        at_boundary.update(node.outputs)
         for value in node.outputs:
             numbers = value.dtype is not None and value.dtype.is_floating_point()
             users = [u.node.op_type for u in value.uses()]

@@ -28,21 +28,21 @@ def fixed_sizes(program: Program, sizes: Mapping[str, int], *, everything: bool)
     """
     unknown = [name for name in sizes if name not in program.signature.sizes]
     if unknown:
-        known = ", ".join(program.signature.sizes) or "none"
-        raise LoweringError(f"the program has no size {unknown[0]!r}", hint=f"its sizes: {known}")
+        names = ", ".join(program.signature.sizes) or "none"
+        raise LoweringError(f"the program has no size {unknown[0]!r}", hint=f"its sizes: {names}")
     values = static_sizes(program, sizes)
     return {n: v for n, v in values.items() if everything or n in sizes or namesake(n) in sizes}
 
 
 def limits_of(program: Program) -> tuple[str, ...]:
     """Return what must hold of sizes that vary, where that is more than to be there."""
-    found = []
+    rows = []
     for name, limits in program.signature.sizes.items():
         if limits.low > 1:
-            found.append(f"{name} >= {limits.low}")
+            rows.append(f"{name} >= {limits.low}")
         if limits.high is not None:
-            found.append(f"{name} <= {limits.high}")
-    return (*found, *program.signature.constraints)
+            rows.append(f"{name} <= {limits.high}")
+    return (*rows, *program.signature.constraints)
 
 
 def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = False) -> Program:
@@ -79,8 +79,8 @@ def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = Fa
         if name in other.signature.inputs:
             value = node.meta["val"]
             shape = tuple(format_size(size, other.symbols) for size in value.shape)
-            held = other.signature.inputs[name]
-            other.signature.inputs[name] = replace(held, shape=shape, dtype=value.dtype)
+            spec = other.signature.inputs[name]
+            other.signature.inputs[name] = replace(spec, shape=shape, dtype=value.dtype)
     other.changed()
     return other
 
@@ -95,9 +95,9 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
             )
     broken = program.signature.broken_constraint(sizes)
     if broken is not None:
-        said = ", ".join(f"{n}={v}" for n, v in sizes.items() if n in broken)
+        listing = ", ".join(f"{n}={v}" for n, v in sizes.items() if n in broken)
         raise LoweringError(
-            f"{said}: the program takes sizes with {broken} only", hint="choose sizes that keep this"
+            f"{listing}: the program takes sizes with {broken} only", hint="choose sizes that keep this"
         )
 
 

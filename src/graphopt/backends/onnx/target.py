@@ -70,8 +70,8 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
     Raises:
         LoweringError: each node with the reason and the line of the user's model that it comes from.
     """
-    places = {node.name: node for node in program.nodes} | dict(program.outputs)
-    found = []
+    origins = {node.name: node for node in program.nodes} | dict(program.outputs)
+    refused = []
     for node in model.graph:
         if node.op_type in (QUANTIZE, DEQUANTIZE):
             continue
@@ -81,42 +81,42 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
         if not why and any(map(_blocked, node.inputs)) and not target.takes_blocks(node.op_type, kind):
             why = f"{target.name} takes no scale for each block of inputs in {kind}; quantize{{target={target.name}}}"
         if why:
-            origin = _origin(node, places)
+            origin = _origin(node, origins)
             line = program.source_line(origin) if origin is not None else ""
-            found.append(f"{node.op_type} {node.outputs[0].name}: {why}" + (f"  [{line}]" if line else ""))
+            refused.append(f"{node.op_type} {node.outputs[0].name}: {why}" + (f"  [{line}]" if line else ""))
     if target.compiled and kind == FLOAT:
-        found += [
+        refused += [
             f"{n.name}: {target.name} computes depthwise convolutions of this length wrongly where they are dilated; "
             f"fit-target writes them otherwise  [{program.source_line(n)}]"
             for n in program.nodes if misread(n)
         ]  # fmt: skip
-    if found:
-        more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
+    if refused:
+        more = f"\n  and {len(refused) - 20} more" if len(refused) > 20 else ""
         raise LoweringError(
-            f"{len(found)} nodes cannot go to {target.name}:\n  " + "\n  ".join(found[:20]) + more,
+            f"{len(refused)} nodes cannot go to {target.name}:\n  " + "\n  ".join(refused[:20]) + more,
             hint="change what the model computes there, or leave target out and let a runtime choose where nodes run",
         )
 
 
 def _blocked(value: Any) -> bool:
     """Tell whether a value is restored with a scale for each block."""
-    made = value.producer() if value is not None else None
-    if made is None or made.op_type != DEQUANTIZE:
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type != DEQUANTIZE:
         return False
-    size = made.attributes.get("block_size")
+    size = producer.attributes.get("block_size")
     return size is not None and size.value > 0
 
 
-def _origin(node: Any, places: Mapping[str, Any]) -> Any:
+def _origin(node: Any, origins: Mapping[str, Any]) -> Any:
     """Return the program's node that an ONNX node belongs to: its own, or that of the first value made of it."""
-    work, seen = [node], 0
-    while work and seen < 60:
+    work, steps = [node], 0
+    while work and steps < 60:
         current = work.pop(0)
-        seen += 1
+        steps += 1
         for value in current.outputs:
             name = (value.name or "").removesuffix("_inner")
-            if name in places:
-                return places[name]
+            if name in origins:
+                return origins[name]
             work.extend(use.node for use in value.uses())
     return None
 
@@ -140,41 +140,41 @@ def check_on_target(
     """
     original = without_rounding(program)
     feeds = [{n: t.contiguous().numpy() for n, t in case.inputs.items()} for case in cases]
-    known = _taken(path)
-    feeds = [{n: a for n, a in feed.items() if n in known} for feed in feeds]
-    found = simulate(path, feeds, soc=target.soc, arch=target.arch, context=context)
-    if found.error:
+    accepted = _taken(path)
+    feeds = [{n: a for n, a in feed.items() if n in accepted} for feed in feeds]
+    simulated = simulate(path, feeds, soc=target.soc, arch=target.arch, context=context)
+    if simulated.error:
         raise LoweringError(
-            f"{target.name}'s compiler: {found.error}",
+            f"{target.name}'s compiler: {simulated.error}",
             hint="for ONNX Runtime the file is right, and without the check it is written; halving the program with "
             "skip-layers finds the operator that the compiler dislikes",
         )
-    if found.elsewhere:
-        rest = ", ".join(f"{op} {name}" for op, name in found.elsewhere[:8])
-        raise LoweringError(f"{len(found.elsewhere)} nodes are left on the CPU: {rest}")
+    if simulated.elsewhere:
+        on_cpu = ", ".join(f"{op} {name}" for op, name in simulated.elsewhere[:8])
+        raise LoweringError(f"{len(simulated.elsewhere)} nodes are left on the CPU: {on_cpu}")
     runtime: dict[str, float] = {}
     floating: dict[str, float] = {}
-    for case, feed, outputs in zip(cases, feeds, found.outputs, strict=True):
+    for case, feed, outputs in zip(cases, feeds, simulated.outputs, strict=True):
         expected = reference(path, feed)
         truth = run(original, {n: v for n, v in case.inputs.items() if n in original.input_nodes})
         for name, value in outputs.items():
             for ratios, other in ((runtime, torch.from_numpy(expected[name])), (floating, truth[name])):
                 pair = counted(torch.from_numpy(value), other, case)
                 if pair is not None:
-                    here = signal_to_noise(pair[0].float().numpy(), pair[1].float().numpy())
-                    ratios[name] = min(ratios.get(name, 200.0), here)
+                    ratio = signal_to_noise(pair[0].float().numpy(), pair[1].float().numpy())
+                    ratios[name] = min(ratios.get(name, 200.0), ratio)
     wrong = {n: r for n, r in runtime.items() if r < LEAST[kind]}
     if wrong:
-        told = ", ".join(f"{n}: {r:.1f} dB" for n, r in wrong.items())
+        listing = ", ".join(f"{n}: {r:.1f} dB" for n, r in wrong.items())
         raise LoweringError(
-            f"{target.name} computes something else than ONNX Runtime on the same file: {told}; "
+            f"{target.name} computes something else than ONNX Runtime on the same file: {listing}; "
             f"{LEAST[kind]:.0f} dB are asked for",
             hint="it computes an operator wrongly; tools/target_sweep in the repository tries them one by one",
         )
     files = () if context is None else tuple(sorted(context.parent.glob(f"{context.stem}*")))
     return TargetReport(
-        target.name, found.wheel, sum(found.nodes.values()), found.compile_seconds, found.simulate_seconds, runtime,
-        floating, files,
+        target.name, simulated.wheel, sum(simulated.nodes.values()), simulated.compile_seconds, simulated.simulate_seconds,
+        runtime, floating, files,
     )  # fmt: skip
 
 

@@ -72,15 +72,17 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
     )
     if core_aten:
         exported = exported.run_decompositions()
-        left = [n.name for n in exported.graph.nodes if str(n.target).startswith("graphopt.")]
-        if left:
-            raise LoweringError(f"operators of graphopt are left after decomposition: {', '.join(left[:5])}")
+        remaining = [n.name for n in exported.graph.nodes if str(n.target).startswith("graphopt.")]
+        if remaining:
+            raise LoweringError(
+                f"operators of graphopt are left after decomposition: {', '.join(remaining[:5])}"
+            )
     return exported
 
 
-def _state_name(weight: Weight, *taken: dict[str, Any]) -> str:
+def _state_name(weight: Weight, *tables: dict[str, Any]) -> str:
     name, count = weight.name, 1
-    while any(name in table for table in taken):
+    while any(name in table for table in tables):
         count += 1
         name = f"{weight.name}_{count}"
     return name
@@ -127,14 +129,14 @@ def _returned(program: Program) -> set[fx.Node]:
 
 def _distinct(graph: fx.Graph, values: list[fx.Node], *placeholders: list[Any]) -> list[fx.Node]:
     """An exported program returns each value once, and no placeholder as it is."""
-    taken = {node for table in placeholders for node, _ in table}
+    placeholder_nodes = {node for table in placeholders for node, _ in table}
     distinct = []
     for value in values:
-        if value in taken:
+        if value in placeholder_nodes:
             copy = graph.call_function(torch.ops.aten.clone.default, (value,))
             copy.meta["val"] = value.meta["val"]
             value = copy
-        taken.add(value)
+        placeholder_nodes.add(value)
         distinct.append(value)
     return distinct
 

@@ -29,10 +29,10 @@ class _Block:
 class _Calling:
     """How a program is called; shared by copies of a module, as it never changes."""
 
-    def __init__(self, program: Program, held: Program):
+    def __init__(self, program: Program, source: Program):
         self.signature = program.signature
         self.program = program
-        self.held = held
+        self.held = source
         plain = [{"leaf": name} for name in program.signature.inputs]
         self.positional = (
             list(program.signature.parameters.values()) == plain
@@ -73,9 +73,9 @@ class ProgramModule(nn.Module):
     class, so that ``for block in module.program_blocks(): block.compile(dynamic=True)`` compiles it once.
     """
 
-    def __init__(self, program: Program, held: Program):
+    def __init__(self, program: Program, source: Program):
         super().__init__()
-        self.__dict__["_calling"] = _Calling(program, held)
+        self.__dict__["_calling"] = _Calling(program, source)
         self.__dict__["_block_paths"] = []
 
     def program_blocks(self) -> list[nn.Module]:
@@ -169,10 +169,10 @@ def _register(module: nn.Module, program: Program) -> dict[fx.Node, str]:
 def _attach(module: nn.Module, name: str, value: torch.Tensor, weight: Weight, parameter: bool) -> None:
     owner = module
     *path, leaf = name.split(".")
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
+    for attribute in path:
+        if attribute not in owner._modules:
+            owner.add_module(attribute, nn.Module())
+        owner = owner._modules[attribute]  # type: ignore[assignment]
     if parameter:
         owner.register_parameter(leaf, value)  # type: ignore[arg-type]
     else:
@@ -183,14 +183,14 @@ def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
     """Return the layers that can be submodules: with weights of their own under one path."""
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     blocks: list[_Block] = []
-    taken: set[fx.Node] = set()
+    assigned: set[fx.Node] = set()
     owners: dict[str, tuple[str, ...]] = {}
     for layer in program.anatomy.layers:
         inside = set(between(layer.reads, layer.writes, order))
         inside |= _own_weight_nodes(inside, program)
         weights = sorted({names[n] for node in inside for n in node.all_input_nodes if n in names})
         path = _common_path(weights)
-        if not path or inside & taken or owners.get(path, tuple(weights)) != tuple(weights):
+        if not path or inside & assigned or owners.get(path, tuple(weights)) != tuple(weights):
             continue
         if any(
             other != path and (other.startswith(path + ".") or path.startswith(other + "."))
@@ -206,7 +206,7 @@ def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
         if max((order[n] for n in block.reads), default=-1) >= min(readers, default=len(order)):
             continue  # a part of it is needed before all that it reads is there
         owners[path] = tuple(weights)
-        taken |= inside
+        assigned |= inside
         blocks.append(block)
     return blocks
 
@@ -216,24 +216,24 @@ def _own_weight_nodes(inside: set[fx.Node], program: Program) -> set[fx.Node]:
     from ...ir.running.fold import depends_on_weights_alone
 
     constant = depends_on_weights_alone(program)
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     work = [n for node in inside for n in node.all_input_nodes]
     while work:
         node = work.pop()
-        if node in inside or node in found or node.op != "call_function" or node not in constant:
+        if node in inside or node in nodes or node.op != "call_function" or node not in constant:
             continue
-        if all(u in inside or u in found for u in node.users):
-            found.add(node)
+        if all(u in inside or u in nodes for u in node.users):
+            nodes.add(node)
             work.extend(node.all_input_nodes)
-    return found
+    return nodes
 
 
 def _common_path(names: list[str]) -> str:
     if not names:
         return ""
-    parts = [name.split(".")[:-1] for name in names]
+    module_paths = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
-    for level in zip(*parts, strict=False):
+    for level in zip(*module_paths, strict=False):
         if len(set(level)) > 1:
             break
         shared.append(level[0])
@@ -274,8 +274,8 @@ def _attribute(graph: fx.Graph, target: str) -> fx.Node:
 
 def _install(module: nn.Module, path: str, kind: type[nn.Module]) -> None:
     """Make the container at ``path`` an instance of the block's class."""
-    held = module.get_submodule(path)
-    held.__class__ = kind
+    submodule = module.get_submodule(path)
+    submodule.__class__ = kind
 
 
 def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str]) -> fx.Graph:

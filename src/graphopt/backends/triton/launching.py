@@ -19,8 +19,8 @@ def _start(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], meta: dict
 
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
     # Triton starts on the current device, whatever the tensors' is
-    here = torch.cuda.device(tensor.device) if is_plain_tensor(tensor) and tensor.is_cuda else nullcontext()
-    with here:
+    device = torch.cuda.device(tensor.device) if is_plain_tensor(tensor) and tensor.is_cuda else nullcontext()
+    with device:
         wrap_triton(kernel)[grid](*args, **meta)
 
 

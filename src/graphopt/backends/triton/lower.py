@@ -127,15 +127,15 @@ def lower_triton(
             f"no operator of this program has a kernel{reasons}",
             hint="fuse-kernels, split-ffn, insert-kv-cache, take-top-k quantize-communication bring operators with one",
         )
-    with atomic_folder(path, may_replace=lambda _: False) as place:
-        (place / "kernels").mkdir()
-        kernels = _compiled(calls, architectures, place / "kernels")
+    with atomic_folder(path, may_replace=lambda _: False) as folder:
+        (folder / "kernels").mkdir()
+        kernels = _compiled(calls, architectures, folder / "kernels")
         compared = _compared(sorted({call["operator"] for call in calls})) if check else {}
         errors: dict[str, float] = {}
         if device is not None:
             from .package import write_package
 
-            errors, reached = write_package(program, place / "model.pt2", device)
+            errors, reached = write_package(program, folder / "model.pt2", device)
             without |= {
                 call["what"]: f"the package takes sizes that vary, and computes {call['operator']} by its reference"
                 for call in calls if call["operator"] not in reached
@@ -151,7 +151,7 @@ def lower_triton(
             errors,
             time.perf_counter() - began,
         )
-        (place / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -162,21 +162,21 @@ def as_json(report: TritonReport) -> dict[str, Any]:
     return {**plain, "kernels": [vars(k) for k in report.kernels], "package": package}
 
 
-def _sizes(program: Program, given: Mapping[str, int] | None) -> dict[str, int]:
-    found = {}
+def _sizes(program: Program, values: Mapping[str, int] | None) -> dict[str, int]:
+    sizes = {}
     for name, limits in program.signature.sizes.items():
         usual = USUAL.get(name)
         if usual is not None:
-            found[name] = max(limits.low, usual if limits.high is None else min(usual, limits.high))
-    near = program.signature.nearest(found)
-    return {**{name: near[name] for name in found}, **(given or {})}
+            sizes[name] = max(limits.low, usual if limits.high is None else min(usual, limits.high))
+    near = program.signature.nearest(sizes)
+    return {**{name: near[name] for name in sizes}, **(values or {})}
 
 
 def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return the calls of operators that have kernels, equal ones once with the number of nodes, and who has none why."""
     from .wiring import TABLE
 
-    found: dict[str, dict[str, Any]] = {}
+    calls: dict[str, dict[str, Any]] = {}
     without: dict[str, str] = {}
 
     def add(operator: str, node: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> None:
@@ -189,7 +189,7 @@ def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], di
             return
         call = call_of(operator, node.name, args, options)
         key = json.dumps([call["operator"], call["args"], call["options"]])
-        found.setdefault(key, {**call, "nodes": 0})["nodes"] += 1
+        calls.setdefault(key, {**call, "nodes": 0})["nodes"] += 1
 
     for node in program.nodes:
         name = operator_name(node.target).removeprefix("graphopt.") if node.op == "call_function" else ""
@@ -197,14 +197,14 @@ def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], di
             for operator, args in _messages(node, numbers, ranks_of(program) or 2):
                 add(operator, node, args, {})
         elif name in TABLE:
-            given, options = normal_call(node.target, arguments(node))
+            operands, options = normal_call(node.target, arguments(node))
             add(
                 name,
                 node,
-                [_shown(a, numbers) for a in given],
+                [_shown(a, numbers) for a in operands],
                 {k: _shown(v, numbers) for k, v in options.items()},
             )
-    return list(found.values()), without
+    return list(calls.values()), without
 
 
 def _shown(value: Any, numbers: Numbers) -> Any:
@@ -230,16 +230,16 @@ def _messages(node: fx.Node, numbers: Numbers, ranks: int) -> list[tuple[str, li
     """Return the calls inside a quantised sum over ranks, in its gathering form."""
     from ...ir.operators.quantized import payload_bytes
 
-    found = {k: _shown(v, numbers) for k, v in arguments(node).items()}
-    x, kept, bits, block = found["x"], found["kept"], found["bits"], found["block"]
+    args = {k: _shown(v, numbers) for k, v in arguments(node).items()}
+    x, kept, bits, block = args["x"], args["kept"], args["bits"], args["block"]
     features = x.shape[-1]
     width = payload_bytes(features, kept, bits, block)
-    static = None if block else found["scales"]
+    static = None if block else args["scales"]
     payload = torch.empty(ranks, *x.shape[:-1], width, dtype=torch.uint8, device="meta")
-    own = None if static is None else static[0]
+    order = None if static is None else static[0]
     return [
-        ("quantize_pack", [x, found["order"], own, kept, bits, block, width]),
-        ("unpack_sum", [payload, found["order"], static, features, kept, bits, block]),
+        ("quantize_pack", [x, args["order"], order, kept, bits, block, width]),
+        ("unpack_sum", [payload, args["order"], static, features, kept, bits, block]),
     ]
 
 

@@ -41,9 +41,9 @@ def write_package(program: Program, path: Path, device: str) -> tuple[dict[str, 
     limits: dict[str, float] = {}
     for case in comparison_cases(program, {}, dynamic=bool(program.signature.sizes)):
         inputs = {k: v for k, v in case.inputs.items() if k in program.input_nodes}
-        made = loaded(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+        outputs = loaded(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
         for name, value in run(program, inputs).items():
-            pair = counted(made[name].cpu(), value, case)
+            pair = counted(outputs[name].cpu(), value, case)
             if pair is not None:
                 errors[name] = max(errors.get(name, 0.0), relative_error(*pair))
                 limits[name] = LIMITS.get(value.dtype, 0.0)

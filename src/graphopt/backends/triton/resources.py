@@ -44,13 +44,13 @@ def _nvidia(binary: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(binary)
-        said = subprocess.run(
+        process = subprocess.run(
             [str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True, timeout=60
         )
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", said.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {said.stdout[:200]}")
-    return int(found[1]), int(found[2])
+    match = re.search(r"REG:(\d+)\s+STACK:(\d+)", process.stdout)
+    if match is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {process.stdout[:200]}")
+    return int(match[1]), int(match[2])
 
 
 def _amd(assembly: str) -> tuple[int, int]:

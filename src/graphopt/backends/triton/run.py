@@ -64,15 +64,17 @@ def in_child(request: Mapping[str, Any], limit: float = 600.0) -> list[dict[str,
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "graphopt.backends.triton.child"]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=limit, env=environment
         )
     except subprocess.TimeoutExpired:
         raise LoweringError(f"compiling kernels took longer than {limit:.0f} s, and was ended") from None
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise LoweringError(f"the process that compiles kernels ended with status {done.returncode}:\n{last}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+    if process.returncode:
+        last = "\n".join(process.stderr.strip().splitlines()[-6:])
+        raise LoweringError(
+            f"the process that compiles kernels ended with status {process.returncode}:\n{last}"
+        )
+    rows: list[dict[str, Any]] = json.loads(process.stdout.strip().splitlines()[-1])
     return rows
 
 

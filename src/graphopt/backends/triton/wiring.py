@@ -130,9 +130,9 @@ def _register(name: str) -> None:
 def _signature(reference: Callable[..., Any]) -> inspect.Signature:
     """Return a function's signature with types instead of their names, from which torch makes a schema."""
     hints = typing.get_type_hints(reference)
-    found = inspect.signature(reference)
-    typed = [p.replace(annotation=hints[n]) for n, p in found.parameters.items()]
-    return found.replace(parameters=typed, return_annotation=hints["return"])
+    signature = inspect.signature(reference)
+    typed = [p.replace(annotation=hints[n]) for n, p in signature.parameters.items()]
+    return signature.replace(parameters=typed, return_annotation=hints["return"])
 
 
 def _hook(name: str, everywhere: bool, reached: set[str] | None) -> Callable[..., Any]:
@@ -169,16 +169,16 @@ def kernels_in_use(
     Raises:
         UsageError: there is no such kernel.
     """
-    wanted = list(TABLE) if names is None else list(names)
-    for name in wanted:
+    selected = list(TABLE) if names is None else list(names)
+    for name in selected:
         if name not in TABLE:
             raise UsageError(f"there is no kernel for {name!r}", hint=", ".join(sorted(TABLE)))
-    for name in wanted:
+    for name in selected:
         # now, and not while torch.compile looks on
         if name not in _operators:
             _register(name)
     before = dict(KERNELS)
-    KERNELS.update({name: _hook(name, everywhere, reached) for name in wanted})
+    KERNELS.update({name: _hook(name, everywhere, reached) for name in selected})
     try:
         yield
     finally:

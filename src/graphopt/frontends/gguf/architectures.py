@@ -71,12 +71,12 @@ def _attention(*, rotated: bool = False) -> tuple[Slot, ...]:
 
 
 def _biases(*, rotated: bool = False, output: bool = False) -> tuple[Slot, ...]:
-    found = (
+    biased = (
         Slot("attn_q.bias", "self_attn.q_proj.bias", ("queries",), "heads" if rotated else ""),
         Slot("attn_k.bias", "self_attn.k_proj.bias", ("keys",), "kv_heads" if rotated else ""),
         Slot("attn_v.bias", "self_attn.v_proj.bias", ("keys",)),
     )
-    return (*found, Slot("attn_output.bias", "self_attn.o_proj.bias", ("hidden",))) if output else found
+    return (*biased, Slot("attn_output.bias", "self_attn.o_proj.bias", ("hidden",))) if output else biased
 
 
 _FEED_FORWARD = (
@@ -124,7 +124,7 @@ def _gemma3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, An
         raise header.wrong(
             f"its rotary positions are scaled in the way {full['rope_type']}, unlike any Gemma 3"
         )
-    made: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _gemma_scale(header, prefix, config, 62),
         "attn_logit_softcapping": None,
@@ -132,35 +132,35 @@ def _gemma3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, An
         "attention_bias": False,
     }
     if header.has(f"{prefix}.final_logit_softcapping"):
-        made["final_logit_softcapping"] = header.number(f"{prefix}.final_logit_softcapping")
+        entries["final_logit_softcapping"] = header.number(f"{prefix}.final_logit_softcapping")
     # a file without a window has full attention everywhere
     window = header.count(f"{prefix}.attention.sliding_window", 0, low=0)
     pattern = header.count(f"{prefix}.attention.sliding_window_pattern", 6) if window else 1
-    made["layer_types"] = [
+    entries["layer_types"] = [
         ("full" if (i + 1) % pattern == 0 else "sliding") + "_attention"
         for i in range(config["num_hidden_layers"])
     ]
-    made["sliding_window"] = window or config["max_position_embeddings"]
+    entries["sliding_window"] = window or config["max_position_embeddings"]
     local = header.number(f"{prefix}.rope.freq_base_swa", 10000.0)
-    made["rope_parameters"] = {
+    entries["rope_parameters"] = {
         "full_attention": full,
         "sliding_attention": {"rope_type": "default", "rope_theta": local},
     }
-    return made
+    return entries
 
 
 def _phi3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
     rotated = header.count(f"{prefix}.rope.dimension_count", config["head_dim"])
-    made: dict[str, Any] = {"hidden_act": "silu"}
-    made["sliding_window"] = header.count(f"{prefix}.attention.sliding_window", 0, low=0) or None
-    made["original_max_position_embeddings"] = header.count(
+    entries: dict[str, Any] = {"hidden_act": "silu"}
+    entries["sliding_window"] = header.count(f"{prefix}.attention.sliding_window", 0, low=0) or None
+    entries["original_max_position_embeddings"] = header.count(
         f"{prefix}.rope.scaling.original_context_length", config["max_position_embeddings"]
     )
-    made["rope_parameters"] = {
+    entries["rope_parameters"] = {
         **config["rope_parameters"],
         "partial_rotary_factor": rotated / config["head_dim"],
     }
-    return made
+    return entries
 
 
 def _plain(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -301,9 +301,9 @@ def configuration(header: Header, prefix: str, kind: Architecture) -> dict[str, 
 
 
 def _require_known(header: Header, prefix: str, kind: Architecture) -> None:
-    known = _COMMON | _IDLE | kind.keys
+    recognised = _COMMON | _IDLE | kind.keys
     for key in header.metadata:
-        if key.startswith(prefix + ".") and key.removeprefix(prefix + ".") not in known:
+        if key.startswith(prefix + ".") and key.removeprefix(prefix + ".") not in recognised:
             raise header.wrong(
                 f"its entry {key[:80]} is not known, so nobody can tell what it changes in the model",
                 hint="give the model's Hugging Face folder, or report it",
@@ -326,13 +326,13 @@ def expected(
     ]
     if not config["tie_word_embeddings"]:
         outside.append(Slot("output.weight", "lm_head.weight", ("vocabulary", "hidden")))
-    found = {slot.stored: (slot, tuple(sizes[s] for s in slot.shape)) for slot in outside}
+    expected_slots = {slot.stored: (slot, tuple(sizes[s] for s in slot.shape)) for slot in outside}
     inside = [*kind.layer, *(s for name, slots in kind.biases.items() if config[name] for s in slots)]
     for layer in range(config["num_hidden_layers"]):
         for slot in inside:
-            named = Slot(
+            layer_slot = Slot(
                 f"blk.{layer}.{slot.stored}", f"model.layers.{layer}.{slot.name}", slot.shape, slot.rotated,
                 slot.offset,
             )  # fmt: skip
-            found[named.stored] = (named, tuple(sizes[s] for s in slot.shape))
-    return found
+            expected_slots[layer_slot.stored] = (layer_slot, tuple(sizes[s] for s in slot.shape))
+    return expected_slots

@@ -67,9 +67,9 @@ def _tensors(
             f"and token_embd.weight has {vocabulary} rows"
         )
     config["vocab_size"] = vocabulary
-    made: dict[str, GGUFTensor] = {}
-    wanted = expected(config, kind, vocabulary)
-    for name, (slot, shape) in wanted.items():
+    tensors: dict[str, GGUFTensor] = {}
+    slots = expected(config, kind, vocabulary)
+    for name, (slot, shape) in slots.items():
         stored = header.tensors.get(name)
         if stored is None:
             raise header.wrong(f"it has no tensor {name}, which {prefix} with its metadata has")
@@ -78,14 +78,14 @@ def _tensors(
                 f"{name} has shape {list(stored.shape)}, and {list(shape)} by the metadata of the file"
             )
         heads = {"": 0, "heads": config["num_attention_heads"], "kv_heads": config["num_key_value_heads"]}
-        made[slot.name] = tensor_of(header, stored, rotated=heads[slot.rotated], offset=slot.offset)
+        tensors[slot.name] = tensor_of(header, stored, rotated=heads[slot.rotated], offset=slot.offset)
     for name in header.tensors:
-        if name not in wanted and name not in kind.tables:
+        if name not in slots and name not in kind.tables:
             raise header.wrong(
                 f"its tensor {name[:80]!r} is none of those of {prefix}, so nobody can tell what it does",
                 hint="give the model's Hugging Face folder, or report it",
             )
-    return made
+    return tensors
 
 
 def _special(config: dict[str, Any], vocabulary: Vocabulary) -> None:
@@ -96,10 +96,10 @@ def _special(config: dict[str, Any], vocabulary: Vocabulary) -> None:
 
 
 def _generation(vocabulary: Vocabulary) -> bytes:
-    made: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for name in ("bos", "pad"):
         if f"{name}_token" in vocabulary.special:
-            made[f"{name}_token_id"] = vocabulary.special[f"{name}_token"]
+            config[f"{name}_token_id"] = vocabulary.special[f"{name}_token"]
     if vocabulary.ends:
-        made["eos_token_id"] = vocabulary.ends[0] if len(vocabulary.ends) == 1 else vocabulary.ends
-    return (json.dumps(made, indent=2) + "\n").encode()
+        config["eos_token_id"] = vocabulary.ends[0] if len(vocabulary.ends) == 1 else vocabulary.ends
+    return (json.dumps(config, indent=2) + "\n").encode()

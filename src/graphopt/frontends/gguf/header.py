@@ -45,8 +45,8 @@ class StoredTensor:
     @property
     def kind(self) -> str:
         """Name of its type, such as Q4_1."""
-        found = block_of(self.code)
-        return found[0] if found else str(self.code)
+        block = block_of(self.code)
+        return block[0] if block else str(self.code)
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _shown(value: Any) -> str:
 
 def stamp_of(path: Path) -> tuple[int, ...]:
     """Return what tells that a file is no longer the one it was."""
-    seen = path.stat()
-    return seen.st_size, seen.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class _Bytes:
@@ -197,10 +197,10 @@ class _Bytes:
             # the shortest number that float32 stores so: 1e-05, not 9.999999747378752e-06
             return float(str(numpy.float32(value))) if code == _FLOAT32 else value
         if code == _BOOL:
-            found = self.take(1, what)[0]
-            if found > 1:
-                raise self.wrong(f"{what} is true or false, and holds {found}")
-            return bool(found)
+            byte = self.take(1, what)[0]
+            if byte > 1:
+                raise self.wrong(f"{what} is true or false, and holds {byte}")
+            return bool(byte)
         if code == _STRING:
             return self.string(what)
         if code == _ARRAY:
@@ -260,34 +260,34 @@ def _read(file: _Bytes, stamp: tuple[int, ...]) -> Header:
         raise file.wrong(f"its alignment is {_shown(alignment)}")
     if alignment & (alignment - 1):
         raise file.wrong(f"its alignment is {alignment}, which is no power of two")
-    listed = [_tensor(file) for _ in range(count)]
+    entries = [_tensor(file) for _ in range(count)]
     start = -(-file.place // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
-    for name, shape, code, offset in listed:
+    for name, shape, code, offset in entries:
         if name in tensors:
             raise file.wrong(f"it has two tensors {name!r}")
         if offset % alignment:
             raise file.wrong(f"{name!r} begins at byte {offset}, which is no multiple of {alignment}")
         size = _size(file, name, shape, code)
         tensors[name] = StoredTensor(name, shape, code, start + offset, size, file.path, stamp)
-    place = start
+    end = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.bytes)):
-        if tensor.start < place:
+        if tensor.start < end:
             raise file.wrong(f"{tensor.name!r} overlaps another tensor")
-        place = tensor.start + tensor.bytes
-        if place > file.size:
-            raise file.wrong(f"{tensor.name!r} ends at byte {place}, the file at {file.size}")
+        end = tensor.start + tensor.bytes
+        if end > file.size:
+            raise file.wrong(f"{tensor.name!r} ends at byte {end}, the file at {file.size}")
     return Header(file.path, metadata, tensors)
 
 
 def _tensor(file: _Bytes) -> tuple[str, tuple[int, ...], int, int]:
     name = file.string("the name of a tensor", _LONGEST_NAME)
-    what = f"the entry of {name[:80]!r}"
-    dimensions = int(file.scalar("I", what))
+    label = f"the entry of {name[:80]!r}"
+    dimensions = int(file.scalar("I", label))
     if dimensions > _MOST_DIMENSIONS:
         raise file.wrong(f"{name[:80]!r} claims {dimensions} dimensions")
-    shape = struct.unpack(f"<{dimensions}Q", file.take(8 * dimensions, what))
-    code, offset = file.scalar("I", what), file.scalar("Q", what)
+    shape = struct.unpack(f"<{dimensions}Q", file.take(8 * dimensions, label))
+    code, offset = file.scalar("I", label), file.scalar("Q", label)
     # the fastest dimension comes first in the file
     return name, tuple(int(s) for s in reversed(shape)), int(code), int(offset)
 

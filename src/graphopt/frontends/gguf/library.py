@@ -39,11 +39,11 @@ def dequantises(code: int) -> bool:
     import numpy
 
     gguf = require_gguf()
-    found = block_of(code)
-    if found is None:
+    block = block_of(code)
+    if block is None:
         return False
     try:
-        gguf.dequantize(numpy.zeros((1, found[2]), dtype=numpy.uint8), gguf.GGMLQuantizationType(code))
+        gguf.dequantize(numpy.zeros((1, block[2]), dtype=numpy.uint8), gguf.GGMLQuantizationType(code))
     except NotImplementedError:
         return False
     return True

@@ -48,7 +48,7 @@ class GGUFTensor:
         assert block is not None
         columns = self.shape[-1]
         rows, width = numel(self.shape[:-1]), columns // block[1] * block[2]
-        made = torch.empty((rows, columns), dtype=torch.float32)
+        result = torch.empty((rows, columns), dtype=torch.float32)
         step = max(1, _PIECE // columns)
         raw = torch.empty(min(step, rows) * width, dtype=torch.uint8)
         try:
@@ -64,25 +64,25 @@ class GGUFTensor:
                     blocks = raw[: (last - first) * width]
                     self._fill(file, blocks)
                     values = dequantise(blocks.numpy().reshape(last - first, width), self.code)
-                    made[first:last] = torch.from_numpy(values)
+                    result[first:last] = torch.from_numpy(values)
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
         if self.offset:
-            made -= self.offset
-        made = made.reshape(self.shape)
-        return _in_halves(made, self.rotated) if self.rotated else made
+            result -= self.offset
+        result = result.reshape(self.shape)
+        return _in_halves(result, self.rotated) if self.rotated else result
 
     def _fill(self, file: object, blocks: torch.Tensor) -> None:
-        place = memoryview(blocks.numpy().data).cast("B")
-        read = 0
-        while read < len(place):
-            count = file.readinto(place[read:])  # type: ignore[attr-defined]
+        target = memoryview(blocks.numpy().data).cast("B")
+        filled = 0
+        while filled < len(target):
+            count = file.readinto(target[filled:])  # type: ignore[attr-defined]
             if not count:
                 raise CheckpointError(
                     f"{self.path} ends within tensor {self.key!r}",
                     hint="the file changed since it was opened; load the checkpoint again",
                 )
-            read += count
+            filled += count
 
 
 def _in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -44,9 +44,9 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
         CheckpointError: it is of a kind that is not read, or contradicts itself.
     """
     kind = header.text("tokenizer.ggml.model", "none")
-    found = Vocabulary()
+    contents = Vocabulary()
     if kind in ("none", "no_vocab"):
-        return found
+        return contents
     tokens = header.strings(_KEY + "tokens")
     if not 0 < len(tokens) <= rows:
         raise header.wrong(f"it has {len(tokens)} tokens, and {rows} embeddings for them")
@@ -62,32 +62,35 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
     for name, key in _SPECIAL.items():
         default = _SENTENCEPIECE_SPECIAL.get(name) if kind == "llama" else None
         if header.has(_KEY + key) or (default is not None and default < len(tokens)):
-            found.special[name] = _number(header, key, len(tokens), default)
-    listed = (_number(header, key, len(tokens)) for key in _ENDS if header.has(_KEY + key))
-    found.ends = list(dict.fromkeys(listed))
-    if not found.ends and "eos_token" in found.special:
-        found.ends = [found.special["eos_token"]]
+            contents.special[name] = _number(header, key, len(tokens), default)
+    ids = (_number(header, key, len(tokens)) for key in _ENDS if header.has(_KEY + key))
+    contents.ends = list(dict.fromkeys(ids))
+    if not contents.ends and "eos_token" in contents.special:
+        contents.ends = [contents.special["eos_token"]]
     if kind == "gpt2":
-        made, splitting = _byte_level(header, vocabulary)
+        tokenizer, splitting = _byte_level(header, vocabulary)
     elif kind == "llama":
-        made, splitting = _sentencepiece(header, tokens, kinds, found.special), Splitting((), add_bos=True)
+        tokenizer, splitting = (
+            _sentencepiece(header, tokens, kinds, contents.special),
+            Splitting((), add_bos=True),
+        )
     else:
         raise header.wrong(
             f"its tokenizer is of the kind {kind[:40]!r}, which is not read",
             hint="gpt2 (byte pairs) and llama (sentencepiece) are; or give the model's Hugging Face folder",
         )
-    texts = {name: tokens[number] for name, number in found.special.items()}
+    texts = {name: tokens[number] for name, number in contents.special.items()}
     stripping = architecture == "phi3" and kind == "llama"
-    made["added_tokens"] = [
-        _added(number, token, number in found.special.values() or kinds[number] == _CONTROL, stripping)
+    tokenizer["added_tokens"] = [
+        _added(number, token, number in contents.special.values() or kinds[number] == _CONTROL, stripping)
         for number, token in enumerate(tokens)
-        if token and (kinds[number] in (_CONTROL, _USER_DEFINED) or number in found.special.values())
+        if token and (kinds[number] in (_CONTROL, _USER_DEFINED) or number in contents.special.values())
     ]
-    around = _around(header, splitting, found.special)
-    made["post_processor"] = _template(
+    around = _around(header, splitting, contents.special)
+    tokenizer["post_processor"] = _template(
         [tokens[n] for n in around[0]], [tokens[n] for n in around[1]], vocabulary
     )
-    found.files["tokenizer.json"] = _checked(header, made)
+    contents.files["tokenizer.json"] = _checked(header, tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **texts,
@@ -96,9 +99,9 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
         "clean_up_tokenization_spaces": False,
         "model_max_length": header.count(f"{architecture}.context_length"),
     }
-    _chat_templates(header, found.files)
-    found.files["tokenizer_config.json"] = _json(config)
-    return found
+    _chat_templates(header, contents.files)
+    contents.files["tokenizer_config.json"] = _json(config)
+    return contents
 
 
 def _json(value: Any) -> bytes:
@@ -129,22 +132,22 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> tuple[dict[str, A
     merges = []
     for line in header.strings(_KEY + "merges"):
         # a piece may begin with a space in no byte-level vocabulary, so the first one parts the two
-        left, _, right = line.partition(" ")
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+        first, _, second = line.partition(" ")
+        if first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
             raise header.wrong(f"its merge {line[:60]!r} is not of tokens that it has")
-        merges.append([left, right])
+        merges.append([first, second])
     cuts: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
         for expression in splitting.expressions
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    made = {
+    tokenizer = {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": _pairs(vocabulary, merges, ignore_merges=splitting.ignore_merges),
     }
-    return made, splitting
+    return tokenizer, splitting
 
 
 def _pairs(vocabulary: dict[str, int], merges: list[list[str]], **more: Any) -> dict[str, Any]:
@@ -198,12 +201,12 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[li
     pieces = {t: n for n, t in enumerate(tokens) if t and kinds[n] == _NORMAL}
     ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, number in pieces.items():
-        for cut in range(1, len(token)):
-            left, right = pieces.get(token[:cut]), pieces.get(token[cut:])
-            if left is not None and right is not None:
-                ranked.append((-scores[number], number, left, right, token[:cut], token[cut:]))
+        for split in range(1, len(token)):
+            first, second = pieces.get(token[:split]), pieces.get(token[split:])
+            if first is not None and second is not None:
+                ranked.append((-scores[number], number, first, second, token[:split], token[split:]))
     ranked.sort(key=lambda entry: entry[:4])
-    return [[left, right] for *_, left, right in ranked]
+    return [[first, second] for *_, first, second in ranked]
 
 
 def _around(header: Header, splitting: Splitting, special: dict[str, int]) -> tuple[list[int], list[int]]:
@@ -238,13 +241,13 @@ def _template(before: list[str], after: list[str], vocabulary: dict[str, int]) -
     }
 
 
-def _checked(header: Header, made: dict[str, Any]) -> bytes:
+def _checked(header: Header, tokenizer: dict[str, Any]) -> bytes:
     """Return the text of tokenizer.json as its own library writes it."""
     from tokenizers import Tokenizer
 
-    whole = {"version": "1.0", "truncation": None, "padding": None, **made}
+    document = {"version": "1.0", "truncation": None, "padding": None, **tokenizer}
     try:
-        return str(Tokenizer.from_str(json.dumps(whole)).to_str(pretty=True)).encode()
+        return str(Tokenizer.from_str(json.dumps(document)).to_str(pretty=True)).encode()
     except Exception as error:
         raise header.wrong(f"its tokenizer contradicts itself: {error}") from error
 

@@ -38,33 +38,35 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     capacity = cache.capacity if isinstance(cache.capacity, int) else tokens + 3
     tokens = min(tokens, capacity - 1)
     _require_room(cached, capacity)
-    wide, cut = retyped(whole), retyped(cached)
+    wide, narrow = retyped(whole), retyped(cached)
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
     spec = whole.signature.inputs[cache.tokens]
     shape = (2, tokens, *(s for s in spec.shape[2:] if isinstance(s, int)))
     if spec.dtype.is_floating_point:
-        given = torch.randn(shape, generator=generator, dtype=torch.float64)
+        tokens_in = torch.randn(shape, generator=generator, dtype=torch.float64)
     else:
-        given = torch.randint(0, vocabulary(whole, cache.tokens), shape, generator=generator).to(spec.dtype)
-    expected = interpret(wide, wide.bind((), {cache.tokens: given}))
+        tokens_in = torch.randint(0, vocabulary(whole, cache.tokens), shape, generator=generator).to(
+            spec.dtype
+        )
+    expected = interpret(wide, wide.bind((), {cache.tokens: tokens_in}))
     worst: Difference | None = None
-    state = empty_caches(cut, 2, capacity, torch.float64)
+    state = empty_caches(narrow, 2, capacity, torch.float64)
     start = 0
     while start < tokens:
         size = min(draw.randint(1, 3) if start else 3, tokens - start)
         # the second row has one token less each time, and one that only fills the piece
         offset = torch.tensor([[0], [min(start, 1)]])
         positions = torch.arange(start, start + size)[None] - offset
-        piece = torch.stack([given[row].index_select(0, positions[row]) for row in range(2)])
+        piece = torch.stack([tokens_in[row].index_select(0, positions[row]) for row in range(2)])
         inputs = {cache.tokens: piece, cache.positions: positions, **state}
-        for name, spec_ in cut.signature.inputs.items():
+        for name, spec_ in narrow.signature.inputs.items():
             if spec_.fill is not None and spec_.fill.rule == "following":
-                ahead = make_fill(spec_.fill, spec_.dtype, given)
+                ahead = make_fill(spec_.fill, spec_.dtype, tokens_in)
                 inputs[name] = torch.stack([ahead[row].index_select(0, positions[row]) for row in range(2)])
         if cache.tree:
             inputs["cache_slots"] = positions
             inputs["step_mask"] = torch.ones(2, size, size, dtype=torch.bool)
-        values = interpret(cut, cut.bind((), inputs))
+        values = interpret(narrow, narrow.bind((), inputs))
         state = {name: values.pop(f"next_{name}") for name in state}
         for name, value in values.items():
             reference = expected[name]
@@ -95,24 +97,24 @@ def empty_caches(
     program: Program, batch: int, capacity: int, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
     """Return caches in which nothing is stored, by input name."""
-    made = {}
+    caches = {}
     for name in states_of(program):
         spec = program.signature.inputs[name]
         _, heads, _, size = spec.shape
-        made[name] = torch.zeros(batch, heads, capacity, size, dtype=dtype or spec.dtype)  # type: ignore[arg-type]
-    return made
+        caches[name] = torch.zeros(batch, heads, capacity, size, dtype=dtype or spec.dtype)  # type: ignore[arg-type]
+    return caches
 
 
 def vocabulary(program: Program, tokens: str) -> int:
     """Return how many tokens there are, by the smallest table that the input of tokens is looked up in."""
-    found, work = [], [program.input_nodes[tokens]]
+    sizes, work = [], [program.input_nodes[tokens]]
     while work:
         for user in work.pop().users:
             if is_operator(user, "aten.embedding"):
-                found.append(int(user.all_input_nodes[0].meta["val"].shape[0]))
+                sizes.append(int(user.all_input_nodes[0].meta["val"].shape[0]))
             elif has(user, Trait.RESHAPE | Trait.CAST):
                 work.append(user)
-    return min(found, default=2)
+    return min(sizes, default=2)
 
 
 __all__ = ["compare_with_cache", "empty_caches", "vocabulary"]

@@ -124,17 +124,17 @@ class InsertKVCache(Pass):
         for refused in findings.refused:
             raise PassRefusedError(f"{self.name}: {refused.block}: {refused.reason}", node=refused.block)
         sites = {site.block: site for site in findings.sites}
-        given = {site.block: site for site in plan.sites}
-        left = [name for name in sites if name not in given]
-        for name, site in given.items():
+        planned = {site.block: site for site in plan.sites}
+        missing = [name for name in sites if name not in planned]
+        for name, site in planned.items():
             if site != sites[name]:
                 raise PassRefusedError(
                     f"{self.name}: the plan has {site} where the program has {sites[name]}",
                     hint="what a cache holds follows from the program; plan again",
                 )
-        if left:
+        if missing:
             raise PassRefusedError(
-                f"{self.name}: the plan leaves out {', '.join(left)}: without a cache an attention sees new tokens "
+                f"{self.name}: the plan leaves out {', '.join(missing)}: without a cache an attention sees new tokens "
                 "and nothing before them",
                 hint="take all of its sites, or none",
             )
@@ -180,35 +180,35 @@ class InsertKVCache(Pass):
                 for cache, name in zip(pair, (k, v), strict=True)
             )
         tables = AtCapacity(decoder, length)
-        seen: dict[Any, fx.Node] = {}
+        stores: dict[Any, fx.Node] = {}
         for node in [n for n in program.graph.nodes if is_operator(n, "graphopt.attention")]:
-            found = dict(arguments(node))
-            key, value = stored[found["k"].name, found["v"].name]
-            if found["window"] not in seen:
+            operands = dict(arguments(node))
+            key, value = stored[operands["k"].name, operands["v"].name]
+            if operands["window"] not in stores:
                 with program.edit.before(first):
-                    seen[found["window"]] = program.edit.call(
+                    stores[operands["window"]] = program.edit.call(
                         dialect.cache_visible.default,
                         positions,
                         slots,
                         caches[0][0],
                         step_mask,
-                        window=found["window"],
+                        window=operands["window"],
                     )
-            bias = found["bias"]
+            bias = operands["bias"]
             if isinstance(bias, fx.Node):
                 bias = self._bias(program, tables, bias, positions, slots, first)
-            found.update(
-                k=key, v=value, key_mask=None, bias=bias, segments=None, visible=seen[found["window"]],
+            operands.update(
+                k=key, v=value, key_mask=None, bias=bias, segments=None, visible=stores[operands["window"]],
                 causal=False, window=None,
             )  # fmt: skip
             with program.edit.before(node):
-                args, kwargs = normal_call(node.target, found)
-                made = program.edit.call(node.target, *args, **kwargs)
-            program.edit.replace(node, made, record=False)
+                args, kwargs = normal_call(node.target, operands)
+                replacement = program.edit.call(node.target, *args, **kwargs)
+            program.edit.replace(node, replacement, record=False)
         for value, users in still.items():
-            left = [u for u in users if not u._erased and value in u.all_input_nodes]
-            if left and not value._erased and not decoder.follows_positions(value):
-                self._token_wise(program, decoder, tables, value, left, positions, first)
+            remaining = [u for u in users if not u._erased and value in u.all_input_nodes]
+            if remaining and not value._erased and not decoder.follows_positions(value):
+                self._token_wise(program, decoder, tables, value, remaining, positions, first)
         _drop_masks(program, decoder)
         limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
         program.facts.add(
@@ -227,7 +227,7 @@ class InsertKVCache(Pass):
     def _caches(
         self, program: Program, number: int, k: fx.Node, v: fx.Node, batch: Any, capacity: Any
     ) -> tuple[fx.Node, fx.Node]:
-        made = []
+        caches = []
         for name, node in (("key", k), ("value", v)):
             value = node.meta["val"]
             heads = value.shape[1]
@@ -235,12 +235,12 @@ class InsertKVCache(Pass):
                 placed = placements(program)[node]
                 if isinstance(placed, Shard):
                     heads = placed.total
-            made.append(
+            caches.append(
                 add_input(
                     program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype
                 )
             )
-        return made[0], made[1]
+        return caches[0], caches[1]
 
     def _bias(
         self,
@@ -319,27 +319,27 @@ def _too_long(limit: int, length: int) -> str:
 def _sites(decoder: Decoder) -> list[Site]:
     """Return what is stored: each pair of keys and values once, however many attentions read it."""
     program = decoder.program
-    found: dict[tuple[str, str], Site] = {}
+    sites: dict[tuple[str, str], Site] = {}
     for node in program.graph.nodes:
         if not is_operator(node, "graphopt.attention"):
             continue
-        given = arguments(node)
-        k, v = given["k"], given["v"]
-        if not given["causal"] and not decoder.hides_later(given["bias"]):
+        args = arguments(node)
+        k, v = args["k"], args["v"]
+        if not args["causal"] and not decoder.hides_later(args["bias"]):
             raise NotCausal(node, "an attention sees later tokens")
         if decoder.has_length(k) != [2] or k not in decoder.moving:
             raise NotCausal(node, "the keys of an attention come from elsewhere than the row of tokens")
-        if given["segments"] is not None:
+        if args["segments"] is not None:
             raise NotCausal(node, "an attention keeps segments of a row apart")
-        if given["key_mask"] is not None and not decoder.sees_everything(given["key_mask"]):
+        if args["key_mask"] is not None and not decoder.sees_everything(args["key_mask"]):
             raise NotCausal(node, "an attention hides keys for another reason than padding")
         heads, size = k.meta["val"].shape[1], k.meta["val"].shape[-1]
         if not isinstance(heads, int) or not isinstance(size, int):
             raise NotCausal(node, f"its keys have {heads} heads of {size} values, and caches have one size")
-        found.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
-    if not found:
+        sites.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
+    if not sites:
         raise NotCausal(decoder.tokens, "no attention was recognised")
-    return list(found.values())
+    return list(sites.values())
 
 
 def _positions(program: Program, decoder: Decoder) -> fx.Node:
@@ -367,14 +367,14 @@ def _stored(
             cache = program.edit.call(
                 dialect.local_slice.default, cache, 1, list(placed.starts), placed.length, group
             )
-        made = program.edit.call(dialect.cache_store.default, cache, values, slots)
-        whole = made
+        stored = program.edit.call(dialect.cache_store.default, cache, values, slots)
+        gathered = stored
         if isinstance(placed, Shard):
             if not placed.even:
                 raise NotCausal(values, "ranks share key-value heads, which a cache would hold twice")
-            whole = program.edit.call(dialect.all_gather.default, made, 1, ranks_of(program), group)
-    program.add_output(output, whole)
-    return made
+            gathered = program.edit.call(dialect.all_gather.default, stored, 1, ranks_of(program), group)
+    program.add_output(output, gathered)
+    return stored
 
 
 def _drop_masks(program: Program, decoder: Decoder) -> None:
@@ -383,8 +383,8 @@ def _drop_masks(program: Program, decoder: Decoder) -> None:
         for user in list(node.users):
             if size_of_input(user):
                 with program.edit.before(user):
-                    made = program.edit.call(aten.sym_size.int, decoder.tokens, user.args[1])
-                user.replace_all_uses_with(made)
+                    size = program.edit.call(aten.sym_size.int, decoder.tokens, user.args[1])
+                user.replace_all_uses_with(size)
                 program.graph.erase_node(user)
         program.edit.erase_dead(list(node.users))
         if not node.users:

@@ -52,13 +52,13 @@ class _Read:
 def _read(program: Program) -> _Read:
     inputs = program.signature.inputs
     # what may be left out is positions and masks; what may not is text
-    given = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
-    first = program.input_nodes[given[0]] if given else next(iter(program.graph.nodes))
-    if len(given) != 1 or len(inputs[given[0]].shape) < 2:
+    required = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
+    first = program.input_nodes[required[0]] if required else next(iter(program.graph.nodes))
+    if len(required) != 1 or len(inputs[required[0]].shape) < 2:
         raise NotCausal(
-            first, f"it takes {', '.join(given) or 'nothing'}, where a decoder takes one row of tokens"
+            first, f"it takes {', '.join(required) or 'nothing'}, where a decoder takes one row of tokens"
         )
-    tokens = program.input_nodes[given[0]]
+    tokens = program.input_nodes[required[0]]
     fills = {n: spec.fill.rule for n, spec in inputs.items() if spec.fill is not None}
     nodes = program.input_nodes
     positions = [nodes[n] for n, rule in fills.items() if rule.startswith("positions")]
@@ -91,13 +91,13 @@ class Decoder:
 
     def __init__(self, program: Program):
         self.program = program
-        read: _Read = program.derived("decoder", lambda: _read(program), portable=True)
+        inputs: _Read = program.derived("decoder", lambda: _read(program), portable=True)
         self.tokens, self.positions, self.masks, self.zeros = (
-            read.tokens, read.positions, read.masks, read.zeros,
+            inputs.tokens, inputs.positions, inputs.masks, inputs.zeros,
         )  # fmt: skip
-        self.sequence: sympy.Symbol = read.sequence
-        self.batch: Any = read.batch
-        self.moving: set[fx.Node] = read.moving
+        self.sequence: sympy.Symbol = inputs.sequence
+        self.batch: Any = inputs.batch
+        self.moving: set[fx.Node] = inputs.moving
 
     def has_length(self, node: Any) -> list[int]:
         """Return the dimensions of a value whose size depends on how many tokens there are."""
@@ -113,13 +113,13 @@ class Decoder:
     def still(self) -> dict[fx.Node, list[fx.Node]]:
         """Return the values with a length that tokens meet but do not change, and the nodes at which they do."""
         constant = depends_on_weights_alone(self.program)
-        found: dict[fx.Node, list[fx.Node]] = {}
+        meetings: dict[fx.Node, list[fx.Node]] = {}
         for node in self.program.graph.nodes:
             if node in self.moving:
                 for used in node.all_input_nodes:
                     if used not in self.moving and used not in constant and self.has_length(used):
-                        found.setdefault(used, []).append(node)
-        return found
+                        meetings.setdefault(used, []).append(node)
+        return meetings
 
     def follows_positions(self, node: fx.Node) -> bool:
         """Tell whether a value at a token depends on that token's position alone, by shuffling positions."""
@@ -137,14 +137,14 @@ class Decoder:
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(5, generator=generator)
         positions = torch.tensor([[3, 4, 0, 9, 6]])
-        found = []
-        for given in (positions, positions[:, order]):
-            values[self.positions[0].name] = given
+        results = []
+        for order_of_positions in (positions, positions[:, order]):
+            values[self.positions[0].name] = order_of_positions
             try:
-                found.append(region.run(values, self._load)[0])
+                results.append(region.run(values, self._load)[0])
             except (RuntimeError, IndexError):
                 return False
-        return torch.equal(found[0].index_select(dim, order), found[1])
+        return torch.equal(results[0].index_select(dim, order), results[1])
 
     def limit(self) -> int | None:
         """Return for how many tokens the program has positions; None if nothing was found that limits them.
@@ -152,12 +152,12 @@ class Decoder:
         What limits them is a table with a row for each position, a bias of fixed size, or the range of the size
         itself. What cannot be computed at the example's own size says nothing.
         """
-        found: int | None = self.program.derived("most tokens", self._limit, portable=True)
-        return found
+        longest: int | None = self.program.derived("most tokens", self._limit, portable=True)
+        return longest
 
     def _limit(self) -> int | None:
         most = self.program.signature.sizes[self.program.symbols[self.sequence]].high
-        found = [most] if most is not None else []
+        limits = [most] if most is not None else []
         lookups: dict[fx.Node, fx.Node] = {}
         for value in self.still():
             region = cut(self.program, [value], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
@@ -167,10 +167,10 @@ class Decoder:
             dims = self.has_length(value)
             plain = all(expression(value.meta["val"].shape[d]) == self.sequence for d in dims)
             if not plain and any(is_operator(u, "graphopt.attention") for u in value.users):
-                found.extend(self._longest([value], partial(_as_long, dims)))
-        for places, table in lookups.items():
-            found.extend(self._longest([places], partial(_inside, table.meta["val"].shape[0])))
-        return min(found, default=None)
+                limits.extend(self._longest([value], partial(_as_long, dims)))
+        for indices, table in lookups.items():
+            limits.extend(self._longest([indices], partial(_inside, table.meta["val"].shape[0])))
+        return min(limits, default=None)
 
     def _longest(
         self, values: list[fx.Node], holds: Callable[[int, list[torch.Tensor]], bool]
@@ -184,16 +184,16 @@ class Decoder:
 
         def works(count: int) -> bool:
             sizes = {n: count if n == name else 1 for n in self.program.signature.sizes}
-            given = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
+            leaves = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
             for node in (*self.positions, *self.masks, *self.zeros):
                 if node in region.leaves:
-                    shape = given[node.name].shape
+                    shape = leaves[node.name].shape
                     numbers = torch.arange(count).expand(shape)
-                    given[node.name] = (
+                    leaves[node.name] = (
                         numbers if node in self.positions else torch.full(shape, int(node in self.masks))
                     )
             try:
-                return holds(count, region.run(given, self._load))
+                return holds(count, region.run(leaves, self._load))
             except (RuntimeError, IndexError):
                 return False
 
@@ -216,18 +216,18 @@ class Decoder:
 
     def sees_everything(self, mask: fx.Node) -> bool:
         """Tell whether a mask hides nothing when no input hides anything."""
-        found = self._unpadded(mask)
-        return found is not None and bool(found.bool().all())
+        visible = self._unpadded(mask)
+        return visible is not None and bool(visible.bool().all())
 
     def hides_later(self, bias: Any) -> bool:
         """Tell whether what is added to scores leaves nothing of later tokens when no input hides anything."""
         if not isinstance(bias, fx.Node) or bias in self.moving:
             return False
-        found = self._unpadded(bias)
-        if found is None or found.dim() < 2 or found.shape[-1] != found.shape[-2]:
+        value = self._unpadded(bias)
+        if value is None or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
             return False
-        later = torch.ones(found.shape[-2:], dtype=torch.bool).triu(1)
-        return bool((found[..., later] < -1e4).all())
+        later = torch.ones(value.shape[-2:], dtype=torch.bool).triu(1)
+        return bool((value[..., later] < -1e4).all())
 
     def _unpadded(self, node: fx.Node) -> torch.Tensor | None:
         """Compute a value for rows without padding; None where it depends on tokens."""
@@ -318,9 +318,9 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
             raise VerificationError("it differs from row to row")
         table, dim, shape = call(aten.squeeze.dim, table, 0), dim - 1, shape[1:]
     flat = call(aten.reshape.default, positions, [-1])
-    taken = call(aten.index_select.default, table, dim, flat)
+    rows = call(aten.index_select.default, table, dim, flat)
     batch, tokens = (call(aten.sym_size.int, positions, d) for d in (0, 1))
-    split = call(aten.reshape.default, taken, [*shape[:dim], batch, tokens, *shape[dim + 1 :]])
+    split = call(aten.reshape.default, rows, [*shape[:dim], batch, tokens, *shape[dim + 1 :]])
     if dim == 0:
         return split
     order = [dim, *(d for d in range(len(shape) + 1) if d != dim)]
@@ -329,24 +329,24 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
 
 def _tables_of(lookup: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield the places that are looked up along the first dimension of a table of fixed size, and the table."""
-    given = arguments(lookup)
+    args = arguments(lookup)
     if is_operator(lookup, "aten.embedding"):
-        table, places = given["weight"], given["indices"]
+        table, indices = args["weight"], args["indices"]
     elif is_operator(lookup, "aten.index_select"):
-        table, places = given["self"], given["index"] if given["dim"] == 0 else None
+        table, indices = args["self"], args["index"] if args["dim"] == 0 else None
     else:
-        table, places = given["self"], next(iter(given["indices"]), None)
+        table, indices = args["self"], next(iter(args["indices"]), None)
     rows = table.meta["val"].shape[0]
-    if isinstance(places, fx.Node) and isinstance(rows, int) and places.meta["val"].dtype is not torch.bool:
-        yield places, table
+    if isinstance(indices, fx.Node) and isinstance(rows, int) and indices.meta["val"].dtype is not torch.bool:
+        yield indices, table
 
 
-def _inside(rows: int, count: int, made: list[torch.Tensor]) -> bool:
-    return not made[0].numel() or -rows <= int(made[0].min()) <= int(made[0].max()) < rows
+def _inside(rows: int, count: int, values: list[torch.Tensor]) -> bool:
+    return not values[0].numel() or -rows <= int(values[0].min()) <= int(values[0].max()) < rows
 
 
-def _as_long(dims: list[int], count: int, made: list[torch.Tensor]) -> bool:
-    return all(made[0].shape[dim] in (1, count) for dim in dims)
+def _as_long(dims: list[int], count: int, values: list[torch.Tensor]) -> bool:
+    return all(values[0].shape[dim] in (1, count) for dim in dims)
 
 
 def size_of_input(node: Any) -> bool:

@@ -104,12 +104,12 @@ def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
             return "weight", tuple(node.meta["val"].shape)
         return _cone(program, node, cones)
 
-    def said(node: fx.Node) -> object:
+    def as_plain(node: fx.Node) -> object:
         plain = [a for a in (*node.args, *node.kwargs.items()) if not isinstance(a, fx.Node)]
         settings = [str(a) for a in plain if "%" not in str(a)]
         return str(node.target), tuple(settings), tuple(operand(n) for n in node.all_input_nodes)
 
-    return tuple(tuple(said(node) for node in block.nodes) for block in layer.blocks)
+    return tuple(tuple(as_plain(node) for node in block.nodes) for block in layer.blocks)
 
 
 def _cone(program: Program, node: fx.Node, cones: dict[fx.Node, int]) -> int:
@@ -154,28 +154,28 @@ def _with_few_tokens(program: Program) -> Program:
     names = {n for n, w in program.weights.items() if n in _tables(program)}
     if not names:
         return program
-    cut = program.copy()
-    nodes = {n.name: n for n in cut.weight_nodes}
+    short = program.copy()
+    nodes = {n.name: n for n in short.weight_nodes}
     for name in names:
-        source: TensorSource = FirstRows(cut.weights[name].source, ROWS)
-        if isinstance(cut.weights[name].source, InMemory):
+        source: TensorSource = FirstRows(short.weights[name].source, ROWS)
+        if isinstance(short.weights[name].source, InMemory):
             source = InMemory(source.load())
-        cut.weights[name] = cut.weights[name].with_source(source)
-        nodes[name].meta["val"] = cut.fake(source.shape, source.dtype)
+        short.weights[name] = short.weights[name].with_source(source)
+        nodes[name].meta["val"] = short.fake(source.shape, source.dtype)
     try:
-        for node in cut.graph.nodes:
+        for node in short.graph.nodes:
             if node.op == "call_function":
-                node.meta["val"] = infer(cut.mode, node.target, node.args, node.kwargs)
+                node.meta["val"] = infer(short.mode, node.target, node.args, node.kwargs)
     except VerificationError:
         return program
-    cut.changed()
-    return cut
+    short.changed()
+    return short
 
 
 def _tables(program: Program) -> set[str]:
     """Return the weights with a row for each token that only look up inputs, or make outputs."""
     outputs = set(program.outputs.values())
-    found = set()
+    tables = set()
     for node in program.weight_nodes:
         rows = node.meta["val"].shape[0] if node.meta["val"].dim() else 0
         if (
@@ -183,8 +183,8 @@ def _tables(program: Program) -> set[str]:
             and node.users
             and all(_of_tokens(program, node, u, outputs, rows) for u in node.users)
         ):
-            found.add(node.name)
-    return found
+            tables.add(node.name)
+    return tables
 
 
 def _of_tokens(program: Program, weight: fx.Node, user: fx.Node, outputs: set[fx.Node], rows: int) -> bool:

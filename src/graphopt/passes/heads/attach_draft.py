@@ -90,7 +90,7 @@ class AttachDraft(Pass):
         layer = layers[number]
         size, dtype = value_size(layer.writes), dtype_of(layer.writes)
         order = {node: i for i, node in enumerate(program.graph.nodes)}
-        way = between(layer.reads, layer.writes, order)
+        path = between(layer.reads, layer.writes, order)
         tokens = table.args[1]
         assert isinstance(tokens, fx.Node)
         following = add_input(
@@ -98,15 +98,17 @@ class AttachDraft(Pass):
             fill=("following", str(tokens.meta["input"])),
         )  # fmt: skip
         eye = torch.eye(size, dtype=dtype)
-        begun = {
+        initial = {
             "features": torch.cat([*(torch.zeros(size, size, dtype=dtype) for _ in taps[1:]), eye], 1),
             "input": torch.cat([eye, eye], 1),
             "embedding_norm": torch.ones(size, dtype=dtype),
             "features_norm": torch.ones(size, dtype=dtype),
         }
-        own = {n: program.edit.add_weight(f"{PREFIX}.{n}.weight", InMemory(t)) for n, t in begun.items()}
+        weights = {
+            n: program.edit.add_weight(f"{PREFIX}.{n}.weight", InMemory(t)) for n, t in initial.items()
+        }
         now: dict[fx.Node, fx.Node] = {}
-        for node in way:
+        for node in path:
             for used in node.all_input_nodes:
                 if used in program.weight_nodes and used not in now:
                     weight = program.weights[used.name]
@@ -114,25 +116,25 @@ class AttachDraft(Pass):
                         now[used] = program.edit.add_weight(f"{PREFIX}.layer.{weight.name}", weight.source)
         with program.edit.after(head.way[-1]):
             streams = [shaped_like(program, layers[t].writes, table) for t in taps]
-            features = call(aten.linear.default, call(aten.cat.default, streams, -1), own["features"])
+            features = call(aten.linear.default, call(aten.cat.default, streams, -1), weights["features"])
             embedded = call(aten.embedding.default, table.args[0], following)
             norm = torch.ops.graphopt.rms_norm.default
             joined = call(
                 aten.cat.default,
                 [
-                    call(norm, embedded, own["embedding_norm"], EPSILON),
-                    call(norm, features, own["features_norm"], EPSILON),
+                    call(norm, embedded, weights["embedding_norm"], EPSILON),
+                    call(norm, features, weights["features_norm"], EPSILON),
                 ],
                 -1,
             )
-            begin = call(aten.linear.default, joined, own["input"])
+            begin = call(aten.linear.default, joined, weights["input"])
             now[layer.reads] = shaped_like(program, begin, layer.reads)
-            repeat_way(program, way, now)
+            repeat_way(program, path, now)
             hidden = shaped_like(program, now[layer.writes], table)
-            said = {head.stream: shaped_like(program, hidden, head.stream)}
-            repeat_way(program, head.way, said)
+            outputs = {head.stream: shaped_like(program, hidden, head.stream)}
+            repeat_way(program, head.way, outputs)
         for name, value in (
-            ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", said[head.logits])
+            ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", outputs[head.logits])
         ):  # fmt: skip
             program.add_output(name, value)
         program.facts.add(AttachedDraft(tuple(taps), number))

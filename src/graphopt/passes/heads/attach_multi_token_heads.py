@@ -81,13 +81,13 @@ class AttachMultiTokenHeads(Pass):
         head = find_head(program)
         assert isinstance(head, Head)
         size, dtype = value_size(head.hidden), dtype_of(head.hidden)
-        given = (
+        tensors = (
             _given(self.weights, self.heads, self.layers, self.share, size, value_size(head.projection))
             if self.weights is not None
             else {}
         )
         matrix = arguments(head.projection)["weight"]
-        made: list[fx.Node] = []
+        logits: list[fx.Node] = []
         add = program.edit.add_weight
         with program.edit.after(head.logits):
             last = None
@@ -96,24 +96,24 @@ class AttachMultiTokenHeads(Pass):
                 for layer in range(self.layers):
                     name = f"{number}.{layer}.linear"
                     weight, bias = (
-                        add(f"{PREFIX}.{name}.{part}", _begun(given.get(f"{name}.{part}"), shape, dtype))
-                        for part, shape in (("weight", (size, size)), ("bias", (size,)))
+                        add(f"{PREFIX}.{name}.{kind}", _begun(tensors.get(f"{name}.{kind}"), shape, dtype))
+                        for kind, shape in (("weight", (size, size)), ("bias", (size,)))
                     )
                     inner = program.edit.call(aten.linear.default, value, weight, bias)
                     value = program.edit.call(
                         aten.add.Tensor, value, program.edit.call(aten.silu.default, inner)
                     )
-                own = matrix
+                vocabulary_matrix = matrix
                 if not self.share:
                     name = f"{number}.{self.layers}.weight"
-                    own = add(
+                    vocabulary_matrix = add(
                         f"{PREFIX}.{name}",
-                        _begun(given[name], (), dtype) if given else _copied(program, matrix),
+                        _begun(tensors[name], (), dtype) if tensors else _copied(program, matrix),
                     )
-                made.append(program.edit.call(aten.linear.default, value, own))
-                last = made[-1]
+                logits.append(program.edit.call(aten.linear.default, value, vocabulary_matrix))
+                last = logits[-1]
             assert last is not None
-            stacked = program.edit.call(aten.stack.default, made, 2)
+            stacked = program.edit.call(aten.stack.default, logits, 2)
         program.add_output(OUTPUT, stacked)
         program.facts.add(MultiTokenHeads(self.heads, self.layers, self.share))
         block_export(
@@ -122,8 +122,8 @@ class AttachMultiTokenHeads(Pass):
         )
 
 
-def _begun(given: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
-    return Zeros(shape, dtype) if given is None else InMemory(given.load().to(dtype))
+def _begun(source: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
+    return Zeros(shape, dtype) if source is None else InMemory(source.load().to(dtype))
 
 
 def _copied(program: Program, matrix: fx.Node) -> TensorSource:
@@ -138,27 +138,27 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
         UsageError: the program has no heads, or the file exists.
         CheckpointError: what was read back is something else.
     """
-    found = {
+    arrays = {
         w.name.removeprefix(PREFIX + "."): w.source
         for w in program.weights.values()
         if w.name.startswith(PREFIX + ".")
     }
-    if not found:
+    if not arrays:
         raise UsageError("this program has no multi-token heads", hint="attach-multi-token-heads adds them")
     path = Path(path)
     if path.exists():
         raise UsageError(f"{path} exists already", hint="choose another place, or remove it")
     beside = path.with_name(path.name + ".part")
     try:
-        write_file(beside, found)
-        held = read_header(beside)
-        for name, source in found.items():
-            if not torch.equal(held[name].load(), source.load()):
+        write_file(beside, arrays)
+        stored = read_header(beside)
+        for name, source in arrays.items():
+            if not torch.equal(stored[name].load(), source.load()):
                 raise CheckpointError(f"{name} was read back as something else")
         beside.rename(path)
     finally:
         beside.unlink(missing_ok=True)
-    return sorted(found)
+    return sorted(arrays)
 
 
 def _given(
@@ -167,23 +167,23 @@ def _given(
     """Find heads in a file, check that they are those of this model, and read nothing of them yet."""
     if not Path(path).is_file():
         raise PassRefusedError(f"attach-multi-token-heads: there is no file {path}")
-    held = read_header(Path(path))
-    wanted: dict[str, tuple[int, ...]] = {}
+    stored = read_header(Path(path))
+    shapes: dict[str, tuple[int, ...]] = {}
     for number in range(heads):
         for layer in range(layers):
-            wanted[f"{number}.{layer}.linear.weight"] = (size, size)
-            wanted[f"{number}.{layer}.linear.bias"] = (size,)
+            shapes[f"{number}.{layer}.linear.weight"] = (size, size)
+            shapes[f"{number}.{layer}.linear.bias"] = (size,)
         if not share:
-            wanted[f"{number}.{layers}.weight"] = (vocabulary, size)
-    for name, shape in wanted.items():
-        if name not in held:
+            shapes[f"{number}.{layers}.weight"] = (vocabulary, size)
+    for name, shape in shapes.items():
+        if name not in stored:
             raise PassRefusedError(
                 f"attach-multi-token-heads: {path} has no tensor {name}",
-                hint=f"it holds {', '.join(sorted(held)[:6])}, ...; heads= and layers= say how many are looked for",
+                hint=f"it holds {', '.join(sorted(stored)[:6])}, ...; heads= and layers= say how many are looked for",
             )
-        if tuple(held[name].shape) != shape:
+        if tuple(stored[name].shape) != shape:
             raise PassRefusedError(
-                f"attach-multi-token-heads: {name} in {path} is {tuple(held[name].shape)}, this model's is {shape}",
+                f"attach-multi-token-heads: {name} in {path} is {tuple(stored[name].shape)}, this model's is {shape}",
                 hint="heads are trained on the hidden states of one model",
             )
-    return {name: held[name] for name in wanted}
+    return {name: stored[name] for name in shapes}

@@ -38,8 +38,8 @@ class Head:
 
 def find_head(program: Program) -> Head | str:
     """Return a decoder's head, or why there is none."""
-    found: Head | str = program.derived("head", lambda: _find_head(program), portable=True)
-    return found
+    head: Head | str = program.derived("head", lambda: _find_head(program), portable=True)
+    return head
 
 
 def _find_head(program: Program) -> Head | str:
@@ -57,19 +57,19 @@ def _find_head(program: Program) -> Head | str:
         return "its logits do not come from the end of a residual stream"
     stream = reached[-1]
     descending = {stream}
-    way = []
+    path = []
     for node in program.graph.nodes:
         if node in back and node is not stream and any(n in descending for n in node.all_input_nodes):
             descending.add(node)
-            way.append(node)
-    wide = [n for n in way if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary]
+            path.append(node)
+    wide = [n for n in path if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary]
     if not wide:
         return "no linear makes its logits"
     projection = wide[-1]
     hidden = arguments(projection)["input"]
     if not isinstance(hidden, fx.Node) or hidden.meta["val"].dim() != 3 or projection not in descending:
         return "its head does not read (batch, sequence, size)"
-    return Head(logits, projection, hidden, stream, tuple(way))
+    return Head(logits, projection, hidden, stream, tuple(path))
 
 
 def layers_to_logits(program: Program) -> list[Layer]:
@@ -80,8 +80,8 @@ def layers_to_logits(program: Program) -> list[Layer]:
         back = needed_for([logits], {}) if logits is not None else set()
         return [layer for layer in program.anatomy.layers if all(block.add in back for block in layer.blocks)]
 
-    found: list[Layer] = program.derived("layers to logits", find, portable=True)
-    return found
+    layers: list[Layer] = program.derived("layers to logits", find, portable=True)
+    return layers
 
 
 def value_size(node: fx.Node) -> int:
@@ -116,11 +116,11 @@ def token_embedding(program: Program) -> fx.Node | None:
     inputs = {n for n, spec in program.signature.inputs.items() if spec.fill is None}
     for node in program.anatomy.embedding:
         if is_operator(node, "aten.embedding"):
-            read = arguments(node)["indices"]
+            indices = arguments(node)["indices"]
             if (
-                isinstance(read, fx.Node)
-                and read.op == "placeholder"
-                and str(read.meta.get("input")) in inputs
+                isinstance(indices, fx.Node)
+                and indices.op == "placeholder"
+                and str(indices.meta.get("input")) in inputs
             ):
                 return node
     return None

@@ -45,8 +45,8 @@ class TakeTopK(Pass):
         """Find the output, and the linears that make it."""
         plan = Plan()
         if self.output not in program.outputs:
-            known = ", ".join(program.outputs)
-            plan.refused.append(Refused(self.output, f"the program has no such output; it has {known}", ""))
+            names = ", ".join(program.outputs)
+            plan.refused.append(Refused(self.output, f"the program has no such output; it has {names}", ""))
             return plan
         if "dict" not in program.signature.outputs:
             plan.refused.append(Refused(self.output, "the program's outputs have no names", ""))
@@ -71,10 +71,8 @@ class TakeTopK(Pass):
             pairs: list[tuple[fx.Node, fx.Node]] = []
             with program.edit.after(node):
                 for linear in linears:
-                    found = arguments(linear)
-                    both = call(
-                        dialect.linear_top_k.default, found["input"], found["weight"], found["bias"], k
-                    )
+                    args = arguments(linear)
+                    both = call(dialect.linear_top_k.default, args["input"], args["weight"], args["bias"], k)
                     pairs.append((call(operator.getitem, both, 0), call(operator.getitem, both, 1)))
                 if not linears:
                     both = call(aten.topk.default, node, k)
@@ -93,10 +91,10 @@ def _linears(node: fx.Node) -> list[fx.Node]:
         return [node]
     if not is_operator(node, "aten.stack"):
         return []
-    parts = list(arguments(node)["tensors"])
+    operands = list(arguments(node)["tensors"])
     dim = int(arguments(node)["dim"])
     inner = dim % node.meta["val"].dim() != node.meta["val"].dim() - 1
-    return parts if inner and all(is_operator(part, "aten.linear") for part in parts) else []
+    return operands if inner and all(is_operator(operand, "aten.linear") for operand in operands) else []
 
 
 def _stacked(
@@ -109,7 +107,7 @@ def _stacked(
 
 
 def _replace_output(program: Program, name: str, by: dict[str, fx.Node]) -> None:
-    held = program.outputs
+    outputs = program.outputs
     items = program.signature.outputs["dict"]
     after = {}
     for key, structure in items.items():
@@ -118,9 +116,9 @@ def _replace_output(program: Program, name: str, by: dict[str, fx.Node]) -> None
         else:
             after[key] = structure
     values: list[fx.Node] = []
-    for key, value in held.items():
+    for key, value in outputs.items():
         values.extend(by.values() if key == name else [value])
     program.signature.outputs["dict"] = after
     program.signature.outputs["class"] = None
     program.edit.set_outputs(values)
-    program.edit.erase_dead([held[name]])
+    program.edit.erase_dead([outputs[name]])

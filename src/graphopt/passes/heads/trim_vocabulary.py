@@ -69,9 +69,9 @@ class TrimVocabulary(Pass):
             plan.refused.append(Refused("head", head, ""))
             return plan
         size = int(program.outputs["logits"].meta["val"].shape[-1])
-        wanted = self.keep if self.keep is not None else max(1, round(size * (self.fraction or 0.0)))
-        if wanted > size:
-            raise PassRefusedError(f"{self.name}: the program has {size} tokens, {wanted} cannot stay")
+        count = self.keep if self.keep is not None else max(1, round(size * (self.fraction or 0.0)))
+        if count > size:
+            raise PassRefusedError(f"{self.name}: the program has {size} tokens, {count} cannot stay")
         able = [name for name in self._outputs(program, plan) if self._takes(program, name, size, plan)]
         if not able:
             return plan
@@ -81,18 +81,18 @@ class TrimVocabulary(Pass):
                 "no data: the tokens with the smallest numbers stay, the most frequent of most tokenizers"
             )
         special = sorted(t for t in special_tokens(program) if 0 <= t < size)
-        if len(special) > wanted:
+        if len(special) > count:
             raise PassRefusedError(
-                f"{self.name}: {len(special)} special tokens always stay, {wanted} are fewer"
+                f"{self.name}: {len(special)} special tokens always stay, {count} are fewer"
             )
         ranked = counts.clone()
         ranked[special] = counts.max() + 1
-        kept = ranked.argsort(descending=True, stable=True)[:wanted].sort().values.tolist()
+        kept = ranked.argsort(descending=True, stable=True)[:count].sort().values.tolist()
         if int(counts.sum()):
             plan.notes.append(
                 f"{float(counts[kept].sum() / counts.sum()):.1%} of the tokens counted are among them"
             )
-        if wanted == size:
+        if count == size:
             plan.notes.append("all tokens stay: there is nothing to trim")
         elif able == ["logits"]:
             plan.notes.append("nothing is attached that proposes: the program itself is now a draft")
@@ -116,10 +116,10 @@ class TrimVocabulary(Pass):
 
     @staticmethod
     def _takes(program: Program, name: str, size: int, plan: Plan) -> bool:
-        found = _linears(program, program.outputs[name], size)
-        if isinstance(found, str):
-            plan.refused.append(Refused(name, found, program.source_line(program.outputs[name])))
-        return not isinstance(found, str)
+        linears = _linears(program, program.outputs[name], size)
+        if isinstance(linears, str):
+            plan.refused.append(Refused(name, linears, program.source_line(program.outputs[name])))
+        return not isinstance(linears, str)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Give each output matrices of the rows that stay."""
@@ -145,8 +145,8 @@ def count_tokens(context: Context, size: int) -> torch.Tensor:
     for batch in context.data or []:
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is not None:
-            seen = (ids if mask is None else ids[mask.bool()]).reshape(-1)
-            counts += seen.bincount(minlength=size)[:size]
+            tokens = (ids if mask is None else ids[mask.bool()]).reshape(-1)
+            counts += tokens.bincount(minlength=size)[:size]
     return counts
 
 
@@ -172,7 +172,7 @@ class _Rows:
 def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | str:
     """Return the linears that make logits, or why they cannot be trimmed."""
     constant = depends_on_weights_alone(program)
-    found: dict[fx.Node, None] = {}
+    linears: dict[fx.Node, None] = {}
     work = [output]
     while work:
         node = work.pop()
@@ -182,7 +182,7 @@ def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | st
         if is_operator(node, "aten.linear"):
             if any(arguments(node)[n] not in (None, *constant) for n in ("weight", "bias")):
                 return f"{node.name} multiplies with something that depends on the input"
-            found[node] = None
+            linears[node] = None
         elif node in constant:
             return f"{node.name} is a weight of every token"
         elif is_operator(node, "aten.stack") and int(arguments(node)["dim"]) % value.dim() == value.dim() - 1:
@@ -191,7 +191,7 @@ def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | st
             return f"what follows the head, {node.name}, may depend on how many tokens there are"
         else:
             work += node.all_input_nodes
-    return list(found) if found else "no linear makes its logits"
+    return list(linears) if linears else "no linear makes its logits"
 
 
 def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
@@ -200,24 +200,24 @@ def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
     if isinstance(linears, str):
         raise PipelineError(f"the plan trims {name}, which cannot be: {linears}")
     now: dict[fx.Node, fx.Node] = {}
-    own: dict[fx.Node, fx.Node] = {}
+    trimmed: dict[fx.Node, fx.Node] = {}
     for linear in linears:
-        found = dict(arguments(linear))
-        for part in ("weight", "bias"):
-            if found[part] is not None:
-                if found[part] not in own:
-                    own[found[part]] = _own(program, name, found[part], kept)
-                found[part] = own[found[part]]
+        operands = dict(arguments(linear))
+        for name_of_operand in ("weight", "bias"):
+            if operands[name_of_operand] is not None:
+                if operands[name_of_operand] not in trimmed:
+                    trimmed[operands[name_of_operand]] = _own(program, name, operands[name_of_operand], kept)
+                operands[name_of_operand] = trimmed[operands[name_of_operand]]
         with program.edit.before(linear):
-            args, kwargs = normal_call(linear.target, found)
+            args, kwargs = normal_call(linear.target, operands)
             now[linear] = program.edit.call(linear.target, *args, **kwargs)
     order = list(program.graph.nodes)
     with program.edit.after(output):
         repeat_way(program, order[: order.index(output) + 1], now)
-    held = dict(program.outputs)
-    program.edit.set_outputs([now[output] if n == name else value for n, value in held.items()])
+    outputs = dict(program.outputs)
+    program.edit.set_outputs([now[output] if n == name else value for n, value in outputs.items()])
     program.edit.erase_dead([output])
-    for tensor in [n for n, node in program.checkpoint.items() if node in own and not node.users]:
+    for tensor in [n for n, node in program.checkpoint.items() if node in trimmed and not node.users]:
         # a folder is no way out any more, so nothing keeps a matrix that nobody multiplies with
         del program.checkpoint[tensor]
     drop_unread_weights(program)
@@ -225,9 +225,9 @@ def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
 
 def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
     """Add the rows that stay of a head's matrix or bias, under a name by which recipes find what they train."""
-    known = program.weights.get(tensor.name)
-    source = known.source if known is not None else computed(program, tensor)[0]
-    name = known.name if known is not None else tensor.name
+    weight = program.weights.get(tensor.name)
+    source = weight.source if weight is not None else computed(program, tensor)[0]
+    name = weight.name if weight is not None else tensor.name
     prefix = "draft." if output == ATTACHED[AttachedDraft] and not name.startswith("draft.") else ""
     stem = (
         f"{prefix}{name}"
@@ -239,7 +239,7 @@ def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) ->
 
 def special_tokens(program: Program) -> set[int]:
     """Return the tokens that a checkpoint names: begin, end, padding, and what its tokenizer adds."""
-    found: set[int] = set()
+    ids: set[int] = set()
     assets = program.origin.assets
     settings: list[Any] = [program.origin.config]
     for name in ("generation_config.json", "tokenizer.json"):
@@ -248,11 +248,11 @@ def special_tokens(program: Program) -> set[int]:
                 settings.append(json.loads(assets[name]))
             except ValueError:
                 continue
-    for given in settings:
-        for key, value in given.items():
+    for setting in settings:
+        for key, value in setting.items():
             if key.endswith("_token_id"):
-                found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
-        added = given.get("added_tokens")
+                ids.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+        added = setting.get("added_tokens")
         if isinstance(added, list):
-            found.update(t["id"] for t in added if isinstance(t, dict) and isinstance(t.get("id"), int))
-    return found
+            ids.update(t["id"] for t in added if isinstance(t, dict) and isinstance(t.get("id"), int))
+    return ids

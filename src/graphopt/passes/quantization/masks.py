@@ -40,14 +40,14 @@ def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str
     sites, notes = [], []
     for mask in dict.fromkeys(mask for masks, _ in readers.values() for mask in masks):
         widest = max(spans.get(node, 0.0) for node, (masks, _) in readers.items() if mask in masks)
-        held = float(arguments(mask)["hidden"])
-        wanted = -(1.25 * widest + BEYOND)
-        if held == HIDDEN:
-            sites.append(Site(mask.name, what="mask", hidden=round(wanted, 3)))
-        elif held > -(widest + BEYOND / 2):
+        hidden = float(arguments(mask)["hidden"])
+        required = -(1.25 * widest + BEYOND)
+        if hidden == HIDDEN:
+            sites.append(Site(mask.name, what="mask", hidden=round(required, 3)))
+        elif hidden > -(widest + BEYOND / 2):
             notes.append(
-                f"{mask.name}: {held:g} is added to scores of hidden keys, and scores differ by up to {widest:.4g} in a "
-                f"row: keys may be seen through it; leave hidden out of fit-target, or let it be {wanted:.4g}"
+                f"{mask.name}: {hidden:g} is added to scores of hidden keys, and scores differ by up to {widest:.4g} in a "
+                f"row: keys may be seen through it; leave hidden out of fit-target, or let it be {required:.4g}"
             )
     return sites, notes
 
@@ -72,20 +72,20 @@ def _spans(
     program: Program, context: Context, readers: dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]
 ) -> dict[fx.Node, float]:
     """Return the widest row of scores of each attention."""
-    asked: dict[fx.Node, Tensor] = {}
+    recorded: dict[fx.Node, Tensor] = {}
     for node, (_, others) in readers.items():
-        found = arguments(node)
-        asked |= dict.fromkeys([found["q"], found["k"], *others], torch.empty(0))
+        call = arguments(node)
+        recorded |= dict.fromkeys([call["q"], call["k"], *others], torch.empty(0))
     spans: dict[fx.Node, float] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        if node in asked:
-            asked[node] = value
+        if node in recorded:
+            recorded[node] = value
         if node in readers:
-            found = arguments(node)
-            scores = _scores(asked[found["q"]], asked[found["k"]], found["scale"], found["softcap"])
+            args = arguments(node)
+            scores = _scores(recorded[args["q"]], recorded[args["k"]], args["scale"], args["softcap"])
             for other in readers[node][1]:
-                scores = scores + asked[other].float()
+                scores = scores + recorded[other].float()
             widest = float((scores.amax(-1) - scores.amin(-1)).max())
             spans[node] = max(widest, spans.get(node, 0.0))
 

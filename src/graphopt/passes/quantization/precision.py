@@ -53,15 +53,15 @@ def bearing(
     def loss(count: int) -> float:
         return context.loss(all_of(order[:count]), program, metric=metric, judge=False)
 
-    low, high, found = 0, len(order), loss(len(order))
-    if found <= MARGIN * budget:
-        return order, alone, found
-    found = loss(0)
+    low, high, measured = 0, len(order), loss(len(order))
+    if measured <= MARGIN * budget:
+        return order, alone, measured
+    measured = loss(0)
     while high - low > 1:
         middle = (low + high) // 2
-        here = loss(middle)
-        if here <= MARGIN * budget:
-            low, found = middle, here
+        current = loss(middle)
+        if current <= MARGIN * budget:
+            low, measured = middle, current
         else:
             high = middle
-    return order[:low], alone, found
+    return order[:low], alone, measured

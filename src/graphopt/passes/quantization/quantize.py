@@ -122,15 +122,15 @@ class Quantize(Pass):
         plan.sites += self._constants(program, tables)
         plan.notes += whole_matrices(tables, self.activations)
         plan.notes += silent_inputs(matrices, ranges)
-        found = self._plan_matrices(program, plan, matrices)
+        sites = self._plan_matrices(program, plan, matrices)
         where = ""
         if self._fits:
-            where = self._fit(program, context, found, matrices)
-            for site in found:
+            where = self._fit(program, context, sites, matrices)
+            for site in sites:
                 site.choices["integers"] = where
         if self.mixed:
-            self._mix(program, context, plan, found)
-        plan.sites += found
+            self._mix(program, context, plan, sites)
+        plan.sites += sites
         return plan
 
     def _plan_values(self, program: Program, plan: Plan, values: list[fx.Node], ranges: Ranges) -> None:
@@ -194,8 +194,8 @@ class Quantize(Pass):
                 )
                 block = 0
             if target is not None:
-                bits, block, said = _taken(target, users, bits, self.activations, block)
-                plan.notes += [f"{node.name}: {s}" for s in said]
+                bits, block, notes = _taken(target, users, bits, self.activations, block)
+                plan.notes += [f"{node.name}: {s}" for s in notes]
             sites.append(Site(node.name, what="matrix", dtype=WHOLE[bits][0], block_size=block))
         return sites
 
@@ -204,17 +204,17 @@ class Quantize(Pass):
     ) -> str:
         """Return where the integers are kept that were fitted to calibration data."""
         by_name = {n.name: n for n in matrices}
-        found: dict[str, torch.Tensor] = {}
-        chosen = {s.block: s for s in sites}
+        rounded: dict[str, torch.Tensor] = {}
+        by_block = {s.block: s for s in sites}
         for node, moments in Moments(program, context).each(by_name[s.block] for s in sites):
-            site = chosen[node.name]
+            site = by_block[node.name]
             weight, high = constant_value(program, node), dict(WHOLE.values())[site["dtype"]]
             scale = matrix_scales(weight, high, int(site["block_size"]))
             rows = weight.flatten(1).chunk(moments.shape[0]), scale.chunk(moments.shape[0])
-            parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
-            found[node.name] = torch.cat(parts).reshape(weight.shape)
-            found[f"{node.name}.steps"] = scale
-        return keep(found, context.work_dir, "integers")
+            rounded_parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
+            rounded[node.name] = torch.cat(rounded_parts).reshape(weight.shape)
+            rounded[f"{node.name}.steps"] = scale
+        return keep(rounded, context.work_dir, "integers")
 
     def _mix(self, program: Program, context: Context, plan: Plan, sites: list[Site]) -> None:
         """Keep at eight bits what bears four worst."""
@@ -228,22 +228,22 @@ class Quantize(Pass):
             _round_matrix(edited, node, by_name[name])
 
         def all_of(names: Sequence[str]) -> Program:
-            made = self.copied(program)
-            chosen = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
-            self.rewrite(made, Plan(sites=[*plan.sites, *chosen]))
-            return made
+            copy = self.copied(program)
+            mixed = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
+            self.rewrite(copy, Plan(sites=[*plan.sites, *mixed]))
+            return copy
 
         sizes = {n.name: n.meta["val"].numel() for n in program.graph.nodes if n.name in by_name}
         assert self.budget is not None
-        taken, alone, loss = bearing(
+        raised, alone, loss = bearing(
             program, context, list(by_name), sizes, few, all_of, self.budget, self.metric, str(self)
         )
         for site in sites:
-            if site.block in eight and site.block not in taken:
+            if site.block in eight and site.block not in raised:
                 site.choices = dict(eight[site.block].choices)
         plan.scores = {name: alone[name] for name in by_name}
         plan.notes.append(
-            f"{len(taken)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in taken)} of "
+            f"{len(raised)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in raised)} of "
             f"{sum(sizes.values())} numbers; loss on calibration data {loss:.3g}, budget {self.budget:g}"
         )
 
@@ -266,17 +266,17 @@ class Quantize(Pass):
             if site["what"] == "mask":
                 continue
             if site["what"] == "matrix":
-                made = _round_matrix(program, node, site)
+                replacement = _round_matrix(program, node, site)
             else:
                 with edit.after(node):
-                    made = edit.call(
+                    replacement = edit.call(
                         dialect.fake_quantize.default, node, float(site["scale"]), int(site["zero_point"]),
                         dtype=site["dtype"],
                     )  # fmt: skip
-                edit.replace(node, made, record=False)
-            for user in [u for u in made.users if u in host]:
+                edit.replace(node, replacement, record=False)
+            for user in [u for u in replacement.users if u in host]:
                 # what a host makes of a value is made of it as it was
-                user.replace_input_with(made, node)
+                user.replace_input_with(replacement, node)
         counts = {w: sum(s["what"] == w for s in plan.sites) for w in ("value", "matrix", "constant")}
         few = sum(s["what"] == "matrix" and s["dtype"] == "int4" for s in plan.sites)
         weights = "4" if few == counts["matrix"] else "8" if not few else "4or8"
@@ -289,39 +289,39 @@ def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
     """Put a matrix's rounding behind it, to the nearest integers or to those that were kept."""
     edit, high = program.edit, dict(WHOLE.values())[site["dtype"]]
     weight = constant_value(program, node)
-    known = program.weights.get(node.name)
-    name = known.name if known is not None else node.name
+    stored = program.weights.get(node.name)
+    name = stored.name if stored is not None else node.name
     steps = matrix_scales(weight, high, int(site.choices.get("block_size", 0)))
     scale = edit.add_weight(f"{name}_quantize_scale", steps, kind="buffer")
     integers = None
     where = site.choices.get("integers")
     fitted_before = kept(str(where)) if where else {}
     if node.name in fitted_before:
-        whole = fitted_before[node.name]
+        fitted_integers = fitted_before[node.name]
         if not torch.equal(fitted_before[f"{node.name}.steps"], steps):
             raise PipelineError(
                 f"the integers of {node.name} were fitted to other steps than {site['dtype']} has in the plan",
                 hint="plan again with the bits and blocks that you want, or remove integers from the site",
             )
         # where the nearest are the fitted ones, nothing has to be kept
-        if not torch.equal(whole.flatten(1), nearest(weight, steps, high)):
-            integers = edit.add_weight(f"{name}_quantize_integers", whole, kind="buffer")
+        if not torch.equal(fitted_integers.flatten(1), nearest(weight, steps, high)):
+            integers = edit.add_weight(f"{name}_quantize_integers", fitted_integers, kind="buffer")
     # where it is first read: together at the top of the graph, all matrices would be held twice
     readers = set(node.users)
     first = next(n for n in program.graph.nodes if n in readers) if readers else node.next
     with edit.before(first):
-        made = edit.call(
+        replacement = edit.call(
             dialect.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
         )
-    edit.replace(node, made, record=False)
-    return made
+    edit.replace(node, replacement, record=False)
+    return replacement
 
 
 def _taken(
     target: Target, users: list[fx.Node], bits: int, activations: int, block: int
 ) -> tuple[int, int, list[str]]:
     """Return the bits and blocks that a target takes for a matrix, no more than asked for, and what it does not take."""
-    said: list[str] = []
+    notes: list[str] = []
     kinds = {_onnx_operator(u): u.meta["val"].dim() for u in users}
 
     def refused(bits: int) -> str:
@@ -330,21 +330,21 @@ def _taken(
 
     why = refused(bits)
     if bits == 4 and why:
-        said.append(f"8 bits, since {why}")
+        notes.append(f"8 bits, since {why}")
         bits = 8
     elif why:
-        said.append(f"lowering will refuse it: {why}")
+        notes.append(f"lowering will refuse it: {why}")
     kind = f"w{bits}a{activations}"
     if block and not all(target.takes_blocks(name, kind) for name in kinds):
-        said.append(
+        notes.append(
             f"a scale for each channel, since {target.name} takes no blocks of inputs for it in {kind}"
         )
         block = 0
-    return bits, block, said
+    return bits, block, notes
 
 
 def _onnx_operator(node: fx.Node) -> str:
     if not is_operator(node, "aten.linear"):
         return "Conv"
-    found = arguments(node)
-    return "Gemm" if found["bias"] is not None and node.meta["val"].dim() == 2 else "MatMul"
+    args = arguments(node)
+    return "Gemm" if args["bias"] is not None and node.meta["val"].dim() == 2 else "MatMul"

@@ -48,11 +48,11 @@ def watch(
             see(node, value)
         return value
 
-    def step(given: dict[str, torch.Tensor]) -> Mapping[str, Any]:
+    def step(inputs: dict[str, torch.Tensor]) -> Mapping[str, Any]:
         for name, node in program.input_nodes.items():
-            if name in given:
-                hook(node, given[name])
-        return interpret(program, given, hook=hook)
+            if name in inputs:
+                hook(node, inputs[name])
+        return interpret(program, inputs, hook=hook)
 
     batches, carries = context.batches(), bool(states_of(program))
     context.progress.start(what, len(batches))
@@ -79,10 +79,10 @@ def observe(
         values: to be stored in few bits.
         features: the dimension of features of values that matrices read.
     """
-    wanted, found = set(values), Ranges()
+    watched, ranges = set(values), Ranges()
 
     def see(node: fx.Node, value: torch.Tensor) -> None:
-        if node in wanted:
+        if node in watched:
             low, high = (float(v) for v in value.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise PassRefusedError(
@@ -90,27 +90,27 @@ def observe(
                     hint="a mask of minus infinity: let it be a large number; else the data or the model is broken",
                     node=node.name, source=program.source_line(node),
                 )  # fmt: skip
-            if node not in found.usual:
+            if node not in ranges.usual:
                 flat = value.reshape(-1)
                 flat = flat[:: -(-flat.numel() // _SAMPLE)]
                 numbers = flat[flat != 0].abs()
-                found.usual[node] = float(numbers.median()) if numbers.numel() else 0.0
-            before = found.of.get(node, (low, high))
-            found.of[node] = (min(low, before[0]), max(high, before[1]))
+                ranges.usual[node] = float(numbers.median()) if numbers.numel() else 0.0
+            before = ranges.of.get(node, (low, high))
+            ranges.of[node] = (min(low, before[0]), max(high, before[1]))
         if node in features:
             others = [d for d in range(value.dim()) if d != features[node] % value.dim()]
             zero = (value == 0).all(dim=others) if others else value == 0
-            found.silent[node] = found.silent[node] & zero if node in found.silent else zero
+            ranges.silent[node] = ranges.silent[node] & zero if node in ranges.silent else zero
 
     watch(program, context, see, "observing ranges")
     for name in states_of(program):
         # what comes back has the steps it left with, or it would be rounded anew at every token
         pair = [program.input_nodes[name], program.outputs[f"next_{name}"]]
-        known = [found.of[node] for node in pair if node in found.of]
+        pair_ranges = [ranges.of[node] for node in pair if node in ranges.of]
         for node in pair:
-            if node in found.of:
-                found.of[node] = (min(low for low, _ in known), max(high for _, high in known))
-    return found
+            if node in ranges.of:
+                ranges.of[node] = (min(low for low, _ in pair_ranges), max(high for _, high in pair_ranges))
+    return ranges
 
 
 def scale_of(low: float, high: float, steps: int) -> tuple[float, int]:

@@ -70,14 +70,14 @@ def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
         damping = damping * 10
     # the rows of this factor of the inverse say how much later columns make up
     spread = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    made = torch.empty_like(values)
+    result = torch.empty_like(values)
     for column in range(values.shape[1]):
-        made[:, column] = (values[:, column] / steps[:, column]).round().clamp(-high, high)
-        error = (values[:, column] - made[:, column] * steps[:, column]) / spread[column, column]
+        result[:, column] = (values[:, column] / steps[:, column]).round().clamp(-high, high)
+        error = (values[:, column] - result[:, column] * steps[:, column]) / spread[column, column]
         values[:, column:] -= error[:, None] * spread[column, column:][None]
-    whole = torch.empty_like(made)
-    whole[:, order] = made
-    return whole.to(torch.int8)
+    integers = torch.empty_like(result)
+    integers[:, order] = result
+    return integers.to(torch.int8)
 
 
 def nearest(weight: Tensor, scale: Tensor, high: int) -> Tensor:
@@ -107,16 +107,16 @@ class Moments:
             matrices: weights of linear operators and convolutions.
         """
         waves: list[dict[Key, list[fx.Node]]] = [{}]
-        held = 0
+        memory = 0
         for matrix in matrices:
             readers = [n for n in matrix.users if _multiplies(n, matrix)]
             key: Key = tuple(sorted({_reading(n) for n in readers}, key=str))
             size = _groups(readers[0]) * (matrix.meta["val"][0].numel() ** 2) * 8
             if key not in waves[-1]:
-                if held and held + size > MEMORY:
+                if memory and memory + size > MEMORY:
                     waves.append({})
-                    held = 0
-                held += size
+                    memory = 0
+                memory += size
             waves[-1].setdefault(key, []).append(matrix)
         for number, wave in enumerate(waves):
             if not wave:
@@ -132,9 +132,9 @@ class Moments:
                 node: fx.Node,
                 value: Tensor,
                 into: dict[Key, Tensor] = sums,
-                asked: object = by_node,
+                requested: object = by_node,
             ) -> None:
-                for key, reader in asked.get(node, ()):  # type: ignore[attr-defined]
+                for key, reader in requested.get(node, ()):  # type: ignore[attr-defined]
                     rows = _rows(reader, value)
                     product = rows.transpose(1, 2) @ rows
                     into[key] = into[key] + product if key in into else product
@@ -151,8 +151,8 @@ def _multiplies(node: fx.Node, matrix: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    found: fx.Node = arguments(node)["input"]
-    return found
+    source: fx.Node = arguments(node)["input"]
+    return source
 
 
 def _groups(node: fx.Node) -> int:
@@ -163,10 +163,10 @@ def _reading(node: fx.Node) -> Key:
     """Return what decides how a node reads its input."""
     if is_operator(node, "aten.linear"):
         return (_source(node).name,)
-    found = arguments(node)
-    shape = tuple(int(s) for s in found["weight"].meta["val"].shape[1:])
-    places = tuple(str(found[n]) for n in ("stride", "padding", "dilation", "groups"))
-    return (_source(node).name, shape, *places)
+    args = arguments(node)
+    shape = tuple(int(s) for s in args["weight"].meta["val"].shape[1:])
+    geometry = tuple(str(args[n]) for n in ("stride", "padding", "dilation", "groups"))
+    return (_source(node).name, shape, *geometry)
 
 
 def _rows(node: fx.Node, value: Tensor) -> Tensor:
@@ -174,22 +174,22 @@ def _rows(node: fx.Node, value: Tensor) -> Tensor:
     value = value.double()
     if is_operator(node, "aten.linear"):
         return value.reshape(1, -1, value.shape[-1])
-    found = arguments(node)
-    kernel = [int(s) for s in found["weight"].meta["val"].shape[2:]]
+    args = arguments(node)
+    kernel = [int(s) for s in args["weight"].meta["val"].shape[2:]]
     if value.dim() == len(kernel) + 1:
         value = value[None]
-    dilation, stride = ([int(v) for v in found[n]] for n in ("dilation", "stride"))
-    sides = _sides(found["padding"], kernel, dilation)
-    value = torch.nn.functional.pad(value, [p for side in reversed(sides) for p in side])
-    for place, (size, apart, step) in enumerate(zip(kernel, dilation, stride, strict=True), start=2):
+    dilation, stride = ([int(v) for v in args[n]] for n in ("dilation", "stride"))
+    padding = _sides(args["padding"], kernel, dilation)
+    value = torch.nn.functional.pad(value, [p for before_after in reversed(padding) for p in before_after])
+    for dim, (size, apart, step) in enumerate(zip(kernel, dilation, stride, strict=True), start=2):
         # a new last dimension for the kernel's entries
-        value = value.unfold(place, apart * (size - 1) + 1, step)[..., ::apart]
+        value = value.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
     groups, dims = _groups(node), len(kernel)
     value = value.reshape(len(value), groups, -1, *value.shape[2:])
     # (batch, groups, channels, places..., kernel...) to (groups, batch, places..., channels, kernel...)
     order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
     moved = value.permute(order)
-    return moved.reshape(groups, -1, int(found["weight"].meta["val"][0].numel()))
+    return moved.reshape(groups, -1, int(args["weight"].meta["val"][0].numel()))
 
 
 def _sides(padding: object, kernel: list[int], dilation: list[int]) -> list[tuple[int, int]]:

@@ -20,18 +20,18 @@ _PRODUCTS = Trait.PRODUCT | Trait.CONVOLUTION | Trait.TRANSPOSED
 def values_of(program: Program) -> list[fx.Node]:
     """Return the numbers that a device computes or is given, in order."""
     constant, host = _settled(program), host_nodes(program)
-    given = set(border(program))
-    found = []
+    boundary = set(border(program))
+    values = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node in constant or node.op == "output" or not isinstance(value, torch.Tensor):
             continue
         numbers = value.dtype.is_floating_point and str(node.meta.get("input")) not in program.dials
         # what only a host reads, for its shape, is no value of the device
-        read = any(user not in host for user in node.users)
-        if numbers and read and (node not in host or node in given):
-            found.append(node)
-    return found
+        leaves_host = any(user not in host for user in node.users)
+        if numbers and leaves_host and (node not in host or node in boundary):
+            values.append(node)
+    return values
 
 
 def moved(node: fx.Node) -> fx.Node | None:
@@ -51,24 +51,24 @@ def matrices_of(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """Return the weights of linear operators and convolutions that a device computes, with those operators."""
     constant, host = _settled(program), host_nodes(program)
     first: set[fx.Node] = set()
-    found: dict[fx.Node, list[fx.Node]] = {}
+    matrices: dict[fx.Node, list[fx.Node]] = {}
     for node in program.nodes:
         if node in constant or node in host or node.op != "call_function":
             continue
         for name, value in arguments(node).items():
             if isinstance(value, fx.Node) and value in constant and value.meta["val"].dtype.is_floating_point:
                 matrix = name == "weight" and is_operator(node, *MATRICES)
-                if matrix and (value in found or value not in first):
-                    found.setdefault(value, []).append(node)
+                if matrix and (value in matrices or value not in first):
+                    matrices.setdefault(value, []).append(node)
                 if not (name == "bias" and is_operator(node, *MATRICES)):
                     first.add(value)
-    return found
+    return matrices
 
 
 def tables_of(program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
     """Return the other constant numbers that a device reads, without the biases of matrices."""
     constant, host = _settled(program), host_nodes(program)
-    found: dict[fx.Node, None] = {}
+    tables: dict[fx.Node, None] = {}
     for node in program.nodes:
         if node in constant or node in host or node.op != "call_function":
             continue
@@ -77,8 +77,8 @@ def tables_of(program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[
                 continue
             bias = name == "bias" and is_operator(node, *MATRICES)
             if value.meta["val"].dtype.is_floating_point and not bias:
-                found[value] = None
-    return list(found)
+                tables[value] = None
+    return list(tables)
 
 
 def whole_matrices(tables: list[fx.Node], bits: int) -> list[str]:
@@ -101,8 +101,8 @@ def _settled(program: Program) -> set[fx.Node]:
     """Return what no input reaches: weights, what is made of them, and tables of equal numbers."""
     reached: set[fx.Node] = set()
     for node in program.graph.nodes:
-        given = node.op == "placeholder" and node.name not in program.weights
-        if given or any(n in reached for n in node.all_input_nodes):
+        is_input = node.op == "placeholder" and node.name not in program.weights
+        if is_input or any(n in reached for n in node.all_input_nodes):
             reached.add(node)
     return {n for n in program.graph.nodes if n not in reached}
 
@@ -111,16 +111,16 @@ def constant_value(program: Program, node: fx.Node) -> torch.Tensor:
     """Return what a weight is, or what is made of weights."""
     if node.op == "placeholder":
         return program.weights[node.name].source.load()
-    found: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
-    return found
+    value: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
+    return value
 
 
 def features_of(node: fx.Node) -> tuple[fx.Node, int]:
     """Return what a matrix is multiplied with, and its dimension of features."""
-    found = arguments(node)
+    args = arguments(node)
     if is_operator(node, "aten.linear"):
-        return found["input"], -1
-    return found["input"], found["input"].meta["val"].dim() - found["weight"].meta["val"].dim() + 1
+        return args["input"], -1
+    return args["input"], args["input"].meta["val"].dim() - args["weight"].meta["val"].dim() + 1
 
 
 def silent_inputs(matrices: dict[fx.Node, list[fx.Node]], ranges: Ranges) -> list[str]:
@@ -130,10 +130,10 @@ def silent_inputs(matrices: dict[fx.Node, list[fx.Node]], ranges: Ranges) -> lis
         for user in users:
             silent = ranges.silent.get(features_of(user)[0])
             if silent is not None and 0 < int(silent.sum()) < silent.numel():
-                places = silent.nonzero().flatten().tolist()
-                shown = ", ".join(map(str, places[:6])) + (", ..." if len(places) > 6 else "")
+                indices = silent.nonzero().flatten().tolist()
+                shown = ", ".join(map(str, indices[:6])) + (", ..." if len(indices) > 6 else "")
                 notes.append(
-                    f"{node.name}: {len(places)} of {silent.numel()} input channels ({shown}) are zero on all calibration "
+                    f"{node.name}: {len(indices)} of {silent.numel()} input channels ({shown}) are zero on all calibration "
                     "data: nothing is known of their range, and their weights are rounded to the nearest; give data "
                     "that excites them, if they live"
                 )

@@ -124,17 +124,17 @@ class Placer:
         core = block.parts.get("core")
         if core is None:
             return "its experts were not recognised as one operator; every rank computes it whole"
-        found = arguments(core)
-        inner = int(found["down"].meta["val"].shape[1 if found["transposed"] else 2])
-        count = int(found["up"].meta["val"].shape[0])
+        args = arguments(core)
+        inner = int(args["down"].meta["val"].shape[1 if args["transposed"] else 2])
+        count = int(args["up"].meta["val"].shape[0])
         how = self.options.experts
         if how == "auto":
             how = "width" if inner % self.ranks == 0 else "expert"
         if how == "replicate":
             return "experts=replicate keeps it whole"
-        number, what = (inner, "width") if how == "width" else (count, "experts")
+        number, unit = (inner, "width") if how == "width" else (count, "experts")
         if number % self.ranks:
-            return f"its {what} of {number} do not divide over {self.ranks} ranks"
+            return f"its {unit} of {number} do not divide over {self.ranks} ranks"
         return Site(block.name, by=how, share=number // self.ranks)
 
     def _end(self, name: str, node: fx.Node) -> Site | str:
@@ -221,67 +221,72 @@ class Placer:
                 row_parallel(self.program, self.cutter, shared, even(width, self.ranks, 0))
 
     def _cut_expert_width(self, core: fx.Node) -> None:
-        found = dict(arguments(core))
+        args = dict(arguments(core))
         call = self.program.edit.call
-        rows, columns = (2, 1) if found["transposed"] else (1, 2)
-        inner = int(found["down"].meta["val"].shape[columns])
-        cut = even(inner, self.ranks, 0)
-        bias = found["down_bias"]
+        rows, columns = (2, 1) if args["transposed"] else (1, 2)
+        inner = int(args["down"].meta["val"].shape[columns])
+        shard = even(inner, self.ranks, 0)
+        bias = args["down_bias"]
         with self.program.edit.before(core):
-            found["up"] = self._hidden(found["up"], rows, cut, found)
-            if found["up_bias"] is not None:
-                found["up_bias"] = self._hidden(found["up_bias"], 1, cut, found)
-            found["down"] = self.cutter.part(found["down"], Shard(columns, cut.starts, cut.length, cut.total))
-            found["down_bias"] = None
-            total = all_reduce(self.program, self._call(core, found))
+            args["up"] = self._hidden(args["up"], rows, shard, args)
+            if args["up_bias"] is not None:
+                args["up_bias"] = self._hidden(args["up_bias"], 1, shard, args)
+            args["down"] = self.cutter.part(
+                args["down"], Shard(columns, shard.starts, shard.length, shard.total)
+            )
+            args["down_bias"] = None
+            total = all_reduce(self.program, self._call(core, args))
             if bias is not None:
-                chosen = call(aten.embedding.default, bias, found["experts"])
-                weights = call(aten.unsqueeze.default, found["weights"], -1)
-                added = call(aten.sum.dim_IntList, call(aten.mul.Tensor, chosen, weights), [1])
+                bias_of_expert = call(aten.embedding.default, bias, args["experts"])
+                weights = call(aten.unsqueeze.default, args["weights"], -1)
+                added = call(aten.sum.dim_IntList, call(aten.mul.Tensor, bias_of_expert, weights), [1])
                 if added.meta["val"].dtype != total.meta["val"].dtype:
                     added = call(aten.to.dtype, added, total.meta["val"].dtype)
                 total = call(aten.add.Tensor, total, added)
         self.program.edit.replace(core, total)
 
-    def _hidden(self, tensor: fx.Node, dim: int, cut: Shard, found: dict[str, Any]) -> fx.Node:
+    def _hidden(self, tensor: fx.Node, dim: int, shard: Shard, args: dict[str, Any]) -> fx.Node:
         """The rows of a rank's share of the width, of the gate and of what it multiplies."""
-        if not found["gated"]:
-            return self.cutter.part(tensor, Shard(dim, cut.starts, cut.length, cut.total))
-        if found["interleaved"]:
-            twice = cut.at(dim, 2)
+        if not args["gated"]:
+            return self.cutter.part(tensor, Shard(dim, shard.starts, shard.length, shard.total))
+        if args["interleaved"]:
+            twice = shard.at(dim, 2)
             assert twice is not None
             return self.cutter.part(tensor, twice)
         call = self.program.edit.call
         halves = [
-            call(aten.slice.Tensor, tensor, dim, half * cut.total, (half + 1) * cut.total) for half in (0, 1)
+            call(aten.slice.Tensor, tensor, dim, half * shard.total, (half + 1) * shard.total)
+            for half in (0, 1)
         ]
-        parts = [self.cutter.part(half, Shard(dim, cut.starts, cut.length, cut.total)) for half in halves]
-        return call(aten.cat.default, parts, dim)
+        halves_of_rank = [
+            self.cutter.part(half, Shard(dim, shard.starts, shard.length, shard.total)) for half in halves
+        ]
+        return call(aten.cat.default, halves_of_rank, dim)
 
     def _cut_by_expert(self, core: fx.Node) -> None:
-        found = dict(arguments(core))
-        count = int(found["up"].meta["val"].shape[0])
-        cut = even(count, self.ranks, 0)
+        args = dict(arguments(core))
+        count = int(args["up"].meta["val"].shape[0])
+        shard = even(count, self.ranks, 0)
         with self.program.edit.before(core):
             for name in ("up", "down", "up_bias", "down_bias"):
-                if found[name] is not None:
-                    found[name] = self.cutter.part(found[name], cut)
-            found["first"] = local_starts(self.program, cut)
-            total = all_reduce(self.program, self._call(core, found))
+                if args[name] is not None:
+                    args[name] = self.cutter.part(args[name], shard)
+            args["first"] = local_starts(self.program, shard)
+            total = all_reduce(self.program, self._call(core, args))
         self.program.edit.replace(core, total)
 
-    def _call(self, core: fx.Node, found: dict[str, Any]) -> fx.Node:
-        args, kwargs = normal_call(core.target, found)
+    def _call(self, core: fx.Node, operands: dict[str, Any]) -> fx.Node:
+        args, kwargs = normal_call(core.target, operands)
         return self.program.edit.call(core.target, *args, **kwargs)
 
     def _cut_table(self, node: fx.Node) -> None:
-        found = arguments(node)
-        rows = int(found["weight"].meta["val"].shape[0])
-        cut = even(rows, self.ranks, 0)
+        args = arguments(node)
+        rows = int(args["weight"].meta["val"].shape[0])
+        shard = even(rows, self.ranks, 0)
         with self.program.edit.before(node):
-            table = self.cutter.part(found["weight"], cut)
-            start = local_starts(self.program, cut)
-            local = self.program.edit.call(dialect.local_embedding.default, table, found["indices"], start)
+            table = self.cutter.part(args["weight"], shard)
+            start = local_starts(self.program, shard)
+            local = self.program.edit.call(dialect.local_embedding.default, table, args["indices"], start)
             total = all_reduce(self.program, local)
         self.program.edit.replace(node, total)
 
@@ -289,11 +294,11 @@ class Placer:
         rows = int(arguments(node)["weight"].meta["val"].shape[0])
         last = node.meta["val"].dim() - 1
         with self.program.edit.before(node):
-            part = self.cutter.part(node, even(rows, self.ranks, last))
-            whole = self.program.edit.call(
-                dialect.all_gather.default, part, last, self.ranks, TENSOR_PARALLEL
+            local = self.cutter.part(node, even(rows, self.ranks, last))
+            gathered = self.program.edit.call(
+                dialect.all_gather.default, local, last, self.ranks, TENSOR_PARALLEL
             )
-        self.program.edit.replace(node, whole)
+        self.program.edit.replace(node, gathered)
 
 
 class _CannotCut(Exception):

@@ -92,20 +92,20 @@ class DropSyncPoints(Pass):
             return plan
         names = list(points)
         if self.blocks is not None:
-            chosen = self._listed(program, points, refused)
+            dropped = self._listed(program, points, refused)
         else:
-            chosen = self._by_score(program, context, plan, names)
-        plan.sites = self._sites(program, chosen)
+            dropped = self._by_score(program, context, plan, names)
+        plan.sites = self._sites(program, dropped)
         plan.refused += [
             Refused(name, "kept" + (f": score {plan.scores[name]:.4g}" if name in plan.scores else ""))
             for name in names
-            if name not in chosen
+            if name not in dropped
         ]
         return plan
 
-    def _sites(self, program: Program, chosen: Collection[str]) -> list[Site]:
+    def _sites(self, program: Program, dropped: Collection[str]) -> list[Site]:
         points, _ = find_sync_points(program)
-        return [Site(name, ffn=point.ffn.name) for name, point in points.items() if name in chosen]
+        return [Site(name, ffn=point.ffn.name) for name, point in points.items() if name in dropped]
 
     def told(self, program: Program, plan: Plan) -> list[str]:
         """How many are left."""
@@ -115,7 +115,7 @@ class DropSyncPoints(Pass):
     def _listed(self, program: Program, points: Mapping[str, object], refused: dict[str, str]) -> list[str]:
         assert self.blocks is not None
         attention = [block.name for block in program.anatomy.attention]
-        chosen = []
+        dropped = []
         for number in self.blocks:
             if not 0 <= number < len(attention):
                 raise PipelineError(
@@ -123,8 +123,8 @@ class DropSyncPoints(Pass):
                 )
             if attention[number] not in points:
                 raise PassRefusedError(f"{self.name}: {attention[number]}: {refused[attention[number]]}")
-            chosen.append(attention[number])
-        return chosen
+            dropped.append(attention[number])
+        return dropped
 
     def _by_score(self, program: Program, context: Context, plan: Plan, names: list[str]) -> list[str]:
         if self.fraction is not None:
@@ -161,9 +161,9 @@ class DropSyncPoints(Pass):
         while low < high:
             count = (low + high + 1) // 2
             attempt.sites = self._sites(program, order[:count])
-            made = self.tried(program, attempt)
-            loss = context.loss(made, program, metric=self.metric)
-            release(made)
+            attempted = self.tried(program, attempt)
+            loss = context.loss(attempted, program, metric=self.metric)
+            release(attempted)
             plan.notes.append(f"{count} dropped: loss {loss:.4g}")
             if loss <= self.budget:
                 low, plan.trial = count, attempt.trial

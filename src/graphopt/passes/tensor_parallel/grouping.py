@@ -36,13 +36,13 @@ def _within(distances: torch.Tensor, groups: list[list[int]]) -> float:
 def _exchange(distances: torch.Tensor, first: list[int], second: list[int]) -> bool:
     """Make the best exchange between two groups, if one gains."""
     best, where = 1e-9, None
-    for i, one in enumerate(first):
+    for i, left in enumerate(first):
         for j, two in enumerate(second):
-            rest_first = [u for u in first if u != one]
+            rest_first = [u for u in first if u != left]
             rest_second = [u for u in second if u != two]
             gain = float(
-                distances[two, rest_first].sum() - distances[one, rest_first].sum()
-                + distances[one, rest_second].sum() - distances[two, rest_second].sum()
+                distances[two, rest_first].sum() - distances[left, rest_first].sum()
+                + distances[left, rest_second].sum() - distances[two, rest_second].sum()
             )  # fmt: skip
             if gain > best:
                 best, where = gain, (i, j)
@@ -57,7 +57,7 @@ def match(sizes: torch.Tensor) -> list[int]:
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(-sizes.double().numpy())
-    chosen = [0] * len(rows)
+    matching = [0] * len(rows)
     for group, rank in zip(rows, columns, strict=True):
-        chosen[int(rank)] = int(group)
-    return chosen
+        matching[int(rank)] = int(group)
+    return matching

@@ -50,19 +50,19 @@ def merge_sums(program: Program) -> int:
 
 
 def _leaves(node: fx.Node, inner: set[fx.Node]) -> list[fx.Node]:
-    found: list[fx.Node] = []
+    leaves: list[fx.Node] = []
     for operand in node.args:
         nested = is_operator(operand, "aten.add") and not operand.kwargs and len(operand.users) == 1  # type: ignore[union-attr]
         if nested and all(isinstance(a, fx.Node) for a in operand.args):  # type: ignore[union-attr]
             assert isinstance(operand, fx.Node)
             inner.add(operand)
-            found.extend(_leaves(operand, inner))
+            leaves.extend(_leaves(operand, inner))
         else:
             assert isinstance(operand, (fx.Node, int, float))
             if not isinstance(operand, fx.Node):
                 return []
-            found.append(operand)
-    return found
+            leaves.append(operand)
+    return leaves
 
 
 Step = tuple[fx.Node, int]
@@ -81,11 +81,11 @@ def partial_behind(leaf: fx.Node) -> tuple[fx.Node, list[Step]] | None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             return source, steps[::-1]
-        place = _scaled(node)
-        if place is None:
+        index = _scaled(node)
+        if index is None:
             return None
-        steps.append((node, place))
-        operand = node.args[place]
+        steps.append((node, index))
+        operand = node.args[index]
         assert isinstance(operand, fx.Node)
         node = operand
     return None
@@ -113,9 +113,9 @@ def _reduced(node: Any) -> bool:
 
 def apply_chain(program: Program, value: fx.Node, steps: list[Step]) -> fx.Node:
     """Return the scalings and views of a chain applied to another value."""
-    for node, place in steps:
+    for node, operand in steps:
         args = list(node.args)
-        args[place] = value
+        args[operand] = value
         value = program.edit.call(node.target, *args, **node.kwargs)
     return value
 

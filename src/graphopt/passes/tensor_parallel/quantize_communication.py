@@ -140,9 +140,9 @@ class QuantizeCommunication(Pass):
                 )
             )  # fmt: skip
         if self.outliers != "none" and not any(int(site["outliers"]) for site in plan.sites):
-            whole = max(int(node.meta["val"].shape[-1]) for node in sums)
-            why = f"{self.share:g} of {whole} features is less than one"
-            refuse_set(self.name, self, ("outliers", "share"), why, hint=f"share of at least 1/{whole}")
+            widest = max(int(node.meta["val"].shape[-1]) for node in sums)
+            why = f"{self.share:g} of {widest} features is less than one"
+            refuse_set(self.name, self, ("outliers", "share"), why, hint=f"share of at least 1/{widest}")
             plan.notes.append(f"no feature travels in bfloat16: {why}")
         plan.notes.append(
             f"{sum(total_bits) / len(total_bits):.4g} bits a value sent, instead of "
@@ -163,10 +163,12 @@ class QuantizeCommunication(Pass):
         shares = []
         for node, term, site in zip(sums, terms, plan.sites, strict=True):
             tables = _tables(site, int(node.meta["val"].shape[-1]), ranks_of(program))
-            parts = values[term.name]
-            held = parts if isinstance(parts, list) else [parts]
-            scales = tables["scales"][: len(held)]
-            shares.append(clipped(held, scales, tables["order"], int(site["outliers"]), int(site["bits"])))
+            terms_of_ranks = values[term.name]
+            values_of_ranks = terms_of_ranks if isinstance(terms_of_ranks, list) else [terms_of_ranks]
+            scales = tables["scales"][: len(values_of_ranks)]
+            shares.append(
+                clipped(values_of_ranks, scales, tables["order"], int(site["outliers"]), int(site["bits"]))
+            )
         return f"clipped: {sum(shares) / len(shares):.3%} of the integers sent, at worst {max(shares):.3%} (one batch)"
 
     def rewrite(self, program: Program, plan: Plan) -> None:
@@ -178,7 +180,7 @@ class QuantizeCommunication(Pass):
             if not is_operator(node, "graphopt.all_reduce"):
                 raise PipelineError(f"the plan names {site.block}, which is no all-reduce")
             tables = _tables(site, int(node.meta["val"].shape[-1]), ranks_of(program))
-            held = {}
+            by_sum = {}
             for name, table in tables.items():
                 # sites that order their features alike share the table
                 key = (name, tuple(table.shape), table.numpy().tobytes())
@@ -186,14 +188,14 @@ class QuantizeCommunication(Pass):
                     shared[key] = program.edit.add_weight(
                         f"communication.{node.name}.{name}", table, kind="buffer", persistent=True
                     )
-                held[name] = shared[key]
+                by_sum[name] = shared[key]
             with program.edit.before(node):
-                made = program.edit.call(
-                    torch.ops.graphopt.quantized_all_reduce.default, arguments(node)["x"], held["order"],
-                    held["inverse"], held["scales"], held["reduced"], int(site["outliers"]), int(site["bits"]),
+                replacement = program.edit.call(
+                    torch.ops.graphopt.quantized_all_reduce.default, arguments(node)["x"], by_sum["order"],
+                    by_sum["inverse"], by_sum["scales"], by_sum["reduced"], int(site["outliers"]), int(site["bits"]),
                     int(site["group"]), str(site["algorithm"]), int(site["crossover"]), TENSOR_PARALLEL,
                 )  # fmt: skip
-            program.edit.replace(node, made)
+            program.edit.replace(node, replacement)
         placements(program)
 
 
@@ -210,15 +212,15 @@ def _tables(site: Site, features: int, ranks: int) -> dict[str, torch.Tensor]:
         first = largest.sum(0).topk(outliers).indices
     else:
         first = torch.arange(outliers)
-    chosen = torch.zeros(features, dtype=torch.bool)
-    chosen[first] = True
-    order = torch.cat([chosen.nonzero()[:, 0], chosen.logical_not().nonzero()[:, 0]])
+    is_outlier = torch.zeros(features, dtype=torch.bool)
+    is_outlier[first] = True
+    order = torch.cat([is_outlier.nonzero()[:, 0], is_outlier.logical_not().nonzero()[:, 0]])
     tables = {"order": order, "inverse": order.argsort()}
     if group or largest is None:
         return tables | {"scales": torch.zeros(ranks, 0), "reduced": torch.zeros(0)}
     top = (1 << (bits - 1)) - 1
-    rest = order[outliers:]
+    quantized = order[outliers:]
     return tables | {
-        "scales": (largest[:, rest] / top).clamp(min=FLOOR),
-        "reduced": (ranges[f"{site.block}.sum"][rest] / top).clamp(min=FLOOR),
+        "scales": (largest[:, quantized] / top).clamp(min=FLOOR),
+        "reduced": (ranges[f"{site.block}.sum"][quantized] / top).clamp(min=FLOOR),
     }

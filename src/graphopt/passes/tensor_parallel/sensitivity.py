@@ -37,31 +37,29 @@ def backward_sweep(
     sums = context.stored(program, store)
     context.progress.start(f"dropping {len(names)} sync points one after the other", len(batches))
     began = time.perf_counter()
-    done = int(sums.get("batches", 0))
+    finished = int(sums.get("batches", 0))
     try:
         for number, batch in enumerate(batches):
-            if number < done:
+            if number < finished:
                 context.progress.step("kept from before")
                 continue
             inputs = context.bound(program, batch)
             reads = [points[n].attention.reads for n in names]
             outputs = interpret(program, inputs, record=dict.fromkeys(reads))
             _count(sums, "base", name, batch, outputs, outputs)
-            if number == done:
+            if number == finished:
                 # each variant runs the part of the model behind its first block
-                each = (time.perf_counter() - began) * (1 + (len(names) + 1) / 2)
-                left = len(batches) - done
-                note = (
-                    f"the sweep takes about {each * left:.3g} s: {left} batches, {len(names) + 1} runs each"
-                )
+                seconds = (time.perf_counter() - began) * (1 + (len(names) + 1) / 2)
+                remaining = len(batches) - finished
+                note = f"the sweep takes about {seconds * remaining:.3g} s: {remaining} batches, {len(names) + 1} runs each"
                 log(note)
                 context.progress.done()
-                context.progress.start(note, left)
+                context.progress.start(note, remaining)
             for first, variant in variants.items():
                 start = points[first].attention.reads
-                here = next(n for n in variant.graph.nodes if n.name == start.name)
-                found = interpret(variant, inputs, given={here: outputs[start.name]})
-                _count(sums, first, name, batch, found, outputs)
+                copied_start = next(n for n in variant.graph.nodes if n.name == start.name)
+                recorded = interpret(variant, inputs, given={copied_start: outputs[start.name]})
+                _count(sums, first, name, batch, recorded, outputs)
             sums["batches"] = float(number + 1)
             context.store(program, store, sums)
             context.progress.step()
@@ -76,16 +74,16 @@ def backward_sweep(
 
 
 def _count(sums: dict[str, float], key: str, metric: str, batch: Any, outputs: Any, reference: Any) -> None:
-    made = BY_NAME[metric]()
-    made.add(batch, outputs, reference)
-    sums[f"{key}.total"] = sums.get(f"{key}.total", 0.0) + made.total
-    sums[f"{key}.count"] = sums.get(f"{key}.count", 0.0) + made.count
+    instance = BY_NAME[metric]()
+    instance.add(batch, outputs, reference)
+    sums[f"{key}.total"] = sums.get(f"{key}.total", 0.0) + instance.total
+    sums[f"{key}.count"] = sums.get(f"{key}.count", 0.0) + instance.count
 
 
 def _value(sums: dict[str, float], key: str, metric: str) -> float:
-    made = BY_NAME[metric]()
-    made.total, made.count = sums[f"{key}.total"], int(sums[f"{key}.count"])
-    return made.value()
+    instance = BY_NAME[metric]()
+    instance.total, instance.count = sums[f"{key}.total"], int(sums[f"{key}.count"])
+    return instance.value()
 
 
 def classify(scores: dict[str, float], insensitive: float, sensitive: float) -> dict[str, str]:

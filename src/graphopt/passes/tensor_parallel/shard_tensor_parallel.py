@@ -85,8 +85,8 @@ class ShardTensorParallel(Pass):
         for name in ("attention", "experts"):
             if name not in kinds:
                 refuse_set(self.name, self, (name,), f"this program has no block of the kind {name}")
-        made = self.copied(program)
-        placer = self._placer(made)
+        copy = self.copied(program)
+        placer = self._placer(copy)
         plan = placer.plan()
         heads = [r for r in plan.refused if r.block.startswith("attention") and "heads" in r.reason]
         if heads and not any(s.block.startswith("attention") for s in plan.sites):
@@ -100,12 +100,12 @@ class ShardTensorParallel(Pass):
             plan.notes.append("one rank: nothing has to be added up")
         if plan.sites and not placer.failed:
             try:
-                self._finish(made)
+                self._finish(copy)
             except Exception as error:
                 if not may_be_left_out(error):
                     raise
                 return plan  # the pipeline finds out which site fails, and leaves that one out
-            plan.trial = Trial(self, program, plan.sites, made)
+            plan.trial = Trial(self, program, plan.sites, copy)
         return plan
 
     def _placer(self, program: Program) -> Placer:

@@ -56,19 +56,19 @@ def find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, 
 
 
 def _find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
-    found: dict[str, SyncPoint] = {}
+    points: dict[str, SyncPoint] = {}
     refused: dict[str, str] = {}
     constant = depends_on_weights_alone(program)
     following: dict[fx.Node, list[Block]] = {}
     for block in program.anatomy.blocks:
         following.setdefault(block.reads, []).append(block)
     for block in program.anatomy.attention:
-        made = _sync_point(block, following, constant)
-        if isinstance(made, str):
-            refused[block.name] = made
+        point = _sync_point(block, following, constant)
+        if isinstance(point, str):
+            refused[block.name] = point
         else:
-            found[block.name] = made
-    return found, refused
+            points[block.name] = point
+    return points, refused
 
 
 def _sync_point(
@@ -121,16 +121,16 @@ def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
             assert isinstance(source, fx.Node)
             return Term(source, steps[::-1])
         if has(node, _VIEWS) or is_operator(node, "aten.div"):
-            place = 0
+            index = 0
         elif is_operator(node, "aten.add", "aten.mul") and not node.kwargs:
             changing = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a not in constant]
             if len(changing) != 1:
                 return None
-            place = changing[0]
+            index = changing[0]
         else:
             return None
-        steps.append((node, place))
-        operand = node.args[place]
+        steps.append((node, index))
+        operand = node.args[index]
         if not isinstance(operand, fx.Node):
             return None
         node = operand
@@ -139,10 +139,10 @@ def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
 def _scaled(program: Program, term: Term) -> fx.Node:
     """The partial value after all steps but additions."""
     value = term.partial
-    for node, place in term.steps:
+    for node, operand in term.steps:
         if not is_operator(node, "aten.add"):
             args = list(node.args)
-            args[place] = value
+            args[operand] = value
             value = program.edit.call(node.target, *args, **node.kwargs)
     return value
 
@@ -150,14 +150,14 @@ def _scaled(program: Program, term: Term) -> fx.Node:
 def _offset(program: Program, term: Term) -> fx.Node | None:
     """What the steps add to a sum of zeros: the bias, and what later steps make of it."""
     value: fx.Node | None = None
-    for node, place in term.steps:
+    for node, operand in term.steps:
         if is_operator(node, "aten.add"):
-            other = node.args[1 - place]
+            other = node.args[1 - operand]
             assert isinstance(other, fx.Node)
             value = other if value is None else program.edit.call(aten.add.Tensor, value, other)
         elif value is not None and not has(node, _VIEWS):
             args = list(node.args)
-            args[place] = value
+            args[operand] = value
             value = program.edit.call(node.target, *args, **node.kwargs)
     return value
 
@@ -168,13 +168,13 @@ def drop(program: Program, names: list[str]) -> dict[str, fx.Node]:
     Raises:
         KeyError: a name is none of a block whose sync point can be dropped.
     """
-    found, _ = find_sync_points(program)
+    points, _ = find_sync_points(program)
     now: dict[fx.Node, fx.Node] = {}
-    chosen = [found[name] for name in names]
+    selected = [points[name] for name in names]
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    for point in sorted(chosen, key=lambda p: order[p.attention.add]):
+    for point in sorted(selected, key=lambda p: order[p.attention.add]):
         _drop_one(program, point, now)
-    return {point.attention.name: now[point.ffn.add] for point in chosen}
+    return {point.attention.name: now[point.ffn.add] for point in selected}
 
 
 def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -> None:
@@ -183,20 +183,20 @@ def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -
     with program.edit.before(point.attention.add):
         partial = _scaled(program, point.first)
         offset = _offset(program, point.first)
-        own = call(dialect.unreduced.default, partial, TENSOR_PARALLEL)
+        local = call(dialect.unreduced.default, partial, TENSOR_PARALLEL)
         if offset is not None:
-            own = call(aten.add.Tensor, own, offset)
-        own = call(aten.add.Tensor, x, own)
+            local = call(aten.add.Tensor, local, offset)
+        local = call(aten.add.Tensor, x, local)
     with program.edit.before(point.ffn.add):
         total = all_reduce(program, call(aten.add.Tensor, partial, _scaled(program, point.second)))
         base = x
         for term in (offset, _offset(program, point.second)):
             if term is not None:
                 base = call(aten.add.Tensor, base, term)
-        written = call(aten.add.Tensor, base, total)
-    program.edit.replace(point.ffn.add, written)
-    program.edit.replace(point.attention.add, own)
-    now[point.ffn.add] = written
+        reduced = call(aten.add.Tensor, base, total)
+    program.edit.replace(point.ffn.add, reduced)
+    program.edit.replace(point.attention.add, local)
+    now[point.ffn.add] = reduced
 
 
 def count_dropped(program: Program) -> int:

@@ -99,23 +99,23 @@ def simulate(
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
         message = _ended(folder, timeout)
-        place = folder / "result.json"
-        if not place.is_file():
+        result_path = folder / "result.json"
+        if not result_path.is_file():
             return Simulated(error=message)
-        found = json.loads(place.read_text())
+        result = json.loads(result_path.read_text())
         outputs = []
         for number in range(len(files)):
             file = folder / f"outputs_{number}.npz"
             if file.is_file():
                 with numpy.load(file, allow_pickle=False) as arrays:
                     outputs.append({key: arrays[key] for key in arrays.files})
-        if context is not None and "error" not in found:
+        if context is not None and "error" not in result:
             for file in folder.glob(f"{context.stem}*"):
                 os.replace(_moved(file, context.parent), context.parent / file.name)
         return Simulated(
-            found.get("nodes", {}), [tuple(n) for n in found.get("elsewhere", [])], outputs,
-            found.get("compile_seconds", 0.0), found.get("simulate_seconds", 0.0), found.get("wheel", ""),
-            found.get("error", ""),
+            result.get("nodes", {}), [tuple(n) for n in result.get("elsewhere", [])], outputs,
+            result.get("compile_seconds", 0.0), result.get("simulate_seconds", 0.0), result.get("wheel", ""),
+            result.get("error", ""),
         )  # fmt: skip
 
 
@@ -141,17 +141,17 @@ def compile_together(
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
         message = _ended(folder, timeout)
-        place = folder / "result.json"
-        if not place.is_file():
+        result_path = folder / "result.json"
+        if not result_path.is_file():
             return [], message
-        found = json.loads(place.read_text())
-        if "error" in found:
-            return [], str(found["error"])
-        made = []
+        result = json.loads(result_path.read_text())
+        if "error" in result:
+            return [], str(result["error"])
+        compiled = []
         for file in sorted(f for f in folder.iterdir() if "_ctx" in f.name):
-            made.append(models[0].parent / file.name)
-            os.replace(_moved(file, models[0].parent), made[-1])
-        return made, ""
+            compiled.append(models[0].parent / file.name)
+            os.replace(_moved(file, models[0].parent), compiled[-1])
+        return compiled, ""
 
 
 def _moved(file: Path, folder: Path) -> Path:

@@ -48,7 +48,7 @@ def add_kernel(
     used = column < size
     at = row[:, None].to(tl.int64) * size + column[None, :]
     inside = live[:, None] & used[None, :]
-    own = tl.load(y + at, mask=inside, other=0.0)
+    value = tl.load(y + at, mask=inside, other=0.0)
     marked = tl.load(marks + row, mask=live, other=0) > 0
     if tl.max(marked.to(tl.int32), axis=0) > 0:
         number = tl.arange(0, R)
@@ -59,9 +59,9 @@ def add_kernel(
             mask=(number < rank)[:, None] & used[None, :],
             other=0.0,
         )
-        more = own.to(tl.float32) + scale * tl.dot(tile, matrix, input_precision=PRECISION)
-        own = tl.where(marked[:, None], more.to(own.dtype), own)
-    tl.store(out + at, own, mask=inside)
+        more = value.to(tl.float32) + scale * tl.dot(tile, matrix, input_precision=PRECISION)
+        value = tl.where(marked[:, None], more.to(value.dtype), value)
+    tl.store(out + at, value, mask=inside)
 
 
 def takes(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> bool:

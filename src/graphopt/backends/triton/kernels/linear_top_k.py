@@ -40,15 +40,15 @@ def candidates_kernel(
     # what is no number counts as the largest, as in torch
     ranked = tl.where(logits != logits, float("inf"), logits)
     at = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * TOP
-    for place in tl.static_range(TOP):
-        left = tl.where(free, ranked, -float("inf"))
-        best = tl.max(left, axis=1)
+    for rank in tl.static_range(TOP):
+        remaining = tl.where(free, ranked, -float("inf"))
+        best = tl.max(remaining, axis=1)
         # of equals the first that is free; N where none is, which only the end of the last tile's places is
-        where = tl.min(tl.where(free & (left == best[:, None]), column[None, :], N), axis=1)
-        taken = column[None, :] == where[:, None]
-        value = tl.sum(tl.where(taken, logits, 0.0), axis=1)
-        tl.store(values + at + place, value.to(values.dtype.element_ty), mask=live)
-        tl.store(numbers + at + place, (tl.program_id(1) * N + where).to(tl.int32), mask=live)
+        where = tl.min(tl.where(free & (remaining == best[:, None]), column[None, :], N), axis=1)
+        selected = column[None, :] == where[:, None]
+        value = tl.sum(tl.where(selected, logits, 0.0), axis=1)
+        tl.store(values + at + rank, value.to(values.dtype.element_ty), mask=live)
+        tl.store(numbers + at + rank, (tl.program_id(1) * N + where).to(tl.int32), mask=live)
         free = free & (column[None, :] != where[:, None])
 
 
@@ -78,7 +78,7 @@ def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
         M=m, N=n, K=step, num_warps=8, num_stages=3,
     )  # fmt: skip
     # the last tile may have fewer tokens than places
-    held = (tiles - 1) * k + min(k, vocabulary - (tiles - 1) * n)
-    best, places = values[:, :held].topk(k, dim=-1)
-    tokens = numbers.gather(1, places).to(torch.int64)
+    candidates = (tiles - 1) * k + min(k, vocabulary - (tiles - 1) * n)
+    best, indices = values[:, :candidates].topk(k, dim=-1)
+    tokens = numbers.gather(1, indices).to(torch.int64)
     return best.reshape(*x.shape[:-1], k), tokens.reshape(*x.shape[:-1], k)

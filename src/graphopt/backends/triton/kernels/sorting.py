@@ -19,18 +19,18 @@ def sorted_blocks(chosen: Tensor, groups: int, block: int) -> tuple[Tensor, Tens
         for blocks behind the last one. There are as many blocks as the worst case takes.
     """
     rows = chosen.shape[0]
-    known = torch.where((chosen >= 0) & (chosen < groups), chosen, groups).to(torch.int64)
-    order = torch.argsort(known, stable=True)
+    valid = torch.where((chosen >= 0) & (chosen < groups), chosen, groups).to(torch.int64)
+    order = torch.argsort(valid, stable=True)
     number = torch.arange(groups + 1, device=chosen.device)
-    counts = (known[:, None] == number).sum(0)
+    counts = (valid[:, None] == number).sum(0)
     padded = (counts + block - 1) // block * block
-    starts, own = counts.cumsum(0) - counts, padded.cumsum(0) - padded
-    group = known[order]
-    places = own[group] + torch.arange(rows, device=chosen.device) - starts[group]
+    starts, padded_starts = counts.cumsum(0) - counts, padded.cumsum(0) - padded
+    group = valid[order]
+    positions = padded_starts[group] + torch.arange(rows, device=chosen.device) - starts[group]
     # each group may leave most of a block empty, the one for rows that go nowhere too
     blocks = (rows + block - 1) // block + groups + 1
-    held = torch.full((blocks * block,), -1, dtype=torch.int32, device=chosen.device)
-    held = held.scatter(0, places, order.to(torch.int32))
+    rows_by_position = torch.full((blocks * block,), -1, dtype=torch.int32, device=chosen.device)
+    rows_by_position = rows_by_position.scatter(0, positions, order.to(torch.int32))
     ends = padded[:groups].cumsum(0)
     belongs = torch.searchsorted(ends, torch.arange(blocks, device=chosen.device) * block, right=True)
-    return held, belongs.to(torch.int32)
+    return rows_by_position, belongs.to(torch.int32)
