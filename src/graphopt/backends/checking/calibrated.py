@@ -1,4 +1,4 @@
-"""Random inputs of a quantised program, kept to what calibration covered."""
+"""Random inputs for a quantised program, kept within the calibrated ranges."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from ...ir.running.execute import interpret, run
 from ...ir.schema import arguments, is_operator
 
 CUT_OFF = {8: 0.15, 16: 0.01}
-"""How large what is cut off of a value may be beside it, by bits; in eight, smaller numbers drown in the roundings."""
+"""Largest norm of the clipped part of a value relative to the value, by bits; at eight bits, rounding hides smaller
+ones."""
 
 
 def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return inputs with numbers made smaller until hardly a value is cut off by them, and states that come of a step.
+    """Return inputs scaled down until hardly any value is clipped, with recurrent state taken from a real step.
 
-    What a compiler joins, it does not cut off in between, as ONNX Runtime does: outside of their ranges the two
-    differ by more than roundings. States are what comes back of a step, which is what their ranges were made for.
+    A compiler does not clip between the operators that it fuses, ONNX Runtime does: outside the calibrated ranges the
+    two differ by more than rounding. Recurrent state is the output of a step, since that is what its ranges were
+    calibrated on.
 
     Args:
-        program: quantised.
-        inputs: random ones, by name; tokens, masks and dials stay.
+        program: a quantised program.
+        inputs: random inputs by name; tokens, masks and run-time settings are not changed.
     """
     carried = [name for name in program.signature.inputs if f"next_{name}" in program.outputs]
     initial = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
@@ -47,13 +49,13 @@ def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str
 
 
 def _cut_off(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, float]:
-    """Return how large what the range of each value cuts off is, beside the value."""
+    """Return the norm of the part of each value that its range clips, relative to the value."""
     ranges: dict[fx.Node, tuple[float, float]] = {}
     for node in program.nodes:
         if is_operator(node, "graphopt.fake_quantize"):
             args = arguments(node)
             low, high = INTEGERS[args["dtype"]]
-            # half a step is rounding
+            # up to half a step beyond the range is rounding
             ranges[args["x"]] = (
                 (low - args["zero_point"] - 0.5) * args["scale"],
                 (high - args["zero_point"] + 0.5) * args["scale"],

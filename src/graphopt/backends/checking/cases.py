@@ -1,4 +1,4 @@
-"""Inputs on which what was written is compared with the program: several sizes, paddings, masks, places in a cache."""
+"""Inputs on which an export is compared with the program: several sizes, paddings, masks and cache positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sizes import namesake, static_sizes
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs to compare on. ``mask`` has the positions that count; ``left``: padding comes first."""
+    """One set of inputs to compare on. ``mask`` has the positions that count; ``left``: padding comes first."""
 
     label: str
     inputs: dict[str, torch.Tensor]
@@ -31,7 +31,7 @@ class Case:
 def counted(
     result: torch.Tensor, reference: torch.Tensor, case: Case
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return what is to be compared of two values: no padded places; None where the case says nothing about them."""
+    """Return the parts of two values to compare, without padded positions; None if the case does not cover them."""
     mask = case.mask
     if mask is not None:
         if reference.dim() >= 2 and reference.shape[:2] == mask.shape:
@@ -42,15 +42,16 @@ def counted(
 
 
 def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) -> Iterator[Case]:
-    """Yield inputs: at one size, or two if dynamic; padded right and left where there is an attention mask.
+    """Yield inputs at one size, or at two if dynamic, padded on the right and on the left if there is an attention
+    mask.
 
-    Other masks have some of their entries turned, dials stand at the far end of their range, and caches are read: what is
-    new follows what they hold.
+    Other masks have some entries flipped, run-time settings are tried at the far end of their range, and new tokens
+    are also placed after existing cache entries.
 
     Args:
-        program: whose inputs they are.
+        program: the program to make inputs for.
         sizes: fixed sizes by name.
-        dynamic: compare at a second size too.
+        dynamic: whether to compare at a second size too.
     """
     first = static_sizes(program, sizes)
     settings = [first]
@@ -84,7 +85,7 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
 
 
 def _masks(program: Program) -> list[str]:
-    """Return the names of masks of which nothing is known but that they are masks."""
+    """Return the names of inputs that are masks of unknown meaning."""
     return [
         name for name, spec in program.signature.inputs.items()
         if "mask" in name and name != "step_mask" and not spec.dtype.is_floating_point
@@ -93,7 +94,7 @@ def _masks(program: Program) -> list[str]:
 
 
 def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return inputs with masks that let everything be seen: some say so by ones, some by zeros."""
+    """Return inputs whose masks hide nothing: ones in some programs, zeros in others."""
     names = _masks(program)
     if not names or _sees(program, inputs):
         return inputs
@@ -103,7 +104,7 @@ def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _sees(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Tell whether every row sees a key, where masks are attention's, and whether outputs are numbers."""
+    """Return whether every attention row sees a key, and no output is NaN."""
     attentions = [arguments(n) for n in program.nodes if is_operator(n, "graphopt.attention")]
     masks = {call[name] for call in attentions for name in ("key_mask", "bias")} - {None}
     values = interpret(program, dict(inputs), record=masks)
@@ -115,7 +116,7 @@ def _sees(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _turned(mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask with the last third of its first row the other way."""
+    """Return a mask with the last third of its first row flipped."""
     turned = mask.clone()
     if mask.dim() and (few := mask.shape[-1] // 3):
         turned[0, ..., -few:] = 1 - turned[0, ..., -few:].int()
@@ -123,7 +124,7 @@ def _turned(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _later(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return positions behind what caches hold; nothing where there are none, or no room."""
+    """Return positions after the filled part of the caches; empty if there are no caches or no room is left."""
     cache = program.facts.get(KVCache)
     if cache is None or cache.positions not in inputs:
         return {}
@@ -131,7 +132,7 @@ def _later(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, to
     slots = min(int(v.shape[2]) for n, v in inputs.items() if "_cache_" in n)
     start = slots - new
     if Quantized in program.facts:
-        start = min(start, new)  # its caches come of one step
+        start = min(start, new)  # the caches come from one step
     if start <= 0:
         return {}
     return {n: inputs[n] + start for n in (cache.positions, "cache_slots") if n in inputs}

@@ -1,4 +1,4 @@
-"""A folder against the program that it was made of: beyond every window, padded on both sides, in a wide type."""
+"""Compare a written folder with its program: beyond every window, padded on both sides, in a wide type."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...ir.weights import TensorSource, numel
 from .layers import configurations, load
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Largest relative difference that another order of the same operations explains, by the type that both run in."""
+"""Largest relative difference that reordering the same operations explains, by the type that both run in."""
 _FLOPS = 3e11
 _WINDOW = re.compile(r"window|chunk|local_attention|block_size|max_distance")
 _ARITHMETIC = (
@@ -36,7 +36,8 @@ _ARITHMETIC = (
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs to compare on; ``mask`` has the positions that count, by the size of values that it is about."""
+    """One set of inputs to compare on; ``mask`` has the positions that count, by the size of the values that it
+    applies to."""
 
     label: str
     inputs: dict[str, torch.Tensor]
@@ -44,9 +45,9 @@ class Case:
 
 
 def wide_type(program: Program) -> torch.dtype:
-    """Return the type that a folder is compared in: what is stored in fewer bits is widened on both sides.
+    """Return the type in which a folder is compared: weights stored in fewer bits are widened on both sides.
 
-    In the stored type, roundings would hide what is wrong.
+    In the stored type, rounding would hide errors.
     """
     outputs = (getattr(v, "meta", {}).get("val") for v in program.outputs.values())
     double = any(isinstance(v, torch.Tensor) and v.dtype is torch.float64 for v in outputs)
@@ -54,9 +55,9 @@ def wide_type(program: Program) -> torch.dtype:
 
 
 def reach(program: Program) -> int:
-    """Return the largest number that positions are compared with: a window, a chunk, a distance.
+    """Return the largest number that positions are compared with: a window, chunk or distance.
 
-    The configuration has its say too: what a program lost must not shorten what it is compared on.
+    The configuration counts too, so that a window that the program lost by mistake does not shorten the comparison.
     """
     reaches = [1]
     for _, config in configurations(load(program.origin.config)):
@@ -79,7 +80,7 @@ def _of_positions(program: Program, node: fx.Node) -> bool:
         or not is_operator(node, *_ARITHMETIC)
     ):
         return False
-    # numbers of tokens are compared with numbers of tokens
+    # counts of tokens are compared with counts of tokens
     position_inputs = [
         str(n.meta["input"]) for n in needed_for([node], ()) if n.op == "placeholder" and "input" in n.meta
     ]
@@ -97,9 +98,9 @@ def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
 
 
 def cases(program: Program) -> tuple[list[Case], int]:
-    """Return inputs to compare on, and how many tokens there would have to be to reach past everything.
+    """Return inputs to compare on, and the number of tokens needed to reach past every window.
 
-    Where so many take too long, the inputs are short.
+    If that many would take too long, the inputs are short.
     """
     target_length, length = reach(program) + 5, 9
     needed = max(
@@ -114,7 +115,7 @@ def cases(program: Program) -> tuple[list[Case], int]:
         length = needed
     sizes = {n: length for n in program.signature.sizes if _is_length(n)}
     if length > 9:
-        # two lengths, so that what is about one is not taken to be about the other
+        # two lengths, so that values of one are not mistaken for values of the other
         sizes |= {n: length - 1 for n in sizes if n.startswith("decoder")}
         sizes |= {n: 1 for n in program.signature.sizes if n.startswith("batch")} if length > 500 else {}
     else:
@@ -144,7 +145,7 @@ def _padded(program: Program, sizes: dict[str, int]) -> Iterator[Case]:
 
 
 def _affordable(program: Program, length: int) -> bool:
-    """Tell whether inputs of this length take seconds, and little of the memory."""
+    """Return whether inputs of this length run in seconds and in a small part of the memory."""
     weights = sum(numel(w.source.shape) for w in program.weights.values())
     attentions = [n for n in program.nodes if is_operator(n, "graphopt.attention")]
     heads = sum(int(arguments(n)["q"].meta["val"].shape[1]) for n in attentions)
@@ -158,21 +159,22 @@ def _affordable(program: Program, length: int) -> bool:
 
 
 class Reference:
-    """What the program computes, in a wide type, from weights as they are stored."""
+    """The program's outputs, computed in a wide type from the weights as they are stored."""
 
     def __init__(self, program: Program, dtype: torch.dtype | None = None):
         self.program, self.dtype = program, dtype or wide_type(program)
-        # folded first: what is stored is rounded, and only then widened
+        # folded first: stored weights are rounded before they are widened
         self._wide = retyped(fold(program), self.dtype, shapes=False)
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return the outputs; weights are loaded one after the other."""
+        """Return the outputs; weights are loaded one at a time."""
         widened = {name: widen(value, self.dtype) for name, value in inputs.items()}
         values = interpret(self._wide, widened)
         return {name: values[name] for name in self.program.outputs}
 
     def limit(self, case: Case) -> float:
-        """Return the largest relative difference that rounding explains, of what is stored too where it is computed."""
+        """Return the largest relative difference that rounding explains, including that of stored weights that are
+        computed."""
         least = LIMITS[self.dtype]
         rounded = [
             n
@@ -202,7 +204,7 @@ def _unit(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class _Shaken:
-    """A source whose values are off by up to half a step of the type that they are stored in."""
+    """A source whose values are off by up to half a step of their stored type."""
 
     source: TensorSource
     seed: int
@@ -252,10 +254,10 @@ def differences(
 
 
 def require_same_attention(program: Program, again: Program) -> None:
-    """Compare what each attention sees, where inputs that show it would take too long.
+    """Compare what each attention sees, if inputs that reach past it would take too long.
 
     Raises:
-        LoweringError: an attention of the folder's model sees something else.
+        LoweringError: an attention of the folder's model sees other positions.
     """
     seen_before, seen_after = _seen(program), _seen(again)
     for number, (first, other) in enumerate(zip(seen_before, seen_after, strict=False)):

@@ -1,15 +1,15 @@
-"""Run by itself in a process of its own: load a folder with transformers alone and run it.
+"""Standalone script, run in its own process: load a folder with transformers alone and run it.
 
 Usage: python huggingface_reload.py FOLDER CLASS INPUTS OUTPUTS DTYPE, where INPUTS and OUTPUTS are
-safetensors files; what stands before a slash in their names is the run that a tensor belongs to. It imports
-nothing of graphopt, so that what it shows is what users of the folder will see.
+safetensors files; the part of a tensor's name before the slash is the run that it belongs to. The script imports
+nothing from graphopt, so that it computes what users of the folder will get.
 """
 
 import sys
 
 
 def main() -> None:
-    """Load, run, and write the outputs."""
+    """Load the model, run it, and write the outputs."""
     folder, class_name, inputs, outputs, dtype = sys.argv[1:6]
     import torch
     import transformers
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]
-    """Return tensors by the names of what they lie in."""
+    """Return the tensors of a nested value, named by their path."""
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""A Program as a Hugging Face folder, reloaded by transformers alone and compared before it counts."""
+"""Export of a program to a Hugging Face folder, which transformers reloads and compares before it takes its place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Recapture = Callable[[Path], Program]
 
 @dataclass
 class FolderReport:
-    """What was written and how it compares: relative error of each output against the program."""
+    """What was written, and the relative error of each output against the program."""
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def save_pretrained(
 
     Raises:
         LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
-        UsageError: something that graphopt did not write stands there.
+        UsageError: the path holds something that graphopt did not write.
     """
     tensors, config = contents(program, skeleton)
     with atomic_folder(path, may_replace=_is_folder_of_ours) as folder:
@@ -93,10 +93,10 @@ def save_pretrained(
 def contents(
     program: Program, skeleton: Skeleton | None = None
 ) -> tuple[dict[str, TensorSource], dict[str, Any]]:
-    """Return the tensors and configuration of the folder.
+    """Return the tensors and the configuration to write.
 
     Raises:
-        LoweringError: the program did not come from a checkpoint, or a pass left its format.
+        LoweringError: the program did not come from a checkpoint, or a pass made it inexpressible in that format.
     """
     if program.origin.kind != "huggingface" or not program.checkpoint:
         raise LoweringError(
@@ -130,13 +130,13 @@ def contents(
 
 
 def _is_folder_of_ours(path: Path) -> bool:
-    """Tell whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
+    """Return whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
     files = path.glob("*.safetensors")
     return (path / "config.json").is_file() and any(writer(f) == METADATA["writer"] for f in files)
 
 
 METADATA = {"format": "pt", "writer": "graphopt"}
-"""In the header of weight files; it says which folders may be replaced."""
+"""Marker in the header of weight files, which tells which folders may be replaced."""
 
 
 def _write_weights(
@@ -179,7 +179,8 @@ def _compare(program: Program, folder: Path, check: str, recapture: Recapture | 
     if check == "streamed" or unreached:
         if recapture is None:
             raise LoweringError(
-                "this check needs a way to capture the folder again", hint="call program.save_pretrained"
+                "this check needs a function that captures the folder again",
+                hint="call program.save_pretrained",
             )
         again = recapture(folder)
     worst: dict[str, float] = {}
@@ -198,7 +199,7 @@ def _compare(program: Program, folder: Path, check: str, recapture: Recapture | 
 def _reloaded(
     program: Program, folder: Path, compared_cases: list[Case], dtype: torch.dtype
 ) -> list[dict[str, torch.Tensor]]:
-    """Run the folder in a process that knows transformers and not graphopt."""
+    """Run the folder in a process that imports transformers and not graphopt."""
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as directory:

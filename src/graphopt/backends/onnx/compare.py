@@ -1,4 +1,4 @@
-"""ONNX files, run by ONNX Runtime, against the program that they were written from."""
+"""Comparison of ONNX files, run by ONNX Runtime, with the program that they were written from."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from .quantized import without_rounding
 
 _TOLERANCE = 1e-4
 _ROUNDINGS, _MOST_ROUNDED = 4.0, 1e-2
-"""Two ways of adding in one type lead apart by a few times what that type alone costs, which deep models raise: 30 layers
-behind caches drawn at random lose 1e-4. Beyond the second number rounding explains nothing."""
+"""Two orders of summation in one type may differ by a few times that type's own error, more so in deep models: 30
+layers with random caches lose 1e-4. Above the second number, rounding is no explanation."""
 _QUANTIZED_TOLERANCE = {8: 0.2, 16: 2e-2}
-"""A value that lies between two steps goes to either, in one arithmetic or the other."""
+"""A value halfway between two steps may be rounded either way, depending on the arithmetic."""
 _SHARE_LOST = {8: 1.0, 16: 0.4}
-"""How far two ways of rounding lead apart, beside what quantising lost: measured up to 0.8 and 0.08, with the optimiser of
-ONNX Runtime 1.32 up to 0.8 and 0.22."""
+"""Difference between two ways of rounding, relative to the loss from quantising: measured up to 0.8 and 0.08, with
+the optimiser of ONNX Runtime 1.32 up to 0.8 and 0.22."""
 _WAYS = 2.0
-"""Beyond that share: how far a runtime may lead apart, beside how far the program in float64 does from itself in float32.
-Over 30 layers whose stream holds values of thousands, 16 bits a value: 0.06 of the logits, a runtime 0.05."""
+"""Above that share: how far a runtime may differ, relative to the program's own difference between float64 and
+float32. Over 30 layers whose stream holds values in the thousands, at 16 bits per value: 0.06 of the logits, a
+runtime 0.05."""
 _HALF_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -41,15 +42,16 @@ def compare_with_runtime(
 ) -> dict[str, float]:
     """Return the largest relative error of each output over the cases.
 
-    Errors are relative to an output's values, small ones to the largest usual one. Where rows see no key, ONNX and torch
-    differ by design, so that padded positions do not count. An error above the tolerance counts beside what the
-    program's own type costs it, measured in float64. What was quantised is judged as a whole, by the distance of the
-    two beside what was lost by quantising: single values go to either of two steps; and where that is not enough, beside
-    the distance of the program's own arithmetic in float64, each way of which later roundings carry further apart.
+    Errors are relative to an output's values; small values are compared with the largest usual one. Padded positions
+    do not count, because ONNX and torch differ by design for rows that see no key. An error above the tolerance is
+    measured against the program's own rounding error, found by running it in float64. A quantised output is judged as
+    a whole, by its distance relative to the loss from quantising, because single values may be rounded to either of
+    two steps; if that is not enough, by the distance relative to the program's own difference from float64, which
+    later rounding amplifies.
 
     Args:
-        paths: of files that run one after another, each given what those before it gave.
-        program: what they are together.
+        paths: of files that run one after another, each with the outputs of those before it.
+        program: the program that the files implement together.
         cases: inputs.
         tolerance: largest error; by default what rounding explains.
 
@@ -94,14 +96,14 @@ def compare_with_runtime(
         raise LoweringError(
             f"what ONNX Runtime computes differs from the program by more than {most:.0e}: {listing}",
             hint="tolerance= accepts more"
-            + (", as where rounding sends a token to another expert" if limit > _TOLERANCE else "")
-            + "; compare=False writes the file all the same",
+            + (", for example if rounding sends a token to another expert" if limit > _TOLERANCE else "")
+            + "; compare=False writes the file anyway",
         )
     return errors
 
 
 def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
-    """Return what files give one after another, by name; one of them is in memory at a time."""
+    """Return the outputs of running the files in order, by case and name; only one file is in memory at a time."""
     values_by_case = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
     for path in paths:
         session = _session(path)
@@ -114,20 +116,20 @@ def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
                 text = str(error).strip().splitlines()[0]
                 raise LoweringError(
                     f"ONNX Runtime does not run the file on {case.label}: {text}",
-                    hint="target=onnx names the nodes that it is known not to take in these types",
+                    hint="target=onnx names the nodes that it is known not to support in these types",
                 ) from error
             values.update(zip(output_names, results, strict=True))
     return values_by_case
 
 
 def _without_own_rounding(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return what the program computes in float64, weight by weight."""
+    """Return the program's outputs in float64, loading one weight at a time."""
     return run(retyped(program, shapes=False), {k: widen(v) for k, v in inputs.items()}, streamed=True)
 
 
 @dataclass(frozen=True)
 class _Lost:
-    """What quantising lost of an output, beside its size: in all, and what a few of its last steps come to."""
+    """The loss of an output from quantising, relative to its norm: in total, and that of a few quantisation steps."""
 
     all: float
     step: float
@@ -171,14 +173,14 @@ def _session(path: Path) -> Any:
 def _to_numpy(tensor: torch.Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         raise LoweringError(
-            "ONNX Runtime takes no bfloat16 from numpy, so that the file cannot be compared",
+            "ONNX Runtime takes no bfloat16 from numpy, so the file cannot be compared",
             hint="float32=True writes the program in float32; compare=False leaves it unchecked",
         )
     return tensor.contiguous().numpy()
 
 
 def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, by_norm: bool = False) -> float | None:
-    """Return the relative error, or None where the case says nothing about this output."""
+    """Return the relative error, or None if the case does not cover this output."""
     if result.shape != reference.shape:
         return float("inf")
     pair = counted(result, reference, case)

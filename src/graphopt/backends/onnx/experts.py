@@ -1,4 +1,4 @@
-"""A mixture of feed-forward experts in ONNX."""
+"""Mixture of experts in ONNX."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Experts(Nodes):
     ) -> Any:
         """``graphopt.routed_ffn``: every expert on every token, times a gate that is mostly zero.
 
-        Gathering each token's expert matrices, as traced graphs do, copies them once a token; this way
-        they stay constants of ordinary matrix products, for more arithmetic.
+        Gathering the expert matrices of each token, as traced graphs do, copies them once per token; here they stay
+        constants of ordinary matrix products, at the cost of more arithmetic.
         """
         op = self.op
         if first is not None:
             dtype = experts.dtype
-            experts = op.Sub(experts, first)  # one that is not among those given equals none of them
+            experts = op.Sub(experts, first)  # an expert that is not on this rank equals none of them
             experts.dtype = dtype
         count = int(up.shape[0])
         ids = op.Constant(value=self.ir.tensor(list(range(count)), dtype=experts.dtype))

@@ -1,4 +1,4 @@
-"""Weights of several ONNX files in one file: each tensor once, however many graphs read it."""
+"""Sharing weights between ONNX files: each tensor is stored once, however many graphs read it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ALIGNMENT = 4096
 
 
 def share_weights(folder: Path) -> int:
-    """Let all files of a folder read their large tensors from ``weights.data``; return its bytes.
+    """Move the large tensors of all files in a folder to ``weights.data`` and return its size in bytes.
 
     Args:
-        folder: with files whose large tensors lie beside them.
+        folder: with model files and their external data.
 
     Raises:
         LoweringError: a file reads other values than before.

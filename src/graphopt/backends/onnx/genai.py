@@ -1,4 +1,4 @@
-"""A decoder with caches as a folder that onnxruntime-genai generates with."""
+"""Export of a decoder with caches to a folder for onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class GenaiReport:
         path: the folder.
         model: of the file in it.
         files: in the folder.
-        compared: how many tokens onnxruntime-genai generated that the program too thinks the likeliest; None where it is
-            not installed.
+        compared: how many of onnxruntime-genai's tokens are the program's most likely ones too; None if it is not
+            installed.
     """
 
     path: Path
@@ -44,15 +44,15 @@ def lower_genai(
 ) -> GenaiReport:
     """Write model.onnx, genai_config.json and the tokenizer's files into a new folder.
 
-    Caches are inputs and outputs that genai keeps in place (``past_present_share_buffer``). The model's tokens are
-    compared with the program's where onnxruntime-genai is installed.
+    Caches are inputs and outputs that share a buffer in genai (``past_present_share_buffer``). If onnxruntime-genai
+    is installed, its tokens are compared with the program's.
 
     Args:
         program: after insert-kv-cache.
         path: of the folder, which must not exist.
         opset: see :func:`lower_onnx`.
         float32: the same.
-        check: refuse where onnxruntime-genai is not installed.
+        check: raise an error if onnxruntime-genai is not installed.
         tolerance: see :func:`lower_onnx`.
 
     Raises:

@@ -1,4 +1,5 @@
-"""What onnxruntime-genai wants beside ONNX files of a decoder: its settings, the tokenizer, and a try of both."""
+"""Files that onnxruntime-genai needs beside the ONNX files of a decoder: its settings and the tokenizer, and a test
+run."""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja",
 )  # fmt: skip
-"""Files of a checkpoint that its tokenizer is made of."""
+"""Tokenizer files of a checkpoint."""
 TOKENS = 16
-"""How many tokens are generated to compare."""
+"""How many tokens are generated for the comparison."""
 LONGEST = 2048
-"""Slots of a cache that has as many as it is given, where nobody says how many: genai makes them all at once."""
+"""Slots of a cache of variable capacity if the checkpoint has no maximum length: genai allocates them all at once."""
 
 
 def installed() -> bool:
-    """Return whether onnxruntime-genai is."""
+    """Return whether onnxruntime-genai is installed."""
     return find_spec("onnxruntime_genai") is not None
 
 
@@ -43,7 +44,8 @@ def write_beside(program: Program, folder: Path, config: dict[str, Any]) -> None
 
 
 def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[int, list[OnnxReport]] | None:
-    """Return how many tokens a prompt's graph takes, and the graphs, if they are a prompt's and a step's of one row.
+    """Return the prompt graph's number of tokens and the graphs, if they are a prompt graph and a step graph of batch
+    1.
 
     Args:
         program: that they were written from.
@@ -63,16 +65,17 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
 def pipeline_config(
     program: Program, chunk: int, reports: Sequence[OnnxReport], folder: Path, target: Target | None
 ) -> dict[str, Any]:
-    """Return the settings with a prompt's graphs and a step's as stages, each after what a host computes for it.
+    """Return the settings with the prompt and step graphs as stages, each after its host graph.
 
-    Prompts are given in pieces of ``chunk`` tokens, and what is left one by one. genai keeps the caches in place.
+    Prompts are processed in chunks of ``chunk`` tokens, the remaining tokens one by one. genai updates caches in
+    place.
 
     Args:
         program: that they were written from.
         chunk: how many tokens a prompt's graph takes.
-        reports: of its graphs, a prompt's parts and a step's.
+        reports: of the graphs of the prompt and of the step.
         folder: where the files are.
-        target: the device of all graphs but the host's; None for the CPU.
+        target: the device of all graphs except the host graphs; None for the CPU.
     """
     config = genai_config(program)
     tokens = program.facts[KVCache].tokens
@@ -109,13 +112,13 @@ def _stage(path: Path, prompt: bool, target: Target | None) -> dict[str, Any]:
 def beside_buckets(
     program: Program, reports: Sequence[OnnxReport], folder: Path, target: Target | None, try_it: bool
 ) -> bool:
-    """Write what genai wants beside a prompt's graphs and a step's, tried on this machine's CPU where genai is installed.
+    """Write the files that genai needs beside prompt and step graphs, and test them on the CPU if genai is installed.
 
     Returns:
-        Whether the graphs are such ones.
+        Whether the graphs are a prompt graph and a step graph.
 
     Raises:
-        LoweringError: genai generates something else.
+        LoweringError: genai generates other tokens.
     """
     pair = prompt_and_step(program, reports)
     if pair is None:
@@ -129,10 +132,10 @@ def beside_buckets(
 
 
 def genai_config(program: Program) -> dict[str, Any]:
-    """Return what genai_config.json says of a program: sizes from its graph, special tokens from its checkpoint.
+    """Return the genai_config.json of a program: sizes from its graph, special tokens from its checkpoint.
 
     Raises:
-        LoweringError: it has no caches, or none that genai can make.
+        LoweringError: it has no caches, or caches that genai cannot allocate.
     """
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits:
@@ -150,7 +153,8 @@ def genai_config(program: Program) -> dict[str, Any]:
     if set(inputs) - handled or program.dials:
         more = ", ".join(sorted({*inputs, *program.dials} - handled))
         raise LoweringError(
-            f"onnxruntime-genai has nothing to give for {more}", hint="freeze-dial fixes a dial"
+            f"onnxruntime-genai has no value for {more}",
+            hint="freeze-dial makes a run-time setting a constant",
         )
     heads, size = next(iter(shapes))
     vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
@@ -201,7 +205,7 @@ def genai_config(program: Program) -> dict[str, Any]:
 
 
 def _configuration(program: Program) -> dict[str, Any]:
-    """Return the checkpoint's configuration, with what its generation settings say of special tokens."""
+    """Return the checkpoint's configuration, with the special tokens of its generation settings."""
     config = dict(program.origin.config)
     config = {**config, **(config.get("text_config") or {})}
     raw = program.origin.assets.get("generation_config.json")
@@ -216,7 +220,7 @@ def _configuration(program: Program) -> dict[str, Any]:
 
 
 def _ends(config: dict[str, Any], program: Program) -> list[int]:
-    """Return the tokens that end a text; what a vocabulary was cut down to may not have them any more."""
+    """Return the tokens that end a text and that a trimmed vocabulary still has."""
     vocabulary = int(program.outputs[program.facts[KVCache].logits].meta["val"].shape[-1])
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
@@ -228,7 +232,7 @@ def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
 
 
 def compare(program: Program, folder: Path, chunk: int = 6) -> int:
-    """Let genai generate, and see that the program thinks each of its tokens the likeliest, or as likely to rounding.
+    """Generate with genai and check that each of its tokens is the program's most likely one, up to rounding.
 
     Args:
         program: that the folder was written from.
@@ -236,7 +240,7 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
         chunk: how many tokens a prompt's graph takes.
 
     Raises:
-        LoweringError: genai does not take the folder, or generates something else.
+        LoweringError: genai does not load the folder, or generates other tokens.
     """
     import onnxruntime_genai
 
@@ -244,14 +248,14 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     config = json.loads((folder / "genai_config.json").read_text())
     vocabulary = config["model"]["vocab_size"]
     longest, fixed = int(config["search"]["max_length"]), isinstance(cache.capacity, int)
-    # a piece of the prompt's graph, two tokens one by one, and room for some that are generated
+    # one chunk of the prompt graph, two single tokens, and room for generated ones
     prompt_length = min(chunk + 2, longest - 1)
     if prompt_length < 1:
         raise LoweringError("a cache of one slot has no room for a token after a prompt's")
     prompt = torch.randint(vocabulary, (prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
     length = min(len(prompt) + TOKENS, longest)
     try:
-        # what is tried must not end at once
+        # the test must not end at once
         settings = onnxruntime_genai.Config(str(folder))
         order = _logits(program, prompt)[-1].argsort()
         unlikely = int(order[len(order) // 2])
@@ -287,7 +291,7 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
 
 
 def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
-    """Return what a program with empty caches says after each token: (tokens, vocabulary)."""
+    """Return the logits of a program with empty caches after each token, (tokens, vocabulary)."""
     cache = program.facts[KVCache]
     slots = cache.capacity if isinstance(cache.capacity, int) else len(tokens)
     inputs = {

@@ -1,4 +1,4 @@
-"""A Program as an ONNX file: standard operators only, checked and compared before it is in its place."""
+"""Export of a program to ONNX: standard operators only, checked and compared before the file takes its place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from .target import compile_buckets, require_fixed
 
 OPSETS = (20, 21, 23)
 PART_BYTES = 1_900_000_000
-"""Bytes of weights in one graph for a device: its compiler's buffers, as a protobuf, hold 2 GiB at most."""
+"""Largest weights of one graph for a device, in bytes: its compiler's buffers, like a protobuf, hold at most 2
+GiB."""
 
 
 def lower_onnx(
@@ -48,36 +49,38 @@ def lower_onnx(
 ) -> OnnxReport:
     """Write the program as an ONNX file of standard operators, or as a folder of several.
 
-    The file appears under its name only when ONNX's checker has passed it and ONNX Runtime has computed
-    what the program computes; a failure leaves nothing, and an older file as it was. Dials are inputs,
-    float64 scalars.
+    The file appears under its name only after ONNX's checker has accepted it and ONNX Runtime's outputs match the
+    program's; a failure leaves no new file and does not touch an older one. Run-time settings are float64 scalar
+    inputs.
 
     Args:
         program: not changed.
-        path: of the file; its folder must exist. For a device, for several buckets and for parts a path that does not
-            end in ``.onnx``: a new folder.
-        opset: 20, 21 or 23; the target's by default, or 20, or 23 for what was quantised. At 23 attention, RMS norm and
-            rotary embedding are one node each.
-        dynamic: keep sizes dynamic, under their names. By default so if ``sizes`` is not given. With False,
-            sizes not given have the value seen at capture.
-        sizes: values of sizes, for a static graph: ``{"batch": 1, "sequence": 128}``. With ``dynamic=True``
-            the sizes not given stay dynamic. Several of them are buckets: a graph for each, which share one file of
-            weights, such as a prompt's and a step's.
-        compare: run both and compare, at one size if static, at two if dynamic, with padding on either side.
+        path: of the file, whose folder must exist. For a device, several buckets or shards: a new folder, whose name
+            does not end in ``.onnx``.
+        opset: 20, 21 or 23. The default is the target's, or else 20, and 23 for quantised programs. At 23, attention,
+            RMS norm and rotary embedding are one node each.
+        dynamic: keep sizes dynamic, under their names; the default if ``sizes`` is not given. If False, sizes that
+            are not given have the value seen at capture.
+        sizes: values of sizes, for a static graph: ``{"batch": 1, "sequence": 128}``. With ``dynamic=True`` the sizes
+            that are not given stay dynamic. A list defines buckets: a graph for each, such as prompt and step,
+            sharing one file of weights.
+        compare: run both and compare, at one size if static and two if dynamic, with padding on each side.
         external_data: weights beside the file, as ``<name>.data``; by default from 1.9 GB on.
-        target: what to write for. A device, such as "qnn-htp-v75": fixed sizes, and nothing that its compiler would not
-            take. "onnx": nothing that ONNX Runtime does not take, or computes wrongly, in the program's types.
-        check: let the device's compiler and simulator run in a process of their own: no node on the CPU, a context binary
-            beside the file, and the same values as ONNX Runtime. Needs ``graphopt[qnn]``.
-        part_bytes: cut the graph, where only the residual stream crosses, into parts whose weights take at most so much; by
-            default 1.9 GB for a device, and no cut without one.
+        target: what the file is for. A device such as "qnn-htp-v75": fixed sizes, and only operators that its
+            compiler supports. "onnx": only operators that ONNX Runtime supports and computes correctly in the
+            program's types.
+        check: run the device's compiler and simulator in a separate process, and require that no node is left on the
+            CPU and that values match ONNX Runtime's; writes a context binary beside the file. Needs
+            ``graphopt[qnn]``.
+        part_bytes: split the graph, where only the residual stream crosses, into shards whose weights take at most
+            this many bytes; by default 1.9 GB for a device, and no split otherwise.
         float32: write bfloat16 as float32, since ONNX Runtime has few kernels for bfloat16. float16 stays.
-        tolerance: largest relative error that is accepted; by default 1e-4, and 2e-2 for float16.
+        tolerance: largest accepted relative error; by default 1e-4, and 2e-2 for float16.
 
     Raises:
-        LoweringError: missing packages, an opset or size that is not supported, an operator that ONNX lacks,
-            a file that the checker refuses, or results that differ; nodes that a target does not take, one by one; a
-            compiler that refuses, crashes or hangs, with what it said; a part that could not be made small enough.
+        LoweringError: a package is missing, an opset or size is not supported, ONNX lacks an operator, the checker
+            refuses the file, or results differ; the target does not support some nodes, which are listed; its
+            compiler refuses, crashes or hangs, with its output; a shard cannot be made small enough.
     """
     started = time.perf_counter()
     _require(["onnx", "onnxscript", "onnx_ir"] + ["onnxruntime"] * compare)
@@ -131,8 +134,8 @@ def lower_onnx(
         part_bytes = PART_BYTES
     writing = Writing(
         opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data,
-        asked=profile, kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance, part_bytes=part_bytes,
-        alone=len(buckets) == 1,
+        asked=profile, kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance,
+        part_bytes=part_bytes, alone=len(buckets) == 1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
         if not folder:
@@ -163,7 +166,7 @@ def _usual_opset(program: Program) -> int:
 
 
 def _target(program: Program, name: str | None, opset: int | None) -> Target | None:
-    """Return what a file is for; "onnx" is ONNX Runtime at the opset asked for."""
+    """Return the target profile; "onnx" means ONNX Runtime at the requested opset."""
     if name == "onnx":
         opset = _usual_opset(program) if opset is None else opset
         return find_target(f"onnx-{opset}") if opset in OPSETS else None
@@ -183,7 +186,7 @@ def _with_context(report: OnnxReport, files: tuple[Path, ...]) -> OnnxReport:
 def _finished(
     reports: Sequence[OnnxReport], folder: Path, files: tuple[Path, ...], started: float
 ) -> OnnxReport:
-    """Return reports as one, with the places where files have come to lie."""
+    """Return the reports merged into one, with the final paths of the files."""
 
     def moved(report: OnnxReport) -> OnnxReport:
         checked = report.checked
@@ -207,7 +210,7 @@ def _require(packages: list[str]) -> None:
 
 
 def _put_in_place(folder: Path, destination: Path) -> tuple[Path, ...]:
-    """Move the files written into place, the model last; on failure the older files come back."""
+    """Move the written files into place, the model last; on failure restore the older files."""
     new_files = sorted((f for f in folder.iterdir() if f.is_file()), key=lambda f: f.name == destination.name)
     older = folder / "older"
     older.mkdir()

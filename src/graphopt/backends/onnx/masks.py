@@ -1,4 +1,4 @@
-"""Attention masks for ONNX: numbers that are added to scores, made once and shared by the layers."""
+"""Attention masks for ONNX: numbers added to scores, built once and shared by the layers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _LARGEST_CONSTANT = 1 << 24
 
 
 class Masks(Nodes):
-    """Makes the masks of one export."""
+    """Builds the masks of one export."""
 
     def __init__(self) -> None:
         super().__init__()
         self._memo: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def once(self, key: tuple[Any, ...], read: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Return what ``make`` made the first time that these values were read for this purpose.
+        """Return the result of ``make`` for this key and these values, calling it only the first time.
 
         The nodes of an earlier layer come earlier in the graph, so that later layers may read them.
         """
         full = (*key, *(id(value) for value in read))
         if full not in self._memo:
-            # values are kept too: an identity means something only while its object lives
+            # the values are stored too, because an id is only valid while its object lives
             self._memo[full] = (make(), read)
         return self._memo[full][0]
 
@@ -38,7 +38,7 @@ class Masks(Nodes):
         self, q: Any, k: Any, key_mask: Any, segments: Any, visible: Any = None, *,
         causal: bool, window: int | None, dtype: Any,
     ) -> Any:  # fmt: skip
-        """Return the mask of one attention, or None where every key is seen.
+        """Return the mask of one attention, or None if every key is visible.
 
         Args:
             q: (batch, heads, queries, size); read for its sizes.
@@ -70,7 +70,7 @@ class Masks(Nodes):
         return self.once(key, (key_mask, segments, visible), make)
 
     def for_every_query(self, mask: Any, q: Any) -> Any:
-        """Return a mask that may have one row for all queries with a row for each, as runtimes want it."""
+        """Return a mask with a row for each query, as runtimes require, from one that may have a single row."""
         if mask.shape is not None and same_size(mask.shape[2], q.shape[2]):
             return mask
 

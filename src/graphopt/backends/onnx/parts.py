@@ -1,4 +1,4 @@
-"""A program in several that follow one another, cut where only the residual stream crosses."""
+"""Splitting a program into consecutive shards where only the residual stream crosses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ...ir.schema import arguments, is_operator, normal_call
 
 
 def everywhere(program: Program) -> set[fx.Node]:
-    """Return what each part computes for itself: what is made of weights alone, or of inputs and no matrix of weights.
+    """Return the nodes that every shard computes for itself: those that depend on weights alone, or on inputs and no
+    matrix.
 
-    Such are masks, positions and their rotations, slots of caches.
+    Examples are masks, positions and their rotations, and cache slots.
     """
     settled = set(depends_on_weights_alone(program))
     derived = {n for n in program.graph.nodes if n.op == "placeholder" and n not in settled}
@@ -34,10 +35,9 @@ def everywhere(program: Program) -> set[fx.Node]:
 
 
 def cut_points(program: Program) -> list[tuple[int, fx.Node]]:
-    """Return where a program may be cut: after which call, and the one tensor that crosses there.
+    """Return where a program may be split: after which call, and the one tensor that crosses there.
 
-    What is given from outside, and what is made of that or of weights alone, stands on both sides of a cut and
-    crosses nothing.
+    Inputs, and values computed by every shard for itself, exist on both sides of a split and do not cross it.
 
     Args:
         program: with fixed sizes.
@@ -57,17 +57,17 @@ def cut_points(program: Program) -> list[tuple[int, fx.Node]]:
 
 
 def in_parts(program: Program, most: int) -> list[Program]:
-    """Return programs whose weights take at most so many bytes each; together, one after another, they are the program.
+    """Return shards whose weights take at most ``most`` bytes each; run in order, they compute the program.
 
-    Part k gives ``part_k``, which part k + 1 takes; other inputs and outputs keep their names, in the parts that have to do
-    with them.
+    Shard k has the output ``part_k``, which is an input of shard k + 1; other inputs and outputs keep their names, in
+    the shards that use or compute them.
 
     Args:
         program: with fixed sizes; not changed.
-        most: bytes of weights a part.
+        most: largest weights of a shard, in bytes.
 
     Raises:
-        LoweringError: a piece between two places where it could be cut is larger.
+        LoweringError: a segment between two possible split points is larger.
     """
     settled = everywhere(program)
     order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
@@ -99,7 +99,7 @@ def in_parts(program: Program, most: int) -> list[Program]:
 
 
 def _stored(program: Program, calls: list[fx.Node], settled: set[fx.Node]) -> Iterator[tuple[str, int]]:
-    """Yield the weights that calls read, with their bytes as they are written."""
+    """Yield the weights that calls read, with their size in bytes as they are written."""
     work, seen = list(calls), set(calls)
     while work:
         node = work.pop()
@@ -124,7 +124,7 @@ def _written(program: Program, node: fx.Node) -> int:
         if not has(user, Trait.ROUNDING) or node is args["scale"]:
             sizes.append(weight.bytes)
         elif args.get("integers") not in (None, node):
-            sizes.append(0)  # integers that were fitted to data are written in its place
+            sizes.append(0)  # integers fitted to data are written instead
         else:
             sizes.append(count * bits[str(args["dtype"])] // 8)
     return max(sizes, default=weight.bytes)
@@ -145,7 +145,7 @@ def _part(
     name = f"part_{number - 1}"
     shard = extract(program, {} if incoming is None else {name: incoming}, writes, all_given=True)
     if incoming is not None and is_operator(incoming, "graphopt.fake_quantize"):
-        # a value that comes from outside is stored in as few bits as it was
+        # an incoming value is stored in as few bits as in the shard before
         placeholder = shard.input_nodes[name]
         readers = list(placeholder.users)
         args, kwargs = normal_call(incoming.target, dict(arguments(incoming)) | {"x": placeholder})

@@ -1,4 +1,5 @@
-"""Q and DQ of a quantised program: weights stored as integers, and nothing that a device computes left between them."""
+"""QuantizeLinear and DequantizeLinear of a quantised program: weights stored as integers, no unquantised value on the
+device."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ _BIASED = ("Conv", "Gemm", "ConvTranspose")
 
 
 def pairs_in(program: Program) -> int:
-    """Return how many roundings a program has."""
+    """Return the number of rounding operators in a program."""
     return sum(has(n, Trait.ROUNDING) for n in program.nodes)
 
 
 def without_rounding(program: Program) -> Program:
-    """Return a program whose values are not stored in few bits: what was quantised."""
+    """Return the program without its rounding operators, as it was before quantising."""
     copy = program.copy()
     for node in list(copy.nodes):
         if has(node, Trait.ROUNDING):
@@ -40,7 +41,7 @@ def without_rounding(program: Program) -> Program:
 
 @dataclass(frozen=True)
 class Restored:
-    """What integers stand for, computed when it is read."""
+    """Dequantised values of an integer weight, computed when they are read."""
 
     integers: TensorSource
     scale: TensorSource
@@ -66,7 +67,7 @@ class Restored:
 
 
 def with_integers(program: Program) -> Program:
-    """Return a program whose weights are what their integers stand for, where those were fitted to data."""
+    """Return a program in which weights with fitted integers are replaced by their dequantised values."""
     copy = program.copy()
     for node in list(copy.nodes):
         if not is_operator(node, "graphopt.fake_quantize_channels"):
@@ -85,7 +86,8 @@ def with_integers(program: Program) -> Program:
 
 
 def store_weights(model: Any) -> None:
-    """Let initialisers be the integers that DequantizeLinear reads, as they lie after a transposition, in place."""
+    """Replace weights in place by the integers that DequantizeLinear reads, already transposed if readers transpose
+    them."""
     graph = model.graph
     for node in list(graph):
         if node.op_type != QUANTIZE or not node.inputs[0].is_initializer():
@@ -93,7 +95,7 @@ def store_weights(model: Any) -> None:
         weight, scale, zero = node.inputs
         (use,) = node.outputs[0].uses()
         back = use.node
-        # a scale alone has an axis too, which says nothing
+        # a single scale has an axis too, which has no meaning
         axis = node.attributes["axis"].as_int() if len(scale.shape) else None
         order = None
         readers = [u.node for u in back.outputs[0].uses()]
@@ -103,7 +105,7 @@ def store_weights(model: Any) -> None:
         name = f"{weight.name}_{back.outputs[0].name}"
         stored = _value(weight, scale, zero, axis, order, name)
         if order is not None and len(scale.shape) == 2:
-            # scales of blocks lie as their weight does
+            # scales of blocks have the layout of their weight
             for index, parameter in ((1, scale), (2, zero)):
                 back.replace_input_with(
                     index, _turned(graph, parameter, f"{name}_{'scale' if index == 1 else 'zero'}")
@@ -129,13 +131,14 @@ def store_weights(model: Any) -> None:
 
 
 def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None:
-    """Transpose integers in place of numbers: a table that is a head as well is stored once, as its rows are read.
+    """Transpose the integers instead of the dequantised values, so that an embedding that is also the head is stored
+    once.
 
     Args:
         graph: changed.
-        back: what gives the numbers, to others as well.
-        reader: transposes them.
-        axis: of the scales; None for one.
+        back: the DequantizeLinear, which other nodes read too.
+        reader: the node that transposes its result.
+        axis: of the scales; None for a single scale.
     """
     import onnx_ir
 
@@ -159,7 +162,7 @@ def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None
 
 
 def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int] | None, name: str) -> Any:
-    """Return an initialiser whose integers are computed when they are written."""
+    """Return an initialiser whose integers are computed when the file is written."""
     import numpy
     import onnx_ir
 
@@ -219,9 +222,9 @@ def _limits(kind: Any) -> tuple[int, int]:
 
 
 def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
-    """Refuse a graph in which a pair is lost, or a device would compute a number that nobody said how to store.
+    """Raise an error if a Q/DQ pair was lost, or the device would compute a value without a quantisation.
 
-    What integers and tables alone decide, as masks and angles of positions, is no number of the device's.
+    Values that depend on integers and tables alone, such as masks and position angles, do not count.
 
     Args:
         model: the graph.
@@ -229,7 +232,7 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
         parameters: names of initialisers that were trained.
 
     Raises:
-        LoweringError: which.
+        LoweringError: names the values.
     """
     counts = Counter(node.op_type for node in model.graph)
     if counts[DEQUANTIZE] < expected:
@@ -247,7 +250,7 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
         if not any(v in at_boundary for v in node.inputs):
             continue
         for index, value in enumerate(node.inputs):
-            # a bias goes into sums, which are wide
+            # a bias is added to accumulators, which are wide
             if value in unquantized and not (index == 2 and node.op_type in _BIASED):
                 bare.append(f"{value.name}, which {node.op_type} {node.outputs[0].name} reads")
         at_boundary.update(node.outputs)
@@ -259,7 +262,7 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
     if bare:
         more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
         raise LoweringError(
-            f"nobody said how these values are stored: {', '.join(bare[:8])}{more}",
-            hint="they appear where one operator is written as several: opset=23 has attention and norms as one each, "
-            "and fit-target takes others apart beforehand",
+            f"these values have no quantisation: {', '.join(bare[:8])}{more}",
+            hint="they appear if one operator is written as several: opset=23 has attention and norms as one each, "
+            "and fit-target decomposes others beforehand",
         )

@@ -1,4 +1,4 @@
-"""ONNX files for one device: what it would refuse is said beforehand, and its compiler and simulator have the last word."""
+"""ONNX files for a device: unsupported nodes are listed before its compiler and simulator are run."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from .qnn.run import compile_together, simulate
 from .quantized import DEQUANTIZE, QUANTIZE, without_rounding
 
 LEAST = {FLOAT: 25.0, "w8a8": 20.0, "w8a16": 30.0, "w4a8": 20.0, "w4a16": 30.0}
-"""Decibels that a simulator must reach against ONNX Runtime on the same file: below, something is wrong, not rounded."""
+"""Signal-to-noise ratio in dB that a simulator must reach against ONNX Runtime; less indicates an error, not
+rounding."""
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What a device's compiler and simulator said. Compiled and simulated; nothing here ran on a device.
+    """Results of a device's compiler and simulator; nothing ran on a device.
 
     Attributes:
         target: name of the device.
         wheel: the compiler's version.
-        nodes: how many nodes it took; none is left elsewhere.
+        nodes: how many nodes it compiled, which is all of them.
         compile_seconds: for the context binary.
         simulate_seconds: for all inputs.
         against_runtime: for each output, least signal-to-noise ratio of the simulator to ONNX Runtime on the same file, dB.
-        against_float: the same to the program in PyTorch, before it was quantised if it was.
+        against_float: the same against the program in PyTorch, without quantisation.
         context: the compiled files.
     """
 
@@ -49,7 +50,7 @@ class TargetReport:
 
 
 def require_fixed(program: Program, fixed: Mapping[str, int], target: Target) -> None:
-    """Refuse a program with sizes that vary.
+    """Raise an error if a program has dynamic sizes.
 
     Raises:
         LoweringError: it has some.
@@ -57,7 +58,7 @@ def require_fixed(program: Program, fixed: Mapping[str, int], target: Target) ->
     moving = [name for name in program.signature.sizes if name not in fixed]
     if moving:
         raise LoweringError(
-            f"{target.name} takes no sizes that vary, and {', '.join(moving)} would",
+            f"{target.name} does not support dynamic sizes, and {', '.join(moving)} would vary",
             hint="--shape "
             + ",".join(f"{n}={1 if n == 'batch' else program.signature.sizes[n].hint}" for n in moving)
             + " fixes them; in Python, sizes=",
@@ -65,10 +66,10 @@ def require_fixed(program: Program, fixed: Mapping[str, int], target: Target) ->
 
 
 def require_taken(model: Any, program: Program, target: Target, kind: str) -> None:
-    """List what the device or runtime does not take, before it is asked.
+    """Check that the device or runtime supports every node, before it is run.
 
     Raises:
-        LoweringError: each node with the reason and the line of the user's model that it comes from.
+        LoweringError: lists each unsupported node with the reason and the source line in the user's model.
     """
     origins = {node.name: node for node in program.nodes} | dict(program.outputs)
     refused = []
@@ -79,7 +80,7 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
         rank = len(first.shape) if first is not None else 0
         why = target.refuses(node.op_type, rank, kind)
         if not why and any(map(_blocked, node.inputs)) and not target.takes_blocks(node.op_type, kind):
-            why = f"{target.name} takes no scale for each block of inputs in {kind}; quantize{{target={target.name}}}"
+            why = f"{target.name} supports no scale per block of inputs in {kind}; quantize{{target={target.name}}}"
         if why:
             origin = _origin(node, origins)
             line = program.source_line(origin) if origin is not None else ""
@@ -94,7 +95,7 @@ def require_taken(model: Any, program: Program, target: Target, kind: str) -> No
         more = f"\n  and {len(refused) - 20} more" if len(refused) > 20 else ""
         raise LoweringError(
             f"{len(refused)} nodes cannot go to {target.name}:\n  " + "\n  ".join(refused[:20]) + more,
-            hint="change what the model computes there, or leave target out and let a runtime choose where nodes run",
+            hint="change the model there, or leave target out and let a runtime decide where nodes run",
         )
 
 
@@ -108,7 +109,8 @@ def _blocked(value: Any) -> bool:
 
 
 def _origin(node: Any, origins: Mapping[str, Any]) -> Any:
-    """Return the program's node that an ONNX node belongs to: its own, or that of the first value made of it."""
+    """Return the program's node that an ONNX node belongs to: its own, or that of the first named value computed from
+    it."""
     work, steps = [node], 0
     while work and steps < 60:
         current = work.pop(0)
@@ -124,19 +126,19 @@ def _origin(node: Any, origins: Mapping[str, Any]) -> Any:
 def check_on_target(
     path: Path, program: Program, cases: Sequence[Case], target: Target, kind: str, context: Path | None
 ) -> TargetReport:
-    """Compile a file strictly, simulate it, and compare.
+    """Compile a file strictly, simulate it, and compare the results.
 
     Args:
         path: of the file.
-        program: what it was written from; its values without rounding are the truth.
+        program: what the file was written from; its values without quantisation are the reference.
         cases: inputs.
         target: the device.
         kind: the type that it computes in.
-        context: where the compiled context goes; nowhere if None.
+        context: where to write the compiled context; not written if None.
 
     Raises:
-        LoweringError: a node is left on the CPU, the compiler refuses, crashes or hangs, or the simulator computes
-            something else than ONNX Runtime.
+        LoweringError: a node is left on the CPU, the compiler refuses, crashes or hangs, or the simulator's values
+            differ from ONNX Runtime's.
     """
     original = without_rounding(program)
     feeds = [{n: t.contiguous().numpy() for n, t in case.inputs.items()} for case in cases]
@@ -146,8 +148,8 @@ def check_on_target(
     if simulated.error:
         raise LoweringError(
             f"{target.name}'s compiler: {simulated.error}",
-            hint="for ONNX Runtime the file is right, and without the check it is written; halving the program with "
-            "skip-layers finds the operator that the compiler dislikes",
+            hint="ONNX Runtime accepts the file, and without the check it is written; bisecting the program with "
+            "skip-layers finds the operator that the compiler refuses",
         )
     if simulated.elsewhere:
         on_cpu = ", ".join(f"{op} {name}" for op, name in simulated.elsewhere[:8])
@@ -167,9 +169,9 @@ def check_on_target(
     if wrong:
         listing = ", ".join(f"{n}: {r:.1f} dB" for n, r in wrong.items())
         raise LoweringError(
-            f"{target.name} computes something else than ONNX Runtime on the same file: {listing}; "
-            f"{LEAST[kind]:.0f} dB are asked for",
-            hint="it computes an operator wrongly; tools/target_sweep in the repository tries them one by one",
+            f"{target.name} differs from ONNX Runtime on the same file: {listing}; "
+            f"{LEAST[kind]:.0f} dB are required",
+            hint="it computes an operator wrongly; tools/target_sweep in the repository tests them one by one",
         )
     files = () if context is None else tuple(sorted(context.parent.glob(f"{context.stem}*")))
     return TargetReport(
@@ -186,7 +188,7 @@ def _taken(path: Path) -> set[str]:
 
 
 def compile_buckets(paths: Sequence[Path], target: Target) -> tuple[Path, ...]:
-    """Compile graphs that share weights into one binary, and return its files.
+    """Compile graphs that share weights into one binary and return its files.
 
     Raises:
         LoweringError: the compiler refuses, crashes or hangs.

@@ -37,9 +37,9 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
     """Return the program as an ExportedProgram that takes its inputs as keywords and returns a dict.
 
     Args:
-        program: folded on the way; inputs that may be left out here must all be given there.
-        core_aten: decompose until no operator of graphopt is left.
-        load: with False weights stay fake; for lowering that reads shapes only.
+        program: is folded first; inputs that are optional in a program must all be passed to the result.
+        core_aten: decompose all graphopt operators.
+        load: if False, weights stay fake, for lowering that reads shapes only.
     """
     lifted = _lift(fold(program))
     specs: list[InputSpec] = []
@@ -74,9 +74,7 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
         exported = exported.run_decompositions()
         remaining = [n.name for n in exported.graph.nodes if str(n.target).startswith("graphopt.")]
         if remaining:
-            raise LoweringError(
-                f"operators of graphopt are left after decomposition: {', '.join(remaining[:5])}"
-            )
+            raise LoweringError(f"graphopt operators remain after decomposition: {', '.join(remaining[:5])}")
     return exported
 
 
@@ -128,7 +126,8 @@ def _returned(program: Program) -> set[fx.Node]:
 
 
 def _distinct(graph: fx.Graph, values: list[fx.Node], *placeholders: list[Any]) -> list[fx.Node]:
-    """An exported program returns each value once, and no placeholder as it is."""
+    """Clone outputs that repeat or are placeholders, since an exported program returns each value once and no
+    placeholder."""
     placeholder_nodes = {node for table in placeholders for node, _ in table}
     distinct = []
     for value in values:

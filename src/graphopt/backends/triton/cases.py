@@ -1,4 +1,4 @@
-"""Calls that every kernel is tried with: small ones to compare with references, large ones to compile."""
+"""Test calls of every kernel: small ones to compare with references, large ones to compile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GATES = tuple(a for a in ACTIVATIONS if a not in ("tanh",))
 
 @dataclass
 class Made:
-    """Makes tensors: random ones, or with ``meta`` none but their shapes."""
+    """Makes random tensors, or with ``meta`` tensors without values."""
 
     dtype: torch.dtype
     device: str = "cpu"
@@ -61,10 +61,10 @@ class Case:
 
     Attributes:
         operator: its name.
-        what: what is special about this call.
-        args: of it, with a maker of tensors.
-        exact: whether the kernel's result is the reference's to the bit.
-        typed: whether it is tried in several floating-point types; not where a call has types of its own.
+        what: describes the call.
+        args: of the call, made by a :class:`Made`.
+        exact: whether the kernel's result equals the reference bit for bit.
+        typed: whether it is tried in several floating-point types; False if the call fixes its types.
     """
 
     operator: str
@@ -201,7 +201,7 @@ def _attention(scale: Scale) -> Iterator[Case]:
         def make_case(m: Made) -> Any:
             visible = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
             if m.device != "meta" and not full:
-                # nobody sees the end of the cache, and the first of several queries sees nothing
+                # the end of the cache is hidden, and the first of several queries sees nothing
                 visible[..., keys // 2 :] = False
                 if tokens > 1:
                     visible[0, :, 0] = False
@@ -271,7 +271,7 @@ def _heads(scale: Scale) -> Iterator[Case]:
             bias[5:65] = float("-inf")
             return (x, weight, bias, 8), {}
 
-        yield Case("linear_top_k", "no numbers, and few that are finite", edges)
+        yield Case("linear_top_k", "NaN, and few finite values", edges)
     yield Case("linear_top_k", "one, with bias", call(True, 1))
 
 
@@ -321,6 +321,7 @@ def _packing(scale: Scale) -> Iterator[Case]:
 
 
 def cases(scale: Scale = RAGGED) -> list[Case]:
-    """Return all calls: small ones whose sizes fill tiles or do not, or those of a model of a billion weights."""
+    """Return all calls: small ones whose sizes do or do not fill tiles, or those of a model with a billion
+    weights."""
     every = (_norms, _products, _nested, _routed, _attention, _lora, _heads, _packing)
     return [case for family in every for case in family(scale)]

@@ -1,6 +1,6 @@
-"""What runs in a process of its own: kernels in Triton's interpreter, or compiled for GPUs that are not here.
+"""Child process that runs kernels in Triton's interpreter, or compiles them for GPUs that this machine lacks.
 
-Both change Triton for the whole process. A request is one JSON object on standard input, the answer one on the last
+Both change Triton for the whole process. The request is a JSON object on standard input, the answer one on the last
 line of standard output.
 """
 
@@ -26,7 +26,7 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
     for case in [*cases(RAGGED), *cases(EVEN)]:
         if request["operators"] and case.operator not in request["operators"]:
             continue
-        # bfloat16 is silently wrong in the interpreter
+        # the interpreter silently computes bfloat16 wrongly
         for dtype in (torch.float32, torch.float16) if case.typed else (torch.float32,):
             try:
                 with launching(plainly):
@@ -41,7 +41,7 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _trace(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trace what launches kernels with sizes that vary, as torch.compile and AOTInductor do."""
+    """Trace functions that launch kernels with dynamic sizes, as torch.compile and AOTInductor do."""
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -128,7 +128,7 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _in_doubles(ir_text: Any) -> str:
-    """Return why a kernel cannot do with numbers in double precision, as torch.compile gives them; empty if it can."""
+    """Return why a kernel cannot take double-precision scalars, as torch.compile passes them; empty if it can."""
     import re
 
     import triton
@@ -164,7 +164,7 @@ def _write(folder: Path, name: str, compiled: Any) -> None:
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
-    # fused multiplication and addition, said before Triton's default changes
+    # fused multiply-add, set explicitly because Triton's default will change
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if request["mode"] == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"

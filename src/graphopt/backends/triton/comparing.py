@@ -1,4 +1,4 @@
-"""A kernel's result against its operator's reference."""
+"""Comparison of a kernel's result with its operator's reference."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .cases import Case, Made
 from .wiring import TABLE
 
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest difference that counts as rounding, as a share of the largest value."""
+"""Largest difference that counts as rounding, relative to the largest value."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What a kernel gave.
+    """Result of comparing one call of a kernel.
 
     Attributes:
         operator, what: the call.
         dtype: of its floating-point inputs.
-        error: largest difference to the reference, as a share of its largest value.
-        limit: what the error may be.
+        error: largest difference from the reference, relative to its largest value.
+        limit: largest accepted error.
         reason: why the call failed, empty otherwise.
     """
 
@@ -52,7 +52,7 @@ def _alike(actual: Any, expected: Any) -> bool:
 
 
 def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
-    """Run a call with its kernel and with the reference in float64 (in the call's own type where bits must agree)."""
+    """Run a call with its kernel and with the reference in float64 (in the call's own type if bits must agree)."""
     args, options = case.args(Made(dtype, device))
     kernel = TABLE[case.operator]
     name = str(dtype).removeprefix("torch.")
@@ -68,7 +68,7 @@ def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
         return Compared(case.operator, case.what, name, 0.0, 0.0, "the result has another type")
     expected = kernel.reference(*(_wide(a) for a in args), **options)
     if case.operator == "linear_top_k":
-        # equal logits may come in any order: what counts is that the numbers have those values
+        # equal logits may come in any order: the indices need only refer to logits of those values
         logits = torch.nn.functional.linear(_wide(args[0]), _wide(args[1]), _wide(args[2]))
         chosen_logits = logits.gather(-1, actual[1])
         distinct = all(

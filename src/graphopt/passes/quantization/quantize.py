@@ -235,15 +235,15 @@ class Quantize(Pass):
 
         sizes = {n.name: n.meta["val"].numel() for n in program.graph.nodes if n.name in by_name}
         assert self.budget is not None
-        raised, alone, loss = bearing(
+        four_bit, alone, loss = bearing(
             program, context, list(by_name), sizes, few, all_of, self.budget, self.metric, str(self)
         )
         for site in sites:
-            if site.block in eight and site.block not in raised:
+            if site.block in eight and site.block not in four_bit:
                 site.choices = dict(eight[site.block].choices)
         plan.scores = {name: alone[name] for name in by_name}
         plan.notes.append(
-            f"{len(raised)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in raised)} of "
+            f"{len(four_bit)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in four_bit)} of "
             f"{sum(sizes.values())} numbers; loss on calibration data {loss:.3g}, budget {self.budget:g}"
         )
 

@@ -143,7 +143,7 @@ class GroupHeads(Pass):
         heads, hidden = out_args["input"], down_args["input"]
         values = interpret(program, batch, record=[heads, block.reads], stop=True)
         weights = interpret(
-            program, {}, 
+            program, {},
             record=dict.fromkeys(
                 n for n in (out_args["weight"], out_args["bias"], down_args["weight"]) if n is not None
             ),

@@ -1,4 +1,4 @@
-"""The process that compiles and simulates: a compiler that crashes takes nobody else with it.
+"""The process that compiles and simulates, so that a crash of the compiler affects nothing else.
 
     python -m graphopt.backends.onnx.qnn.child REQUEST.json
 
@@ -42,7 +42,7 @@ def _options(request: dict[str, Any], context: Path | None) -> Any:
 
 
 def together(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile several graphs into one binary, in which weights that they share stand once."""
+    """Compile several graphs into one binary, which stores shared weights once."""
     import onnxruntime
 
     folder, models = Path(request["folder"]), [Path(m) for m in request["together"]]
@@ -87,7 +87,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     for number, file in enumerate(request["inputs"]):
         with numpy.load(file, allow_pickle=False) as arrays:
-            # a set that brings a value begins anew
+            # a set that has a value for a carried input starts a new sequence
             feeds = {**carried, **arrays}
             feed = {value.name: feeds[value.name] for value in session.get_inputs()}
         try:
@@ -96,7 +96,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             return {**report, "error": f"the simulator failed: {str(error).strip()}"}
         outputs = dict(zip(names, results, strict=True))
         carried = {successor: outputs.pop(output) for output, successor in request["carry"].items()}
-        # what goes on to the next step is written after the last one alone
+        # carried values are written after the last step only
         last = carried if number + 1 == len(request["inputs"]) else {}
         numpy.savez(folder / f"outputs_{number}.npz", **outputs, **{f"next_{k}": v for k, v in last.items()})
     report["simulate_seconds"] = time.perf_counter() - began

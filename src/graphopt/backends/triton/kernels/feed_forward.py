@@ -1,4 +1,5 @@
-"""Feed-forwards of several widths or experts: tokens sorted by group, each block of tokens with its group's matrices."""
+"""Feed-forwards with several widths or experts: tokens are sorted by group, and each block uses its group's
+matrices."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def widen_kernel(
         up_at += K * up_column
         gate_at += K * gate_column
     if WEIGH:
-        # a factor on what is multiplied is one on the product
+        # a factor on the input equals a factor on the product
         factor = tl.load(factors + tl.maximum(row, 0)).to(tl.float32)
         upper, lower = upper * factor[:, None], lower * factor[:, None]
     if BIAS:
@@ -117,13 +118,13 @@ def narrow_kernel(
 
 
 def takes(x: Tensor, *matrices: Tensor | None) -> bool:
-    """Return whether the kernels compute with these types."""
+    """Return whether the kernels support these types."""
     floats = (torch.float16, torch.bfloat16, torch.float32)
     return x.dtype in floats and all(m is None or m.dtype == x.dtype for m in matrices)
 
 
 def _tiles(rows: Any) -> tuple[int, int, int]:
-    """Return tokens, channels and features of a tile. Where the number of tokens is a symbol, a middling one."""
+    """Return tokens, channels and features of a tile; a medium tile if the number of tokens is a symbol."""
     if not isinstance(rows, int):
         return 32, 64, 64
     return (16, 64, 64) if rows <= 64 else (64, 64, 64)
@@ -134,7 +135,7 @@ def _grouped(
     gate_bias: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None, factors: Tensor | None,
     weigh_inputs: bool, out: Tensor, activation: str, limit: float, alpha: float,
 ) -> None:  # fmt: skip
-    """Compute rows (``each`` for a token of x) through the matrices (groups, inner, size) of the groups they chose.
+    """Compute rows (``per_token`` for each token of x) with the matrices (groups, inner, size) of their experts.
 
     ``aligned`` divides all widths: without it the compiler may not load several channels at once.
     """
@@ -173,7 +174,7 @@ def nested_ffn(
     up_bias: Tensor | None = None, gate_bias: Tensor | None = None, down_bias: Tensor | None = None, *,
     activation: str = "silu", limit: float = 0.0, alpha: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """As ``graphopt::nested_ffn``: no token's arithmetic reaches beyond its width."""
+    """As ``graphopt::nested_ffn``; computes no channel beyond a token's width."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
 
     def alone(tensor: Tensor | None) -> Tensor | None:
@@ -182,7 +183,7 @@ def nested_ffn(
     up_all, down_all = alone(up), alone(down)
     assert up_all is not None
     assert down_all is not None
-    # widths are written where x is without a copy from the host, which a captured CUDA graph would refuse
+    # widths are created on x's device, since a captured CUDA graph allows no copy from the host
     wide = torch.cat([torch.full((1,), w, dtype=torch.int32, device=x.device) for w in widths])
     out = torch.zeros(flat.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
     bias = gate_bias if gate is not None else up_bias
@@ -204,7 +205,7 @@ def routed_ffn(
     interleaved: bool = False, transposed: bool = False, limit: float = 0.0, alpha: float = 1.0,
     weigh_inputs: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As ``graphopt::routed_ffn``: each expert's matrices are read for the tokens that chose it."""
+    """As ``graphopt::routed_ffn``; reads each expert's matrices for its own tokens only."""
     tokens, per_token = experts.shape
     if first is not None:
         experts = experts - first

@@ -26,7 +26,7 @@ def gated_kernel(
 
 
 def takes(gate: Tensor, up: Tensor) -> bool:
-    """Return whether the kernel computes this product."""
+    """Return whether the kernel supports this product."""
     floats = (torch.float16, torch.bfloat16, torch.float32)
     return gate.dtype == up.dtype and gate.dtype in floats and gate.shape == up.shape
 

@@ -1,7 +1,7 @@
-"""Values in a few bits for the wire: quantised and packed, and unpacked, scaled and added.
+"""Values in a few bits for communication: quantise and pack, then unpack, scale and sum.
 
-Bytes are those of :mod:`graphopt.ir.operators.quantized`: outliers in bfloat16, scales that travel in float16, then
-integers as one stream of bits, the lowest first.
+The layout is that of :mod:`graphopt.ir.operators.quantized`: outliers in bfloat16, transmitted scales in float16,
+then integers as one stream of bits, lowest bit first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def scales_kernel(
     x, columns, out, size, first, rest, top, columns_used: tl.constexpr, BLOCK: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The scale of one token's block of features: its largest absolute value over the largest integer, in float16."""
-    top = tl.cast(top, tl.float32)  # torch.compile hands numbers over in double precision
+    top = tl.cast(top, tl.float32)  # torch.compile passes scalars in double precision
     token, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = number * BLOCK + tl.arange(0, B)
     inside = (tl.arange(0, B) < BLOCK) & (index < rest)
@@ -27,7 +27,7 @@ def scales_kernel(
     value = tl.abs(tl.load(x + token * size + column, mask=inside, other=0.0).to(tl.float32))
     scale = tl.div_rn(tl.max(value, axis=0), top)
     scale = tl.minimum(tl.maximum(scale, 6e-8), 65504.0)
-    # largest values leave out what is no number; the whole block is none then
+    # the maximum ignores NaN; then the whole block becomes NaN
     lost = tl.max((value != value).to(tl.int32), axis=0) > 0
     scale = tl.where(lost, float("nan"), scale)
     tl.store(out + token * tl.num_programs(1) + number, scale.to(tl.float16))
@@ -38,7 +38,7 @@ def pack_kernel(
     x, columns, static, scales, out, size, kept, rest, blocks, packed, width, columns_used: tl.constexpr,
     STATIC: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program writes N bytes of one token's message, whatever part of it they belong to."""
+    """A program writes N bytes of one token's message, whichever section they belong to."""
     token = tl.program_id(0).to(tl.int64)
     byte = tl.program_id(1) * N + tl.arange(0, N)
     result = tl.zeros((N,), dtype=tl.int32)
@@ -51,7 +51,7 @@ def pack_kernel(
     upper = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
     upper = tl.where(value != value, 0x7FC0, upper)
     result = tl.where(outlier, ((upper >> (8 * (byte % 2))) & 255).to(tl.int32), result)
-    # scales that travel
+    # transmitted scales
     start = 2 * kept
     if not STATIC:
         scaled = (byte >= start) & (byte < start + 2 * blocks)
@@ -59,7 +59,7 @@ def pack_kernel(
         half = scale_bits.to(tl.uint16, bitcast=True).to(tl.int32)
         result = tl.where(scaled, (half >> (8 * ((byte - start) % 2))) & 255, result)
         start += 2 * blocks
-    # integers: each of the few that reach into this byte adds its bits
+    # integers: each of the few that overlap this byte adds its bits
     packed_byte = (byte >= start) & (byte < start + packed)
     bit = 8 * (byte - start)
     first = tl.where(packed_byte, bit // BITS, 0)
@@ -74,7 +74,7 @@ def pack_kernel(
             scale = tl.load(scales + token * blocks + index // BLOCK, mask=used, other=1.0).to(tl.float32)
         high = 1 << (BITS - 1)
         value = tl.minimum(tl.maximum(tl.div_rn(value, scale), -1.0 * high), high - 1.0)
-        # adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even
+        # adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even
         number = ((value + 12582912.0) - 12582912.0).to(tl.int32) + high
         shift = index * BITS - bit
         shifted = tl.where(shift >= 0, number << tl.maximum(shift, 0), number >> tl.maximum(-shift, 0)) & 255
@@ -87,7 +87,7 @@ def unpack_kernel(
     payload, columns, static, out, tokens, size, kept, rest, blocks, width, static_stride, columns_used: tl.constexpr,
     STATIC: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program adds N features of one token over all ranks, in their order, and writes them where they belong."""
+    """A program sums N features of one token over all ranks, in rank order, and writes them to their positions."""
     token = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * N + tl.arange(0, N)
     inside = index < kept + rest
@@ -165,7 +165,8 @@ def unpack_sum(
     launch(
         unpack_kernel, (tokens, triton.cdiv(count, n)), payload, payload if columns is None else columns.contiguous(),
         payload if scales is None else scales, out, tokens, count, kept, outliers,
-        triton.cdiv(outliers, block) if block else 0, width, 0 if scales is None else scales.stride(0), columns_used=columns is not None, STATIC=scales is not None,
+        triton.cdiv(outliers, block) if block else 0, width, 0 if scales is None else scales.stride(0),
+        columns_used=columns is not None, STATIC=scales is not None,
         BITS=bits, BLOCK=max(block, 1), RANKS=ranks, N=n, num_warps=4,
     )  # fmt: skip
     return out.reshape(*leading, count)

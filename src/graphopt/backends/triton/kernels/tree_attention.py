@@ -1,4 +1,5 @@
-"""A few new tokens, in a row or a tree, against a long cache: keys are shared out, and what each share gives is joined."""
+"""Attention of a few new tokens, in a row or a tree, over a long cache: keys are split, and partial results are
+combined."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def share_kernel(
     scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """A program takes all queries of the R rows that read one key-value head, and one share of its keys."""
-    # torch.compile hands numbers over in double precision
+    """A program handles all queries of the R rows that read one key-value head, and one split of its keys."""
+    # torch.compile passes scalars in double precision
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     pair = tl.program_id(0)
     batch, head = (pair // HEADS).to(tl.int64), (pair % HEADS).to(tl.int64)
@@ -40,7 +41,7 @@ def share_kernel(
     highest = tl.full((R,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((R,), dtype=tl.float32)
     result = tl.zeros((R, V), dtype=tl.float32)
-    # most of a cache holds nothing yet, or nothing that is seen
+    # most of a cache is empty, or not visible
     begin = tl.load(begins + batch)
     first = tl.maximum(number * share, begin // C * C)
     last = tl.minimum(tl.minimum(number * share + share, keys), tl.load(ends + batch))
@@ -77,7 +78,7 @@ def join_kernel(
     part, part_max, part_sum, sinks, out, queries, value_size, group, SINKS: tl.constexpr, HEADS: tl.constexpr,
     SHARES: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Join the shares of one row."""
+    """Combine the splits of one row."""
     pair, row = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // HEADS).to(tl.int64), pair % HEADS
     query, query_head = row % queries, head * group + row // queries
@@ -96,7 +97,7 @@ def join_kernel(
         highest = now
     weighed = total
     if SINKS:
-        # a sink takes part in the softmax and carries no value
+        # a sink takes part in the softmax and has no value
         base = tl.where(highest == -float("inf"), 0.0, highest)
         weighed += tl.exp(tl.load(sinks + query_head).to(tl.float32) - base)
     result = tl.where(total > 0, result / tl.where(total > 0, weighed, 1.0), 0.0)
@@ -108,15 +109,15 @@ def join_kernel(
 MOST_ROWS = 128
 """Queries times heads that share keys: one tile of the product."""
 WIDEST = {torch.float32: (64, 64 * 64), torch.float16: (256, 128 * 128), torch.bfloat16: (256, 128 * 128)}
-"""Features of a head, and rows times features of that tile: more is kept in memory instead of registers.
+"""Limits on the features of a head, and on rows times features of a tile: beyond them, registers spill to memory.
 
-Exact products in float32 go without tensor cores, all their numbers in registers.
+Exact float32 products use no tensor cores and keep all operands in registers.
 """
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: Tensor | None, visible: Tensor | None,
           causal: bool, window: int | None) -> bool:  # fmt: skip
-    """Return whether this is a step over a cache with a tile's worth of queries."""
+    """Return whether this is a step over a cache whose queries fit into one tile."""
     if visible is None or bias is not None or segments is not None or causal or window is not None:
         return False
     sizes = [q.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3]]
@@ -132,13 +133,13 @@ def takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: Tensor
 
 
 def _tile(rows: int, size: int, value_size: int) -> tuple[int, int, int]:
-    """Return rows and features as a product of tiles takes them."""
+    """Return rows and features rounded up to what a tile product accepts."""
     padded = [max(16, triton.next_power_of_2(count)) for count in (rows, size, value_size)]
     return padded[0], padded[1], padded[2]
 
 
 def _shares(keys: Any, tile: int) -> tuple[int, Any]:
-    """Return into how many shares keys are cut, and how many keys a share has."""
+    """Return the number of key splits, and the keys in each."""
     count = min(16, max(1, keys // 512)) if isinstance(keys, int) else 8
     chunk = (keys + count - 1) // count
     return count, (chunk + tile - 1) // tile * tile
@@ -149,7 +150,7 @@ def attention(
     sinks: Tensor | None = None, segments: Tensor | None = None, visible: Tensor | None = None, *, scale: float,
     causal: bool = False, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """As ``graphopt::attention`` where ``visible`` says all of which keys are seen."""
+    """As ``graphopt::attention`` if ``visible`` alone decides which keys are seen."""
     assert visible is not None
     batch, heads, queries, size = q.shape
     kv_heads, keys, value_size = k.shape[1], k.shape[2], v.shape[3]
