@@ -1,4 +1,4 @@
-"""Numbers of tokens are whole, and within the vocabulary that reads them."""
+"""Checks that token ids are integers within the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ir.schema import is_operator
 
 
 def known_ids(program: Program, name: str) -> int | None:
-    """Return how many numbers an input may hold: the rows of the tables that it is looked up in; None if in none."""
+    """Return how many ids an input may have, by the rows of the tables that it indexes; None if it indexes none."""
     rows = [
         int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
         for user in program.input_nodes[name].users
@@ -22,7 +22,7 @@ def known_ids(program: Program, name: str) -> int | None:
 
 
 def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str, first: int = 0) -> None:
-    """Check that what is looked up in tables stands in them.
+    """Check that indices into tables are within them.
 
     Args:
         program: that reads them.
@@ -31,7 +31,7 @@ def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str,
         first: number of the first row.
 
     Raises:
-        UsageError: a number lies outside; its row and value are named.
+        UsageError: an index is out of range; the message names its row and value.
     """
     for name, value in batch.items():
         if name not in program.input_nodes or value.is_floating_point() or not value.numel():
@@ -54,7 +54,7 @@ def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> 
     """Return an array in the type that an input takes.
 
     Raises:
-        UsageError: the input takes whole numbers, and one of these is none.
+        UsageError: the input takes integers, and a value is not one.
     """
     if value.is_complex() and not dtype.is_complex:
         raise UsageError(f"{where}: {name} is complex, the program takes {dtype}")

@@ -1,4 +1,4 @@
-"""A captured checkpoint against the model itself: sizes, batch of one, padding on both sides, packing."""
+"""Comparison of a captured checkpoint with the model: sizes, a batch of one, padding on both sides, packing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .size_trials import numbers_in, settle_limits, trial
 
 
 class OwnPositions(CaptureError):
-    """The model counts positions in a way that no rule here has: it must be left to do so."""
+    """The model computes positions by a rule that is not known here, and must do so itself."""
 
 
 def compare_with_checkpoint(
@@ -36,7 +36,7 @@ def compare_with_checkpoint(
     dtype: torch.dtype,
     small: Callable[[Program], None],
 ) -> None:
-    """Load the model with its own library and compare it with the program.
+    """Load the model with its own library and compare the program with it.
 
     A checkpoint that would take more than a quarter of the free memory is not loaded: ``small`` compares its
     architecture with one layer of each kind.
@@ -60,7 +60,8 @@ def compare_with_checkpoint(
 
 @contextlib.contextmanager
 def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterator[None]:
-    """Let the program read the values that the model holds already where both come from one source; free them after."""
+    """Let the program read values that the model has already loaded from the same source, and free them
+    afterwards."""
     before = dict(program.weights)
     if not files.folder.is_dir():
         state = model.state_dict()
@@ -77,10 +78,10 @@ def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterat
 
 
 def compare_with_model(program: Program, model: Any) -> dict[str, float]:
-    """Compare a program with a transformers model on inputs like those users give; returns errors by case.
+    """Compare a program with a transformers model on typical inputs; return the errors by case.
 
     Raises:
-        OwnPositions: see there.
+        OwnPositions: the model computes positions by a rule that is not known here.
         CaptureError: they differ by more than rounding explains.
     """
     model.config.use_cache = False
@@ -114,10 +115,10 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
 
 
 def _require_counting(model: Any, example: dict[str, Any], counted: dict[str, Any], limit: float) -> None:
-    """Without a mask's help, positions left out must be those counted from 0; RoBERTa counts from behind its padding.
+    """Check that, without a mask, omitted positions count from 0; RoBERTa counts from after its padding index.
 
     Raises:
-        OwnPositions: they are others.
+        OwnPositions: they do not.
     """
     with torch.no_grad():
         explicit, implicit = (
@@ -127,7 +128,7 @@ def _require_counting(model: Any, example: dict[str, Any], counted: dict[str, An
         relative_error(implicit[name], explicit[name]) <= limit for name in explicit if name in implicit
     ):
         raise OwnPositions(
-            "positions that are left out are not counted from 0", hint="give an example without position_ids"
+            "positions that are left out do not count from 0", hint="give an example without position_ids"
         )
 
 
@@ -144,7 +145,7 @@ def _padded(example: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:
 
 
 def _choose_positions(program: Program, model: Any, cases: list[tuple[str, dict[str, Any], Any]]) -> None:
-    """Find how the model makes positions when none are given: counted, or counted over the mask."""
+    """Find out how the model computes omitted positions: by counting, or by counting over the mask."""
     spec = program.signature.inputs.get("position_ids")
     if spec is None or spec.fill is None:
         return
@@ -158,7 +159,7 @@ def _choose_positions(program: Program, model: Any, cases: list[tuple[str, dict[
 
 
 def _packed(program: Program, model: Any, example: dict[str, torch.Tensor]) -> None:
-    """With a mask, restarted positions must agree; without one the program refuses them when called."""
+    """Check restarted positions with a mask; without one, the program rejects them when called."""
     positions = example["position_ids"].clone()
     half = positions.shape[1] // 2
     positions[:, half:] -= half

@@ -1,4 +1,4 @@
-"""A program beside the module that it was captured from."""
+"""Comparison of a program with the module that it was captured from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .size_trials import numbers_in, settle_limits, trial
 def compare_with_model(
     program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
 ) -> None:
-    """Settle which sizes the program takes, then compare at the user's size, at the captured size and at another one."""
+    """Determine which sizes the program accepts, then compare at the user's size, the captured size and another
+    one."""
     config = getattr(model, "config", None)
     settle_limits(program, trial(program, model, example), numbers_in(getattr(config, "__dict__", {})))
     cases: list[tuple[str, dict[str, Any], Any]] = [
@@ -32,7 +33,7 @@ def compare_with_model(
 
 
 def _taken(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Tell whether the model itself runs at a size; one that it refuses says nothing about the program."""
+    """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
     try:
         with torch.no_grad():
             model(**inputs)

@@ -1,4 +1,4 @@
-"""Inputs for a checkpoint when the user gives none: what its forward takes, at sizes that freeze nothing."""
+"""Example inputs for a checkpoint when the user gives none, at sizes that export does not specialise."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..ir.errors import UsageError
 
 BATCH, LENGTH = 3, 13
 
-# inputs in the order they are offered; those a model does not take are left out
+# candidate inputs in order; those that a model does not take are left out
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
 
 def main_input(model: Any) -> str:
-    """Return the name of the input a model is about."""
+    """Return the name of a model's main input."""
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
 def example_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Return an example of batch 3 for a transformers model, by what its forward takes.
+    """Return an example of batch 3 for a transformers model, by the parameters of its forward.
 
     Raises:
-        UsageError: the model takes something that cannot be made up.
+        UsageError: the model takes an input for which there is no example.
     """
     config, takes = model.config, inspect.signature(model.forward).parameters
     main = main_input(model)
@@ -58,7 +58,7 @@ def _text(config: Any, takes: Any) -> dict[str, torch.Tensor]:
 
 
 def causal(config: Any) -> bool:
-    """Tell whether a configuration is that of a decoder that predicts the next token."""
+    """Return whether a configuration is that of a decoder that predicts the next token."""
     names = " ".join(getattr(config, "architectures", None) or [])
     return "CausalLM" in names or "LMHead" in names or bool(getattr(config, "is_decoder", False))
 

@@ -1,4 +1,5 @@
-"""From a Hugging Face folder, an id in the local cache or a GGUF file to a Program whose weights stay on disk."""
+"""Capture of a Hugging Face folder, an id in the local cache or a GGUF file as a program whose weights stay on
+disk."""
 
 from __future__ import annotations
 
@@ -50,10 +51,10 @@ class _Built:
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """Return where a checkpoint is: a folder or GGUF file as given, or an id in the local Hugging Face cache.
+    """Return the path of a checkpoint: a given folder or GGUF file, or an id in the local Hugging Face cache.
 
     Raises:
-        CheckpointError: there is no such folder or file, and the cache does not hold the id.
+        CheckpointError: there is no such folder or file, and no such id in the cache.
     """
     path = Path(source)
     if path.is_dir() or is_gguf(path):
@@ -79,7 +80,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def element_type(config: Any, files: CheckpointFiles | None) -> torch.dtype:
-    """Return the type a checkpoint is meant to run in: the configuration's, or that of its first floats."""
+    """Return the type that a checkpoint is meant to run in: the configuration's, or that of its first floating-point
+    tensor."""
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
@@ -99,16 +101,16 @@ def capture_huggingface(
     dynamic: Any = "auto",
     compare: bool = True,
 ) -> Program:
-    """Capture a checkpoint; weights are read when they are needed.
+    """Capture a checkpoint; weights are read only when needed.
 
     Args:
         source: a folder, an id in the local cache, or a GGUF file.
-        inputs: an example by name; made up from the configuration if None.
+        inputs: an example by name; by default made from the configuration.
         dynamic: "auto", None, or sizes by input and dimension.
         compare: run the model and the program on padded and unpadded inputs of several sizes.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or asks for what is never done.
+        CheckpointError: the checkpoint cannot be read, or would need to run code from it.
         CaptureError: the architecture cannot be captured, or the graph differs from the model.
     """
     directory = resolve(source)
@@ -145,7 +147,7 @@ def capture_configuration(
 
     Args:
         config: a configuration of transformers.
-        inputs: an example by name; made up if None.
+        inputs: an example by name; by default made from the configuration.
         dtype: of the parameters; the configuration's if None.
         dynamic: "auto", None, or sizes by input and dimension.
     """
@@ -163,7 +165,7 @@ def capture_configuration(
 def _climb(
     config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
 ) -> Program:
-    """Try one way of tracing attention after the other; the first that computes what the model does wins."""
+    """Try the library's attention implementations in order and return the first capture that matches the model."""
     refuse_varying_frequencies(config)
     failures: list[str] = []
 
@@ -214,7 +216,7 @@ def _fake(model: Any, mode: FakeTensorMode) -> _Built:
                         continue
                     if id(tensor) not in fakes:
                         fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        # the original is kept alive, so that its id stays its own
+                        # the original is kept alive, so that its id is not reused
                         fakes[id(tensor)] = (
                             nn.Parameter(fake, requires_grad=tensor.requires_grad)
                             if isinstance(tensor, nn.Parameter)
@@ -313,7 +315,7 @@ def _export(
             }
             with contextlib.suppress(CaptureError):
                 return export(model, example, shapes)
-        # torch 2.11 cannot prove some guards of one size: the others keep their names
+        # torch 2.11 cannot prove some guards of a size; the other sizes keep their names
         violated = re.findall(r"Constraints violated \(([^)]*)\)", str(error.__cause__))
         doubted = {name for names in violated for name in names.split(", ")}
         if doubted and doubted < set(sizes):
@@ -324,7 +326,7 @@ def _export(
             }  # fmt: skip
             with contextlib.suppress(CaptureError):
                 return export(model, example, partly)
-        # a size that the model ties to another one, or to a number; let the tracer say which
+        # the model ties a size to another one or to a number; the tracer finds out which
         automatic = {
             name: dict.fromkeys(dimension_names[name], Dim.AUTO) if name in dimension_names else None
             for name in example
@@ -361,7 +363,7 @@ def _sources(built: _Built, mapped: Mapped, files: CheckpointFiles | None) -> di
 
 
 def _fill_rules(program: Program, config: Any) -> None:
-    """Say how inputs left out are made; a wrong rule shows when the program is compared with the model."""
+    """Define how omitted inputs are filled in; a wrong rule shows when the program is compared with the model."""
     rules = {
         "attention_mask": "ones",
         "token_type_ids": "zeros",

@@ -1,4 +1,4 @@
-"""From a ``torch.export.ExportedProgram`` to a Program: names, ties, structure and sizes."""
+"""Conversion of a ``torch.export.ExportedProgram`` to a program: names, ties, structure and sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WEIGHT_KINDS = {
 
 
 class _Marker:
-    """Stands for one output while its structure is read."""
+    """Placeholder for one output while the output structure is read."""
 
     def __init__(self, index: int):
         self.index = index
@@ -43,20 +43,20 @@ def lift(
     sources: Mapping[str, TensorSource] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Program:
-    """Return a Program that shares the exported graph's tensors.
+    """Return a program that shares the exported graph's tensors.
 
     Args:
         exported: captured with keywords only, in the order of ``inputs``.
         inputs: the example, by parameter name.
-        sources: where values of weights are, by parameter or buffer name, if not in ``exported``.
+        sources: of weight values, by parameter or buffer name, if not in ``exported``.
         names: preferred names of sizes, by symbol name.
 
-    What the export decided about sizes is in the signature's constraints, not yet tried (``size_trials``).
+    The export's guards on sizes become the signature's constraints, which are not tested yet (see ``size_trials``).
 
     Raises:
         CaptureError: the model writes to its inputs or buffers, or takes objects that are not tensors.
     """
-    # copying also renames what fx cannot call by its name, such as an input named "input"
+    # copying also renames nodes whose names fx reserves, such as an input named "input"
     graph = copy.deepcopy(exported.graph)
     inline_regions(graph, exported.graph_module)
     parameters, leaves = {}, {}
@@ -83,7 +83,7 @@ def _mode_of(graph: fx.Graph) -> FakeTensorMode:
 
 
 def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
-    """Give each size symbol a readable name: the wished one, batch for a first dimension, or its own."""
+    """Give each size symbol a readable name: the preferred one, batch for a first dimension, or its own."""
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):

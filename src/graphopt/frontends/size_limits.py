@@ -1,4 +1,4 @@
-"""What an export decided about sizes: read as constraints, and said as ranges where ranges can say it."""
+"""Guards of an export on sizes: read as constraints, and expressed as ranges if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ir.inputs import unite_sizes
 from ..ir.program import Program
 from ..ir.signature import Signature, SizeRange
 
-DENSE = 4200  # every size up to here is looked at, beyond it only those about powers of two
+DENSE = 4200  # every size up to here is checked, beyond it only those near powers of two
 POINTS = torch.tensor(
     sorted({*range(1, DENSE + 1), *(2**k + d for k in range(12, 21) for d in (-1, 0, 1, 2))}),
     dtype=torch.float64,
@@ -28,14 +28,14 @@ _SAMPLE = 6000
 
 
 def read_guards(program: Program, exported: ExportedProgram) -> None:
-    """Let a lifted program take only the sizes for which its export decided as it did.
+    """Restrict a lifted program to the sizes for which its export is valid.
 
-    A decision that has no text in the grammar of sizes narrows ranges instead.
+    A guard that the grammar of constraints cannot express narrows ranges instead.
     """
     guards = size_guards(program.mode)
     texts: list[str] = []
     for guard in guards:
-        # what no input shows, as the size of a tensor that an example was a view of, cannot be asked of a call
+        # a size that no input has, such as that of the base of a view, cannot be checked at a call
         if not guard.free_symbols or not guard.free_symbols <= set(program.symbols):
             continue
         try:
@@ -51,7 +51,7 @@ def read_guards(program: Program, exported: ExportedProgram) -> None:
 
 
 def _open_ranges(signature: Signature) -> None:
-    """Leave to the constraints what the tracer's ranges repeat of them, so that it can be tried as well."""
+    """Remove from ranges what constraints imply, so that it can be tested too."""
     sizes = {n: SizeRange(1, None, limits.hint) for n, limits in signature.sizes.items()}
     constrained = replace(signature, sizes=sizes)
     simplify(constrained)
@@ -64,7 +64,8 @@ def _open_ranges(signature: Signature) -> None:
 
 
 def _from_code(program: Program, code: Iterable[str]) -> list[str]:
-    """Read the guards of a file, which torch keeps as Python; they are parsed as sizes, never run."""
+    """Read the guards of a file, which torch stores as Python code; they are parsed as relations of sizes, never
+    run."""
     names = frozenset(program.signature.sizes)
     shapes = {name: spec.shape for name, spec in program.signature.inputs.items()}
 
@@ -86,7 +87,8 @@ def _from_code(program: Program, code: Iterable[str]) -> list[str]:
 
 
 def _narrow(program: Program, guard: Any) -> None:
-    """Keep a size where a decision holds that only sympy can evaluate; several sizes stay as they are."""
+    """Restrict a size to where a guard that only sympy can evaluate holds; a guard on several sizes fixes them
+    all."""
     symbols = sorted(guard.free_symbols, key=str)
     names = [program.symbols[s] for s in symbols]
     if len(symbols) > 1:
@@ -128,25 +130,25 @@ def relations_of(signature: Signature) -> list[Relation]:
 
 
 def holding(signature: Signature, relation: Relation, name: str, points: torch.Tensor) -> torch.Tensor:
-    """Tell for which values of one size a relation holds, the others as they were at capture."""
+    """Return for which values of one size a relation holds, with the others as they were at capture."""
     sizes: dict[str, Any] = {n: limits.hint for n, limits in signature.sizes.items()}
     holds = relation.holds({**sizes, name: points})
     return torch.as_tensor(holds).expand(points.shape)
 
 
 def within(limits: SizeRange, points: torch.Tensor = POINTS) -> torch.Tensor:
-    """Return the points that lie in a range."""
+    """Return the points that are in a range."""
     inside = points >= max(limits.low, 1)
     return points[inside if limits.high is None else inside & (points <= limits.high)]
 
 
 def drop_idle(signature: Signature) -> None:
-    """Drop constraints that every choice of sizes of two and more keeps; sizes of one are tried by themselves."""
+    """Drop constraints that hold for all sizes of at least two; sizes of one are tested separately."""
     signature.constraints = tuple(r.text for r in relations_of(signature) if not _always(signature, r))
 
 
 def _drop_implied(signature: Signature) -> None:
-    """Drop constraints that the others imply; once those are dropped that need not hold."""
+    """Drop constraints that the others imply, after unnecessary ones were dropped."""
     for relation in sorted(relations_of(signature), key=lambda r: -len(r.text)):
         others = [r for r in relations_of(signature) if r.text != relation.text]
         if len(relation.names) > 1 and _implied(signature, relation, others):
@@ -164,13 +166,13 @@ def _always(signature: Signature, relation: Relation) -> bool:
 
 
 def _implied(signature: Signature, relation: Relation, others: list[Relation]) -> bool:
-    """Tell whether a relation of several sizes holds for all of a sample that keeps others."""
+    """Return whether a relation of several sizes holds on all samples that satisfy the others."""
     generator = torch.Generator().manual_seed(0)
     samples = {}
     for name, limits in signature.sizes.items():
         points = within(limits)
         points = points[points >= 2] if len(points) > 1 else points
-        # small sizes meet in all ways, large ones by chance
+        # small sizes occur in all combinations, large ones by chance
         points = torch.cat([points[:24], points[24:100:8], points[100::97], points[-3:]])
         samples[name] = points[torch.randint(0, len(points), (_SAMPLE,), generator=generator)]
     valid = torch.ones(_SAMPLE, dtype=torch.bool)
@@ -181,7 +183,7 @@ def _implied(signature: Signature, relation: Relation, others: list[Relation]) -
 
 
 def simplify(signature: Signature) -> None:
-    """Say constraints of single sizes as ranges and remainders where these say the same."""
+    """Express constraints on single sizes as equivalent ranges and remainders."""
     for _ in range(2):
         fixed = {n: limits.hint for n, limits in signature.sizes.items() if limits.low == limits.high}
         names = frozenset(signature.sizes)
@@ -194,7 +196,7 @@ def simplify(signature: Signature) -> None:
 
 
 def settle_by_guards(program: Program) -> None:
-    """Say what an export decided as shortly as it can be said, where there is no model to try it against."""
+    """Simplify the guards of an export if there is no model to test them against."""
     simplify(program.signature)
     for text in program.signature.constraints:
         second, _, first = text.partition(" == ")
@@ -204,12 +206,12 @@ def settle_by_guards(program: Program) -> None:
 
 
 def take_limits(signature: Signature, other: Signature, tried: set[str]) -> None:
-    """Give a program the limits of a smaller one of the same architecture, which were tried against a model.
+    """Give a program the limits of a smaller one of the same architecture, which were tested against a model.
 
     Args:
-        signature: changed; constraints that the smaller program did not have stay.
-        other: of the smaller program, settled.
-        tried: the constraints it had before.
+        signature: changed in place; constraints that the smaller program did not have remain.
+        other: signature of the smaller program, with settled limits.
+        tried: the smaller program's constraints before they were settled.
     """
     untried = [text for text in signature.constraints if text not in tried]
     names = frozenset(signature.sizes)
@@ -221,7 +223,7 @@ def take_limits(signature: Signature, other: Signature, tried: set[str]) -> None
 
 
 def _say_equal(signature: Signature) -> None:
-    """Say constraints between two sizes that come to their being equal as just that."""
+    """Replace constraints that make two sizes equal by that equality."""
     relations = relations_of(signature)
     for pair in {r.names for r in relations if len(r.names) == 2}:
         first, second = sorted(pair, key=list(signature.sizes).index)
@@ -255,7 +257,8 @@ def _simplify(signature: Signature, name: str) -> None:
 
 
 def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int, int | None] | None:
-    """Return the one range about the size seen at capture in which a relation holds, or None if it is none."""
+    """Return the range in which a relation holds, if it is a single one that contains the captured size, else
+    None."""
     hint = signature.sizes[name].hint
     holds = holding(signature, relation, name, POINTS)
     indices = holds.nonzero().flatten()
@@ -277,7 +280,7 @@ def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int,
 
 
 def _said_once(signature: Signature, name: str, relations: list[Relation]) -> list[str]:
-    """Return texts for what relations of one size say together within its range: a remainder if that is all."""
+    """Return constraints equivalent to the relations of one size within its range: a remainder if that suffices."""
     points = within(signature.sizes[name], POINTS[:DENSE])
     shortest: dict[bytes, str] = {}
     for relation in relations:

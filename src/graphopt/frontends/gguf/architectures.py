@@ -1,8 +1,7 @@
-"""The architectures of GGUF files that are taken: how their tensors are called, stored and shaped.
+"""The supported architectures of GGUF files: names, layout and shapes of their tensors.
 
-After llama.cpp's convert_hf_to_gguf.py, whose every change to a tensor is undone: rows of queries and keys in pairs
-(llama), norms with one added (Gemma). A file that says more than is known here is refused, since nobody can tell
-what it would change.
+After llama.cpp's convert_hf_to_gguf.py, whose changes to tensors are undone: rows of queries and keys in pairs
+(llama), norms with one added (Gemma). A file with unknown entries is rejected, since they may change the model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from .header import Header
 from .rope import FREQUENCIES, LONG, SHORT, rope_parameters
 
-# hyperparameters that every architecture may have, and those that change nothing of what is computed
+# hyperparameters that every architecture may have, and those that do not affect the computation
 _COMMON = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
@@ -27,7 +26,7 @@ _IDLE = {"rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "mm.tok
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor: its name in the file and in the library, its sizes by name, and what the file did to it."""
+    """A tensor: its name in the file and in the library, its sizes by name, and how the file transformed it."""
 
     stored: str
     name: str
@@ -38,7 +37,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture; ``layer`` are the tensors of a block, ``biases`` groups that are there as a whole or not."""
+    """One architecture; ``layer`` are the tensors of a block, ``biases`` groups of which each is present as a whole
+    or not."""
 
     model_type: str
     model_class: str
@@ -99,7 +99,8 @@ _FOUR_NORMS = (
 
 
 def _gemma_scale(header: Header, prefix: str, config: dict[str, Any], largest: int) -> int:
-    """Return what queries are divided by the root of; the file does not say, llama.cpp knows one exception by depth."""
+    """Return the number by whose square root queries are divided; the file lacks it, and llama.cpp has one exception
+    by depth."""
     if config["num_hidden_layers"] == largest:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return int(config["head_dim"])
@@ -121,9 +122,7 @@ def _gemma2(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, An
 def _gemma3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
     full = config["rope_parameters"]
     if full["rope_type"] not in ("default", "linear"):
-        raise header.wrong(
-            f"its rotary positions are scaled in the way {full['rope_type']}, unlike any Gemma 3"
-        )
+        raise header.wrong(f"its rotary positions are scaled by {full['rope_type']}, unlike any Gemma 3")
     entries: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _gemma_scale(header, prefix, config, 62),
@@ -236,7 +235,7 @@ def architecture_of(header: Header) -> tuple[str, Architecture]:
     """Return the architecture of a file, which is also the prefix of its hyperparameters.
 
     Raises:
-        CheckpointError: it is none of those that are taken, or the file is no model.
+        CheckpointError: it is not supported, or the file is not a model.
     """
     name = header.text("general.architecture")
     kind = header.text("general.type", "model")
@@ -244,17 +243,17 @@ def architecture_of(header: Header) -> tuple[str, Architecture]:
         raise header.wrong(f"it holds a {kind[:40]!r}, not a model", hint="give the file of the model itself")
     if name not in ARCHITECTURES:
         raise header.wrong(
-            f"the architecture {name[:60]!r} is not read from GGUF",
-            hint=f"those that are: {', '.join(ARCHITECTURES)}; or give the model's Hugging Face folder",
+            f"the architecture {name[:60]!r} is not supported in GGUF files",
+            hint=f"supported are {', '.join(ARCHITECTURES)}; or give the model's Hugging Face folder",
         )
     return name, ARCHITECTURES[name]
 
 
 def configuration(header: Header, prefix: str, kind: Architecture) -> dict[str, Any]:
-    """Return what config.json would say, every entry of it plain data.
+    """Return the equivalent of config.json as plain data.
 
     Raises:
-        CheckpointError: an entry is missing, absurd, contradicts another one, or is not known.
+        CheckpointError: an entry is missing, invalid, contradicts another one, or is unknown.
     """
     _require_known(header, prefix, kind)
     layers = header.count(f"{prefix}.block_count", high=1 << 16)
@@ -270,7 +269,7 @@ def configuration(header: Header, prefix: str, kind: Architecture) -> dict[str, 
         raise header.wrong("its values are not as wide as its keys, unlike those of any model of this kind")
     if header.count(f"{prefix}.expert_count", 0, low=0):
         raise header.wrong(
-            f"it is a mixture of experts, which is not read from GGUF for {prefix}",
+            f"it is a mixture of experts, which is not supported in GGUF files for {prefix}",
             hint="give the model's Hugging Face folder",
         )
     if not header.flag(f"{prefix}.attention.causal", True):
@@ -305,7 +304,7 @@ def _require_known(header: Header, prefix: str, kind: Architecture) -> None:
     for key in header.metadata:
         if key.startswith(prefix + ".") and key.removeprefix(prefix + ".") not in recognised:
             raise header.wrong(
-                f"its entry {key[:80]} is not known, so nobody can tell what it changes in the model",
+                f"its entry {key[:80]} is unknown, and may change the model",
                 hint="give the model's Hugging Face folder, or report it",
             )
 
@@ -313,7 +312,7 @@ def _require_known(header: Header, prefix: str, kind: Architecture) -> None:
 def expected(
     config: dict[str, Any], kind: Architecture, vocabulary: int
 ) -> dict[str, tuple[Slot, tuple[int, ...]]]:
-    """Return the tensors that a file must have, by name, with their sizes and what the library calls them."""
+    """Return the tensors that a file must have, by name, with their slots and sizes."""
     heads, kv_heads, head = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     sizes = {
         "hidden": config["hidden_size"], "ffn": config["intermediate_size"], "head": head,

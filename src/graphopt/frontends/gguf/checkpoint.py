@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: what a Hugging Face folder of the same model would hold."""
+"""Reading a GGUF file as a checkpoint, as if it were a Hugging Face folder of the same model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell whether a path is meant as a GGUF file: by its ending, or by how the file begins."""
+    """Return whether a path is meant as a GGUF file, by its suffix or its first bytes."""
     if not path.is_file():
         return False
     if path.suffix.lower() == ".gguf":
@@ -29,12 +29,12 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], dict[str, bytes], str]:
-    """Return the configuration, tensors, small files and a note of a GGUF file; no tensor of the model is read.
+    """Return the configuration, tensors, small files and a note of a GGUF file; no weights are read.
 
-    Tensors have the names, shapes and values that the model's own library knows, in float32.
+    Tensors have the names, shapes and values that the model's own library uses, in float32.
 
     Raises:
-        CheckpointError: the file is damaged, contradicts itself, or is of a kind that is not taken.
+        CheckpointError: the file is damaged, contradicts itself, or is of an unsupported kind.
     """
     header = read_headers(path)
     prefix, kind = architecture_of(header)
@@ -82,7 +82,7 @@ def _tensors(
     for name in header.tensors:
         if name not in slots and name not in kind.tables:
             raise header.wrong(
-                f"its tensor {name[:80]!r} is none of those of {prefix}, so nobody can tell what it does",
+                f"its tensor {name[:80]!r} is none of those of {prefix}, and may change the model",
                 hint="give the model's Hugging Face folder, or report it",
             )
     return tensors

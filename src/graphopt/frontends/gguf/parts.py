@@ -1,4 +1,4 @@
-"""A model in several files, ``NAME-00001-of-00003.gguf`` and so on, as llama.cpp's llama-gguf-split writes it."""
+"""Models in several files, ``NAME-00001-of-00003.gguf`` and so on, as llama.cpp's llama-gguf-split writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", 
 
 
 def read_headers(path: Path) -> Header:
-    """Read the header of a file, and of all parts of a model of which it is one.
+    """Read the header of a file, and those of the other parts if it is part of a model.
 
     The first part has the metadata; any of them may be given.
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings as a GGUF file describes them, in the words of a transformers configuration."""
+"""Translation of a GGUF file's rotary embedding settings to those of a transformers configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rope_parameters(header: Header, prefix: str, dimensions: int) -> dict[str, A
         dimensions: how many of a head's dimensions are rotated.
 
     Raises:
-        CheckpointError: the file scales positions in a way that the library has no words for.
+        CheckpointError: the file scales positions in a way that the library does not support.
     """
     parameters: dict[str, Any] = {
         "rope_type": "default",
@@ -36,7 +36,7 @@ def rope_parameters(header: Header, prefix: str, dimensions: int) -> dict[str, A
         return {**parameters, **_longrope(header, prefix, dimensions)}
     kind = header.text(f"{prefix}.rope.scaling.type", "none")
     if kind in _MEANS_NONE:
-        # what old files say instead of a type
+        # old files have this instead of a type
         if header.has(f"{prefix}.rope.scale_linear"):
             factor = header.number(f"{prefix}.rope.scale_linear")
             return parameters if factor == 1 else {**parameters, "rope_type": "linear", "factor": factor}
@@ -53,8 +53,8 @@ def rope_parameters(header: Header, prefix: str, dimensions: int) -> dict[str, A
                 parameters[name] = header.number(f"{prefix}.rope.scaling.{key}")
         return parameters
     raise header.wrong(
-        f"it scales rotary positions in the way {kind!r}, which is not read",
-        hint="none, linear, yarn, and tables of factors are",
+        f"its scaling of rotary positions, {kind!r}, is not supported",
+        hint="supported are none, linear, yarn, and tables of factors",
     )
 
 
@@ -71,11 +71,11 @@ def _table(header: Header, name: str, dimensions: int) -> numpy.ndarray[Any, Any
 
 
 def _llama3(header: Header, theta: float, dimensions: int) -> dict[str, Any]:
-    """Find the parameters whose factors the file has.
+    """Return the parameters that produce the factors in the file.
 
-    It holds one factor a frequency and not the four numbers that they were computed from. Between the two ends
-    (1 and the largest factor) the inverse of a factor is linear in the frequency, which gives two of the numbers;
-    the original length and both limits may be multiplied together, so that the lower one can be taken as 1.
+    The file has one factor per frequency instead of the four numbers that they were computed from. Between the two
+    ends (1 and the largest factor) the inverse of a factor is linear in the frequency, which yields two of the
+    numbers; the original length and both limits only matter up to a common factor, so the lower limit is taken as 1.
     """
     factors = _table(header, FREQUENCIES, dimensions)
     frequencies = theta ** (-numpy.arange(0, dimensions, 2) / dimensions)

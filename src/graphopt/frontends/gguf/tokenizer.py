@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, written as the files that a Hugging Face folder has."""
+"""Conversion of the tokenizer in a GGUF file's metadata to the files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SPECIAL = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id", "sep_token": "seperator_token_id", "mask_token": "mask_token_id",
 }  # fmt: skip
-# what llama.cpp takes for sentencepiece where a file says nothing
+# llama.cpp's defaults for sentencepiece
 _SENTENCEPIECE_SPECIAL = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
-# turns and messages end at these as well
+# turns and messages end at these too
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _KEY = "tokenizer.ggml."
 _SPACE = "\u2581"
@@ -25,7 +25,7 @@ _SPACE = "\u2581"
 
 @dataclass
 class Vocabulary:
-    """Files of a tokenizer by name, the numbers of special tokens, and those that end a text."""
+    """Files of a tokenizer by name, ids of special tokens, and of those that end a text."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     special: dict[str, int] = field(default_factory=dict)
@@ -33,15 +33,15 @@ class Vocabulary:
 
 
 def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
-    """Return the tokenizer of a file as files of a folder; empty where the file has none.
+    """Return the tokenizer of a file as files of a folder; empty if the file has none.
 
     Args:
         header: of the file.
-        architecture: some put a space before a text in another way than others.
-        rows: of the embedding, more than which there cannot be tokens.
+        architecture: decides how a space is put before a text.
+        rows: of the embedding, an upper limit on the number of tokens.
 
     Raises:
-        CheckpointError: it is of a kind that is not read, or contradicts itself.
+        CheckpointError: it is of an unsupported kind, or contradicts itself.
     """
     kind = header.text("tokenizer.ggml.model", "none")
     contents = Vocabulary()
@@ -76,8 +76,8 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
         )
     else:
         raise header.wrong(
-            f"its tokenizer is of the kind {kind[:40]!r}, which is not read",
-            hint="gpt2 (byte pairs) and llama (sentencepiece) are; or give the model's Hugging Face folder",
+            f"its tokenizer is of the unsupported kind {kind[:40]!r}",
+            hint="supported are gpt2 (byte pairs) and llama (sentencepiece); or give the model's Hugging Face folder",
         )
     texts = {name: tokens[number] for name, number in contents.special.items()}
     stripping = architecture == "phi3" and kind == "llama"
@@ -113,7 +113,7 @@ def _number(header: Header, key: str, tokens: int, default: int | None = None) -
 
 
 def _added(number: int, token: str, special: bool, stripping: bool) -> dict[str, Any]:
-    """Return the entry of a token that is found whole in a text; those of Phi-3 take the spaces after them along."""
+    """Return the entry of a token that is matched whole in a text; those of Phi-3 include the spaces after them."""
     strip = stripping and token not in ("<unk>", "<s>", "<|endoftext|>")
     return {
         "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": strip, "normalized": False,
@@ -126,12 +126,12 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> tuple[dict[str, A
     splitting = SPLITTINGS.get(pre)
     if splitting is None:
         raise header.wrong(
-            f"its tokenizer cuts text in the way {pre[:40]!r}, which is not read",
-            hint=f"those that are: {', '.join(SPLITTINGS)}; or give the model's Hugging Face folder",
+            f"its pre-tokenizer {pre[:40]!r} is not supported",
+            hint=f"supported are {', '.join(SPLITTINGS)}; or give the model's Hugging Face folder",
         )
     merges = []
     for line in header.strings(_KEY + "merges"):
-        # a piece may begin with a space in no byte-level vocabulary, so the first one parts the two
+        # no piece of a byte-level vocabulary contains a space, so the first one after the start separates the two
         first, _, second = line.partition(" ")
         if first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
             raise header.wrong(f"its merge {line[:60]!r} is not of tokens that it has")
@@ -192,12 +192,12 @@ def _sentencepiece(
 
 
 def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[list[str]]:
-    """Return the merges that make pieces of higher scores first, every way of making a piece at its own score.
+    """Return the merges in order of the scores of the pieces that they make, with every way of making each piece.
 
-    Sentencepiece joins the neighbours whose piece has the highest score, the leftmost first; as byte pairs, that is
-    one merge for each way of cutting a piece in two pieces, in the order of scores.
+    Sentencepiece joins the neighbours whose piece has the highest score, leftmost first; expressed as byte pairs,
+    that is one merge for each way of splitting a piece into two pieces, in the order of scores.
     """
-    # tokens of a user's own are found whole before anything is joined, and joined with nothing
+    # user-defined tokens are matched whole before any merge, and are not merged
     pieces = {t: n for n, t in enumerate(tokens) if t and kinds[n] == _NORMAL}
     ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, number in pieces.items():
@@ -210,7 +210,7 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[li
 
 
 def _around(header: Header, splitting: Splitting, special: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Return the tokens that stand before and after every text."""
+    """Return the tokens that are added before and after every text."""
     before, after = [], []
     if header.flag(_KEY + "add_bos_token", splitting.add_bos):
         if "bos_token" not in special:
@@ -242,7 +242,7 @@ def _template(before: list[str], after: list[str], vocabulary: dict[str, int]) -
 
 
 def _checked(header: Header, tokenizer: dict[str, Any]) -> bytes:
-    """Return the text of tokenizer.json as its own library writes it."""
+    """Return tokenizer.json as the tokenizers library writes it."""
     from tokenizers import Tokenizer
 
     document = {"version": "1.0", "truncation": None, "padding": None, **tokenizer}

@@ -1,4 +1,4 @@
-"""A program with a cache, run in pieces in float64, against the one without."""
+"""Comparison of a program with a cache, run in chunks in float64, with the one without."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: int = 0) -> Difference | None:
-    """Give two rows of tokens in pieces, the second row one token behind, and return the largest difference.
+    """Run two rows of tokens in chunks, the second row one token behind, and return the largest difference.
 
     Args:
         whole: takes all tokens at once.
-        cached: takes pieces, and caches.
-        tokens: how many, at most the capacity.
-        seed: of tokens and pieces.
+        cached: takes chunks of tokens, and caches.
+        tokens: number of tokens, at most the capacity.
+        seed: of tokens and chunks.
 
     Raises:
         VerificationError: caches of that capacity do not fit into memory.
@@ -54,7 +54,7 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     start = 0
     while start < tokens:
         size = min(draw.randint(1, 3) if start else 3, tokens - start)
-        # the second row has one token less each time, and one that only fills the piece
+        # the second row is one token shorter each time, and padded to the chunk
         offset = torch.tensor([[0], [min(start, 1)]])
         positions = torch.arange(start, start + size)[None] - offset
         piece = torch.stack([tokens_in[row].index_select(0, positions[row]) for row in range(2)])
@@ -82,21 +82,22 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
 
 
 def _require_room(cached: Program, capacity: int) -> None:
-    """Refuse before the memory is asked for: two rows in float64, before and after a step, and a copy in between."""
+    """Raise an error before allocating too much: two rows in float64, before and after a step, and a copy in
+    between."""
     shapes = [cached.signature.inputs[name].shape for name in states_of(cached)]
     needed = 3 * 2 * 8 * capacity * sum(int(heads) * int(size) for _, heads, _, size in shapes)
     if needed > memory_available():
         raise VerificationError(
             f"caches of {capacity:,} slots cannot be compared here: {needed / 1e9:,.0f} GB are needed, "
             f"{memory_available() / 1e9:,.0f} GB are free",
-            hint="choose a smaller max_length, or leave it out: caches are then as long as they are given",
+            hint="choose a smaller max_length, or leave it out: the capacity is then that of the given caches",
         )
 
 
 def empty_caches(
     program: Program, batch: int, capacity: int, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return caches in which nothing is stored, by input name."""
+    """Return empty caches by input name."""
     caches = {}
     for name in states_of(program):
         spec = program.signature.inputs[name]
@@ -106,7 +107,7 @@ def empty_caches(
 
 
 def vocabulary(program: Program, tokens: str) -> int:
-    """Return how many tokens there are, by the smallest table that the input of tokens is looked up in."""
+    """Return the size of the vocabulary, by the smallest table that the token input indexes."""
     sizes, work = [], [program.input_nodes[tokens]]
     while work:
         for user in work.pop().users:

@@ -1,4 +1,4 @@
-"""What a decoder computes from positions and masks alone, for tokens that come later."""
+"""Values that a decoder computes from positions and masks alone, extended to later tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOOKUPS = ("aten.embedding", "aten.index_select", "aten.index")
 
 
 class NotCausal(ValueError):
-    """Why a program has no form with a cache, and at which node."""
+    """Raised if a program cannot have a cache; names the node and the reason."""
 
     def __init__(self, node: fx.Node, reason: str):
         super().__init__(reason)
@@ -38,7 +38,7 @@ class NotCausal(ValueError):
 
 @dataclass
 class _Read:
-    """What a decoder takes and what descends from its tokens; it goes with copies of the program."""
+    """The inputs of a decoder and the values that depend on its tokens; valid for copies of the program too."""
 
     tokens: fx.Node
     positions: list[fx.Node]
@@ -51,7 +51,7 @@ class _Read:
 
 def _read(program: Program) -> _Read:
     inputs = program.signature.inputs
-    # what may be left out is positions and masks; what may not is text
+    # optional inputs are positions and masks, a required one is text
     required = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
     first = program.input_nodes[required[0]] if required else next(iter(program.graph.nodes))
     if len(required) != 1 or len(inputs[required[0]].shape) < 2:
@@ -80,7 +80,7 @@ def _read(program: Program) -> _Read:
 
 
 class Decoder:
-    """Reads a decoder: its tokens, positions and masks, and what descends from tokens.
+    """Analysis of a decoder: its tokens, positions and masks, and the values that depend on tokens.
 
     Args:
         program: with one input of tokens (batch, sequence), and possibly positions and a mask of the same shape.
@@ -100,7 +100,7 @@ class Decoder:
         self.moving: set[fx.Node] = inputs.moving
 
     def has_length(self, node: Any) -> list[int]:
-        """Return the dimensions of a value whose size depends on how many tokens there are."""
+        """Return the dimensions of a value whose size depends on the number of tokens."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return []
@@ -111,7 +111,8 @@ class Decoder:
         ]
 
     def still(self) -> dict[fx.Node, list[fx.Node]]:
-        """Return the values with a length that tokens meet but do not change, and the nodes at which they do."""
+        """Return values with a token dimension that do not depend on tokens, with the nodes that combine them with
+        tokens."""
         constant = depends_on_weights_alone(self.program)
         meetings: dict[fx.Node, list[fx.Node]] = {}
         for node in self.program.graph.nodes:
@@ -122,7 +123,7 @@ class Decoder:
         return meetings
 
     def follows_positions(self, node: fx.Node) -> bool:
-        """Tell whether a value at a token depends on that token's position alone, by shuffling positions."""
+        """Return whether a value at a token depends on that token's position alone, by shuffling positions."""
         if len(self.positions) != 1 or len(self.has_length(node)) != 1:
             return False
         (dim,) = self.has_length(node)
@@ -147,10 +148,10 @@ class Decoder:
         return torch.equal(results[0].index_select(dim, order), results[1])
 
     def limit(self) -> int | None:
-        """Return for how many tokens the program has positions; None if nothing was found that limits them.
+        """Return the largest number of tokens that the program has positions for; None if there is no limit.
 
-        What limits them is a table with a row for each position, a bias of fixed size, or the range of the size
-        itself. What cannot be computed at the example's own size says nothing.
+        The limit is a table with a row per position, a bias of fixed size, or the range of the size itself. Values
+        that cannot be computed at the example's own size are ignored.
         """
         longest: int | None = self.program.derived("most tokens", self._limit, portable=True)
         return longest
@@ -175,10 +176,10 @@ class Decoder:
     def _longest(
         self, values: list[fx.Node], holds: Callable[[int, list[torch.Tensor]], bool]
     ) -> Iterator[int]:
-        """Yield the largest number of tokens at which values can be computed and are as they should be, if one is found."""
+        """Yield the largest number of tokens at which values can be computed and are valid, if there is one."""
         region = cut(self.program, values, lambda n: isinstance(n.meta.get("val"), torch.SymInt))
         name = self.program.symbols[self.sequence]
-        # a table of pairs takes the square of it
+        # a table of pairs of tokens has quadratic size
         wide = any(len(self.has_length(n)) > 1 for n in region.nodes)
         most = _WIDEST if wide else _LONGEST
 
@@ -215,12 +216,12 @@ class Decoder:
         return source.load() if numel(source.shape) < _SMALL else drawn_source(node, 0).load()
 
     def sees_everything(self, mask: fx.Node) -> bool:
-        """Tell whether a mask hides nothing when no input hides anything."""
+        """Return whether a mask hides nothing if no input hides anything."""
         visible = self._unpadded(mask)
         return visible is not None and bool(visible.bool().all())
 
     def hides_later(self, bias: Any) -> bool:
-        """Tell whether what is added to scores leaves nothing of later tokens when no input hides anything."""
+        """Return whether a bias on scores hides all later tokens if no input hides anything."""
         if not isinstance(bias, fx.Node) or bias in self.moving:
             return False
         value = self._unpadded(bias)
@@ -230,7 +231,7 @@ class Decoder:
         return bool((value[..., later] < -1e4).all())
 
     def _unpadded(self, node: fx.Node) -> torch.Tensor | None:
-        """Compute a value for rows without padding; None where it depends on tokens."""
+        """Return a value for rows without padding; None if it depends on tokens."""
         region = cut(self.program, [node], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
         tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
         if not set(tensors) <= {*self.masks, *self.positions, *self.zeros}:
@@ -247,11 +248,11 @@ class Decoder:
 
 
 class AtCapacity:
-    """Copies what depends on positions and masks, for all places of a cache: rows without padding, batch 1.
+    """Copies values that depend on positions and masks, for all slots of a cache: rows without padding, batch 1.
 
     Args:
-        decoder: what is copied from.
-        capacity: number of slots, or the node that has it.
+        decoder: to copy from.
+        capacity: number of slots, or the node with that number.
     """
 
     def __init__(self, decoder: Decoder, capacity: int | fx.Node):
@@ -305,8 +306,8 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
     """Take the entries of a table at each token's position: (1, ..., capacity, ...) or without the leading 1.
 
     Returns:
-        The value with (batch, ..., tokens, ...): a leading 1 becomes the batch, or the batch is put in front; tokens stay
-        where they were.
+        A value (batch, ..., tokens, ...): the batch replaces a leading 1 or is added in front; the dimension of
+        tokens stays in place.
 
     Raises:
         VerificationError: the table differs from row to row.
@@ -328,7 +329,7 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
 
 
 def _tables_of(lookup: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield the places that are looked up along the first dimension of a table of fixed size, and the table."""
+    """Yield the indices into the first dimension of a table of fixed size, and the table."""
     args = arguments(lookup)
     if is_operator(lookup, "aten.embedding"):
         table, indices = args["weight"], args["indices"]
@@ -350,5 +351,5 @@ def _as_long(dims: list[int], count: int, values: list[torch.Tensor]) -> bool:
 
 
 def size_of_input(node: Any) -> bool:
-    """Tell whether a node reads a size of an input."""
+    """Return whether a node reads a size of an input."""
     return is_operator(node, "aten.sym_size") and node.args[0].op == "placeholder"

@@ -1,4 +1,5 @@
-"""A small form of a large decoder, with the same kinds of layers: what a comparison of whole programs runs."""
+"""Reduction of a large decoder to a small one with the same kinds of layers, for comparisons that run whole
+programs."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from ...ir.program import Program
 
 LARGE, MOST = 1 << 23, 1 << 28
-"""Weights above which a program is reduced, and above which it is not run at all."""
+"""Numbers of weights above which a program is reduced, and above which it is not run at all."""
 ROWS = 512
-"""Tokens that are left of a vocabulary."""
+"""Tokens that remain in a reduced vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,15 @@ class FirstRows:
         return self.source.dtype
 
     def load(self) -> torch.Tensor:
-        """Read them; the others are not read where the source can do without."""
+        """Read them, and no others if the source allows that."""
         return load_part(self.source, 0, 0, self.rows)
 
 
 def reduced(program: Program) -> Program | None:
-    """Return a program with one layer of each kind and few tokens where the whole is large; None where that is large too.
+    """Return a program reduced to one layer of each kind and few tokens if it is large; None if that is too large as
+    well.
 
-    Weights that are not there are drawn. A program that is small enough is returned as it is.
+    Weights without values are random. A program that is small enough is returned unchanged.
     """
     small = program
     if elements(program) >= LARGE:
@@ -79,15 +81,16 @@ def reduced(program: Program) -> Program | None:
 
 
 def elements(program: Program) -> int:
-    """Return how many values the weights of a program have together."""
+    """Return the total number of values in a program's weights."""
     return sum(numel(w.source.shape) for w in program.weights.values())
 
 
 def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
-    """Return what makes two layers the same computation on other weights and another place of the stream.
+    """Return a key that layers share if they are the same computation on other weights and at another point of the
+    stream.
 
-    What a layer reads from beside the stream (masks, tables of rotations) counts by how it is computed, with the
-    values of small weights: layers with other frequencies are of another kind.
+    Values that a layer reads beside the stream (masks, rotary tables) are compared by their computation, including
+    the values of small weights: layers with other frequencies are of another kind.
     """
     inside = {node: i for i, node in enumerate(n for block in layer.blocks for n in block.nodes)}
     stream: dict[fx.Node, int] = {}
@@ -113,7 +116,8 @@ def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
 
 
 def _cone(program: Program, node: fx.Node, cones: dict[fx.Node, int]) -> int:
-    """Return a number that values computed alike have in common; what descends from tokens through the stream has one."""
+    """Return a number that values computed in the same way share; all values that depend on the stream have the same
+    number."""
     work = [node]
     while work:
         current = work[-1]
@@ -146,10 +150,10 @@ def _values(program: Program, node: fx.Node) -> object:
 
 
 def _with_few_tokens(program: Program) -> Program:
-    """Return a program that knows the first tokens only, or the same one where its vocabulary cannot be told.
+    """Return a program whose vocabulary has the first tokens only, or the same one if its vocabulary is unknown.
 
     Args:
-        program: may be changed.
+        program: may be modified.
     """
     names = {n for n, w in program.weights.items() if n in _tables(program)}
     if not names:
@@ -173,7 +177,7 @@ def _with_few_tokens(program: Program) -> Program:
 
 
 def _tables(program: Program) -> set[str]:
-    """Return the weights with a row for each token that only look up inputs, or make outputs."""
+    """Return the weights with a row per token that are only used to embed inputs or compute outputs."""
     outputs = set(program.outputs.values())
     tables = set()
     for node in program.weight_nodes:

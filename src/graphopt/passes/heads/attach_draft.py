@@ -1,4 +1,4 @@
-"""A draft of one layer that sees what the model thinks (after EAGLE-3)."""
+"""A draft of one layer that reads the model's hidden states (after EAGLE-3)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class AttachDraft(Pass):
-    """Add a draft: the stream at three depths and the next token's embedding pass one layer of their own and the head.
+    """Add a draft: the stream at three depths and the next token's embedding pass through an extra layer and the
+    head.
 
-    Input ``draft_ids`` (batch, sequence): the token that follows each token; left out, the text's own. Outputs:
-    ``draft_features`` (batch, sequence, size), the three depths joined; ``draft_hidden`` of the same shape, what the
-    draft's layer makes of them, which takes their place for the token after; ``draft_logits`` (batch, sequence,
-    vocabulary), about the token two places on. The layer begins as a copy of one of the model's; embedding, final norm
-    and head are the model's. Train with the recipe ``draft``.
+    Input ``draft_ids`` (batch, sequence): the token that follows each token; by default the text's own. Outputs:
+    ``draft_features`` (batch, sequence, size), the three depths joined; ``draft_hidden`` of the same shape, the
+    output of the draft's layer, which replaces the features for the token after; ``draft_logits`` (batch, sequence,
+    vocabulary), for the token two positions ahead. The layer is initialised as a copy of one of the model's;
+    embedding, final norm and head are the model's. Train with the recipe ``draft``.
     """
 
     name = "attach-draft"
@@ -62,7 +63,7 @@ class AttachDraft(Pass):
         if not reason and len(layers) < 2:
             reason = f"{len(layers)} layers were recognised"
         if not reason and token_embedding(program) is None:
-            reason = "its tokens are not looked up in a table"
+            reason = "its tokens are not looked up in an embedding table"
         if reason:
             plan.refused.append(Refused("head", reason, ""))
             return plan

@@ -1,4 +1,4 @@
-"""What a decoder would say after some of its layers."""
+"""Logits of a decoder after some of its layers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ OUTPUT = "exit_logits"
 class AttachEarlyExit(Pass):
     """Read the residual stream after a layer through the final norm and head, as one more output.
 
-    ``exit_logits`` (batch, sequence, vocabulary), or ``exit_logits_3``, ``exit_logits_7`` for several layers. Nothing
-    is added to the weights. Decoding drafts with it: the first layers propose, all layers decide, and both share one
-    cache.
+    Adds ``exit_logits`` (batch, sequence, vocabulary), or ``exit_logits_3``, ``exit_logits_7`` for several layers. No
+    weights are added. Decoding uses an exit as a draft: the first layers propose, all layers verify, and both share
+    one cache.
     """
 
     name = "attach-early-exit"
@@ -72,7 +72,7 @@ class AttachEarlyExit(Pass):
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Copy the way from the stream to the logits for each exit."""
+        """Copy the operators between the stream and the logits for each exit."""
         head = find_head(program)
         layers = layers_to_logits(program)
         for site in plan.sites:
@@ -87,21 +87,21 @@ class AttachEarlyExit(Pass):
 
 
 def split_at(program: Program, layer: int) -> tuple[Program, Program]:
-    """Return the layers up to one, and those after it; one after the other they compute the same bits.
+    """Return programs of the layers up to one and of those after it; run in order they compute the same bits.
 
-    Of a program with a cache, each part takes and gives the caches of its own layers, under the names they have in the
-    whole; positions, slots and what tokens see of one another go into both.
+    If the program has a cache, each half has the caches of its own layers as inputs and outputs, under their names in
+    the whole program; positions, slots and masks are inputs of both.
 
     Args:
         program: a decoder.
-        layer: number of the last layer of the first part.
+        layer: number of the last layer of the first half.
 
     Returns:
-        A program with the output ``hidden`` (batch, sequence, size) and whatever else is known by then, and one that
-        takes ``hidden`` with the other inputs and gives the rest.
+        A program with the output ``hidden`` (batch, sequence, size) and any other outputs computed by then, and one
+        that takes ``hidden`` with the other inputs and has the remaining outputs.
 
     Raises:
-        PassRefusedError: there is no such layer, nothing after it, or layers after it read more than the stream.
+        PassRefusedError: there is no such layer, none after it, or layers after it read more than the stream.
     """
     layers = layers_to_logits(program)
     if not 0 <= layer < len(layers) - 1:
@@ -130,7 +130,7 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
 
 
 def _on_caches_of(program: Program, outputs: dict[str, fx.Node]) -> Program:
-    """Return the program with the capacity read from a cache that these outputs need."""
+    """Return the program with the cache capacity read from a cache that these outputs need."""
     caches = {n: node for n, node in program.input_nodes.items() if f"next_{n}" in program.outputs}
     cache_node = next((node for n, node in caches.items() if f"next_{n}" in outputs), None)
     if cache_node is None:
@@ -147,7 +147,7 @@ def _on_caches_of(program: Program, outputs: dict[str, fx.Node]) -> Program:
 
 
 def _sizes_from(half: Program, name: str) -> None:
-    """Read sizes from one input where another is read for nothing else, so that the other need not be given."""
+    """Read sizes from one input instead of inputs that are only read for their sizes, and remove those."""
     placeholder = half.input_nodes[name]
     for other, node in half.input_nodes.items():
         if (
@@ -160,7 +160,7 @@ def _sizes_from(half: Program, name: str) -> None:
             sizes = [same_size(size, user.meta["val"]) for size in placeholder.meta["val"].shape]
             if any(sizes):
                 user.args = (placeholder, sizes.index(True))
-        # an input that is made like another where it is left out needs that one
+        # an optional input that is filled in like another one needs that one
         if not node.users and all(
             s.fill is None or s.fill.like != other for s in half.signature.inputs.values()
         ):
@@ -169,7 +169,7 @@ def _sizes_from(half: Program, name: str) -> None:
 
 
 def _own_facts(half: Program, program: Program, ends: dict[str, str], before: int) -> None:
-    """Let the facts of a part speak of its own layers, the first of which is number ``before`` of the whole."""
+    """Adjust the facts of a half to its own layers, whose first has the number ``before`` in the whole program."""
     cache = half.facts.get(KVCache)
     if cache is not None:
         stores = [n for n in half.nodes if is_operator(n, "graphopt.cache_store")]
@@ -196,14 +196,14 @@ def _own_facts(half: Program, program: Program, ends: dict[str, str], before: in
 
 
 def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float]:
-    """Return for each layer but the last how often its exit's most likely token is the program's own.
+    """Return, for each layer but the last, how often its exit's most likely token is the program's.
 
     Args:
         program: a decoder without exits.
         batch: inputs by name.
 
     Raises:
-        PassRefusedError: it has no head that could read a layer.
+        PassRefusedError: it has no head that could be applied to a layer.
     """
     from ...ir.running.execute import interpret
 

@@ -1,4 +1,5 @@
-"""Mask tokens at which a decoder says what comes after the next token, by weights that count at them alone."""
+"""Mask tokens at which a decoder predicts tokens after the next one, with weights that apply at these positions
+alone."""
 
 from __future__ import annotations
 
@@ -34,13 +35,14 @@ MIXERS = ("attention", "mixer")
 
 @dataclass(frozen=True, kw_only=True)
 class AttachMaskTokens(Pass):
-    """Add mask tokens with gated LoRA and a sampler (arXiv 2507.11851): mask j after a token is about the token j + 1 on.
+    """Add mask tokens with gated LoRA and a sampler (arXiv 2507.11851): mask j predicts the token j + 1 positions
+    ahead.
 
-    Input ``mask_index`` (batch, sequence): 0 where a token of the text stands, j where mask token j does; left out, all
-    are of the text. At mask tokens, and there alone, linears of the layers become ``W x + alpha / rank * B A x``.
-    ``mask_hidden`` (batch, sequence, size) is what the head reads. The sampler makes of it, and of the token before in
-    ``sampler_ids`` (batch, sequence), ``mask_logits`` (batch, sequence, vocabulary). B begins at zero, mask tokens as the
-    mean of the vocabulary, and the sampler as the model's own head. Train with the recipe ``mask-tokens``, after
+    Input ``mask_index`` (batch, sequence): 0 at tokens of the text, j at mask token j; by default all are text. At
+    mask tokens alone, linears of the layers become ``W x + alpha / rank * B A x``. ``mask_hidden`` (batch, sequence,
+    size) is the input of the head. From it and the preceding token in ``sampler_ids`` (batch, sequence), the sampler
+    computes ``mask_logits`` (batch, sequence, vocabulary). B is initialised with zeros, mask tokens with the mean of
+    the vocabulary, and the sampler as the model's own head. Train with the recipe ``mask-tokens``, after
     insert-kv-cache{tree=true}.
     """
 
@@ -72,7 +74,7 @@ class AttachMaskTokens(Pass):
         table = token_embedding(program)
         reason = head if isinstance(head, str) else ""
         if not reason and table is None:
-            reason = "its tokens are not looked up in a table"
+            reason = "its tokens are not looked up in an embedding table"
         if not reason and table is not None and table.meta["val"].shape[-1] != value_size(head.hidden):  # type: ignore[union-attr]
             reason = "its tokens have vectors of another size than its hidden states"
         if reason:
@@ -88,7 +90,7 @@ class AttachMaskTokens(Pass):
         return plan
 
     def _linears(self, program: Program) -> list[tuple[fx.Node, str]]:
-        """Return the linears of layers, and why one cannot have a LoRA."""
+        """Return the linears of layers, each with why it cannot have a LoRA, or an empty string."""
         order = {node: i for i, node in enumerate(program.graph.nodes)}
         linears: dict[fx.Node, str] = {}
         for layer in layers_to_logits(program):
@@ -103,7 +105,7 @@ class AttachMaskTokens(Pass):
         return list(linears.items())
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Mark the embedding, add to linears, and build the sampler beside the head."""
+        """Add mask embeddings, LoRA on the linears, and the sampler beside the head."""
         if not plan.sites:
             return
         table = token_embedding(program)
@@ -140,7 +142,7 @@ class AttachMaskTokens(Pass):
         stored = program.weights.get(weight.name)
         name = f"{PREFIX}.lora.{stored.name if stored is not None else linear.name}"
         dtype = dtype_of(linear)
-        # one weight may serve several linears (shared layers), each with a LoRA of its own
+        # several linears may share a weight (shared layers), and each has its own LoRA
         used = {w.name for w in program.weights.values()}
         if f"{name}.down" in used:
             name = f"{name}.{linear.name}"
@@ -195,7 +197,7 @@ class AttachMaskTokens(Pass):
 
 @dataclass(frozen=True)
 class _MeanOfRows:
-    """A table's mean row, several times; read when it is asked for."""
+    """The mean row of a table, repeated; computed when it is loaded."""
 
     table: TensorSource
     count: int

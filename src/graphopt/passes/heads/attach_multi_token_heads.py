@@ -1,4 +1,4 @@
-"""Heads beside the model's own that predict the tokens after the next (Medusa)."""
+"""Extra heads that predict the tokens after the next one (Medusa)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ PREFIX = "multi_token_heads"
 
 @dataclass(frozen=True, kw_only=True)
 class AttachMultiTokenHeads(Pass):
-    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 places on (Medusa, arXiv 2401.10774).
+    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 positions ahead (Medusa, arXiv
+    2401.10774).
 
-    ``head_k(h) = W2_k (h + silu(W1_k h + b_k))``, with as many residual layers as ``layers`` says. Output
-    ``multi_token_logits`` (batch, sequence, heads, vocabulary). W1 and b begin at zero and W2 as a copy of the
-    model's head, so that untrained heads repeat the model's own prediction; ``share`` lets all heads use the model's
+    ``head_k(h) = W2_k (h + silu(W1_k h + b_k))``, with ``layers`` residual layers. Output
+    ``multi_token_logits`` (batch, sequence, heads, vocabulary). W1 and b are initialised with zeros and W2 as a copy
+    of the model's head, so that untrained heads repeat the model's own prediction; ``share`` lets all heads use the
+    model's
     head itself, which adds no matrix of the vocabulary's size. Train with the recipe ``medusa``.
     """
 
@@ -127,7 +129,7 @@ def _begun(source: TensorSource | None, shape: tuple[int, ...], dtype: torch.dty
 
 
 def _copied(program: Program, matrix: fx.Node) -> TensorSource:
-    # tensors are read when they are asked for: as many heads of a large vocabulary are not held at once
+    # tensors are read one at a time, since many heads of a large vocabulary do not fit into memory together
     return program.weights[matrix.name].source if matrix.op == "placeholder" else computed(program, matrix)[0]
 
 
@@ -136,7 +138,7 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
 
     Raises:
         UsageError: the program has no heads, or the file exists.
-        CheckpointError: what was read back is something else.
+        CheckpointError: a tensor that was read back differs.
     """
     arrays = {
         w.name.removeprefix(PREFIX + "."): w.source
@@ -154,7 +156,7 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
         stored = read_header(beside)
         for name, source in arrays.items():
             if not torch.equal(stored[name].load(), source.load()):
-                raise CheckpointError(f"{name} was read back as something else")
+                raise CheckpointError(f"{name} differs after it was read back")
         beside.rename(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -164,7 +166,7 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
 def _given(
     path: str, heads: int, layers: int, share: bool, size: int, vocabulary: int
 ) -> dict[str, TensorSource]:
-    """Find heads in a file, check that they are those of this model, and read nothing of them yet."""
+    """Return the heads in a file as unread sources, after checking that they match this model."""
     if not Path(path).is_file():
         raise PassRefusedError(f"attach-multi-token-heads: there is no file {path}")
     stored = read_header(Path(path))
@@ -179,7 +181,7 @@ def _given(
         if name not in stored:
             raise PassRefusedError(
                 f"attach-multi-token-heads: {path} has no tensor {name}",
-                hint=f"it holds {', '.join(sorted(stored)[:6])}, ...; heads= and layers= say how many are looked for",
+                hint=f"it holds {', '.join(sorted(stored)[:6])}, ...; heads= and layers= determine how many are expected",
             )
         if tuple(stored[name].shape) != shape:
             raise PassRefusedError(

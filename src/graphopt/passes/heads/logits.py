@@ -1,4 +1,4 @@
-"""Where a decoder's logits come from, for passes that add outputs beside them."""
+"""How a decoder computes its logits, for passes that add outputs beside them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """The way from the residual stream to the logits.
+    """The operators from the residual stream to the logits.
 
     Attributes:
         logits: (batch, sequence, vocabulary).
-        projection: the linear that has the vocabulary for its width.
-        hidden: (batch, sequence, size), what it reads.
+        projection: the linear whose output width is the vocabulary.
+        hidden: (batch, sequence, size), the input of ``projection``.
         stream: the last value of the stream.
         way: the operators between the stream and the logits, in order.
     """
@@ -49,12 +49,12 @@ def _find_head(program: Program) -> Head | str:
     vocabulary = logits.meta["val"].shape[-1]
     if not program.anatomy.streams:
         return "no residual stream was recognised"
-    # heads that were attached look like blocks of the stream; the last block on the way to the logits counts
+    # attached heads look like blocks of the stream; only the last block that leads to the logits counts
     ends = {node for block in program.anatomy.blocks for node in (block.writes, block.add)}
     back = needed_for([logits], dict.fromkeys(ends))
     reached = [n for n in program.graph.nodes if n in ends and n in back]
     if not reached:
-        return "its logits do not come from the end of a residual stream"
+        return "its logits are not computed from the end of a residual stream"
     stream = reached[-1]
     descending = {stream}
     path = []
@@ -73,7 +73,7 @@ def _find_head(program: Program) -> Head | str:
 
 
 def layers_to_logits(program: Program) -> list[Layer]:
-    """Return the layers that logits are made by, without what was attached beside them."""
+    """Return the layers that lead to the logits, without attached ones."""
 
     def find() -> list[Layer]:
         logits = program.outputs.get("logits")
@@ -98,12 +98,12 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 
 
 def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.Node]) -> None:
-    """Call the operators of a way again on other values; new nodes are inserted at the insertion point.
+    """Repeat operators on other values; new nodes are inserted at the insertion point.
 
     Args:
         program: whose graph it is.
-        way: operators in order; those that read nothing that changes are left out.
-        now: what takes the place of what; what the operators give is added.
+        way: operators in order; those whose operands do not change are skipped.
+        now: the replacement of each value; the results of the repeated operators are added.
     """
     for node in way:
         if node not in now and any(n in now for n in node.all_input_nodes):
@@ -112,7 +112,7 @@ def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.N
 
 
 def token_embedding(program: Program) -> fx.Node | None:
-    """Return the look-up of the tokens."""
+    """Return the embedding look-up of the tokens."""
     inputs = {n for n, spec in program.signature.inputs.items() if spec.fill is None}
     for node in program.anatomy.embedding:
         if is_operator(node, "aten.embedding"):

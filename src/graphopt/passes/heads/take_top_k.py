@@ -1,4 +1,4 @@
-"""Outputs of which only the largest entries are wanted."""
+"""Outputs of which only the largest entries are needed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ aten, dialect = torch.ops.aten, torch.ops.graphopt
 
 @dataclass(frozen=True, kw_only=True)
 class TakeTopK(Pass):
-    """Return the k largest entries of an output and their numbers instead of all of it.
+    """Replace an output by its k largest entries and their indices.
 
-    For heads that propose tokens: a tree of candidates needs the ten likeliest of each head, and a vocabulary of 128,000
-    logits for each head and token is mostly memory. The output ``NAME`` becomes ``NAME_values`` and ``NAME_tokens``, both
-    with k entries in the last dimension. Where NAME is a linear, or several stacked, the linear and the choice become one
-    operator, for which there is a Triton kernel that never writes the logits.
+    For heads that propose tokens: a tree of candidates needs the ten most likely of each head, while 128,000 logits
+    for each head and token mostly take memory. The output ``NAME`` becomes ``NAME_values`` and ``NAME_tokens``, both
+    with k entries in the last dimension. If NAME is a linear, or several stacked, the linear and the selection become
+    one operator, with a Triton kernel that never writes the logits.
     """
 
     name = "take-top-k"
@@ -42,7 +42,7 @@ class TakeTopK(Pass):
     output: str = option("multi_token_logits", help="which output")
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find the output, and the linears that make it."""
+        """Find the output and the linears that compute it."""
         plan = Plan()
         if self.output not in program.outputs:
             names = ", ".join(program.outputs)
@@ -54,7 +54,7 @@ class TakeTopK(Pass):
         node = program.outputs[self.output]
         value = node.meta["val"]
         if not value.is_floating_point() or value.dim() == 0:
-            plan.refused.append(Refused(self.output, "it holds no numbers to rank", ""))
+            plan.refused.append(Refused(self.output, "it is not a floating-point tensor", ""))
             return plan
         size = value.shape[-1]
         if not isinstance(size, int) or size < self.k:
@@ -63,7 +63,7 @@ class TakeTopK(Pass):
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the two outputs in the place of one."""
+        """Replace the output by the two new ones."""
         call = program.edit.call
         for site in plan.sites:
             node, k = program.outputs[site.block], int(site["k"])
@@ -86,7 +86,7 @@ class TakeTopK(Pass):
 
 
 def _linears(node: fx.Node) -> list[fx.Node]:
-    """Return the linears whose results an output is, in their order; none where it is something else."""
+    """Return the linears whose stacked results are an output, in order; empty if it is something else."""
     if is_operator(node, "aten.linear"):
         return [node]
     if not is_operator(node, "aten.stack"):

@@ -1,4 +1,4 @@
-"""A head that knows fewer tokens, for what only proposes."""
+"""Heads with a smaller vocabulary, for outputs that only propose tokens."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 ATTACHED: dict[type[Fact], str] = {AttachedDraft: "draft_logits", MultiTokenHeads: "multi_token_logits"}
-"""Outputs that propose, by the fact of the pass that adds them; exits are named by theirs."""
+"""Proposing outputs, by the fact of the pass that adds them; exits are listed in their fact."""
 _PASSING = ("aten.mul", "aten.div", "aten.tanh", "aten.to", "aten.stack")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrimVocabulary(Pass):
-    """Keep the rows of a proposing head of the tokens that come up most (VocabTrim, arXiv 2506.22694).
+    """Keep only the rows of the most frequent tokens in a proposing head (VocabTrim, arXiv 2506.22694).
 
-    What was attached to propose, a draft, multi-token heads or exits, is trimmed, each by a matrix of its own that is
-    stored with its rows alone; embeddings and the logits that decide stay as they are. A program without any of these
-    is taken for a draft itself, and its own logits are trimmed.
+    An attached draft, multi-token heads and exits are trimmed; each gets a matrix of its own with the kept rows only.
+    Embeddings and the model's own logits do not change. A program without any of these is assumed to be a draft
+    itself, and its own logits are trimmed.
 
-    Tokens are counted in the calibration data, best text that the deciding program wrote.
-    ``program.facts[Vocabulary]`` says which tokens which outputs are of, in order; generating, measuring and
-    drafting map them back, and what is gone has probability 0. End, padding and other special tokens of the
-    checkpoint always stay.
+    Tokens are counted in the calibration data, ideally text written by the verifying program.
+    ``program.facts[Vocabulary]`` lists the tokens of each trimmed output, in order; generation, evaluation and
+    drafting map them back, and removed tokens have probability 0. End, padding and other special tokens of the
+    checkpoint are always kept.
     """
 
     name = "trim-vocabulary"
@@ -57,12 +57,14 @@ class TrimVocabulary(Pass):
     fraction: float | None = option(None, help="share of the tokens that stays", low=0, high=1)
 
     def validate(self) -> None:
-        """One way of saying how many."""
+        """Require a count or a fraction."""
         if (self.keep is None) == (self.fraction is None):
-            raise PipelineError(f"{self.name}: say how many tokens stay", hint="keep=8192, or fraction=0.25")
+            raise PipelineError(
+                f"{self.name}: say how many tokens to keep", hint="keep=8192, or fraction=0.25"
+            )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find what proposes, and count tokens."""
+        """Find the proposing outputs and count tokens."""
         plan = Plan()
         head = find_head(program)
         if isinstance(head, str):
@@ -100,7 +102,7 @@ class TrimVocabulary(Pass):
         return plan
 
     def _outputs(self, program: Program, plan: Plan) -> list[str]:
-        """Return the outputs that propose; the program's own where there is none."""
+        """Return the proposing outputs; the program's own logits if there is none."""
         attached = [name for fact, name in ATTACHED.items() if fact in program.facts]
         exits = program.facts.get(EarlyExits)
         attached += list(exits.layers) if exits is not None else []
@@ -110,7 +112,7 @@ class TrimVocabulary(Pass):
                     Refused(name, "it is no output any more; trim-vocabulary comes before take-top-k", "")
                 )
         if not attached and MaskTokens in program.facts:
-            plan.refused.append(Refused("logits", "what mask tokens propose is the program's own logits", ""))
+            plan.refused.append(Refused("logits", "mask tokens propose with the program's own logits", ""))
             return []
         return [name for name in attached if name in program.outputs] if attached else ["logits"]
 
@@ -122,7 +124,7 @@ class TrimVocabulary(Pass):
         return not isinstance(linears, str)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Give each output matrices of the rows that stay."""
+        """Give each output matrices with the kept rows only."""
         sites = [site for site in plan.sites if len(site["kept"]) < int(site["tokens"])]
         for site in sites:
             _trim(program, site.block, int(site["tokens"]), [int(t) for t in site["kept"]])
@@ -152,7 +154,7 @@ def count_tokens(context: Context, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a tensor; read when they are asked for."""
+    """Some rows of a tensor, read when they are loaded."""
 
     source: TensorSource
     ids: tuple[int, ...]
@@ -170,7 +172,7 @@ class _Rows:
 
 
 def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | str:
-    """Return the linears that make logits, or why they cannot be trimmed."""
+    """Return the linears that compute logits, or why they cannot be trimmed."""
     constant = depends_on_weights_alone(program)
     linears: dict[fx.Node, None] = {}
     work = [output]
@@ -218,13 +220,13 @@ def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
     program.edit.set_outputs([now[output] if n == name else value for n, value in outputs.items()])
     program.edit.erase_dead([output])
     for tensor in [n for n, node in program.checkpoint.items() if node in trimmed and not node.users]:
-        # a folder is no way out any more, so nothing keeps a matrix that nobody multiplies with
+        # export to a folder is blocked, so no unused matrix has to be kept for it
         del program.checkpoint[tensor]
     drop_unread_weights(program)
 
 
 def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
-    """Add the rows that stay of a head's matrix or bias, under a name by which recipes find what they train."""
+    """Add the kept rows of a head's matrix or bias, under a name that training recipes recognise."""
     weight = program.weights.get(tensor.name)
     source = weight.source if weight is not None else computed(program, tensor)[0]
     name = weight.name if weight is not None else tensor.name
@@ -238,7 +240,7 @@ def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) ->
 
 
 def special_tokens(program: Program) -> set[int]:
-    """Return the tokens that a checkpoint names: begin, end, padding, and what its tokenizer adds."""
+    """Return the special tokens of a checkpoint: begin, end, padding, and those that its tokenizer adds."""
     ids: set[int] = set()
     assets = program.origin.assets
     settings: list[Any] = [program.origin.config]

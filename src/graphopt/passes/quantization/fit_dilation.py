@@ -1,4 +1,4 @@
-"""Depthwise convolutions that a compiler gets wrong, written without their dilation."""
+"""Rewriting dilated depthwise convolutions that a compiler computes wrongly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def undilated(program: Program, node: fx.Node) -> fx.Node:
-    """Return the convolution with zeros between the kernel's entries, and no dilation there: the same sums."""
+    """Return an equal convolution with zeros between the kernel's entries instead of dilation."""
     call, operands = program.edit.call, dict(arguments(node))
     weight, dilation = operands["weight"], list(operands["dilation"])
     for dim, size in enumerate(weight.meta["val"].shape[2:], start=2):

@@ -1,4 +1,4 @@
-"""Feed-forwards of several widths as a device takes them: all channels, and a mask made by arithmetic."""
+"""Legalising feed-forwards with several widths: all channels are computed, with a mask made by arithmetic."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from ...ir.schema import arguments, is_operator
 
 
 def unfit(program: Program, node: fx.Node) -> str:
-    """Return why a nested feed-forward cannot be written with a mask, or nothing."""
+    """Return why a nested feed-forward cannot be written with a mask, or an empty string."""
     args = arguments(node)
     choice = args["choice"]
     if not is_operator(choice, "graphopt.choose_width"):
         return "its widths are chosen by something else than a router"
     if arguments(choice)["delta"].name not in program.weights:
-        return "the dial that chooses widths is an input; freeze-dial makes it a number"
+        return "the run-time setting that chooses widths is an input; freeze-dial makes it a constant"
     if args["down_bias"] is not None and min(args["widths"]) == 0:
-        return "a token may go around it, and its bias would not"
+        return "a token may skip it, and its bias would still be added"
     return ""
 
 
 def masked(program: Program, node: fx.Node) -> fx.Node:
-    """Return what computes all channels and takes those beyond each token's width as zero.
+    """Return a feed-forward that computes all channels and sets those beyond each token's width to zero.
 
-    A way is chosen if the probabilities of the cheaper ones sum to less than delta: ``relu(sign(delta - sum))`` is one
-    there and zero elsewhere, and a product with a matrix of zeros and ones makes it a factor for each channel.
+    A width is used if the probabilities of the cheaper ones sum to less than delta: ``relu(sign(delta - sum))`` is
+    then one, and zero otherwise, and a product with a matrix of zeros and ones turns it into a factor for each
+    channel.
     """
     args = arguments(node)
     router = arguments(args["choice"])

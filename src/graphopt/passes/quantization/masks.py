@@ -1,4 +1,4 @@
-"""How far masks must be from the scores that they are added to: no nearer than hides, no farther than ranges can hold."""
+"""Values of additive masks: large enough to hide keys, and no larger than quantisation ranges allow."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 BEYOND = 20.0
-"""What is added to the widest row of scores: exp(-20) of a key that is not seen is left, at least."""
+"""Margin beyond the widest row of scores: hidden keys keep a weight of at most exp(-20)."""
 
 
 def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str]]:
-    """Return what each mask adds to scores of keys that are not seen, and what to say of those that somebody set.
+    """Return the sites that set each mask's value for hidden keys, and notes on values that were set explicitly.
 
-    A mask's number is the widest row of scores that calibration met (from its highest to its lowest score, before
-    masks), a quarter more, and ``BEYOND``.
+    The magnitude is 1.25 times the widest row of scores in calibration (from highest to lowest, before masks), plus
+    ``BEYOND``.
 
     Args:
-        program: fitted: masks are operators of their own.
+        program: legalised, so that masks are operators of their own.
         context: with calibration data.
     """
     readers = {
@@ -47,13 +47,13 @@ def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str
         elif hidden > -(widest + BEYOND / 2):
             notes.append(
                 f"{mask.name}: {hidden:g} is added to scores of hidden keys, and scores differ by up to {widest:.4g} in a "
-                f"row: keys may be seen through it; leave hidden out of fit-target, or let it be {required:.4g}"
+                f"row: keys may be seen through it; leave hidden out of fit-target, or set it to {required:.4g}"
             )
     return sites, notes
 
 
 def _masks_of(bias: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the masks that a bias has among its terms, and the other terms."""
+    """Return the masks among the terms of a bias, and the other terms."""
     masks: list[fx.Node] = []
     others: list[fx.Node] = []
     work = [bias] if bias is not None else []

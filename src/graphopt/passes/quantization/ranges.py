@@ -1,4 +1,4 @@
-"""Ranges of values on calibration data, and the steps that come of them."""
+"""Ranges of values on calibration data, and the resulting quantisation steps."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 _SAMPLE = 1 << 20
-"""Numbers of a value of which the middle one is sought; sorted are several copies, and logits are many."""
+"""Largest sample of a value for its median, since sorting needs several copies and logits are large."""
 
 
 @dataclass
 class Ranges:
-    """What calibration met.
+    """Ranges observed in calibration.
 
     Attributes:
-        of: least and largest number of each value.
-        usual: what half of the numbers of each value that are not zero are below, on the first of the data.
-        silent: for values whose features were asked for, which of them were zero throughout.
+        of: smallest and largest element of each value.
+        usual: median magnitude of the non-zero elements of each value, on the first batch.
+        silent: which of the watched features of a value were always zero.
     """
 
     of: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
@@ -41,7 +41,8 @@ class Ranges:
 def watch(
     program: Program, context: Context, see: Callable[[fx.Node, torch.Tensor], None], what: str
 ) -> None:
-    """Show every value that a program computes on calibration data, inputs included; caches and states are carried."""
+    """Call ``see`` with every value of a program on calibration data, including inputs; caches and recurrent state
+    are carried over."""
 
     def hook(node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.numel():
@@ -71,13 +72,13 @@ def watch(
 def observe(
     program: Program, context: Context, values: list[fx.Node], features: Mapping[fx.Node, int]
 ) -> Ranges:
-    """Return the ranges of values, and which features of some were never anything but zero.
+    """Return the ranges of values, and which features of some were always zero.
 
     Args:
         program: not changed.
         context: with calibration data.
         values: to be stored in few bits.
-        features: the dimension of features of values that matrices read.
+        features: the feature dimension of values that matrices read.
     """
     watched, ranges = set(values), Ranges()
 
@@ -86,8 +87,8 @@ def observe(
             low, high = (float(v) for v in value.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise PassRefusedError(
-                    f"{node.name} is infinite or no number on calibration data, for which integers have no step",
-                    hint="a mask of minus infinity: let it be a large number; else the data or the model is broken",
+                    f"{node.name} is infinite or NaN on calibration data, which integers cannot represent",
+                    hint="use a large finite number for a mask of minus infinity; otherwise the data or the model is broken",
                     node=node.name, source=program.source_line(node),
                 )  # fmt: skip
             if node not in ranges.usual:
@@ -114,7 +115,7 @@ def observe(
 
 
 def scale_of(low: float, high: float, steps: int) -> tuple[float, int]:
-    """Return what a step is worth, and the integer of zero, for a range that is made to have zero in it."""
+    """Return the scale and zero point of a range, after extending it to include zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, 1e-8) / steps
     return scale, round(-low / scale)

@@ -1,4 +1,4 @@
-"""Which blocks of a model can be cut over ranks, and cutting them."""
+"""Which blocks of a model can be sharded over ranks, and sharding them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LARGE_TABLE = 64 << 20
 
 
 def possible_sizes(program: Program) -> list[int]:
-    """Return the numbers of ranks over which all heads divide."""
+    """Return the numbers of ranks that divide all heads evenly."""
     heads = [b.sizes["heads"] for b in program.anatomy.attention if "heads" in b.sizes]
     return [n for n in range(2, max(heads, default=1) + 1) if all(h % n == 0 for h in heads)]
 
 
 class Placer:
-    """Cuts the blocks of one program."""
+    """Shards the blocks of one program."""
 
     def __init__(self, program: Program, options: ShardTensorParallel):
         self.program = program
@@ -44,10 +44,10 @@ class Placer:
         self.ends = {"embedding": list(program.anatomy.embedding), "head": list(program.anatomy.head)}
         self.wanted = read_plan(options.huggingface_plan) if options.huggingface_plan else None
         self.failed = False
-        """Whether a block could not be cut after all, of which the graph holds what was begun."""
+        """Whether sharding a block failed midway, so that the graph has unfinished changes."""
 
     def plan(self) -> Plan:
-        """Cut everything that can be cut, in the order of the graph, and say what was."""
+        """Shard everything that can be sharded, in the order of the graph, and return the plan."""
         plan = Plan()
         for name, block in self.blocks.items():
             site = self._site(block)
@@ -65,8 +65,10 @@ class Placer:
             inside = set(block.nodes)
             for node, reason in self.cutter.whole[before:]:
                 if node not in inside:
-                    continue  # position biases and masks, which cost little
-                plan.notes.append(f"{name}: {node.name} is computed whole on every rank, then cut: {reason}")
+                    continue  # position biases and masks, which are cheap
+                plan.notes.append(
+                    f"{name}: {node.name} is computed in full on every rank, then sharded: {reason}"
+                )
         for name in ("embedding", "head"):
             for node in self.ends[name]:
                 site = self._end(name, node)
@@ -85,7 +87,9 @@ class Placer:
             "attention": self._attention_site, "ffn": self._ffn_site, "experts": self._experts_site,
         }  # fmt: skip
         if block.kind not in kinds:
-            return f"it is no attention, feed-forward or mixture ({block.kind}); every rank computes it whole"
+            return (
+                f"it is no attention, feed-forward or MoE layer ({block.kind}); every rank computes all of it"
+            )
         if self.wanted is not None:
             refusal = chosen_by(self.wanted, self.program, block)
             if refusal:
@@ -94,10 +98,10 @@ class Placer:
 
     def _attention_site(self, block: Block) -> Site | str:
         if self.options.attention == "replicate":
-            return "attention=replicate keeps it whole"
+            return "attention=replicate keeps it replicated"
         core, out = block.parts.get("core"), block.parts.get("o")
         if core is None:
-            return "its scores were not recognised as one attention operator; every rank computes it whole"
+            return "its scores were not recognised as one attention operator; every rank computes all of it"
         if out is None or not is_operator(out, "aten.linear"):
             return "no linear reads its heads"
         heads, shared = block.sizes["heads"], block.sizes["kv_heads"]
@@ -123,7 +127,7 @@ class Placer:
     def _experts_site(self, block: Block) -> Site | str:
         core = block.parts.get("core")
         if core is None:
-            return "its experts were not recognised as one operator; every rank computes it whole"
+            return "its experts were not recognised as one operator; every rank computes all of it"
         args = arguments(core)
         inner = int(args["down"].meta["val"].shape[1 if args["transposed"] else 2])
         count = int(args["up"].meta["val"].shape[0])
@@ -131,7 +135,7 @@ class Placer:
         if how == "auto":
             how = "width" if inner % self.ranks == 0 else "expert"
         if how == "replicate":
-            return "experts=replicate keeps it whole"
+            return "experts=replicate keeps it replicated"
         number, unit = (inner, "width") if how == "width" else (count, "experts")
         if number % self.ranks:
             return f"its {unit} of {number} do not divide over {self.ranks} ranks"
@@ -158,7 +162,7 @@ class Placer:
     # -- cutting --------------------------------------------------------------------------------------
 
     def cut(self, site: Site) -> None:
-        """Cut one site.
+        """Shard one site.
 
         Raises:
             PipelineError: the program has no such site.
@@ -179,7 +183,7 @@ class Placer:
             )
         again = self._site(block)
         if isinstance(again, str):
-            raise PipelineError(f"the plan cuts {site.block}, which cannot be: {again}")
+            raise PipelineError(f"the plan shards {site.block}, which is impossible: {again}")
         self._cut_block(block, site)
 
     def _cut_block(self, block: Block, site: Site) -> None:
@@ -199,9 +203,11 @@ class Placer:
             raise _CannotCut(f"what its last projection reads, {width} wide, does not divide over its heads")
         row_parallel(self.program, self.cutter, out, even(width, self.ranks, 0))
         if block.parts["core"] not in self.cutter.cut_cores:
-            # every rank would compute all heads: correct, and of no use
+            # every rank would compute all heads: correct, but pointless
             reason = (
-                self.cutter.whole[-1][1] if self.cutter.whole else "the way to its heads is not understood"
+                self.cutter.whole[-1][1]
+                if self.cutter.whole
+                else "the computation of its heads is not understood"
             )
             raise _CannotCut(f"its heads cannot be computed apart: {reason}")
 
@@ -246,7 +252,7 @@ class Placer:
         self.program.edit.replace(core, total)
 
     def _hidden(self, tensor: fx.Node, dim: int, shard: Shard, args: dict[str, Any]) -> fx.Node:
-        """The rows of a rank's share of the width, of the gate and of what it multiplies."""
+        """Return the rows of a rank's share of the width, for the gate and the value that it multiplies."""
         if not args["gated"]:
             return self.cutter.part(tensor, Shard(dim, shard.starts, shard.length, shard.total))
         if args["interleaved"]:
@@ -302,7 +308,7 @@ class Placer:
 
 
 class _CannotCut(Exception):
-    """A block cannot be cut after all; the message says why."""
+    """Raised if a block cannot be sharded after all; the message says why."""
 
 
 __all__ = ["Placer", "possible_sizes"]

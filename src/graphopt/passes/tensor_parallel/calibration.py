@@ -1,4 +1,4 @@
-"""Ranges of what ranks send, gathered over calibration data: moving averages of each feature's extremes."""
+"""Ranges of the values that ranks send on calibration data: moving averages of each feature's extremes."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Extremes:
 def calibrate(
     program: Program, context: Context, sums: list[fx.Node], rate: float
 ) -> dict[str, torch.Tensor]:
-    """Return the ranges of what each rank adds to each sum, and of the sums.
+    """Return the ranges of each rank's terms of each all-reduce, and of the results.
 
     Returns:
-        By name of the all-reduce: (ranks, features) largest absolute values; under ``<name>.sum`` those of the
+        By name of the all-reduce, the largest absolute values, (ranks, features); under ``<name>.sum`` those of the
         result, (features,).
     """
     ranks = ranks_of(program)
@@ -102,7 +102,7 @@ def _gathered(local: torch.Tensor) -> torch.Tensor:
 
 
 def _sequences(value: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-    """The rows of a batch, padding left out."""
+    """Return the rows of a batch, without padding."""
     flat = value.reshape(-1, value.shape[-1])
     mask = batch.get("attention_mask")
     if mask is None or mask.numel() != flat.shape[0]:
@@ -114,7 +114,7 @@ def _sequences(value: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
 def clipped(
     parts: list[torch.Tensor], scales: torch.Tensor, order: torch.Tensor, kept: int, bits: int
 ) -> float:
-    """Return which share of the integers sent is cut off at the ends of their range."""
+    """Return the share of transmitted integers that are clipped."""
     top = 1 << (bits - 1)
     outside = total = 0
     for values, scale in zip(parts, scales, strict=True):

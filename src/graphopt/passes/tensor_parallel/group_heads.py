@@ -1,4 +1,4 @@
-"""Which heads share a rank: an order of heads under which a contiguous split gives diverse groups."""
+"""Ordering heads so that a contiguous split over ranks gives diverse groups."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupHeads(Pass):
-    """Order the heads of each attention so that every rank gets heads that look at different things.
+    """Order the heads of each attention so that every rank gets heads with different attention maps.
 
-    Head grouping of SPD (arXiv 2502.20727), to be run before ``shard-tensor-parallel``: *scatter* chooses groups whose
-    attention maps differ most within (pairwise exchanges); *match* assigns groups to the ranks' shares of the following
-    feed-forward so that what each makes of its group is largest (linear assignment). The outputs stay the same. Written
-    to a Hugging Face folder, any engine that splits heads in order gets these groups. Key-value heads move with all
-    queries that share them.
+    Head grouping of SPD (arXiv 2502.20727), to be run before ``shard-tensor-parallel``: *scatter* chooses groups with
+    the largest differences between attention maps inside a group (pairwise exchanges); *match* assigns groups to the
+    ranks' shares of the following feed-forward so that activations are largest (linear assignment). The outputs do
+    not change. In an exported Hugging Face folder, any engine that splits heads in order uses these groups. Key-value
+    heads move with all queries that share them.
     """
 
     name = "group-heads"
@@ -47,7 +47,7 @@ class GroupHeads(Pass):
     match: bool = option(True, help="assign groups to shares of the feed-forward", source="paper")
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Measure attention maps and choose an order for each block."""
+        """Measure attention maps and choose an order of heads for each block."""
         plan = Plan()
         attention = program.anatomy.attention
         wrong = [n for n in self.blocks or [] if not 0 <= n < len(attention)]
@@ -86,7 +86,7 @@ class GroupHeads(Pass):
             plan.sites.append(Site(block.name, order=order))
             plan.scores[block.name] = gain
         if plan.scores:
-            plan.notes.append("scores: difference within groups, relative to groups at random")
+            plan.notes.append("scores: difference within groups, relative to random groups")
         if not failed:
             plan.trial = Trial(self, program, plan.sites, trial)
         return plan
@@ -104,7 +104,7 @@ class GroupHeads(Pass):
         return ""
 
     def _distances(self, program: Program, context: Context, blocks: list[Block]) -> dict[str, torch.Tensor]:
-        """Sum over calibration sequences of the distance of attention maps, (units, units) by block."""
+        """Return the distances between attention maps, summed over calibration sequences, (units, units) by block."""
         distances: dict[str, torch.Tensor] = {}
         cores = {b.name: b.parts["core"] for b in blocks}
         needed = {n: None for core in cores.values() for n in core.all_input_nodes}
@@ -136,7 +136,7 @@ class GroupHeads(Pass):
     def _matched(
         self, program: Program, context: Context, block: Block, ffn: Block, groups: list[list[int]]
     ) -> list[list[int]]:
-        """Order groups by what the share of the feed-forward on each rank makes of them, on one batch."""
+        """Assign groups to ranks by the activations of each rank's share of the feed-forward, on one batch."""
         batch = context.bound(program, context.batches()[0])
         out, down = block.parts["o"], ffn.parts["down"]
         out_args, down_args = arguments(out), arguments(down)
@@ -168,14 +168,15 @@ class GroupHeads(Pass):
         return [groups[g] for g in match(sizes)]
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the heads into the planned order."""
+        """Reorder the heads as planned."""
         blocks = {b.name: b for b in program.anatomy.attention}
         for site in plan.sites:
             reorder_heads(program, blocks[site.block], [int(u) for u in site["order"]])
 
 
 def _maps(core: fx.Node, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Attention maps (batch, heads, queries, keys): the operator itself, applied to an identity matrix."""
+    """Return attention maps (batch, heads, queries, keys), by applying the operator to an identity matrix as
+    values."""
     recorded: dict[str, Any] = {
         k: values[v.name] if isinstance(v, fx.Node) else v for k, v in arguments(core).items()
     }

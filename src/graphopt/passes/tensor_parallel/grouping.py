@@ -6,9 +6,9 @@ import torch
 
 
 def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float]:
-    """Return equal groups with large distances within, and their sum relative to that of groups at random.
+    """Return groups of equal size with large distances inside, and their sum relative to that of random groups.
 
-    Exchanges of two members go on until none gains (arXiv 2502.20727 leaves the method open).
+    Members are exchanged in pairs until no exchange helps (arXiv 2502.20727 leaves the method open).
 
     Args:
         distances: (units, units), symmetric.
@@ -24,7 +24,7 @@ def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float
             for b in range(a + 1, count):
                 gained = _exchange(distances, groups[a], groups[b]) or gained
     groups = sorted(sorted(group) for group in groups)
-    # of all pairs, so many lie within a group
+    # the share of all pairs that are within a group
     expected = float(distances.sum()) / 2 * (size - 1) / (units - 1)
     return groups, _within(distances, groups) / expected if expected > 0 else 1.0
 
@@ -34,7 +34,7 @@ def _within(distances: torch.Tensor, groups: list[list[int]]) -> float:
 
 
 def _exchange(distances: torch.Tensor, first: list[int], second: list[int]) -> bool:
-    """Make the best exchange between two groups, if one gains."""
+    """Make the best exchange between two groups, if there is a gain."""
     best, where = 1e-9, None
     for i, left in enumerate(first):
         for j, two in enumerate(second):

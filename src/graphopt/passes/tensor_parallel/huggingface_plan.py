@@ -1,4 +1,4 @@
-"""Tensor-parallel plans as Hugging Face configurations write them: names of modules, with stars, and how each is cut."""
+"""Tensor-parallel plans of Hugging Face configurations: patterns of module names, and how each module is sharded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_plan(path: str) -> dict[str, str]:
     """Return a plan by pattern of module names.
 
     Raises:
-        PipelineError: the file cannot be read or is no such plan.
+        PipelineError: the file cannot be read or is not a plan.
     """
     try:
         plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def read_plan(path: str) -> dict[str, str]:
 
 
 def chosen_by(plan: dict[str, str], program: Program, block: Block) -> str:
-    """Return an empty string if the plan cuts the last projection of a block, else why it is not cut."""
+    """Return why the plan does not shard the last projection of a block; an empty string if it does."""
     last = block.parts.get("o") or block.parts.get("down") or block.parts.get("core")
     if last is None:
         return "it has no last projection that a plan could name"

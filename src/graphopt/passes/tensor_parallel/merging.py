@@ -1,4 +1,4 @@
-"""Sums of several reduced values as one reduction: parallel blocks, shared experts beside a mixture."""
+"""Merging reductions whose results are added: parallel blocks, shared experts beside an MoE layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOVING = Trait.RESHAPE | Trait.REORDER
 
 
 def merge_sums(program: Program) -> int:
-    """Let values that meet in a sum be reduced together; return how many reductions that saves."""
+    """Reduce values that are added together at once; return how many reductions that saves."""
     saved = 0
     inner: set[fx.Node] = set()
     for node in reversed(list(program.graph.nodes)):
@@ -71,8 +71,8 @@ Step = tuple[fx.Node, int]
 def partial_behind(leaf: fx.Node) -> tuple[fx.Node, list[Step]] | None:
     """Return the partial value behind a reduced one and the scalings and views in between; None if there is none.
 
-    Each step is an operator and the place of its changing operand. Values that others read as well are not
-    taken apart.
+    Each step is an operator and the index of its changing operand. Values that other nodes read too are not
+    decomposed.
     """
     steps: list[Step] = []
     node = leaf
@@ -92,7 +92,7 @@ def partial_behind(leaf: fx.Node) -> tuple[fx.Node, list[Step]] | None:
 
 
 def _scaled(node: fx.Node) -> int | None:
-    """The operand through which an operator is linear, if another is whole."""
+    """Return the operand in which an operator is linear, if the other one is replicated."""
     if has(node, _MOVING) or is_operator(node, "aten.div"):
         return 0
     if is_operator(node, "aten.mul"):
@@ -112,7 +112,7 @@ def _reduced(node: Any) -> bool:
 
 
 def apply_chain(program: Program, value: fx.Node, steps: list[Step]) -> fx.Node:
-    """Return the scalings and views of a chain applied to another value."""
+    """Apply the scalings and views of a chain to another value."""
     for node, operand in steps:
         args = list(node.args)
         args[operand] = value

@@ -1,4 +1,4 @@
-"""Feed-forwards of several widths over ranks: each rank has a share of every range of channels between two widths."""
+"""Sharding feed-forwards with several widths: each rank has a share of every range of channels between two widths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def nested_site(block: Block, ranks: int) -> Site | str:
-    """Return the site of a feed-forward with several widths, or why it is not cut."""
+    """Return the site of a feed-forward with several widths, or why it is not sharded."""
     for core in _cores(block):
         args = arguments(core)
         uneven = [w for w in args["widths"] if w % ranks]
@@ -32,7 +32,7 @@ def _cores(block: Block) -> list[fx.Node]:
 
 
 def cut_nested(program: Program, cutter: Cutter, block: Block, ranks: int) -> None:
-    """Cut it, so that all ranks shrink alike where a token gets less than the whole width."""
+    """Shard it so that all ranks shrink equally if a token uses less than the full width."""
     call = program.edit.call
     for core in _cores(block):
         operands = dict(arguments(core))
@@ -53,7 +53,7 @@ def cut_nested(program: Program, cutter: Cutter, block: Block, ranks: int) -> No
 def _shares(
     program: Program, cutter: Cutter, tensor: fx.Node, dim: int, widths: list[int], ranks: int
 ) -> fx.Node:
-    """A rank's share of each range between two widths, one after the other."""
+    """Return a rank's share of each range between two widths, in order."""
     ends = sorted({int(w) for w in widths} - {0})
     shares = []
     for first, end in zip([0, *ends[:-1]], ends, strict=True):

@@ -1,4 +1,4 @@
-"""What each sync point is worth: the metric as they are dropped from the last block backwards."""
+"""Sensitivity of each sync point: the metric as they are dropped from the last block backwards."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 def backward_sweep(
     program: Program, context: Context, metric: str, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Return by block S_i = metric(dropped from i on) - metric(dropped from i + 1 on), and the original's as "base".
+    """Return S_i = metric(dropped from i on) - metric(dropped from i + 1 on) by block, and the original's metric as
+    "base".
 
-    After section 4 of arXiv 2502.20727: L + 1 evaluations, from the last block backwards. A batch runs once
-    through the original; each variant begins at its first changed block, with the stream as it was there. Sums
-    over batches are kept in the work directory after each batch, so an interrupted sweep goes on.
+    After section 4 of arXiv 2502.20727: L + 1 evaluations, from the last block backwards. A batch runs once through
+    the original; each variant starts at its first changed block, from the original's stream. Sums over batches are
+    saved in the work directory after each batch, so that an interrupted sweep continues.
     """
     points, _ = find_sync_points(program)
     names = list(points)
@@ -48,7 +49,7 @@ def backward_sweep(
             outputs = interpret(program, inputs, record=dict.fromkeys(reads))
             _count(sums, "base", name, batch, outputs, outputs)
             if number == finished:
-                # each variant runs the part of the model behind its first block
+                # each variant runs the model from its first changed block on
                 seconds = (time.perf_counter() - began) * (1 + (len(names) + 1) / 2)
                 remaining = len(batches) - finished
                 note = f"the sweep takes about {seconds * remaining:.3g} s: {remaining} batches, {len(names) + 1} runs each"
@@ -87,7 +88,8 @@ def _value(sums: dict[str, float], key: str, metric: str) -> float:
 
 
 def classify(scores: dict[str, float], insensitive: float, sensitive: float) -> dict[str, str]:
-    """Return the class of each block: insensitive, sensitive, extremely sensitive; thresholds relative to the base."""
+    """Return the class of each block: insensitive, sensitive or extremely sensitive, by thresholds relative to the
+    base."""
     base = abs(scores["base"]) or 1.0
     classes = {}
     for name, score in scores.items():

@@ -1,9 +1,10 @@
-"""Sync points of a sharded model, and dropping the one after attention: the block form of SPD.
+"""Sync points of a sharded model, and dropping the one after attention as in SPD.
 
 With x the stream before attention, P_i the partial result of its last projection on rank i and Z_i that of the
-feed-forward, a block computes ``u = x + sum(P_i) + b``, ``y = u + sum(Z_i(u)) + c``. Dropped, it computes
-``u_i = x + P_i + b`` on each rank and ``y = x + b + c + sum(P_i + Z_i(u_i))``: what attention adds to the stream stays
-exact, the feed-forward sees a part of it (arXiv 2502.20727).
+feed-forward, a block computes ``u = x + sum(P_i) + b``, ``y = u + sum(Z_i(u)) + c``. Without the sync point after
+attention, it computes
+``u_i = x + P_i + b`` on each rank and ``y = x + b + c + sum(P_i + Z_i(u_i))``: attention's contribution to the stream
+remains exact, the feed-forward sees a part of it (arXiv 2502.20727).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ NAME = "drop-sync-points"
 
 @dataclass
 class Term:
-    """What a block adds to the stream: a partial value, and the steps that its sum goes through.
+    """A block's contribution to the stream: a partial value, and the steps applied to its sum.
 
-    ``steps`` are operators with the place of the operand that changes; among them the addition of a bias.
+    ``steps`` are operators with the index of the changing operand, including the addition of a bias.
     """
 
     partial: fx.Node
@@ -39,7 +40,7 @@ class Term:
 
 @dataclass
 class SyncPoint:
-    """An attention whose all-reduce can be dropped, and the feed-forward that takes it over."""
+    """An attention whose all-reduce can be dropped, and the feed-forward whose all-reduce takes over its sum."""
 
     attention: Block
     ffn: Block
@@ -48,7 +49,7 @@ class SyncPoint:
 
 
 def find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
-    """Return what can be dropped by the name of the attention block, and why the others cannot."""
+    """Return the sync points that can be dropped, by name of the attention block, and why the others cannot."""
     points: tuple[dict[str, SyncPoint], dict[str, str]] = program.derived(
         "sync points", lambda: _find_sync_points(program), portable=True
     )
@@ -92,7 +93,7 @@ def _sync_point(
         return "more than one block reads what it writes"
     ffn = after[0]
     if ffn.kind == "experts":
-        return "a mixture follows: routers that see different values choose different experts on each rank"
+        return "an MoE layer follows: routers that see different values choose different experts on each rank"
     if ffn.kind != "ffn":
         return f"a feed-forward must follow, and {ffn.name} is none"
     if ffn.norms in ("sandwich", "branch", "post") or ffn.writes is not ffn.add:
@@ -110,7 +111,8 @@ def _sync_point(
 
 
 def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
-    """Return a block's partial value and the way of its sum to the stream; None if it has none of its own."""
+    """Return a block's partial value and the steps from its sum to the stream; None if it has no all-reduce of its
+    own."""
     steps: list[tuple[fx.Node, int]] = []
     node = block.term
     while True:
@@ -137,7 +139,7 @@ def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
 
 
 def _scaled(program: Program, term: Term) -> fx.Node:
-    """The partial value after all steps but additions."""
+    """Return the partial value after all steps except additions."""
     value = term.partial
     for node, operand in term.steps:
         if not is_operator(node, "aten.add"):
@@ -148,7 +150,7 @@ def _scaled(program: Program, term: Term) -> fx.Node:
 
 
 def _offset(program: Program, term: Term) -> fx.Node | None:
-    """What the steps add to a sum of zeros: the bias, and what later steps make of it."""
+    """Return the result of the steps for a sum of zeros: the bias, transformed by later steps."""
     value: fx.Node | None = None
     for node, operand in term.steps:
         if is_operator(node, "aten.add"):
@@ -163,10 +165,10 @@ def _offset(program: Program, term: Term) -> fx.Node | None:
 
 
 def drop(program: Program, names: list[str]) -> dict[str, fx.Node]:
-    """Drop the sync points after these attention blocks, first to last; return what each pair of blocks writes now.
+    """Drop the sync points after these attention blocks, in order; return what each pair of blocks now writes.
 
     Raises:
-        KeyError: a name is none of a block whose sync point can be dropped.
+        KeyError: a name is not that of a block whose sync point can be dropped.
     """
     points, _ = find_sync_points(program)
     now: dict[fx.Node, fx.Node] = {}
@@ -200,7 +202,7 @@ def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -
 
 
 def count_dropped(program: Program) -> int:
-    """Return how many partial values are used as if they were whole."""
+    """Return how many partial values are used as if they were replicated."""
     return program.operators["graphopt.unreduced"]
 
 
