@@ -85,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         _put("Q", 1 << 61, _after(_value("tokenizer.ggml.token_type"), 4)), "token_type.*claims"),
     "an array of 2^61 strings": (
         _put("Q", 1 << 61, _after(_value("tokenizer.ggml.tokens"), 4)), "claims 2305843009213693952 strings"),
-    "an array of arrays": (_put("I", 9, _value("tokenizer.ggml.tokens")), "array of the type 9"),
+    "an array of arrays": (_put("I", 9, _value("tokenizer.ggml.tokens")), "array of the unsupported type 9"),
     "an unknown value type": (
         lambda raw: _put("I", 77, _after(_value("general.architecture"), -4))(raw), "unknown type 77"),
     "no UTF-8": (lambda raw: raw.replace(b"blk.0.attn_norm", b"blk.0.att\xff_norm"), "is not UTF-8"),
@@ -124,7 +124,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a token outside": (_put("I", 288, _value("tokenizer.ggml.eos_token_id")), "eos_token_id must be a whole number"),
     "another vocabulary": (_put("I", 287, _value("llama.vocab_size")), "vocab_size is 287, and .* has 288 rows"),
     "a tokenizer nobody knows": (
-        lambda raw: raw.replace(b"smollm", b"smallm"), "cuts text in the way 'smallm'.*\n.*smollm"),
+        lambda raw: raw.replace(b"smollm", b"smallm"), "pre-tokenizer 'smallm' is not supported.*\n.*smollm"),
     "a merge of nothing": (lambda raw: raw.replace(b"hell o", b"hull o"), "its merge 'hull o'"),
     "factors of no rule": (
         lambda raw: raw.replace(numpy.float32(8).tobytes() * 2, numpy.float32([8, 3]).tobytes()), "follow no rule"),

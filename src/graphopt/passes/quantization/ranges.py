@@ -88,7 +88,7 @@ def observe(
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise PassRefusedError(
                     f"{node.name} is infinite or NaN on calibration data, which integers cannot represent",
-                    hint="use a large finite number for a mask of minus infinity; otherwise the data or the model is broken",
+                    hint="use a large finite number for a mask of minus infinity; else the data or the model is broken",
                     node=node.name, source=program.source_line(node),
                 )  # fmt: skip
             if node not in ranges.usual:

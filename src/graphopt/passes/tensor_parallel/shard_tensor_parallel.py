@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 class ShardTensorParallel(Pass):
     """Shard a model over ranks: attention by heads, feed-forwards by width, MoE layers by width or by expert.
 
-    After Megatron-LM (arXiv 1909.08053): the first projections of a block are sharded by rows, the last by columns, and one all-reduce sums the partial results. All ranks have the same graph; each takes its shard of a weight with ``local_slice`` and reads nothing else of it. Sharding follows the dataflow back from the last projection, so that fused projections (split first), rotary embeddings, norms within heads, position biases, sinks and latent attention need no special case; a value that cannot be computed in shards is computed in full and then sharded, with a note. If there are more ranks than key-value heads, ranks share heads. Branches that meet in one sum share one all-reduce.
+    After Megatron-LM (arXiv 1909.08053): the first projections of a block are sharded by rows, the last by columns,
+    and one all-reduce sums the partial results. All ranks have the same graph; each takes its shard of a weight with
+    ``local_slice`` and reads nothing else of it. Sharding follows the dataflow back from the last projection, so that
+    fused projections (split first), rotary embeddings, norms within heads, position biases, sinks and latent
+    attention need no special case; a value that cannot be computed in shards is computed in full and then sharded,
+    with a note. If there are more ranks than key-value heads, ranks share heads. Branches that meet in one sum share
+    one all-reduce.
 
     In one process the program runs all its ranks; under torchrun each process runs its own.
     """
