@@ -73,7 +73,7 @@ def _after(place: Callable[[bytes], int], count: int) -> Callable[[bytes], int]:
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda raw: b"", "ends within its first word"),
     "another file": (lambda raw: b"PK\3\4" + raw[4:], "does not begin with GGUF"),
-    "version 1": (_put("I", 1, 4), "version 1; versions 2 and 3 are read"),
+    "version 1": (_put("I", 1, 4), "version 1; versions 2 and 3 are supported"),
     "version 9": (_put("I", 9, 4), "version 9"),
     "big-endian": (lambda raw: raw[:4] + struct.pack(">I", 3) + raw[8:], "big-endian.*\n.*gguf-convert-endian"),
     "2^60 tensors": (_put("Q", 1 << 60, 8), "claims 1152921504606846976 tensors"),
@@ -118,7 +118,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a missing tensor": (
         lambda raw: raw.replace(b"blk.1.attn_norm", b"foo.1.attn_norm"), "no tensor blk.1.attn_norm.weight"),
     "an entry that nobody knows": (
-        lambda raw: raw.replace(b"llama.context_length", b"llama.logits_length_"), "llama.logits_length_ is not known"),
+        lambda raw: raw.replace(b"llama.context_length", b"llama.logits_length_"), "llama.logits_length_ is unknown"),
     "an entry of another type": (
         _put("I", 6, _after(_value("llama.block_count"), -4)), "block_count must be a whole number"),
     "a token outside": (_put("I", 288, _value("tokenizer.ggml.eos_token_id")), "eos_token_id must be a whole number"),
@@ -235,7 +235,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         (lambda w, t: w.add_string("general.alignment", "x"), "alignment"),
         (lambda w, t: t.update({"blk.0.ffn_gate_inp.weight": numpy.zeros((2, 64), numpy.float32)}), "ffn_gate_inp"),
         (lambda w, t: t.pop("blk.1.ffn_up.bias"), "no tensor blk.1.ffn_up.bias"),
-        (lambda w, t: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "in the way 'longrope'"),
+        (lambda w, t: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "rotary positions, 'longrope', is not"),
     ],
 )  # fmt: skip
 def test_what_is_not_taken_is_refused(edit: Any, pattern: str, tmp_path: Path) -> None:

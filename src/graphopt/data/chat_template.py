@@ -1,5 +1,4 @@
-"""Chat templates of checkpoints: Jinja in a sandbox, with the functions that transformers provides and nothing
-else."""
+"""Chat templates of checkpoints: Jinja in a sandbox, with the functions that transformers provides and nothing else."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def special_tokens(*tables: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of special tokens by name; earlier tables take precedence. Other settings with the same suffix
-    are skipped."""
+    """Return the texts of special tokens by name; earlier tables take precedence, settings that are not tokens are
+    skipped."""
     tokens: dict[str, str] = {}
     for name in SPECIAL_TOKENS:
         for table in tables:

@@ -141,8 +141,7 @@ def entries(path: Path) -> Iterator[tuple[int, str | list[dict[str, Any]]]]:
 
 
 def encoded(path: Path, tokenizer: Tokenizer, *, assistant: bool = False) -> Iterator[Row]:
-    """Yield the tokens of a file's texts and conversations; with ``assistant``, the loss counts only the
-    assistant's."""
+    """Yield the tokens of a file's texts and conversations; with ``assistant``, the loss counts only the assistant's."""
     for number, entry in entries(path):
         if isinstance(entry, str):
             if assistant:

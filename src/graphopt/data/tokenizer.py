@@ -66,14 +66,12 @@ class Tokenizer:
         return render(self.template, messages, self.special, answering=answering)
 
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the tokens of a text from :meth:`chat`, and their character ranges; the template writes special
-        tokens itself."""
+        """Return the tokens of a text from :meth:`chat`, and their character ranges; templates write special tokens."""
         encoding = self.fast.encode(text, add_special_tokens=not self.template)
         return list(encoding.ids), [(int(a), int(b)) for a, b in encoding.offsets]
 
     def turns(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """Return a conversation as text, and the character ranges that the assistant says, including the end of its
-        turns.
+        """Return a conversation as text, and the character ranges that the assistant says, including the end of its turns.
 
         Raises:
             UsageError: the assistant says nothing, or the template changes earlier turns when later ones follow.

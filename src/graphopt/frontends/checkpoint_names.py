@@ -1,5 +1,4 @@
-"""The weight mapping: which tensors of a checkpoint make which weight of a model, traced from the library's
-conversion.
+"""The weight mapping: which tensors of a checkpoint make which weight of a model, traced from the library's conversion.
 
 The only module that reads transformers' conversion tables. Operations that join or split tensors are traced on fake
 tensors, so that whatever the library does to a weight while loading becomes operators of the graph.

@@ -60,8 +60,7 @@ def compare_with_checkpoint(
 
 @contextlib.contextmanager
 def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterator[None]:
-    """Let the program read values that the model has already loaded from the same source, and free them
-    afterwards."""
+    """Let the program read values that the model has already loaded from the same source, and free them afterwards."""
     before = dict(program.weights)
     if not files.folder.is_dir():
         state = model.state_dict()

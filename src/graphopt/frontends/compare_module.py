@@ -15,8 +15,7 @@ from .size_trials import numbers_in, settle_limits, trial
 def compare_with_model(
     program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
 ) -> None:
-    """Determine which sizes the program accepts, then compare at the user's size, the captured size and another
-    one."""
+    """Determine which sizes the program accepts, then compare at the user's size, the captured size and another one."""
     config = getattr(model, "config", None)
     settle_limits(program, trial(program, model, example), numbers_in(getattr(config, "__dict__", {})))
     cases: list[tuple[str, dict[str, Any], Any]] = [

@@ -1,5 +1,4 @@
-"""Capture of a Hugging Face folder, an id in the local cache or a GGUF file as a program whose weights stay on
-disk."""
+"""Capture of a Hugging Face folder, an id in the local cache or a GGUF file as a program whose weights stay on disk."""
 
 from __future__ import annotations
 
@@ -80,8 +79,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def element_type(config: Any, files: CheckpointFiles | None) -> torch.dtype:
-    """Return the type that a checkpoint is meant to run in: the configuration's, or that of its first floating-point
-    tensor."""
+    """Return the type that a checkpoint is meant to run in: the configuration's, or that of its first float tensor."""
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)

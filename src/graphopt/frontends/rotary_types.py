@@ -1,5 +1,4 @@
-"""Detection of rotary embeddings whose frequencies depend on the length of the text, which a graph cannot
-represent."""
+"""Detection of rotary embeddings whose frequencies depend on the length of the text, which a graph cannot represent."""
 
 from __future__ import annotations
 

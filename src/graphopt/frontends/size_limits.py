@@ -64,8 +64,7 @@ def _open_ranges(signature: Signature) -> None:
 
 
 def _from_code(program: Program, code: Iterable[str]) -> list[str]:
-    """Read the guards of a file, which torch stores as Python code; they are parsed as relations of sizes, never
-    run."""
+    """Read the guards of a file, which torch stores as Python code; they are parsed as relations of sizes, never run."""
     names = frozenset(program.signature.sizes)
     shapes = {name: spec.shape for name, spec in program.signature.inputs.items()}
 
@@ -87,8 +86,7 @@ def _from_code(program: Program, code: Iterable[str]) -> list[str]:
 
 
 def _narrow(program: Program, guard: Any) -> None:
-    """Restrict a size to where a guard that only sympy can evaluate holds; a guard on several sizes fixes them
-    all."""
+    """Restrict a size to where a guard that only sympy can evaluate holds; a guard on several sizes fixes them all."""
     symbols = sorted(guard.free_symbols, key=str)
     names = [program.symbols[s] for s in symbols]
     if len(symbols) > 1:
@@ -257,8 +255,7 @@ def _simplify(signature: Signature, name: str) -> None:
 
 
 def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int, int | None] | None:
-    """Return the range in which a relation holds, if it is a single one that contains the captured size, else
-    None."""
+    """Return the range in which a relation holds, if it is a single one that contains the captured size, else None."""
     hint = signature.sizes[name].hint
     holds = holding(signature, relation, name, POINTS)
     indices = holds.nonzero().flatten()

@@ -69,8 +69,7 @@ def _varies(program: Program, model: Any, example: dict[str, Any], names: list[s
 
 
 def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the example with the sizes doubled that the export fixed and the model lets vary, or None if there are
-    none.
+    """Return the example with the sizes doubled that the export fixed and the model lets vary, or None if there are none.
 
     Args:
         program: captured from the example, its limits settled.
@@ -127,8 +126,7 @@ def widen_symbols(program: Program) -> None:
 
 
 def trial(program: Program, model: Any, example: dict[str, Any]) -> Trial:
-    """Return a function that compares program and model at some sizes: whether they agree, or None if the model
-    rejects the sizes."""
+    """Return a function that tells whether program and model agree at some sizes, or None if the model rejects them."""
     limit = tolerance_of(program)
 
     def same(sizes: Sizes) -> bool | None:

@@ -1,5 +1,4 @@
-"""Capture of a transformers model in memory, whose attention and expert implementations are switched while
-tracing."""
+"""Capture of a transformers model in memory, whose attention and expert implementations are switched while tracing."""
 
 from __future__ import annotations
 

@@ -42,8 +42,7 @@ def counted(
 
 
 def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) -> Iterator[Case]:
-    """Yield inputs at one size, or at two if dynamic, padded on the right and on the left if there is an attention
-    mask.
+    """Yield inputs at one size, or at two if dynamic, padded on the right and on the left if there is an attention mask.
 
     Other masks have some entries flipped, run-time settings are tried at the far end of their range, and new tokens
     are also placed after existing cache entries.

@@ -36,8 +36,7 @@ _ARITHMETIC = (
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs to compare on; ``mask`` has the positions that count, by the size of the values that it
-    applies to."""
+    """One set of inputs to compare on; ``mask`` has the positions that count, by the size of the values."""
 
     label: str
     inputs: dict[str, torch.Tensor]
@@ -173,8 +172,7 @@ class Reference:
         return {name: values[name] for name in self.program.outputs}
 
     def limit(self, case: Case) -> float:
-        """Return the largest relative difference that rounding explains, including that of stored weights that are
-        computed."""
+        """Return the largest relative difference that rounding explains, also of stored weights that are computed."""
         least = LIMITS[self.dtype]
         rounded = [
             n

@@ -1,5 +1,4 @@
-"""The configuration of a model after layers were removed: per-layer settings are written out and checked by loading
-them."""
+"""The configuration of a model without some layers: per-layer settings are written out and checked by loading."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Files that onnxruntime-genai needs beside the ONNX files of a decoder: its settings and the tokenizer, and a test
-run."""
+"""Files that onnxruntime-genai needs beside the ONNX files of a decoder: its settings and the tokenizer, and a test run."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ def write_beside(program: Program, folder: Path, config: dict[str, Any]) -> None
 
 
 def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[int, list[OnnxReport]] | None:
-    """Return the prompt graph's number of tokens and the graphs, if they are a prompt graph and a step graph of batch
-    1.
+    """Return the prompt graph's number of tokens and the graphs, if they are a prompt graph and a step graph of batch 1.
 
     Args:
         program: that they were written from.

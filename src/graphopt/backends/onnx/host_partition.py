@@ -1,5 +1,4 @@
-"""Partition of a program: what depends on integers alone (masks, position tables) runs on the host, the rest on the
-device."""
+"""Partition of a program: the host computes what depends on integers alone (masks, position tables)."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from ..checking.cases import Case
 
 @dataclass(frozen=True)
 class Split:
-    """Two programs: the outputs of ``host`` are inputs of ``device`` with the same names; ``host`` is None if it is
-    not needed."""
+    """Two programs: outputs of ``host`` are inputs of ``device`` with the same names; ``host`` is None if not needed."""
 
     host: Program | None
     device: Program

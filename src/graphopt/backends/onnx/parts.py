@@ -16,8 +16,7 @@ from ...ir.schema import arguments, is_operator, normal_call
 
 
 def everywhere(program: Program) -> set[fx.Node]:
-    """Return the nodes that every shard computes for itself: those that depend on weights alone, or on inputs and no
-    matrix.
+    """Return the nodes that every shard computes itself: those that depend on weights alone, or on inputs and no matrix.
 
     Examples are masks, positions and their rotations, and cache slots.
     """

@@ -1,5 +1,4 @@
-"""QuantizeLinear and DequantizeLinear of a quantised program: weights stored as integers, no unquantised value on the
-device."""
+"""QuantizeLinear and DequantizeLinear: weights stored as integers, and no unquantised value on the device."""
 
 from __future__ import annotations
 
@@ -86,8 +85,7 @@ def with_integers(program: Program) -> Program:
 
 
 def store_weights(model: Any) -> None:
-    """Replace weights in place by the integers that DequantizeLinear reads, already transposed if readers transpose
-    them."""
+    """Replace weights in place by the integers that DequantizeLinear reads, transposed if its readers transpose them."""
     graph = model.graph
     for node in list(graph):
         if node.op_type != QUANTIZE or not node.inputs[0].is_initializer():
@@ -131,8 +129,7 @@ def store_weights(model: Any) -> None:
 
 
 def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None:
-    """Transpose the integers instead of the dequantised values, so that an embedding that is also the head is stored
-    once.
+    """Transpose the integers instead of the dequantised values, so that an embedding that is also the head is stored once.
 
     Args:
         graph: changed.

@@ -109,8 +109,7 @@ def _blocked(value: Any) -> bool:
 
 
 def _origin(node: Any, origins: Mapping[str, Any]) -> Any:
-    """Return the program's node that an ONNX node belongs to: its own, or that of the first named value computed from
-    it."""
+    """Return the program's node of an ONNX node: its own, or that of the first named value computed from it."""
     work, steps = [node], 0
     while work and steps < 60:
         current = work.pop(0)

@@ -126,8 +126,7 @@ def _returned(program: Program) -> set[fx.Node]:
 
 
 def _distinct(graph: fx.Graph, values: list[fx.Node], *placeholders: list[Any]) -> list[fx.Node]:
-    """Clone outputs that repeat or are placeholders, since an exported program returns each value once and no
-    placeholder."""
+    """Clone repeated outputs and placeholders, since an exported program returns values once and no placeholder."""
     placeholder_nodes = {node for table in placeholders for node, _ in table}
     distinct = []
     for value in values:

@@ -1,5 +1,4 @@
-"""Export of a program to an ``nn.Module`` for any trainer, with a submodule per layer and the original parameter
-names."""
+"""Export of a program to an ``nn.Module`` for any trainer, with a submodule per layer and the original parameter names."""
 
 from __future__ import annotations
 

@@ -321,7 +321,6 @@ def _packing(scale: Scale) -> Iterator[Case]:
 
 
 def cases(scale: Scale = RAGGED) -> list[Case]:
-    """Return all calls: small ones whose sizes do or do not fill tiles, or those of a model with a billion
-    weights."""
+    """Return all calls: small ones whose sizes do or do not fill tiles, or those of a model with a billion weights."""
     every = (_norms, _products, _nested, _routed, _attention, _lora, _heads, _packing)
     return [case for family in every for case in family(scale)]

@@ -1,5 +1,4 @@
-"""Export of a program with Triton kernels: compiled ahead of time anywhere, and as an AOTInductor package on a
-GPU."""
+"""Export of a program with Triton kernels: compiled ahead of time anywhere, and as an AOTInductor package on a GPU."""
 
 from __future__ import annotations
 

@@ -37,8 +37,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture; ``layer`` are the tensors of a block, ``biases`` groups of which each is present as a whole
-    or not."""
+    """One architecture; ``layer`` are the tensors of a block, ``biases`` groups that are each present or absent."""
 
     model_type: str
     model_class: str
@@ -99,8 +98,7 @@ _FOUR_NORMS = (
 
 
 def _gemma_scale(header: Header, prefix: str, config: dict[str, Any], largest: int) -> int:
-    """Return the number by whose square root queries are divided; the file lacks it, and llama.cpp has one exception
-    by depth."""
+    """Return the number by whose root queries are divided; the file lacks it, llama.cpp has one exception by depth."""
     if config["num_hidden_layers"] == largest:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return int(config["head_dim"])

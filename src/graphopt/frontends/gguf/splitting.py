@@ -1,5 +1,4 @@
-"""Pre-tokenisation: how text is split before byte pairs are merged, by its name in a GGUF file
-(``tokenizer.ggml.pre``).
+"""Pre-tokenisation: how text is split before byte pairs are merged, by its name in a GGUF file (``tokenizer.ggml.pre``).
 
 After the table in llama.cpp's llama-vocab.cpp; if the model's own tokenizer.json writes an expression differently,
 that one is used, since the merges were learned with it.

@@ -86,8 +86,7 @@ class GGUFTensor:
 
 
 def _in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head from pairs (first, second, first, ...) into halves, as the library rotates
-    them."""
+    """Reorder the rows of each head from pairs (first, second, first, ...) into halves, as the library rotates them."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

@@ -82,8 +82,7 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
 
 
 def _require_room(cached: Program, capacity: int) -> None:
-    """Raise an error before allocating too much: two rows in float64, before and after a step, and a copy in
-    between."""
+    """Raise an error before allocating too much: two rows in float64, before and after a step, and a copy in between."""
     shapes = [cached.signature.inputs[name].shape for name in states_of(cached)]
     needed = 3 * 2 * 8 * capacity * sum(int(heads) * int(size) for _, heads, _, size in shapes)
     if needed > memory_available():

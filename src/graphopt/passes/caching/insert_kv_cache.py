@@ -291,8 +291,7 @@ class InsertKVCache(Pass):
         program.changed()
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
-        """Compare a run in chunks with the whole program; see
-        :class:`~graphopt.passes.framework.contracts.ExactInChunks`.
+        """Compare a run in chunks with the whole program; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`.
 
         The rewritten program is run unless it is too large; then a small version of the original gets a cache too.
         """

@@ -111,7 +111,7 @@ class Decoder:
         ]
 
     def still(self) -> dict[fx.Node, list[fx.Node]]:
-        """Return values with a token dimension that do not depend on tokens, with the nodes that combine them with
+        """Return values with a token dimension that are independent of tokens, and the nodes that combine them with
         tokens."""
         constant = depends_on_weights_alone(self.program)
         meetings: dict[fx.Node, list[fx.Node]] = {}

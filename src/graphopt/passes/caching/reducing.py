@@ -1,5 +1,4 @@
-"""Reduction of a large decoder to a small one with the same kinds of layers, for comparisons that run whole
-programs."""
+"""Reduction of a large decoder to a small one with the same kinds of layers, for comparisons that run whole programs."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ class FirstRows:
 
 
 def reduced(program: Program) -> Program | None:
-    """Return a program reduced to one layer of each kind and few tokens if it is large; None if that is too large as
-    well.
+    """Return a program reduced to one layer of each kind and few tokens if it is large; None if that is too large as well.
 
     Weights without values are random. A program that is small enough is returned unchanged.
     """
@@ -86,8 +84,7 @@ def elements(program: Program) -> int:
 
 
 def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
-    """Return a key that layers share if they are the same computation on other weights and at another point of the
-    stream.
+    """Return a key that layers share if they are the same computation on other weights and at another point of the stream.
 
     Values that a layer reads beside the stream (masks, rotary tables) are compared by their computation, including
     the values of small weights: layers with other frequencies are of another kind.
@@ -116,8 +113,7 @@ def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
 
 
 def _cone(program: Program, node: fx.Node, cones: dict[fx.Node, int]) -> int:
-    """Return a number that values computed in the same way share; all values that depend on the stream have the same
-    number."""
+    """Return a number that equally computed values share; all values that depend on the stream have the same one."""
     work = [node]
     while work:
         current = work[-1]

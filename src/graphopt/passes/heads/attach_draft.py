@@ -32,8 +32,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class AttachDraft(Pass):
-    """Add a draft: the stream at three depths and the next token's embedding pass through an extra layer and the
-    head.
+    """Add a draft: the stream at three depths and the next token's embedding pass through an extra layer and the head.
 
     Input ``draft_ids`` (batch, sequence): the token that follows each token; by default the text's own. Outputs:
     ``draft_features`` (batch, sequence, size), the three depths joined; ``draft_hidden`` of the same shape, the

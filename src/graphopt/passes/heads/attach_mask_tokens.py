@@ -1,5 +1,4 @@
-"""Mask tokens at which a decoder predicts tokens after the next one, with weights that apply at these positions
-alone."""
+"""Mask tokens at which a decoder predicts tokens after the next one, with weights that apply at these positions alone."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ MIXERS = ("attention", "mixer")
 
 @dataclass(frozen=True, kw_only=True)
 class AttachMaskTokens(Pass):
-    """Add mask tokens with gated LoRA and a sampler (arXiv 2507.11851): mask j predicts the token j + 1 positions
-    ahead.
+    """Add mask tokens with gated LoRA and a sampler (arXiv 2507.11851): mask j predicts the token j + 1 positions ahead.
 
     Input ``mask_index`` (batch, sequence): 0 at tokens of the text, j at mask token j; by default all are text. At
     mask tokens alone, linears of the layers become ``W x + alpha / rank * B A x``. ``mask_hidden`` (batch, sequence,

@@ -33,8 +33,7 @@ PREFIX = "multi_token_heads"
 
 @dataclass(frozen=True, kw_only=True)
 class AttachMultiTokenHeads(Pass):
-    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 positions ahead (Medusa, arXiv
-    2401.10774).
+    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 ahead (Medusa, arXiv 2401.10774).
 
     ``head_k(h) = W2_k (h + silu(W1_k h + b_k))``, with ``layers`` residual layers. Output
     ``multi_token_logits`` (batch, sequence, heads, vocabulary). W1 and b are initialised with zeros and W2 as a copy

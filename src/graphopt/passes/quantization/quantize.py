@@ -46,8 +46,7 @@ WHOLE = {8: ("int8", 127), 4: ("int4", 7)}
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """Store activations as integers of 8 or 16 bits and weights in 8 or 4, calibrated on data and judged on other
-    data.
+    """Store activations as integers of 8 or 16 bits and weights in 8 or 4, calibrated on data and judged on other data.
 
     Each activation has one scale and zero point, from its smallest and largest value in calibration; values that are
     only moved keep those of their source. Matrices have a symmetric scale for each output channel, or for each block
@@ -104,8 +103,7 @@ class Quantize(Pass):
         return self.rounding == "fitted" or (self.rounding == "auto" and self.weights == 4)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Observe ranges on calibration data, and choose a scale for each value and bits and integers for each
-        matrix."""
+        """Observe ranges on calibration data, and choose a scale for each value and bits and integers for each matrix."""
         plan = Plan()
         why = "its matrices are selected per token, which cannot be quantised"
         plan.refused = [

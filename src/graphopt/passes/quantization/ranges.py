@@ -41,8 +41,7 @@ class Ranges:
 def watch(
     program: Program, context: Context, see: Callable[[fx.Node, torch.Tensor], None], what: str
 ) -> None:
-    """Call ``see`` with every value of a program on calibration data, including inputs; caches and recurrent state
-    are carried over."""
+    """Call ``see`` with every value on calibration data, inputs included; caches and recurrent state are carried over."""
 
     def hook(node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.numel():

@@ -24,8 +24,7 @@ MEMORY = 1 << 30
 
 
 def matrix_scales(weight: Tensor, high: int, block: int) -> Tensor:
-    """Return the scales of a matrix, by row or by row and block of inputs: the largest value maps to the largest
-    integer.
+    """Return the scales of a matrix, by row or by row and block of inputs: the largest value maps to the largest integer.
 
     Args:
         weight: (outputs, ...).

@@ -186,7 +186,6 @@ class DropSyncPoints(Pass):
 
 
 def _middle(names: list[str], count: int) -> list[str]:
-    """Choose without a measurement and spare both ends: where measured, the first block was by far the most
-    sensitive."""
+    """Choose without a measurement and spare both ends: where measured, the first block was by far the most sensitive."""
     start = (len(names) - count + 1) // 2
     return names[start : start + count]

@@ -112,14 +112,10 @@ class GroupHeads(Pass):
         for _, values in context.record(program, needed):
             for block in blocks:
                 maps = _maps(cores[block.name], values)
-                queries_per_head = maps.shape[1] // block.sizes["kv_heads"]
+                each = maps.shape[1] // block.sizes["kv_heads"]
                 flat = maps.double().flatten(2)
                 apart = torch.cdist(flat, flat).sum(0)
-                apart = (
-                    apart.unflatten(0, (-1, queries_per_head))
-                    .unflatten(2, (-1, queries_per_head))
-                    .sum((1, 3))
-                )  # type: ignore[no-untyped-call]
+                apart = apart.unflatten(0, (-1, each)).unflatten(2, (-1, each)).sum((1, 3))  # type: ignore[no-untyped-call]
                 distances[block.name] = distances.get(block.name, torch.zeros_like(apart)) + apart
             context.progress.step()
         context.progress.done()
@@ -175,8 +171,7 @@ class GroupHeads(Pass):
 
 
 def _maps(core: fx.Node, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return attention maps (batch, heads, queries, keys), by applying the operator to an identity matrix as
-    values."""
+    """Return attention maps (batch, heads, queries, keys), by applying the operator to an identity matrix as values."""
     recorded: dict[str, Any] = {
         k: values[v.name] if isinstance(v, fx.Node) else v for k, v in arguments(core).items()
     }

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 def backward_sweep(
     program: Program, context: Context, metric: str, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Return S_i = metric(dropped from i on) - metric(dropped from i + 1 on) by block, and the original's metric as
-    "base".
+    """Return S_i = metric(dropped from i on) - metric(dropped from i + 1 on) by block, and the original's metric as "base".
 
     After section 4 of arXiv 2502.20727: L + 1 evaluations, from the last block backwards. A batch runs once through
     the original; each variant starts at its first changed block, from the original's stream. Sums over batches are
@@ -88,8 +87,7 @@ def _value(sums: dict[str, float], key: str, metric: str) -> float:
 
 
 def classify(scores: dict[str, float], insensitive: float, sensitive: float) -> dict[str, str]:
-    """Return the class of each block: insensitive, sensitive or extremely sensitive, by thresholds relative to the
-    base."""
+    """Return the class of each block: insensitive, sensitive or extremely sensitive, by thresholds relative to the base."""
     base = abs(scores["base"]) or 1.0
     classes = {}
     for name, score in scores.items():

@@ -111,8 +111,7 @@ def _sync_point(
 
 
 def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
-    """Return a block's partial value and the steps from its sum to the stream; None if it has no all-reduce of its
-    own."""
+    """Return a block's partial value and the steps from its sum to the stream; None if it has no all-reduce of its own."""
     steps: list[tuple[fx.Node, int]] = []
     node = block.term
     while True:

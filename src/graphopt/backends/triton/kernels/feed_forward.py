@@ -1,5 +1,4 @@
-"""Feed-forwards with several widths or experts: tokens are sorted by group, and each block uses its group's
-matrices."""
+"""Feed-forwards with several widths or experts: tokens are sorted by group, and each block uses its group's matrices."""
 
 from __future__ import annotations
 

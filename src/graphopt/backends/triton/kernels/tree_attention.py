@@ -1,5 +1,4 @@
-"""Attention of a few new tokens, in a row or a tree, over a long cache: keys are split, and partial results are
-combined."""
+"""Attention of a few new tokens, in a row or a tree, over a long cache: keys are split, partial results combined."""
 
 from __future__ import annotations
 
