@@ -19,8 +19,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def special_tokens(*tables: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of special tokens by name; earlier tables take precedence, settings that are not tokens are
-    skipped."""
+    """Return the texts of special tokens by name; earlier tables take precedence, other settings are skipped."""
     tokens: dict[str, str] = {}
     for name in SPECIAL_TOKENS:
         for table in tables:

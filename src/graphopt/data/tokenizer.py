@@ -40,7 +40,7 @@ class Tokenizer:
             chat_template = template.decode() if template else self.config.get("chat_template")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"chat_template.jinja is no text: {error}") from error
-        self.template = _one_of(chat_template)
+        self.template = _default_template(chat_template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text, with the special tokens around it unless ``special`` is false."""
@@ -106,7 +106,7 @@ def _table(program: Program, name: str) -> dict[str, Any]:
     return table
 
 
-def _one_of(templates: Any) -> str | None:
+def _default_template(templates: Any) -> str | None:
     """Return the default template, given one or several by name."""
     if isinstance(templates, list):
         by_name = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}

@@ -28,7 +28,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
         if key is not None:
             _plain(program, node, weight, key, files.tensors[key])
     for recipe in mapped.made:
-        _made(program, recipe, files)
+        _insert_conversion(program, recipe, files)
     for node in program.weight_nodes:
         weight = program.weights[node.name]
         if isinstance(weight.source, Absent) and node.users:
@@ -63,7 +63,7 @@ def _cast(program: Program, node: fx.Node, stored: torch.dtype) -> None:
         user.replace_input_with(node, cast)
 
 
-def _made(program: Program, recipe: Recipe, files: CheckpointFiles) -> None:
+def _insert_conversion(program: Program, recipe: Recipe, files: CheckpointFiles) -> None:
     """Insert the operators that compute weights from several tensors."""
     by_name = {name: node for node in program.weight_nodes for name in program.weights[node.name].all_names}
     targets = [by_name.get(name) for name in recipe.targets]

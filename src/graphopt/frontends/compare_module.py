@@ -26,12 +26,12 @@ def compare_with_model(
     other = resized(
         program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
     )
-    if other is not None and sizes and _taken(model, other):
+    if other is not None and sizes and _model_accepts(model, other):
         cases.append(("another size", other, None))
     require_equal(program, model, cases)
 
 
-def _taken(model: nn.Module, inputs: dict[str, Any]) -> bool:
+def _model_accepts(model: nn.Module, inputs: dict[str, Any]) -> bool:
     """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
     try:
         with torch.no_grad():

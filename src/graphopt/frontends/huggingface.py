@@ -121,7 +121,7 @@ def capture_huggingface(
         files = CheckpointFiles(directory, *read_gguf(directory))
         config = config_from(files.config, directory)
     dtype = element_type(config, files)
-    program = _climb(config, dtype, inputs, dynamic, files, compare)
+    program = _first_matching_capture(config, dtype, inputs, dynamic, files, compare)
     program.origin = Origin(
         kind="huggingface",
         model_class=f"transformers:{model_class(config).__name__}",
@@ -150,7 +150,7 @@ def capture_configuration(
         dynamic: "auto", None, or sizes by input and dimension.
     """
     dtype = dtype or element_type(config, None)
-    program = _climb(config, dtype, inputs, dynamic, None, False)
+    program = _first_matching_capture(config, dtype, inputs, dynamic, None, False)
     program.origin = Origin(
         kind="huggingface",
         model_class=f"transformers:{model_class(config).__name__}",
@@ -160,7 +160,7 @@ def capture_configuration(
     return program
 
 
-def _climb(
+def _first_matching_capture(
     config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
 ) -> Program:
     """Try the library's attention implementations in order and return the first capture that matches the model."""

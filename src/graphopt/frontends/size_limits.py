@@ -188,7 +188,7 @@ def simplify(signature: Signature) -> None:
         signature.constraints = constraints_with(signature.constraints, names, fixed)
         for name in signature.sizes:
             _simplify(signature, name)
-        _say_equal(signature)
+        _express_equality(signature)
         drop_idle(signature)
         _drop_implied(signature)
 
@@ -220,7 +220,7 @@ def take_limits(signature: Signature, other: Signature, tried: set[str]) -> None
     simplify(signature)
 
 
-def _say_equal(signature: Signature) -> None:
+def _express_equality(signature: Signature) -> None:
     """Replace constraints that make two sizes equal by that equality."""
     relations = relations_of(signature)
     for pair in {r.names for r in relations if len(r.names) == 2}:
@@ -250,7 +250,7 @@ def _simplify(signature: Signature, name: str) -> None:
             unresolved.append(relation)
         else:
             _limit(signature, name, *interval)
-    texts = _said_once(signature, name, unresolved)
+    texts = _without_repeats(signature, name, unresolved)
     signature.constraints = (*(r.text for r in relations if r.names != {name}), *texts)
 
 
@@ -276,7 +276,7 @@ def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int,
     return low, high
 
 
-def _said_once(signature: Signature, name: str, relations: list[Relation]) -> list[str]:
+def _without_repeats(signature: Signature, name: str, relations: list[Relation]) -> list[str]:
     """Return constraints equivalent to the relations of one size within its range: a remainder if that suffices."""
     points = within(signature.sizes[name], POINTS[:DENSE])
     shortest: dict[bytes, str] = {}

@@ -55,18 +55,18 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
     first = static_sizes(program, sizes)
     settings = [first]
     if dynamic:
-        settings.append(_another(program, first, sizes))
+        settings.append(_other_sizes(program, first, sizes))
     for values in settings:
         labels = [f"{name} {value}" for name, value in values.items() if namesake(name) == name]
         label = f"inputs of {', '.join(labels) or 'the captured sizes'}"
-        plain = _seen(program, _inputs(program, values, "none"))
+        plain = _unmasked(program, _inputs(program, values, "none"))
         yield Case(label, plain)
         for side in ("right", "left"):
             padded = _inputs(program, values, side)
             mask = padded.get("attention_mask")
             if mask is not None and mask.dim() == 2 and not bool(mask.bool().all()):
                 yield Case(f"{label}, padded {side}", padded, mask.bool(), side == "left")
-        turned = {name: _turned(plain[name]) for name in _masks(program)}
+        turned = {name: _flipped(plain[name]) for name in _masks(program)}
         if turned:
             yield Case(f"{label}, with another {' and '.join(turned)}", plain | turned)
         later = _later(program, plain)
@@ -92,7 +92,7 @@ def _masks(program: Program) -> list[str]:
     ]  # fmt: skip
 
 
-def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unmasked(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return inputs whose masks hide nothing: ones in some programs, zeros in others."""
     names = _masks(program)
     if not names or _sees(program, inputs):
@@ -114,7 +114,7 @@ def _sees(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
     return all(map(bool, [*visible_keys, *numbers]))
 
 
-def _turned(mask: torch.Tensor) -> torch.Tensor:
+def _flipped(mask: torch.Tensor) -> torch.Tensor:
     """Return a mask with the last third of its first row flipped."""
     turned = mask.clone()
     if mask.dim() and (few := mask.shape[-1] // 3):
@@ -147,7 +147,7 @@ def _inputs(program: Program, sizes: Mapping[str, int], padding: str) -> dict[st
     return inputs
 
 
-def _another(program: Program, first: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
+def _other_sizes(program: Program, first: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
     """Return other sizes that the program itself takes."""
     other = dict(first)
     for name in first:

@@ -183,7 +183,7 @@ class Reference:
             return least
         shaken = self._wide.copy()
         shaken.weights = {
-            name: weight.with_source(_Shaken(weight.source, number))
+            name: weight.with_source(_Perturbed(weight.source, number))
             if isinstance(weight.source, Widened) else weight
             for number, (name, weight) in enumerate(shaken.weights.items())
         }  # fmt: skip
@@ -201,7 +201,7 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class _Shaken:
+class _Perturbed:
     """A source whose values are off by up to half a step of their stored type."""
 
     source: TensorSource
@@ -257,7 +257,7 @@ def require_same_attention(program: Program, again: Program) -> None:
     Raises:
         LoweringError: an attention of the folder's model sees other positions.
     """
-    seen_before, seen_after = _seen(program), _seen(again)
+    seen_before, seen_after = _visible_positions(program), _visible_positions(again)
     for number, (first, other) in enumerate(zip(seen_before, seen_after, strict=False)):
         if first != other:
             raise LoweringError(
@@ -271,7 +271,7 @@ def require_same_attention(program: Program, again: Program) -> None:
         )
 
 
-def _seen(program: Program) -> list[tuple[Any, ...]]:
+def _visible_positions(program: Program) -> list[tuple[Any, ...]]:
     visibilities = []
     for node in program.nodes:
         if is_operator(node, "graphopt.attention"):

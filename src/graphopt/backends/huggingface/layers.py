@@ -122,7 +122,7 @@ def _without(
         except LoweringError as error:
             refused = error
     if len(counters) > 1:
-        edits = list(_meant(raw, prefix, len(kept), edits, skeleton))
+        edits = list(_matching_edits(raw, prefix, len(kept), edits, skeleton))
     if not edits and refused is not None:
         raise refused
     if len(edits) != 1:
@@ -153,7 +153,7 @@ def _counts(loaded: Any, count: int) -> Iterator[_Place]:
         yield from (_Place(path, key) for key in keys)
 
 
-def _meant(
+def _matching_edits(
     raw: dict[str, Any],
     prefix: str,
     after: int,
@@ -284,7 +284,7 @@ def _periods(config: Any, count: int, kept: list[int], stack: str) -> dict[str, 
         steps = (d for d in (distance, *range(1, count + 1)) if _every(d, start, end) == kind)
         step = next(steps, None)
         if step is None:
-            raise _unsayable(RANGE)
+            raise _inexpressible(RANGE)
         entries.update(zip(RANGE, (start, end, step), strict=True))
     for keys, rule in PERIODS.items():
         values = [_setting(config, key) for key in keys]
@@ -313,7 +313,7 @@ def _periods(config: Any, count: int, kept: list[int], stack: str) -> dict[str, 
         )  # fmt: skip
         parameters = next(able, None)
         if parameters is None:
-            raise _unsayable(keys)
+            raise _inexpressible(keys)
         entries.update(zip(keys, parameters, strict=True))
     return entries
 
@@ -322,7 +322,7 @@ def _every(distance: int, start: int, end: int) -> list[int]:
     return [i for i in range(start, end + 1) if (i + 1) % distance == 0]
 
 
-def _unsayable(keys: tuple[str, ...]) -> LoweringError:
+def _inexpressible(keys: tuple[str, ...]) -> LoweringError:
     return LoweringError(
         f"no value of {' and '.join(keys)} describes which of the remaining layers are of another kind",
         hint="remove layers so that those of that kind stay evenly spaced, or use program.save or program.lower",

@@ -72,7 +72,7 @@ def save_pretrained(
         UsageError: the path holds something that graphopt did not write.
     """
     tensors, config = contents(program, skeleton)
-    with atomic_folder(path, may_replace=_is_folder_of_ours) as folder:
+    with atomic_folder(path, may_replace=_is_graphopt_folder) as folder:
         _write_weights(folder, tensors, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, data in program.origin.assets.items():
@@ -129,7 +129,7 @@ def contents(
     return tensors, config
 
 
-def _is_folder_of_ours(path: Path) -> bool:
+def _is_graphopt_folder(path: Path) -> bool:
     """Return whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
     files = path.glob("*.safetensors")
     return (path / "config.json").is_file() and any(writer(f) == METADATA["writer"] for f in files)

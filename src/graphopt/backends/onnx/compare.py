@@ -30,7 +30,7 @@ _QUANTIZED_TOLERANCE = {8: 0.2, 16: 2e-2}
 _SHARE_LOST = {8: 1.0, 16: 0.4}
 """Difference between two ways of rounding, relative to the loss from quantising: measured up to 0.8 and 0.08, with
 the optimiser of ONNX Runtime 1.32 up to 0.8 and 0.22."""
-_WAYS = 2.0
+_RELATIVE_DIVERGENCE = 2.0
 """Above that share: how far a runtime may differ, relative to the program's own difference between float64 and
 float32. Over 30 layers whose stream holds values in the thousands, at 16 bits per value: 0.06 of the logits, a
 runtime 0.05."""
@@ -76,12 +76,12 @@ def compare_with_runtime(
             most = limit
             if name in floats:
                 share = _SHARE_LOST[program.facts[Quantized].activations]
-                lost = _lost(program.outputs[name], reference, floats[name], case)
+                lost = _quantization_loss(program.outputs[name], reference, floats[name], case)
                 most = min(limit, max(lost.step, share * lost.all))
                 if most < error <= lost.all:
                     exact = exact or _without_own_rounding(program, inputs)
                     apart = _error(reference, exact[name], case, quantized)
-                    most = max(most, min(_WAYS * (apart or 0.0), lost.all))
+                    most = max(most, min(_RELATIVE_DIVERGENCE * (apart or 0.0), lost.all))
             elif tolerance is None and limit < error <= _MOST_ROUNDED:
                 exact = exact or _without_own_rounding(program, inputs)
                 apart = _error(reference, exact[name], case)
@@ -128,22 +128,24 @@ def _without_own_rounding(program: Program, inputs: dict[str, torch.Tensor]) -> 
 
 
 @dataclass(frozen=True)
-class _Lost:
+class _QuantizationLoss:
     """The loss of an output from quantising, relative to its norm: in total, and that of a few quantisation steps."""
 
     all: float
     step: float
 
 
-def _lost(node: fx.Node, reference: torch.Tensor, floats: torch.Tensor, case: Case) -> _Lost:
+def _quantization_loss(
+    node: fx.Node, reference: torch.Tensor, floats: torch.Tensor, case: Case
+) -> _QuantizationLoss:
     pair = counted(floats, reference, case)
     if pair is None:
-        return _Lost(0.0, 0.0)
+        return _QuantizationLoss(0.0, 0.0)
     before, after = (v.to(torch.float64) for v in pair)
     size = float(after.norm().clamp(min=1e-30))
     step: float = arguments(node)["scale"] if is_operator(node, "graphopt.fake_quantize") else 0.0
     steps = step * math.sqrt(max(2.0, 0.05 * after.numel()))
-    return _Lost(float((before - after).norm()) / size, max(_TOLERANCE, steps / size))
+    return _QuantizationLoss(float((before - after).norm()) / size, max(_TOLERANCE, steps / size))
 
 
 def tolerance_of(program: Program) -> float:

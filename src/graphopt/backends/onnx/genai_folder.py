@@ -52,7 +52,7 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits or program.dials:
         return None
-    if not _ends(_configuration(program), program):
+    if not _end_tokens(_configuration(program), program):
         return None
     counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
     chunk = max((int(c) for c in counts), default=0)
@@ -157,7 +157,7 @@ def genai_config(program: Program) -> dict[str, Any]:
     heads, size = next(iter(shapes))
     vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
     config = _configuration(program)
-    ends = _ends(config, program)
+    ends = _end_tokens(config, program)
     if not ends:
         raise LoweringError(
             "the checkpoint does not say with which token a text ends, and onnxruntime-genai would take token 0 for it",
@@ -217,7 +217,7 @@ def _configuration(program: Program) -> dict[str, Any]:
     return config
 
 
-def _ends(config: dict[str, Any], program: Program) -> list[int]:
+def _end_tokens(config: dict[str, Any], program: Program) -> list[int]:
     """Return the tokens that end a text and that a trimmed vocabulary still has."""
     vocabulary = int(program.outputs[program.facts[KVCache].logits].meta["val"].shape[-1])
     ends = config.get("eos_token_id")

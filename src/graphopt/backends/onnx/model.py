@@ -111,11 +111,11 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
             measured = check_on_target(report.path, shard, cases, how.device, how.kind, context)
             reports[number] = replace(report, checked=measured)
             if number + 1 < len(shards):
-                cases = [replace(case, inputs=case.inputs | _following(shard, case)) for case in cases]
+                cases = [replace(case, inputs=case.inputs | _inputs_of_next(shard, case)) for case in cases]
     return reports
 
 
-def _following(program: Program, case: Case) -> dict[str, Any]:
+def _inputs_of_next(program: Program, case: Case) -> dict[str, Any]:
     """Return the inputs of the next shard that this one computes."""
     outputs = run(program, {n: v for n, v in case.inputs.items() if n in program.input_nodes})
     return {n: v for n, v in outputs.items() if n.startswith("part_")}

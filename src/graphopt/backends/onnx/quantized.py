@@ -106,7 +106,7 @@ def store_weights(model: Any) -> None:
             # scales of blocks have the layout of their weight
             for index, parameter in ((1, scale), (2, zero)):
                 back.replace_input_with(
-                    index, _turned(graph, parameter, f"{name}_{'scale' if index == 1 else 'zero'}")
+                    index, _transposed(graph, parameter, f"{name}_{'scale' if index == 1 else 'zero'}")
                 )
         graph.register_initializer(stored)
         back.replace_input_with(0, stored)
@@ -143,7 +143,7 @@ def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None
     stored, scale, zero = back.inputs
     name = reader.outputs[0].name
     if len(scale.shape) == 2:
-        scale, zero = _turned(graph, scale, f"{name}_scale"), _turned(graph, zero, f"{name}_zero")
+        scale, zero = _transposed(graph, scale, f"{name}_scale"), _transposed(graph, zero, f"{name}_zero")
     turned = onnx_ir.node("Transpose", [stored], attributes={"perm": order})
     attributes = dict(back.attributes)
     if axis is not None:
@@ -193,7 +193,7 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
     )
 
 
-def _turned(graph: Any, stored: Any, name: str) -> Any:
+def _transposed(graph: Any, stored: Any, name: str) -> Any:
     import numpy
     import onnx_ir
 

@@ -141,7 +141,7 @@ def check_on_target(
     """
     original = without_rounding(program)
     feeds = [{n: t.contiguous().numpy() for n, t in case.inputs.items()} for case in cases]
-    accepted = _taken(path)
+    accepted = _input_names(path)
     feeds = [{n: a for n, a in feed.items() if n in accepted} for feed in feeds]
     simulated = simulate(path, feeds, soc=target.soc, arch=target.arch, context=context)
     if simulated.error:
@@ -179,7 +179,7 @@ def check_on_target(
     )  # fmt: skip
 
 
-def _taken(path: Path) -> set[str]:
+def _input_names(path: Path) -> set[str]:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)

@@ -105,7 +105,7 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
     work = fold(program) if fold_weights else program.copy()
     module = ProgramModule(program, work.copy())
     names = _register(module, work)
-    blocks = _cut(work, names)
+    blocks = _find_blocks(work, names)
     classes: dict[Any, type[nn.Module]] = {}
     for block in blocks:
         key, graph = _block_graph(block, names)
@@ -179,7 +179,7 @@ def _attach(module: nn.Module, name: str, value: torch.Tensor, weight: Weight, p
         owner.register_buffer(leaf, value, persistent=weight.persistent and weight.kind == "buffer")
 
 
-def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
+def _find_blocks(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
     """Return the layers that can be submodules: those with their own weights under one path."""
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     blocks: list[_Block] = []

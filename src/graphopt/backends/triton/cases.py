@@ -107,7 +107,7 @@ def _products(scale: Scale) -> Iterator[Case]:
             gate[0, 3] = float("nan")
             return (gate, m.normal(rows, size)), {"activation": "relu"}
 
-        yield Case("gated_product", "no number", broken)
+        yield Case("gated_product", "NaN", broken)
         yield Case(
             "gated_product",
             "one row of a wider one",

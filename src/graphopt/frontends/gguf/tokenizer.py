@@ -86,7 +86,7 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
         for number, token in enumerate(tokens)
         if token and (kinds[number] in (_CONTROL, _USER_DEFINED) or number in contents.special.values())
     ]
-    around = _around(header, splitting, contents.special)
+    around = _surrounding_tokens(header, splitting, contents.special)
     tokenizer["post_processor"] = _template(
         [tokens[n] for n in around[0]], [tokens[n] for n in around[1]], vocabulary
     )
@@ -209,7 +209,9 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[li
     return [[first, second] for *_, first, second in ranked]
 
 
-def _around(header: Header, splitting: Splitting, special: dict[str, int]) -> tuple[list[int], list[int]]:
+def _surrounding_tokens(
+    header: Header, splitting: Splitting, special: dict[str, int]
+) -> tuple[list[int], list[int]]:
     """Return the tokens that are added before and after every text."""
     before, after = [], []
     if header.flag(_KEY + "add_bos_token", splitting.add_bos):

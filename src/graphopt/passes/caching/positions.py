@@ -37,7 +37,7 @@ class NotCausal(ValueError):
 
 
 @dataclass
-class _Read:
+class _DecoderInputs:
     """The inputs of a decoder and the values that depend on its tokens; valid for copies of the program too."""
 
     tokens: fx.Node
@@ -49,7 +49,7 @@ class _Read:
     moving: set[fx.Node]
 
 
-def _read(program: Program) -> _Read:
+def _find_inputs(program: Program) -> _DecoderInputs:
     inputs = program.signature.inputs
     # optional inputs are positions and masks, a required one is text
     required = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
@@ -76,7 +76,7 @@ def _read(program: Program) -> _Read:
         if node.op == "call_function" and holds and any(n in moving for n in node.all_input_nodes):
             moving.add(node)
     end = expression(batch) if isinstance(batch, torch.SymInt) else None
-    return _Read(tokens, positions, masks, zeros, expression(sequence), end, moving)
+    return _DecoderInputs(tokens, positions, masks, zeros, expression(sequence), end, moving)
 
 
 class Decoder:
@@ -91,7 +91,7 @@ class Decoder:
 
     def __init__(self, program: Program):
         self.program = program
-        inputs: _Read = program.derived("decoder", lambda: _read(program), portable=True)
+        inputs: _DecoderInputs = program.derived("decoder", lambda: _find_inputs(program), portable=True)
         self.tokens, self.positions, self.masks, self.zeros = (
             inputs.tokens, inputs.positions, inputs.masks, inputs.zeros,
         )  # fmt: skip
@@ -111,8 +111,7 @@ class Decoder:
         ]
 
     def still(self) -> dict[fx.Node, list[fx.Node]]:
-        """Return values with a token dimension that are independent of tokens, and the nodes that combine them with
-        tokens."""
+        """Return values with a token dimension that tokens do not affect, and the nodes that combine them with tokens."""
         constant = depends_on_weights_alone(self.program)
         meetings: dict[fx.Node, list[fx.Node]] = {}
         for node in self.program.graph.nodes:

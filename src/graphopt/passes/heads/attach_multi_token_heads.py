@@ -64,7 +64,7 @@ class AttachMultiTokenHeads(Pass):
             plan.refused.append(Refused("head", head, ""))
             return plan
         if self.weights is not None:
-            _given(
+            _stored_heads(
                 self.weights,
                 self.heads,
                 self.layers,
@@ -83,7 +83,9 @@ class AttachMultiTokenHeads(Pass):
         assert isinstance(head, Head)
         size, dtype = value_size(head.hidden), dtype_of(head.hidden)
         tensors = (
-            _given(self.weights, self.heads, self.layers, self.share, size, value_size(head.projection))
+            _stored_heads(
+                self.weights, self.heads, self.layers, self.share, size, value_size(head.projection)
+            )
             if self.weights is not None
             else {}
         )
@@ -97,7 +99,10 @@ class AttachMultiTokenHeads(Pass):
                 for layer in range(self.layers):
                     name = f"{number}.{layer}.linear"
                     weight, bias = (
-                        add(f"{PREFIX}.{name}.{kind}", _begun(tensors.get(f"{name}.{kind}"), shape, dtype))
+                        add(
+                            f"{PREFIX}.{name}.{kind}",
+                            _initial_source(tensors.get(f"{name}.{kind}"), shape, dtype),
+                        )
                         for kind, shape in (("weight", (size, size)), ("bias", (size,)))
                     )
                     inner = program.edit.call(aten.linear.default, value, weight, bias)
@@ -109,7 +114,7 @@ class AttachMultiTokenHeads(Pass):
                     name = f"{number}.{self.layers}.weight"
                     vocabulary_matrix = add(
                         f"{PREFIX}.{name}",
-                        _begun(tensors[name], (), dtype) if tensors else _copied(program, matrix),
+                        _initial_source(tensors[name], (), dtype) if tensors else _copied(program, matrix),
                     )
                 logits.append(program.edit.call(aten.linear.default, value, vocabulary_matrix))
                 last = logits[-1]
@@ -123,7 +128,7 @@ class AttachMultiTokenHeads(Pass):
         )
 
 
-def _begun(source: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
+def _initial_source(source: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
     return Zeros(shape, dtype) if source is None else InMemory(source.load().to(dtype))
 
 
@@ -162,7 +167,7 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
     return sorted(arrays)
 
 
-def _given(
+def _stored_heads(
     path: str, heads: int, layers: int, share: bool, size: int, vocabulary: int
 ) -> dict[str, TensorSource]:
     """Return the heads in a file as unread sources, after checking that they match this model."""

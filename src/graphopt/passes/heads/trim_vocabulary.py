@@ -208,7 +208,9 @@ def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
         for name_of_operand in ("weight", "bias"):
             if operands[name_of_operand] is not None:
                 if operands[name_of_operand] not in trimmed:
-                    trimmed[operands[name_of_operand]] = _own(program, name, operands[name_of_operand], kept)
+                    trimmed[operands[name_of_operand]] = _trimmed_weight(
+                        program, name, operands[name_of_operand], kept
+                    )
                 operands[name_of_operand] = trimmed[operands[name_of_operand]]
         with program.edit.before(linear):
             args, kwargs = normal_call(linear.target, operands)
@@ -225,7 +227,7 @@ def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
     drop_unread_weights(program)
 
 
-def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
+def _trimmed_weight(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
     """Add the kept rows of a head's matrix or bias, under a name that training recipes recognise."""
     weight = program.weights.get(tensor.name)
     source = weight.source if weight is not None else computed(program, tensor)[0]

@@ -196,7 +196,7 @@ class Quantize(Pass):
                 )
                 block = 0
             if target is not None:
-                bits, block, notes = _taken(target, users, bits, self.activations, block)
+                bits, block, notes = _supported_precision(target, users, bits, self.activations, block)
                 plan.notes += [f"{node.name}: {s}" for s in notes]
             sites.append(Site(node.name, what="matrix", dtype=WHOLE[bits][0], block_size=block))
         return sites
@@ -319,7 +319,7 @@ def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
     return replacement
 
 
-def _taken(
+def _supported_precision(
     target: Target, users: list[fx.Node], bits: int, activations: int, block: int
 ) -> tuple[int, int, list[str]]:
     """Return the bits and block size that a target supports for a matrix, and notes on what it does not support."""

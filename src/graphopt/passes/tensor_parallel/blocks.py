@@ -56,8 +56,8 @@ class Placer:
                 continue
             before = len(self.cutter.whole)
             try:
-                self._cut_block(block, site)
-            except _CannotCut as problem:
+                self._shard_block(block, site)
+            except _CannotShard as problem:
                 self.failed = True
                 plan.refused.append(Refused(name, str(problem), self.program.source_line(block.term)))
                 continue
@@ -173,7 +173,7 @@ class Placer:
                 raise PipelineError(
                     f"the plan names {site.block!r}, which is no {site['part']} of this program"
                 )
-            (self._cut_table if site["part"] == "embedding" else self._cut_head)(nodes[site.block])
+            (self._shard_table if site["part"] == "embedding" else self._shard_head)(nodes[site.block])
             return
         block = self.blocks.get(site.block)
         if block is None:
@@ -184,23 +184,25 @@ class Placer:
         again = self._site(block)
         if isinstance(again, str):
             raise PipelineError(f"the plan shards {site.block}, which is impossible: {again}")
-        self._cut_block(block, site)
+        self._shard_block(block, site)
 
-    def _cut_block(self, block: Block, site: Site) -> None:
+    def _shard_block(self, block: Block, site: Site) -> None:
         if block.kind == "attention":
-            self._cut_attention(block)
+            self._shard_attention(block)
         elif block.kind == "ffn" and "core" in block.parts:
             cut_nested(self.program, self.cutter, block, self.ranks)
         elif block.kind == "ffn":
-            self._cut_ffn(block.parts["down"], block.name)
+            self._shard_ffn(block.parts["down"], block.name)
         else:
-            self._cut_experts(block, str(site["by"]))
+            self._shard_experts(block, str(site["by"]))
 
-    def _cut_attention(self, block: Block) -> None:
+    def _shard_attention(self, block: Block) -> None:
         out = block.parts["o"]
         width = int(arguments(out)["weight"].meta["val"].shape[1])
         if width % self.ranks:
-            raise _CannotCut(f"what its last projection reads, {width} wide, does not divide over its heads")
+            raise _CannotShard(
+                f"what its last projection reads, {width} wide, does not divide over its heads"
+            )
         row_parallel(self.program, self.cutter, out, even(width, self.ranks, 0))
         if block.parts["core"] not in self.cutter.cut_cores:
             # every rank would compute all heads: correct, but pointless
@@ -209,24 +211,24 @@ class Placer:
                 if self.cutter.whole
                 else "the computation of its heads is not understood"
             )
-            raise _CannotCut(f"its heads cannot be computed apart: {reason}")
+            raise _CannotShard(f"its heads cannot be computed apart: {reason}")
 
-    def _cut_ffn(self, down: fx.Node, name: str) -> None:
+    def _shard_ffn(self, down: fx.Node, name: str) -> None:
         width = int(arguments(down)["weight"].meta["val"].shape[1])
         if width % self.ranks:
-            raise _CannotCut(f"its width of {width} does not divide over {self.ranks} ranks")
+            raise _CannotShard(f"its width of {width} does not divide over {self.ranks} ranks")
         row_parallel(self.program, self.cutter, down, even(width, self.ranks, 0))
 
-    def _cut_experts(self, block: Block, how: str) -> None:
+    def _shard_experts(self, block: Block, how: str) -> None:
         core = block.parts["core"]
-        (self._cut_expert_width if how == "width" else self._cut_by_expert)(core)
+        (self._shard_expert_width if how == "width" else self._shard_by_expert)(core)
         shared = block.parts.get("shared_down")
         if shared is not None and is_operator(shared, "aten.linear"):
             width = int(arguments(shared)["weight"].meta["val"].shape[1])
             if width % self.ranks == 0:
                 row_parallel(self.program, self.cutter, shared, even(width, self.ranks, 0))
 
-    def _cut_expert_width(self, core: fx.Node) -> None:
+    def _shard_expert_width(self, core: fx.Node) -> None:
         args = dict(arguments(core))
         call = self.program.edit.call
         rows, columns = (2, 1) if args["transposed"] else (1, 2)
@@ -269,7 +271,7 @@ class Placer:
         ]
         return call(aten.cat.default, halves_of_rank, dim)
 
-    def _cut_by_expert(self, core: fx.Node) -> None:
+    def _shard_by_expert(self, core: fx.Node) -> None:
         args = dict(arguments(core))
         count = int(args["up"].meta["val"].shape[0])
         shard = even(count, self.ranks, 0)
@@ -285,7 +287,7 @@ class Placer:
         args, kwargs = normal_call(core.target, operands)
         return self.program.edit.call(core.target, *args, **kwargs)
 
-    def _cut_table(self, node: fx.Node) -> None:
+    def _shard_table(self, node: fx.Node) -> None:
         args = arguments(node)
         rows = int(args["weight"].meta["val"].shape[0])
         shard = even(rows, self.ranks, 0)
@@ -296,7 +298,7 @@ class Placer:
             total = all_reduce(self.program, local)
         self.program.edit.replace(node, total)
 
-    def _cut_head(self, node: fx.Node) -> None:
+    def _shard_head(self, node: fx.Node) -> None:
         rows = int(arguments(node)["weight"].meta["val"].shape[0])
         last = node.meta["val"].dim() - 1
         with self.program.edit.before(node):
@@ -307,7 +309,7 @@ class Placer:
         self.program.edit.replace(node, gathered)
 
 
-class _CannotCut(Exception):
+class _CannotShard(Exception):
     """Raised if a block cannot be sharded after all; the message says why."""
 
 

@@ -98,7 +98,7 @@ def simulate(
             "context": context.name if context is not None else "", "carry": {f"next_{name}": name for name in carry},
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        message = _ended(folder, timeout)
+        message = _run_child(folder, timeout)
         result_path = folder / "result.json"
         if not result_path.is_file():
             return Simulated(error=message)
@@ -140,7 +140,7 @@ def compile_together(
             "together": [str(m) for m in models], "folder": name, "soc": soc, "arch": arch, "strict": True,
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        message = _ended(folder, timeout)
+        message = _run_child(folder, timeout)
         result_path = folder / "result.json"
         if not result_path.is_file():
             return [], message
@@ -168,7 +168,7 @@ def child_command(request: Path) -> list[str]:
     return [sys.executable, "-m", "graphopt.backends.onnx.qnn.child", str(request)]
 
 
-def _ended(folder: Path, timeout: float) -> str:
+def _run_child(folder: Path, timeout: float) -> str:
     """Run the child and return its error message; empty if it produced a result."""
     command = child_command(folder / "request.json")
     log = folder / "log"
