@@ -253,8 +253,8 @@ def _block_graph(block: _Block, names: dict[fx.Node, str]) -> tuple[Any, fx.Grap
                 relative = names[used].removeprefix(block.path + ".")
                 copies[used] = _attribute(graph, relative)
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-        place = {c: i for i, c in enumerate(graph.nodes)}
-        at = {n: cast(Any, _At(place[copies[n]])) for n in node.all_input_nodes}
+        index_of = {c: i for i, c in enumerate(graph.nodes)}
+        at = {n: cast(Any, _At(index_of[copies[n]])) for n in node.all_input_nodes}
         key.append((str(node.target), repr(fx.map_arg((node.args, node.kwargs), at.__getitem__))))
     key.extend(str(n.target) for n in graph.nodes if n.op == "get_attr")
     results = [copies[n] for n in block.gives]

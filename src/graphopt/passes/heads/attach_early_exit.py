@@ -110,7 +110,7 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
         )
     value = layers[layer].writes
     early, late = (
-        {node for one in side for block in one.blocks for node in block.nodes}
+        {node for entry in side for block in entry.blocks for node in block.nodes}
         for side in (layers[: layer + 1], layers[layer + 1 :])
     )
     late_outputs = {n: node for n, node in program.outputs.items() if needed_for([node], {}) & late}

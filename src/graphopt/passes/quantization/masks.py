@@ -31,8 +31,8 @@ def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str
         context: with calibration data.
     """
     readers = {
-        node: found for node in program.nodes
-        if is_operator(node, "graphopt.attention") and (found := _masks_of(arguments(node)["bias"]))[0]
+        node: terms for node in program.nodes
+        if is_operator(node, "graphopt.attention") and (terms := _masks_of(arguments(node)["bias"]))[0]
     }  # fmt: skip
     if not readers:
         return [], []
