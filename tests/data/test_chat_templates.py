@@ -111,7 +111,7 @@ def test_templates_write_what_they_write_in_transformers(
                 talk, chat_template=template, tokenize=False, add_generation_prompt=answering
             )
         except Exception:
-            with pytest.raises(UsageError, match="does not take a conversation"):
+            with pytest.raises(UsageError, match="does not accept the conversation"):
                 render(template, talk, special, answering=answering)
             continue
         found = render(template, talk, special, answering=answering)

@@ -140,7 +140,7 @@ def test_conversations_that_cannot_be_told_apart_are_refused(speaker: Program, t
         read_data(speaker, tmp_path / "x.jsonl", loss_on="user")
     tokenizer = Tokenizer(speaker)
     tokenizer.template = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(UsageError, match="does not write turns one after the other"):
+    with pytest.raises(UsageError, match="does not write turns in sequence"):
         tokenizer.turns(TALK)
     tokenizer = Tokenizer(speaker)
     tokenizer.template = "{{ raise_exception('roles must alternate') }}"

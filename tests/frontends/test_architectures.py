@@ -96,7 +96,7 @@ def test_shards_over_ranks(captured, ranks: int) -> None:
     case = zoo.CASES[name]
     heads = {b.sizes["heads"] for b in program.anatomy.attention if "heads" in b.sizes}
     if not heads:
-        with pytest.raises(graphopt.ir.errors.PassRefusedError, match="every rank computes it whole"):
+        with pytest.raises(graphopt.ir.errors.PassRefusedError, match="every rank computes all of it"):
             graphopt.optimize(program, f"shard-tensor-parallel{{size={ranks}}}")
         return
     if any(h % ranks for h in heads):

@@ -73,7 +73,7 @@ def _after(place: Callable[[bytes], int], count: int) -> Callable[[bytes], int]:
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda raw: b"", "ends within its first word"),
     "another file": (lambda raw: b"PK\3\4" + raw[4:], "does not begin with GGUF"),
-    "version 1": (_put("I", 1, 4), "version 1; versions 2 and 3 are read"),
+    "version 1": (_put("I", 1, 4), "version 1; versions 2 and 3 are supported"),
     "version 9": (_put("I", 9, 4), "version 9"),
     "big-endian": (lambda raw: raw[:4] + struct.pack(">I", 3) + raw[8:], "big-endian.*\n.*gguf-convert-endian"),
     "2^60 tensors": (_put("Q", 1 << 60, 8), "claims 1152921504606846976 tensors"),
@@ -85,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         _put("Q", 1 << 61, _after(_value("tokenizer.ggml.token_type"), 4)), "token_type.*claims"),
     "an array of 2^61 strings": (
         _put("Q", 1 << 61, _after(_value("tokenizer.ggml.tokens"), 4)), "claims 2305843009213693952 strings"),
-    "an array of arrays": (_put("I", 9, _value("tokenizer.ggml.tokens")), "array of the type 9"),
+    "an array of arrays": (_put("I", 9, _value("tokenizer.ggml.tokens")), "array of the unsupported type 9"),
     "an unknown value type": (
         lambda raw: _put("I", 77, _after(_value("general.architecture"), -4))(raw), "unknown type 77"),
     "no UTF-8": (lambda raw: raw.replace(b"blk.0.attn_norm", b"blk.0.att\xff_norm"), "is not UTF-8"),
@@ -118,13 +118,13 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a missing tensor": (
         lambda raw: raw.replace(b"blk.1.attn_norm", b"foo.1.attn_norm"), "no tensor blk.1.attn_norm.weight"),
     "an entry that nobody knows": (
-        lambda raw: raw.replace(b"llama.context_length", b"llama.logits_length_"), "llama.logits_length_ is not known"),
+        lambda raw: raw.replace(b"llama.context_length", b"llama.logits_length_"), "llama.logits_length_ is unknown"),
     "an entry of another type": (
         _put("I", 6, _after(_value("llama.block_count"), -4)), "block_count must be a whole number"),
     "a token outside": (_put("I", 288, _value("tokenizer.ggml.eos_token_id")), "eos_token_id must be a whole number"),
     "another vocabulary": (_put("I", 287, _value("llama.vocab_size")), "vocab_size is 287, and .* has 288 rows"),
     "a tokenizer nobody knows": (
-        lambda raw: raw.replace(b"smollm", b"smallm"), "cuts text in the way 'smallm'.*\n.*smollm"),
+        lambda raw: raw.replace(b"smollm", b"smallm"), "pre-tokenizer 'smallm' is not supported.*\n.*smollm"),
     "a merge of nothing": (lambda raw: raw.replace(b"hell o", b"hull o"), "its merge 'hull o'"),
     "factors of no rule": (
         lambda raw: raw.replace(numpy.float32(8).tobytes() * 2, numpy.float32([8, 3]).tobytes()), "follow no rule"),
@@ -235,7 +235,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         (lambda w, t: w.add_string("general.alignment", "x"), "alignment"),
         (lambda w, t: t.update({"blk.0.ffn_gate_inp.weight": numpy.zeros((2, 64), numpy.float32)}), "ffn_gate_inp"),
         (lambda w, t: t.pop("blk.1.ffn_up.bias"), "no tensor blk.1.ffn_up.bias"),
-        (lambda w, t: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "in the way 'longrope'"),
+        (lambda w, t: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "rotary positions, 'longrope', is not"),
     ],
 )  # fmt: skip
 def test_what_is_not_taken_is_refused(edit: Any, pattern: str, tmp_path: Path) -> None:

@@ -115,10 +115,10 @@ def _packed(tensors: dict[str, torch.Tensor]) -> None:
     [
         (_eight_bits, "stored in float8_e4m3fn"),
         (_packed, "stored in integers"),
-        (_scaled("weight_scale_inv"), "lies beside"),
-        (_scaled("weight_scale"), "lies beside"),
-        (_scaled("scales"), "lies beside"),
-        (_scaled("weight.absmax"), "lies beside"),
+        (_scaled("weight_scale_inv"), "is stored beside"),
+        (_scaled("weight_scale"), "is stored beside"),
+        (_scaled("scales"), "is stored beside"),
+        (_scaled("weight.absmax"), "is stored beside"),
     ],
 )
 def test_numbers_that_stand_for_others_are_refused(change: Any, reason: str, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""How programs leave: as modules, exported programs, ONNX files and Hugging Face folders."""
+"""Exports of programs: modules, exported programs, ONNX files and Hugging Face folders."""

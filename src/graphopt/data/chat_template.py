@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints: Jinja in a sandbox, with what transformers gives templates and nothing else."""
+"""Chat templates of checkpoints: Jinja in a sandbox, with the functions that transformers provides and nothing else."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ..ir.errors import CheckpointError, UsageError
 SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-"""What templates see of a tokenizer's configuration."""
+"""Entries of a tokenizer's configuration that templates can read."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def special_tokens(*tables: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of special tokens by name; earlier tables come first. Settings of the same ending are no tokens."""
-    found: dict[str, str] = {}
+    """Return the texts of special tokens by name; earlier tables take precedence, other settings are skipped."""
+    tokens: dict[str, str] = {}
     for name in SPECIAL_TOKENS:
         for table in tables:
             value = table.get(name)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
-                found.setdefault(name, text)
-    return found
+                tokens.setdefault(name, text)
+    return tokens
 
 
 @functools.lru_cache(maxsize=8)
 def compiled(template: str) -> Any:
-    """Return a template to be rendered.
+    """Return the compiled template.
 
     Raises:
-        CheckpointError: it is no template.
+        CheckpointError: it is not a valid template.
     """
     from jinja2 import TemplateError
 
@@ -52,12 +52,12 @@ def render(
 
     Args:
         template: of the checkpoint.
-        messages: with ``role`` and ``content``; entries that are None count as not there.
+        messages: with ``role`` and ``content``; entries that are None count as absent.
         special: tokens by name.
-        answering: end with what stands before the assistant's next turn.
+        answering: end with the prefix of the assistant's next turn.
 
     Raises:
-        UsageError: the template does not take this conversation.
+        UsageError: the template does not accept this conversation.
     """
     try:
         return str(
@@ -69,14 +69,16 @@ def render(
     except CheckpointError:
         raise
     except Exception as error:
-        raise UsageError(f"the checkpoint's chat template does not take a conversation: {error}") from error
+        raise UsageError(
+            f"the checkpoint's chat template does not accept the conversation: {error}"
+        ) from error
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is None, and give what a model thought under all of its names."""
-    given = {k: v for k, v in message.items() if v is not None}
-    thought = next((given[k] for k in _REASONING if k in given), None)
-    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
+    """Return a message without entries that are None, and with its reasoning text under all usual names."""
+    fields = {k: v for k, v in message.items() if v is not None}
+    thought = next((fields[k] for k in _REASONING if k in fields), None)
+    return fields if thought is None else {"thinking": thought, **fields, "reasoning_content": thought}
 
 
 def _environment() -> Any:
@@ -85,7 +87,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}``: a mark around what the assistant says, which writes what is in it."""
+        """``{% generation %}``: marks what the assistant says; its contents are written unchanged."""
 
         tags = {"generation"}  # noqa: RUF012  as the base class has it
 
@@ -107,7 +109,7 @@ def _environment() -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own escapes what HTML would take for its own
+        # Jinja's own filter escapes HTML characters
         return json.dumps(
             value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )

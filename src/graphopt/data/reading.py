@@ -1,4 +1,4 @@
-"""Data for calibration and judging: text through the checkpoint's own tokenizer, or arrays as they are."""
+"""Reading data for calibration and evaluation: text, encoded with the checkpoint's own tokenizer, or arrays."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ def read_data(
     shuffle: bool = True,
     loss_on: str = "all",
 ) -> tuple[list[Batch], str]:
-    """Return batches by input name, and one sample as text for the user to look at.
+    """Return batches by input name, and one sample as text to show to the user.
 
     Args:
-        program: whose inputs are made.
-        source: a .jsonl (``text`` or ``messages`` a line), .txt or .npz file, or batches themselves.
-        sequences: how many rows at most; None takes all there are.
-        length: tokens a row at most; no more than the program takes.
-        batch: rows a batch.
-        seed: of the choice where there are more.
-        shuffle: take texts in random order, else in the file's.
+        program: to make inputs for.
+        source: a .jsonl (``text`` or ``messages`` per line), .txt or .npz file, or batches themselves.
+        sequences: largest number of rows; None for all.
+        length: most tokens per row; no more than the program takes.
+        batch: rows per batch.
+        seed: of the random choice if there are more rows.
+        shuffle: take texts in random order, otherwise in the order of the file.
         loss_on: "assistant" adds ``loss_mask`` (batch, sequence), 1 at tokens that the assistant says in conversations.
 
     Raises:
-        UsageError: the file is of no known kind, or holds nothing usable, or no conversations where they are asked for.
+        UsageError: the file is of an unknown kind, or holds nothing usable, or has no conversations although they are
+            needed.
     """
     if not isinstance(source, (str, os.PathLike)):
         return [dict(b) for b in source], ""
@@ -76,19 +77,19 @@ def read_data(
     pad = padding_id(tokenizer)
     marked = loss_on == "assistant"
     batches = [_padded(program, rows[i : i + batch], pad, marked) for i in range(0, len(rows), batch)]
-    # judging needs data of its own
+    # evaluation needs data of its own
     if len(batches) == 1 and len(rows) > 1:
         half = len(rows) // 2
-        batches = [_padded(program, part, pad, marked) for part in (rows[:half], rows[half:])]
+        batches = [_padded(program, half_of_rows, pad, marked) for half_of_rows in (rows[:half], rows[half:])]
     return batches, tokenizer.decode(rows[0].ids)[:300]
 
 
-# as configurations call the number of positions that a model was made for
+# names of the number of positions in configurations
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
 def longest(program: Program) -> int | None:
-    """Return how many tokens a row may have: what the graph takes and the checkpoint says it was made for."""
+    """Return how many tokens a row may have, by the graph's limits and the checkpoint's number of positions."""
     size = program.signature.sizes.get("sequence")
     limits = [size.high] if size is not None and size.high is not None else []
     config = program.origin.config
@@ -102,14 +103,14 @@ def longest(program: Program) -> int | None:
 
 @dataclass
 class Row:
-    """Tokens, and of each whether the loss counts it (1) or not (0)."""
+    """Tokens, and for each whether the loss counts it (1) or not (0)."""
 
     ids: list[int]
     counted: list[int]
 
 
 def entries(path: Path) -> Iterator[tuple[int, str | list[dict[str, Any]]]]:
-    """Yield the texts and conversations of a file, with their lines' numbers.
+    """Yield the texts and conversations of a file, with their line numbers.
 
     Raises:
         UsageError: a line is neither.
@@ -140,7 +141,7 @@ def entries(path: Path) -> Iterator[tuple[int, str | list[dict[str, Any]]]]:
 
 
 def encoded(path: Path, tokenizer: Tokenizer, *, assistant: bool = False) -> Iterator[Row]:
-    """Yield the tokens of a file's texts and conversations; with ``assistant``, those that it says are counted alone."""
+    """Yield the tokens of a file's texts and conversations; with ``assistant``, the loss counts only the assistant's."""
     for number, entry in entries(path):
         if isinstance(entry, str):
             if assistant:
@@ -155,13 +156,13 @@ def encoded(path: Path, tokenizer: Tokenizer, *, assistant: bool = False) -> Ite
             text, spans = tokenizer.turns(entry) if assistant else (tokenizer.chat(entry), [])
         except UsageError as error:
             raise UsageError(f"{path}, line {number}: {error.message}", hint=error.hint) from error
-        ids, places = tokenizer.encode_chat(text)
-        said = [int(any(a < end and b > start and b > a for start, end in spans)) for a, b in places]
-        yield Row(ids, said if assistant else [1] * len(ids))
+        ids, offsets = tokenizer.encode_chat(text)
+        marked = [int(any(a < end and b > start and b > a for start, end in spans)) for a, b in offsets]
+        yield Row(ids, marked if assistant else [1] * len(ids))
 
 
 def _rows(program: Program, texts: list[Row], sequences: int | None, length: int) -> list[Row]:
-    """One text a row for encoders; for models that predict tokens, texts joined and cut."""
+    """Return rows of tokens: one text each for encoders; for models that predict tokens, texts joined and split."""
     rows: list[Row] = []
     if program.origin.padding != "causal":
         for text in texts[:sequences]:
@@ -179,18 +180,18 @@ def _rows(program: Program, texts: list[Row], sequences: int | None, length: int
             ids, counted = ids[length:], counted[length:]
         if sequences is not None and len(rows) >= sequences:
             return rows[:sequences]
-    # where no input hides padding, all rows are of one length
+    # if no input masks padding, all rows have one length
     if len(ids) > 1 and (not rows or "attention_mask" in program.signature.inputs):
         rows.append(Row(ids, counted))
     return rows
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the token that rows are filled up with: the tokenizer's own, or one that stands for no text, or 0."""
+    """Return the padding token: the tokenizer's own, or a special token, or 0."""
     for key in ("pad_token", "eos_token", "unk_token"):
-        found = tokenizer.fast.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
-        if found is not None:
-            return int(found)
+        token = tokenizer.fast.token_to_id(tokenizer.special[key]) if key in tokenizer.special else None
+        if token is not None:
+            return int(token)
     return 0
 
 
@@ -203,19 +204,19 @@ def _padded(program: Program, rows: list[Row], pad: int, marked: bool) -> Batch:
         ids[index, :size] = torch.tensor(row.ids)
         counted[index, :size] = torch.tensor(row.counted)
         mask[index, :size] = 1
-    made = {"input_ids": ids, "attention_mask": mask}
-    kept = {k: v for k, v in made.items() if k in program.signature.inputs}
-    if not kept:
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    accepted = {k: v for k, v in inputs.items() if k in program.signature.inputs}
+    if not accepted:
         raise UsageError("the program takes no input_ids, so text cannot be its data")
-    return {**kept, "loss_mask": counted} if marked else kept
+    return {**accepted, "loss_mask": counted} if marked else accepted
 
 
 def read_arrays(program: Program, path: Path) -> Batch:
     """Return the arrays of a .npz file in the types that the program takes.
 
     Raises:
-        UsageError: it cannot be read, holds other inputs, arrays of different numbers of rows, rows longer than the
-            positions of the model, or numbers that are no tokens of the program.
+        UsageError: it cannot be read, holds other inputs, arrays with different numbers of rows, rows longer than the
+            model's positions, or numbers that are not tokens of the program.
     """
     import numpy
 
@@ -232,7 +233,7 @@ def read_arrays(program: Program, path: Path) -> Batch:
         BadZipFile,
         zlib.error,
     ) as error:
-        # a file that is cut, is no archive of arrays, or holds text or objects
+        # a truncated file, one that is not an archive of arrays, or one with text or objects
         raise UsageError(f"{path} cannot be read as arrays: {error}") from None
     unknown = [name for name in tensors if name not in program.signature.inputs]
     if unknown:
@@ -246,8 +247,8 @@ def read_arrays(program: Program, path: Path) -> Batch:
         n: r for n, r in rows.items() if _rows_size(program, n) == _rows_size(program, next(iter(rows)))
     }
     if len(set(shared.values())) > 1:
-        told = ", ".join(f"{r} of {n}" for n, r in shared.items())
-        raise UsageError(f"{path} holds different numbers of rows: {told}")
+        listing = ", ".join(f"{r} of {n}" for n, r in shared.items())
+        raise UsageError(f"{path} holds different numbers of rows: {listing}")
     _require_positions(program, tensors, path)
     cast = {n: as_whole(t, program.signature.inputs[n].dtype, n, str(path)) for n, t in tensors.items()}
     require_ids(program, cast, str(path))
@@ -255,7 +256,7 @@ def read_arrays(program: Program, path: Path) -> Batch:
 
 
 def _require_positions(program: Program, tensors: Batch, path: Path) -> None:
-    """As for rows of text: beyond the positions that a model was made for it computes, but nothing that counts."""
+    """Check the lengths of rows, as for text: beyond its number of positions, a model's results mean nothing."""
     limit = longest(program)
     if limit is None:
         return

@@ -1,4 +1,4 @@
-"""Rows as they are, for one forward each: in the order of their file, none joined, cut or left out."""
+"""Reading rows unchanged, in the order of their file: none is joined, split or left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .token_ids import require_ids
 from .tokenizer import Tokenizer
 
 AT_ONCE = 8
-"""Rows that are run together where a program takes any number."""
+"""Rows per batch if a program takes any number."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Rows:
         """Return inputs for one forward each.
 
         Raises:
-            UsageError: the program takes a fixed number of rows, which does not divide those that there are.
+            UsageError: the program takes a fixed number of rows, which does not divide their number.
         """
         firsts = {
             spec.shape[0] if spec.shape else None
@@ -63,7 +63,7 @@ class Rows:
 
 
 def _by_row(program: Program, name: str) -> bool:
-    """Tell whether every output has the rows of an input as its first dimension."""
+    """Return whether the first dimension of every output is the batch."""
     rows = str(program.input_nodes[name].meta["val"].shape[0])
     shapes = [node.meta["val"].shape for node in program.outputs.values() if "val" in node.meta]
     return bool(shapes) and all(len(shape) and str(shape[0]) == rows for shape in shapes)
@@ -73,8 +73,8 @@ def read_rows(program: Program, source: str | os.PathLike[str]) -> Rows:
     """Return the rows of a .npz, .txt or .jsonl file.
 
     Raises:
-        UsageError: the file is missing or of another kind, a row is longer than the program takes, holds a token that it
-            does not know, or rows of different lengths meet a program that cannot tell what is filled up.
+        UsageError: the file is missing or of another kind, a row is longer than the program takes or has an unknown
+            token, or rows differ in length and the program takes no mask.
     """
     path = Path(source)
     if not path.is_file():
@@ -108,6 +108,6 @@ def read_rows(program: Program, source: str | os.PathLike[str]) -> Rows:
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     require_ids(program, {"input_ids": ids}, str(path))
-    made = {"input_ids": ids, "attention_mask": mask}
-    kept = {k: v for k, v in made.items() if k in program.signature.inputs}
-    return Rows(kept, len(rows), lengths, tokenizer.decode(rows[0])[:300])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    accepted = {k: v for k, v in batch.items() if k in program.signature.inputs}
+    return Rows(accepted, len(rows), lengths, tokenizer.decode(rows[0])[:300])

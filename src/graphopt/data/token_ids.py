@@ -1,4 +1,4 @@
-"""Numbers of tokens are whole, and within the vocabulary that reads them."""
+"""Checks that token ids are integers within the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ir.schema import is_operator
 
 
 def known_ids(program: Program, name: str) -> int | None:
-    """Return how many numbers an input may hold: the rows of the tables that it is looked up in; None if in none."""
+    """Return how many ids an input may have, by the rows of the tables that it indexes; None if it indexes none."""
     rows = [
         int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
         for user in program.input_nodes[name].users
@@ -22,7 +22,7 @@ def known_ids(program: Program, name: str) -> int | None:
 
 
 def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str, first: int = 0) -> None:
-    """Check that what is looked up in tables stands in them.
+    """Check that indices into tables are within them.
 
     Args:
         program: that reads them.
@@ -31,21 +31,21 @@ def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str,
         first: number of the first row.
 
     Raises:
-        UsageError: a number lies outside; its row and value are named.
+        UsageError: an index is out of range; the message names its row and value.
     """
     for name, value in batch.items():
         if name not in program.input_nodes or value.is_floating_point() or not value.numel():
             continue
-        known = known_ids(program, name)
-        if known is None:
+        count = known_ids(program, name)
+        if count is None:
             continue
-        wrong = (value < 0) | (value >= known)
+        wrong = (value < 0) | (value >= count)
         if bool(wrong.any()):
-            place = wrong.nonzero()[0].tolist()
-            found = int(value[tuple(place)])
-            row = f", row {first + place[0]}" if place else ""
+            index = wrong.nonzero()[0].tolist()
+            token = int(value[tuple(index)])
+            row = f", row {first + index[0]}" if index else ""
             raise UsageError(
-                f"{where}{row}: {name} is {found}, the program knows 0 to {known - 1}",
+                f"{where}{row}: {name} is {token}, the program knows 0 to {count - 1}",
                 hint="encode text with the checkpoint's own tokenizer",
             )
 
@@ -54,7 +54,7 @@ def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> 
     """Return an array in the type that an input takes.
 
     Raises:
-        UsageError: the input takes whole numbers, and one of these is none.
+        UsageError: the input takes integers, and a value is not one.
     """
     if value.is_complex() and not dtype.is_complex:
         raise UsageError(f"{where}: {name} is complex, the program takes {dtype}")
@@ -65,9 +65,9 @@ def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> 
     wrong = value != value.round()
     wrong |= ~value.isfinite()
     if bool(wrong.any()):
-        place = wrong.nonzero()[0].tolist()
-        row = f", row {place[0]}" if place else ""
+        index = wrong.nonzero()[0].tolist()
+        row = f", row {index[0]}" if index else ""
         raise UsageError(
-            f"{where}{row}: {name} is {float(value[tuple(place)]):g}, the program takes whole numbers"
+            f"{where}{row}: {name} is {float(value[tuple(index)]):g}, the program takes whole numbers"
         )
     return value.to(dtype)

@@ -1,4 +1,4 @@
-"""The tokenizer that came with a checkpoint, and conversations in its form."""
+"""The tokenizer of a checkpoint, and conversations in its chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .chat_template import render, special_tokens
 
 
 class Tokenizer:
-    """The tokenizer that came with a checkpoint, without any of its library's code paths."""
+    """The tokenizer of a checkpoint, loaded without transformers."""
 
     def __init__(self, program: Program):
         data = program.origin.assets.get("tokenizer.json")
@@ -37,13 +37,13 @@ class Tokenizer:
         self.special = special_tokens(self.config, _table(program, "special_tokens_map.json"))
         template = program.origin.assets.get("chat_template.jinja")
         try:
-            given = template.decode() if template else self.config.get("chat_template")
+            chat_template = template.decode() if template else self.config.get("chat_template")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"chat_template.jinja is no text: {error}") from error
-        self.template = _one_of(given)
+        self.template = _default_template(chat_template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the tokens of a text, with those that the tokenizer puts around it unless ``special`` is false."""
+        """Return the tokens of a text, with the special tokens around it unless ``special`` is false."""
         return list(self.fast.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -51,14 +51,14 @@ class Tokenizer:
         return str(self.fast.decode(list(ids)))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answering: bool = False) -> str:
-        """Return a conversation in the checkpoint's own form; the template runs in a sandbox.
+        """Return a conversation in the checkpoint's own format; the template runs in a sandbox.
 
         Args:
             messages: with ``role`` and ``content``.
-            answering: end with what stands before the assistant's next turn.
+            answering: end with the prefix of the assistant's next turn.
 
         Raises:
-            UsageError: the template does not take this conversation.
+            UsageError: the template does not accept this conversation.
         """
         if not self.template:
             lines = [f"{m.get('role', '')}: {m.get('content', '')}" for m in messages]
@@ -66,55 +66,55 @@ class Tokenizer:
         return render(self.template, messages, self.special, answering=answering)
 
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the tokens of what :meth:`chat` made, and the characters of each; templates write special ones."""
-        found = self.fast.encode(text, add_special_tokens=not self.template)
-        return list(found.ids), [(int(a), int(b)) for a, b in found.offsets]
+        """Return the tokens of a text from :meth:`chat`, and their character ranges; templates write special tokens."""
+        encoding = self.fast.encode(text, add_special_tokens=not self.template)
+        return list(encoding.ids), [(int(a), int(b)) for a, b in encoding.offsets]
 
     def turns(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """Return a conversation as text, and which characters of it the assistant says, the end of its turn included.
+        """Return a conversation as text, and the character ranges that the assistant says, including the end of its turns.
 
         Raises:
-            UsageError: the assistant says nothing, or the template writes earlier turns otherwise once later ones follow.
+            UsageError: the assistant says nothing, or the template changes earlier turns when later ones follow.
         """
-        whole = self.chat(messages)
+        conversation = self.chat(messages)
         spans = []
         for number, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
             before = self.chat(messages[:number], answering=True)
             after = self.chat(messages[: number + 1])
-            if not (after.startswith(before) and whole.startswith(after)):
+            if not (after.startswith(before) and conversation.startswith(after)):
                 raise UsageError(
-                    "the checkpoint's chat template does not write turns one after the other, so nobody can tell "
+                    "the checkpoint's chat template does not write turns in sequence, so it is unknown "
                     "what the assistant says",
                     hint="train on all tokens",
                 )
             spans.append((len(before), len(after)))
         if not spans:
             raise UsageError("the assistant says nothing in a conversation")
-        return whole, spans
+        return conversation, spans
 
 
 def _table(program: Program, name: str) -> dict[str, Any]:
-    """Return a JSON file of the checkpoint, which must hold a table; an empty one where it is not there."""
+    """Return a JSON object from a file of the checkpoint; an empty one if the file does not exist."""
     try:
-        found = json.loads(program.origin.assets.get(name, b"{}"))
+        table = json.loads(program.origin.assets.get(name, b"{}"))
     except ValueError as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise CheckpointError(f"{name} holds no table")
-    return found
+    return table
 
 
-def _one_of(given: Any) -> str | None:
-    """Return the template that counts, of one or of several by name."""
-    if isinstance(given, list):
-        named = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
-        if named and "default" not in named:
+def _default_template(templates: Any) -> str | None:
+    """Return the default template, given one or several by name."""
+    if isinstance(templates, list):
+        by_name = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+        if by_name and "default" not in by_name:
             raise CheckpointError(
-                f"the checkpoint has the chat templates {', '.join(map(str, named))}, and none is the default"
+                f"the checkpoint has the chat templates {', '.join(map(str, by_name))}, and none is the default"
             )
-        given = named.get("default")
-    if given is not None and not isinstance(given, str):
+        templates = by_name.get("default")
+    if templates is not None and not isinstance(templates, str):
         raise CheckpointError("the checkpoint's chat template is no text")
-    return given
+    return templates

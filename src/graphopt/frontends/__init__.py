@@ -1,1 +1,1 @@
-"""How models come in: modules with examples, Hugging Face checkpoints, saved programs, exported programs."""
+"""Capture of models: modules with examples, Hugging Face checkpoints, saved programs, exported programs."""

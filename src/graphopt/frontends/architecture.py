@@ -1,4 +1,4 @@
-"""A transformers model from its configuration alone: parameters without memory, buffers with values."""
+"""Building a transformers model from its configuration alone: parameters without memory, buffers with values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ir.weights import TensorSource
 
 
 def require_transformers() -> Any:
-    """Return the library, or say how to get it."""
+    """Return the library, or raise an error that says how to install it."""
     try:
         import transformers
     except ImportError:
@@ -54,10 +54,10 @@ def load_config(folder: Path, raw: dict[str, Any]) -> Any:
 
 
 def config_from(raw: dict[str, Any], where: Path) -> Any:
-    """Return the configuration object of plain data made from the file ``where``.
+    """Return the configuration object for the plain data of the file ``where``.
 
     Raises:
-        CheckpointError: the library does not take it.
+        CheckpointError: the library does not accept it.
     """
     transformers = require_transformers()
     try:
@@ -74,9 +74,9 @@ def model_class(config: Any) -> Any:
     """
     transformers = require_transformers()
     for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        candidate = getattr(transformers, str(name), None)
+        if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
+            return candidate
         raise CheckpointError(
             f"the architecture {name!r} is not one of transformers' own",
             hint="remote code is never run; use a checkpoint of a built-in architecture",
@@ -88,11 +88,11 @@ def model_class(config: Any) -> Any:
 
 
 def filled(config: Any, tensors: Mapping[str, TensorSource], dtype: torch.dtype) -> Any:
-    """Return the library's model of a configuration with the values of tensors, read one at a time.
+    """Return the library's model of a configuration with the values of tensors, which are read one at a time.
 
     Args:
         config: of transformers; not changed.
-        tensors: under the names of the model's own state.
+        tensors: by the names of the model's state dict.
         dtype: of the parameters.
     """
     import copy
@@ -110,7 +110,7 @@ def filled(config: Any, tensors: Mapping[str, TensorSource], dtype: torch.dtype)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Give tensors made by ``torch.empty`` no memory: they are parameters, waiting for values."""
+    """Put tensors made by ``torch.empty`` on the meta device: they are parameters that wait for values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -121,14 +121,16 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Give parameters no memory as they are made and registered; buffers keep their values."""
+    """Put parameters on the meta device as they are created and registered; buffers keep their values."""
     register = nn.Module.register_parameter
 
     def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
-        held = self._parameters.get(name)
-        if held is not None and not held.is_meta:
-            self._parameters[name] = type(held)(held.detach().to("meta"), requires_grad=held.requires_grad)
+        registered = self._parameters.get(name)
+        if registered is not None and not registered.is_meta:
+            self._parameters[name] = type(registered)(
+                registered.detach().to("meta"), requires_grad=registered.requires_grad
+            )
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
     try:
@@ -165,7 +167,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
             except TypeError:
                 options.pop("experts_implementation", None)
                 model = cls._from_config(plain, **options)
-        # tying sits in the initialisation that was skipped
+        # tying is part of the initialisation that was skipped
         model.tie_weights()
     except Exception as error:
         raise CaptureError(
@@ -174,9 +176,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
     _keep_wide(model, dtype)
     unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if unmade:
-        raise CaptureError(
-            f"{cls.__name__} makes its buffer {unmade[0]} in a way that needs values of its weights"
-        )
+        raise CaptureError(f"{cls.__name__} computes its buffer {unmade[0]} from values of its weights")
     return model.eval()
 
 
@@ -199,7 +199,7 @@ def _has_experts(config: Any) -> bool:
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:
-    """Some architectures keep named parameters in float32 whatever the type asked for."""
+    """Keep named parameters in float32 for architectures that do so whatever the requested type."""
     import re
 
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}

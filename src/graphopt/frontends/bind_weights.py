@@ -19,7 +19,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
     """Make every weight a tensor of the checkpoint, or operators on several of them.
 
     Raises:
-        CheckpointError: a weight is missing, or has another shape than the architecture's.
+        CheckpointError: a weight is missing, or its shape differs from the architecture's.
     """
     keys = dict(mapped.plain.items())
     for node in program.weight_nodes:
@@ -28,7 +28,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
         if key is not None:
             _plain(program, node, weight, key, files.tensors[key])
     for recipe in mapped.made:
-        _made(program, recipe, files)
+        _insert_conversion(program, recipe, files)
     for node in program.weight_nodes:
         weight = program.weights[node.name]
         if isinstance(weight.source, Absent) and node.users:
@@ -53,18 +53,18 @@ def _plain(program: Program, node: fx.Node, weight: Weight, key: str, source: Fi
 
 
 def _cast(program: Program, node: fx.Node, stored: torch.dtype) -> None:
-    """The checkpoint keeps the tensor in another type than the model runs in."""
-    wanted = node.meta["val"].dtype
+    """Cast a weight if the checkpoint stores it in another type than the model runs in."""
+    dtype = node.meta["val"].dtype
     users = list(node.users)
     node.meta["val"] = program.fake(node.meta["val"].shape, stored)
     with program.edit.after(node):
-        cast = program.edit.call(torch.ops.aten.to.dtype, node, wanted)
+        cast = program.edit.call(torch.ops.aten.to.dtype, node, dtype)
     for user in users:
         user.replace_input_with(node, cast)
 
 
-def _made(program: Program, recipe: Recipe, files: CheckpointFiles) -> None:
-    """Insert the operators that make weights from several tensors."""
+def _insert_conversion(program: Program, recipe: Recipe, files: CheckpointFiles) -> None:
+    """Insert the operators that compute weights from several tensors."""
     by_name = {name: node for node in program.weight_nodes for name in program.weights[node.name].all_names}
     targets = [by_name.get(name) for name in recipe.targets]
     if not any(target is not None and target.users for target in targets):

@@ -19,7 +19,7 @@ _ASSETS = 64 << 20
 
 
 class FileTensor(TensorSource, Protocol):
-    """A tensor of a file, under the name it has there."""
+    """A tensor of a file, by its name in the file."""
 
     @property
     def path(self) -> Path:
@@ -36,8 +36,8 @@ class FileTensor(TensorSource, Protocol):
 class CheckpointFiles:
     """A checkpoint with its configuration, tensors by name, and the small files beside them.
 
-    ``folder`` is a file where a single one holds everything; ``given`` are then the small files made from it, and
-    ``note`` says what is worth knowing of how it was read.
+    ``folder`` is the path of a file if a single one holds everything; ``given`` are then the small files derived from it,
+    and ``note`` describes how it was read.
     """
 
     folder: Path
@@ -55,18 +55,18 @@ class CheckpointFiles:
         """Return the small files that belong to the checkpoint: tokenizer, cards, pooling."""
         if self.given is not None:
             return dict(self.given)
-        found: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         total = 0
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if is_asset(name) and path.is_file() and len(path.relative_to(self.folder).parts) <= 2:
-                # what is read here is written out again, perhaps for others to see
+                # these files are written out again, perhaps for others to see
                 contained(self.folder, name, self.folder)
                 size = path.stat().st_size
                 if total + size <= _ASSETS:
-                    found[name] = path.read_bytes()
+                    contents[name] = path.read_bytes()
                     total += size
-        return found
+        return contents
 
 
 def read_json(path: Path) -> Any:
@@ -119,9 +119,9 @@ def read_folder(folder: Path) -> CheckpointFiles:
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, SafetensorsEntry]:
-    """Return the tensors of the files that an index lists; a tensor in two files is the one the index says."""
-    listed = read_json(index)
-    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+    """Return the tensors of the files that an index lists; the index decides if a tensor is in two files."""
+    index_table = read_json(index)
+    weight_map = index_table.get("weight_map") if isinstance(index_table, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map")
     headers = {name: read_header(inside(folder, name, index)) for name in sorted(set(weight_map.values()))}

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint make which weight of a model: the library's own conversion, followed.
+"""The weight mapping: which tensors of a checkpoint make which weight of a model, traced from the library's conversion.
 
-The only place that reads transformers' conversion tables. Operations that join or split tensors are traced
-on fake tensors, so that whatever the library does to a weight while loading becomes operators of the graph.
+The only module that reads transformers' conversion tables. Operations that join or split tensors are traced on fake
+tensors, so that whatever the library does to a weight while loading becomes operators of the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..ir.weights import TensorSource
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are made: a graph over tensors of the checkpoint, with a result per weight."""
+    """A conversion of weights: a graph over tensors of the checkpoint, with a result per weight."""
 
     graph: fx.Graph
     sources: tuple[str, ...]
@@ -31,7 +31,7 @@ class Recipe:
 
 @dataclass
 class Mapped:
-    """Weights that are tensors of the checkpoint as they are, weights that are made, tensors left over."""
+    """Weights that are tensors of the checkpoint as they are, weights that are computed, and unused tensors."""
 
     plain: dict[str, str] = field(default_factory=dict)
     made: list[Recipe] = field(default_factory=list)
@@ -39,11 +39,11 @@ class Mapped:
 
 
 def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorMode) -> Mapped:
-    """Return where each weight of a transformers model comes from in a checkpoint.
+    """Return the weight mapping of a transformers model from a checkpoint.
 
     Args:
         model: built without values.
-        tensors: the checkpoint's, by name.
+        tensors: of the checkpoint, by name.
         mode: for tracing conversions.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A captured program against the model it came from."""
+"""Comparison of a captured program with the model it came from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counted_error(result: Any, reference: torch.Tensor, where: torch.Tensor | No
         return float("inf")
     if where is not None and result.dim() >= 2 and result.shape[:2] == where.shape:
         result, reference = result[where.bool()], reference[where.bool()]
-    # where the terms of an output cancel, what is left is rounding
+    # where the terms of an output cancel, only rounding remains
     return relative_error(result, reference, at_least=1e-3)
 
 
@@ -39,12 +39,12 @@ def compare_outputs(
     """Run both on the same inputs and return the largest relative error over outputs."""
     with torch.no_grad():
         expected = model(**inputs)
-    _, wanted = describe(expected, lambda v: isinstance(v, torch.Tensor))
-    _, found = describe(program(**inputs), lambda v: isinstance(v, torch.Tensor))
-    shared = [name for name in wanted if name in found]
-    if set(found) - set(wanted) or not shared:
-        raise CaptureError(f"the program returns {sorted(found)}, the model returns {sorted(wanted)}")
-    return max(counted_error(found[name], wanted[name], where) for name in shared)
+    _, reference = describe(expected, lambda v: isinstance(v, torch.Tensor))
+    _, results = describe(program(**inputs), lambda v: isinstance(v, torch.Tensor))
+    shared = [name for name in reference if name in results]
+    if set(results) - set(reference) or not shared:
+        raise CaptureError(f"the program returns {sorted(results)}, the model returns {sorted(reference)}")
+    return max(counted_error(results[name], reference[name], where) for name in shared)
 
 
 def tolerance_of(program: Program) -> float:
@@ -56,10 +56,10 @@ def tolerance_of(program: Program) -> float:
 def require_equal(
     program: Program, model: nn.Module, cases: Iterable[tuple[str, dict[str, Any], Any]]
 ) -> dict[str, float]:
-    """Compare on several inputs; each case is (what it is, inputs, positions that count or None).
+    """Compare on several inputs; each case is (label, inputs, positions that count or None).
 
     Raises:
-        CaptureError: one of them differs by more than rounding.
+        CaptureError: an output differs by more than rounding.
     """
     limit = tolerance_of(program)
     errors: dict[str, float] = {}
@@ -68,8 +68,8 @@ def require_equal(
             errors[label] = compare_outputs(program, model, inputs, where)
         except UsageError as error:
             raise CaptureError(
-                f"the captured graph does not take {label}: {error.message}",
-                hint="it was captured at other sizes, where the model decides otherwise; give a larger example",
+                f"the captured graph does not accept {label}: {error.message}",
+                hint="it was captured at other sizes, at which the model behaves differently; give a larger example",
             ) from error
         except GraphoptError:
             raise
@@ -88,8 +88,8 @@ def require_equal(
 
 
 def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any] | None:
-    """Return the example cut or repeated to other values of the named sizes, or None if it cannot be."""
-    wanted = {name: sizes.get(name, limits.hint) for name, limits in program.signature.sizes.items()}
+    """Return the example sliced or repeated to other values of the named sizes, or None if that is impossible."""
+    targets = {name: sizes.get(name, limits.hint) for name, limits in program.signature.sizes.items()}
     flat: dict[int, torch.Tensor] = {}
     structures = describe(inputs, lambda v: isinstance(v, torch.Tensor), "")[1]
     for name, tensor in structures.items():
@@ -100,12 +100,12 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
         for dim, size in enumerate(spec.shape):
             if isinstance(size, int):
                 continue
-            if size not in wanted:
+            if size not in targets:
                 return None
-            times = -(-wanted[size] // value.shape[dim])
+            times = -(-targets[size] // value.shape[dim])
             repeats = [1] * value.dim()
             repeats[dim] = times
-            value = value.repeat(*repeats).narrow(dim, 0, wanted[size])
+            value = value.repeat(*repeats).narrow(dim, 0, targets[size])
         flat[id(tensor)] = value.clone()
     resized_inputs: dict[str, Any] = tree_map(
         lambda v: flat.get(id(v), v) if isinstance(v, torch.Tensor) else v, inputs

@@ -1,4 +1,4 @@
-"""A captured checkpoint against the model itself: sizes, batch of one, padding on both sides, packing."""
+"""Comparison of a captured checkpoint with the model: sizes, a batch of one, padding on both sides, packing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .size_trials import numbers_in, settle_limits, trial
 
 
 class OwnPositions(CaptureError):
-    """The model counts positions in a way that no rule here has: it must be left to do so."""
+    """The model computes positions by a rule that is not known here, and must do so itself."""
 
 
 def compare_with_checkpoint(
@@ -36,7 +36,7 @@ def compare_with_checkpoint(
     dtype: torch.dtype,
     small: Callable[[Program], None],
 ) -> None:
-    """Load the model with its own library and compare it with the program.
+    """Load the model with its own library and compare the program with it.
 
     A checkpoint that would take more than a quarter of the free memory is not loaded: ``small`` compares its
     architecture with one layer of each kind.
@@ -60,7 +60,7 @@ def compare_with_checkpoint(
 
 @contextlib.contextmanager
 def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterator[None]:
-    """Let the program read the values that the model holds already where both come from one source; free them after."""
+    """Let the program read values that the model has already loaded from the same source, and free them afterwards."""
     before = dict(program.weights)
     if not files.folder.is_dir():
         state = model.state_dict()
@@ -77,10 +77,10 @@ def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterat
 
 
 def compare_with_model(program: Program, model: Any) -> dict[str, float]:
-    """Compare a program with a transformers model on inputs like those users give; returns errors by case.
+    """Compare a program with a transformers model on typical inputs; return the errors by case.
 
     Raises:
-        OwnPositions: see there.
+        OwnPositions: the model computes positions by a rule that is not known here.
         CaptureError: they differ by more than rounding explains.
     """
     model.config.use_cache = False
@@ -90,22 +90,22 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     }
     if not set(program.signature.inputs) <= set(example):
         raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - set(example))}")
-    given = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}
+    counted = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}
     if "position_ids" in example:
-        _require_counting(model, example, given, tolerance_of(program))
-    settle_limits(program, trial(program, model, given), numbers_in(model.config.to_dict()))
+        _require_counting(model, example, counted, tolerance_of(program))
+    settle_limits(program, trial(program, model, counted), numbers_in(model.config.to_dict()))
     cases: list[tuple[str, dict[str, Any], Any]] = [("the captured size", example, None)]
     sizes = program.signature.sizes
     if "batch" in sizes and program.signature.takes({"batch": 1}):
-        cases.append(("a batch of one", {k: v[:1] for k, v in given.items()}, None))
+        cases.append(("a batch of one", {k: v[:1] for k, v in counted.items()}, None))
     if "sequence" in sizes:
         length = program.signature.nearest({"sequence": 9})["sequence"]
-        cut = {k: v[:, :length] if v.dim() == 2 else v for k, v in given.items()}
-        cases.append(("another length", cut, None))
-        bare = {k: v for k, v in given.items() if k != "attention_mask"}
+        shortened = {k: v[:, :length] if v.dim() == 2 else v for k, v in counted.items()}
+        cases.append(("another length", shortened, None))
+        bare = {k: v for k, v in counted.items() if k != "attention_mask"}
         cases.append(("no mask", bare, None))
     if "attention_mask" in example and "sequence" in sizes:
-        cases.extend(_padded(given))
+        cases.extend(_padded(counted))
         _choose_positions(program, model, cases)
     errors = require_equal(program, model, cases)
     if "position_ids" in example:
@@ -113,34 +113,38 @@ def compare_with_model(program: Program, model: Any) -> dict[str, float]:
     return errors
 
 
-def _require_counting(model: Any, example: dict[str, Any], given: dict[str, Any], limit: float) -> None:
-    """Without a mask's help, positions left out must be those counted from 0; RoBERTa counts from behind its padding.
+def _require_counting(model: Any, example: dict[str, Any], counted: dict[str, Any], limit: float) -> None:
+    """Check that, without a mask, omitted positions count from 0; RoBERTa counts from after its padding index.
 
     Raises:
-        OwnPositions: they are others.
+        OwnPositions: they do not.
     """
     with torch.no_grad():
-        told, own = (describe(model(**i), lambda v: isinstance(v, torch.Tensor))[1] for i in (example, given))
-    if not all(relative_error(own[name], told[name]) <= limit for name in told if name in own):
+        explicit, implicit = (
+            describe(model(**i), lambda v: isinstance(v, torch.Tensor))[1] for i in (example, counted)
+        )
+    if not all(
+        relative_error(implicit[name], explicit[name]) <= limit for name in explicit if name in implicit
+    ):
         raise OwnPositions(
-            "positions that are left out are not counted from 0", hint="give an example without position_ids"
+            "positions that are left out do not count from 0", hint="give an example without position_ids"
         )
 
 
-def _padded(given: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:
-    length = given["attention_mask"].shape[1]
-    left, right = given["attention_mask"].clone(), given["attention_mask"].clone()
-    left[0, : length // 3] = 0
-    right[0, -(length // 3) :] = 0
-    right[-1, -1:] = 0
+def _padded(example: dict[str, Any]) -> list[tuple[str, dict[str, Any], Any]]:
+    length = example["attention_mask"].shape[1]
+    left_mask, right_mask = example["attention_mask"].clone(), example["attention_mask"].clone()
+    left_mask[0, : length // 3] = 0
+    right_mask[0, -(length // 3) :] = 0
+    right_mask[-1, -1:] = 0
     return [
-        ("right-padded inputs", {**given, "attention_mask": right}, right),
-        ("left-padded inputs", {**given, "attention_mask": left}, left),
+        ("right-padded inputs", {**example, "attention_mask": right_mask}, right_mask),
+        ("left-padded inputs", {**example, "attention_mask": left_mask}, left_mask),
     ]
 
 
 def _choose_positions(program: Program, model: Any, cases: list[tuple[str, dict[str, Any], Any]]) -> None:
-    """Find how the model makes positions when none are given: counted, or counted over the mask."""
+    """Find out how the model computes omitted positions: by counting, or by counting over the mask."""
     spec = program.signature.inputs.get("position_ids")
     if spec is None or spec.fill is None:
         return
@@ -154,7 +158,7 @@ def _choose_positions(program: Program, model: Any, cases: list[tuple[str, dict[
 
 
 def _packed(program: Program, model: Any, example: dict[str, torch.Tensor]) -> None:
-    """With a mask, restarted positions must agree; without one the program refuses them when called."""
+    """Check restarted positions with a mask; without one, the program rejects them when called."""
     positions = example["position_ids"].clone()
     half = positions.shape[1] // 2
     positions[:, half:] -= half

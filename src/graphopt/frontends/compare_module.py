@@ -1,4 +1,4 @@
-"""A program beside the module that it was captured from."""
+"""Comparison of a program with the module that it was captured from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .size_trials import numbers_in, settle_limits, trial
 def compare_with_model(
     program: Program, model: nn.Module, given: dict[str, Any], example: dict[str, Any]
 ) -> None:
-    """Settle which sizes the program takes, then compare at the user's size, at the captured size and at another one."""
+    """Determine which sizes the program accepts, then compare at the user's size, the captured size and another one."""
     config = getattr(model, "config", None)
     settle_limits(program, trial(program, model, example), numbers_in(getattr(config, "__dict__", {})))
     cases: list[tuple[str, dict[str, Any], Any]] = [
@@ -26,13 +26,13 @@ def compare_with_model(
     other = resized(
         program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
     )
-    if other is not None and sizes and _taken(model, other):
+    if other is not None and sizes and _model_accepts(model, other):
         cases.append(("another size", other, None))
     require_equal(program, model, cases)
 
 
-def _taken(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Tell whether the model itself runs at a size; one that it refuses says nothing about the program."""
+def _model_accepts(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
     try:
         with torch.no_grad():
             model(**inputs)

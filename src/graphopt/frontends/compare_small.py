@@ -1,6 +1,6 @@
-"""Checkpoints too large to run: the same architecture with one layer of each kind is compared instead.
+"""Comparison for checkpoints too large to run: a model of the same architecture with one layer of each kind.
 
-Random weights show nothing of what depends on stored values; ``stored_values`` lists that and reads it from the files.
+Random weights do not reveal what depends on stored values; ``stored_values`` lists that and reads it from the files.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _KINDS = ("layer_types", "mlp_layer_types")
 
 
 def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: CaptureConfiguration) -> None:
-    """Compare a few layers with random weights, and require every layer of the program to be one of them.
+    """Compare a small model with random weights, and require every layer of the program to be like one of its layers.
 
     Args:
         program: the whole model.
         config: its configuration.
         dtype: of its parameters.
-        capture: captures a configuration in the same way.
+        capture: function that captures a configuration in the same way.
 
     Raises:
-        CaptureError: the small model differs, or a layer of the program is like none of it.
+        CaptureError: the small model differs, or a layer of the program is like none of its layers.
     """
     small = fewer_layers(config)
     with warnings.catch_warnings():
@@ -51,22 +51,22 @@ def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: Ca
         if isinstance(weight.source, Absent):
             tensor = next(state[n] for n in weight.all_names if n in state)
             captured.weights[name] = replace(weight, source=InMemory(tensor))
-    tried = set(captured.signature.constraints)
+    constraints = set(captured.signature.constraints)
     compare_with_model(captured, model)
-    take_limits(program.signature, captured.signature, tried)
+    take_limits(program.signature, captured.signature, constraints)
     for name, spec in captured.signature.inputs.items():
         if name in program.signature.inputs:
-            # how the model fills in positions was found by comparing
+            # how the model fills in positions was found by comparison
             program.signature.inputs[name] = replace(program.signature.inputs[name], fill=spec.fill)
-    known = {layer_key(captured, layer) for layer in captured.anatomy.layers}
+    layer_kinds = {layer_key(captured, layer) for layer in captured.anatomy.layers}
     for layer in program.anatomy.layers:
-        if layer_key(program, layer) not in known:
+        if layer_key(program, layer) not in layer_kinds:
             raise CaptureError(
                 f"{layer.name} is like no layer of the small model it was compared with",
                 source=program.source_line(layer.writes),
                 hint="this architecture varies by layer in a way the comparison does not cover",
             )
-    note_capture(program, compared=f"{len(known)} kinds of layers, with random weights")
+    note_capture(program, compared=f"{len(layer_kinds)} kinds of layers, with random weights")
 
 
 def fewer_layers(config: Any) -> Any:
@@ -84,20 +84,20 @@ def fewer_layers(config: Any) -> Any:
             needed.append(index)
     first_sparse = getattr(text, "first_k_dense_replace", None)
     if isinstance(first_sparse, int) and first_sparse < count:
-        # dense layers come first; the rest are mixtures
+        # dense layers come first; the others are MoE layers
         needed = [0, *([first_sparse] if first_sparse else [])]
         text.first_k_dense_replace = min(first_sparse, 1)
         needed = needed if len(needed) > 1 or not first_sparse else [0, first_sparse]
     text.num_hidden_layers = len(needed)
     for name in _KINDS:
-        listed = getattr(text, name, None)
-        if isinstance(listed, (list, tuple)):
-            setattr(text, name, [listed[i] for i in needed])
+        entries = getattr(text, name, None)
+        if isinstance(entries, (list, tuple)):
+            setattr(text, name, [entries[i] for i in needed])
     return small
 
 
 def layer_key(program: Program, layer: Layer) -> Any:
-    """Return what makes two layers the same computation on other weights."""
+    """Return a key that layers share if they are the same computation on other weights."""
     order: dict[Any, int] = program.derived(
         "order", lambda: {n: i for i, n in enumerate(program.graph.nodes)}
     )

@@ -1,4 +1,4 @@
-"""From ``torch.export``: an ExportedProgram in memory, or a ``.pt2`` file that the caller trusts."""
+"""Capture from ``torch.export``: an ExportedProgram in memory, or a ``.pt2`` file that the caller trusts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .size_limits import settle_by_guards
 
 
 def capture_exported(exported: ExportedProgram) -> Program:
-    """Return a Program of an exported one; its inputs are named as its placeholders are.
+    """Return a program from an exported one; its inputs have the names of the placeholders.
 
     Raises:
-        CaptureError: it writes to its state, or holds objects that are not tensors.
+        CaptureError: it writes to its state, or takes objects that are not tensors.
     """
     tensors = [*exported.state_dict.values(), *exported.constants.values()]
-    own = copy.deepcopy(exported, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
+    copied = copy.deepcopy(exported, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
     inputs = {}
-    nodes = list(own.graph.find_nodes(op="placeholder"))
-    for node, spec in zip(nodes, own.graph_signature.input_specs, strict=True):
+    nodes = list(copied.graph.find_nodes(op="placeholder"))
+    for node, spec in zip(nodes, copied.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument):
             inputs[node.name] = node.meta["val"]
-    program = lift(own, inputs)
+    program = lift(copied, inputs)
     settle_by_guards(program)
     canonicalise(program)
     program.origin.kind = "exported"
@@ -39,10 +39,10 @@ def capture_exported(exported: ExportedProgram) -> Program:
 
 
 def capture_pt2(path: str | os.PathLike[str], *, trust: bool) -> Program:
-    """Return a Program of a ``.pt2`` file.
+    """Return a program from a ``.pt2`` file.
 
     Raises:
-        CheckpointError: the caller does not vouch for it, or it cannot be read.
+        CheckpointError: the caller does not trust it, or it cannot be read.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist")

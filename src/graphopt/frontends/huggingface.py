@@ -1,4 +1,4 @@
-"""From a Hugging Face folder, an id in the local cache or a GGUF file to a Program whose weights stay on disk."""
+"""Capture of a Hugging Face folder, an id in the local cache or a GGUF file as a program whose weights stay on disk."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class _Built:
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """Return where a checkpoint is: a folder or GGUF file as given, or an id in the local Hugging Face cache.
+    """Return the path of a checkpoint: a given folder or GGUF file, or an id in the local Hugging Face cache.
 
     Raises:
-        CheckpointError: there is no such folder or file, and the cache does not hold the id.
+        CheckpointError: there is no such folder or file, and no such id in the cache.
     """
     path = Path(source)
     if path.is_dir() or is_gguf(path):
@@ -79,12 +79,12 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def element_type(config: Any, files: CheckpointFiles | None) -> torch.dtype:
-    """Return the type a checkpoint is meant to run in: the configuration's, or that of its first floats."""
-    wanted = getattr(config, "dtype", None)
-    if isinstance(wanted, str):
-        wanted = getattr(torch, wanted, None)
-    if isinstance(wanted, torch.dtype):
-        return wanted
+    """Return the type that a checkpoint is meant to run in: the configuration's, or that of its first float tensor."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
     if files is not None:
         for entry in files.tensors.values():
             if entry.dtype.is_floating_point:
@@ -99,29 +99,29 @@ def capture_huggingface(
     dynamic: Any = "auto",
     compare: bool = True,
 ) -> Program:
-    """Capture a checkpoint; weights are read when they are needed.
+    """Capture a checkpoint; weights are read only when needed.
 
     Args:
         source: a folder, an id in the local cache, or a GGUF file.
-        inputs: an example by name; made up from the configuration if None.
+        inputs: an example by name; by default made from the configuration.
         dynamic: "auto", None, or sizes by input and dimension.
         compare: run the model and the program on padded and unpadded inputs of several sizes.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or asks for what is never done.
+        CheckpointError: the checkpoint cannot be read, or would need to run code from it.
         CaptureError: the architecture cannot be captured, or the graph differs from the model.
     """
-    place = resolve(source)
-    if place.is_dir():
-        files = read_folder(place)
+    directory = resolve(source)
+    if directory.is_dir():
+        files = read_folder(directory)
         if files.config.get("quantization_config") is not None:
-            raise CheckpointError(f"{place} is a quantised checkpoint, which cannot be read yet")
-        config = load_config(place, files.config)
+            raise CheckpointError(f"{directory} is a quantised checkpoint, which cannot be read yet")
+        config = load_config(directory, files.config)
     else:
-        files = CheckpointFiles(place, *read_gguf(place))
-        config = config_from(files.config, place)
+        files = CheckpointFiles(directory, *read_gguf(directory))
+        config = config_from(files.config, directory)
     dtype = element_type(config, files)
-    program = _climb(config, dtype, inputs, dynamic, files, compare)
+    program = _first_matching_capture(config, dtype, inputs, dynamic, files, compare)
     program.origin = Origin(
         kind="huggingface",
         model_class=f"transformers:{model_class(config).__name__}",
@@ -145,12 +145,12 @@ def capture_configuration(
 
     Args:
         config: a configuration of transformers.
-        inputs: an example by name; made up if None.
+        inputs: an example by name; by default made from the configuration.
         dtype: of the parameters; the configuration's if None.
         dynamic: "auto", None, or sizes by input and dimension.
     """
     dtype = dtype or element_type(config, None)
-    program = _climb(config, dtype, inputs, dynamic, None, False)
+    program = _first_matching_capture(config, dtype, inputs, dynamic, None, False)
     program.origin = Origin(
         kind="huggingface",
         model_class=f"transformers:{model_class(config).__name__}",
@@ -160,14 +160,14 @@ def capture_configuration(
     return program
 
 
-def _climb(
+def _first_matching_capture(
     config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
 ) -> Program:
-    """Try one way of tracing attention after the other; the first that computes what the model does wins."""
+    """Try the library's attention implementations in order and return the first capture that matches the model."""
     refuse_varying_frequencies(config)
     failures: list[str] = []
 
-    def way(attention: str, without: tuple[str, ...]) -> Program:
+    def attempt(attention: str, without: tuple[str, ...]) -> Program:
         program = _capture(config, dtype, inputs, dynamic, files, attention, without)
         if not compare or files is None:
             settle_by_guards(program)
@@ -188,11 +188,11 @@ def _climb(
     for attention in ATTENTION_LADDER:
         try:
             try:
-                program = way(attention, ())
+                program = attempt(attention, ())
             except OwnPositions:
                 if inputs is not None:
                     raise
-                program = way(attention, ("position_ids",))
+                program = attempt(attention, ("position_ids",))
         except CheckpointError:
             raise
         except GraphoptError as error:
@@ -205,23 +205,23 @@ def _climb(
 
 def _fake(model: Any, mode: FakeTensorMode) -> _Built:
     buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
-    seen: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
     with mode:
         for module in model.modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in seen:
+                    if id(tensor) not in fakes:
                         fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        # the original is kept alive, so that its id stays its own
-                        seen[id(tensor)] = (
+                        # the original is kept alive, so that its id is not reused
+                        fakes[id(tensor)] = (
                             nn.Parameter(fake, requires_grad=tensor.requires_grad)
                             if isinstance(tensor, nn.Parameter)
                             else fake,
                             tensor,
                         )
-                    table[name] = seen[id(tensor)][0]
+                    table[name] = fakes[id(tensor)][0]
     return _Built(model, mode, buffers)
 
 
@@ -255,14 +255,14 @@ def _capture(
         built = _fake(model, mode)
         example = dict(inputs) if inputs is not None else example_inputs(built.model)
         example = {k: _widened(v, dtype) for k, v in example.items() if k not in without}
-        named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
+        dimension_names = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
         with built.mode, torch.no_grad():
             fakes = tree_map(
                 lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example
             )
-            exported = _export(built.model, fakes, dynamic, named)
+            exported = _export(built.model, fakes, dynamic, dimension_names)
     sources = _sources(built, mapped, files)
-    program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, named))
+    program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, dimension_names))
     if files is not None:
         bind(program, mapped, files)
         program.origin.unused = tuple(mapped.unused)
@@ -281,7 +281,9 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if value.dtype.is_floating_point else value.clone()
 
 
-def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, dict[int, str]]) -> Any:
+def _export(
+    model: Any, example: dict[str, Any], dynamic: Any, dimension_names: dict[str, dict[int, str]]
+) -> Any:
     if dynamic is None:
         return export(model, example, None)
     if dynamic != "auto":
@@ -291,7 +293,9 @@ def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, 
     sizes: dict[str, Any] = {}
     shapes = {
         name: (
-            {d: sizes.setdefault(n, Dim(n, min=1)) for d, n in named[name].items()} if name in named else None
+            {d: sizes.setdefault(n, Dim(n, min=1)) for d, n in dimension_names[name].items()}
+            if name in dimension_names
+            else None
         )
         for name in example
     }
@@ -302,39 +306,42 @@ def _export(model: Any, example: dict[str, Any], dynamic: Any, named: dict[str, 
         if limits:
             limited = {n: Dim(n, min=1, max=int(limits[n])) if n in limits else d for n, d in sizes.items()}
             shapes = {
-                name: {d: limited[n] for d, n in named[name].items()} if name in named else None
+                name: {d: limited[n] for d, n in dimension_names[name].items()}
+                if name in dimension_names
+                else None
                 for name in example
             }
             with contextlib.suppress(CaptureError):
                 return export(model, example, shapes)
-        # torch 2.11 cannot prove some guards of one size: the others keep their names
-        told = re.findall(r"Constraints violated \(([^)]*)\)", str(error.__cause__))
-        doubted = {name for names in told for name in names.split(", ")}
+        # torch 2.11 cannot prove some guards of a size; the other sizes keep their names
+        violated = re.findall(r"Constraints violated \(([^)]*)\)", str(error.__cause__))
+        doubted = {name for names in violated for name in names.split(", ")}
         if doubted and doubted < set(sizes):
             partly = {
-                name: {d: Dim.AUTO if n in doubted else sizes[n] for d, n in named[name].items()}
-                if name in named else None
+                name: {d: Dim.AUTO if n in doubted else sizes[n] for d, n in dimension_names[name].items()}
+                if name in dimension_names else None
                 for name in example
             }  # fmt: skip
             with contextlib.suppress(CaptureError):
                 return export(model, example, partly)
-        # a size that the model ties to another one, or to a number; let the tracer say which
+        # the model ties a size to another one or to a number; the tracer finds out which
         automatic = {
-            name: dict.fromkeys(named[name], Dim.AUTO) if name in named else None for name in example
+            name: dict.fromkeys(dimension_names[name], Dim.AUTO) if name in dimension_names else None
+            for name in example
         }
         return export(model, example, automatic)
 
 
-def _symbol_names(exported: Any, named: dict[str, dict[int, str]]) -> dict[str, str]:
+def _symbol_names(exported: Any, dimension_names: dict[str, dict[int, str]]) -> dict[str, str]:
     from ..ir.sizes import expression
 
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for node in exported.graph.find_nodes(op="placeholder"):
-        for dim, name in named.get(node.name, {}).items():
+        for dim, name in dimension_names.get(node.name, {}).items():
             size = node.meta["val"].shape[dim]
             if isinstance(size, torch.SymInt):
-                found.setdefault(str(expression(size)), name)
-    return found
+                names.setdefault(str(expression(size)), name)
+    return names
 
 
 def _sources(built: _Built, mapped: Mapped, files: CheckpointFiles | None) -> dict[str, TensorSource]:
@@ -345,16 +352,16 @@ def _sources(built: _Built, mapped: Mapped, files: CheckpointFiles | None) -> di
     for name, buffer in built.buffers.items():
         sources[name] = InMemory(buffer)
     for names in ties.values():
-        held = next((n for n in names if n in mapped.plain), None)
-        if held is not None and files is not None:
-            sources.update(dict.fromkeys(names, files.tensors[mapped.plain[held]]))
+        source = next((n for n in names if n in mapped.plain), None)
+        if source is not None and files is not None:
+            sources.update(dict.fromkeys(names, files.tensors[mapped.plain[source]]))
     for name, parameter in built.model.named_parameters(remove_duplicate=False):
         sources.setdefault(name, Absent(tuple(parameter.shape), parameter.dtype, name))
     return sources
 
 
 def _fill_rules(program: Program, config: Any) -> None:
-    """Say how inputs left out are made; a wrong rule shows when the program is compared with the model."""
+    """Define how omitted inputs are filled in; a wrong rule shows when the program is compared with the model."""
     rules = {
         "attention_mask": "ones",
         "token_type_ids": "zeros",

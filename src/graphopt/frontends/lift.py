@@ -1,4 +1,4 @@
-"""From a ``torch.export.ExportedProgram`` to a Program: names, ties, structure and sizes."""
+"""Conversion of a ``torch.export.ExportedProgram`` to a program: names, ties, structure and sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WEIGHT_KINDS = {
 
 
 class _Marker:
-    """Stands for one output while its structure is read."""
+    """Placeholder for one output while the output structure is read."""
 
     def __init__(self, index: int):
         self.index = index
@@ -43,20 +43,20 @@ def lift(
     sources: Mapping[str, TensorSource] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Program:
-    """Return a Program that shares the exported graph's tensors.
+    """Return a program that shares the exported graph's tensors.
 
     Args:
         exported: captured with keywords only, in the order of ``inputs``.
         inputs: the example, by parameter name.
-        sources: where values of weights are, by parameter or buffer name, if not in ``exported``.
+        sources: of weight values, by parameter or buffer name, if not in ``exported``.
         names: preferred names of sizes, by symbol name.
 
-    What the export decided about sizes is in the signature's constraints, not yet tried (``size_trials``).
+    The export's guards on sizes become the signature's constraints, which are not tested yet (see ``size_trials``).
 
     Raises:
         CaptureError: the model writes to its inputs or buffers, or takes objects that are not tensors.
     """
-    # copying also renames what fx cannot call by its name, such as an input named "input"
+    # copying also renames nodes whose names fx reserves, such as an input named "input"
     graph = copy.deepcopy(exported.graph)
     inline_regions(graph, exported.graph_module)
     parameters, leaves = {}, {}
@@ -83,7 +83,7 @@ def _mode_of(graph: fx.Graph) -> FakeTensorMode:
 
 
 def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
-    """Give each size symbol a readable name: the wished one, batch for a first dimension, or its own."""
+    """Give each size symbol a readable name: the preferred one, batch for a first dimension, or its own."""
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
@@ -100,9 +100,9 @@ def _name_sizes(program: Program, names: Mapping[str, str]) -> None:
                     else ("batch" if dim == 0 else "size")
                 )
                 wished = names.get(str(symbol), plain)
-                taken = set(program.symbols.values())
+                used = set(program.symbols.values())
                 name, count = wished, 1
-                while name in taken:
+                while name in used:
                     count += 1
                     name = f"{wished}_{count}"
                 low, high, hint = symbol_range(program.mode, symbol)
@@ -115,7 +115,7 @@ def _placeholders(
     program: Program, exported: ExportedProgram, leaf_names: list[str], sources: Mapping[str, TensorSource]
 ) -> None:
     state: dict[str, torch.Tensor] = {**exported.constants, **exported.state_dict}
-    seen: dict[int, fx.Node] = {}
+    first_node: dict[int, fx.Node] = {}
     leaves = iter(leaf_names)
     nodes = list(program.graph.find_nodes(op="placeholder"))
     for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
@@ -124,7 +124,7 @@ def _placeholders(
             tensor = state.get(name)
             if not isinstance(tensor, torch.Tensor):
                 raise CaptureError(f"the model reads {name}, which is not a tensor", node=node.name)
-            first = seen.get(id(tensor))
+            first = first_node.get(id(tensor))
             if first is not None:
                 # a tied tensor is one placeholder that keeps all its names
                 weight = program.weights[first.name]
@@ -134,7 +134,7 @@ def _placeholders(
                 node.replace_all_uses_with(first)
                 program.graph.erase_node(node)
                 continue
-            seen[id(tensor)] = node
+            first_node[id(tensor)] = node
             program.weights[node.name] = Weight(
                 name=name,
                 source=sources.get(name) or InMemory(tensor.detach()),
@@ -171,10 +171,10 @@ def _outputs(program: Program, exported: ExportedProgram) -> None:
         )
     flat = list(program.output_node.args[0])  # type: ignore[arg-type]
     marked = [_Marker(i) if isinstance(v, fx.Node) else v for i, v in enumerate(flat)]
-    structure, found = describe(
+    structure, values = describe(
         tree_unflatten(marked, exported.call_spec.out_spec), lambda v: isinstance(v, _Marker)
     )
     program.signature.outputs = structure
-    nodes = [flat[found[name].index] for name in program.signature.output_names]
+    nodes = [flat[values[name].index] for name in program.signature.output_names]
     program.output_node.args = (tuple(nodes),)
     program.output_node.meta["val"] = tuple(n.meta["val"] for n in nodes)

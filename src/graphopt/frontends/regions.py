@@ -1,4 +1,4 @@
-"""Regions of a captured graph that change nothing in a program: their calls go where the region was."""
+"""Inlining of regions of a captured graph that have no effect in a program."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _GRADIENTS, _AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 
 
 def inline_regions(graph: fx.Graph, module: fx.GraphModule) -> None:
-    """Put the calls of regions in place of them: gradients switched on or off, and autocast switched off.
+    """Inline regions with gradients switched on or off, and with autocast switched off.
 
-    A program has no gradients of its own, as capture runs without them, and casts nothing unasked.
+    Neither matters in a program: it is captured without gradients, and all casts are explicit.
 
     Args:
         graph: edited in place.
-        module: holds the regions' graphs.
+        module: contains the regions' graphs.
 
     Raises:
-        CaptureError: a nested graph is something else: control flow, or a region under autocast.
+        CaptureError: a nested graph is control flow, or a region under autocast.
     """
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_region(node):
@@ -31,7 +31,7 @@ def inline_regions(graph: fx.Graph, module: fx.GraphModule) -> None:
             results = _inlined(graph, node, module, {a: a for a in node.all_input_nodes})
         for user in list(node.users):
             if user.target is not operator.getitem:
-                raise CaptureError("a region's results are read as a whole", node=node.name)
+                raise CaptureError("the results of a region are used as a whole", node=node.name)
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(node)
@@ -41,7 +41,7 @@ def inline_regions(graph: fx.Graph, module: fx.GraphModule) -> None:
                 raise CaptureError(
                     "the captured graph has nested graphs (control flow)",
                     node=next(iter(node.users)).name,
-                    hint="capture without torch.cond and loops that torch keeps, or replace the control flow",
+                    hint="capture without torch.cond and loops that torch keeps, or remove the control flow",
                 )
             graph.erase_node(node)
 
@@ -51,14 +51,14 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found
+    value: Any = module
+    for attribute in str(node.target).split("."):
+        value = getattr(value, attribute, None)
+    return value
 
 
-def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, known: dict[Any, Any]) -> list[Any]:
-    """Copy the calls of a region to where the graph inserts, and return its results."""
+def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, outer: dict[Any, Any]) -> list[Any]:
+    """Copy the calls of a region to the graph's insertion point and return its results."""
     first = 1
     if getattr(region.target, "__name__", "") == _AUTOCAST:
         first = 4
@@ -70,9 +70,9 @@ def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, known: di
                 hint="convert the model to that type, as by model.to(torch.bfloat16), and capture it without autocast",
             )
     inner = _attribute(module, region.args[first])  # type: ignore[arg-type]
-    operands = [known[a] if isinstance(a, fx.Node) else a for a in region.args[first + 1 :]]
-    places = inner.graph.find_nodes(op="placeholder")
-    values: dict[Any, Any] = dict(zip(places, operands, strict=True))
+    operands = [outer[a] if isinstance(a, fx.Node) else a for a in region.args[first + 1 :]]
+    placeholders = inner.graph.find_nodes(op="placeholder")
+    values: dict[Any, Any] = dict(zip(placeholders, operands, strict=True))
     several: dict[fx.Node, list[Any]] = {}
     for node in inner.graph.nodes:
         if node.op == "output":
@@ -88,5 +88,5 @@ def _inlined(graph: fx.Graph, region: fx.Node, module: fx.GraphModule, known: di
         elif node.op == "call_function" and all(a in values for a in node.all_input_nodes):
             values[node] = graph.node_copy(node, values.__getitem__)
         else:
-            raise CaptureError("a region of the model holds control flow", node=node.name)
+            raise CaptureError("a region of the model contains control flow", node=node.name)
     return []

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies change with the length of the text, which no graph of fixed weights has."""
+"""Detection of rotary embeddings whose frequencies depend on the length of the text, which a graph cannot represent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..ir.errors import CaptureError
 
 
 def refuse_varying_frequencies(config: Any) -> None:
-    """Refuse before anything is traced.
+    """Raise an error for such rotary embeddings before anything is traced.
 
     Raises:
-        CaptureError: the model would write other frequencies into its buffers for a longer text.
+        CaptureError: the model would replace the frequencies in its buffers for a longer text.
     """
     for table, owner in _tables(config):
         kind = table.get("rope_type") or table.get("type")
@@ -37,14 +37,14 @@ def refuse_varying_frequencies(config: Any) -> None:
 
 
 def _tables(config: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yield the settings of rotary embeddings, one by kind of layer where there are several, with whose they are."""
+    """Yield the settings of rotary embeddings with their owner; one per kind of layer if there are several kinds."""
     owners = [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))]
     for owner in owners:
         for name in ("rope_parameters", "rope_scaling"):
-            found = getattr(owner, name, None)
-            if not isinstance(found, dict):
+            table = getattr(owner, name, None)
+            if not isinstance(table, dict):
                 continue
-            yield found, owner
-            for inner in found.values():
+            yield table, owner
+            for inner in table.values():
                 if isinstance(inner, dict):
                     yield inner, owner

@@ -1,4 +1,4 @@
-"""What an export decided about sizes: read as constraints, and said as ranges where ranges can say it."""
+"""Guards of an export on sizes: read as constraints, and expressed as ranges if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ir.inputs import unite_sizes
 from ..ir.program import Program
 from ..ir.signature import Signature, SizeRange
 
-DENSE = 4200  # every size up to here is looked at, beyond it only those about powers of two
+DENSE = 4200  # every size up to here is checked, beyond it only those near powers of two
 POINTS = torch.tensor(
     sorted({*range(1, DENSE + 1), *(2**k + d for k in range(12, 21) for d in (-1, 0, 1, 2))}),
     dtype=torch.float64,
@@ -28,14 +28,14 @@ _SAMPLE = 6000
 
 
 def read_guards(program: Program, exported: ExportedProgram) -> None:
-    """Let a lifted program take only the sizes for which its export decided as it did.
+    """Restrict a lifted program to the sizes for which its export is valid.
 
-    A decision that has no text in the grammar of sizes narrows ranges instead.
+    A guard that the grammar of constraints cannot express narrows ranges instead.
     """
     guards = size_guards(program.mode)
     texts: list[str] = []
     for guard in guards:
-        # what no input shows, as the size of a tensor that an example was a view of, cannot be asked of a call
+        # a size that no input has, such as that of the base of a view, cannot be checked at a call
         if not guard.free_symbols or not guard.free_symbols <= set(program.symbols):
             continue
         try:
@@ -51,20 +51,20 @@ def read_guards(program: Program, exported: ExportedProgram) -> None:
 
 
 def _open_ranges(signature: Signature) -> None:
-    """Leave to the constraints what the tracer's ranges repeat of them, so that it can be tried as well."""
+    """Remove from ranges what constraints imply, so that it can be tested too."""
     sizes = {n: SizeRange(1, None, limits.hint) for n, limits in signature.sizes.items()}
-    said = replace(signature, sizes=sizes)
-    simplify(said)
+    constrained = replace(signature, sizes=sizes)
+    simplify(constrained)
     for name, limits in list(signature.sizes.items()):
-        known = said.sizes[name]
-        low = 1 if limits.low <= known.low else limits.low
-        open_ = limits.high is not None and known.high is not None and known.high <= limits.high
+        implied = constrained.sizes[name]
+        low = 1 if limits.low <= implied.low else limits.low
+        open_ = limits.high is not None and implied.high is not None and implied.high <= limits.high
         if limits.low != limits.high:
             signature.sizes[name] = replace(limits, low=low, high=None if open_ else limits.high)
 
 
 def _from_code(program: Program, code: Iterable[str]) -> list[str]:
-    """Read the guards of a file, which torch keeps as Python; they are parsed as sizes, never run."""
+    """Read the guards of a file, which torch stores as Python code; they are parsed as relations of sizes, never run."""
     names = frozenset(program.signature.sizes)
     shapes = {name: spec.shape for name, spec in program.signature.inputs.items()}
 
@@ -86,7 +86,7 @@ def _from_code(program: Program, code: Iterable[str]) -> list[str]:
 
 
 def _narrow(program: Program, guard: Any) -> None:
-    """Keep a size where a decision holds that only sympy can evaluate; several sizes stay as they are."""
+    """Restrict a size to where a guard that only sympy can evaluate holds; a guard on several sizes fixes them all."""
     symbols = sorted(guard.free_symbols, key=str)
     names = [program.symbols[s] for s in symbols]
     if len(symbols) > 1:
@@ -116,9 +116,9 @@ def _fix(signature: Signature, name: str) -> None:
 
 
 def _limit(signature: Signature, name: str, low: int, high: int | None) -> None:
-    known = signature.sizes[name]
-    highs = [h for h in (known.high, high) if h is not None]
-    signature.sizes[name] = replace(known, low=max(known.low, low), high=min(highs, default=None))
+    limits = signature.sizes[name]
+    highs = [h for h in (limits.high, high) if h is not None]
+    signature.sizes[name] = replace(limits, low=max(limits.low, low), high=min(highs, default=None))
 
 
 def relations_of(signature: Signature) -> list[Relation]:
@@ -128,25 +128,25 @@ def relations_of(signature: Signature) -> list[Relation]:
 
 
 def holding(signature: Signature, relation: Relation, name: str, points: torch.Tensor) -> torch.Tensor:
-    """Tell for which values of one size a relation holds, the others as they were at capture."""
+    """Return for which values of one size a relation holds, with the others as they were at capture."""
     sizes: dict[str, Any] = {n: limits.hint for n, limits in signature.sizes.items()}
-    answer = relation.holds({**sizes, name: points})
-    return torch.as_tensor(answer).expand(points.shape)
+    holds = relation.holds({**sizes, name: points})
+    return torch.as_tensor(holds).expand(points.shape)
 
 
 def within(limits: SizeRange, points: torch.Tensor = POINTS) -> torch.Tensor:
-    """Return the points that lie in a range."""
-    kept = points >= max(limits.low, 1)
-    return points[kept if limits.high is None else kept & (points <= limits.high)]
+    """Return the points that are in a range."""
+    inside = points >= max(limits.low, 1)
+    return points[inside if limits.high is None else inside & (points <= limits.high)]
 
 
 def drop_idle(signature: Signature) -> None:
-    """Drop constraints that every choice of sizes of two and more keeps; sizes of one are tried by themselves."""
+    """Drop constraints that hold for all sizes of at least two; sizes of one are tested separately."""
     signature.constraints = tuple(r.text for r in relations_of(signature) if not _always(signature, r))
 
 
 def _drop_implied(signature: Signature) -> None:
-    """Drop constraints that the others imply; once those are dropped that need not hold."""
+    """Drop constraints that the others imply, after unnecessary ones were dropped."""
     for relation in sorted(relations_of(signature), key=lambda r: -len(r.text)):
         others = [r for r in relations_of(signature) if r.text != relation.text]
         if len(relation.names) > 1 and _implied(signature, relation, others):
@@ -164,37 +164,37 @@ def _always(signature: Signature, relation: Relation) -> bool:
 
 
 def _implied(signature: Signature, relation: Relation, others: list[Relation]) -> bool:
-    """Tell whether a relation of several sizes holds for all of a sample that keeps others."""
+    """Return whether a relation of several sizes holds on all samples that satisfy the others."""
     generator = torch.Generator().manual_seed(0)
-    drawn = {}
+    samples = {}
     for name, limits in signature.sizes.items():
         points = within(limits)
         points = points[points >= 2] if len(points) > 1 else points
-        # small sizes meet in all ways, large ones by chance
+        # small sizes occur in all combinations, large ones by chance
         points = torch.cat([points[:24], points[24:100:8], points[100::97], points[-3:]])
-        drawn[name] = points[torch.randint(0, len(points), (_SAMPLE,), generator=generator)]
-    kept = torch.ones(_SAMPLE, dtype=torch.bool)
+        samples[name] = points[torch.randint(0, len(points), (_SAMPLE,), generator=generator)]
+    valid = torch.ones(_SAMPLE, dtype=torch.bool)
     for other in others:
-        kept = kept & torch.as_tensor(other.holds(drawn))
-    holds = torch.as_tensor(relation.holds(drawn))
-    return int(kept.sum()) >= 20 and bool(holds[kept].all())
+        valid = valid & torch.as_tensor(other.holds(samples))
+    holds = torch.as_tensor(relation.holds(samples))
+    return int(valid.sum()) >= 20 and bool(holds[valid].all())
 
 
 def simplify(signature: Signature) -> None:
-    """Say constraints of single sizes as ranges and remainders where these say the same."""
+    """Express constraints on single sizes as equivalent ranges and remainders."""
     for _ in range(2):
         fixed = {n: limits.hint for n, limits in signature.sizes.items() if limits.low == limits.high}
         names = frozenset(signature.sizes)
         signature.constraints = constraints_with(signature.constraints, names, fixed)
         for name in signature.sizes:
             _simplify(signature, name)
-        _say_equal(signature)
+        _express_equality(signature)
         drop_idle(signature)
         _drop_implied(signature)
 
 
 def settle_by_guards(program: Program) -> None:
-    """Say what an export decided as shortly as it can be said, where there is no model to try it against."""
+    """Simplify the guards of an export if there is no model to test them against."""
     simplify(program.signature)
     for text in program.signature.constraints:
         second, _, first = text.partition(" == ")
@@ -204,38 +204,38 @@ def settle_by_guards(program: Program) -> None:
 
 
 def take_limits(signature: Signature, other: Signature, tried: set[str]) -> None:
-    """Give a program the limits of a smaller one of the same architecture, which were tried against a model.
+    """Give a program the limits of a smaller one of the same architecture, which were tested against a model.
 
     Args:
-        signature: changed; constraints that the smaller program did not have stay.
-        other: of the smaller program, settled.
-        tried: the constraints it had before.
+        signature: changed in place; constraints that the smaller program did not have remain.
+        other: signature of the smaller program, with settled limits.
+        tried: the smaller program's constraints before they were settled.
     """
-    own = [text for text in signature.constraints if text not in tried]
+    untried = [text for text in signature.constraints if text not in tried]
     names = frozenset(signature.sizes)
     settled = constraints_among(other.constraints, frozenset(other.sizes), signature.sizes)
-    signature.constraints = (*own, *settled)
+    signature.constraints = (*untried, *settled)
     for name in names & set(other.sizes):
         _limit(signature, name, other.sizes[name].low, other.sizes[name].high)
     simplify(signature)
 
 
-def _say_equal(signature: Signature) -> None:
-    """Say constraints between two sizes that come to their being equal as just that."""
+def _express_equality(signature: Signature) -> None:
+    """Replace constraints that make two sizes equal by that equality."""
     relations = relations_of(signature)
     for pair in {r.names for r in relations if len(r.names) == 2}:
         first, second = sorted(pair, key=list(signature.sizes).index)
         if signature.sizes[first].hint != signature.sizes[second].hint:
             continue
         grid = torch.arange(2, 40, dtype=torch.float64)
-        one, other = torch.meshgrid(grid, grid, indexing="ij")
-        together = torch.ones(one.shape, dtype=torch.bool)
+        first_values, second_values = torch.meshgrid(grid, grid, indexing="ij")
+        together = torch.ones(first_values.shape, dtype=torch.bool)
         sizes: dict[str, Any] = {n: limits.hint for n, limits in signature.sizes.items()}
-        own = [r for r in relations if pair <= r.names]
-        for relation in own:
-            together = together & relation.holds({**sizes, first: one, second: other})
-        if bool((together == (one == other)).all()):
-            others = tuple(r.text for r in relations if r not in own or len(r.names) > 2)
+        between_both = [r for r in relations if pair <= r.names]
+        for relation in between_both:
+            together = together & relation.holds({**sizes, first: first_values, second: second_values})
+        if bool((together == (first_values == second_values)).all()):
+            others = tuple(r.text for r in relations if r not in between_both or len(r.names) > 2)
             signature.constraints = (*others, f"{second} == {first}")
             relations = relations_of(signature)
 
@@ -243,30 +243,30 @@ def _say_equal(signature: Signature) -> None:
 def _simplify(signature: Signature, name: str) -> None:
     relations = relations_of(signature)
     single = [r for r in relations if r.names == {name}]
-    left = []
+    unresolved = []
     for relation in single:
         interval = _interval(signature, relation, name)
         if interval is None:
-            left.append(relation)
+            unresolved.append(relation)
         else:
             _limit(signature, name, *interval)
-    texts = _said_once(signature, name, left)
+    texts = _without_repeats(signature, name, unresolved)
     signature.constraints = (*(r.text for r in relations if r.names != {name}), *texts)
 
 
 def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int, int | None] | None:
-    """Return the one range about the size seen at capture in which a relation holds, or None if it is none."""
+    """Return the range in which a relation holds, if it is a single one that contains the captured size, else None."""
     hint = signature.sizes[name].hint
     holds = holding(signature, relation, name, POINTS)
-    places = holds.nonzero().flatten()
-    if not len(places) or len(places) != int(places[-1] - places[0]) + 1:
+    indices = holds.nonzero().flatten()
+    if not len(indices) or len(indices) != int(indices[-1] - indices[0]) + 1:
         return None
-    low, high = int(POINTS[places[0]]), int(POINTS[places[-1]])
+    low, high = int(POINTS[indices[0]]), int(POINTS[indices[-1]])
     if not low <= hint <= high:
         return None
-    if int(places[-1]) == len(POINTS) - 1:
+    if int(indices[-1]) == len(POINTS) - 1:
         return low, None
-    beyond = int(POINTS[places[-1] + 1])
+    beyond = int(POINTS[indices[-1] + 1])
     while beyond - high > 1:
         middle = (beyond + high) // 2
         if bool(holding(signature, relation, name, torch.tensor([float(middle)])).all()):
@@ -276,26 +276,26 @@ def _interval(signature: Signature, relation: Relation, name: str) -> tuple[int,
     return low, high
 
 
-def _said_once(signature: Signature, name: str, relations: list[Relation]) -> list[str]:
-    """Return texts for what relations of one size say together within its range: a remainder if that is all."""
+def _without_repeats(signature: Signature, name: str, relations: list[Relation]) -> list[str]:
+    """Return constraints equivalent to the relations of one size within its range: a remainder if that suffices."""
     points = within(signature.sizes[name], POINTS[:DENSE])
-    seen: dict[bytes, str] = {}
+    shortest: dict[bytes, str] = {}
     for relation in relations:
         holds = holding(signature, relation, name, points)
         if not bool(holds.all()):
             key = holds.contiguous().numpy().tobytes()
-            if len(relation.text) < len(seen.get(key, relation.text + " ")):
-                seen[key] = relation.text
+            if len(relation.text) < len(shortest.get(key, relation.text + " ")):
+                shortest[key] = relation.text
     together = torch.ones(len(points), dtype=torch.bool)
     for relation in relations:
         together = together & holding(signature, relation, name, points)
-    kept = points[together]
-    if len(kept) > 1:
-        step = int(kept[1] - kept[0])
-        rest = int(kept[0]) % step
-        if step > 1 and bool(((points % step == rest) == together).all()):
-            return [f"{name} % {step} == {rest}"]
-    elif len(kept) == 1 and signature.sizes[name].high is not None:
+    allowed = points[together]
+    if len(allowed) > 1:
+        step = int(allowed[1] - allowed[0])
+        remainder = int(allowed[0]) % step
+        if step > 1 and bool(((points % step == remainder) == together).all()):
+            return [f"{name} % {step} == {remainder}"]
+    elif len(allowed) == 1 and signature.sizes[name].high is not None:
         _fix(signature, name)
         return []
-    return list(seen.values())
+    return list(shortest.values())

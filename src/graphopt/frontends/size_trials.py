@@ -1,4 +1,4 @@
-"""A captured program at other sizes than the example's, against its model: which sizes are shared, fixed, or wrong."""
+"""Comparing a captured program with its model at other sizes: which sizes are equal, fixed, or wrong."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Sizes = dict[str, int]
 Trial = Callable[[Sizes], bool | None]
 
 LONGEST = 2100
-_WORK = 250_000_000  # multiplications with weights that one trial may cost
+_WORK = 250_000_000  # limit on the multiplications with weights in one trial
 _GROUPS = 12
 
 
 def share_sizes(program: Program, model: Any, example: dict[str, Any]) -> None:
-    """Let sizes that the model wants equal be one, and fix those that it does not let vary.
+    """Unite sizes that the model requires to be equal, and fix those that it does not let vary.
 
-    The tracer sees neither where no operator compares the sizes; the model is asked by running it at others.
+    The tracer notices neither if no operator compares the sizes, so the model is run at other sizes.
     """
     signature = program.signature
     hints = {n: limits.hint for n, limits in signature.sizes.items()}
@@ -52,28 +52,28 @@ def share_sizes(program: Program, model: Any, example: dict[str, Any]) -> None:
 
 
 def _varies(program: Program, model: Any, example: dict[str, Any], names: list[str], hints: Sizes) -> bool:
-    """Tell whether the model takes another value for some sizes at once."""
+    """Return whether the model accepts another value for some sizes together."""
     limits = [program.signature.sizes[n] for n in names]
     hint = hints[names[0]]
-    tried = 0
+    trials = 0
     for size in (hint + 2, hint * 2, hint + 1, hint - 1, hint // 2, hint * 3):
         if size < 1 or any(size < r.low or (r.high is not None and size > r.high) for r in limits):
             continue
         other = resized(program, example, dict.fromkeys(names, size))
         if other is None:
             return True
-        tried += 1
-        if _taken(model, other):
+        trials += 1
+        if _model_accepts(model, other):
             return True
-    return not tried
+    return not trials
 
 
 def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the example with those sizes doubled that the export fixed and the model lets vary, or None.
+    """Return the example with the sizes doubled that the export fixed and the model lets vary, or None if there are none.
 
     Args:
         program: captured from the example, its limits settled.
-        model: asked by running it.
+        model: run to test sizes.
         example: by parameter name.
     """
     sizes = program.signature.sizes
@@ -85,31 +85,31 @@ def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dic
                 fixed.setdefault(limits.hint, []).append((name, dim))
     tensors = describe(example, lambda v: isinstance(v, torch.Tensor), "")[1]
     grown: set[tuple[str, int]] = set()
-    for places in fixed.values():
+    for dimensions in fixed.values():
         # dimensions of one size often belong together
-        for group in (places, *([p] for p in places if len(places) > 1)):
+        for group in (dimensions, *([p] for p in dimensions if len(dimensions) > 1)):
             trial = grown | set(group)
-            if not set(group) <= grown and _taken(model, _grown(example, tensors, trial)):
+            if not set(group) <= grown and _model_accepts(model, _grown(example, tensors, trial)):
                 grown = trial
     return _grown(example, tensors, grown) if grown else None
 
 
 def _grown(
-    example: dict[str, Any], tensors: Mapping[str, Any], places: set[tuple[str, int]]
+    example: dict[str, Any], tensors: Mapping[str, Any], dimensions: set[tuple[str, int]]
 ) -> dict[str, Any]:
-    made = {}
+    copies = {}
     for name, tensor in tensors.items():
         value = tensor
-        for dim in (d for n, d in places if n == name):
+        for dim in (d for n, d in dimensions if n == name):
             value = torch.cat([value, value], dim)
-        made[id(tensor)] = value.clone()
+        copies[id(tensor)] = value.clone()
     grown: dict[str, Any] = tree_map(
-        lambda v: made.get(id(v), v) if isinstance(v, torch.Tensor) else v, example
+        lambda v: copies.get(id(v), v) if isinstance(v, torch.Tensor) else v, example
     )
     return grown
 
 
-def _taken(model: Any, inputs: dict[str, Any]) -> bool:
+def _model_accepts(model: Any, inputs: dict[str, Any]) -> bool:
     try:
         with torch.no_grad():
             model(**inputs)
@@ -119,14 +119,14 @@ def _taken(model: Any, inputs: dict[str, Any]) -> bool:
 
 
 def widen_symbols(program: Program) -> None:
-    """Let what is inferred from here on know the sizes that were found to be taken, not those of the example's branch."""
+    """Make later inference use the accepted sizes that were found, not those of the example's branch."""
     for symbol, name in program.symbols.items():
         limits = program.signature.sizes[name]
         widen_symbol(program.mode, symbol, limits.low, limits.high)
 
 
 def trial(program: Program, model: Any, example: dict[str, Any]) -> Trial:
-    """Return what compares program and model at some sizes: equal, different, or None where the model refuses them."""
+    """Return a function that tells whether program and model agree at some sizes, or None if the model rejects them."""
     limit = tolerance_of(program)
 
     def same(sizes: Sizes) -> bool | None:
@@ -141,10 +141,10 @@ def trial(program: Program, model: Any, example: dict[str, Any]) -> Trial:
         signature = program.signature
         program.signature = replace(signature, constraints=())
         try:
-            # fx prints the traceback of a failure, which is an answer here
+            # fx prints the traceback of a failure, which is an expected result here
             with contextlib.redirect_stderr(io.StringIO()):
                 return compare_outputs(program, lambda **_: expected, inputs) <= limit
-        except Exception:  # whatever a graph at a size it was not made for makes the libraries below say
+        except Exception:  # libraries raise all kinds of errors for a graph at a size it was not captured for
             return False
         finally:
             program.signature = signature
@@ -153,16 +153,16 @@ def trial(program: Program, model: Any, example: dict[str, Any]) -> Trial:
 
 
 def settle_limits(program: Program, same: Trial, constants: Iterator[int] | None = None) -> set[str]:
-    """Keep those decisions of the export without which the program is wrong; returns the constraints that went.
+    """Keep only the constraints without which the program is wrong; return those that were dropped.
 
-    Each constraint is broken on purpose, at the nearest sizes and at a far one that break nothing else if there are
-    such. Where the result is the model's all the same, the question was about memory layout or the like. Where the
-    model cannot be asked, the constraint stays.
+    Each constraint is violated on purpose, at the nearest sizes and at a distant one, if possible without violating
+    others. If the result still matches the model, the guard concerned memory layout or the like. If the model cannot
+    be run there, the constraint remains.
 
     Args:
-        program: its signature is changed.
-        same: compares at some sizes, from :func:`trial`.
-        constants: lengths at which the model may begin to do something else.
+        program: its signature is changed in place.
+        same: the comparison at given sizes, from :func:`trial`.
+        constants: lengths at which the model's behaviour may change.
     """
     signature = program.signature
     before = set(signature.constraints)
@@ -181,7 +181,7 @@ def settle_limits(program: Program, same: Trial, constants: Iterator[int] | None
 
 
 def _work(program: Program) -> Callable[[Sizes], bool]:
-    """Return what tells whether a trial is affordable, by the number of weights and tokens."""
+    """Return a predicate that tells whether a trial is affordable, by the number of weights and tokens."""
     weights = sum(torch.Size(w.source.shape).numel() for w in program.weights.values())
     hints = {n: limits.hint for n, limits in program.signature.sizes.items()}
 
@@ -194,8 +194,8 @@ def _work(program: Program) -> Callable[[Sizes], bool]:
     usual = volume(hints)
 
     def affordable(sizes: Sizes) -> bool:
-        found = volume({**hints, **sizes})
-        few = found <= 4 * usual or found * weights <= _WORK
+        cost = volume({**hints, **sizes})
+        few = cost <= 4 * usual or cost * weights <= _WORK
         return few and max(sizes.values(), default=0) <= max(LONGEST, *hints.values())
 
     return affordable
@@ -205,36 +205,38 @@ def _break_each(program: Program, same: Trial, affordable: Callable[[Sizes], boo
     signature = program.signature
     relations = relations_of(signature)
     dropped: set[str] = set()
-    kept: set[str] = set()
+    confirmed: set[str] = set()
     for name, limits in signature.sizes.items():
-        own = [r for r in relations if name in r.names]
-        if not own:
+        constraining = [r for r in relations if name in r.names]
+        if not constraining:
             continue
         points = within(limits)
         points = points[points <= max(LONGEST, limits.hint)]
-        holds = torch.stack([holding(signature, r, name, points) for r in own])
+        holds = torch.stack([holding(signature, r, name, points) for r in constraining])
         groups: dict[frozenset[str], list[int]] = {}
-        for place in (~holds).any(0).nonzero().flatten().tolist():
+        for point in (~holds).any(0).nonzero().flatten().tolist():
             broken = frozenset(
-                r.text for r, held in zip(own, holds[:, place].tolist(), strict=True) if not held
+                r.text
+                for r, satisfied in zip(constraining, holds[:, point].tolist(), strict=True)
+                if not satisfied
             )
-            groups.setdefault(broken, []).append(int(points[place]))
+            groups.setdefault(broken, []).append(int(points[point]))
         near = {key: min(sizes, key=lambda n: abs(n - limits.hint)) for key, sizes in groups.items()}
         order = sorted(groups, key=lambda key: (len(key), abs(near[key] - limits.hint)))
         for key in order[:_GROUPS]:
             open_ = key - dropped
-            if not open_ or open_ & kept:
+            if not open_ or open_ & confirmed:
                 continue
-            answers = [
+            results = [
                 same({name: size})
                 for size in _witnesses(groups[key], limits.hint)
                 if affordable({name: size})
             ]
-            if False in answers:
-                kept |= open_
-            elif True in answers:
+            if False in results:
+                confirmed |= open_
+            elif True in results:
                 dropped |= open_
-    return dropped - kept
+    return dropped - confirmed
 
 
 def _witnesses(sizes: list[int], hint: int) -> list[int]:
@@ -243,14 +245,14 @@ def _witnesses(sizes: list[int], hint: int) -> list[int]:
 
 
 def _try_one(program: Program, same: Trial) -> None:
-    """A size of 1 is special to the tracer, which says nothing of it."""
+    """Test sizes of 1, which the tracer treats specially and without a guard."""
     for name, limits in program.signature.sizes.items():
         if limits.low <= 1 < limits.hint and same({name: 1}) is False:
             program.signature.sizes[name] = replace(limits, low=2)
 
 
 def _try_far(program: Program, same: Trial, affordable: Callable[[Sizes], bool], constants: set[int]) -> None:
-    """Compare beyond the largest number that may be a window or a chunk; shorten the range if that is wrong."""
+    """Compare beyond the largest number that may be a window or a chunk; shorten the range if results differ."""
     signature = program.signature
     rows = {spec.shape[0] for spec in signature.inputs.values() if spec.shape}
     for name, limits in list(signature.sizes.items()):
@@ -259,7 +261,7 @@ def _try_far(program: Program, same: Trial, affordable: Callable[[Sizes], bool],
         others: Sizes = {n: 1 for n in rows if isinstance(n, str) and n in signature.sizes and n != name}
         others = {n: max(1, signature.sizes[n].low) for n in others}
         lengths = sorted({n + step for n in constants for step in (0, 1)} | {4 * limits.hint}, reverse=True)
-        tried = 0
+        trials = 0
         for length in lengths:
             sizes = {**others, name: length}
             if (
@@ -268,11 +270,11 @@ def _try_far(program: Program, same: Trial, affordable: Callable[[Sizes], bool],
                 or not signature.takes({**_hints(program), **sizes})
             ):
                 continue
-            answer = same(sizes)
-            tried += 1
-            if answer is False:
+            equal = same(sizes)
+            trials += 1
+            if equal is False:
                 _shorten(program, same, name, others, length)
-            if answer is not None or tried == 4:
+            if equal is not None or trials == 4:
                 break
 
 
@@ -281,7 +283,7 @@ def _hints(program: Program) -> Sizes:
 
 
 def _shorten(program: Program, same: Trial, name: str, others: Sizes, wrong: int) -> None:
-    """Let a size be no larger, and no smaller, than it was found right, where it is wrong and nothing says why."""
+    """Limit a size to the values at which it was found correct, if it is wrong elsewhere for an unknown reason."""
     limits = program.signature.sizes[name]
 
     def last_right(wrong: int) -> int:
@@ -303,7 +305,7 @@ def _shorten(program: Program, same: Trial, name: str, others: Sizes, wrong: int
 
 
 def _numbers(program: Program) -> Iterator[int]:
-    """Whole numbers of the graph, and lengths of its tables."""
+    """Return the integers in the graph, and the lengths of its tables."""
     for node in program.graph.nodes:
         if node.op == "call_function":
             stack = [*node.args, *node.kwargs.values()]
@@ -319,7 +321,7 @@ def _numbers(program: Program) -> Iterator[int]:
 
 
 def numbers_in(config: Any) -> Iterator[int]:
-    """Whole numbers of a configuration, which may be windows, chunks and blocks."""
+    """Return the integers in a configuration, which may be windows, chunks and blocks."""
     stack = [config]
     while stack:
         value = stack.pop()

@@ -1,10 +1,10 @@
-"""What depends on the values in a checkpoint's files and not on its configuration alone.
+"""Properties that depend on the values in a checkpoint's files, not on its configuration alone.
 
 A comparison of architectures with random weights shows none of it, so it is read from the files:
 
-- whether weights that the configuration ties are one matrix there (``untie``)
-- whether numbers stand for other numbers by scales beside them, without a word in the configuration (``plain_numbers``)
-- buffers, which are taken from the files where the files have them, and types, which become casts (``bind_weights``)
+- whether weights that the configuration ties are one matrix (``untie``)
+- whether weights are quantised, with separate scales, although the configuration does not say so (``plain_numbers``)
+- buffers, which are taken from the files if these have them, and types, which become casts (``bind_weights``)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCALES = re.compile(
 
 
 def equal(one: TensorSource, other: TensorSource) -> bool:
-    """Tell whether two stored tensors have the same values; read in parts, never whole."""
+    """Return whether two stored tensors have the same values; they are read in pieces, never as a whole."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.shape or numel(one.shape) * one.dtype.itemsize <= _PART:
@@ -44,9 +44,9 @@ def equal(one: TensorSource, other: TensorSource) -> bool:
 
 
 def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> list[str]:
-    """Give weights that the configuration ties their own place where the files hold different values for them.
+    """Untie weights that the configuration ties if the files have different values for them.
 
-    The library does the same while loading: what the files say goes before what the configuration says.
+    The library does the same while loading: the files take precedence over the configuration.
 
     Args:
         model: built without values, its weights tied; changed in place.
@@ -54,7 +54,7 @@ def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> li
         tensors: of the files.
 
     Returns:
-        The names of the weights that are tied no more.
+        The names of the weights that are no longer tied.
     """
     ties = model.get_expanded_tied_weights_keys(all_submodels=True)
     groups: dict[str, list[str]] = {}
@@ -69,46 +69,48 @@ def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> li
             if not equal(tensors[mapped.plain[stored[0]]], tensors[mapped.plain[name]]):
                 owner, _, leaf = name.rpartition(".")
                 module = model.get_submodule(owner)
-                held = module._parameters.get(leaf)
-                if held is None:
+                parameter = module._parameters.get(leaf)
+                if parameter is None:
                     continue
                 module._parameters[leaf] = nn.Parameter(
-                    torch.empty_like(held), requires_grad=held.requires_grad
+                    torch.empty_like(parameter), requires_grad=parameter.requires_grad
                 )
                 freed.append(name)
     return freed
 
 
 def plain_numbers(model: Any, mapped: Mapped, files: CheckpointFiles) -> None:
-    """Require that stored numbers are the weights themselves.
+    """Require that the stored numbers are the weights themselves, not quantised.
 
     Raises:
-        CheckpointError: they are of eight bits or packed, or scales lie beside them that nothing reads.
+        CheckpointError: they have eight bits or are packed, or there are scales for them that nothing reads.
     """
     state = model.state_dict()
-    read = {key: [name] for name, key in mapped.plain.items()}
+    sources = {key: [name] for name, key in mapped.plain.items()}
     for recipe in mapped.made:
-        read |= {key: list(recipe.targets) for key in recipe.sources}
-    for key, names in read.items():
+        sources |= {key: list(recipe.targets) for key in recipe.sources}
+    for key, names in sources.items():
         stored = files.tensors[key].dtype
-        wanted = [state[name].dtype for name in names if name in state]
+        dtypes = [state[name].dtype for name in names if name in state]
         if stored.itemsize == 1 and stored.is_floating_point:
             raise _quantised(files, f"{key!r} is stored in {str(stored).removeprefix('torch.')}")
         if (
             stored is not torch.bool
             and not stored.is_floating_point
-            and any(w.is_floating_point for w in wanted)
+            and any(w.is_floating_point for w in dtypes)
         ):
             raise _quantised(files, f"{key!r} is stored in integers")
-    stems = {key.removesuffix(".weight") for key in read} | set(read)
+    stems = {key.removesuffix(".weight") for key in sources} | set(sources)
     for key in mapped.unused:
         match = _SCALES.fullmatch(key)
         if match and match.group(1) in stems:
-            raise _quantised(files, f"{key!r} lies beside {match.group(1)!r}, and no weight is made of it")
+            raise _quantised(
+                files, f"{key!r} is stored beside {match.group(1)!r}, and no weight depends on it"
+            )
 
 
 def _quantised(files: CheckpointFiles, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{files.folder} holds quantised weights, which its configuration does not say: {why}",
-        hint="quantised checkpoints cannot be read yet; save the model in plain weights first",
+        f"{files.folder} holds quantised weights, although its configuration does not say so: {why}",
+        hint="quantised checkpoints cannot be read yet; save the model with plain weights first",
     )

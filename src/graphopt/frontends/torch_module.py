@@ -1,4 +1,4 @@
-"""From an ``nn.Module`` with example inputs to a Program, compared with the module before it counts."""
+"""Capture of an ``nn.Module`` with example inputs as a program, which is compared with the module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .size_trials import larger_example, share_sizes
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 WIDE_BATCH, WIDE_LENGTH = 3, 13
-MANY_PARAMETERS = 250  # as many as 28 layers of a Llama have
+MANY_PARAMETERS = 250  # as many as a Llama of 28 layers has
 
 
 def bind_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def bind_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise UsageError(f"the example inputs do not fit {type(model).__name__}.forward: {error}") from None
-    named: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
@@ -58,17 +58,17 @@ def bind_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
                 hint="wrap the model in a module whose forward names its inputs",
             )
         if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
+            by_name.update(value)
         else:
-            named[name] = value
-    return named
+            by_name[name] = value
+    return by_name
 
 
 def widen(inputs: dict[str, Any]) -> dict[str, Any]:
     """Return a larger copy of an example, so that no size is frozen at 1.
 
-    A batch of 1 becomes 3. Integer matrices are taken for (batch, sequence): a length under 13 is
-    repeated up to it. Results are clones: an example that is a view adds guards on its base.
+    A batch of 1 becomes 3. Integer matrices are assumed to be (batch, sequence): a length under 4 is repeated up to
+    13. Results are clones: an example that is a view adds guards on its base.
     """
     tensors: list[torch.Tensor] = []
     tree_map(lambda v: tensors.append(v) if isinstance(v, torch.Tensor) else None, inputs)
@@ -78,7 +78,7 @@ def widen(inputs: dict[str, Any]) -> dict[str, Any]:
     lengths = {t.shape[1] for t in integers}
     grow_length = len(lengths) == 1 and next(iter(lengths)) < 4
 
-    def one(value: Any) -> Any:
+    def enlarged(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if grow_batch and value.dim():
@@ -88,12 +88,12 @@ def widen(inputs: dict[str, Any]) -> dict[str, Any]:
             value = value.repeat(1, times)[:, :WIDE_LENGTH]
         return value.detach().clone()
 
-    widened: dict[str, Any] = tree_map(one, inputs)
+    widened: dict[str, Any] = tree_map(enlarged, inputs)
     return widened
 
 
 def dynamic_shapes(inputs: dict[str, Any], dynamic: Any) -> Any:
-    """Return the form of ``dynamic`` that torch.export takes.
+    """Return ``dynamic`` in the form that torch.export takes.
 
     Args:
         inputs: the example.
@@ -131,7 +131,7 @@ def dynamic_shapes(inputs: dict[str, Any], dynamic: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Capture in evaluation mode without gradients, and leave the model as it was."""
+    """Put the model into evaluation mode without gradients while the context is open, and restore it afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -143,7 +143,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    """Run torch.export, non-strict, and explain its failures.
+    """Run torch.export in non-strict mode and explain its failures.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -179,23 +179,23 @@ def capture_module(
     compare: bool = True,
     name_sizes: Callable[[ExportedProgram], Mapping[str, str]] | None = None,
 ) -> Program:
-    """Capture a module as a Program that is equal to it at two input sizes.
+    """Capture a module as a program that matches it at two input sizes.
 
     Args:
-        model: captured in evaluation mode; left as it was.
+        model: captured in evaluation mode; its state is restored.
         inputs: an example: tensor, tuple, dict, or (args, kwargs).
         dynamic: "auto", None, or sizes by input and dimension.
         compare: run model and program on the example and on another size.
         name_sizes: names for the symbols of the exported program.
 
     Raises:
-        CaptureError: it cannot be traced, or the graph does not compute what the model computes.
+        CaptureError: it cannot be traced, or the graph's results differ from the model's.
     """
-    named = bind_inputs(model, inputs)
+    bound = bind_inputs(model, inputs)
     example = (
-        widen(named)
+        widen(bound)
         if dynamic == "auto"
-        else tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, named)
+        else tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, bound)
     )
 
     def captured(example: dict[str, Any]) -> Program:
@@ -203,12 +203,12 @@ def capture_module(
         program = lift(exported, example, names=name_sizes(exported) if name_sizes else None)
         if compare:
             if any(is_mutable(node.target) for node in program.graph.nodes):
-                # a model that changes its weights is refused before anything runs it
+                # a model that changes its weights is rejected before anything runs it
                 canonicalise(program.copy())
             share_sizes(program, model, example)
         canonicalise(program)
         if compare:
-            compare_with_model(program, model, named, example)
+            compare_with_model(program, model, bound, example)
         else:
             settle_by_guards(program)
         return program
@@ -217,7 +217,7 @@ def capture_module(
         program = captured(example)
         larger = larger_example(program, model, example) if compare and dynamic == "auto" else None
         if larger is not None:
-            # a size so small that the model does less with it than with others
+            # a size so small that the model does less than with others
             with contextlib.suppress(CaptureError):
                 program = captured(larger)
     program.origin.model_class = f"{type(model).__module__}:{type(model).__qualname__}"

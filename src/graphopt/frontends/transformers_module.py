@@ -1,4 +1,4 @@
-"""A transformers model already in memory: its attention and experts switched for tracing, then back."""
+"""Capture of a transformers model in memory, whose attention and expert implementations are switched while tracing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .torch_module import evaluation, widen
 
 @contextlib.contextmanager
 def _traceable(model: Any, attention: str) -> Iterator[None]:
-    """Set what tracing needs and put the user's settings back."""
+    """Apply the settings that tracing needs, and restore the user's afterwards."""
     config = model.config
     before = {
         name: getattr(config, name, None)
@@ -49,16 +49,16 @@ def _traceable(model: Any, attention: str) -> Iterator[None]:
 def capture_transformers_module(
     model: Any, inputs: dict[str, Any], *, dynamic: Any, compare: bool
 ) -> Program:
-    """Capture a transformers model in memory; optional inputs of its kind are taken and filled by default.
+    """Capture a transformers model in memory; its usual optional inputs are included and filled in by default.
 
     Args:
-        model: left as it was.
+        model: its settings are restored.
         inputs: an example by parameter name.
         dynamic: "auto", None, or sizes by input and dimension.
         compare: compare with the model on padded and unpadded inputs of several sizes.
 
     Raises:
-        CaptureError: no way of tracing it computes what the model computes.
+        CaptureError: no way of tracing it gives the model's results.
     """
     refuse_varying_frequencies(model.config)
     failures = []
@@ -96,10 +96,10 @@ def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
                     filler = torch.arange(ids.shape[1]).expand(ids.shape).clone()
                 example[name] = filler
                 del value
-    named = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
+    dimension_names = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
     with evaluation(model):
-        exported = _export(model, example, dynamic, named)
-    program = lift(exported, example, names=_symbol_names(exported, named))
+        exported = _export(model, example, dynamic, dimension_names)
+    program = lift(exported, example, names=_symbol_names(exported, dimension_names))
     _fill_rules(program, model.config)
     canonicalise(program)
     program.origin = Origin(
@@ -112,12 +112,12 @@ def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
 
 
 def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
-    known = (
+    accepted = (
         set(example_inputs(model))
         if getattr(model, "main_input_name", "") in ("input_ids", "pixel_values")
         else set()
     )
-    if set(program.signature.inputs) <= known:
+    if set(program.signature.inputs) <= accepted:
         compare_with_model(program, model)
     else:
         settle_limits(program, trial(program, model, inputs), numbers_in(model.config.to_dict()))

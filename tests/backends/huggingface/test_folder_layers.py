@@ -146,7 +146,7 @@ def test_of_two_equal_depths_the_one_that_is_meant_changes(side: str) -> None:
     depths = {s: edited[s]["num_hidden_layers"] for s in ("encoder", "decoder")}
     assert depths == {"encoder": 4, "decoder": 4} | {side: 3}
     assert edited[side]["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(LoweringError, match="none tells that of"):
+    with pytest.raises(LoweringError, match="none of them is known to count"):
         layers.without_layers(raw, [replace(stack, prefix="elsewhere.")], tensor_names)
 
 

@@ -292,7 +292,9 @@ def test_a_deep_quantised_program_is_judged_beside_its_own_arithmetic(
     monkeypatch.setattr(onnx_compare, "without_rounding", lambda program: program)
     monkeypatch.setattr(onnx_compare, "_results", lambda paths, cases: [{"logits": numpy.zeros((2, 6, 101))}])
     monkeypatch.setattr(onnx_compare, "_error", lambda *_: next(errors))
-    monkeypatch.setattr(onnx_compare, "_lost", lambda *_: onnx_compare._Lost(lost, 1e-4))
+    monkeypatch.setattr(
+        onnx_compare, "_quantization_loss", lambda *_: onnx_compare._QuantizationLoss(lost, 1e-4)
+    )
     case = Case("rows", inputs, None)
     if taken:
         assert onnx_compare.compare_with_runtime([], program, [case]) == {"logits": 0.05}

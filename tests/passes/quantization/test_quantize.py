@@ -226,10 +226,10 @@ def test_what_has_no_steps_is_refused_by_its_line(captured: Callable[[str], Prog
     torch.manual_seed(0)
     data = [{"x": torch.randn(4, 8) + 1} for _ in range(4)]
     program = graphopt.capture(Infinite().eval(), data[0])
-    with pytest.raises(PassRefusedError, match="infinite or no number") as told:
+    with pytest.raises(PassRefusedError, match="infinite or NaN") as told:
         graphopt.optimize(program, "fit-target{allow_no_match=true}, quantize", data=data)
     assert "test_quantize.py" in str(told.value)
-    with pytest.raises(PassRefusedError, match="chosen token by token"):
+    with pytest.raises(PassRefusedError, match="selected per token"):
         graphopt.optimize(captured("mixtral"), "fit-target, quantize", data=tokens())
 
 
@@ -267,7 +267,7 @@ def test_a_plan_without_roundings_of_inputs_and_matrices_is_refused(net: Program
     step = Quantize()
     done = net.copy()
     step.rewrite(done, plan)
-    with pytest.raises(LoweringError, match="nobody said how these values are stored: x, which Conv"):
+    with pytest.raises(LoweringError, match="these values have no quantisation: x, which Conv"):
         done.lower("onnx", tmp_path / "a.onnx", sizes={})
 
 
@@ -321,7 +321,7 @@ def test_a_quantised_decoder_is_one_file_for_any_runtime(
     rounding.replace_all_uses_with(table)
     bare.graph.erase_node(rounding)
     bare.changed()
-    with pytest.raises(LoweringError, match="nobody said how these values are stored: Gather"):
+    with pytest.raises(LoweringError, match="these values have no quantisation: Gather"):
         bare.lower("onnx", tmp_path / "no.onnx", opset=23)
 
 

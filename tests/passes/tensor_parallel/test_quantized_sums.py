@@ -200,7 +200,7 @@ def test_every_sum_is_replaced_and_the_report_says_how_many_bits() -> None:
     assert "graphopt.all_reduce" not in done.operators
     entry = done.report.passes[-1]
     # 63 integers of 4 bits fill 32 bytes
-    assert any("4.25 bits a value" in note for note in entry.notes), entry.notes
+    assert any("4.25 bits per value" in note for note in entry.notes), entry.notes
     assert any(note.startswith("clipped:") for note in entry.notes)
 
 

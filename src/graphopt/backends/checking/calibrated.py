@@ -1,4 +1,4 @@
-"""Random inputs of a quantised program, kept to what calibration covered."""
+"""Random inputs for a quantised program, kept within the calibrated ranges."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from ...ir.running.execute import interpret, run
 from ...ir.schema import arguments, is_operator
 
 CUT_OFF = {8: 0.15, 16: 0.01}
-"""How large what is cut off of a value may be beside it, by bits; in eight, smaller numbers drown in the roundings."""
+"""Largest norm of the clipped part of a value relative to the value, by bits; at eight bits, rounding hides smaller
+ones."""
 
 
 def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return inputs with numbers made smaller until hardly a value is cut off by them, and states that come of a step.
+    """Return inputs scaled down until hardly any value is clipped, with recurrent state taken from a real step.
 
-    What a compiler joins, it does not cut off in between, as ONNX Runtime does: outside of their ranges the two
-    differ by more than roundings. States are what comes back of a step, which is what their ranges were made for.
+    A compiler does not clip between the operators that it fuses, ONNX Runtime does: outside the calibrated ranges the
+    two differ by more than rounding. Recurrent state is the output of a step, since that is what its ranges were
+    calibrated on.
 
     Args:
-        program: quantised.
-        inputs: random ones, by name; tokens, masks and dials stay.
+        program: a quantised program.
+        inputs: random inputs by name; tokens, masks and run-time settings are not changed.
     """
     carried = [name for name in program.signature.inputs if f"next_{name}" in program.outputs]
-    begun = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
-    numbers = [n for n, v in begun.items() if v.is_floating_point() and v.dim() and n not in carried]
-    always = _cut_off(program, begun | {n: torch.zeros_like(begun[n]) for n in numbers})
+    initial = inputs | {name: torch.zeros_like(inputs[name]) for name in carried}
+    numbers = [n for n, v in initial.items() if v.is_floating_point() and v.dim() and n not in carried]
+    always = _cut_off(program, initial | {n: torch.zeros_like(initial[n]) for n in numbers})
     bits = program.facts[Quantized].activations
     most = CUT_OFF.get(bits, 0.01)
     for halvings in range(8):
-        smaller = begun | {n: begun[n] * 0.5**halvings for n in numbers}
-        made = run(program, smaller) if carried else {}
-        smaller |= {name: made[f"next_{name}"] for name in carried}
+        smaller = initial | {n: initial[n] * 0.5**halvings for n in numbers}
+        outputs = run(program, smaller) if carried else {}
+        smaller |= {name: outputs[f"next_{name}"] for name in carried}
         if not numbers:
             break
         shares = _cut_off(program, smaller)
@@ -47,16 +49,16 @@ def within_ranges(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str
 
 
 def _cut_off(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, float]:
-    """Return how large what the range of each value cuts off is, beside the value."""
+    """Return the norm of the part of each value that its range clips, relative to the value."""
     ranges: dict[fx.Node, tuple[float, float]] = {}
     for node in program.nodes:
         if is_operator(node, "graphopt.fake_quantize"):
-            found = arguments(node)
-            low, high = INTEGERS[found["dtype"]]
-            # half a step is rounding
-            ranges[found["x"]] = (
-                (low - found["zero_point"] - 0.5) * found["scale"],
-                (high - found["zero_point"] + 0.5) * found["scale"],
+            args = arguments(node)
+            low, high = INTEGERS[args["dtype"]]
+            # up to half a step beyond the range is rounding
+            ranges[args["x"]] = (
+                (low - args["zero_point"] - 0.5) * args["scale"],
+                (high - args["zero_point"] + 0.5) * args["scale"],
             )
     shares: dict[fx.Node, float] = {}
 

@@ -1,4 +1,4 @@
-"""Inputs on which what was written is compared with the program: several sizes, paddings, masks, places in a cache."""
+"""Inputs on which an export is compared with the program: several sizes, paddings, masks and cache positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sizes import namesake, static_sizes
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs to compare on. ``mask`` has the positions that count; ``left``: padding comes first."""
+    """One set of inputs to compare on. ``mask`` has the positions that count; ``left``: padding comes first."""
 
     label: str
     inputs: dict[str, torch.Tensor]
@@ -31,7 +31,7 @@ class Case:
 def counted(
     result: torch.Tensor, reference: torch.Tensor, case: Case
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return what is to be compared of two values: no padded places; None where the case says nothing about them."""
+    """Return the parts of two values to compare, without padded positions; None if the case does not cover them."""
     mask = case.mask
     if mask is not None:
         if reference.dim() >= 2 and reference.shape[:2] == mask.shape:
@@ -42,31 +42,31 @@ def counted(
 
 
 def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) -> Iterator[Case]:
-    """Yield inputs: at one size, or two if dynamic; padded right and left where there is an attention mask.
+    """Yield inputs at one size, or at two if dynamic, padded on the right and on the left if there is an attention mask.
 
-    Other masks have some of their entries turned, dials stand at the far end of their range, and caches are read: what is
-    new follows what they hold.
+    Other masks have some entries flipped, run-time settings are tried at the far end of their range, and new tokens
+    are also placed after existing cache entries.
 
     Args:
-        program: whose inputs they are.
+        program: the program to make inputs for.
         sizes: fixed sizes by name.
-        dynamic: compare at a second size too.
+        dynamic: whether to compare at a second size too.
     """
     first = static_sizes(program, sizes)
     settings = [first]
     if dynamic:
-        settings.append(_another(program, first, sizes))
+        settings.append(_other_sizes(program, first, sizes))
     for values in settings:
-        named = [f"{name} {value}" for name, value in values.items() if namesake(name) == name]
-        label = f"inputs of {', '.join(named) or 'the captured sizes'}"
-        plain = _seen(program, _inputs(program, values, "none"))
+        labels = [f"{name} {value}" for name, value in values.items() if namesake(name) == name]
+        label = f"inputs of {', '.join(labels) or 'the captured sizes'}"
+        plain = _unmasked(program, _inputs(program, values, "none"))
         yield Case(label, plain)
         for side in ("right", "left"):
             padded = _inputs(program, values, side)
             mask = padded.get("attention_mask")
             if mask is not None and mask.dim() == 2 and not bool(mask.bool().all()):
                 yield Case(f"{label}, padded {side}", padded, mask.bool(), side == "left")
-        turned = {name: _turned(plain[name]) for name in _masks(program)}
+        turned = {name: _flipped(plain[name]) for name in _masks(program)}
         if turned:
             yield Case(f"{label}, with another {' and '.join(turned)}", plain | turned)
         later = _later(program, plain)
@@ -79,12 +79,12 @@ def comparison_cases(program: Program, sizes: Mapping[str, int], dynamic: bool) 
             )
             for name, d in program.dials.items()
         }
-        told = ", ".join(f"{name} {float(end):g}" for name, end in ends.items())
-        yield Case(f"{label}, {told}", plain | ends)
+        listing = ", ".join(f"{name} {float(end):g}" for name, end in ends.items())
+        yield Case(f"{label}, {listing}", plain | ends)
 
 
 def _masks(program: Program) -> list[str]:
-    """Return the names of masks of which nothing is known but that they are masks."""
+    """Return the names of inputs that are masks of unknown meaning."""
     return [
         name for name, spec in program.signature.inputs.items()
         if "mask" in name and name != "step_mask" and not spec.dtype.is_floating_point
@@ -92,8 +92,8 @@ def _masks(program: Program) -> list[str]:
     ]  # fmt: skip
 
 
-def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return inputs with masks that let everything be seen: some say so by ones, some by zeros."""
+def _unmasked(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs whose masks hide nothing: ones in some programs, zeros in others."""
     names = _masks(program)
     if not names or _sees(program, inputs):
         return inputs
@@ -103,19 +103,19 @@ def _seen(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _sees(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Tell whether every row sees a key, where masks are attention's, and whether outputs are numbers."""
-    asked = [arguments(n) for n in program.nodes if is_operator(n, "graphopt.attention")]
-    masks = {given[name] for given in asked for name in ("key_mask", "bias")} - {None}
-    found = interpret(program, dict(inputs), record=masks)
-    seen = [
-        ((m := found[n.name]) != (0 if m.dtype is torch.bool else -math.inf)).any(-1).all() for n in masks
+    """Return whether every attention row sees a key, and no output is NaN."""
+    attentions = [arguments(n) for n in program.nodes if is_operator(n, "graphopt.attention")]
+    masks = {call[name] for call in attentions for name in ("key_mask", "bias")} - {None}
+    values = interpret(program, dict(inputs), record=masks)
+    visible_keys = [
+        ((m := values[n.name]) != (0 if m.dtype is torch.bool else -math.inf)).any(-1).all() for n in masks
     ]
-    numbers = [~v.isnan().any() for v in found.values() if isinstance(v, torch.Tensor)]
-    return all(map(bool, [*seen, *numbers]))
+    numbers = [~v.isnan().any() for v in values.values() if isinstance(v, torch.Tensor)]
+    return all(map(bool, [*visible_keys, *numbers]))
 
 
-def _turned(mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask with the last third of its first row the other way."""
+def _flipped(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask with the last third of its first row flipped."""
     turned = mask.clone()
     if mask.dim() and (few := mask.shape[-1] // 3):
         turned[0, ..., -few:] = 1 - turned[0, ..., -few:].int()
@@ -123,7 +123,7 @@ def _turned(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _later(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return positions behind what caches hold; nothing where there are none, or no room."""
+    """Return positions after the filled part of the caches; empty if there are no caches or no room is left."""
     cache = program.facts.get(KVCache)
     if cache is None or cache.positions not in inputs:
         return {}
@@ -131,21 +131,23 @@ def _later(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, to
     slots = min(int(v.shape[2]) for n, v in inputs.items() if "_cache_" in n)
     start = slots - new
     if Quantized in program.facts:
-        start = min(start, new)  # its caches come of one step
+        start = min(start, new)  # the caches come from one step
     if start <= 0:
         return {}
     return {n: inputs[n] + start for n in (cache.positions, "cache_slots") if n in inputs}
 
 
 def _inputs(program: Program, sizes: Mapping[str, int], padding: str) -> dict[str, torch.Tensor]:
-    dials = {name: torch.tensor(dial.default, dtype=torch.float64) for name, dial in program.dials.items()}
-    inputs = example_inputs(program, dict(sizes), padding=padding) | dials
+    settings = {
+        name: torch.tensor(setting.default, dtype=torch.float64) for name, setting in program.dials.items()
+    }
+    inputs = example_inputs(program, dict(sizes), padding=padding) | settings
     if Quantized in program.facts:
         return within_ranges(program, inputs)
     return inputs
 
 
-def _another(program: Program, first: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
+def _other_sizes(program: Program, first: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
     """Return other sizes that the program itself takes."""
     other = dict(first)
     for name in first:

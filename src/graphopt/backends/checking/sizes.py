@@ -1,4 +1,4 @@
-"""Sizes that are fixed where a program is written for a runtime."""
+"""Sizes that are fixed when a program is exported for a runtime."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def static_sizes(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def namesake(name: str) -> str:
-    """Return the name of a size without the number that tells it from others: ``batch`` of ``batch_2``."""
+    """Return the name of a size without its distinguishing number: ``batch`` for ``batch_2``."""
     stem, _, number = name.rpartition("_")
     return stem if number.isdigit() else name

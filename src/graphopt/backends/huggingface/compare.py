@@ -1,4 +1,4 @@
-"""A folder against the program that it was made of: beyond every window, padded on both sides, in a wide type."""
+"""Compare a written folder with its program: beyond every window, padded on both sides, in a wide type."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...ir.weights import TensorSource, numel
 from .layers import configurations, load
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Largest relative difference that another order of the same operations explains, by the type that both run in."""
+"""Largest relative difference that reordering the same operations explains, by the type that both run in."""
 _FLOPS = 3e11
 _WINDOW = re.compile(r"window|chunk|local_attention|block_size|max_distance")
 _ARITHMETIC = (
@@ -36,7 +36,7 @@ _ARITHMETIC = (
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs to compare on; ``mask`` has the positions that count, by the size of values that it is about."""
+    """One set of inputs to compare on; ``mask`` has the positions that count, by the size of the values."""
 
     label: str
     inputs: dict[str, torch.Tensor]
@@ -44,9 +44,9 @@ class Case:
 
 
 def wide_type(program: Program) -> torch.dtype:
-    """Return the type that a folder is compared in: what is stored in fewer bits is widened on both sides.
+    """Return the type in which a folder is compared: weights stored in fewer bits are widened on both sides.
 
-    In the stored type, roundings would hide what is wrong.
+    In the stored type, rounding would hide errors.
     """
     outputs = (getattr(v, "meta", {}).get("val") for v in program.outputs.values())
     double = any(isinstance(v, torch.Tensor) and v.dtype is torch.float64 for v in outputs)
@@ -54,19 +54,21 @@ def wide_type(program: Program) -> torch.dtype:
 
 
 def reach(program: Program) -> int:
-    """Return the largest number that positions are compared with: a window, a chunk, a distance.
+    """Return the largest number that positions are compared with: a window, chunk or distance.
 
-    The configuration has its say too: what a program lost must not shorten what it is compared on.
+    The configuration counts too, so that a window that the program lost by mistake does not shorten the comparison.
     """
-    found = [1]
-    for _, part in configurations(load(program.origin.config)):
-        numbers = ((k, v) for k, v in vars(part).items() if _WINDOW.search(k) and "layer" not in k)
-        found.extend(v for _, v in numbers if type(v) is int and v < 2**20)
+    reaches = [1]
+    for _, config in configurations(load(program.origin.config)):
+        numbers = ((k, v) for k, v in vars(config).items() if _WINDOW.search(k) and "layer" not in k)
+        reaches.extend(v for _, v in numbers if type(v) is int and v < 2**20)
     for node in program.nodes:
         if is_operator(node, "graphopt.attention"):
-            found.append(int(arguments(node)["window"] or 1))
-    found.extend(n for node in program.nodes if _of_positions(program, node) for n in _numbers(program, node))
-    return max(found)
+            reaches.append(int(arguments(node)["window"] or 1))
+    reaches.extend(
+        n for node in program.nodes if _of_positions(program, node) for n in _numbers(program, node)
+    )
+    return max(reaches)
 
 
 def _of_positions(program: Program, node: fx.Node) -> bool:
@@ -77,11 +79,11 @@ def _of_positions(program: Program, node: fx.Node) -> bool:
         or not is_operator(node, *_ARITHMETIC)
     ):
         return False
-    # numbers of tokens are compared with numbers of tokens
-    read = [
+    # counts of tokens are compared with counts of tokens
+    position_inputs = [
         str(n.meta["input"]) for n in needed_for([node], ()) if n.op == "placeholder" and "input" in n.meta
     ]
-    return not any(name.endswith("input_ids") for name in read)
+    return not any(name.endswith("input_ids") for name in position_inputs)
 
 
 def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
@@ -95,14 +97,14 @@ def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
 
 
 def cases(program: Program) -> tuple[list[Case], int]:
-    """Return inputs to compare on, and how many tokens there would have to be to reach past everything.
+    """Return inputs to compare on, and the number of tokens needed to reach past every window.
 
-    Where so many take too long, the inputs are short.
+    If that many would take too long, the inputs are short.
     """
-    wanted, length = reach(program) + 5, 9
+    target_length, length = reach(program) + 5, 9
     needed = max(
         (
-            min(wanted, limits.high or wanted)
+            min(target_length, limits.high or target_length)
             for name, limits in program.signature.sizes.items()
             if _is_length(name)
         ),
@@ -112,7 +114,7 @@ def cases(program: Program) -> tuple[list[Case], int]:
         length = needed
     sizes = {n: length for n in program.signature.sizes if _is_length(n)}
     if length > 9:
-        # two lengths, so that what is about one is not taken to be about the other
+        # two lengths, so that values of one are not mistaken for values of the other
         sizes |= {n: length - 1 for n in sizes if n.startswith("decoder")}
         sizes |= {n: 1 for n in program.signature.sizes if n.startswith("batch")} if length > 500 else {}
     else:
@@ -142,35 +144,35 @@ def _padded(program: Program, sizes: dict[str, int]) -> Iterator[Case]:
 
 
 def _affordable(program: Program, length: int) -> bool:
-    """Tell whether inputs of this length take seconds, and little of the memory."""
+    """Return whether inputs of this length run in seconds and in a small part of the memory."""
     weights = sum(numel(w.source.shape) for w in program.weights.values())
     attentions = [n for n in program.nodes if is_operator(n, "graphopt.attention")]
     heads = sum(int(arguments(n)["q"].meta["val"].shape[1]) for n in attentions)
     widest = max((int(arguments(n)["q"].meta["val"].shape[1]) for n in attentions), default=1)
     work = 2 * weights * length + 4 * heads * length**2 * 64
-    held = 4 * 5 * widest * length**2 + 16 * length * max(
+    memory = 4 * 5 * widest * length**2 + 16 * length * max(
         (int(s) for v in program.outputs.values() if isinstance(t := getattr(v, "meta", {}).get("val"), torch.Tensor)
          for s in t.shape[-1:] if isinstance(s, int)), default=1
     )  # fmt: skip
-    return work < _FLOPS and held < min(memory_available() // 6, 3 << 30)
+    return work < _FLOPS and memory < min(memory_available() // 6, 3 << 30)
 
 
 class Reference:
-    """What the program computes, in a wide type, from weights as they are stored."""
+    """The program's outputs, computed in a wide type from the weights as they are stored."""
 
     def __init__(self, program: Program, dtype: torch.dtype | None = None):
         self.program, self.dtype = program, dtype or wide_type(program)
-        # folded first: what is stored is rounded, and only then widened
+        # folded first: stored weights are rounded before they are widened
         self._wide = retyped(fold(program), self.dtype, shapes=False)
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return the outputs; weights are loaded one after the other."""
-        given = {name: widen(value, self.dtype) for name, value in inputs.items()}
-        found = interpret(self._wide, given)
-        return {name: found[name] for name in self.program.outputs}
+        """Return the outputs; weights are loaded one at a time."""
+        widened = {name: widen(value, self.dtype) for name, value in inputs.items()}
+        values = interpret(self._wide, widened)
+        return {name: values[name] for name in self.program.outputs}
 
     def limit(self, case: Case) -> float:
-        """Return the largest relative difference that rounding explains, of what is stored too where it is computed."""
+        """Return the largest relative difference that rounding explains, also of stored weights that are computed."""
         least = LIMITS[self.dtype]
         rounded = [
             n
@@ -181,12 +183,12 @@ class Reference:
             return least
         shaken = self._wide.copy()
         shaken.weights = {
-            name: weight.with_source(_Shaken(weight.source, number))
+            name: weight.with_source(_Perturbed(weight.source, number))
             if isinstance(weight.source, Widened) else weight
             for number, (name, weight) in enumerate(shaken.weights.items())
         }  # fmt: skip
-        given = {name: widen(value, self.dtype) for name, value in case.inputs.items()}
-        errors = differences(self.program, case, self(case.inputs), interpret(shaken, given))
+        widened = {name: widen(value, self.dtype) for name, value in case.inputs.items()}
+        errors = differences(self.program, case, self(case.inputs), interpret(shaken, widened))
         return max(least, 4 * max(errors.values()))
 
 
@@ -199,8 +201,8 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class _Shaken:
-    """A source whose values are off by up to half a step of the type that they are stored in."""
+class _Perturbed:
+    """A source whose values are off by up to half a step of their stored type."""
 
     source: TensorSource
     seed: int
@@ -250,32 +252,34 @@ def differences(
 
 
 def require_same_attention(program: Program, again: Program) -> None:
-    """Compare what each attention sees, where inputs that show it would take too long.
+    """Compare what each attention sees, if inputs that reach past it would take too long.
 
     Raises:
-        LoweringError: an attention of the folder's model sees something else.
+        LoweringError: an attention of the folder's model sees other positions.
     """
-    ours, theirs = _seen(program), _seen(again)
-    for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
+    seen_before, seen_after = _visible_positions(program), _visible_positions(again)
+    for number, (first, other) in enumerate(zip(seen_before, seen_after, strict=False)):
+        if first != other:
             raise LoweringError(
-                f"attention {number} of the folder's model sees {other}, the program's {one}: "
+                f"attention {number} of the folder's model sees {other}, the program's {first}: "
                 "the configuration gives its layers other windows",
                 hint="a Hugging Face folder cannot hold this program; use program.save or program.lower",
             )
-    if len(ours) != len(theirs):
-        raise LoweringError(f"the folder's model has {len(theirs)} attentions, the program has {len(ours)}")
+    if len(seen_before) != len(seen_after):
+        raise LoweringError(
+            f"the folder's model has {len(seen_after)} attentions, the program has {len(seen_before)}"
+        )
 
 
-def _seen(program: Program) -> list[tuple[Any, ...]]:
-    found = []
+def _visible_positions(program: Program) -> list[tuple[Any, ...]]:
+    visibilities = []
     for node in program.nodes:
         if is_operator(node, "graphopt.attention"):
-            given = arguments(node)
-            made = needed_for([n for n in (given["bias"], given["visible"]) if n is not None], ())
-            numbers = sorted(v for n in made if _of_positions(program, n) for v in _numbers(program, n))
-            found.append((given["causal"], given["window"], *numbers))
-    return found
+            args = arguments(node)
+            needed = needed_for([n for n in (args["bias"], args["visible"]) if n is not None], ())
+            numbers = sorted(v for n in needed if _of_positions(program, n) for v in _numbers(program, n))
+            visibilities.append((args["causal"], args["window"], *numbers))
+    return visibilities
 
 
 __all__ = [

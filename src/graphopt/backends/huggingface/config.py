@@ -1,4 +1,4 @@
-"""The configuration of a model that became narrower, and the names of tensors once layers left."""
+"""The configuration of a model that became narrower, and tensor names after layers were removed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim", "decode
 
 
 def with_widths(config: dict[str, Any], widths: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return a configuration for a model whose feed-forwards have other widths.
+    """Return the configuration for a model with other feed-forward widths.
 
     Args:
         config: plain data, as in config.json.
         widths: pairs of a width before and after, in the order of the changes.
 
     Raises:
-        LoweringError: nothing in the configuration holds the width.
+        LoweringError: no entry of the configuration holds the width.
     """
     edited = copy.deepcopy(config)
     for before, after in widths:
         tables = [edited, *(v for v in edited.values() if isinstance(v, dict))]
-        places = [(t, n) for t in tables for n in _WIDTHS if t.get(n) == before]
+        entries = [(t, n) for t in tables for n in _WIDTHS if t.get(n) == before]
         hidden = next((t for t in tables if "n_inner" in t and t["n_inner"] is None), None)
-        if not places and hidden is not None and hidden.get("n_embd") and before == 4 * hidden["n_embd"]:
-            places = [(hidden, "n_inner")]  # left out, it is four times the model's width
-        if not places:
+        if not entries and hidden is not None and hidden.get("n_embd") and before == 4 * hidden["n_embd"]:
+            entries = [(hidden, "n_inner")]  # if absent, it is four times the model's width
+        if not entries:
             raise LoweringError(
                 f"the configuration has no entry that holds the feed-forwards' width of {before}"
             )
-        for table, name in places:
+        for table, name in entries:
             table[name] = after
     return edited
 
@@ -54,10 +54,10 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 
 def with_experts(config: dict[str, Any], before: int, after: int, *, active: bool) -> dict[str, Any]:
-    """Return a configuration for a model with another number of experts, or of those that a token goes to.
+    """Return the configuration for a model with another number of experts, or of active experts per token.
 
     Raises:
-        LoweringError: nothing in the configuration holds the number.
+        LoweringError: no entry of the configuration holds the number.
     """
     edited = copy.deepcopy(config)
     for table in (edited, *(v for v in edited.values() if isinstance(v, dict))):
@@ -71,7 +71,7 @@ def with_experts(config: dict[str, Any], before: int, after: int, *, active: boo
 
 
 def renumbered(name: str, removed: Sequence[RemovedLayers]) -> str:
-    """Return the name of a tensor after the layers before its own have left."""
+    """Return the name of a tensor after layers before its own were removed."""
     for stack in removed:
         prefix = stack.prefix
         match = re.match(r"\d+", name[len(prefix) :]) if name.startswith(prefix) else None

@@ -1,15 +1,15 @@
-"""Run by itself in a process of its own: load a folder with transformers alone and run it.
+"""Standalone script, run in its own process: load a folder with transformers alone and run it.
 
 Usage: python huggingface_reload.py FOLDER CLASS INPUTS OUTPUTS DTYPE, where INPUTS and OUTPUTS are
-safetensors files; what stands before a slash in their names is the run that a tensor belongs to. It imports
-nothing of graphopt, so that what it shows is what users of the folder will see.
+safetensors files; the part of a tensor's name before the slash is the run that it belongs to. The script imports
+nothing from graphopt, so that it computes what users of the folder will get.
 """
 
 import sys
 
 
 def main() -> None:
-    """Load, run, and write the outputs."""
+    """Load the model, run it, and write the outputs."""
     folder, class_name, inputs, outputs, dtype = sys.argv[1:6]
     import torch
     import transformers
@@ -31,16 +31,18 @@ def main() -> None:
     for name, value in load_file(inputs).items():
         run, _, name = name.partition("/")
         runs.setdefault(run, {})[name] = value
-    found = {}
-    for run, given in runs.items():
+    tensors_of_runs = {}
+    for run, arguments in runs.items():
         with torch.no_grad():
-            result = flat(model(**given))
-        found.update({f"{run}/{name}": value.contiguous().clone() for name, value in result.items()})
-    save_file(found, outputs)
+            result = flat(model(**arguments))
+        tensors_of_runs.update(
+            {f"{run}/{name}": value.contiguous().clone() for name, value in result.items()}
+        )
+    save_file(tensors_of_runs, outputs)
 
 
 def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]
-    """Return tensors by the names of what they lie in."""
+    """Return the tensors of a nested value, named by their path."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -51,7 +53,7 @@ def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]
     elif isinstance(value, (list, tuple)):
         items = list(enumerate(value))
     inner = [flat(item, f"{name}_{key}" if name else str(key)) for key, item in items]
-    return {key: tensor for part in inner for key, tensor in part.items()}
+    return {key: tensor for tensors in inner for key, tensor in tensors.items()}
 
 
 if __name__ == "__main__":

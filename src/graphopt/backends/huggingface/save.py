@@ -1,4 +1,4 @@
-"""A Program as a Hugging Face folder, reloaded by transformers alone and compared before it counts."""
+"""Export of a program to a Hugging Face folder, which transformers reloads and compares before it takes its place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Recapture = Callable[[Path], Program]
 
 @dataclass
 class FolderReport:
-    """What was written and how it compares: relative error of each output against the program."""
+    """What was written, and the relative error of each output against the program."""
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
@@ -69,16 +69,16 @@ def save_pretrained(
 
     Raises:
         LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
-        UsageError: something that graphopt did not write stands there.
+        UsageError: the path holds something that graphopt did not write.
     """
     tensors, config = contents(program, skeleton)
-    with atomic_folder(path, may_replace=_is_folder_of_ours) as folder:
+    with atomic_folder(path, may_replace=_is_graphopt_folder) as folder:
         _write_weights(folder, tensors, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, data in program.origin.assets.items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
+            destination = folder / name
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            destination.write_bytes(data)
         report = FolderReport(Path(path), files=sorted(p.name for p in folder.iterdir()))
         total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
         if check == "auto":
@@ -93,10 +93,10 @@ def save_pretrained(
 def contents(
     program: Program, skeleton: Skeleton | None = None
 ) -> tuple[dict[str, TensorSource], dict[str, Any]]:
-    """Return the tensors and configuration of the folder.
+    """Return the tensors and the configuration to write.
 
     Raises:
-        LoweringError: the program did not come from a checkpoint, or a pass left its format.
+        LoweringError: the program did not come from a checkpoint, or a pass made it inexpressible in that format.
     """
     if program.origin.kind != "huggingface" or not program.checkpoint:
         raise LoweringError(
@@ -104,7 +104,7 @@ def contents(
             hint="use program.save, program.lower or program.exported_program",
         )
     if blockers := export_blockers(program):
-        reasons = "; ".join(f"{reason} ({by})" for by, told in blockers.items() for reason in told)
+        reasons = "; ".join(f"{reason} ({by})" for by, texts in blockers.items() for reason in texts)
         raise LoweringError(
             f"a Hugging Face folder cannot hold this program: {reasons}",
             hint="use program.save or program.lower",
@@ -119,8 +119,8 @@ def contents(
                 f"two tensors would be called {name}: one of a layer that was removed is still read",
                 hint="use program.save or program.lower",
             )
-        held = node.op == "placeholder"
-        tensors[name] = program.weights[node.name].source if held else computed(program, node)[0]
+        is_weight = node.op == "placeholder"
+        tensors[name] = program.weights[node.name].source if is_weight else computed(program, node)[0]
     config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
     if changes.active_experts is not None:
         config = with_experts(config, *changes.active_experts, active=True)
@@ -129,14 +129,14 @@ def contents(
     return tensors, config
 
 
-def _is_folder_of_ours(path: Path) -> bool:
-    """Tell whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
+def _is_graphopt_folder(path: Path) -> bool:
+    """Return whether graphopt wrote a folder: a checkpoint that somebody else made or trained is not replaced."""
     files = path.glob("*.safetensors")
     return (path / "config.json").is_file() and any(writer(f) == METADATA["writer"] for f in files)
 
 
 METADATA = {"format": "pt", "writer": "graphopt"}
-"""In the header of weight files; it says which folders may be replaced."""
+"""Marker in the header of weight files, which tells which folders may be replaced."""
 
 
 def _write_weights(
@@ -174,18 +174,19 @@ def _compare(program: Program, folder: Path, check: str, recapture: Recapture | 
         LoweringError: the folder cannot be loaded, or its model computes something else.
     """
     reference = Reference(program)
-    given, unreached = cases(program)
+    compared_cases, unreached = cases(program)
     again = None
     if check == "streamed" or unreached:
         if recapture is None:
             raise LoweringError(
-                "this check needs a way to capture the folder again", hint="call program.save_pretrained"
+                "this check needs a function that captures the folder again",
+                hint="call program.save_pretrained",
             )
         again = recapture(folder)
     worst: dict[str, float] = {}
-    found = _reloaded(program, folder, given, reference.dtype) if check == "reload" else None
-    for number, case in enumerate(given):
-        result = found[number] if found is not None else _streamed(again, case, reference)
+    reloaded = _reloaded(program, folder, compared_cases, reference.dtype) if check == "reload" else None
+    for number, case in enumerate(compared_cases):
+        result = reloaded[number] if reloaded is not None else _streamed(again, case, reference)
         errors = differences(program, case, reference(case.inputs), result)
         for name, error in errors.items():
             worst[name] = max(worst.get(name, 0.0), error)
@@ -196,28 +197,33 @@ def _compare(program: Program, folder: Path, check: str, recapture: Recapture | 
 
 
 def _reloaded(
-    program: Program, folder: Path, given: list[Case], dtype: torch.dtype
+    program: Program, folder: Path, compared_cases: list[Case], dtype: torch.dtype
 ) -> list[dict[str, torch.Tensor]]:
-    """Run the folder in a process that knows transformers and not graphopt."""
+    """Run the folder in a process that imports transformers and not graphopt."""
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory() as place:
-        taken, made = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
-        inputs = {f"{i}/{k}": v for i, case in enumerate(given) for k, v in case.inputs.items()}
+    with tempfile.TemporaryDirectory() as directory:
+        inputs_path, outputs_path = (
+            Path(directory) / "inputs.safetensors",
+            Path(directory) / "outputs.safetensors",
+        )
+        inputs = {f"{i}/{k}": v for i, case in enumerate(compared_cases) for k, v in case.inputs.items()}
         save_file(
             {k: widen(v, dtype).clone(memory_format=torch.contiguous_format) for k, v in inputs.items()},
-            taken,
+            inputs_path,
         )
         name = program.origin.model_class.partition(":")[2]
-        status, said = _child([str(folder), name, str(taken), str(made), str(dtype).removeprefix("torch.")])
+        status, message = _child(
+            [str(folder), name, str(inputs_path), str(outputs_path), str(dtype).removeprefix("torch.")]
+        )
         if status != 0:
-            last = said.strip().splitlines()[-1:] or ["no message"]
+            last = message.strip().splitlines()[-1:] or ["no message"]
             raise LoweringError(
                 f"transformers cannot load what was written: {last[0]}",
                 hint="the architecture cannot express this program; use program.save or program.lower",
             )
-        results: list[dict[str, torch.Tensor]] = [{} for _ in given]
-        for label, value in load_file(made).items():
+        results: list[dict[str, torch.Tensor]] = [{} for _ in compared_cases]
+        for label, value in load_file(outputs_path).items():
             number, _, output = label.partition("/")
             results[int(number)][output] = value
     return results
@@ -226,14 +232,14 @@ def _reloaded(
 def _child(arguments: list[str]) -> tuple[int, str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return done.returncode, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return process.returncode, process.stderr
 
 
 def _streamed(again: Program | None, case: Case, reference: Reference) -> dict[str, Any]:
     assert again is not None
-    known = {k: v for k, v in case.inputs.items() if k in again.signature.inputs}
-    return Reference(again, reference.dtype)(again.bind((), known))
+    accepted = {k: v for k, v in case.inputs.items() if k in again.signature.inputs}
+    return Reference(again, reference.dtype)(again.bind((), accepted))
 
 
 def _require(errors: dict[str, float], case: Case, reference: Reference) -> None:

@@ -1,4 +1,4 @@
-"""What an ONNX file must hold before it counts: the opset asked for, standard operators, valid shapes."""
+"""Validation of a written ONNX file: the requested opset, standard operators, valid shapes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _STANDARD = ("", "ai.onnx")
 def check_file(path: Path, opset: int) -> Counter[str]:
     """Re-read a file and return how often each operator occurs in it.
 
-    Exporters have written headers and operators that do not belong together and only logged it, so the
-    file is read back instead of trusted.
+    Exporters have been seen to write headers that do not match their operators and only log it, so the file is read
+    back rather than trusted.
 
     Args:
-        path: of the model; external data are looked for beside it.
-        opset: that its header must state, and no other.
+        path: of the model; external data is looked for beside it.
+        opset: the only one that its header may state.
 
     Raises:
-        LoweringError: another opset, functions, operators outside the standard, or a model that ONNX's own
-            checker (with shapes) refuses.
+        LoweringError: the opset differs, the file has functions or non-standard operators, or ONNX's own checker
+            (with shapes) refuses it.
     """
     import onnx
 
@@ -34,8 +34,8 @@ def check_file(path: Path, opset: int) -> Counter[str]:
         raise LoweringError(f"the file written cannot be read back: {error}") from error
     stated = {entry.domain: entry.version for entry in model.opset_import}
     if {_STANDARD[0] if d in _STANDARD else d: v for d, v in stated.items()} != {"": opset}:
-        found = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in stated.items())
-        raise LoweringError(f"opset {opset} was asked for, and the file states {found or 'none'}")
+        listing = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in stated.items())
+        raise LoweringError(f"opset {opset} was asked for, and the file states {listing or 'none'}")
     if model.functions:
         names = ", ".join(function.name for function in model.functions[:5])
         raise LoweringError(f"functions are left in the file: {names}")

@@ -1,4 +1,4 @@
-"""An ONNX graph made small: weights attached late, constants folded, equal nodes shared."""
+"""Clean-up of an ONNX graph: weights are attached late, constants folded and equal nodes shared."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ...ir.errors import LoweringError
 from ...ir.weights import TensorSource, Weight
 
 EAGER_BYTES = 1 << 16
-"""Weights up to this size are read at once, so that what depends on them can be folded."""
+"""Bytes up to which a weight is read at once, so that nodes that depend on it can be folded."""
 _FOLDED_VALUES = 1 << 24
 
 
 def attach_weights(model: Any, weights: dict[str, Weight]) -> None:
-    """Give the graph its weights: small ones at once, others read each time they are asked for.
+    """Attach the weights to the graph: small ones immediately, others as tensors that are read on demand.
 
-    A weight that is only read transposed is stored as its transpose, under its name.
+    A weight that is only read transposed is stored transposed, under the same name.
     """
     for name, value in model.graph.initializers.items():
         weight = weights.get(name)
@@ -52,17 +52,17 @@ def _tensor(weight: Weight, name: str, order: list[int] | None) -> Any:
 
     source: TensorSource = weight.source
 
-    def read() -> Any:
+    def load() -> Any:
         tensor = source.load()
         if order is not None:
             tensor = tensor.permute(order)
         return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
 
     if weight.bytes <= EAGER_BYTES:
-        return read()
+        return load()
     shape = [source.shape[i] for i in order] if order is not None else list(source.shape)
     kind = tensor_adapters.from_torch_dtype(source.dtype)
-    return onnx_ir.LazyTensor(read, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
+    return onnx_ir.LazyTensor(load, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
 
 
 def _is_late(value: Any) -> bool:
@@ -72,12 +72,12 @@ def _is_late(value: Any) -> bool:
 
 
 def _stays(node: Any) -> bool:
-    """Tell whether a node says how a value is stored, or reads a weight that is not there yet."""
+    """Return whether a node defines how a value is stored, or reads a weight that is not attached yet."""
     return node.op_type in ("QuantizeLinear", "DequantizeLinear") or any(_is_late(v) for v in node.inputs)
 
 
 def simplify(model: Any) -> None:
-    """Fold, share and drop nodes in place; sizes are inferred and provenance is removed at the end."""
+    """Fold, share and drop nodes in place, then infer sizes and remove provenance."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
@@ -113,7 +113,7 @@ def simplify(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what folding says of nodes that it leaves, and of values that are discarded later."""
+    """Silence warnings about nodes that are not folded and about values that are discarded later."""
     logger = logging.getLogger("onnxscript")
     before = logger.level
     logger.setLevel(logging.ERROR)

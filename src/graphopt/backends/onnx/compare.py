@@ -1,4 +1,4 @@
-"""ONNX files, run by ONNX Runtime, against the program that they were written from."""
+"""Comparison of ONNX files, run by ONNX Runtime, with the program that they were written from."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from .quantized import without_rounding
 
 _TOLERANCE = 1e-4
 _ROUNDINGS, _MOST_ROUNDED = 4.0, 1e-2
-"""Two ways of adding in one type lead apart by a few times what that type alone costs, which deep models raise: 30 layers
-behind caches drawn at random lose 1e-4. Beyond the second number rounding explains nothing."""
+"""Two orders of summation in one type may differ by a few times that type's own error, more so in deep models: 30
+layers with random caches lose 1e-4. Above the second number, rounding is no explanation."""
 _QUANTIZED_TOLERANCE = {8: 0.2, 16: 2e-2}
-"""A value that lies between two steps goes to either, in one arithmetic or the other."""
+"""A value halfway between two steps may be rounded either way, depending on the arithmetic."""
 _SHARE_LOST = {8: 1.0, 16: 0.4}
-"""How far two ways of rounding lead apart, beside what quantising lost: measured up to 0.8 and 0.08, with the optimiser of
-ONNX Runtime 1.32 up to 0.8 and 0.22."""
-_WAYS = 2.0
-"""Beyond that share: how far a runtime may lead apart, beside how far the program in float64 does from itself in float32.
-Over 30 layers whose stream holds values of thousands, 16 bits a value: 0.06 of the logits, a runtime 0.05."""
+"""Difference between two ways of rounding, relative to the loss from quantising: measured up to 0.8 and 0.08, with
+the optimiser of ONNX Runtime 1.32 up to 0.8 and 0.22."""
+_RELATIVE_DIVERGENCE = 2.0
+"""Above that share: how far a runtime may differ, relative to the program's own difference between float64 and
+float32. Over 30 layers whose stream holds values in the thousands, at 16 bits per value: 0.06 of the logits, a
+runtime 0.05."""
 _HALF_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -41,47 +42,48 @@ def compare_with_runtime(
 ) -> dict[str, float]:
     """Return the largest relative error of each output over the cases.
 
-    Errors are relative to an output's values, small ones to the largest usual one. Where rows see no key, ONNX and torch
-    differ by design, so that padded positions do not count. An error above the tolerance counts beside what the
-    program's own type costs it, measured in float64. What was quantised is judged as a whole, by the distance of the
-    two beside what was lost by quantising: single values go to either of two steps; and where that is not enough, beside
-    the distance of the program's own arithmetic in float64, each way of which later roundings carry further apart.
+    Errors are relative to an output's values; small values are compared with the largest usual one. Padded positions
+    do not count, because ONNX and torch differ by design for rows that see no key. An error above the tolerance is
+    measured against the program's own rounding error, found by running it in float64. A quantised output is judged as
+    a whole, by its distance relative to the loss from quantising, because single values may be rounded to either of
+    two steps; if that is not enough, by the distance relative to the program's own difference from float64, which
+    later rounding amplifies.
 
     Args:
-        paths: of files that run one after another, each given what those before it gave.
-        program: what they are together.
+        paths: of files that run one after another, each with the outputs of those before it.
+        program: the program that the files implement together.
         cases: inputs.
         tolerance: largest error; by default what rounding explains.
 
     Raises:
         LoweringError: ONNX Runtime does not run a file, or an error exceeds the tolerance.
     """
-    whole = Quantized in program.facts
+    quantized = Quantized in program.facts
     limit = tolerance if tolerance is not None else tolerance_of(program)
-    plain = without_rounding(program) if whole and tolerance is None else None
+    plain = without_rounding(program) if quantized and tolerance is None else None
     results = _results(paths, cases)
     errors: dict[str, float] = {}
     wrong: dict[str, tuple[float, float, str]] = {}
-    for case, found in zip(cases, results, strict=True):
-        given = {n: v for n, v in case.inputs.items() if n in program.input_nodes}
-        wanted = run(program, given)
-        floats = run(plain, given) if plain is not None else {}
+    for case, outputs in zip(cases, results, strict=True):
+        inputs = {n: v for n, v in case.inputs.items() if n in program.input_nodes}
+        expected = run(program, inputs)
+        floats = run(plain, inputs) if plain is not None else {}
         exact: dict[str, Any] = {}
-        for name, reference in wanted.items():
-            error = _error(torch.from_numpy(found[name].copy()), reference, case, whole)
+        for name, reference in expected.items():
+            error = _error(torch.from_numpy(outputs[name].copy()), reference, case, quantized)
             if error is None:
                 continue
             most = limit
             if name in floats:
                 share = _SHARE_LOST[program.facts[Quantized].activations]
-                lost = _lost(program.outputs[name], reference, floats[name], case)
+                lost = _quantization_loss(program.outputs[name], reference, floats[name], case)
                 most = min(limit, max(lost.step, share * lost.all))
                 if most < error <= lost.all:
-                    exact = exact or _without_own_rounding(program, given)
-                    apart = _error(reference, exact[name], case, whole)
-                    most = max(most, min(_WAYS * (apart or 0.0), lost.all))
+                    exact = exact or _without_own_rounding(program, inputs)
+                    apart = _error(reference, exact[name], case, quantized)
+                    most = max(most, min(_RELATIVE_DIVERGENCE * (apart or 0.0), lost.all))
             elif tolerance is None and limit < error <= _MOST_ROUNDED:
-                exact = exact or _without_own_rounding(program, given)
+                exact = exact or _without_own_rounding(program, inputs)
                 apart = _error(reference, exact[name], case)
                 most = min(max(limit, _ROUNDINGS * (apart or 0.0)), _MOST_ROUNDED)
             if not error <= errors.get(name, -1.0):
@@ -89,59 +91,61 @@ def compare_with_runtime(
             if not error <= most and not error <= wrong.get(name, (-1.0,))[0]:
                 wrong[name] = error, most, case.label
     if wrong:
-        told = "; ".join(f"{name}: {error:.2e} on {label}" for name, (error, _, label) in wrong.items())
+        listing = "; ".join(f"{name}: {error:.2e} on {label}" for name, (error, _, label) in wrong.items())
         most = min(most for _, most, _ in wrong.values())
         raise LoweringError(
-            f"what ONNX Runtime computes differs from the program by more than {most:.0e}: {told}",
+            f"what ONNX Runtime computes differs from the program by more than {most:.0e}: {listing}",
             hint="tolerance= accepts more"
-            + (", as where rounding sends a token to another expert" if limit > _TOLERANCE else "")
-            + "; compare=False writes the file all the same",
+            + (", for example if rounding sends a token to another expert" if limit > _TOLERANCE else "")
+            + "; compare=False writes the file anyway",
         )
     return errors
 
 
 def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
-    """Return what files give one after another, by name; one of them is in memory at a time."""
-    known = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
+    """Return the outputs of running the files in order, by case and name; only one file is in memory at a time."""
+    values_by_case = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
     for path in paths:
         session = _session(path)
-        taken = [value.name for value in session.get_inputs()]
-        given = [value.name for value in session.get_outputs()]
-        for case, values in zip(cases, known, strict=True):
+        input_names = [value.name for value in session.get_inputs()]
+        output_names = [value.name for value in session.get_outputs()]
+        for case, values in zip(cases, values_by_case, strict=True):
             try:
-                results = session.run(given, {name: values[name] for name in taken})
+                results = session.run(output_names, {name: values[name] for name in input_names})
             except Exception as error:
                 text = str(error).strip().splitlines()[0]
                 raise LoweringError(
                     f"ONNX Runtime does not run the file on {case.label}: {text}",
-                    hint="target=onnx names the nodes that it is known not to take in these types",
+                    hint="target=onnx names the nodes that it is known not to support in these types",
                 ) from error
-            values.update(zip(given, results, strict=True))
-    return known
+            values.update(zip(output_names, results, strict=True))
+    return values_by_case
 
 
 def _without_own_rounding(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return what the program computes in float64, weight by weight."""
+    """Return the program's outputs in float64, loading one weight at a time."""
     return run(retyped(program, shapes=False), {k: widen(v) for k, v in inputs.items()}, streamed=True)
 
 
 @dataclass(frozen=True)
-class _Lost:
-    """What quantising lost of an output, beside its size: in all, and what a few of its last steps come to."""
+class _QuantizationLoss:
+    """The loss of an output from quantising, relative to its norm: in total, and that of a few quantisation steps."""
 
     all: float
     step: float
 
 
-def _lost(node: fx.Node, reference: torch.Tensor, floats: torch.Tensor, case: Case) -> _Lost:
+def _quantization_loss(
+    node: fx.Node, reference: torch.Tensor, floats: torch.Tensor, case: Case
+) -> _QuantizationLoss:
     pair = counted(floats, reference, case)
     if pair is None:
-        return _Lost(0.0, 0.0)
+        return _QuantizationLoss(0.0, 0.0)
     before, after = (v.to(torch.float64) for v in pair)
     size = float(after.norm().clamp(min=1e-30))
     step: float = arguments(node)["scale"] if is_operator(node, "graphopt.fake_quantize") else 0.0
     steps = step * math.sqrt(max(2.0, 0.05 * after.numel()))
-    return _Lost(float((before - after).norm()) / size, max(_TOLERANCE, steps / size))
+    return _QuantizationLoss(float((before - after).norm()) / size, max(_TOLERANCE, steps / size))
 
 
 def tolerance_of(program: Program) -> float:
@@ -171,18 +175,18 @@ def _session(path: Path) -> Any:
 def _to_numpy(tensor: torch.Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         raise LoweringError(
-            "ONNX Runtime takes no bfloat16 from numpy, so that the file cannot be compared",
+            "ONNX Runtime takes no bfloat16 from numpy, so the file cannot be compared",
             hint="float32=True writes the program in float32; compare=False leaves it unchecked",
         )
     return tensor.contiguous().numpy()
 
 
-def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, whole: bool = False) -> float | None:
-    """Return the relative error, or None where the case says nothing about this output."""
+def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, by_norm: bool = False) -> float | None:
+    """Return the relative error, or None if the case does not cover this output."""
     if result.shape != reference.shape:
         return float("inf")
     pair = counted(result, reference, case)
     if pair is None:
         return None
     result, reference = pair
-    return relative_error(result, reference, beside="norm" if whole else "element")
+    return relative_error(result, reference, beside="norm" if by_norm else "element")

@@ -1,4 +1,4 @@
-"""A mixture of feed-forward experts in ONNX."""
+"""Mixture of experts in ONNX."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ class Experts(Nodes):
     ) -> Any:
         """``graphopt.routed_ffn``: every expert on every token, times a gate that is mostly zero.
 
-        Gathering each token's expert matrices, as traced graphs do, copies them once a token; this way
-        they stay constants of ordinary matrix products, for more arithmetic.
+        Gathering the expert matrices of each token, as traced graphs do, copies them once per token; here they stay
+        constants of ordinary matrix products, at the cost of more arithmetic.
         """
         op = self.op
         if first is not None:
             dtype = experts.dtype
-            experts = op.Sub(experts, first)  # one that is not among those given equals none of them
+            experts = op.Sub(experts, first)  # an expert that is not on this rank equals none of them
             experts.dtype = dtype
         count = int(up.shape[0])
         ids = op.Constant(value=self.ir.tensor(list(range(count)), dtype=experts.dtype))
-        chosen = op.Equal(op.Unsqueeze(experts, self.integers(-1)), ids)
-        hot = op.Cast(chosen, to=weights.dtype)
+        selected = op.Equal(op.Unsqueeze(experts, self.integers(-1)), ids)
+        hot = op.Cast(selected, to=weights.dtype)
 
-        def each(factors: Any) -> Any:
+        def per_expert(factors: Any) -> Any:
             # (tokens, k, experts) -> (experts, tokens, 1)
             total = op.Transpose(op.ReduceSum(factors, self.integers(1), keepdims=0), perm=[1, 0])
             column = op.Unsqueeze(total, self.integers(-1))
             column.dtype = weights.dtype
             return column
 
-        gate = each(op.Mul(hot, op.Unsqueeze(weights, self.integers(-1))))
+        gate = per_expert(op.Mul(hot, op.Unsqueeze(weights, self.integers(-1))))
 
         def project(rows: Any, matrix: Any, bias: Any) -> Any:
             product = op.MatMul(rows, matrix if transposed else op.Transpose(matrix, perm=[0, 2, 1]))
@@ -59,7 +59,7 @@ class Experts(Nodes):
 
         rows = op.Unsqueeze(x, self.integers(0))
         if weigh_inputs:
-            rows, gate = op.Mul(rows, self.cast(gate, x.dtype)), each(hot)
+            rows, gate = op.Mul(rows, self.cast(gate, x.dtype)), per_expert(hot)
         hidden = project(rows, up, up_bias)
         inner = int(up.shape[2 if transposed else 1])
         hidden = self._activate(hidden, inner, x, activation, gated, interleaved, limit, alpha)
@@ -87,7 +87,7 @@ class Experts(Nodes):
         if gated and interleaved:
             pairs = op.Reshape(hidden, self.integers(0, 0, inner // 2, 2))
             hidden, up = (
-                op.Squeeze(part, self.integers(-1)) for part in op.Split(pairs, axis=-1, num_outputs=2)
+                op.Squeeze(half, self.integers(-1)) for half in op.Split(pairs, axis=-1, num_outputs=2)
             )
         elif gated:
             hidden, up = op.Split(hidden, axis=-1, num_outputs=2)

@@ -1,4 +1,4 @@
-"""Weights of several ONNX files in one file: each tensor once, however many graphs read it."""
+"""Sharing weights between ONNX files: each tensor is stored once, however many graphs read it."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ _ALIGNMENT = 4096
 
 
 def share_weights(folder: Path) -> int:
-    """Let all files of a folder read their large tensors from ``weights.data``; return its bytes.
+    """Move the large tensors of all files in a folder to ``weights.data`` and return its size in bytes.
 
     Args:
-        folder: with files whose large tensors lie beside them.
+        folder: with model files and their external data.
 
     Raises:
         LoweringError: a file reads other values than before.
     """
     import onnx
 
-    known: dict[str, tuple[int, int]] = {}
+    offsets: dict[str, tuple[int, int]] = {}
     before: dict[Path, dict[str, str]] = {}
     end = 0
     with (folder / SHARED).open("wb") as shared:
         for path in sorted(folder.glob("*.onnx")):
             model = onnx.load(str(path), load_external_data=False)
-            held = {
+            external = {
                 t.name: t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
             }
-            if not held or path.stem.endswith("_ctx"):
+            if not external or path.stem.endswith("_ctx"):
                 continue
             before[path] = {}
-            for name, tensor in held.items():
+            for name, tensor in external.items():
                 data = _bytes(folder, tensor)
                 mark = before[path][name] = hashlib.sha256(data).hexdigest()
-                if mark not in known:
+                if mark not in offsets:
                     end += -end % _ALIGNMENT
                     shared.seek(end)
                     shared.write(data)
-                    known[mark] = (end, len(data))
+                    offsets[mark] = (end, len(data))
                     end += len(data)
-                _refer(tensor, *known[mark])
+                _refer(tensor, *offsets[mark])
             path.write_bytes(model.SerializeToString())
     for path, marks in before.items():
         (folder / f"{path.name}.data").unlink()
@@ -60,10 +60,10 @@ def share_weights(folder: Path) -> int:
 
 
 def _bytes(folder: Path, tensor: Any) -> bytes:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    with (folder / place["location"]).open("rb") as file:
-        file.seek(int(place.get("offset", 0)))
-        data: bytes = file.read(int(place["length"]))
+    location = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / location["location"]).open("rb") as file:
+        file.seek(int(location.get("offset", 0)))
+        data: bytes = file.read(int(location["length"]))
     return data
 
 

@@ -1,4 +1,4 @@
-"""A decoder with caches as a folder that onnxruntime-genai generates with."""
+"""Export of a decoder with caches to a folder for onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class GenaiReport:
         path: the folder.
         model: of the file in it.
         files: in the folder.
-        compared: how many tokens onnxruntime-genai generated that the program too thinks the likeliest; None where it is
-            not installed.
+        compared: how many of onnxruntime-genai's tokens are the program's most likely ones too; None if it is not
+            installed.
     """
 
     path: Path
@@ -44,15 +44,15 @@ def lower_genai(
 ) -> GenaiReport:
     """Write model.onnx, genai_config.json and the tokenizer's files into a new folder.
 
-    Caches are inputs and outputs that genai keeps in place (``past_present_share_buffer``). The model's tokens are
-    compared with the program's where onnxruntime-genai is installed.
+    Caches are inputs and outputs that share a buffer in genai (``past_present_share_buffer``). If onnxruntime-genai
+    is installed, its tokens are compared with the program's.
 
     Args:
         program: after insert-kv-cache.
         path: of the folder, which must not exist.
         opset: see :func:`lower_onnx`.
         float32: the same.
-        check: refuse where onnxruntime-genai is not installed.
+        check: raise an error if onnxruntime-genai is not installed.
         tolerance: see :func:`lower_onnx`.
 
     Raises:
@@ -64,25 +64,27 @@ def lower_genai(
             "the program's logits are of some tokens, and genai takes their places for tokens",
             hint="lower it without trim-vocabulary; graphopt generate maps them back",
         )
-    place = Path(path).absolute()
-    if place.exists():
-        raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")
-    if not place.parent.is_dir():
-        raise LoweringError(f"the folder {place.parent} does not exist")
+    destination = Path(path).absolute()
+    if destination.exists():
+        raise LoweringError(f"{destination} exists already", hint="choose another place, or remove it")
+    if not destination.parent.is_dir():
+        raise LoweringError(f"the folder {destination.parent} does not exist")
     if check and not installed():
         raise LoweringError(
             "the check generates with onnxruntime-genai", hint='pip install "graphopt[genai]"'
         )
     config = genai_config(program)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
-        draft = Path(name) / place.name
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
+        draft = Path(name) / destination.name
         draft.mkdir()
         model = lower_onnx(
             program, draft / "model.onnx", opset=opset, dynamic=True, float32=float32, tolerance=tolerance
         )
         write_beside(program, draft, config)
         compared = compare(program, draft) if installed() else None
-        files = tuple(place / f.name for f in sorted(draft.iterdir()))
-        os.replace(draft, place)
-    moved = replace(model, path=place / "model.onnx", files=tuple(place / f.name for f in model.files))
-    return GenaiReport(place, moved, files, compared)
+        files = tuple(destination / f.name for f in sorted(draft.iterdir()))
+        os.replace(draft, destination)
+    moved = replace(
+        model, path=destination / "model.onnx", files=tuple(destination / f.name for f in model.files)
+    )
+    return GenaiReport(destination, moved, files, compared)

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai wants beside ONNX files of a decoder: its settings, the tokenizer, and a try of both."""
+"""Files that onnxruntime-genai needs beside the ONNX files of a decoder: its settings and the tokenizer, and a test run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja",
 )  # fmt: skip
-"""Files of a checkpoint that its tokenizer is made of."""
+"""Tokenizer files of a checkpoint."""
 TOKENS = 16
-"""How many tokens are generated to compare."""
+"""How many tokens are generated for the comparison."""
 LONGEST = 2048
-"""Slots of a cache that has as many as it is given, where nobody says how many: genai makes them all at once."""
+"""Slots of a cache of variable capacity if the checkpoint has no maximum length: genai allocates them all at once."""
 
 
 def installed() -> bool:
-    """Return whether onnxruntime-genai is."""
+    """Return whether onnxruntime-genai is installed."""
     return find_spec("onnxruntime_genai") is not None
 
 
@@ -43,7 +43,7 @@ def write_beside(program: Program, folder: Path, config: dict[str, Any]) -> None
 
 
 def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[int, list[OnnxReport]] | None:
-    """Return how many tokens a prompt's graph takes, and the graphs, if they are a prompt's and a step's of one row.
+    """Return the prompt graph's number of tokens and the graphs, if they are a prompt graph and a step graph of batch 1.
 
     Args:
         program: that they were written from.
@@ -52,7 +52,7 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits or program.dials:
         return None
-    if not _ends(_configuration(program), program):
+    if not _end_tokens(_configuration(program), program):
         return None
     counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
     chunk = max((int(c) for c in counts), default=0)
@@ -63,16 +63,17 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
 def pipeline_config(
     program: Program, chunk: int, reports: Sequence[OnnxReport], folder: Path, target: Target | None
 ) -> dict[str, Any]:
-    """Return the settings with a prompt's graphs and a step's as stages, each after what a host computes for it.
+    """Return the settings with the prompt and step graphs as stages, each after its host graph.
 
-    Prompts are given in pieces of ``chunk`` tokens, and what is left one by one. genai keeps the caches in place.
+    Prompts are processed in chunks of ``chunk`` tokens, the remaining tokens one by one. genai updates caches in
+    place.
 
     Args:
         program: that they were written from.
         chunk: how many tokens a prompt's graph takes.
-        reports: of its graphs, a prompt's parts and a step's.
+        reports: of the graphs of the prompt and of the step.
         folder: where the files are.
-        target: the device of all graphs but the host's; None for the CPU.
+        target: the device of all graphs except the host graphs; None for the CPU.
     """
     config = genai_config(program)
     tokens = program.facts[KVCache].tokens
@@ -96,31 +97,31 @@ def _stage(path: Path, prompt: bool, target: Target | None) -> dict[str, Any]:
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    said: dict[str, Any] = {
+    stage: dict[str, Any] = {
         "filename": path.name, "inputs": [v.name for v in graph.input], "outputs": [v.name for v in graph.output],
         "run_on_prompt": prompt, "run_on_token_gen": not prompt,
     }  # fmt: skip
     if target is not None:
         device = {"backend_type": "htp", "soc_model": str(target.soc), "htp_arch": str(target.arch)}
-        said["session_options"] = {"log_id": "onnxruntime-genai", "provider_options": [{"qnn": device}]}
-    return {path.stem: said}
+        stage["session_options"] = {"log_id": "onnxruntime-genai", "provider_options": [{"qnn": device}]}
+    return {path.stem: stage}
 
 
 def beside_buckets(
     program: Program, reports: Sequence[OnnxReport], folder: Path, target: Target | None, try_it: bool
 ) -> bool:
-    """Write what genai wants beside a prompt's graphs and a step's, tried on this machine's CPU where genai is installed.
+    """Write the files that genai needs beside prompt and step graphs, and test them on the CPU if genai is installed.
 
     Returns:
-        Whether the graphs are such ones.
+        Whether the graphs are a prompt graph and a step graph.
 
     Raises:
-        LoweringError: genai generates something else.
+        LoweringError: genai generates other tokens.
     """
-    found = prompt_and_step(program, reports)
-    if found is None:
+    pair = prompt_and_step(program, reports)
+    if pair is None:
         return False
-    chunk, graphs = found
+    chunk, graphs = pair
     if try_it and installed():
         write_beside(program, folder, pipeline_config(program, chunk, graphs, folder, None))
         compare(program, folder, chunk)
@@ -129,10 +130,10 @@ def beside_buckets(
 
 
 def genai_config(program: Program) -> dict[str, Any]:
-    """Return what genai_config.json says of a program: sizes from its graph, special tokens from its checkpoint.
+    """Return the genai_config.json of a program: sizes from its graph, special tokens from its checkpoint.
 
     Raises:
-        LoweringError: it has no caches, or none that genai can make.
+        LoweringError: it has no caches, or caches that genai cannot allocate.
     """
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits:
@@ -146,16 +147,17 @@ def genai_config(program: Program) -> dict[str, Any]:
         raise LoweringError(
             f"onnxruntime-genai makes all caches alike, and these differ: {sorted(map(str, shapes))}"
         )
-    known = {cache.tokens, cache.positions, *(n for n in inputs if "_cache_" in n)}
-    if set(inputs) - known or program.dials:
-        more = ", ".join(sorted({*inputs, *program.dials} - known))
+    handled = {cache.tokens, cache.positions, *(n for n in inputs if "_cache_" in n)}
+    if set(inputs) - handled or program.dials:
+        more = ", ".join(sorted({*inputs, *program.dials} - handled))
         raise LoweringError(
-            f"onnxruntime-genai has nothing to give for {more}", hint="freeze-dial fixes a dial"
+            f"onnxruntime-genai has no value for {more}",
+            hint="freeze-dial makes a run-time setting a constant",
         )
     heads, size = next(iter(shapes))
     vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
     config = _configuration(program)
-    ends = _ends(config, program)
+    ends = _end_tokens(config, program)
     if not ends:
         raise LoweringError(
             "the checkpoint does not say with which token a text ends, and onnxruntime-genai would take token 0 for it",
@@ -163,9 +165,9 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
-    given = cache.limit or config.get("max_position_embeddings") or LONGEST
+    context_length = cache.limit or config.get("max_position_embeddings") or LONGEST
     fixed = cache.capacity if isinstance(cache.capacity, int) else None
-    longest = fixed or min(int(given), LONGEST)
+    longest = fixed or min(int(context_length), LONGEST)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",
@@ -189,7 +191,7 @@ def genai_config(program: Program) -> dict[str, Any]:
             "bos_token_id": _within(config.get("bos_token_id"), vocabulary),
             "eos_token_id": ends,
             "pad_token_id": _within(config.get("pad_token_id"), vocabulary, ends[0] if ends else 0),
-            "context_length": int(fixed or given),
+            "context_length": int(fixed or context_length),
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
@@ -201,20 +203,22 @@ def genai_config(program: Program) -> dict[str, Any]:
 
 
 def _configuration(program: Program) -> dict[str, Any]:
-    """Return the checkpoint's configuration, with what its generation settings say of special tokens."""
+    """Return the checkpoint's configuration, with the special tokens of its generation settings."""
     config = dict(program.origin.config)
     config = {**config, **(config.get("text_config") or {})}
     raw = program.origin.assets.get("generation_config.json")
     if raw:
-        said = json.loads(raw)
+        configuration = json.loads(raw)
         config |= {
-            k: said[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(k) is not None
+            k: configuration[k]
+            for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if configuration.get(k) is not None
         }
     return config
 
 
-def _ends(config: dict[str, Any], program: Program) -> list[int]:
-    """Return the tokens that end a text; what a vocabulary was cut down to may not have them any more."""
+def _end_tokens(config: dict[str, Any], program: Program) -> list[int]:
+    """Return the tokens that end a text and that a trimmed vocabulary still has."""
     vocabulary = int(program.outputs[program.facts[KVCache].logits].meta["val"].shape[-1])
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
@@ -226,7 +230,7 @@ def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
 
 
 def compare(program: Program, folder: Path, chunk: int = 6) -> int:
-    """Let genai generate, and see that the program thinks each of its tokens the likeliest, or as likely to rounding.
+    """Generate with genai and check that each of its tokens is the program's most likely one, up to rounding.
 
     Args:
         program: that the folder was written from.
@@ -234,7 +238,7 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
         chunk: how many tokens a prompt's graph takes.
 
     Raises:
-        LoweringError: genai does not take the folder, or generates something else.
+        LoweringError: genai does not load the folder, or generates other tokens.
     """
     import onnxruntime_genai
 
@@ -242,14 +246,14 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     config = json.loads((folder / "genai_config.json").read_text())
     vocabulary = config["model"]["vocab_size"]
     longest, fixed = int(config["search"]["max_length"]), isinstance(cache.capacity, int)
-    # a piece of the prompt's graph, two tokens one by one, and room for some that are generated
-    given = min(chunk + 2, longest - 1)
-    if given < 1:
+    # one chunk of the prompt graph, two single tokens, and room for generated ones
+    prompt_length = min(chunk + 2, longest - 1)
+    if prompt_length < 1:
         raise LoweringError("a cache of one slot has no room for a token after a prompt's")
-    prompt = torch.randint(vocabulary, (given,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(vocabulary, (prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
     length = min(len(prompt) + TOKENS, longest)
     try:
-        # what is tried must not end at once
+        # the test must not end at once
         settings = onnxruntime_genai.Config(str(folder))
         order = _logits(program, prompt)[-1].argsort()
         unlikely = int(order[len(order) // 2])
@@ -263,27 +267,29 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
             generator.append_tokens(piece)
         while not generator.is_done() and len(generator.get_sequence(0)) < length:
             generator.generate_next_token()
-        found = [int(token) for token in generator.get_sequence(0)]
+        generated = [int(token) for token in generator.get_sequence(0)]
     except Exception as error:
         raise LoweringError(
             f"onnxruntime-genai does not take the folder: {str(error).strip().splitlines()[0]}"
         ) from error
-    logits = _logits(program, found)
-    for place in range(len(prompt), len(found)):
-        before = logits[place - 1]
-        behind = float(before.max() - before[found[place]]) / float(before.abs().max().clamp(min=1e-30))
+    logits = _logits(program, generated)
+    for position in range(len(prompt), len(generated)):
+        before = logits[position - 1]
+        behind = float(before.max() - before[generated[position]]) / float(
+            before.abs().max().clamp(min=1e-30)
+        )
         if not behind <= 2e-2:
             raise LoweringError(
-                f"onnxruntime-genai generates token {found[place]} at place {place}, and the program "
+                f"onnxruntime-genai generates token {generated[position]} at place {position}, and the program "
                 f"{int(before.argmax())}, which is likelier by {behind:.2g} of the largest logit"
             )
-    if len(found) == len(prompt):
+    if len(generated) == len(prompt):
         raise LoweringError("onnxruntime-genai generates nothing")
-    return len(found) - len(prompt)
+    return len(generated) - len(prompt)
 
 
 def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
-    """Return what a program with empty caches says after each token: (tokens, vocabulary)."""
+    """Return the logits of a program with empty caches after each token, (tokens, vocabulary)."""
     cache = program.facts[KVCache]
     slots = cache.capacity if isinstance(cache.capacity, int) else len(tokens)
     inputs = {
@@ -293,5 +299,5 @@ def _logits(program: Program, tokens: list[int]) -> torch.Tensor:
     for name, spec in program.signature.inputs.items():
         if "_cache_" in name:
             inputs[name] = torch.zeros(1, int(spec.shape[1]), slots, int(spec.shape[3]), dtype=spec.dtype)
-    said: torch.Tensor = run(program, inputs)[cache.logits][0].double()
-    return said
+    logits: torch.Tensor = run(program, inputs)[cache.logits][0].double()
+    return logits

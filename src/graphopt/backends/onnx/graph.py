@@ -1,4 +1,4 @@
-"""From a Program to an ONNX graph in memory: the exporter's translation, folded and named by us."""
+"""Translation of a program to an ONNX graph in memory: torch's exporter, followed by folding and renaming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .quantized import pairs_in, require_quantized, store_weights, with_integers
 
 
 def build_graph(program: Program, opset: int) -> Any:
-    """Return the program as an ``onnx_ir.Model`` whose large weights are read when it is written.
+    """Return the program as an ``onnx_ir.Model`` whose large weights are read only when it is written.
 
     Args:
         program: not changed.
@@ -39,7 +39,7 @@ def build_graph(program: Program, opset: int) -> Any:
     if pairs_in(program) and opset < QUANTIZED_FROM:
         raise LoweringError(
             f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}",
-            hint="opset=23 has attention and norms as one each, and is what they get by default",
+            hint="opset=23 has attention and norms as single operators, and is their default",
         )
     model, weights = _translate(written_out(fold(with_integers(program)), opset), opset)
     attach_weights(model, weights)
@@ -56,27 +56,27 @@ def build_graph(program: Program, opset: int) -> Any:
 
 
 def written_out(program: Program, opset: int) -> Program:
-    """Return the program with operators of graphopt that have no translation written out in others.
+    """Return the program with graphopt operators that have no translation replaced by their definition.
 
-    For a single one of them the exporter decomposes the whole graph, nine tenths of the time of such a file. One that
-    cannot be written out here is left to it.
+    For a single such operator the exporter decomposes the whole graph, which takes nine tenths of the export. An
+    operator that cannot be replaced here is left to the exporter.
 
     Args:
         program: not changed.
         opset: of the graph.
     """
-    known = translation_table(opset)
+    translations = translation_table(opset)
 
-    def left(program: Program) -> list[fx.Node]:
-        return [n for n in program.graph.nodes if _reference(n) is not None and n.target not in known]
+    def untranslated(program: Program) -> list[fx.Node]:
+        return [n for n in program.graph.nodes if _reference(n) is not None and n.target not in translations]
 
-    if not left(program):
+    if not untranslated(program):
         return program
-    made = program.copy()
-    # what one is written out in may be another
-    while sum(_write_out(made, node) for node in left(made)):
+    lowered = program.copy()
+    # a definition may contain another such operator
+    while sum(_write_out(lowered, node) for node in untranslated(lowered)):
         pass
-    return made
+    return lowered
 
 
 def _reference(node: fx.Node) -> Callable[..., Any] | None:
@@ -92,12 +92,12 @@ def _write_out(program: Program, node: fx.Node) -> bool:
     users = list(node.users)
     try:
         with program.edit.before(node):
-            made = program.edit.emit(partial(reference, **node.kwargs), *node.args)
-        if isinstance(made, fx.Node):
-            program.edit.replace(node, made)
+            value = program.edit.emit(partial(reference, **node.kwargs), *node.args)
+        if isinstance(value, fx.Node):
+            program.edit.replace(node, value)
         else:
             for user in users:
-                program.edit.replace(user, made[user.args[1]])
+                program.edit.replace(user, value[user.args[1]])
     except GraphoptError:
         return False
     return True
@@ -114,7 +114,7 @@ def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
         try:
             return _export(program, _undecomposed(exported), opset), weights
         except torch.onnx.OnnxExporterError:
-            # an operator that only the exporter's own decomposition knows
+            # an operator that only the exporter can decompose
             return _export(program, _exported(program), opset), weights
     except torch.onnx.OnnxExporterError as error:
         raise LoweringError(
@@ -127,13 +127,13 @@ def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
 def _exported(program: Program) -> ExportedProgram:
     exported = exported_program(program, load=False)
     for node in exported.graph.nodes:
-        # no provenance goes into the file, and the exporter complains of nodes that have none
+        # the file gets no provenance, and the exporter warns about nodes that have none
         node.meta = {"val": node.meta["val"], "nn_module_stack": {}}
     return exported
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first line of what went wrong first."""
+    """Return the first line of the root cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error.args[0] if error.args else error).strip()
@@ -142,12 +142,12 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _roundings_by_shape() -> Iterator[None]:
-    """Let the exporter's passes, which ask for each rounding's value several times over, have no more than its shape.
+    """Give the exporter's passes, which infer the value of each rounding several times, only its shape.
 
-    Worked out of symbolic sizes step by step, they take two thirds of the time of a quantised file.
+    Inferred from symbolic sizes step by step, these values take two thirds of the export of a quantised program.
     """
 
-    def shape_alone(x: Any, *rest: Any, **options: Any) -> torch.Tensor | None:
+    def shape_alone(x: Any, *others: Any, **options: Any) -> torch.Tensor | None:
         return torch.empty_like(x) if isinstance(x, FakeTensor) and not is_recorded() else None
 
     before = dict(KERNELS)
@@ -167,7 +167,7 @@ def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        written = torch.onnx.export(
+        exported_model = torch.onnx.export(
             exported,
             dynamo=True,
             verbose=False,
@@ -175,14 +175,14 @@ def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
             optimize=False,
             custom_translation_table=translation_table(opset),
         )
-    assert written is not None
-    return written.model
+    assert exported_model is not None
+    return exported_model.model
 
 
 def _undecomposed(exported: ExportedProgram) -> ExportedProgram:
-    """Let the exporter skip its decomposition where it would change nothing: it is most of its time.
+    """Let the exporter skip its decomposition if that would change nothing: it is most of the exporter's time.
 
-    The exporter hands over the table of operators it cannot write.
+    The exporter passes the table of operators that it cannot translate.
     """
     decompose: Callable[..., ExportedProgram] = exported.run_decompositions
 
@@ -197,35 +197,35 @@ def _undecomposed(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _rename(model: Any, inputs: list[str], outputs: list[str]) -> None:
-    """Give inputs and outputs the program's names; a value inside that has one of them gets another."""
+    """Give inputs and outputs the program's names; an inner value with one of these names is renamed."""
     graph = model.graph
-    wanted = [*inputs, *outputs]
-    clash = {name for name in wanted if wanted.count(name) > 1} | (set(wanted) & set(graph.initializers))
+    names = [*inputs, *outputs]
+    clash = {name for name in names if names.count(name) > 1} | (set(names) & set(graph.initializers))
     if clash:
         raise LoweringError(
             f"ONNX needs distinct names, and the program uses {', '.join(sorted(clash))} twice",
             hint="rename the output or the weight",
         )
     ends = [*graph.inputs, *graph.outputs]
-    if len(ends) != len(wanted):
-        raise LoweringError(f"the exporter kept {len(ends)} inputs and outputs of {len(wanted)}")
-    taken = set(wanted)
+    if len(ends) != len(names):
+        raise LoweringError(f"the exporter kept {len(ends)} inputs and outputs of {len(names)}")
+    used = set(names)
     for node in graph:
         for value in node.outputs:
-            if value.name in taken:
+            if value.name in used:
                 value.name = f"{value.name}_inner"
-    for value, name in zip(ends, wanted, strict=True):
+    for value, name in zip(ends, names, strict=True):
         value.name = name
 
 
 def _require_dynamic(model: Any, program: Program) -> None:
-    """Refuse a graph in which the exporter froze a size that should vary."""
+    """Raise an error if the exporter fixed a size that should vary."""
     for value in model.graph.inputs:
         if value.name not in program.signature.inputs:
             continue
-        for size, wanted in zip(value.shape, program.signature.inputs[value.name].shape, strict=True):
-            if isinstance(size, int) and not isinstance(wanted, int):
+        for size, expected in zip(value.shape, program.signature.inputs[value.name].shape, strict=True):
+            if isinstance(size, int) and not isinstance(expected, int):
                 raise LoweringError(
-                    f"the exporter takes {wanted} of input {value.name!r} for {size} always",
+                    f"the exporter fixed {expected} of input {value.name!r} at {size}",
                     hint="capture with another example size, or write a static graph with sizes=",
                 )

@@ -1,4 +1,4 @@
-"""A program in two: what integers decide (masks, tables of positions) for the host, all else for the device."""
+"""Partition of a program: the host computes what depends on integers alone (masks, position tables)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..checking.cases import Case
 
 @dataclass(frozen=True)
 class Split:
-    """Two programs: ``host`` gives what ``device`` takes under the same names; None where there is nothing to prepare."""
+    """Two programs: outputs of ``host`` are inputs of ``device`` with the same names; ``host`` is None if not needed."""
 
     host: Program | None
     device: Program
 
 
 def split(program: Program) -> Split:
-    """Return a program's two parts; together they compute what it computes.
+    """Return the two partitions of a program, which together compute the same outputs.
 
     Args:
         program: with fixed sizes; not changed.
 
     Raises:
-        LoweringError: an output depends on integers alone, and a device would have nothing to do with it.
+        LoweringError: an output depends on integers alone, so the device would not compute it.
     """
     values = border(program)
-    held = {node: name for name, node in program.outputs.items()}
-    if any(node in held for node in values):
-        name = next(held[n] for n in values if n in held)
+    output_names = {node: name for name, node in program.outputs.items()}
+    if any(node in output_names for node in values):
+        name = next(output_names[n] for n in values if n in output_names)
         raise LoweringError(
-            f"output {name!r} does not depend on what a device computes", hint="remove the output"
+            f"output {name!r} does not depend on anything that the device computes", hint="remove the output"
         )
     if not values:
         return Split(None, program)
@@ -44,6 +44,6 @@ def split(program: Program) -> Split:
 
 
 def prepared(case: Case, host: Program) -> Case:
-    """Return inputs with what a host makes of them."""
-    taken = {name: value for name, value in case.inputs.items() if name in host.input_nodes}
-    return replace(case, inputs=case.inputs | run(host, taken))
+    """Return the inputs together with the outputs of the host partition."""
+    inputs = {name: value for name, value in case.inputs.items() if name in host.input_nodes}
+    return replace(case, inputs=case.inputs | run(host, inputs))

@@ -1,4 +1,4 @@
-"""A Program as an ONNX file: standard operators only, checked and compared before it is in its place."""
+"""Export of a program to ONNX: standard operators only, checked and compared before the file takes its place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from .target import compile_buckets, require_fixed
 
 OPSETS = (20, 21, 23)
 PART_BYTES = 1_900_000_000
-"""Bytes of weights in one graph for a device: its compiler's buffers, as a protobuf, hold 2 GiB at most."""
+"""Largest weights of one graph for a device, in bytes: its compiler's buffers, like a protobuf, hold at most 2
+GiB."""
 
 
 def lower_onnx(
@@ -48,68 +49,72 @@ def lower_onnx(
 ) -> OnnxReport:
     """Write the program as an ONNX file of standard operators, or as a folder of several.
 
-    The file appears under its name only when ONNX's checker has passed it and ONNX Runtime has computed
-    what the program computes; a failure leaves nothing, and an older file as it was. Dials are inputs,
-    float64 scalars.
+    The file appears under its name only after ONNX's checker has accepted it and ONNX Runtime's outputs match the
+    program's; a failure leaves no new file and does not touch an older one. Run-time settings are float64 scalar
+    inputs.
 
     Args:
         program: not changed.
-        path: of the file; its folder must exist. For a device, for several buckets and for parts a path that does not
-            end in ``.onnx``: a new folder.
-        opset: 20, 21 or 23; the target's by default, or 20, or 23 for what was quantised. At 23 attention, RMS norm and
-            rotary embedding are one node each.
-        dynamic: keep sizes dynamic, under their names. By default so if ``sizes`` is not given. With False,
-            sizes not given have the value seen at capture.
-        sizes: values of sizes, for a static graph: ``{"batch": 1, "sequence": 128}``. With ``dynamic=True``
-            the sizes not given stay dynamic. Several of them are buckets: a graph for each, which share one file of
-            weights, such as a prompt's and a step's.
-        compare: run both and compare, at one size if static, at two if dynamic, with padding on either side.
+        path: of the file, whose folder must exist. For a device, several buckets or shards: a new folder, whose name
+            does not end in ``.onnx``.
+        opset: 20, 21 or 23. The default is the target's, or else 20, and 23 for quantised programs. At 23, attention,
+            RMS norm and rotary embedding are one node each.
+        dynamic: keep sizes dynamic, under their names; the default if ``sizes`` is not given. If False, sizes that
+            are not given have the value seen at capture.
+        sizes: values of sizes, for a static graph: ``{"batch": 1, "sequence": 128}``. With ``dynamic=True`` the sizes
+            that are not given stay dynamic. A list defines buckets: a graph for each, such as prompt and step,
+            sharing one file of weights.
+        compare: run both and compare, at one size if static and two if dynamic, with padding on each side.
         external_data: weights beside the file, as ``<name>.data``; by default from 1.9 GB on.
-        target: what to write for. A device, such as "qnn-htp-v75": fixed sizes, and nothing that its compiler would not
-            take. "onnx": nothing that ONNX Runtime does not take, or computes wrongly, in the program's types.
-        check: let the device's compiler and simulator run in a process of their own: no node on the CPU, a context binary
-            beside the file, and the same values as ONNX Runtime. Needs ``graphopt[qnn]``.
-        part_bytes: cut the graph, where only the residual stream crosses, into parts whose weights take at most so much; by
-            default 1.9 GB for a device, and no cut without one.
+        target: what the file is for. A device such as "qnn-htp-v75": fixed sizes, and only operators that its
+            compiler supports. "onnx": only operators that ONNX Runtime supports and computes correctly in the
+            program's types.
+        check: run the device's compiler and simulator in a separate process, and require that no node is left on the
+            CPU and that values match ONNX Runtime's; writes a context binary beside the file. Needs
+            ``graphopt[qnn]``.
+        part_bytes: split the graph, where only the residual stream crosses, into shards whose weights take at most
+            this many bytes; by default 1.9 GB for a device, and no split otherwise.
         float32: write bfloat16 as float32, since ONNX Runtime has few kernels for bfloat16. float16 stays.
-        tolerance: largest relative error that is accepted; by default 1e-4, and 2e-2 for float16.
+        tolerance: largest accepted relative error; by default 1e-4, and 2e-2 for float16.
 
     Raises:
-        LoweringError: missing packages, an opset or size that is not supported, an operator that ONNX lacks,
-            a file that the checker refuses, or results that differ; nodes that a target does not take, one by one; a
-            compiler that refuses, crashes or hangs, with what it said; a part that could not be made small enough.
+        LoweringError: a package is missing, an opset or size is not supported, ONNX lacks an operator, the checker
+            refuses the file, or results differ; the target does not support some nodes, which are listed; its
+            compiler refuses, crashes or hangs, with its output; a shard cannot be made small enough.
     """
     started = time.perf_counter()
     _require(["onnx", "onnxscript", "onnx_ir"] + ["onnxruntime"] * compare)
-    asked = _target(program, target, opset)
-    device = asked if asked is not None and asked.compiled else None
+    profile = _target(program, target, opset)
+    device = profile if profile is not None and profile.compiled else None
     if opset is None:
-        opset = _usual_opset(program) if asked is None else asked.opset
+        opset = _usual_opset(program) if profile is None else profile.opset
     if opset not in OPSETS:
         raise LoweringError(f"opset {opset} is not supported", hint=f"use {', '.join(map(str, OPSETS))}")
     if check:
         if device is None:
             raise LoweringError("a check asks a device's compiler", hint="target= names the device")
         require_compiler()
-    place = Path(path).absolute()
+    destination = Path(path).absolute()
     if sizes is not None and not isinstance(sizes, Mapping) and not len(sizes):
         raise LoweringError(
             "no sizes are given", hint="sizes=None keeps them dynamic; a list has a bucket for each graph"
         )
     buckets = [sizes or {}] if sizes is None or isinstance(sizes, Mapping) else list(sizes)
-    folder = place.suffix != ".onnx" and (device is not None or len(buckets) > 1 or part_bytes is not None)
+    folder = destination.suffix != ".onnx" and (
+        device is not None or len(buckets) > 1 or part_bytes is not None
+    )
     if not folder and (len(buckets) > 1 or part_bytes is not None):
         raise LoweringError(
             "several graphs are written into a folder",
-            hint=f"name it, for example {place.stem}, without .onnx",
+            hint=f"name it, for example {destination.stem}, without .onnx",
         )
     dynamic = (sizes is None) if dynamic is None else dynamic
     fixed = [fixed_sizes(program, bucket, everything=not dynamic) for bucket in buckets]
     if len(fixed) != len({tuple(sorted(f.items())) for f in fixed}):
         raise LoweringError("two buckets have the same sizes")
     if device is not None:
-        for each in fixed:
-            require_fixed(program, each, device)
+        for sizes_of_bucket in fixed:
+            require_fixed(program, sizes_of_bucket, device)
     elif part_bytes is not None and any(n not in f for f in fixed for n in program.signature.sizes):
         raise LoweringError(
             "a graph in parts has fixed sizes", hint="sizes= gives them; --shape on the command line"
@@ -119,40 +124,40 @@ def lower_onnx(
     if quantized is not None:
         kind = f"w{4 if quantized.four_bits else 8}a{quantized.activations}"
         program = retyped(program, torch.float32)
-    if folder and place.exists():
-        raise LoweringError(f"{place} exists already", hint="choose another place, or remove it")
-    if not place.parent.is_dir():
-        raise LoweringError(f"the folder {place.parent} does not exist")
-    if not folder and place.is_dir():
-        raise LoweringError(f"{place} is a folder", hint="name the file, for example model.onnx")
+    if folder and destination.exists():
+        raise LoweringError(f"{destination} exists already", hint="choose another place, or remove it")
+    if not destination.parent.is_dir():
+        raise LoweringError(f"the folder {destination.parent} does not exist")
+    if not folder and destination.is_dir():
+        raise LoweringError(f"{destination} is a folder", hint="name the file, for example model.onnx")
     if part_bytes is None and device is not None and folder:
         part_bytes = PART_BYTES
     writing = Writing(
-        opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data, asked=asked,
-        kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance, part_bytes=part_bytes,
-        alone=len(buckets) == 1,
+        opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data,
+        asked=profile, kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance,
+        part_bytes=part_bytes, alone=len(buckets) == 1,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
         if not folder:
-            (report,) = write_models(program, Path(name) / place.name, fixed[0], writing)
-            files = _put_in_place(Path(name), place)
-            return _finished([report], place.parent, files, started)
-        draft = Path(name) / place.name
+            (report,) = write_models(program, Path(name) / destination.name, fixed[0], writing)
+            files = _put_in_place(Path(name), destination)
+            return _finished([report], destination.parent, files, started)
+        draft = Path(name) / destination.name
         draft.mkdir()
         reports = []
-        for given, each in zip(buckets, fixed, strict=True):
-            label = "".join(f"_{n}{each[n]}" for n in given) if len(buckets) > 1 else ""
-            reports += write_models(program, draft / f"model{label}.onnx", each, writing)
+        for requested, sizes_of_bucket in zip(buckets, fixed, strict=True):
+            label = "".join(f"_{n}{sizes_of_bucket[n]}" for n in requested) if len(buckets) > 1 else ""
+            reports += write_models(program, draft / f"model{label}.onnx", sizes_of_bucket, writing)
         if len(buckets) > 1:
             share_weights(draft)
             if check and device is not None:
-                made = compile_buckets([r.path for r in reports], device)
-                reports = [_with_context(r, made) for r in reports]
+                compiled = compile_buckets([r.path for r in reports], device)
+                reports = [_with_context(r, compiled) for r in reports]
             beside_buckets(program, reports, draft, device, compare)
-        files = tuple(place / f.name for f in sorted(draft.iterdir()))
-        report = _finished(reports, place, files, started)
+        files = tuple(destination / f.name for f in sorted(draft.iterdir()))
+        report = _finished(reports, destination, files, started)
         (draft / "report.json").write_text(json.dumps(asdict(report), default=str, indent=1) + "\n")
-        os.replace(draft, place)
+        os.replace(draft, destination)
     return report
 
 
@@ -161,14 +166,16 @@ def _usual_opset(program: Program) -> int:
 
 
 def _target(program: Program, name: str | None, opset: int | None) -> Target | None:
-    """Return what a file is for; "onnx" is ONNX Runtime at the opset asked for."""
+    """Return the target profile; "onnx" means ONNX Runtime at the requested opset."""
     if name == "onnx":
         opset = _usual_opset(program) if opset is None else opset
         return find_target(f"onnx-{opset}") if opset in OPSETS else None
-    found = None if name is None else find_target(name)
-    if found is not None and not found.compiled and opset not in (None, found.opset):
-        raise LoweringError(f"{found.name} is opset {found.opset}, not {opset}", hint="target=onnx takes any")
-    return found
+    profile = None if name is None else find_target(name)
+    if profile is not None and not profile.compiled and opset not in (None, profile.opset):
+        raise LoweringError(
+            f"{profile.name} is opset {profile.opset}, not {opset}", hint="target=onnx takes any"
+        )
+    return profile
 
 
 def _with_context(report: OnnxReport, files: tuple[Path, ...]) -> OnnxReport:
@@ -179,7 +186,7 @@ def _with_context(report: OnnxReport, files: tuple[Path, ...]) -> OnnxReport:
 def _finished(
     reports: Sequence[OnnxReport], folder: Path, files: tuple[Path, ...], started: float
 ) -> OnnxReport:
-    """Return reports as one, with the places where files have come to lie."""
+    """Return the reports merged into one, with the final paths of the files."""
 
     def moved(report: OnnxReport) -> OnnxReport:
         checked = report.checked
@@ -202,25 +209,25 @@ def _require(packages: list[str]) -> None:
         raise LoweringError(f"writing ONNX needs {', '.join(missing)}", hint='pip install "graphopt[onnx]"')
 
 
-def _put_in_place(folder: Path, place: Path) -> tuple[Path, ...]:
-    """Move the files written into place, the model last; on failure the older files come back."""
-    written = sorted((f for f in folder.iterdir() if f.is_file()), key=lambda f: f.name == place.name)
+def _put_in_place(folder: Path, destination: Path) -> tuple[Path, ...]:
+    """Move the written files into place, the model last; on failure restore the older files."""
+    new_files = sorted((f for f in folder.iterdir() if f.is_file()), key=lambda f: f.name == destination.name)
     older = folder / "older"
     older.mkdir()
-    done: list[Path] = []
+    installed: list[Path] = []
     try:
-        for file in written:
-            final = place.parent / file.name
-            done.append(final)
+        for file in new_files:
+            final = destination.parent / file.name
+            installed.append(final)
             if final.exists():
                 os.replace(final, older / file.name)
             os.replace(file, final)
     except BaseException:
-        for final in done:
-            kept = older / final.name
-            if kept.exists():
-                os.replace(kept, final)
+        for final in installed:
+            backup = older / final.name
+            if backup.exists():
+                os.replace(backup, final)
             elif not (folder / final.name).exists():
                 final.unlink(missing_ok=True)
         raise
-    return tuple(place.parent / file.name for file in reversed(written))
+    return tuple(destination.parent / file.name for file in reversed(new_files))

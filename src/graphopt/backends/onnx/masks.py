@@ -1,4 +1,4 @@
-"""Attention masks for ONNX: numbers that are added to scores, made once and shared by the layers."""
+"""Attention masks for ONNX: numbers added to scores, built once and shared by the layers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _LARGEST_CONSTANT = 1 << 24
 
 
 class Masks(Nodes):
-    """Makes the masks of one export."""
+    """Builds the masks of one export."""
 
     def __init__(self) -> None:
         super().__init__()
         self._memo: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def once(self, key: tuple[Any, ...], read: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Return what ``make`` made the first time that these values were read for this purpose.
+        """Return the result of ``make`` for this key and these values, calling it only the first time.
 
         The nodes of an earlier layer come earlier in the graph, so that later layers may read them.
         """
         full = (*key, *(id(value) for value in read))
         if full not in self._memo:
-            # values are kept too: an identity means something only while its object lives
+            # the values are stored too, because an id is only valid while its object lives
             self._memo[full] = (make(), read)
         return self._memo[full][0]
 
@@ -38,7 +38,7 @@ class Masks(Nodes):
         self, q: Any, k: Any, key_mask: Any, segments: Any, visible: Any = None, *,
         causal: bool, window: int | None, dtype: Any,
     ) -> Any:  # fmt: skip
-        """Return the mask of one attention, or None where every key is seen.
+        """Return the mask of one attention, or None if every key is visible.
 
         Args:
             q: (batch, heads, queries, size); read for its sizes.
@@ -70,41 +70,41 @@ class Masks(Nodes):
         return self.once(key, (key_mask, segments, visible), make)
 
     def for_every_query(self, mask: Any, q: Any) -> Any:
-        """Return a mask that may have one row for all queries with a row for each, as runtimes want it."""
+        """Return a mask with a row for each query, as runtimes require, from one that may have a single row."""
         if mask.shape is not None and same_size(mask.shape[2], q.shape[2]):
             return mask
 
         def make() -> Any:
-            one = self.integers(1)
+            unit = self.integers(1)
             count = self.op.Shape(q, start=2, end=3)
-            return self.op.Expand(mask, self.op.Concat(one, one, count, one, axis=0))
+            return self.op.Expand(mask, self.op.Concat(unit, unit, count, unit, axis=0))
 
         return self.once(("rows", str(q.shape[2])), (mask,), make)
 
     def _keys(self, key_mask: Any, dtype: Any) -> Any:
         def make() -> Any:
-            seen = self.cast(key_mask, self.ir.DataType.BOOL)
-            return self._hide(self.op.Unsqueeze(seen, self.integers(1, 2)), dtype)
+            visible = self.cast(key_mask, self.ir.DataType.BOOL)
+            return self._hide(self.op.Unsqueeze(visible, self.integers(1, 2)), dtype)
 
         return self.once(("keys", dtype), (key_mask,), make)
 
     def _hide(self, visible: Any, dtype: Any) -> Any:
         """Return 0 where ``visible``, else HIDDEN, without a boolean operator."""
-        seen = self.op.Cast(visible, to=dtype)
-        return self.op.Mul(self.op.Sub(seen, self.number(1.0, dtype)), self.number(-HIDDEN, dtype))
+        factor = self.op.Cast(visible, to=dtype)
+        return self.op.Mul(self.op.Sub(factor, self.number(1.0, dtype)), self.number(-HIDDEN, dtype))
 
     def _positions(self, q: Any, k: Any, causal: bool, window: int | None, dtype: Any) -> Any:
         queries, keys = q.shape[2], k.shape[2]
         if isinstance(queries, int) and isinstance(keys, int) and queries * keys <= _LARGEST_CONSTANT:
             return self._constant_positions(queries, keys, causal, window, dtype)
-        op, whole = self.op, self.ir.DataType.INT64
-        zero, one = self.number(0, whole), self.number(1, whole)
+        op, int64 = self.op, self.ir.DataType.INT64
+        zero, unit = self.number(0, int64), self.number(1, int64)
         length = op.Squeeze(op.Shape(k, start=2, end=3))
-        column = op.Range(zero, length, one)
+        column = op.Range(zero, length, unit)
         row = column
         if not same_size(queries, keys):
             count = op.Squeeze(op.Shape(q, start=2, end=3))
-            row = op.Add(op.Range(zero, count, one), op.Sub(length, count))
+            row = op.Add(op.Range(zero, count, unit), op.Sub(length, count))
         distance = op.Sub(op.Unsqueeze(row, self.integers(1)), op.Unsqueeze(column, self.integers(0)))
         if not causal:
             distance = op.Abs(distance)
@@ -112,9 +112,9 @@ class Masks(Nodes):
         if causal:
             terms.append(op.GreaterOrEqual(distance, zero))
         if window is not None:
-            terms.append(op.Less(distance, self.number(window, whole)))
-        seen = terms[0] if len(terms) == 1 else op.And(*terms)
-        return self._hide(op.Unsqueeze(seen, self.integers(0, 1)), dtype)
+            terms.append(op.Less(distance, self.number(window, int64)))
+        visible = terms[0] if len(terms) == 1 else op.And(*terms)
+        return self._hide(op.Unsqueeze(visible, self.integers(0, 1)), dtype)
 
     def _constant_positions(
         self, queries: int, keys: int, causal: bool, window: int | None, dtype: Any
@@ -122,10 +122,10 @@ class Masks(Nodes):
         import numpy
 
         distance = numpy.arange(queries)[:, None] + (keys - queries) - numpy.arange(keys)[None, :]
-        seen = distance >= 0 if causal else numpy.ones_like(distance, dtype=bool)
+        visible = distance >= 0 if causal else numpy.ones_like(distance, dtype=bool)
         if window is not None:
-            seen &= (distance if causal else abs(distance)) < window
-        values = numpy.where(seen, 0.0, HIDDEN).astype(dtype.numpy())[None, None]
+            visible &= (distance if causal else abs(distance)) < window
+        values = numpy.where(visible, 0.0, HIDDEN).astype(dtype.numpy())[None, None]
         return self.op.Constant(value=self.ir.tensor(values))
 
     def _same_segment(self, q: Any, k: Any, segments: Any) -> Any:

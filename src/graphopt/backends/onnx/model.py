@@ -22,17 +22,17 @@ from .sizes import limits_of, with_sizes
 from .target import TargetReport, check_on_target, require_taken
 
 EXTERNAL_FROM = 1_900_000_000
-"""Bytes of weights from which they are written beside the file: a protobuf holds 2 GiB at most."""
+"""Size in bytes from which weights are written beside the file: a protobuf holds at most 2 GiB."""
 
 
 @dataclass(frozen=True)
 class OnnxReport:
     """What was written.
 
-    ``nodes`` counts operators; ``errors`` has the largest relative error of each output against the program
-    (empty if not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``limits`` are what must hold
-    of the named ones, which a file says in its metadata and no runtime checks; ``seconds`` covers everything, checks
-    included; ``others`` are further parts and buckets, in their order.
+    ``nodes`` counts operators; ``errors`` has the largest relative error of each output against the program (empty if
+    not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``limits`` are the constraints on the
+    named ones, stored in the file's metadata and checked by no runtime; ``seconds`` covers everything, checks
+    included; ``others`` are further shards and buckets, in order.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class OnnxReport:
 
 @dataclass(frozen=True)
 class Writing:
-    """How graphs are written: see :func:`graphopt.backends.onnx.lower.lower_onnx`."""
+    """Options of an export: see :func:`graphopt.backends.onnx.lower.lower_onnx`."""
 
     opset: int
     dynamic: bool
@@ -67,25 +67,25 @@ class Writing:
 
     @property
     def device(self) -> Target | None:
-        """The target, where it is a device with a compiler."""
+        """The target if it is a device with a compiler, else None."""
         return self.asked if self.asked is not None and self.asked.compiled else None
 
 
 def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: Writing) -> list[OnnxReport]:
-    """Write a program's graph, or its parts, and what a host computes for them, beside one another.
+    """Write a program's graph, or its shards, and their host graphs into one folder.
 
     Args:
         program: not changed.
-        draft: of the file, in a folder that is thrown away where this fails.
+        draft: path of the file, in a temporary folder that is removed on failure.
         fixed: sizes that become numbers.
-        how: all else.
+        how: the other options.
 
     Raises:
         LoweringError: see :func:`graphopt.backends.onnx.lower.lower_onnx`.
     """
     lowered = with_sizes(program, fixed, float32=how.widen)
     halves = Split(None, lowered) if how.device is None else split(lowered)
-    # a copy, so that the weights it loads to run leave with it
+    # a copy, so that the weights that it loads to run are freed with it
     reference = with_sizes(program, {}, float32=True) if how.widen else program.copy()
     cases = list(comparison_cases(reference, fixed, how.dynamic)) if how.compare or how.check else []
     paths = []
@@ -93,32 +93,32 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
         paths.append(draft.with_name(f"{draft.stem}_host.onnx"))
         _write(build_graph(halves.host, how.opset), paths[0], False)
         check_file(paths[0], how.opset)
-    parts = [halves.device] if how.part_bytes is None else in_parts(halves.device, how.part_bytes)
+    shards = [halves.device] if how.part_bytes is None else in_parts(halves.device, how.part_bytes)
     reports = []
-    for number, part in enumerate(parts, start=1):
-        paths.append(draft if len(parts) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx"))
-        reports.append(_write_model(part, paths[-1], how))
+    for number, shard in enumerate(shards, start=1):
+        paths.append(draft if len(shards) == 1 else draft.with_name(f"{draft.stem}_part{number}.onnx"))
+        reports.append(_write_model(shard, paths[-1], how))
     if how.compare:
-        # all files one after another are the program, whatever each of them is
+        # run in order, all files together are the program, whatever each of them computes
         errors = compare_with_runtime(paths, reference, cases, how.tolerance)
         reports = [replace(r, errors={n: e for n, e in errors.items() if n in r.outputs}) for r in reports]
     if how.check and how.device is not None:
         if halves.host is not None:
             cases = [prepared(case, halves.host) for case in cases]
-        for number, (part, report) in enumerate(zip(parts, reports, strict=True)):
-            # several graphs are compiled into one binary when all of them are there
+        for number, (shard, report) in enumerate(zip(shards, reports, strict=True)):
+            # several graphs are compiled into one binary once all of them are written
             context = report.path.with_name(f"{report.path.stem}_ctx.onnx") if how.alone else None
-            told = check_on_target(report.path, part, cases, how.device, how.kind, context)
-            reports[number] = replace(report, checked=told)
-            if number + 1 < len(parts):
-                cases = [replace(case, inputs=case.inputs | _following(part, case)) for case in cases]
+            measured = check_on_target(report.path, shard, cases, how.device, how.kind, context)
+            reports[number] = replace(report, checked=measured)
+            if number + 1 < len(shards):
+                cases = [replace(case, inputs=case.inputs | _inputs_of_next(shard, case)) for case in cases]
     return reports
 
 
-def _following(part: Program, case: Case) -> dict[str, Any]:
-    """Return what the next part is given of this one."""
-    made = run(part, {n: v for n, v in case.inputs.items() if n in part.input_nodes})
-    return {n: v for n, v in made.items() if n.startswith("part_")}
+def _inputs_of_next(program: Program, case: Case) -> dict[str, Any]:
+    """Return the inputs of the next shard that this one computes."""
+    outputs = run(program, {n: v for n, v in case.inputs.items() if n in program.input_nodes})
+    return {n: v for n, v in outputs.items() if n.startswith("part_")}
 
 
 def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:

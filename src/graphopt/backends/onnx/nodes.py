@@ -1,4 +1,4 @@
-"""Small steps that every translation into ONNX needs."""
+"""Helpers that every translation to ONNX needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 class Nodes:
     """Writes nodes while the exporter records them.
 
-    Values that the exporter made know their type and sizes; those in between know what is set on them here.
+    Values made by the exporter have a type and sizes; those in between have only what is set on them here.
     """
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class Nodes:
         from onnxscript import opset18
 
         self.ir = onnx_ir
-        # the exporter writes at 18 and converts, and inlines nothing written at another
+        # the exporter writes opset 18 and converts, and does not inline functions of another opset
         self.op: Any = opset18
 
     def number(self, value: float, dtype: Any) -> Any:
@@ -28,7 +28,7 @@ class Nodes:
         return self.op.Constant(value=self.ir.tensor(list(values), dtype=self.ir.DataType.INT64))
 
     def cast(self, value: Any, dtype: Any) -> Any:
-        """Return the value in another type."""
+        """Return the value cast to another type."""
         if value.dtype == dtype:
             return value
         result = self.op.Cast(value, to=dtype)
@@ -40,7 +40,7 @@ class Nodes:
         return value.dtype in (self.ir.DataType.FLOAT16, self.ir.DataType.BFLOAT16)
 
     def common(self, first: Any, second: Any) -> Any:
-        """Return the type that two floating values are computed in together."""
+        """Return the common type in which two floating-point values are computed."""
         if first.dtype == second.dtype:
             return first.dtype
         double = self.ir.DataType.DOUBLE
@@ -48,7 +48,7 @@ class Nodes:
 
 
 def same_size(first: Any, second: Any) -> bool:
-    """Tell whether two dimensions are equal for all inputs, as far as is known."""
+    """Return whether two dimensions are known to be equal for all inputs."""
     if isinstance(first, int) or isinstance(second, int):
         return bool(first == second)
     return first.value is not None and bool(first.value == second.value)

@@ -1,4 +1,4 @@
-"""graphopt's own operators in ONNX: fused ones where ONNX means the same, a few plain ones elsewhere."""
+"""graphopt's operator set in ONNX: fused operators if ONNX has the same semantics, otherwise a few plain ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THROUGH = {"Cos", "Sin", "Cast", "Unsqueeze", "Mul", "Identity", "Reshape"}
 
 
 def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return how each operator of graphopt is written, for ``custom_translation_table``.
+    """Return the translation of each graphopt operator, for ``custom_translation_table``.
 
     Args:
         opset: of the file; from 23 on attention, RMS norm and rotary embedding stay one node each.
@@ -32,7 +32,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     names = ("attention", "rms_norm", "rotary", "routed_ffn", "fake_quantize", "fake_quantize_channels")
     for name in names:
         table[getattr(operators, name).default] = _unannotated(getattr(dialect, name))
-    # the exporter knows these two only after its decomposition, which is most of its time
+    # the exporter handles these two only after its decomposition, which is most of its time
     table[torch.ops.aten.to.dtype] = _unannotated(dialect.to)
     table[torch.ops.aten.batch_norm.default] = _unannotated(dialect.batch_norm)
     return table
@@ -44,7 +44,7 @@ def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Dialect(Experts):
-    """Writes nodes while the exporter records them; one object an export, for masks that layers share."""
+    """Writes nodes while the exporter records them; one object per export, so that layers can share masks."""
 
     def __init__(self, opset: int):
         super().__init__()
@@ -62,10 +62,10 @@ class Dialect(Experts):
     def fake_quantize_channels(
         self, x: Any, scale: Any, integers: Any = None, *, axis: int, dtype: str
     ) -> Any:
-        """``graphopt.fake_quantize_channels``: the same along an axis, or in blocks of it, zero stored as zero."""
+        """``graphopt.fake_quantize_channels``: the same along an axis, or in blocks of it, with zero point 0."""
         import numpy
 
-        assert integers is None, "weights stand for their integers before they are written"
+        assert integers is None, "weights are replaced by their integers before they are written"
         kind = self.ir.DataType[dtype.upper()]
         zeros = numpy.zeros([int(s) for s in scale.shape], kind.numpy())
         zero = self.op.Constant(value=self.ir.tensor(zeros, dtype=kind))
@@ -124,7 +124,7 @@ class Dialect(Experts):
             return self.cast(product, kind)
         scaled = self.cast(scaled, kind)
         common = self.common(scaled, weight)
-        # constants second: some compilers for accelerators take no other order
+        # constants second: some accelerator compilers support no other order
         return op.Mul(self.cast(scaled, common), self.cast(weight, common))
 
     def rotary(self, x: Any, cos: Any, sin: Any, *, interleaved: bool = False) -> Any:
@@ -149,7 +149,7 @@ class Dialect(Experts):
         return op.Add(op.Mul(x, cos), op.Mul(turned, sin))
 
     def _halves_repeat(self, table: Any) -> bool:
-        """Tell whether a table is a function of two equal halves: what ONNX's operator reads one of."""
+        """Return whether a table has two equal halves, of which ONNX's operator reads one."""
         for _ in range(12):
             node = table.producer()
             if node is None:
@@ -204,7 +204,7 @@ class Dialect(Experts):
         softcap: float | None = None,
     ) -> Any:
         """``graphopt.attention``; masks are added, never boolean, and finite."""
-        # ONNX's text has had softcap on either side of the mask, and runtimes differ
+        # versions of ONNX's specification apply softcap before or after the mask, and runtimes differ
         fused = self._can_fuse(q) and sinks is None and softcap is None
         alone = all(mask is None for mask in (key_mask, segments, bias, window, visible))
         own_causal = fused and causal and alone and same_size(q.shape[2], k.shape[2])
@@ -221,7 +221,7 @@ class Dialect(Experts):
         return self._plain_attention(q, k, v, mask, sinks, scale, softcap)
 
     def _four_dimensions(self, bias: Any) -> Any:
-        # a mask of fewer dimensions means something else in Attention than broadcasting
+        # Attention does not broadcast a mask of fewer dimensions in the usual way
         missing = 4 - len(bias.shape)
         if missing == 0:
             return bias
@@ -236,7 +236,7 @@ class Dialect(Experts):
         heads, groups = int(q.shape[1]), int(k.shape[1])
         scaled = op.Mul(q, self.number(scale, q.dtype))
         if heads != groups:
-            # the queries of a group side by side: no key or value is copied
+            # queries of a group are put side by side, so that no key or value is copied
             scaled = op.Reshape(scaled, self.integers(0, groups, -1, int(q.shape[3])))
         scores = op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2]))
         if heads != groups:
@@ -273,6 +273,6 @@ class Dialect(Experts):
 
 
 def _keeps_last(node: Any) -> bool:
-    """Tell whether Unsqueeze or Reshape leaves the last dimension as it was."""
+    """Return whether Unsqueeze or Reshape keeps the last dimension."""
     before, after = node.inputs[0].shape, node.outputs[0].shape
     return before is not None and after is not None and same_size(before[-1], after[-1])

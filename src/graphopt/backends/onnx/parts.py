@@ -1,4 +1,4 @@
-"""A program in several that follow one another, cut where only the residual stream crosses."""
+"""Splitting a program into consecutive shards where only the residual stream crosses."""
 
 from __future__ import annotations
 
@@ -16,62 +16,63 @@ from ...ir.schema import arguments, is_operator, normal_call
 
 
 def everywhere(program: Program) -> set[fx.Node]:
-    """Return what each part computes for itself: what is made of weights alone, or of inputs and no matrix of weights.
+    """Return the nodes that every shard computes itself: those that depend on weights alone, or on inputs and no matrix.
 
-    Such are masks, positions and their rotations, slots of caches.
+    Examples are masks, positions and their rotations, and cache slots.
     """
     settled = set(depends_on_weights_alone(program))
-    made = {n for n in program.graph.nodes if n.op == "placeholder" and n not in settled}
+    derived = {n for n in program.graph.nodes if n.op == "placeholder" and n not in settled}
     for node in program.graph.nodes:
-        read = node.all_input_nodes
-        if node.op == "call_function" and read and node not in settled:
-            vectors = all(sum(size != 1 for size in n.meta["val"].shape) <= 1 for n in read if n in settled)
-            if vectors and all(n in made or n in settled for n in read):
-                made.add(node)
-    return settled | {n for n in made if n.op == "call_function"}
+        operands = node.all_input_nodes
+        if node.op == "call_function" and operands and node not in settled:
+            vectors = all(
+                sum(size != 1 for size in n.meta["val"].shape) <= 1 for n in operands if n in settled
+            )
+            if vectors and all(n in derived or n in settled for n in operands):
+                derived.add(node)
+    return settled | {n for n in derived if n.op == "call_function"}
 
 
 def cut_points(program: Program) -> list[tuple[int, fx.Node]]:
-    """Return where a program may be cut: after which call, and the one tensor that crosses there.
+    """Return where a program may be split: after which call, and the one tensor that crosses there.
 
-    What is given from outside, and what is made of that or of weights alone, stands on both sides of a cut and
-    crosses nothing.
+    Inputs, and values computed by every shard for itself, exist on both sides of a split and do not cross it.
 
     Args:
         program: with fixed sizes.
     """
     settled = everywhere(program)
     order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
-    place = {n: i for i, n in enumerate(order)}
-    last = {n: max((place[u] for u in n.users if u in place), default=-1) for n in order}
-    found, live = [], set[fx.Node]()
+    index = {n: i for i, n in enumerate(order)}
+    last = {n: max((index[u] for u in n.users if u in index), default=-1) for n in order}
+    points, live = [], set[fx.Node]()
     for number, node in enumerate(order):
         live = {n for n in [*live, node] if last[n] > number}
         if len(live) == 1:
             (crossing,) = live
             if isinstance(crossing.meta.get("val"), torch.Tensor):
-                found.append((number, crossing))
-    return found
+                points.append((number, crossing))
+    return points
 
 
 def in_parts(program: Program, most: int) -> list[Program]:
-    """Return programs whose weights take at most so many bytes each; together, one after another, they are the program.
+    """Return shards whose weights take at most ``most`` bytes each; run in order, they compute the program.
 
-    Part k gives ``part_k``, which part k + 1 takes; other inputs and outputs keep their names, in the parts that have to do
-    with them.
+    Shard k has the output ``part_k``, which is an input of shard k + 1; other inputs and outputs keep their names, in
+    the shards that use or compute them.
 
     Args:
         program: with fixed sizes; not changed.
-        most: bytes of weights a part.
+        most: largest weights of a shard, in bytes.
 
     Raises:
-        LoweringError: a piece between two places where it could be cut is larger.
+        LoweringError: a segment between two possible split points is larger.
     """
     settled = everywhere(program)
     order = [n for n in program.graph.nodes if n.op == "call_function" and n not in settled]
     ends: list[tuple[int, fx.Node | None]] = [*cut_points(program), (len(order) - 1, None)]
-    chosen: list[tuple[int, fx.Node | None]] = []
-    held: dict[str, int] = {}
+    ends_of_shards: list[tuple[int, fx.Node | None]] = []
+    stored_bytes: dict[str, int] = {}
     begin, before = 0, None
     for end in ends:
         piece = dict(_stored(program, order[begin : end[0] + 1], settled))
@@ -83,21 +84,21 @@ def in_parts(program: Program, most: int) -> list[Program]:
                 f"{piece[name]:,} of them in {program.weights[name].name}; {most:,} are allowed",
                 hint="allow larger parts, or store weights in fewer bits",
             )
-        if before is not None and sum((held | piece).values()) > most:
-            chosen.append(before)
-            held = {}
-        held |= piece
+        if before is not None and sum((stored_bytes | piece).values()) > most:
+            ends_of_shards.append(before)
+            stored_bytes = {}
+        stored_bytes |= piece
         before = end
-    chosen.append((len(order) - 1, None))
-    parts, first, given = [], 0, None
-    for number, (end_place, crossing) in enumerate(chosen, start=1):
-        parts.append(_part(program, order[first : end_place + 1], given, crossing, number, settled))
-        first, given = end_place + 1, crossing
-    return parts
+    ends_of_shards.append((len(order) - 1, None))
+    shards, first, incoming = [], 0, None
+    for number, (end_place, crossing) in enumerate(ends_of_shards, start=1):
+        shards.append(_part(program, order[first : end_place + 1], incoming, crossing, number, settled))
+        first, incoming = end_place + 1, crossing
+    return shards
 
 
 def _stored(program: Program, calls: list[fx.Node], settled: set[fx.Node]) -> Iterator[tuple[str, int]]:
-    """Yield the weights that calls read, with their bytes as they are written."""
+    """Yield the weights that calls read, with their size in bytes as they are written."""
     work, seen = list(calls), set(calls)
     while work:
         node = work.pop()
@@ -118,18 +119,18 @@ def _written(program: Program, node: fx.Node) -> int:
     count = weight.bytes // max(1, weight.source.dtype.itemsize)
     sizes = []
     for user in node.users:
-        found = arguments(user)
-        if not has(user, Trait.ROUNDING) or node is found["scale"]:
+        args = arguments(user)
+        if not has(user, Trait.ROUNDING) or node is args["scale"]:
             sizes.append(weight.bytes)
-        elif found.get("integers") not in (None, node):
-            sizes.append(0)  # integers that were fitted to data are written in its place
+        elif args.get("integers") not in (None, node):
+            sizes.append(0)  # integers fitted to data are written instead
         else:
-            sizes.append(count * bits[str(found["dtype"])] // 8)
+            sizes.append(count * bits[str(args["dtype"])] // 8)
     return max(sizes, default=weight.bytes)
 
 
 def _part(
-    program: Program, calls: list[fx.Node], given: fx.Node | None, gives: fx.Node | None, number: int,
+    program: Program, calls: list[fx.Node], incoming: fx.Node | None, outgoing: fx.Node | None, number: int,
     settled: set[fx.Node],
 ) -> Program:  # fmt: skip
     inside = {n.name for n in calls}
@@ -138,18 +139,18 @@ def _part(
         for name, node in program.outputs.items()
         if node.name in inside or (number == 1 and (node.op == "placeholder" or node in settled))
     }
-    if gives is not None:
-        writes[f"part_{number}"] = gives
+    if outgoing is not None:
+        writes[f"part_{number}"] = outgoing
     name = f"part_{number - 1}"
-    part = extract(program, {} if given is None else {name: given}, writes, all_given=True)
-    if given is not None and is_operator(given, "graphopt.fake_quantize"):
-        # a value that comes from outside is stored in as few bits as it was
-        taken = part.input_nodes[name]
-        readers = list(taken.users)
-        args, kwargs = normal_call(given.target, dict(arguments(given)) | {"x": taken})
-        with part.edit.after(taken):
-            rounded = part.edit.call(given.target, *args, **kwargs)
+    shard = extract(program, {} if incoming is None else {name: incoming}, writes, all_given=True)
+    if incoming is not None and is_operator(incoming, "graphopt.fake_quantize"):
+        # an incoming value is stored in as few bits as in the shard before
+        placeholder = shard.input_nodes[name]
+        readers = list(placeholder.users)
+        args, kwargs = normal_call(incoming.target, dict(arguments(incoming)) | {"x": placeholder})
+        with shard.edit.after(placeholder):
+            rounded = shard.edit.call(incoming.target, *args, **kwargs)
         for reader in readers:
-            reader.replace_input_with(taken, rounded)
-        part.changed()
-    return part
+            reader.replace_input_with(placeholder, rounded)
+        shard.changed()
+    return shard

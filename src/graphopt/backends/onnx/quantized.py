@@ -1,4 +1,4 @@
-"""Q and DQ of a quantised program: weights stored as integers, and nothing that a device computes left between them."""
+"""QuantizeLinear and DequantizeLinear: weights stored as integers, and no unquantised value on the device."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _BIASED = ("Conv", "Gemm", "ConvTranspose")
 
 
 def pairs_in(program: Program) -> int:
-    """Return how many roundings a program has."""
+    """Return the number of rounding operators in a program."""
     return sum(has(n, Trait.ROUNDING) for n in program.nodes)
 
 
 def without_rounding(program: Program) -> Program:
-    """Return a program whose values are not stored in few bits: what was quantised."""
-    done = program.copy()
-    for node in list(done.nodes):
+    """Return the program without its rounding operators, as it was before quantising."""
+    copy = program.copy()
+    for node in list(copy.nodes):
         if has(node, Trait.ROUNDING):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            for name, held in done.checkpoint.items():
-                if held is node:
-                    done.checkpoint[name] = node.args[0]  # type: ignore[assignment]
-            done.graph.erase_node(node)
-    done.changed()
-    return done
+            for name, mapped in copy.checkpoint.items():
+                if mapped is node:
+                    copy.checkpoint[name] = node.args[0]  # type: ignore[assignment]
+            copy.graph.erase_node(node)
+    copy.changed()
+    return copy
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What integers stand for, computed when it is read."""
+    """Dequantised values of an integer weight, computed when they are read."""
 
     integers: TensorSource
     scale: TensorSource
@@ -66,26 +66,26 @@ class Restored:
 
 
 def with_integers(program: Program) -> Program:
-    """Return a program whose weights are what their integers stand for, where those were fitted to data."""
-    done = program.copy()
-    for node in list(done.nodes):
+    """Return a program in which weights with fitted integers are replaced by their dequantised values."""
+    copy = program.copy()
+    for node in list(copy.nodes):
         if not is_operator(node, "graphopt.fake_quantize_channels"):
             continue
-        found = dict(arguments(node))
-        if found["integers"] is None:
+        args = dict(arguments(node))
+        if args["integers"] is None:
             continue
-        held, scale = (done.weights[found[n].name] for n in ("integers", "scale"))
-        source = Restored(held.source, scale.source, found["x"].meta["val"].dtype)
-        found["x"] = done.edit.add_weight(f"{held.name}_restored", source)
-        found["integers"] = None
-        node.args, node.kwargs = normal_call(node.target, found)
-    drop_unread_weights(done)
-    done.changed()
-    return done
+        integers, scale = (copy.weights[args[n].name] for n in ("integers", "scale"))
+        source = Restored(integers.source, scale.source, args["x"].meta["val"].dtype)
+        args["x"] = copy.edit.add_weight(f"{integers.name}_restored", source)
+        args["integers"] = None
+        node.args, node.kwargs = normal_call(node.target, args)
+    drop_unread_weights(copy)
+    copy.changed()
+    return copy
 
 
 def store_weights(model: Any) -> None:
-    """Let initialisers be the integers that DequantizeLinear reads, as they lie after a transposition, in place."""
+    """Replace weights in place by the integers that DequantizeLinear reads, transposed if its readers transpose them."""
     graph = model.graph
     for node in list(graph):
         if node.op_type != QUANTIZE or not node.inputs[0].is_initializer():
@@ -93,7 +93,7 @@ def store_weights(model: Any) -> None:
         weight, scale, zero = node.inputs
         (use,) = node.outputs[0].uses()
         back = use.node
-        # a scale alone has an axis too, which says nothing
+        # a single scale has an axis too, which has no meaning
         axis = node.attributes["axis"].as_int() if len(scale.shape) else None
         order = None
         readers = [u.node for u in back.outputs[0].uses()]
@@ -103,10 +103,10 @@ def store_weights(model: Any) -> None:
         name = f"{weight.name}_{back.outputs[0].name}"
         stored = _value(weight, scale, zero, axis, order, name)
         if order is not None and len(scale.shape) == 2:
-            # scales of blocks lie as their weight does
-            for place, held in ((1, scale), (2, zero)):
+            # scales of blocks have the layout of their weight
+            for index, parameter in ((1, scale), (2, zero)):
                 back.replace_input_with(
-                    place, _turned(graph, held, f"{name}_{'scale' if place == 1 else 'zero'}")
+                    index, _transposed(graph, parameter, f"{name}_{'scale' if index == 1 else 'zero'}")
                 )
         graph.register_initializer(stored)
         back.replace_input_with(0, stored)
@@ -123,19 +123,19 @@ def store_weights(model: Any) -> None:
             for reader in [r for r in readers if r.op_type == "Transpose"]:
                 _turn_integers(graph, back, reader, axis)
         graph.remove(node, safe=True)
-        for left in (weight, scale, zero):
-            if not left.uses():
-                graph.initializers.pop(left.name, None)
+        for initializer in (weight, scale, zero):
+            if not initializer.uses():
+                graph.initializers.pop(initializer.name, None)
 
 
 def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None:
-    """Transpose integers in place of numbers: a table that is a head as well is stored once, as its rows are read.
+    """Transpose the integers instead of the dequantised values, so that an embedding that is also the head is stored once.
 
     Args:
         graph: changed.
-        back: what gives the numbers, to others as well.
-        reader: transposes them.
-        axis: of the scales; None for one.
+        back: the DequantizeLinear, which other nodes read too.
+        reader: the node that transposes its result.
+        axis: of the scales; None for a single scale.
     """
     import onnx_ir
 
@@ -143,15 +143,15 @@ def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None
     stored, scale, zero = back.inputs
     name = reader.outputs[0].name
     if len(scale.shape) == 2:
-        scale, zero = _turned(graph, scale, f"{name}_scale"), _turned(graph, zero, f"{name}_zero")
+        scale, zero = _transposed(graph, scale, f"{name}_scale"), _transposed(graph, zero, f"{name}_zero")
     turned = onnx_ir.node("Transpose", [stored], attributes={"perm": order})
     attributes = dict(back.attributes)
     if axis is not None:
         attributes["axis"] = onnx_ir.AttrInt64("axis", order.index(axis))
     again = onnx_ir.Node("", DEQUANTIZE, [turned.outputs[0], scale, zero], attributes.values())
-    for made, dtype in ((turned, stored.dtype), (again, reader.outputs[0].dtype)):
-        made.outputs[0].shape = reader.outputs[0].shape
-        made.outputs[0].type = onnx_ir.TensorType(dtype)
+    for value, dtype in ((turned, stored.dtype), (again, reader.outputs[0].dtype)):
+        value.outputs[0].shape = reader.outputs[0].shape
+        value.outputs[0].type = onnx_ir.TensorType(dtype)
     turned.outputs[0].name, again.outputs[0].name = f"{name}_integers", f"{name}_numbers"
     graph.insert_before(reader, [turned, again])
     reader.outputs[0].replace_all_uses_with(again.outputs[0])
@@ -159,7 +159,7 @@ def _turn_integers(graph: Any, back: Any, reader: Any, axis: int | None) -> None
 
 
 def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int] | None, name: str) -> Any:
-    """Return an initialiser whose integers are computed when they are written."""
+    """Return an initialiser whose integers are computed when the file is written."""
     import numpy
     import onnx_ir
 
@@ -169,7 +169,7 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
     if order is not None:
         shape = [shape[i] for i in order]
 
-    def read() -> Any:
+    def load() -> Any:
         values = weight.const_value.numpy().astype(numpy.float32)
         step, offset = (
             scale.const_value.numpy().astype(numpy.float32),
@@ -187,19 +187,21 @@ def _value(weight: Any, scale: Any, zero: Any, axis: int | None, order: list[int
             integers = integers.transpose(order)
         return onnx_ir.tensor(numpy.ascontiguousarray(integers).astype(kind.numpy()), dtype=kind, name=name)
 
-    lazy = onnx_ir.LazyTensor(read, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
+    lazy = onnx_ir.LazyTensor(load, dtype=kind, shape=onnx_ir.Shape(shape), name=name)
     return onnx_ir.Value(
         name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(kind), const_value=lazy
     )
 
 
-def _turned(graph: Any, held: Any, name: str) -> Any:
+def _transposed(graph: Any, stored: Any, name: str) -> Any:
     import numpy
     import onnx_ir
 
-    tensor = onnx_ir.tensor(numpy.ascontiguousarray(held.const_value.numpy().T), dtype=held.dtype, name=name)
+    tensor = onnx_ir.tensor(
+        numpy.ascontiguousarray(stored.const_value.numpy().T), dtype=stored.dtype, name=name
+    )
     value = onnx_ir.Value(
-        name=name, shape=tensor.shape, type=onnx_ir.TensorType(held.dtype), const_value=tensor
+        name=name, shape=tensor.shape, type=onnx_ir.TensorType(stored.dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value
@@ -212,14 +214,14 @@ def _limits(kind: Any) -> tuple[int, int]:
         onnx_ir.DataType.UINT8: (0, 255), onnx_ir.DataType.INT8: (-127, 127), onnx_ir.DataType.UINT16: (0, 65535),
         onnx_ir.DataType.INT16: (-32768, 32767), onnx_ir.DataType.INT4: (-7, 7),
     }  # fmt: skip
-    found: tuple[int, int] = bounds[kind]
-    return found
+    limits: tuple[int, int] = bounds[kind]
+    return limits
 
 
 def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
-    """Refuse a graph in which a pair is lost, or a device would compute a number that nobody said how to store.
+    """Raise an error if a Q/DQ pair was lost, or the device would compute a value without a quantisation.
 
-    What integers and tables alone decide, as masks and angles of positions, is no number of the device's.
+    Values that depend on integers and tables alone, such as masks and position angles, do not count.
 
     Args:
         model: the graph.
@@ -227,7 +229,7 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
         parameters: names of initialisers that were trained.
 
     Raises:
-        LoweringError: which.
+        LoweringError: names the values.
     """
     counts = Counter(node.op_type for node in model.graph)
     if counts[DEQUANTIZE] < expected:
@@ -235,20 +237,20 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
             f"{expected} values are quantised in the program, and {counts[DEQUANTIZE]} are in the file"
         )
     bare = []
-    given = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
-    given |= {v for name, v in model.graph.initializers.items() if name in parameters}
-    own = set(given)
+    unquantized = {v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point()}
+    unquantized |= {v for name, v in model.graph.initializers.items() if name in parameters}
+    at_boundary = set(unquantized)
     for node in model.graph:
         if node.op_type in (QUANTIZE, DEQUANTIZE):
-            own.update(node.outputs)
+            at_boundary.update(node.outputs)
             continue
-        if not any(v in own for v in node.inputs):
+        if not any(v in at_boundary for v in node.inputs):
             continue
-        for place, value in enumerate(node.inputs):
-            # a bias goes into sums, which are wide
-            if value in given and not (place == 2 and node.op_type in _BIASED):
+        for index, value in enumerate(node.inputs):
+            # a bias is added to accumulators, which are wide
+            if value in unquantized and not (index == 2 and node.op_type in _BIASED):
                 bare.append(f"{value.name}, which {node.op_type} {node.outputs[0].name} reads")
-        own.update(node.outputs)
+        at_boundary.update(node.outputs)
         for value in node.outputs:
             numbers = value.dtype is not None and value.dtype.is_floating_point()
             users = [u.node.op_type for u in value.uses()]
@@ -257,7 +259,7 @@ def require_quantized(model: Any, expected: int, parameters: set[str]) -> None:
     if bare:
         more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
         raise LoweringError(
-            f"nobody said how these values are stored: {', '.join(bare[:8])}{more}",
-            hint="they appear where one operator is written as several: opset=23 has attention and norms as one each, "
-            "and fit-target takes others apart beforehand",
+            f"these values have no quantisation: {', '.join(bare[:8])}{more}",
+            hint="they appear if one operator is written as several: opset=23 has attention and norms as one each, "
+            "and fit-target decomposes others beforehand",
         )

@@ -1,4 +1,4 @@
-"""Copies of a program for lowering: sizes fixed, in float32, under a fake mode of their own."""
+"""Copies of a program for lowering: with fixed sizes, in float32, under their own fake mode."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from ..checking.sizes import namesake, static_sizes
 
 
 def fixed_sizes(program: Program, sizes: Mapping[str, int], *, everything: bool) -> dict[str, int]:
-    """Return the sizes that become numbers: those given, their namesakes, and with ``everything`` the rest.
+    """Return the sizes that become numbers: the given ones, their namesakes, and with ``everything`` all others.
 
     Raises:
         LoweringError: a size that the program does not have.
     """
     unknown = [name for name in sizes if name not in program.signature.sizes]
     if unknown:
-        known = ", ".join(program.signature.sizes) or "none"
-        raise LoweringError(f"the program has no size {unknown[0]!r}", hint=f"its sizes: {known}")
+        names = ", ".join(program.signature.sizes) or "none"
+        raise LoweringError(f"the program has no size {unknown[0]!r}", hint=f"its sizes: {names}")
     values = static_sizes(program, sizes)
     return {n: v for n, v in values.items() if everything or n in sizes or namesake(n) in sizes}
 
 
 def limits_of(program: Program) -> tuple[str, ...]:
-    """Return what must hold of sizes that vary, where that is more than to be there."""
-    found = []
+    """Return the constraints on dynamic sizes, beyond being at least 1."""
+    rows = []
     for name, limits in program.signature.sizes.items():
         if limits.low > 1:
-            found.append(f"{name} >= {limits.low}")
+            rows.append(f"{name} >= {limits.low}")
         if limits.high is not None:
-            found.append(f"{name} <= {limits.high}")
-    return (*found, *program.signature.constraints)
+            rows.append(f"{name} <= {limits.high}")
+    return (*rows, *program.signature.constraints)
 
 
 def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = False) -> Program:
     """Return a copy of the program in which some sizes are numbers, with all values inferred anew.
 
-    The copy has a fake mode of its own: what an exporter learns about sizes does not reach ``program``.
+    The copy has its own fake mode, so that what an exporter learns about sizes does not reach ``program``.
 
     Args:
         program: not changed.
@@ -56,7 +56,7 @@ def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = Fa
         float32: widen bfloat16 to float32, weights included.
 
     Raises:
-        LoweringError: a value out of its size's range, or one that an operator does not accept.
+        LoweringError: a value is out of its size's range, or an operator does not accept it.
     """
     _check(program, sizes)
     other = program.copy()
@@ -79,8 +79,8 @@ def with_sizes(program: Program, sizes: Mapping[str, int], *, float32: bool = Fa
         if name in other.signature.inputs:
             value = node.meta["val"]
             shape = tuple(format_size(size, other.symbols) for size in value.shape)
-            held = other.signature.inputs[name]
-            other.signature.inputs[name] = replace(held, shape=shape, dtype=value.dtype)
+            spec = other.signature.inputs[name]
+            other.signature.inputs[name] = replace(spec, shape=shape, dtype=value.dtype)
     other.changed()
     return other
 
@@ -91,18 +91,18 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
         if value < limits.low or (limits.high is not None and value > limits.high):
             upper = "" if limits.high is None else f" to {limits.high}"
             raise LoweringError(
-                f"{name} cannot be {value}: the program takes {limits.low}{upper or ' and more'}"
+                f"{name} cannot be {value}: the program accepts {limits.low}{upper or ' and more'}"
             )
     broken = program.signature.broken_constraint(sizes)
     if broken is not None:
-        said = ", ".join(f"{n}={v}" for n, v in sizes.items() if n in broken)
+        listing = ", ".join(f"{n}={v}" for n, v in sizes.items() if n in broken)
         raise LoweringError(
-            f"{said}: the program takes sizes with {broken} only", hint="choose sizes that keep this"
+            f"{listing}: the program accepts only sizes with {broken}", hint="choose sizes that keep this"
         )
 
 
 class _Mover:
-    """Carries values into the mode of another program."""
+    """Converts fake values to the mode of another program."""
 
     def __init__(self, program: Program, float32: bool):
         self.mode = program.mode
@@ -119,12 +119,14 @@ class _Mover:
         if value not in self._sizes:
             new = value.subs(self.symbols)
             if not new.free_symbols <= set(self.hints):
-                raise LoweringError(f"a size of the graph, {value}, is not made of the sizes of its inputs")
+                raise LoweringError(
+                    f"a size of the graph, {value}, does not depend on the sizes of its inputs"
+                )
             self._sizes[value] = symint(self.mode, new, int(new.subs(self.hints)))
         return self._sizes[value]
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return float32 for bfloat16, if asked to."""
+        """Return float32 for bfloat16 if widening, else the type itself."""
         return torch.float32 if self.float32 and dtype == torch.bfloat16 else dtype
 
     def value(self, value: Any) -> Any:
@@ -139,7 +141,7 @@ class _Mover:
 
 
 def _move_values(program: Program, moved: _Mover, again: bool) -> None:
-    """Give every node its value in the new mode; sizes that became numbers leave the graph."""
+    """Give every node its value in the new mode and remove nodes of sizes that became numbers."""
     numbers: dict[fx.Node, int] = {}
     for node in list(program.graph.nodes):
         if node.op == "output":
@@ -165,7 +167,7 @@ def _inferred(program: Program, node: fx.Node) -> Any:
         value = infer(program.mode, node.target, node.args, dict(node.kwargs))
     except VerificationError as error:
         raise LoweringError(
-            f"the program does not take these sizes: {error.message}",
+            f"the program does not accept these sizes: {error.message}",
             node=node.name,
             source=program.source_line(node),
         ) from error
@@ -220,6 +222,6 @@ def _widen_weight(program: Program, node: fx.Node) -> None:
 
 
 def uses_bfloat16(program: Program) -> bool:
-    """Tell whether a value of the program is in bfloat16."""
+    """Return whether any value of the program is in bfloat16."""
     values = (node.meta.get("val") for node in program.graph.nodes)
     return any(isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 for v in values)

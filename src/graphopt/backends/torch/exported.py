@@ -37,9 +37,9 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
     """Return the program as an ExportedProgram that takes its inputs as keywords and returns a dict.
 
     Args:
-        program: folded on the way; inputs that may be left out here must all be given there.
-        core_aten: decompose until no operator of graphopt is left.
-        load: with False weights stay fake; for lowering that reads shapes only.
+        program: is folded first; inputs that are optional in a program must all be passed to the result.
+        core_aten: decompose all graphopt operators.
+        load: if False, weights stay fake, for lowering that reads shapes only.
     """
     lifted = _lift(fold(program))
     specs: list[InputSpec] = []
@@ -72,15 +72,15 @@ def exported_program(program: Program, *, core_aten: bool = False, load: bool = 
     )
     if core_aten:
         exported = exported.run_decompositions()
-        left = [n.name for n in exported.graph.nodes if str(n.target).startswith("graphopt.")]
-        if left:
-            raise LoweringError(f"operators of graphopt are left after decomposition: {', '.join(left[:5])}")
+        remaining = [n.name for n in exported.graph.nodes if str(n.target).startswith("graphopt.")]
+        if remaining:
+            raise LoweringError(f"graphopt operators remain after decomposition: {', '.join(remaining[:5])}")
     return exported
 
 
-def _state_name(weight: Weight, *taken: dict[str, Any]) -> str:
+def _state_name(weight: Weight, *tables: dict[str, Any]) -> str:
     name, count = weight.name, 1
-    while any(name in table for table in taken):
+    while any(name in table for table in tables):
         count += 1
         name = f"{weight.name}_{count}"
     return name
@@ -126,15 +126,15 @@ def _returned(program: Program) -> set[fx.Node]:
 
 
 def _distinct(graph: fx.Graph, values: list[fx.Node], *placeholders: list[Any]) -> list[fx.Node]:
-    """An exported program returns each value once, and no placeholder as it is."""
-    taken = {node for table in placeholders for node, _ in table}
+    """Clone repeated outputs and placeholders, since an exported program returns values once and no placeholder."""
+    placeholder_nodes = {node for table in placeholders for node, _ in table}
     distinct = []
     for value in values:
-        if value in taken:
+        if value in placeholder_nodes:
             copy = graph.call_function(torch.ops.aten.clone.default, (value,))
             copy.meta["val"] = value.meta["val"]
             value = copy
-        taken.add(value)
+        placeholder_nodes.add(value)
         distinct.append(value)
     return distinct
 

@@ -1,4 +1,4 @@
-"""A Program as an ``nn.Module``: a submodule per layer, the original parameter names, for any trainer."""
+"""Export of a program to an ``nn.Module`` for any trainer, with a submodule per layer and the original parameter names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...ir.weights import InMemory, Weight
 
 @dataclass
 class _Block:
-    """A layer cut out: its nodes, what it reads from outside, what others read of it, where it lives."""
+    """A layer as a submodule: its nodes, the values it reads and returns, and its path."""
 
     path: str
     nodes: list[fx.Node]
@@ -27,12 +27,12 @@ class _Block:
 
 
 class _Calling:
-    """How a program is called; shared by copies of a module, as it never changes."""
+    """Calling convention of a program; shared by copies of a module, as it never changes."""
 
-    def __init__(self, program: Program, held: Program):
+    def __init__(self, program: Program, source: Program):
         self.signature = program.signature
         self.program = program
-        self.held = held
+        self.held = source
         plain = [{"leaf": name} for name in program.signature.inputs]
         self.positional = (
             list(program.signature.parameters.values()) == plain
@@ -44,7 +44,7 @@ class _Calling:
         self.accepted: set[tuple[tuple[torch.dtype, torch.Size], ...]] = set()
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the flat inputs; types and sizes that were accepted before are not checked again."""
+        """Return the flat inputs; types and sizes that were accepted once are not checked again."""
         quick = self.positional and not kwargs and len(args) == len(self.names)
         if not quick or torch.compiler.is_compiling() or any(type(a) is not torch.Tensor for a in args):
             return self.program.bind(args, kwargs)
@@ -57,7 +57,7 @@ class _Calling:
         return bound
 
     def results(self, values: Any) -> Any:
-        """Return the outputs in the structure of the model's own."""
+        """Return the outputs in the structure of the model's outputs."""
         if "leaf" in self.signature.outputs:
             return values[0]
         return self.signature.unflatten(dict(zip(self.output_names, values, strict=True)))
@@ -67,15 +67,15 @@ class _Calling:
 
 
 class ProgramModule(nn.Module):
-    """A program that trains: call it as the model was called.
+    """A trainable program, which is called like the model.
 
     Dropout and batch statistics are as they were at capture. Blocks with the same computation share one
     class, so that ``for block in module.program_blocks(): block.compile(dynamic=True)`` compiles it once.
     """
 
-    def __init__(self, program: Program, held: Program):
+    def __init__(self, program: Program, source: Program):
         super().__init__()
-        self.__dict__["_calling"] = _Calling(program, held)
+        self.__dict__["_calling"] = _Calling(program, source)
         self.__dict__["_block_paths"] = []
 
     def program_blocks(self) -> list[nn.Module]:
@@ -83,7 +83,7 @@ class ProgramModule(nn.Module):
         return [self.get_submodule(path) for path in self.__dict__["_block_paths"]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the model's inputs; those that may be left out are filled."""
+        """Run on the model's inputs; optional ones are filled in."""
         calling = self.__dict__["_calling"]
         return calling.results(self._run(**calling.bind(args, kwargs)))
 
@@ -92,20 +92,20 @@ class ProgramModule(nn.Module):
 
 
 def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module:
-    """Return the program as a module with parameters of its own.
+    """Return the program as a module with its own parameters.
 
     Of a sharded program, the module is this process's rank; in a single process it is all ranks at once.
 
     Args:
-        program: stays as it is; its tensors are copied, so that training changes nothing of it or the model.
-        fold_weights: compute what depends on weights alone once, for running; otherwise gradients reach the
+        program: not changed; its tensors are copied, so that training affects neither it nor the model.
+        fold_weights: compute once what depends on weights alone, for inference; otherwise gradients reach the
             original parameters through those computations.
     """
     program = runnable(program)
     work = fold(program) if fold_weights else program.copy()
     module = ProgramModule(program, work.copy())
     names = _register(module, work)
-    blocks = _cut(work, names)
+    blocks = _find_blocks(work, names)
     classes: dict[Any, type[nn.Module]] = {}
     for block in blocks:
         key, graph = _block_graph(block, names)
@@ -119,9 +119,9 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
 
 
 def program_of(module: ProgramModule) -> Program:
-    """Return the program that a module was made of, with the weights that the module has now.
+    """Return the program that a module was made from, with the module's current weights.
 
-    The weights are copies: training the module further leaves the program as it is.
+    The weights are copies: further training does not change the program.
     """
     program: Program = module.__dict__["_calling"].held.copy()
     now = dict(module.named_parameters(remove_duplicate=False)) | dict(
@@ -137,8 +137,8 @@ def program_of(module: ProgramModule) -> Program:
 
 
 def _class_of(name: str, graph: fx.Graph, base: type[nn.Module], method: str = "forward") -> type[nn.Module]:
-    """Return a plain class whose method is the graph's code."""
-    # not by way of a GraphModule, which keeps a part of the model that is called "graph" from being one
+    """Return a plain class whose ``forward`` is the graph's code."""
+    # not a GraphModule, in which no submodule of the model may be called "graph"
     code = graph.python_code(root_module="self")
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<{name}>", "exec"), namespace)
@@ -147,7 +147,7 @@ def _class_of(name: str, graph: fx.Graph, base: type[nn.Module], method: str = "
 
 
 def _register(module: nn.Module, program: Program) -> dict[fx.Node, str]:
-    """Put copies of all weights under their names and return the name of each placeholder."""
+    """Register copies of all weights under their names and return the name of each placeholder."""
     names: dict[fx.Node, str] = {}
     for node in program.weight_nodes:
         if not node.users:
@@ -169,28 +169,28 @@ def _register(module: nn.Module, program: Program) -> dict[fx.Node, str]:
 def _attach(module: nn.Module, name: str, value: torch.Tensor, weight: Weight, parameter: bool) -> None:
     owner = module
     *path, leaf = name.split(".")
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
+    for attribute in path:
+        if attribute not in owner._modules:
+            owner.add_module(attribute, nn.Module())
+        owner = owner._modules[attribute]  # type: ignore[assignment]
     if parameter:
         owner.register_parameter(leaf, value)  # type: ignore[arg-type]
     else:
         owner.register_buffer(leaf, value, persistent=weight.persistent and weight.kind == "buffer")
 
 
-def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
-    """Return the layers that can be submodules: with weights of their own under one path."""
+def _find_blocks(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
+    """Return the layers that can be submodules: those with their own weights under one path."""
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     blocks: list[_Block] = []
-    taken: set[fx.Node] = set()
+    assigned: set[fx.Node] = set()
     owners: dict[str, tuple[str, ...]] = {}
     for layer in program.anatomy.layers:
         inside = set(between(layer.reads, layer.writes, order))
         inside |= _own_weight_nodes(inside, program)
         weights = sorted({names[n] for node in inside for n in node.all_input_nodes if n in names})
         path = _common_path(weights)
-        if not path or inside & taken or owners.get(path, tuple(weights)) != tuple(weights):
+        if not path or inside & assigned or owners.get(path, tuple(weights)) != tuple(weights):
             continue
         if any(
             other != path and (other.startswith(path + ".") or path.startswith(other + "."))
@@ -198,42 +198,42 @@ def _cut(program: Program, names: dict[fx.Node, str]) -> list[_Block]:
         ):
             continue
         block = _Block(path, sorted(inside, key=lambda n: order[n]))
-        # in the order of use, which is the same in equal layers wherever their inputs come from
+        # in the order of use, which is the same in equal layers
         used = (n for node in block.nodes for n in node.all_input_nodes)
         block.reads = list(dict.fromkeys(n for n in used if n not in inside and n not in names))
         block.gives = [n for n in block.nodes if any(u not in inside for u in n.users)]
         readers = [order[u] for n in block.gives for u in n.users if u not in inside]
         if max((order[n] for n in block.reads), default=-1) >= min(readers, default=len(order)):
-            continue  # a part of it is needed before all that it reads is there
+            continue  # a part of it is needed before all its inputs are available
         owners[path] = tuple(weights)
-        taken |= inside
+        assigned |= inside
         blocks.append(block)
     return blocks
 
 
 def _own_weight_nodes(inside: set[fx.Node], program: Program) -> set[fx.Node]:
-    """What is computed from weights for this layer alone belongs to it."""
+    """Return the nodes computed from weights for this layer alone, which belong to it."""
     from ...ir.running.fold import depends_on_weights_alone
 
     constant = depends_on_weights_alone(program)
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     work = [n for node in inside for n in node.all_input_nodes]
     while work:
         node = work.pop()
-        if node in inside or node in found or node.op != "call_function" or node not in constant:
+        if node in inside or node in nodes or node.op != "call_function" or node not in constant:
             continue
-        if all(u in inside or u in found for u in node.users):
-            found.add(node)
+        if all(u in inside or u in nodes for u in node.users):
+            nodes.add(node)
             work.extend(node.all_input_nodes)
-    return found
+    return nodes
 
 
 def _common_path(names: list[str]) -> str:
     if not names:
         return ""
-    parts = [name.split(".")[:-1] for name in names]
+    module_paths = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
-    for level in zip(*parts, strict=False):
+    for level in zip(*module_paths, strict=False):
         if len(set(level)) > 1:
             break
         shared.append(level[0])
@@ -241,7 +241,7 @@ def _common_path(names: list[str]) -> str:
 
 
 def _block_graph(block: _Block, names: dict[fx.Node, str]) -> tuple[Any, fx.Graph]:
-    """Return a graph of the block with its weights as attributes, and what makes it the same as another."""
+    """Return a graph of the block with its weights as attributes, and a key that equal blocks share."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     key: list[Any] = []
@@ -253,8 +253,8 @@ def _block_graph(block: _Block, names: dict[fx.Node, str]) -> tuple[Any, fx.Grap
                 relative = names[used].removeprefix(block.path + ".")
                 copies[used] = _attribute(graph, relative)
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-        place = {c: i for i, c in enumerate(graph.nodes)}
-        at = {n: cast(Any, _At(place[copies[n]])) for n in node.all_input_nodes}
+        index_of = {c: i for i, c in enumerate(graph.nodes)}
+        at = {n: cast(Any, _At(index_of[copies[n]])) for n in node.all_input_nodes}
         key.append((str(node.target), repr(fx.map_arg((node.args, node.kwargs), at.__getitem__))))
     key.extend(str(n.target) for n in graph.nodes if n.op == "get_attr")
     results = [copies[n] for n in block.gives]
@@ -268,18 +268,18 @@ class _At:
 
 
 def _attribute(graph: fx.Graph, target: str) -> fx.Node:
-    """Read an attribute; fx would warn that it cannot see it."""
+    """Read an attribute without fx's warning that it does not exist."""
     return graph.create_node("get_attr", target)
 
 
 def _install(module: nn.Module, path: str, kind: type[nn.Module]) -> None:
     """Make the container at ``path`` an instance of the block's class."""
-    held = module.get_submodule(path)
-    held.__class__ = kind
+    submodule = module.get_submodule(path)
+    submodule.__class__ = kind
 
 
 def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str]) -> fx.Graph:
-    """Return the graph that calls the blocks; a call is placed when its last argument exists."""
+    """Return the graph that calls the blocks; a call is placed once its last argument exists."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     owner = {node: block for block in blocks for node in block.nodes}

@@ -1,4 +1,4 @@
-"""Triton kernels for operators that passes introduce: on a GPU, in the interpreter, or compiled ahead."""
+"""Triton kernels for operators that passes introduce: on a GPU, in the interpreter, or compiled ahead of time."""
 
 from __future__ import annotations
 

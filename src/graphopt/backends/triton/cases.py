@@ -1,4 +1,4 @@
-"""Calls that every kernel is tried with: small ones to compare with references, large ones to compile."""
+"""Test calls of every kernel: small ones to compare with references, large ones to compile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GATES = tuple(a for a in ACTIVATIONS if a not in ("tanh",))
 
 @dataclass
 class Made:
-    """Makes tensors: random ones, or with ``meta`` none but their shapes."""
+    """Makes random tensors, or with ``meta`` tensors without values."""
 
     dtype: torch.dtype
     device: str = "cpu"
@@ -61,10 +61,10 @@ class Case:
 
     Attributes:
         operator: its name.
-        what: what is special about this call.
-        args: of it, with a maker of tensors.
-        exact: whether the kernel's result is the reference's to the bit.
-        typed: whether it is tried in several floating-point types; not where a call has types of its own.
+        what: describes the call.
+        args: of the call, made by a :class:`Made`.
+        exact: whether the kernel's result equals the reference bit for bit.
+        typed: whether it is tried in several floating-point types; False if the call fixes its types.
     """
 
     operator: str
@@ -78,11 +78,11 @@ def _norms(scale: Scale) -> Iterator[Case]:
     rows, size = {LARGE: (64, 4096), EVEN: (4, 64), RAGGED: (5, 72)}[scale]
 
     def call(add: bool, weight: bool, **options: Any) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
+        def make_case(m: Made) -> Any:
             first = (m.normal(2, rows, size), *([m.normal(2, rows, size)] if add else []))
             return (*first, m.normal(size) if weight else None, 1e-5), options
 
-        return made
+        return make_case
 
     for add in (False, True):
         name = "add_rms_norm" if add else "rms_norm"
@@ -107,7 +107,7 @@ def _products(scale: Scale) -> Iterator[Case]:
             gate[0, 3] = float("nan")
             return (gate, m.normal(rows, size)), {"activation": "relu"}
 
-        yield Case("gated_product", "no number", broken)
+        yield Case("gated_product", "NaN", broken)
         yield Case(
             "gated_product",
             "one row of a wider one",
@@ -121,7 +121,7 @@ def _nested(scale: Scale) -> Iterator[Case]:
     widths = [16, 80, 0, 48] if scale == RAGGED else [inner // 4, inner]
 
     def call(gated: bool, bias: bool, activation: str, tokens: int = tokens) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
+        def make_case(m: Made) -> Any:
             args: list[Any] = [
                 m.normal(1, tokens, size),
                 m.integers(1, tokens, high=len(widths)),
@@ -135,7 +135,7 @@ def _nested(scale: Scale) -> Iterator[Case]:
             ]
             return tuple(args), {"activation": activation}
 
-        return made
+        return make_case
 
     yield Case("nested_ffn", "gated", call(True, False, "silu"))
     yield Case("nested_ffn", "gated with biases", call(True, True, "silu"))
@@ -145,12 +145,12 @@ def _nested(scale: Scale) -> Iterator[Case]:
 
 
 def _routed(scale: Scale) -> Iterator[Case]:
-    tokens, each, experts, size, inner = {
+    tokens, per_token, experts, size, inner = {
         LARGE: (512, 8, 64, 2048, 1024), EVEN: (16, 1, 4, 32, 64), RAGGED: (21, 2, 5, 40, 48)
     }[scale]  # fmt: skip
 
     def call(bias: bool = False, absent: bool = False, **options: Any) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
+        def make_case(m: Made) -> Any:
             wide = inner * (2 if options.get("gated", True) else 1)
             up = m.normal(experts, wide, size, scale=size**-0.5)
             down = m.normal(experts, size, inner, scale=inner**-0.5)
@@ -159,8 +159,8 @@ def _routed(scale: Scale) -> Iterator[Case]:
             first = m.integers(1, high=3, low=2) if absent else None
             args = (
                 m.normal(tokens, size),
-                m.integers(tokens, each, high=experts),
-                m.normal(tokens, each).softmax(-1),
+                m.integers(tokens, per_token, high=experts),
+                m.normal(tokens, per_token).softmax(-1),
                 up,
                 down,
                 m.normal(experts, wide) if bias else None,
@@ -169,7 +169,7 @@ def _routed(scale: Scale) -> Iterator[Case]:
             )
             return args, options
 
-        return made
+        return make_case
 
     yield Case("routed_ffn", "gated", call())
     yield Case("routed_ffn", "plain with biases", call(bias=True, gated=False, activation="gelu"))
@@ -184,7 +184,7 @@ def _routed(scale: Scale) -> Iterator[Case]:
 
 
 def _attention(scale: Scale) -> Iterator[Case]:
-    batch, heads, held, queries, keys, size, value = {
+    batch, heads, kv_heads, queries, keys, size, value = {
         LARGE: (4, 32, 8, 16, 4096, 64, 64), EVEN: (1, 4, 4, 16, 1024, 32, 32), RAGGED: (2, 6, 2, 5, 150, 24, 16)
     }[scale]  # fmt: skip
 
@@ -198,26 +198,26 @@ def _attention(scale: Scale) -> Iterator[Case]:
         value: int = value,
         **options: Any,
     ) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
-            seen = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
+        def make_case(m: Made) -> Any:
+            visible = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
             if m.device != "meta" and not full:
-                # nobody sees the end of the cache, and the first of several queries sees nothing
-                seen[..., keys // 2 :] = False
+                # the end of the cache is hidden, and the first of several queries sees nothing
+                visible[..., keys // 2 :] = False
                 if tokens > 1:
-                    seen[0, :, 0] = False
+                    visible[0, :, 0] = False
             args = (
                 m.normal(batch, heads, tokens, size),
-                m.normal(batch, held, keys, size),
-                m.normal(batch, held, keys, value),
+                m.normal(batch, kv_heads, keys, size),
+                m.normal(batch, kv_heads, keys, value),
                 m.integers(batch, keys, high=2, dtype=torch.bool) if mask else None,
                 None,
                 m.normal(heads) if sinks else None,
                 None,
-                seen,
+                visible,
             )
             return args, {"scale": size**-0.5, **options}
 
-        return made
+        return make_case
 
     yield Case("attention", "tree", call())
     yield Case("attention", "one token", call(tokens=1))
@@ -239,14 +239,14 @@ def _lora(scale: Scale) -> Iterator[Case]:
     }[scale]
 
     def call(high: int) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
+        def make_case(m: Made) -> Any:
             marks = m.integers(2, tokens, high=high) if high else m.integers(2, tokens, high=1)
             if high and m.device != "meta":
                 marks[:, : tokens // 2] = 0
             down, up = m.normal(rank, size, scale=size**-0.5), m.normal(width, rank)
             return (m.normal(2, tokens, width), m.normal(2, tokens, size), down, up, marks, 2.0), {}
 
-        return made
+        return make_case
 
     yield Case("gated_lora", "some marked", call(3))
     yield Case("gated_lora", "none marked", call(0), exact=True)
@@ -256,11 +256,11 @@ def _heads(scale: Scale) -> Iterator[Case]:
     rows, size, vocabulary = {LARGE: (8, 2048, 128256), EVEN: (8, 128, 256), RAGGED: (3, 72, 300)}[scale]
 
     def call(bias: bool, k: int) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
-            own = m.normal(vocabulary) if bias else None
-            return (m.normal(2, rows, size), m.normal(vocabulary, size, scale=size**-0.5), own, k), {}
+        def make_case(m: Made) -> Any:
+            bias_values = m.normal(vocabulary) if bias else None
+            return (m.normal(2, rows, size), m.normal(vocabulary, size, scale=size**-0.5), bias_values, k), {}
 
-        return made
+        return make_case
 
     yield Case("linear_top_k", "ten", call(False, 10))
     if scale == RAGGED:
@@ -271,7 +271,7 @@ def _heads(scale: Scale) -> Iterator[Case]:
             bias[5:65] = float("-inf")
             return (x, weight, bias, 8), {}
 
-        yield Case("linear_top_k", "no numbers, and few that are finite", edges)
+        yield Case("linear_top_k", "NaN, and few finite values", edges)
     yield Case("linear_top_k", "one, with bias", call(True, 1))
 
 
@@ -279,40 +279,48 @@ def _packing(scale: Scale) -> Iterator[Case]:
     tokens, features = {LARGE: (64, 4096), EVEN: (2, 512), RAGGED: (3, 203)}[scale]
 
     def call(bits: int, kept: int, block: int, permuted: bool, unpack: bool) -> Callable[[Made], Any]:
-        def made(m: Made) -> Any:
-            rest = features - kept
+        def make_case(m: Made) -> Any:
+            outliers = features - kept
             width = payload_bytes(features, kept, bits, block) + 3
             columns = m.order(features) if permuted else None
             static = None
             if not block:
-                static = m.normal(3, rest, dtype=torch.float32)
+                static = m.normal(3, outliers, dtype=torch.float32)
                 static = static.abs() + 0.1 if m.device != "meta" else static
             if not unpack:
-                own = None if static is None else static[0]
-                return (m.normal(2, tokens, features, scale=2.0), columns, own, kept, bits, block, width), {}
+                order = None if static is None else static[0]
+                return (
+                    m.normal(2, tokens, features, scale=2.0),
+                    columns,
+                    order,
+                    kept,
+                    bits,
+                    block,
+                    width,
+                ), {}
             if m.device == "meta":
                 payload = torch.empty(3, tokens, width, dtype=torch.uint8, device="meta")
             else:
-                parts = [
+                pieces = [
                     quantize_pack(
                         m.normal(tokens, features, scale=2.0), None, None if static is None else static[r], kept,
                         bits, block, width,
                     )
                     for r in range(3)
                 ]  # fmt: skip
-                payload = torch.stack(parts)
+                payload = torch.stack(pieces)
             return (payload, columns, static, features, kept, bits, block), {}
 
-        return made
+        return make_case
 
     for bits in range(2, 9) if scale == RAGGED else (4, 5):
         block = 32 if bits % 2 else 0
-        what = f"{bits} bits, {'travelling' if block else 'static'} scales"
-        yield Case("quantize_pack", what, call(bits, bits % 3, block, bits > 4, False), True)
-        yield Case("unpack_sum", what, call(bits, bits % 3, block, bits > 4, True), typed=False)
+        label = f"{bits} bits, {'travelling' if block else 'static'} scales"
+        yield Case("quantize_pack", label, call(bits, bits % 3, block, bits > 4, False), True)
+        yield Case("unpack_sum", label, call(bits, bits % 3, block, bits > 4, True), typed=False)
 
 
 def cases(scale: Scale = RAGGED) -> list[Case]:
-    """Return all calls: small ones whose sizes fill tiles or do not, or those of a model of a billion weights."""
+    """Return all calls: small ones whose sizes do or do not fill tiles, or those of a model with a billion weights."""
     every = (_norms, _products, _nested, _routed, _attention, _lora, _heads, _packing)
     return [case for family in every for case in family(scale)]

@@ -1,6 +1,6 @@
-"""What runs in a process of its own: kernels in Triton's interpreter, or compiled for GPUs that are not here.
+"""Child process that runs kernels in Triton's interpreter, or compiles them for GPUs that this machine lacks.
 
-Both change Triton for the whole process. A request is one JSON object on standard input, the answer one on the last
+Both change Triton for the whole process. The request is a JSON object on standard input, the answer one on the last
 line of standard output.
 """
 
@@ -22,11 +22,11 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
     from .comparing import Compared, compare
     from .launching import launching, plainly
 
-    found = []
+    results = []
     for case in [*cases(RAGGED), *cases(EVEN)]:
         if request["operators"] and case.operator not in request["operators"]:
             continue
-        # bfloat16 is silently wrong in the interpreter
+        # the interpreter silently computes bfloat16 wrongly
         for dtype in (torch.float32, torch.float16) if case.typed else (torch.float32,):
             try:
                 with launching(plainly):
@@ -36,12 +36,12 @@ def _interpret(request: dict[str, Any]) -> list[dict[str, Any]]:
                 result = Compared(
                     case.operator, case.what, name, 0.0, 0.0, f"{type(error).__name__}: {error}"
                 )
-            found.append({**asdict(result), "holds": result.holds})
-    return found
+            results.append({**asdict(result), "holds": result.holds})
+    return results
 
 
 def _trace(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trace what launches kernels with sizes that vary, as torch.compile and AOTInductor do."""
+    """Trace functions that launch kernels with dynamic sizes, as torch.compile and AOTInductor do."""
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -53,17 +53,21 @@ def _trace(request: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for case in cases():
         args, options = case.args(Made(torch.float32))
-        places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        tensor_indices = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
 
         def launched(
-            *given: Any, case: Any = case, args: Any = args, options: Any = options, places: Any = places
+            *tensors: Any,
+            case: Any = case,
+            args: Any = args,
+            options: Any = options,
+            tensor_indices: Any = tensor_indices,
         ) -> Any:
             every = list(args)
-            for place, tensor in zip(places, given, strict=True):
-                every[place] = tensor
+            for index, tensor in zip(tensor_indices, tensors, strict=True):
+                every[index] = tensor
             return TABLE[case.operator].launch(*every, **options)
 
-        graph = make_fx(launched, tracing_mode="symbolic")(*(args[i] for i in places)).graph
+        graph = make_fx(launched, tracing_mode="symbolic")(*(args[i] for i in tensor_indices)).graph
         kernels = sum("triton_kernel_wrapper" in str(node.target) for node in graph.nodes)
         rows.append({"operator": case.operator, "what": case.what, "kernels": kernels})
     return rows
@@ -89,7 +93,7 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
     for number, name in enumerate(request["architectures"]):
         architecture = ARCHITECTURES[name]
         pretend(architecture, number)
-        seen: set[str] = set()
+        compiled_keys: set[str] = set()
         for call in request["calls"]:
             launched: list[tuple[Any, Any]] = []
 
@@ -104,15 +108,15 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
                     args = [_tensors(a) for a in call["args"]]
                     options = {k: _tensors(v) for k, v in call["options"].items()}
                     TABLE[call["operator"]].launch(*args, **options)
-                for kernel, made in launched:
-                    used = resources_of(made, architecture)
-                    file = f"{kernel.__name__}-{made.hash[:12]}.{name}"
-                    if folder is not None and file not in seen:
-                        seen.add(file)
-                        _write(folder, file, made)
+                for kernel, specialization in launched:
+                    used = resources_of(specialization, architecture)
+                    file = f"{kernel.__name__}-{specialization.hash[:12]}.{name}"
+                    if folder is not None and file not in compiled_keys:
+                        compiled_keys.add(file)
+                        _write(folder, file, specialization)
                     reason = used.too_much(architecture)
                     if request["doubles"] and not reason:
-                        reason = _in_doubles(made)
+                        reason = _in_doubles(specialization)
                     rows.append(
                         {**row, "kernel": kernel.__name__, "file": file, "reason": reason, **asdict(used)}
                     )
@@ -123,20 +127,20 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _in_doubles(made: Any) -> str:
-    """Return why a kernel cannot do with numbers in double precision, as torch.compile gives them; empty if it can."""
+def _in_doubles(ir_text: Any) -> str:
+    """Return why a kernel cannot take double-precision scalars, as torch.compile passes them; empty if it can."""
     import re
 
     import triton
     from triton.compiler import ASTSource
 
-    source = made.src
+    source = ir_text.src
     signature = {name: "fp64" if kind == "fp32" else kind for name, kind in source.signature.items()}
     if signature == dict(source.signature):
         return ""
     wide = ASTSource(fn=source.fn, signature=signature, constexprs=source.constants, attrs=source.attrs)
-    options = {name: getattr(made.metadata, name) for name in ("num_warps", "num_stages")}
-    compiled = triton.compile(wide, target=made.metadata.target, options=options)
+    options = {name: getattr(ir_text.metadata, name) for name in ("num_warps", "num_stages")}
+    compiled = triton.compile(wide, target=ir_text.metadata.target, options=options)
     kinds = re.findall(
         r"\b(add|sub|mul|fma|div|max|min|setp|sqrt|rsqrt)\S*\.f64", compiled.asm.get("ptx", "")
     )
@@ -146,17 +150,21 @@ def _in_doubles(made: Any) -> str:
 def _write(folder: Path, name: str, compiled: Any) -> None:
     for kind in ("cubin", "ptx", "hsaco"):
         if kind in compiled.asm:
-            held = compiled.asm[kind]
-            (folder / f"{name}.{kind}").write_bytes(held if isinstance(held, bytes) else held.encode())
-    known = {k: v for k, v in compiled.metadata._asdict().items() if isinstance(v, (str, int, float, bool))}
-    text = json.dumps(known, indent=1, sort_keys=True)
+            artifact = compiled.asm[kind]
+            (folder / f"{name}.{kind}").write_bytes(
+                artifact if isinstance(artifact, bytes) else artifact.encode()
+            )
+    metadata = {
+        k: v for k, v in compiled.metadata._asdict().items() if isinstance(v, (str, int, float, bool))
+    }
+    text = json.dumps(metadata, indent=1, sort_keys=True)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
-    # fused multiplication and addition, said before Triton's default changes
+    # fused multiply-add, set explicitly because Triton's default will change
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if request["mode"] == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"

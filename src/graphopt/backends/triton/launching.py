@@ -1,4 +1,4 @@
-"""How kernels are started: on a GPU, by Triton's interpreter, or only compiled."""
+"""Launching kernels: on a GPU, in Triton's interpreter, or only compiling them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Launch = Callable[[Any, tuple[Any, ...], tuple[Any, ...], dict[str, Any]], None]
 
 
 def _start(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    # seen by torch.compile and AOTInductor as a Triton kernel, and an ordinary launch everywhere else
+    # torch.compile and AOTInductor see a Triton kernel; anywhere else it is an ordinary launch
     from torch.library import wrap_triton
 
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
-    # Triton starts on the current device, whatever the tensors' is
-    here = torch.cuda.device(tensor.device) if is_plain_tensor(tensor) and tensor.is_cuda else nullcontext()
-    with here:
+    # Triton launches on the current device, whatever the tensors' device
+    device = torch.cuda.device(tensor.device) if is_plain_tensor(tensor) and tensor.is_cuda else nullcontext()
+    with device:
         wrap_triton(kernel)[grid](*args, **meta)
 
 
 def plainly(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Start a kernel that is no compiled one: Triton's interpreter's."""
+    """Launch a kernel of Triton's interpreter, which is not compiled."""
     kernel[grid](*args, **meta)
 
 
@@ -33,13 +33,13 @@ _current: list[Launch] = [_start]
 
 
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **meta: Any) -> None:
-    """Start a kernel: ``grid`` programs, its arguments in order, its compile-time constants and options by name."""
+    """Launch a kernel with ``grid`` programs; arguments in order, compile-time constants and options by name."""
     _current[-1](kernel, grid, args, meta)
 
 
 @contextmanager
 def launching(how: Launch) -> Iterator[None]:
-    """Let ``how`` start kernels instead: to compile them for a GPU that is not here."""
+    """Make ``how`` launch kernels instead, for example to compile them for another GPU."""
     _current.append(how)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A Program with Triton kernels: compiled ahead anywhere, and as an AOTInductor package where there is a GPU."""
+"""Export of a program with Triton kernels: compiled ahead of time anywhere, and as an AOTInductor package on a GPU."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ...ir.storage.atomic import atomic_folder
 from .run import call_of, compile_ahead, interpret, require
 
 USUAL = {"batch": 1, "sequence": 512}
-"""Sizes that kernels are specialised for where none are given: divisibility and tiles depend on them."""
+"""Default sizes that kernels are specialised for: divisibility and tiles depend on them."""
 
 
 @dataclass(frozen=True)
 class KernelUse:
-    """A kernel that the program starts, on one architecture.
+    """A kernel that the program launches, on one architecture.
 
     Attributes:
         operator: of the program.
         kernel: its name.
         architecture: what it was compiled for.
-        nodes: how many nodes of the program start it with these shapes.
+        nodes: how many nodes of the program launch it with these shapes.
         registers, spilled, shared, warps: see ``Resources``.
-        file: of its binary, without the ending.
+        file: name of its binary, without the suffix.
     """
 
     operator: str
@@ -56,13 +56,13 @@ class TritonReport:
 
     Attributes:
         path: the folder.
-        sizes: what kernels were specialised for.
-        kernels: each kernel on each architecture, and what it uses.
-        without: nodes for whose operator there is a kernel that does not take them, and why not.
-        compared: largest error of each operator's kernels in Triton's interpreter, where they were run there.
-        package: the AOTInductor package; None where none was made.
+        sizes: those that kernels were specialised for.
+        kernels: each kernel on each architecture, with its resources.
+        without: nodes that their operator's kernel does not support, and why.
+        compared: largest error of each operator's kernels in Triton's interpreter, if they were checked.
+        package: the AOTInductor package; None if there is none.
         errors: largest relative error of each output of the package.
-        seconds: of everything.
+        seconds: in total.
     """
 
     path: Path
@@ -87,21 +87,23 @@ def lower_triton(
     """Compile the kernels of a program's operators, and on a GPU the whole program, into a folder.
 
     The folder holds ``kernels/`` (a binary for each kernel, shape and architecture), ``report.json`` (registers, spills,
-    shared memory) and, with a device, ``model.pt2``: an AOTInductor package in which the kernels stand beside Inductor's.
+    shared memory) and, with a device, ``model.pt2``: an AOTInductor package that contains these kernels beside
+    Inductor's.
 
     Args:
         program: not changed. ``fuse-kernels`` and ``take-top-k`` give it more operators that have kernels.
         path: of the folder, which does not exist.
-        sizes: what kernels are specialised for; batch 1 and sequence 512 within the program's limits if not given.
-        architectures: of GPUs, see ``ARCHITECTURES``; none of them has to be here.
+        sizes: those that kernels are specialised for; by default batch 1 and sequence 512, within the program's
+            limits.
+        architectures: of GPUs, see ``ARCHITECTURES``; the GPUs need not be present.
         check: run the kernels of these operators in Triton's interpreter and compare them with their references.
-        device: where a package is compiled and compared: "cuda", "cpu" (operators by their references), or None for a GPU
-            if there is one.
+        device: on which a package is compiled and compared: "cuda", "cpu" (using the operators' references), or None
+            for a GPU if there is one.
 
     Raises:
         UsageError: Triton is not installed.
-        LoweringError: an architecture is not known, no operator has a kernel, a kernel needs more than a GPU has, or
-            gives something else than its operator.
+        LoweringError: an architecture is unknown, no operator has a kernel, a kernel needs more resources than a GPU
+            has, or its result differs from its operator's.
     """
     require()
     from .stub_driver import ARCHITECTURES
@@ -127,17 +129,17 @@ def lower_triton(
             f"no operator of this program has a kernel{reasons}",
             hint="fuse-kernels, split-ffn, insert-kv-cache, take-top-k quantize-communication bring operators with one",
         )
-    with atomic_folder(path, may_replace=lambda _: False) as place:
-        (place / "kernels").mkdir()
-        kernels = _compiled(calls, architectures, place / "kernels")
+    with atomic_folder(path, may_replace=lambda _: False) as folder:
+        (folder / "kernels").mkdir()
+        kernels = _compiled(calls, architectures, folder / "kernels")
         compared = _compared(sorted({call["operator"] for call in calls})) if check else {}
         errors: dict[str, float] = {}
         if device is not None:
             from .package import write_package
 
-            errors, reached = write_package(program, place / "model.pt2", device)
+            errors, reached = write_package(program, folder / "model.pt2", device)
             without |= {
-                call["what"]: f"the package takes sizes that vary, and computes {call['operator']} by its reference"
+                call["what"]: f"the package accepts dynamic sizes, and computes {call['operator']} by its reference"
                 for call in calls if call["operator"] not in reached
             }  # fmt: skip
         package = None if device is None else Path(path) / "model.pt2"
@@ -151,7 +153,7 @@ def lower_triton(
             errors,
             time.perf_counter() - began,
         )
-        (place / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -162,34 +164,34 @@ def as_json(report: TritonReport) -> dict[str, Any]:
     return {**plain, "kernels": [vars(k) for k in report.kernels], "package": package}
 
 
-def _sizes(program: Program, given: Mapping[str, int] | None) -> dict[str, int]:
-    found = {}
+def _sizes(program: Program, values: Mapping[str, int] | None) -> dict[str, int]:
+    sizes = {}
     for name, limits in program.signature.sizes.items():
         usual = USUAL.get(name)
         if usual is not None:
-            found[name] = max(limits.low, usual if limits.high is None else min(usual, limits.high))
-    near = program.signature.nearest(found)
-    return {**{name: near[name] for name in found}, **(given or {})}
+            sizes[name] = max(limits.low, usual if limits.high is None else min(usual, limits.high))
+    near = program.signature.nearest(sizes)
+    return {**{name: near[name] for name in sizes}, **(values or {})}
 
 
 def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the calls of operators that have kernels, equal ones once with the number of nodes, and who has none why."""
+    """Return the distinct calls of operators with kernels, with node counts, and why other nodes have no kernel."""
     from .wiring import TABLE
 
-    found: dict[str, dict[str, Any]] = {}
+    calls: dict[str, dict[str, Any]] = {}
     without: dict[str, str] = {}
 
     def add(operator: str, node: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         if not TABLE[operator].takes(*args, **options):
             if operator == "attention" and arguments(node)["visible"] is None:
-                # torch's own attention is for whole rows; ours is for a few tokens over a cache
+                # whole rows use torch's own attention; this kernel is for a few tokens over a cache
                 return
             kinds = sorted({str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor)})
-            without[node.name] = f"the kernel of {operator} does not take this call ({', '.join(kinds)})"
+            without[node.name] = f"the kernel of {operator} does not support this call ({', '.join(kinds)})"
             return
         call = call_of(operator, node.name, args, options)
         key = json.dumps([call["operator"], call["args"], call["options"]])
-        found.setdefault(key, {**call, "nodes": 0})["nodes"] += 1
+        calls.setdefault(key, {**call, "nodes": 0})["nodes"] += 1
 
     for node in program.nodes:
         name = operator_name(node.target).removeprefix("graphopt.") if node.op == "call_function" else ""
@@ -197,18 +199,18 @@ def _calls(program: Program, numbers: Numbers) -> tuple[list[dict[str, Any]], di
             for operator, args in _messages(node, numbers, ranks_of(program) or 2):
                 add(operator, node, args, {})
         elif name in TABLE:
-            given, options = normal_call(node.target, arguments(node))
+            operands, options = normal_call(node.target, arguments(node))
             add(
                 name,
                 node,
-                [_shown(a, numbers) for a in given],
+                [_shown(a, numbers) for a in operands],
                 {k: _shown(v, numbers) for k, v in options.items()},
             )
-    return list(found.values()), without
+    return list(calls.values()), without
 
 
 def _shown(value: Any, numbers: Numbers) -> Any:
-    """Return what an argument is at these sizes: of tensors, ones without values."""
+    """Return an argument at these sizes; tensors have no values."""
     if isinstance(value, fx.Node):
         return _shown(value.meta["val"], numbers)
     if isinstance(value, Tensor):
@@ -227,19 +229,19 @@ def _number(size: int | torch.SymInt) -> Any:
 
 
 def _messages(node: fx.Node, numbers: Numbers, ranks: int) -> list[tuple[str, list[Any]]]:
-    """Return the calls inside a quantised sum over ranks, in its gathering form."""
+    """Return the kernel calls of a quantised all-reduce that gathers."""
     from ...ir.operators.quantized import payload_bytes
 
-    found = {k: _shown(v, numbers) for k, v in arguments(node).items()}
-    x, kept, bits, block = found["x"], found["kept"], found["bits"], found["block"]
+    args = {k: _shown(v, numbers) for k, v in arguments(node).items()}
+    x, kept, bits, block = args["x"], args["kept"], args["bits"], args["block"]
     features = x.shape[-1]
     width = payload_bytes(features, kept, bits, block)
-    static = None if block else found["scales"]
+    static = None if block else args["scales"]
     payload = torch.empty(ranks, *x.shape[:-1], width, dtype=torch.uint8, device="meta")
-    own = None if static is None else static[0]
+    order = None if static is None else static[0]
     return [
-        ("quantize_pack", [x, found["order"], own, kept, bits, block, width]),
-        ("unpack_sum", [payload, found["order"], static, features, kept, bits, block]),
+        ("quantize_pack", [x, args["order"], order, kept, bits, block, width]),
+        ("unpack_sum", [payload, args["order"], static, features, kept, bits, block]),
     ]
 
 
@@ -253,7 +255,9 @@ def _compiled(
             f"\n    {r['architecture']}: {r['kernel'] or r['operator']} of {r['what']}: {r['reason']}"
             for r in wrong[:8]
         )
-        raise LoweringError(f"kernels cannot run there{lines}", hint="--target names other architectures")
+        raise LoweringError(
+            f"kernels cannot run on these architectures{lines}", hint="--target names other architectures"
+        )
     counts = {call["what"]: int(call["nodes"]) for call in calls}
     names = [f for f in KernelUse.__dataclass_fields__ if f != "nodes"]
     return [KernelUse(**{n: row[n] for n in names}, nodes=counts[row["what"]]) for row in rows]
@@ -265,7 +269,7 @@ def _compared(operators: Sequence[str]) -> dict[str, float]:
     if wrong:
         first = wrong[0]
         raise LoweringError(
-            f"the kernel of {first['operator']} ({first['what']}, {first['dtype']}) gives something else than its "
+            f"the kernel of {first['operator']} ({first['what']}, {first['dtype']}) differs from its "
             f"operator: error {first['error']:.2g}, {first['reason'] or 'limit'} {first['limit']:.2g}"
         )
     return {name: max(r["error"] for r in rows if r["operator"] == name) for name in operators}

@@ -1,4 +1,4 @@
-"""A Program as an AOTInductor package in which kernels stand beside Inductor's own."""
+"""Export of a program to an AOTInductor package that contains these kernels beside Inductor's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.b
 
 
 def write_package(program: Program, path: Path, device: str) -> tuple[dict[str, float], set[str]]:
-    """Compile the program for a device, load the package again and compare it, at two sizes where sizes vary.
+    """Compile the program for a device, reload the package and compare it, at two sizes if sizes are dynamic.
 
     Returns:
         Largest relative error of each output, and the operators whose kernels are in it.
@@ -41,9 +41,9 @@ def write_package(program: Program, path: Path, device: str) -> tuple[dict[str, 
     limits: dict[str, float] = {}
     for case in comparison_cases(program, {}, dynamic=bool(program.signature.sizes)):
         inputs = {k: v for k, v in case.inputs.items() if k in program.input_nodes}
-        made = loaded(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+        outputs = loaded(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
         for name, value in run(program, inputs).items():
-            pair = counted(made[name].cpu(), value, case)
+            pair = counted(outputs[name].cpu(), value, case)
             if pair is not None:
                 errors[name] = max(errors.get(name, 0.0), relative_error(*pair))
                 limits[name] = LIMITS.get(value.dtype, 0.0)

@@ -1,4 +1,4 @@
-"""What a compiled kernel uses of its GPU."""
+"""GPU resources of a compiled kernel."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .stub_driver import Architecture
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program of a kernel.
+    """Resources of one program of a kernel.
 
     Attributes:
-        registers: a thread's.
-        spilled: bytes of a thread that did not fit into registers, or are arrays on its stack.
+        registers: per thread.
+        spilled: bytes per thread that do not fit into registers, or are arrays on its stack.
         shared: bytes of shared memory.
-        warps: threads that run together, how many of them.
+        warps: number of warps.
     """
 
     registers: int
@@ -29,7 +29,7 @@ class Resources:
     warps: int
 
     def too_much(self, architecture: Architecture) -> str:
-        """Return why the kernel cannot run there; empty if it can."""
+        """Return why the kernel cannot run on an architecture; empty if it can."""
         if self.shared > architecture.shared:
             return f"{self.shared:,} bytes of shared memory, {architecture.name} has {architecture.shared:,}"
         if self.registers > architecture.registers:
@@ -44,25 +44,25 @@ def _nvidia(binary: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(binary)
-        said = subprocess.run(
+        process = subprocess.run(
             [str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True, timeout=60
         )
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", said.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {said.stdout[:200]}")
-    return int(found[1]), int(found[2])
+    match = re.search(r"REG:(\d+)\s+STACK:(\d+)", process.stdout)
+    if match is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {process.stdout[:200]}")
+    return int(match[1]), int(match[2])
 
 
 def _amd(assembly: str) -> tuple[int, int]:
     registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
     spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
     if registers is None or spilled is None:
-        raise RuntimeError("the assembly says nothing of registers")
+        raise RuntimeError("the assembly states no registers")
     return int(registers[1]), 4 * int(spilled[1])
 
 
 def resources_of(compiled: Any, architecture: Architecture) -> Resources:
-    """Return what a kernel that Triton compiled for this architecture uses."""
+    """Return the resources of a kernel that Triton compiled for this architecture."""
     if architecture.backend == "cuda":
         registers, spilled = _nvidia(compiled.asm["cubin"])
     else:

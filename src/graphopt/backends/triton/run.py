@@ -1,4 +1,4 @@
-"""Kernels tried without a GPU, in a process of their own."""
+"""Running and compiling kernels without a GPU, in a child process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def available() -> bool:
 
 
 def require() -> None:
-    """Raise UsageError where Triton is not installed."""
+    """Raise UsageError if Triton is not installed."""
     if not available():
         raise UsageError("Triton is not installed", hint=INSTALL)
 
 
 def call_of(operator: str, what: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call as plain data: of tensors, their shapes, strides and types."""
+    """Return a call as plain data; tensors are described by shape, strides and type."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -56,33 +56,35 @@ def in_child(request: Mapping[str, Any], limit: float = 600.0) -> list[dict[str,
 
     Raises:
         UsageError: Triton is not installed.
-        LoweringError: the child ended, or took longer than ``limit`` seconds.
+        LoweringError: the child failed, or took longer than ``limit`` seconds.
     """
     require()
     environment = dict(os.environ)
-    # the child sets it where it interprets, before it imports Triton
+    # if it interprets, the child sets this before it imports Triton
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "graphopt.backends.triton.child"]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=limit, env=environment
         )
     except subprocess.TimeoutExpired:
-        raise LoweringError(f"compiling kernels took longer than {limit:.0f} s, and was ended") from None
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise LoweringError(f"the process that compiles kernels ended with status {done.returncode}:\n{last}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+        raise LoweringError(f"compiling kernels took longer than {limit:.0f} s and was stopped") from None
+    if process.returncode:
+        last = "\n".join(process.stderr.strip().splitlines()[-6:])
+        raise LoweringError(
+            f"the process that compiles kernels ended with status {process.returncode}:\n{last}"
+        )
+    rows: list[dict[str, Any]] = json.loads(process.stdout.strip().splitlines()[-1])
     return rows
 
 
 def interpret(operators: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Compare kernels with their references in Triton's interpreter: a row for each call and type."""
+    """Compare kernels with their references in Triton's interpreter; return a row per call and type."""
     return in_child({"mode": "interpret", "operators": list(operators)})
 
 
 def trace() -> list[dict[str, Any]]:
-    """Trace what starts kernels with sizes that vary: a row for each call, with how many kernels were seen."""
+    """Trace functions that launch kernels with dynamic sizes; return a row per call, with the number of kernels."""
     return in_child({"mode": "trace"})
 
 
@@ -92,13 +94,13 @@ def compile_ahead(
     folder: str | None = None,
     doubles: bool = False,
 ) -> list[dict[str, Any]]:
-    """Compile the kernels that calls start: a row for each call, kernel and architecture, with what it uses.
+    """Compile the kernels that calls launch; return a row per call, kernel and architecture, with its resources.
 
     Args:
-        calls: as :func:`call_of` gives them.
+        calls: as :func:`call_of` returns them.
         architectures: see ``ARCHITECTURES``.
-        folder: where binaries are written; nowhere if left out.
-        doubles: compile each again with its numbers in double precision, as torch.compile gives them.
+        folder: where binaries are written; None to write none.
+        doubles: compile each kernel again with double-precision scalars, as torch.compile passes them.
     """
     request = {
         "mode": "compile",

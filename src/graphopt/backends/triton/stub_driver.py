@@ -1,4 +1,4 @@
-"""A Triton driver for a GPU that is not here: kernels are specialised and compiled as they would be there."""
+"""A Triton driver for a GPU that is not present: kernels are specialised and compiled as on that GPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Architecture:
-    """What kernels are compiled for, and what a program may use of it.
+    """A GPU architecture to compile for, with its limits.
 
     Attributes:
-        name: as its vendor calls it.
-        backend: of Triton.
-        arch: Triton's name.
-        warp: threads that run together.
-        shared: bytes of shared memory that a program can have.
-        registers: of a thread.
+        name: the vendor's name.
+        backend: Triton's backend.
+        arch: Triton's name of the architecture.
+        warp: threads per warp.
+        shared: bytes of shared memory available to a program.
+        registers: available to a thread.
     """
 
     name: str
@@ -38,11 +38,11 @@ ARCHITECTURES = {
         Architecture("gfx942", "hip", "gfx942", 64, 64 * 1024, 512),
     )
 }
-"""By name. Limits are the vendors'."""
+"""Architectures by name, with the vendors' limits."""
 
 
 class StubDriver:
-    """Answers with one target, and has no device."""
+    """A driver with one fixed target and no device."""
 
     def __init__(self, architecture: Architecture, number: int):
         self._number = number
@@ -53,11 +53,11 @@ class StubDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        """A number of its own, as what is compiled is kept by device."""
+        """Return a unique device number, since compiled kernels are cached by device."""
         return self._number
 
     def get_active_torch_device(self) -> Any:
-        """Where tensors would be."""
+        """Return the device that tensors would be on."""
         import torch
 
         return torch.device("meta")
@@ -73,5 +73,5 @@ class StubDriver:
 
 
 def pretend(architecture: Architecture, number: int) -> None:
-    """Make Triton compile for this architecture, in this process and from now on; ``number`` is no other one's."""
+    """Make Triton compile for this architecture from now on in this process; ``number`` must be unique to it."""
     triton.runtime.driver.set_active(StubDriver(architecture, number))

@@ -1,4 +1,4 @@
-"""Which kernel stands for which operator, and how programs come to use them."""
+"""The table of operators and their kernels, and how programs use it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Kernel:
     """A kernel for one operator.
 
     Attributes:
-        launch: the operator by the kernel.
+        launch: computes the operator with the kernel.
         reference: the operator in plain PyTorch.
-        takes: whether the kernel computes these arguments.
+        takes: whether the kernel supports these arguments.
     """
 
     launch: Callable[..., Any]
@@ -79,7 +79,7 @@ def _takes_added_norm(
     return same and norm.takes(x, weight, float32)
 
 
-# references that ask the table themselves are unwrapped, or they would ask for ever
+# references that consult the table themselves are unwrapped to avoid infinite recursion
 TABLE = {
     "add_rms_norm": Kernel(norm.add_rms_norm, fused.add_rms_norm, _takes_added_norm),
     "attention": Kernel(tree_attention.attention, attention_reference, _takes_attention),
@@ -106,10 +106,10 @@ _operators: dict[str, Any] = {}
 
 
 def operator(name: str) -> Any:
-    """Return the operator ``graphopt_triton::name``: the kernel on a GPU, the reference elsewhere.
+    """Return the operator ``graphopt_triton::name``, which runs the kernel on a GPU and the reference elsewhere.
 
-    A branch on the device inside one operator, rather than an implementation for each device: torch.compile and
-    AOTInductor follow it on CPUs and GPUs alike.
+    The operator branches on the device instead of having an implementation per device, so that torch.compile and
+    AOTInductor trace it on CPUs and GPUs alike.
     """
     if name not in _operators:
         _register(name)
@@ -128,11 +128,11 @@ def _register(name: str) -> None:
 
 
 def _signature(reference: Callable[..., Any]) -> inspect.Signature:
-    """Return a function's signature with types instead of their names, from which torch makes a schema."""
+    """Return a function's signature with resolved annotations, from which torch makes a schema."""
     hints = typing.get_type_hints(reference)
-    found = inspect.signature(reference)
-    typed = [p.replace(annotation=hints[n]) for n, p in found.parameters.items()]
-    return found.replace(parameters=typed, return_annotation=hints["return"])
+    signature = inspect.signature(reference)
+    typed = [p.replace(annotation=hints[n]) for n, p in signature.parameters.items()]
+    return signature.replace(parameters=typed, return_annotation=hints["return"])
 
 
 def _hook(name: str, everywhere: bool, reached: set[str] | None) -> Callable[..., Any]:
@@ -158,27 +158,26 @@ def _hook(name: str, everywhere: bool, reached: set[str] | None) -> Callable[...
 def kernels_in_use(
     names: Iterable[str] | None = None, everywhere: bool = False, reached: set[str] | None = None
 ) -> Iterator[None]:
-    """Let operators on a GPU run these kernels, all if not said, while the context is open.
+    """Make operators on a GPU run these kernels, by default all of them, while the context is open.
 
     Args:
         names: operators, see ``TABLE``.
-        everywhere: on any device go through the kernels' operators, which compute by their references where there is
-            no GPU.
-        reached: is given the names of those that were asked for.
+        everywhere: use the kernels' operators on any device; without a GPU they run their references.
+        reached: receives the names of the operators that were called.
 
     Raises:
         UsageError: there is no such kernel.
     """
-    wanted = list(TABLE) if names is None else list(names)
-    for name in wanted:
+    selected = list(TABLE) if names is None else list(names)
+    for name in selected:
         if name not in TABLE:
             raise UsageError(f"there is no kernel for {name!r}", hint=", ".join(sorted(TABLE)))
-    for name in wanted:
-        # now, and not while torch.compile looks on
+    for name in selected:
+        # now, not while torch.compile is tracing
         if name not in _operators:
             _register(name)
     before = dict(KERNELS)
-    KERNELS.update({name: _hook(name, everywhere, reached) for name in wanted})
+    KERNELS.update({name: _hook(name, everywhere, reached) for name in selected})
     try:
         yield
     finally:

@@ -1,8 +1,7 @@
-"""The architectures of GGUF files that are taken: how their tensors are called, stored and shaped.
+"""The supported architectures of GGUF files: names, layout and shapes of their tensors.
 
-After llama.cpp's convert_hf_to_gguf.py, whose every change to a tensor is undone: rows of queries and keys in pairs
-(llama), norms with one added (Gemma). A file that says more than is known here is refused, since nobody can tell
-what it would change.
+After llama.cpp's convert_hf_to_gguf.py, whose changes to tensors are undone: rows of queries and keys in pairs
+(llama), norms with one added (Gemma). A file with unknown entries is rejected, since they may change the model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from .header import Header
 from .rope import FREQUENCIES, LONG, SHORT, rope_parameters
 
-# hyperparameters that every architecture may have, and those that change nothing of what is computed
+# hyperparameters that every architecture may have, and those that do not affect the computation
 _COMMON = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
@@ -27,7 +26,7 @@ _IDLE = {"rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "mm.tok
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor: its name in the file and in the library, its sizes by name, and what the file did to it."""
+    """A tensor: its name in the file and in the library, its sizes by name, and how the file transformed it."""
 
     stored: str
     name: str
@@ -38,7 +37,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture; ``layer`` are the tensors of a block, ``biases`` groups that are there as a whole or not."""
+    """One architecture; ``layer`` are the tensors of a block, ``biases`` groups that are each present or absent."""
 
     model_type: str
     model_class: str
@@ -71,12 +70,12 @@ def _attention(*, rotated: bool = False) -> tuple[Slot, ...]:
 
 
 def _biases(*, rotated: bool = False, output: bool = False) -> tuple[Slot, ...]:
-    found = (
+    biased = (
         Slot("attn_q.bias", "self_attn.q_proj.bias", ("queries",), "heads" if rotated else ""),
         Slot("attn_k.bias", "self_attn.k_proj.bias", ("keys",), "kv_heads" if rotated else ""),
         Slot("attn_v.bias", "self_attn.v_proj.bias", ("keys",)),
     )
-    return (*found, Slot("attn_output.bias", "self_attn.o_proj.bias", ("hidden",))) if output else found
+    return (*biased, Slot("attn_output.bias", "self_attn.o_proj.bias", ("hidden",))) if output else biased
 
 
 _FEED_FORWARD = (
@@ -99,7 +98,7 @@ _FOUR_NORMS = (
 
 
 def _gemma_scale(header: Header, prefix: str, config: dict[str, Any], largest: int) -> int:
-    """Return what queries are divided by the root of; the file does not say, llama.cpp knows one exception by depth."""
+    """Return the number by whose root queries are divided; the file lacks it, llama.cpp has one exception by depth."""
     if config["num_hidden_layers"] == largest:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return int(config["head_dim"])
@@ -121,10 +120,8 @@ def _gemma2(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, An
 def _gemma3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
     full = config["rope_parameters"]
     if full["rope_type"] not in ("default", "linear"):
-        raise header.wrong(
-            f"its rotary positions are scaled in the way {full['rope_type']}, unlike any Gemma 3"
-        )
-    made: dict[str, Any] = {
+        raise header.wrong(f"its rotary positions are scaled by {full['rope_type']}, unlike any Gemma 3")
+    entries: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _gemma_scale(header, prefix, config, 62),
         "attn_logit_softcapping": None,
@@ -132,35 +129,35 @@ def _gemma3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, An
         "attention_bias": False,
     }
     if header.has(f"{prefix}.final_logit_softcapping"):
-        made["final_logit_softcapping"] = header.number(f"{prefix}.final_logit_softcapping")
+        entries["final_logit_softcapping"] = header.number(f"{prefix}.final_logit_softcapping")
     # a file without a window has full attention everywhere
     window = header.count(f"{prefix}.attention.sliding_window", 0, low=0)
     pattern = header.count(f"{prefix}.attention.sliding_window_pattern", 6) if window else 1
-    made["layer_types"] = [
+    entries["layer_types"] = [
         ("full" if (i + 1) % pattern == 0 else "sliding") + "_attention"
         for i in range(config["num_hidden_layers"])
     ]
-    made["sliding_window"] = window or config["max_position_embeddings"]
+    entries["sliding_window"] = window or config["max_position_embeddings"]
     local = header.number(f"{prefix}.rope.freq_base_swa", 10000.0)
-    made["rope_parameters"] = {
+    entries["rope_parameters"] = {
         "full_attention": full,
         "sliding_attention": {"rope_type": "default", "rope_theta": local},
     }
-    return made
+    return entries
 
 
 def _phi3(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
     rotated = header.count(f"{prefix}.rope.dimension_count", config["head_dim"])
-    made: dict[str, Any] = {"hidden_act": "silu"}
-    made["sliding_window"] = header.count(f"{prefix}.attention.sliding_window", 0, low=0) or None
-    made["original_max_position_embeddings"] = header.count(
+    entries: dict[str, Any] = {"hidden_act": "silu"}
+    entries["sliding_window"] = header.count(f"{prefix}.attention.sliding_window", 0, low=0) or None
+    entries["original_max_position_embeddings"] = header.count(
         f"{prefix}.rope.scaling.original_context_length", config["max_position_embeddings"]
     )
-    made["rope_parameters"] = {
+    entries["rope_parameters"] = {
         **config["rope_parameters"],
         "partial_rotary_factor": rotated / config["head_dim"],
     }
-    return made
+    return entries
 
 
 def _plain(header: Header, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +233,7 @@ def architecture_of(header: Header) -> tuple[str, Architecture]:
     """Return the architecture of a file, which is also the prefix of its hyperparameters.
 
     Raises:
-        CheckpointError: it is none of those that are taken, or the file is no model.
+        CheckpointError: it is not supported, or the file is not a model.
     """
     name = header.text("general.architecture")
     kind = header.text("general.type", "model")
@@ -244,17 +241,17 @@ def architecture_of(header: Header) -> tuple[str, Architecture]:
         raise header.wrong(f"it holds a {kind[:40]!r}, not a model", hint="give the file of the model itself")
     if name not in ARCHITECTURES:
         raise header.wrong(
-            f"the architecture {name[:60]!r} is not read from GGUF",
-            hint=f"those that are: {', '.join(ARCHITECTURES)}; or give the model's Hugging Face folder",
+            f"the architecture {name[:60]!r} is not supported in GGUF files",
+            hint=f"supported are {', '.join(ARCHITECTURES)}; or give the model's Hugging Face folder",
         )
     return name, ARCHITECTURES[name]
 
 
 def configuration(header: Header, prefix: str, kind: Architecture) -> dict[str, Any]:
-    """Return what config.json would say, every entry of it plain data.
+    """Return the equivalent of config.json as plain data.
 
     Raises:
-        CheckpointError: an entry is missing, absurd, contradicts another one, or is not known.
+        CheckpointError: an entry is missing, invalid, contradicts another one, or is unknown.
     """
     _require_known(header, prefix, kind)
     layers = header.count(f"{prefix}.block_count", high=1 << 16)
@@ -270,7 +267,7 @@ def configuration(header: Header, prefix: str, kind: Architecture) -> dict[str, 
         raise header.wrong("its values are not as wide as its keys, unlike those of any model of this kind")
     if header.count(f"{prefix}.expert_count", 0, low=0):
         raise header.wrong(
-            f"it is a mixture of experts, which is not read from GGUF for {prefix}",
+            f"it is a mixture of experts, which is not supported in GGUF files for {prefix}",
             hint="give the model's Hugging Face folder",
         )
     if not header.flag(f"{prefix}.attention.causal", True):
@@ -301,11 +298,11 @@ def configuration(header: Header, prefix: str, kind: Architecture) -> dict[str, 
 
 
 def _require_known(header: Header, prefix: str, kind: Architecture) -> None:
-    known = _COMMON | _IDLE | kind.keys
+    recognised = _COMMON | _IDLE | kind.keys
     for key in header.metadata:
-        if key.startswith(prefix + ".") and key.removeprefix(prefix + ".") not in known:
+        if key.startswith(prefix + ".") and key.removeprefix(prefix + ".") not in recognised:
             raise header.wrong(
-                f"its entry {key[:80]} is not known, so nobody can tell what it changes in the model",
+                f"its entry {key[:80]} is unknown, and may change the model",
                 hint="give the model's Hugging Face folder, or report it",
             )
 
@@ -313,7 +310,7 @@ def _require_known(header: Header, prefix: str, kind: Architecture) -> None:
 def expected(
     config: dict[str, Any], kind: Architecture, vocabulary: int
 ) -> dict[str, tuple[Slot, tuple[int, ...]]]:
-    """Return the tensors that a file must have, by name, with their sizes and what the library calls them."""
+    """Return the tensors that a file must have, by name, with their slots and sizes."""
     heads, kv_heads, head = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     sizes = {
         "hidden": config["hidden_size"], "ffn": config["intermediate_size"], "head": head,
@@ -326,13 +323,13 @@ def expected(
     ]
     if not config["tie_word_embeddings"]:
         outside.append(Slot("output.weight", "lm_head.weight", ("vocabulary", "hidden")))
-    found = {slot.stored: (slot, tuple(sizes[s] for s in slot.shape)) for slot in outside}
+    expected_slots = {slot.stored: (slot, tuple(sizes[s] for s in slot.shape)) for slot in outside}
     inside = [*kind.layer, *(s for name, slots in kind.biases.items() if config[name] for s in slots)]
     for layer in range(config["num_hidden_layers"]):
         for slot in inside:
-            named = Slot(
+            layer_slot = Slot(
                 f"blk.{layer}.{slot.stored}", f"model.layers.{layer}.{slot.name}", slot.shape, slot.rotated,
                 slot.offset,
             )  # fmt: skip
-            found[named.stored] = (named, tuple(sizes[s] for s in slot.shape))
-    return found
+            expected_slots[layer_slot.stored] = (layer_slot, tuple(sizes[s] for s in slot.shape))
+    return expected_slots

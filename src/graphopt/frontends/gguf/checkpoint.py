@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: what a Hugging Face folder of the same model would hold."""
+"""Reading a GGUF file as a checkpoint, as if it were a Hugging Face folder of the same model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell whether a path is meant as a GGUF file: by its ending, or by how the file begins."""
+    """Return whether a path is meant as a GGUF file, by its suffix or its first bytes."""
     if not path.is_file():
         return False
     if path.suffix.lower() == ".gguf":
@@ -29,12 +29,12 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], dict[str, bytes], str]:
-    """Return the configuration, tensors, small files and a note of a GGUF file; no tensor of the model is read.
+    """Return the configuration, tensors, small files and a note of a GGUF file; no weights are read.
 
-    Tensors have the names, shapes and values that the model's own library knows, in float32.
+    Tensors have the names, shapes and values that the model's own library uses, in float32.
 
     Raises:
-        CheckpointError: the file is damaged, contradicts itself, or is of a kind that is not taken.
+        CheckpointError: the file is damaged, contradicts itself, or is of an unsupported kind.
     """
     header = read_headers(path)
     prefix, kind = architecture_of(header)
@@ -67,9 +67,9 @@ def _tensors(
             f"and token_embd.weight has {vocabulary} rows"
         )
     config["vocab_size"] = vocabulary
-    made: dict[str, GGUFTensor] = {}
-    wanted = expected(config, kind, vocabulary)
-    for name, (slot, shape) in wanted.items():
+    tensors: dict[str, GGUFTensor] = {}
+    slots = expected(config, kind, vocabulary)
+    for name, (slot, shape) in slots.items():
         stored = header.tensors.get(name)
         if stored is None:
             raise header.wrong(f"it has no tensor {name}, which {prefix} with its metadata has")
@@ -78,14 +78,14 @@ def _tensors(
                 f"{name} has shape {list(stored.shape)}, and {list(shape)} by the metadata of the file"
             )
         heads = {"": 0, "heads": config["num_attention_heads"], "kv_heads": config["num_key_value_heads"]}
-        made[slot.name] = tensor_of(header, stored, rotated=heads[slot.rotated], offset=slot.offset)
+        tensors[slot.name] = tensor_of(header, stored, rotated=heads[slot.rotated], offset=slot.offset)
     for name in header.tensors:
-        if name not in wanted and name not in kind.tables:
+        if name not in slots and name not in kind.tables:
             raise header.wrong(
-                f"its tensor {name[:80]!r} is none of those of {prefix}, so nobody can tell what it does",
+                f"its tensor {name[:80]!r} is none of those of {prefix}, and may change the model",
                 hint="give the model's Hugging Face folder, or report it",
             )
-    return made
+    return tensors
 
 
 def _special(config: dict[str, Any], vocabulary: Vocabulary) -> None:
@@ -96,10 +96,10 @@ def _special(config: dict[str, Any], vocabulary: Vocabulary) -> None:
 
 
 def _generation(vocabulary: Vocabulary) -> bytes:
-    made: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for name in ("bos", "pad"):
         if f"{name}_token" in vocabulary.special:
-            made[f"{name}_token_id"] = vocabulary.special[f"{name}_token"]
+            config[f"{name}_token_id"] = vocabulary.special[f"{name}_token"]
     if vocabulary.ends:
-        made["eos_token_id"] = vocabulary.ends[0] if len(vocabulary.ends) == 1 else vocabulary.ends
-    return (json.dumps(made, indent=2) + "\n").encode()
+        config["eos_token_id"] = vocabulary.ends[0] if len(vocabulary.ends) == 1 else vocabulary.ends
+    return (json.dumps(config, indent=2) + "\n").encode()

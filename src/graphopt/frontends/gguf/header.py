@@ -1,7 +1,7 @@
-"""What a GGUF file says before its tensors: metadata and where each tensor lies, read with suspicion.
+"""Reading the header of an untrusted GGUF file: metadata and the location of each tensor.
 
-The library's own reader maps the file and follows whatever counts and lengths it finds, past the end of the
-file too. Here nothing is read or made before the bytes for it are known to be there.
+The library's own reader maps the file and trusts the counts and lengths in it, even past the end of the file. Here
+nothing is read or allocated before the file is known to hold the bytes for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...ir.errors import CheckpointError
 from .library import block_of, require_gguf
 
 VERSIONS = (2, 3)
-# far above what files have: the largest vocabularies take about 20 MB with their merges
+# far above what real files have: the largest vocabularies take about 20 MB with their merges
 _LARGEST_HEADER = 256 << 20
 _LARGEST_COUNTS = {"metadata entries": 1 << 16, "tensors": 1 << 20, "strings of an array": 1 << 22}
 _LONGEST_NAME = 1 << 12
@@ -29,9 +29,9 @@ _FLOAT32, _BOOL, _STRING, _ARRAY = 6, 7, 8, 9
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file, and in which type; ``shape`` is in row-major order.
+    """The location and type of a tensor in a file; ``shape`` is in row-major order.
 
-    ``stamp`` tells that the file is still the one whose header was read.
+    ``stamp`` shows whether the file is still the one whose header was read.
     """
 
     name: str
@@ -45,8 +45,8 @@ class StoredTensor:
     @property
     def kind(self) -> str:
         """Name of its type, such as Q4_1."""
-        found = block_of(self.code)
-        return found[0] if found else str(self.code)
+        block = block_of(self.code)
+        return block[0] if block else str(self.code)
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Header:
     def wrong(
         self, why: str, hint: str = "copy or download it again, or convert the model anew"
     ) -> CheckpointError:
-        """Return the error for what the file says and cannot be."""
+        """Return the error for invalid contents of the file."""
         return CheckpointError(f"{self.path}: {why}", hint=hint)
 
     def has(self, key: str) -> bool:
-        """Tell whether the metadata have an entry."""
+        """Return whether the metadata has an entry."""
         return key in self.metadata
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -132,7 +132,7 @@ class Header:
     def _entry(self, key: str, default: Any) -> Any:
         value = self.metadata.get(key, default)
         if value is None:
-            raise self.wrong(f"its metadata have no entry {key}")
+            raise self.wrong(f"its metadata has no entry {key}")
         return value
 
 
@@ -145,13 +145,13 @@ def _shown(value: Any) -> str:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """Return what tells that a file is no longer the one it was."""
-    seen = path.stat()
-    return seen.st_size, seen.st_mtime_ns
+    """Return a stamp that changes if the file changes."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class _Bytes:
-    """The bytes of a file from its beginning, none of them read before it is known that they are there."""
+    """Sequential reader of a file that checks that bytes exist before reading them."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self.path, self.file, self.size, self.place = path, file, size, 0
@@ -176,7 +176,7 @@ class _Bytes:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form), what))[0]
 
     def count(self, what: str, smallest: int) -> int:
-        """Return a count of things of at least ``smallest`` bytes each."""
+        """Read a count of items of at least ``smallest`` bytes each."""
         count = int(self.scalar("Q", f"the number of {what}"))
         if count > _LARGEST_COUNTS[what] or count * smallest > self.size - self.place:
             raise self.wrong(f"it claims {count} {what}, and has {self.size - self.place} bytes left")
@@ -194,13 +194,13 @@ class _Bytes:
     def value(self, code: int, what: str) -> Any:
         if code in _SCALARS:
             value = self.scalar(_SCALARS[code], what)
-            # the shortest number that float32 stores so: 1e-05, not 9.999999747378752e-06
+            # the shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06
             return float(str(numpy.float32(value))) if code == _FLOAT32 else value
         if code == _BOOL:
-            found = self.take(1, what)[0]
-            if found > 1:
-                raise self.wrong(f"{what} is true or false, and holds {found}")
-            return bool(found)
+            byte = self.take(1, what)[0]
+            if byte > 1:
+                raise self.wrong(f"{what} is true or false, and holds {byte}")
+            return bool(byte)
         if code == _STRING:
             return self.string(what)
         if code == _ARRAY:
@@ -213,14 +213,14 @@ class _Bytes:
             return [self.string(what) for _ in range(self.count("strings of an array", 8))]
         form = "?" if code == _BOOL else _SCALARS.get(code)
         if form is None:
-            raise self.wrong(f"{what} is an array of the type {code}, which is not read")
+            raise self.wrong(f"{what} is an array of the unsupported type {code}")
         kind = numpy.dtype("<" + form) if form != "?" else numpy.dtype(bool)
         length = int(self.scalar("Q", what))
         return numpy.frombuffer(self.take(length * kind.itemsize, what), dtype=kind)
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a GGUF file; of the tensors nothing is read.
+    """Read and check the header of a GGUF file; no tensor is read.
 
     Raises:
         CheckpointError: the file is damaged, of another version or byte order, or has tensors of unknown types.
@@ -241,11 +241,11 @@ def _read(file: _Bytes, stamp: tuple[int, ...]) -> Header:
     if version not in VERSIONS:
         if version & 0xFFFF == 0 and version:
             raise CheckpointError(
-                f"{file.path} is a big-endian GGUF file, which is not read",
+                f"{file.path} is a big-endian GGUF file, which is not supported",
                 hint="convert it with gguf-convert-endian, which comes with the package gguf",
             )
         raise CheckpointError(
-            f"{file.path} is a GGUF file of version {version}; versions 2 and 3 are read",
+            f"{file.path} is a GGUF file of version {version}; versions 2 and 3 are supported",
             hint="convert the model anew with a current llama.cpp",
         )
     count = file.count("tensors", 24)
@@ -260,34 +260,34 @@ def _read(file: _Bytes, stamp: tuple[int, ...]) -> Header:
         raise file.wrong(f"its alignment is {_shown(alignment)}")
     if alignment & (alignment - 1):
         raise file.wrong(f"its alignment is {alignment}, which is no power of two")
-    listed = [_tensor(file) for _ in range(count)]
+    entries = [_tensor(file) for _ in range(count)]
     start = -(-file.place // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
-    for name, shape, code, offset in listed:
+    for name, shape, code, offset in entries:
         if name in tensors:
             raise file.wrong(f"it has two tensors {name!r}")
         if offset % alignment:
             raise file.wrong(f"{name!r} begins at byte {offset}, which is no multiple of {alignment}")
         size = _size(file, name, shape, code)
         tensors[name] = StoredTensor(name, shape, code, start + offset, size, file.path, stamp)
-    place = start
+    end = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.bytes)):
-        if tensor.start < place:
+        if tensor.start < end:
             raise file.wrong(f"{tensor.name!r} overlaps another tensor")
-        place = tensor.start + tensor.bytes
-        if place > file.size:
-            raise file.wrong(f"{tensor.name!r} ends at byte {place}, the file at {file.size}")
+        end = tensor.start + tensor.bytes
+        if end > file.size:
+            raise file.wrong(f"{tensor.name!r} ends at byte {end}, the file at {file.size}")
     return Header(file.path, metadata, tensors)
 
 
 def _tensor(file: _Bytes) -> tuple[str, tuple[int, ...], int, int]:
     name = file.string("the name of a tensor", _LONGEST_NAME)
-    what = f"the entry of {name[:80]!r}"
-    dimensions = int(file.scalar("I", what))
+    label = f"the entry of {name[:80]!r}"
+    dimensions = int(file.scalar("I", label))
     if dimensions > _MOST_DIMENSIONS:
         raise file.wrong(f"{name[:80]!r} claims {dimensions} dimensions")
-    shape = struct.unpack(f"<{dimensions}Q", file.take(8 * dimensions, what))
-    code, offset = file.scalar("I", what), file.scalar("Q", what)
+    shape = struct.unpack(f"<{dimensions}Q", file.take(8 * dimensions, label))
+    code, offset = file.scalar("I", label), file.scalar("Q", label)
     # the fastest dimension comes first in the file
     return name, tuple(int(s) for s in reversed(shape)), int(code), int(offset)
 

@@ -1,4 +1,4 @@
-"""The library ``gguf``: the names of types, how many bytes their blocks take, and what blocks mean."""
+"""Access to the library ``gguf``: names of types, sizes of their blocks, and dequantisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...ir.errors import CheckpointError
 
 
 def require_gguf() -> Any:
-    """Return the library, or say how to get it.
+    """Return the library, or raise an error that says how to install it.
 
     Raises:
         CheckpointError: it is not installed.
@@ -23,7 +23,7 @@ def require_gguf() -> Any:
 
 @functools.cache
 def block_of(code: int) -> tuple[str, int, int] | None:
-    """Return a tensor type's name, the values of one of its blocks and their bytes; None for a type nobody knows."""
+    """Return a tensor type's name, and the values and bytes of one of its blocks; None for an unknown type."""
     gguf = require_gguf()
     try:
         kind = gguf.GGMLQuantizationType(code)
@@ -35,15 +35,15 @@ def block_of(code: int) -> tuple[str, int, int] | None:
 
 @functools.cache
 def dequantises(code: int) -> bool:
-    """Tell whether the library has values for the blocks of a type: it is asked for those of an empty one."""
+    """Return whether the library can dequantise a type, by trying an empty array."""
     import numpy
 
     gguf = require_gguf()
-    found = block_of(code)
-    if found is None:
+    block = block_of(code)
+    if block is None:
         return False
     try:
-        gguf.dequantize(numpy.zeros((1, found[2]), dtype=numpy.uint8), gguf.GGMLQuantizationType(code))
+        gguf.dequantize(numpy.zeros((1, block[2]), dtype=numpy.uint8), gguf.GGMLQuantizationType(code))
     except NotImplementedError:
         return False
     return True
@@ -57,10 +57,10 @@ def dequantised_types() -> tuple[str, ...]:
 
 
 def dequantise(blocks: Any, code: int) -> Any:
-    """Return the float32 values of rows of blocks, a numpy array (rows, bytes of a row)."""
+    """Return the float32 values of rows of blocks, given as a numpy array (rows, bytes per row)."""
     import numpy
 
     gguf = require_gguf()
-    # a scale may be infinite; what comes of it is seen where it is used
+    # a scale may be infinite; the result is checked where it is used
     with numpy.errstate(all="ignore"):
         return gguf.dequantize(blocks, gguf.GGMLQuantizationType(code))

@@ -1,4 +1,4 @@
-"""Rotary embeddings as a GGUF file describes them, in the words of a transformers configuration."""
+"""Translation of a GGUF file's rotary embedding settings to those of a transformers configuration."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ def rope_parameters(header: Header, prefix: str, dimensions: int) -> dict[str, A
         dimensions: how many of a head's dimensions are rotated.
 
     Raises:
-        CheckpointError: the file scales positions in a way that the library has no words for.
+        CheckpointError: the file scales positions in a way that the library does not support.
     """
-    made: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": header.number(f"{prefix}.rope.freq_base", 10000.0),
     }
     if FREQUENCIES in header.tensors:
-        return {**made, **_llama3(header, made["rope_theta"], dimensions)}
+        return {**parameters, **_llama3(header, parameters["rope_theta"], dimensions)}
     if LONG in header.tensors or SHORT in header.tensors:
-        return {**made, **_longrope(header, prefix, dimensions)}
+        return {**parameters, **_longrope(header, prefix, dimensions)}
     kind = header.text(f"{prefix}.rope.scaling.type", "none")
     if kind in _MEANS_NONE:
-        # what old files say instead of a type
+        # old files have this instead of a type
         if header.has(f"{prefix}.rope.scale_linear"):
             factor = header.number(f"{prefix}.rope.scale_linear")
-            return made if factor == 1 else {**made, "rope_type": "linear", "factor": factor}
-        return made
+            return parameters if factor == 1 else {**parameters, "rope_type": "linear", "factor": factor}
+        return parameters
     if kind == "linear":
-        return {**made, "rope_type": "linear", "factor": header.number(f"{prefix}.rope.scaling.factor")}
+        return {**parameters, "rope_type": "linear", "factor": header.number(f"{prefix}.rope.scaling.factor")}
     if kind == "yarn":
-        made |= {"rope_type": "yarn", "factor": header.number(f"{prefix}.rope.scaling.factor")}
-        made["original_max_position_embeddings"] = header.count(
+        parameters |= {"rope_type": "yarn", "factor": header.number(f"{prefix}.rope.scaling.factor")}
+        parameters["original_max_position_embeddings"] = header.count(
             f"{prefix}.rope.scaling.original_context_length"
         )
-        for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-            if header.has(f"{prefix}.rope.scaling.{theirs}"):
-                made[ours] = header.number(f"{prefix}.rope.scaling.{theirs}")
-        return made
+        for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            if header.has(f"{prefix}.rope.scaling.{key}"):
+                parameters[name] = header.number(f"{prefix}.rope.scaling.{key}")
+        return parameters
     raise header.wrong(
-        f"it scales rotary positions in the way {kind!r}, which is not read",
-        hint="none, linear, yarn, and tables of factors are",
+        f"its scaling of rotary positions, {kind!r}, is not supported",
+        hint="supported are none, linear, yarn, and tables of factors",
     )
 
 
@@ -71,22 +71,22 @@ def _table(header: Header, name: str, dimensions: int) -> numpy.ndarray[Any, Any
 
 
 def _llama3(header: Header, theta: float, dimensions: int) -> dict[str, Any]:
-    """Find the parameters whose factors the file has.
+    """Return the parameters that produce the factors in the file.
 
-    It holds one factor a frequency and not the four numbers that they were computed from. Between the two ends
-    (1 and the largest factor) the inverse of a factor is linear in the frequency, which gives two of the numbers;
-    the original length and both limits may be multiplied together, so that the lower one can be taken as 1.
+    The file has one factor per frequency instead of the four numbers that they were computed from. Between the two
+    ends (1 and the largest factor) the inverse of a factor is linear in the frequency, which yields two of the
+    numbers; the original length and both limits only matter up to a common factor, so the lower limit is taken as 1.
     """
-    found = _table(header, FREQUENCIES, dimensions)
+    factors = _table(header, FREQUENCIES, dimensions)
     frequencies = theta ** (-numpy.arange(0, dimensions, 2) / dimensions)
-    factor = round(float(found.max()), 6)
-    if numpy.allclose(found, factor, rtol=1e-6):
+    factor = round(float(factors.max()), 6)
+    if numpy.allclose(factors, factor, rtol=1e-6):
         return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
     usual = (1.0, 4.0, 8192.0)
     guesses = [usual]
-    between = (found > 1 + 1e-5) & (found < factor * (1 - 1e-5))
+    between = (factors > 1 + 1e-5) & (factors < factor * (1 - 1e-5))
     if between.sum() >= 2:
-        smooth = (1 / found[between] - 1 / factor) / (1 - 1 / factor)
+        smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
         slope, start = numpy.polyfit(frequencies[between] / (2 * math.pi), smooth, 1)
         if slope > 0 > start:
             high = 1 - 1 / start
@@ -94,8 +94,8 @@ def _llama3(header: Header, theta: float, dimensions: int) -> dict[str, Any]:
             guesses.append((1.0, float(round(high)), float(round(slope * (round(high) - 1)))))
     for low, high, length in guesses:
         smooth = (length * frequencies / (2 * math.pi) - low) / (high - low)
-        made = 1 / ((1 - smooth.clip(0, 1)) / factor + smooth.clip(0, 1))
-        if numpy.allclose(made, found, rtol=2e-6):
+        expected = 1 / ((1 - smooth.clip(0, 1)) / factor + smooth.clip(0, 1))
+        if numpy.allclose(expected, factors, rtol=2e-6):
             return {
                 "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
                 "original_max_position_embeddings": int(length),
@@ -107,12 +107,12 @@ def _llama3(header: Header, theta: float, dimensions: int) -> dict[str, Any]:
 
 
 def _longrope(header: Header, prefix: str, dimensions: int) -> dict[str, Any]:
-    made = {
+    parameters = {
         "rope_type": "longrope",
         "long_factor": _table(header, LONG, dimensions).tolist(),
         "short_factor": _table(header, SHORT, dimensions).tolist(),
         "original_max_position_embeddings": header.count(f"{prefix}.rope.scaling.original_context_length"),
     }
     if header.has(f"{prefix}.rope.scaling.attn_factor"):
-        made["attention_factor"] = header.number(f"{prefix}.rope.scaling.attn_factor")
-    return made
+        parameters["attention_factor"] = header.number(f"{prefix}.rope.scaling.attn_factor")
+    return parameters

@@ -1,7 +1,7 @@
-"""How text is cut before byte pairs are merged, by the name that a GGUF file has for it (``tokenizer.ggml.pre``).
+"""Pre-tokenisation: how text is split before byte pairs are merged, by its name in a GGUF file (``tokenizer.ggml.pre``).
 
-After the table in llama.cpp's llama-vocab.cpp; where the model's own tokenizer.json has another spelling of an
-expression, that one is taken, since it is what the merges were learned with.
+After the table in llama.cpp's llama-vocab.cpp; if the model's own tokenizer.json writes an expression differently,
+that one is used, since the merges were learned with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DEEPSEEK3 = (
 
 @dataclass(frozen=True)
 class Splitting:
-    """Expressions that cut text one after the other, whole words before merges, and what stands at the beginning."""
+    """Expressions that split text in order, whether whole words precede merges, and what is put at the beginning."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False

@@ -1,4 +1,4 @@
-"""A tensor of a GGUF file, dequantised when it is asked for."""
+"""Tensors of a GGUF file, dequantised when they are loaded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ...ir.weights import numel
 from .header import Header, StoredTensor, stamp_of
 from .library import block_of, dequantise, dequantised_types, dequantises
 
-# values dequantised at a time: what the library needs beside the result is several times as large
+# values dequantised at a time: the library's temporary memory is several times as large as the result
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor as the model's own library has it, in float32; read by its place in the file, not mapped.
+    """One tensor in float32 with the layout of the model's own library; read from its offset in the file, not mapped.
 
-    Float32 holds every value of every type exactly: blocks are half-precision scales times small integers, which
-    llama.cpp and transformers multiply in float32 as well.
+    Float32 represents every value of every type exactly: blocks are half-precision scales times small integers, which
+    llama.cpp and transformers multiply in float32 too.
 
-    ``key`` is its name in the file, ``rotated`` the number of heads whose rows llama.cpp reordered for its way of
-    rotating (0: none), ``offset`` what was added to the values before they were stored.
+    ``key`` is its name in the file, ``rotated`` the number of heads whose rows llama.cpp reordered for its rotary
+    embedding (0: none), ``offset`` the number added to the values before they were stored.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class GGUFTensor:
         assert block is not None
         columns = self.shape[-1]
         rows, width = numel(self.shape[:-1]), columns // block[1] * block[2]
-        made = torch.empty((rows, columns), dtype=torch.float32)
+        result = torch.empty((rows, columns), dtype=torch.float32)
         step = max(1, _PIECE // columns)
         raw = torch.empty(min(step, rows) * width, dtype=torch.uint8)
         try:
@@ -64,29 +64,29 @@ class GGUFTensor:
                     blocks = raw[: (last - first) * width]
                     self._fill(file, blocks)
                     values = dequantise(blocks.numpy().reshape(last - first, width), self.code)
-                    made[first:last] = torch.from_numpy(values)
+                    result[first:last] = torch.from_numpy(values)
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
         if self.offset:
-            made -= self.offset
-        made = made.reshape(self.shape)
-        return _in_halves(made, self.rotated) if self.rotated else made
+            result -= self.offset
+        result = result.reshape(self.shape)
+        return _in_halves(result, self.rotated) if self.rotated else result
 
     def _fill(self, file: object, blocks: torch.Tensor) -> None:
-        place = memoryview(blocks.numpy().data).cast("B")
-        read = 0
-        while read < len(place):
-            count = file.readinto(place[read:])  # type: ignore[attr-defined]
+        target = memoryview(blocks.numpy().data).cast("B")
+        filled = 0
+        while filled < len(target):
+            count = file.readinto(target[filled:])  # type: ignore[attr-defined]
             if not count:
                 raise CheckpointError(
                     f"{self.path} ends within tensor {self.key!r}",
                     hint="the file changed since it was opened; load the checkpoint again",
                 )
-            read += count
+            filled += count
 
 
 def _in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put the rows of each head back from pairs (first, second, first, ...) into halves, as the library rotates them."""
+    """Reorder the rows of each head from pairs (first, second, first, ...) into halves, as the library rotates them."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

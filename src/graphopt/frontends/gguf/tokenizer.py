@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, written as the files that a Hugging Face folder has."""
+"""Conversion of the tokenizer in a GGUF file's metadata to the files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SPECIAL = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id", "sep_token": "seperator_token_id", "mask_token": "mask_token_id",
 }  # fmt: skip
-# what llama.cpp takes for sentencepiece where a file says nothing
+# llama.cpp's defaults for sentencepiece
 _SENTENCEPIECE_SPECIAL = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
-# turns and messages end at these as well
+# turns and messages end at these too
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _KEY = "tokenizer.ggml."
 _SPACE = "\u2581"
@@ -25,7 +25,7 @@ _SPACE = "\u2581"
 
 @dataclass
 class Vocabulary:
-    """Files of a tokenizer by name, the numbers of special tokens, and those that end a text."""
+    """Files of a tokenizer by name, ids of special tokens, and of those that end a text."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     special: dict[str, int] = field(default_factory=dict)
@@ -33,20 +33,20 @@ class Vocabulary:
 
 
 def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
-    """Return the tokenizer of a file as files of a folder; empty where the file has none.
+    """Return the tokenizer of a file as files of a folder; empty if the file has none.
 
     Args:
         header: of the file.
-        architecture: some put a space before a text in another way than others.
-        rows: of the embedding, more than which there cannot be tokens.
+        architecture: decides how a space is put before a text.
+        rows: of the embedding, an upper limit on the number of tokens.
 
     Raises:
-        CheckpointError: it is of a kind that is not read, or contradicts itself.
+        CheckpointError: it is of an unsupported kind, or contradicts itself.
     """
     kind = header.text("tokenizer.ggml.model", "none")
-    found = Vocabulary()
+    contents = Vocabulary()
     if kind in ("none", "no_vocab"):
-        return found
+        return contents
     tokens = header.strings(_KEY + "tokens")
     if not 0 < len(tokens) <= rows:
         raise header.wrong(f"it has {len(tokens)} tokens, and {rows} embeddings for them")
@@ -62,32 +62,35 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
     for name, key in _SPECIAL.items():
         default = _SENTENCEPIECE_SPECIAL.get(name) if kind == "llama" else None
         if header.has(_KEY + key) or (default is not None and default < len(tokens)):
-            found.special[name] = _number(header, key, len(tokens), default)
-    listed = (_number(header, key, len(tokens)) for key in _ENDS if header.has(_KEY + key))
-    found.ends = list(dict.fromkeys(listed))
-    if not found.ends and "eos_token" in found.special:
-        found.ends = [found.special["eos_token"]]
+            contents.special[name] = _number(header, key, len(tokens), default)
+    ids = (_number(header, key, len(tokens)) for key in _ENDS if header.has(_KEY + key))
+    contents.ends = list(dict.fromkeys(ids))
+    if not contents.ends and "eos_token" in contents.special:
+        contents.ends = [contents.special["eos_token"]]
     if kind == "gpt2":
-        made, splitting = _byte_level(header, vocabulary)
+        tokenizer, splitting = _byte_level(header, vocabulary)
     elif kind == "llama":
-        made, splitting = _sentencepiece(header, tokens, kinds, found.special), Splitting((), add_bos=True)
+        tokenizer, splitting = (
+            _sentencepiece(header, tokens, kinds, contents.special),
+            Splitting((), add_bos=True),
+        )
     else:
         raise header.wrong(
-            f"its tokenizer is of the kind {kind[:40]!r}, which is not read",
-            hint="gpt2 (byte pairs) and llama (sentencepiece) are; or give the model's Hugging Face folder",
+            f"its tokenizer is of the unsupported kind {kind[:40]!r}",
+            hint="supported are gpt2 (byte pairs) and llama (sentencepiece); or give the model's Hugging Face folder",
         )
-    texts = {name: tokens[number] for name, number in found.special.items()}
+    texts = {name: tokens[number] for name, number in contents.special.items()}
     stripping = architecture == "phi3" and kind == "llama"
-    made["added_tokens"] = [
-        _added(number, token, number in found.special.values() or kinds[number] == _CONTROL, stripping)
+    tokenizer["added_tokens"] = [
+        _added(number, token, number in contents.special.values() or kinds[number] == _CONTROL, stripping)
         for number, token in enumerate(tokens)
-        if token and (kinds[number] in (_CONTROL, _USER_DEFINED) or number in found.special.values())
+        if token and (kinds[number] in (_CONTROL, _USER_DEFINED) or number in contents.special.values())
     ]
-    around = _around(header, splitting, found.special)
-    made["post_processor"] = _template(
+    around = _surrounding_tokens(header, splitting, contents.special)
+    tokenizer["post_processor"] = _template(
         [tokens[n] for n in around[0]], [tokens[n] for n in around[1]], vocabulary
     )
-    found.files["tokenizer.json"] = _checked(header, made)
+    contents.files["tokenizer.json"] = _checked(header, tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **texts,
@@ -96,9 +99,9 @@ def read_tokenizer(header: Header, architecture: str, rows: int) -> Vocabulary:
         "clean_up_tokenization_spaces": False,
         "model_max_length": header.count(f"{architecture}.context_length"),
     }
-    _chat_templates(header, found.files)
-    found.files["tokenizer_config.json"] = _json(config)
-    return found
+    _chat_templates(header, contents.files)
+    contents.files["tokenizer_config.json"] = _json(config)
+    return contents
 
 
 def _json(value: Any) -> bytes:
@@ -110,7 +113,7 @@ def _number(header: Header, key: str, tokens: int, default: int | None = None) -
 
 
 def _added(number: int, token: str, special: bool, stripping: bool) -> dict[str, Any]:
-    """Return the entry of a token that is found whole in a text; those of Phi-3 take the spaces after them along."""
+    """Return the entry of a token that is matched whole in a text; those of Phi-3 include the spaces after them."""
     strip = stripping and token not in ("<unk>", "<s>", "<|endoftext|>")
     return {
         "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": strip, "normalized": False,
@@ -123,28 +126,28 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> tuple[dict[str, A
     splitting = SPLITTINGS.get(pre)
     if splitting is None:
         raise header.wrong(
-            f"its tokenizer cuts text in the way {pre[:40]!r}, which is not read",
-            hint=f"those that are: {', '.join(SPLITTINGS)}; or give the model's Hugging Face folder",
+            f"its pre-tokenizer {pre[:40]!r} is not supported",
+            hint=f"supported are {', '.join(SPLITTINGS)}; or give the model's Hugging Face folder",
         )
     merges = []
     for line in header.strings(_KEY + "merges"):
-        # a piece may begin with a space in no byte-level vocabulary, so the first one parts the two
-        left, _, right = line.partition(" ")
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+        # no piece of a byte-level vocabulary contains a space, so the first one after the start separates the two
+        first, _, second = line.partition(" ")
+        if first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
             raise header.wrong(f"its merge {line[:60]!r} is not of tokens that it has")
-        merges.append([left, right])
+        merges.append([first, second])
     cuts: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
         for expression in splitting.expressions
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    made = {
+    tokenizer = {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": _pairs(vocabulary, merges, ignore_merges=splitting.ignore_merges),
     }
-    return made, splitting
+    return tokenizer, splitting
 
 
 def _pairs(vocabulary: dict[str, int], merges: list[list[str]], **more: Any) -> dict[str, Any]:
@@ -189,25 +192,27 @@ def _sentencepiece(
 
 
 def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[list[str]]:
-    """Return the merges that make pieces of higher scores first, every way of making a piece at its own score.
+    """Return the merges in order of the scores of the pieces that they make, with every way of making each piece.
 
-    Sentencepiece joins the neighbours whose piece has the highest score, the leftmost first; as byte pairs, that is
-    one merge for each way of cutting a piece in two pieces, in the order of scores.
+    Sentencepiece joins the neighbours whose piece has the highest score, leftmost first; expressed as byte pairs,
+    that is one merge for each way of splitting a piece into two pieces, in the order of scores.
     """
-    # tokens of a user's own are found whole before anything is joined, and joined with nothing
+    # user-defined tokens are matched whole before any merge, and are not merged
     pieces = {t: n for n, t in enumerate(tokens) if t and kinds[n] == _NORMAL}
     ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, number in pieces.items():
-        for cut in range(1, len(token)):
-            left, right = pieces.get(token[:cut]), pieces.get(token[cut:])
-            if left is not None and right is not None:
-                ranked.append((-scores[number], number, left, right, token[:cut], token[cut:]))
+        for split in range(1, len(token)):
+            first, second = pieces.get(token[:split]), pieces.get(token[split:])
+            if first is not None and second is not None:
+                ranked.append((-scores[number], number, first, second, token[:split], token[split:]))
     ranked.sort(key=lambda entry: entry[:4])
-    return [[left, right] for *_, left, right in ranked]
+    return [[first, second] for *_, first, second in ranked]
 
 
-def _around(header: Header, splitting: Splitting, special: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Return the tokens that stand before and after every text."""
+def _surrounding_tokens(
+    header: Header, splitting: Splitting, special: dict[str, int]
+) -> tuple[list[int], list[int]]:
+    """Return the tokens that are added before and after every text."""
     before, after = [], []
     if header.flag(_KEY + "add_bos_token", splitting.add_bos):
         if "bos_token" not in special:
@@ -238,13 +243,13 @@ def _template(before: list[str], after: list[str], vocabulary: dict[str, int]) -
     }
 
 
-def _checked(header: Header, made: dict[str, Any]) -> bytes:
-    """Return the text of tokenizer.json as its own library writes it."""
+def _checked(header: Header, tokenizer: dict[str, Any]) -> bytes:
+    """Return tokenizer.json as the tokenizers library writes it."""
     from tokenizers import Tokenizer
 
-    whole = {"version": "1.0", "truncation": None, "padding": None, **made}
+    document = {"version": "1.0", "truncation": None, "padding": None, **tokenizer}
     try:
-        return str(Tokenizer.from_str(json.dumps(whole)).to_str(pretty=True)).encode()
+        return str(Tokenizer.from_str(json.dumps(document)).to_str(pretty=True)).encode()
     except Exception as error:
         raise header.wrong(f"its tokenizer contradicts itself: {error}") from error
 

@@ -1,1 +1,1 @@
-"""The parts of insert-kv-cache: what depends on positions, what an attention stores, and the comparison in pieces."""
+"""Components of insert-kv-cache: values that depend on positions, stored keys and values, and the comparison in chunks."""

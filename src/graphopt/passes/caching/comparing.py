@@ -1,4 +1,4 @@
-"""A program with a cache, run in pieces in float64, against the one without."""
+"""Comparison of a program with a cache, run in chunks in float64, with the one without."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: int = 0) -> Difference | None:
-    """Give two rows of tokens in pieces, the second row one token behind, and return the largest difference.
+    """Run two rows of tokens in chunks, the second row one token behind, and return the largest difference.
 
     Args:
         whole: takes all tokens at once.
-        cached: takes pieces, and caches.
-        tokens: how many, at most the capacity.
-        seed: of tokens and pieces.
+        cached: takes chunks of tokens, and caches.
+        tokens: number of tokens, at most the capacity.
+        seed: of tokens and chunks.
 
     Raises:
         VerificationError: caches of that capacity do not fit into memory.
@@ -38,33 +38,35 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     capacity = cache.capacity if isinstance(cache.capacity, int) else tokens + 3
     tokens = min(tokens, capacity - 1)
     _require_room(cached, capacity)
-    wide, cut = retyped(whole), retyped(cached)
+    wide, narrow = retyped(whole), retyped(cached)
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
     spec = whole.signature.inputs[cache.tokens]
     shape = (2, tokens, *(s for s in spec.shape[2:] if isinstance(s, int)))
     if spec.dtype.is_floating_point:
-        given = torch.randn(shape, generator=generator, dtype=torch.float64)
+        tokens_in = torch.randn(shape, generator=generator, dtype=torch.float64)
     else:
-        given = torch.randint(0, vocabulary(whole, cache.tokens), shape, generator=generator).to(spec.dtype)
-    expected = interpret(wide, wide.bind((), {cache.tokens: given}))
+        tokens_in = torch.randint(0, vocabulary(whole, cache.tokens), shape, generator=generator).to(
+            spec.dtype
+        )
+    expected = interpret(wide, wide.bind((), {cache.tokens: tokens_in}))
     worst: Difference | None = None
-    state = empty_caches(cut, 2, capacity, torch.float64)
+    state = empty_caches(narrow, 2, capacity, torch.float64)
     start = 0
     while start < tokens:
         size = min(draw.randint(1, 3) if start else 3, tokens - start)
-        # the second row has one token less each time, and one that only fills the piece
+        # the second row is one token shorter each time, and padded to the chunk
         offset = torch.tensor([[0], [min(start, 1)]])
         positions = torch.arange(start, start + size)[None] - offset
-        piece = torch.stack([given[row].index_select(0, positions[row]) for row in range(2)])
+        piece = torch.stack([tokens_in[row].index_select(0, positions[row]) for row in range(2)])
         inputs = {cache.tokens: piece, cache.positions: positions, **state}
-        for name, spec_ in cut.signature.inputs.items():
+        for name, spec_ in narrow.signature.inputs.items():
             if spec_.fill is not None and spec_.fill.rule == "following":
-                ahead = make_fill(spec_.fill, spec_.dtype, given)
+                ahead = make_fill(spec_.fill, spec_.dtype, tokens_in)
                 inputs[name] = torch.stack([ahead[row].index_select(0, positions[row]) for row in range(2)])
         if cache.tree:
             inputs["cache_slots"] = positions
             inputs["step_mask"] = torch.ones(2, size, size, dtype=torch.bool)
-        values = interpret(cut, cut.bind((), inputs))
+        values = interpret(narrow, narrow.bind((), inputs))
         state = {name: values.pop(f"next_{name}") for name in state}
         for name, value in values.items():
             reference = expected[name]
@@ -80,39 +82,39 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
 
 
 def _require_room(cached: Program, capacity: int) -> None:
-    """Refuse before the memory is asked for: two rows in float64, before and after a step, and a copy in between."""
+    """Raise an error before allocating too much: two rows in float64, before and after a step, and a copy in between."""
     shapes = [cached.signature.inputs[name].shape for name in states_of(cached)]
     needed = 3 * 2 * 8 * capacity * sum(int(heads) * int(size) for _, heads, _, size in shapes)
     if needed > memory_available():
         raise VerificationError(
             f"caches of {capacity:,} slots cannot be compared here: {needed / 1e9:,.0f} GB are needed, "
             f"{memory_available() / 1e9:,.0f} GB are free",
-            hint="choose a smaller max_length, or leave it out: caches are then as long as they are given",
+            hint="choose a smaller max_length, or leave it out: the capacity is then that of the given caches",
         )
 
 
 def empty_caches(
     program: Program, batch: int, capacity: int, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return caches in which nothing is stored, by input name."""
-    made = {}
+    """Return empty caches by input name."""
+    caches = {}
     for name in states_of(program):
         spec = program.signature.inputs[name]
         _, heads, _, size = spec.shape
-        made[name] = torch.zeros(batch, heads, capacity, size, dtype=dtype or spec.dtype)  # type: ignore[arg-type]
-    return made
+        caches[name] = torch.zeros(batch, heads, capacity, size, dtype=dtype or spec.dtype)  # type: ignore[arg-type]
+    return caches
 
 
 def vocabulary(program: Program, tokens: str) -> int:
-    """Return how many tokens there are, by the smallest table that the input of tokens is looked up in."""
-    found, work = [], [program.input_nodes[tokens]]
+    """Return the size of the vocabulary, by the smallest table that the token input indexes."""
+    sizes, work = [], [program.input_nodes[tokens]]
     while work:
         for user in work.pop().users:
             if is_operator(user, "aten.embedding"):
-                found.append(int(user.all_input_nodes[0].meta["val"].shape[0]))
+                sizes.append(int(user.all_input_nodes[0].meta["val"].shape[0]))
             elif has(user, Trait.RESHAPE | Trait.CAST):
                 work.append(user)
-    return min(found, default=2)
+    return min(sizes, default=2)
 
 
 __all__ = ["compare_with_cache", "empty_caches", "vocabulary"]

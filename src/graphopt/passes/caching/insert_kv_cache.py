@@ -1,4 +1,4 @@
-"""Let a decoder take its text piece by piece: keys and values of earlier tokens in caches that it takes and gives."""
+"""Incremental decoding: keys and values of earlier tokens are kept in caches, which are inputs and outputs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertKVCache(Pass):
-    """Store keys and values, so that a token that follows is computed alone.
+    """Store keys and values in caches, so that following tokens are computed alone.
 
     The program takes new tokens and their ``position_ids`` (batch, tokens), and for each attention ``key_cache_0``,
     ``value_cache_0``, ... (batch, key-value heads, capacity, size), and returns ``next_key_cache_0``, ... One program
-    serves the prompt and every token after it; rows may stand at different positions. Padding has no place in a cache:
-    rows begin at position 0, and masks of padding are no input any more. With ``tree``, tokens of one step say in
-    which slots they are stored and which of one another they see.
+    serves the prompt and every later token; rows may be at different positions. A cache has no padding: rows begin at
+    position 0, and padding masks are removed from the inputs. With ``tree``, inputs define the slots in which the
+    tokens of a step are stored and which of them see one another.
     """
 
     name = "insert-kv-cache"
@@ -55,14 +55,14 @@ class InsertKVCache(Pass):
     excludes = (KVCache, Streaming)
 
     max_length: int | None = option(
-        None, help="slots of each cache, fixed; left out, caches are as long as they are given", low=2
+        None, help="fixed number of slots of each cache; by default that of the given caches", low=2
     )
     tree: bool = option(
         False, help="inputs cache_slots and step_mask, for several candidates that share a position"
     )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find what is stored, and try the result in pieces."""
+        """Find the keys and values to store, and test the result in chunks."""
         plan = self.findings(program).plan()
         if plan.refused:
             return replace(plan, sites=[])
@@ -73,7 +73,7 @@ class InsertKVCache(Pass):
         return plan
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
-        """Yield what is stored, or why nothing can be."""
+        """Yield the sites, or why the program cannot have a cache."""
         try:
             decoder = Decoder(program)
             sites, limit = _sites(decoder), decoder.limit()
@@ -87,9 +87,9 @@ class InsertKVCache(Pass):
             yield site, None
 
     def _trial(self, program: Program, plan: Plan) -> Refused | None:
-        """Run both: what mixes tokens in a way that no cache carries shows by its values.
+        """Run both programs, so that mixing of tokens outside of attention shows in the values.
 
-        What is too large to be run is tried by a small form of it, with the same kinds of layers.
+        A program that is too large to run is replaced by a small one with the same kinds of layers.
         """
         small = reduced(program)
         trial = self.copied(program if small is None else small)
@@ -107,16 +107,16 @@ class InsertKVCache(Pass):
             return None
         return Refused(
             worst.name,
-            f"pieces differ from the whole by {worst.error:.1g}: tokens meet elsewhere than in attention",
+            f"results in chunks differ by {worst.error:.1g}: tokens are mixed outside of attention",
             "",
         )
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put a cache before each attention; with some alone, the others would see new tokens and nothing before them.
+        """Insert a cache before each attention; one without a cache would see new tokens only.
 
         Raises:
-            PassRefusedError: the plan leaves attentions out, or says something else of them than the program.
-            KeyError: it names attentions that are not there.
+            PassRefusedError: the plan omits attentions, or contradicts the program.
+            KeyError: it names attentions that do not exist.
         """
         if not plan.sites:
             return
@@ -124,17 +124,17 @@ class InsertKVCache(Pass):
         for refused in findings.refused:
             raise PassRefusedError(f"{self.name}: {refused.block}: {refused.reason}", node=refused.block)
         sites = {site.block: site for site in findings.sites}
-        given = {site.block: site for site in plan.sites}
-        left = [name for name in sites if name not in given]
-        for name, site in given.items():
+        planned = {site.block: site for site in plan.sites}
+        missing = [name for name in sites if name not in planned]
+        for name, site in planned.items():
             if site != sites[name]:
                 raise PassRefusedError(
                     f"{self.name}: the plan has {site} where the program has {sites[name]}",
-                    hint="what a cache holds follows from the program; plan again",
+                    hint="the contents of a cache follow from the program; plan again",
                 )
-        if left:
+        if missing:
             raise PassRefusedError(
-                f"{self.name}: the plan leaves out {', '.join(left)}: without a cache an attention sees new tokens "
+                f"{self.name}: the plan leaves out {', '.join(missing)}: without a cache an attention sees new tokens "
                 "and nothing before them",
                 hint="take all of its sites, or none",
             )
@@ -180,35 +180,35 @@ class InsertKVCache(Pass):
                 for cache, name in zip(pair, (k, v), strict=True)
             )
         tables = AtCapacity(decoder, length)
-        seen: dict[Any, fx.Node] = {}
+        stores: dict[Any, fx.Node] = {}
         for node in [n for n in program.graph.nodes if is_operator(n, "graphopt.attention")]:
-            found = dict(arguments(node))
-            key, value = stored[found["k"].name, found["v"].name]
-            if found["window"] not in seen:
+            operands = dict(arguments(node))
+            key, value = stored[operands["k"].name, operands["v"].name]
+            if operands["window"] not in stores:
                 with program.edit.before(first):
-                    seen[found["window"]] = program.edit.call(
+                    stores[operands["window"]] = program.edit.call(
                         dialect.cache_visible.default,
                         positions,
                         slots,
                         caches[0][0],
                         step_mask,
-                        window=found["window"],
+                        window=operands["window"],
                     )
-            bias = found["bias"]
+            bias = operands["bias"]
             if isinstance(bias, fx.Node):
                 bias = self._bias(program, tables, bias, positions, slots, first)
-            found.update(
-                k=key, v=value, key_mask=None, bias=bias, segments=None, visible=seen[found["window"]],
+            operands.update(
+                k=key, v=value, key_mask=None, bias=bias, segments=None, visible=stores[operands["window"]],
                 causal=False, window=None,
             )  # fmt: skip
             with program.edit.before(node):
-                args, kwargs = normal_call(node.target, found)
-                made = program.edit.call(node.target, *args, **kwargs)
-            program.edit.replace(node, made, record=False)
+                args, kwargs = normal_call(node.target, operands)
+                replacement = program.edit.call(node.target, *args, **kwargs)
+            program.edit.replace(node, replacement, record=False)
         for value, users in still.items():
-            left = [u for u in users if not u._erased and value in u.all_input_nodes]
-            if left and not value._erased and not decoder.follows_positions(value):
-                self._token_wise(program, decoder, tables, value, left, positions, first)
+            remaining = [u for u in users if not u._erased and value in u.all_input_nodes]
+            if remaining and not value._erased and not decoder.follows_positions(value):
+                self._token_wise(program, decoder, tables, value, remaining, positions, first)
         _drop_masks(program, decoder)
         limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
         program.facts.add(
@@ -227,7 +227,7 @@ class InsertKVCache(Pass):
     def _caches(
         self, program: Program, number: int, k: fx.Node, v: fx.Node, batch: Any, capacity: Any
     ) -> tuple[fx.Node, fx.Node]:
-        made = []
+        caches = []
         for name, node in (("key", k), ("value", v)):
             value = node.meta["val"]
             heads = value.shape[1]
@@ -235,12 +235,12 @@ class InsertKVCache(Pass):
                 placed = placements(program)[node]
                 if isinstance(placed, Shard):
                     heads = placed.total
-            made.append(
+            caches.append(
                 add_input(
                     program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype
                 )
             )
-        return made[0], made[1]
+        return caches[0], caches[1]
 
     def _bias(
         self,
@@ -251,7 +251,7 @@ class InsertKVCache(Pass):
         slots: fx.Node,
         first: fx.Node,
     ) -> fx.Node:
-        """Return what is added to the scores of new tokens for every slot."""
+        """Return the bias on the scores of new tokens for every slot."""
         if bias in tables.decoder.moving:
             raise NotCausal(bias, "what is added to its scores depends on the tokens")
         with program.edit.before(first):
@@ -276,30 +276,30 @@ class InsertKVCache(Pass):
         self, program: Program, decoder: Decoder, tables: AtCapacity, value: fx.Node, users: list[fx.Node],
         positions: fx.Node, first: fx.Node,
     ) -> None:  # fmt: skip
-        """Let a value of the tokens' places be that of their positions."""
+        """Replace a value per token index by its value at the tokens' positions."""
         dims = decoder.has_length(value)
         if len(dims) != 1:
-            raise NotCausal(
-                users[0], "tokens meet one another there, and it is no attention that was recognised"
-            )
+            raise NotCausal(users[0], "it mixes tokens, and was not recognised as attention")
         with program.edit.before(first):
             table = tables.value(value)
             rows = rows_of_positions(program, table, dims[0], positions)
             gap = value.meta["val"].dim() - rows.meta["val"].dim()
             if gap > 0:
-                raise NotCausal(value, "its tokens are not where a batch can be put before them")
+                raise NotCausal(value, "its token dimension cannot be preceded by a batch dimension")
         for user in users:
             user.replace_input_with(value, rows)
         program.changed()
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
-        """Compare pieces with the whole; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`.
+        """Compare a run in chunks with the whole program; see :class:`~graphopt.passes.framework.contracts.ExactInChunks`.
 
-        The program that goes on is run, unless it is too large: then a small form of the one before gets a cache, too.
+        The rewritten program is run unless it is too large; then a small version of the original gets a cache too.
         """
         small = reduced(before)
         if small is None:
-            entry.notes.append("not compared in pieces: one layer of each kind is too large for that here")
+            entry.notes.append(
+                "not compared in chunks: even one layer of each kind is too large for this machine"
+            )
             return
         if small is not before:
             after = self.copied(small)
@@ -308,7 +308,7 @@ class InsertKVCache(Pass):
         entry.checks, entry.error = 1, 0.0 if worst is None else worst.error
         if worst is not None and not worst.error <= ExactInChunks.limit:
             raise ContractError(
-                f"{self.name}: output {worst.name} of pieces differs from that of the whole by {worst.error:.2g}"
+                f"{self.name}: output {worst.name} in chunks differs from that of the whole program by {worst.error:.2g}"
             )
 
 
@@ -317,33 +317,33 @@ def _too_long(limit: int, length: int) -> str:
 
 
 def _sites(decoder: Decoder) -> list[Site]:
-    """Return what is stored: each pair of keys and values once, however many attentions read it."""
+    """Return the sites: one for each pair of keys and values, however many attentions read it."""
     program = decoder.program
-    found: dict[tuple[str, str], Site] = {}
+    sites: dict[tuple[str, str], Site] = {}
     for node in program.graph.nodes:
         if not is_operator(node, "graphopt.attention"):
             continue
-        given = arguments(node)
-        k, v = given["k"], given["v"]
-        if not given["causal"] and not decoder.hides_later(given["bias"]):
+        args = arguments(node)
+        k, v = args["k"], args["v"]
+        if not args["causal"] and not decoder.hides_later(args["bias"]):
             raise NotCausal(node, "an attention sees later tokens")
         if decoder.has_length(k) != [2] or k not in decoder.moving:
-            raise NotCausal(node, "the keys of an attention come from elsewhere than the row of tokens")
-        if given["segments"] is not None:
-            raise NotCausal(node, "an attention keeps segments of a row apart")
-        if given["key_mask"] is not None and not decoder.sees_everything(given["key_mask"]):
-            raise NotCausal(node, "an attention hides keys for another reason than padding")
+            raise NotCausal(node, "the keys of an attention are not computed from the row of tokens")
+        if args["segments"] is not None:
+            raise NotCausal(node, "an attention separates segments of a row")
+        if args["key_mask"] is not None and not decoder.sees_everything(args["key_mask"]):
+            raise NotCausal(node, "an attention masks keys for another reason than padding")
         heads, size = k.meta["val"].shape[1], k.meta["val"].shape[-1]
         if not isinstance(heads, int) or not isinstance(size, int):
             raise NotCausal(node, f"its keys have {heads} heads of {size} values, and caches have one size")
-        found.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
-    if not found:
+        sites.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
+    if not sites:
         raise NotCausal(decoder.tokens, "no attention was recognised")
-    return list(found.values())
+    return list(sites.values())
 
 
 def _positions(program: Program, decoder: Decoder) -> fx.Node:
-    """Return the input of positions, which from now on is given."""
+    """Return the input of positions, which is required from now on."""
     if not decoder.positions:
         batch, tokens = decoder.tokens.meta["val"].shape[:2]
         return add_input(program, "position_ids", [batch, tokens], torch.int64)
@@ -367,24 +367,24 @@ def _stored(
             cache = program.edit.call(
                 dialect.local_slice.default, cache, 1, list(placed.starts), placed.length, group
             )
-        made = program.edit.call(dialect.cache_store.default, cache, values, slots)
-        whole = made
+        stored = program.edit.call(dialect.cache_store.default, cache, values, slots)
+        gathered = stored
         if isinstance(placed, Shard):
             if not placed.even:
-                raise NotCausal(values, "ranks share key-value heads, which a cache would hold twice")
-            whole = program.edit.call(dialect.all_gather.default, made, 1, ranks_of(program), group)
-    program.add_output(output, whole)
-    return made
+                raise NotCausal(values, "ranks share key-value heads, which a cache would store twice")
+            gathered = program.edit.call(dialect.all_gather.default, stored, 1, ranks_of(program), group)
+    program.add_output(output, gathered)
+    return stored
 
 
 def _drop_masks(program: Program, decoder: Decoder) -> None:
-    """Take away the inputs that say what is padding; their sizes are those of the tokens."""
+    """Remove the padding masks from the inputs; their sizes are replaced by those of the tokens."""
     for node in [*decoder.masks, *decoder.zeros, *(p for p in decoder.positions[1:])]:
         for user in list(node.users):
             if size_of_input(user):
                 with program.edit.before(user):
-                    made = program.edit.call(aten.sym_size.int, decoder.tokens, user.args[1])
-                user.replace_all_uses_with(made)
+                    size = program.edit.call(aten.sym_size.int, decoder.tokens, user.args[1])
+                user.replace_all_uses_with(size)
                 program.graph.erase_node(user)
         program.edit.erase_dead(list(node.users))
         if not node.users:

@@ -1,4 +1,4 @@
-"""What a decoder computes from positions and masks alone, for tokens that come later."""
+"""Values that a decoder computes from positions and masks alone, extended to later tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOOKUPS = ("aten.embedding", "aten.index_select", "aten.index")
 
 
 class NotCausal(ValueError):
-    """Why a program has no form with a cache, and at which node."""
+    """Raised if a program cannot have a cache; names the node and the reason."""
 
     def __init__(self, node: fx.Node, reason: str):
         super().__init__(reason)
@@ -37,8 +37,8 @@ class NotCausal(ValueError):
 
 
 @dataclass
-class _Read:
-    """What a decoder takes and what descends from its tokens; it goes with copies of the program."""
+class _DecoderInputs:
+    """The inputs of a decoder and the values that depend on its tokens; valid for copies of the program too."""
 
     tokens: fx.Node
     positions: list[fx.Node]
@@ -49,16 +49,16 @@ class _Read:
     moving: set[fx.Node]
 
 
-def _read(program: Program) -> _Read:
+def _find_inputs(program: Program) -> _DecoderInputs:
     inputs = program.signature.inputs
-    # what may be left out is positions and masks; what may not is text
-    given = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
-    first = program.input_nodes[given[0]] if given else next(iter(program.graph.nodes))
-    if len(given) != 1 or len(inputs[given[0]].shape) < 2:
+    # optional inputs are positions and masks, a required one is text
+    required = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
+    first = program.input_nodes[required[0]] if required else next(iter(program.graph.nodes))
+    if len(required) != 1 or len(inputs[required[0]].shape) < 2:
         raise NotCausal(
-            first, f"it takes {', '.join(given) or 'nothing'}, where a decoder takes one row of tokens"
+            first, f"it takes {', '.join(required) or 'nothing'}, where a decoder takes one row of tokens"
         )
-    tokens = program.input_nodes[given[0]]
+    tokens = program.input_nodes[required[0]]
     fills = {n: spec.fill.rule for n, spec in inputs.items() if spec.fill is not None}
     nodes = program.input_nodes
     positions = [nodes[n] for n, rule in fills.items() if rule.startswith("positions")]
@@ -76,11 +76,11 @@ def _read(program: Program) -> _Read:
         if node.op == "call_function" and holds and any(n in moving for n in node.all_input_nodes):
             moving.add(node)
     end = expression(batch) if isinstance(batch, torch.SymInt) else None
-    return _Read(tokens, positions, masks, zeros, expression(sequence), end, moving)
+    return _DecoderInputs(tokens, positions, masks, zeros, expression(sequence), end, moving)
 
 
 class Decoder:
-    """Reads a decoder: its tokens, positions and masks, and what descends from tokens.
+    """Analysis of a decoder: its tokens, positions and masks, and the values that depend on tokens.
 
     Args:
         program: with one input of tokens (batch, sequence), and possibly positions and a mask of the same shape.
@@ -91,16 +91,16 @@ class Decoder:
 
     def __init__(self, program: Program):
         self.program = program
-        read: _Read = program.derived("decoder", lambda: _read(program), portable=True)
+        inputs: _DecoderInputs = program.derived("decoder", lambda: _find_inputs(program), portable=True)
         self.tokens, self.positions, self.masks, self.zeros = (
-            read.tokens, read.positions, read.masks, read.zeros,
+            inputs.tokens, inputs.positions, inputs.masks, inputs.zeros,
         )  # fmt: skip
-        self.sequence: sympy.Symbol = read.sequence
-        self.batch: Any = read.batch
-        self.moving: set[fx.Node] = read.moving
+        self.sequence: sympy.Symbol = inputs.sequence
+        self.batch: Any = inputs.batch
+        self.moving: set[fx.Node] = inputs.moving
 
     def has_length(self, node: Any) -> list[int]:
-        """Return the dimensions of a value whose size depends on how many tokens there are."""
+        """Return the dimensions of a value whose size depends on the number of tokens."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return []
@@ -111,18 +111,18 @@ class Decoder:
         ]
 
     def still(self) -> dict[fx.Node, list[fx.Node]]:
-        """Return the values with a length that tokens meet but do not change, and the nodes at which they do."""
+        """Return values with a token dimension that tokens do not affect, and the nodes that combine them with tokens."""
         constant = depends_on_weights_alone(self.program)
-        found: dict[fx.Node, list[fx.Node]] = {}
+        meetings: dict[fx.Node, list[fx.Node]] = {}
         for node in self.program.graph.nodes:
             if node in self.moving:
                 for used in node.all_input_nodes:
                     if used not in self.moving and used not in constant and self.has_length(used):
-                        found.setdefault(used, []).append(node)
-        return found
+                        meetings.setdefault(used, []).append(node)
+        return meetings
 
     def follows_positions(self, node: fx.Node) -> bool:
-        """Tell whether a value at a token depends on that token's position alone, by shuffling positions."""
+        """Return whether a value at a token depends on that token's position alone, by shuffling positions."""
         if len(self.positions) != 1 or len(self.has_length(node)) != 1:
             return False
         (dim,) = self.has_length(node)
@@ -137,27 +137,27 @@ class Decoder:
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(5, generator=generator)
         positions = torch.tensor([[3, 4, 0, 9, 6]])
-        found = []
-        for given in (positions, positions[:, order]):
-            values[self.positions[0].name] = given
+        results = []
+        for order_of_positions in (positions, positions[:, order]):
+            values[self.positions[0].name] = order_of_positions
             try:
-                found.append(region.run(values, self._load)[0])
+                results.append(region.run(values, self._load)[0])
             except (RuntimeError, IndexError):
                 return False
-        return torch.equal(found[0].index_select(dim, order), found[1])
+        return torch.equal(results[0].index_select(dim, order), results[1])
 
     def limit(self) -> int | None:
-        """Return for how many tokens the program has positions; None if nothing was found that limits them.
+        """Return the largest number of tokens that the program has positions for; None if there is no limit.
 
-        What limits them is a table with a row for each position, a bias of fixed size, or the range of the size
-        itself. What cannot be computed at the example's own size says nothing.
+        The limit is a table with a row per position, a bias of fixed size, or the range of the size itself. Values
+        that cannot be computed at the example's own size are ignored.
         """
-        found: int | None = self.program.derived("most tokens", self._limit, portable=True)
-        return found
+        longest: int | None = self.program.derived("most tokens", self._limit, portable=True)
+        return longest
 
     def _limit(self) -> int | None:
         most = self.program.signature.sizes[self.program.symbols[self.sequence]].high
-        found = [most] if most is not None else []
+        limits = [most] if most is not None else []
         lookups: dict[fx.Node, fx.Node] = {}
         for value in self.still():
             region = cut(self.program, [value], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
@@ -167,33 +167,33 @@ class Decoder:
             dims = self.has_length(value)
             plain = all(expression(value.meta["val"].shape[d]) == self.sequence for d in dims)
             if not plain and any(is_operator(u, "graphopt.attention") for u in value.users):
-                found.extend(self._longest([value], partial(_as_long, dims)))
-        for places, table in lookups.items():
-            found.extend(self._longest([places], partial(_inside, table.meta["val"].shape[0])))
-        return min(found, default=None)
+                limits.extend(self._longest([value], partial(_as_long, dims)))
+        for indices, table in lookups.items():
+            limits.extend(self._longest([indices], partial(_inside, table.meta["val"].shape[0])))
+        return min(limits, default=None)
 
     def _longest(
         self, values: list[fx.Node], holds: Callable[[int, list[torch.Tensor]], bool]
     ) -> Iterator[int]:
-        """Yield the largest number of tokens at which values can be computed and are as they should be, if one is found."""
+        """Yield the largest number of tokens at which values can be computed and are valid, if there is one."""
         region = cut(self.program, values, lambda n: isinstance(n.meta.get("val"), torch.SymInt))
         name = self.program.symbols[self.sequence]
-        # a table of pairs takes the square of it
+        # a table of pairs of tokens has quadratic size
         wide = any(len(self.has_length(n)) > 1 for n in region.nodes)
         most = _WIDEST if wide else _LONGEST
 
         def works(count: int) -> bool:
             sizes = {n: count if n == name else 1 for n in self.program.signature.sizes}
-            given = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
+            leaves = {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}
             for node in (*self.positions, *self.masks, *self.zeros):
                 if node in region.leaves:
-                    shape = given[node.name].shape
+                    shape = leaves[node.name].shape
                     numbers = torch.arange(count).expand(shape)
-                    given[node.name] = (
+                    leaves[node.name] = (
                         numbers if node in self.positions else torch.full(shape, int(node in self.masks))
                     )
             try:
-                return holds(count, region.run(given, self._load))
+                return holds(count, region.run(leaves, self._load))
             except (RuntimeError, IndexError):
                 return False
 
@@ -215,22 +215,22 @@ class Decoder:
         return source.load() if numel(source.shape) < _SMALL else drawn_source(node, 0).load()
 
     def sees_everything(self, mask: fx.Node) -> bool:
-        """Tell whether a mask hides nothing when no input hides anything."""
-        found = self._unpadded(mask)
-        return found is not None and bool(found.bool().all())
+        """Return whether a mask hides nothing if no input hides anything."""
+        visible = self._unpadded(mask)
+        return visible is not None and bool(visible.bool().all())
 
     def hides_later(self, bias: Any) -> bool:
-        """Tell whether what is added to scores leaves nothing of later tokens when no input hides anything."""
+        """Return whether a bias on scores hides all later tokens if no input hides anything."""
         if not isinstance(bias, fx.Node) or bias in self.moving:
             return False
-        found = self._unpadded(bias)
-        if found is None or found.dim() < 2 or found.shape[-1] != found.shape[-2]:
+        value = self._unpadded(bias)
+        if value is None or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
             return False
-        later = torch.ones(found.shape[-2:], dtype=torch.bool).triu(1)
-        return bool((found[..., later] < -1e4).all())
+        later = torch.ones(value.shape[-2:], dtype=torch.bool).triu(1)
+        return bool((value[..., later] < -1e4).all())
 
     def _unpadded(self, node: fx.Node) -> torch.Tensor | None:
-        """Compute a value for rows without padding; None where it depends on tokens."""
+        """Return a value for rows without padding; None if it depends on tokens."""
         region = cut(self.program, [node], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
         tensors = [n for n in region.leaves if isinstance(n.meta.get("val"), torch.Tensor)]
         if not set(tensors) <= {*self.masks, *self.positions, *self.zeros}:
@@ -247,11 +247,11 @@ class Decoder:
 
 
 class AtCapacity:
-    """Copies what depends on positions and masks, for all places of a cache: rows without padding, batch 1.
+    """Copies values that depend on positions and masks, for all slots of a cache: rows without padding, batch 1.
 
     Args:
-        decoder: what is copied from.
-        capacity: number of slots, or the node that has it.
+        decoder: to copy from.
+        capacity: number of slots, or the node with that number.
     """
 
     def __init__(self, decoder: Decoder, capacity: int | fx.Node):
@@ -305,8 +305,8 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
     """Take the entries of a table at each token's position: (1, ..., capacity, ...) or without the leading 1.
 
     Returns:
-        The value with (batch, ..., tokens, ...): a leading 1 becomes the batch, or the batch is put in front; tokens stay
-        where they were.
+        A value (batch, ..., tokens, ...): the batch replaces a leading 1 or is added in front; the dimension of
+        tokens stays in place.
 
     Raises:
         VerificationError: the table differs from row to row.
@@ -318,9 +318,9 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
             raise VerificationError("it differs from row to row")
         table, dim, shape = call(aten.squeeze.dim, table, 0), dim - 1, shape[1:]
     flat = call(aten.reshape.default, positions, [-1])
-    taken = call(aten.index_select.default, table, dim, flat)
+    rows = call(aten.index_select.default, table, dim, flat)
     batch, tokens = (call(aten.sym_size.int, positions, d) for d in (0, 1))
-    split = call(aten.reshape.default, taken, [*shape[:dim], batch, tokens, *shape[dim + 1 :]])
+    split = call(aten.reshape.default, rows, [*shape[:dim], batch, tokens, *shape[dim + 1 :]])
     if dim == 0:
         return split
     order = [dim, *(d for d in range(len(shape) + 1) if d != dim)]
@@ -328,27 +328,27 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
 
 
 def _tables_of(lookup: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield the places that are looked up along the first dimension of a table of fixed size, and the table."""
-    given = arguments(lookup)
+    """Yield the indices into the first dimension of a table of fixed size, and the table."""
+    args = arguments(lookup)
     if is_operator(lookup, "aten.embedding"):
-        table, places = given["weight"], given["indices"]
+        table, indices = args["weight"], args["indices"]
     elif is_operator(lookup, "aten.index_select"):
-        table, places = given["self"], given["index"] if given["dim"] == 0 else None
+        table, indices = args["self"], args["index"] if args["dim"] == 0 else None
     else:
-        table, places = given["self"], next(iter(given["indices"]), None)
+        table, indices = args["self"], next(iter(args["indices"]), None)
     rows = table.meta["val"].shape[0]
-    if isinstance(places, fx.Node) and isinstance(rows, int) and places.meta["val"].dtype is not torch.bool:
-        yield places, table
+    if isinstance(indices, fx.Node) and isinstance(rows, int) and indices.meta["val"].dtype is not torch.bool:
+        yield indices, table
 
 
-def _inside(rows: int, count: int, made: list[torch.Tensor]) -> bool:
-    return not made[0].numel() or -rows <= int(made[0].min()) <= int(made[0].max()) < rows
+def _inside(rows: int, count: int, values: list[torch.Tensor]) -> bool:
+    return not values[0].numel() or -rows <= int(values[0].min()) <= int(values[0].max()) < rows
 
 
-def _as_long(dims: list[int], count: int, made: list[torch.Tensor]) -> bool:
-    return all(made[0].shape[dim] in (1, count) for dim in dims)
+def _as_long(dims: list[int], count: int, values: list[torch.Tensor]) -> bool:
+    return all(values[0].shape[dim] in (1, count) for dim in dims)
 
 
 def size_of_input(node: Any) -> bool:
-    """Tell whether a node reads a size of an input."""
+    """Return whether a node reads a size of an input."""
     return is_operator(node, "aten.sym_size") and node.args[0].op == "placeholder"

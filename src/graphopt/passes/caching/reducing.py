@@ -1,4 +1,4 @@
-"""A small form of a large decoder, with the same kinds of layers: what a comparison of whole programs runs."""
+"""Reduction of a large decoder to a small one with the same kinds of layers, for comparisons that run whole programs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ...ir.program import Program
 
 LARGE, MOST = 1 << 23, 1 << 28
-"""Weights above which a program is reduced, and above which it is not run at all."""
+"""Numbers of weights above which a program is reduced, and above which it is not run at all."""
 ROWS = 512
-"""Tokens that are left of a vocabulary."""
+"""Tokens that remain in a reduced vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class FirstRows:
         return self.source.dtype
 
     def load(self) -> torch.Tensor:
-        """Read them; the others are not read where the source can do without."""
+        """Read them, and no others if the source allows that."""
         return load_part(self.source, 0, 0, self.rows)
 
 
 def reduced(program: Program) -> Program | None:
-    """Return a program with one layer of each kind and few tokens where the whole is large; None where that is large too.
+    """Return a program reduced to one layer of each kind and few tokens if it is large; None if that is too large as well.
 
-    Weights that are not there are drawn. A program that is small enough is returned as it is.
+    Weights without values are random. A program that is small enough is returned unchanged.
     """
     small = program
     if elements(program) >= LARGE:
@@ -79,15 +79,15 @@ def reduced(program: Program) -> Program | None:
 
 
 def elements(program: Program) -> int:
-    """Return how many values the weights of a program have together."""
+    """Return the total number of values in a program's weights."""
     return sum(numel(w.source.shape) for w in program.weights.values())
 
 
 def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
-    """Return what makes two layers the same computation on other weights and another place of the stream.
+    """Return a key that layers share if they are the same computation on other weights and at another point of the stream.
 
-    What a layer reads from beside the stream (masks, tables of rotations) counts by how it is computed, with the
-    values of small weights: layers with other frequencies are of another kind.
+    Values that a layer reads beside the stream (masks, rotary tables) are compared by their computation, including
+    the values of small weights: layers with other frequencies are of another kind.
     """
     inside = {node: i for i, node in enumerate(n for block in layer.blocks for n in block.nodes)}
     stream: dict[fx.Node, int] = {}
@@ -104,16 +104,16 @@ def _kind(program: Program, layer: Layer, cones: dict[fx.Node, int]) -> object:
             return "weight", tuple(node.meta["val"].shape)
         return _cone(program, node, cones)
 
-    def said(node: fx.Node) -> object:
+    def as_plain(node: fx.Node) -> object:
         plain = [a for a in (*node.args, *node.kwargs.items()) if not isinstance(a, fx.Node)]
         settings = [str(a) for a in plain if "%" not in str(a)]
         return str(node.target), tuple(settings), tuple(operand(n) for n in node.all_input_nodes)
 
-    return tuple(tuple(said(node) for node in block.nodes) for block in layer.blocks)
+    return tuple(tuple(as_plain(node) for node in block.nodes) for block in layer.blocks)
 
 
 def _cone(program: Program, node: fx.Node, cones: dict[fx.Node, int]) -> int:
-    """Return a number that values computed alike have in common; what descends from tokens through the stream has one."""
+    """Return a number that equally computed values share; all values that depend on the stream have the same one."""
     work = [node]
     while work:
         current = work[-1]
@@ -146,36 +146,36 @@ def _values(program: Program, node: fx.Node) -> object:
 
 
 def _with_few_tokens(program: Program) -> Program:
-    """Return a program that knows the first tokens only, or the same one where its vocabulary cannot be told.
+    """Return a program whose vocabulary has the first tokens only, or the same one if its vocabulary is unknown.
 
     Args:
-        program: may be changed.
+        program: may be modified.
     """
     names = {n for n, w in program.weights.items() if n in _tables(program)}
     if not names:
         return program
-    cut = program.copy()
-    nodes = {n.name: n for n in cut.weight_nodes}
+    short = program.copy()
+    nodes = {n.name: n for n in short.weight_nodes}
     for name in names:
-        source: TensorSource = FirstRows(cut.weights[name].source, ROWS)
-        if isinstance(cut.weights[name].source, InMemory):
+        source: TensorSource = FirstRows(short.weights[name].source, ROWS)
+        if isinstance(short.weights[name].source, InMemory):
             source = InMemory(source.load())
-        cut.weights[name] = cut.weights[name].with_source(source)
-        nodes[name].meta["val"] = cut.fake(source.shape, source.dtype)
+        short.weights[name] = short.weights[name].with_source(source)
+        nodes[name].meta["val"] = short.fake(source.shape, source.dtype)
     try:
-        for node in cut.graph.nodes:
+        for node in short.graph.nodes:
             if node.op == "call_function":
-                node.meta["val"] = infer(cut.mode, node.target, node.args, node.kwargs)
+                node.meta["val"] = infer(short.mode, node.target, node.args, node.kwargs)
     except VerificationError:
         return program
-    cut.changed()
-    return cut
+    short.changed()
+    return short
 
 
 def _tables(program: Program) -> set[str]:
-    """Return the weights with a row for each token that only look up inputs, or make outputs."""
+    """Return the weights with a row per token that are only used to embed inputs or compute outputs."""
     outputs = set(program.outputs.values())
-    found = set()
+    tables = set()
     for node in program.weight_nodes:
         rows = node.meta["val"].shape[0] if node.meta["val"].dim() else 0
         if (
@@ -183,8 +183,8 @@ def _tables(program: Program) -> set[str]:
             and node.users
             and all(_of_tokens(program, node, u, outputs, rows) for u in node.users)
         ):
-            found.add(node.name)
-    return found
+            tables.add(node.name)
+    return tables
 
 
 def _of_tokens(program: Program, weight: fx.Node, user: fx.Node, outputs: set[fx.Node], rows: int) -> bool:

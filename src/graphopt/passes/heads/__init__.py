@@ -1,1 +1,1 @@
-"""Outputs beside the logits: heads, drafts, exits, mask tokens, and vocabularies cut short."""
+"""Outputs beside the logits: heads, drafts, exits and mask tokens; trimmed vocabularies."""

@@ -1,4 +1,4 @@
-"""A draft of one layer that sees what the model thinks (after EAGLE-3)."""
+"""A draft of one layer that reads the model's hidden states (after EAGLE-3)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class AttachDraft(Pass):
-    """Add a draft: the stream at three depths and the next token's embedding pass one layer of their own and the head.
+    """Add a draft: the stream at three depths and the next token's embedding pass through an extra layer and the head.
 
-    Input ``draft_ids`` (batch, sequence): the token that follows each token; left out, the text's own. Outputs:
-    ``draft_features`` (batch, sequence, size), the three depths joined; ``draft_hidden`` of the same shape, what the
-    draft's layer makes of them, which takes their place for the token after; ``draft_logits`` (batch, sequence,
-    vocabulary), about the token two places on. The layer begins as a copy of one of the model's; embedding, final norm
-    and head are the model's. Train with the recipe ``draft``.
+    Input ``draft_ids`` (batch, sequence): the token that follows each token; by default the text's own. Outputs:
+    ``draft_features`` (batch, sequence, size), the three depths joined; ``draft_hidden`` of the same shape, the
+    output of the draft's layer, which replaces the features for the token after; ``draft_logits`` (batch, sequence,
+    vocabulary), for the token two positions ahead. The layer is initialised as a copy of one of the model's;
+    embedding, final norm and head are the model's. Train with the recipe ``draft``.
     """
 
     name = "attach-draft"
@@ -64,7 +64,7 @@ class AttachDraft(Pass):
         if not reason and len(layers) < 2:
             reason = f"{len(layers)} layers were recognised"
         if not reason and token_embedding(program) is None:
-            reason = "its tokens are not looked up in a table"
+            reason = "its tokens are not looked up in an embedding table"
         if reason:
             plan.refused.append(Refused("head", reason, ""))
             return plan
@@ -92,7 +92,7 @@ class AttachDraft(Pass):
         layer = layers[number]
         size, dtype = value_size(layer.writes), dtype_of(layer.writes)
         order = {node: i for i, node in enumerate(program.graph.nodes)}
-        way = between(layer.reads, layer.writes, order)
+        path = between(layer.reads, layer.writes, order)
         tokens = table.args[1]
         assert isinstance(tokens, fx.Node)
         following = add_input(
@@ -100,15 +100,17 @@ class AttachDraft(Pass):
             fill=("following", str(tokens.meta["input"])),
         )  # fmt: skip
         eye = torch.eye(size, dtype=dtype)
-        begun = {
+        initial = {
             "features": torch.cat([*(torch.zeros(size, size, dtype=dtype) for _ in taps[1:]), eye], 1),
             "input": torch.cat([eye, eye], 1),
             "embedding_norm": torch.ones(size, dtype=dtype),
             "features_norm": torch.ones(size, dtype=dtype),
         }
-        own = {n: program.edit.add_weight(f"{PREFIX}.{n}.weight", InMemory(t)) for n, t in begun.items()}
+        weights = {
+            n: program.edit.add_weight(f"{PREFIX}.{n}.weight", InMemory(t)) for n, t in initial.items()
+        }
         now: dict[fx.Node, fx.Node] = {}
-        stored = _stored(program, way)
+        stored = _stored(program, path)
         for used in stored:
             if used in program.weight_nodes and program.weights[used.name].kind == "parameter":
                 weight = program.weights[used.name]
@@ -116,25 +118,25 @@ class AttachDraft(Pass):
         with program.edit.after(head.way[-1]):
             repeat_way(program, stored, now)
             streams = [shaped_like(program, layers[t].writes, table) for t in taps]
-            features = call(aten.linear.default, call(aten.cat.default, streams, -1), own["features"])
+            features = call(aten.linear.default, call(aten.cat.default, streams, -1), weights["features"])
             embedded = call(aten.embedding.default, table.args[0], following)
             norm = torch.ops.graphopt.rms_norm.default
             joined = call(
                 aten.cat.default,
                 [
-                    call(norm, embedded, own["embedding_norm"], EPSILON),
-                    call(norm, features, own["features_norm"], EPSILON),
+                    call(norm, embedded, weights["embedding_norm"], EPSILON),
+                    call(norm, features, weights["features_norm"], EPSILON),
                 ],
                 -1,
             )
-            begin = call(aten.linear.default, joined, own["input"])
+            begin = call(aten.linear.default, joined, weights["input"])
             now[layer.reads] = shaped_like(program, begin, layer.reads)
-            repeat_way(program, way, now)
+            repeat_way(program, path, now)
             hidden = shaped_like(program, now[layer.writes], table)
-            said = {head.stream: shaped_like(program, hidden, head.stream)}
-            repeat_way(program, head.way, said)
+            outputs = {head.stream: shaped_like(program, hidden, head.stream)}
+            repeat_way(program, head.way, outputs)
         for name, value in (
-            ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", said[head.logits])
+            ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", outputs[head.logits])
         ):  # fmt: skip
             program.add_output(name, value)
         program.facts.add(AttachedDraft(tuple(taps), number))

@@ -1,4 +1,4 @@
-"""What a decoder would say after some of its layers."""
+"""Logits of a decoder after some of its layers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ OUTPUT = "exit_logits"
 class AttachEarlyExit(Pass):
     """Read the residual stream after a layer through the final norm and head, as one more output.
 
-    ``exit_logits`` (batch, sequence, vocabulary), or ``exit_logits_3``, ``exit_logits_7`` for several layers. Nothing
-    is added to the weights. Decoding drafts with it: the first layers propose, all layers decide, and both share one
-    cache.
+    Adds ``exit_logits`` (batch, sequence, vocabulary), or ``exit_logits_3``, ``exit_logits_7`` for several layers. No
+    weights are added. Decoding uses an exit as a draft: the first layers propose, all layers verify, and both share
+    one cache.
     """
 
     name = "attach-early-exit"
@@ -59,20 +59,20 @@ class AttachEarlyExit(Pass):
         if isinstance(head, str):
             plan.refused.append(Refused("head", head, ""))
             return plan
-        chosen = self.layers if self.layers is not None else [max(0, len(layers) // 3 - 1)]
-        wrong = [n for n in chosen if not 0 <= n < len(layers) - 1]
-        if wrong or len(set(chosen)) != len(chosen):
+        positions = self.layers if self.layers is not None else [max(0, len(layers) // 3 - 1)]
+        wrong = [n for n in positions if not 0 <= n < len(layers) - 1]
+        if wrong or len(set(positions)) != len(positions):
             raise PassRefusedError(
                 f"{self.name}: {'layer ' + str(wrong[0]) if wrong else 'a layer twice'}; "
                 f"exits lie after different layers from 0 to {len(layers) - 2}"
             )
-        for number in sorted(chosen):
-            name = OUTPUT if len(chosen) == 1 else f"{OUTPUT}_{number}"
+        for number in sorted(positions):
+            name = OUTPUT if len(positions) == 1 else f"{OUTPUT}_{number}"
             plan.sites.append(Site(layers[number].name, layer=number, output=name))
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Copy the way from the stream to the logits for each exit."""
+        """Copy the operators between the stream and the logits for each exit."""
         head = find_head(program)
         layers = layers_to_logits(program)
         for site in plan.sites:
@@ -87,21 +87,21 @@ class AttachEarlyExit(Pass):
 
 
 def split_at(program: Program, layer: int) -> tuple[Program, Program]:
-    """Return the layers up to one, and those after it; one after the other they compute the same bits.
+    """Return programs of the layers up to one and of those after it; run in order they compute the same bits.
 
-    Of a program with a cache, each part takes and gives the caches of its own layers, under the names they have in the
-    whole; positions, slots and what tokens see of one another go into both.
+    If the program has a cache, each half has the caches of its own layers as inputs and outputs, under their names in
+    the whole program; positions, slots and masks are inputs of both.
 
     Args:
         program: a decoder.
-        layer: number of the last layer of the first part.
+        layer: number of the last layer of the first half.
 
     Returns:
-        A program with the output ``hidden`` (batch, sequence, size) and whatever else is known by then, and one that
-        takes ``hidden`` with the other inputs and gives the rest.
+        A program with the output ``hidden`` (batch, sequence, size) and any other outputs computed by then, and one
+        that takes ``hidden`` with the other inputs and has the remaining outputs.
 
     Raises:
-        PassRefusedError: there is no such layer, nothing after it, or layers after it read more than the stream.
+        PassRefusedError: there is no such layer, none after it, or layers after it read more than the stream.
     """
     layers = layers_to_logits(program)
     if not 0 <= layer < len(layers) - 1:
@@ -110,19 +110,19 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
         )
     value = layers[layer].writes
     early, late = (
-        {node for part in half for block in part.blocks for node in block.nodes}
-        for half in (layers[: layer + 1], layers[layer + 1 :])
+        {node for entry in side for block in entry.blocks for node in block.nodes}
+        for side in (layers[: layer + 1], layers[layer + 1 :])
     )
-    rest = {n: node for n, node in program.outputs.items() if needed_for([node], {}) & late}
-    ahead = {n: node for n, node in program.outputs.items() if n not in rest}
-    needed = needed_for(rest.values(), {value: None})
+    late_outputs = {n: node for n, node in program.outputs.items() if needed_for([node], {}) & late}
+    ahead = {n: node for n, node in program.outputs.items() if n not in late_outputs}
+    needed = needed_for(late_outputs.values(), {value: None})
     if crossing := [n for n in program.graph.nodes if n in needed and n in early]:
         raise PassRefusedError(
             f"layers after layer {layer} read more of the layers before than the stream: {crossing[-1].name}",
             hint="split after another layer",
         )
     first = extract(program, {}, {"hidden": value, **ahead})
-    second = extract(_on_caches_of(program, rest), {"hidden": value}, rest)
+    second = extract(_on_caches_of(program, late_outputs), {"hidden": value}, late_outputs)
     _sizes_from(second, "hidden")
     for part, ends, before in ((first, {"logits": "hidden"}, 0), (second, {"tokens": "hidden"}, layer + 1)):
         _own_facts(part, program, ends, before)
@@ -130,88 +130,94 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
 
 
 def _on_caches_of(program: Program, outputs: dict[str, fx.Node]) -> Program:
-    """Return the program with the capacity read from a cache that these outputs need."""
+    """Return the program with the cache capacity read from a cache that these outputs need."""
     caches = {n: node for n, node in program.input_nodes.items() if f"next_{n}" in program.outputs}
-    own = next((node for n, node in caches.items() if f"next_{n}" in outputs), None)
-    if own is None:
+    cache_node = next((node for n, node in caches.items() if f"next_{n}" in outputs), None)
+    if cache_node is None:
         return program
     copy = program.copy()
     nodes = {n.name: n for n in copy.graph.nodes}
-    kept = nodes[own.name]
+    source = nodes[cache_node.name]
     for cache in caches.values():
         for user in list(nodes[cache.name].users):
             if is_operator(user, "graphopt.cache_visible") or is_operator(user, "aten.sym_size"):
-                user.replace_input_with(nodes[cache.name], kept)
+                user.replace_input_with(nodes[cache.name], source)
     copy.changed()
     return copy
 
 
-def _sizes_from(part: Program, name: str) -> None:
-    """Read sizes from one input where another is read for nothing else, so that the other need not be given."""
-    kept = part.input_nodes[name]
-    for other, node in part.input_nodes.items():
-        if node is kept or not node.users or not all(is_operator(u, "aten.sym_size") for u in node.users):
+def _sizes_from(half: Program, name: str) -> None:
+    """Read sizes from one input instead of inputs that are only read for their sizes, and remove those."""
+    placeholder = half.input_nodes[name]
+    for other, node in half.input_nodes.items():
+        if (
+            node is placeholder
+            or not node.users
+            or not all(is_operator(u, "aten.sym_size") for u in node.users)
+        ):
             continue
         for user in list(node.users):
-            sizes = [same_size(size, user.meta["val"]) for size in kept.meta["val"].shape]
+            sizes = [same_size(size, user.meta["val"]) for size in placeholder.meta["val"].shape]
             if any(sizes):
-                user.args = (kept, sizes.index(True))
-        # an input that is made like another where it is left out needs that one
+                user.args = (placeholder, sizes.index(True))
+        # an optional input that is filled in like another one needs that one
         if not node.users and all(
-            s.fill is None or s.fill.like != other for s in part.signature.inputs.values()
+            s.fill is None or s.fill.like != other for s in half.signature.inputs.values()
         ):
-            remove_input(part, other)
-    part.changed()
+            remove_input(half, other)
+    half.changed()
 
 
-def _own_facts(part: Program, program: Program, ends: dict[str, str], before: int) -> None:
-    """Let the facts of a part speak of its own layers, the first of which is number ``before`` of the whole."""
-    cache = part.facts.get(KVCache)
+def _own_facts(half: Program, program: Program, ends: dict[str, str], before: int) -> None:
+    """Adjust the facts of a half to its own layers, whose first has the number ``before`` in the whole program."""
+    cache = half.facts.get(KVCache)
     if cache is not None:
-        stores = [n for n in part.nodes if is_operator(n, "graphopt.cache_store")]
-        kept = replace(cache, layers=len(stores) // 2)
-        part.facts.add(
-            replace(kept, tokens=ends.get("tokens", kept.tokens), logits=ends.get("logits", kept.logits))
+        stores = [n for n in half.nodes if is_operator(n, "graphopt.cache_store")]
+        updated = replace(cache, layers=len(stores) // 2)
+        half.facts.add(
+            replace(
+                updated, tokens=ends.get("tokens", updated.tokens), logits=ends.get("logits", updated.logits)
+            )
         )
-    attached = part.facts.get(EarlyExits)
-    part.facts.discard(EarlyExits)
-    exits = {n: i - before for n, i in (attached.layers if attached else {}).items() if n in part.outputs}
+    attached = half.facts.get(EarlyExits)
+    half.facts.discard(EarlyExits)
+    exits = {n: i - before for n, i in (attached.layers if attached else {}).items() if n in half.outputs}
     if exits:
-        part.facts.add(EarlyExits(exits))
-    whole = part.facts.get(SkippedWhileDecoding)
-    if whole is not None:
-        part.facts.discard(SkippedWhileDecoding)
-        kinds = {name.split(".")[0] for name in whole.names}
-        skipped = {n.args[1] for n in part.nodes if is_operator(n, "graphopt.skipped")}
-        units: list[Layer | Block] = [*part.anatomy.layers, *part.anatomy.blocks]
+        half.facts.add(EarlyExits(exits))
+    decoding = half.facts.get(SkippedWhileDecoding)
+    if decoding is not None:
+        half.facts.discard(SkippedWhileDecoding)
+        kinds = {name.split(".")[0] for name in decoding.names}
+        skipped = {n.args[1] for n in half.nodes if is_operator(n, "graphopt.skipped")}
+        units: list[Layer | Block] = [*half.anatomy.layers, *half.anatomy.blocks]
         names = [u.name for u in units if u.writes in skipped and u.name.split(".")[0] in kinds]
         if names:
-            part.facts.add(SkippedWhileDecoding(tuple(names)))
+            half.facts.add(SkippedWhileDecoding(tuple(names)))
 
 
 def exit_quality(program: Program, batch: dict[str, torch.Tensor]) -> list[float]:
-    """Return for each layer but the last how often its exit's most likely token is the program's own.
+    """Return, for each layer but the last, how often its exit's most likely token is the program's.
 
     Args:
         program: a decoder without exits.
         batch: inputs by name.
 
     Raises:
-        PassRefusedError: it has no head that could read a layer.
+        PassRefusedError: it has no head that could be applied to a layer.
     """
     from ...ir.running.execute import interpret
 
     count = len(layers_to_logits(program))
     if count < 2:
         return []
-    done = program.copy()
+    copy = program.copy()
     step = AttachEarlyExit(layers=list(range(count - 1)))
-    plan = step.plan(done, None)  # type: ignore[arg-type]
+    plan = step.plan(copy, None)  # type: ignore[arg-type]
     if not plan.sites:
         raise PassRefusedError(f"no exit: {plan.refused[0].reason}")
-    step.rewrite(done, plan)
-    found = interpret(done, done.bind((), batch))
+    step.rewrite(copy, plan)
+    values = interpret(copy, copy.bind((), batch))
     mask = batch.get("attention_mask")
-    seen = torch.ones(found["logits"].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-    best = found["logits"].argmax(-1)
-    return [float((found[str(s["output"])].argmax(-1) == best)[seen].float().mean()) for s in plan.sites]
+    counted = torch.ones(values["logits"].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    best = values["logits"].argmax(-1)
+    return [float((values[str(s["output"])].argmax(-1) == best)[counted].float().mean()) for s in plan.sites]

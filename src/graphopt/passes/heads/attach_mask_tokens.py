@@ -1,4 +1,4 @@
-"""Mask tokens at which a decoder says what comes after the next token, by weights that count at them alone."""
+"""Mask tokens at which a decoder predicts tokens after the next one, with weights that apply at these positions alone."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ MIXERS = ("attention", "mixer")
 
 @dataclass(frozen=True, kw_only=True)
 class AttachMaskTokens(Pass):
-    """Add mask tokens with gated LoRA and a sampler (arXiv 2507.11851): mask j after a token is about the token j + 1 on.
+    """Add mask tokens with gated LoRA and a sampler (arXiv 2507.11851): mask j predicts the token j + 1 positions ahead.
 
-    Input ``mask_index`` (batch, sequence): 0 where a token of the text stands, j where mask token j does; left out, all
-    are of the text. At mask tokens, and there alone, linears of the layers become ``W x + alpha / rank * B A x``.
-    ``mask_hidden`` (batch, sequence, size) is what the head reads. The sampler makes of it, and of the token before in
-    ``sampler_ids`` (batch, sequence), ``mask_logits`` (batch, sequence, vocabulary). B begins at zero, mask tokens as the
-    mean of the vocabulary, and the sampler as the model's own head. Train with the recipe ``mask-tokens``, after
+    Input ``mask_index`` (batch, sequence): 0 at tokens of the text, j at mask token j; by default all are text. At
+    mask tokens alone, linears of the layers become ``W x + alpha / rank * B A x``. ``mask_hidden`` (batch, sequence,
+    size) is the input of the head. From it and the preceding token in ``sampler_ids`` (batch, sequence), the sampler
+    computes ``mask_logits`` (batch, sequence, vocabulary). B is initialised with zeros, mask tokens with the mean of
+    the vocabulary, and the sampler as the model's own head. Train with the recipe ``mask-tokens``, after
     insert-kv-cache{tree=true}.
     """
 
@@ -72,7 +72,7 @@ class AttachMaskTokens(Pass):
         table = token_embedding(program)
         reason = head if isinstance(head, str) else ""
         if not reason and table is None:
-            reason = "its tokens are not looked up in a table"
+            reason = "its tokens are not looked up in an embedding table"
         if not reason and table is not None and table.meta["val"].shape[-1] != value_size(head.hidden):  # type: ignore[union-attr]
             reason = "its tokens have vectors of another size than its hidden states"
         if reason:
@@ -88,9 +88,9 @@ class AttachMaskTokens(Pass):
         return plan
 
     def _linears(self, program: Program) -> list[tuple[fx.Node, str]]:
-        """Return the linears of layers, and why one cannot have a LoRA."""
+        """Return the linears of layers, each with why it cannot have a LoRA, or an empty string."""
         order = {node: i for i, node in enumerate(program.graph.nodes)}
-        found: dict[fx.Node, str] = {}
+        linears: dict[fx.Node, str] = {}
         for layer in layers_to_logits(program):
             for block in layer.blocks:
                 mixes = block.kind in MIXERS
@@ -99,11 +99,11 @@ class AttachMaskTokens(Pass):
                 for node in between(block.reads, block.writes, order):
                     if is_operator(node, "aten.linear"):
                         value = arguments(node)["input"].meta["val"]
-                        found[node] = "" if value.dim() == 3 else "its rows are not (batch, sequence, size)"
-        return list(found.items())
+                        linears[node] = "" if value.dim() == 3 else "its rows are not (batch, sequence, size)"
+        return list(linears.items())
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Mark the embedding, add to linears, and build the sampler beside the head."""
+        """Add mask embeddings, LoRA on the linears, and the sampler beside the head."""
         if not plan.sites:
             return
         table = token_embedding(program)
@@ -121,11 +121,11 @@ class AttachMaskTokens(Pass):
                 raise VerificationError(f"{self.name}: there is no linear {site.block}")
             self._add(program, linear, marks, int(site["rank"]), scale, self.seed + number)
         size = int(table.meta["val"].shape[-1])
-        own = edit.add_weight(
+        weight = edit.add_weight(
             f"{PREFIX}.embeddings", _MeanOfRows(_source(program, arguments(table)["weight"]), self.masks)
         )
         with edit.after(table):
-            marked = edit.call(dialect.marked_embedding.default, table, own, marks)
+            marked = edit.call(dialect.marked_embedding.default, table, weight, marks)
         edit.replace(table, marked)
         self._sampler(program, table, tokens, size)
         program.facts.add(MaskTokens(self.masks, self.rank))
@@ -134,22 +134,22 @@ class AttachMaskTokens(Pass):
     def _add(
         self, program: Program, linear: fx.Node, marks: fx.Node, rank: int, scale: float, seed: int
     ) -> None:  # fmt: skip
-        found = arguments(linear)
-        x, weight = found["input"], found["weight"]
+        args = arguments(linear)
+        x, weight = args["input"], args["weight"]
         out, inner = (int(s) for s in weight.meta["val"].shape)
-        known = program.weights.get(weight.name)
-        name = f"{PREFIX}.lora.{known.name if known is not None else linear.name}"
+        stored = program.weights.get(weight.name)
+        name = f"{PREFIX}.lora.{stored.name if stored is not None else linear.name}"
         dtype = dtype_of(linear)
-        # one weight may serve several linears (shared layers), each with a LoRA of its own
-        taken = {w.name for w in program.weights.values()}
-        if f"{name}.down" in taken:
+        # several linears may share a weight (shared layers), and each has its own LoRA
+        used = {w.name for w in program.weights.values()}
+        if f"{name}.down" in used:
             name = f"{name}.{linear.name}"
         edit = program.edit
         down = edit.add_weight(f"{name}.down", Uniform((rank, inner), dtype, 1 / math.sqrt(inner), seed))
         up = edit.add_weight(f"{name}.up", Zeros((out, rank), dtype))
         with edit.after(linear):
-            made = edit.call(dialect.gated_lora.default, linear, x, down, up, marks, scale)
-        edit.replace(linear, made)
+            replacement = edit.call(dialect.gated_lora.default, linear, x, down, up, marks, scale)
+        edit.replace(linear, replacement)
 
     def _sampler(self, program: Program, table: fx.Node, tokens: fx.Node, size: int) -> None:
         head, edit = find_head(program), program.edit
@@ -159,23 +159,25 @@ class AttachMaskTokens(Pass):
             program, "sampler_ids", list(tokens.meta["val"].shape), tokens.meta["val"].dtype,
             fill=("following", str(tokens.meta["input"])),
         )  # fmt: skip
-        ones, zeros = InMemory(torch.ones(size, dtype=dtype)), Zeros((size,), dtype)
-        begun: dict[str, TensorSource] = {
+        unit, zeros = InMemory(torch.ones(size, dtype=dtype)), Zeros((size,), dtype)
+        initial: dict[str, TensorSource] = {
             "input.weight": Uniform((size, 2 * size), dtype, 1 / math.sqrt(2 * size), self.seed + 1),
-            "input.norm.weight": ones, "input.norm.bias": zeros,
+            "input.norm.weight": unit, "input.norm.bias": zeros,
             "hidden.weight": Uniform((size, size), dtype, 1 / math.sqrt(size), self.seed + 2),
-            "hidden.norm.weight": zeros if self.residual else ones, "hidden.norm.bias": zeros,
+            "hidden.norm.weight": zeros if self.residual else unit, "hidden.norm.bias": zeros,
         }  # fmt: skip
-        own = {n: edit.add_weight(f"{PREFIX}.sampler.{n}", source) for n, source in begun.items()}
+        weights = {n: edit.add_weight(f"{PREFIX}.sampler.{n}", source) for n, source in initial.items()}
 
         def layer(value: fx.Node, name: str) -> fx.Node:
-            made = edit.call(aten.silu.default, edit.call(aten.linear.default, value, own[f"{name}.weight"]))
+            hidden = edit.call(
+                aten.silu.default, edit.call(aten.linear.default, value, weights[f"{name}.weight"])
+            )
             return edit.call(
                 aten.layer_norm.default,
-                made,
+                hidden,
                 [size],
-                own[f"{name}.norm.weight"],
-                own[f"{name}.norm.bias"],
+                weights[f"{name}.norm.weight"],
+                weights[f"{name}.norm.bias"],
                 1e-5,
             )
 
@@ -185,15 +187,15 @@ class AttachMaskTokens(Pass):
             value = layer(layer(joined, "input"), "hidden")
             if self.residual:
                 value = edit.call(aten.add.Tensor, head.hidden, value)
-            said = {head.hidden: value}
-            repeat_way(program, head.way, said)
+            outputs = {head.hidden: value}
+            repeat_way(program, head.way, outputs)
         program.add_output("mask_hidden", head.hidden)
-        program.add_output("mask_logits", said[head.logits])
+        program.add_output("mask_logits", outputs[head.logits])
 
 
 @dataclass(frozen=True)
 class _MeanOfRows:
-    """A table's mean row, several times; read when it is asked for."""
+    """The mean row of a table, repeated; computed when it is loaded."""
 
     table: TensorSource
     count: int

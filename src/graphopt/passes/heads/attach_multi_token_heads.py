@@ -1,4 +1,4 @@
-"""Heads beside the model's own that predict the tokens after the next (Medusa)."""
+"""Extra heads that predict the tokens after the next one (Medusa)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ PREFIX = "multi_token_heads"
 
 @dataclass(frozen=True, kw_only=True)
 class AttachMultiTokenHeads(Pass):
-    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 places on (Medusa, arXiv 2401.10774).
+    """Add heads on the last hidden state: head k, from 0, predicts the token k + 2 ahead (Medusa, arXiv 2401.10774).
 
-    ``head_k(h) = W2_k (h + silu(W1_k h + b_k))``, with as many residual layers as ``layers`` says. Output
-    ``multi_token_logits`` (batch, sequence, heads, vocabulary). W1 and b begin at zero and W2 as a copy of the
-    model's head, so that untrained heads repeat the model's own prediction; ``share`` lets all heads use the model's
+    ``head_k(h) = W2_k (h + silu(W1_k h + b_k))``, with ``layers`` residual layers. Output
+    ``multi_token_logits`` (batch, sequence, heads, vocabulary). W1 and b are initialised with zeros and W2 as a copy
+    of the model's head, so that untrained heads repeat the model's own prediction; ``share`` lets all heads use the
+    model's
     head itself, which adds no matrix of the vocabulary's size. Train with the recipe ``medusa``.
     """
 
@@ -63,7 +64,7 @@ class AttachMultiTokenHeads(Pass):
             plan.refused.append(Refused("head", head, ""))
             return plan
         if self.weights is not None:
-            _given(
+            _stored_heads(
                 self.weights,
                 self.heads,
                 self.layers,
@@ -81,13 +82,15 @@ class AttachMultiTokenHeads(Pass):
         head = find_head(program)
         assert isinstance(head, Head)
         size, dtype = value_size(head.hidden), dtype_of(head.hidden)
-        given = (
-            _given(self.weights, self.heads, self.layers, self.share, size, value_size(head.projection))
+        tensors = (
+            _stored_heads(
+                self.weights, self.heads, self.layers, self.share, size, value_size(head.projection)
+            )
             if self.weights is not None
             else {}
         )
         matrix = arguments(head.projection)["weight"]
-        made: list[fx.Node] = []
+        logits: list[fx.Node] = []
         add = program.edit.add_weight
         with program.edit.after(head.logits):
             last = None
@@ -96,24 +99,27 @@ class AttachMultiTokenHeads(Pass):
                 for layer in range(self.layers):
                     name = f"{number}.{layer}.linear"
                     weight, bias = (
-                        add(f"{PREFIX}.{name}.{part}", _begun(given.get(f"{name}.{part}"), shape, dtype))
-                        for part, shape in (("weight", (size, size)), ("bias", (size,)))
+                        add(
+                            f"{PREFIX}.{name}.{kind}",
+                            _initial_source(tensors.get(f"{name}.{kind}"), shape, dtype),
+                        )
+                        for kind, shape in (("weight", (size, size)), ("bias", (size,)))
                     )
                     inner = program.edit.call(aten.linear.default, value, weight, bias)
                     value = program.edit.call(
                         aten.add.Tensor, value, program.edit.call(aten.silu.default, inner)
                     )
-                own = matrix
+                vocabulary_matrix = matrix
                 if not self.share:
                     name = f"{number}.{self.layers}.weight"
-                    own = add(
+                    vocabulary_matrix = add(
                         f"{PREFIX}.{name}",
-                        _begun(given[name], (), dtype) if given else _copied(program, matrix),
+                        _initial_source(tensors[name], (), dtype) if tensors else _copied(program, matrix),
                     )
-                made.append(program.edit.call(aten.linear.default, value, own))
-                last = made[-1]
+                logits.append(program.edit.call(aten.linear.default, value, vocabulary_matrix))
+                last = logits[-1]
             assert last is not None
-            stacked = program.edit.call(aten.stack.default, made, 2)
+            stacked = program.edit.call(aten.stack.default, logits, 2)
         program.add_output(OUTPUT, stacked)
         program.facts.add(MultiTokenHeads(self.heads, self.layers, self.share))
         block_export(
@@ -122,12 +128,12 @@ class AttachMultiTokenHeads(Pass):
         )
 
 
-def _begun(given: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
-    return Zeros(shape, dtype) if given is None else InMemory(given.load().to(dtype))
+def _initial_source(source: TensorSource | None, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
+    return Zeros(shape, dtype) if source is None else InMemory(source.load().to(dtype))
 
 
 def _copied(program: Program, matrix: fx.Node) -> TensorSource:
-    # tensors are read when they are asked for: as many heads of a large vocabulary are not held at once
+    # tensors are read one at a time, since many heads of a large vocabulary do not fit into memory together
     return program.weights[matrix.name].source if matrix.op == "placeholder" else computed(program, matrix)[0]
 
 
@@ -136,54 +142,54 @@ def write_heads(program: Program, path: str | Path) -> list[str]:
 
     Raises:
         UsageError: the program has no heads, or the file exists.
-        CheckpointError: what was read back is something else.
+        CheckpointError: a tensor that was read back differs.
     """
-    found = {
+    arrays = {
         w.name.removeprefix(PREFIX + "."): w.source
         for w in program.weights.values()
         if w.name.startswith(PREFIX + ".")
     }
-    if not found:
+    if not arrays:
         raise UsageError("this program has no multi-token heads", hint="attach-multi-token-heads adds them")
     path = Path(path)
     if path.exists():
         raise UsageError(f"{path} exists already", hint="choose another place, or remove it")
     beside = path.with_name(path.name + ".part")
     try:
-        write_file(beside, found)
-        held = read_header(beside)
-        for name, source in found.items():
-            if not torch.equal(held[name].load(), source.load()):
-                raise CheckpointError(f"{name} was read back as something else")
+        write_file(beside, arrays)
+        stored = read_header(beside)
+        for name, source in arrays.items():
+            if not torch.equal(stored[name].load(), source.load()):
+                raise CheckpointError(f"{name} differs after it was read back")
         beside.rename(path)
     finally:
         beside.unlink(missing_ok=True)
-    return sorted(found)
+    return sorted(arrays)
 
 
-def _given(
+def _stored_heads(
     path: str, heads: int, layers: int, share: bool, size: int, vocabulary: int
 ) -> dict[str, TensorSource]:
-    """Find heads in a file, check that they are those of this model, and read nothing of them yet."""
+    """Return the heads in a file as unread sources, after checking that they match this model."""
     if not Path(path).is_file():
         raise PassRefusedError(f"attach-multi-token-heads: there is no file {path}")
-    held = read_header(Path(path))
-    wanted: dict[str, tuple[int, ...]] = {}
+    stored = read_header(Path(path))
+    shapes: dict[str, tuple[int, ...]] = {}
     for number in range(heads):
         for layer in range(layers):
-            wanted[f"{number}.{layer}.linear.weight"] = (size, size)
-            wanted[f"{number}.{layer}.linear.bias"] = (size,)
+            shapes[f"{number}.{layer}.linear.weight"] = (size, size)
+            shapes[f"{number}.{layer}.linear.bias"] = (size,)
         if not share:
-            wanted[f"{number}.{layers}.weight"] = (vocabulary, size)
-    for name, shape in wanted.items():
-        if name not in held:
+            shapes[f"{number}.{layers}.weight"] = (vocabulary, size)
+    for name, shape in shapes.items():
+        if name not in stored:
             raise PassRefusedError(
                 f"attach-multi-token-heads: {path} has no tensor {name}",
-                hint=f"it holds {', '.join(sorted(held)[:6])}, ...; heads= and layers= say how many are looked for",
+                hint=f"it holds {', '.join(sorted(stored)[:6])}, ...; heads= and layers= determine how many are expected",
             )
-        if tuple(held[name].shape) != shape:
+        if tuple(stored[name].shape) != shape:
             raise PassRefusedError(
-                f"attach-multi-token-heads: {name} in {path} is {tuple(held[name].shape)}, this model's is {shape}",
+                f"attach-multi-token-heads: {name} in {path} is {tuple(stored[name].shape)}, this model's is {shape}",
                 hint="heads are trained on the hidden states of one model",
             )
-    return {name: held[name] for name in wanted}
+    return {name: stored[name] for name in shapes}

@@ -1,4 +1,4 @@
-"""Where a decoder's logits come from, for passes that add outputs beside them."""
+"""How a decoder computes its logits, for passes that add outputs beside them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """The way from the residual stream to the logits.
+    """The operators from the residual stream to the logits.
 
     Attributes:
         logits: (batch, sequence, vocabulary).
-        projection: the linear that has the vocabulary for its width.
-        hidden: (batch, sequence, size), what it reads.
+        projection: the linear whose output width is the vocabulary.
+        hidden: (batch, sequence, size), the input of ``projection``.
         stream: the last value of the stream.
         way: the operators between the stream and the logits, in order.
     """
@@ -38,8 +38,8 @@ class Head:
 
 def find_head(program: Program) -> Head | str:
     """Return a decoder's head, or why there is none."""
-    found: Head | str = program.derived("head", lambda: _find_head(program), portable=True)
-    return found
+    head: Head | str = program.derived("head", lambda: _find_head(program), portable=True)
+    return head
 
 
 def _find_head(program: Program) -> Head | str:
@@ -49,39 +49,39 @@ def _find_head(program: Program) -> Head | str:
     vocabulary = logits.meta["val"].shape[-1]
     if not program.anatomy.streams:
         return "no residual stream was recognised"
-    # heads that were attached look like blocks of the stream; the last block on the way to the logits counts
+    # attached heads look like blocks of the stream; only the last block that leads to the logits counts
     ends = {node for block in program.anatomy.blocks for node in (block.writes, block.add)}
     back = needed_for([logits], dict.fromkeys(ends))
     reached = [n for n in program.graph.nodes if n in ends and n in back]
     if not reached:
-        return "its logits do not come from the end of a residual stream"
+        return "its logits are not computed from the end of a residual stream"
     stream = reached[-1]
     descending = {stream}
-    way = []
+    path = []
     for node in program.graph.nodes:
         if node in back and node is not stream and any(n in descending for n in node.all_input_nodes):
             descending.add(node)
-            way.append(node)
-    wide = [n for n in way if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary]
+            path.append(node)
+    wide = [n for n in path if is_operator(n, "aten.linear") and n.meta["val"].shape[-1] == vocabulary]
     if not wide:
         return "no linear makes its logits"
     projection = wide[-1]
     hidden = arguments(projection)["input"]
     if not isinstance(hidden, fx.Node) or hidden.meta["val"].dim() != 3 or projection not in descending:
         return "its head does not read (batch, sequence, size)"
-    return Head(logits, projection, hidden, stream, tuple(way))
+    return Head(logits, projection, hidden, stream, tuple(path))
 
 
 def layers_to_logits(program: Program) -> list[Layer]:
-    """Return the layers that logits are made by, without what was attached beside them."""
+    """Return the layers that lead to the logits, without attached ones."""
 
     def find() -> list[Layer]:
         logits = program.outputs.get("logits")
         back = needed_for([logits], {}) if logits is not None else set()
         return [layer for layer in program.anatomy.layers if all(block.add in back for block in layer.blocks)]
 
-    found: list[Layer] = program.derived("layers to logits", find, portable=True)
-    return found
+    layers: list[Layer] = program.derived("layers to logits", find, portable=True)
+    return layers
 
 
 def value_size(node: fx.Node) -> int:
@@ -98,12 +98,12 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 
 
 def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.Node]) -> None:
-    """Call the operators of a way again on other values; new nodes are inserted at the insertion point.
+    """Repeat operators on other values; new nodes are inserted at the insertion point.
 
     Args:
         program: whose graph it is.
-        way: operators in order; those that read nothing that changes are left out.
-        now: what takes the place of what; what the operators give is added.
+        way: operators in order; those whose operands do not change are skipped.
+        now: the replacement of each value; the results of the repeated operators are added.
     """
     for node in way:
         if node not in now and any(n in now for n in node.all_input_nodes):
@@ -112,15 +112,15 @@ def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.N
 
 
 def token_embedding(program: Program) -> fx.Node | None:
-    """Return the look-up of the tokens."""
+    """Return the embedding look-up of the tokens."""
     inputs = {n for n, spec in program.signature.inputs.items() if spec.fill is None}
     for node in program.anatomy.embedding:
         if is_operator(node, "aten.embedding"):
-            read = arguments(node)["indices"]
+            indices = arguments(node)["indices"]
             if (
-                isinstance(read, fx.Node)
-                and read.op == "placeholder"
-                and str(read.meta.get("input")) in inputs
+                isinstance(indices, fx.Node)
+                and indices.op == "placeholder"
+                and str(indices.meta.get("input")) in inputs
             ):
                 return node
     return None

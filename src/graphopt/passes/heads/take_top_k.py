@@ -1,4 +1,4 @@
-"""Outputs of which only the largest entries are wanted."""
+"""Outputs of which only the largest entries are needed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ aten, dialect = torch.ops.aten, torch.ops.graphopt
 
 @dataclass(frozen=True, kw_only=True)
 class TakeTopK(Pass):
-    """Return the k largest entries of an output and their numbers instead of all of it.
+    """Replace an output by its k largest entries and their indices.
 
-    For heads that propose tokens: a tree of candidates needs the ten likeliest of each head, and a vocabulary of 128,000
-    logits for each head and token is mostly memory. The output ``NAME`` becomes ``NAME_values`` and ``NAME_tokens``, both
-    with k entries in the last dimension. Where NAME is a linear, or several stacked, the linear and the choice become one
-    operator, for which there is a Triton kernel that never writes the logits.
+    For heads that propose tokens: a tree of candidates needs the ten most likely of each head, while 128,000 logits
+    for each head and token mostly take memory. The output ``NAME`` becomes ``NAME_values`` and ``NAME_tokens``, both
+    with k entries in the last dimension. If NAME is a linear, or several stacked, the linear and the selection become
+    one operator, with a Triton kernel that never writes the logits.
     """
 
     name = "take-top-k"
@@ -42,11 +42,11 @@ class TakeTopK(Pass):
     output: str = option("multi_token_logits", help="which output")
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find the output, and the linears that make it."""
+        """Find the output and the linears that compute it."""
         plan = Plan()
         if self.output not in program.outputs:
-            known = ", ".join(program.outputs)
-            plan.refused.append(Refused(self.output, f"the program has no such output; it has {known}", ""))
+            names = ", ".join(program.outputs)
+            plan.refused.append(Refused(self.output, f"the program has no such output; it has {names}", ""))
             return plan
         if "dict" not in program.signature.outputs:
             plan.refused.append(Refused(self.output, "the program's outputs have no names", ""))
@@ -54,7 +54,7 @@ class TakeTopK(Pass):
         node = program.outputs[self.output]
         value = node.meta["val"]
         if not value.is_floating_point() or value.dim() == 0:
-            plan.refused.append(Refused(self.output, "it holds no numbers to rank", ""))
+            plan.refused.append(Refused(self.output, "it is not a floating-point tensor", ""))
             return plan
         size = value.shape[-1]
         if not isinstance(size, int) or size < self.k:
@@ -63,7 +63,7 @@ class TakeTopK(Pass):
         return plan
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the two outputs in the place of one."""
+        """Replace the output by the two new ones."""
         call = program.edit.call
         for site in plan.sites:
             node, k = program.outputs[site.block], int(site["k"])
@@ -71,10 +71,8 @@ class TakeTopK(Pass):
             pairs: list[tuple[fx.Node, fx.Node]] = []
             with program.edit.after(node):
                 for linear in linears:
-                    found = arguments(linear)
-                    both = call(
-                        dialect.linear_top_k.default, found["input"], found["weight"], found["bias"], k
-                    )
+                    args = arguments(linear)
+                    both = call(dialect.linear_top_k.default, args["input"], args["weight"], args["bias"], k)
                     pairs.append((call(operator.getitem, both, 0), call(operator.getitem, both, 1)))
                 if not linears:
                     both = call(aten.topk.default, node, k)
@@ -88,15 +86,15 @@ class TakeTopK(Pass):
 
 
 def _linears(node: fx.Node) -> list[fx.Node]:
-    """Return the linears whose results an output is, in their order; none where it is something else."""
+    """Return the linears whose stacked results are an output, in order; empty if it is something else."""
     if is_operator(node, "aten.linear"):
         return [node]
     if not is_operator(node, "aten.stack"):
         return []
-    parts = list(arguments(node)["tensors"])
+    operands = list(arguments(node)["tensors"])
     dim = int(arguments(node)["dim"])
     inner = dim % node.meta["val"].dim() != node.meta["val"].dim() - 1
-    return parts if inner and all(is_operator(part, "aten.linear") for part in parts) else []
+    return operands if inner and all(is_operator(operand, "aten.linear") for operand in operands) else []
 
 
 def _stacked(
@@ -109,7 +107,7 @@ def _stacked(
 
 
 def _replace_output(program: Program, name: str, by: dict[str, fx.Node]) -> None:
-    held = program.outputs
+    outputs = program.outputs
     items = program.signature.outputs["dict"]
     after = {}
     for key, structure in items.items():
@@ -118,9 +116,9 @@ def _replace_output(program: Program, name: str, by: dict[str, fx.Node]) -> None
         else:
             after[key] = structure
     values: list[fx.Node] = []
-    for key, value in held.items():
+    for key, value in outputs.items():
         values.extend(by.values() if key == name else [value])
     program.signature.outputs["dict"] = after
     program.signature.outputs["class"] = None
     program.edit.set_outputs(values)
-    program.edit.erase_dead([held[name]])
+    program.edit.erase_dead([outputs[name]])

@@ -1,4 +1,4 @@
-"""A head that knows fewer tokens, for what only proposes."""
+"""Heads with a smaller vocabulary, for outputs that only propose tokens."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 ATTACHED: dict[type[Fact], str] = {AttachedDraft: "draft_logits", MultiTokenHeads: "multi_token_logits"}
-"""Outputs that propose, by the fact of the pass that adds them; exits are named by theirs."""
+"""Proposing outputs, by the fact of the pass that adds them; exits are listed in their fact."""
 _PASSING = ("aten.mul", "aten.div", "aten.tanh", "aten.to", "aten.stack")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrimVocabulary(Pass):
-    """Keep the rows of a proposing head of the tokens that come up most (VocabTrim, arXiv 2506.22694).
+    """Keep only the rows of the most frequent tokens in a proposing head (VocabTrim, arXiv 2506.22694).
 
-    What was attached to propose, a draft, multi-token heads or exits, is trimmed, each by a matrix of its own that is
-    stored with its rows alone; embeddings and the logits that decide stay as they are. A program without any of these
-    is taken for a draft itself, and its own logits are trimmed.
+    An attached draft, multi-token heads and exits are trimmed; each gets a matrix of its own with the kept rows only.
+    Embeddings and the model's own logits do not change. A program without any of these is assumed to be a draft
+    itself, and its own logits are trimmed.
 
-    Tokens are counted in the calibration data, best text that the deciding program wrote.
-    ``program.facts[Vocabulary]`` says which tokens which outputs are of, in order; generating, measuring and
-    drafting map them back, and what is gone has probability 0. End, padding and other special tokens of the
-    checkpoint always stay.
+    Tokens are counted in the calibration data, ideally text written by the verifying program.
+    ``program.facts[Vocabulary]`` lists the tokens of each trimmed output, in order; generation, evaluation and
+    drafting map them back, and removed tokens have probability 0. End, padding and other special tokens of the
+    checkpoint are always kept.
     """
 
     name = "trim-vocabulary"
@@ -57,21 +57,23 @@ class TrimVocabulary(Pass):
     fraction: float | None = option(None, help="share of the tokens that stays", low=0, high=1)
 
     def validate(self) -> None:
-        """One way of saying how many."""
+        """Require a count or a fraction."""
         if (self.keep is None) == (self.fraction is None):
-            raise PipelineError(f"{self.name}: say how many tokens stay", hint="keep=8192, or fraction=0.25")
+            raise PipelineError(
+                f"{self.name}: say how many tokens to keep", hint="keep=8192, or fraction=0.25"
+            )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find what proposes, and count tokens."""
+        """Find the proposing outputs and count tokens."""
         plan = Plan()
         head = find_head(program)
         if isinstance(head, str):
             plan.refused.append(Refused("head", head, ""))
             return plan
         size = int(program.outputs["logits"].meta["val"].shape[-1])
-        wanted = self.keep if self.keep is not None else max(1, round(size * (self.fraction or 0.0)))
-        if wanted > size:
-            raise PassRefusedError(f"{self.name}: the program has {size} tokens, {wanted} cannot stay")
+        count = self.keep if self.keep is not None else max(1, round(size * (self.fraction or 0.0)))
+        if count > size:
+            raise PassRefusedError(f"{self.name}: the program has {size} tokens, {count} cannot stay")
         able = [name for name in self._outputs(program, plan) if self._takes(program, name, size, plan)]
         if not able:
             return plan
@@ -81,18 +83,18 @@ class TrimVocabulary(Pass):
                 "no data: the tokens with the smallest numbers stay, the most frequent of most tokenizers"
             )
         special = sorted(t for t in special_tokens(program) if 0 <= t < size)
-        if len(special) > wanted:
+        if len(special) > count:
             raise PassRefusedError(
-                f"{self.name}: {len(special)} special tokens always stay, {wanted} are fewer"
+                f"{self.name}: {len(special)} special tokens always stay, {count} are fewer"
             )
         ranked = counts.clone()
         ranked[special] = counts.max() + 1
-        kept = ranked.argsort(descending=True, stable=True)[:wanted].sort().values.tolist()
+        kept = ranked.argsort(descending=True, stable=True)[:count].sort().values.tolist()
         if int(counts.sum()):
             plan.notes.append(
                 f"{float(counts[kept].sum() / counts.sum()):.1%} of the tokens counted are among them"
             )
-        if wanted == size:
+        if count == size:
             plan.notes.append("all tokens stay: there is nothing to trim")
         elif able == ["logits"]:
             plan.notes.append("nothing is attached that proposes: the program itself is now a draft")
@@ -100,7 +102,7 @@ class TrimVocabulary(Pass):
         return plan
 
     def _outputs(self, program: Program, plan: Plan) -> list[str]:
-        """Return the outputs that propose; the program's own where there is none."""
+        """Return the proposing outputs; the program's own logits if there is none."""
         attached = [name for fact, name in ATTACHED.items() if fact in program.facts]
         exits = program.facts.get(EarlyExits)
         attached += list(exits.layers) if exits is not None else []
@@ -110,19 +112,19 @@ class TrimVocabulary(Pass):
                     Refused(name, "it is no output any more; trim-vocabulary comes before take-top-k", "")
                 )
         if not attached and MaskTokens in program.facts:
-            plan.refused.append(Refused("logits", "what mask tokens propose is the program's own logits", ""))
+            plan.refused.append(Refused("logits", "mask tokens propose with the program's own logits", ""))
             return []
         return [name for name in attached if name in program.outputs] if attached else ["logits"]
 
     @staticmethod
     def _takes(program: Program, name: str, size: int, plan: Plan) -> bool:
-        found = _linears(program, program.outputs[name], size)
-        if isinstance(found, str):
-            plan.refused.append(Refused(name, found, program.source_line(program.outputs[name])))
-        return not isinstance(found, str)
+        linears = _linears(program, program.outputs[name], size)
+        if isinstance(linears, str):
+            plan.refused.append(Refused(name, linears, program.source_line(program.outputs[name])))
+        return not isinstance(linears, str)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Give each output matrices of the rows that stay."""
+        """Give each output matrices with the kept rows only."""
         sites = [site for site in plan.sites if len(site["kept"]) < int(site["tokens"])]
         for site in sites:
             _trim(program, site.block, int(site["tokens"]), [int(t) for t in site["kept"]])
@@ -145,14 +147,14 @@ def count_tokens(context: Context, size: int) -> torch.Tensor:
     for batch in context.data or []:
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is not None:
-            seen = (ids if mask is None else ids[mask.bool()]).reshape(-1)
-            counts += seen.bincount(minlength=size)[:size]
+            tokens = (ids if mask is None else ids[mask.bool()]).reshape(-1)
+            counts += tokens.bincount(minlength=size)[:size]
     return counts
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a tensor; read when they are asked for."""
+    """Some rows of a tensor, read when they are loaded."""
 
     source: TensorSource
     ids: tuple[int, ...]
@@ -170,9 +172,9 @@ class _Rows:
 
 
 def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | str:
-    """Return the linears that make logits, or why they cannot be trimmed."""
+    """Return the linears that compute logits, or why they cannot be trimmed."""
     constant = depends_on_weights_alone(program)
-    found: dict[fx.Node, None] = {}
+    linears: dict[fx.Node, None] = {}
     work = [output]
     while work:
         node = work.pop()
@@ -182,7 +184,7 @@ def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | st
         if is_operator(node, "aten.linear"):
             if any(arguments(node)[n] not in (None, *constant) for n in ("weight", "bias")):
                 return f"{node.name} multiplies with something that depends on the input"
-            found[node] = None
+            linears[node] = None
         elif node in constant:
             return f"{node.name} is a weight of every token"
         elif is_operator(node, "aten.stack") and int(arguments(node)["dim"]) % value.dim() == value.dim() - 1:
@@ -191,7 +193,7 @@ def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | st
             return f"what follows the head, {node.name}, may depend on how many tokens there are"
         else:
             work += node.all_input_nodes
-    return list(found) if found else "no linear makes its logits"
+    return list(linears) if linears else "no linear makes its logits"
 
 
 def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
@@ -200,34 +202,36 @@ def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
     if isinstance(linears, str):
         raise PipelineError(f"the plan trims {name}, which cannot be: {linears}")
     now: dict[fx.Node, fx.Node] = {}
-    own: dict[fx.Node, fx.Node] = {}
+    trimmed: dict[fx.Node, fx.Node] = {}
     for linear in linears:
-        found = dict(arguments(linear))
-        for part in ("weight", "bias"):
-            if found[part] is not None:
-                if found[part] not in own:
-                    own[found[part]] = _own(program, name, found[part], kept)
-                found[part] = own[found[part]]
+        operands = dict(arguments(linear))
+        for name_of_operand in ("weight", "bias"):
+            if operands[name_of_operand] is not None:
+                if operands[name_of_operand] not in trimmed:
+                    trimmed[operands[name_of_operand]] = _trimmed_weight(
+                        program, name, operands[name_of_operand], kept
+                    )
+                operands[name_of_operand] = trimmed[operands[name_of_operand]]
         with program.edit.before(linear):
-            args, kwargs = normal_call(linear.target, found)
+            args, kwargs = normal_call(linear.target, operands)
             now[linear] = program.edit.call(linear.target, *args, **kwargs)
     order = list(program.graph.nodes)
     with program.edit.after(output):
         repeat_way(program, order[: order.index(output) + 1], now)
-    held = dict(program.outputs)
-    program.edit.set_outputs([now[output] if n == name else value for n, value in held.items()])
+    outputs = dict(program.outputs)
+    program.edit.set_outputs([now[output] if n == name else value for n, value in outputs.items()])
     program.edit.erase_dead([output])
-    for tensor in [n for n, node in program.checkpoint.items() if node in own and not node.users]:
-        # a folder is no way out any more, so nothing keeps a matrix that nobody multiplies with
+    for tensor in [n for n, node in program.checkpoint.items() if node in trimmed and not node.users]:
+        # export to a folder is blocked, so no unused matrix has to be kept for it
         del program.checkpoint[tensor]
     drop_unread_weights(program)
 
 
-def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
-    """Add the rows that stay of a head's matrix or bias, under a name by which recipes find what they train."""
-    known = program.weights.get(tensor.name)
-    source = known.source if known is not None else computed(program, tensor)[0]
-    name = known.name if known is not None else tensor.name
+def _trimmed_weight(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) -> fx.Node:
+    """Add the kept rows of a head's matrix or bias, under a name that training recipes recognise."""
+    weight = program.weights.get(tensor.name)
+    source = weight.source if weight is not None else computed(program, tensor)[0]
+    name = weight.name if weight is not None else tensor.name
     prefix = "draft." if output == ATTACHED[AttachedDraft] and not name.startswith("draft.") else ""
     stem = (
         f"{prefix}{name}"
@@ -238,8 +242,8 @@ def _own(program: Program, output: str, tensor: fx.Node, kept: Sequence[int]) ->
 
 
 def special_tokens(program: Program) -> set[int]:
-    """Return the tokens that a checkpoint names: begin, end, padding, and what its tokenizer adds."""
-    found: set[int] = set()
+    """Return the special tokens of a checkpoint: begin, end, padding, and those that its tokenizer adds."""
+    ids: set[int] = set()
     assets = program.origin.assets
     settings: list[Any] = [program.origin.config]
     for name in ("generation_config.json", "tokenizer.json"):
@@ -248,11 +252,11 @@ def special_tokens(program: Program) -> set[int]:
                 settings.append(json.loads(assets[name]))
             except ValueError:
                 continue
-    for given in settings:
-        for key, value in given.items():
+    for setting in settings:
+        for key, value in setting.items():
             if key.endswith("_token_id"):
-                found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
-        added = given.get("added_tokens")
+                ids.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+        added = setting.get("added_tokens")
         if isinstance(added, list):
-            found.update(t["id"] for t in added if isinstance(t, dict) and isinstance(t.get("id"), int))
-    return found
+            ids.update(t["id"] for t in added if isinstance(t, dict) and isinstance(t.get("id"), int))
+    return ids

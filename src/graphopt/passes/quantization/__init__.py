@@ -1,1 +1,1 @@
-"""What quantize measures: ranges of values, rounding fitted to data, and which matrices bear few bits."""
+"""Quantisation: ranges of values, rounding fitted to data, and which matrices tolerate few bits."""

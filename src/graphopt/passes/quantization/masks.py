@@ -1,4 +1,4 @@
-"""How far masks must be from the scores that they are added to: no nearer than hides, no farther than ranges can hold."""
+"""Values of additive masks: large enough to hide keys, and no larger than quantisation ranges allow."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 BEYOND = 20.0
-"""What is added to the widest row of scores: exp(-20) of a key that is not seen is left, at least."""
+"""Margin beyond the widest row of scores: hidden keys keep a weight of at most exp(-20)."""
 
 
 def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str]]:
-    """Return what each mask adds to scores of keys that are not seen, and what to say of those that somebody set.
+    """Return the sites that set each mask's value for hidden keys, and notes on values that were set explicitly.
 
-    A mask's number is the widest row of scores that calibration met (from its highest to its lowest score, before
-    masks), a quarter more, and ``BEYOND``.
+    The magnitude is 1.25 times the widest row of scores in calibration (from highest to lowest, before masks), plus
+    ``BEYOND``.
 
     Args:
-        program: fitted: masks are operators of their own.
+        program: legalised, so that masks are operators of their own.
         context: with calibration data.
     """
     readers = {
-        node: found for node in program.nodes
-        if is_operator(node, "graphopt.attention") and (found := _masks_of(arguments(node)["bias"]))[0]
+        node: terms for node in program.nodes
+        if is_operator(node, "graphopt.attention") and (terms := _masks_of(arguments(node)["bias"]))[0]
     }  # fmt: skip
     if not readers:
         return [], []
@@ -40,20 +40,20 @@ def mask_sites(program: Program, context: Context) -> tuple[list[Site], list[str
     sites, notes = [], []
     for mask in dict.fromkeys(mask for masks, _ in readers.values() for mask in masks):
         widest = max(spans.get(node, 0.0) for node, (masks, _) in readers.items() if mask in masks)
-        held = float(arguments(mask)["hidden"])
-        wanted = -(1.25 * widest + BEYOND)
-        if held == HIDDEN:
-            sites.append(Site(mask.name, what="mask", hidden=round(wanted, 3)))
-        elif held > -(widest + BEYOND / 2):
+        hidden = float(arguments(mask)["hidden"])
+        required = -(1.25 * widest + BEYOND)
+        if hidden == HIDDEN:
+            sites.append(Site(mask.name, what="mask", hidden=round(required, 3)))
+        elif hidden > -(widest + BEYOND / 2):
             notes.append(
-                f"{mask.name}: {held:g} is added to scores of hidden keys, and scores differ by up to {widest:.4g} in a "
-                f"row: keys may be seen through it; leave hidden out of fit-target, or let it be {wanted:.4g}"
+                f"{mask.name}: {hidden:g} is added to scores of hidden keys, and scores differ by up to {widest:.4g} in a "
+                f"row: keys may be seen through it; leave hidden out of fit-target, or set it to {required:.4g}"
             )
     return sites, notes
 
 
 def _masks_of(bias: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the masks that a bias has among its terms, and the other terms."""
+    """Return the masks among the terms of a bias, and the other terms."""
     masks: list[fx.Node] = []
     others: list[fx.Node] = []
     work = [bias] if bias is not None else []
@@ -72,20 +72,20 @@ def _spans(
     program: Program, context: Context, readers: dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]
 ) -> dict[fx.Node, float]:
     """Return the widest row of scores of each attention."""
-    asked: dict[fx.Node, Tensor] = {}
+    recorded: dict[fx.Node, Tensor] = {}
     for node, (_, others) in readers.items():
-        found = arguments(node)
-        asked |= dict.fromkeys([found["q"], found["k"], *others], torch.empty(0))
+        call = arguments(node)
+        recorded |= dict.fromkeys([call["q"], call["k"], *others], torch.empty(0))
     spans: dict[fx.Node, float] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        if node in asked:
-            asked[node] = value
+        if node in recorded:
+            recorded[node] = value
         if node in readers:
-            found = arguments(node)
-            scores = _scores(asked[found["q"]], asked[found["k"]], found["scale"], found["softcap"])
+            args = arguments(node)
+            scores = _scores(recorded[args["q"]], recorded[args["k"]], args["scale"], args["softcap"])
             for other in readers[node][1]:
-                scores = scores + asked[other].float()
+                scores = scores + recorded[other].float()
             widest = float((scores.amax(-1) - scores.amin(-1)).max())
             spans[node] = max(widest, spans.get(node, 0.0))
 

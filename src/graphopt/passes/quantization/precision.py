@@ -1,4 +1,4 @@
-"""Which matrices bear four bits: measured one by one, then together."""
+"""Choosing the matrices that tolerate four bits, by measuring them one by one, then together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 MARGIN = 0.5
-"""Share of the budget that is used up on calibration data, since other data judges."""
+"""Share of the budget that may be used on calibration data, since the result is judged on other data."""
 
 
 def bearing(
@@ -26,25 +26,24 @@ def bearing(
     metric: str,
     key: str,
 ) -> tuple[list[str], dict[str, float], float]:
-    """Return the matrices that are stored in few bits, what each of them costs alone, and the loss with all.
+    """Return the matrices to store in few bits, the loss from each alone, and the loss with all of them.
 
-    Matrices are taken in the order of what they cost by number saved, as many as keep the loss of the whole program on
-    calibration data within half of the budget: found by halving, so that a dozen evaluations do for a
-    thousand matrices.
+    Matrices are taken in order of loss per number saved, as many as keep the program's loss on calibration data
+    within half of the budget; a binary search needs a dozen evaluations for a thousand matrices.
 
     Args:
         program: in floats.
         context: with calibration data; its work directory keeps the measurements.
         matrices: names.
-        sizes: numbers in each.
+        sizes: number of elements of each.
         few: rounds one matrix of a program to few bits, in place.
-        all_of: makes the whole program with some matrices in few bits.
+        all_of: returns the program with some matrices in few bits.
         budget: largest relative loss.
-        metric: it is measured by.
+        metric: of the loss.
         key: of the measurements in the work directory.
     """
     judged = default_metric(program) if metric == "auto" else metric
-    # the distance to the original tells small changes apart that drown in the noise of a text's perplexity
+    # the distance to the original resolves small changes that are lost in the noise of a text's perplexity
     nearer = "kl" if judged == "perplexity" else judged
     alone = context.score(program, list(matrices), few, metric=nearer, key=key)
     least = min(alone.values(), default=0.0)
@@ -53,15 +52,15 @@ def bearing(
     def loss(count: int) -> float:
         return context.loss(all_of(order[:count]), program, metric=metric, judge=False)
 
-    low, high, found = 0, len(order), loss(len(order))
-    if found <= MARGIN * budget:
-        return order, alone, found
-    found = loss(0)
+    low, high, measured = 0, len(order), loss(len(order))
+    if measured <= MARGIN * budget:
+        return order, alone, measured
+    measured = loss(0)
     while high - low > 1:
         middle = (low + high) // 2
-        here = loss(middle)
-        if here <= MARGIN * budget:
-            low, found = middle, here
+        current = loss(middle)
+        if current <= MARGIN * budget:
+            low, measured = middle, current
         else:
             high = middle
-    return order[:low], alone, found
+    return order[:low], alone, measured

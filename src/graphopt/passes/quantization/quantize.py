@@ -1,4 +1,4 @@
-"""Every value that a device computes, and every weight, in few bits."""
+"""Quantisation of every value that a device computes, and of every weight."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ WHOLE = {8: ("int8", 127), 4: ("int4", 7)}
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """Store activations as integers of 8 or 16 bits and weights of 8 or 4: calibrated on data, judged on other data.
+    """Store activations as integers of 8 or 16 bits and weights in 8 or 4, calibrated on data and judged on other data.
 
-    Activations have one scale and zero point each, by the least and largest value that calibration met; values that are
-    only moved keep those of what they were. Matrices have a symmetric scale for each output channel, or for each block
-    of its inputs; four bits are fitted to what the matrix is multiplied with (GPTQ, arXiv 2210.17323). With ``mixed``
-    matrices that bear few bits worst, as measured, keep eight. Tables of embeddings, weights of norms and other constants
-    are stored as activations are. In PyTorch the program computes what the integers stand for; lowering writes
+    Each activation has one scale and zero point, from its smallest and largest value in calibration; values that are
+    only moved keep those of their source. Matrices have a symmetric scale for each output channel, or for each block
+    of its inputs; four-bit integers are fitted to the matrix's inputs (GPTQ, arXiv 2210.17323). With ``mixed``, the
+    matrices that lose most at four bits, as measured, keep eight. Embedding tables, norm weights and other constants
+    are stored like activations. In PyTorch the program computes the dequantised values; lowering writes
     QuantizeLinear and DequantizeLinear, and nothing else.
     """
 
@@ -69,18 +69,20 @@ class Quantize(Pass):
     block: int = option(0, help="inputs of a matrix that share a scale; 0: all of a row", low=0)
     rounding: str = option(
         "auto",
-        help="to which integers weights go; auto: fitted for 4 bits",
+        help="how weights are rounded; auto: fitted for 4 bits",
         choices=("auto", "nearest", "fitted"),
     )
-    mixed: bool = option(False, help="keep at 8 bits what bears 4 worst, until the loss is within the budget")
-    target: str | None = option(None, help="a device: what it does not take in so few bits is stored in more")
-    budget: float | None = option(None, help="largest relative loss", low=0)
-    metric: str = option(
-        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
+    mixed: bool = option(
+        False, help="keep the matrices that lose most at 4 bits at 8, until the loss is within the budget"
     )
+    target: str | None = option(
+        None, help="a device: what it does not support in so few bits is stored in more"
+    )
+    budget: float | None = option(None, help="largest relative loss", low=0)
+    metric: str = option("auto", help="metric of the loss", choices=("auto", "perplexity", "kl", "cosine"))
 
     def validate(self) -> None:
-        """The target must be known; mixing needs something to mix, and a budget."""
+        """Require a known target, and for mixed precision four bits and a budget."""
         if self.target is not None:
             try:
                 find_target(self.target)
@@ -93,7 +95,7 @@ class Quantize(Pass):
             )
 
     def promises(self) -> Contract:
-        """Judged by the metric asked for."""
+        """Return the contract with the requested metric."""
         return Approximate(self.metric)
 
     @property
@@ -101,9 +103,9 @@ class Quantize(Pass):
         return self.rounding == "fitted" or (self.rounding == "auto" and self.weights == 4)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Observe ranges on calibration data, give each value its scale, and each matrix its bits and integers."""
+        """Observe ranges on calibration data, and choose a scale for each value and bits and integers for each matrix."""
         plan = Plan()
-        why = "its matrices are chosen token by token, which has no form in few bits"
+        why = "its matrices are selected per token, which cannot be quantised"
         plan.refused = [
             Refused(n.name, why, program.source_line(n))
             for n in program.nodes if is_operator(n, "graphopt.routed_ffn", "graphopt.nested_ffn")
@@ -122,15 +124,15 @@ class Quantize(Pass):
         plan.sites += self._constants(program, tables)
         plan.notes += whole_matrices(tables, self.activations)
         plan.notes += silent_inputs(matrices, ranges)
-        found = self._plan_matrices(program, plan, matrices)
+        sites = self._plan_matrices(program, plan, matrices)
         where = ""
         if self._fits:
-            where = self._fit(program, context, found, matrices)
-            for site in found:
+            where = self._fit(program, context, sites, matrices)
+            for site in sites:
                 site.choices["integers"] = where
         if self.mixed:
-            self._mix(program, context, plan, found)
-        plan.sites += found
+            self._mix(program, context, plan, sites)
+        plan.sites += sites
         return plan
 
     def _plan_values(self, program: Program, plan: Plan, values: list[fx.Node], ranges: Ranges) -> None:
@@ -156,8 +158,8 @@ class Quantize(Pass):
                 usual = ranges.usual[node]
                 if scales[node][0] > usual > 0:
                     plan.notes.append(
-                        f"{node.name} reaches from {low:.4g} to {high:.4g}, and half of its numbers are below {usual:.4g}, "
-                        f"less than a step: they are lost; a mask's number would be nearer [{program.source_line(node)}]"
+                        f"{node.name} reaches from {low:.4g} to {high:.4g}, and half of its values are below {usual:.4g}, "
+                        f"less than a step: they are lost; a smaller mask value would help [{program.source_line(node)}]"
                     )
             plan.sites.append(
                 Site(node.name, what="value", dtype=dtype, scale=scales[node][0], zero_point=scales[node][1])
@@ -165,7 +167,7 @@ class Quantize(Pass):
         if plan.refused:
             raise PassRefusedError(
                 f"{self.name}: calibration never computed {plan.refused[0].block}",
-                hint="data that takes every way through the model",
+                hint="use data that covers every branch of the model",
             )
 
     def _constants(self, program: Program, tables: list[fx.Node]) -> list[Site]:
@@ -180,7 +182,7 @@ class Quantize(Pass):
     def _plan_matrices(
         self, program: Program, plan: Plan, matrices: dict[fx.Node, list[fx.Node]]
     ) -> list[Site]:
-        """Give each matrix the bits and blocks asked for, or what the target takes of them."""
+        """Return a site for each matrix with the requested bits and blocks, as far as the target supports them."""
         target = find_target(self.target) if self.target is not None else None
         sites = []
         for node, users in matrices.items():
@@ -194,30 +196,30 @@ class Quantize(Pass):
                 )
                 block = 0
             if target is not None:
-                bits, block, said = _taken(target, users, bits, self.activations, block)
-                plan.notes += [f"{node.name}: {s}" for s in said]
+                bits, block, notes = _supported_precision(target, users, bits, self.activations, block)
+                plan.notes += [f"{node.name}: {s}" for s in notes]
             sites.append(Site(node.name, what="matrix", dtype=WHOLE[bits][0], block_size=block))
         return sites
 
     def _fit(
         self, program: Program, context: Context, sites: list[Site], matrices: dict[fx.Node, list[fx.Node]]
     ) -> str:
-        """Return where the integers are kept that were fitted to calibration data."""
+        """Fit integers to calibration data and return where they are stored."""
         by_name = {n.name: n for n in matrices}
-        found: dict[str, torch.Tensor] = {}
-        chosen = {s.block: s for s in sites}
+        rounded: dict[str, torch.Tensor] = {}
+        by_block = {s.block: s for s in sites}
         for node, moments in Moments(program, context).each(by_name[s.block] for s in sites):
-            site = chosen[node.name]
+            site = by_block[node.name]
             weight, high = constant_value(program, node), dict(WHOLE.values())[site["dtype"]]
             scale = matrix_scales(weight, high, int(site["block_size"]))
             rows = weight.flatten(1).chunk(moments.shape[0]), scale.chunk(moments.shape[0])
-            parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
-            found[node.name] = torch.cat(parts).reshape(weight.shape)
-            found[f"{node.name}.steps"] = scale
-        return keep(found, context.work_dir, "integers")
+            rounded_parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
+            rounded[node.name] = torch.cat(rounded_parts).reshape(weight.shape)
+            rounded[f"{node.name}.steps"] = scale
+        return keep(rounded, context.work_dir, "integers")
 
     def _mix(self, program: Program, context: Context, plan: Plan, sites: list[Site]) -> None:
-        """Keep at eight bits what bears four worst."""
+        """Keep the matrices that lose most at four bits at eight."""
         by_name = {s.block: s for s in sites if s["dtype"] == "int4"}
         eight = {
             n: Site(n, what="matrix", dtype="int8", block_size=s["block_size"]) for n, s in by_name.items()
@@ -228,22 +230,22 @@ class Quantize(Pass):
             _round_matrix(edited, node, by_name[name])
 
         def all_of(names: Sequence[str]) -> Program:
-            made = self.copied(program)
-            chosen = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
-            self.rewrite(made, Plan(sites=[*plan.sites, *chosen]))
-            return made
+            copy = self.copied(program)
+            mixed = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
+            self.rewrite(copy, Plan(sites=[*plan.sites, *mixed]))
+            return copy
 
         sizes = {n.name: n.meta["val"].numel() for n in program.graph.nodes if n.name in by_name}
         assert self.budget is not None
-        taken, alone, loss = bearing(
+        four_bit, alone, loss = bearing(
             program, context, list(by_name), sizes, few, all_of, self.budget, self.metric, str(self)
         )
         for site in sites:
-            if site.block in eight and site.block not in taken:
+            if site.block in eight and site.block not in four_bit:
                 site.choices = dict(eight[site.block].choices)
         plan.scores = {name: alone[name] for name in by_name}
         plan.notes.append(
-            f"{len(taken)} of {len(by_name)} matrices bear 4 bits, {sum(sizes[n] for n in taken)} of "
+            f"{len(four_bit)} of {len(by_name)} matrices are stored in 4 bits, {sum(sizes[n] for n in four_bit)} of "
             f"{sum(sizes.values())} numbers; loss on calibration data {loss:.3g}, budget {self.budget:g}"
         )
 
@@ -255,7 +257,7 @@ class Quantize(Pass):
                 program.edit.change(nodes[site.block], hidden=float(site["hidden"]))
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the rounding behind each value and weight, and masks where ranges hold them."""
+        """Insert rounding after each value and weight, and set masks to values within the ranges."""
         if not plan.sites:
             return
         edit, host = program.edit, host_nodes(program)
@@ -266,17 +268,17 @@ class Quantize(Pass):
             if site["what"] == "mask":
                 continue
             if site["what"] == "matrix":
-                made = _round_matrix(program, node, site)
+                replacement = _round_matrix(program, node, site)
             else:
                 with edit.after(node):
-                    made = edit.call(
+                    replacement = edit.call(
                         dialect.fake_quantize.default, node, float(site["scale"]), int(site["zero_point"]),
                         dtype=site["dtype"],
                     )  # fmt: skip
-                edit.replace(node, made, record=False)
-            for user in [u for u in made.users if u in host]:
-                # what a host makes of a value is made of it as it was
-                user.replace_input_with(made, node)
+                edit.replace(node, replacement, record=False)
+            for user in [u for u in replacement.users if u in host]:
+                # the host reads the value without rounding
+                user.replace_input_with(replacement, node)
         counts = {w: sum(s["what"] == w for s in plan.sites) for w in ("value", "matrix", "constant")}
         few = sum(s["what"] == "matrix" and s["dtype"] == "int4" for s in plan.sites)
         weights = "4" if few == counts["matrix"] else "8" if not few else "4or8"
@@ -286,42 +288,42 @@ class Quantize(Pass):
 
 
 def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
-    """Put a matrix's rounding behind it, to the nearest integers or to those that were kept."""
+    """Insert rounding after a matrix, to the nearest integers or to the stored ones."""
     edit, high = program.edit, dict(WHOLE.values())[site["dtype"]]
     weight = constant_value(program, node)
-    known = program.weights.get(node.name)
-    name = known.name if known is not None else node.name
+    stored = program.weights.get(node.name)
+    name = stored.name if stored is not None else node.name
     steps = matrix_scales(weight, high, int(site.choices.get("block_size", 0)))
     scale = edit.add_weight(f"{name}_quantize_scale", steps, kind="buffer")
     integers = None
     where = site.choices.get("integers")
     fitted_before = kept(str(where)) if where else {}
     if node.name in fitted_before:
-        whole = fitted_before[node.name]
+        fitted_integers = fitted_before[node.name]
         if not torch.equal(fitted_before[f"{node.name}.steps"], steps):
             raise PipelineError(
                 f"the integers of {node.name} were fitted to other steps than {site['dtype']} has in the plan",
                 hint="plan again with the bits and blocks that you want, or remove integers from the site",
             )
-        # where the nearest are the fitted ones, nothing has to be kept
-        if not torch.equal(whole.flatten(1), nearest(weight, steps, high)):
-            integers = edit.add_weight(f"{name}_quantize_integers", whole, kind="buffer")
-    # where it is first read: together at the top of the graph, all matrices would be held twice
+        # if the fitted integers are the nearest ones, nothing has to be stored
+        if not torch.equal(fitted_integers.flatten(1), nearest(weight, steps, high)):
+            integers = edit.add_weight(f"{name}_quantize_integers", fitted_integers, kind="buffer")
+    # next to the first reader: at the top of the graph, all matrices would be in memory twice
     readers = set(node.users)
     first = next(n for n in program.graph.nodes if n in readers) if readers else node.next
     with edit.before(first):
-        made = edit.call(
+        replacement = edit.call(
             dialect.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
         )
-    edit.replace(node, made, record=False)
-    return made
+    edit.replace(node, replacement, record=False)
+    return replacement
 
 
-def _taken(
+def _supported_precision(
     target: Target, users: list[fx.Node], bits: int, activations: int, block: int
 ) -> tuple[int, int, list[str]]:
-    """Return the bits and blocks that a target takes for a matrix, no more than asked for, and what it does not take."""
-    said: list[str] = []
+    """Return the bits and block size that a target supports for a matrix, and notes on what it does not support."""
+    notes: list[str] = []
     kinds = {_onnx_operator(u): u.meta["val"].dim() for u in users}
 
     def refused(bits: int) -> str:
@@ -330,21 +332,21 @@ def _taken(
 
     why = refused(bits)
     if bits == 4 and why:
-        said.append(f"8 bits, since {why}")
+        notes.append(f"8 bits, since {why}")
         bits = 8
     elif why:
-        said.append(f"lowering will refuse it: {why}")
+        notes.append(f"lowering will refuse it: {why}")
     kind = f"w{bits}a{activations}"
     if block and not all(target.takes_blocks(name, kind) for name in kinds):
-        said.append(
-            f"a scale for each channel, since {target.name} takes no blocks of inputs for it in {kind}"
+        notes.append(
+            f"a scale for each channel, since {target.name} supports no blocks of inputs for it in {kind}"
         )
         block = 0
-    return bits, block, said
+    return bits, block, notes
 
 
 def _onnx_operator(node: fx.Node) -> str:
     if not is_operator(node, "aten.linear"):
         return "Conv"
-    found = arguments(node)
-    return "Gemm" if found["bias"] is not None and node.meta["val"].dim() == 2 else "MatMul"
+    args = arguments(node)
+    return "Gemm" if args["bias"] is not None and node.meta["val"].dim() == 2 else "MatMul"

@@ -1,4 +1,4 @@
-"""Ranges of values on calibration data, and the steps that come of them."""
+"""Ranges of values on calibration data, and the resulting quantisation steps."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 _SAMPLE = 1 << 20
-"""Numbers of a value of which the middle one is sought; sorted are several copies, and logits are many."""
+"""Largest sample of a value for its median, since sorting needs several copies and logits are large."""
 
 
 @dataclass
 class Ranges:
-    """What calibration met.
+    """Ranges observed in calibration.
 
     Attributes:
-        of: least and largest number of each value.
-        usual: what half of the numbers of each value that are not zero are below, on the first of the data.
-        silent: for values whose features were asked for, which of them were zero throughout.
+        of: smallest and largest element of each value.
+        usual: median magnitude of the non-zero elements of each value, on the first batch.
+        silent: which of the watched features of a value were always zero.
     """
 
     of: dict[fx.Node, tuple[float, float]] = field(default_factory=dict)
@@ -41,18 +41,18 @@ class Ranges:
 def watch(
     program: Program, context: Context, see: Callable[[fx.Node, torch.Tensor], None], what: str
 ) -> None:
-    """Show every value that a program computes on calibration data, inputs included; caches and states are carried."""
+    """Call ``see`` with every value on calibration data, inputs included; caches and recurrent state are carried over."""
 
     def hook(node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.numel():
             see(node, value)
         return value
 
-    def step(given: dict[str, torch.Tensor]) -> Mapping[str, Any]:
+    def step(inputs: dict[str, torch.Tensor]) -> Mapping[str, Any]:
         for name, node in program.input_nodes.items():
-            if name in given:
-                hook(node, given[name])
-        return interpret(program, given, hook=hook)
+            if name in inputs:
+                hook(node, inputs[name])
+        return interpret(program, inputs, hook=hook)
 
     batches, carries = context.batches(), bool(states_of(program))
     context.progress.start(what, len(batches))
@@ -71,50 +71,50 @@ def watch(
 def observe(
     program: Program, context: Context, values: list[fx.Node], features: Mapping[fx.Node, int]
 ) -> Ranges:
-    """Return the ranges of values, and which features of some were never anything but zero.
+    """Return the ranges of values, and which features of some were always zero.
 
     Args:
         program: not changed.
         context: with calibration data.
         values: to be stored in few bits.
-        features: the dimension of features of values that matrices read.
+        features: the feature dimension of values that matrices read.
     """
-    wanted, found = set(values), Ranges()
+    watched, ranges = set(values), Ranges()
 
     def see(node: fx.Node, value: torch.Tensor) -> None:
-        if node in wanted:
+        if node in watched:
             low, high = (float(v) for v in value.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise PassRefusedError(
-                    f"{node.name} is infinite or no number on calibration data, for which integers have no step",
-                    hint="a mask of minus infinity: let it be a large number; else the data or the model is broken",
+                    f"{node.name} is infinite or NaN on calibration data, which integers cannot represent",
+                    hint="use a large finite number for a mask of minus infinity; else the data or the model is broken",
                     node=node.name, source=program.source_line(node),
                 )  # fmt: skip
-            if node not in found.usual:
+            if node not in ranges.usual:
                 flat = value.reshape(-1)
                 flat = flat[:: -(-flat.numel() // _SAMPLE)]
                 numbers = flat[flat != 0].abs()
-                found.usual[node] = float(numbers.median()) if numbers.numel() else 0.0
-            before = found.of.get(node, (low, high))
-            found.of[node] = (min(low, before[0]), max(high, before[1]))
+                ranges.usual[node] = float(numbers.median()) if numbers.numel() else 0.0
+            before = ranges.of.get(node, (low, high))
+            ranges.of[node] = (min(low, before[0]), max(high, before[1]))
         if node in features:
             others = [d for d in range(value.dim()) if d != features[node] % value.dim()]
             zero = (value == 0).all(dim=others) if others else value == 0
-            found.silent[node] = found.silent[node] & zero if node in found.silent else zero
+            ranges.silent[node] = ranges.silent[node] & zero if node in ranges.silent else zero
 
     watch(program, context, see, "observing ranges")
     for name in states_of(program):
         # what comes back has the steps it left with, or it would be rounded anew at every token
         pair = [program.input_nodes[name], program.outputs[f"next_{name}"]]
-        known = [found.of[node] for node in pair if node in found.of]
+        pair_ranges = [ranges.of[node] for node in pair if node in ranges.of]
         for node in pair:
-            if node in found.of:
-                found.of[node] = (min(low for low, _ in known), max(high for _, high in known))
-    return found
+            if node in ranges.of:
+                ranges.of[node] = (min(low for low, _ in pair_ranges), max(high for _, high in pair_ranges))
+    return ranges
 
 
 def scale_of(low: float, high: float, steps: int) -> tuple[float, int]:
-    """Return what a step is worth, and the integer of zero, for a range that is made to have zero in it."""
+    """Return the scale and zero point of a range, after extending it to include zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, 1e-8) / steps
     return scale, round(-low / scale)

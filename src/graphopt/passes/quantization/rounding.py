@@ -1,4 +1,4 @@
-"""Integers for a matrix: the nearest, or fitted to what it is multiplied with (GPTQ, arXiv 2210.17323)."""
+"""Rounding a matrix to integers: the nearest, or fitted to its inputs (GPTQ, arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Key = tuple[object, ...]
 DAMPING = 0.01
 """Added to the diagonal of second moments, as a share of its mean (the paper's)."""
 MEMORY = 1 << 30
-"""Bytes of second moments that are gathered in one run over the data."""
+"""Largest size in bytes of the second moments gathered in one run over the data."""
 
 
 def matrix_scales(weight: Tensor, high: int, block: int) -> Tensor:
-    """Return what a step is worth, by row or by row and block of inputs: the largest value is the largest integer.
+    """Return the scales of a matrix, by row or by row and block of inputs: the largest value maps to the largest integer.
 
     Args:
         weight: (outputs, ...).
         high: largest integer.
-        block: inputs that share a scale; 0: all.
+        block: number of inputs that share a scale; 0: all.
 
     Returns:
         (outputs,) or (outputs, blocks).
@@ -41,15 +41,15 @@ def matrix_scales(weight: Tensor, high: int, block: int) -> Tensor:
 
 
 def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
-    """Return integers for which the product with the inputs, rather than each weight, changes least.
+    """Return integers that change the product with the inputs, rather than each weight, as little as possible.
 
-    Column after column is rounded to the nearest step, and what that changes is made up for by the columns that are not
-    rounded yet, in the order of how much their inputs count.
+    Columns are rounded to the nearest step one at a time, in order of the magnitude of their inputs, and the columns
+    that are not rounded yet compensate for the error.
 
     Args:
         weight: (outputs, inputs); of a grouped convolution the outputs of one group.
         scale: (outputs,) or (outputs, blocks).
-        moments: (inputs, inputs), sum over calibration data of products of inputs.
+        moments: (inputs, inputs), products of inputs summed over calibration data.
         high: largest integer; the range is symmetric.
 
     Returns:
@@ -68,16 +68,16 @@ def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
         if not int(failed):
             break
         damping = damping * 10
-    # the rows of this factor of the inverse say how much later columns make up
+    # the rows of this factor of the inverse tell how much later columns compensate
     spread = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    made = torch.empty_like(values)
+    result = torch.empty_like(values)
     for column in range(values.shape[1]):
-        made[:, column] = (values[:, column] / steps[:, column]).round().clamp(-high, high)
-        error = (values[:, column] - made[:, column] * steps[:, column]) / spread[column, column]
+        result[:, column] = (values[:, column] / steps[:, column]).round().clamp(-high, high)
+        error = (values[:, column] - result[:, column] * steps[:, column]) / spread[column, column]
         values[:, column:] -= error[:, None] * spread[column, column:][None]
-    whole = torch.empty_like(made)
-    whole[:, order] = made
-    return whole.to(torch.int8)
+    integers = torch.empty_like(result)
+    integers[:, order] = result
+    return integers.to(torch.int8)
 
 
 def nearest(weight: Tensor, scale: Tensor, high: int) -> Tensor:
@@ -95,28 +95,28 @@ def _spread(scale: Tensor, inputs: int) -> Tensor:
 
 
 class Moments:
-    """Second moments of what matrices are multiplied with; matrices that read one value share theirs."""
+    """Second moments of the inputs of matrices; matrices that read the same value share them."""
 
     def __init__(self, program: Program, context: Context):
         self.program, self.context = program, context
 
     def each(self, matrices: Iterable[fx.Node]) -> Iterable[tuple[fx.Node, Tensor]]:
-        """Yield each matrix with its moments, (groups, inputs, inputs); as many at once as memory holds.
+        """Yield each matrix with its moments, (groups, inputs, inputs), gathering as many at a time as memory allows.
 
         Args:
             matrices: weights of linear operators and convolutions.
         """
         waves: list[dict[Key, list[fx.Node]]] = [{}]
-        held = 0
+        memory = 0
         for matrix in matrices:
             readers = [n for n in matrix.users if _multiplies(n, matrix)]
             key: Key = tuple(sorted({_reading(n) for n in readers}, key=str))
             size = _groups(readers[0]) * (matrix.meta["val"][0].numel() ** 2) * 8
             if key not in waves[-1]:
-                if held and held + size > MEMORY:
+                if memory and memory + size > MEMORY:
                     waves.append({})
-                    held = 0
-                held += size
+                    memory = 0
+                memory += size
             waves[-1].setdefault(key, []).append(matrix)
         for number, wave in enumerate(waves):
             if not wave:
@@ -132,9 +132,9 @@ class Moments:
                 node: fx.Node,
                 value: Tensor,
                 into: dict[Key, Tensor] = sums,
-                asked: object = by_node,
+                requested: object = by_node,
             ) -> None:
-                for key, reader in asked.get(node, ()):  # type: ignore[attr-defined]
+                for key, reader in requested.get(node, ()):  # type: ignore[attr-defined]
                     rows = _rows(reader, value)
                     product = rows.transpose(1, 2) @ rows
                     into[key] = into[key] + product if key in into else product
@@ -151,8 +151,8 @@ def _multiplies(node: fx.Node, matrix: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    found: fx.Node = arguments(node)["input"]
-    return found
+    source: fx.Node = arguments(node)["input"]
+    return source
 
 
 def _groups(node: fx.Node) -> int:
@@ -160,36 +160,36 @@ def _groups(node: fx.Node) -> int:
 
 
 def _reading(node: fx.Node) -> Key:
-    """Return what decides how a node reads its input."""
+    """Return the parameters that determine how a node reads its input."""
     if is_operator(node, "aten.linear"):
         return (_source(node).name,)
-    found = arguments(node)
-    shape = tuple(int(s) for s in found["weight"].meta["val"].shape[1:])
-    places = tuple(str(found[n]) for n in ("stride", "padding", "dilation", "groups"))
-    return (_source(node).name, shape, *places)
+    args = arguments(node)
+    shape = tuple(int(s) for s in args["weight"].meta["val"].shape[1:])
+    geometry = tuple(str(args[n]) for n in ("stride", "padding", "dilation", "groups"))
+    return (_source(node).name, shape, *geometry)
 
 
 def _rows(node: fx.Node, value: Tensor) -> Tensor:
-    """Return what each output is a product with, (groups, rows, inputs), float64."""
+    """Return the input vectors of the matrix product, (groups, rows, inputs), in float64."""
     value = value.double()
     if is_operator(node, "aten.linear"):
         return value.reshape(1, -1, value.shape[-1])
-    found = arguments(node)
-    kernel = [int(s) for s in found["weight"].meta["val"].shape[2:]]
+    args = arguments(node)
+    kernel = [int(s) for s in args["weight"].meta["val"].shape[2:]]
     if value.dim() == len(kernel) + 1:
         value = value[None]
-    dilation, stride = ([int(v) for v in found[n]] for n in ("dilation", "stride"))
-    sides = _sides(found["padding"], kernel, dilation)
-    value = torch.nn.functional.pad(value, [p for side in reversed(sides) for p in side])
-    for place, (size, apart, step) in enumerate(zip(kernel, dilation, stride, strict=True), start=2):
+    dilation, stride = ([int(v) for v in args[n]] for n in ("dilation", "stride"))
+    padding = _sides(args["padding"], kernel, dilation)
+    value = torch.nn.functional.pad(value, [p for before_after in reversed(padding) for p in before_after])
+    for dim, (size, apart, step) in enumerate(zip(kernel, dilation, stride, strict=True), start=2):
         # a new last dimension for the kernel's entries
-        value = value.unfold(place, apart * (size - 1) + 1, step)[..., ::apart]
+        value = value.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
     groups, dims = _groups(node), len(kernel)
     value = value.reshape(len(value), groups, -1, *value.shape[2:])
-    # (batch, groups, channels, places..., kernel...) to (groups, batch, places..., channels, kernel...)
+    # (batch, groups, channels, positions..., kernel...) to (groups, batch, positions..., channels, kernel...)
     order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
     moved = value.permute(order)
-    return moved.reshape(groups, -1, int(found["weight"].meta["val"][0].numel()))
+    return moved.reshape(groups, -1, int(args["weight"].meta["val"][0].numel()))
 
 
 def _sides(padding: object, kernel: list[int], dilation: list[int]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What of a program is stored in few bits: values that a device computes, matrices, and tables of other constants."""
+"""What is quantised in a program: values that a device computes, matrices, and tables of other constants."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from ...targets.partition import border, host_nodes
 from .ranges import Ranges
 
 MATRICES = named(Trait.CONVOLUTION) | {"aten.linear"}
-"""What a device computes with a weight that has a scale for each row."""
+"""Operators whose weight has a scale for each row."""
 _PRODUCTS = Trait.PRODUCT | Trait.CONVOLUTION | Trait.TRANSPOSED
 
 
 def values_of(program: Program) -> list[fx.Node]:
-    """Return the numbers that a device computes or is given, in order."""
+    """Return the floating-point values that a device computes or receives, in order."""
     constant, host = _settled(program), host_nodes(program)
-    given = set(border(program))
-    found = []
+    boundary = set(border(program))
+    values = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node in constant or node.op == "output" or not isinstance(value, torch.Tensor):
             continue
         numbers = value.dtype.is_floating_point and str(node.meta.get("input")) not in program.dials
-        # what only a host reads, for its shape, is no value of the device
-        read = any(user not in host for user in node.users)
-        if numbers and read and (node not in host or node in given):
-            found.append(node)
-    return found
+        # a value that only the host reads, for its shape, is not computed on the device
+        leaves_host = any(user not in host for user in node.users)
+        if numbers and leaves_host and (node not in host or node in boundary):
+            values.append(node)
+    return values
 
 
 def moved(node: fx.Node) -> fx.Node | None:
-    """Return what a value was before it was moved, if that is all that happened to it."""
+    """Return the source of a value that was only moved, else None."""
     if not has(node, Trait.MOVEMENT):
         return None
     if has(node, Trait.PADDING) and arguments(node)["value"]:
-        return None  # the source's range need not hold what is put beside it
+        return None  # the source's range may not include the values joined to it
     sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
     if len(sources) != 1:
         return None
@@ -48,27 +48,27 @@ def moved(node: fx.Node) -> fx.Node | None:
 
 
 def matrices_of(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Return the weights of linear operators and convolutions that a device computes, with those operators."""
+    """Return the weights of linear operators and convolutions on the device, with those operators."""
     constant, host = _settled(program), host_nodes(program)
     first: set[fx.Node] = set()
-    found: dict[fx.Node, list[fx.Node]] = {}
+    matrices: dict[fx.Node, list[fx.Node]] = {}
     for node in program.nodes:
         if node in constant or node in host or node.op != "call_function":
             continue
         for name, value in arguments(node).items():
             if isinstance(value, fx.Node) and value in constant and value.meta["val"].dtype.is_floating_point:
                 matrix = name == "weight" and is_operator(node, *MATRICES)
-                if matrix and (value in found or value not in first):
-                    found.setdefault(value, []).append(node)
+                if matrix and (value in matrices or value not in first):
+                    matrices.setdefault(value, []).append(node)
                 if not (name == "bias" and is_operator(node, *MATRICES)):
                     first.add(value)
-    return found
+    return matrices
 
 
 def tables_of(program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
-    """Return the other constant numbers that a device reads, without the biases of matrices."""
+    """Return the other floating-point constants that a device reads, without the biases of matrices."""
     constant, host = _settled(program), host_nodes(program)
-    found: dict[fx.Node, None] = {}
+    tables: dict[fx.Node, None] = {}
     for node in program.nodes:
         if node in constant or node in host or node.op != "call_function":
             continue
@@ -77,12 +77,12 @@ def tables_of(program: Program, matrices: dict[fx.Node, list[fx.Node]]) -> list[
                 continue
             bias = name == "bias" and is_operator(node, *MATRICES)
             if value.meta["val"].dtype.is_floating_point and not bias:
-                found[value] = None
-    return list(found)
+                tables[value] = None
+    return list(tables)
 
 
 def whole_matrices(tables: list[fx.Node], bits: int) -> list[str]:
-    """Return what to say of matrices that are stored as tables are: in more bits, with one scale for all."""
+    """Return notes on matrices that are stored like tables: in more bits, with a single scale."""
     notes = []
     for value in tables:
         readers = [u for u in value.users if has(u, _PRODUCTS) or is_operator(u, "aten.linear")]
@@ -98,44 +98,44 @@ def whole_matrices(tables: list[fx.Node], bits: int) -> list[str]:
 
 
 def _settled(program: Program) -> set[fx.Node]:
-    """Return what no input reaches: weights, what is made of them, and tables of equal numbers."""
+    """Return values that depend on no input: weights, values computed from them, and constant tables."""
     reached: set[fx.Node] = set()
     for node in program.graph.nodes:
-        given = node.op == "placeholder" and node.name not in program.weights
-        if given or any(n in reached for n in node.all_input_nodes):
+        is_input = node.op == "placeholder" and node.name not in program.weights
+        if is_input or any(n in reached for n in node.all_input_nodes):
             reached.add(node)
     return {n for n in program.graph.nodes if n not in reached}
 
 
 def constant_value(program: Program, node: fx.Node) -> torch.Tensor:
-    """Return what a weight is, or what is made of weights."""
+    """Return the value of a weight, or of a node computed from weights."""
     if node.op == "placeholder":
         return program.weights[node.name].source.load()
-    found: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
-    return found
+    value: torch.Tensor = interpret(program, {}, record=[node], stop=True)[node.name]
+    return value
 
 
 def features_of(node: fx.Node) -> tuple[fx.Node, int]:
-    """Return what a matrix is multiplied with, and its dimension of features."""
-    found = arguments(node)
+    """Return the input of a matrix and its feature dimension."""
+    args = arguments(node)
     if is_operator(node, "aten.linear"):
-        return found["input"], -1
-    return found["input"], found["input"].meta["val"].dim() - found["weight"].meta["val"].dim() + 1
+        return args["input"], -1
+    return args["input"], args["input"].meta["val"].dim() - args["weight"].meta["val"].dim() + 1
 
 
 def silent_inputs(matrices: dict[fx.Node, list[fx.Node]], ranges: Ranges) -> list[str]:
-    """Return what to say of inputs that calibration never excited."""
+    """Return notes on input channels that calibration never excited."""
     notes = []
     for node, users in matrices.items():
         for user in users:
             silent = ranges.silent.get(features_of(user)[0])
             if silent is not None and 0 < int(silent.sum()) < silent.numel():
-                places = silent.nonzero().flatten().tolist()
-                shown = ", ".join(map(str, places[:6])) + (", ..." if len(places) > 6 else "")
+                indices = silent.nonzero().flatten().tolist()
+                shown = ", ".join(map(str, indices[:6])) + (", ..." if len(indices) > 6 else "")
                 notes.append(
-                    f"{node.name}: {len(places)} of {silent.numel()} input channels ({shown}) are zero on all calibration "
-                    "data: nothing is known of their range, and their weights are rounded to the nearest; give data "
-                    "that excites them, if they live"
+                    f"{node.name}: {len(indices)} of {silent.numel()} input channels ({shown}) are zero on all calibration "
+                    "data: their range is unknown, and their weights are rounded to the nearest; give data "
+                    "that excites them, if they are in use"
                 )
                 break
     return notes

@@ -1,1 +1,1 @@
-"""Parts of sharding: cutting values, placing blocks, merging sums."""
+"""Tensor parallelism: sharding blocks, merging reductions, dropping and quantising them."""

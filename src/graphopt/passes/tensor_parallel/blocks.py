@@ -1,4 +1,4 @@
-"""Which blocks of a model can be cut over ranks, and cutting them."""
+"""Which blocks of a model can be sharded over ranks, and sharding them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LARGE_TABLE = 64 << 20
 
 
 def possible_sizes(program: Program) -> list[int]:
-    """Return the numbers of ranks over which all heads divide."""
+    """Return the numbers of ranks that divide all heads evenly."""
     heads = [b.sizes["heads"] for b in program.anatomy.attention if "heads" in b.sizes]
     return [n for n in range(2, max(heads, default=1) + 1) if all(h % n == 0 for h in heads)]
 
 
 class Placer:
-    """Cuts the blocks of one program."""
+    """Shards the blocks of one program."""
 
     def __init__(self, program: Program, options: ShardTensorParallel):
         self.program = program
@@ -44,10 +44,10 @@ class Placer:
         self.ends = {"embedding": list(program.anatomy.embedding), "head": list(program.anatomy.head)}
         self.wanted = read_plan(options.huggingface_plan) if options.huggingface_plan else None
         self.failed = False
-        """Whether a block could not be cut after all, of which the graph holds what was begun."""
+        """Whether sharding a block failed midway, so that the graph has unfinished changes."""
 
     def plan(self) -> Plan:
-        """Cut everything that can be cut, in the order of the graph, and say what was."""
+        """Shard everything that can be sharded, in the order of the graph, and return the plan."""
         plan = Plan()
         for name, block in self.blocks.items():
             site = self._site(block)
@@ -56,8 +56,8 @@ class Placer:
                 continue
             before = len(self.cutter.whole)
             try:
-                self._cut_block(block, site)
-            except _CannotCut as problem:
+                self._shard_block(block, site)
+            except _CannotShard as problem:
                 self.failed = True
                 plan.refused.append(Refused(name, str(problem), self.program.source_line(block.term)))
                 continue
@@ -65,8 +65,10 @@ class Placer:
             inside = set(block.nodes)
             for node, reason in self.cutter.whole[before:]:
                 if node not in inside:
-                    continue  # position biases and masks, which cost little
-                plan.notes.append(f"{name}: {node.name} is computed whole on every rank, then cut: {reason}")
+                    continue  # position biases and masks, which are cheap
+                plan.notes.append(
+                    f"{name}: {node.name} is computed in full on every rank, then sharded: {reason}"
+                )
         for name in ("embedding", "head"):
             for node in self.ends[name]:
                 site = self._end(name, node)
@@ -85,7 +87,9 @@ class Placer:
             "attention": self._attention_site, "ffn": self._ffn_site, "experts": self._experts_site,
         }  # fmt: skip
         if block.kind not in kinds:
-            return f"it is no attention, feed-forward or mixture ({block.kind}); every rank computes it whole"
+            return (
+                f"it is no attention, feed-forward or MoE layer ({block.kind}); every rank computes all of it"
+            )
         if self.wanted is not None:
             refusal = chosen_by(self.wanted, self.program, block)
             if refusal:
@@ -94,10 +98,10 @@ class Placer:
 
     def _attention_site(self, block: Block) -> Site | str:
         if self.options.attention == "replicate":
-            return "attention=replicate keeps it whole"
+            return "attention=replicate keeps it replicated"
         core, out = block.parts.get("core"), block.parts.get("o")
         if core is None:
-            return "its scores were not recognised as one attention operator; every rank computes it whole"
+            return "its scores were not recognised as one attention operator; every rank computes all of it"
         if out is None or not is_operator(out, "aten.linear"):
             return "no linear reads its heads"
         heads, shared = block.sizes["heads"], block.sizes["kv_heads"]
@@ -123,18 +127,18 @@ class Placer:
     def _experts_site(self, block: Block) -> Site | str:
         core = block.parts.get("core")
         if core is None:
-            return "its experts were not recognised as one operator; every rank computes it whole"
-        found = arguments(core)
-        inner = int(found["down"].meta["val"].shape[1 if found["transposed"] else 2])
-        count = int(found["up"].meta["val"].shape[0])
+            return "its experts were not recognised as one operator; every rank computes all of it"
+        args = arguments(core)
+        inner = int(args["down"].meta["val"].shape[1 if args["transposed"] else 2])
+        count = int(args["up"].meta["val"].shape[0])
         how = self.options.experts
         if how == "auto":
             how = "width" if inner % self.ranks == 0 else "expert"
         if how == "replicate":
-            return "experts=replicate keeps it whole"
-        number, what = (inner, "width") if how == "width" else (count, "experts")
+            return "experts=replicate keeps it replicated"
+        number, unit = (inner, "width") if how == "width" else (count, "experts")
         if number % self.ranks:
-            return f"its {what} of {number} do not divide over {self.ranks} ranks"
+            return f"its {unit} of {number} do not divide over {self.ranks} ranks"
         return Site(block.name, by=how, share=number // self.ranks)
 
     def _end(self, name: str, node: fx.Node) -> Site | str:
@@ -158,7 +162,7 @@ class Placer:
     # -- cutting --------------------------------------------------------------------------------------
 
     def cut(self, site: Site) -> None:
-        """Cut one site.
+        """Shard one site.
 
         Raises:
             PipelineError: the program has no such site.
@@ -169,7 +173,7 @@ class Placer:
                 raise PipelineError(
                     f"the plan names {site.block!r}, which is no {site['part']} of this program"
                 )
-            (self._cut_table if site["part"] == "embedding" else self._cut_head)(nodes[site.block])
+            (self._shard_table if site["part"] == "embedding" else self._shard_head)(nodes[site.block])
             return
         block = self.blocks.get(site.block)
         if block is None:
@@ -179,125 +183,134 @@ class Placer:
             )
         again = self._site(block)
         if isinstance(again, str):
-            raise PipelineError(f"the plan cuts {site.block}, which cannot be: {again}")
-        self._cut_block(block, site)
+            raise PipelineError(f"the plan shards {site.block}, which is impossible: {again}")
+        self._shard_block(block, site)
 
-    def _cut_block(self, block: Block, site: Site) -> None:
+    def _shard_block(self, block: Block, site: Site) -> None:
         if block.kind == "attention":
-            self._cut_attention(block)
+            self._shard_attention(block)
         elif block.kind == "ffn" and "core" in block.parts:
             cut_nested(self.program, self.cutter, block, self.ranks)
         elif block.kind == "ffn":
-            self._cut_ffn(block.parts["down"], block.name)
+            self._shard_ffn(block.parts["down"], block.name)
         else:
-            self._cut_experts(block, str(site["by"]))
+            self._shard_experts(block, str(site["by"]))
 
-    def _cut_attention(self, block: Block) -> None:
+    def _shard_attention(self, block: Block) -> None:
         out = block.parts["o"]
         width = int(arguments(out)["weight"].meta["val"].shape[1])
         if width % self.ranks:
-            raise _CannotCut(f"what its last projection reads, {width} wide, does not divide over its heads")
+            raise _CannotShard(
+                f"what its last projection reads, {width} wide, does not divide over its heads"
+            )
         row_parallel(self.program, self.cutter, out, even(width, self.ranks, 0))
         if block.parts["core"] not in self.cutter.cut_cores:
-            # every rank would compute all heads: correct, and of no use
+            # every rank would compute all heads: correct, but pointless
             reason = (
-                self.cutter.whole[-1][1] if self.cutter.whole else "the way to its heads is not understood"
+                self.cutter.whole[-1][1]
+                if self.cutter.whole
+                else "the computation of its heads is not understood"
             )
-            raise _CannotCut(f"its heads cannot be computed apart: {reason}")
+            raise _CannotShard(f"its heads cannot be computed apart: {reason}")
 
-    def _cut_ffn(self, down: fx.Node, name: str) -> None:
+    def _shard_ffn(self, down: fx.Node, name: str) -> None:
         width = int(arguments(down)["weight"].meta["val"].shape[1])
         if width % self.ranks:
-            raise _CannotCut(f"its width of {width} does not divide over {self.ranks} ranks")
+            raise _CannotShard(f"its width of {width} does not divide over {self.ranks} ranks")
         row_parallel(self.program, self.cutter, down, even(width, self.ranks, 0))
 
-    def _cut_experts(self, block: Block, how: str) -> None:
+    def _shard_experts(self, block: Block, how: str) -> None:
         core = block.parts["core"]
-        (self._cut_expert_width if how == "width" else self._cut_by_expert)(core)
+        (self._shard_expert_width if how == "width" else self._shard_by_expert)(core)
         shared = block.parts.get("shared_down")
         if shared is not None and is_operator(shared, "aten.linear"):
             width = int(arguments(shared)["weight"].meta["val"].shape[1])
             if width % self.ranks == 0:
                 row_parallel(self.program, self.cutter, shared, even(width, self.ranks, 0))
 
-    def _cut_expert_width(self, core: fx.Node) -> None:
-        found = dict(arguments(core))
+    def _shard_expert_width(self, core: fx.Node) -> None:
+        args = dict(arguments(core))
         call = self.program.edit.call
-        rows, columns = (2, 1) if found["transposed"] else (1, 2)
-        inner = int(found["down"].meta["val"].shape[columns])
-        cut = even(inner, self.ranks, 0)
-        bias = found["down_bias"]
+        rows, columns = (2, 1) if args["transposed"] else (1, 2)
+        inner = int(args["down"].meta["val"].shape[columns])
+        shard = even(inner, self.ranks, 0)
+        bias = args["down_bias"]
         with self.program.edit.before(core):
-            found["up"] = self._hidden(found["up"], rows, cut, found)
-            if found["up_bias"] is not None:
-                found["up_bias"] = self._hidden(found["up_bias"], 1, cut, found)
-            found["down"] = self.cutter.part(found["down"], Shard(columns, cut.starts, cut.length, cut.total))
-            found["down_bias"] = None
-            total = all_reduce(self.program, self._call(core, found))
+            args["up"] = self._hidden(args["up"], rows, shard, args)
+            if args["up_bias"] is not None:
+                args["up_bias"] = self._hidden(args["up_bias"], 1, shard, args)
+            args["down"] = self.cutter.part(
+                args["down"], Shard(columns, shard.starts, shard.length, shard.total)
+            )
+            args["down_bias"] = None
+            total = all_reduce(self.program, self._call(core, args))
             if bias is not None:
-                chosen = call(aten.embedding.default, bias, found["experts"])
-                weights = call(aten.unsqueeze.default, found["weights"], -1)
-                added = call(aten.sum.dim_IntList, call(aten.mul.Tensor, chosen, weights), [1])
+                bias_of_expert = call(aten.embedding.default, bias, args["experts"])
+                weights = call(aten.unsqueeze.default, args["weights"], -1)
+                added = call(aten.sum.dim_IntList, call(aten.mul.Tensor, bias_of_expert, weights), [1])
                 if added.meta["val"].dtype != total.meta["val"].dtype:
                     added = call(aten.to.dtype, added, total.meta["val"].dtype)
                 total = call(aten.add.Tensor, total, added)
         self.program.edit.replace(core, total)
 
-    def _hidden(self, tensor: fx.Node, dim: int, cut: Shard, found: dict[str, Any]) -> fx.Node:
-        """The rows of a rank's share of the width, of the gate and of what it multiplies."""
-        if not found["gated"]:
-            return self.cutter.part(tensor, Shard(dim, cut.starts, cut.length, cut.total))
-        if found["interleaved"]:
-            twice = cut.at(dim, 2)
+    def _hidden(self, tensor: fx.Node, dim: int, shard: Shard, args: dict[str, Any]) -> fx.Node:
+        """Return the rows of a rank's share of the width, for the gate and the value that it multiplies."""
+        if not args["gated"]:
+            return self.cutter.part(tensor, Shard(dim, shard.starts, shard.length, shard.total))
+        if args["interleaved"]:
+            twice = shard.at(dim, 2)
             assert twice is not None
             return self.cutter.part(tensor, twice)
         call = self.program.edit.call
         halves = [
-            call(aten.slice.Tensor, tensor, dim, half * cut.total, (half + 1) * cut.total) for half in (0, 1)
+            call(aten.slice.Tensor, tensor, dim, half * shard.total, (half + 1) * shard.total)
+            for half in (0, 1)
         ]
-        parts = [self.cutter.part(half, Shard(dim, cut.starts, cut.length, cut.total)) for half in halves]
-        return call(aten.cat.default, parts, dim)
+        halves_of_rank = [
+            self.cutter.part(half, Shard(dim, shard.starts, shard.length, shard.total)) for half in halves
+        ]
+        return call(aten.cat.default, halves_of_rank, dim)
 
-    def _cut_by_expert(self, core: fx.Node) -> None:
-        found = dict(arguments(core))
-        count = int(found["up"].meta["val"].shape[0])
-        cut = even(count, self.ranks, 0)
+    def _shard_by_expert(self, core: fx.Node) -> None:
+        args = dict(arguments(core))
+        count = int(args["up"].meta["val"].shape[0])
+        shard = even(count, self.ranks, 0)
         with self.program.edit.before(core):
             for name in ("up", "down", "up_bias", "down_bias"):
-                if found[name] is not None:
-                    found[name] = self.cutter.part(found[name], cut)
-            found["first"] = local_starts(self.program, cut)
-            total = all_reduce(self.program, self._call(core, found))
+                if args[name] is not None:
+                    args[name] = self.cutter.part(args[name], shard)
+            args["first"] = local_starts(self.program, shard)
+            total = all_reduce(self.program, self._call(core, args))
         self.program.edit.replace(core, total)
 
-    def _call(self, core: fx.Node, found: dict[str, Any]) -> fx.Node:
-        args, kwargs = normal_call(core.target, found)
+    def _call(self, core: fx.Node, operands: dict[str, Any]) -> fx.Node:
+        args, kwargs = normal_call(core.target, operands)
         return self.program.edit.call(core.target, *args, **kwargs)
 
-    def _cut_table(self, node: fx.Node) -> None:
-        found = arguments(node)
-        rows = int(found["weight"].meta["val"].shape[0])
-        cut = even(rows, self.ranks, 0)
+    def _shard_table(self, node: fx.Node) -> None:
+        args = arguments(node)
+        rows = int(args["weight"].meta["val"].shape[0])
+        shard = even(rows, self.ranks, 0)
         with self.program.edit.before(node):
-            table = self.cutter.part(found["weight"], cut)
-            start = local_starts(self.program, cut)
-            local = self.program.edit.call(dialect.local_embedding.default, table, found["indices"], start)
+            table = self.cutter.part(args["weight"], shard)
+            start = local_starts(self.program, shard)
+            local = self.program.edit.call(dialect.local_embedding.default, table, args["indices"], start)
             total = all_reduce(self.program, local)
         self.program.edit.replace(node, total)
 
-    def _cut_head(self, node: fx.Node) -> None:
+    def _shard_head(self, node: fx.Node) -> None:
         rows = int(arguments(node)["weight"].meta["val"].shape[0])
         last = node.meta["val"].dim() - 1
         with self.program.edit.before(node):
-            part = self.cutter.part(node, even(rows, self.ranks, last))
-            whole = self.program.edit.call(
-                dialect.all_gather.default, part, last, self.ranks, TENSOR_PARALLEL
+            local = self.cutter.part(node, even(rows, self.ranks, last))
+            gathered = self.program.edit.call(
+                dialect.all_gather.default, local, last, self.ranks, TENSOR_PARALLEL
             )
-        self.program.edit.replace(node, whole)
+        self.program.edit.replace(node, gathered)
 
 
-class _CannotCut(Exception):
-    """A block cannot be cut after all; the message says why."""
+class _CannotShard(Exception):
+    """Raised if a block cannot be sharded after all; the message says why."""
 
 
 __all__ = ["Placer", "possible_sizes"]

@@ -1,4 +1,4 @@
-"""Ranges of what ranks send, gathered over calibration data: moving averages of each feature's extremes."""
+"""Ranges of the values that ranks send on calibration data: moving averages of each feature's extremes."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ class Extremes:
 def calibrate(
     program: Program, context: Context, sums: list[fx.Node], rate: float
 ) -> dict[str, torch.Tensor]:
-    """Return the ranges of what each rank adds to each sum, and of the sums.
+    """Return the ranges of each rank's terms of each all-reduce, and of the results.
 
     Returns:
-        By name of the all-reduce: (ranks, features) largest absolute values; under ``<name>.sum`` those of the
+        By name of the all-reduce, the largest absolute values, (ranks, features); under ``<name>.sum`` those of the
         result, (features,).
     """
     ranks = ranks_of(program)
     running, copies = _running(program)
     watched: dict[fx.Node, list[tuple[str, int]]] = {}
-    seen: dict[str, Extremes] = {}
+    extremes: dict[str, Extremes] = {}
     for node in sums:
         for rank, copy in enumerate(copies(arguments(node)["x"])):
             watched.setdefault(copy, []).append((node.name, rank))
         watched.setdefault(copies(node)[0], []).append((f"{node.name}.sum", 0))
-        seen[node.name], seen[f"{node.name}.sum"] = Extremes(rate), Extremes(rate)
+        extremes[node.name], extremes[f"{node.name}.sum"] = Extremes(rate), Extremes(rate)
     batches = context.batches()
     context.progress.start(f"calibrating {len(sums)} sums", len(batches))
     for batch in batches:
@@ -72,19 +72,19 @@ def calibrate(
         def record(node: fx.Node, value: Any, batch: Batch = batch) -> Any:
             for name, rank in watched.get(node, ()):
                 for sequence in _sequences(value, batch):
-                    seen[name].add(rank, sequence)
+                    extremes[name].add(rank, sequence)
             return value
 
         interpret(running, context.bound(program, batch), hook=record)
         context.progress.step()
     context.progress.done()
     alone = OwnRank not in running.facts
-    found = {}
+    scales = {}
     for node in sums:
-        own = seen[node.name].largest(ranks if alone else 1)
-        found[node.name] = own if alone else _gathered(own)
-        found[f"{node.name}.sum"] = seen[f"{node.name}.sum"].largest(1)[0]
-    return found
+        largest = extremes[node.name].largest(ranks if alone else 1)
+        scales[node.name] = largest if alone else _gathered(largest)
+        scales[f"{node.name}.sum"] = extremes[f"{node.name}.sum"].largest(1)[0]
+    return scales
 
 
 def _running(program: Program) -> tuple[Program, Any]:
@@ -95,30 +95,30 @@ def _running(program: Program) -> tuple[Program, Any]:
     return running, lambda node: [by_name[node.name]]
 
 
-def _gathered(own: torch.Tensor) -> torch.Tensor:
+def _gathered(local: torch.Tensor) -> torch.Tensor:
     bound = groups.group_for(groups.world_size())
     assert bound is not None
-    return groups.all_gather(own, bound)
+    return groups.all_gather(local, bound)
 
 
 def _sequences(value: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-    """The rows of a batch, padding left out."""
+    """Return the rows of a batch, without padding."""
     flat = value.reshape(-1, value.shape[-1])
     mask = batch.get("attention_mask")
     if mask is None or mask.numel() != flat.shape[0]:
         return [value.reshape(-1, value.shape[-1])] if value.dim() < 3 else list(value)
     rows = flat.reshape(*mask.shape, -1)
-    return [row[own] for row, own in zip(rows, mask.bool(), strict=True) if bool(own.any())]
+    return [row[row_mask] for row, row_mask in zip(rows, mask.bool(), strict=True) if bool(row_mask.any())]
 
 
 def clipped(
     parts: list[torch.Tensor], scales: torch.Tensor, order: torch.Tensor, kept: int, bits: int
 ) -> float:
-    """Return which share of the integers sent is cut off at the ends of their range."""
+    """Return the share of transmitted integers that are clipped."""
     top = 1 << (bits - 1)
     outside = total = 0
-    for part, scale in zip(parts, scales, strict=True):
-        ratio = torch.round(part.index_select(-1, order)[..., kept:].float() / scale)
+    for values, scale in zip(parts, scales, strict=True):
+        ratio = torch.round(values.index_select(-1, order)[..., kept:].float() / scale)
         outside += int(((ratio < -top) | (ratio > top - 1)).sum())
         total += ratio.numel()
     return outside / max(total, 1)

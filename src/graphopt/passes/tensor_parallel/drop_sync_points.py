@@ -1,4 +1,4 @@
-"""All-reduces after attention that matter little are not made."""
+"""Dropping all-reduces after attention that matter little."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DropSyncPoints(Pass):
-    """Drop the all-reduce after attention where the model bears it (SPD, arXiv 2502.20727).
+    """Drop the all-reduce after attention where the model tolerates it (SPD, arXiv 2502.20727).
 
-    The feed-forward of each rank then sees that rank's part of what attention adds; the sum of attention is made
-    together with the feed-forward's, so that the stream gets it whole. With ``blocks`` or ``fraction=1`` no data is
-    needed. Otherwise blocks are ordered by what dropping from there on costs, measured from the last block backwards,
-    and the first of that order are dropped: a ``fraction`` of them, or as many as a ``budget`` holds.
+    The feed-forward of each rank then sees only that rank's part of the attention's output; attention is reduced
+    together with the feed-forward, so that the stream gets the full sum. With ``blocks`` or ``fraction=1`` no data is
+    needed. Otherwise blocks are ranked by the loss from dropping all sync points from there on, measured from the
+    last block backwards, and the cheapest are dropped: a ``fraction`` of them, or as many as a ``budget`` allows.
 
     Blocks are classed by thresholds relative to the original's metric: those at most ``insensitive`` are dropped as
-    they are; those up to ``sensitive`` want distillation (``graphopt.training.recipes.block_to_block``); the rest
+    they are; those up to ``sensitive`` need distillation (``graphopt.training.recipes.block_to_block``); the rest
     want ``group-heads`` before sharding as well. The paper gives no thresholds.
     """
 
@@ -51,7 +51,9 @@ class DropSyncPoints(Pass):
         None, help="share of attention blocks that lose their sync point", low=0, high=1
     )
     blocks: list[int] | None = option(None, help="numbers of the attention blocks, from 0")  # noqa: RUF009
-    budget: float | None = option(None, help="largest relative loss; alone: drop as many as hold it", low=0)
+    budget: float | None = option(
+        None, help="largest relative loss; alone: drop as many as stay within it", low=0
+    )
     insensitive: float = option(
         0.005,
         help="relative loss up to which a block counts as insensitive",
@@ -61,12 +63,10 @@ class DropSyncPoints(Pass):
     sensitive: float = option(
         0.05, help="relative loss up to which a block counts as sensitive", low=0, needs={"blocks": ABSENT}
     )
-    metric: str = option(
-        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
-    )
+    metric: str = option("auto", help="metric of the loss", choices=("auto", "perplexity", "kl", "cosine"))
 
     def validate(self) -> None:
-        """One way of saying how many; thresholds in order."""
+        """Require one criterion, and thresholds in order."""
         if self.fraction is not None and self.blocks is not None:
             raise PipelineError(f"{self.name}: fraction and blocks say the same thing twice; give one")
         if self.fraction is None and self.blocks is None and self.budget is None:
@@ -77,11 +77,11 @@ class DropSyncPoints(Pass):
             raise PipelineError(f"{self.name}: sensitive is below insensitive")
 
     def promises(self) -> Contract:
-        """Judged by the metric asked for."""
+        """Return the contract with the requested metric."""
         return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Measure what each sync point is worth, unless that does not matter, and choose."""
+        """Measure the sensitivity of each sync point, unless it does not matter, and choose."""
         points, refused = find_sync_points(program)
         plan = Plan()
         plan.refused = [
@@ -92,30 +92,30 @@ class DropSyncPoints(Pass):
             return plan
         names = list(points)
         if self.blocks is not None:
-            chosen = self._listed(program, points, refused)
+            dropped = self._listed(program, points, refused)
         else:
-            chosen = self._by_score(program, context, plan, names)
-        plan.sites = self._sites(program, chosen)
+            dropped = self._by_score(program, context, plan, names)
+        plan.sites = self._sites(program, dropped)
         plan.refused += [
             Refused(name, "kept" + (f": score {plan.scores[name]:.4g}" if name in plan.scores else ""))
             for name in names
-            if name not in chosen
+            if name not in dropped
         ]
         return plan
 
-    def _sites(self, program: Program, chosen: Collection[str]) -> list[Site]:
+    def _sites(self, program: Program, dropped: Collection[str]) -> list[Site]:
         points, _ = find_sync_points(program)
-        return [Site(name, ffn=point.ffn.name) for name, point in points.items() if name in chosen]
+        return [Site(name, ffn=point.ffn.name) for name, point in points.items() if name in dropped]
 
     def told(self, program: Program, plan: Plan) -> list[str]:
-        """How many are left."""
+        """Report how many all-reduces remain."""
         count = len(synchronisations(program))
         return [f"all-reduces: {count} -> {count - len(plan.sites)}"]
 
     def _listed(self, program: Program, points: Mapping[str, object], refused: dict[str, str]) -> list[str]:
         assert self.blocks is not None
         attention = [block.name for block in program.anatomy.attention]
-        chosen = []
+        dropped = []
         for number in self.blocks:
             if not 0 <= number < len(attention):
                 raise PipelineError(
@@ -123,8 +123,8 @@ class DropSyncPoints(Pass):
                 )
             if attention[number] not in points:
                 raise PassRefusedError(f"{self.name}: {attention[number]}: {refused[attention[number]]}")
-            chosen.append(attention[number])
-        return chosen
+            dropped.append(attention[number])
+        return dropped
 
     def _by_score(self, program: Program, context: Context, plan: Plan, names: list[str]) -> list[str]:
         if self.fraction is not None:
@@ -138,7 +138,7 @@ class DropSyncPoints(Pass):
                 return names[:count]
             if not context.data:
                 plan.notes.append(
-                    "no data: the blocks in the middle of the model are dropped, which no measurement chose"
+                    "no data: the blocks in the middle of the model are dropped, without a measurement"
                 )
                 return _middle(names, count)
         scores = backward_sweep(program, context, self.metric, plan.notes.append)
@@ -161,9 +161,9 @@ class DropSyncPoints(Pass):
         while low < high:
             count = (low + high + 1) // 2
             attempt.sites = self._sites(program, order[:count])
-            made = self.tried(program, attempt)
-            loss = context.loss(made, program, metric=self.metric)
-            release(made)
+            attempted = self.tried(program, attempt)
+            loss = context.loss(attempted, program, metric=self.metric)
+            release(attempted)
             plan.notes.append(f"{count} dropped: loss {loss:.4g}")
             if loss <= self.budget:
                 low, plan.trial = count, attempt.trial
@@ -177,7 +177,7 @@ class DropSyncPoints(Pass):
         return order[:low]
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Drop what the plan says."""
+        """Drop the planned sync points."""
         if not plan.sites:
             return
         drop(program, [site.block for site in plan.sites])
@@ -186,6 +186,6 @@ class DropSyncPoints(Pass):
 
 
 def _middle(names: list[str], count: int) -> list[str]:
-    """Without a measurement, the ends are spared: where it was measured, the first block was by far the most sensitive."""
+    """Choose without a measurement and spare both ends: where measured, the first block was by far the most sensitive."""
     start = (len(names) - count + 1) // 2
     return names[start : start + count]

@@ -1,4 +1,4 @@
-"""Which heads share a rank: an order of heads under which a contiguous split gives diverse groups."""
+"""Ordering heads so that a contiguous split over ranks gives diverse groups."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupHeads(Pass):
-    """Order the heads of each attention so that every rank gets heads that look at different things.
+    """Order the heads of each attention so that every rank gets heads with different attention maps.
 
-    Head grouping of SPD (arXiv 2502.20727), to be run before ``shard-tensor-parallel``: *scatter* chooses groups whose
-    attention maps differ most within (pairwise exchanges); *match* assigns groups to the ranks' shares of the following
-    feed-forward so that what each makes of its group is largest (linear assignment). The outputs stay the same. Written
-    to a Hugging Face folder, any engine that splits heads in order gets these groups. Key-value heads move with all
-    queries that share them.
+    Head grouping of SPD (arXiv 2502.20727), to be run before ``shard-tensor-parallel``: *scatter* chooses groups with
+    the largest differences between attention maps inside a group (pairwise exchanges); *match* assigns groups to the
+    ranks' shares of the following feed-forward so that activations are largest (linear assignment). The outputs do
+    not change. In an exported Hugging Face folder, any engine that splits heads in order uses these groups. Key-value
+    heads move with all queries that share them.
     """
 
     name = "group-heads"
@@ -47,7 +47,7 @@ class GroupHeads(Pass):
     match: bool = option(True, help="assign groups to shares of the feed-forward", source="paper")
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Measure attention maps and choose an order for each block."""
+        """Measure attention maps and choose an order of heads for each block."""
         plan = Plan()
         attention = program.anatomy.attention
         wrong = [n for n in self.blocks or [] if not 0 <= n < len(attention)]
@@ -55,9 +55,9 @@ class GroupHeads(Pass):
             raise PipelineError(
                 f"{self.name}: there is no attention {wrong[0]}; they are numbered 0 to {len(attention) - 1}"
             )
-        chosen = attention if self.blocks is None else [attention[n] for n in self.blocks]
+        blocks = attention if self.blocks is None else [attention[n] for n in self.blocks]
         able: list[Block] = []
-        for block in chosen:
+        for block in blocks:
             reason = self._refusal(block)
             if reason:
                 plan.refused.append(Refused(block.name, reason, program.source_line(block.term)))
@@ -86,7 +86,7 @@ class GroupHeads(Pass):
             plan.sites.append(Site(block.name, order=order))
             plan.scores[block.name] = gain
         if plan.scores:
-            plan.notes.append("scores: difference within groups, relative to groups at random")
+            plan.notes.append("scores: difference within groups, relative to random groups")
         if not failed:
             plan.trial = Trial(self, program, plan.sites, trial)
         return plan
@@ -104,8 +104,8 @@ class GroupHeads(Pass):
         return ""
 
     def _distances(self, program: Program, context: Context, blocks: list[Block]) -> dict[str, torch.Tensor]:
-        """Sum over calibration sequences of the distance of attention maps, (units, units) by block."""
-        found: dict[str, torch.Tensor] = {}
+        """Return the distances between attention maps, summed over calibration sequences, (units, units) by block."""
+        distances: dict[str, torch.Tensor] = {}
         cores = {b.name: b.parts["core"] for b in blocks}
         needed = {n: None for core in cores.values() for n in core.all_input_nodes}
         context.progress.start(f"attention maps of {len(blocks)} blocks", len(context.batches()))
@@ -116,10 +116,10 @@ class GroupHeads(Pass):
                 flat = maps.double().flatten(2)
                 apart = torch.cdist(flat, flat).sum(0)
                 apart = apart.unflatten(0, (-1, each)).unflatten(2, (-1, each)).sum((1, 3))  # type: ignore[no-untyped-call]
-                found[block.name] = found.get(block.name, torch.zeros_like(apart)) + apart
+                distances[block.name] = distances.get(block.name, torch.zeros_like(apart)) + apart
             context.progress.step()
         context.progress.done()
-        return found
+        return distances
 
     def _ffn_after(self, program: Program, block: Block) -> Block | None:
         after = [b for b in program.anatomy.blocks if b.reads is block.writes]
@@ -132,46 +132,51 @@ class GroupHeads(Pass):
     def _matched(
         self, program: Program, context: Context, block: Block, ffn: Block, groups: list[list[int]]
     ) -> list[list[int]]:
-        """Order groups by what the share of the feed-forward on each rank makes of them, on one batch."""
+        """Assign groups to ranks by the activations of each rank's share of the feed-forward, on one batch."""
         batch = context.bound(program, context.batches()[0])
         out, down = block.parts["o"], ffn.parts["down"]
-        found, last = arguments(out), arguments(down)
-        heads, hidden = found["input"], last["input"]
+        out_args, down_args = arguments(out), arguments(down)
+        heads, hidden = out_args["input"], down_args["input"]
         values = interpret(program, batch, record=[heads, block.reads], stop=True)
         weights = interpret(
-            program, {}, record=dict.fromkeys(n for n in (found["weight"], found["bias"], last["weight"]) if n is not None),
+            program, {},
+            record=dict.fromkeys(
+                n for n in (out_args["weight"], out_args["bias"], down_args["weight"]) if n is not None
+            ),
             stop=True,
         )  # fmt: skip
-        matrix, narrow = weights[found["weight"].name], weights[last["weight"].name]
-        bias = 0 if found["bias"] is None else weights[found["bias"].name]
-        each = matrix.shape[1] // block.sizes["kv_heads"]
+        matrix, narrow = weights[out_args["weight"].name], weights[down_args["weight"].name]
+        bias = 0 if out_args["bias"] is None else weights[out_args["bias"].name]
+        queries_per_head = matrix.shape[1] // block.sizes["kv_heads"]
         shares = narrow.chunk(self.size, 1)
         sizes = torch.zeros(self.size, self.size)
         for g, group in enumerate(groups):
-            columns = torch.cat([torch.arange(u * each, (u + 1) * each) for u in group])
+            columns = torch.cat(
+                [torch.arange(u * queries_per_head, (u + 1) * queries_per_head) for u in group]
+            )
             partial = torch.nn.functional.linear(values[heads.name][..., columns], matrix[:, columns])
             stream = values[block.reads.name] + partial + bias
-            seen = interpret(program, batch, given={ffn.reads: stream}, record=[hidden], stop=True)[
+            activations = interpret(program, batch, given={ffn.reads: stream}, record=[hidden], stop=True)[
                 hidden.name
             ]
-            for r, part in enumerate(seen.chunk(self.size, -1)):
-                sizes[g, r] = torch.nn.functional.linear(part, shares[r]).norm()
+            for r, local in enumerate(activations.chunk(self.size, -1)):
+                sizes[g, r] = torch.nn.functional.linear(local, shares[r]).norm()
         return [groups[g] for g in match(sizes)]
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Put the heads into the planned order."""
+        """Reorder the heads as planned."""
         blocks = {b.name: b for b in program.anatomy.attention}
         for site in plan.sites:
             reorder_heads(program, blocks[site.block], [int(u) for u in site["order"]])
 
 
 def _maps(core: fx.Node, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Attention maps (batch, heads, queries, keys): the operator itself, applied to an identity matrix."""
-    found: dict[str, Any] = {
+    """Return attention maps (batch, heads, queries, keys), by applying the operator to an identity matrix as values."""
+    recorded: dict[str, Any] = {
         k: values[v.name] if isinstance(v, fx.Node) else v for k, v in arguments(core).items()
     }
-    keys = found["k"]
-    found["v"] = torch.eye(keys.shape[2], dtype=keys.dtype).expand(*keys.shape[:2], -1, -1)
-    args, kwargs = normal_call(core.target, found)
+    keys = recorded["k"]
+    recorded["v"] = torch.eye(keys.shape[2], dtype=keys.dtype).expand(*keys.shape[:2], -1, -1)
+    args, kwargs = normal_call(core.target, recorded)
     maps: torch.Tensor = core.target(*args, **kwargs)  # type: ignore[operator]
     return maps

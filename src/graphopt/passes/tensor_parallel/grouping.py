@@ -6,9 +6,9 @@ import torch
 
 
 def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float]:
-    """Return equal groups with large distances within, and their sum relative to that of groups at random.
+    """Return groups of equal size with large distances inside, and their sum relative to that of random groups.
 
-    Exchanges of two members go on until none gains (arXiv 2502.20727 leaves the method open).
+    Members are exchanged in pairs until no exchange helps (arXiv 2502.20727 leaves the method open).
 
     Args:
         distances: (units, units), symmetric.
@@ -24,7 +24,7 @@ def scatter(distances: torch.Tensor, count: int) -> tuple[list[list[int]], float
             for b in range(a + 1, count):
                 gained = _exchange(distances, groups[a], groups[b]) or gained
     groups = sorted(sorted(group) for group in groups)
-    # of all pairs, so many lie within a group
+    # the share of all pairs that are within a group
     expected = float(distances.sum()) / 2 * (size - 1) / (units - 1)
     return groups, _within(distances, groups) / expected if expected > 0 else 1.0
 
@@ -34,15 +34,15 @@ def _within(distances: torch.Tensor, groups: list[list[int]]) -> float:
 
 
 def _exchange(distances: torch.Tensor, first: list[int], second: list[int]) -> bool:
-    """Make the best exchange between two groups, if one gains."""
+    """Make the best exchange between two groups, if there is a gain."""
     best, where = 1e-9, None
-    for i, one in enumerate(first):
+    for i, left in enumerate(first):
         for j, two in enumerate(second):
-            rest_first = [u for u in first if u != one]
+            rest_first = [u for u in first if u != left]
             rest_second = [u for u in second if u != two]
             gain = float(
-                distances[two, rest_first].sum() - distances[one, rest_first].sum()
-                + distances[one, rest_second].sum() - distances[two, rest_second].sum()
+                distances[two, rest_first].sum() - distances[left, rest_first].sum()
+                + distances[left, rest_second].sum() - distances[two, rest_second].sum()
             )  # fmt: skip
             if gain > best:
                 best, where = gain, (i, j)
@@ -57,7 +57,7 @@ def match(sizes: torch.Tensor) -> list[int]:
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(-sizes.double().numpy())
-    chosen = [0] * len(rows)
+    matching = [0] * len(rows)
     for group, rank in zip(rows, columns, strict=True):
-        chosen[int(rank)] = int(group)
-    return chosen
+        matching[int(rank)] = int(group)
+    return matching

@@ -1,4 +1,4 @@
-"""Tensor-parallel plans as Hugging Face configurations write them: names of modules, with stars, and how each is cut."""
+"""Tensor-parallel plans of Hugging Face configurations: patterns of module names, and how each module is sharded."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ def read_plan(path: str) -> dict[str, str]:
     """Return a plan by pattern of module names.
 
     Raises:
-        PipelineError: the file cannot be read or is no such plan.
+        PipelineError: the file cannot be read or is not a plan.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PipelineError(f"cannot read the tensor-parallel plan {path}: {error}") from None
-    if isinstance(found, dict) and "base_model_tp_plan" in found:
-        found = found["base_model_tp_plan"]
-    if not isinstance(found, dict) or not all(
-        isinstance(k, str) and isinstance(v, str) for k, v in found.items()
+    if isinstance(plan, dict) and "base_model_tp_plan" in plan:
+        plan = plan["base_model_tp_plan"]
+    if not isinstance(plan, dict) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in plan.items()
     ):
         raise PipelineError(
             f"{path} is no tensor-parallel plan",
             hint='it must map names to styles: {"layers.*.mlp.down_proj": "rowwise"}',
         )
-    return dict(found)
+    return dict(plan)
 
 
 def chosen_by(plan: dict[str, str], program: Program, block: Block) -> str:
-    """Return an empty string if the plan cuts the last projection of a block, else why it is not cut."""
+    """Return why the plan does not shard the last projection of a block; an empty string if it does."""
     last = block.parts.get("o") or block.parts.get("down") or block.parts.get("core")
     if last is None:
         return "it has no last projection that a plan could name"
-    found = arguments(last)
-    tensor = found.get("down") or found.get("weight")
+    args = arguments(last)
+    tensor = args.get("down") or args.get("weight")
     names = _names(program, tensor)
     for pattern, style in plan.items():
         for name in names:
@@ -60,14 +60,14 @@ def chosen_by(plan: dict[str, str], program: Program, block: Block) -> str:
 def _names(program: Program, tensor: object) -> set[str]:
     from torch import fx
 
-    found: set[str] = set()
+    names: set[str] = set()
     work = [tensor]
     while work:
         node = work.pop()
         if not isinstance(node, fx.Node):
             continue
         if node.name in program.weights:
-            found |= set(program.weights[node.name].all_names)
+            names |= set(program.weights[node.name].all_names)
         else:
             work.extend(node.all_input_nodes)
-    return found
+    return names

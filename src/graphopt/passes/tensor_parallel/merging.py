@@ -1,4 +1,4 @@
-"""Sums of several reduced values as one reduction: parallel blocks, shared experts beside a mixture."""
+"""Merging reductions whose results are added: parallel blocks, shared experts beside an MoE layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOVING = Trait.RESHAPE | Trait.REORDER
 
 
 def merge_sums(program: Program) -> int:
-    """Let values that meet in a sum be reduced together; return how many reductions that saves."""
+    """Reduce values that are added together at once; return how many reductions that saves."""
     saved = 0
     inner: set[fx.Node] = set()
     for node in reversed(list(program.graph.nodes)):
@@ -50,19 +50,19 @@ def merge_sums(program: Program) -> int:
 
 
 def _leaves(node: fx.Node, inner: set[fx.Node]) -> list[fx.Node]:
-    found: list[fx.Node] = []
+    leaves: list[fx.Node] = []
     for operand in node.args:
         nested = is_operator(operand, "aten.add") and not operand.kwargs and len(operand.users) == 1  # type: ignore[union-attr]
         if nested and all(isinstance(a, fx.Node) for a in operand.args):  # type: ignore[union-attr]
             assert isinstance(operand, fx.Node)
             inner.add(operand)
-            found.extend(_leaves(operand, inner))
+            leaves.extend(_leaves(operand, inner))
         else:
             assert isinstance(operand, (fx.Node, int, float))
             if not isinstance(operand, fx.Node):
                 return []
-            found.append(operand)
-    return found
+            leaves.append(operand)
+    return leaves
 
 
 Step = tuple[fx.Node, int]
@@ -71,8 +71,8 @@ Step = tuple[fx.Node, int]
 def partial_behind(leaf: fx.Node) -> tuple[fx.Node, list[Step]] | None:
     """Return the partial value behind a reduced one and the scalings and views in between; None if there is none.
 
-    Each step is an operator and the place of its changing operand. Values that others read as well are not
-    taken apart.
+    Each step is an operator and the index of its changing operand. Values that other nodes read too are not
+    decomposed.
     """
     steps: list[Step] = []
     node = leaf
@@ -81,18 +81,18 @@ def partial_behind(leaf: fx.Node) -> tuple[fx.Node, list[Step]] | None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             return source, steps[::-1]
-        place = _scaled(node)
-        if place is None:
+        index = _scaled(node)
+        if index is None:
             return None
-        steps.append((node, place))
-        operand = node.args[place]
+        steps.append((node, index))
+        operand = node.args[index]
         assert isinstance(operand, fx.Node)
         node = operand
     return None
 
 
 def _scaled(node: fx.Node) -> int | None:
-    """The operand through which an operator is linear, if another is whole."""
+    """Return the operand in which an operator is linear, if the other one is replicated."""
     if has(node, _MOVING) or is_operator(node, "aten.div"):
         return 0
     if is_operator(node, "aten.mul"):
@@ -112,10 +112,10 @@ def _reduced(node: Any) -> bool:
 
 
 def apply_chain(program: Program, value: fx.Node, steps: list[Step]) -> fx.Node:
-    """Return the scalings and views of a chain applied to another value."""
-    for node, place in steps:
+    """Apply the scalings and views of a chain to another value."""
+    for node, operand in steps:
         args = list(node.args)
-        args[place] = value
+        args[operand] = value
         value = program.edit.call(node.target, *args, **node.kwargs)
     return value
 

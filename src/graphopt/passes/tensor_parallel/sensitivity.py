@@ -1,4 +1,4 @@
-"""What each sync point is worth: the metric as they are dropped from the last block backwards."""
+"""Sensitivity of each sync point: the metric as they are dropped from the last block backwards."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def backward_sweep(
     program: Program, context: Context, metric: str, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Return by block S_i = metric(dropped from i on) - metric(dropped from i + 1 on), and the original's as "base".
+    """Return S_i = metric(dropped from i on) - metric(dropped from i + 1 on) by block, and the original's metric as "base".
 
-    After section 4 of arXiv 2502.20727: L + 1 evaluations, from the last block backwards. A batch runs once
-    through the original; each variant begins at its first changed block, with the stream as it was there. Sums
-    over batches are kept in the work directory after each batch, so an interrupted sweep goes on.
+    After section 4 of arXiv 2502.20727: L + 1 evaluations, from the last block backwards. A batch runs once through
+    the original; each variant starts at its first changed block, from the original's stream. Sums over batches are
+    saved in the work directory after each batch, so that an interrupted sweep continues.
     """
     points, _ = find_sync_points(program)
     names = list(points)
@@ -37,31 +37,29 @@ def backward_sweep(
     sums = context.stored(program, store)
     context.progress.start(f"dropping {len(names)} sync points one after the other", len(batches))
     began = time.perf_counter()
-    done = int(sums.get("batches", 0))
+    finished = int(sums.get("batches", 0))
     try:
         for number, batch in enumerate(batches):
-            if number < done:
+            if number < finished:
                 context.progress.step("kept from before")
                 continue
             inputs = context.bound(program, batch)
             reads = [points[n].attention.reads for n in names]
             outputs = interpret(program, inputs, record=dict.fromkeys(reads))
             _count(sums, "base", name, batch, outputs, outputs)
-            if number == done:
-                # each variant runs the part of the model behind its first block
-                each = (time.perf_counter() - began) * (1 + (len(names) + 1) / 2)
-                left = len(batches) - done
-                note = (
-                    f"the sweep takes about {each * left:.3g} s: {left} batches, {len(names) + 1} runs each"
-                )
+            if number == finished:
+                # each variant runs the model from its first changed block on
+                seconds = (time.perf_counter() - began) * (1 + (len(names) + 1) / 2)
+                remaining = len(batches) - finished
+                note = f"the sweep takes about {seconds * remaining:.3g} s: {remaining} batches, {len(names) + 1} runs each"
                 log(note)
                 context.progress.done()
-                context.progress.start(note, left)
+                context.progress.start(note, remaining)
             for first, variant in variants.items():
                 start = points[first].attention.reads
-                here = next(n for n in variant.graph.nodes if n.name == start.name)
-                found = interpret(variant, inputs, given={here: outputs[start.name]})
-                _count(sums, first, name, batch, found, outputs)
+                copied_start = next(n for n in variant.graph.nodes if n.name == start.name)
+                recorded = interpret(variant, inputs, given={copied_start: outputs[start.name]})
+                _count(sums, first, name, batch, recorded, outputs)
             sums["batches"] = float(number + 1)
             context.store(program, store, sums)
             context.progress.step()
@@ -76,20 +74,20 @@ def backward_sweep(
 
 
 def _count(sums: dict[str, float], key: str, metric: str, batch: Any, outputs: Any, reference: Any) -> None:
-    made = BY_NAME[metric]()
-    made.add(batch, outputs, reference)
-    sums[f"{key}.total"] = sums.get(f"{key}.total", 0.0) + made.total
-    sums[f"{key}.count"] = sums.get(f"{key}.count", 0.0) + made.count
+    instance = BY_NAME[metric]()
+    instance.add(batch, outputs, reference)
+    sums[f"{key}.total"] = sums.get(f"{key}.total", 0.0) + instance.total
+    sums[f"{key}.count"] = sums.get(f"{key}.count", 0.0) + instance.count
 
 
 def _value(sums: dict[str, float], key: str, metric: str) -> float:
-    made = BY_NAME[metric]()
-    made.total, made.count = sums[f"{key}.total"], int(sums[f"{key}.count"])
-    return made.value()
+    instance = BY_NAME[metric]()
+    instance.total, instance.count = sums[f"{key}.total"], int(sums[f"{key}.count"])
+    return instance.value()
 
 
 def classify(scores: dict[str, float], insensitive: float, sensitive: float) -> dict[str, str]:
-    """Return the class of each block: insensitive, sensitive, extremely sensitive; thresholds relative to the base."""
+    """Return the class of each block: insensitive, sensitive or extremely sensitive, by thresholds relative to the base."""
     base = abs(scores["base"]) or 1.0
     classes = {}
     for name, score in scores.items():

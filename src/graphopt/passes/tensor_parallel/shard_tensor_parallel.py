@@ -1,4 +1,4 @@
-"""Each rank computes its own heads, its own share of the width, its own experts."""
+"""Tensor parallelism: each rank computes its own heads, share of the width, and experts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTensorParallel(Pass):
-    """Shard a model over ranks: attention by heads, feed-forwards by width, mixtures by width or by expert.
+    """Shard a model over ranks: attention by heads, feed-forwards by width, MoE layers by width or by expert.
 
-    After Megatron-LM (arXiv 1909.08053): the first projections of a block are cut by rows, the last by columns,
-    and one all-reduce adds up what the ranks have. The graph is one for all ranks; each takes its part of a
-    weight with ``local_slice`` and reads nothing else of it. Parts follow the dataflow from the last projection
-    back, so fused projections (taken apart first), rotary embeddings, norms within heads, position biases,
-    sinks and latent attention need no case of their own; what cannot be computed in parts is computed whole and
-    cut, and a note says so. Ranks that outnumber key-value heads share them. Branches that meet in one sum share
+    After Megatron-LM (arXiv 1909.08053): the first projections of a block are sharded by rows, the last by columns,
+    and one all-reduce sums the partial results. All ranks have the same graph; each takes its shard of a weight with
+    ``local_slice`` and reads nothing else of it. Sharding follows the dataflow back from the last projection, so that
+    fused projections (split first), rotary embeddings, norms within heads, position biases, sinks and latent
+    attention need no special case; a value that cannot be computed in shards is computed in full and then sharded,
+    with a note. If there are more ranks than key-value heads, ranks share heads. Branches that meet in one sum share
     one all-reduce.
 
     In one process the program runs all its ranks; under torchrun each process runs its own.
@@ -47,24 +47,24 @@ class ShardTensorParallel(Pass):
     paper = "arXiv 1909.08053"
 
     size: int | None = option(
-        None, help="number of ranks; if not given, as many as processes run", low=1, high=1024
+        None, help="number of ranks; if not given, the number of processes", low=1, high=1024
     )
     attention: str = option(
-        "shard", help="whether attention is cut by heads or kept whole", choices=("shard", "replicate")
+        "shard", help="whether attention is sharded by heads or replicated", choices=("shard", "replicate")
     )
     experts: str = option(
         "auto",
-        help="how mixtures are cut; auto: by width, by expert where the width does not divide",
+        help="how MoE layers are sharded; auto: by width, or by expert if the width does not divide",
         choices=("auto", "width", "expert", "replicate"),
     )
     embedding: str = option(
         "auto",
-        help="token table and head by rows of the vocabulary; auto: where the table exceeds 64 MiB",
+        help="shard embedding and head by rows of the vocabulary; auto: if the table exceeds 64 MiB",
         choices=("auto", "replicate", "shard"),
         needs={"huggingface_plan": ABSENT},
     )
     huggingface_plan: str = option(
-        "", help="JSON or YAML file with a Hugging Face tensor-parallel plan, which says what is cut"
+        "", help="JSON or YAML file with a Hugging Face tensor-parallel plan, which decides what is sharded"
     )
 
     @property
@@ -73,20 +73,20 @@ class ShardTensorParallel(Pass):
         return self.size if self.size is not None else world_size()
 
     def validate(self) -> None:
-        """A program for one rank, because nobody said how many, is hardly what was meant."""
+        """Require a number of ranks, since a program for one rank is hardly intended."""
         if self.size is None and world_size() == 1:
             raise PipelineError(
                 f"{self.name}: say how many ranks", hint="size=8, or start several processes with torchrun"
             )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Try every block on a copy."""
+        """Try to shard every block on a copy."""
         kinds = {block.kind for block in program.anatomy.blocks}
         for name in ("attention", "experts"):
             if name not in kinds:
                 refuse_set(self.name, self, (name,), f"this program has no block of the kind {name}")
-        made = self.copied(program)
-        placer = self._placer(made)
+        copy = self.copied(program)
+        placer = self._placer(copy)
         plan = placer.plan()
         heads = [r for r in plan.refused if r.block.startswith("attention") and "heads" in r.reason]
         if heads and not any(s.block.startswith("attention") for s in plan.sites):
@@ -94,18 +94,18 @@ class ShardTensorParallel(Pass):
             raise PassRefusedError(
                 f"{self.name}: {heads[0].block}: {heads[0].reason}",
                 hint=f"sizes that divide its heads: {', '.join(map(str, sizes))}; "
-                "attention=replicate keeps attention whole on every rank",
+                "attention=replicate keeps attention replicated on every rank",
             )
         if self.ranks == 1:
-            plan.notes.append("one rank: nothing has to be added up")
+            plan.notes.append("one rank: nothing has to be reduced")
         if plan.sites and not placer.failed:
             try:
-                self._finish(made)
+                self._finish(copy)
             except Exception as error:
                 if not may_be_left_out(error):
                     raise
-                return plan  # the pipeline finds out which site fails, and leaves that one out
-            plan.trial = Trial(self, program, plan.sites, made)
+                return plan  # the pipeline finds the failing site and skips it
+            plan.trial = Trial(self, program, plan.sites, copy)
         return plan
 
     def _placer(self, program: Program) -> Placer:
@@ -118,7 +118,7 @@ class ShardTensorParallel(Pass):
         placements(program)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Cut what the plan says."""
+        """Shard the planned sites."""
         placer = self._placer(program)
         for site in plan.sites:
             placer.cut(site)

@@ -1,9 +1,10 @@
-"""Sync points of a sharded model, and dropping the one after attention: the block form of SPD.
+"""Sync points of a sharded model, and dropping the one after attention as in SPD.
 
 With x the stream before attention, P_i the partial result of its last projection on rank i and Z_i that of the
-feed-forward, a block computes ``u = x + sum(P_i) + b``, ``y = u + sum(Z_i(u)) + c``. Dropped, it computes
-``u_i = x + P_i + b`` on each rank and ``y = x + b + c + sum(P_i + Z_i(u_i))``: what attention adds to the stream stays
-exact, the feed-forward sees a part of it (arXiv 2502.20727).
+feed-forward, a block computes ``u = x + sum(P_i) + b``, ``y = u + sum(Z_i(u)) + c``. Without the sync point after
+attention, it computes
+``u_i = x + P_i + b`` on each rank and ``y = x + b + c + sum(P_i + Z_i(u_i))``: attention's contribution to the stream
+remains exact, the feed-forward sees a part of it (arXiv 2502.20727).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ NAME = "drop-sync-points"
 
 @dataclass
 class Term:
-    """What a block adds to the stream: a partial value, and the steps that its sum goes through.
+    """A block's contribution to the stream: a partial value, and the steps applied to its sum.
 
-    ``steps`` are operators with the place of the operand that changes; among them the addition of a bias.
+    ``steps`` are operators with the index of the changing operand, including the addition of a bias.
     """
 
     partial: fx.Node
@@ -39,7 +40,7 @@ class Term:
 
 @dataclass
 class SyncPoint:
-    """An attention whose all-reduce can be dropped, and the feed-forward that takes it over."""
+    """An attention whose all-reduce can be dropped, and the feed-forward whose all-reduce takes over its sum."""
 
     attention: Block
     ffn: Block
@@ -48,7 +49,7 @@ class SyncPoint:
 
 
 def find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
-    """Return what can be dropped by the name of the attention block, and why the others cannot."""
+    """Return the sync points that can be dropped, by name of the attention block, and why the others cannot."""
     points: tuple[dict[str, SyncPoint], dict[str, str]] = program.derived(
         "sync points", lambda: _find_sync_points(program), portable=True
     )
@@ -56,19 +57,19 @@ def find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, 
 
 
 def _find_sync_points(program: Program) -> tuple[dict[str, SyncPoint], dict[str, str]]:
-    found: dict[str, SyncPoint] = {}
+    points: dict[str, SyncPoint] = {}
     refused: dict[str, str] = {}
     constant = depends_on_weights_alone(program)
     following: dict[fx.Node, list[Block]] = {}
     for block in program.anatomy.blocks:
         following.setdefault(block.reads, []).append(block)
     for block in program.anatomy.attention:
-        made = _sync_point(block, following, constant)
-        if isinstance(made, str):
-            refused[block.name] = made
+        point = _sync_point(block, following, constant)
+        if isinstance(point, str):
+            refused[block.name] = point
         else:
-            found[block.name] = made
-    return found, refused
+            points[block.name] = point
+    return points, refused
 
 
 def _sync_point(
@@ -92,7 +93,7 @@ def _sync_point(
         return "more than one block reads what it writes"
     ffn = after[0]
     if ffn.kind == "experts":
-        return "a mixture follows: routers that see different values choose different experts on each rank"
+        return "an MoE layer follows: routers that see different values choose different experts on each rank"
     if ffn.kind != "ffn":
         return f"a feed-forward must follow, and {ffn.name} is none"
     if ffn.norms in ("sandwich", "branch", "post") or ffn.writes is not ffn.add:
@@ -110,7 +111,7 @@ def _sync_point(
 
 
 def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
-    """Return a block's partial value and the way of its sum to the stream; None if it has none of its own."""
+    """Return a block's partial value and the steps from its sum to the stream; None if it has no all-reduce of its own."""
     steps: list[tuple[fx.Node, int]] = []
     node = block.term
     while True:
@@ -121,60 +122,60 @@ def term_of(block: Block, constant: set[fx.Node]) -> Term | None:
             assert isinstance(source, fx.Node)
             return Term(source, steps[::-1])
         if has(node, _VIEWS) or is_operator(node, "aten.div"):
-            place = 0
+            index = 0
         elif is_operator(node, "aten.add", "aten.mul") and not node.kwargs:
             changing = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a not in constant]
             if len(changing) != 1:
                 return None
-            place = changing[0]
+            index = changing[0]
         else:
             return None
-        steps.append((node, place))
-        operand = node.args[place]
+        steps.append((node, index))
+        operand = node.args[index]
         if not isinstance(operand, fx.Node):
             return None
         node = operand
 
 
 def _scaled(program: Program, term: Term) -> fx.Node:
-    """The partial value after all steps but additions."""
+    """Return the partial value after all steps except additions."""
     value = term.partial
-    for node, place in term.steps:
+    for node, operand in term.steps:
         if not is_operator(node, "aten.add"):
             args = list(node.args)
-            args[place] = value
+            args[operand] = value
             value = program.edit.call(node.target, *args, **node.kwargs)
     return value
 
 
 def _offset(program: Program, term: Term) -> fx.Node | None:
-    """What the steps add to a sum of zeros: the bias, and what later steps make of it."""
+    """Return the result of the steps for a sum of zeros: the bias, transformed by later steps."""
     value: fx.Node | None = None
-    for node, place in term.steps:
+    for node, operand in term.steps:
         if is_operator(node, "aten.add"):
-            other = node.args[1 - place]
+            other = node.args[1 - operand]
             assert isinstance(other, fx.Node)
             value = other if value is None else program.edit.call(aten.add.Tensor, value, other)
         elif value is not None and not has(node, _VIEWS):
             args = list(node.args)
-            args[place] = value
+            args[operand] = value
             value = program.edit.call(node.target, *args, **node.kwargs)
     return value
 
 
 def drop(program: Program, names: list[str]) -> dict[str, fx.Node]:
-    """Drop the sync points after these attention blocks, first to last; return what each pair of blocks writes now.
+    """Drop the sync points after these attention blocks, in order; return what each pair of blocks now writes.
 
     Raises:
-        KeyError: a name is none of a block whose sync point can be dropped.
+        KeyError: a name is not that of a block whose sync point can be dropped.
     """
-    found, _ = find_sync_points(program)
+    points, _ = find_sync_points(program)
     now: dict[fx.Node, fx.Node] = {}
-    chosen = [found[name] for name in names]
+    selected = [points[name] for name in names]
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    for point in sorted(chosen, key=lambda p: order[p.attention.add]):
+    for point in sorted(selected, key=lambda p: order[p.attention.add]):
         _drop_one(program, point, now)
-    return {point.attention.name: now[point.ffn.add] for point in chosen}
+    return {point.attention.name: now[point.ffn.add] for point in selected}
 
 
 def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -> None:
@@ -183,24 +184,24 @@ def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -
     with program.edit.before(point.attention.add):
         partial = _scaled(program, point.first)
         offset = _offset(program, point.first)
-        own = call(dialect.unreduced.default, partial, TENSOR_PARALLEL)
+        local = call(dialect.unreduced.default, partial, TENSOR_PARALLEL)
         if offset is not None:
-            own = call(aten.add.Tensor, own, offset)
-        own = call(aten.add.Tensor, x, own)
+            local = call(aten.add.Tensor, local, offset)
+        local = call(aten.add.Tensor, x, local)
     with program.edit.before(point.ffn.add):
         total = all_reduce(program, call(aten.add.Tensor, partial, _scaled(program, point.second)))
         base = x
         for term in (offset, _offset(program, point.second)):
             if term is not None:
                 base = call(aten.add.Tensor, base, term)
-        written = call(aten.add.Tensor, base, total)
-    program.edit.replace(point.ffn.add, written)
-    program.edit.replace(point.attention.add, own)
-    now[point.ffn.add] = written
+        reduced = call(aten.add.Tensor, base, total)
+    program.edit.replace(point.ffn.add, reduced)
+    program.edit.replace(point.attention.add, local)
+    now[point.ffn.add] = reduced
 
 
 def count_dropped(program: Program) -> int:
-    """Return how many partial values are used as if they were whole."""
+    """Return how many partial values are used as if they were replicated."""
     return program.operators["graphopt.unreduced"]
 
 

@@ -1,1 +1,1 @@
-"""Qualcomm's HTP, by its compiler and simulator: placement, context binaries, and what they compute."""
+"""Qualcomm's HTP through its compiler and simulator: node placement, context binaries and computed values."""

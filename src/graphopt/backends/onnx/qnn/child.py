@@ -1,4 +1,4 @@
-"""The process that compiles and simulates: a compiler that crashes takes nobody else with it.
+"""The process that compiles and simulates, so that a crash of the compiler affects nothing else.
 
     python -m graphopt.backends.onnx.qnn.child REQUEST.json
 
@@ -42,7 +42,7 @@ def _options(request: dict[str, Any], context: Path | None) -> Any:
 
 
 def together(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile several graphs into one binary, in which weights that they share stand once."""
+    """Compile several graphs into one binary, which stores shared weights once."""
     import onnxruntime
 
     folder, models = Path(request["folder"]), [Path(m) for m in request["together"]]
@@ -65,42 +65,42 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     import onnxruntime
     import onnxruntime_qnn
 
-    found: dict[str, Any] = {"wheel": _version("onnxruntime-qnn"), "runtime": onnxruntime.__version__}
+    report: dict[str, Any] = {"wheel": _version("onnxruntime-qnn"), "runtime": onnxruntime.__version__}
     folder = Path(request["folder"])
     onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
     if "together" in request:
-        return {**found, **together(request)}
+        return {**report, **together(request)}
     options = _options(request, folder / request["context"] if request.get("context") else None)
     began = time.perf_counter()
     try:
         session = onnxruntime.InferenceSession(request["model"], options)
     except Exception as error:
-        return {**found, "error": str(error).strip()}
-    found["compile_seconds"] = time.perf_counter() - began
+        return {**report, "error": str(error).strip()}
+    report["compile_seconds"] = time.perf_counter() - began
     placed: dict[str, list[list[str]]] = {}
     for graph in session.get_provider_graph_assignment_info():
         placed.setdefault(graph.ep_name, []).extend([n.op_type, n.name] for n in graph.get_nodes())
-    found["nodes"] = {name: len(nodes) for name, nodes in placed.items()}
-    found["elsewhere"] = [node for name, nodes in placed.items() if name != PROVIDER for node in nodes]
+    report["nodes"] = {name: len(nodes) for name, nodes in placed.items()}
+    report["elsewhere"] = [node for name, nodes in placed.items() if name != PROVIDER for node in nodes]
     names = [value.name for value in session.get_outputs()]
     carried: dict[str, Any] = {}
     began = time.perf_counter()
     for number, file in enumerate(request["inputs"]):
         with numpy.load(file, allow_pickle=False) as arrays:
-            # a set that brings a value begins anew
-            given = {**carried, **arrays}
-            feed = {value.name: given[value.name] for value in session.get_inputs()}
+            # a set that has a value for a carried input starts a new sequence
+            feeds = {**carried, **arrays}
+            feed = {value.name: feeds[value.name] for value in session.get_inputs()}
         try:
             results = session.run(names, feed)
         except Exception as error:
-            return {**found, "error": f"the simulator failed: {str(error).strip()}"}
-        made = dict(zip(names, results, strict=True))
-        carried = {taken: made.pop(given) for given, taken in request["carry"].items()}
-        # what goes on to the next step is written after the last one alone
+            return {**report, "error": f"the simulator failed: {str(error).strip()}"}
+        outputs = dict(zip(names, results, strict=True))
+        carried = {successor: outputs.pop(output) for output, successor in request["carry"].items()}
+        # carried values are written after the last step only
         last = carried if number + 1 == len(request["inputs"]) else {}
-        numpy.savez(folder / f"outputs_{number}.npz", **made, **{f"next_{k}": v for k, v in last.items()})
-    found["simulate_seconds"] = time.perf_counter() - began
-    return found
+        numpy.savez(folder / f"outputs_{number}.npz", **outputs, **{f"next_{k}": v for k, v in last.items()})
+    report["simulate_seconds"] = time.perf_counter() - began
+    return report
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""What a file computes on the CPU, and how far a device's result is from it."""
+"""Reference results of a file on the CPU, and the distance of a device's results from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def reference(path: Path, feed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ONNX Runtime computes on the CPU."""
+    """Return the outputs of ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -19,7 +19,7 @@ def reference(path: Path, feed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def signal_to_noise(found: Any, expected: Any) -> float:
-    """Return the ratio of a signal to how far another is from it, in decibels: 200 where equal, -200 for no numbers."""
+    """Return the signal-to-noise ratio in decibels: 200 if both are equal, -200 if there is a NaN."""
     import numpy
 
     a, b = numpy.asarray(found, "float64"), numpy.asarray(expected, "float64")

@@ -1,4 +1,4 @@
-"""Compiling and simulating in a child process, and what became of it."""
+"""Compiling and simulating in a child process, and the results."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import Any
 from ....ir.errors import LoweringError
 
 TIMEOUT = 900.0
-"""Seconds after which a compiler counts as hanging."""
+"""Seconds after which the compiler is considered to hang."""
 
 
 @dataclass
 class Simulated:
-    """What a compiler and its simulator made of a model.
+    """Results of compiling and simulating a model.
 
     Attributes:
         nodes: how many nodes each execution provider took.
-        elsewhere: operator and name of those that the NPU did not take.
+        elsewhere: operator and name of the nodes that are not on the NPU.
         outputs: by name, for each set of inputs.
-        compile_seconds: for the context.
+        compile_seconds: for the context binary.
         simulate_seconds: for all sets of inputs.
         wheel: version of the compiler's package.
         error: what went wrong; empty if nothing did.
@@ -49,7 +49,7 @@ def available() -> bool:
 
 
 def require() -> None:
-    """Refuse where the compiler is missing.
+    """Raise an error if the compiler is missing.
 
     Raises:
         LoweringError: it is.
@@ -58,7 +58,7 @@ def require() -> None:
         raise LoweringError(
             "compiling and simulating for the NPU needs onnxruntime-qnn",
             hint='pip install "graphopt[qnn]" (libraries of Qualcomm under a licence of their own); without the check the '
-            "file is written all the same",
+            "file is written anyway",
         )
 
 
@@ -66,20 +66,20 @@ def simulate(
     model: Path, inputs: Sequence[Mapping[str, Any]], *, soc: int, arch: int, strict: bool = True,
     context: Path | None = None, timeout: float = TIMEOUT, carry: Sequence[str] = (),
 ) -> Simulated:  # fmt: skip
-    """Compile a model and run the simulator, in a process of its own.
+    """Compile a model and run the simulator in a separate process.
 
     Args:
         model: an ONNX file.
-        inputs: arrays by name, set by set; none compiles only.
+        inputs: sets of arrays by name; without any, the model is only compiled.
         soc: Qualcomm's number of the system on a chip, which decides how floats are computed.
         arch: version of the HTP.
-        strict: fail where a node would run on the CPU.
+        strict: fail if a node would run on the CPU.
         context: where the compiled context goes (an ONNX file that holds it, and a binary beside it).
-        timeout: seconds after which the child is ended.
-        carry: inputs that a set which lacks them gets from the one before, from outputs called ``next_`` and their name.
+        timeout: seconds after which the child is terminated.
+        carry: inputs that a set may leave out, to get them from the ``next_`` outputs of the set before.
 
     Returns:
-        What was found; ``error`` says what failed. Nothing is raised for a compiler that refuses, crashes or hangs.
+        The results; ``error`` says what failed. A compiler that refuses, crashes or hangs does not raise.
 
     Raises:
         LoweringError: the compiler is not installed.
@@ -98,31 +98,31 @@ def simulate(
             "context": context.name if context is not None else "", "carry": {f"next_{name}": name for name in carry},
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        message = _ended(folder, timeout)
-        place = folder / "result.json"
-        if not place.is_file():
+        message = _run_child(folder, timeout)
+        result_path = folder / "result.json"
+        if not result_path.is_file():
             return Simulated(error=message)
-        found = json.loads(place.read_text())
+        result = json.loads(result_path.read_text())
         outputs = []
         for number in range(len(files)):
             file = folder / f"outputs_{number}.npz"
             if file.is_file():
                 with numpy.load(file, allow_pickle=False) as arrays:
                     outputs.append({key: arrays[key] for key in arrays.files})
-        if context is not None and "error" not in found:
+        if context is not None and "error" not in result:
             for file in folder.glob(f"{context.stem}*"):
                 os.replace(_moved(file, context.parent), context.parent / file.name)
         return Simulated(
-            found.get("nodes", {}), [tuple(n) for n in found.get("elsewhere", [])], outputs,
-            found.get("compile_seconds", 0.0), found.get("simulate_seconds", 0.0), found.get("wheel", ""),
-            found.get("error", ""),
+            result.get("nodes", {}), [tuple(n) for n in result.get("elsewhere", [])], outputs,
+            result.get("compile_seconds", 0.0), result.get("simulate_seconds", 0.0), result.get("wheel", ""),
+            result.get("error", ""),
         )  # fmt: skip
 
 
 def compile_together(
     models: Sequence[Path], *, soc: int, arch: int, timeout: float = TIMEOUT
 ) -> tuple[list[Path], str]:
-    """Compile graphs into one binary beside them, which holds once the weights that they share.
+    """Compile graphs into one binary beside them, which stores shared weights once.
 
     Args:
         models: in one folder.
@@ -131,7 +131,7 @@ def compile_together(
         timeout: seconds.
 
     Returns:
-        The files, and what went wrong, which is empty if nothing did.
+        The files, and an error message, which is empty on success.
     """
     require()
     with tempfile.TemporaryDirectory() as name:
@@ -140,22 +140,22 @@ def compile_together(
             "together": [str(m) for m in models], "folder": name, "soc": soc, "arch": arch, "strict": True,
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        message = _ended(folder, timeout)
-        place = folder / "result.json"
-        if not place.is_file():
+        message = _run_child(folder, timeout)
+        result_path = folder / "result.json"
+        if not result_path.is_file():
             return [], message
-        found = json.loads(place.read_text())
-        if "error" in found:
-            return [], str(found["error"])
-        made = []
+        result = json.loads(result_path.read_text())
+        if "error" in result:
+            return [], str(result["error"])
+        compiled = []
         for file in sorted(f for f in folder.iterdir() if "_ctx" in f.name):
-            made.append(models[0].parent / file.name)
-            os.replace(_moved(file, models[0].parent), made[-1])
-        return made, ""
+            compiled.append(models[0].parent / file.name)
+            os.replace(_moved(file, models[0].parent), compiled[-1])
+        return compiled, ""
 
 
 def _moved(file: Path, folder: Path) -> Path:
-    """Bring a file to the file system of a folder, so that putting it in place is one step."""
+    """Move a file to the file system of a folder, so that putting it in place is atomic."""
     import shutil
 
     beside = folder / f".{file.name}.part"
@@ -168,8 +168,8 @@ def child_command(request: Path) -> list[str]:
     return [sys.executable, "-m", "graphopt.backends.onnx.qnn.child", str(request)]
 
 
-def _ended(folder: Path, timeout: float) -> str:
-    """Run the child and return what it said, where it came to no result."""
+def _run_child(folder: Path, timeout: float) -> str:
+    """Run the child and return its error message; empty if it produced a result."""
     command = child_command(folder / "request.json")
     log = folder / "log"
     with log.open("wb") as out:

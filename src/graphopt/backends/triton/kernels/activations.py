@@ -13,7 +13,7 @@ def _tanh(x):
 
 @triton.jit
 def _most(x, y):
-    # as torch: of no number and another, no number
+    # as in torch: NaN if either operand is NaN
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -24,8 +24,8 @@ def _least(x, y):
 
 @triton.jit
 def activated(gate, up, limit, alpha, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """Return ``activation(gate) * up``, or the activation alone where nothing is GATED."""
-    # torch.compile hands numbers over in double precision
+    """Return ``activation(gate) * up``, or the activation alone if not GATED."""
+    # torch.compile passes scalars in double precision
     limit, alpha = tl.cast(limit, tl.float32), tl.cast(alpha, tl.float32)
     if ACTIVATION == "swiglu_clamped":
         gate = _least(gate, limit)

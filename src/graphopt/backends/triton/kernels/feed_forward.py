@@ -1,4 +1,4 @@
-"""Feed-forwards of several widths or experts: tokens sorted by group, each block of tokens with its group's matrices."""
+"""Feed-forwards with several widths or experts: tokens are sorted by group, and each block uses its group's matrices."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def widen_kernel(
     channel = tl.program_id(1) * N + tl.arange(0, N)
     if tl.program_id(1) * N >= width:
         return
-    place = block * M + tl.arange(0, M)
-    row = tl.load(rows + place)
+    position = block * M + tl.arange(0, M)
+    row = tl.load(rows + position)
     live = row >= 0
     token = (tl.maximum(row, 0) // each).to(tl.int64)
     used = channel < width
@@ -57,7 +57,7 @@ def widen_kernel(
         up_at += K * up_column
         gate_at += K * gate_column
     if WEIGH:
-        # a factor on what is multiplied is one on the product
+        # a factor on the input equals a factor on the product
         factor = tl.load(factors + tl.maximum(row, 0)).to(tl.float32)
         upper, lower = upper * factor[:, None], lower * factor[:, None]
     if BIAS:
@@ -69,9 +69,9 @@ def widen_kernel(
             lower += tl.load(at, mask=used, other=0.0).to(tl.float32)[None, :]
     if not GATED:
         lower = upper
-    made = activated(lower, upper, limit, alpha, ACTIVATION, GATED)
-    at = hidden + place[:, None].to(tl.int64) * hidden_stride + channel[None, :]
-    tl.store(at, made.to(hidden.dtype.element_ty), mask=live[:, None] & used[None, :])
+    product = activated(lower, upper, limit, alpha, ACTIVATION, GATED)
+    at = hidden + position[:, None].to(tl.int64) * hidden_stride + channel[None, :]
+    tl.store(at, product.to(hidden.dtype.element_ty), mask=live[:, None] & used[None, :])
 
 
 @triton.jit
@@ -89,14 +89,14 @@ def narrow_kernel(
     width = tl.multiple_of(tl.load(widths + group), ALIGNED)
     if width == 0:
         return
-    place = block * M + tl.arange(0, M)
-    row = tl.load(rows + place)
+    position = block * M + tl.arange(0, M)
+    row = tl.load(rows + position)
     live = row >= 0
     column = tl.program_id(1) * N + tl.arange(0, N)
     used = column < size
     channel = tl.arange(0, K)
     expert = group.to(tl.int64)
-    hidden_at = hidden + place[:, None].to(tl.int64) * hidden_stride + channel[None, :]
+    hidden_at = hidden + position[:, None].to(tl.int64) * hidden_stride + channel[None, :]
     down_at = (
         down + expert * down_group + column[None, :].to(tl.int64) * down_row + channel[:, None] * down_column
     )
@@ -117,42 +117,42 @@ def narrow_kernel(
 
 
 def takes(x: Tensor, *matrices: Tensor | None) -> bool:
-    """Return whether the kernels compute with these types."""
+    """Return whether the kernels support these types."""
     floats = (torch.float16, torch.bfloat16, torch.float32)
     return x.dtype in floats and all(m is None or m.dtype == x.dtype for m in matrices)
 
 
 def _tiles(rows: Any) -> tuple[int, int, int]:
-    """Return tokens, channels and features of a tile. Where the number of tokens is a symbol, a middling one."""
+    """Return tokens, channels and features of a tile; a medium tile if the number of tokens is a symbol."""
     if not isinstance(rows, int):
         return 32, 64, 64
     return (16, 64, 64) if rows <= 64 else (64, 64, 64)
 
 
 def _grouped(
-    x: Tensor, chosen: Tensor, each: int, widths: Tensor, aligned: int, gate: Tensor | None, up: Tensor, down: Tensor,
+    x: Tensor, experts: Tensor, per_token: int, widths: Tensor, aligned: int, gate: Tensor | None, up: Tensor, down: Tensor,
     gate_bias: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None, factors: Tensor | None,
     weigh_inputs: bool, out: Tensor, activation: str, limit: float, alpha: float,
 ) -> None:  # fmt: skip
-    """Compute rows (``each`` for a token of x) through the matrices (groups, inner, size) of the groups they chose.
+    """Compute rows (``per_token`` for each token of x) with the matrices (groups, inner, size) of their experts.
 
     ``aligned`` divides all widths: without it the compiler may not load several channels at once.
     """
     groups, inner = int(widths.shape[0]), up.shape[1]
-    m, n, k = _tiles(chosen.shape[0])
+    m, n, k = _tiles(experts.shape[0])
     if x.dtype == torch.float32:
         n, k = 32, 32
     warps = 8 if x.dtype == torch.float32 else 4
-    rows, belongs = sorted_blocks(chosen, groups, m)
+    rows, belongs = sorted_blocks(experts, groups, m)
     hidden = torch.empty(rows.shape[0], inner, dtype=x.dtype, device=x.device)
     blocks = belongs.shape[0]
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     lower = up if gate is None else gate
-    own = x if factors is None else factors
+    source = x if factors is None else factors
     bias_stride = (0, 0) if up_bias is None else (up_bias.stride(0), up_bias.stride(1))
     launch(
         widen_kernel, (blocks, triton.cdiv(inner, n)), x, rows, belongs, widths, lower, up,
-        x if gate_bias is None else gate_bias, x if up_bias is None else up_bias, own, hidden, x.shape[1], each,
+        x if gate_bias is None else gate_bias, x if up_bias is None else up_bias, source, hidden, x.shape[1], per_token,
         x.stride(0), lower.stride(0), lower.stride(1), lower.stride(2), up.stride(0), up.stride(1), up.stride(2),
         *bias_stride, inner, limit, alpha, GROUPS=groups, GATED=gate is not None, BIAS=up_bias is not None,
         WEIGH=weigh_inputs, ACTIVATION=activation, PRECISION=precision, ALIGNED=aligned, M=m, N=n, K=k,
@@ -161,7 +161,7 @@ def _grouped(
     size = down.shape[1]
     launch(
         narrow_kernel, (blocks, triton.cdiv(size, n)), hidden, rows, belongs, widths, down,
-        x if down_bias is None else down_bias, own, out, size, inner, down.stride(0), down.stride(1), down.stride(2),
+        x if down_bias is None else down_bias, source, out, size, inner, down.stride(0), down.stride(1), down.stride(2),
         0 if down_bias is None else down_bias.stride(0), GROUPS=groups, BIAS=down_bias is not None,
         WEIGH=factors is not None and not weigh_inputs, PRECISION=precision, ALIGNED=aligned, M=m, N=n, K=k,
         num_warps=warps, num_stages=3,
@@ -173,7 +173,7 @@ def nested_ffn(
     up_bias: Tensor | None = None, gate_bias: Tensor | None = None, down_bias: Tensor | None = None, *,
     activation: str = "silu", limit: float = 0.0, alpha: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """As ``graphopt::nested_ffn``: no token's arithmetic reaches beyond its width."""
+    """As ``graphopt::nested_ffn``; computes no channel beyond a token's width."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
 
     def alone(tensor: Tensor | None) -> Tensor | None:
@@ -182,17 +182,17 @@ def nested_ffn(
     up_all, down_all = alone(up), alone(down)
     assert up_all is not None
     assert down_all is not None
-    # widths are written where x is without a copy from the host, which a captured CUDA graph would refuse
+    # widths are created on x's device, since a captured CUDA graph allows no copy from the host
     wide = torch.cat([torch.full((1,), w, dtype=torch.int32, device=x.device) for w in widths])
     out = torch.zeros(flat.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
-    given = gate_bias if gate is not None else up_bias
+    bias = gate_bias if gate is not None else up_bias
     if gate is not None and (gate_bias is None) != (up_bias is None):
         other = up_bias if gate_bias is None else gate_bias
         assert other is not None
         zeros = torch.zeros_like(other)
-        up_bias, given = (up_bias, zeros) if gate_bias is None else (zeros, gate_bias)
+        up_bias, bias = (up_bias, zeros) if gate_bias is None else (zeros, gate_bias)
     _grouped(
-        flat, choice.reshape(-1), 1, wide, math.gcd(16, *widths), alone(gate), up_all, down_all, alone(given),
+        flat, choice.reshape(-1), 1, wide, math.gcd(16, *widths), alone(gate), up_all, down_all, alone(bias),
         alone(up_bias), alone(down_bias), None, False, out, activation, limit, alpha,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], down.shape[0])
@@ -204,8 +204,8 @@ def routed_ffn(
     interleaved: bool = False, transposed: bool = False, limit: float = 0.0, alpha: float = 1.0,
     weigh_inputs: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As ``graphopt::routed_ffn``: each expert's matrices are read for the tokens that chose it."""
-    tokens, each = experts.shape
+    """As ``graphopt::routed_ffn``; reads each expert's matrices for its own tokens only."""
+    tokens, per_token = experts.shape
     if first is not None:
         experts = experts - first
     if transposed:
@@ -220,9 +220,9 @@ def routed_ffn(
     if gated:
         up, up_bias = half(up, 1), None if up_bias is None else half(up_bias, 1)
     widths = torch.full((up.shape[0],), up.shape[1], dtype=torch.int32, device=x.device)
-    out = torch.zeros(tokens * each, down.shape[1], dtype=torch.float32, device=x.device)
+    out = torch.zeros(tokens * per_token, down.shape[1], dtype=torch.float32, device=x.device)
     _grouped(
-        x.contiguous(), experts.reshape(-1), each, widths, math.gcd(16, up.shape[1]), gate, up, down, gate_bias,
+        x.contiguous(), experts.reshape(-1), per_token, widths, math.gcd(16, up.shape[1]), gate, up, down, gate_bias,
         up_bias, down_bias, weights.reshape(-1).contiguous(), weigh_inputs, out, activation, limit, alpha,
     )  # fmt: skip
-    return out.reshape(tokens, each, down.shape[1]).sum(1).to(x.dtype)
+    return out.reshape(tokens, per_token, down.shape[1]).sum(1).to(x.dtype)

@@ -21,12 +21,12 @@ def gated_kernel(
     inside = column < size
     first = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    made = activated(first, second, limit, alpha, ACTIVATION, True)
-    tl.store(out + row * size + column, made.to(out.dtype.element_ty), mask=inside)
+    product = activated(first, second, limit, alpha, ACTIVATION, True)
+    tl.store(out + row * size + column, product.to(out.dtype.element_ty), mask=inside)
 
 
 def takes(gate: Tensor, up: Tensor) -> bool:
-    """Return whether the kernel computes this product."""
+    """Return whether the kernel supports this product."""
     floats = (torch.float16, torch.bfloat16, torch.float32)
     return gate.dtype == up.dtype and gate.dtype in floats and gate.shape == up.shape
 

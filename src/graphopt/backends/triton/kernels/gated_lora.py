@@ -1,4 +1,4 @@
-"""A low-rank addition at marked places; blocks of tokens without a mark cost a copy."""
+"""A low-rank update at marked positions; blocks of tokens without a mark cost a copy."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def add_kernel(
     R: tl.constexpr,
 ):  # fmt: skip
     """``out = y + scale * low up^T`` where marked, y elsewhere."""
-    scale = tl.cast(scale, tl.float32)  # torch.compile hands numbers over in double precision
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes scalars in double precision
     row = tl.program_id(0) * M + tl.arange(0, M)
     live = row < tokens
     column = tl.program_id(1) * N + tl.arange(0, N)
     used = column < size
     at = row[:, None].to(tl.int64) * size + column[None, :]
     inside = live[:, None] & used[None, :]
-    own = tl.load(y + at, mask=inside, other=0.0)
+    value = tl.load(y + at, mask=inside, other=0.0)
     marked = tl.load(marks + row, mask=live, other=0) > 0
     if tl.max(marked.to(tl.int32), axis=0) > 0:
         number = tl.arange(0, R)
@@ -59,13 +59,13 @@ def add_kernel(
             mask=(number < rank)[:, None] & used[None, :],
             other=0.0,
         )
-        more = own.to(tl.float32) + scale * tl.dot(tile, matrix, input_precision=PRECISION)
-        own = tl.where(marked[:, None], more.to(own.dtype), own)
-    tl.store(out + at, own, mask=inside)
+        more = value.to(tl.float32) + scale * tl.dot(tile, matrix, input_precision=PRECISION)
+        value = tl.where(marked[:, None], more.to(value.dtype), value)
+    tl.store(out + at, value, mask=inside)
 
 
 def takes(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Return whether the kernels compute with these types and this rank."""
+    """Return whether the kernels support these types and this rank."""
     floats = (torch.float16, torch.bfloat16, torch.float32)
     same = y.dtype in floats and y.dtype == x.dtype == down.dtype == up.dtype
     return same and isinstance(down.shape[0], int) and down.shape[0] <= 256

@@ -1,4 +1,4 @@
-"""The largest logits of a head and their numbers, without writing all logits."""
+"""The largest logits of a head and their token numbers, without writing all logits."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def candidates_kernel(
         weight_at += K
     if BIAS:
         logits += tl.load(bias + token, mask=used, other=0.0).to(tl.float32)[None, :]
-    # as the logits would have been written
+    # rounded as the written logits would be
     logits = logits.to(values.dtype.element_ty).to(tl.float32)
     column = tl.arange(0, N)
     free = used[None, :] & (column >= 0)[None, :] & (row >= 0)[:, None]
-    # what is no number counts as the largest, as in torch
+    # NaN counts as the largest value, as in torch
     ranked = tl.where(logits != logits, float("inf"), logits)
     at = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * TOP
-    for place in tl.static_range(TOP):
-        left = tl.where(free, ranked, -float("inf"))
-        best = tl.max(left, axis=1)
-        # of equals the first that is free; N where none is, which only the end of the last tile's places is
-        where = tl.min(tl.where(free & (left == best[:, None]), column[None, :], N), axis=1)
-        taken = column[None, :] == where[:, None]
-        value = tl.sum(tl.where(taken, logits, 0.0), axis=1)
-        tl.store(values + at + place, value.to(values.dtype.element_ty), mask=live)
-        tl.store(numbers + at + place, (tl.program_id(1) * N + where).to(tl.int32), mask=live)
+    for rank in tl.static_range(TOP):
+        remaining = tl.where(free, ranked, -float("inf"))
+        best = tl.max(remaining, axis=1)
+        # the first remaining of equal logits; N if none remains, which happens only at the end of the last tile
+        where = tl.min(tl.where(free & (remaining == best[:, None]), column[None, :], N), axis=1)
+        selected = column[None, :] == where[:, None]
+        value = tl.sum(tl.where(selected, logits, 0.0), axis=1)
+        tl.store(values + at + rank, value.to(values.dtype.element_ty), mask=live)
+        tl.store(numbers + at + rank, (tl.program_id(1) * N + where).to(tl.int32), mask=live)
         free = free & (column[None, :] != where[:, None])
 
 
 MOST = 16
-"""The largest k: a tile's candidates are taken out one by one, and more of them would take the room of logits."""
+"""The largest k: candidates of a tile are extracted one by one, and more would need as much space as the logits."""
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
-    """Return whether the kernel computes with these types and this many."""
+    """Return whether the kernel supports these types and this k."""
     floats = (torch.float16, torch.bfloat16, torch.float32)
     same = x.dtype in floats and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
     return same and k <= min(MOST, weight.shape[0])
@@ -77,8 +77,8 @@ def linear_top_k(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tupl
         rows, size, vocabulary, BIAS=bias is not None, TOP=k, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         M=m, N=n, K=step, num_warps=8, num_stages=3,
     )  # fmt: skip
-    # the last tile may have fewer tokens than places
-    held = (tiles - 1) * k + min(k, vocabulary - (tiles - 1) * n)
-    best, places = values[:, :held].topk(k, dim=-1)
-    tokens = numbers.gather(1, places).to(torch.int64)
+    # the last tile may have fewer tokens than candidates
+    candidates = (tiles - 1) * k + min(k, vocabulary - (tiles - 1) * n)
+    best, indices = values[:, :candidates].topk(k, dim=-1)
+    tokens = numbers.gather(1, indices).to(torch.int64)
     return best.reshape(*x.shape[:-1], k), tokens.reshape(*x.shape[:-1], k)

@@ -1,4 +1,4 @@
-"""Root-mean-square norms, with the addition to the residual stream before them."""
+"""RMS norms, optionally with the preceding addition to the residual stream."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def rms_norm_kernel(
     x, residual, weight, summed, out, size, eps, ADD: tl.constexpr, WEIGHT: tl.constexpr, BEFORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a row."""
-    eps = tl.cast(eps, tl.float32)  # torch.compile hands numbers over in double precision
+    """A program handles one row."""
+    eps = tl.cast(eps, tl.float32)  # torch.compile passes scalars in double precision
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
     value = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row + column, mask=inside, other=0.0).to(tl.float32)
-        # the norm reads what the stream holds, rounded to its type
+        # the norm reads the stream as stored, rounded to its type
         rounded = value.to(summed.dtype.element_ty)
         tl.store(summed + row + column, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -37,11 +37,11 @@ def rms_norm_kernel(
 
 
 LONGEST = 32768
-"""Features that a program holds at most."""
+"""Largest number of features that a program holds."""
 
 
 def takes(x: Tensor, weight: Tensor | None, float32: bool) -> bool:
-    """Return whether the kernel computes this norm."""
+    """Return whether the kernel supports this norm."""
     short = x.dtype in (torch.float16, torch.bfloat16)
     fits = isinstance(x.shape[-1], int) and x.shape[-1] <= LONGEST
     plain = weight is None or (weight.dim() == 1 and weight.shape[0] == x.shape[-1])
