@@ -177,14 +177,14 @@ def layer_norm_decomposed(p: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.native_layer_norm(x, (SIZE,), p.v, p.b, 1e-5)[0]
 
 
-def _angles(x: torch.Tensor, count: int) -> torch.Tensor:
+def angle_table(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.arange(x.shape[1], dtype=D)[:, None] * torch.arange(1, count + 1, dtype=D) / 7
 
 
 @step(graphopt__rotary=1)
 def rotary_in_halves(p: Any, x: torch.Tensor) -> torch.Tensor:
     x = x * p.v
-    angles = torch.cat((_angles(x, 4),) * 2, -1)
+    angles = torch.cat((angle_table(x, 4),) * 2, -1)
     first, second = x[..., :4], x[..., 4:]
     return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
 
@@ -192,7 +192,7 @@ def rotary_in_halves(p: Any, x: torch.Tensor) -> torch.Tensor:
 @step(graphopt__rotary=1)
 def rotary_of_half_tables(p: Any, x: torch.Tensor) -> torch.Tensor:
     x = x * p.v
-    cos, sin = _angles(x, 4).cos(), _angles(x, 4).sin()
+    cos, sin = angle_table(x, 4).cos(), angle_table(x, 4).sin()
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, first * sin + cos * second), -1)
 
@@ -200,21 +200,21 @@ def rotary_of_half_tables(p: Any, x: torch.Tensor) -> torch.Tensor:
 @step(graphopt__rotary=1)
 def rotary_in_pairs(p: Any, x: torch.Tensor) -> torch.Tensor:
     x = x * p.v
-    angles = _angles(x, 4).repeat_interleave(2, -1)
+    angles = angle_table(x, 4).repeat_interleave(2, -1)
     return x * angles.cos() + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * angles.sin()
 
 
 @step(graphopt__rotary=1)
 def rotary_of_pair_tables(p: Any, x: torch.Tensor) -> torch.Tensor:
     x = x * p.v
-    cos, sin, even, odd = _angles(x, 4).cos(), _angles(x, 4).sin(), x[..., ::2], x[..., 1::2]
+    cos, sin, even, odd = angle_table(x, 4).cos(), angle_table(x, 4).sin(), x[..., ::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
 
 @step(graphopt__rotary=0)
 def rotary_turned_the_other_way(p: Any, x: torch.Tensor) -> torch.Tensor:
     x = x * p.v
-    angles = torch.cat((_angles(x, 4),) * 2, -1)
+    angles = torch.cat((angle_table(x, 4),) * 2, -1)
     return x * angles.cos() + torch.cat((x[..., 4:], -x[..., :4]), -1) * angles.sin()
 
 

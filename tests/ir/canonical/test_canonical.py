@@ -11,7 +11,7 @@ import torch
 from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spelled_networks import SIZE, STEPS, Chain, D, Function, Step, draw
+from spelled_networks import SIZE, STEPS, Chain, D, Function, Step, angle_table, draw, every_expert
 from torch import nn
 
 from graphopt.frontends.compare import compare_outputs
@@ -125,7 +125,10 @@ def test_equal_computations_are_one() -> None:
     """Wrong if tables that every layer computes anew stayed as many copies."""
 
     def tables(p: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * _angles(x, SIZE).cos() + torch.tanh(x * _angles(x, SIZE).cos()) * _angles(x, SIZE).sin()
+        return (
+            x * angle_table(x, SIZE).cos()
+            + torch.tanh(x * angle_table(x, SIZE).cos()) * angle_table(x, SIZE).sin()
+        )
 
     program = lower_and_compare(Function(tables))
     assert program.operators["aten.cos"] == program.operators["aten.arange"] - 1 == 1
