@@ -26,8 +26,10 @@ SIZES = ((2, 6), (3, 11))
 
 
 @lru_cache(maxsize=16)
-def _captured(shape: Shape) -> Program:
-    return graphopt.capture(Transformer(shape), tokens(*SIZES[0]))
+def _captured(shape: Shape, masked: bool) -> Program:
+    return graphopt.capture(
+        Transformer(shape), {n: v for n, v in tokens(*SIZES[0]).items() if masked or "ids" in n}
+    )
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,16 @@ class Decoder:
     @property
     def program(self) -> Program:
         """The captured module."""
+        return self._captured(True)
+
+    @property
+    def unmasked(self) -> Program:
+        """The module captured without a padding mask."""
+        return self._captured(False)
+
+    def _captured(self, masked: bool) -> Program:
         values = dict(self.model.named_parameters(remove_duplicate=False))
-        made = _captured(self.shape).copy()
+        made = _captured(self.shape, masked).copy()
         for node, weight in list(made.weights.items()):
             if weight.name in values:
                 made.weights[node] = weight.with_source(InMemory(values[weight.name].detach()))

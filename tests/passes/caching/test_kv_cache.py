@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from amounts import examples
+from builders import tokens
+from drawn_decoders import Decoder, alike, decoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -137,6 +140,26 @@ def test_any_pieces_give_the_whole(
         found.append(decoder.extend(part)["logits"])
         decoder.advance([part.shape[1]] * rows)
     assert torch.allclose(torch.cat(found, 1), whole, atol=1e-4)
+
+
+@settings(max_examples=examples(15), deadline=None)
+@given(
+    drawn=decoders(),
+    pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    rows=st.integers(1, 3),
+    options=st.sampled_from(["", "{tree=true}", "{max_length=24}"]),
+)
+def test_any_decoder_in_any_pieces(drawn: Decoder, pieces: list[int], rows: int, options: str) -> None:
+    """Exact in float64; wrong if a key were stored in another slot, rotated by another position, or seen too early."""
+    program = drawn.unmasked
+    made = graphopt.optimize(program, f"insert-kv-cache{options}", verify="off")
+    ids = tokens(rows, sum(pieces), seed=drawn.seed)["input_ids"]
+    decoder = CachedDecoder(made, rows, 24)
+    found = []
+    for part in ids.split(pieces, dim=1):
+        found.append(decoder.extend(part)["logits"].clone())
+        decoder.advance([part.shape[1]] * rows)
+    assert alike(torch.cat(found, 1), program(input_ids=ids)["logits"])
 
 
 @pytest.fixture(scope="session")

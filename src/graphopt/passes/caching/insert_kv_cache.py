@@ -16,7 +16,7 @@ from ...ir.export_blockers import block_export
 from ...ir.facts import KVCache, Streaming
 from ...ir.inputs import add_input, limit_size, remove_input
 from ...ir.operators.placement_types import WHOLE, Placement, Shard
-from ...ir.operators.traits import has
+from ...ir.operators.traits import Trait, has
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.ranks.placement import placements
@@ -287,7 +287,7 @@ class InsertKVCache(Pass):
             if gap > 0:
                 raise NotCausal(value, "its token dimension cannot be preceded by a batch dimension")
         for user in users:
-            user.replace_input_with(value, rows)
+            user.replace_input_with(value, _under(program, rows, user))
         program.changed()
 
     def check(self, before: Program, after: Program, entry: PassReport) -> None:
@@ -340,6 +340,16 @@ def _sites(decoder: Decoder) -> list[Site]:
     if not sites:
         raise NotCausal(decoder.tokens, "no attention was recognised")
     return list(sites.values())
+
+
+def _under(program: Program, rows: fx.Node, user: fx.Node) -> fx.Node:
+    """Return (batch, ...) as a user reads it whose other operand has more dimensions, batch first: (batch, 1, ..., ...)."""
+    if not (has(user, Trait.POINTWISE) or is_operator(user, "graphopt.rotary")):
+        return rows
+    with program.edit.before(user):
+        for _ in range(user.meta["val"].dim() - rows.meta["val"].dim()):
+            rows = program.edit.call(aten.unsqueeze.default, rows, 1)
+    return rows
 
 
 def _positions(program: Program, decoder: Decoder) -> fx.Node:

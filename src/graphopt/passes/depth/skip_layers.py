@@ -196,8 +196,8 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
     phase = program.add_dial(PHASE, Dial(0.0, 0.0, 1.0, "0 while a prompt is read, 1 while tokens are added"))
     replacements: dict[fx.Node, fx.Node] = {}
     for unit in units:
-        writes = unit.writes
-        reads = replacements.get(unit.reads, unit.reads)
+        writes, reads = _written_and_read(unit)
+        reads = replacements.get(reads, reads)
         users = list(writes.users)
         with program.edit.after(writes):
             stream = shaped_like(program, reads, writes)
@@ -209,6 +209,24 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
     program.changed()
     program.facts.add(SkippedWhileDecoding(tuple(unit.name for unit in units)))
     block_export(program, PHASED)
+
+
+def _written_and_read(unit: Any) -> tuple[fx.Node, fx.Node]:
+    """Return the stream with a unit and without it.
+
+    Raises:
+        PassRefusedError: the block beside it is not added apart.
+    """
+    if not getattr(unit, "parallel", False):
+        return unit.writes, unit.reads
+    # blocks side by side read and write one stream: what is passed over is this one's addition
+    added = next(iter(unit.term.users))
+    others = [n for n in added.all_input_nodes if n is not unit.term]
+    if len(unit.term.users) != 1 or not is_operator(added, "aten.add") or len(others) != 1:
+        raise PassRefusedError(
+            f"skip-layers: {unit.name} is not added to the stream apart from what is beside it"
+        )
+    return added, others[0]
 
 
 def _names_by_layer(program: Program, layers: list[Any]) -> list[set[str]]:
