@@ -303,7 +303,7 @@ def test_tokens_that_meet_elsewhere_are_noticed() -> None:
         graphopt.optimize(program, "insert-kv-cache")
     made = program.copy()
     InsertKVCache()._insert(made)
-    with pytest.raises(ContractError, match="pieces differs"):
+    with pytest.raises(ContractError, match="in chunks differs"):
         InsertKVCache().check(program, made, PassReport("insert-kv-cache", "", ""))
 
 
