@@ -68,7 +68,7 @@ def test_planning_and_refusing(name: str, captured: Callable[[str], Program], tm
 
 def test_a_cache_that_is_refused(tmp_path: Any) -> None:
     """After its layers were rewritten on a copy: a second mask without a meaning, and a table read by rows."""
-    from test_cache_sizes import TwoTypes
+    from caching_networks import TwoTypes
 
     class Met(TwoTypes):
         def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
