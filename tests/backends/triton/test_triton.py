@@ -186,7 +186,7 @@ def test_what_cannot_be_lowered_is_refused_and_leaves_nothing(
     with pytest.raises(LoweringError, match="no operator of this program has a kernel"):
         plain.lower("triton", tmp_path / "out")
     wide = graphopt.capture(Transformer(Shape()), tokens(3, 13))
-    with pytest.raises(LoweringError, match=r"does not take this call \(float64\)"):
+    with pytest.raises(LoweringError, match=r"does not support this call \(float64\)"):
         graphopt.optimize(wide, "fuse-kernels").lower("triton", tmp_path / "out")
     with pytest.raises(UsageError, match="no size named 'length'"):
         program.lower("triton", tmp_path / "out", sizes={"length": 3})

@@ -245,7 +245,7 @@ def rotation_in_pairs(p: Program) -> None:
     set_argument(first(p, "graphopt.rotary"), "interleaved", True)
 
 
-@fault("way back to the checkpoint")
+@fault("computes the checkpoint")
 def the_way_back_erased(p: Program) -> None:
     p.checkpoint["gone"] = fx.Graph().placeholder("nowhere")
 

@@ -58,7 +58,7 @@ def test_links_in_files(tmp_path: Path, told: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="is no link"):
         find_link(str(path))
     assert "nvlink" in told("links")
-    assert "alone" in told("links", "--fit", status=2)["message"]
+    assert "only one is running" in told("links", "--fit", status=2)["message"]
 
 
 def test_what_a_program_sends(captured: Callable[[str], Program]) -> None:

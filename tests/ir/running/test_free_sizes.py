@@ -150,7 +150,7 @@ def test_the_scale_of_attention_follows_its_head_size() -> None:
     """Wrong if the scale of the example's head size were kept for another."""
     program = graphopt.capture(exported("attention")[0])
     assert list(program.facts[Capture].plain_attention) == [
-        "scaled_dot_product_attention: its scale follows a head size that varies"
+        "scaled_dot_product_attention: its scale depends on a head size that varies"
     ]
     fixed = graphopt.capture(Function(CASES["attention"][0]), heads(3, 5, 4), dynamic=None)
     assert fixed.operators == {"graphopt.attention": 1}

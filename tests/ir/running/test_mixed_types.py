@@ -144,7 +144,7 @@ def test_what_widens_a_value_is_refused_with_the_reason() -> None:
     program = graphopt.capture(Scaled().eval(), x)
     made = graphopt.optimize(program, "fuse-branches{allow_no_match=true}")
     holds(program, made, x)
-    assert any("gives float32 of bfloat16" in r.reason for r in made.report.passes[-1].refused)
+    assert any("returns float32 for an input of bfloat16" in r.reason for r in made.report.passes[-1].refused)
 
 
 def test_weights_are_not_narrowed_behind_the_back_of_float64() -> None:

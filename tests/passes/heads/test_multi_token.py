@@ -268,7 +268,7 @@ def test_a_draft_with_fewer_tokens(llama: Program, captured: Callable[[str], Pro
     for wrong, match in (("keep=500", "cannot stay"), ("keep=2", "special tokens always stay")):
         with pytest.raises(PassRefusedError, match=match):
             graphopt.optimize(llama, f"trim-vocabulary{{{wrong}}}")
-    with pytest.raises(graphopt.PipelineError, match="how many tokens stay"):
+    with pytest.raises(graphopt.PipelineError, match="how many tokens to keep"):
         graphopt.optimize(llama, "trim-vocabulary")
 
 

@@ -240,7 +240,7 @@ def test_ranges_survive_in_the_plan(tmp_path: Path) -> None:
     kept_tensors._TENSORS_BY_KEY.clear()
     for path in tmp_path.glob("ranges-*"):
         path.unlink()
-    with pytest.raises(PipelineError, match="is not there"):
+    with pytest.raises(PipelineError, match="are not there"):
         graphopt.optimize(program, [step], plan=[plan], verify="off")
 
 

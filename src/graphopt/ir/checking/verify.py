@@ -102,7 +102,7 @@ def _tables(program: Program, seen: set[fx.Node], names: set[str]) -> None:
     for name, node in program.checkpoint.items():
         if node not in seen:
             raise VerificationError(
-                f"the node that maps to the checkpoint's {name} was erased", node=node.name
+                f"the node that computes the checkpoint's {name!r} was erased", node=node.name
             )
 
 
