@@ -92,4 +92,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
     from importlib import import_module
 
+    if _HOMES[name] != "graphopt.ir.errors":
+        # whichever name is used first: models given to it are captured, and programs can be exported
+        import_module("graphopt.api")
     return getattr(import_module(_HOMES[name]), name)
