@@ -158,10 +158,12 @@ def test_wrong_requests() -> None:
 # -- choosing ---------------------------------------------------------------------------------------------
 
 
-def test_sensitivity_is_the_difference_of_suffixes() -> None:
+@pytest.mark.parametrize("recorded", [0, 1 << 26])
+def test_sensitivity_is_the_difference_of_suffixes(recorded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against whole evaluations: the shared prefix and the sums over batches must change nothing."""
     from graphopt.passes.tensor_parallel.sensitivity import backward_sweep
 
+    monkeypatch.setattr("graphopt.passes.tensor_parallel.sensitivity.RECORDED", recorded)
     program = sharded(shape(), 2)
     context = Context(data(4))
     scores = backward_sweep(program, context, "perplexity", lambda note: None)
@@ -176,9 +178,10 @@ def test_sensitivity_is_the_difference_of_suffixes() -> None:
         assert scores[name] == pytest.approx(values[index] - values[index + 1], abs=1e-9)
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graphopt.passes.tensor_parallel.sensitivity import backward_sweep
 
+    monkeypatch.setattr("graphopt.passes.tensor_parallel.sensitivity.RECORDED", 0)  # groups of one batch
     program = sharded(shape(), 2)
 
     class Stopping:
@@ -189,7 +192,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
 
         def step(self, note: str = "") -> None:
             self.notes.append(note)
-            if self.stop:
+            if self.stop and len(self.notes) == 5:  # in the second batch of four runs
                 raise KeyboardInterrupt
 
         def done(self) -> None: ...
@@ -200,7 +203,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
     resumed = backward_sweep(
         program, Context(data(4), work_dir=tmp_path, progress=again), "perplexity", print
     )
-    assert again.notes.count("kept from before") == 1, "what was measured was measured again"
+    assert again.notes.count("kept from before") == 4, "what was measured was measured again"
     assert resumed == backward_sweep(program, Context(data(4)), "perplexity", print)
 
 
