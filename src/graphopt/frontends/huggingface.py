@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,19 +33,13 @@ from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
 from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
+from .stamping.plan import exported_layers, plan_stamping, stamp
+from .stamping.record import CannotStamp
+from .stamping.tensors import Tensors
 from .stored_values import plain_numbers, untie
 from .torch_module import export
 
 ATTENTION_LADDER = ("sdpa", "eager")
-
-
-@dataclass
-class _Built:
-    """A model ready for tracing: fake parameters, and the real values of its buffers."""
-
-    model: Any
-    mode: FakeTensorMode
-    buffers: dict[str, torch.Tensor]
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
@@ -203,8 +196,8 @@ def _first_matching_capture(
     raise CaptureError(f"{model_class(config).__name__} cannot be captured\n  " + "\n  ".join(failures))
 
 
-def _fake(model: Any, mode: FakeTensorMode) -> _Built:
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+def _fake(model: Any, mode: FakeTensorMode) -> None:
+    """Give a model tensors without memory, of a mode."""
     fakes: dict[int, Any] = {}
     with mode:
         for module in model.modules():
@@ -222,7 +215,6 @@ def _fake(model: Any, mode: FakeTensorMode) -> _Built:
                             tensor,
                         )
                     table[name] = fakes[id(tensor)][0]
-    return _Built(model, mode, buffers)
 
 
 @contextlib.contextmanager
@@ -245,29 +237,41 @@ def _capture(
     files: CheckpointFiles | None,
     attention: str,
     without: tuple[str, ...] = (),
+    whole: CannotStamp | None = None,
 ) -> Program:
+    """Capture with one attention implementation; ``whole`` is why all layers are exported, if that is known."""
     with _quiet():
         model, mode, mapped = build(config, dtype, attention), new_fake_mode(), Mapped()
         if files is not None:
             mapped = map_names(model, files.tensors, mode)
             plain_numbers(model, mapped, files)
             untie(model, mapped, files.tensors)
-        built = _fake(model, mode)
-        example = dict(inputs) if inputs is not None else example_inputs(built.model)
+        example = dict(inputs) if inputs is not None else example_inputs(model)
         example = {k: _widened(v, dtype) for k, v in example.items() if k not in without}
         dimension_names = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
-        with built.mode, torch.no_grad():
-            fakes = tree_map(
-                lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example
-            )
-            exported = _export(built.model, fakes, dynamic, dimension_names)
-    sources = _sources(built, mapped, files)
-    program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, dimension_names))
+        stamping = plan_stamping(model, example) if whole is None else whole
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+        tensors = Tensors(
+            _sources(model, buffers, mapped, files), mapped, files.tensors if files is not None else {}
+        )
+        with exported_layers(model, stamping):
+            _fake(model, mode)
+            with mode, torch.no_grad():
+                fakes = tree_map(
+                    lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v,
+                    example,
+                )
+                exported = _export(model, fakes, dynamic, dimension_names)
+    program = lift(exported, fakes, sources=tensors.sources, names=_symbol_names(exported, dimension_names))
     if files is not None:
-        bind(program, mapped, files)
+        bind(program, tensors.without(stamping), files)
         program.origin.unused = tuple(mapped.unused)
     _fill_rules(program, config)
     canonicalise(program)
+    try:
+        stamp(program, stamping, tensors)
+    except CannotStamp as reason:
+        return _capture(config, dtype, inputs, dynamic, files, attention, without, reason)
     return program
 
 
@@ -344,19 +348,22 @@ def _symbol_names(exported: Any, dimension_names: dict[str, dict[int, str]]) -> 
     return names
 
 
-def _sources(built: _Built, mapped: Mapped, files: CheckpointFiles | None) -> dict[str, TensorSource]:
+def _sources(
+    model: Any, buffers: Mapping[str, torch.Tensor], mapped: Mapped, files: CheckpointFiles | None
+) -> dict[str, TensorSource]:
+    """Return where the values of each tensor come from: parameters, then buffers."""
     sources: dict[str, TensorSource] = {}
-    ties: dict[int, list[str]] = {}
-    for name, tensor in built.model.state_dict(keep_vars=True).items():
-        ties.setdefault(id(tensor), []).append(name)
-    for name, buffer in built.buffers.items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        sources[name] = Absent(tuple(parameter.shape), parameter.dtype, name)
+    for name, buffer in buffers.items():
         sources[name] = InMemory(buffer)
+    ties: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        ties.setdefault(id(tensor), []).append(name)
     for names in ties.values():
         source = next((n for n in names if n in mapped.plain), None)
         if source is not None and files is not None:
             sources.update(dict.fromkeys(names, files.tensors[mapped.plain[source]]))
-    for name, parameter in built.model.named_parameters(remove_duplicate=False):
-        sources.setdefault(name, Absent(tuple(parameter.shape), parameter.dtype, name))
     return sources
 
 
