@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -221,13 +222,22 @@ class _Recorder:
             return self._weight_reference(value, names)
         origin = self.origins.get(id(value))
         if origin is None:
-            # made before the run, and registered nowhere
-            return ("constant", self._hash(value))
+            return self._unregistered(value)
         number = _OUTSIDE if layer is None else layer.number
         if origin[0] == number and layer is not None:
             return ("own", origin[1], origin[2])
         self.readers.setdefault(origin, set()).add(number)
         return ("from", origin)
+
+    def _unregistered(self, value: torch.Tensor) -> Any:
+        """Return what a tensor is that no operator made and that is no weight."""
+        if not value.is_meta:
+            return ("constant", self._hash(value))
+        # a list as index becomes a tensor that no operator shows; its numbers were recorded before
+        layer = self.current
+        if layer is not None and not (layer.calls and layer.calls[-1][0] == "data"):
+            raise CannotStamp(f"{layer.name} reads a value that nothing made")
+        return ("data", tuple(value.shape), value.dtype)
 
     def _weight_reference(self, value: torch.Tensor, names: list[str]) -> Any:
         layer = self.current
@@ -331,6 +341,10 @@ class _Calls(TorchDispatchMode):
         return self.recorder.call(func, args, kwargs or {})
 
 
+_MAKERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+
+
 class _Data(TorchFunctionMode):  # type: ignore[no-untyped-call]
     """Tells a recorder the numbers of which a model makes tensors."""
 
@@ -339,10 +353,15 @@ class _Data(TorchFunctionMode):  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.tensor, torch.as_tensor, torch.asarray):
+        if func in _MAKERS:
             given = args[0] if args else (kwargs or {}).get("data")
             if not isinstance(given, torch.Tensor):
                 self.recorder.data(given)
+        elif func in _INDEXING:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            lists = [part for part in index if isinstance(part, (list, np.ndarray))]
+            if lists:
+                self.recorder.data(lists)
         return func(*args, **(kwargs or {}))
 
 

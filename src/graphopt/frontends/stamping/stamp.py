@@ -135,7 +135,8 @@ class _Stamping:
             with self.graph.inserting_before(self.program.output_node):
                 made = self.graph.call_function(
                     node.target,  # type: ignore[arg-type]
-                    fx.map_arg(args, mapped), fx.map_arg(kwargs, mapped)
+                    fx.map_arg(args, mapped),
+                    fx.map_arg(kwargs, mapped),
                 )
             made.meta = _renamed_meta(node.meta, names, renamed)
             values[node] = made
