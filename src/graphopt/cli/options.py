@@ -6,6 +6,7 @@ instance with the values. Options shared by several commands are in a base class
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import inspect
@@ -110,5 +111,7 @@ def _imports(name: str) -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        # some libraries look at exit whether all of their objects are gone
+        atexit.register(gc.unfreeze)
     finally:
         gc.enable()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..api import capture
 from ..data.reading import read_data
+from ..ir.compat import import_tracer
 from ..ir.errors import UsageError
 from ..ir.program import Program
 from ..ir.storage import require_savable
@@ -15,6 +16,9 @@ from ..measure.context import Context
 from .app import Calibrating
 from .output import note
 from .progress import DELAY, ShownProgress, working
+
+# every program needs it, and imports are quickest while commands are imported (cli.options)
+import_tracer()
 
 
 def read_program(source: str, trust: bool, *, to_save: bool = False, at_once: bool = False) -> Program:

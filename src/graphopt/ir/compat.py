@@ -43,6 +43,7 @@ __all__ = [
     "fake_tensor",
     "fresh",
     "guard_code",
+    "import_tracer",
     "is_plain_tensor",
     "is_recorded",
     "load_package",
@@ -63,6 +64,12 @@ __all__ = [
 ]
 
 Symbol = sympy.Symbol
+
+
+def import_tracer() -> None:
+    """Import what torch imports when it first makes a tensor without values, which takes half a second."""
+    import torch._dynamo.config
+    import torch.fx.experimental.validator
 
 
 def new_fake_mode() -> FakeTensorMode:
