@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import logging
 import os
@@ -68,8 +69,8 @@ Symbol = sympy.Symbol
 
 def import_tracer() -> None:
     """Import what torch imports when it first makes a tensor without values, which takes half a second."""
-    import torch._dynamo.config
-    import torch.fx.experimental.validator
+    for name in ("torch._dynamo.config", "torch.fx.experimental.validator"):
+        importlib.import_module(name)
 
 
 def new_fake_mode() -> FakeTensorMode:

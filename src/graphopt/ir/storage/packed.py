@@ -53,7 +53,8 @@ def pack(program: Program, tensors: Mapping[str, TensorSource]) -> bytes | None:
             return None
     if sum(value.numel() * value.dtype.itemsize for value in values.values()) > MOST_BYTES:
         return None
-    return save(values, {"program": json.dumps(document, separators=(",", ":"), allow_nan=False)})
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    return bytes(save(values, {"program": text}))
 
 
 def unpack(data: bytes, tensors: Mapping[str, TensorSource]) -> Program:

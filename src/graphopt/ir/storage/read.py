@@ -213,12 +213,15 @@ class Reader:
                 if operator != "placeholder" and self.inferred(number)
                 else self.value(program, number)
             )
+            remarks = {str(k): str(v) for k, v in notes.items()}
+            if operator == "placeholder":
+                remarks = {k: v for k, v in remarks.items() if k not in ("weight", "input")}
+            if remarks:
+                node.meta["custom"] = {"graphopt": remarks}
             if "weight" in notes and operator == "placeholder":
                 program.weights[name] = self.weight(name, weights, node)
             elif "input" in notes and operator == "placeholder":
                 node.meta["input"] = input_name(notes["input"], name)
-            elif notes:
-                node.meta["custom"] = {"graphopt": {str(k): str(v) for k, v in notes.items()}}
             nodes_by_name[name] = node
         results = [decode(r, nodes_by_name, "output") for r in self.document.list("results")]
         if not all(isinstance(r, fx.Node) for r in results):
