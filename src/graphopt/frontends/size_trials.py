@@ -63,7 +63,7 @@ def _varies(program: Program, model: Any, example: dict[str, Any], names: list[s
         if other is None:
             return True
         trials += 1
-        if _model_accepts(model, other):
+        if model_accepts(model, other):
             return True
     return not trials
 
@@ -89,7 +89,7 @@ def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dic
         # dimensions of one size often belong together
         for group in (dimensions, *([p] for p in dimensions if len(dimensions) > 1)):
             trial = grown | set(group)
-            if not set(group) <= grown and _model_accepts(model, _grown(example, tensors, trial)):
+            if not set(group) <= grown and model_accepts(model, _grown(example, tensors, trial)):
                 grown = trial
     return _grown(example, tensors, grown) if grown else None
 
@@ -109,7 +109,8 @@ def _grown(
     return grown
 
 
-def _model_accepts(model: Any, inputs: dict[str, Any]) -> bool:
+def model_accepts(model: Any, inputs: dict[str, Any]) -> bool:
+    """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
     try:
         with torch.no_grad():
             model(**inputs)
