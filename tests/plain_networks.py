@@ -185,7 +185,10 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "encoder_norm_first": lambda: (_encoder(batch_first=True, norm_first=True), _r(2, 7, 8)),
     "encoder_masked": lambda: (
         _encoder(batch_first=True),
-        {"src": _r(2, 7, 8), "src_key_padding_mask": torch.arange(7).expand(2, 7) >= torch.tensor([[7], [5]])},
+        {
+            "src": _r(2, 7, 8),
+            "src_key_padding_mask": torch.arange(7).expand(2, 7) >= torch.tensor([[7], [5]]),
+        },
     ),
     "encoder_layer": lambda: (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), _r(2, 7, 8)),
     "decoder_layer": lambda: (

@@ -48,7 +48,9 @@ def share_sizes(program: Program, model: Any, example: dict[str, Any]) -> None:
                 break
         else:
             signature.sizes[name] = SizeRange(hints[name], hints[name], hints[name])
-            note_capture(program, fixed_sizes=(name,))
+            note_capture(
+                program, fixed_sizes=(f"{name} is {hints[name]}: the model took no other that was tried",)
+            )
 
 
 def _varies(program: Program, model: Any, example: dict[str, Any], names: list[str], hints: Sizes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,17 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from ..ir.canonical import canonicalise
-from ..ir.compat import quiet_export, without_fake_cache
+from ..ir.compat import quiet_export, recording_fixed_sizes, without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
 from ..ir.schema import is_mutable
 from ..ir.structure import describe
 from .calling import Inputs, by_name, original, takes, uncompiled
 from .compare_module import compare_with_model
+from .frozen import note_frozen, remember
 from .lift import lift
 from .size_limits import settle_by_guards
-from .size_trials import larger_example, share_sizes
+from .size_trials import larger_example, model_accepts, share_sizes
 
 __all__ = ["Inputs", "bind_inputs", "capture_module", "dynamic_shapes", "evaluation", "export", "widen"]
 
@@ -155,8 +157,13 @@ def dynamic_shapes(inputs: dict[str, Any], dynamic: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode without gradients while the context is open, and restore it afterwards."""
+    """Put the model into evaluation mode without gradients while the context is open, and restore it afterwards.
+
+    Torch's fused transformer layers are switched off: they give zeros for padding where the layers themselves do not.
+    """
     modes = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
         with torch.no_grad():
@@ -164,6 +171,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -174,8 +182,12 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
     """
     few = sum(1 for _ in model.parameters()) < MANY_PARAMETERS
     try:
-        with without_fake_cache() if few else contextlib.nullcontext(), quiet_export():
-            return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+        with (
+            without_fake_cache() if few else contextlib.nullcontext(),
+            quiet_export(),
+            recording_fixed_sizes() as stacks,
+        ):
+            exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
@@ -184,6 +196,8 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
             hint="branches on tensor values cannot be captured; "
             "if a size froze, pass dynamic= for the sizes that vary",
         ) from error
+    remember(exported, stacks)
+    return exported
 
 
 def _user_line(error: BaseException) -> str:
@@ -245,6 +259,7 @@ def _captured(
             compare_with_model(program, model, bound, example)
         else:
             settle_by_guards(program)
+        note_frozen(program, exported, example, partial(model_accepts if compare else takes, model))
         return program
 
     program = captured(example)
