@@ -31,6 +31,7 @@ class Reading(Showing):
     """Options of commands that read programs."""
 
     trust: bool = option("Read a .pt2 file although reading can run code from it.", False)
+    no_cache: bool = option("Capture again, and keep nothing in the cache folder.", False)
 
 
 class Writing(Showing):
@@ -56,7 +57,7 @@ class Measuring(Reading):
     batch: int = option("Rows per batch.", 8, min=1)
 
 
-@command("inspecting.inspect_checkpoint")
+@command("inspecting.inspect_checkpoint", starting="loading torch ...")
 class Inspect(Reading):
     """Show the recognised blocks and the evidence for them, cost, and what each pass could do."""
 

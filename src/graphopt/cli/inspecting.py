@@ -15,13 +15,15 @@ from ..passes.framework.plan import Plan
 from ..passes.framework.registry import find_pass, pass_locations
 from ..passes.heads.attach_early_exit import exit_quality
 from .app import Inspect
-from .output import show_json, table, text
+from .output import note, show_json, table, text
+from .progress import ShownProgress
 from .sources import read_program
 
 
 def inspect_checkpoint(args: Inspect) -> None:
     """Print the structure of a checkpoint."""
-    program = read_program(args.checkpoint, args.trust)
+    program = read_program(args.checkpoint, args.trust, at_once=True)
+    note("blocks and cost ...")
     sizes = {
         n: args.batch if n.startswith("batch") else args.sequence
         for n in program.signature.sizes
@@ -31,7 +33,8 @@ def inspect_checkpoint(args: Inspect) -> None:
     sizes = {n: nearest[n] for n in sizes}
     estimate = cost(program, sizes, args.device)
     anatomy, inputs = program.anatomy, program.signature.inputs
-    possible = what_passes_could_do(program)
+    note("what each pass could do ...")
+    possible = what_passes_could_do(program, ShownProgress())
     exits = _exits(program, args.data) if args.data is not None else []
     if args.as_json:
         show_json(
@@ -112,15 +115,20 @@ def _block_rows(program: Program) -> list[tuple[str, str, str]]:
     ]
 
 
-def what_passes_could_do(program: Program) -> list[dict[str, str]]:
+def what_passes_could_do(program: Program, progress: ShownProgress | None = None) -> list[dict[str, str]]:
     """Return for each pass what it would do to this program with its default options."""
+    progress = progress or ShownProgress()
     entries = []
-    for name in sorted(pass_locations()):
+    names = sorted(pass_locations())
+    progress.start("passes", len(names))
+    for name in names:
         try:
             could_take, refused = _plan_with_defaults(program, name)
         except GraphoptError as error:
             could_take, refused = "nothing", error.message
         entries.append({"pass": name, "could_take": could_take, "refused": refused})
+        progress.step(name)
+    progress.done()
     return entries
 
 

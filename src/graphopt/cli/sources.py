@@ -8,28 +8,33 @@ from torch import Tensor
 
 from ..api import capture
 from ..data.reading import read_data
+from ..ir.compat import import_tracer
 from ..ir.errors import UsageError
 from ..ir.program import Program
 from ..ir.storage import require_savable
 from ..measure.context import Context
 from .app import Calibrating
 from .output import note
-from .progress import ShownProgress, working
+from .progress import DELAY, ShownProgress, working
+
+# every program needs it, and imports are quickest while commands are imported (cli.options)
+import_tracer()
 
 
-def read_program(source: str, trust: bool, *, to_save: bool = False) -> Program:
+def read_program(source: str, trust: bool, *, to_save: bool = False, at_once: bool = False) -> Program:
     """Return a checkpoint or saved program.
 
     Args:
         source: path or name of the checkpoint or program.
         trust: read a ``.pt2`` file although reading can run code from it.
         to_save: the result will be saved, so refuse a program that cannot be saved before doing any work.
+        at_once: print what is being done even if it takes no time.
     """
     if not source:
         raise UsageError("the name of a checkpoint is empty")
-    with working(f"reading and capturing {source}"):
+    with working(f"reading and capturing {source}", 0.0 if at_once else DELAY):
         program = capture(source, trust=trust)
-    for remark in program.origin.notes:
+    for remark in filter(None, (*program.origin.notes, program.origin.recalled)):
         note(remark)
     for name in program.origin.unused[:5]:
         note(f"the checkpoint's tensor {name} is not used")

@@ -106,8 +106,18 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
             repeats = [1] * value.dim()
             repeats[dim] = times
             value = value.repeat(*repeats).narrow(dim, 0, targets[size])
+        if _rises(tensor):
+            # where pieces begin, or which graph a node belongs to: out of order it has no meaning
+            value = value.sort().values
         flat[id(tensor)] = value.clone()
     resized_inputs: dict[str, Any] = tree_map(
         lambda v: flat.get(id(v), v) if isinstance(v, torch.Tensor) else v, inputs
     )
     return resized_inputs
+
+
+def _rises(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a list of integers that never fall, and do not all agree."""
+    if tensor.dim() != 1 or tensor.dtype.is_floating_point or tensor.dtype.is_complex or len(tensor) < 2:
+        return False
+    return bool((tensor[1:] >= tensor[:-1]).all()) and bool(tensor[0] != tensor[-1])

@@ -85,6 +85,20 @@ def element_type(config: Any, files: CheckpointFiles | None) -> torch.dtype:
     return torch.float32
 
 
+def read_checkpoint(path: Path) -> CheckpointFiles:
+    """Open a folder or a GGUF file; no weights are read.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete or quantised in a way that cannot be read.
+    """
+    if not path.is_dir():
+        return CheckpointFiles(path, *read_gguf(path))
+    files = read_folder(path)
+    if files.config.get("quantization_config") is not None:
+        raise CheckpointError(f"{path} is a quantised checkpoint, which cannot be read yet")
+    return files
+
+
 def capture_huggingface(
     source: str | os.PathLike[str],
     inputs: Mapping[str, Any] | None = None,
@@ -104,15 +118,9 @@ def capture_huggingface(
         CheckpointError: the checkpoint cannot be read, or would need to run code from it.
         CaptureError: the architecture cannot be captured, or the graph differs from the model.
     """
-    directory = resolve(source)
-    if directory.is_dir():
-        files = read_folder(directory)
-        if files.config.get("quantization_config") is not None:
-            raise CheckpointError(f"{directory} is a quantised checkpoint, which cannot be read yet")
-        config = load_config(directory, files.config)
-    else:
-        files = CheckpointFiles(directory, *read_gguf(directory))
-        config = config_from(files.config, directory)
+    files = read_checkpoint(resolve(source))
+    folder = files.folder
+    config = load_config(folder, files.config) if folder.is_dir() else config_from(files.config, folder)
     dtype = element_type(config, files)
     program = _first_matching_capture(config, dtype, inputs, dynamic, files, compare)
     program.origin = Origin(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +47,7 @@ __all__ = [
     "fake_tensor",
     "fresh",
     "guard_code",
+    "import_tracer",
     "is_plain_tensor",
     "is_recorded",
     "load_package",
@@ -53,8 +56,10 @@ __all__ = [
     "quiet_export",
     "quiet_failures",
     "recording",
+    "recording_fixed_sizes",
     "refusing_guards",
     "size_guards",
+    "sources_of",
     "surely_equal",
     "symbol_range",
     "symbolic_kernels",
@@ -65,6 +70,12 @@ __all__ = [
 ]
 
 Symbol = sympy.Symbol
+
+
+def import_tracer() -> None:
+    """Import what torch imports when it first makes a tensor without values, which takes half a second."""
+    for name in ("torch._dynamo.config", "torch.fx.experimental.validator"):
+        importlib.import_module(name)
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -168,6 +179,38 @@ def is_recorded() -> bool:
 def symbolic_kernels() -> contextlib.AbstractContextManager[None]:
     """Return a context that prefers implementations with symbolic sizes, as torch.export does while tracing."""
     return enable_python_dispatcher()
+
+
+@contextlib.contextmanager
+def recording_fixed_sizes() -> Iterator[dict[str, list[traceback.FrameSummary]]]:
+    """Yield a table that gets, for each size that the tracer replaces by a number, the stack at that moment.
+
+    Torch keeps one line for each, which often is its own.
+    """
+    stacks: dict[str, list[traceback.FrameSummary]] = {}
+    replace = ShapeEnv._set_replacement
+
+    def recording(env: ShapeEnv, symbol: sympy.Symbol, value: sympy.Expr, *args: Any, **kwargs: Any) -> None:
+        if value.is_number:
+            stacks.setdefault(str(symbol), list(traceback.extract_stack()))
+        replace(env, symbol, value, *args, **kwargs)
+
+    ShapeEnv._set_replacement = recording  # type: ignore[method-assign]
+    try:
+        yield stacks
+    finally:
+        ShapeEnv._set_replacement = replace  # type: ignore[method-assign]
+
+
+def sources_of(mode: FakeTensorMode) -> dict[str, list[str]]:
+    """Return where each size symbol comes from, such as ``L['x'].size()[1]``."""
+    env = mode.shape_env
+    assert env is not None
+    table = getattr(env, "var_to_sources", None) or getattr(env, "_var_to_sources", None) or {}
+    return {
+        str(symbol): [str(source.name() if callable(source.name) else source.name) for source in sources]
+        for symbol, sources in table.items()
+    }
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class Origin:
 
     ``config`` is the model's configuration as plain data, ``assets`` are small files that belong to the
     checkpoint (tokenizer, cards), by relative name. ``unused`` lists tensors of the checkpoint that the
-    model does not read.
+    model does not read. ``recalled`` says so if the capture was found in the cache; it is not saved.
     """
 
     kind: str = "module"
@@ -49,6 +49,7 @@ class Origin:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     padding: str = ""
+    recalled: str = ""
 
 
 @dataclass(frozen=True)

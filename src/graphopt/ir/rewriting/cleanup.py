@@ -375,3 +375,15 @@ _CLEANUP_RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     "aten.sub": _neutral(0),
     operator.getitem.__name__: _getitem,
 }
+
+
+def order_readers(program: Program) -> None:
+    """Put the readers of each value in the order of the graph, as they are in a program that is loaded.
+
+    Otherwise messages that name one of them, and whatever takes the first, depend on how the graph was edited.
+    """
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    for node in places:
+        readers = sorted(node.users, key=places.__getitem__)
+        node.users.clear()
+        node.users.update(dict.fromkeys(readers))
