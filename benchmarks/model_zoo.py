@@ -38,7 +38,10 @@ from small_models import (
 
 ROOT = Path(__file__).parents[1]
 SECONDS, QUICK_SECONDS = 900, 300
-MIXER = r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv|Recurrent|TimeMix|Retention|Lightning|LongConv|xLSTM|LSTM|RWKV\w*Attention|RwkvSelfAttention|MinimalGRU"
+MIXER = (
+    r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv|Recurrent|TimeMix|Retention|Lightning"
+    r"|LongConv|xLSTM|LSTM|RwkvSelfAttention|MinimalGRU"
+)
 FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct"
 
 

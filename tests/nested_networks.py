@@ -186,17 +186,17 @@ class Flux(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.image_in, self.text_in = nn.Linear(16, WIDTH), nn.Linear(24, WIDTH)
-        self.double = nn.ModuleList(Flux.Double() for _ in range(2))
-        self.single = nn.ModuleList(Flux.Single() for _ in range(2))
+        self.pairs = nn.ModuleList(Flux.Double() for _ in range(2))
+        self.singles = nn.ModuleList(Flux.Single() for _ in range(2))
         self.last = nn.Linear(WIDTH, 16)
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         one, other = self.image_in(image), self.text_in(text)
         length = other.shape[1]
-        for block in self.double:
+        for block in self.pairs:
             one, other = block(one, other)
         x = torch.cat([other, one], 1)
-        for single in self.single:
+        for single in self.singles:
             x = single(x)
         return self.last(x[:, length:])
 
