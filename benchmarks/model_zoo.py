@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
-import json
 import re
 import sys
 import tempfile
@@ -125,8 +125,9 @@ def plain_networks() -> dict[str, Any]:
     }
 
 
-def made_of(model: Any) -> list[dict[str, int]]:
-    """Return the kinds of blocks of each layer, by the classes of the modules in the model's lists of layers."""
+def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
+    """Return the kinds of blocks that run in each layer, by the classes of the modules in the model's lists of layers."""
+    import torch
     from torch import nn
 
     lists = []
@@ -137,31 +138,50 @@ def made_of(model: Any) -> list[dict[str, int]]:
             and "expert" not in name.lower()
         ):
             ends = {type(child).__name__[-5:] for child in module}
-            if len(ends) == 1 and any(_kinds(child) for child in module):
+            if len(ends) == 1 and any(_blocks(child) for child in module):
                 lists.append((name, module))
     innermost = [
         m for n, m in lists if not any(other.startswith(f"{n}.") for other, _ in lists if other != n)
     ]
-    return [dict(Counter(_kinds(child))) for module in innermost for child in module]
+    layers = [child for module in innermost for child in module]
+    runs: Counter[Any] = Counter()
+    watched = {m for layer in layers for m in (layer, *(block for _, block in _blocks(layer)))}
+    hooks = [m.register_forward_hook(lambda m, *_: runs.update([m])) for m in watched]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for layer in layers:
+        blocks = _blocks(layer)
+        kinds = Counter({kind: sum(runs[m] for k, m in blocks if k == kind) for kind in dict(blocks)})
+        direct = sum(isinstance(child, nn.Linear) for child in layer.children())
+        if direct >= 2 and kinds and not kinds["ffn"] and not kinds["experts"]:
+            kinds["ffn"] = runs[layer]
+        times = max(runs[layer], 1)  # layers that share weights
+        if +kinds:
+            found += [{kind: count // times for kind, count in kinds.items() if count}] * times
+    return found
 
 
-def _kinds(module: Any) -> list[str]:
-    from torch import nn
-
+def _blocks(module: Any) -> list[tuple[str, Any]]:
+    """Return the outermost modules that are blocks by their class, with their kinds."""
     name = type(module).__name__
     if re.search(r"moe|sparse|expert|switch", name, re.I) and hasattr(module, "experts"):
-        return ["experts"]
+        return [("experts", module)]
     if re.search(MIXER, name):
-        return ["mixer"]
-    if "Attention" in name or "Attn" in name:
-        return ["attention"]
-    if re.search(FFN, name):
-        return ["experts"] if hasattr(module, "experts") else ["ffn"]
-    found = [kind for child in module.children() for kind in _kinds(child)]
-    direct = sum(isinstance(child, nn.Linear) for child in module.children())
-    if direct >= 2 and found and "ffn" not in found and "experts" not in found:
-        found.append("ffn")
-    return found
+        return [("mixer", module)]
+    if ("Attention" in name or "Attn" in name) and not isinstance(module, _lists()):
+        return [("attention", module)]
+    if re.search(FFN, name) and "Gate" not in name:
+        return [("experts" if hasattr(module, "experts") else "ffn", module)]
+    return [found for child in module.children() for found in _blocks(child)]
+
+
+def _lists() -> tuple[Any, ...]:
+    from torch import nn
+
+    return nn.ModuleList, nn.Sequential
 
 
 def named(program: Any) -> dict[str, Any]:
@@ -205,6 +225,8 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
     kind = OTHERS.get(name, Kind("plain torch" if plain else "decoder"))
     found: dict[str, Any] = {"name": name, "group": kind.group}
     inputs = None
+    from graphopt.frontends.example_inputs import example_inputs as model_inputs
+
     try:
         if plain:
             model, inputs = plain[name]()
@@ -212,20 +234,21 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
             model = small_model(name, kind.options, decoder=kind.group == "decoder")
             if kind.group == "decoder":
                 found["layers in the configuration"] = _configured_layers(model.config)
-            found["expected"] = made_of(model)
+            with contextlib.suppress(Exception):  # needs inputs, and a forward without faults
+                found["expected"] = made_of(model, model_inputs(model))
     except Exception as error:
         return {**found, "not made": first_line(error)}
     import graphopt
-    from graphopt.ir.running.examples import example_inputs
+    from graphopt.ir.running.examples import example_inputs as program_inputs
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         try:
             if plain:
-                program = graphopt.capture(model, inputs)
+                program = graphopt.capture(model, inputs, compare=not quick)
             else:
                 model.save_pretrained(folder)
-                program = graphopt.capture(folder)
+                program = graphopt.capture(folder, compare=not quick)
         except graphopt.GraphoptError as error:
             return {**found, "refused": refusal(error)}
         except Exception as error:
@@ -234,7 +257,7 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
         found |= named(program)
         if not quick:
             try:
-                data = [example_inputs(program, seed=seed, padding="none") for seed in range(4)]
+                data = [program_inputs(program, seed=seed, padding="none") for seed in range(4)]
             except graphopt.GraphoptError as error:
                 return {**found, "refused": refusal(error)}
             found["passes"] = try_passes(program, data)
@@ -345,26 +368,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "zoo")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--page", type=Path, default=None, help="write the page to this file")
-    parser.add_argument("--quick", action="store_true", help="capture and name blocks, without passes")
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--quick", action="store_true", help="capture and name blocks, without comparison and passes"
+    )
     given = parser.parse_args()
-    work = given.work / "quick" if given.quick and not given.one else given.work
+    work = given.work / "quick" if given.quick else given.work
     work.mkdir(parents=True, exist_ok=True)
-    if given.one:
-        found = try_class(given.one, given.quick)
-        (work / f"{given.one}.json").write_text(json.dumps(found, indent=1))
-        return
     every = list(dict.fromkeys([*names_of_decoders(), *OTHERS, *plain_networks()]))
     groups = {"decoder": names_of_decoders(), "plain": list(plain_networks())}
     for name, kind in OTHERS.items():
         groups.setdefault(kind.group, []).append(name)
     names = [n for given_name in given.names for n in groups.get(given_name, [given_name])] or every
     seconds = QUICK_SECONDS if given.quick else SECONDS
-    options = ("--quick",) if given.quick else ()
     results = []
     with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
         for found in pool.map(
-            lambda n: in_a_process(__file__, n, work, seconds, again=given.again, options=options), names
+            lambda n: in_a_process(try_class, n, work, seconds, given.quick, again=given.again), names
         ):
             results.append(found)
             print(found["name"], told(found), flush=True)

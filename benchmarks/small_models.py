@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,33 +108,48 @@ def refusal(error: Exception, lines: int = 3) -> str:
 
 
 def in_a_process(
-    script: str, name: str, work: Path, seconds: float, *, again: bool = False, options: tuple[str, ...] = ()
+    make: Callable[..., dict[str, Any]],
+    name: str,
+    work: Path,
+    seconds: float,
+    *options: Any,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Return a class's result, made by a process of its own where there is none yet.
 
     Args:
-        script: run with ``--one NAME --work WORK`` and the options; writes ``WORK/NAME.json``.
+        make: a function of a module, called with the name and the options.
         name: of the class.
         work: the folder of results.
         seconds: after which the process is stopped.
+        options: further arguments of the function.
         again: make the result anew although there is one.
-        options: further arguments of the script.
     """
     place = work / f"{name}.json"
     if not place.is_file() or again:
         place.unlink(missing_ok=True)
-        command = [sys.executable, script, "--one", name, "--work", str(work), *options]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-        except subprocess.TimeoutExpired:
+        # processes begin as copies of one that has imported what all of them need
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "transformers", "graphopt.api"])
+        process = context.Process(target=_write, args=(make, name, place, options))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
             place.write_text(json.dumps({"name": name, "not made": f"took more than {seconds:g} s"}))
-        else:
-            if not place.is_file():
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                told = f"the process ended with status {done.returncode}: {last}"
-                place.write_text(json.dumps({"name": name, "fault": told}))
+        elif not place.is_file():
+            told = f"the process ended with status {process.exitcode}"
+            place.write_text(json.dumps({"name": name, "fault": told}))
     found: dict[str, Any] = json.loads(place.read_text())
     return found
+
+
+def _write(make: Callable[..., dict[str, Any]], name: str, place: Path, options: tuple[Any, ...]) -> None:
+    found = make(name, *options)
+    partial = place.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1))
+    partial.replace(place)
 
 
 # options at which each pass has something to do on a small decoder

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -83,18 +82,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "sweep")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--page", type=Path, default=None, help="write the table to this file")
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    if given.one:
-        found = try_class(given.one)
-        (given.work / f"{given.one}.json").write_text(json.dumps(found, indent=1))
-        return
     names = given.names or names_of_decoders()
     results = []
     with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
         for found in pool.map(
-            lambda n: in_a_process(__file__, n, given.work, SECONDS, again=given.again), names
+            lambda n: in_a_process(try_class, n, given.work, SECONDS, again=given.again), names
         ):
             results.append(found)
             told = found.get("not made") or found.get("refused") or found.get("fault")
