@@ -83,7 +83,9 @@ def test_nested_streams(name: str) -> None:
     check_nesting(program, joint=name == "flux")
 
 
-@pytest.mark.parametrize("name", ["unet_additive", "hierarchical", "crossing", "transformer", "graph_convolutions"])
+@pytest.mark.parametrize(
+    "name", ["unet_additive", "hierarchical", "crossing", "transformer", "graph_convolutions"]
+)
 def test_blocks_never_overlap(name: str) -> None:
     program = captured(name)
     assert program.anatomy.blocks
@@ -126,7 +128,9 @@ def without_layer(model: nn.Module, attribute: str, index: int, inputs: Any) -> 
     return found
 
 
-@pytest.mark.parametrize(("name", "layer", "index"), [("laurel", 1, 1), ("short_convolutions", 2, 2), ("stages", None, 1)])
+@pytest.mark.parametrize(
+    ("name", "layer", "index"), [("laurel", 1, 1), ("short_convolutions", 2, 2), ("stages", None, 1)]
+)
 def test_a_layer_with_blocks_in_it_can_be_removed(name: str, layer: int | None, index: int) -> None:
     model, inputs = nested_networks.network(name)
     program = graphopt.capture(model, inputs)
@@ -174,7 +178,9 @@ class Drawn(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         if isinstance(tree, list):
-            self.branch: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH), *map(Drawn, tree), nn.Linear(WIDTH, WIDTH))
+            self.branch: nn.Module = nn.Sequential(
+                nn.Linear(WIDTH, WIDTH), *map(Drawn, tree), nn.Linear(WIDTH, WIDTH)
+            )
         else:
             self.branch = nested_networks.FeedForward() if tree == "ffn" else nested_networks.Attention()
 

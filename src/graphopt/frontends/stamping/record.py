@@ -330,11 +330,11 @@ def _bare(value: Any) -> Any:
     return value
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every operator to a recorder."""
 
     def __init__(self, recorder: _Recorder):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -345,11 +345,11 @@ _MAKERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
-class _Data(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Data(TorchFunctionMode):
     """Tells a recorder the numbers of which a model makes tensors."""
 
     def __init__(self, recorder: _Recorder):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
