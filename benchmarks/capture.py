@@ -91,7 +91,7 @@ def full(folder: Path) -> None:
     from graphopt.frontends.stamping.record import CannotStamp
 
     planned = huggingface.plan_stamping
-    huggingface.plan_stamping = lambda model, example: CannotStamp("a benchmark exports all layers")
+    huggingface.plan_stamping = lambda *_: CannotStamp("a benchmark exports all layers")
     try:
         huggingface.capture_huggingface(folder, compare=False)
     finally:

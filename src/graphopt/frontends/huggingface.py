@@ -265,26 +265,24 @@ def _capture(
             plain_numbers(model, mapped, files)
             untie(model, mapped, files.tensors)
             computed = computed_weights(model, mapped)
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+        sources = _sources(model, buffers, mapped, files) | {n: InMemory(t) for n, t in computed.items()}
+        tensors = Tensors(sources, mapped, files.tensors if files is not None else {})
+        _fake(model, mode)
         made = example_inputs(model, inputs)
         example = {k: typed(v, dtype) for k, v in made.inputs.items() if k not in without}
         fixed = typed(made.fixed, dtype)
         if whole is None:
             with traceable(), fixing(model, fixed, made.marked):
-                stamping = plan_stamping(model, example)
+                stamping = plan_stamping(model, example, buffers)
         else:
             stamping = whole
-        buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
-        sources = _sources(model, buffers, mapped, files) | {n: InMemory(t) for n, t in computed.items()}
-        tensors = Tensors(sources, mapped, files.tensors if files is not None else {})
-        with exported_layers(model, stamping):
-            _fake(model, mode)
-            with mode, torch.no_grad():
-                fakes = tree_map(
-                    lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v,
-                    example,
-                )
-                with traceable(), fixing(model, fixed, made.marked):
-                    exported = _export(model, fakes, dynamic, made.sizes)
+        with exported_layers(model, stamping), mode, torch.no_grad():
+            fakes = tree_map(
+                lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example
+            )
+            with traceable(), fixing(model, fixed, made.marked):
+                exported = _export(model, fakes, dynamic, made.sizes)
     program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, made.sizes))
     take_fixed(program, made.fixed)
     if files is not None:

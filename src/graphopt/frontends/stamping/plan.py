@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...ir.facts import note_capture
@@ -20,15 +21,18 @@ Plan = Choice | CannotStamp
 """Which layers are exported and which are stamped, or why all are exported."""
 
 
-def plan_stamping(model: nn.Module, example: Mapping[str, Any]) -> Plan:
+def plan_stamping(
+    model: nn.Module, example: Mapping[str, Any], buffers: Mapping[str, torch.Tensor] | None = None
+) -> Plan:
     """Return which layers of a model have to be exported.
 
     Args:
         model: in evaluation mode; run once on tensors without values, and left as it was.
         example: inputs by parameter name.
+        buffers: values of the buffers, if the model's own have none.
     """
     try:
-        return choose(record(model, example))
+        return choose(record(model, example, buffers or {}))
     except CannotStamp as reason:
         return reason
 

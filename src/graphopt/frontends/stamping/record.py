@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
-from ...ir.compat import exporting
+from ...ir.compat import FakeTensor, exporting
 from ...ir.errors import GraphoptError
 from ...ir.schema import is_mutable
 from ...ir.weights import digest
@@ -82,12 +82,15 @@ def repeated_lists(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     return found
 
 
-def record(model: nn.Module, example: Mapping[str, Any]) -> Record:
+def record(
+    model: nn.Module, example: Mapping[str, Any], buffers: Mapping[str, torch.Tensor] | None = None
+) -> Record:
     """Run a model once on tensors without values and record its repeated layers.
 
     Args:
         model: in evaluation mode; its tensors are replaced during the run and put back.
         example: inputs by parameter name; only shapes and types matter.
+        buffers: values of the buffers, if the model's own have none.
 
     Raises:
         CannotStamp: the model has no repeated layers, or does not run without values.
@@ -98,7 +101,12 @@ def record(model: nn.Module, example: Mapping[str, Any]) -> Record:
     recorder = _Recorder(model, lists)
     hooks = recorder.hooks()
     try:
-        with _without_values(model, recorder), torch.no_grad(), exporting(), warnings.catch_warnings():
+        with (
+            _without_values(model, recorder, buffers or {}),
+            torch.no_grad(),
+            exporting(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             inputs = tree_map(recorder.input, dict(example))
             with _Data(recorder), _Calls(recorder):
@@ -118,7 +126,9 @@ def record(model: nn.Module, example: Mapping[str, Any]) -> Record:
 
 
 @contextlib.contextmanager
-def _without_values(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _without_values(
+    model: nn.Module, recorder: _Recorder, buffers: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     """Put all parameters and buffers on the meta device while the block runs."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     replaced: dict[int, torch.Tensor] = {}
@@ -130,13 +140,13 @@ def _without_values(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                         continue
                     name = f"{path}.{leaf}" if path else leaf
                     if id(tensor) not in replaced:
-                        bare = tensor.detach() if tensor.is_meta else torch.empty_like(tensor, device="meta")
+                        bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                         replaced[id(tensor)] = (
                             nn.Parameter(bare, requires_grad=False)
                             if isinstance(tensor, nn.Parameter)
                             else bare
                         )
-                    recorder.weight(name, replaced[id(tensor)], tensor)
+                    recorder.weight(name, replaced[id(tensor)], buffers.get(name, tensor))
                     # modules that two names share have one table
                     if table[leaf] is tensor:
                         before.append((table, leaf, tensor))
@@ -244,7 +254,8 @@ class _Recorder:
         prefix = f"{layer.name}." if layer is not None else ""
         own = next((n for n in names if prefix and n.startswith(prefix)), None)
         stored = self.stored[id(value)]
-        values = "" if isinstance(stored, nn.Parameter) or stored.is_meta else self._hash(stored)
+        unknown = isinstance(stored, nn.Parameter) or stored.is_meta or isinstance(stored, FakeTensor)
+        values = "" if unknown else self._hash(stored)
         kind = (tuple(stored.shape), stored.dtype, values)
         if layer is None:
             return ("weight", names[0], *kind)
