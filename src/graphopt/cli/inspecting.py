@@ -21,7 +21,7 @@ from .sources import read_program
 
 def inspect_checkpoint(args: Inspect) -> None:
     """Print the structure of a checkpoint."""
-    program = read_program(args.checkpoint, args.trust)
+    program = read_program(args.checkpoint, args)
     sizes = {
         n: args.batch if n.startswith("batch") else args.sequence
         for n in program.signature.sizes

@@ -31,7 +31,7 @@ from .checkpoint_files import CheckpointFiles, read_folder, read_processor
 from .checkpoint_names import Mapped, map_names
 from .compare_checkpoint import OwnPositions, compare_with_checkpoint
 from .compare_small import compare_small
-from .example_inputs import Given, causal, example_inputs
+from .example_inputs import Given, causal, example_inputs, with_few_rows
 from .fixed_values import Joined, describe_fixed, fixing
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
@@ -126,7 +126,9 @@ def capture_huggingface(
         files = CheckpointFiles(directory, *read_gguf(directory))
         config = config_from(files.config, directory)
     dtype = element_type(config, files)
-    given = Given(inputs or {}, read_processor(directory) if directory.is_dir() else {}, dynamic == "auto")
+    given = Given(
+        inputs or {}, read_processor(directory) if directory.is_dir() else {}, grow=dynamic == "auto"
+    )
     program = _first_matching_capture(config, dtype, given, dynamic, files, compare)
     program.origin = Origin(
         kind="huggingface",
@@ -176,8 +178,11 @@ def _first_matching_capture(
     refuse_varying_frequencies(config)
     failures: list[str] = []
 
-    def attempt(attention: str, without: tuple[str, ...]) -> Program:
+    def attempt(attention: str, without: tuple[str, ...], inputs: Given = inputs) -> Program:
         program = _capture(config, dtype, inputs, dynamic, files, attention, without)
+        few = with_few_rows(inputs, {n: spec.shape for n, spec in program.signature.inputs.items()})
+        if few is not None:
+            return attempt(attention, without, few)
         if not compare or files is None:
             settle_by_guards(program)
             return program
