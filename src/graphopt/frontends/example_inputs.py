@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -78,12 +78,16 @@ class Given:
     Attributes:
         inputs: of the user, by name: tensors, or a ``torch.Size`` for a tensor of that size to be made.
         processor: the settings of the checkpoint's processor, as plain data.
-        grow: repeat a batch of one, and add optional inputs; sizes that do not vary stay as they are.
+        grow: repeat a batch of one and short texts, whose sizes would not vary otherwise.
+        complete: add inputs that may be left out, such as masks.
+        rows: of an example of which nothing was given.
     """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
     processor: Mapping[str, Any] = field(default_factory=dict)
     grow: bool = True
+    complete: bool = True
+    rows: int = BATCH
 
 
 def main_input(model: Any) -> str:
@@ -124,6 +128,27 @@ def example_inputs(model: Any, given: Given | None = None) -> Example:
     return making.completed()
 
 
+def with_few_rows(given: Given, shapes: Mapping[str, tuple[int | str, ...]]) -> Given | None:
+    """Return a start with one row, if a model froze the number of rows, and that number was none of the user's.
+
+    Args:
+        given: what the capture began with.
+        shapes: of the captured program's inputs.
+    """
+    if not given.grow:
+        return None
+
+    def rows(name: str, shape: Sequence[int | str]) -> int | str | None:
+        names = _SIZES.get(name, {}).get(len(shape), ("batch",))
+        return shape[names.index("batch")] if shape and "batch" in names and name not in FIXED else None
+
+    theirs = {
+        rows(name, tuple(value.shape)) for name, value in given.inputs.items() if hasattr(value, "shape")
+    }
+    frozen = any(rows(name, shape) == BATCH for name, shape in shapes.items())
+    return replace(given, grow=False, rows=1) if frozen and theirs <= {1, None} else None
+
+
 def require_kinds(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the user's inputs after checking names and kinds.
 
@@ -141,7 +166,7 @@ def require_kinds(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in named and (tensor or not free):
             raise UsageError(
                 f"{type(model).__name__} takes no input {name!r}",
-                hint=f"it takes {', '.join(n for n in named if n not in ('labels', 'past_key_values'))}",
+                hint=f"it takes {', '.join(n for n in named if n in MAKERS or n in _SIZES) or ', '.join(named)}",
             )
         if name in (*_WHOLE, "pixel_values", "input_features", "input_values", "past_values") and not (
             tensor or value is None
@@ -191,26 +216,31 @@ class _Making:
     """Makes the inputs of one model."""
 
     def __init__(self, model: Any, start: Given):
-        self.model, self.config, self.processor, self.grow = model, model.config, start.processor, start.grow
+        self.model, self.config, self.processor, self.start = model, model.config, start.processor, start
         parameters = inspect.signature(model.forward).parameters
         self.takes = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         checked = {k: v for k, v in require_kinds(model, start.inputs).items() if v is not None}
         self.asked = {name: value for name, value in checked.items() if isinstance(value, torch.Size)}
         given = {name: value for name, value in checked.items() if name not in self.asked}
-        self.fixes = any(name in given for name in FIXED)
         self.given = self.grown(given)
         self.random = torch.Generator().manual_seed(0)
         text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
         self.text = text
-        self.batch = self._batch()
+        # what is fixed says how many images there are: as few as possible, unless they were given
+        self.batch = self._batch(1 if self._is_fixed() else start.rows)
 
-    def _batch(self) -> int:
+    def _is_fixed(self) -> bool:
+        crops = ("image_sizes",) if hasattr(self.config, "image_grid_pinpoints") else ()
+        fixed = ("image_grid_thw", "grid_thw", "spatial_shapes", *crops)
+        return "input_features" not in self.takes and any(name in self.takes for name in fixed)
+
+    def _batch(self, otherwise: int) -> int:
         for name, value in {**self.given, **self.asked}.items():
             shape = value if isinstance(value, torch.Size) else getattr(value, "shape", ())
             names = _SIZES.get(name, {}).get(len(shape), ("batch",))
             if name not in FIXED and "batch" in names and len(shape):
                 return int(shape[names.index("batch")])
-        return BATCH
+        return otherwise
 
     # -- which inputs -------------------------------------------------------------------------------------
 
@@ -281,13 +311,11 @@ class _Making:
     def described(self) -> str:
         """Return the names and forms of the inputs, as far as they are known."""
         try:
-            made = next(self._made(self.names(), dict(self.given)), {})
+            made = next(self._made(self.names(), {}), {})
         except _Unmade:
             made = {}
         parts = [
-            f"{n} {list(made[n].shape)} of {_named(made[n].dtype)}"
-            if n in made and n not in self.given
-            else n
+            f"{n} such as {list(made[n].shape)} of {_named(made[n].dtype)}" if n in made else n
             for n in self.names()
         ]
         return ", ".join(parts)
@@ -304,9 +332,8 @@ class _Making:
                 continue
             if usual is not None and usual.dim() != value.dim():
                 raise UsageError(
-                    f"{name} has {value.dim()} dimensions, {list(value.shape)}, but {type(self.model).__name__} "
-                    f"takes {usual.dim()}",
-                    hint=f"for example {list(usual.shape)}",
+                    f"{name} has {value.dim()} dimensions, but {type(self.model).__name__} takes {usual.dim()}",
+                    hint=f"give {name} in a shape such as {list(usual.shape)}",
                 )
 
     # -- making them --------------------------------------------------------------------------------------
@@ -379,7 +406,11 @@ class _Making:
     def with_optional(self, given: dict[str, Any]) -> Example:
         """Return the given inputs with a mask, positions and types of tokens, where the model takes them."""
         inputs = dict(given)
-        if self.grow and isinstance(inputs.get("input_ids"), torch.Tensor) and inputs["input_ids"].dim() == 2:
+        if (
+            self.start.complete
+            and isinstance(inputs.get("input_ids"), torch.Tensor)
+            and inputs["input_ids"].dim() == 2
+        ):
             names = self.names()
             for name in _OPTIONAL:
                 if name in names and name not in inputs:
@@ -388,7 +419,7 @@ class _Making:
 
     def grown(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return inputs with a batch of one repeated, and short texts; sizes of one would be frozen."""
-        if self.fixes or not self.grow:
+        if any(name in FIXED for name in inputs) or not self.start.grow:
             return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         names = size_names(inputs)
         seen: dict[str, set[int]] = {}
@@ -419,6 +450,11 @@ class _Making:
             sizes = {name: {d: s for d, s in dims.items() if s != "batch"} for name, dims in sizes.items()}
         if self._by_frames(inputs.get("input_features")):
             sizes["input_features"] = {0: "batch"}
+        if not self.start.grow:
+            # sizes of one do not vary
+            sizes = {
+                n: {d: s for d, s in dims.items() if inputs[n].shape[d] > 1} for n, dims in sizes.items()
+            }
         image = self.token("image")
         marked = (
             int((inputs["input_ids"] == image).sum())
@@ -481,7 +517,7 @@ class _Making:
 
     def image_size(self) -> tuple[int, int]:
         """Return height and width of images: the model's, or those its processor makes."""
-        size = self.setting("image_size", inside="vision")
+        size = self.setting("image_size", "input_size", inside="vision")
         if not isinstance(size, (int, list, tuple)) or not size:
             size = _processor_size(self.processor) or 224
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

@@ -30,7 +30,7 @@ from .checkpoint_files import CheckpointFiles, read_folder, read_processor
 from .checkpoint_names import Mapped, map_names
 from .compare_checkpoint import OwnPositions, compare_with_checkpoint
 from .compare_small import compare_small
-from .example_inputs import Given, causal, example_inputs
+from .example_inputs import Given, causal, example_inputs, with_few_rows
 from .fixed_values import Joined, describe_fixed, fixing
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
@@ -127,7 +127,8 @@ def capture_huggingface(
     folder = files.folder
     config = load_config(folder, files.config) if folder.is_dir() else config_from(files.config, folder)
     dtype = element_type(config, files)
-    given = Given(inputs or {}, read_processor(folder) if folder.is_dir() else {}, dynamic == "auto")
+    processor = read_processor(folder) if folder.is_dir() else {}
+    given = Given(inputs or {}, processor, grow=dynamic == "auto")
     program = _first_matching_capture(config, dtype, given, dynamic, files, compare)
     program.origin = Origin(
         kind="huggingface",
@@ -177,8 +178,11 @@ def _first_matching_capture(
     refuse_varying_frequencies(config)
     failures: list[str] = []
 
-    def attempt(attention: str, without: tuple[str, ...]) -> Program:
+    def attempt(attention: str, without: tuple[str, ...], inputs: Given = inputs) -> Program:
         program = _capture(config, dtype, inputs, dynamic, files, attention, without)
+        few = with_few_rows(inputs, {n: spec.shape for n, spec in program.signature.inputs.items()})
+        if few is not None:
+            return attempt(attention, without, few)
         if not compare or files is None:
             settle_by_guards(program)
             return program

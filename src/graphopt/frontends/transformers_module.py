@@ -11,7 +11,7 @@ from ..ir.errors import CaptureError, GraphoptError, UsageError
 from ..ir.program import Origin, Program
 from .architecture import ask_no_caches, configurations
 from .compare_checkpoint import OwnPositions, compare_with_model
-from .example_inputs import Given, causal, example_inputs
+from .example_inputs import Given, causal, example_inputs, with_few_rows
 from .fixed_values import fixing
 from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names, take_fixed
 from .lift import lift
@@ -70,11 +70,14 @@ def capture_transformers_module(
         UsageError: the model does not take the inputs.
     """
     refuse_varying_frequencies(model.config)
-    given = Given(inputs, grow=dynamic == "auto")
+    given = Given(inputs, grow=dynamic == "auto", complete=dynamic == "auto")
 
-    def attempt(attention: str, without: tuple[str, ...]) -> Program:
+    def attempt(attention: str, without: tuple[str, ...], given: Given = given) -> Program:
         with _traceable(model, attention):
             program = _capture(model, given, dynamic, without)
+        few = with_few_rows(given, {n: spec.shape for n, spec in program.signature.inputs.items()})
+        if few is not None:
+            return attempt(attention, without, few)
         if not compare:
             settle_by_guards(program)
             return program

@@ -71,6 +71,10 @@ class Sizes(TorchFunctionMode):
             and id(args[0]) in self.sizes
         ):
             return self._plain(args[0])
+        if func in (torch.clamp, torch.Tensor.clamp):
+            # limits of which one is a number are read as numbers
+            args = (args[0], *map(self._plain, args[1:]))
+            kwargs = {name: self._plain(value) for name, value in (kwargs or {}).items()}
         result = func(*args, **(kwargs or {}))
         operation = _ARITHMETIC.get(func)
         if operation is not None and len(args) == 2 and not kwargs:
