@@ -17,6 +17,7 @@ from ..ir.canonical import canonicalise
 from ..ir.compat import quiet_export, recording_fixed_sizes, without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
+from ..ir.recurrent import free_lengths
 from ..ir.schema import is_mutable
 from ..ir.structure import describe
 from .calling import Inputs, by_name, original, takes, uncompiled
@@ -185,6 +186,7 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
         with (
             without_fake_cache() if few else contextlib.nullcontext(),
             quiet_export(),
+            free_lengths(),
             recording_fixed_sizes() as stacks,
         ):
             exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
