@@ -75,12 +75,14 @@ def widen(inputs: dict[str, Any], model: nn.Module | None = None) -> dict[str, A
         return _with(inputs, copies)
 
     every = {(name, 0) for name in single}
-    if not single and not longer and not any(t.dim() == 3 and t.shape[1] == 1 for t in tensors.values()):
-        return enlarged((), {})
-    if model is None or not takes(model, inputs):
-        return enlarged(every if len(single) == len(tensors) else (), longer)
-    if single and not longer and takes(model, enlarged(every, longer)):
+    unasked = every if len(single) == len(tensors) else set()
+    if model is None:
+        return enlarged(unasked, longer)
+    if single and takes(model, enlarged(every, longer)):
         return enlarged(every, longer)
+    if not takes(model, inputs):
+        # it cannot be asked without values
+        return enlarged(unasked, longer)
     if longer and not takes(model, enlarged((), longer)):
         longer = {}
     for wide in _batches(tensors, single):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..ir.canonical import canonicalise
 from ..ir.errors import CaptureError, GraphoptError
 from ..ir.program import Origin, Program
+from .calling import Inputs, by_name, uncompiled
 from .compare import require_equal
 from .compare_checkpoint import compare_with_model
 from .example_inputs import causal, example_inputs, size_names
@@ -83,6 +86,46 @@ def capture_transformers_module(
             model.config.use_cache = cache
         return program
     raise CaptureError(f"{type(model).__name__} cannot be captured\n  " + "\n  ".join(failures))
+
+
+def capture_wrapped(
+    wrapper: nn.Module,
+    inputs: Inputs,
+    name: str,
+    model: Any,
+    named: dict[str, Any],
+    *,
+    dynamic: Any,
+    compare: bool,
+) -> Program:
+    """Capture a transformers model inside a module that passes on what it takes and returns, such as PEFT's.
+
+    Args:
+        wrapper: the program's weights have their names in it.
+        inputs: an example for the wrapper.
+        name: of the model in the wrapper.
+        model: of transformers.
+        named: the example by the names of its parameters.
+        dynamic: "auto", None, or sizes by input and dimension.
+        compare: compare with the model, and with the wrapper on the example.
+
+    Raises:
+        CaptureError: the model cannot be captured, or the wrapper does something else.
+    """
+    with uncompiled(wrapper), evaluation(wrapper):
+        program = capture_transformers_module(model, named, dynamic=dynamic, compare=compare)
+        if compare:
+            called, _ = by_name(wrapper, inputs)
+            cache, model.config.use_cache = model.config.use_cache, False
+            try:
+                require_equal(program, called, [("the example", named, None)])
+            finally:
+                model.config.use_cache = cache
+    for node, weight in program.weights.items():
+        names = tuple(f"{name}.{n}" for n in weight.names)
+        program.weights[node] = replace(weight, name=f"{name}.{weight.name}", names=names)
+    program.origin.model_class = f"{type(wrapper).__module__}:{type(wrapper).__qualname__}"
+    return program
 
 
 def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:

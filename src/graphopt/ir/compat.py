@@ -187,7 +187,7 @@ def recording_fixed_sizes() -> Iterator[dict[str, list[traceback.FrameSummary]]]
             stacks.setdefault(str(symbol), list(traceback.extract_stack()))
         replace(env, symbol, value, *args, **kwargs)
 
-    ShapeEnv._set_replacement = recording  # type: ignore[method-assign]
+    ShapeEnv._set_replacement = recording  # type: ignore[method-assign, assignment]
     try:
         yield stacks
     finally:
