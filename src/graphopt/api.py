@@ -12,7 +12,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .data.reading import read_data
-from .frontends.torch_module import Inputs, bind_inputs
+from .frontends.calling import Inputs, original, wrapped
+from .frontends.torch_module import bind_inputs
 from .ir.cost import cost
 from .ir.errors import CheckpointError, LoweringError, UsageError
 from .ir.program import METHODS, Model, Program
@@ -102,12 +103,18 @@ def _module(model: nn.Module, inputs: Inputs | None, dynamic: Any, compare: bool
             f"capturing {type(model).__name__} needs an example of its inputs",
             hint="give inputs=, e.g. a tensor",
         )
+    model = original(model)
     if type(model).__module__.split(".")[0] == "transformers":
         from .frontends.transformers_module import capture_transformers_module
 
         return capture_transformers_module(
             model, bind_inputs(model, inputs), dynamic=dynamic, compare=compare
         )
+    within = wrapped(model, inputs)
+    if within is not None:
+        from .frontends.transformers_module import capture_wrapped
+
+        return capture_wrapped(model, inputs, *within, dynamic=dynamic, compare=compare)
     return capture_module(model, inputs, dynamic=dynamic, compare=compare)
 
 

@@ -43,6 +43,7 @@ def inspect_checkpoint(args: Inspect) -> None:
                 "outputs": program.signature.output_names,
                 "sizes": {n: [r.low, r.high] for n, r in program.signature.sizes.items()},
                 "constraints": list(program.signature.constraints),
+                "fixed_sizes": list((program.facts.get(Capture) or Capture()).fixed_sizes),
                 "blocks": [
                     {"name": b.name, "kind": b.kind, "layer": b.layer, "norms": b.norms,
                      "parallel": b.parallel, "sizes": {k: str(v) for k, v in b.sizes.items()},
@@ -66,6 +67,8 @@ def inspect_checkpoint(args: Inspect) -> None:
     text(f"takes {takes}\ngives {', '.join(program.signature.output_names)}")
     limits = _limits(program)
     text(f"sizes {limits}\n" if limits else "")
+    for fixed in (program.facts.get(Capture) or Capture()).fixed_sizes:
+        text(fixed)
     table("Blocks", ("blocks", "norms", "evidence"), _block_rows(program))
     if anatomy.branches:
         example = anatomy.branches[0].evidence[0]

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ir.compat import FakeTensor, FakeTensorMode, new_fake_mode, quiet_failures
 from ..ir.errors import UsageError
@@ -83,24 +84,28 @@ def by_name(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, Any]
     return _View.of(model, names, list(keywords)), {**by_position, **keywords}
 
 
+def _faked(mode: FakeTensorMode, fakes: dict[int, torch.Tensor], value: Any) -> Any:
+    """Return a tensor without values for a tensor, the same each time; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    if id(value) not in fakes:
+        fakes[id(value)] = mode.from_tensor(value.detach(), static_shapes=True)
+    return fakes[id(value)]
+
+
 def run_dry(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None = None
-) -> None:
-    """Run a module on tensors without values, which changes none of its buffers and takes no memory.
+) -> Any:
+    """Run a module on tensors without values, which changes none of its buffers and takes no memory; return its results.
 
     Raises:
         Exception: whatever the module raises at these sizes, or because values are missing.
     """
     mode = mode or new_fake_mode()
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
-            return value
-        return mode.from_tensor(value.detach(), static_shapes=True)
-
+    fake = partial(_faked, mode, {})
     state = {n: fake(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     with mode, torch.no_grad(), quiet_failures():
-        torch.func.functional_call(model, state, tree_map(fake, args), tree_map(fake, kwargs))
+        return torch.func.functional_call(model, state, tree_map(fake, args), tree_map(fake, kwargs))
 
 
 def takes(model: nn.Module, inputs: dict[str, Any]) -> bool:
@@ -145,13 +150,7 @@ def _handed_on(model: nn.Module, bound: inspect.BoundArguments) -> dict[int, str
     """Return by identity the names under which a submodule takes the inputs, if one is handed all of them."""
     mode = new_fake_mode()
     fakes: dict[int, torch.Tensor] = {}
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return fakes.setdefault(id(value), mode.from_tensor(value.detach(), static_shapes=True))
-
-    args, kwargs = tree_map(fake, (bound.args, bound.kwargs))
+    args, kwargs = tree_map(partial(_faked, mode, fakes), (bound.args, bound.kwargs))
     found: dict[int, str] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,6 +174,50 @@ def _handed_on(model: nn.Module, bound: inspect.BoundArguments) -> dict[int, str
     for hook in hooks:
         hook.remove()
     return found
+
+
+def wrapped(model: nn.Module, inputs: Inputs) -> tuple[str, nn.Module, dict[str, Any]] | None:
+    """Return the model of transformers that a module passes its inputs to and whose results it returns, as PEFT does.
+
+    Args:
+        model: which is run on tensors without values.
+        inputs: as for :func:`by_name`.
+
+    Returns:
+        Its name in ``model``, the model, and the inputs by its own names; None if there is none, or if more happens.
+    """
+    inside = {m: name for name, m in model.named_modules() if m is not model and _is_transformers(m)}
+    if not inside:
+        return None
+    called, named = by_name(model, inputs)
+    mode = new_fake_mode()
+    fakes: dict[int, torch.Tensor] = {}
+    given = tree_map(partial(_faked, mode, fakes), named)
+    originals = {id(fakes[id(v)]): v for v in tree_leaves(named) if isinstance(v, torch.Tensor)}
+    found: list[tuple[nn.Module, dict[str, Any], Any]] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        taken = {n: originals[id(v)] for n, v in arguments.items() if id(v) in originals}
+        if len(taken) == len(originals):
+            found.append((module, taken, result))
+
+    hooks = [module.register_forward_hook(look, with_kwargs=True) for module in inside]
+    try:
+        outcome = run_dry(called, (), given, mode)
+    except Exception:  # it says why where it is captured
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, taken, result in reversed(found):
+        if result is outcome:
+            return inside[module], module, taken
+    return None
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.") and hasattr(module, "set_attn_implementation")
 
 
 class _View(nn.Module):

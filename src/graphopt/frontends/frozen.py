@@ -81,6 +81,15 @@ def note_frozen(
         free = takes is not None and any(takes(_longer(inputs, dims)) for dims in ({(id(value), dim)}, alike))
         others = ", although the model takes others" if free else ""
         notes.append(f"dimension {dim} of {name} is {size}{others}" + (f": {line}" if line else ""))
+    if takes is not None:
+        # the tracer takes a size of 1 for a number, without saying so
+        for (_, value), name in zip(_tensors(inputs), program.signature.inputs, strict=False):
+            for dim, size in enumerate(value.shape):
+                fixed = size == 1 == program.signature.inputs[name].shape[dim]
+                if fixed and takes(_longer(inputs, {(id(value), dim)})):
+                    notes.append(
+                        f"dimension {dim} of {name} is 1 as in the example, although the model takes others"
+                    )
     known = (program.facts.get(Capture) or Capture()).fixed_sizes
     new = tuple(note for note in notes if note not in known)
     if new:

@@ -17,6 +17,7 @@ from ..ir.canonical import canonicalise
 from ..ir.compat import quiet_export, recording_fixed_sizes, without_fake_cache
 from ..ir.errors import CaptureError, UsageError
 from ..ir.program import Program
+from ..ir.recurrent import free_lengths
 from ..ir.schema import is_mutable
 from ..ir.structure import describe
 from .calling import Inputs, by_name, original, takes, uncompiled
@@ -77,12 +78,14 @@ def widen(inputs: dict[str, Any], model: nn.Module | None = None) -> dict[str, A
         return _with(inputs, copies)
 
     every = {(name, 0) for name in single}
-    if not single and not longer and not any(t.dim() == 3 and t.shape[1] == 1 for t in tensors.values()):
-        return enlarged((), {})
-    if model is None or not takes(model, inputs):
-        return enlarged(every if len(single) == len(tensors) else (), longer)
-    if single and not longer and takes(model, enlarged(every, longer)):
+    unasked = every if len(single) == len(tensors) else set()
+    if model is None:
+        return enlarged(unasked, longer)
+    if single and takes(model, enlarged(every, longer)):
         return enlarged(every, longer)
+    if not takes(model, inputs):
+        # it cannot be asked without values
+        return enlarged(unasked, longer)
     if longer and not takes(model, enlarged((), longer)):
         longer = {}
     for wide in _batches(tensors, single):
@@ -188,6 +191,7 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
         with (
             without_fake_cache() if few else contextlib.nullcontext(),
             quiet_export(),
+            free_lengths(),
             recording_fixed_sizes() as stacks,
         ):
             exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)

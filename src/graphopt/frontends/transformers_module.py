@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from ..ir.canonical import canonicalise
 from ..ir.errors import CaptureError, GraphoptError, UsageError
 from ..ir.program import Origin, Program
 from .architecture import ask_no_caches, configurations
+from .calling import Inputs, by_name, uncompiled
+from .compare import require_equal
 from .compare_checkpoint import OwnPositions, compare_with_model
 from .example_inputs import Given, causal, example_inputs, with_few_rows
 from .fixed_values import fixing
@@ -99,6 +104,43 @@ def capture_transformers_module(
         except (GraphoptError, ValueError) as error:
             failures.append(f"with {attention} attention: {error}")
     raise CaptureError(f"{type(model).__name__} cannot be captured\n  " + "\n  ".join(failures))
+
+
+def capture_wrapped(
+    wrapper: nn.Module,
+    inputs: Inputs,
+    name: str,
+    model: Any,
+    named: dict[str, Any],
+    *,
+    dynamic: Any,
+    compare: bool,
+) -> Program:
+    """Capture a transformers model inside a module that passes on what it takes and returns, such as PEFT's.
+
+    Args:
+        wrapper: the program's weights have their names in it.
+        inputs: an example for the wrapper.
+        name: of the model in the wrapper.
+        model: of transformers.
+        named: the example by the names of its parameters.
+        dynamic: "auto", None, or sizes by input and dimension.
+        compare: compare with the model, and with the wrapper on the example.
+
+    Raises:
+        CaptureError: the model cannot be captured, or the wrapper does something else.
+    """
+    with uncompiled(wrapper), evaluation(wrapper):
+        program = capture_transformers_module(model, named, dynamic=dynamic, compare=compare)
+        if compare:
+            called, _ = by_name(wrapper, inputs)
+            with _without_caches(model):
+                require_equal(program, called, [("the example", named, None)])
+    for node, weight in program.weights.items():
+        names = tuple(f"{name}.{n}" for n in weight.names)
+        program.weights[node] = replace(weight, name=f"{name}.{weight.name}", names=names)
+    program.origin.model_class = f"{type(wrapper).__module__}:{type(wrapper).__qualname__}"
+    return program
 
 
 def _capture(

@@ -43,6 +43,7 @@ __all__ = [
     "add_symbol",
     "build_exported_program",
     "compile_package",
+    "composite_kernels",
     "exporting",
     "fake_tensor",
     "fresh",
@@ -211,6 +212,23 @@ def sources_of(mode: FakeTensorMode) -> dict[str, list[str]]:
         str(symbol): [str(source.name() if callable(source.name) else source.name) for source in sources]
         for symbol, sources in table.items()
     }
+
+
+@contextlib.contextmanager
+def composite_kernels(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Compute values of operators inside the block by other functions than torch's decompositions of them."""
+    keys = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
+    before = {operator: dict(operator.py_kernels) for operator in kernels}
+    try:
+        for operator, kernel in kernels.items():
+            operator.py_kernels.update(dict.fromkeys(keys, kernel))
+            operator._dispatch_cache.clear()
+        yield
+    finally:
+        for operator, table in before.items():
+            operator.py_kernels.clear()
+            operator.py_kernels.update(table)
+            operator._dispatch_cache.clear()
 
 
 @contextlib.contextmanager

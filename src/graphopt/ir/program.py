@@ -18,7 +18,7 @@ from torch import fx
 from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
 from .editor import Editor
 from .errors import UsageError, VerificationError
-from .facts import Facts
+from .facts import Capture, Facts
 from .inputs import settings_of
 from .relocation import relocated
 from .schema import operator_name
@@ -182,6 +182,15 @@ class Program:
         calls = sum(self.operators.values())
         parameters = sum(torch.Size(w.source.shape).numel() for w in self.weights.values())
         return f"<Program of {calls} operators, {len(self.weights)} weights, {parameters:,} values>"
+
+    def __str__(self) -> str:
+        capture = self.facts.get(Capture) or Capture()
+        notes = [
+            *self.origin.notes,
+            *([self.origin.recalled] if self.origin.recalled else []),
+            *capture.fixed_sizes,
+        ]
+        return "\n  ".join([repr(self), *notes])
 
     # -- derived facts, recomputed when the graph has changed -----------------------------------------
 
