@@ -44,7 +44,8 @@ class Segments:
         self.level: dict[fx.Node, int] = {}
         self.members: dict[int, list[fx.Node]] = {}
         by_name = {layer.name: layer.number for layer in choice.layers}
-        depends: set[fx.Node] = set()
+        parameters: set[fx.Node] = set()
+        inputs: set[fx.Node] = set()
         for node in program.graph.nodes:
             if node.op == "output":
                 continue
@@ -52,13 +53,18 @@ class Segments:
                 weight = program.weights.get(node.name)
                 names = weight.all_names if weight is not None else ()
                 level = max((layer_of.get(n, OUTSIDE) for n in names), default=OUTSIDE)
-                if weight is not None and weight.kind == "parameter":
-                    depends.add(node)
+                if weight is None:
+                    inputs.add(node)
+                elif weight.kind == "parameter":
+                    parameters.add(node)
             else:
                 level = max((self.level[n] for n in node.all_input_nodes), default=OUTSIDE)
-                if any(n in depends for n in node.all_input_nodes):
-                    depends.add(node)
-                    # an operator without weights, such as a norm, belongs to the layer that called it
+                for known in (parameters, inputs):
+                    if any(n in known for n in node.all_input_nodes):
+                        known.add(node)
+                if node in parameters and node in inputs:
+                    # an operator without weights, such as a norm, belongs to the layer that called it; masks and tables,
+                    # which layers share, are called in the first one too, but not on the stream
                     level = max(level, _called_in(node, by_name))
             self.level[node] = level
             self.members.setdefault(level, []).append(node)
@@ -103,23 +109,24 @@ def match(segments: Segments, first: int, second: int, renamed: Mapping[str, str
     candidates: Iterable[fx.Node] = segments.leaving(second)
     if segments.choice.is_last(second):
         candidates = [n for n in segments.calls(second) if n.target == leaves.target]
-    reasons: list[str] = []
+    # of candidates that fail, the one that went furthest says why
+    reasons: list[tuple[int, str]] = [(0, "")]
     for candidate in candidates:
         matching = _Matching(segments, first, second, renamed, Match(leaves))
         if not matching.pair(leaves, candidate):
-            reasons.append(matching.reason)
+            reasons.append((len(matching.result.partners), matching.reason))
             continue
         missing = [n for n in own if n not in matching.result.partners]
         if missing:
-            reasons.append(f"{missing[0].name} has no partner")
+            reasons.append((len(own), f"{missing[0].name} has no partner"))
         elif matching.result.stream is None:
-            reasons.append("no value comes from the layer before")
+            reasons.append((len(own), "no value comes from the layer before"))
         elif not segments.choice.is_last(second) and len(segments.calls(second)) != len(own):
-            reasons.append("they have different numbers of operators")
+            reasons.append((len(own), "they have different numbers of operators"))
         else:
             return matching.result
     other = segments.choice.layers[second].name
-    raise CannotStamp(f"{name} and {other} differ in the exported graph: {max(reasons, key=len, default='')}")
+    raise CannotStamp(f"{name} and {other} differ in the exported graph: {max(reasons)[1]}")
 
 
 class _Matching:
@@ -159,7 +166,7 @@ class _Matching:
                     return self.fail(a, b)
                 continue
             operands: list[tuple[fx.Node, fx.Node]] = []
-            if a.target != b.target or not _same((a.args, a.kwargs), (b.args, b.kwargs), operands):
+            if not _same_call(a, b, operands):
                 return self.fail(a, b)
             if not _same_shape(a, b):
                 return self.fail(a, b)
@@ -180,15 +187,24 @@ class _Matching:
         return True
 
     def constants(self, one: fx.Node, other: fx.Node) -> bool:
-        """Return whether both are numbers that the code makes, and equal: layers share them."""
+        """Return whether both are equal numbers that the code makes, or computed from such alike: layers share them."""
         weights = self.segments.program.weights
-        a, b = weights.get(one.name), weights.get(other.name)
-        return (
-            a is not None
-            and b is not None
-            and a.kind == b.kind == "constant"
-            and _equal_constants(a.source, b.source)
-        )
+        pending = [(one, other)]
+        while pending:
+            one, other = pending.pop()
+            if one is other:
+                continue
+            a, b = weights.get(one.name), weights.get(other.name)
+            if a is not None and b is not None:
+                if not (a.kind == b.kind == "constant" and _equal_constants(a.source, b.source)):
+                    return False
+            elif (
+                one.op != "call_function"
+                or one.target != other.target
+                or not _same((one.args, one.kwargs), (other.args, other.kwargs), pending)
+            ):
+                return False
+        return True
 
     def weight(self, one: fx.Node, other: fx.Node) -> bool:
         if one.op != other.op:
@@ -205,6 +221,11 @@ def _equal_constants(one: Any, other: Any) -> bool:
         and isinstance(other, InMemory)
         and bool(torch.equal(one.load(), other.load()))
     )
+
+
+def _same_call(one: fx.Node, other: fx.Node, operands: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Compare operators and plain arguments of two calls; nodes in them are appended to ``operands`` in pairs."""
+    return one.target == other.target and _same((one.args, one.kwargs), (other.args, other.kwargs), operands)
 
 
 def _same(one: Any, other: Any, operands: list[tuple[fx.Node, fx.Node]]) -> bool:

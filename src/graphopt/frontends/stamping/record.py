@@ -290,11 +290,10 @@ class _Recorder:
         bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
         result = function(*bare_args, **bare_kwargs)
         if is_mutable(function):
-            for value in tree_flatten((bare_args, bare_kwargs))[0]:
-                if isinstance(value, torch.Tensor) and layer is not None:
-                    origin = self.origins.get(id(value), (_OUTSIDE, 0, 0))
-                    if origin[0] != layer.number:
-                        raise CannotStamp(f"{layer.name} writes to a value from outside")
+            for value in _written(function, bare_args, bare_kwargs):
+                origin = self.origins.get(id(value), (_OUTSIDE, 0, 0))
+                if layer is not None and origin[0] != layer.number:
+                    raise CannotStamp(f"{layer.name} writes to a value from outside")
         for number, value in enumerate(tree_flatten(result)[0]):
             if isinstance(value, torch.Tensor):
                 self.made(value, number)
@@ -333,6 +332,16 @@ class _Recorder:
             layer.key = _key(record, layer)
         _settle_first(record)
         return record
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that a call writes to."""
+    written = []
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            written += [v for v in tree_flatten(value)[0] if isinstance(v, torch.Tensor)]
+    return written
 
 
 def _bare(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from ...ir.program import Program
+from ...ir.rewriting.cleanup import order_readers
 from ...ir.weights import Weight
 from .kinds import Choice
 from .match import OUTSIDE, Match, Segments, match
@@ -92,6 +93,7 @@ class _Stamping:
                 stream = None
         self.arrange()
         self.map_checkpoint()
+        order_readers(self.program)
         self.program.changed()
 
     def ends_list(self, number: int) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..compat import refusing_guards
 from ..facts import Canonical
-from ..rewriting.cleanup import clean, drop_dead, order_readers, settle_sizes, share_equal
+from ..rewriting.cleanup import clean, drop_dead, order_readers, settle_sizes, share_constants, share_equal
 from ..rewriting.functionalise import functionalise
 from .convolutions import raise_convolutions
 from .experts import raise_experts
@@ -46,6 +46,7 @@ def _canonicalise(program: Program) -> None:
     clean(program)
     raise_convolutions(program)
     raise_linears(program)
+    share_constants(program)
     share_equal(program)
     raise_norms(program)
     raise_rotary(program)
