@@ -77,7 +77,7 @@ class Study:
 
 
 def frozen(program: graphopt.Program, value: float, dial: str = "") -> graphopt.Program:
-    """Return a program with its dial at a value for good."""
+    """Return a program with its run-time setting at a value for good."""
     name = f"dial={dial} " if dial else ""
     return graphopt.optimize(program, f"freeze-dial{{{name}value={value}}}", verify="off")
 
@@ -141,9 +141,9 @@ def shuffled(program: graphopt.Program, delta: float, rows: int) -> float:
     """Perplexity where each layer gives the widths that its router chose to tokens at random."""
     from graphopt.data.reading import read_data
     from graphopt.ir.running.execute import interpret
-    from graphopt.measure.choices import given_choices, nested_blocks
+    from graphopt.measure.choices import nested_blocks, with_choices_as_input
 
-    form = given_choices(program)
+    form = with_choices_as_input(program)
     choices = [b.parts["choice"] for b in nested_blocks(program)]
     generator = torch.Generator().manual_seed(0)
     given = []
@@ -184,9 +184,9 @@ def duo(study: Study) -> None:
 def random_routing(program: graphopt.Program, patterns: int, rows: int) -> dict[str, Any]:
     """Perplexities of random patterns of layers, half of them big, and of a random half for every token."""
     from graphopt.data.reading import read_data
-    from graphopt.measure.choices import given_choices
+    from graphopt.measure.choices import with_choices_as_input
 
-    form = given_choices(program)
+    form = with_choices_as_input(program)
     batches = read_data(form, JUDGED, sequences=rows, length=256, shuffle=False)[0]
     generator = torch.Generator().manual_seed(0)
     layers = form.signature.inputs["routing"].shape[0]
@@ -221,7 +221,7 @@ def oracle(program: graphopt.Program, tokens: int) -> dict[str, Any]:
 
 
 def phds(study: Study) -> None:
-    """The dial on active experts before and after training for it, and models trained at one number."""
+    """The run-time setting of active experts before and after training for it, and models trained at one number."""
     get = study.results.get
     mixture = graphopt.optimize(reference_model("mixture"), "dial-top-k")
     made = {
@@ -337,7 +337,7 @@ def draw() -> None:
     rows = found["phds"]
     for name in ("before", "multi-k", "trained at 1", "trained at 2"):
         right.plot([1, 2], [rows[f"{name}: {k} active"] for k in (1, 2)], "o-", label=name)
-    right.set(xticks=[1, 2], xlabel="active experts", ylabel="perplexity", title="The dial on k (MoE-PHDS)")
+    right.set(xticks=[1, 2], xlabel="active experts", ylabel="perplexity", title="Setting of k (MoE-PHDS)")
     for axis in (left, middle, right):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

@@ -23,11 +23,11 @@ ORIGINAL: dict[str, Any] = {
     "peel": attention.peel,
     "ungrouped": attention.ungrouped,
     "_following": norms._following,
-    "_raise": rotary._raise,
+    "_recognise": rotary._recognise,
     "activation_of_experts": experts.activation_of_experts,
     "_vector": norms._vector,
     "_frozen": cleanup._frozen,
-    "raise_linears": linears.raise_linears,
+    "recognise_linears": linears.recognise_linears,
 }
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ def _weight_lost(program: Any, core: Any, x: Any, centred: bool) -> Any:
 
 
 def _other_pairs(program: Any, match: Any, interleaved: bool) -> None:
-    ORIGINAL["_raise"](program, match, not interleaved)
+    ORIGINAL["_recognise"](program, match, not interleaved)
 
 
 def _another_activation(source: Any, target: Any) -> Any:
@@ -80,7 +80,7 @@ def _numbers_alike(value: Any) -> Any:
 
 
 def _transposed(program: Any) -> None:
-    ORIGINAL["raise_linears"](program)
+    ORIGINAL["recognise_linears"](program)
     node = next(n for n in program.nodes if n.target is aten.linear.default and n.args[1].op == "placeholder")
     with program.edit.before(node):
         node.update_arg(1, program.edit.call(aten.permute.default, node.args[1], [1, 0]))
@@ -131,11 +131,11 @@ FAULTS: dict[str, tuple[Callable[[], Any], Any, str, Any]] = {
     "a norm's offset lost": (
         lambda: chain("layer_norm_written_out"), norms, "_vector", lambda program, weight, size: None,
     ),
-    "rotation of other pairs": (lambda: chain("rotary_in_halves"), rotary, "_raise", _other_pairs),
+    "rotation of other pairs": (lambda: chain("rotary_in_halves"), rotary, "_recognise", _other_pairs),
     "another activation of experts": (lambda: chain("mixture"), experts, "activation_of_experts", _another_activation),
     "unequal calls taken for equal": (lambda: function(_powers), cleanup, "_frozen", _numbers_alike),
     "a matrix transposed": (
-        lambda: chain("matmul_transposed"), graphopt.ir.canonical, "raise_linears", _transposed,
+        lambda: chain("matmul_transposed"), graphopt.ir.canonical, "recognise_linears", _transposed,
     ),
     "a rounding dropped": (lambda: function(_rounded), cleanup, "same_value", lambda first, second: True),
 }  # fmt: skip

@@ -16,7 +16,7 @@ import graphopt
 from graphopt.cli.running import run
 from graphopt.ir.errors import UsageError
 from graphopt.ir.program import Program
-from graphopt.measure.choices import given_choices
+from graphopt.measure.choices import with_choices_as_input
 from graphopt.measure.context import Context
 from graphopt.measure.paths import Paths
 
@@ -43,7 +43,7 @@ def test_every_path_costs_what_running_it_costs(
 ) -> None:
     """With windows, rotary and learned positions, position biases; in one piece and piece by piece."""
     program = split(captured, name, text)
-    form = given_choices(program)
+    form = with_choices_as_input(program)
     (row,) = token_rows(1)
     layers = len(program.anatomy.ffn)
     position, following = 9, int(row["input_ids"][0, 10])

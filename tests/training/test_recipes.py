@@ -14,12 +14,12 @@ from paths import ROOT
 import graphopt
 from graphopt.ir.errors import PipelineError, UsageError
 from graphopt.ir.program import Program
-from graphopt.measure.choices import given_choices, nested_blocks, way_widths
+from graphopt.measure.choices import nested_blocks, way_widths, with_choices_as_input
 from graphopt.training import Settings
 from graphopt.training.forms import router_weights, shown_routers, soft_choices, soft_experts, with_weights
 from graphopt.training.recipes import METHODS, PHDS, DuoDistil, DuoRouters, DynaMoE, difficulty, find_method
 
-dialect = torch.ops.graphopt
+composites = torch.ops.graphopt
 
 
 @lru_cache(maxsize=8)
@@ -117,11 +117,13 @@ def test_forms_compute_what_the_program_computes() -> None:
     expected = program(**inputs)["logits"]
     layers = len(nested_blocks(program))
     routing = torch.full((layers, 2, 9), 3)
-    assert torch.allclose(given_choices(program)(**inputs, routing=routing)["logits"], expected, atol=1e-12)
+    assert torch.allclose(
+        with_choices_as_input(program)(**inputs, routing=routing)["logits"], expected, atol=1e-12
+    )
     shown = shown_routers(program)(**inputs)
     assert shown["router_logits"].shape == (layers, 2, 9, 4) == shown["similarity"].shape
     # routers without preference: the likeliest is the first
-    narrow = given_choices(program)(**inputs, routing=torch.zeros_like(routing))["logits"]
+    narrow = with_choices_as_input(program)(**inputs, routing=torch.zeros_like(routing))["logits"]
     assert torch.allclose(shown["logits"], narrow, atol=1e-12)
     soft = soft_choices(program)(**inputs, temperature=0.5)
     assert torch.allclose(soft["shares"], torch.full((layers, 2, 9, 4), 0.25, dtype=torch.float64))
@@ -201,7 +203,7 @@ def test_soft_mask_becomes_hard(captured) -> None:
 @settings(max_examples=20, deadline=None)
 def test_softened_weights(k: int, renormalised: bool, epsilon: float) -> None:
     weights = torch.rand(5, 4, dtype=torch.float64).sort(-1, descending=True).values
-    found = dialect.softened_weights(
+    found = composites.softened_weights(
         weights, torch.tensor(float(k), dtype=torch.float64), renormalised, epsilon
     )
     if renormalised:

@@ -17,7 +17,7 @@ import torch
 from ..ir.errors import UsageError
 from ..ir.program import Program
 from ..ir.structure import flatten, leaf_names
-from .token_ids import as_whole, require_ids
+from .token_ids import as_input_type, require_ids
 from .tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -277,7 +277,7 @@ def read_arrays(program: Program, path: Path) -> Batch:
         listing = ", ".join(f"{r} of {n}" for n, r in shared.items())
         raise UsageError(f"{path} holds different numbers of rows: {listing}")
     _require_positions(program, tensors, path)
-    cast = {n: as_whole(t, program.signature.inputs[n].dtype, n, str(path)) for n, t in tensors.items()}
+    cast = {n: as_input_type(t, program.signature.inputs[n].dtype, n, str(path)) for n, t in tensors.items()}
     require_ids(program, cast, str(path))
     return cast
 

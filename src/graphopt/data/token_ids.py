@@ -50,7 +50,7 @@ def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str,
             )
 
 
-def as_whole(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> torch.Tensor:
+def as_input_type(value: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> torch.Tensor:
     """Return an array in the type that an input takes.
 
     Raises:

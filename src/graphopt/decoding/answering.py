@@ -176,7 +176,7 @@ class _Writer:
             for conversation, new in zip(waiting.values(), self._continued(chats, seed + turn), strict=True):
                 conversation.say(None if new is None else self.tokenizer.decode(new).strip())
         for n, conversation in conversations.items():
-            results[n] = {"messages": conversation.so_far} if conversation.whole else None
+            results[n] = {"messages": conversation.so_far} if conversation.usable else None
         return results
 
     def _continued(self, prompts: list[list[int]], seed: int) -> Iterator[list[int] | None]:
@@ -202,13 +202,13 @@ class _Conversation:
         if not messages or messages[-1].get("role") != "assistant":
             self.left.append({"role": "assistant"})
         self.so_far: list[dict[str, Any]] = []
-        self.whole = len(self.left) > 1
+        self.usable = len(self.left) > 1
         self._listen()
 
     @property
     def waits(self) -> bool:
         """Tell whether the assistant speaks next."""
-        return self.whole and bool(self.left)
+        return self.usable and bool(self.left)
 
     def _listen(self) -> None:
         while self.left and self.left[0].get("role") != "assistant":
@@ -220,7 +220,7 @@ class _Conversation:
             # earlier turns are complete; the user's last turn has no answer, so it is dropped too
             while self.so_far and self.so_far[-1].get("role") != "assistant":
                 self.so_far.pop()
-            self.left, self.whole = [], bool(self.so_far)
+            self.left, self.usable = [], bool(self.so_far)
             return
         self.left.pop(0)
         self.so_far.append({"role": "assistant", "content": content})

@@ -453,7 +453,7 @@ def quick_onnx_export(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> 
     registry: Any = ONNXRegistry
     make, run_node = vars(registry)["from_torchlib"], interpreter.run_node
 
-    def made_once(cls: Any, opset_version: int) -> Any:
+    def cached_registry(cls: Any, opset_version: int) -> Any:
         if (cls, opset_version) not in _ONNX_REGISTRIES:
             _ONNX_REGISTRIES[cls, opset_version] = make.__func__(cls, opset_version=opset_version)
         first = _ONNX_REGISTRIES[cls, opset_version]
@@ -471,7 +471,7 @@ def quick_onnx_export(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> 
                 self._maybe_promote_node(node, rule)
         return node.meta["val"]
 
-    registry.from_torchlib, interpreter.run_node = classmethod(made_once), known_value
+    registry.from_torchlib, interpreter.run_node = classmethod(cached_registry), known_value
     try:
         yield
     finally:

@@ -140,13 +140,13 @@ def remove_dial(program: Program, name: str) -> None:
     program.changed()
 
 
-def settings_of(program: Program, given: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Return the value of each run-time setting: as given, or its default.
+def settings_of(program: Program, values: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Return the value of each run-time setting: of those values, or its default.
 
     Raises:
         UsageError: there is no such setting, or a value is out of its range.
     """
-    for name in given:
+    for name in values:
         if name not in program.dials:
             raise UsageError(
                 f"the program has no run-time setting {name!r}",
@@ -154,7 +154,7 @@ def settings_of(program: Program, given: Mapping[str, float]) -> dict[str, torch
             )
     settings = {}
     for name, dial in program.dials.items():
-        value = float(given.get(name, dial.default))
+        value = float(values.get(name, dial.default))
         if not dial.low <= value <= dial.high:
             raise UsageError(
                 f"run-time setting {name} is {value}, but its range is {dial.low} to {dial.high}"

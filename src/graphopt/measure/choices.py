@@ -11,7 +11,7 @@ from ..ir.inputs import add_input, remove_dial
 from ..ir.program import Program
 from ..ir.schema import arguments
 
-aten, dialect = (torch.ops.aten, torch.ops.graphopt)
+aten, composites = (torch.ops.aten, torch.ops.graphopt)
 
 
 def nested_blocks(program: Program) -> list[Block]:
@@ -39,7 +39,7 @@ def way_widths(block: Block) -> list[int]:
     return [max(widths) for widths in zip(*(arguments(core)["widths"] for core in cores), strict=True)]
 
 
-def given_choices(program: Program) -> Program:
+def with_choices_as_input(program: Program) -> Program:
     """Return the program with an input ``routing`` (feed-forwards, batch, sequence): the choice of every token."""
     copy = program.copy()
     blocks = nested_blocks(copy)

@@ -19,7 +19,7 @@ from ..data.tokenizer import Tokenizer
 from ..ir.errors import UsageError
 from ..ir.program import Model, Program, as_program
 from ..ir.ranks.rank_programs import ranks_of
-from .choices import given_choices, nested_blocks, way_widths
+from .choices import nested_blocks, way_widths, with_choices_as_input
 from .context import Context, Progress, Silent
 from .paths import Paths
 
@@ -128,7 +128,7 @@ def routing_oracle(
         raise UsageError("the oracle needs a program that predicts next tokens")
     if budget is not None and not 0 <= budget <= len(blocks):
         raise UsageError(f"a budget of {budget} is not from 0 to the {len(blocks)} feed-forwards there are")
-    routed = given_choices(program)
+    routed = with_choices_as_input(program)
     if not isinstance(data, (str, os.PathLike)):
         data = list(data)
     batches = read_data(program, data, sequences=sequences, length=length, batch=1, seed=seed)[0]

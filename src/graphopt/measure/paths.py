@@ -19,7 +19,7 @@ from ..ir.sizes import expression
 if TYPE_CHECKING:
     from ..ir.program import Program
 
-dialect = torch.ops.graphopt
+composites = torch.ops.graphopt
 
 
 class Paths:
@@ -166,7 +166,7 @@ class Paths:
                 else full_bias[..., first : position + 1]
             )
         sinks = None if args["sinks"] is None else values[args["sinks"]]
-        result: torch.Tensor = dialect.attention(
+        result: torch.Tensor = composites.attention(
             q,
             k,
             v,

@@ -141,7 +141,7 @@ def soft_choices(program: Program) -> Program:
     return form
 
 
-def given_features(program: Program) -> Program:
+def with_features_as_input(program: Program) -> Program:
     """Return the program with a draft that can read features from an input instead of the program's own.
 
     The new inputs are ``draft_given`` (batch, sequence, size), the features, and ``draft_taken`` (batch, sequence, 1), true

@@ -50,14 +50,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     dtype: torch.dtype, architectures: list[str], every: bool
 ) -> None:
     """Each call where ``every`` is set, else the first call of each operator, which takes a third of the time."""
-    from graphopt.backends.triton.cases import Made, cases
+    from graphopt.backends.triton.cases import Tensors, cases
     from graphopt.backends.triton.wiring import TABLE
 
     calls = []
     for case in cases("large"):
         if not every and case.operator in {c["operator"] for c in calls}:
             continue
-        args, options = case.args(Made(dtype, "meta"))
+        args, options = case.args(Tensors(dtype, "meta"))
         assert TABLE[case.operator].takes(*args, **options)
         calls.append(run.call_of(case.operator, case.what, args, options))
     # torch.compile hands numbers over in double precision, where Triton alone has them in single
@@ -113,13 +113,13 @@ def test_a_program_goes_through_the_kernels_operators_only_where_asked(program: 
 @triton
 def test_every_operator_comes_to_an_end_where_there_is_no_gpu() -> None:
     """Through the function that programs call: a reference that asked for its own kernel would ask for ever."""
-    from graphopt.backends.triton.cases import Made, cases
+    from graphopt.backends.triton.cases import Tensors, cases
     from graphopt.backends.triton.wiring import TABLE, kernels_in_use
     from graphopt.ir.operators import quantized
 
     points = {"quantize_pack": quantized.quantize_pack, "unpack_sum": quantized.unpack_sum}
     for case in {c.operator: c for c in cases()}.values():
-        args, options = case.args(Made(torch.float32))
+        args, options = case.args(Tensors(torch.float32))
         public = points.get(case.operator) or getattr(torch.ops.graphopt, case.operator)
         with kernels_in_use(everywhere=True), torch.no_grad():
             made = public(*args, **options)
@@ -255,14 +255,14 @@ def test_a_package_says_which_kernels_it_goes_without(
 @triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_on_a_gpu(dtype: torch.dtype) -> None:
-    from graphopt.backends.triton.cases import Made, cases
+    from graphopt.backends.triton.cases import Tensors, cases
     from graphopt.backends.triton.comparing import compare
     from graphopt.backends.triton.wiring import TABLE
 
     every = [
         compare(case, dtype, "cuda")
         for case in [*cases(), *cases("even"), *cases("large")]
-        if (case.typed or dtype == torch.float32) and _taken(TABLE, case, Made(dtype, "meta"))
+        if (case.typed or dtype == torch.float32) and _taken(TABLE, case, Tensors(dtype, "meta"))
     ]
     assert not [found for found in every if not found.holds]
 
@@ -279,12 +279,12 @@ def _taken(table: Any, case: Any, made: Any) -> bool:
 @triton
 def test_operators_on_a_gpu_under_the_compiler() -> None:
     """Inductor starts kernels with its own types of numbers."""
-    from graphopt.backends.triton.cases import Made, cases
+    from graphopt.backends.triton.cases import Tensors, cases
     from graphopt.backends.triton.wiring import TABLE, kernels_in_use, operator
 
     for case in cases("even"):
         torch._dynamo.reset()
-        args, options = case.args(Made(torch.float32, "cuda"))
+        args, options = case.args(Tensors(torch.float32, "cuda"))
         with torch.no_grad(), kernels_in_use():
             made = torch.compile(operator(case.operator))(*args, **options)
         plain = TABLE[case.operator].launch(*args, **options)

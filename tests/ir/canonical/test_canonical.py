@@ -35,7 +35,7 @@ def lower_and_compare(model: nn.Module) -> Program:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_each_spelling_becomes_the_operators_of_the_dialect(name: str) -> None:
-    """Wrong if a pass written for the dialect missed models that spell the operator this way."""
+    """Wrong if a pass written for graphopt's set missed models that spell the operator this way."""
     program = lower_and_compare(Chain([name]))
     for operator, count in STEPS[name][1].items():
         assert program.operators[operator] == count, program.text()

@@ -497,7 +497,7 @@ def test_an_operator_without_a_formula_is_named() -> None:
 
 
 def test_formulas_can_be_added_for_operators() -> None:
-    """Wrong if a new operator of the dialect could not say what it costs."""
+    """Wrong if a new operator of graphopt's set could not say what it costs."""
     try:
 
         @formula("test.operator")

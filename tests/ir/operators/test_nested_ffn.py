@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from graphopt.ir.operators.activations import ACTIVATIONS, gated_by
 
-dialect = torch.ops.graphopt
+composites = torch.ops.graphopt
 WIDE = torch.float64
 
 
@@ -63,7 +63,7 @@ def test_each_token_gets_its_width(case) -> None:
     m = matrices(case["size"], width, case["gated"], case["biased"], case["seed"])
     x = torch.randn(*case["shape"], case["size"], dtype=WIDE)
     choice = torch.randint(len(case["widths"]), case["shape"])
-    found = dialect.nested_ffn(x, choice, case["widths"], *m.values(), activation=case["activation"])
+    found = composites.nested_ffn(x, choice, case["widths"], *m.values(), activation=case["activation"])
     assert found.shape == x.shape
     rows, chosen = x.reshape(-1, case["size"]), choice.reshape(-1).tolist()
     for row, way, got in zip(rows, chosen, found.reshape(-1, case["size"]), strict=True):
@@ -86,7 +86,9 @@ def test_traced_and_direct_forms_agree_with_their_gradients(case) -> None:
 
     def call(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
         weights = {**dict.fromkeys(m), **dict(zip(names, held, strict=True))}
-        return dialect.nested_ffn(x, choice, case["widths"], *weights.values(), activation=case["activation"])
+        return composites.nested_ffn(
+            x, choice, case["widths"], *weights.values(), activation=case["activation"]
+        )
 
     leaves = [t.clone().requires_grad_() for t in given_]
     direct = call(*leaves)
@@ -113,7 +115,7 @@ def test_a_token_does_not_depend_on_the_choices_of_others(case, data) -> None:
     other = torch.randint(len(case["widths"]), (6,))
     other[here] = choice[here]
     one, two = (
-        dialect.nested_ffn(x, c, case["widths"], *m.values(), activation=case["activation"])
+        composites.nested_ffn(x, c, case["widths"], *m.values(), activation=case["activation"])
         for c in (choice, other)
     )
     assert torch.allclose(one[here], two[here], atol=1e-10)
@@ -128,10 +130,10 @@ def test_soft_choice_is_the_mean_of_hard_ones(case) -> None:
     x = torch.randn(*case["shape"], case["size"], dtype=WIDE)
     ways = len(case["widths"])
     shares = torch.rand(*case["shape"], ways, dtype=WIDE)
-    found = dialect.soft_nested_ffn(x, shares, case["widths"], *m.values(), activation=case["activation"])
+    found = composites.soft_nested_ffn(x, shares, case["widths"], *m.values(), activation=case["activation"])
     expected = sum(
         shares[..., way, None]
-        * dialect.nested_ffn(
+        * composites.nested_ffn(
             x, torch.full(case["shape"], way), case["widths"], *m.values(), activation=case["activation"]
         )
         for way in range(ways)
@@ -145,9 +147,9 @@ def test_similarity_is_what_its_formula_says(case, widths) -> None:
     widths = sorted({*widths, 12})
     m = matrices(case["size"], 12, case["gated"], case["biased"], case["seed"])
     x = torch.randn(*case["shape"], case["size"], dtype=WIDE)
-    found = dialect.nested_similarity(x, widths, *m.values(), activation=case["activation"])
+    found = composites.nested_similarity(x, widths, *m.values(), activation=case["activation"])
     outputs = [
-        dialect.nested_ffn(
+        composites.nested_ffn(
             x, torch.full(case["shape"], i), widths, *m.values(), activation=case["activation"]
         )
         for i in range(len(widths))
@@ -161,7 +163,9 @@ def test_similarity_is_what_its_formula_says(case, widths) -> None:
 
 def test_similarity_of_nothing_with_nothing_is_one() -> None:
     m = matrices(3, 4, False, False, 0)
-    found = dialect.nested_similarity(torch.zeros(2, 3, dtype=WIDE), [2, 4], *m.values(), activation="relu")
+    found = composites.nested_similarity(
+        torch.zeros(2, 3, dtype=WIDE), [2, 4], *m.values(), activation="relu"
+    )
     assert found.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
@@ -175,7 +179,7 @@ def test_the_dial_only_widens(logits, first, second, dtype) -> None:
     row = torch.tensor([logits], dtype=dtype)
 
     def choose(value: float) -> int:
-        return int(dialect.choose_width(row, torch.tensor(value, dtype=WIDE)))
+        return int(composites.choose_width(row, torch.tensor(value, dtype=WIDE)))
 
     assert choose(low) <= choose(high)
     assert choose(1.0) == len(logits) - 1
@@ -187,7 +191,7 @@ def test_the_dial_only_widens(logits, first, second, dtype) -> None:
 
 def test_half_is_the_likelier_of_two() -> None:
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-3.0, 5.0]])
-    assert dialect.choose_width(logits, torch.tensor(0.5, dtype=WIDE)).tolist() == [0, 1, 1]
+    assert composites.choose_width(logits, torch.tensor(0.5, dtype=WIDE)).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("mean", [0.25, 0.5, 1.0])
@@ -200,6 +204,6 @@ def test_arithmetic_is_proportional_to_the_mean_width(mean: float) -> None:
     choice = torch.zeros(200, dtype=torch.long)
     choice[: round(200 * (mean * 4 - 1) / 3)] = 1
     with FlopCounterMode(display=False) as counted:
-        dialect.nested_ffn(x, choice, [16, 64], *m.values())
+        composites.nested_ffn(x, choice, [16, 64], *m.values())
     channels = int(torch.tensor([16, 64])[choice].sum())
     assert counted.get_total_flops() == 2 * 3 * 16 * channels

@@ -24,7 +24,7 @@ from graphopt.ir.running.fold import depends_on_weights_alone
 from graphopt.ir.running.retype import in_type
 from graphopt.passes.quantization.values import moved
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 INDEX = torch.tensor([2, 0])
 
 # one call of each operator, of a value of shape (2, 3, 4)

@@ -164,7 +164,7 @@ IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight of the model": lambda x: x @ MODEL.w.T,
     "attention": attended,
     "choice of the best": chosen,
-    "operator of the dialect": lambda x: torch.ops.graphopt.rms_norm(x, None, 1e-6),
+    "operator of graphopt's set": lambda x: torch.ops.graphopt.rms_norm(x, None, 1e-6),
     "data": lambda x: x.data + x.detach(),
     "tensor of a number": counted,
     "padding": lambda x: F.pad(x, (1, 0))[..., :-1],

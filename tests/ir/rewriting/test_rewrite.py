@@ -102,7 +102,7 @@ SPELLINGS: dict[str, tuple[Model, Callable[..., Any], Callable[..., Any]]] = {
     "contiguous": (
         lambda p, x, y: torch.relu(x.mT.contiguous()), lambda a: torch.relu(a.contiguous()), lambda a: F.relu(a) * 1.0,
     ),
-    "an operator of the dialect": (
+    "an operator of graphopt's set": (
         lambda p, x, y: F.rms_norm(x, (8,), p.v, 1e-5), lambda a, w, e: torch.ops.graphopt.rms_norm(a, w, e),
         lambda a, w, e: torch.ops.graphopt.rms_norm(a, None, e) * w,
     ),
@@ -236,7 +236,7 @@ def test_wildcards_take_plain_values_and_nodes_take_shapes() -> None:
         lambda p, x, y: x * 3.0 + 1.5, lambda a, c, d: a * c + d, lambda a, c, d: (a + d / c) * c
     )
     assert len(result) == 1
-    made = result.made[0]
+    made = result.values[0]
     assert str(after.size_text(made.meta["val"].shape[0])) == "batch"
     assert made.meta["val"].dtype is D
     shaped = rewritten(

@@ -13,7 +13,7 @@ import zoo
 import graphopt
 from graphopt.ir.checking.verify import compare_programs
 from graphopt.ir.errors import LoweringError, PassRefusedError, PipelineError, UsageError
-from graphopt.ir.export_blockers import export_blockers
+from graphopt.ir.export_blockers import block_export, export_blockers, unblock_export
 from graphopt.ir.facts import CheckpointChanges
 from graphopt.ir.program import Program
 from graphopt.ir.running.examples import example_inputs
@@ -156,3 +156,17 @@ def test_dials_of_layers_that_stand_alike_are_one_number(captured: Callable[[str
     assert not export_blockers(alike)
     assert alike.facts[CheckpointChanges].active_experts == (2, 1)
     assert "different numbers" in export_blockers(apart_still)["dial-top-k"][0]
+
+
+def test_a_program_that_was_saved_with_other_words_is_frozen_as_well(
+    captured: Callable[[str], Program],
+) -> None:
+    """Wrong if it were known by its reason's text: then no folder could hold what the setting is frozen at."""
+    done = graphopt.optimize(captured("mixtral"), "dial-top-k").copy()
+    unblock_export(done, "dial-top-k")
+    block_export(
+        done, "the number of active experts is a dial, which a configuration has not", by="dial-top-k"
+    )
+    frozen = graphopt.optimize(done, "freeze-dial{value=1}")
+    assert not export_blockers(frozen)
+    assert frozen.facts[CheckpointChanges].active_experts == (2, 1)

@@ -62,8 +62,8 @@ def test_numbers_of_channels_are_those_of_the_plan(
 
 def test_a_plan_as_given_says_what_is_of_the_past() -> None:
     plan = Plan([Site("a")], [Refused("a", "kept"), Refused("b", "kept")], {"a": 1.0}, ["loss 3"])
-    given = plan.as_given()
+    given = plan.to_follow()
     assert given.sites == plan.sites and given.refused == [Refused("b", "kept")]
     assert given.notes == ["when it was planned: loss 3"]
-    assert given.as_given().notes == given.notes, "each time a plan is obeyed it grows"
+    assert given.to_follow().notes == given.notes, "each time a plan is obeyed it grows"
     assert plan.notes == ["loss 3"]

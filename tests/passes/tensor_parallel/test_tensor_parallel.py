@@ -26,7 +26,7 @@ from graphopt.measure.context import Context
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 
 
 @lru_cache(maxsize=32)
@@ -249,7 +249,7 @@ def test_residual_inside_the_sum_is_a_type_error() -> None:
     (reduce,) = out.users
     with program.edit.before(reduce):
         wrong = program.edit.call(aten.add.Tensor, out, block.reads)
-        again = program.edit.call(dialect.all_reduce.default, wrong, "tensor_parallel")
+        again = program.edit.call(composites.all_reduce.default, wrong, "tensor_parallel")
     program.edit.replace(reduce, again)
     with pytest.raises(VerificationError, match="would count once per rank"):
         verify(program, [])
@@ -272,7 +272,7 @@ def test_partial_values_pass_through_nothing_but_linear_operators(change, messag
     (reduce,) = out.users
     with program.edit.before(reduce):
         program.edit.replace(
-            reduce, program.edit.call(dialect.all_reduce.default, change(program, out), "tensor_parallel")
+            reduce, program.edit.call(composites.all_reduce.default, change(program, out), "tensor_parallel")
         )
     with pytest.raises(VerificationError, match=message):
         verify(program, [])
@@ -293,7 +293,9 @@ def test_partial_values_pass_through_linear_operators(change) -> None:
     (reduce,) = out.users
     with program.edit.after(reduce):
         changed = change(program, out)
-        program.add_output("sum", program.edit.call(dialect.all_reduce.default, changed, "tensor_parallel"))
+        program.add_output(
+            "sum", program.edit.call(composites.all_reduce.default, changed, "tensor_parallel")
+        )
     assert placements(program)[changed] == PARTIAL
     verify(program, [])
 

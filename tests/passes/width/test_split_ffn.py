@@ -23,7 +23,7 @@ from graphopt.ir.export_blockers import export_blockers
 from graphopt.ir.program import Program
 from graphopt.ir.running.examples import example_inputs
 from graphopt.ir.running.execute import interpret
-from graphopt.measure.choices import given_choices
+from graphopt.measure.choices import with_choices_as_input
 
 # one of each kind of feed-forward, norm, mixer and storage; all others of the zoo are near one of these
 DENSE = (
@@ -89,7 +89,7 @@ def test_whole_is_exact_and_each_width_is_its_extract(shape: Shape, text: str, s
     done = with_preferences(graphopt.optimize(program, f"split-ffn{{{text}}}", data=data))
     assert float((logits(done) - logits(program)).abs().max()) < 1e-10
     block = done.anatomy.ffn[0]
-    forced = given_choices(done)
+    forced = with_choices_as_input(done)
     shared = "other_core" not in block.parts
     ways = (
         block.sizes["widths"]

@@ -224,7 +224,7 @@ class _Perturbed:
 
 
 def differences(
-    program: Program, case: Case, expected: dict[str, Any], found: dict[str, Any]
+    program: Program, case: Case, expected: dict[str, Any], actual: dict[str, Any]
 ) -> dict[str, float]:
     """Return the relative error of each output.
 
@@ -235,11 +235,11 @@ def differences(
     for name, value in expected.items():
         if not isinstance(value, torch.Tensor):
             continue
-        other = found.get(name)
+        other = actual.get(name)
         if other is None:
             raise LoweringError(
                 f"the program returns {name}, for which a folder of {program.origin.model_class.partition(':')[2]} "
-                f"has no place: it returns {', '.join(sorted(found))}",
+                f"has no place: it returns {', '.join(sorted(actual))}",
                 hint="remove that output before writing the folder, or use program.save or program.lower",
             )
         mask = case.mask

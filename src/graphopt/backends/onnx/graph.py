@@ -82,7 +82,7 @@ def written_out(program: Program, opset: int) -> Program:
 def _reference(node: fx.Node) -> Callable[..., Any] | None:
     """Return the function that defines an operator of graphopt."""
     library, _, name = operator_name(node.target).partition(".")
-    called = node.op == "call_function" and library == "graphopt" and name in operators.DIALECT
+    called = node.op == "call_function" and library == "graphopt" and name in operators.COMPOSITES
     return getattr(operators, name, None) if called else None
 
 

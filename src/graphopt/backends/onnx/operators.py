@@ -26,15 +26,15 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     Args:
         opset: of the file; from 23 on attention, RMS norm and rotary embedding stay one node each.
     """
-    dialect = Dialect(opset)
+    writer = OperatorWriter(opset)
     operators = torch.ops.graphopt
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
     names = ("attention", "rms_norm", "rotary", "routed_ffn", "fake_quantize", "fake_quantize_channels")
     for name in names:
-        table[getattr(operators, name).default] = _unannotated(getattr(dialect, name))
+        table[getattr(operators, name).default] = _unannotated(getattr(writer, name))
     # the exporter handles these two only after its decomposition, which is most of its time
-    table[torch.ops.aten.to.dtype] = _unannotated(dialect.to)
-    table[torch.ops.aten.batch_norm.default] = _unannotated(dialect.batch_norm)
+    table[torch.ops.aten.to.dtype] = _unannotated(writer.to)
+    table[torch.ops.aten.batch_norm.default] = _unannotated(writer.batch_norm)
     return table
 
 
@@ -43,7 +43,7 @@ def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: method(*args, **kwargs)
 
 
-class Dialect(Experts):
+class OperatorWriter(Experts):
     """Writes nodes while the exporter records them; one object per export, so that layers can share masks."""
 
     def __init__(self, opset: int):

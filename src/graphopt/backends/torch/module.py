@@ -32,7 +32,7 @@ class _Calling:
     def __init__(self, program: Program, source: Program):
         self.signature = program.signature
         self.program = program
-        self.held = source
+        self.source = source
         plain = [{"leaf": name} for name in program.signature.inputs]
         self.positional = (
             list(program.signature.parameters.values()) == plain
@@ -123,7 +123,7 @@ def program_of(module: ProgramModule) -> Program:
 
     The weights are copies: further training does not change the program.
     """
-    program: Program = module.__dict__["_calling"].held.copy()
+    program: Program = module.__dict__["_calling"].source.copy()
     now = dict(module.named_parameters(remove_duplicate=False)) | dict(
         module.named_buffers(remove_duplicate=False)
     )

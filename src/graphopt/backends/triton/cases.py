@@ -21,7 +21,7 @@ GATES = tuple(a for a in ACTIVATIONS if a not in ("tanh",))
 
 
 @dataclass
-class Made:
+class Tensors:
     """Makes random tensors, or with ``meta`` tensors without values."""
 
     dtype: torch.dtype
@@ -62,14 +62,14 @@ class Case:
     Attributes:
         operator: its name.
         what: describes the call.
-        args: of the call, made by a :class:`Made`.
+        args: of the call, made by a :class:`Tensors`.
         exact: whether the kernel's result equals the reference bit for bit.
         typed: whether it is tried in several floating-point types; False if the call fixes its types.
     """
 
     operator: str
     what: str
-    args: Callable[[Made], tuple[tuple[Any, ...], dict[str, Any]]]
+    args: Callable[[Tensors], tuple[tuple[Any, ...], dict[str, Any]]]
     exact: bool = False
     typed: bool = True
 
@@ -77,8 +77,8 @@ class Case:
 def _norms(scale: Scale) -> Iterator[Case]:
     rows, size = {LARGE: (64, 4096), EVEN: (4, 64), RAGGED: (5, 72)}[scale]
 
-    def call(add: bool, weight: bool, **options: Any) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    def call(add: bool, weight: bool, **options: Any) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             first = (m.normal(2, rows, size), *([m.normal(2, rows, size)] if add else []))
             return (*first, m.normal(size) if weight else None, 1e-5), options
 
@@ -95,14 +95,14 @@ def _products(scale: Scale) -> Iterator[Case]:
     rows, size = {LARGE: (64, 8192), EVEN: (2, 1024), RAGGED: (3, 1100)}[scale]
     for activation in GATES if scale == RAGGED else ("silu", "gelu"):
 
-        def halves(m: Made, activation: str = activation) -> Any:
+        def halves(m: Tensors, activation: str = activation) -> Any:
             gate, up = m.normal(2, rows, 2 * size, scale=3.0).chunk(2, -1)
             return (gate, up), {"activation": activation, "limit": 2.5, "alpha": 1.3}
 
         yield Case("gated_product", activation, halves)
     if scale == RAGGED:
 
-        def broken(m: Made) -> Any:
+        def broken(m: Tensors) -> Any:
             gate = m.normal(rows, size)
             gate[0, 3] = float("nan")
             return (gate, m.normal(rows, size)), {"activation": "relu"}
@@ -120,8 +120,8 @@ def _nested(scale: Scale) -> Iterator[Case]:
     tokens, size, inner = {LARGE: (512, 2048, 8192), EVEN: (32, 64, 128), RAGGED: (37, 40, 80)}[scale]
     widths = [16, 80, 0, 48] if scale == RAGGED else [inner // 4, inner]
 
-    def call(gated: bool, bias: bool, activation: str, tokens: int = tokens) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    def call(gated: bool, bias: bool, activation: str, tokens: int = tokens) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             args: list[Any] = [
                 m.normal(1, tokens, size),
                 m.integers(1, tokens, high=len(widths)),
@@ -149,8 +149,8 @@ def _routed(scale: Scale) -> Iterator[Case]:
         LARGE: (512, 8, 64, 2048, 1024), EVEN: (16, 1, 4, 32, 64), RAGGED: (21, 2, 5, 40, 48)
     }[scale]  # fmt: skip
 
-    def call(bias: bool = False, absent: bool = False, **options: Any) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    def call(bias: bool = False, absent: bool = False, **options: Any) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             wide = inner * (2 if options.get("gated", True) else 1)
             up = m.normal(experts, wide, size, scale=size**-0.5)
             down = m.normal(experts, size, inner, scale=inner**-0.5)
@@ -197,8 +197,8 @@ def _attention(scale: Scale) -> Iterator[Case]:
         size: int = size,
         value: int = value,
         **options: Any,
-    ) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    ) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             visible = m.integers(batch, 1, tokens, keys, high=2, dtype=torch.bool)
             if m.device != "meta" and not full:
                 # the end of the cache is hidden, and the first of several queries sees nothing
@@ -238,8 +238,8 @@ def _lora(scale: Scale) -> Iterator[Case]:
         RAGGED: (21, 72, 150, 6),
     }[scale]
 
-    def call(high: int) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    def call(high: int) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             marks = m.integers(2, tokens, high=high) if high else m.integers(2, tokens, high=1)
             if high and m.device != "meta":
                 marks[:, : tokens // 2] = 0
@@ -255,8 +255,8 @@ def _lora(scale: Scale) -> Iterator[Case]:
 def _heads(scale: Scale) -> Iterator[Case]:
     rows, size, vocabulary = {LARGE: (8, 2048, 128256), EVEN: (8, 128, 256), RAGGED: (3, 72, 300)}[scale]
 
-    def call(bias: bool, k: int) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    def call(bias: bool, k: int) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             bias_values = m.normal(vocabulary) if bias else None
             return (m.normal(2, rows, size), m.normal(vocabulary, size, scale=size**-0.5), bias_values, k), {}
 
@@ -265,7 +265,7 @@ def _heads(scale: Scale) -> Iterator[Case]:
     yield Case("linear_top_k", "ten", call(False, 10))
     if scale == RAGGED:
 
-        def edges(m: Made) -> Any:
+        def edges(m: Tensors) -> Any:
             x, weight, bias = m.normal(2, rows, size), m.normal(70, size, scale=size**-0.5), m.normal(70)
             x[0, 0] = float("nan")
             bias[5:65] = float("-inf")
@@ -278,8 +278,8 @@ def _heads(scale: Scale) -> Iterator[Case]:
 def _packing(scale: Scale) -> Iterator[Case]:
     tokens, features = {LARGE: (64, 4096), EVEN: (2, 512), RAGGED: (3, 203)}[scale]
 
-    def call(bits: int, kept: int, block: int, permuted: bool, unpack: bool) -> Callable[[Made], Any]:
-        def make_case(m: Made) -> Any:
+    def call(bits: int, kept: int, block: int, permuted: bool, unpack: bool) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
             outliers = features - kept
             width = payload_bytes(features, kept, bits, block) + 3
             columns = m.order(features) if permuted else None

@@ -45,14 +45,14 @@ def _trace(request: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from .cases import Made, cases
+    from .cases import Tensors, cases
     from .stub_driver import ARCHITECTURES, pretend
     from .wiring import TABLE
 
     pretend(ARCHITECTURES["sm_90"], 0)
     rows = []
     for case in cases():
-        args, options = case.args(Made(torch.float32))
+        args, options = case.args(Tensors(torch.float32))
         tensor_indices = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
 
         def launched(

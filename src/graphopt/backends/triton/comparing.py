@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir.checking.comparison import relative_error
-from .cases import Case, Made
+from .cases import Case, Tensors
 from .wiring import TABLE
 
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -53,7 +53,7 @@ def _alike(actual: Any, expected: Any) -> bool:
 
 def compare(case: Case, dtype: torch.dtype, device: str = "cpu") -> Compared:
     """Run a call with its kernel and with the reference in float64 (in the call's own type if bits must agree)."""
-    args, options = case.args(Made(dtype, device))
+    args, options = case.args(Tensors(dtype, device))
     kernel = TABLE[case.operator]
     name = str(dtype).removeprefix("torch.")
     if not kernel.takes(*args, **options):

@@ -50,19 +50,19 @@ class DraftProgram(Drafter):
                 f"the draft has {self.draft.vocabulary} tokens, the program {size}",
                 hint="a draft needs the program's tokenizer",
             )
-        self.held: list[list[int]] = [[] for _ in rows]
+        self.cached: list[list[int]] = [[] for _ in rows]
         self.logits = self.draft.cache.logits
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
         """Feed the draft the tokens committed since the last call, then continue from them."""
         for number, row in enumerate(rows):
             # the row's last token is recomputed even if it is cached, to get the logits after it
-            same = _shared(self.held[number], row[:-1])
-            self.held[number] = list(row[:same])
-        self.draft.lengths = [len(cached) for cached in self.held]
-        last = self.draft.prefill([row[len(cached) :] for row, cached in zip(rows, self.held, strict=True)])
+            same = _shared(self.cached[number], row[:-1])
+            self.cached[number] = list(row[:same])
+        self.draft.lengths = [len(cached) for cached in self.cached]
+        last = self.draft.prefill([row[len(cached) :] for row, cached in zip(rows, self.cached, strict=True)])
         logits = torch.stack([outputs[self.logits] for outputs in last])
-        self.held = [list(row) for row in rows]
+        self.cached = [list(row) for row in rows]
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
         going = [depth > 0 for depth in room]
@@ -82,13 +82,13 @@ class DraftProgram(Drafter):
             logits = self.draft.extend(ids)[self.logits][:, -1]
             self.draft.advance([1] * len(rows))
             for number, row in enumerate(tokens):
-                self.held[number].append(row[-1] if row else 0)
+                self.cached[number].append(row[-1] if row else 0)
         return [Draft.line(t, o) for t, o in zip(tokens, odds, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with only some of the rows."""
         self.draft.keep_rows(rows)
-        self.held = [self.held[row] for row in rows]
+        self.cached = [self.cached[row] for row in rows]
 
 
 def _shared(cached: Sequence[int], row: Sequence[int]) -> int:

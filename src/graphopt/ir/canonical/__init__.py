@@ -12,11 +12,11 @@ from ..compat import refusing_guards
 from ..facts import Canonical
 from ..rewriting.cleanup import clean, drop_dead, order_readers, settle_sizes, share_constants, share_equal
 from ..rewriting.functionalise import functionalise
-from .convolutions import raise_convolutions
-from .experts import raise_experts
-from .linears import raise_linears
-from .norms import raise_norms
-from .rotary import raise_rotary
+from .convolutions import recognise_convolutions
+from .experts import recognise_experts
+from .linears import recognise_linears
+from .norms import recognise_norms
+from .rotary import recognise_rotary
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -39,18 +39,18 @@ def canonicalise(program: Program) -> None:
 
 
 def _canonicalise(program: Program) -> None:
-    from .attention import raise_attention
+    from .attention import recognise_attention
 
     functionalise(program)
     settle_sizes(program)
     clean(program)
-    raise_convolutions(program)
-    raise_linears(program)
+    recognise_convolutions(program)
+    recognise_linears(program)
     share_constants(program)
     share_equal(program)
-    raise_norms(program)
-    raise_rotary(program)
-    raise_attention(program)
-    raise_experts(program)
+    recognise_norms(program)
+    recognise_rotary(program)
+    recognise_attention(program)
+    recognise_experts(program)
     share_equal(program)
     drop_dead(program)

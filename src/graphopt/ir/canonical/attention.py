@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def raise_attention(program: Program) -> None:
+def recognise_attention(program: Program) -> None:
     """Replace recognised attention by ``graphopt.attention``; attention that was not recognised is noted as a fact."""
     unrecognised: list[str] = []
     cache: dict[fx.Node, tuple[MaskMeaning | None, list[Any]]] = {}

@@ -24,7 +24,7 @@ _NORMS = (
 _END = 2**63 - 1
 
 
-def raise_convolutions(program: Program) -> None:
+def recognise_convolutions(program: Program) -> None:
     """Replace ``convolution`` and decomposed variants of BatchNorm by ``conv2d`` and ``batch_norm``."""
     for node in list(program.graph.nodes):
         if node._erased:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-def raise_dense_experts(program: Program) -> list[str]:
+def recognise_dense_experts(program: Program) -> list[str]:
     """Replace ``sum over experts of f(score * x)``, as in Llama 4, by one operator; return what was not recognised.
 
     Experts have no biases, so an expert with a score of 0 returns 0, and only chosen experts need to be computed.

@@ -14,16 +14,16 @@ from ..rewriting.cleanup import replace_or_erase
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, is_operator
-from .dense_experts import raise_dense_experts
-from .sorted_experts import raise_sorted_experts
+from .dense_experts import recognise_dense_experts
+from .sorted_experts import recognise_sorted_experts
 
 if TYPE_CHECKING:
     from ..program import Program
 
 
-def raise_experts(program: Program) -> None:
+def recognise_experts(program: Program) -> None:
     """Replace pairs of gathered products over the same experts by one operator."""
-    unrecognised = [*raise_dense_experts(program), *raise_sorted_experts(program)]
+    unrecognised = [*recognise_dense_experts(program), *recognise_sorted_experts(program)]
     products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
     for up in products:
         for down in products:

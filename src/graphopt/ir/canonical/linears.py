@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def raise_linears(program: Program) -> None:
+def recognise_linears(program: Program) -> None:
     """Rewrite ``x @ w``, ``x @ w.T``, ``mm``, ``addmm`` and an added bias as linears, and unflatten them."""
     for node in list(program.graph.nodes):
         if is_operator(node, "aten.einsum"):

@@ -63,7 +63,7 @@ def _layer_pattern() -> Either:
     return _scaled(centred, Either((_mean_square(_square(centred)), variance)))
 
 
-def raise_norms(program: Program) -> None:
+def recognise_norms(program: Program) -> None:
     """Replace written-out norms by ``graphopt.rms_norm`` and ``aten.layer_norm``."""
     for node in list(program.graph.find_nodes(op="call_function", target=aten.rms_norm.default)):
         _fused(program, node)

@@ -82,16 +82,16 @@ def _widened(program: Program, match: Match, interleaved: bool) -> bool:
     return True
 
 
-def raise_rotary(program: Program) -> None:
+def recognise_rotary(program: Program) -> None:
     """Replace rotations of channel pairs by ``graphopt.rotary``."""
     for interleaved in (False, True):
         for match in find(program.graph, _half_tables(interleaved)):
             if _is_rotation(match, interleaved) and _widened(program, match, interleaved):
-                _raise(program, match, interleaved)
+                _recognise(program, match, interleaved)
     for interleaved, rotated in ((False, _halves), (True, _pairs)):
         for match in find(program.graph, _pattern(rotated)):
             if _is_rotation(match, interleaved):
-                _raise(program, match, interleaved)
+                _recognise(program, match, interleaved)
 
 
 def _is_rotation(match: Match, interleaved: bool) -> bool:
@@ -122,7 +122,7 @@ def _is_rotation(match: Match, interleaved: bool) -> bool:
     )
 
 
-def _raise(program: Program, match: Match, interleaved: bool) -> None:
+def _recognise(program: Program, match: Match, interleaved: bool) -> None:
     node = match.roots[0]
     with program.edit.before(node):
         new = program.edit.call(

@@ -30,7 +30,7 @@ class _Projection:
     result: fx.Node
 
 
-def raise_sorted_experts(program: Program) -> list[str]:
+def recognise_sorted_experts(program: Program) -> list[str]:
     """Replace two projections per expert, as in JetMoE, by one operator; return what was not recognised."""
     unrecognised: list[str] = []
     constant = depends_on_weights_alone(program)

@@ -14,7 +14,7 @@ _MASKED = 1e6
 
 
 def relative_error(
-    found: Any, expected: Any, *, beside: Beside = "largest", at_least: float = _SMALLEST
+    actual: Any, expected: Any, *, beside: Beside = "largest", at_least: float = _SMALLEST
 ) -> float:
     """Return the error of a value relative to the magnitude of the expected one.
 
@@ -23,7 +23,7 @@ def relative_error(
     NaN throughout is an infinite error as well, since nothing was compared.
 
     Args:
-        found: a tensor of any shape, or tensors in lists and tuples; anything else is compared by ``==``.
+        actual: a tensor of any shape, or tensors in lists and tuples; anything else is compared by ``==``.
         expected: the reference, of the same structure.
         beside: what a difference is divided by. "largest": the largest finite value of the reference.
             "norm": Euclidean norms, for values that were rounded everywhere. "element": each value's own magnitude,
@@ -34,34 +34,34 @@ def relative_error(
         At least 0; integers and booleans give 0 or 1.
     """
     if isinstance(expected, (list, tuple)):
-        if not isinstance(found, (list, tuple)) or len(found) != len(expected):
+        if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
             return float("inf")
         errors = [
             relative_error(a, b, beside=beside, at_least=at_least)
-            for a, b in zip(found, expected, strict=True)
+            for a, b in zip(actual, expected, strict=True)
         ]
         return max(errors, default=0.0)
     if not isinstance(expected, torch.Tensor):
-        return 0.0 if found == expected else float("inf")
-    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return 0.0 if actual == expected else float("inf")
+    if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
         return float("inf")
-    found, expected = found.detach(), expected.detach()
-    if _kind(found) != _kind(expected):
+    actual, expected = actual.detach(), expected.detach()
+    if _kind(actual) != _kind(expected):
         return float("inf")
     if expected.numel() == 0:
         return 0.0
     if _kind(expected) == "exact":
-        return float((found != expected).any())
+        return float((actual != expected).any())
     if expected.is_complex():
-        found, expected = (
-            torch.view_as_real(found.resolve_conj()),
+        actual, expected = (
+            torch.view_as_real(actual.resolve_conj()),
             torch.view_as_real(expected.resolve_conj()),
         )
-    actual, reference = found.to(torch.float64), expected.to(torch.float64)
+    value, reference = actual.to(torch.float64), expected.to(torch.float64)
     if bool(reference.isnan().all()):
         return float("inf")
-    same = (actual == reference) | (actual.isnan() & reference.isnan())
-    difference = torch.where(same, 0.0, (actual - reference).abs())
+    same = (value == reference) | (value.isnan() & reference.isnan())
+    difference = torch.where(same, 0.0, (value - reference).abs())
     finite = reference[reference.isfinite()].abs()
     if beside == "norm":
         worst = float(difference.norm()) / max(float(finite.norm()), at_least)

@@ -19,7 +19,7 @@ from .kernels import (
     norm_scale,
     norm_shift,
 )
-from .library import DIALECT, KERNELS, dialect_operator
+from .library import COMPOSITES, KERNELS, composite_operator
 from .mask_tokens import gated_lora, marked_embedding
 from .nested_ffn import nested_ffn, nested_similarity, soft_nested_ffn
 from .norm import rms_norm
@@ -30,7 +30,7 @@ from .routed_ffn import routed_ffn
 from .routing import active_experts, active_weights, choose_width, skipped, softened_weights
 
 __all__ = [
-    "DIALECT",
+    "COMPOSITES",
     "KERNELS",
     "active_experts",
     "active_weights",
@@ -44,7 +44,7 @@ __all__ = [
     "cache_store",
     "cache_visible",
     "choose_width",
-    "dialect_operator",
+    "composite_operator",
     "fake_quantize",
     "fake_quantize_channels",
     "gated_lora",

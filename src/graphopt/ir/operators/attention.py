@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..compat import is_plain_tensor
 from ..schema import arguments
-from .library import dialect_operator
+from .library import composite_operator
 from .placement_types import WHOLE, Misplaced, Placement, Shard, check_whole, placement_of
 from .spec import OperatorSpec, Trait
 from .work import Call, Work, attention_work, minimum, visible_pairs
@@ -140,7 +140,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     return q
 
 
-@dialect_operator(
+@composite_operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, "
     "Tensor? sinks=None, Tensor? segments=None, Tensor? visible=None, *, float scale, bool causal=False, "
     "int? window=None, float? softcap=None) -> Tensor",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..schema import arguments
-from .library import dialect_operator
+from .library import composite_operator
 from .placement_types import Misplaced, Placement, check_whole, placement_of
 from .spec import OperatorSpec, like_first
 from .work import Call, Work, product
@@ -43,7 +43,7 @@ def _visible_work(call: Call) -> Work:
     return Work(2 * pairs, 0, pairs)
 
 
-@dialect_operator(
+@composite_operator(
     "cache_store(Tensor cache, Tensor values, Tensor slots) -> Tensor",
     spec=OperatorSpec(shape=like_first, work=_store_work, place=_place),
 )
@@ -59,7 +59,7 @@ def cache_store(cache: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     return cache.scatter(2, index, values.to(cache.dtype))
 
 
-@dialect_operator("cache_positions(Tensor positions, Tensor slots, SymInt capacity) -> Tensor")
+@composite_operator("cache_positions(Tensor positions, Tensor slots, SymInt capacity) -> Tensor")
 def cache_positions(positions: Tensor, slots: Tensor, capacity: int) -> Tensor:
     """Return the position of the token in each slot: the slot's index, except for slots written in this step.
 
@@ -75,7 +75,7 @@ def cache_positions(positions: Tensor, slots: Tensor, capacity: int) -> Tensor:
     return numbers.expand(positions.shape[0], -1).scatter(1, slots, positions)
 
 
-@dialect_operator(
+@composite_operator(
     "cache_visible(Tensor positions, Tensor slots, Tensor cache, Tensor? step_mask=None, *, int? window=None) -> Tensor",
     spec=OperatorSpec(shape=_visible_shape, work=_visible_work),
 )

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from .. import groups
 from ..schema import arguments
-from .library import dialect_operator
+from .library import composite_operator
 from .placement_types import PARTIAL, WHOLE, Misplaced, Placement, Shard, check_whole
 from .spec import OperatorSpec, Trait
 
@@ -68,7 +68,7 @@ def _place_rows(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     return PARTIAL
 
 
-@dialect_operator(
+@composite_operator(
     "local_slice(Tensor x, int dim, SymInt[] starts, SymInt length, str group) -> Tensor",
     spec=OperatorSpec(place=_place_slice, traits=Trait.PER_RANK),
 )
@@ -86,7 +86,7 @@ def local_slice(x: Tensor, dim: int, starts: Sequence[int], length: int, group: 
     return x.narrow(dim, starts[bound.rank if bound else 0], length)
 
 
-@dialect_operator(
+@composite_operator(
     "all_reduce(Tensor x, str group) -> Tensor",
     spec=OperatorSpec(place=place_sum, traits=Trait.COLLECTIVE),
 )
@@ -96,7 +96,7 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     return groups.all_reduce(x, bound) if bound else torch.empty_like(x)
 
 
-@dialect_operator(
+@composite_operator(
     "all_gather(Tensor x, int dim, int size, str group) -> Tensor",
     spec=OperatorSpec(place=_place_gathered, traits=Trait.COLLECTIVE),
 )
@@ -109,7 +109,7 @@ def all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return torch.cat(list(stacked.unbind(0)), dim)
 
 
-@dialect_operator(
+@composite_operator(
     "reduce_scatter(Tensor x, int dim, int size, str group) -> Tensor",
     spec=OperatorSpec(place=_place_scattered, traits=Trait.COLLECTIVE),
 )
@@ -122,7 +122,7 @@ def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return groups.reduce_scatter(torch.stack(parts), bound).squeeze(0)
 
 
-@dialect_operator(
+@composite_operator(
     "unreduced(Tensor x, str group) -> Tensor",
     spec=OperatorSpec(place=_place_unreduced, traits=Trait.PER_RANK),
 )
@@ -131,7 +131,7 @@ def unreduced(x: Tensor, group: str) -> Tensor:
     return x.clone()
 
 
-@dialect_operator(
+@composite_operator(
     "local_embedding(Tensor weight, Tensor ids, Tensor start) -> Tensor", spec=OperatorSpec(place=_place_rows)
 )
 def local_embedding(weight: Tensor, ids: Tensor, start: Tensor) -> Tensor:

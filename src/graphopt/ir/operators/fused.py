@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import gated_by
-from .library import dialect_operator
+from .library import composite_operator
 from .norm import rms_norm
 from .spec import OperatorSpec
 from .work import ACTIVATION_FLOPS, NORM_FLOPS, Call, Work, moved, product
@@ -33,7 +33,7 @@ def _linear_top_k_work(call: Call) -> Work:
     return Work(work.flops, work.weight_bytes, x.bytes + rows * call.arguments["k"] * (x.dtype.itemsize + 8))
 
 
-@dialect_operator(
+@composite_operator(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, *, bool float32=True, "
     "bool weight_before_cast=False) -> (Tensor, Tensor)",
     spec=OperatorSpec(work=_add_rms_norm_work),
@@ -57,7 +57,7 @@ def add_rms_norm(
     return summed, rms_norm(summed, weight, eps, float32=float32, weight_before_cast=weight_before_cast)
 
 
-@dialect_operator(
+@composite_operator(
     'gated_product(Tensor gate, Tensor up, *, str activation="silu", float limit=0.0, float alpha=1.0) -> Tensor',
     spec=OperatorSpec(work=_gated_product_work),
 )
@@ -76,7 +76,7 @@ def gated_product(
     return gated_by(gate, up, activation, limit, alpha)
 
 
-@dialect_operator(
+@composite_operator(
     "linear_top_k(Tensor x, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor)",
     spec=OperatorSpec(work=_linear_top_k_work),
 )

@@ -14,23 +14,23 @@ from itertools import product
 import torch
 from torch.nn import functional as F
 
-from .library import dialect_operator
+from .library import composite_operator
 
 
-@dialect_operator("norm_scale(Tensor variance, Tensor? weight, float eps) -> Tensor")
+@composite_operator("norm_scale(Tensor variance, Tensor? weight, float eps) -> Tensor")
 def norm_scale(variance: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Return the scale of a BatchNorm in evaluation mode: ``weight / sqrt(variance + eps)`` (rule 1)."""
     scale = torch.rsqrt(variance + eps)
     return scale if weight is None else scale * weight
 
 
-@dialect_operator("norm_shift(Tensor mean, Tensor scale, Tensor? bias) -> Tensor")
+@composite_operator("norm_shift(Tensor mean, Tensor scale, Tensor? bias) -> Tensor")
 def norm_shift(mean: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the shift of a BatchNorm in evaluation mode: ``bias - mean * scale`` (rule 1)."""
     return -mean * scale if bias is None else bias - mean * scale
 
 
-@dialect_operator("kernel_diagonal(Tensor vector, int groups, int axes) -> Tensor")
+@composite_operator("kernel_diagonal(Tensor vector, int groups, int axes) -> Tensor")
 def kernel_diagonal(vector: torch.Tensor, groups: int, axes: int) -> torch.Tensor:
     """Return the kernel of size 1 that multiplies channel c by ``vector[c]`` (rules 5 and 13)."""
     channels = vector.shape[0]
@@ -38,13 +38,13 @@ def kernel_diagonal(vector: torch.Tensor, groups: int, axes: int) -> torch.Tenso
     return square.reshape(channels, channels // groups, *[1] * axes)
 
 
-@dialect_operator("kernel_scaled(Tensor kernel, Tensor scale) -> Tensor")
+@composite_operator("kernel_scaled(Tensor kernel, Tensor scale) -> Tensor")
 def kernel_scaled(kernel: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return a kernel whose outputs are scaled by one factor per channel (rules 1 and 13)."""
     return kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))
 
 
-@dialect_operator(
+@composite_operator(
     "kernel_spread(Tensor kernel, int have, int want, int[] ratios, int[] before, int[] counts) -> Tensor"
 )
 def kernel_spread(
@@ -103,7 +103,7 @@ def _on_lattice(
     return kernel
 
 
-@dialect_operator(
+@composite_operator(
     "kernel_sequence(Tensor first, Tensor second, int have_first, int have_second, int groups, "
     "int[] apart_first, int[] apart_second, int[] counts) -> Tensor"
 )
@@ -155,7 +155,7 @@ def kernel_sequence(
     return torch.stack(terms).sum(0)
 
 
-@dialect_operator("bias_sequence(Tensor first, Tensor second, int have_second, Tensor? bias) -> Tensor")
+@composite_operator("bias_sequence(Tensor first, Tensor second, int have_second, Tensor? bias) -> Tensor")
 def bias_sequence(
     first: torch.Tensor, second: torch.Tensor, have_second: int, bias: torch.Tensor | None
 ) -> torch.Tensor:

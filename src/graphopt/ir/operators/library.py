@@ -13,7 +13,7 @@ from .spec import SPECS, OperatorSpec
 
 _LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 
-DIALECT: dict[str, str] = {}
+COMPOSITES: dict[str, str] = {}
 """Operator name to schema, for the reader's allow-list and the documentation."""
 
 _PLAIN = OperatorSpec()
@@ -42,7 +42,7 @@ def kernel_point(name: str) -> Callable[[Reference], Reference]:
     return wrap
 
 
-def dialect_operator(schema: str, *, spec: OperatorSpec = _PLAIN) -> Callable[[Reference], Reference]:
+def composite_operator(schema: str, *, spec: OperatorSpec = _PLAIN) -> Callable[[Reference], Reference]:
     """Define ``graphopt::<schema>`` with the decorated function as its reference on every device.
 
     Args:
@@ -57,7 +57,7 @@ def dialect_operator(schema: str, *, spec: OperatorSpec = _PLAIN) -> Callable[[R
             SHAPE_RULES[f"graphopt.{name}"] = spec.shape
         _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, kernel_point(name)(reference), "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-        DIALECT[name] = schema
+        COMPOSITES[name] = schema
         return reference
 
     return register

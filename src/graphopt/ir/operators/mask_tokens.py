@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .library import dialect_operator
+from .library import composite_operator
 from .spec import OperatorSpec, Trait
 from .work import Call, Work, moved, product
 
@@ -18,7 +18,7 @@ def _lora_work(call: Call) -> Work:
     return moved(call, rows * 2 * rank * (inner + call.output.shape[-1]) + 2 * call.output.numel)
 
 
-@dialect_operator(
+@composite_operator(
     "marked_embedding(Tensor embedded, Tensor table, Tensor marks) -> Tensor",
     spec=OperatorSpec(traits=Trait.MARKED),
 )
@@ -34,7 +34,7 @@ def marked_embedding(embedded: Tensor, table: Tensor, marks: Tensor) -> Tensor:
     return torch.where(marks.unsqueeze(-1) > 0, vectors, embedded)
 
 
-@dialect_operator(
+@composite_operator(
     "gated_lora(Tensor y, Tensor x, Tensor down, Tensor up, Tensor marks, float scale) -> Tensor",
     spec=OperatorSpec(work=_lora_work, traits=Trait.MARKED),
 )

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..compat import is_plain_tensor
 from ..schema import arguments
 from .activations import gated_by
-from .library import dialect_operator
+from .library import composite_operator
 from .placement_types import PARTIAL, WHOLE, Joined, Misplaced, Placement, Shard, check_whole, placement_of
 from .spec import OperatorSpec, Trait, like_first
 from .work import ACTIVATION_FLOPS, Call, Work, moved, product
@@ -67,7 +67,7 @@ def _sharded_alike(first: Placement, second: Placement) -> bool:
     )  # fmt: skip
 
 
-@dialect_operator(
+@composite_operator(
     f"nested_ffn(Tensor x, Tensor choice, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
     spec=OperatorSpec(shape=like_first, work=_work, place=_place, traits=Trait.MIXING),
 )
@@ -184,7 +184,7 @@ def _ranges(chosen: Tensor, widths: list[int]) -> tuple[Tensor, list[tuple[int, 
     return ranks, ranges
 
 
-@dialect_operator(
+@composite_operator(
     f"soft_nested_ffn(Tensor x, Tensor shares, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
     spec=OperatorSpec(shape=like_first, work=_work, traits=Trait.MIXING),
 )
@@ -234,7 +234,7 @@ def soft_nested_ffn(
     return out
 
 
-@dialect_operator(
+@composite_operator(
     f"nested_similarity(Tensor x, int[] widths, {_MATRICES}, {_OPTIONS}) -> Tensor",
     spec=OperatorSpec(work=_work),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .along import last_mixed
-from .library import dialect_operator
+from .library import composite_operator
 from .spec import OperatorSpec, Trait
 from .work import NORM_FLOPS, Call, Work, moved
 
@@ -16,7 +16,7 @@ def _work(call: Call) -> Work:
     return moved(call, NORM_FLOPS * call.output.numel)
 
 
-@dialect_operator(
+@composite_operator(
     "rms_norm(Tensor x, Tensor? weight, float eps, *, bool float32=True, bool weight_before_cast=False)"
     " -> Tensor",
     spec=OperatorSpec(work=_work, dimensions=last_mixed, traits=Trait.NORM),

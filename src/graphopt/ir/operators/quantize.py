@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .attention import visible_keys
-from .library import dialect_operator
+from .library import composite_operator
 from .spec import OperatorSpec, Trait, like_first
 
 INTEGERS = {
@@ -21,7 +21,7 @@ HIDDEN = -30000.0
 """A value that hides a key whatever its score, and is representable in sixteen bits."""
 
 
-@dialect_operator(
+@composite_operator(
     "fake_quantize(Tensor x, float scale, int zero_point, *, str dtype) -> Tensor",
     spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
 )
@@ -43,7 +43,7 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, *, dtype: str) -> Te
     return (steps.round() + zero_point).clamp(low, high).sub(zero_point).mul(scale).to(x.dtype)
 
 
-@dialect_operator(
+@composite_operator(
     "fake_quantize_channels(Tensor x, Tensor scale, Tensor? integers=None, *, int axis, str dtype) -> Tensor",
     spec=OperatorSpec(shape=like_first, traits=Trait.ROUNDING),
 )
@@ -71,7 +71,7 @@ def fake_quantize_channels(
     return whole.mul(step).to(x.dtype)
 
 
-@dialect_operator(
+@composite_operator(
     "additive_mask(Tensor? key_mask, Tensor? segments, Tensor? visible, SymInt queries, SymInt keys, *, bool causal=False, "
     "int? window=None, float hidden=-30000.) -> Tensor"
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import groups
 from .collectives import place_sum
-from .library import dialect_operator, kernel_point
+from .library import composite_operator, kernel_point
 from .spec import OperatorSpec, Trait
 
 
@@ -227,7 +227,7 @@ def _static(scales: Tensor, row: int, columns: slice, block: int) -> Tensor | No
     return None if block else scales[row, columns]
 
 
-@dialect_operator(
+@composite_operator(
     "quantized_sum(Tensor[] parts, Tensor order, Tensor inverse, Tensor scales, Tensor reduced, int kept, "
     "int bits, int block, str algorithm, int crossover) -> Tensor"
 )
@@ -273,7 +273,7 @@ def quantized_sum(
     return _join_shares(done, kept, ranks).index_select(-1, inverse).to(parts[0].dtype)
 
 
-@dialect_operator(
+@composite_operator(
     "quantized_all_reduce(Tensor x, Tensor order, Tensor inverse, Tensor scales, Tensor reduced, int kept, "
     "int bits, int block, str algorithm, int crossover, str group) -> Tensor",
     spec=OperatorSpec(place=place_sum, traits=Trait.COLLECTIVE),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .along import last_mixed
-from .library import dialect_operator
+from .library import composite_operator
 from .spec import OperatorSpec
 from .work import Call, Work, moved
 
@@ -20,7 +20,7 @@ def _work(call: Call) -> Work:
     return moved(call, 3 * call.output.numel)
 
 
-@dialect_operator(
+@composite_operator(
     "rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
     spec=OperatorSpec(shape=_shape, work=_work, dimensions=last_mixed),
 )

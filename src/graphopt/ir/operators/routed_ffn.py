@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..compat import is_plain_tensor
 from ..schema import arguments
 from .activations import activate
-from .library import dialect_operator
+from .library import composite_operator
 from .placement_types import PARTIAL, WHOLE, Joined, Misplaced, Placement, Shard, check_whole, placement_of
 from .spec import OperatorSpec, Trait, like_first
 from .work import ACTIVATION_FLOPS, Call, Work, minimum, moved, product
@@ -52,7 +52,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
     return PARTIAL
 
 
-@dialect_operator(
+@composite_operator(
     "routed_ffn(Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
     'Tensor? down_bias=None, Tensor? first=None, *, str activation="silu", bool gated=True, bool interleaved=False, '
     "bool transposed=False, float limit=0.0, float alpha=1.0, bool weigh_inputs=False) -> Tensor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import dialect_operator
+from .library import composite_operator
 
 
 def _taking_part(chosen: Tensor, k: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def _taking_part(chosen: Tensor, k: Tensor) -> Tensor:
     return rank < k.to(chosen.device)
 
 
-@dialect_operator("active_experts(Tensor experts, Tensor k, int absent) -> Tensor")
+@composite_operator("active_experts(Tensor experts, Tensor k, int absent) -> Tensor")
 def active_experts(experts: Tensor, k: Tensor, absent: int) -> Tensor:
     """Return the experts of each token with all but the first ``k`` replaced by ``absent``.
 
@@ -25,7 +25,7 @@ def active_experts(experts: Tensor, k: Tensor, absent: int) -> Tensor:
     return torch.where(_taking_part(experts, k), experts, torch.full_like(experts, absent))
 
 
-@dialect_operator("active_weights(Tensor weights, Tensor k, bool renormalised) -> Tensor")
+@composite_operator("active_weights(Tensor weights, Tensor k, bool renormalised) -> Tensor")
 def active_weights(weights: Tensor, k: Tensor, renormalised: bool) -> Tensor:
     """Return the routing weights of each token with all but the first ``k`` set to zero.
 
@@ -43,7 +43,7 @@ def active_weights(weights: Tensor, k: Tensor, renormalised: bool) -> Tensor:
     )
 
 
-@dialect_operator("skipped(Tensor before, Tensor after, Tensor phase) -> Tensor")
+@composite_operator("skipped(Tensor before, Tensor after, Tensor phase) -> Tensor")
 def skipped(before: Tensor, after: Tensor, phase: Tensor) -> Tensor:
     """Return the residual stream after some layers at phase 0, and before them at phase 1.
 
@@ -55,7 +55,7 @@ def skipped(before: Tensor, after: Tensor, phase: Tensor) -> Tensor:
     return torch.where(phase.to(before.device) >= 0.5, before, after)
 
 
-@dialect_operator("choose_width(Tensor logits, Tensor delta) -> Tensor")
+@composite_operator("choose_width(Tensor logits, Tensor delta) -> Tensor")
 def choose_width(logits: Tensor, delta: Tensor) -> Tensor:
     """Return the first choice at which the cumulative probability of a router reaches ``delta``; choices ascend in cost.
 
@@ -74,7 +74,7 @@ def choose_width(logits: Tensor, delta: Tensor) -> Tensor:
     return ((summed < limit) | (limit >= 1)).sum(-1)
 
 
-@dialect_operator("softened_weights(Tensor weights, Tensor k, bool renormalised, float epsilon) -> Tensor")
+@composite_operator("softened_weights(Tensor weights, Tensor k, bool renormalised, float epsilon) -> Tensor")
 def softened_weights(weights: Tensor, k: Tensor, renormalised: bool, epsilon: float) -> Tensor:
     """Return the routing weights with all but the first ``k`` set to ``epsilon`` (arXiv 2509.23012).
 

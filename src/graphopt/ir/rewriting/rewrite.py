@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rewrites:
-    """The result of a rewrite: the values it made, and the sites it refused, with reasons."""
+    """The result of a rewrite: the new values, and the sites it refused, with reasons."""
 
-    made: list[fx.Node] = field(default_factory=list)
+    values: list[fx.Node] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.made)
+        return len(self.values)
 
 
 class Rule:
@@ -116,11 +116,11 @@ def rewrite(
         if node._erased:
             continue
         match = rule.at(program, node)
-        made = match if isinstance(match, str) else rule.apply(program, match, traces)
-        if isinstance(made, str):
-            result.refused.append((node.name, made))
+        values = match if isinstance(match, str) else rule.apply(program, match, traces)
+        if isinstance(values, str):
+            result.refused.append((node.name, values))
         else:
-            result.made.extend(made)
+            result.values.extend(values)
     return result
 
 

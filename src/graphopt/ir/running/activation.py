@@ -22,12 +22,12 @@ def plain_region(target: fx.Node, sources: list[fx.Node]) -> set[fx.Node] | None
 
 
 def run_region(
-    target: fx.Node, given: Mapping[fx.Node, torch.Tensor], region: set[fx.Node]
+    target: fx.Node, known: Mapping[fx.Node, torch.Tensor], region: set[fx.Node]
 ) -> torch.Tensor | None:
     """Return the value of a region, computed in the type of the given values; None where an operator rejects them."""
-    values: dict[fx.Node, Any] = dict(given)
+    values: dict[fx.Node, Any] = dict(known)
     for node in target.graph.nodes:
-        if node in region and node not in given:
+        if node in region and node not in known:
             if is_operator(node, "aten.to"):
                 values[node] = values[node.args[0]]
                 continue

@@ -10,7 +10,7 @@ from torch import fx
 from ..schema import operator_name
 
 
-def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.Node]:
+def needed_for(targets: Iterable[fx.Node], known: Container[fx.Node]) -> set[fx.Node]:
     """Return the nodes needed to compute the targets, including the targets."""
     needed: set[fx.Node] = set()
     work = list(targets)
@@ -19,7 +19,7 @@ def needed_for(targets: Iterable[fx.Node], given: Container[fx.Node]) -> set[fx.
         if node in needed:
             continue
         needed.add(node)
-        if node not in given:
+        if node not in known:
             work.extend(node.all_input_nodes)
     return needed
 

@@ -125,7 +125,7 @@ def interpret(
     stop: bool = False,
     hook: Hook | None = None,
     sources: Mapping[str, TensorSource] | None = None,
-    given: Mapping[fx.Node, Any] | None = None,
+    known: Mapping[fx.Node, Any] | None = None,
 ) -> dict[str, Any]:
     """Run node by node and return outputs and recorded values; weights are loaded at first use and freed after the last.
 
@@ -136,7 +136,7 @@ def interpret(
         stop: end once the recorded values are known, instead of computing the outputs.
         hook: called with each node and its value; its result replaces the value.
         sources: replacements for the values of weights, by node name.
-        given: values known beforehand; nodes that only these need are not computed.
+        known: values that are known beforehand; nodes that only these need are not computed.
 
     Returns:
         Outputs by flat name, unless ``stop``, and recorded values by node name. If a sharded program runs
@@ -145,12 +145,12 @@ def interpret(
     recorded = list(record)
     stand_in = stand_ins(program)
     if stand_in is not None:
-        return _interpret_ranks(stand_in, inputs, recorded, stop, hook, sources, given or {})
+        return _interpret_ranks(stand_in, inputs, recorded, stop, hook, sources, known or {})
     targets = recorded if stop else [*recorded, program.output_node]
-    needed = needed_for(targets, given or {})
+    needed = needed_for(targets, known or {})
     order = [n for n in program.graph.nodes if n in needed]
     freed = last_uses(order, recorded)
-    values: dict[fx.Node, Any] = dict(given or {})
+    values: dict[fx.Node, Any] = dict(known or {})
     results: dict[str, Any] = {}
 
     def ready(node: fx.Node) -> None:
@@ -189,18 +189,18 @@ def _interpret_ranks(
     stop: bool,
     hook: Hook | None,
     sources: Mapping[str, TensorSource] | None,
-    given: Mapping[fx.Node, Any],
+    known: Mapping[fx.Node, Any],
 ) -> dict[str, Any]:
     """Run a sharded program through its stand-in: the unrolled program, or the program of this process's rank."""
     values_by_copy: dict[fx.Node, Any] = {}
-    for node, value in given.items():
+    for node, value in known.items():
         copies = stand_in.nodes(node)
         values_by_copy.update(
             zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True)
         )
     record = [copy for node in recorded for copy in stand_in.nodes(node)]
     outputs = interpret(
-        stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, given=values_by_copy
+        stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, known=values_by_copy
     )
     names = {copy.name for copy in record}
     results = {name: value for name, value in outputs.items() if name not in names}

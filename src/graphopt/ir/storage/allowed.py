@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from ..errors import CheckpointError
-from ..operators import DIALECT
+from ..operators import COMPOSITES
 from .aten import ATEN, REFUSED
 
 PLAIN: dict[str, Callable[..., Any]] = {
@@ -50,7 +50,7 @@ _NAMES = {function: name for name, function in PLAIN.items()}
 @lru_cache(maxsize=1)
 def allowed() -> frozenset[str]:
     """Return the names, as ``namespace.operator``, of everything a saved program may call."""
-    return frozenset({f"aten.{name}" for name in ATEN} | {f"graphopt.{name}" for name in DIALECT})
+    return frozenset({f"aten.{name}" for name in ATEN} | {f"graphopt.{name}" for name in COMPOSITES})
 
 
 def name_of(target: Any, where: str) -> str:

@@ -275,7 +275,9 @@ class Reader:
         if not all(isinstance(entry, dict) for entry in program.history):
             raise CheckpointError("the history is damaged")
         for name, (default, low, high, text) in document.table("dials", list).items():
-            limits = [float(decode(value, {}, f"dial {name!r}")) for value in (default, low, high)]
+            limits = [
+                float(decode(value, {}, f"run-time setting {name!r}")) for value in (default, low, high)
+            ]
             program.dials[input_name(name, "dials")] = Dial(limits[0], limits[1], limits[2], str(text))
         origin = document.table("origin")
         assets = {}

@@ -33,7 +33,7 @@ from .reducing import reduced
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export it before insert-kv-cache"
 
 
@@ -187,7 +187,7 @@ class InsertKVCache(Pass):
             if operands["window"] not in stores:
                 with program.edit.before(first):
                     stores[operands["window"]] = program.edit.call(
-                        dialect.cache_visible.default,
+                        composites.cache_visible.default,
                         positions,
                         slots,
                         caches[0][0],
@@ -262,7 +262,7 @@ class InsertKVCache(Pass):
                 table = rows_of_positions(program, table, table.meta["val"].dim() - 2, positions)
             if self.tree:
                 call = program.edit.call
-                keys = call(dialect.cache_positions.default, positions, slots, tables.capacity)
+                keys = call(composites.cache_positions.default, positions, slots, tables.capacity)
                 heads, rows = (call(aten.sym_size.int, table, dim) for dim in (1, 2))
                 index = call(aten.unsqueeze.default, call(aten.unsqueeze.default, keys, 1), 1)
                 index = call(aten.expand.default, index, [-1, heads, rows, -1])
@@ -375,14 +375,14 @@ def _stored(
     with program.edit.after(values):
         if isinstance(placed, Shard):
             cache = program.edit.call(
-                dialect.local_slice.default, cache, 1, list(placed.starts), placed.length, group
+                composites.local_slice.default, cache, 1, list(placed.starts), placed.length, group
             )
-        stored = program.edit.call(dialect.cache_store.default, cache, values, slots)
+        stored = program.edit.call(composites.cache_store.default, cache, values, slots)
         gathered = stored
         if isinstance(placed, Shard):
             if not placed.even:
                 raise NotCausal(values, "ranks share key-value heads, which a cache would store twice")
-            gathered = program.edit.call(dialect.all_gather.default, stored, 1, ranks_of(program), group)
+            gathered = program.edit.call(composites.all_gather.default, stored, 1, ranks_of(program), group)
     program.add_output(output, gathered)
     return stored
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from .geometry import Axis, lattice, one_after_another
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 Build = Callable[["Reader"], tuple[Any, Any]]
 
 
@@ -102,13 +102,13 @@ def follow(second: Form, first: Form) -> Form | str:
             return scaled(read, first_kernel, first_bias, *second.vector(read))
         second_kernel, second_bias = second.build(read)
         kernel = read.apply(
-            dialect.kernel_sequence.default, first_kernel, second_kernel, first.groups, second.groups, groups,
+            composites.kernel_sequence.default, first_kernel, second_kernel, first.groups, second.groups, groups,
             [a for a, _ in spacings], [b for _, b in spacings], counts,
         )  # fmt: skip
         if first_bias is None:
             return kernel, second_bias
         return kernel, read.apply(
-            dialect.bias_sequence.default, first_bias, second_kernel, second.groups, second_bias
+            composites.bias_sequence.default, first_bias, second_kernel, second.groups, second_bias
         )
 
     vector = None
@@ -145,7 +145,7 @@ def follow(second: Form, first: Form) -> Form | str:
 def scaled(read: Reader, kernel: Any, bias: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
     """Return kernel and bias of a convolution whose value is scaled and shifted per channel."""
     if scale is not None:
-        kernel = read.apply(dialect.kernel_scaled.default, kernel, scale)
+        kernel = read.apply(composites.kernel_scaled.default, kernel, scale)
         bias = None if bias is None else read.apply(aten.mul.Tensor, bias, scale)
     if shift is not None:
         bias = shift if bias is None else read.apply(aten.add.Tensor, bias, shift)
@@ -205,7 +205,7 @@ def add(value: fx.Node, first: Form, second: Form) -> Form | str:
             kernel, bias = form.build(read)
             if form.groups != groups or [a.count for a in form.axes] != counts:
                 kernel = read.apply(
-                    dialect.kernel_spread.default, kernel, form.groups, groups, ratios, before, counts
+                    composites.kernel_spread.default, kernel, form.groups, groups, ratios, before, counts
                 )
             kernels.append(kernel)
             biases += [] if bias is None else [bias]

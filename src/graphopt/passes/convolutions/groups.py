@@ -21,7 +21,7 @@ _MAX_SOURCES = 12  # sources tried for one value, so that the search stays linea
 
 
 @dataclass
-class Found:
+class Groups:
     """Chosen affine forms by output value, in graph order, and why other values have none."""
 
     forms: dict[fx.Node, Form] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class _Search:
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
 
-def find_groups(program: Program, *, allow_growth: bool = False) -> Found:
+def find_groups(program: Program, *, allow_growth: bool = False) -> Groups:
     """Return disjoint groups of operators, each of which one convolution replaces.
 
     Affine forms are built from the inputs on: every linear operator is a form of its input; compositions and sums
@@ -54,7 +54,7 @@ def find_groups(program: Program, *, allow_growth: bool = False) -> Found:
     order = [n for n in program.graph.nodes if n.op == "call_function" and spatial_axes(n) > 0]
     for node in order:
         _find_forms(search, node)
-    result = Found()
+    result = Groups()
     covered: set[fx.Node] = set()
     for node in reversed(order):
         if node in covered or node not in search.forms:
@@ -238,4 +238,4 @@ def _replaces_something(form: Form) -> bool:
     return any(not has(n, Trait.PADDING) for n in form.nodes - {form.value}) or (form.branches > 1)
 
 
-__all__ = ["Found", "find_groups"]
+__all__ = ["Groups", "find_groups"]

@@ -15,7 +15,7 @@ from ...ir.sizes import expression
 from .forms import Build, Form, Reader, extension
 from .geometry import Axis
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
 POOLINGS = {"aten.avg_pool1d": 1, "aten.avg_pool2d": 2, "aten.avg_pool3d": 3}
 SCALES = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub", "aten.neg")
@@ -54,7 +54,7 @@ def _diagonal(vector: Build, channels: int, axes: int, dtype: torch.dtype) -> Bu
         scale, shift = vector(read)
         if scale is None:
             scale = read.constant([channels], 1.0, dtype)
-        return read.apply(dialect.kernel_diagonal.default, scale, channels, axes), shift
+        return read.apply(composites.kernel_diagonal.default, scale, channels, axes), shift
 
     return build
 
@@ -171,11 +171,11 @@ def _batch_norm(node: fx.Node, constant: set[fx.Node]) -> Form | None:
 
     def vector(read: Reader) -> tuple[Any, Any]:
         scale = read.apply(
-            dialect.norm_scale.default, read(args["running_var"]), None if weight is None else read(weight),
+            composites.norm_scale.default, read(args["running_var"]), None if weight is None else read(weight),
             float(args["eps"]),
         )  # fmt: skip
         return scale, read.apply(
-            dialect.norm_shift.default,
+            composites.norm_shift.default,
             read(args["running_mean"]),
             scale,
             None if bias is None else read(bias),

@@ -16,7 +16,7 @@ _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 def forget_removed(
-    program: Program, before: set[fx.Node], names: list[set[str]], removed: list[int], *, whole: bool
+    program: Program, before: set[fx.Node], names: list[set[str]], removed: list[int], *, whole_layers: bool
 ) -> None:
     """Drop the tensors that nothing reads any more, and record how the remaining layers are renumbered.
 
@@ -25,7 +25,7 @@ def forget_removed(
         before: weights that were read before it.
         names: the checkpoint's names by layer, before the removal.
         removed: numbers of the removed layers.
-        whole: whether whole layers were removed, so that a checkpoint can renumber the others.
+        whole_layers: whether whole layers were removed, so that a checkpoint can renumber the others.
     """
     unread = {node for node in before if not readers(program, node)}
     mapping_nodes: list[fx.Node] = []
@@ -40,13 +40,13 @@ def forget_removed(
     removed_weights = [node for node in before if not node.users and node not in program.checkpoint.values()]
     for node in removed_weights:
         program.edit.remove_weight(node)
-    renumbered = numbering(names, removed) if whole else None
+    renumbered = numbering(names, removed) if whole_layers else None
     if renumbered is None:
         block_export(
             program,
             (
                 "parts of layers were removed, which no configuration can express"
-                if not whole
+                if not whole_layers
                 else "the checkpoint's names do not number its layers"
             ),
         )

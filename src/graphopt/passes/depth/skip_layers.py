@@ -190,7 +190,7 @@ class SkipLayers(Pass):
         indices = _names_by_layer(program, layers) if self.unit == "layer" else []
         remove_units(program, removed)
         forget_removed(
-            program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer"
+            program, before, indices, [layers.index(u) for u in removed], whole_layers=self.unit == "layer"
         )
 
     @classmethod

@@ -24,10 +24,11 @@ from ..framework.plan import Plan, Refused, Site
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-dialect = torch.ops.graphopt
+composites = torch.ops.graphopt
 DIAL = "active_experts"
 DIALLED = (
-    "the number of active experts is a dial, which a configuration has not; freeze-dial makes it one number"
+    "the number of active experts is a run-time setting, for which a configuration has no entry; "
+    "freeze-dial makes it one number"
 )
 UNEVEN = "MoE layers have different numbers of active experts, for which the configuration has one entry"
 
@@ -116,7 +117,8 @@ class DialTopK(Pass):
     @classmethod
     def dial_frozen(cls, program: Program, dial: str, value: float) -> None:
         """Record the number of active experts for a folder's configuration once all MoE layers have one frozen number."""
-        if not dial.startswith(DIAL) or DIALLED not in export_blockers(program).get(cls.name, ()):
+        # by what it is not, since programs that were saved before have other words for it
+        if not dial.startswith(DIAL) or not set(export_blockers(program).get(cls.name, ())) - {UNEVEN}:
             return
         limited_nodes = [n for n in program.nodes if is_operator(n, "graphopt.active_weights")]
         limits = [arguments(n)["k"] for n in limited_nodes]
@@ -180,8 +182,8 @@ def _limit(program: Program, block: Block, k: fx.Node, renormalised: bool) -> No
         "first_expert", torch.zeros(1, dtype=torch.int64), kind="constant", persistent=False
     )  # fmt: skip
     with program.edit.before(core):
-        call_args["experts"] = call(dialect.active_experts.default, call_args["experts"], k, absent)
-        call_args["weights"] = call(dialect.active_weights.default, call_args["weights"], k, renormalised)
+        call_args["experts"] = call(composites.active_experts.default, call_args["experts"], k, absent)
+        call_args["weights"] = call(composites.active_weights.default, call_args["weights"], k, renormalised)
         if call_args["first"] is None:
             call_args["first"] = first
         args, kwargs = normal_call(core.target, call_args)

@@ -14,20 +14,20 @@ _TENSORS_BY_KEY: dict[str, dict[str, torch.Tensor]] = {}
 _MOST_ENTRIES = 64  # bounds the memory of a process that plans for days
 
 
-def keep(found: dict[str, torch.Tensor], work_dir: Path | None, kind: str) -> str:
+def keep(tensors: dict[str, torch.Tensor], work_dir: Path | None, kind: str) -> str:
     """Store tensors for the rewrite and return their reference in a plan: a key, or a path in the work directory.
 
     The key is a hash of their names and values, so that a plan never reads tensors of another one.
 
     Args:
-        found: the tensors by name.
+        tensors: the tensors by name.
         work_dir: the run's work directory, or None.
         kind: prefix of the key and file name.
     """
-    names = "\n".join(f"{name} {digest(found[name])}" for name in sorted(found))
+    names = "\n".join(f"{name} {digest(tensors[name])}" for name in sorted(tensors))
     key = f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:24]}"
     _TENSORS_BY_KEY.pop(key, None)
-    _TENSORS_BY_KEY[key] = found
+    _TENSORS_BY_KEY[key] = tensors
     while len(_TENSORS_BY_KEY) > _MOST_ENTRIES:
         _TENSORS_BY_KEY.pop(next(iter(_TENSORS_BY_KEY)))
     if work_dir is None:
@@ -36,7 +36,7 @@ def keep(found: dict[str, torch.Tensor], work_dir: Path | None, kind: str) -> st
 
     work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / f"{key}.safetensors"
-    write_file(path, {name: InMemory(tensor.contiguous()) for name, tensor in found.items()})
+    write_file(path, {name: InMemory(tensor.contiguous()) for name, tensor in tensors.items()})
     return str(path)
 
 

@@ -154,7 +154,7 @@ def _run_pass(
     if plan is None:
         plan = _plan(program, step, context)
     else:
-        plan = plan.as_given()
+        plan = plan.to_follow()
     seconds["plan"] = time.perf_counter() - began
     if not plan.sites and not step.allow_no_match:
         raise PassRefusedError(

@@ -62,10 +62,10 @@ class Findings:
     work: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Iterable[tuple[Site, Any] | Refused]) -> Findings:
+    def of(cls, entries: Iterable[tuple[Site, Any] | Refused]) -> Findings:
         """Collect what :meth:`Pass.find` yields."""
         findings = cls()
-        for entry in found:
+        for entry in entries:
             if isinstance(entry, Refused):
                 findings.refused.append(entry)
             else:
@@ -150,7 +150,7 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def as_given(self) -> Plan:
+    def to_follow(self) -> Plan:
         """Return the plan to follow, perhaps after it was edited, with its notes marked as made while planning."""
         chosen_blocks = {site.block for site in self.sites}
         prefix = "when it was planned: "

@@ -24,7 +24,7 @@ from ..framework.contracts import AddsOutputs
 from ..framework.plan import Plan, Refused, Site
 from .logits import Head, dtype_of, find_head, layers_to_logits, repeat_way, token_embedding, value_size
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 PREFIX = "mask_tokens"
 MIXERS = ("attention", "mixer")
 
@@ -118,7 +118,7 @@ class AttachMaskTokens(Pass):
             f"{PREFIX}.embeddings", _MeanOfRows(_source(program, arguments(table)["weight"]), self.masks)
         )
         with edit.after(table):
-            marked = edit.call(dialect.marked_embedding.default, table, weight, marks)
+            marked = edit.call(composites.marked_embedding.default, table, weight, marks)
         edit.replace(table, marked)
         self._sampler(program, table, tokens, size)
         program.facts.add(MaskTokens(self.masks, self.rank))
@@ -141,7 +141,7 @@ class AttachMaskTokens(Pass):
         down = edit.add_weight(f"{name}.down", Uniform((rank, inner), dtype, 1 / math.sqrt(inner), seed))
         up = edit.add_weight(f"{name}.up", Zeros((out, rank), dtype))
         with edit.after(linear):
-            replacement = edit.call(dialect.gated_lora.default, linear, x, down, up, marks, scale)
+            replacement = edit.call(composites.gated_lora.default, linear, x, down, up, marks, scale)
         edit.replace(linear, replacement)
 
     def _sampler(self, program: Program, table: fx.Node, tokens: fx.Node, size: int) -> None:

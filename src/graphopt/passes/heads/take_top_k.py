@@ -20,7 +20,7 @@ from ..framework.plan import Plan, Refused, Site
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,9 @@ class TakeTopK(Pass):
             with program.edit.after(node):
                 for linear in linears:
                     args = arguments(linear)
-                    both = call(dialect.linear_top_k.default, args["input"], args["weight"], args["bias"], k)
+                    both = call(
+                        composites.linear_top_k.default, args["input"], args["weight"], args["bias"], k
+                    )
                     pairs.append((call(operator.getitem, both, 0), call(operator.getitem, both, 1)))
                 if not linears:
                     both = call(aten.topk.default, node, k)

@@ -20,7 +20,7 @@ from ..framework.base import Pass
 from ..framework.contracts import Exact
 from ..framework.plan import Plan, Refused, Site
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +56,33 @@ class FuseKernels(Pass):
                 taken.add(total)
                 yield Site(node.name, what="norm", sum=total.name), (node, total)
             elif self.where != "norms" and is_operator(node, "aten.mul"):
-                found = _gate(node)
-                if isinstance(found, str):
-                    if found:
-                        yield Refused(node.name, found, program.source_line(node))
+                gated = _gate(node)
+                if isinstance(gated, str):
+                    if gated:
+                        yield Refused(node.name, gated, program.source_line(node))
                     continue
-                yield Site(node.name, what="gate", activation=found[2]), (node, found)
+                yield Site(node.name, what="gate", activation=gated[2]), (node, gated)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Put one operator in the place of two."""
         call, now = program.edit.call, program.edit.now
-        for site, (node, found) in self.chosen(program, plan):
+        for site, (node, other) in self.chosen(program, plan):
             if site["what"] == "gate":
-                gate, up, activation = found
+                gate, up, activation = other
                 with program.edit.before(node):
-                    made = call(dialect.gated_product.default, now(gate), now(up), activation=activation)
-                program.edit.replace(node, made)
+                    product = call(
+                        composites.gated_product.default, now(gate), now(up), activation=activation
+                    )
+                program.edit.replace(node, product)
                 continue
-            total = now(found)
-            sides, given = arguments(total), arguments(node)
-            if given["weight"] is not None:
-                program.edit.hoist(given["weight"], total)
+            total = now(other)
+            sides, norm = arguments(total), arguments(node)
+            if norm["weight"] is not None:
+                program.edit.hoist(norm["weight"], total)
             with program.edit.before(total):
                 both = call(
-                    dialect.add_rms_norm.default, sides["self"], sides["other"], given["weight"], given["eps"],
-                    float32=given["float32"], weight_before_cast=given["weight_before_cast"],
+                    composites.add_rms_norm.default, sides["self"], sides["other"], norm["weight"], norm["eps"],
+                    float32=norm["float32"], weight_before_cast=norm["weight_before_cast"],
                 )  # fmt: skip
                 summed, normed = call(operator.getitem, both, 0), call(operator.getitem, both, 1)
             others = set(total.users) - {node}
@@ -94,9 +96,9 @@ def _apart(
     norm: fx.Node, total: fx.Node, order: dict[fx.Node, int], constant: set[fx.Node], taken: set[fx.Node]
 ) -> str:
     """Return why a sum and its norm stay apart, or nothing."""
-    found = arguments(total)
-    sides = [found["self"], found["other"]]
-    if not all(isinstance(side, fx.Node) for side in sides) or found.get("alpha", 1) != 1:
+    operands = arguments(total)
+    sides = [operands["self"], operands["other"]]
+    if not all(isinstance(side, fx.Node) for side in sides) or operands.get("alpha", 1) != 1:
         return "what is added is a number, or scaled"
     values = [side.meta["val"] for side in sides]
     if not same_shape(values[0].shape, values[1].shape) or values[0].dtype != values[1].dtype:
@@ -111,8 +113,8 @@ def _apart(
 
 def _gate(product: fx.Node) -> tuple[fx.Node, fx.Node, str] | str:
     """Return gate, up and activation of a product; why not, or nothing where there is no activation."""
-    found = arguments(product)
-    sides = [found["self"], found["other"]]
+    operands = arguments(product)
+    sides = [operands["self"], operands["other"]]
     if not all(isinstance(side, fx.Node) for side in sides):
         return ""
     for active, up in (sides, sides[::-1]):

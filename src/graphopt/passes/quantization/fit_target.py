@@ -29,7 +29,7 @@ from .fit_nested import masked, unfit
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 MASKS = ("key_mask", "segments", "visible")
 
 
@@ -110,59 +110,59 @@ class FitTarget(Pass):
                 if isinstance(match, str) or isinstance(RULES[name].apply(program, match, traces[name]), str):
                     raise PassRefusedError(f"{node.name} is not what the plan says: {name}", node=node.name)
                 continue
-            found = dict(arguments(node))
+            operands = dict(arguments(node))
             emit = program.edit.call
             with program.edit.before(node):
                 if site["what"] == "dilation":
-                    made = undilated(program, node)
+                    replacement = undilated(program, node)
                 elif site["what"] == "widths":
-                    made = masked(program, node)
+                    replacement = masked(program, node)
                 elif site["what"] == "store":
-                    made = _stored(program, found, masks)
+                    replacement = _stored(program, operands, masks)
                 elif site["what"] == "stack":
-                    dim = found["dim"] % node.meta["val"].dim()
-                    apart = [emit(aten.unsqueeze.default, part, dim) for part in found["tensors"]]
-                    made = emit(aten.cat.default, apart, dim)
+                    dim = operands["dim"] % node.meta["val"].dim()
+                    apart = [emit(aten.unsqueeze.default, part, dim) for part in operands["tensors"]]
+                    replacement = emit(aten.cat.default, apart, dim)
                 elif site["what"] == "slots":
                     # a cache is read for its length alone, which is known
-                    found["cache"] = emit(aten.zeros.default, [1, 1, _slots(node), 1])
-                    args, kwargs = normal_call(node.target, found)
-                    made = emit(node.target, *args, **kwargs)
+                    operands["cache"] = emit(aten.zeros.default, [1, 1, _slots(node), 1])
+                    args, kwargs = normal_call(node.target, operands)
+                    replacement = emit(node.target, *args, **kwargs)
                 elif site["what"] == "norm":
                     # the fused operator of ONNX has a weight
                     size, dtype = int(node.meta["val"].shape[-1]), node.meta["val"].dtype
-                    found["weight"] = program.edit.add_weight(
+                    operands["weight"] = program.edit.add_weight(
                         f"{node.name}.ones", torch.ones(size, dtype=dtype), kind="buffer"
                     )
-                    args, kwargs = normal_call(node.target, found)
-                    made = emit(node.target, *args, **kwargs)
+                    args, kwargs = normal_call(node.target, operands)
+                    replacement = emit(node.target, *args, **kwargs)
                 else:
-                    made = self._attention(program, node, found, masks)
-            program.edit.replace(node, made)
+                    replacement = self._attention(program, node, operands, masks)
+            program.edit.replace(node, replacement)
 
     def _attention(
-        self, program: Program, node: fx.Node, found: dict[str, Any], masks: dict[Any, fx.Node]
+        self, program: Program, node: fx.Node, operands: dict[str, Any], masks: dict[Any, fx.Node]
     ) -> fx.Node:
         call = program.edit.call
-        queries, keys = found["q"].meta["val"].shape[2], found["k"].meta["val"].shape[2]
-        key = (*(found[n] for n in MASKS), str(queries), str(keys), found["causal"], found["window"])
+        queries, keys = operands["q"].meta["val"].shape[2], operands["k"].meta["val"].shape[2]
+        key = (*(operands[n] for n in MASKS), str(queries), str(keys), operands["causal"], operands["window"])
         if key not in masks:
             sizes = program.size_nodes([queries, keys])
             masks[key] = call(
-                dialect.additive_mask.default, *(found[n] for n in MASKS), *sizes, causal=found["causal"],
-                window=found["window"], hidden=self.hidden,
+                composites.additive_mask.default, *(operands[n] for n in MASKS), *sizes, causal=operands["causal"],
+                window=operands["window"], hidden=self.hidden,
             )  # fmt: skip
         bias = masks[key]
-        if found["bias"] is not None:
-            bias = call(aten.add.Tensor, found["bias"], bias)
-        found.update(key_mask=None, segments=None, visible=None, bias=bias, causal=False, window=None)
-        args, kwargs = normal_call(node.target, found)
+        if operands["bias"] is not None:
+            bias = call(aten.add.Tensor, operands["bias"], bias)
+        operands.update(key_mask=None, segments=None, visible=None, bias=bias, causal=False, window=None)
+        args, kwargs = normal_call(node.target, operands)
         return call(node.target, *args, **kwargs)
 
 
-def _stored(program: Program, found: dict[str, Any], tables: dict[Any, fx.Node]) -> fx.Node:
+def _stored(program: Program, operands: dict[str, Any], tables: dict[Any, fx.Node]) -> fx.Node:
     """Return a cache with new values in their slots by a product with ones and zeros, which the host makes of integers."""
-    call, cache, slots = program.edit.call, found["cache"], found["slots"]
+    call, cache, slots = program.edit.call, operands["cache"], operands["slots"]
     capacity, dtype = int(cache.meta["val"].shape[2]), cache.meta["val"].dtype
     key = (slots, capacity, dtype)
     if key not in tables:
@@ -170,7 +170,7 @@ def _stored(program: Program, found: dict[str, Any], tables: dict[Any, fx.Node])
         wide = call(aten.unsqueeze.default, call(aten.unsqueeze.default, slots, 1), 1)
         tables[key] = call(aten.to.dtype, call(aten.eq.Tensor, wide, number), dtype)
         tables["kept", *key] = call(aten.rsub.Scalar, call(aten.sum.dim_IntList, tables[key], [-1], True), 1)
-    values = found["values"]
+    values = operands["values"]
     if values.meta["val"].dtype != dtype:
         values = call(aten.to.dtype, values, dtype)
     kept = call(aten.mul.Tensor, cache, tables["kept", *key])
@@ -183,5 +183,5 @@ def _slots(node: fx.Node) -> Any:
 
 
 def _masked(node: fx.Node) -> bool:
-    found = arguments(node)
-    return found["causal"] or found["window"] is not None or any(found[n] is not None for n in MASKS)
+    operands = arguments(node)
+    return operands["causal"] or operands["window"] is not None or any(operands[n] is not None for n in MASKS)

@@ -39,7 +39,7 @@ from .values import (
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-dialect = torch.ops.graphopt
+composites = torch.ops.graphopt
 STORED = {8: ("uint8", 255), 16: ("uint16", 65535)}
 WHOLE = {8: ("int8", 127), 4: ("int4", 7)}
 
@@ -295,7 +295,7 @@ class Quantize(Pass):
             else:
                 with edit.after(node):
                     replacement = edit.call(
-                        dialect.fake_quantize.default, node, float(site["scale"]), int(site["zero_point"]),
+                        composites.fake_quantize.default, node, float(site["scale"]), int(site["zero_point"]),
                         dtype=site["dtype"],
                     )  # fmt: skip
                 edit.replace(node, replacement, record=False)
@@ -350,7 +350,7 @@ def _round_matrix(program: Program, node: fx.Node, site: Site, scales: torch.Ten
     first = next(n for n in program.graph.nodes if n in readers) if readers else node.next
     with edit.before(first):
         replacement = edit.call(
-            dialect.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
+            composites.fake_quantize_channels.default, node, scale, integers, axis=0, dtype=site["dtype"]
         )
     edit.replace(node, replacement, record=False)
     return replacement

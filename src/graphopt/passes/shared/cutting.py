@@ -17,7 +17,7 @@ from ...ir.ranks.placement import Shard, mark_cut
 from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import arguments, is_operator, normal_call, operator_name
 
-dialect = torch.ops.graphopt
+composites = torch.ops.graphopt
 # the argument that holds the sizes of a result
 _SIZES = {"aten.reshape": "shape", "aten.expand": "size", **dict.fromkeys(named(Trait.NEW), "size")}
 
@@ -42,13 +42,13 @@ class Cutter:
     """Creates nodes for shards of values, each once, at the editor's insertion point.
 
     A cut is any object that can be carried over to another dimension (``at``): a rank's shard, an order of heads.
-    ``whole`` lists values that every rank computes in full before it slices them, and why.
+    ``in_full`` lists values that every rank computes in full before it slices them, and why.
     """
 
     program: Program
     constant: set[fx.Node] = field(default_factory=set)
-    made: dict[tuple[fx.Node, Any], fx.Node] = field(default_factory=dict)
-    whole: list[tuple[fx.Node, str]] = field(default_factory=list)
+    parts: dict[tuple[fx.Node, Any], fx.Node] = field(default_factory=dict)
+    in_full: list[tuple[fx.Node, str]] = field(default_factory=list)
     cut_cores: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -59,16 +59,16 @@ class Cutter:
         if self.is_all(cut):
             return node
         key = (node, cut)
-        if key not in self.made:
+        if key not in self.parts:
             shard = self._through(node, cut)
             if isinstance(shard, str):
                 if node not in self.constant:
-                    self.whole.append((node, shard))
+                    self.in_full.append((node, shard))
                 shard = self.take(node, cut)
             if shard is not node:
                 self.mark(shard, cut)
-            self.made[key] = shard
-        return self.made[key]
+            self.parts[key] = shard
+        return self.parts[key]
 
     def is_all(self, cut: Any) -> bool:
         """Tell whether every rank has all of the value."""
@@ -77,7 +77,7 @@ class Cutter:
     def take(self, node: fx.Node, cut: Any) -> fx.Node:
         """Return a slice of a value that exists in full."""
         return self.program.edit.call(
-            dialect.local_slice.default, node, cut.dim, list(cut.starts), cut.length, TENSOR_PARALLEL
+            composites.local_slice.default, node, cut.dim, list(cut.starts), cut.length, TENSOR_PARALLEL
         )
 
     def mark(self, node: fx.Node, cut: Any) -> None:
@@ -170,12 +170,12 @@ def local_starts(program: Program, cut: Shard) -> fx.Node:
         name, torch.tensor(cut.starts), kind="constant", persistent=False
     )  # fmt: skip
     ranks = len(cut.starts)
-    return program.edit.call(dialect.local_slice.default, table, 0, list(range(ranks)), 1, TENSOR_PARALLEL)
+    return program.edit.call(composites.local_slice.default, table, 0, list(range(ranks)), 1, TENSOR_PARALLEL)
 
 
 def all_reduce(program: Program, node: fx.Node) -> fx.Node:
     """Return the sum over ranks of a partial value."""
-    return program.edit.call(dialect.all_reduce.default, node, TENSOR_PARALLEL)
+    return program.edit.call(composites.all_reduce.default, node, TENSOR_PARALLEL)
 
 
 def row_parallel(program: Program, cutter: Cutter, linear: fx.Node, cut: Shard) -> fx.Node:

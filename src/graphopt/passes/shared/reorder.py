@@ -103,7 +103,7 @@ def reorder_heads(program: Program, block: Block, units: list[int]) -> None:
         weight = reorderer.part(args["weight"], columns)
         new_out = program.edit.call(out.target, x, weight, *out.args[2:], **out.kwargs)
     inside = set(block.nodes)
-    stuck = [(node, reason) for node, reason in reorderer.whole if node in inside]
+    stuck = [(node, reason) for node, reason in reorderer.in_full if node in inside]
     if stuck:
         raise ValueError(f"{stuck[0][0].name}: {stuck[0][1]}")
     program.edit.replace(out, new_out)
@@ -114,7 +114,7 @@ def to_checkpoint(program: Program, reorderer: Reorderer) -> None:
     """Map the checkpoint's tensors to the reordered ones, where nothing else reads the original ones."""
     reordered = {
         node: new_node
-        for (node, _), new_node in reorderer.made.items()
+        for (node, _), new_node in reorderer.parts.items()
         if is_operator(new_node, "aten.index_select")
     }
     joined = {

@@ -22,7 +22,7 @@ from .nested import cut_nested, nested_site
 if TYPE_CHECKING:
     from .shard_tensor_parallel import ShardTensorParallel
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 _LARGE_TABLE = 64 << 20
 
 
@@ -54,7 +54,7 @@ class Placer:
             if isinstance(site, str):
                 plan.refused.append(Refused(name, site, self.program.source_line(block.term)))
                 continue
-            before = len(self.cutter.whole)
+            before = len(self.cutter.in_full)
             try:
                 self._shard_block(block, site)
             except _CannotShard as problem:
@@ -63,7 +63,7 @@ class Placer:
                 continue
             plan.sites.append(site)
             inside = set(block.nodes)
-            for node, reason in self.cutter.whole[before:]:
+            for node, reason in self.cutter.in_full[before:]:
                 if node not in inside:
                     continue  # position biases and masks, which are cheap
                 plan.notes.append(
@@ -207,8 +207,8 @@ class Placer:
         if block.parts["core"] not in self.cutter.cut_cores:
             # every rank would compute all heads: correct, but pointless
             reason = (
-                self.cutter.whole[-1][1]
-                if self.cutter.whole
+                self.cutter.in_full[-1][1]
+                if self.cutter.in_full
                 else "the computation of its heads is not understood"
             )
             raise _CannotShard(f"its heads cannot be computed apart: {reason}")
@@ -294,7 +294,7 @@ class Placer:
         with self.program.edit.before(node):
             table = self.cutter.part(args["weight"], shard)
             start = local_starts(self.program, shard)
-            local = self.program.edit.call(dialect.local_embedding.default, table, args["indices"], start)
+            local = self.program.edit.call(composites.local_embedding.default, table, args["indices"], start)
             total = all_reduce(self.program, local)
         self.program.edit.replace(node, total)
 
@@ -304,7 +304,7 @@ class Placer:
         with self.program.edit.before(node):
             local = self.cutter.part(node, even(rows, self.ranks, last))
             gathered = self.program.edit.call(
-                dialect.all_gather.default, local, last, self.ranks, TENSOR_PARALLEL
+                composites.all_gather.default, local, last, self.ranks, TENSOR_PARALLEL
             )
         self.program.edit.replace(node, gathered)
 

@@ -156,7 +156,7 @@ class GroupHeads(Pass):
             )
             partial = torch.nn.functional.linear(values[heads.name][..., columns], matrix[:, columns])
             stream = values[block.reads.name] + partial + bias
-            activations = interpret(program, batch, given={ffn.reads: stream}, record=[hidden], stop=True)[
+            activations = interpret(program, batch, known={ffn.reads: stream}, record=[hidden], stop=True)[
                 hidden.name
             ]
             for r, local in enumerate(activations.chunk(self.size, -1)):

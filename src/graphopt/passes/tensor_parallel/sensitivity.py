@@ -65,7 +65,7 @@ def backward_sweep(
                 start = points[first].attention.reads
                 copied_start = next(n for n in variant.graph.nodes if n.name == start.name)
                 for batch, inputs, outputs in group:
-                    recorded = interpret(variant, inputs, given={copied_start: outputs[start.name]})
+                    recorded = interpret(variant, inputs, known={copied_start: outputs[start.name]})
                     _count(sums, first, name, batch, recorded, outputs)
                     context.progress.step()
             finished += len(group)

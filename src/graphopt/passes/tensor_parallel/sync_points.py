@@ -22,7 +22,7 @@ from ...ir.running.fold import depends_on_weights_alone
 from ...ir.schema import is_operator
 from ..shared.cutting import all_reduce
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 _VIEWS = Trait.RESHAPE | Trait.REORDER | Trait.CAST
 NAME = "drop-sync-points"
 
@@ -184,7 +184,7 @@ def _drop_one(program: Program, point: SyncPoint, now: dict[fx.Node, fx.Node]) -
     with program.edit.before(point.attention.add):
         partial = _scaled(program, point.first)
         offset = _offset(program, point.first)
-        local = call(dialect.unreduced.default, partial, TENSOR_PARALLEL)
+        local = call(composites.unreduced.default, partial, TENSOR_PARALLEL)
         if offset is not None:
             local = call(aten.add.Tensor, local, offset)
         local = call(aten.add.Tensor, x, local)

@@ -15,7 +15,7 @@ from ...ir.running.activation import activation_between
 from ...ir.running.fold import computed
 from ...ir.schema import arguments, is_operator
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 NESTED = "feed-forwards have several widths, which a configuration has not; extract-width leaves one"
 MATRICES = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
 
@@ -61,7 +61,7 @@ def nested(program: Program, ffn: FeedForward, choice: fx.Node, widths: list[int
     """Insert and return the operator for a feed-forward with a chosen number of channels for each token."""
     w = ffn.weights
     return program.edit.call(
-        dialect.nested_ffn.default, ffn.x, choice, widths, w["up"], w["down"], w["gate"], w["up_bias"],
+        composites.nested_ffn.default, ffn.x, choice, widths, w["up"], w["down"], w["gate"], w["up_bias"],
         w["gate_bias"], w["down_bias"], **ffn.activation,
     )  # fmt: skip
 

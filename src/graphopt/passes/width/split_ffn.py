@@ -26,7 +26,7 @@ from .sort_ffn import carried_out, plan_orders, score_channels, take_planned
 if TYPE_CHECKING:
     from ...measure.context import Context
 
-aten, dialect = torch.ops.aten, torch.ops.graphopt
+aten, composites = torch.ops.aten, torch.ops.graphopt
 DIAL = "delta"
 
 
@@ -150,7 +150,7 @@ class SplitFfn(Pass):
             module_path = place_of(program, ffn.down)
             with program.edit.before(ffn.down):
                 logits = self._router(program, ffn.x, len(widths), module_path)
-                choice = program.edit.call(dialect.choose_width.default, logits, delta)
+                choice = program.edit.call(composites.choose_width.default, logits, delta)
                 if site["separate"]:
                     new_output = self._apart(program, ffn, choice, widths, module_path, smalls)
                 else:

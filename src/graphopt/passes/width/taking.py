@@ -53,7 +53,7 @@ def take_channels(program: Program, blocks: list[Block], chosen: dict[str, torch
         total = int(args["weight"].meta["val"].shape[1])
         last = args["input"].meta["val"].dim() - 1
         selection = Selection(last, tuple(int(i) for i in chosen[block.name]), total)
-        before = len(taker.whole)
+        before = len(taker.in_full)
         with program.edit.before(down):
             x = taker.part(args["input"], selection)
             columns = selection.at(1)
@@ -61,7 +61,7 @@ def take_channels(program: Program, blocks: list[Block], chosen: dict[str, torch
             weight = taker.part(args["weight"], columns)
             new_down = program.edit.call(down.target, x, weight, *down.args[2:], **down.kwargs)
         inside = set(block.nodes)
-        stuck = [(node, reason) for node, reason in taker.whole[before:] if node in inside]
+        stuck = [(node, reason) for node, reason in taker.in_full[before:] if node in inside]
         if stuck:
             raise ValueError(f"{block.name}: {stuck[0][0].name}: {stuck[0][1]}")
         program.edit.replace(down, new_down)

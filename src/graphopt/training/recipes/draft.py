@@ -14,7 +14,7 @@ from ...ir.needs import above
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.vocabulary import kept_logits
-from ..forms import given_features
+from ..forms import with_features_as_input
 from .base import Batch, Method, Recipe, called, masked_mean
 
 PREFIX = "draft."
@@ -87,7 +87,7 @@ class Draft(Method):
             return total
 
         names = {w.name for w in program.weights.values() if w.name.startswith(PREFIX)}
-        form = given_features(program)
+        form = with_features_as_input(program)
         return Recipe(self.name, loss, transform, trainable=lambda name: name in names, form=form)
 
 

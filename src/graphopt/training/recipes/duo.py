@@ -11,7 +11,7 @@ from ...ir.errors import PipelineError
 from ...ir.needs import NONZERO
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
-from ...measure.choices import given_choices, nested_blocks, way_widths
+from ...measure.choices import nested_blocks, way_widths, with_choices_as_input
 from ..forms import router_weights, soft_choices
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
@@ -81,7 +81,7 @@ class DuoDistil(Method):
         return Recipe(
             self.name, loss, transform,
             (lambda name: small in name) if self.train == "small" else (lambda name: name not in routers),
-            given_choices(program),
+            with_choices_as_input(program),
         )  # fmt: skip
 
 

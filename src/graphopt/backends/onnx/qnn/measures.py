@@ -18,11 +18,11 @@ def reference(path: Path, feed: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
 
-def signal_to_noise(found: Any, expected: Any) -> float:
+def signal_to_noise(actual: Any, expected: Any) -> float:
     """Return the signal-to-noise ratio in decibels: 200 if both are equal, -200 if there is a NaN."""
     import numpy
 
-    a, b = numpy.asarray(found, "float64"), numpy.asarray(expected, "float64")
+    a, b = numpy.asarray(actual, "float64"), numpy.asarray(expected, "float64")
     if not (numpy.isfinite(a).all() and numpy.isfinite(b).all()):
         return -200.0
     noise, power = float(((a - b) ** 2).sum()), float((b**2).sum())
