@@ -35,8 +35,10 @@ def check_nesting(program: graphopt.Program, *, joint: bool = False) -> None:
         for second, other in regions[i + 1 :]:
             if first.add is second.add and first.reads is second.reads:
                 continue  # terms of one sum, which may share a norm
+            if first.add is second.add:
+                one, other = one - {first.add, first.writes}, other - {first.add, first.writes}
             assert not one & other or one <= other or other <= one, (first, second)
-    owned = Counter(node for block in anatomy.blocks for node in block.nodes if not block.parallel)
+    owned = Counter(node for block in anatomy.blocks if not block.parallel for node in block.nodes)
     assert not [node for node, count in owned.items() if count > 1]
     contained = [id(inner) for block in anatomy.blocks for inner in block.inner]
     assert len(contained) == len(set(contained))
@@ -83,7 +85,9 @@ def test_nested_streams(name: str) -> None:
     check_nesting(program, joint=name == "flux")
 
 
-@pytest.mark.parametrize("name", ["unet_additive", "hierarchical", "crossing", "transformer", "graph_convolutions"])
+@pytest.mark.parametrize(
+    "name", ["unet_additive", "hierarchical", "crossing", "transformer", "graph_convolutions"]
+)
 def test_blocks_never_overlap(name: str) -> None:
     program = captured(name)
     assert program.anatomy.blocks
@@ -126,7 +130,9 @@ def without_layer(model: nn.Module, attribute: str, index: int, inputs: Any) -> 
     return found
 
 
-@pytest.mark.parametrize(("name", "layer", "index"), [("laurel", 1, 1), ("short_convolutions", 2, 2), ("stages", None, 1)])
+@pytest.mark.parametrize(
+    ("name", "layer", "index"), [("laurel", 1, 1), ("short_convolutions", 2, 2), ("stages", None, 1)]
+)
 def test_a_layer_with_blocks_in_it_can_be_removed(name: str, layer: int | None, index: int) -> None:
     model, inputs = nested_networks.network(name)
     program = graphopt.capture(model, inputs)
@@ -174,7 +180,9 @@ class Drawn(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         if isinstance(tree, list):
-            self.branch: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH), *map(Drawn, tree), nn.Linear(WIDTH, WIDTH))
+            self.branch: nn.Module = nn.Sequential(
+                nn.Linear(WIDTH, WIDTH), *map(Drawn, tree), nn.Linear(WIDTH, WIDTH)
+            )
         else:
             self.branch = nested_networks.FeedForward() if tree == "ffn" else nested_networks.Attention()
 
@@ -187,7 +195,7 @@ def shape(block: Block) -> Tree:
     return [shape(inner) for inner in block.inner] if block.kind == "composite" else block.kind
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(TREES, min_size=1, max_size=3))
 def test_the_nesting_of_drawn_networks_is_found(trees: list[Tree]) -> None:
     model = nn.Sequential(nn.Linear(8, WIDTH), *map(Drawn, trees), nn.Linear(WIDTH, 8)).eval()
@@ -216,7 +224,7 @@ class Tangled(nn.Module):
         return sum(values)  # type: ignore[return-value]
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["add", "linear", "linear"]), st.integers(0, 11), st.integers(0, 11)),

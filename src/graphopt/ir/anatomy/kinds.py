@@ -45,7 +45,7 @@ def classify(program: Program, addition: Addition, nesting: Nesting, inner: list
         nodes = addition.inside[term]
         block = Block("unrecognised", addition.base, writes, term, addition.node, nodes)
         region = set(nodes)
-        block.inner = [b for b in inner if b.add in region or b.add is addition.node]
+        block.inner = [b for b in inner if (b.term if b.add is addition.node else b.add) in region]
         inner = [b for b in inner if b not in block.inner]
         block.parallel, block.carry = len(outer) > 1, addition.carry
         block.shared_terms = [t for t in addition.terms if t not in outer and t in nodes]

@@ -54,8 +54,9 @@ def nest(additions: list[Addition]) -> Nesting:
                 del crossings[other]
         kept.remove(worst)
     nesting = _nested(kept)
-    absorbed = [inner for inner in kept if _is_all_of_it(nesting, inner)]
-    return nesting if not absorbed else _nested([a for a in kept if a not in absorbed])
+    # within a block, a value that is scaled and added again is no stream
+    gone = {a for a in kept if _is_all_of_it(nesting, a) or (a.carry is not None and a in nesting.outer)}
+    return nesting if not gone else _nested([a for a in kept if a not in gone])
 
 
 def _regions_of(additions: list[Addition]) -> dict[fx.Node, list[Addition]]:
