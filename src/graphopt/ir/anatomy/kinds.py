@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _PRODUCTS = named(Trait.PRODUCT)
 _CONVOLUTIONS = named(Trait.CONVOLUTION | Trait.TRANSPOSED)
+# between the softmax of scores and their product with values
+_MASKING = ("aten.mul", "aten.where", "aten.masked_fill", "aten.dropout")
 # sums and products along positions
 _SCANS = named(Trait.SCAN) | {"higher_order.scan"}
 
@@ -174,7 +176,7 @@ def _softmax_attention(block: Block) -> bool:
                 seen.add(user)
                 if has(user, Trait.PRODUCT):
                     return True
-                if has(user, Trait.MOVEMENT | Trait.CAST) or is_operator(user, "aten.mul"):
+                if has(user, Trait.MOVEMENT | Trait.CAST) or is_operator(user, *_MASKING):
                     work.extend(user.users)
     return False
 

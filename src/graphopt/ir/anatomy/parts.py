@@ -110,6 +110,8 @@ def ffn_parts(program: Program, block: Block) -> bool:
     feeding = [n for n in linears if n is not down and _feeds(n, down, inside)]
     if not feeding:
         return False
+    if _has_product_before(down, inside):
+        return False
     hidden = down.args[0]
     gate, up = _gate_and_up(hidden, feeding)
     if up is None:
@@ -158,6 +160,20 @@ def _last_linear(block: Block) -> fx.Node | None:
             operands = operands[-1:]
         work.extend((operand, steps + 1) for operand in reversed(operands))
     return None
+
+
+def _has_product_before(down: fx.Node, inside: set[fx.Node]) -> bool:
+    """Tell whether values of the block are multiplied as matrices between its projections, as in linear attention."""
+    work, seen = list(down.all_input_nodes), set()
+    while work:
+        node = work.pop()
+        if node in seen or node not in inside or is_operator(node, "aten.linear"):
+            continue
+        seen.add(node)
+        if has(node, Trait.PRODUCT) and sum(operand in inside for operand in node.all_input_nodes) > 1:
+            return True
+        work.extend(node.all_input_nodes)
+    return False
 
 
 def _feeds(source: fx.Node, target: fx.Node, inside: set[fx.Node]) -> bool:
