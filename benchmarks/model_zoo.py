@@ -39,7 +39,7 @@ from small_models import (
 ROOT = Path(__file__).parents[1]
 SECONDS, QUICK_SECONDS = 900, 300
 MIXER = (
-    r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv|Recurrent|TimeMix|Retention|Lightning"
+    r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv$|RecurrentBlock|TimeMix|Retention|Lightning"
     r"|LongConv|xLSTM|LSTM|RwkvSelfAttention|MinimalGRU"
 )
 FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct"
@@ -187,12 +187,17 @@ def _lists() -> tuple[Any, ...]:
 def named(program: Any) -> dict[str, Any]:
     """Return what the anatomy says: blocks of each kind, those of each layer, and nodes in more than one block."""
     anatomy = program.anatomy
+    within = {id(inner) for block in anatomy.blocks if block.kind != "composite" for inner in block.inner}
+    kinds = Counter(b.kind for b in (*anatomy.blocks, *anatomy.beside) if id(b) not in within)
     owners: Counter[Any] = Counter()
     for block in anatomy.blocks:
-        owners.update(set(block.nodes))
+        if not block.parallel:  # those of one sum may share a norm
+            owners.update(set(block.nodes))
     return {
-        "blocks": anatomy.summary(),
+        "blocks": dict(kinds),
+        "inner": len(within),
         "layers": [[block.kind for block in layer.blocks] for layer in anatomy.layers],
+        "components": list(anatomy.components),
         "shared": sum(count > 1 for count in owners.values()),
     }
 
@@ -204,7 +209,10 @@ def judge(found: dict[str, Any]) -> str:
     expected: Counter[str] = Counter()
     for layer in found["expected"]:
         expected.update(layer)
-    got = Counter(found["blocks"])
+    # what is around or within the blocks that modules are
+    got = Counter(
+        {kind: count for kind, count in found["blocks"].items() if kind not in ("composite", "adapter")}
+    )
     if not expected:
         return ""
     differences = [

@@ -47,10 +47,15 @@ def inspect_checkpoint(args: Inspect) -> None:
                 "blocks": [
                     {"name": b.name, "kind": b.kind, "layer": b.layer, "norms": b.norms,
                      "parallel": b.parallel, "sizes": {k: str(v) for k, v in b.sizes.items()},
-                     "parts": sorted(b.parts), "evidence": b.evidence}
+                     "parts": sorted(b.parts), "evidence": b.evidence, "inner": [i.name for i in b.inner]}
                     for b in anatomy.blocks
                 ],
                 "layers": [[b.name for b in layer.blocks] for layer in anatomy.layers],
+                "components": {
+                    c.name: {"other_names": list(c.other_names), "takes": list(c.reads),
+                             "gives": list(c.writes), "blocks": [b.name for b in c.blocks]}
+                    for c in anatomy.components.values()
+                },
                 "embedding": [n.name for n in anatomy.embedding],
                 "head": [n.name for n in anatomy.head],
                 "branches": [b.evidence for b in anatomy.branches],
@@ -73,6 +78,8 @@ def inspect_checkpoint(args: Inspect) -> None:
     if anatomy.branches:
         example = anatomy.branches[0].evidence[0]
         text(f"\nbranches: {len(anatomy.branches)} sums of linear paths, e.g. {example}")
+    if anatomy.components:
+        table("Components", ("component", "takes", "blocks"), _component_rows(program))
     ends = {"embedding": anatomy.embedding, "head": anatomy.head}
     others = [f"{what}: {', '.join(n.name for n in nodes)}" for what, nodes in ends.items() if nodes]
     text("\n" + "\n".join(others) + f"\nlayers: {len(anatomy.layers)}\n")
@@ -111,11 +118,24 @@ def _block_rows(program: Program) -> list[tuple[str, str, str]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for block in program.anatomy.blocks:
         evidence = "; ".join(block.evidence) + (" (parallel)" if block.parallel else "")
+        if block.carry is not None:
+            evidence += " (the stream is scaled or mixed before the sum)"
         groups.setdefault((block.norms, evidence), []).append(block.name)
     return [
         (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})", *key)
         for key, names in groups.items()
     ]
+
+
+def _component_rows(program: Program) -> list[tuple[str, str, str]]:
+    """Return one row for each component: its names, the components that it reads, and how many blocks it has."""
+    rows = []
+    for component in program.anatomy.components.values():
+        counts = Counter(block.kind for block in component.blocks)
+        names = ", ".join((component.name, *component.other_names))
+        blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        rows.append((names, ", ".join(component.reads), blocks))
+    return rows
 
 
 def what_passes_could_do(program: Program, progress: ShownProgress | None = None) -> list[dict[str, str]]:

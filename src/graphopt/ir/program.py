@@ -354,6 +354,35 @@ class Program:
         """
         METHODS["remove"](self, block)
 
+    def part(self, name: str) -> Program:
+        """Return a component of a composite model as a program of its own, for passes to rewrite.
+
+        Args:
+            name: encoder, decoder, vision, audio, text, projector, ...; ``anatomy.components`` has those of the program.
+                What a part takes from another is an input of that one's name.
+
+        Raises:
+            UsageError: there is none of this name, or there are several.
+        """
+        part: Program = METHODS["part"](self, name)
+        return part
+
+    def with_part(self, name: str, part: Program, *, compare: bool = True) -> Program:
+        """Return a copy of the program in which a rewritten part takes the place of a component.
+
+        Args:
+            name: of the component.
+            part: takes and gives what :meth:`part` of that name does, in the same shapes and types.
+            compare: run the copy on small inputs, and the part by itself on what it reads there, and compare.
+
+        Raises:
+            UsageError: there is no such component, or the part has run-time settings.
+            VerificationError: the part takes or gives something else, has other values for a weight that the rest of the
+                program reads as well, or computes something else within the program than by itself.
+        """
+        whole: Program = METHODS["with_part"](self, name, part, compare=compare)
+        return whole
+
     def add_parameter(self, name: str, value: torch.Tensor) -> fx.Node:
         """Add a trainable tensor and return its node."""
         return self.edit.add_weight(name, value)

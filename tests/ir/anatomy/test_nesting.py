@@ -8,7 +8,7 @@ from typing import Any
 import nested_networks
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,10 +33,10 @@ def check_nesting(program: graphopt.Program, *, joint: bool = False) -> None:
     regions = [(block, block.region) for block in anatomy.blocks]
     for i, (first, one) in enumerate(regions):
         for second, other in regions[i + 1 :]:
-            if first.add is second.add and first.reads is second.reads:
-                continue  # terms of one sum, which may share a norm
+            if first.add is second.add:
+                continue  # terms of one sum may share a norm, or what one of them begins with
             assert not one & other or one <= other or other <= one, (first, second)
-    owned = Counter(node for block in anatomy.blocks for node in block.nodes if not block.parallel)
+    owned = Counter(node for block in anatomy.blocks if not block.parallel for node in block.nodes)
     assert not [node for node, count in owned.items() if count > 1]
     contained = [id(inner) for block in anatomy.blocks for inner in block.inner]
     assert len(contained) == len(set(contained))
@@ -193,7 +193,7 @@ def shape(block: Block) -> Tree:
     return [shape(inner) for inner in block.inner] if block.kind == "composite" else block.kind
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(TREES, min_size=1, max_size=3))
 def test_the_nesting_of_drawn_networks_is_found(trees: list[Tree]) -> None:
     model = nn.Sequential(nn.Linear(8, WIDTH), *map(Drawn, trees), nn.Linear(WIDTH, 8)).eval()
@@ -219,15 +219,16 @@ class Tangled(nn.Module):
         for (kind, first, second), linear in zip(self.steps, self.linears, strict=True):
             one, other = values[first % len(values)], values[second % len(values)]
             values.append(one + other if kind == "add" else linear(torch.tanh(one)))
-        return sum(values)  # type: ignore[return-value]
+        return torch.cat(values, -1)
 
 
-@settings(max_examples=40)
+# failures are drawn small enough, and making an example smaller takes a capture each time
+@settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     st.lists(
         st.tuples(st.sampled_from(["add", "linear", "linear"]), st.integers(0, 11), st.integers(0, 11)),
         min_size=4,
-        max_size=12,
+        max_size=9,
     )
 )
 def test_blocks_of_any_network_are_nested_or_disjoint(steps: list[tuple[str, int, int]]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from ..program import Program, program_method
 from ..running.evaluate import needed_for
-from .blocks import Anatomy, Block, Branches, Layer, Stream
+from .blocks import Anatomy, Block, Branches, Component, Layer, Stream
 from .branches import find_branches
+from .components import find_components
 from .ends import find_embedding, find_head
 from .kinds import classify, mixtures_beside
 from .layers import find_layers
 from .nesting import nest
+from .parts import tell_shared_keys
 from .residual import Addition, find_residual
 
-__all__ = ["Anatomy", "Block", "Branches", "Layer", "Stream", "find_anatomy"]
+__all__ = ["Anatomy", "Block", "Branches", "Component", "Layer", "Stream", "find_anatomy"]
 
 
 @program_method("anatomy")
@@ -40,11 +42,14 @@ def find_anatomy(program: Program) -> Anatomy:
         for block, group in ((None, outside), *((b, b.inner) for b in anatomy.blocks if b.inner))
     }
     anatomy.streams = [stream for group in streams.values() for stream in group]
+    for stream in anatomy.streams:
+        tell_shared_keys(program, stream)
     anatomy.layers = find_layers(streams[id(None)], lambda block: streams.get(id(block), []))
     for index, layer in enumerate(anatomy.layers):
         layer.index = index
         for block in layer.blocks:
             block.layer = index
+    anatomy.components = find_components(program, anatomy, streams[id(None)])
     anatomy.embedding = find_embedding(program, anatomy)
     anatomy.head = find_head(program, anatomy)
     return anatomy

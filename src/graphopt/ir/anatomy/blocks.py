@@ -136,6 +136,26 @@ class Branches:
     evidence: list[str] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class Component:
+    """A part of a composite model that can be a program of its own.
+
+    Attributes:
+        name: encoder, decoder, vision, audio, text, features (numbers of another kind), or projector: what lies between
+            vision or audio and text.
+        other_names: further names, such as text for a decoder.
+        reads: values of other components by the names of those, for each that it takes besides the program's inputs.
+        writes: the values that others, or the program's outputs, are computed from; the first has the component's name.
+        blocks: its blocks, without those within them.
+    """
+
+    name: str
+    other_names: tuple[str, ...]
+    reads: dict[str, fx.Node]
+    writes: dict[str, fx.Node]
+    blocks: list[Block]
+
+
 @dataclass
 class Anatomy:
     """The structure of a model, in execution order.
@@ -151,6 +171,7 @@ class Anatomy:
     embedding: list[fx.Node] = field(default_factory=list)
     head: list[fx.Node] = field(default_factory=list)
     beside: list[Block] = field(default_factory=list)
+    components: dict[str, Component] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Block]:
         """Return the blocks of one kind."""
@@ -186,6 +207,19 @@ class Anatomy:
             if block.name == name:
                 return block
         raise KeyError(name)
+
+    def component(self, name: str) -> Component:
+        """Return the component of this name, or of this further name if only one has it.
+
+        Raises:
+            KeyError: there is none, or there are several.
+        """
+        if name in self.components:
+            return self.components[name]
+        found = [component for component in self.components.values() if name in component.other_names]
+        if len(found) != 1:
+            raise KeyError(name)
+        return found[0]
 
     def outer(self, block: Block) -> Block | None:
         """Return the block that a block lies directly within."""

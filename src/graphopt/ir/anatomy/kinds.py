@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _PRODUCTS = named(Trait.PRODUCT)
 _CONVOLUTIONS = named(Trait.CONVOLUTION | Trait.TRANSPOSED)
+# between the softmax of scores and their product with values
+_MASKING = ("aten.mul", "aten.where", "aten.masked_fill", "aten.dropout")
 # sums and products along positions
 _SCANS = named(Trait.SCAN) | {"higher_order.scan"}
 
@@ -45,7 +47,7 @@ def classify(program: Program, addition: Addition, nesting: Nesting, inner: list
         nodes = addition.inside[term]
         block = Block("unrecognised", addition.base, writes, term, addition.node, nodes)
         region = set(nodes)
-        block.inner = [b for b in inner if b.add in region or b.add is addition.node]
+        block.inner = [b for b in inner if (b.term if b.add is addition.node else b.add) in region]
         inner = [b for b in inner if b not in block.inner]
         block.parallel, block.carry = len(outer) > 1, addition.carry
         block.shared_terms = [t for t in addition.terms if t not in outer and t in nodes]
@@ -174,7 +176,7 @@ def _softmax_attention(block: Block) -> bool:
                 seen.add(user)
                 if has(user, Trait.PRODUCT):
                     return True
-                if has(user, Trait.MOVEMENT | Trait.CAST) or is_operator(user, "aten.mul"):
+                if has(user, Trait.MOVEMENT | Trait.CAST) or is_operator(user, *_MASKING):
                     work.extend(user.users)
     return False
 

@@ -39,23 +39,26 @@ class Nesting:
 def nest(additions: list[Addition]) -> Nesting:
     """Return the nesting of additions.
 
-    An addition joins two ways from its base, one directly and one through what it adds, so its region has one entry
-    and one exit unless the direct way of another begins within it and ends beyond it, or the reverse. Of two
-    that cross in this manner, the one goes that crosses more; then the larger, then the later.
+    An addition joins two ways from its base, one directly and one through what it adds. Its region has one entry and
+    one exit unless the direct way of another begins within it and ends beyond it, or the reverse. The addition that
+    is entered or left in this manner by most others goes first; then the largest, then the latest.
     """
     kept = list(additions)
-    crossings = _crossings(kept)
-    while crossings:
+    crossed, crossing = _crossings(kept)
+    while crossed:
         position = {addition: i for i, addition in enumerate(kept)}
-        worst = max(crossings, key=lambda a: (len(crossings[a]), len(a.region), position[a]))
-        for other in crossings.pop(worst):
-            crossings[other].discard(worst)
-            if not crossings[other]:
-                del crossings[other]
+        worst = max(crossed, key=lambda a: (len(crossed[a]), len(a.region), position[a]))
+        del crossed[worst]
+        for other in crossing.get(worst, ()):
+            if other in crossed:
+                crossed[other].discard(worst)
+                if not crossed[other]:
+                    del crossed[other]
         kept.remove(worst)
     nesting = _nested(kept)
-    absorbed = [inner for inner in kept if _is_all_of_it(nesting, inner)]
-    return nesting if not absorbed else _nested([a for a in kept if a not in absorbed])
+    # within a block, a value that is scaled and added again is no stream
+    gone = {a for a in kept if _is_all_of_it(nesting, a) or (a.carry is not None and a in nesting.outer)}
+    return nesting if not gone else _nested([a for a in kept if a not in gone])
 
 
 def _regions_of(additions: list[Addition]) -> dict[fx.Node, list[Addition]]:
@@ -67,15 +70,19 @@ def _regions_of(additions: list[Addition]) -> dict[fx.Node, list[Addition]]:
     return regions
 
 
-def _crossings(additions: list[Addition]) -> dict[Addition, set[Addition]]:
+def _crossings(
+    additions: list[Addition],
+) -> tuple[dict[Addition, set[Addition]], dict[Addition, set[Addition]]]:
+    """Return for each addition those whose direct way enters or leaves its region, and the same the other way around."""
     regions = _regions_of(additions)
-    crossings: dict[Addition, set[Addition]] = {}
+    crossed: dict[Addition, set[Addition]] = {}
+    crossing: dict[Addition, set[Addition]] = {}
     for addition in additions:
         for other in {*regions.get(addition.base, ()), *regions.get(addition.node, ())}:
             if other is not addition and not _lies_within(addition, other):
-                crossings.setdefault(addition, set()).add(other)
-                crossings.setdefault(other, set()).add(addition)
-    return crossings
+                crossed.setdefault(other, set()).add(addition)
+                crossing.setdefault(addition, set()).add(other)
+    return crossed, crossing
 
 
 def _lies_within(inner: Addition, outer: Addition) -> bool:
