@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..ir.compat import NEEDS_VALUES, FakeTensor, quiet_fakes
 from .fixed_values import FIXED, Known
 
 REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError)
-_UNKNOWN = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-    GuardOnDataDependentSymNode,
-)
 
 
 def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:
@@ -38,7 +23,7 @@ def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:
     """
     try:
         ask(model, model, inputs)
-    except _UNKNOWN:
+    except NEEDS_VALUES:
         return None
     except REFUSALS as error:
         first = str(error).strip().splitlines()
@@ -97,13 +82,11 @@ def _unchecked() -> Iterator[None]:
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
     os.environ[name] = "1"
-    # inputs that do not fit are an expected result, of which torch would write a report
-    reports = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, reports.disabled = reports.disabled, True
     try:
-        yield
+        # inputs that do not fit are an expected result
+        with quiet_fakes():
+            yield
     finally:
-        reports.disabled = disabled
         if before is None:
             del os.environ[name]
         else:

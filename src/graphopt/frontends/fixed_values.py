@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ..ir.compat import outside_tracing
 
 FIXED = ("image_grid_thw", "video_grid_thw", "grid_thw", "spatial_shapes", "image_sizes", "merge_sizes")
 # numbers from one to the next, which loops over known sizes make
@@ -111,7 +112,7 @@ class Known(TorchFunctionMode):
         plain = not any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in leaves)
         counts = func in _COUNTS and not tensors
         if plain and (counts or (tensors and all(id(t) in self.known for t in tensors))):
-            with _disable_current_modes():
+            with outside_tracing():
                 result = func(*args, **kwargs)
             return tree_map(self._keep, result)
         if self.marked and func is torch.Tensor.__getitem__:

@@ -23,12 +23,25 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _compiling_state_context
 from torch._export.verifier import load_verifier
 from torch._guards import SLoc
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    ValueRangesSLoc,
+    statically_known_true,
+)
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -37,6 +50,7 @@ from torch.utils._traceback import CapturedTraceback
 from .errors import GraphoptError, VerificationError
 
 __all__ = [
+    "NEEDS_VALUES",
     "FakeTensor",
     "FakeTensorMode",
     "Symbol",
@@ -53,9 +67,11 @@ __all__ = [
     "is_recorded",
     "load_package",
     "new_fake_mode",
+    "outside_tracing",
     "quick_onnx_export",
     "quiet_export",
     "quiet_failures",
+    "quiet_fakes",
     "recording",
     "recording_fixed_sizes",
     "refusing_guards",
@@ -71,6 +87,33 @@ __all__ = [
 ]
 
 Symbol = sympy.Symbol
+
+NEEDS_VALUES: tuple[type[Exception], ...] = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+"""Errors of a computation without memory whose result depends on values."""
+
+
+@contextlib.contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Compute with real tensors, whatever traces or fakes them around the context."""
+    with _disable_current_modes():
+        yield
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Suppress torch's report of a computation without memory that fails, where that is an expected result."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def import_tracer() -> None:
@@ -499,7 +542,10 @@ def quiet_export() -> Iterator[None]:
 
     The exception that it raises still describes the failure.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
