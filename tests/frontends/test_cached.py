@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import gguf_files
 import pytest
 import torch
 import zoo
+from paths import ROOT
 
 import graphopt
 from graphopt import Program, cache
@@ -312,3 +315,27 @@ def test_commands_say_so_and_can_do_without(
     assert told("inspect", checkpoint("llama"), "--no-cache") == first
     assert len(counted) == 2
     assert cache.folder() is not None
+
+
+def test_a_second_command_reads_neither_weights_nor_transformers(checkpoint: Folders, place: Path) -> None:
+    code = f"""
+import builtins, sys
+sys.argv = ["graphopt", "inspect", {str(checkpoint("llama"))!r}]
+from graphopt.cli import main
+try:
+    main()
+finally:
+    heavy = {{"transformers", "tokenizers", "scipy", "networkx", "onnx"}} & set(sys.modules)
+    sys.stderr.write(f"heavy: {{sorted(heavy)}}")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONWARNINGS": "ignore"}
+
+    def command() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+
+    first, second = command(), command()
+    assert "transformers" in first.stderr.rpartition("heavy: ")[2]
+    assert second.stderr.endswith("heavy: []")
+    assert (second.returncode, second.stdout) == (0, first.stdout)
