@@ -89,7 +89,7 @@ def computed_weights(model: Any, mapped: Mapped) -> dict[str, torch.Tensor]:
         model: built without values, before it is traced; not changed.
         mapped: where each other weight comes from.
     """
-    made = {name for recipe in mapped.made for name in recipe.targets}
+    made = {name for recipe in mapped.recipes for name in recipe.targets}
     stored = {*mapped.plain, *made}
     tied: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -31,7 +31,7 @@ class Tensors:
     @cached_property
     def order(self) -> dict[str, tuple[int, int]]:
         """Places of tensors: those of the model in its order, then those of the checkpoint that make others."""
-        keys = [key for recipe in self.mapped.made for key in recipe.sources]
+        keys = [key for recipe in self.mapped.recipes for key in recipe.sources]
         return {
             **{key: (1, place) for place, key in enumerate(keys)},
             **{name: (0, place) for place, name in enumerate(self.sources)},
@@ -51,7 +51,7 @@ class Tensors:
     @cached_property
     def _recipes(self) -> dict[str, list[Recipe]]:
         recipes: dict[str, list[Recipe]] = {}
-        for recipe in self.mapped.made:
+        for recipe in self.mapped.recipes:
             parts = recipe.targets[0].split(".")
             for end in range(1, len(parts)):
                 if parts[end - 1].isdigit():
@@ -86,7 +86,7 @@ class Tensors:
         if isinstance(choice, CannotStamp):
             return self.mapped
         layer_of = self.of_layer(choice)
-        made = [r for r in self.mapped.made if layer_of.get(r.sources[0]) not in choice.templates]
+        made = [r for r in self.mapped.recipes if layer_of.get(r.sources[0]) not in choice.templates]
         return Mapped(self.mapped.plain, made, self.mapped.unused)
 
     def renamed(self, choice: Choice, first: int, other: int) -> dict[str, str]:
