@@ -168,6 +168,7 @@ class _Recorder:
         self.stored: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, str] = {}
         self.readers: dict[Origin, set[int]] = {}
+        self.forms: dict[Any, Any] = {}
         # ids stay unique while their tensors live
         self.kept: list[Any] = []
 
@@ -287,13 +288,15 @@ class _Recorder:
             self.argument(args),
             *((k, self.argument(v)) for k, v in sorted(kwargs.items())),
         )
-        bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
-        result = function(*bare_args, **bare_kwargs)
         if is_mutable(function):
+            bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
+            result = function(*bare_args, **bare_kwargs)
             for value in _written(function, bare_args, bare_kwargs):
                 origin = self.origins.get(id(value), (_OUTSIDE, 0, 0))
                 if layer is not None and origin[0] != layer.number:
                     raise CannotStamp(f"{layer.name} writes to a value from outside")
+        else:
+            result = self.inferred(function, args, kwargs)
         for number, value in enumerate(tree_flatten(result)[0]):
             if isinstance(value, torch.Tensor):
                 self.made(value, number)
@@ -302,6 +305,18 @@ class _Recorder:
         else:
             layer.calls.append(operands)
         return result
+
+    def inferred(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the results without values; those of equal layers are inferred once, which is most of a run's time."""
+        key = (function, _form(args), tuple((n, _form(v)) for n, v in kwargs.items()))
+        known = self.forms.get(key)
+        if known is None:
+            bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
+            result = function(*bare_args, **bare_kwargs)
+            if all(isinstance(v, torch.Tensor) or v is None for v in tree_flatten(result)[0]):
+                self.forms[key] = _form(result)
+            return result
+        return _formed(known)
 
     def data(self, values: Any) -> None:
         """Record numbers that become a tensor: without values, the tensor does not show them."""
@@ -342,6 +357,23 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             written += [v for v in tree_flatten(value)[0] if isinstance(v, torch.Tensor)]
     return written
+
+
+def _form(value: Any) -> Any:
+    """Return sizes, type and strides in place of tensors; plain values are themselves, with their types."""
+    if isinstance(value, torch.Tensor):
+        return (torch.Tensor, tuple(value.shape), value.dtype, value.stride())
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_form(item) for item in value))
+    return (type(value), repr(value) if isinstance(value, float) else value)
+
+
+def _formed(form: Any) -> Any:
+    if form[0] is torch.Tensor:
+        return torch.empty_strided(form[1], form[3], dtype=form[2], device="meta")
+    if issubclass(form[0], (list, tuple)):
+        return form[0](_formed(item) for item in form[1])
+    return form[1]
 
 
 def _bare(value: Any) -> Any:
