@@ -87,7 +87,7 @@ def plain_numbers(model: Any, mapped: Mapped, files: CheckpointFiles) -> None:
     """
     state = model.state_dict()
     sources = {key: [name] for name, key in mapped.plain.items()}
-    for recipe in mapped.recipes:
+    for recipe in mapped.made:
         sources |= {key: list(recipe.targets) for key in recipe.sources}
     for key, names in sources.items():
         stored = files.tensors[key].dtype
