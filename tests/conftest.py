@@ -26,6 +26,8 @@ from graphopt.cli import catalogue
 
 # some tests compare to the bit with processes of their own, and sums depend on the number of threads
 os.environ["OMP_NUM_THREADS"] = "1"
+# what is captured is captured; tests of the cache give it a folder of their own
+os.environ["GRAPHOPT_CACHE"] = "off"
 torch.set_num_threads(1)
 
 # hypothesis measures how long an example and its making take; a loaded machine must not decide. Where it sees that

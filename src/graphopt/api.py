@@ -12,7 +12,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .data.reading import read_data
-from .frontends.torch_module import Inputs, bind_inputs
+from .frontends.calling import Inputs, original, wrapped
+from .frontends.torch_module import bind_inputs
 from .ir.cost import cost
 from .ir.errors import CheckpointError, LoweringError, UsageError
 from .ir.program import METHODS, Model, Program
@@ -37,6 +38,7 @@ def capture(
     dynamic: Any = "auto",
     trust: bool = False,
     compare: bool = True,
+    cache: bool = True,
 ) -> Program:
     """Return a model as a Program, after comparing its outputs with the model's.
 
@@ -49,6 +51,8 @@ def capture(
             ``{"input_ids": {0: "batch", 1: "sequence"}}``.
         trust: read a ``.pt2`` file although reading can run code from it.
         compare: compare the program with the model at several sizes and paddings.
+        cache: read and write captures of checkpoints in the user's cache folder (:mod:`graphopt.cache`); only those
+            that were compared are kept.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -77,13 +81,17 @@ def capture(
         from .frontends.exported import capture_pt2
 
         return capture_pt2(path, trust=trust)
-    from .frontends.huggingface import capture_huggingface
-
     named = None
     if inputs is not None:
         if not isinstance(inputs, Mapping):
             raise UsageError("inputs for a checkpoint are given by name", hint='inputs={"input_ids": ids}')
         named = dict(inputs)
+    if cache and compare:
+        from .frontends.cached import capture_cached
+
+        return capture_cached(model, named, dynamic=dynamic)
+    from .frontends.huggingface import capture_huggingface
+
     return capture_huggingface(model, named, dynamic=dynamic, compare=compare)
 
 
@@ -95,12 +103,18 @@ def _module(model: nn.Module, inputs: Inputs | None, dynamic: Any, compare: bool
             f"capturing {type(model).__name__} needs an example of its inputs",
             hint="give inputs=, e.g. a tensor",
         )
+    model = original(model)
     if type(model).__module__.split(".")[0] == "transformers":
         from .frontends.transformers_module import capture_transformers_module
 
         return capture_transformers_module(
             model, bind_inputs(model, inputs), dynamic=dynamic, compare=compare
         )
+    within = wrapped(model, inputs)
+    if within is not None:
+        from .frontends.transformers_module import capture_wrapped
+
+        return capture_wrapped(model, inputs, *within, dynamic=dynamic, compare=compare)
     return capture_module(model, inputs, dynamic=dynamic, compare=compare)
 
 
@@ -117,6 +131,7 @@ def optimize(
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     trust: bool = False,
+    cache: bool = True,
     progress: Progress | None = None,
     dump: Callable[[int, str, Program], None] | None = None,
 ) -> Program:
@@ -135,6 +150,7 @@ def optimize(
         work_dir: where scores are saved, so that an interrupted run can resume.
         seed: for everything random.
         trust: read a ``.pt2`` file although reading can run code from it.
+        cache: read and write captures in the user's cache folder.
         progress: shows long computations.
         dump: called with number, name and program after each pass.
 
@@ -143,7 +159,7 @@ def optimize(
         PassRefusedError: a pass can do nothing here.
         ContractError: a pass changed more than its contract allows; the model and everything before it are intact.
     """
-    program = capture(model, inputs, dynamic=dynamic, trust=trust)
+    program = capture(model, inputs, dynamic=dynamic, trust=trust, cache=cache)
     steps, plans = read_steps(passes, plan)
     check_order(program, steps)
     batches = read_data(program, data, seed=seed)[0] if data is not None else []

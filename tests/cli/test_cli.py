@@ -92,6 +92,74 @@ def test_the_package_itself_imports_no_torch() -> None:
     assert done.returncode == 0, "import graphopt takes seconds"
 
 
+def test_a_catalogue_that_was_not_built_is_kept_for_the_next_command(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, sys
+sys.argv = ["graphopt", "passes", "--json"]
+from graphopt.cli import catalogue, main
+catalogue.BUILT = pathlib.Path({str(tmp_path / "no.json")!r})
+try:
+    main()
+finally:
+    sys.stderr.write(f"torch: {{'torch' in sys.modules}}")
+"""
+    first, second = (python(code, GRAPHOPT_CACHE=str(tmp_path / "cache")) for _ in range(2))
+    assert first.stderr == "torch: True", "nothing is asked although nothing was built"
+    assert second.stderr == "torch: False"
+    assert first.stdout == second.stdout
+    assert "fold-norms" in first.stdout
+    (entry,) = (p for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    entry.write_bytes(b"damaged")
+    third = python(code, GRAPHOPT_CACHE=str(tmp_path / "cache"))
+    assert (third.stderr, third.stdout) == ("torch: True", first.stdout)
+
+
+def test_inspect_says_what_it_does_before_torch_is_imported() -> None:
+    code = """
+import sys
+sys.argv = ["graphopt", "inspect", "no/such/folder"]
+class Watching:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.stderr.write("torch is imported\\n")
+sys.meta_path.insert(0, Watching())
+from graphopt.cli import main
+main()
+"""
+    done = python(code)
+    assert done.returncode == 3
+    steps = done.stderr.splitlines()
+    assert steps[:3] == ["loading torch ...", "torch is imported", "reading and capturing no/such/folder ..."]
+    assert done.stdout == ""
+
+
+def test_inspect_shows_its_steps(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(whole)]) == 0
+    steps = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" ...")]
+    assert steps == [
+        "loading torch ...",
+        f"reading and capturing {whole} ...",
+        "blocks and cost ...",
+        "what each pass could do ...",
+    ]
+
+
+def test_imports_of_commands_collect_no_garbage_and_others_do() -> None:
+    code = """
+import gc, sys
+from graphopt.cli import options
+seen = []
+sys.modules.pop("colorsys", None)
+with options._imports("colorsys"):
+    seen.append(gc.isenabled())
+    import colorsys
+with options._imports("colorsys"):
+    seen.append(gc.isenabled())
+print(seen, gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+    assert python(code).stdout == "[False, True] True True\n"
+
+
 def test_the_program_on_the_command_line_is_the_same(whole: Path) -> None:
     command = [sys.executable, "-m", "graphopt", "diff", str(whole), str(whole)]
     done = subprocess.run(

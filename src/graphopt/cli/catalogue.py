@@ -2,34 +2,25 @@
 
 Listing should not have to import torch, so what comes with the project is read from ``catalogue.json``, which
 ``make docs`` and ``make wheel`` build from the passes, recipes, devices and links themselves. If that file is missing, or
-was built from other sources, they are imported instead. Passes of other packages are imported when they are listed.
+was built from other sources, they are imported instead, and what they say is kept in the user's cache folder. Passes of
+other packages are imported when they are listed.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from .. import cache
+from ..cache import sources
 from .app import Devices, Links, Passes, Recipes
 from .output import listing, show_json, table, text
 
 BUILT = Path(__file__).with_name("catalogue.json")
-
-
-def sources() -> str:
-    """Return a hash of the files that the catalogue is built from: the whole package, which takes milliseconds."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(p for kind in ("*.py", "*.json") for p in package.rglob(kind)):
-        if path.name != BUILT.name:
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
 
 
 def build() -> None:
@@ -48,9 +39,16 @@ def catalogue() -> dict[str, Any]:
         document: dict[str, Any] = json.loads(BUILT.read_text(encoding="utf-8"))
         if document.pop("sources", None) == sources():
             return document
+    key = cache.key_of(sources())
+    kept = cache.find("catalogue", key)
+    if kept is not None:
+        document = json.loads(kept)
+        return document
     from .describing import everything
 
-    return everything()
+    document = everything()
+    cache.keep("catalogue", key, json.dumps(document).encode())
+    return document
 
 
 def _passes() -> dict[str, dict[str, Any] | None]:

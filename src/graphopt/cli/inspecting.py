@@ -15,13 +15,15 @@ from ..passes.framework.plan import Plan
 from ..passes.framework.registry import find_pass, pass_locations
 from ..passes.heads.attach_early_exit import exit_quality
 from .app import Inspect
-from .output import show_json, table, text
+from .output import note, show_json, table, text
+from .progress import ShownProgress
 from .sources import read_program
 
 
 def inspect_checkpoint(args: Inspect) -> None:
     """Print the structure of a checkpoint."""
-    program = read_program(args.checkpoint, args.trust)
+    program = read_program(args.checkpoint, args, at_once=True)
+    note("blocks and cost ...")
     sizes = {
         n: args.batch if n.startswith("batch") else args.sequence
         for n in program.signature.sizes
@@ -31,7 +33,8 @@ def inspect_checkpoint(args: Inspect) -> None:
     sizes = {n: nearest[n] for n in sizes}
     estimate = cost(program, sizes, args.device)
     anatomy, inputs = program.anatomy, program.signature.inputs
-    possible = what_passes_could_do(program)
+    note("what each pass could do ...")
+    possible = what_passes_could_do(program, ShownProgress())
     exits = _exits(program, args.data) if args.data is not None else []
     if args.as_json:
         show_json(
@@ -40,13 +43,19 @@ def inspect_checkpoint(args: Inspect) -> None:
                 "outputs": program.signature.output_names,
                 "sizes": {n: [r.low, r.high] for n, r in program.signature.sizes.items()},
                 "constraints": list(program.signature.constraints),
+                "fixed_sizes": list((program.facts.get(Capture) or Capture()).fixed_sizes),
                 "blocks": [
                     {"name": b.name, "kind": b.kind, "layer": b.layer, "norms": b.norms,
                      "parallel": b.parallel, "sizes": {k: str(v) for k, v in b.sizes.items()},
-                     "parts": sorted(b.parts), "evidence": b.evidence}
+                     "parts": sorted(b.parts), "evidence": b.evidence, "inner": [i.name for i in b.inner]}
                     for b in anatomy.blocks
                 ],
                 "layers": [[b.name for b in layer.blocks] for layer in anatomy.layers],
+                "components": {
+                    c.name: {"other_names": list(c.other_names), "takes": list(c.reads),
+                             "gives": list(c.writes), "blocks": [b.name for b in c.blocks]}
+                    for c in anatomy.components.values()
+                },
                 "embedding": [n.name for n in anatomy.embedding],
                 "head": [n.name for n in anatomy.head],
                 "branches": [b.evidence for b in anatomy.branches],
@@ -63,10 +72,14 @@ def inspect_checkpoint(args: Inspect) -> None:
     text(f"takes {takes}\ngives {', '.join(program.signature.output_names)}")
     limits = _limits(program)
     text(f"sizes {limits}\n" if limits else "")
+    for fixed in (program.facts.get(Capture) or Capture()).fixed_sizes:
+        text(fixed)
     table("Blocks", ("blocks", "norms", "evidence"), _block_rows(program))
     if anatomy.branches:
         example = anatomy.branches[0].evidence[0]
         text(f"\nbranches: {len(anatomy.branches)} sums of linear paths, e.g. {example}")
+    if anatomy.components:
+        table("Components", ("component", "takes", "blocks"), _component_rows(program))
     ends = {"embedding": anatomy.embedding, "head": anatomy.head}
     others = [f"{what}: {', '.join(n.name for n in nodes)}" for what, nodes in ends.items() if nodes]
     text("\n" + "\n".join(others) + f"\nlayers: {len(anatomy.layers)}\n")
@@ -105,6 +118,8 @@ def _block_rows(program: Program) -> list[tuple[str, str, str]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for block in program.anatomy.blocks:
         evidence = "; ".join(block.evidence) + (" (parallel)" if block.parallel else "")
+        if block.carry is not None:
+            evidence += " (the stream is scaled or mixed before the sum)"
         groups.setdefault((block.norms, evidence), []).append(block.name)
     return [
         (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})", *key)
@@ -112,15 +127,31 @@ def _block_rows(program: Program) -> list[tuple[str, str, str]]:
     ]
 
 
-def what_passes_could_do(program: Program) -> list[dict[str, str]]:
+def _component_rows(program: Program) -> list[tuple[str, str, str]]:
+    """Return one row for each component: its names, the components that it reads, and how many blocks it has."""
+    rows = []
+    for component in program.anatomy.components.values():
+        counts = Counter(block.kind for block in component.blocks)
+        names = ", ".join((component.name, *component.other_names))
+        blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        rows.append((names, ", ".join(component.reads), blocks))
+    return rows
+
+
+def what_passes_could_do(program: Program, progress: ShownProgress | None = None) -> list[dict[str, str]]:
     """Return for each pass what it would do to this program with its default options."""
+    progress = progress or ShownProgress()
     entries = []
-    for name in sorted(pass_locations()):
+    names = sorted(pass_locations())
+    progress.start("passes", len(names))
+    for name in names:
         try:
             could_take, refused = _plan_with_defaults(program, name)
         except GraphoptError as error:
             could_take, refused = "nothing", error.message
         entries.append({"pass": name, "could_take": could_take, "refused": refused})
+        progress.step(name)
+    progress.done()
     return entries
 
 

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .output import errors
 
-_DELAY = 2.0
+DELAY = 2.0
+"""Seconds after which people want to know what is being done."""
 
 
 class ShownProgress:
@@ -32,7 +33,7 @@ class ShownProgress:
     def step(self, note: str = "") -> None:
         """Advance by one."""
         self.count += 1
-        if self.bar is None and time.monotonic() - self.began > _DELAY:
+        if self.bar is None and time.monotonic() - self.began > DELAY:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=errors,
@@ -68,12 +69,16 @@ def writing(output: str) -> Iterator[Callable[[str, int], None]]:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """Print what is being done if it takes more than two seconds."""
+def working(what: str, delay: float = DELAY) -> Iterator[None]:
+    """Print what is being done if it takes longer than a number of seconds, or at once if that is 0."""
+    if not delay:
+        errors.print(f"{what} ...", markup=False)
+        yield
+        return
     stop = threading.Event()
 
     def wait() -> None:
-        if not stop.wait(_DELAY):
+        if not stop.wait(DELAY):
             errors.print(f"{what} ...", markup=False)
 
     thread = threading.Thread(target=wait, daemon=True)

@@ -27,7 +27,7 @@ def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:
         key = next((keys[name] for name in weight.all_names if name in keys), None)
         if key is not None:
             _plain(program, node, weight, key, files.tensors[key])
-    for recipe in mapped.made:
+    for recipe in mapped.recipes:
         _insert_conversion(program, recipe, files)
     for node in program.weight_nodes:
         weight = program.weights[node.name]

@@ -34,7 +34,7 @@ class Mapped:
     """Weights that are tensors of the checkpoint as they are, weights that are computed, and unused tensors."""
 
     plain: dict[str, str] = field(default_factory=dict)
-    made: list[Recipe] = field(default_factory=list)
+    recipes: list[Recipe] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
 
@@ -76,7 +76,7 @@ def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorM
         else:
             groups.setdefault(name, (by_pattern[pattern], []))[1].append((key, pattern))
     for first, (converter, members) in groups.items():
-        mapped.made.append(_trace(model, first, converter, members, tensors, mode))
+        mapped.recipes.append(_trace(model, first, converter, members, tensors, mode))
     return mapped
 
 

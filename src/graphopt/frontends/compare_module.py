@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..ir.program import Program
 from .compare import require_equal, resized
-from .size_trials import numbers_in, settle_limits, trial
+from .size_trials import model_accepts, numbers_in, settle_limits, trial
 
 
 def compare_with_model(
@@ -26,16 +25,6 @@ def compare_with_model(
     other = resized(
         program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
     )
-    if other is not None and sizes and _model_accepts(model, other):
+    if other is not None and sizes and model_accepts(model, other):
         cases.append(("another size", other, None))
     require_equal(program, model, cases)
-
-
-def _model_accepts(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False
-    return True

@@ -48,7 +48,9 @@ def share_sizes(program: Program, model: Any, example: dict[str, Any]) -> None:
                 break
         else:
             signature.sizes[name] = SizeRange(hints[name], hints[name], hints[name])
-            note_capture(program, fixed_sizes=(name,))
+            note_capture(
+                program, fixed_sizes=(f"{name} is {hints[name]}: the model took no other that was tried",)
+            )
 
 
 def _varies(program: Program, model: Any, example: dict[str, Any], names: list[str], hints: Sizes) -> bool:
@@ -63,7 +65,7 @@ def _varies(program: Program, model: Any, example: dict[str, Any], names: list[s
         if other is None:
             return True
         trials += 1
-        if _model_accepts(model, other):
+        if model_accepts(model, other):
             return True
     return not trials
 
@@ -89,7 +91,7 @@ def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dic
         # dimensions of one size often belong together
         for group in (dimensions, *([p] for p in dimensions if len(dimensions) > 1)):
             trial = grown | set(group)
-            if not set(group) <= grown and _model_accepts(model, _grown(example, tensors, trial)):
+            if not set(group) <= grown and model_accepts(model, _grown(example, tensors, trial)):
                 grown = trial
     return _grown(example, tensors, grown) if grown else None
 
@@ -109,7 +111,8 @@ def _grown(
     return grown
 
 
-def _model_accepts(model: Any, inputs: dict[str, Any]) -> bool:
+def model_accepts(model: Any, inputs: dict[str, Any]) -> bool:
+    """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
     try:
         with torch.no_grad():
             model(**inputs)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +20,28 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._export.utils import _compiling_state_context
 from torch._export.verifier import load_verifier
 from torch._guards import SLoc
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    ValueRangesSLoc,
+    statically_known_true,
+)
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -34,25 +50,33 @@ from torch.utils._traceback import CapturedTraceback
 from .errors import GraphoptError, VerificationError
 
 __all__ = [
+    "NEEDS_VALUES",
     "FakeTensor",
     "FakeTensorMode",
     "Symbol",
     "add_symbol",
     "build_exported_program",
     "compile_package",
+    "composite_kernels",
+    "exporting",
     "fake_tensor",
     "fresh",
     "guard_code",
+    "import_tracer",
     "is_plain_tensor",
     "is_recorded",
     "load_package",
     "new_fake_mode",
+    "outside_tracing",
     "quick_onnx_export",
     "quiet_export",
     "quiet_failures",
+    "quiet_fakes",
     "recording",
+    "recording_fixed_sizes",
     "refusing_guards",
     "size_guards",
+    "sources_of",
     "surely_equal",
     "symbol_range",
     "symbolic_kernels",
@@ -63,6 +87,39 @@ __all__ = [
 ]
 
 Symbol = sympy.Symbol
+
+NEEDS_VALUES: tuple[type[Exception], ...] = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+"""Errors of a computation without memory whose result depends on values."""
+
+
+@contextlib.contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Compute with real tensors, whatever traces or fakes them around the context."""
+    with _disable_current_modes():
+        yield
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Suppress torch's report of a computation without memory that fails, where that is an expected result."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def import_tracer() -> None:
+    """Import what torch imports when it first makes a tensor without values, which takes half a second."""
+    for name in ("torch._dynamo.config", "torch.fx.experimental.validator"):
+        importlib.import_module(name)
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -82,6 +139,13 @@ def without_fake_cache() -> contextlib.AbstractContextManager[None]:
 
     patched: contextlib.AbstractContextManager[None] = config.patch(fake_tensor_cache_enabled=False)
     return patched
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Let code in the block believe that torch.export runs it: libraries then take the branches that are exported."""
+    with _compiling_state_context():
+        yield
 
 
 def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint: int) -> sympy.Symbol:
@@ -159,6 +223,55 @@ def is_recorded() -> bool:
 def symbolic_kernels() -> contextlib.AbstractContextManager[None]:
     """Return a context that prefers implementations with symbolic sizes, as torch.export does while tracing."""
     return enable_python_dispatcher()
+
+
+@contextlib.contextmanager
+def recording_fixed_sizes() -> Iterator[dict[str, list[traceback.FrameSummary]]]:
+    """Yield a table that gets, for each size that the tracer replaces by a number, the stack at that moment.
+
+    Torch keeps one line for each, which often is its own.
+    """
+    stacks: dict[str, list[traceback.FrameSummary]] = {}
+    replace = ShapeEnv._set_replacement
+
+    def recording(env: ShapeEnv, symbol: sympy.Symbol, value: sympy.Expr, *args: Any, **kwargs: Any) -> None:
+        if value.is_number:
+            stacks.setdefault(str(symbol), list(traceback.extract_stack()))
+        replace(env, symbol, value, *args, **kwargs)
+
+    ShapeEnv._set_replacement = recording  # type: ignore[method-assign, assignment]
+    try:
+        yield stacks
+    finally:
+        ShapeEnv._set_replacement = replace  # type: ignore[method-assign]
+
+
+def sources_of(mode: FakeTensorMode) -> dict[str, list[str]]:
+    """Return where each size symbol comes from, such as ``L['x'].size()[1]``."""
+    env = mode.shape_env
+    assert env is not None
+    table = getattr(env, "var_to_sources", None) or getattr(env, "_var_to_sources", None) or {}
+    return {
+        str(symbol): [str(source.name() if callable(source.name) else source.name) for source in sources]
+        for symbol, sources in table.items()
+    }
+
+
+@contextlib.contextmanager
+def composite_kernels(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Compute values of operators inside the block by other functions than torch's decompositions of them."""
+    keys = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
+    before = {operator: dict(operator.py_kernels) for operator in kernels}
+    try:
+        for operator, kernel in kernels.items():
+            operator.py_kernels.update(dict.fromkeys(keys, kernel))
+            operator._dispatch_cache.clear()
+        yield
+    finally:
+        for operator, table in before.items():
+            operator.py_kernels.clear()
+            operator.py_kernels.update(table)
+            operator._dispatch_cache.clear()
 
 
 @contextlib.contextmanager
@@ -429,7 +542,10 @@ def quiet_export() -> Iterator[None]:
 
     The exception that it raises still describes the failure.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

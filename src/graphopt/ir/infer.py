@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from torch import fx
 
 from .compat import FakeTensorMode, quiet_failures, symbolic_kernels, without_guards
 from .errors import VerificationError
+from .recurrent import free_lengths, is_recurrent
 from .schema import operator_name
 
 SHAPE_RULES: dict[str, Callable[..., Any]] = {}
@@ -73,7 +75,14 @@ def _infer(mode: FakeTensorMode, target: Any, fake_args: Any, fake_kwargs: dict[
     rule = SHAPE_RULES.get(operator_name(target))
     try:
         # a guard would narrow the sizes of the whole program
-        with mode, torch.no_grad(), symbolic_kernels(), without_guards(mode), quiet_failures():
+        with (
+            mode,
+            torch.no_grad(),
+            symbolic_kernels(),
+            without_guards(mode),
+            quiet_failures(),
+            free_lengths() if is_recurrent(target) else contextlib.nullcontext(),
+        ):
             return (rule or target)(*fake_args, **fake_kwargs)
     except Exception as error:
         raise VerificationError(

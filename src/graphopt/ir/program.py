@@ -18,7 +18,7 @@ from torch import fx
 from .compat import FakeTensorMode, add_symbol, fake_tensor, symint
 from .editor import Editor
 from .errors import UsageError, VerificationError
-from .facts import Facts
+from .facts import Capture, Facts
 from .inputs import settings_of
 from .relocation import relocated
 from .schema import operator_name
@@ -39,7 +39,7 @@ class Origin:
 
     ``config`` is the model's configuration as plain data, ``assets`` are small files that belong to the
     checkpoint (tokenizer, cards), by relative name. ``unused`` lists tensors of the checkpoint that the
-    model does not read.
+    model does not read. ``recalled`` says so if the capture was found in the cache; it is not saved.
     """
 
     kind: str = "module"
@@ -49,6 +49,7 @@ class Origin:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     padding: str = ""
+    recalled: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,15 @@ class Program:
         calls = sum(self.operators.values())
         parameters = sum(torch.Size(w.source.shape).numel() for w in self.weights.values())
         return f"<Program of {calls} operators, {len(self.weights)} weights, {parameters:,} values>"
+
+    def __str__(self) -> str:
+        capture = self.facts.get(Capture) or Capture()
+        notes = [
+            *self.origin.notes,
+            *([self.origin.recalled] if self.origin.recalled else []),
+            *capture.fixed_sizes,
+        ]
+        return "\n  ".join([repr(self), *notes])
 
     # -- derived facts, recomputed when the graph has changed -----------------------------------------
 
@@ -343,6 +353,35 @@ class Program:
             UsageError: it is not part of the program, or no longer.
         """
         METHODS["remove"](self, block)
+
+    def part(self, name: str) -> Program:
+        """Return a component of a composite model as a program of its own, for passes to rewrite.
+
+        Args:
+            name: encoder, decoder, vision, audio, text, projector, ...; ``anatomy.components`` has those of the program.
+                What a part takes from another is an input of that one's name.
+
+        Raises:
+            UsageError: there is none of this name, or there are several.
+        """
+        part: Program = METHODS["part"](self, name)
+        return part
+
+    def with_part(self, name: str, part: Program, *, compare: bool = True) -> Program:
+        """Return a copy of the program in which a rewritten part takes the place of a component.
+
+        Args:
+            name: of the component.
+            part: takes and gives what :meth:`part` of that name does, in the same shapes and types.
+            compare: run the copy on small inputs, and the part by itself on what it reads there, and compare.
+
+        Raises:
+            UsageError: there is no such component, or the part has run-time settings.
+            VerificationError: the part takes or gives something else, has other values for a weight that the rest of the
+                program reads as well, or computes something else within the program than by itself.
+        """
+        whole: Program = METHODS["with_part"](self, name, part, compare=compare)
+        return whole
 
     def add_parameter(self, name: str, value: torch.Tensor) -> fx.Node:
         """Add a trainable tensor and return its node."""

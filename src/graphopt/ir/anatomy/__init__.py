@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from ..program import Program, program_method
 from ..running.evaluate import needed_for
-from .blocks import Anatomy, Block, Branches, Layer, Stream
+from .blocks import Anatomy, Block, Branches, Component, Layer, Stream
 from .branches import find_branches
+from .components import find_components
 from .ends import find_embedding, find_head
 from .kinds import classify, mixtures_beside
-from .layers import group_layers
-from .residual import find_residual
+from .layers import find_layers
+from .nesting import nest
+from .parts import tell_shared_keys
+from .residual import Addition, find_residual
 
-__all__ = ["Anatomy", "Block", "Branches", "Layer", "Stream", "find_anatomy"]
+__all__ = ["Anatomy", "Block", "Branches", "Component", "Layer", "Stream", "find_anatomy"]
 
 
 @program_method("anatomy")
@@ -21,22 +24,32 @@ def find_anatomy(program: Program) -> Anatomy:
     residual = find_residual(program)
     anatomy.branches = find_branches(program, {add.node for add in residual.additions})
     linear_sums = {group.writes for group in anatomy.branches}
-    for addition in residual.additions:
-        if addition.node in linear_sums:
-            continue
-        for block in classify(program, addition):
-            anatomy.blocks.append(block)
+    nesting = nest([addition for addition in residual.additions if addition.node not in linear_sums])
+    blocks: dict[Addition, list[Block]] = {}
+    for addition in nesting.additions:
+        inner = [block for within in nesting.within.get(addition, ()) for block in blocks[within]]
+        blocks[addition] = classify(program, addition, nesting, inner)
+        anatomy.blocks.extend(blocks[addition])
     anatomy.beside = mixtures_beside(program, anatomy.blocks)
     counts: dict[str, int] = {}
     for block in (*anatomy.blocks, *anatomy.beside):
         block.index = counts.get(block.kind, 0)
         counts[block.kind] = block.index + 1
-    anatomy.streams = [part for s in residual.streams(anatomy.blocks) for part in _by_output(program, s)]
-    anatomy.layers = [layer for stream in anatomy.streams for layer in group_layers(stream)]
+    contained = {id(inner) for block in anatomy.blocks for inner in block.inner}
+    outside = [block for block in anatomy.blocks if id(block) not in contained]
+    streams = {
+        id(block): [part for s in residual.streams(group) for part in _by_output(program, s)]
+        for block, group in ((None, outside), *((b, b.inner) for b in anatomy.blocks if b.inner))
+    }
+    anatomy.streams = [stream for group in streams.values() for stream in group]
+    for stream in anatomy.streams:
+        tell_shared_keys(program, stream)
+    anatomy.layers = find_layers(streams[id(None)], lambda block: streams.get(id(block), []))
     for index, layer in enumerate(anatomy.layers):
         layer.index = index
         for block in layer.blocks:
             block.layer = index
+    anatomy.components = find_components(program, anatomy, streams[id(None)])
     anatomy.embedding = find_embedding(program, anatomy)
     anatomy.head = find_head(program, anatomy)
     return anatomy

@@ -9,7 +9,8 @@ from torch import fx
 from ..operators.traits import Trait, has, named
 from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
-from .blocks import Block
+from .blocks import Block, Stream
+from .residual import between
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -19,6 +20,9 @@ _PASSING = named(_MOVEMENT | Trait.NORM) | {
     "graphopt.rotary", "aten.mul", "aten.div", "aten.add", "aten.clamp", "aten.sigmoid"
 }  # fmt: skip
 _PROJECTIONS = named(Trait.CONVOLUTION) | {"aten.linear"}
+
+
+_KEYS_FROM_ELSEWHERE = "keys from another stream"
 
 
 def source_projection(node: Any, limit: int = 40) -> fx.Node | None:
@@ -71,13 +75,27 @@ def attention_parts(program: Program, block: Block) -> None:
     fused = len({block.parts.get(n) for n in ("q", "k", "v")}) == 1
     block.evidence.append(
         f"graphopt.attention with {q.shape[1]} heads over {k.shape[1]} key-value heads of size {q.shape[-1]}"
-        + (", keys from another stream" if cross else "")
+        + (f", {_KEYS_FROM_ELSEWHERE}" if cross else "")
         + (", one projection for queries, keys and values" if fused and "q" in block.parts else "")
     )
     if cross:
         block.sizes["cross"] = True
     if argument(core, "window") is not None:
         block.sizes["window"] = argument(core, "window")
+
+
+def tell_shared_keys(program: Program, stream: Stream) -> None:
+    """Tell attention to an earlier block's keys from attention to another stream, for the blocks of a stream."""
+    order: dict[fx.Node, int] | None = None
+    for block in stream.blocks:
+        if block.sizes.get("cross"):
+            order = order or {node: i for i, node in enumerate(program.graph.nodes)}
+            if between(stream.start, block.parts["k"], order):
+                del block.sizes["cross"]
+                block.sizes["shared_keys"] = True
+                block.evidence = [
+                    e.replace(_KEYS_FROM_ELSEWHERE, "keys of an earlier block") for e in block.evidence
+                ]
 
 
 def ffn_parts(program: Program, block: Block) -> bool:
@@ -91,6 +109,8 @@ def ffn_parts(program: Program, block: Block) -> bool:
         return False
     feeding = [n for n in linears if n is not down and _feeds(n, down, inside)]
     if not feeding:
+        return False
+    if _has_product_before(down, inside):
         return False
     hidden = down.args[0]
     gate, up = _gate_and_up(hidden, feeding)
@@ -110,21 +130,50 @@ def ffn_parts(program: Program, block: Block) -> bool:
     return True
 
 
+def is_linear(block: Block) -> bool:
+    """Tell whether nothing but moves, casts and norms lies between the projections of a feed-forward."""
+    if "gate" in block.parts:
+        return False
+    node: Any = block.parts["down"].args[0]
+    while node is not block.parts["up"]:
+        if not has(node, _MOVEMENT | Trait.NORM | Trait.IDENTITY):
+            return False
+        node = node.args[0]
+    return True
+
+
 def _last_linear(block: Block) -> fx.Node | None:
-    node: Any = block.term
-    for _ in range(12):
+    inside = set(block.nodes)
+    work: list[tuple[Any, int]] = [(block.term, 0)]
+    while work:
+        node, steps = work.pop()
         if is_operator(node, "aten.linear"):
             assert isinstance(node, fx.Node)
             return node
-        if not has(node, _MOVEMENT | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
+        passing = has(node, _MOVEMENT | Trait.NORM | Trait.COLLECTIVE) or is_operator(
             node, "aten.mul", "aten.add", "aten.div"
-        ):
-            return None
-        operands = [a for a in node.args if isinstance(a, fx.Node) and a in set(block.nodes)]
-        if not operands:
-            return None
-        node = operands[-1] if is_operator(node, "aten.mul") and len(operands) > 1 else operands[0]
+        )
+        if steps == 12 or not passing:
+            continue
+        operands = [a for a in node.args if isinstance(a, fx.Node) and a in inside]
+        if is_operator(node, "aten.mul") and len(operands) > 1:
+            operands = operands[-1:]
+        work.extend((operand, steps + 1) for operand in reversed(operands))
     return None
+
+
+def _has_product_before(down: fx.Node, inside: set[fx.Node]) -> bool:
+    """Tell whether values of the block are multiplied as matrices between its projections, as in linear attention."""
+    work, seen = list(down.all_input_nodes), set()
+    while work:
+        node = work.pop()
+        if node in seen or node not in inside or is_operator(node, "aten.linear"):
+            continue
+        seen.add(node)
+        if has(node, Trait.PRODUCT) and sum(operand in inside for operand in node.all_input_nodes) > 1:
+            return True
+        work.extend(node.all_input_nodes)
+    return False
 
 
 def _feeds(source: fx.Node, target: fx.Node, inside: set[fx.Node]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..compat import refusing_guards
 from ..facts import Canonical
-from ..rewriting.cleanup import clean, drop_dead, settle_sizes, share_equal
+from ..rewriting.cleanup import clean, drop_dead, order_readers, settle_sizes, share_constants, share_equal
 from ..rewriting.functionalise import functionalise
 from .convolutions import recognise_convolutions
 from .experts import recognise_experts
@@ -34,6 +34,7 @@ def canonicalise(program: Program) -> None:
     with refusing_guards(program.mode):
         _canonicalise(program)
     program.edit.end()
+    order_readers(program)
     program.facts.add(Canonical())
 
 
@@ -45,6 +46,7 @@ def _canonicalise(program: Program) -> None:
     clean(program)
     recognise_convolutions(program)
     recognise_linears(program)
+    share_constants(program)
     share_equal(program)
     recognise_norms(program)
     recognise_rotary(program)

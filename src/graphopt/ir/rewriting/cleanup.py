@@ -14,7 +14,7 @@ from ..infer import same_value
 from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_mutable, normalise, operator_name
 from ..sizes import expression
-from ..weights import InMemory
+from ..weights import InMemory, digest
 from .respelling import respelled
 from .spelling import CASTS, DROPOUTS, NOTHING, SPLITS, SWAPS, TRANSPOSES, VIEWS, swapped
 
@@ -33,6 +33,8 @@ _RENAMED = {
 # calls whose results differ even where their operands are equal
 _NEVER_SHARED = Trait.RANDOM | Trait.EMPTY
 _END = 2**63 - 1
+_LARGEST_CONSTANT = 1 << 20
+"""Bytes up to which constants are compared."""
 
 
 def clean(program: Program) -> None:
@@ -97,6 +99,23 @@ def drop_dead(program: Program) -> None:
             program.graph.erase_node(node)
     drop_unread_weights(program)
     program.changed()
+
+
+def share_constants(program: Program) -> None:
+    """Merge equal constants, such as a number of which every layer makes a tensor of its own."""
+    seen: dict[str, fx.Node] = {}
+    for node in program.weight_nodes:
+        weight = program.weights[node.name]
+        if (
+            weight.kind != "constant"
+            or weight.bytes > _LARGEST_CONSTANT
+            or node in program.checkpoint.values()
+        ):
+            continue
+        first = seen.setdefault(digest(weight.source.load()), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            program.edit.remove_weight(node)
 
 
 def share_equal(program: Program) -> None:
@@ -375,3 +394,15 @@ _CLEANUP_RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     "aten.sub": _neutral(0),
     operator.getitem.__name__: _getitem,
 }
+
+
+def order_readers(program: Program) -> None:
+    """Put the readers of each value in the order of the graph, as they are in a program that is loaded.
+
+    Otherwise messages that name one of them, and whatever takes the first, depend on how the graph was edited.
+    """
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    for node in places:
+        readers = sorted(node.users, key=places.__getitem__)
+        node.users.clear()
+        node.users.update(dict.fromkeys(readers))

@@ -19,7 +19,7 @@ from ..infer import infer, same_size
 from ..program import Dial, Origin, Program
 from ..signature import Fill, Input, Signature, SizeRange
 from ..structure import Structure, leaf_names
-from ..weights import SafetensorsEntry, Weight
+from ..weights import SafetensorsEntry, TensorSource, Weight
 from .allowed import check_call, operator_of
 from .documents import Entry, read_document
 from .encode import decode, dtype_of
@@ -55,7 +55,7 @@ def load_program(path: str | os.PathLike[str], *, check_hashes: bool = False) ->
     text = _read_checked(folder, "program.json", files)
     document = read_document(folder / "program.json", text)
     try:
-        program = _Reader(folder, document, files).program()
+        program = Reader(folder, document, files).program()
     except CheckpointError:
         raise
     except Exception as error:
@@ -115,7 +115,9 @@ def _changed_file_error(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} does not match manifest.json; it was changed or damaged")
 
 
-class _Reader:
+class Reader:
+    """Makes a program of its document; every entry is checked."""
+
     def __init__(self, folder: Path, document: Entry, files: dict[str, Any]):
         self.folder = folder
         self.document = document
@@ -125,6 +127,7 @@ class _Reader:
         self.headers: dict[str, dict[str, SafetensorsEntry]] = {}
 
     def program(self) -> Program:
+        """Return the program."""
         document = self.document
         if document.get("format") != FORMAT or document.get("version") != VERSION:
             raise CheckpointError(f"{self.folder / 'program.json'} is not a program of version {VERSION}")
@@ -156,6 +159,7 @@ class _Reader:
         return program
 
     def value(self, program: Program, number: Any) -> Any:
+        """Return a value of the document's table by its number: a tensor without values, a size or a number."""
         table = self.document.list("values")
         if not isinstance(number, int) or not 0 <= number < len(table):
             raise CheckpointError(f"there is no value {number!r}")
@@ -164,6 +168,7 @@ class _Reader:
         return self.values[number]
 
     def inferred(self, number: Any) -> bool:
+        """Return whether a value is not described and must be inferred."""
         table = self.document.list("values")
         return isinstance(number, int) and 0 <= number < len(table) and table[number] == INFERRED
 
@@ -182,6 +187,7 @@ class _Reader:
         raise CheckpointError(f"{where}: {str(entry)[:60]!r} is not a value")
 
     def nodes(self, program: Program) -> None:
+        """Make the graph and its weights."""
         nodes_by_name: dict[str, fx.Node] = {}
         graph = program.graph
         weights = self.document.table("weights", dict)
@@ -207,12 +213,15 @@ class _Reader:
                 if operator != "placeholder" and self.inferred(number)
                 else self.value(program, number)
             )
+            remarks = {str(k): str(v) for k, v in notes.items()}
+            if operator == "placeholder":
+                remarks = {k: v for k, v in remarks.items() if k not in ("weight", "input")}
+            if remarks:
+                node.meta["custom"] = {"graphopt": remarks}
             if "weight" in notes and operator == "placeholder":
                 program.weights[name] = self.weight(name, weights, node)
             elif "input" in notes and operator == "placeholder":
                 node.meta["input"] = input_name(notes["input"], name)
-            elif notes:
-                node.meta["custom"] = {"graphopt": {str(k): str(v) for k, v in notes.items()}}
             nodes_by_name[name] = node
         results = [decode(r, nodes_by_name, "output") for r in self.document.list("results")]
         if not all(isinstance(r, fx.Node) for r in results):
@@ -225,9 +234,23 @@ class _Reader:
             program.checkpoint[key] = nodes_by_name[name]
 
     def weight(self, name: str, weights: dict[str, Any], node: fx.Node) -> Weight:
+        """Return the weight of a placeholder."""
         entry = weights.get(name)
         if entry is None or entry.get("kind") not in ("parameter", "buffer", "constant"):
             raise CheckpointError(f"the weight {name!r} is not described")
+        source = self.source(name, entry)
+        value = node.meta["val"]
+        fixed_shape = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+        if not fixed_shape or tuple(value.shape) != source.shape or value.dtype != source.dtype:
+            raise CheckpointError(f"the weight {name!r} is described as {value} and stored as {source.shape}")
+        names = [weight_name(n, name) for n in entry["names"]]
+        return Weight(
+            weight_name(entry["name"], name), source, entry["kind"], tuple(names),
+            bool(entry["persistent"]), bool(entry["trainable"]),
+        )  # fmt: skip
+
+    def source(self, name: str, entry: dict[str, Any]) -> TensorSource:
+        """Return where the values of a weight are, by its entry in the document."""
         file = entry["file"]
         if (
             file not in self.files
@@ -242,17 +265,10 @@ class _Reader:
         source = self.headers[file].get(name)
         if source is None:
             raise CheckpointError(f"{self.folder / file} has no tensor {name!r}")
-        value = node.meta["val"]
-        fixed_shape = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
-        if not fixed_shape or tuple(value.shape) != source.shape or value.dtype != source.dtype:
-            raise CheckpointError(f"the weight {name!r} is described as {value} and stored as {source.shape}")
-        names = [weight_name(n, name) for n in entry["names"]]
-        return Weight(
-            weight_name(entry["name"], name), source, entry["kind"], tuple(names),
-            bool(entry["persistent"]), bool(entry["trainable"]),
-        )  # fmt: skip
+        return source
 
     def metadata(self, program: Program) -> None:
+        """Read everything beside the graph, and verify the program."""
         document = self.document
         program.facts = typed_facts(document.table("facts"))
         program.history = list(document.list("history"))

@@ -144,6 +144,9 @@ def describe_program(program: Program) -> dict[str, Any]:
             )
         elif node.op == "placeholder":
             label = {"weight": node.name} if node.name in program.weights else {"input": node.meta["input"]}
+            line = source_line(node)
+            if line:
+                label["source"] = line
             nodes.append([node.name, "placeholder", [], {}, value_number(node.meta["val"]), label])
     origin = program.origin
     return {

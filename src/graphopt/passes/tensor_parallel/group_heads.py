@@ -101,6 +101,8 @@ class GroupHeads(Pass):
             return f"each of {self.size} ranks gets one key-value head: there is nothing to choose"
         if block.sizes.get("cross"):
             return "its keys come from another stream"
+        if block.sizes.get("shared_keys"):
+            return "its keys are an earlier block's"
         return ""
 
     def _distances(self, program: Program, context: Context, blocks: list[Block]) -> dict[str, torch.Tensor]:
