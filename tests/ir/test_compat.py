@@ -172,3 +172,11 @@ def test_the_exporter_to_onnx_is_spared_its_tables_and_values() -> None:
         assert metas[0] is other.functions[target][0], "the table was made again"
         assert _TypePromotionInterpreter.run_node is not before[1]
     assert (vars(ONNXRegistry)["from_torchlib"], _TypePromotionInterpreter.run_node) == before
+
+
+def test_libraries_believe_that_they_are_exported() -> None:
+    """Wrong if the switch moved: a recorded run would take other branches than the export that follows it."""
+    assert not torch.compiler.is_exporting()
+    with compat.exporting():
+        assert torch.compiler.is_exporting()
+    assert not torch.compiler.is_exporting()
