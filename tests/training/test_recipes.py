@@ -14,7 +14,7 @@ from paths import ROOT
 import graphopt
 from graphopt.ir.errors import PipelineError, UsageError
 from graphopt.ir.program import Program
-from graphopt.measure.choices import nested_blocks, way_widths, with_choices_as_input
+from graphopt.measure.choices import nested_blocks, widths_of_choices, with_choices_as_input
 from graphopt.training import Settings
 from graphopt.training.forms import router_weights, shown_routers, soft_choices, soft_experts, with_weights
 from graphopt.training.recipes import METHODS, PHDS, DuoDistil, DuoRouters, DynaMoE, difficulty, find_method
@@ -127,7 +127,7 @@ def test_forms_compute_what_the_program_computes() -> None:
     assert torch.allclose(shown["logits"], narrow, atol=1e-12)
     soft = soft_choices(program)(**inputs, temperature=0.5)
     assert torch.allclose(soft["shares"], torch.full((layers, 2, 9, 4), 0.25, dtype=torch.float64))
-    assert way_widths(nested_blocks(program)[0]) == [4, 8, 12, 16]
+    assert widths_of_choices(nested_blocks(program)[0]) == [4, 8, 12, 16]
 
 
 def test_soft_ways_become_hard_as_they_cool() -> None:

@@ -21,14 +21,13 @@ def known_ids(program: Program, name: str) -> int | None:
     return min(rows, default=None)
 
 
-def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str, first: int = 0) -> None:
+def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str) -> None:
     """Check that indices into tables are within them.
 
     Args:
         program: that reads them.
         batch: tensors by input; rows along the first dimension.
         where: the file, for the message.
-        first: number of the first row.
 
     Raises:
         UsageError: an index is out of range; the message names its row and value.
@@ -43,7 +42,7 @@ def require_ids(program: Program, batch: Mapping[str, torch.Tensor], where: str,
         if bool(wrong.any()):
             index = wrong.nonzero()[0].tolist()
             token = int(value[tuple(index)])
-            row = f", row {first + index[0]}" if index else ""
+            row = f", row {index[0]}" if index else ""
             raise UsageError(
                 f"{where}{row}: {name} is {token}, the program knows 0 to {count - 1}",
                 hint="encode text with the checkpoint's own tokenizer",

@@ -119,9 +119,7 @@ class Loop:
         while alive:
             step_began = time.perf_counter()
             spent = dict(self.statistics.seconds)
-            commits, seen = self._step(
-                [rows[r] for r in alive], [len(rows[r]) - start[r] for r in alive], alive
-            )
+            commits, seen = self._step([rows[r] for r in alive], [len(rows[r]) - start[r] for r in alive])
             continuing: list[int] = []
             for index, (row, tokens) in enumerate(zip(alive, commits, strict=True)):
                 new, ended = self.stop.cut(rows[row][start[row] :], tokens)
@@ -182,9 +180,7 @@ class Loop:
         free_slots = self.decoder.capacity - max(len(row) for row in rows)
         return [draft if draft.width <= free_slots else Draft() for draft in drafts]
 
-    def _step(
-        self, rows: list[list[int]], new: list[int], alive: list[int]
-    ) -> tuple[list[list[int]], list[Seen]]:
+    def _step(self, rows: list[list[int]], new: list[int]) -> tuple[list[list[int]], list[Seen]]:
         # the last token of a prompt is computed like the rest of the prompt, with all layers
         reading = self.decoder.phased and not self.decoder.decoding
         drafts = [Draft() for _ in rows] if reading else self._drafts(rows, new)

@@ -33,7 +33,7 @@ def nested_blocks(program: Program) -> list[Block]:
     return blocks
 
 
-def way_widths(block: Block) -> list[int]:
+def widths_of_choices(block: Block) -> list[int]:
     """Return the number of channels of each choice, in the order of the choices."""
     cores = [block.parts[n] for n in ("core", "other_core") if n in block.parts]
     return [max(widths) for widths in zip(*(arguments(core)["widths"] for core in cores), strict=True)]

@@ -20,8 +20,8 @@ Run = Callable[[Batch], Outputs]
 _VALUES_AT_ONCE = 1 << 21
 """Number of values that are widened to float64 at a time."""
 
-# metrics for budgets and scores; lower is better
 METRICS = ("perplexity", "kl", "cosine")
+"""Metrics for budgets and scores; lower is better."""
 
 
 class Metric(ABC):

@@ -19,7 +19,7 @@ from ..data.tokenizer import Tokenizer
 from ..ir.errors import UsageError
 from ..ir.program import Model, Program, as_program
 from ..ir.ranks.rank_programs import ranks_of
-from .choices import nested_blocks, way_widths, with_choices_as_input
+from .choices import nested_blocks, widths_of_choices, with_choices_as_input
 from .context import Context, Progress, Silent
 from .paths import Paths
 
@@ -123,7 +123,7 @@ def routing_oracle(
     if ranks_of(program):
         raise UsageError("the oracle runs on programs that are not sharded")
     blocks = nested_blocks(program)
-    widths = way_widths(blocks[0])
+    widths = widths_of_choices(blocks[0])
     if program.origin.padding != "causal" or "logits" not in program.signature.output_names:
         raise UsageError("the oracle needs a program that predicts next tokens")
     if budget is not None and not 0 <= budget <= len(blocks):

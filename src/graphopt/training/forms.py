@@ -13,7 +13,7 @@ from ..ir.inputs import add_input
 from ..ir.program import Dial, Program
 from ..ir.schema import arguments, is_operator, normal_call
 from ..ir.weights import InMemory
-from ..measure.choices import _without_dial, nested_blocks, way_widths
+from ..measure.choices import _without_dial, nested_blocks, widths_of_choices
 
 aten, graphopt_ops = torch.ops.aten, torch.ops.graphopt
 TEMPERATURE = "temperature"
@@ -79,7 +79,7 @@ def shown_routers(program: Program) -> Program:
     blocks = nested_blocks(form)
     logits, similar = [], []
     for block in blocks:
-        widths = way_widths(block)
+        widths = widths_of_choices(block)
         if "other_core" in block.parts or widths[0] == 0:
             raise UsageError(
                 f"{block.name}: difficulty is defined for widths of one feed-forward, without separate=true or skip=true",

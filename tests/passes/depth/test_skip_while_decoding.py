@@ -272,7 +272,7 @@ def test_two_that_are_one_addition_are_not_both_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["layers=[0 2]", "speedup=2", "remove=1", "remove=3", "budget=9", "remove=1 search=contiguous"]
+    "how", ["layers=[0 1]", "speedup=2", "remove=1", "remove=3", "budget=9", "remove=1 search=contiguous"]
 )
 def test_what_cannot_be_skipped_is_refused_while_planning(how: str) -> None:
     """Wrong if a plan or a search took units that carrying the plan out would refuse."""
@@ -282,16 +282,15 @@ def test_what_cannot_be_skipped_is_refused_while_planning(how: str) -> None:
     assert done.report is not None
     entry = done.report.passes[-1]
     taken = [int(name.removeprefix("ffn.")) for name in entry.sites]
-    # each first feed-forward is two blocks, one for each time it is added
-    assert taken and set(taken) <= {2, 5, 8} and not any(r.rolled_back for r in entry.refused)
+    assert taken and set(taken) <= {1, 3, 5} and not any(r.rolled_back for r in entry.refused)
     reasons = {r.block: r.reason for r in entry.refused}
     assert "not added to the stream apart" in reasons["ffn.0"]
     found = done(**data[0], decoding=torch.tensor(1.0))
-    expected = model(data[0]["input_ids"], tuple((number // 3, 1) for number in taken))
+    expected = model(data[0]["input_ids"], tuple((number // 2, 1) for number in taken))
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["remove=4", "remove=2 search=contiguous", "layers=[0 1]"])
+@pytest.mark.parametrize("how", ["remove=4", "remove=2 search=contiguous", "layers=[0 2]"])
 def test_no_more_are_skipped_than_can_be(how: str) -> None:
     """Wrong if neighbours were taken that are none, or as many as there are blocks of whatever kind."""
     _, program = beside(together=False)

@@ -65,13 +65,11 @@ def reach(program: Program) -> int:
     for node in program.nodes:
         if is_operator(node, "graphopt.attention"):
             reaches.append(int(arguments(node)["window"] or 1))
-    reaches.extend(
-        n for node in program.nodes if _of_positions(program, node) for n in _numbers(program, node)
-    )
+    reaches.extend(n for node in program.nodes if _of_positions(node) for n in _numbers(program, node))
     return max(reaches)
 
 
-def _of_positions(program: Program, node: fx.Node) -> bool:
+def _of_positions(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if (
         not isinstance(value, torch.Tensor)
@@ -277,7 +275,7 @@ def _visible_positions(program: Program) -> list[tuple[Any, ...]]:
         if is_operator(node, "graphopt.attention"):
             args = arguments(node)
             needed = needed_for([n for n in (args["bias"], args["visible"]) if n is not None], ())
-            numbers = sorted(v for n in needed if _of_positions(program, n) for v in _numbers(program, n))
+            numbers = sorted(v for n in needed if _of_positions(n) for v in _numbers(program, n))
             visibilities.append((args["causal"], args["window"], *numbers))
     return visibilities
 

@@ -106,7 +106,7 @@ class Experts(Nodes):
         if activation in ("silu", "silu_clamped"):
             active = op.Mul(hidden, op.Sigmoid(hidden))
         elif activation in ("gelu", "gelu_tanh"):
-            active = self._gelu(hidden, like, activation == "gelu_tanh")
+            active = self._gelu(hidden, activation == "gelu_tanh")
         elif activation in ("relu", "relu2"):
             active = op.Relu(hidden)
             if activation == "relu2":
@@ -123,7 +123,7 @@ class Experts(Nodes):
         bound = self.number(cap, like.dtype)
         return self.op.Mul(self.op.Tanh(self.op.Div(value, bound)), bound)
 
-    def _gelu(self, hidden: Any, like: Any, tanh: bool) -> Any:
+    def _gelu(self, hidden: Any, tanh: bool) -> Any:
         from onnxscript import opset20
 
         return opset20.Gelu(hidden, approximate="tanh" if tanh else "none")

@@ -309,7 +309,7 @@ def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str
 
     for node in program.graph.nodes:
         if node.op == "output":
-            graph.output(tuple(_returned(graph, copies, n, attribute) for n in node.args[0]))
+            graph.output(tuple(_returned(copies, n, attribute) for n in node.args[0]))
         elif node in owner:
             block = owner[node]
             if id(block) not in called and ready(block):
@@ -321,8 +321,6 @@ def _root_graph(program: Program, blocks: list[_Block], names: dict[fx.Node, str
     return graph
 
 
-def _returned(
-    graph: fx.Graph, copies: dict[fx.Node, fx.Node], node: fx.Node, attribute: Callable[[fx.Node], None]
-) -> fx.Node:
+def _returned(copies: dict[fx.Node, fx.Node], node: fx.Node, attribute: Callable[[fx.Node], None]) -> fx.Node:
     attribute(node)
     return copies[node]

@@ -257,7 +257,7 @@ def _cases(program: Program, inputs: dict[str, fx.Node], key_mask: str | None, l
                     if fixed and list(shape) != [batch, span]:
                         return _fixed_cases(program, inputs, key_mask)
                     # token ids are not only zeros and ones
-                    drawn = torch.randint(1, rows_of(program, node), padding.shape, generator=generator)
+                    drawn = torch.randint(1, rows_of(node), padding.shape, generator=generator)
                     values[name] = (padding * drawn).to(spec.dtype)
                 elif (spec.fill is not None and spec.fill.rule.startswith("positions")) or "position" in name:
                     values[name] = torch.arange(shape[-1], dtype=spec.dtype).expand(shape).contiguous()

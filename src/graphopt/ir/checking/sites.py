@@ -121,12 +121,7 @@ def _same_call(old: fx.Node, new: fx.Node, final: dict[str, fx.Node | None]) -> 
     return repr(plain_old) == repr(plain_new)
 
 
-def check_sites(
-    before: Program,
-    after: Program,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[SiteCheck]:
+def check_sites(before: Program, after: Program) -> list[SiteCheck]:
     """Compare every changed value of a rewrite with the value before, each computed from the same inputs.
 
     Sites of the same signature (operators, wiring, shapes) are checked once, on random weights at two sizes;
@@ -135,7 +130,6 @@ def check_sites(
     Args:
         before: the program before the pass.
         after: the program after it, with the edit log of the pass.
-        progress: called with the number of sites done and the total.
     """
     pairs = changed_values(before, after)
     shared_names = {n.name for n in before.graph.nodes} & {n.name for n in after.graph.nodes}
@@ -146,7 +140,7 @@ def check_sites(
 
     checks: list[SiteCheck] = []
     seen: dict[Any, SiteCheck] = {}
-    for index, (old, new) in enumerate(pairs):
+    for old, new in pairs:
         pair = _cut_alike(before, after, old, new, stop)
         # weights with new values are checked at every site
         brought = tuple(n.name for n in pair.after.weights if _new_or_changed(before, after, n.name))
@@ -156,8 +150,6 @@ def check_sites(
         through = tuple(n.name for n in pair.before.operators if n.name in changed and n is not old)
         labels = {"old": old.name, "new": new.name, "source": before.source_line(old), "through": through}
         checks.append(replace(seen[key], **labels))  # type: ignore[arg-type]
-        if progress is not None:
-            progress(index + 1, len(pairs))
     return checks
 
 

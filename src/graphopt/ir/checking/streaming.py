@@ -92,7 +92,7 @@ def stream(program: Program, pieces: Iterable[Mapping[str, torch.Tensor] | torch
 
 
 def compare_in_chunks(
-    whole: Program, streaming: Program, time: str, *, every_value: bool = False, seed: int = 0
+    whole: Program, streaming: Program, time: str, *, every_value: bool = False
 ) -> Difference | None:
     """Run random pieces in float64 and return the largest difference from the program that takes all frames.
 
@@ -101,11 +101,10 @@ def compare_in_chunks(
         streaming: the program that takes pieces.
         time: the name of the size that is split into pieces.
         every_value: compare all values of the graph that both have, and return the first that differs.
-        seed: of inputs and pieces.
     """
     wide, cut = retyped(whole), retyped(streaming)
-    generator = torch.Generator().manual_seed(seed)
-    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(0)
+    draw = random.Random(0)
     back = max(
         (int(s) for n in states_of(cut) for s in cut.signature.inputs[n].shape[2:] if isinstance(s, int)),
         default=1,

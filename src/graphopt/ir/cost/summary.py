@@ -142,11 +142,11 @@ def cost(
     )
 
 
-def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+def run_totals(program: Program) -> dict[str, int]:
     """Return the totals that reports compare: parameters, parameter_bytes, flops, bytes and peak_memory,
     as in :class:`Cost`, and the bytes that a rank sends."""
     calls = survey(program)
-    number = Numbers(program, sizes)
+    number = Numbers(program, None)
     works, _ = _works(calls, number, None)
     everything = _Tally(works, None).of(calls.call_of.values())
     weights = count_weights(program)
@@ -156,7 +156,7 @@ def run_totals(program: Program, sizes: Mapping[str, int] | None = None) -> dict
         "flops": everything.flops,
         "bytes": everything.bytes,
         "peak_memory": find_peak(program, number).bytes,
-        "sent_bytes": sent_bytes(program, sizes),
+        "sent_bytes": sent_bytes(program),
     }
 
 

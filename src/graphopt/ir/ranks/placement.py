@@ -89,7 +89,7 @@ def _place(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
         return _split_joined(node, name, operands)
     if any(p == PARTIAL for p in operands.values()):
         return _place_partial(node, name, operands)
-    return _place_sharded(node, name, operands)
+    return _place_sharded(node, operands)
 
 
 def _place_partial(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
@@ -150,7 +150,7 @@ def _split_joined(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) 
     return joined.at(moved.dim)
 
 
-def _place_sharded(node: fx.Node, name: str, operands: dict[fx.Node, Placement]) -> Placement:
+def _place_sharded(node: fx.Node, operands: dict[fx.Node, Placement]) -> Placement:
     """Return the placement for an operator that keeps the entries of the sharded dimension apart, or moves them."""
     results: set[Placement] = set()
     for source, placement in operands.items():
@@ -240,7 +240,7 @@ def _place_cat(node: fx.Node, placed: dict[fx.Node, Placement]) -> Placement:
         return PARTIAL
     if all(isinstance(p, Shard) and p.dim == dim for p in pieces):
         return Joined(dim, tuple(p for p in pieces if isinstance(p, Shard)))
-    return _place_sharded(node, "aten.cat", {n: placed[n] for n in node.all_input_nodes})
+    return _place_sharded(node, {n: placed[n] for n in node.all_input_nodes})
 
 
 _PLACEMENT_RULES: dict[str, Callable[[fx.Node, dict[fx.Node, Placement]], Placement]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -61,7 +61,6 @@ class Matcher:
     """Matches one pattern with one or several results."""
 
     roots: list[Pattern]
-    misses: list[Miss] = field(default_factory=list)
     _best: tuple[int, Miss | None] = (-1, None)
 
     def at(self, node: fx.Node) -> Match | Miss:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_SIZES = {"batch": 2, "sequence": 9, "decoder_sequence": 5}
 
 
-def rows_of(program: Program, node: fx.Node) -> int:
+def rows_of(node: fx.Node) -> int:
     """Return the number of values an integer input may have: the rows of the tables it indexes."""
     rows = [2]
     work, seen = [node], set()
@@ -81,7 +81,7 @@ def example_inputs(
         elif spec.dtype is torch.bool:
             inputs[name] = torch.rand(shape, generator=generator) < 0.5
         else:
-            rows = rows_of(program, program.input_nodes[name])
+            rows = rows_of(program.input_nodes[name])
             low = 3 if rows > 8 else 0
             inputs[name] = torch.randint(low, rows, shape, generator=generator).to(spec.dtype)
     return inputs

@@ -205,7 +205,7 @@ def _rows(program: Program, node: fx.Node) -> int:
     moe_layers = [u for u in node.users if is_operator(u, "graphopt.routed_ffn") and u.args[1] is node]
     nested = [u for u in node.users if is_operator(u, "graphopt.nested_ffn") and u.args[1] is node]
     experts = [int(argument(u, "up").meta["val"].shape[0]) for u in moe_layers]
-    return max([rows_of(program, node), *experts, *(len(argument(u, "widths")) for u in nested)])
+    return max([rows_of(node), *experts, *(len(argument(u, "widths")) for u in nested)])
 
 
 def leaf_tensor(

@@ -174,9 +174,9 @@ class InsertKVCache(Pass):
                 else program.edit.call(aten.sym_size.int, caches[0][0], 2)
             )
         stored = {}
-        for number, ((k, v), pair) in enumerate(zip(pairs, caches, strict=True)):
+        for (k, v), pair in zip(pairs, caches, strict=True):
             stored[k, v] = tuple(
-                _stored(program, cache, nodes[name], slots, f"next_{cache.meta['input']}", number)
+                _stored(program, cache, nodes[name], slots, f"next_{cache.meta['input']}")
                 for cache, name in zip(pair, (k, v), strict=True)
             )
         tables = AtCapacity(decoder, length)
@@ -364,9 +364,7 @@ def _positions(program: Program, decoder: Decoder) -> fx.Node:
     return node
 
 
-def _stored(
-    program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, output: str, number: int
-) -> fx.Node:
+def _stored(program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, output: str) -> fx.Node:
     group = ""
     placed: Placement = WHOLE
     if ranks_of(program):

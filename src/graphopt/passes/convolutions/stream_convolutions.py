@@ -173,14 +173,14 @@ def _reaches(program: Program, time: str) -> Iterator[_Reach | Refused]:
         ]
         if not axes:
             continue
-        reach = _reach(program, node, constant, axes[0])
+        reach = _reach(node, constant, axes[0])
         if isinstance(reach, str):
             yield Refused(node.name, reach, program.source_line(node))
         elif reach is not None:
             yield reach
 
 
-def _reach(program: Program, node: fx.Node, constant: set[fx.Node], axis: int) -> _Reach | str | None:
+def _reach(node: fx.Node, constant: set[fx.Node], axis: int) -> _Reach | str | None:
     """Return a convolution's reach along time, why it cannot stream, or None if it reads no other frame."""
     if axis < 2:
         return "it mixes frames as channels"

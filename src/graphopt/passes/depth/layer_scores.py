@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.program import Program
 from ...ir.running.execute import release
-from ...measure.metrics import valid
+from ...measure.metrics import METRICS, valid
 from ..framework.plan import Plan
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def choose(
     findings = options.findings(program)
     total = len(findings.sites) + len(findings.refused)
     most = min(len(units), total - 1)
-    if options.score in ("perplexity", "kl", "cosine") or (
-        options.budget is not None and options.remove is None
-    ):
+    if options.score in METRICS or (options.budget is not None and options.remove is None):
         _estimate(program, context, options, len(units), plan)
     if options.remove is not None:
         if options.remove > most:
@@ -105,7 +103,7 @@ def _estimate(program: Program, context: Context, options: SkipLayers, count: in
     # a budget compares with the original's metric on judging data, which is computed and stored here
     context.evaluate(program, program, metric=options.metric, judge=options.budget is not None)
     seconds = time.perf_counter() - began
-    runs = count if options.score in ("perplexity", "kl", "cosine") else 1
+    runs = count if options.score in METRICS else 1
     if options.search == "greedy":
         runs *= options.remove or count // 2
     if options.remove is None:
@@ -154,7 +152,7 @@ def _scores(
 ) -> dict[str, float]:
     """Return the score of each unit in the program without those already removed."""
     removed = removed or []
-    if options.score in ("perplexity", "kl", "cosine"):
+    if options.score in METRICS:
         return context.score(
             program,
             names,
@@ -243,7 +241,7 @@ def _contiguous(
         return []
     names = [f"{run[0].name}..{run[-1].name}" if number > 1 else run[0].name for run in runs]
     by_name = dict(zip(names, runs, strict=True))
-    if options.score in ("perplexity", "kl", "cosine"):
+    if options.score in METRICS:
         scores = context.score(
             program,
             names,

@@ -19,6 +19,7 @@ from ...ir.program import Dial, Program
 from ...ir.running.evaluate import needed_for
 from ...ir.running.readers import readers
 from ...ir.schema import arguments, is_operator
+from ...measure.metrics import METRICS
 from ..framework.base import Pass
 from ..framework.contracts import Approximate, Contract, ExactAt
 from ..framework.plan import Plan, Refused, Site
@@ -69,7 +70,7 @@ class SkipLayers(Pass):
         "block-influence",
         help="score of a unit's importance",
         source="paper",
-        choices=("block-influence", "angular", "perplexity", "kl", "cosine"),
+        choices=("block-influence", "angular", *METRICS),
         needs=CHOSEN_BY_SCORE,
     )
     search: str = option(
@@ -78,9 +79,7 @@ class SkipLayers(Pass):
         choices=("one-shot", "greedy", "contiguous"),
         needs=CHOSEN_BY_SCORE,
     )
-    metric: str = option(
-        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
-    )
+    metric: str = option("auto", help="what the loss is measured by", choices=("auto", *METRICS))
     phase: str = option(
         "always",
         help="when they are skipped: always, or decode, by a run-time setting: all layers read the prompt",
@@ -103,7 +102,7 @@ class SkipLayers(Pass):
         """Return a contract judged by the given metric; with ``phase=decode`` the prompt is exact."""
         if self.phase == "decode":
             return ExactAt(PHASE, 0.0, judged_at=1.0, metric=self.metric)
-        return Approximate(self.metric)
+        return super().promises()
 
     def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
         """Yield the units, for ``phase=decode`` each with the stream after and before it, or why it cannot be skipped."""

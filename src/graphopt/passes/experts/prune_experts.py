@@ -13,8 +13,9 @@ from ...ir.export_blockers import block_export
 from ...ir.facts import note_checkpoint
 from ...ir.option import option
 from ...ir.program import Program
+from ...measure.metrics import METRICS
 from ..framework.base import Pass
-from ..framework.contracts import Approximate, Contract
+from ..framework.contracts import Approximate
 from ..framework.plan import Plan, Refused, Site, Trial
 from .selecting import expert_scores, groups_of, take_experts
 
@@ -40,9 +41,7 @@ class PruneExperts(Pass):
         "weight", help="score of an expert's importance", choices=("weight", "count", "random")
     )
     budget: float | None = option(None, help="largest relative loss that is accepted", low=0)
-    metric: str = option(
-        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
-    )
+    metric: str = option("auto", help="what the loss is measured by", choices=("auto", *METRICS))
 
     def validate(self) -> None:
         """Require exactly one option that says how many experts are kept."""
@@ -50,10 +49,6 @@ class PruneExperts(Pass):
             raise PipelineError(
                 f"{self.name}: say how many experts to remove or keep", hint="fraction=0.25, or keep=6"
             )
-
-    def promises(self) -> Contract:
-        """Return an approximate contract, judged by the given metric."""
-        return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score experts and choose which to keep."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...ir.facts import Canonical, Fact
 from ...ir.option import checked, default_of, option, options_of, require_effect, require_known
 from ...ir.program import Program
-from .contracts import Contract, Exact
+from .contracts import Approximate, Contract, Exact
 from .plan import Findings, Plan, Refused, Site, Trial
 from .values import format_value
 
@@ -126,8 +126,10 @@ class Pass:
         """
 
     def promises(self) -> Contract:
-        """Return the contract of this pass with these options."""
-        return self.contract
+        """Return the contract with these options; an approximate one is judged by the option ``metric``, if any."""
+        metric = getattr(self, "metric", None)
+        approximate = isinstance(self.contract, Approximate) and isinstance(metric, str)
+        return Approximate(str(metric)) if approximate else self.contract
 
     def __str__(self) -> str:
         options = []

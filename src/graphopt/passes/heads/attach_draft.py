@@ -22,7 +22,7 @@ from ...ir.weights import InMemory
 from ..framework.base import Pass
 from ..framework.contracts import AddsOutputs
 from ..framework.plan import Plan, Refused, Site
-from .logits import Head, dtype_of, find_head, layers_to_logits, repeat_way, token_embedding, value_size
+from .logits import Head, dtype_of, find_head, layers_to_logits, repeat_path, token_embedding, value_size
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -115,8 +115,8 @@ class AttachDraft(Pass):
             if used in program.weight_nodes and program.weights[used.name].kind == "parameter":
                 weight = program.weights[used.name]
                 now[used] = program.edit.add_weight(f"{PREFIX}.layer.{weight.name}", weight.source)
-        with program.edit.after(head.way[-1]):
-            repeat_way(program, stored, now)
+        with program.edit.after(head.path[-1]):
+            repeat_path(program, stored, now)
             streams = [shaped_like(program, layers[t].writes, table) for t in taps]
             features = call(aten.linear.default, call(aten.cat.default, streams, -1), weights["features"])
             embedded = call(aten.embedding.default, table.args[0], following)
@@ -131,10 +131,10 @@ class AttachDraft(Pass):
             )
             begin = call(aten.linear.default, joined, weights["input"])
             now[layer.reads] = shaped_like(program, begin, layer.reads)
-            repeat_way(program, path, now)
+            repeat_path(program, path, now)
             hidden = shaped_like(program, now[layer.writes], table)
             outputs = {head.stream: shaped_like(program, hidden, head.stream)}
-            repeat_way(program, head.way, outputs)
+            repeat_path(program, head.path, outputs)
         for name, value in (
             ("draft_features", features), ("draft_hidden", hidden), ("draft_logits", outputs[head.logits])
         ):  # fmt: skip
@@ -143,11 +143,11 @@ class AttachDraft(Pass):
         block_export(program, "a folder has no place for a draft; write it before attach-draft")
 
 
-def _stored(program: Program, way: list[fx.Node]) -> list[fx.Node]:
-    """Return the weights that a way reads and what is made of them alone, in order.
+def _stored(program: Program, path: list[fx.Node]) -> list[fx.Node]:
+    """Return the weights that a path reads and what is made of them alone, in order.
 
     A matrix that is stored input first is transposed before it is read, and is the layer's own all the same.
     """
     constant = depends_on_weights_alone(program)
-    needed = needed_for([n for node in way for n in node.all_input_nodes if n in constant], {})
+    needed = needed_for([n for node in path for n in node.all_input_nodes if n in constant], {})
     return [node for node in program.graph.nodes if node in needed]

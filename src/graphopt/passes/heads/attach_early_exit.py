@@ -21,7 +21,7 @@ from ...ir.schema import is_operator
 from ..framework.base import Pass
 from ..framework.contracts import AddsOutputs
 from ..framework.plan import Plan, Refused, Site
-from .logits import find_head, layers_to_logits, repeat_way
+from .logits import find_head, layers_to_logits, repeat_path
 
 if TYPE_CHECKING:
     from ...ir.anatomy import Block, Layer
@@ -78,8 +78,8 @@ class AttachEarlyExit(Pass):
         for site in plan.sites:
             assert not isinstance(head, str)
             copies: dict[fx.Node, fx.Node] = {head.stream: layers[int(site["layer"])].writes}
-            with program.edit.after(head.way[-1]):
-                repeat_way(program, head.way, copies)
+            with program.edit.after(head.path[-1]):
+                repeat_path(program, head.path, copies)
             program.add_output(str(site["output"]), copies[head.logits])
         if plan.sites:
             program.facts.add(EarlyExits({str(s["output"]): int(s["layer"]) for s in plan.sites}))
@@ -125,7 +125,7 @@ def split_at(program: Program, layer: int) -> tuple[Program, Program]:
     second = extract(_on_caches_of(program, late_outputs), {"hidden": value}, late_outputs)
     _sizes_from(second, "hidden")
     for part, ends, before in ((first, {"logits": "hidden"}, 0), (second, {"tokens": "hidden"}, layer + 1)):
-        _own_facts(part, program, ends, before)
+        _own_facts(part, ends, before)
     return first, second
 
 
@@ -168,7 +168,7 @@ def _sizes_from(half: Program, name: str) -> None:
     half.changed()
 
 
-def _own_facts(half: Program, program: Program, ends: dict[str, str], before: int) -> None:
+def _own_facts(half: Program, ends: dict[str, str], before: int) -> None:
     """Adjust the facts of a half to its own layers, whose first has the number ``before`` in the whole program."""
     cache = half.facts.get(KVCache)
     if cache is not None:

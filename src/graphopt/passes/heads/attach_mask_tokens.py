@@ -22,7 +22,7 @@ from ...ir.weights import InMemory, TensorSource, Uniform, Zeros
 from ..framework.base import Pass
 from ..framework.contracts import AddsOutputs
 from ..framework.plan import Plan, Refused, Site
-from .logits import Head, dtype_of, find_head, layers_to_logits, repeat_way, token_embedding, value_size
+from .logits import Head, dtype_of, find_head, layers_to_logits, repeat_path, token_embedding, value_size
 
 aten, composites = torch.ops.aten, torch.ops.graphopt
 PREFIX = "mask_tokens"
@@ -174,14 +174,14 @@ class AttachMaskTokens(Pass):
                 1e-5,
             )
 
-        with edit.after(head.way[-1]):
+        with edit.after(head.path[-1]):
             embedded = edit.call(aten.embedding.default, table.args[0], before)
             joined = edit.call(aten.cat.default, [embedded, head.hidden], -1)
             value = layer(layer(joined, "input"), "hidden")
             if self.residual:
                 value = edit.call(aten.add.Tensor, head.hidden, value)
             outputs = {head.hidden: value}
-            repeat_way(program, head.way, outputs)
+            repeat_path(program, head.path, outputs)
         program.add_output("mask_hidden", head.hidden)
         program.add_output("mask_logits", outputs[head.logits])
 

@@ -26,14 +26,14 @@ class Head:
         projection: the linear whose output width is the vocabulary.
         hidden: (batch, sequence, size), the input of ``projection``.
         stream: the last value of the stream.
-        way: the operators between the stream and the logits, in order.
+        path: the operators between the stream and the logits, in order.
     """
 
     logits: fx.Node
     projection: fx.Node
     hidden: fx.Node
     stream: fx.Node
-    way: tuple[fx.Node, ...]
+    path: tuple[fx.Node, ...]
 
 
 def find_head(program: Program) -> Head | str:
@@ -97,15 +97,15 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-def repeat_way(program: Program, way: Iterable[fx.Node], now: dict[fx.Node, fx.Node]) -> None:
+def repeat_path(program: Program, path: Iterable[fx.Node], now: dict[fx.Node, fx.Node]) -> None:
     """Repeat operators on other values; new nodes are inserted at the insertion point.
 
     Args:
         program: whose graph it is.
-        way: operators in order; those whose operands do not change are skipped.
+        path: operators in order; those whose operands do not change are skipped.
         now: the replacement of each value; the results of the repeated operators are added.
     """
-    for node in way:
+    for node in path:
         if node not in now and any(n in now for n in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: now.get(n, n))
             now[node] = program.edit.call(node.target, *args, **kwargs)

@@ -21,7 +21,7 @@ from ...ir.weights import TensorSource
 from ..framework.base import Pass
 from ..framework.contracts import NewFunction
 from ..framework.plan import Plan, Refused, Site
-from .logits import find_head, repeat_way, value_size
+from .logits import find_head, repeat_path, value_size
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -211,7 +211,7 @@ def _trim(program: Program, name: str, linears: list[fx.Node], kept: Sequence[in
             now[linear] = program.edit.call(linear.target, *args, **kwargs)
     order = list(program.graph.nodes)
     with program.edit.after(output):
-        repeat_way(program, order[: order.index(output) + 1], now)
+        repeat_path(program, order[: order.index(output) + 1], now)
     outputs = dict(program.outputs)
     program.edit.set_outputs([now[output] if n == name else value for n, value in outputs.items()])
     program.edit.erase_dead([output])

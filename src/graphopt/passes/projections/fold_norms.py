@@ -113,7 +113,7 @@ def _fold_affine(program: Program, node: fx.Node, readers: list[Reader]) -> None
     _set_neutral_in_checkpoint(program, weight, 1.0)
     _set_neutral_in_checkpoint(program, bias, 0.0)
     for reader in readers:
-        scale_reader(program, reader.now(program), node, bare, weight, bias)
+        scale_reader(program, reader.now(program), bare, weight, bias)
     program.edit.erase_dead([node])
 
 

@@ -81,12 +81,11 @@ def matrix_readers(
 def scale_reader(
     program: Program,
     reader: Reader,
-    old: fx.Node,
     bare: fx.Node,
     weight: fx.Node | None,
     bias: fx.Node | None,
 ) -> None:
-    """Let a reader of ``old = bare * weight + bias`` read ``bare``, with weight and bias folded into its matrix."""
+    """Let a reader of ``bare * weight + bias`` read ``bare``, with weight and bias folded into its matrix."""
     call = program.edit.call
     call_args = arguments(reader.node)
     bias_product = None

@@ -15,10 +15,11 @@ from ...ir.facts import Canonical, Legal, Quantized
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.schema import arguments, is_operator
+from ...measure.metrics import METRICS
 from ...targets import Target, find_target
 from ...targets.partition import host_nodes
 from ..framework.base import Pass
-from ..framework.contracts import Approximate, Contract
+from ..framework.contracts import Approximate
 from ..framework.kept_tensors import keep, kept
 from ..framework.plan import Plan, Refused, Site
 from .masks import mask_sites
@@ -79,7 +80,7 @@ class Quantize(Pass):
         None, help="a device: what it does not support in so few bits is stored in more"
     )
     budget: float | None = option(None, help="largest relative loss", low=0)
-    metric: str = option("auto", help="metric of the loss", choices=("auto", "perplexity", "kl", "cosine"))
+    metric: str = option("auto", help="metric of the loss", choices=("auto", *METRICS))
 
     def validate(self) -> None:
         """Require a known target, and for mixed precision four bits and a budget."""
@@ -93,10 +94,6 @@ class Quantize(Pass):
                 f"{self.name}: mixed=true chooses between 4 and 8 bits by a budget",
                 hint="quantize{weights=4 mixed=true budget=0.01}",
             )
-
-    def promises(self) -> Contract:
-        """Return the contract with the requested metric."""
-        return Approximate(self.metric)
 
     @property
     def _fits(self) -> bool:
@@ -125,7 +122,7 @@ class Quantize(Pass):
         plan.sites += self._constants(program, tables)
         plan.notes += whole_matrices(tables, self.activations)
         plan.notes += silent_inputs(matrices, ranges)
-        sites = self._plan_matrices(program, plan, matrices)
+        sites = self._plan_matrices(plan, matrices)
         scales = {site.block: _scales_of(original, site) for site in sites}
         if self._fits:
             where = self._fit(program, context, sites, matrices, scales)
@@ -180,9 +177,7 @@ class Quantize(Pass):
             sites.append(Site(value.name, what="constant", dtype=dtype, scale=scale, zero_point=zero))
         return sites
 
-    def _plan_matrices(
-        self, program: Program, plan: Plan, matrices: dict[fx.Node, list[fx.Node]]
-    ) -> list[Site]:
+    def _plan_matrices(self, plan: Plan, matrices: dict[fx.Node, list[fx.Node]]) -> list[Site]:
         """Return a site for each matrix with the requested bits and blocks, as far as the target supports them."""
         target = find_target(self.target) if self.target is not None else None
         sites = []

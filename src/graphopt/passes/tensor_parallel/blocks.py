@@ -192,7 +192,7 @@ class Placer:
         elif block.kind == "ffn" and "core" in block.parts:
             cut_nested(self.program, self.cutter, block, self.ranks)
         elif block.kind == "ffn":
-            self._shard_ffn(block.parts["down"], block.name)
+            self._shard_ffn(block.parts["down"])
         else:
             self._shard_experts(block, str(site["by"]))
 
@@ -213,7 +213,7 @@ class Placer:
             )
             raise _CannotShard(f"its heads cannot be computed apart: {reason}")
 
-    def _shard_ffn(self, down: fx.Node, name: str) -> None:
+    def _shard_ffn(self, down: fx.Node) -> None:
         width = int(arguments(down)["weight"].meta["val"].shape[1])
         if width % self.ranks:
             raise _CannotShard(f"its width of {width} does not divide over {self.ranks} ranks")

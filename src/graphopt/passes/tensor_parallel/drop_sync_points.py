@@ -15,8 +15,9 @@ from ...ir.program import Program
 from ...ir.ranks.placement import placements
 from ...ir.ranks.rank_programs import synchronisations
 from ...ir.running.execute import release
+from ...measure.metrics import METRICS
 from ..framework.base import Pass
-from ..framework.contracts import Approximate, Contract
+from ..framework.contracts import Approximate
 from ..framework.plan import Plan, Refused, Site
 from .sensitivity import backward_sweep, classify
 from .sync_points import drop, find_sync_points
@@ -63,7 +64,7 @@ class DropSyncPoints(Pass):
     sensitive: float = option(
         0.05, help="relative loss up to which a block counts as sensitive", low=0, needs={"blocks": ABSENT}
     )
-    metric: str = option("auto", help="metric of the loss", choices=("auto", "perplexity", "kl", "cosine"))
+    metric: str = option("auto", help="metric of the loss", choices=("auto", *METRICS))
 
     def validate(self) -> None:
         """Require one criterion, and thresholds in order."""
@@ -75,10 +76,6 @@ class DropSyncPoints(Pass):
             )
         if self.sensitive < self.insensitive:
             raise PipelineError(f"{self.name}: sensitive is below insensitive")
-
-    def promises(self) -> Contract:
-        """Return the contract with the requested metric."""
-        return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Measure the sensitivity of each sync point, unless it does not matter, and choose."""

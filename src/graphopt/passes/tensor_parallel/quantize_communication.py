@@ -18,8 +18,9 @@ from ...ir.program import Program
 from ...ir.ranks.placement import placements
 from ...ir.ranks.rank_programs import ranks_of
 from ...ir.schema import arguments, is_operator
+from ...measure.metrics import METRICS
 from ..framework.base import Pass
-from ..framework.contracts import Approximate, Contract
+from ..framework.contracts import Approximate
 from ..framework.kept_tensors import keep, kept
 from ..framework.plan import Plan, Refused, Site
 from .calibration import FLOOR, calibrate
@@ -85,7 +86,7 @@ class QuantizeCommunication(Pass):
         needs=[{"group": 0}, {"outliers": "calibrated"}],
     )
     budget: float | None = option(None, help="largest relative loss", low=0)
-    metric: str = option("auto", help="metric of the loss", choices=("auto", "perplexity", "kl", "cosine"))
+    metric: str = option("auto", help="metric of the loss", choices=("auto", *METRICS))
 
     def validate(self) -> None:
         """Require a known link."""
@@ -93,10 +94,6 @@ class QuantizeCommunication(Pass):
             find_link(self.link)
         except UsageError as error:
             raise PipelineError(f"{self.name}: {error.message}", hint=error.hint) from None
-
-    def promises(self) -> Contract:
-        """Return the contract with the requested metric."""
-        return Approximate(self.metric)
 
     @property
     def _needs_ranges(self) -> bool:

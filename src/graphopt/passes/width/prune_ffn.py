@@ -12,8 +12,9 @@ from ...ir.facts import note_checkpoint
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.running.execute import release
+from ...measure.metrics import METRICS
 from ..framework.base import Pass
-from ..framework.contracts import Approximate, Contract
+from ..framework.contracts import Approximate
 from ..framework.plan import Plan
 from .scores import SCORES, importance_of_blocks
 from .sort_ffn import Scored, carried_out, plan_orders, score_channels, take_planned
@@ -54,18 +55,12 @@ class PruneFfn(Pass):
         1.0, help="how far ratios follow importance", source="code", low=0, needs={"allocation": "cfsp"}
     )
     multiple: int = option(1, help="widths are a multiple of this; 128 suits GPUs", low=1)
-    metric: str = option(
-        "auto", help="what the loss is measured by", choices=("auto", "perplexity", "kl", "cosine")
-    )
+    metric: str = option("auto", help="what the loss is measured by", choices=("auto", *METRICS))
 
     def validate(self) -> None:
         """Require an option that says how much is removed."""
         if self.fraction is None and self.budget is None:
             raise PipelineError(f"{self.name}: say how much to remove", hint="fraction=0.25 or budget=0.01")
-
-    def promises(self) -> Contract:
-        """Return an approximate contract, judged by the given metric."""
-        return Approximate(self.metric)
 
     def plan(self, program: Program, context: Context) -> Plan:
         """Score the channels and choose which to keep."""

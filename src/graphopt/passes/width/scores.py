@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 SCORES = ("activation", "wanda", "contribution", "norm", "peak", "random")
-WITH_DATA = ("activation", "wanda", "contribution", "norm")
 
 
 def hidden_scores(

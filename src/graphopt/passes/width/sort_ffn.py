@@ -85,7 +85,7 @@ def score_channels(step: Pass, program: Program, context: Context, score: str | 
     scorable: list[Block] = []
     refused: list[Refused] = []
     for block in unfused.anatomy.ffn:
-        reason = refusal(unfused, block)
+        reason = refusal(block)
         if reason:
             refused.append(Refused(block.name, reason, unfused.source_line(block.term)))
         else:

@@ -76,7 +76,7 @@ def tied(blocks: list[Block]) -> list[list[Block]]:
     return list(groups.values())
 
 
-def refusal(program: Program, block: Block) -> str:
+def refusal(block: Block) -> str:
     """Return why the hidden channels of a feed-forward cannot be chosen; an empty string if they can."""
     down = block.parts.get("down")
     if "core" in block.parts:

@@ -11,7 +11,7 @@ from ...ir.errors import PipelineError
 from ...ir.needs import NONZERO
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
-from ...measure.choices import nested_blocks, way_widths, with_choices_as_input
+from ...measure.choices import nested_blocks, widths_of_choices, with_choices_as_input
 from ..forms import router_weights, soft_choices
 from .base import Batch, Method, Recipe, called, language_loss, masked_mean
 
@@ -42,7 +42,7 @@ class DuoDistil(Method):
     def recipe(self, program: Program) -> Recipe:
         """Return the recipe for a program that went through split-ffn."""
         blocks = nested_blocks(program)
-        widths = way_widths(blocks[0])
+        widths = widths_of_choices(blocks[0])
         expert_count = sum(w > 0 for w in widths)
         if widths[0] != 0:
             refuse_set(
