@@ -57,6 +57,29 @@ def _group(group: str, names: str, **options: Any) -> dict[str, Kind]:
     return {name: Kind(group, options) for name in names.split()}
 
 
+# what the names of sizes alone do not make small, or not consistent
+DECODERS: dict[str, dict[str, Any]] = {
+    "Gemma3nForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+        "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
+    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "GraniteMoeHybridForCausalLM": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2,
+    },
+    "XLMWithLMHeadModel": {"emb_dim": 32, "n_words": 128},
+    "Gemma4ForCausalLM": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
+    "LongcatFlashForCausalLM": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2},
+    "KimiLinearForCausalLM": {"num_experts_per_token": 2},
+    "BailingHybridForCausalLM": {"n_group": 1, "num_group": 1, "topk_group": 1},
+    "ReformerModelWithLMHead": {
+        "axial_pos_embds_dim": (8, 24), "axial_pos_shape": (4, 8), "attn_layers": ["local"] * 4, "feed_forward_size": 48,
+        "attention_head_size": 8,
+    },
+}  # fmt: skip
 _STAGES = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 16, 32, 32]}
 OTHERS: dict[str, Kind] = {
     **_group(
@@ -175,7 +198,16 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
         return [("attention", module)]
     if re.search(FFN, name) and "Gate" not in name:
         return [("experts" if hasattr(module, "experts") else "ffn", module)]
-    return [found for child in module.children() for found in _blocks(child)]
+    found = [found for child in module.children() for found in _blocks(child)]
+    if name == "Sequential" and not found and sum(isinstance(child, _linear()) for child in module) > 1:
+        return [("ffn", module)]
+    return found
+
+
+def _linear() -> Any:
+    from torch import nn
+
+    return nn.Linear
 
 
 def _lists() -> tuple[Any, ...]:
@@ -230,7 +262,7 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
     """Capture a class, name its blocks and, unless quick, run every pass."""
     warnings.simplefilter("ignore")
     plain = plain_networks() if name.startswith("torch.") else {}
-    kind = OTHERS.get(name, Kind("plain torch" if plain else "decoder"))
+    kind = OTHERS.get(name, Kind("plain torch" if plain else "decoder", DECODERS.get(name, {})))
     found: dict[str, Any] = {"name": name, "group": kind.group}
     inputs = None
     from graphopt.frontends.example_inputs import example_inputs as model_inputs
