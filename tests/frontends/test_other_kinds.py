@@ -251,11 +251,11 @@ def test_a_model_of_usual_size(tmp_path: Path) -> None:
     """Wrong if a model above a hundred million parameters were slow to capture, or compared with another."""
     import transformers as t
 
-    with torch.device("cpu"):
-        model = t.CLIPModel._from_config(t.CLIPConfig(), dtype=torch.bfloat16).eval()
+    few = {"num_hidden_layers": 8}
+    model = t.CLIPModel(t.CLIPConfig(text_config=few, vision_config=few)).eval()
     assert sum(p.numel() for p in model.parameters()) > 100_000_000
     model.save_pretrained(tmp_path)
     del model
     program = graphopt.capture(tmp_path)
-    assert program.anatomy.summary() == {"attention": 24, "ffn": 24}
+    assert program.anatomy.summary() == {"attention": 16, "ffn": 16}
     assert program.signature.inputs["pixel_values"].shape[2:] == (224, 224)
