@@ -27,11 +27,24 @@ class Showing:
     as_json: bool = option("Print JSON.", False, "--json")
 
 
-class Reading(Showing):
-    """Options of commands that read programs."""
+class Opening(Showing):
+    """Options of commands that read programs, of which checkpoints are captured."""
 
     trust: bool = option("Read a .pt2 file although reading can run code from it.", False)
     no_cache: bool = option("Capture again, and keep nothing in the cache folder.", False)
+    example: str | None = option(
+        "Capture a checkpoint on these inputs: a .npz file with an array for each; by default made from its configuration.",
+        None,
+        "--inputs",
+    )
+
+
+class Reading(Opening):
+    """Options of commands that read programs and have no sizes of their own."""
+
+    shape: list[str] | None = option(
+        "Shape of an example input of a checkpoint, such as pixel_values=1x3x384x384; may be repeated."
+    )
 
 
 class Writing(Showing):
@@ -127,7 +140,7 @@ class Evaluate(Measuring):
 
 
 @command("lowering.lower_program")
-class Lower(Reading, Writing):
+class Lower(Opening, Writing):
     """Write a program for another runtime and compare its outputs there."""
 
     program: str = PROGRAM
@@ -137,7 +150,8 @@ class Lower(Reading, Writing):
         "ONNX opset: 20, 21 or 23; by default the target's, or 20, or 23 for weights in few bits."
     )
     sizes: list[str] | None = option(
-        "Fix sizes: batch=1,sequence=128. If repeated, one graph is written for each.",
+        "Fix sizes: batch=1,sequence=128. If repeated, one graph is written for each. With several numbers, such as "
+        "pixel_values=1x3x384x384: the shape on which a checkpoint is captured.",
         None,
         "--sizes",
         "--shape",

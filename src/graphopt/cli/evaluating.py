@@ -19,10 +19,10 @@ def evaluate_programs(args: Evaluate) -> None:
     require_files(*args.data)
     built_in = (*BY_NAME, "bits_per_byte")
     metrics: list[Any] = [m if m in built_in else find_judge(m) for m in args.metric or []]
-    reference = read_program(args.against, args.trust) if args.against is not None else None
+    reference = read_program(args.against, args) if args.against is not None else None
     results: list[tuple[str, str, Evaluation]] = []
     for checkpoint in args.checkpoints:
-        program = read_program(checkpoint, args.trust)
+        program = read_program(checkpoint, args)
         for file in args.data:
             result = evaluate(
                 program, file, metrics, against=reference, sequences=args.sequences, length=args.length,

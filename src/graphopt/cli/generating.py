@@ -25,7 +25,7 @@ def generate_text(args: Generate) -> None:
         raise UsageError("--strategy and --draft exclude one another")
     if args.strategy is not None:
         named_strategy(args.strategy)
-    program = read_program(args.program, args.trust)
+    program = read_program(args.program, args)
     proposing = args.strategy if args.draft is None else _draft_program(args.draft, args, program)
     tokenizer = Tokenizer(program)
     ids = tokenizer.encode(args.prompt)
@@ -76,7 +76,7 @@ def _speculation_text(statistics: Statistics) -> str:
 
 
 def _draft_program(source: str, args: Generate, program: Program) -> DraftProgram:
-    draft = read_program(source, args.trust)
+    draft = read_program(source, args)
     program_tokenizer, draft_tokenizer = (p.origin.assets.get("tokenizer.json") for p in (program, draft))
     if program_tokenizer is not None and draft_tokenizer is not None and program_tokenizer != draft_tokenizer:
         raise UsageError(
@@ -99,7 +99,7 @@ def answer_texts(args: Answer) -> None:
         on_interrupt(lambda: resumable if part.exists() else ""),
     ):
         answered = answer(
-            read_program(args.program, args.trust), args.data, args.output, sequences=args.sequences,
+            read_program(args.program, args), args.data, args.output, sequences=args.sequences,
             prompt_tokens=args.prompt_tokens, max_new_tokens=args.max_new_tokens, batch=args.batch,
             temperature=args.temperature, seed=args.seed, strategy=args.strategy, progress=ShownProgress(),
         )  # fmt: skip

@@ -22,7 +22,7 @@ from .sources import read_program
 
 def inspect_checkpoint(args: Inspect) -> None:
     """Print the structure of a checkpoint."""
-    program = read_program(args.checkpoint, args.trust, at_once=True)
+    program = read_program(args.checkpoint, args, at_once=True)
     note("blocks and cost ...")
     sizes = {
         n: args.batch if n.startswith("batch") else args.sequence

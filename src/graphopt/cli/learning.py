@@ -29,7 +29,7 @@ def train_program(args: Train) -> None:
     require_work_dir(folder)
     resumable = f"the run is kept in {folder}; the same command resumes it"
     with place(args.output, args.force, (args.program, args.data, args.validation), folder=True):
-        program = read_program(args.program, args.trust, to_save=True)
+        program = read_program(args.program, args, to_save=True)
         with on_interrupt(lambda: resumable if (Path(folder) / FILE).is_file() else ""):
             trained, record = train(
                 program, args.recipe, args.data, settings, batch=args.batch, length=args.length,
@@ -79,8 +79,8 @@ def sweep_program(args: Sweep) -> None:
     ):
         require_work_dir(args.work_dir)
         settings = _numbers(args.values) if args.values is not None else []
-        program = read_program(args.program, args.trust)
-        original = read_program(args.against, args.trust) if args.against is not None else None
+        program = read_program(args.program, args)
+        original = read_program(args.against, args) if args.against is not None else None
         points = sweep(
             program, args.data, args.dial, settings, points=args.points, metrics=args.metric or [],
             against=original, sequences=args.sequences, length=args.length, batch=args.batch,
@@ -103,7 +103,7 @@ def sweep_program(args: Sweep) -> None:
 def show_oracle(args: Oracle) -> None:
     """Print the best paths' losses by how much they compute, and the tokens that would have gained most."""
     oracle = routing_oracle(
-        read_program(args.program, args.trust), args.data, budget=args.budget, tokens=args.tokens,
+        read_program(args.program, args), args.data, budget=args.budget, tokens=args.tokens,
         length=args.length, seed=args.seed, progress=ShownProgress(),
     )  # fmt: skip
     if args.as_json:

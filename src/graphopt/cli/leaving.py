@@ -35,7 +35,7 @@ def export_program(args: Export) -> None:
     if not output.endswith(ending):
         raise UsageError(f"{output} should end in {ending}")
     with place(output, args.force, (args.program,), folder=to == "huggingface", moved=to == "medusa"):
-        result = _export(read_program(args.program, args.trust), to, output)
+        result = _export(read_program(args.program, args), to, output)
     if args.as_json:
         show_json(result)
     elif to == "medusa":
@@ -80,7 +80,7 @@ def run_program(args: Run) -> None:
     if output is not None and not output.endswith(".npz"):
         raise UsageError(f"{output} should end in .npz")
     with place(output, args.force, (args.program, args.inputs)):
-        program = read_program(args.program, args.trust)
+        program = read_program(args.program, args)
         rows = read_rows(program, args.inputs)
         if rows.sample:
             note(f"input: {rows.sample!r}")

@@ -14,7 +14,7 @@ from .app import Lower
 from .output import show_json, table, text
 from .places import place
 from .progress import working
-from .sources import read_program
+from .sources import is_shape, read_program
 
 
 def lower_program(args: Lower) -> None:
@@ -22,13 +22,13 @@ def lower_program(args: Lower) -> None:
     to = args.to
     if to not in ("onnx", "genai", "triton"):
         raise UsageError(f"programs are not lowered to {to!r}", hint="--to onnx, genai or triton")
-    fixed = [_sizes(spec) for spec in args.sizes or ()]
+    fixed = [_sizes(spec) for spec in args.sizes or () if not is_shape(spec)]
     options = _options(args, fixed)
     several = len(fixed) > 1 or args.part_bytes is not None or args.target not in (None, "onnx")
     folder = to != "onnx" or (several and not args.output.endswith(".onnx"))
     kind: dict[str, Any] = {"folder": True, "moved": True} if folder else {"beside": [".data"]}
     with place(args.output, args.force, (args.program,), **kind):
-        program = read_program(args.program, args.trust)
+        program = read_program(args.program, args)
         with working("compiling kernels" if to == "triton" else f"lowering to {to}"):
             report = program.lower(to, args.output, **options)
     if to == "triton":

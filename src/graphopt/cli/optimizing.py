@@ -52,7 +52,7 @@ def _run_passes(args: app.Optimize) -> Program:
     if args.verify_with not in ("sites", "full", "off"):
         raise UsageError(f"--verify is sites, full or off, not {args.verify_with!r}")
     steps, plans = read_steps(args.passes or (), args.plan_file)
-    program = read_program(args.checkpoint, args.trust, to_save=True)
+    program = read_program(args.checkpoint, args, to_save=True)
     check_order(program, steps)
     context = read_context(program, args, args.work_dir)
     if args.dump_dir is not None:
@@ -73,7 +73,7 @@ def plan_checkpoint(args: app.Plan) -> None:
     """Plan a pipeline, and print or write the plan."""
     with place(args.output, args.force, (args.checkpoint, args.data)), scores_in(args.work_dir):
         steps = as_passes(args.passes)
-        program = read_program(args.checkpoint, args.trust, to_save=True)
+        program = read_program(args.checkpoint, args, to_save=True)
         planned = plan_passes(program, steps, read_context(program, args, args.work_dir))
         if args.why is not None:
             _why(planned, args.why, args.as_json)

@@ -33,10 +33,10 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 def verify_programs(args: Verify) -> None:
     """Compare a saved program with its original and print whether its contracts hold."""
-    before = read_program(args.before, args.trust)
+    before = read_program(args.before, args)
     if is_saved_program(Path(args.after)):
         load_program(args.after, check_hashes=True)
-    after = read_program(args.after, args.trust)
+    after = read_program(args.after, args)
     verify(after)
     context = read_context(before, args)
     inputs = context.bound(before, context.judging()[0]) if context.data else example_inputs(before)
@@ -158,7 +158,7 @@ def rounding(*programs: Program) -> float:
 
 def diff_programs(args: Diff) -> None:
     """Print the differences of two graphs."""
-    before, after = (read_program(source, args.trust) for source in (args.first, args.second))
+    before, after = (read_program(source, args) for source in (args.first, args.second))
     changed = difference(before, after)
     if args.as_json:
         names = sorted({*before.operators, *after.operators})

@@ -16,6 +16,7 @@ import torch
 
 from ..ir.errors import UsageError
 from ..ir.program import Program
+from ..ir.structure import flatten, leaf_names
 from .token_ids import as_whole, require_ids
 from .tokenizer import Tokenizer
 
@@ -211,18 +212,17 @@ def _padded(program: Program, rows: list[Row], pad: int, marked: bool) -> Batch:
     return {**accepted, "loss_mask": counted} if marked else accepted
 
 
-def read_arrays(program: Program, path: Path) -> Batch:
-    """Return the arrays of a .npz file in the types that the program takes.
+def arrays_of(path: Path) -> Batch:
+    """Return the arrays of a .npz file as they are.
 
     Raises:
-        UsageError: it cannot be read, holds other inputs, arrays with different numbers of rows, rows longer than the
-            model's positions, or numbers that are not tokens of the program.
+        UsageError: it cannot be read.
     """
     import numpy
 
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
-            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (
         OSError,
         ValueError,
@@ -235,6 +235,33 @@ def read_arrays(program: Program, path: Path) -> Batch:
     ) as error:
         # a truncated file, one that is not an archive of arrays, or one with text or objects
         raise UsageError(f"{path} cannot be read as arrays: {error}") from None
+
+
+def _without_fixed(program: Program, tensors: Batch) -> Batch:
+    """Return arrays without those whose values a program was captured for, which must be these.
+
+    Raises:
+        UsageError: they are others.
+    """
+    signature = program.signature
+    fixed = [
+        name
+        for name in tensors
+        if name in signature.parameters and not any(leaf_names(signature.parameters[name]))
+    ]
+    for name in fixed:
+        flatten(signature.parameters[name], tensors[name].tolist(), name)
+    return {name: tensor for name, tensor in tensors.items() if name not in fixed}
+
+
+def read_arrays(program: Program, path: Path) -> Batch:
+    """Return the arrays of a .npz file in the types that the program takes.
+
+    Raises:
+        UsageError: it cannot be read, holds other inputs, arrays with different numbers of rows, rows longer than the
+            model's positions, or numbers that are not tokens of the program.
+    """
+    tensors = _without_fixed(program, arrays_of(path))
     unknown = [name for name in tensors if name not in program.signature.inputs]
     if unknown:
         raise UsageError(

@@ -155,7 +155,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
     cls = model_class(config)
     plain = copy.deepcopy(config)
-    plain.use_cache = False
+    _ask_no_caches(plain, [plain])
     try:
         with initialization.no_init_weights(), _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -173,6 +173,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         raise CaptureError(
             f"transformers cannot build {cls.__name__} from this configuration: {error}"
         ) from error
+    ask_no_caches(model)
     _keep_wide(model, dtype)
     unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if unmade:
@@ -190,10 +191,43 @@ def tensor_names(raw: dict[str, Any]) -> list[str]:
     return list(build(config, torch.float32, "eager").state_dict())
 
 
+def nested(config: Any) -> list[Any]:
+    """Return a configuration and every configuration inside it."""
+    found: list[Any] = []
+    work = [config]
+    while work:
+        current = work.pop(0)
+        if not any(current is other for other in found):
+            found.append(current)
+            work += [value for value in vars(current).values() if hasattr(value, "to_dict")]
+    return found
+
+
+def configurations(model: Any) -> list[Any]:
+    """Return every configuration that a model or a part of it reads; parts of some models have copies of their own."""
+    found: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "to_dict") and not any(config is other for other in found):
+            found += [part for part in nested(config) if not any(part is other for other in found)]
+    return found
+
+
+def ask_no_caches(model: Any) -> None:
+    """Let no part of a model return caches."""
+    _ask_no_caches(model.config, configurations(model))
+
+
+def _ask_no_caches(config: Any, configs: list[Any]) -> None:
+    for part in (part for owner in configs for part in nested(owner)):
+        if part is config or hasattr(part, "use_cache"):
+            part.use_cache = False
+
+
 def _has_experts(config: Any) -> bool:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return any(
-        getattr(text, name, None)
+        getattr(part, name, None)
+        for part in nested(config)
         for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
     )
 

@@ -83,6 +83,23 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Return the settings of a checkpoint's processor of images or audio; empty if it has none.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    settings: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{folder / name} must hold an object")
+            for part in (found, *(found.get(n) for n in ("image_processor", "feature_extractor"))):
+                settings |= part if isinstance(part, dict) else {}
+    return settings
+
+
 def read_folder(folder: Path) -> CheckpointFiles:
     """Open a Hugging Face folder; only headers are read.
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..ir.checking.comparison import relative_error
@@ -54,7 +53,7 @@ def tolerance_of(program: Program) -> float:
 
 
 def require_equal(
-    program: Program, model: nn.Module, cases: Iterable[tuple[str, dict[str, Any], Any]]
+    program: Program, model: Callable[..., Any], cases: Iterable[tuple[str, dict[str, Any], Any]]
 ) -> dict[str, float]:
     """Compare on several inputs; each case is (label, inputs, positions that count or None).
 
@@ -102,10 +101,14 @@ def resized(program: Program, inputs: dict[str, Any], sizes: dict[str, int]) -> 
                 continue
             if size not in targets:
                 return None
-            times = -(-targets[size] // value.shape[dim])
-            repeats = [1] * value.dim()
-            repeats[dim] = times
-            value = value.repeat(*repeats).narrow(dim, 0, targets[size])
+            more = targets[size] - value.shape[dim]
+            if more > 0:
+                # the end goes on: a row may begin with what stands for an image, which must not come twice
+                end = value.narrow(dim, value.shape[dim] // 2, -(-value.shape[dim] // 2))
+                repeats = [1] * value.dim()
+                repeats[dim] = -(-more // end.shape[dim])
+                value = torch.cat([value, end.repeat(*repeats).narrow(dim, 0, more)], dim)
+            value = value.narrow(dim, 0, targets[size])
         if _rises(tensor):
             # where pieces begin, or which graph a node belongs to: out of order it has no meaning
             value = value.sort().values

@@ -18,11 +18,16 @@ from ..ir.running.execute import memory_available, release
 from ..ir.signature import Fill
 from ..ir.structure import describe
 from ..ir.weights import InMemory
-from .architecture import filled, model_class
+from .accepting import REFUSALS, accepts, typed
+from .architecture import ask_no_caches, filled, model_class
 from .checkpoint_files import CheckpointFiles
-from .compare import compare_outputs, require_equal, tolerance_of
-from .example_inputs import example_inputs
-from .size_trials import numbers_in, settle_limits, trial
+from .compare import compare_outputs, require_equal, resized, tolerance_of
+from .example_inputs import Given, example_inputs
+from .fixed_values import Bound
+from .size_trials import numbers_in, settle_limits, share_sizes, trial
+
+# inputs whose sizes are those of rows of text, which need not be found by trying
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
 class OwnPositions(CaptureError):
@@ -35,6 +40,7 @@ def compare_with_checkpoint(
     files: CheckpointFiles,
     dtype: torch.dtype,
     small: Callable[[Program], None],
+    given: Given | None = None,
 ) -> None:
     """Load the model with its own library and compare the program with it.
 
@@ -55,7 +61,7 @@ def compare_with_checkpoint(
             model = filled(config, files.tensors, dtype)
     model.eval()
     with _loaded_once(program, files, model):
-        compare_with_model(program, model)
+        compare_with_model(program, model, given)
 
 
 @contextlib.contextmanager
@@ -76,41 +82,92 @@ def _loaded_once(program: Program, files: CheckpointFiles, model: Any) -> Iterat
         release(program)
 
 
-def compare_with_model(program: Program, model: Any) -> dict[str, float]:
-    """Compare a program with a transformers model on typical inputs; return the errors by case.
+def compare_with_model(program: Program, model: Any, given: Given | None = None) -> dict[str, float]:
+    """Compare a program with a transformers model on its example and at sizes near it; return the errors by case.
+
+    Sizes that the model itself refuses say nothing of the program.
+
+    Args:
+        program: captured from the same example.
+        model: with values.
+        given: what the user gave as inputs.
 
     Raises:
         OwnPositions: the model computes positions by a rule that is not known here.
         CaptureError: they differ by more than rounding explains.
     """
-    model.config.use_cache = False
-    example = {k: v for k, v in example_inputs(model).items() if k in program.signature.inputs}
-    example = {
-        k: v.to(next(model.parameters()).dtype) if v.is_floating_point() else v for k, v in example.items()
-    }
-    if not set(program.signature.inputs) <= set(example):
-        raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - set(example))}")
-    counted = {k: v for k, v in example.items() if k not in ("position_ids", "token_type_ids")}
-    if "position_ids" in example:
-        _require_counting(model, example, counted, tolerance_of(program))
-    settle_limits(program, trial(program, model, counted), numbers_in(model.config.to_dict()))
+    ask_no_caches(model)
+    made = example_inputs(model, given)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    example = {k: v for k, v in made.inputs.items() if k in program.signature.parameters}
+    example, asked = typed(example, dtype), Bound(model, typed(made.fixed, dtype))
+    flat = set(describe(example, lambda v: isinstance(v, torch.Tensor), "")[1])
+    if not set(program.signature.inputs) <= flat:
+        raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - flat)}")
+    counted = dict(example)
+    if _counts(program, "position_ids"):
+        counted.pop("position_ids", None)
+    _require_types(program, asked, example)
+    if _counts(program, "token_type_ids"):
+        counted.pop("token_type_ids", None)
+    if "position_ids" in example and "position_ids" not in counted:
+        _require_counting(asked, example, counted, tolerance_of(program))
+    if set(example) - _TEXT:
+        share_sizes(program, asked, example)
+    settle_limits(program, trial(program, asked, counted), numbers_in(model.config.to_dict()))
     cases: list[tuple[str, dict[str, Any], Any]] = [("the captured size", example, None)]
-    sizes = program.signature.sizes
-    if "batch" in sizes and program.signature.takes({"batch": 1}):
-        cases.append(("a batch of one", {k: v[:1] for k, v in counted.items()}, None))
-    if "sequence" in sizes:
-        length = program.signature.nearest({"sequence": 9})["sequence"]
-        shortened = {k: v[:, :length] if v.dim() == 2 else v for k, v in counted.items()}
-        cases.append(("another length", shortened, None))
-        bare = {k: v for k, v in counted.items() if k != "attention_mask"}
-        cases.append(("no mask", bare, None))
-    if "attention_mask" in example and "sequence" in sizes:
-        cases.extend(_padded(counted))
-        _choose_positions(program, model, cases)
-    errors = require_equal(program, model, cases)
-    if "position_ids" in example:
-        _packed(program, model, example)
+    cases += [case for case in _sizes_near(program, counted) if accepts(asked, case[1])]
+    masked = example.get("attention_mask")
+    if masked is not None and masked.dim() == 2 and "sequence" in program.signature.sizes:
+        cases.extend(case for case in _padded(counted) if accepts(asked, case[1]))
+        _choose_positions(program, asked, cases)
+    errors = require_equal(program, asked, cases)
+    if "position_ids" in example and "position_ids" not in counted:
+        _packed(program, asked, example)
     return errors
+
+
+def _counts(program: Program, name: str) -> bool:
+    """Return whether an input may be left out."""
+    spec = program.signature.inputs.get(name)
+    return spec is not None and spec.fill is not None
+
+
+def _sizes_near(program: Program, example: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield the example at other sizes: a batch of one, shorter and longer, without a mask."""
+    signature = program.signature
+    if "batch" in signature.sizes and signature.takes({"batch": 1}):
+        one = resized(program, example, {"batch": 1})
+        if one is not None:
+            yield "a batch of one", one, None
+    others = [n for n, limits in signature.sizes.items() if n != "batch" and limits.low != limits.high]
+    for name in others:
+        hint = signature.sizes[name].hint
+        for wished in (9, hint + 3) if "sequence" in name else (hint - 2, hint + 3):
+            length = signature.nearest({name: max(1, wished)})[name]
+            other = resized(program, example, {name: length}) if length != hint else None
+            if other is not None:
+                yield f"another length, {name} = {length}", other, None
+    if "attention_mask" in example and _counts(program, "attention_mask"):
+        yield "no mask", {k: v for k, v in example.items() if k != "attention_mask"}, None
+
+
+def _require_types(program: Program, model: Any, example: dict[str, Any]) -> None:
+    """Require types of tokens at each call, where the model means something else by leaving them out."""
+    spec = program.signature.inputs.get("token_type_ids")
+    if spec is None or spec.fill is None or "token_type_ids" not in example:
+        return
+    without = {k: v for k, v in example.items() if k != "token_type_ids"}
+    # whether a mask hides anything decides for some models what types that are left out mean
+    padded = _padded(without) if "attention_mask" in without else []
+    try:
+        limit = tolerance_of(program)
+        cases = [(without, None), *((inputs, where) for _, inputs, where in padded)]
+        same = all(compare_outputs(program, model, inputs, where) <= limit for inputs, where in cases)
+    except REFUSALS:
+        same = False
+    if not same:
+        program.signature.inputs["token_type_ids"] = replace(spec, fill=None)
 
 
 def _require_counting(model: Any, example: dict[str, Any], counted: dict[str, Any], limit: float) -> None:

@@ -20,16 +20,25 @@ from ..ir.facts import note_capture
 from ..ir.program import Program
 from ..ir.running.region import cut
 from ..ir.weights import Absent, InMemory
-from .architecture import model_class
+from .architecture import model_class, nested
 from .compare_checkpoint import compare_with_model
+from .example_inputs import Given
 from .size_limits import take_limits
 
 CaptureConfiguration = Callable[[Any], Program]
 
 _KINDS = ("layer_types", "mlp_layer_types")
+# numbers of layers beside the one that every configuration has
+_COUNTS = ("encoder_layers", "decoder_layers", "num_decoder_layers", "depth")
 
 
-def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: CaptureConfiguration) -> None:
+def compare_small(
+    program: Program,
+    config: Any,
+    dtype: torch.dtype,
+    capture: CaptureConfiguration,
+    given: Given | None = None,
+) -> None:
     """Compare a small model with random weights, and require every layer of the program to be like one of its layers.
 
     Args:
@@ -37,6 +46,7 @@ def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: Ca
         config: its configuration.
         dtype: of its parameters.
         capture: function that captures a configuration in the same way.
+        given: what the user gave as inputs.
 
     Raises:
         CaptureError: the small model differs, or a layer of the program is like none of its layers.
@@ -52,7 +62,7 @@ def compare_small(program: Program, config: Any, dtype: torch.dtype, capture: Ca
             tensor = next(state[n] for n in weight.all_names if n in state)
             captured.weights[name] = replace(weight, source=InMemory(tensor))
     constraints = set(captured.signature.constraints)
-    compare_with_model(captured, model)
+    compare_with_model(captured, model, given)
     take_limits(program.signature, captured.signature, constraints)
     for name, spec in captured.signature.inputs.items():
         if name in program.signature.inputs:
@@ -73,7 +83,22 @@ def fewer_layers(config: Any) -> Any:
     """Return a configuration with the fewest layers that has one of each kind."""
     small = copy.deepcopy(config)
     text = small.get_text_config() if hasattr(small, "get_text_config") else small
-    count = int(getattr(text, "num_hidden_layers", 1))
+    for part in nested(small):
+        # settings that name layers by number would name others, or none
+        named = any(value and name.endswith(("indexes", "indices")) for name, value in vars(part).items())
+        if part is text or not named:
+            _shorten(part)
+    return small
+
+
+def _shorten(text: Any) -> None:
+    for name in _COUNTS:
+        count = vars(text).get(name)
+        if isinstance(count, int) and count > 2:
+            setattr(text, name, 2)
+    if not isinstance(getattr(text, "num_hidden_layers", None), int):
+        return
+    count = text.num_hidden_layers
     needed = [i for i in (0, 1) if i < count]
     kinds = [
         list(getattr(text, name)) for name in _KINDS if isinstance(getattr(text, name, None), (list, tuple))
@@ -93,7 +118,6 @@ def fewer_layers(config: Any) -> Any:
         entries = getattr(text, name, None)
         if isinstance(entries, (list, tuple)):
             setattr(text, name, [entries[i] for i in needed])
-    return small
 
 
 def layer_key(program: Program, layer: Layer) -> Any:

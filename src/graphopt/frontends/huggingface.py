@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,35 +17,33 @@ from torch.utils._pytree import tree_map
 
 from ..ir.canonical import canonicalise
 from ..ir.compat import FakeTensorMode, new_fake_mode
-from ..ir.errors import CaptureError, CheckpointError, GraphoptError
+from ..ir.errors import CaptureError, CheckpointError, GraphoptError, UsageError
 from ..ir.facts import note_capture
 from ..ir.program import Origin, Program
 from ..ir.signature import Fill, Input
+from ..ir.structure import describe
 from ..ir.weights import Absent, InMemory, TensorSource
+from .accepting import typed
 from .architecture import build, config_from, load_config, model_class, require_transformers
 from .bind_weights import bind
-from .checkpoint_files import CheckpointFiles, read_folder
+from .checkpoint_files import CheckpointFiles, read_folder, read_processor
 from .checkpoint_names import Mapped, map_names
 from .compare_checkpoint import OwnPositions, compare_with_checkpoint
 from .compare_small import compare_small
-from .example_inputs import causal, example_inputs, size_names
+from .example_inputs import Given, causal, example_inputs, with_few_rows
+from .fixed_values import Joined, describe_fixed, fixing
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
 from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
-from .stored_values import plain_numbers, untie
+from .stamping.plan import exported_layers, plan_stamping, stamp
+from .stamping.record import CannotStamp
+from .stamping.tensors import Tensors
+from .stored_values import computed_weights, plain_numbers, untie
 from .torch_module import export
+from .untraceable import traceable
 
 ATTENTION_LADDER = ("sdpa", "eager")
-
-
-@dataclass
-class _Built:
-    """A model ready for tracing: fake parameters, and the real values of its buffers."""
-
-    model: Any
-    mode: FakeTensorMode
-    buffers: dict[str, torch.Tensor]
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
@@ -117,7 +114,8 @@ def capture_huggingface(
 
     Args:
         source: a folder, an id in the local cache, or a GGUF file.
-        inputs: an example by name; by default made from the configuration.
+        inputs: an example by name; what is left out is made from the configuration. A ``torch.Size`` in place of a
+            tensor asks for an example of that shape.
         dynamic: "auto", None, or sizes by input and dimension.
         compare: run the model and the program on padded and unpadded inputs of several sizes.
 
@@ -129,7 +127,9 @@ def capture_huggingface(
     folder = files.folder
     config = load_config(folder, files.config) if folder.is_dir() else config_from(files.config, folder)
     dtype = element_type(config, files)
-    program = _first_matching_capture(config, dtype, inputs, dynamic, files, compare)
+    processor = read_processor(folder) if folder.is_dir() else {}
+    given = Given(inputs or {}, processor, grow=dynamic == "auto")
+    program = _first_matching_capture(config, dtype, given, dynamic, files, compare)
     program.origin = Origin(
         kind="huggingface",
         model_class=f"transformers:{model_class(config).__name__}",
@@ -158,39 +158,45 @@ def capture_configuration(
         dynamic: "auto", None, or sizes by input and dimension.
     """
     dtype = dtype or element_type(config, None)
-    program = _first_matching_capture(config, dtype, inputs, dynamic, None, False)
+    program = _first_matching_capture(
+        config, dtype, Given(inputs or {}, grow=dynamic == "auto"), dynamic, None, False
+    )
     program.origin = Origin(
         kind="huggingface",
         model_class=f"transformers:{model_class(config).__name__}",
         config=config.to_dict(),
+        notes=program.origin.notes,
         padding="causal" if causal(config) else "",
     )
     return program
 
 
 def _first_matching_capture(
-    config: Any, dtype: torch.dtype, inputs: Any, dynamic: Any, files: CheckpointFiles | None, compare: bool
+    config: Any, dtype: torch.dtype, inputs: Given, dynamic: Any, files: CheckpointFiles | None, compare: bool
 ) -> Program:
     """Try the library's attention implementations in order and return the first capture that matches the model."""
     refuse_varying_frequencies(config)
     failures: list[str] = []
 
-    def attempt(attention: str, without: tuple[str, ...]) -> Program:
+    def attempt(attention: str, without: tuple[str, ...], inputs: Given = inputs) -> Program:
         program = _capture(config, dtype, inputs, dynamic, files, attention, without)
+        few = with_few_rows(inputs, {n: spec.shape for n, spec in program.signature.inputs.items()})
+        if few is not None:
+            return attempt(attention, without, few)
         if not compare or files is None:
             settle_by_guards(program)
             return program
         again = partial(
             _capture,
             dtype=dtype,
-            inputs=None,
+            inputs=inputs,
             dynamic=dynamic,
             files=None,
             attention=attention,
             without=without,
         )
-        small = partial(compare_small, config=config, dtype=dtype, capture=again)
-        compare_with_checkpoint(program, config, files, dtype, small)
+        small = partial(compare_small, config=config, dtype=dtype, capture=again, given=inputs)
+        compare_with_checkpoint(program, config, files, dtype, small, inputs)
         return program
 
     for attention in ATTENTION_LADDER:
@@ -198,10 +204,10 @@ def _first_matching_capture(
             try:
                 program = attempt(attention, ())
             except OwnPositions:
-                if inputs is not None:
+                if "position_ids" in inputs.inputs:
                     raise
                 program = attempt(attention, ("position_ids",))
-        except CheckpointError:
+        except (CheckpointError, UsageError):
             raise
         except GraphoptError as error:
             failures.append(f"with {attention} attention: {error}")
@@ -211,8 +217,8 @@ def _first_matching_capture(
     raise CaptureError(f"{model_class(config).__name__} cannot be captured\n  " + "\n  ".join(failures))
 
 
-def _fake(model: Any, mode: FakeTensorMode) -> _Built:
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+def _fake(model: Any, mode: FakeTensorMode) -> None:
+    """Give a model tensors without memory, of a mode."""
     fakes: dict[int, Any] = {}
     with mode:
         for module in model.modules():
@@ -230,7 +236,6 @@ def _fake(model: Any, mode: FakeTensorMode) -> _Built:
                             tensor,
                         )
                     table[name] = fakes[id(tensor)][0]
-    return _Built(model, mode, buffers)
 
 
 @contextlib.contextmanager
@@ -248,45 +253,62 @@ def _quiet() -> Iterator[None]:
 def _capture(
     config: Any,
     dtype: torch.dtype,
-    inputs: Any,
+    inputs: Given,
     dynamic: Any,
     files: CheckpointFiles | None,
     attention: str,
     without: tuple[str, ...] = (),
+    whole: CannotStamp | None = None,
 ) -> Program:
+    """Capture with one attention implementation; ``whole`` is why all layers are exported, if that is known."""
     with _quiet():
         model, mode, mapped = build(config, dtype, attention), new_fake_mode(), Mapped()
+        computed: dict[str, torch.Tensor] = {}
         if files is not None:
             mapped = map_names(model, files.tensors, mode)
             plain_numbers(model, mapped, files)
             untie(model, mapped, files.tensors)
-        built = _fake(model, mode)
-        example = dict(inputs) if inputs is not None else example_inputs(built.model)
-        example = {k: _widened(v, dtype) for k, v in example.items() if k not in without}
-        dimension_names = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
-        with built.mode, torch.no_grad():
+            computed = computed_weights(model, mapped)
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+        sources = _sources(model, buffers, mapped, files) | {n: InMemory(t) for n, t in computed.items()}
+        tensors = Tensors(sources, mapped, files.tensors if files is not None else {})
+        _fake(model, mode)
+        made = example_inputs(model, inputs)
+        example = {k: typed(v, dtype) for k, v in made.inputs.items() if k not in without}
+        fixed = typed(made.fixed, dtype)
+        if whole is None:
+            with traceable(), fixing(model, fixed, made.marked):
+                stamping = plan_stamping(model, example, buffers)
+        else:
+            stamping = whole
+        with exported_layers(model, stamping), mode, torch.no_grad():
             fakes = tree_map(
                 lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v, example
             )
-            exported = _export(built.model, fakes, dynamic, dimension_names)
-    sources = _sources(built, mapped, files)
-    program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, dimension_names))
+            with traceable(), fixing(model, fixed, made.marked):
+                exported = _export(model, fakes, dynamic, made.sizes)
+    program = lift(exported, fakes, sources=sources, names=_symbol_names(exported, made.sizes))
+    take_fixed(program, made.fixed)
     if files is not None:
-        bind(program, mapped, files)
+        bind(program, tensors.without(stamping), files)
         program.origin.unused = tuple(mapped.unused)
     _fill_rules(program, config)
     canonicalise(program)
+    try:
+        stamp(program, stamping, tensors)
+    except CannotStamp as reason:
+        return _capture(config, dtype, inputs, dynamic, files, attention, without, reason)
     return program
 
 
-def _widened(value: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.dim() and value.shape[0] == 1:
-        value = value.repeat(3, *[1] * (value.dim() - 1))
-    if value.dim() == 2 and not value.dtype.is_floating_point and value.shape[1] < 4:
-        value = value.repeat(1, 13)[:, :13]
-    return value.to(dtype) if value.dtype.is_floating_point else value.clone()
+def take_fixed(program: Program, fixed: Mapping[str, Any]) -> None:
+    """Note which values a program is captured for; calls may repeat them, and no others."""
+    if not fixed:
+        return
+    for name, value in fixed.items():
+        plain = value.tolist() if isinstance(value, torch.Tensor) else value
+        program.signature.parameters[name], _ = describe(plain, lambda v: False, name)
+    program.origin.notes = (*program.origin.notes, describe_fixed(fixed))
 
 
 def _export(
@@ -310,6 +332,9 @@ def _export(
     try:
         return export(model, example, shapes)
     except CaptureError as error:
+        if any(v.dim() > 2 for v in example.values() if isinstance(v, torch.Tensor)):
+            with contextlib.suppress(CaptureError), Joined():
+                return export(model, example, shapes)
         limits = dict(re.findall(r"(\w+) = Dim\('\w+'(?:, min=\d+)?, max=(\d+)\)", str(error.__cause__)))
         if limits:
             limited = {n: Dim(n, min=1, max=int(limits[n])) if n in limits else d for n, d in sizes.items()}
@@ -352,19 +377,22 @@ def _symbol_names(exported: Any, dimension_names: dict[str, dict[int, str]]) -> 
     return names
 
 
-def _sources(built: _Built, mapped: Mapped, files: CheckpointFiles | None) -> dict[str, TensorSource]:
+def _sources(
+    model: Any, buffers: Mapping[str, torch.Tensor], mapped: Mapped, files: CheckpointFiles | None
+) -> dict[str, TensorSource]:
+    """Return where the values of each tensor come from: parameters, then buffers."""
     sources: dict[str, TensorSource] = {}
-    ties: dict[int, list[str]] = {}
-    for name, tensor in built.model.state_dict(keep_vars=True).items():
-        ties.setdefault(id(tensor), []).append(name)
-    for name, buffer in built.buffers.items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        sources[name] = Absent(tuple(parameter.shape), parameter.dtype, name)
+    for name, buffer in buffers.items():
         sources[name] = InMemory(buffer)
+    ties: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        ties.setdefault(id(tensor), []).append(name)
     for names in ties.values():
         source = next((n for n in names if n in mapped.plain), None)
         if source is not None and files is not None:
             sources.update(dict.fromkeys(names, files.tensors[mapped.plain[source]]))
-    for name, parameter in built.model.named_parameters(remove_duplicate=False):
-        sources.setdefault(name, Absent(tuple(parameter.shape), parameter.dtype, name))
     return sources
 
 
@@ -378,7 +406,8 @@ def _fill_rules(program: Program, config: Any) -> None:
     main = next((n for n in ("input_ids", "pixel_values") if n in program.signature.inputs), None)
     for name, rule in rules.items():
         spec = program.signature.inputs.get(name)
-        if spec is not None and main is not None:
+        # positions in several dimensions follow from images, and masks of frames are no masks of pixels
+        if spec is not None and main is not None and spec.shape == program.signature.inputs[main].shape:
             fill = Fill(rule, main)  # type: ignore[arg-type]
             program.signature.inputs[name] = Input(
                 spec.name, spec.dtype, spec.shape, fill, name == "position_ids"

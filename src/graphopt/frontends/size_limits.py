@@ -176,7 +176,7 @@ def _implied(signature: Signature, relation: Relation, others: list[Relation]) -
     valid = torch.ones(_SAMPLE, dtype=torch.bool)
     for other in others:
         valid = valid & torch.as_tensor(other.holds(samples))
-    holds = torch.as_tensor(relation.holds(samples))
+    holds = torch.as_tensor(relation.holds(samples)).expand(_SAMPLE)
     return int(valid.sum()) >= 20 and bool(holds[valid].all())
 
 

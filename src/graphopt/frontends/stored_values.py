@@ -79,6 +79,55 @@ def untie(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> li
     return freed
 
 
+def computed_weights(model: Any, mapped: Mapped) -> dict[str, torch.Tensor]:
+    """Return the weights that are in no file because the library computes them while it builds a model.
+
+    Tables of positions are such weights. They are computed twice, from different random numbers: what differs is a
+    weight that is missing.
+
+    Args:
+        model: built without values, before it is traced; not changed.
+        mapped: where each other weight comes from.
+    """
+    made = {name for recipe in mapped.made for name in recipe.targets}
+    stored = {*mapped.plain, *made}
+    tied: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(name)
+    missing = [names for names in tied.values() if not stored & set(names)]
+    found: dict[str, torch.Tensor] = {}
+    for names in missing:
+        owner, _, leaf = names[0].rpartition(".")
+        module = model.get_submodule(owner)
+        if module._parameters.get(leaf) is None or not hasattr(model, "_init_weights"):
+            continue
+        first, second = (_initialised(model, module, leaf, seed) for seed in (1, 2))
+        if first is not None and second is not None and torch.equal(first, second):
+            found.update(dict.fromkeys(names, first))
+    return found
+
+
+def _initialised(model: Any, module: nn.Module, leaf: str, seed: int) -> torch.Tensor | None:
+    """Return a parameter as the library initialises it, or None if it leaves it alone."""
+    parameters = dict(module._parameters)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(
+                        torch.full(parameter.shape, float(seed), dtype=parameter.dtype),
+                        requires_grad=parameter.requires_grad,
+                    )
+            model._init_weights(module)
+            value = module._parameters[leaf]
+        except (RuntimeError, AttributeError, TypeError, ValueError):
+            return None
+        finally:
+            module._parameters.update(parameters)
+    return None if value is None else value.detach()
+
+
 def plain_numbers(model: Any, mapped: Mapped, files: CheckpointFiles) -> None:
     """Require that the stored numbers are the weights themselves, not quantised.
 

@@ -26,6 +26,9 @@ from .frozen import note_frozen, remember
 from .lift import lift
 from .size_limits import settle_by_guards
 from .size_trials import larger_example, model_accepts, share_sizes
+from .stamping.plan import exported_layers, plan_stamping, stamp
+from .stamping.record import CannotStamp
+from .stamping.tensors import tensors_of
 
 __all__ = ["Inputs", "bind_inputs", "capture_module", "dynamic_shapes", "evaluation", "export", "widen"]
 
@@ -250,8 +253,10 @@ def _captured(
 ) -> Program:
     example = widen(bound, model) if dynamic == "auto" else _with(bound, {})
 
-    def captured(example: dict[str, Any]) -> Program:
-        exported = export(model, example, dynamic_shapes(example, dynamic))
+    def captured(example: dict[str, Any], whole: CannotStamp | None = None) -> Program:
+        plan = plan_stamping(model, example) if whole is None else whole
+        with exported_layers(model, plan):
+            exported = export(model, example, dynamic_shapes(example, dynamic))
         program = lift(exported, example, names=name_sizes(exported) if name_sizes else None)
         if compare:
             if any(is_mutable(node.target) for node in program.graph.nodes):
@@ -259,6 +264,10 @@ def _captured(
                 canonicalise(program.copy())
             share_sizes(program, model, example)
         canonicalise(program)
+        try:
+            stamp(program, plan, tensors_of(model))
+        except CannotStamp as reason:
+            return captured(example, reason)
         if compare:
             compare_with_model(program, model, bound, example)
         else:

@@ -7,46 +7,56 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..ir.canonical import canonicalise
-from ..ir.errors import CaptureError, GraphoptError
+from ..ir.errors import CaptureError, GraphoptError, UsageError
 from ..ir.program import Origin, Program
+from .architecture import ask_no_caches, configurations
 from .calling import Inputs, by_name, uncompiled
 from .compare import require_equal
-from .compare_checkpoint import compare_with_model
-from .example_inputs import causal, example_inputs, size_names
-from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names
+from .compare_checkpoint import OwnPositions, compare_with_model
+from .example_inputs import Given, causal, example_inputs, with_few_rows
+from .fixed_values import fixing
+from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names, take_fixed
 from .lift import lift
 from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
-from .size_trials import numbers_in, settle_limits, trial
-from .torch_module import evaluation, widen
+from .stamping.plan import exported_layers, plan_stamping, stamp
+from .stamping.record import CannotStamp
+from .stamping.tensors import tensors_of
+from .torch_module import evaluation
+from .untraceable import traceable
+
+_SETTINGS = ("use_cache", "_attn_implementation_internal", "_experts_implementation_internal")
+
+
+@contextlib.contextmanager
+def _without_caches(model: Any) -> Iterator[None]:
+    """Ask no part of a model for caches, and restore the user's settings of every part afterwards."""
+    parts = configurations(model)
+    before = [{name: vars(part)[name] for name in _SETTINGS if name in vars(part)} for part in parts]
+    try:
+        ask_no_caches(model)
+        yield
+    finally:
+        for part, settings in zip(parts, before, strict=True):
+            for name in _SETTINGS:
+                if name in settings:
+                    setattr(part, name, settings[name])
+                else:
+                    vars(part).pop(name, None)
 
 
 @contextlib.contextmanager
 def _traceable(model: Any, attention: str) -> Iterator[None]:
-    """Apply the settings that tracing needs, and restore the user's afterwards."""
-    config = model.config
-    before = {
-        name: getattr(config, name, None)
-        for name in ("use_cache", "_attn_implementation", "_experts_implementation")
-        if hasattr(config, name)
-    }
-    try:
-        config.use_cache = False
+    """Apply the settings that tracing needs to every part of a model, and restore the user's afterwards."""
+    with _without_caches(model):
         model.set_attn_implementation(attention)
-        if before.get("_experts_implementation") is not None and hasattr(model, "set_experts_implementation"):
+        experts = getattr(model.config, "_experts_implementation", None)
+        if experts is not None and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")
         yield
-    finally:
-        if before.get("_attn_implementation"):
-            model.set_attn_implementation(before["_attn_implementation"])
-        if before.get("_experts_implementation") is not None and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation(before["_experts_implementation"])
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def capture_transformers_module(
@@ -62,29 +72,37 @@ def capture_transformers_module(
 
     Raises:
         CaptureError: no way of tracing it gives the model's results.
+        UsageError: the model does not take the inputs.
     """
     refuse_varying_frequencies(model.config)
+    given = Given(inputs, grow=dynamic == "auto", complete=dynamic == "auto")
+
+    def attempt(attention: str, without: tuple[str, ...], given: Given = given) -> Program:
+        with _traceable(model, attention):
+            program = _capture(model, given, dynamic, without)
+        few = with_few_rows(given, {n: spec.shape for n, spec in program.signature.inputs.items()})
+        if few is not None:
+            return attempt(attention, without, few)
+        if not compare:
+            settle_by_guards(program)
+            return program
+        with _without_caches(model), evaluation(model):
+            compare_with_model(program, model, given)
+        return program
+
     failures = []
     for attention in ATTENTION_LADDER:
         try:
-            with _traceable(model, attention):
-                program = _capture(model, inputs, dynamic)
+            try:
+                return attempt(attention, ())
+            except OwnPositions:
+                if "position_ids" in inputs:
+                    raise
+                return attempt(attention, ("position_ids",))
+        except UsageError:
+            raise
         except (GraphoptError, ValueError) as error:
             failures.append(f"with {attention} attention: {error}")
-            continue
-        cache = model.config.use_cache
-        try:
-            if compare:
-                with evaluation(model):
-                    _compare(program, model, inputs)
-            else:
-                settle_by_guards(program)
-        except GraphoptError as error:
-            failures.append(f"with {attention} attention: {error}")
-            continue
-        finally:
-            model.config.use_cache = cache
-        return program
     raise CaptureError(f"{type(model).__name__} cannot be captured\n  " + "\n  ".join(failures))
 
 
@@ -116,11 +134,8 @@ def capture_wrapped(
         program = capture_transformers_module(model, named, dynamic=dynamic, compare=compare)
         if compare:
             called, _ = by_name(wrapper, inputs)
-            cache, model.config.use_cache = model.config.use_cache, False
-            try:
+            with _without_caches(model):
                 require_equal(program, called, [("the example", named, None)])
-            finally:
-                model.config.use_cache = cache
     for node, weight in program.weights.items():
         names = tuple(f"{name}.{n}" for n in weight.names)
         program.weights[node] = replace(weight, name=f"{name}.{weight.name}", names=names)
@@ -128,40 +143,29 @@ def capture_wrapped(
     return program
 
 
-def _capture(model: Any, inputs: dict[str, Any], dynamic: Any) -> Program:
-    example = widen(inputs) if dynamic == "auto" else dict(inputs)
-    if dynamic == "auto" and "input_ids" in example:
-        ids = example["input_ids"]
-        for name, value in example_inputs(model).items():
-            if name in ("attention_mask", "position_ids", "token_type_ids") and name not in example:
-                filler = torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
-                if name == "position_ids":
-                    filler = torch.arange(ids.shape[1]).expand(ids.shape).clone()
-                example[name] = filler
-                del value
-    dimension_names = size_names({k: v for k, v in example.items() if isinstance(v, torch.Tensor)})
+def _capture(
+    model: Any, given: Given, dynamic: Any, without: tuple[str, ...], whole: CannotStamp | None = None
+) -> Program:
     with evaluation(model):
-        exported = _export(model, example, dynamic, dimension_names)
-    program = lift(exported, example, names=_symbol_names(exported, dimension_names))
+        made = example_inputs(model, given)
+        example = {k: v for k, v in made.inputs.items() if k not in without}
+        with traceable(), fixing(model, made.fixed, made.marked):
+            plan = plan_stamping(model, example) if whole is None else whole
+        with exported_layers(model, plan), traceable(), fixing(model, made.fixed, made.marked):
+            exported = _export(model, example, dynamic, made.sizes)
+    program = lift(exported, example, names=_symbol_names(exported, made.sizes))
+    take_fixed(program, made.fixed)
     _fill_rules(program, model.config)
     canonicalise(program)
+    try:
+        stamp(program, plan, tensors_of(model))
+    except CannotStamp as reason:
+        return _capture(model, given, dynamic, without, reason)
     program.origin = Origin(
         kind="module",
         model_class=f"transformers:{type(model).__name__}",
         config=model.config.to_dict(),
+        notes=program.origin.notes,
         padding="causal" if causal(model.config) else "",
     )
     return program
-
-
-def _compare(program: Program, model: Any, inputs: dict[str, Any]) -> None:
-    accepted = (
-        set(example_inputs(model))
-        if getattr(model, "main_input_name", "") in ("input_ids", "pixel_values")
-        else set()
-    )
-    if set(program.signature.inputs) <= accepted:
-        compare_with_model(program, model)
-    else:
-        settle_limits(program, trial(program, model, inputs), numbers_in(model.config.to_dict()))
-        require_equal(program, model, [("the example", inputs, None)])

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._export.utils import _compiling_state_context
 from torch._export.verifier import load_verifier
 from torch._guards import SLoc
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -43,6 +44,7 @@ __all__ = [
     "build_exported_program",
     "compile_package",
     "composite_kernels",
+    "exporting",
     "fake_tensor",
     "fresh",
     "guard_code",
@@ -94,6 +96,13 @@ def without_fake_cache() -> contextlib.AbstractContextManager[None]:
 
     patched: contextlib.AbstractContextManager[None] = config.patch(fake_tensor_cache_enabled=False)
     return patched
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Let code in the block believe that torch.export runs it: libraries then take the branches that are exported."""
+    with _compiling_state_context():
+        yield
 
 
 def add_symbol(mode: FakeTensorMode, name: str, low: int, high: int | None, hint: int) -> sympy.Symbol:

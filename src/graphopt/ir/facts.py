@@ -323,6 +323,7 @@ class Capture(Fact, name="capture", done="captured"):
         packed_positions: how the model's results differ where several texts share a row; "" where they do not.
         compared: what was compared instead of the whole model; "" if all of it was compared.
         attention_implementation: of transformers, by name.
+        layers: how many were exported and how many are copies, or why all were exported.
     """
 
     plain_attention: tuple[str, ...] = ()
@@ -331,6 +332,7 @@ class Capture(Fact, name="capture", done="captured"):
     packed_positions: str = ""
     compared: str = ""
     attention_implementation: str = ""
+    layers: str = ""
 
 
 def note_capture(program: Program, **changed: Any) -> None:

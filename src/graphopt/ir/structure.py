@@ -114,6 +114,9 @@ def flatten(structure: Structure, value: Any, where: str) -> dict[str, Any]:
     """Return the leaves of ``value``, which must have this structure; ``where`` names it in errors."""
     if "leaf" in structure:
         return {structure["leaf"]: value}
+    if hasattr(value, "tolist"):
+        # a tensor whose values were fixed at capture
+        value = value.tolist()
     if "constant" in structure:
         if not isinstance(value, _CONSTANTS) or value != structure["constant"]:
             now = repr(value) if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"

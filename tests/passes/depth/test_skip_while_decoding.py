@@ -8,11 +8,13 @@ from functools import lru_cache
 import pytest
 import torch
 from builders import Shape, Transformer, tokens
+from torch import nn
 
 import graphopt
 from graphopt.ir.errors import PipelineError, UsageError
 from graphopt.ir.export_blockers import export_blockers
 from graphopt.ir.facts import SkippedWhileDecoding
+from graphopt.passes import Context, SkipLayers
 from graphopt.training import Settings
 from graphopt.training.forms import CONTINUED, continued
 
@@ -216,3 +218,86 @@ def test_a_phase_that_is_frozen_stays(captured, value: int) -> None:
     texts = [graphopt.generate(p, row, max_new_tokens=8) for p in (frozen, expected)]
     assert torch.equal(*texts)
     assert bool(export_blockers(frozen)) == (value == 1)
+
+
+class Beside(nn.Module):
+    """Layers of two feed-forwards of one input, which are added together, or apart and the first of them twice."""
+
+    def __init__(self, together: bool):
+        super().__init__()
+        self.together = together
+        self.table, self.head = nn.Embedding(32, 8), nn.Linear(8, 32)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(8), *(self.ffn(kind) for kind in (nn.GELU, nn.ReLU))])
+            for _ in range(3)
+        )
+
+    @staticmethod
+    def ffn(activation: type[nn.Module]) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), activation(), nn.Linear(16, 8))
+
+    def forward(self, input_ids: torch.Tensor, without: tuple[tuple[int, int], ...] = ()) -> torch.Tensor:
+        x = self.table(input_ids)
+        for number, (norm, *branches) in enumerate(self.layers):
+            first, second = (branch(norm(x)) for branch in branches)
+            first, second = (
+                torch.zeros_like(y) if (number, place) in without else y
+                for place, y in enumerate((first, second))
+            )
+            x = x + (first + second) if self.together else x + first + second + first
+        return self.head(x)
+
+
+@lru_cache
+def beside(together: bool) -> tuple[Beside, graphopt.Program]:
+    torch.manual_seed(0)
+    model = Beside(together).double().eval()
+    return model, graphopt.capture(model, {"input_ids": torch.randint(0, 32, (2, 6))})
+
+
+def test_two_that_are_one_addition_are_not_both_skipped() -> None:
+    """Wrong if both were planned, and the one that is added to the other went on as if it were the stream."""
+    model, program = beside(together=True)
+    step = SkipLayers(layers=[0, 1, 3], unit="ffn", phase="decode")
+    plan = step.plan(program, Context())
+    assert [s.block for s in plan.sites] == ["ffn.0", "ffn.3"]
+    (reason,) = (r.reason for r in plan.refused if r.block == "ffn.1")
+    assert reason == "nothing but ffn.0, which is skipped, is added with it"
+    done, ids = graphopt.optimize(program, str(step)), tokens(2, 6)["input_ids"]
+    setting = torch.tensor(1.0)
+    assert torch.allclose(done(input_ids=ids, decoding=setting), model(ids, ((0, 0), (1, 1))), atol=1e-12)
+    plan.sites = step.findings(program).sites[:2]
+    with pytest.raises(graphopt.PassRefusedError, match="takes ffn.1, which cannot be taken: nothing but"):
+        step.rewrite(program.copy(), plan)
+
+
+@pytest.mark.parametrize(
+    "how", ["layers=[0 2]", "speedup=2", "remove=1", "remove=3", "budget=9", "remove=1 search=contiguous"]
+)
+def test_what_cannot_be_skipped_is_refused_while_planning(how: str) -> None:
+    """Wrong if a plan or a search took units that carrying the plan out would refuse."""
+    model, program = beside(together=False)
+    data = [{"input_ids": row["input_ids"]} for row in batches()]
+    done = graphopt.optimize(program, f"skip-layers{{unit=ffn phase=decode {how}}}", data=data)
+    assert done.report is not None
+    entry = done.report.passes[-1]
+    taken = [int(name.removeprefix("ffn.")) for name in entry.sites]
+    # each first feed-forward is two blocks, one for each time it is added
+    assert taken and set(taken) <= {2, 5, 8} and not any(r.rolled_back for r in entry.refused)
+    reasons = {r.block: r.reason for r in entry.refused}
+    assert "not added to the stream apart" in reasons["ffn.0"]
+    found = done(**data[0], decoding=torch.tensor(1.0))
+    expected = model(data[0]["input_ids"], tuple((number // 3, 1) for number in taken))
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["remove=4", "remove=2 search=contiguous", "layers=[0 1]"])
+def test_no_more_are_skipped_than_can_be(how: str) -> None:
+    """Wrong if neighbours were taken that are none, or as many as there are blocks of whatever kind."""
+    _, program = beside(together=False)
+    with pytest.raises(graphopt.PassRefusedError, match="3 can be skipped|not added to the stream apart"):
+        graphopt.optimize(
+            program,
+            f"skip-layers{{unit=ffn phase=decode {how}}}",
+            data=[{"input_ids": row["input_ids"]} for row in batches()],
+        )

@@ -20,6 +20,7 @@ from graphopt.measure import context as measuring
 from graphopt.passes import Context, parse_pipeline
 from graphopt.passes.framework.manager import run_pass
 from graphopt.passes.framework.plan import Findings, Plan, read_plans, write_plans
+from graphopt.passes.quantization import quantize
 from graphopt.passes.width.nesting import place_of
 
 
@@ -89,6 +90,21 @@ def test_blocks_are_found_once(text: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(METHODS, "anatomy", anatomy)
     run_pass(program, step, Context(data), verify_with="off")
     assert calls["anatomy"] == 1
+
+
+@pytest.mark.parametrize("options", ["weights=8", "weights=4", "weights=4 mixed=true budget=9 metric=kl"])
+@pytest.mark.parametrize("given", [False, True])
+def test_scales_are_measured_once(options: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong if rewriting measured a matrix again, or every program that a search for bits tries."""
+    program = done(decoder(), "fit-target").copy()
+    (step,) = parse_pipeline(f"quantize{{{options}}}")
+    plan = Plan.from_dict(step.plan(program, Context(DATA)).as_dict()) if given else None
+    calls: Counter[str] = Counter()
+    counted(monkeypatch, quantize, "matrix_scales", calls)
+    made, _ = run_pass(program.copy(), step, Context(DATA), plan=plan, verify_with="off")
+    matrices = sum(name.endswith("_quantize_scale") for name in (w.name for w in made.weights.values()))
+    # with mixed bits each is measured with four and with eight
+    assert matrices and calls["matrix_scales"] == matrices * (2 if "mixed" in options and not given else 1)
 
 
 def test_what_was_found_goes_with_a_copy_until_it_is_edited() -> None:

@@ -8,8 +8,9 @@ from .blocks import Anatomy, Block, Branches, Layer, Stream
 from .branches import find_branches
 from .ends import find_embedding, find_head
 from .kinds import classify, mixtures_beside
-from .layers import group_layers
-from .residual import find_residual
+from .layers import find_layers
+from .nesting import nest
+from .residual import Addition, find_residual
 
 __all__ = ["Anatomy", "Block", "Branches", "Layer", "Stream", "find_anatomy"]
 
@@ -21,18 +22,25 @@ def find_anatomy(program: Program) -> Anatomy:
     residual = find_residual(program)
     anatomy.branches = find_branches(program, {add.node for add in residual.additions})
     linear_sums = {group.writes for group in anatomy.branches}
-    for addition in residual.additions:
-        if addition.node in linear_sums:
-            continue
-        for block in classify(program, addition):
-            anatomy.blocks.append(block)
+    nesting = nest([addition for addition in residual.additions if addition.node not in linear_sums])
+    blocks: dict[Addition, list[Block]] = {}
+    for addition in nesting.additions:
+        inner = [block for within in nesting.within.get(addition, ()) for block in blocks[within]]
+        blocks[addition] = classify(program, addition, nesting, inner)
+        anatomy.blocks.extend(blocks[addition])
     anatomy.beside = mixtures_beside(program, anatomy.blocks)
     counts: dict[str, int] = {}
     for block in (*anatomy.blocks, *anatomy.beside):
         block.index = counts.get(block.kind, 0)
         counts[block.kind] = block.index + 1
-    anatomy.streams = [part for s in residual.streams(anatomy.blocks) for part in _by_output(program, s)]
-    anatomy.layers = [layer for stream in anatomy.streams for layer in group_layers(stream)]
+    contained = {id(inner) for block in anatomy.blocks for inner in block.inner}
+    outside = [block for block in anatomy.blocks if id(block) not in contained]
+    streams = {
+        id(block): [part for s in residual.streams(group) for part in _by_output(program, s)]
+        for block, group in ((None, outside), *((b, b.inner) for b in anatomy.blocks if b.inner))
+    }
+    anatomy.streams = [stream for group in streams.values() for stream in group]
+    anatomy.layers = find_layers(streams[id(None)], lambda block: streams.get(id(block), []))
     for index, layer in enumerate(anatomy.layers):
         layer.index = index
         for block in layer.blocks:

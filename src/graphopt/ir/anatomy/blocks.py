@@ -13,19 +13,23 @@ class Block:
     """One contribution to a residual stream.
 
     Attributes:
-        kind: attention, ffn, experts, mixer or unrecognised.
+        kind: attention, ffn, experts, mixer (of positions, without attention), adapter (two projections and no activation),
+            composite (a residual block around others) or unrecognised.
         reads: the stream's value before the block.
         writes: its value after, post-norm included.
         term: what the block adds.
         add: the addition.
         nodes: the operators of the block, in order; what does not descend from the stream (masks, rotary
-            tables) is not among them.
+            tables) is not among them, nor is what belongs to the blocks within it.
         parts: named operators, such as q, k, v, o, core, gate, up, down, router, norm.
         sizes: heads, kv_heads, head_size, width, experts, ... where they apply.
         norms: pre, post, sandwich, branch (on the contribution only) or none.
         evidence: reasons for its kind.
         parallel: another block reads and writes at the same addition.
         shared_terms: the contribution of a shared expert of an MoE layer.
+        carry: the stream at the addition where it is scaled on the way, or its copies are mixed, as between
+            hyper-connections; None where what the block reads is added as it is.
+        inner: the blocks directly within it, on streams that begin and end in it.
     """
 
     kind: str
@@ -40,6 +44,8 @@ class Block:
     evidence: list[str] = field(default_factory=list)
     parallel: bool = False
     shared_terms: list[fx.Node] = field(default_factory=list)
+    carry: fx.Node | None = None
+    inner: list[Block] = field(default_factory=list)
     index: int = 0
     layer: int = 0
 
@@ -52,6 +58,11 @@ class Block:
     def terms(self) -> list[fx.Node]:
         """The terms that the block adds to the stream."""
         return [self.term, *self.shared_terms]
+
+    @property
+    def region(self) -> set[fx.Node]:
+        """Everything that belongs to the block: its operators, its addition and post-norm, and the blocks within it."""
+        return {*self.nodes, self.add, self.writes}.union(*(block.region for block in self.inner))
 
     def __getattr__(self, part: str) -> fx.Node:
         parts = self.__dict__.get("parts", {})
@@ -69,20 +80,29 @@ class Block:
 
 @dataclass(eq=False)
 class Layer:
-    """A repeating group of blocks, from the stream's value before the first to that after the last."""
+    """A repeating group of blocks, from the stream's value before the first to that after the last.
+
+    ``blocks`` are in execution order, with those within others before them.
+    """
 
     blocks: list[Block]
     index: int = 0
 
     @property
+    def outermost(self) -> list[Block]:
+        """The blocks that lie within no other block of the layer."""
+        within = {id(inner) for block in self.blocks for inner in block.inner}
+        return [block for block in self.blocks if id(block) not in within]
+
+    @property
     def reads(self) -> fx.Node:
         """The stream's value before the layer."""
-        return self.blocks[0].reads
+        return self.outermost[0].reads
 
     @property
     def writes(self) -> fx.Node:
         """The stream's value after the layer."""
-        return self.blocks[-1].writes
+        return self.outermost[-1].writes
 
     @property
     def name(self) -> str:
@@ -95,7 +115,7 @@ class Layer:
 
 @dataclass(eq=False)
 class Stream:
-    """A residual stream: its first value and the blocks that add to it."""
+    """A residual stream: its first value and the blocks that add to it, without those within them."""
 
     start: fx.Node
     blocks: list[Block]
@@ -166,6 +186,21 @@ class Anatomy:
             if block.name == name:
                 return block
         raise KeyError(name)
+
+    def outer(self, block: Block) -> Block | None:
+        """Return the block that a block lies directly within."""
+        return next((other for other in self.blocks if any(b is block for b in other.inner)), None)
+
+    def owners(self) -> dict[fx.Node, Block]:
+        """Return the innermost block of each value that belongs to one.
+
+        What blocks at one addition share, such as a norm, is the first one's.
+        """
+        owners: dict[fx.Node, Block] = {}
+        for block in self.blocks:
+            for node in (*block.nodes, block.add, block.writes):
+                owners.setdefault(node, block)
+        return owners
 
     def summary(self) -> dict[str, int]:
         """Return the number of blocks of each kind."""

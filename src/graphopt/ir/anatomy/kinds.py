@@ -9,7 +9,8 @@ from torch import fx
 from ..operators.traits import Trait, has, named
 from ..schema import is_operator, operator_name
 from .blocks import Block
-from .parts import attention_parts, experts_parts, ffn_parts, nested_parts
+from .nesting import Nesting
+from .parts import attention_parts, experts_parts, ffn_parts, is_linear, nested_parts
 from .residual import Addition, between
 
 if TYPE_CHECKING:
@@ -21,8 +22,19 @@ _CONVOLUTIONS = named(Trait.CONVOLUTION | Trait.TRANSPOSED)
 _SCANS = named(Trait.SCAN) | {"higher_order.scan"}
 
 
-def classify(program: Program, addition: Addition) -> list[Block]:
-    """Return a block per term of an addition on the stream."""
+# kinds of blocks that are parts of the block around them rather than blocks that it contains
+_LIGHT = ("mixer", "adapter", "unrecognised")
+
+
+def classify(program: Program, addition: Addition, nesting: Nesting, inner: list[Block]) -> list[Block]:
+    """Return a block per term of an addition on the stream.
+
+    Args:
+        program: a canonical graph.
+        addition: of the nesting.
+        nesting: of all additions.
+        inner: the blocks of the additions directly within it.
+    """
     blocks: list[Block] = []
     writes, norms_after = _writes(addition)
     # a term that another is computed from, as in a + f(a), is not a separate block
@@ -32,12 +44,22 @@ def classify(program: Program, addition: Addition) -> list[Block]:
     for term in outer:
         nodes = addition.inside[term]
         block = Block("unrecognised", addition.base, writes, term, addition.node, nodes)
-        block.parallel = len(outer) > 1
+        region = set(nodes)
+        block.inner = [b for b in inner if b.add in region or b.add is addition.node]
+        inner = [b for b in inner if b not in block.inner]
+        block.parallel, block.carry = len(outer) > 1, addition.carry
         block.shared_terms = [t for t in addition.terms if t not in outer and t in nodes]
         block.norms = _norms(block, norms_after)
-        _name(program, block)
+        containing = [b for b in block.inner if b.kind not in _LIGHT]
+        apart = {n for b in containing for n in b.region}
+        block.nodes = [n for n in nodes if n not in apart]
+        _name(program, block, containing)
         blocks.append(block)
-    return _with_shared_experts(_one_choice(blocks))
+    blocks = _with_shared_experts(_one_choice(blocks))
+    for block in blocks:
+        within = {n for b in block.inner for n in b.region}
+        block.nodes = [n for n in block.nodes if n not in within and nesting.owner.get(n) is addition]
+    return blocks
 
 
 def mixtures_beside(program: Program, blocks: list[Block]) -> list[Block]:
@@ -72,6 +94,7 @@ def _one_choice(blocks: list[Block]) -> list[Block]:
         joined = first[choice]
         inside = set(joined.nodes)
         joined.nodes.extend(n for n in block.nodes if n not in inside)
+        joined.inner.extend(block.inner)
         joined.shared_terms.append(block.term)
         joined.parts["other_core"] = block.parts["core"]
         if int(block.sizes["width"]) > int(joined.sizes["width"]):
@@ -93,6 +116,7 @@ def _with_shared_experts(blocks: list[Block]) -> list[Block]:
     for block in shared:
         inside = set(moe_layer.nodes)
         moe_layer.nodes.extend(n for n in block.nodes if n not in inside)
+        moe_layer.inner.extend(block.inner)
         moe_layer.shared_terms.append(block.term)
         moe_layer.parts.update(
             {f"shared_{name}": node for name, node in block.parts.items() if name != "norm"}
@@ -104,7 +128,7 @@ def _with_shared_experts(blocks: list[Block]) -> list[Block]:
     return remaining
 
 
-def _name(program: Program, block: Block) -> None:
+def _name(program: Program, block: Block, containing: list[Block]) -> None:
     operators = {operator_name(n.target) for n in block.nodes}
     if "graphopt.attention" in operators:
         block.kind = "attention"
@@ -121,11 +145,14 @@ def _name(program: Program, block: Block) -> None:
     elif "graphopt.nested_ffn" in operators:
         block.kind = "ffn"
         nested_parts(block)
+    elif containing:
+        block.kind = "composite"
+        block.evidence.append("a residual block around " + ", ".join(sorted({b.kind for b in containing})))
     elif _mixes_positions(block, operators):
         block.kind = "mixer"
         block.evidence.append("positions are mixed by a convolution or a scan, without attention")
     elif ffn_parts(program, block):
-        block.kind = "ffn"
+        block.kind = "adapter" if is_linear(block) else "ffn"
     elif operators & {"aten.linear"} | (operators & _PRODUCTS):
         block.kind = "mixer" if operators & _PRODUCTS else "unrecognised"
         block.evidence.append(

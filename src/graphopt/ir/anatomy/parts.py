@@ -110,20 +110,35 @@ def ffn_parts(program: Program, block: Block) -> bool:
     return True
 
 
+def is_linear(block: Block) -> bool:
+    """Tell whether nothing but moves, casts and norms lies between the projections of a feed-forward."""
+    if "gate" in block.parts:
+        return False
+    node: Any = block.parts["down"].args[0]
+    while node is not block.parts["up"]:
+        if not has(node, _MOVEMENT | Trait.NORM | Trait.IDENTITY):
+            return False
+        node = node.args[0]
+    return True
+
+
 def _last_linear(block: Block) -> fx.Node | None:
-    node: Any = block.term
-    for _ in range(12):
+    inside = set(block.nodes)
+    work: list[tuple[Any, int]] = [(block.term, 0)]
+    while work:
+        node, steps = work.pop()
         if is_operator(node, "aten.linear"):
             assert isinstance(node, fx.Node)
             return node
-        if not has(node, _MOVEMENT | Trait.NORM | Trait.COLLECTIVE) and not is_operator(
+        passing = has(node, _MOVEMENT | Trait.NORM | Trait.COLLECTIVE) or is_operator(
             node, "aten.mul", "aten.add", "aten.div"
-        ):
-            return None
-        operands = [a for a in node.args if isinstance(a, fx.Node) and a in set(block.nodes)]
-        if not operands:
-            return None
-        node = operands[-1] if is_operator(node, "aten.mul") and len(operands) > 1 else operands[0]
+        )
+        if steps == 12 or not passing:
+            continue
+        operands = [a for a in node.args if isinstance(a, fx.Node) and a in inside]
+        if is_operator(node, "aten.mul") and len(operands) > 1:
+            operands = operands[-1:]
+        work.extend((operand, steps + 1) for operand in reversed(operands))
     return None
 
 

@@ -19,8 +19,8 @@ def remove(program: Program, block: Block | Layer) -> None:
     Raises:
         UsageError: it is not part of the program, or no longer.
     """
-    blocks = [present(program, b) for b in (block.blocks if isinstance(block, Layer) else [block])]
-    if len(blocks) > 1 or not blocks[0].parallel:
+    blocks = [present(program, b) for b in (block.outermost if isinstance(block, Layer) else [block])]
+    if len(blocks) > 1 or _is_all_of_its_addition(blocks[0]):
         writes = blocks[-1].writes
         with program.edit.before(writes):
             stream = shaped_like(program, blocks[0].reads, writes)
@@ -34,6 +34,14 @@ def remove(program: Program, block: Block | Layer) -> None:
         for term in summands[1:]:
             total = program.edit.call(torch.ops.aten.add.Tensor, total, term)
     program.edit.replace(block.add, total)
+
+
+def _is_all_of_its_addition(block: Block) -> bool:
+    """Tell whether the addition adds nothing to the stream but this block's terms."""
+    terms = set(block.terms)
+    leaves = _summands(block.add, terms | {block.reads})
+    others = [leaf for leaf in leaves if leaf not in terms and leaf is not block.reads]
+    return not block.parallel and (not others or not terms <= set(leaves))
 
 
 def present(program: Program, block: Block) -> Block:

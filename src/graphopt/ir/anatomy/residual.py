@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +19,35 @@ if TYPE_CHECKING:
     from ..program import Program
 
 _TRANSPARENT = named(Trait.NORM | Trait.VIEW | Trait.IDENTITY | Trait.CAST) | {
-    "aten.relu", "aten.mul", "aten.add"
+    "aten.relu", "aten.mul", "aten.div", "aten.add"
 }  # fmt: skip
 
 
 @dataclass(eq=False)
 class Addition:
-    """A sum on the stream: the stream's value before, the terms added, and the sum itself."""
+    """A sum on the stream.
+
+    Attributes:
+        node: the sum.
+        base: the stream's value before it.
+        terms: what is added.
+        inside: for each term what is computed between the base and it, in order.
+        carry: what is computed from the base alone and added in its place, where the stream is scaled or its copies
+            are mixed on the way, as between hyper-connections.
+        repeated: one of several at the same sum, as for ``a + b + f(b)`` where ``b`` is computed from ``a``.
+    """
 
     node: fx.Node
     base: fx.Node
     terms: list[fx.Node]
     inside: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    repeated: bool = False
+    carry: fx.Node | None = None
+
+    @cached_property
+    def region(self) -> set[fx.Node]:
+        """Everything between the base and the terms."""
+        return {node for nodes in self.inside.values() for node in nodes}
 
 
 @dataclass
@@ -80,23 +98,158 @@ def origin(node: fx.Node, owner: dict[fx.Node, Stream]) -> Stream | None:
 
 
 def find_residual(program: Program) -> Residual:
-    """Return the additions on residual streams, in execution order."""
+    """Return the additions on residual streams, in execution order; those within another come before it."""
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    constant = depends_on_weights_alone(program)
-    inner: set[fx.Node] = set()
+    sums = _Sums(order, depends_on_weights_alone(program))
+    taken_apart: set[fx.Node] = set()
     additions: list[Addition] = []
+    for node in program.graph.nodes:
+        if sums.can_open(node):
+            sums.split(node)  # in order, so that long sums are not split recursively
     # outermost sums first, so that a sum of several branches is split once
     for node in reversed(list(program.graph.nodes)):
-        if node in inner or not _is_sum(node, constant):
+        if node in taken_apart or not sums.is_sum(node):
             continue
-        leaves = _leaves(node, constant, inner)
-        addition = _base(node, leaves, order)
-        if addition is not None:
-            additions.append(addition)
-        else:
-            inner.difference_update(_sums(node))
+        found = sums.split(node) or sums.carried(node) or sums.with_others(node)
+        if found is not None:
+            taken_apart |= found.opened
+            additions.extend(reversed(found.additions))
     additions.reverse()
     return Residual(additions, order)
+
+
+@dataclass
+class _Split:
+    """The additions at a sum, inner ones first, its terms, and the sums that were taken apart to find them."""
+
+    additions: list[Addition]
+    items: list[fx.Node]
+    opened: set[fx.Node]
+
+
+class _Sums:
+    """Sums taken apart into a base and terms that are computed from it."""
+
+    def __init__(self, order: dict[fx.Node, int], constant: set[fx.Node]):
+        self.order, self.constant = order, constant
+        self.found: dict[fx.Node, _Split | None] = {}
+
+    def is_sum(self, node: Any) -> bool:
+        return _is_sum(node, self.constant)
+
+    def split(self, node: fx.Node) -> _Split | None:
+        """Return the additions at a sum; None if no term is the base of the others."""
+        if node not in self.found:
+            self.found[node] = self._split(node)
+        return self.found[node]
+
+    def _split(self, node: fx.Node) -> _Split | None:
+        items, opened = self._plain(_operands(node))
+        addition = self._from_one_base(node, items)
+        if addition is not None:
+            return _Split(self._chained(addition), items, opened)
+        # (x + f(x)) + g(x): a term that is an addition itself stays one unless the others are computed from its base
+        for item in items:
+            inner = self.split(item) if self.can_open(item) else None
+            if inner is not None:
+                others = [other for other in items if other is not item]
+                addition = self._from_one_base(node, [*inner.items, *others])
+                if addition is not None and addition.base is inner.additions[-1].base:
+                    return _Split(
+                        self._chained(addition), [*inner.items, *others], {*opened, *inner.opened, item}
+                    )
+        return None
+
+    def with_others(self, node: fx.Node) -> _Split | None:
+        """Return the addition at a sum with terms from elsewhere: an embedding added again, another stream."""
+        items, opened = self._plain(_operands(node))
+        if len(items) < 3:
+            return None
+        for base in sorted(items, key=lambda n: -self.order[n]):
+            inside = self._inside(base, items)
+            if inside:
+                addition = Addition(node, base, sorted(inside, key=lambda n: self.order[n]), inside)
+                return _Split([addition], items, opened)
+        return None
+
+    def carried(self, node: fx.Node) -> _Split | None:
+        """Return the addition at a sum to which the stream comes scaled, or with its copies mixed.
+
+        The way of the stream has no projection on it: only factors, and products with another matrix of values that
+        leave its size as it is.
+        """
+        items, opened = self._plain(_operands(node))
+        for item in items:
+            others = [other for other in items if other is not item]
+            base: fx.Node | None = item
+            way: list[fx.Node] = []
+            while base is not None and len(way) < 12:
+                inside = self._inside(base, others, all_of=True) if way else {}
+                if inside:
+                    terms = sorted(others, key=lambda n: self.order[n])
+                    # how the copies are mixed is computed with the first term
+                    mixed = {*inside[terms[0]], *between(base, item, self.order)}
+                    inside[terms[0]] = sorted(mixed, key=lambda n: self.order[n])
+                    return _Split([Addition(node, base, terms, inside, carry=item)], items, opened)
+                way.append(base)
+                base = _carried_from(base, node)
+        return None
+
+    def can_open(self, item: fx.Node) -> bool:
+        return self.is_sum(item) and len(item.users) == 1
+
+    def _plain(self, items: list[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+        """Return the items with sums that are no additions of their own replaced by their terms, and those sums."""
+        result: list[fx.Node] = []
+        opened: set[fx.Node] = set()
+        work = list(reversed(items))
+        while work:
+            item = work.pop()
+            if self.can_open(item) and self.split(item) is None:
+                opened.add(item)
+                work.extend(reversed(_operands(item)))
+            else:
+                result.append(item)
+        return result, opened
+
+    def _inside(
+        self, base: fx.Node, items: list[fx.Node], *, all_of: bool = False
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """Return what lies between a base and the items that are computed from it with mixing operators.
+
+        Args:
+            base: a value.
+            items: values; the base may be among them.
+            all_of: return nothing where an item is not computed from the base in this manner.
+        """
+        inside: dict[fx.Node, list[fx.Node]] = {}
+        for item in items:
+            if item is base:
+                continue
+            nodes = between(base, item, self.order)
+            # without a mixing operator, x + f(x) is arithmetic and not a block
+            if any(has(n, Trait.MIXING) for n in nodes):
+                inside[item] = nodes
+            elif all_of:
+                return {}
+        return inside
+
+    def _from_one_base(self, node: fx.Node, items: list[fx.Node]) -> Addition | None:
+        base = min(items, key=lambda n: self.order[n])
+        inside = self._inside(base, items, all_of=True)
+        return Addition(node, base, sorted(inside, key=lambda n: self.order[n]), inside) if inside else None
+
+    def _chained(self, addition: Addition) -> list[Addition]:
+        """Return an addition after those at the same sum in which a term is the base of later terms."""
+        chained = []
+        for term in reversed(addition.terms):
+            later = [t for t in addition.terms if t is not term and term in addition.inside[t]]
+            inside = self._inside(term, later)
+            if inside:
+                terms = sorted(inside, key=lambda n: self.order[n])
+                chained.append(Addition(addition.node, term, terms, inside, repeated=True))
+                addition.repeated = True
+        return [*chained, addition]
 
 
 def _is_sum(node: Any, constant: set[fx.Node]) -> bool:
@@ -126,43 +279,28 @@ def _same_width(first: fx.Node, second: fx.Node) -> bool:
     )
 
 
-def _leaves(node: fx.Node, constant: set[fx.Node], inner: set[fx.Node]) -> list[fx.Node]:
-    """Return the terms of a sum; terms that are sums and have no other reader are split as well."""
-    leaves: list[fx.Node] = []
-    for operand in node.args:
-        assert isinstance(operand, fx.Node)
-        if _is_sum(operand, constant) and len(operand.users) == 1:
-            inner.add(operand)
-            leaves.extend(_leaves(operand, constant, inner))
-        else:
-            leaves.append(operand)
-    return leaves
+def _carried_from(node: fx.Node, total: fx.Node) -> fx.Node | None:
+    """Return the operand that an operator scales, moves or mixes the copies of, on the way to a sum."""
+    if has(node, Trait.RESHAPE | Trait.REORDER | Trait.CAST | Trait.IDENTITY):
+        return node.all_input_nodes[0]
+    if is_operator(node, "aten.linear"):
+        # over another dimension than that of the channels, which a permutation brought to the end
+        channels, (rows, columns) = total.meta["val"].shape[-1], node.args[1].meta["val"].shape  # type: ignore[union-attr]
+        return node.all_input_nodes[0] if rows == columns != channels else None
+    if not (is_operator(node, "aten.mul", "aten.div") or has(node, Trait.PRODUCT)):
+        return None
+    size = sorted(str(s) for s in node.meta["val"].shape)
+    alike = [
+        operand
+        for operand in node.all_input_nodes
+        if isinstance(operand.meta.get("val"), torch.Tensor)
+        and sorted(str(s) for s in operand.meta["val"].shape) == size
+    ]
+    return alike[0] if len(alike) == 1 else None
 
 
-def _sums(node: fx.Node) -> set[fx.Node]:
-    sums: set[fx.Node] = set()
-    for operand in node.args:
-        if is_operator(operand, "aten.add") and len(operand.users) == 1:  # type: ignore[union-attr]
-            sums.add(operand)  # type: ignore[arg-type]
-            sums |= _sums(operand)  # type: ignore[arg-type]
-    return sums
-
-
-def _base(node: fx.Node, leaves: list[fx.Node], order: dict[fx.Node, int]) -> Addition | None:
-    """Return the addition if one leaf is an ancestor of the others, with mixing operators in between."""
-    for base in sorted(leaves, key=lambda n: order[n]):
-        terms = [leaf for leaf in leaves if leaf is not base]
-        inside = {term: between(base, term, order) for term in terms}
-        # without a mixing operator, x + f(x) is arithmetic and not a block
-        mixing = [t for t in terms if any(has(n, Trait.MIXING) for n in inside[t])]
-        if mixing and len(mixing) == len(terms):
-            return Addition(node, base, sorted(terms, key=lambda n: order[n]), inside)
-        if mixing and len(leaves) > 2:
-            # terms from elsewhere (an embedding added again, another stream) are ignored
-            return Addition(
-                node, base, sorted(mixing, key=lambda n: order[n]), {t: inside[t] for t in mixing}
-            )
-    return None
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [operand for operand in node.args if isinstance(operand, fx.Node)]
 
 
 def between(base: fx.Node, term: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:

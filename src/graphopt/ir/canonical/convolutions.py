@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_value
+from ..rewriting.cleanup import replace_or_erase
 from ..schema import arguments, is_operator
 
 if TYPE_CHECKING:
@@ -46,10 +47,7 @@ def _convolution(program: Program, node: fx.Node) -> None:
     order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     with program.edit.before(node):
         new = program.edit.call(target, *(args[name] for name in order))
-    if same_value(new.meta["val"], node.meta["val"]):
-        program.edit.replace(node, new, record=False)
-    else:
-        program.edit.erase_dead([new])
+    replace_or_erase(program, node, new)
 
 
 def _batch_norm(program: Program, node: fx.Node) -> None:

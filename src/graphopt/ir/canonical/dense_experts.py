@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..infer import same_value
 from ..operators.traits import Trait, has
+from ..rewriting.cleanup import replace_or_erase
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..running.region import evaluated
@@ -83,10 +83,8 @@ def _recognise(
             rows, chosen, weights, up.args[1], down.args[1],
             transposed=True, weigh_inputs=True, **gate,
         )  # fmt: skip
-    if not same_value(new.meta["val"], total.meta["val"]):
-        program.edit.erase_dead([new])
+    if not replace_or_erase(program, total, new):
         return "the recognised operator has another type or shape"
-    program.edit.replace(total, new, record=False)
     return ""
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from ..facts import note_capture
-from ..infer import same_size, same_value
+from ..infer import same_size
 from ..operators.traits import Trait, has
+from ..rewriting.cleanup import replace_or_erase
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, is_operator
@@ -127,10 +128,8 @@ def _recognise(program: Program, up: dict[str, Any], down: dict[str, Any]) -> st
             rows, ids, weights, up["weight"], down["weight"], up["bias"], down["bias"],
             transposed=up["transposed"], **gate,
         )  # fmt: skip
-    if not same_value(new.meta["val"], result.meta["val"]):
-        program.edit.erase_dead([new])
+    if not replace_or_erase(program, result, new):
         return "the recognised operator has another type or shape"
-    program.edit.replace(result, new, record=False)
     return ""
 
 

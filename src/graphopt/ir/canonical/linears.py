@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..infer import same_size, same_value
-from ..rewriting.cleanup import merge_permutes
+from ..infer import same_size
+from ..rewriting.cleanup import merge_permutes, replace_or_erase
+from ..rewriting.match import Match, find
+from ..rewriting.pattern import Wild, call
 from ..running.fold import depends_on_weights_alone
-from ..schema import argument, is_operator, operator_name
+from ..schema import argument, is_operator
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -23,16 +25,17 @@ def raise_linears(program: Program) -> None:
     for node in list(program.graph.nodes):
         if is_operator(node, "aten.einsum"):
             _einsum(program, node)
+    # rewriting makes nothing else constant that is looked at afterwards
+    constant = depends_on_weights_alone(program)
     for node in list(program.graph.nodes):
-        if node._erased or not is_operator(node, "aten.matmul", "aten.mm", "aten.addmm"):
-            continue
-        _product(program, node)
-    for node in list(program.graph.nodes):
-        if not node._erased and is_operator(node, "aten.add"):
-            _bias(program, node)
-    for node in list(program.graph.nodes):
-        if not node._erased and is_operator(node, "aten.reshape"):
-            _unflatten(program, node)
+        if not node._erased and is_operator(node, "aten.matmul", "aten.mm", "aten.addmm"):
+            _product(program, node, constant)
+    for match in find(program.graph, call("add")(call("linear")(Wild("x"), Wild("weight")), Wild("bias"))):
+        _add_bias(program, match, constant)
+    flat = call("reshape", name="flat", shared=True)(Wild("x"), Wild("rows"))
+    linear = call("linear", name="linear")(flat, Wild("weight"), Wild("bias"))
+    for match in find(program.graph, call("reshape")(linear, Wild("shape"))):
+        _unflatten(program, match)
     for node in list(program.graph.nodes):
         if not node._erased and is_operator(node, "aten.native_layer_norm"):
             _layer_norm(program, node)
@@ -58,47 +61,42 @@ def _einsum(program: Program, node: fx.Node) -> None:
         return
     if any(len(set(part)) < len(part) for part in (left, right, out)):
         return
-    call = program.edit.call
+    emit = program.edit.call
     with program.edit.before(node):
-        first = call(aten.permute.default, operands[0], [left.index(i) for i in [*batch, *rows, *summed]])
-        second = call(
+        first = emit(aten.permute.default, operands[0], [left.index(i) for i in [*batch, *rows, *summed]])
+        second = emit(
             aten.permute.default, operands[1], [right.index(i) for i in [*batch, *summed, *columns]]
         )
-        product = call(aten.matmul.default, first, second)
-        new = call(aten.permute.default, product, [indices.index(i) for i in out])
-    if same_value(node.meta["val"], new.meta["val"]):
-        program.edit.replace(node, new, record=False)
+        product = emit(aten.matmul.default, first, second)
+        new = emit(aten.permute.default, product, [indices.index(i) for i in out])
+    if replace_or_erase(program, node, new):
         for permuted in (new, second, first):
             merge_permutes(program, permuted)
-    else:
-        program.edit.erase_dead([new])
 
 
-def _matrix(program: Program, node: Any) -> bool:
-    return (
-        isinstance(node, fx.Node)
-        and node in depends_on_weights_alone(program)
-        and node.meta["val"].dim() == 2
-        and node.meta["val"].dtype.is_floating_point
-    )
-
-
-def _product(program: Program, node: fx.Node) -> None:
-    bias: fx.Node | None = None
-    if operator_name(node.target) == "aten.addmm":
-        bias_node, x, matrix = node.args
-        if argument(node, "beta") != 1 or argument(node, "alpha") != 1 or not isinstance(bias_node, fx.Node):
+def _product(program: Program, node: fx.Node, constant: set[fx.Node]) -> None:
+    """Replace a product with a matrix that no input changes by a linear."""
+    bias: Any = None
+    if is_operator(node, "aten.addmm"):
+        bias, x, matrix = node.args
+        if argument(node, "beta") != 1 or argument(node, "alpha") != 1:
             return
-        if bias_node not in depends_on_weights_alone(program) or bias_node.meta["val"].dim() != 1:
+        if bias not in constant or bias.meta["val"].dim() != 1:
             return
-        bias = bias_node
     else:
         x, matrix = node.args[:2]
-    if not _matrix(program, matrix) or not isinstance(x, fx.Node) or x in depends_on_weights_alone(program):
+    if (
+        not isinstance(matrix, fx.Node)
+        or matrix not in constant
+        or not isinstance(x, fx.Node)
+        or x in constant
+    ):
         return
-    if x.meta["val"].dim() < 1 or x.meta["val"].dtype != matrix.meta["val"].dtype:  # type: ignore[union-attr]
+    value, weight_value = x.meta["val"], matrix.meta["val"]
+    if weight_value.dim() != 2 or not weight_value.dtype.is_floating_point:
         return
-    assert isinstance(matrix, fx.Node)
+    if value.dim() < 1 or value.dtype != weight_value.dtype:
+        return
     with program.edit.before(node):
         if is_operator(matrix, "aten.permute") and list(matrix.args[1]) == [1, 0]:  # type: ignore[arg-type]
             weight: Any = matrix.args[0]
@@ -108,56 +106,28 @@ def _product(program: Program, node: fx.Node) -> None:
     program.edit.replace(node, new, record=False)
 
 
-def _bias(program: Program, node: fx.Node) -> None:
-    if len(node.args) != 2 or node.kwargs:
+def _add_bias(program: Program, match: Match, constant: set[fx.Node]) -> None:
+    """Replace ``linear(x, weight) + bias`` by ``linear(x, weight, bias)``."""
+    node, bias = match.roots[0], match["bias"]
+    if bias not in constant:
         return
-    first, second = node.args
-    for linear, bias in ((first, second), (second, first)):
-        if not is_operator(linear, "aten.linear") or not isinstance(bias, fx.Node):
-            continue
-        assert isinstance(linear, fx.Node)
-        if len(linear.args) > 2 or len(linear.users) != 1 or bias not in depends_on_weights_alone(program):
-            continue
-        value = bias.meta["val"]
-        if (
-            value.dim() != 1
-            or not same_size(value.shape[0], linear.meta["val"].shape[-1])
-            or value.dtype != linear.meta["val"].dtype
-        ):
-            continue
+    value, result = bias.meta["val"], node.meta["val"]
+    if value.dim() == 1 and same_size(value.shape[0], result.shape[-1]) and value.dtype == result.dtype:
         with program.edit.before(node):
-            new = program.edit.call(aten.linear.default, linear.args[0], linear.args[1], bias)
+            new = program.edit.call(aten.linear.default, match["x"], match["weight"], bias)
         program.edit.replace(node, new, record=False)
-        return
 
 
-def _unflatten(program: Program, node: fx.Node) -> None:
+def _unflatten(program: Program, match: Match) -> None:
     """Replace ``reshape(linear(reshape(x, [-1, n])), [..., m])`` by ``linear(x)``."""
-    linear = node.args[0]
-    if not is_operator(linear, "aten.linear") or len(linear.users) != 1:  # type: ignore[union-attr]
-        return
-    assert isinstance(linear, fx.Node)
-    flat = linear.args[0]
-    if not is_operator(flat, "aten.reshape"):
-        return
-    assert isinstance(flat, fx.Node)
-    x = flat.args[0]
-    assert isinstance(x, fx.Node)
+    node, x = match.roots[0], match["x"]
+    flat, product = (match[name].meta["val"].shape for name in ("flat", "linear"))
     before, after = x.meta["val"].shape, node.meta["val"].shape
-    if len(before) != len(after) or not all(
-        same_size(a, b) for a, b in zip(before[:-1], after[:-1], strict=True)
-    ):
-        return
-    if not same_size(before[-1], flat.meta["val"].shape[-1]) or not same_size(
-        after[-1], linear.meta["val"].shape[-1]
-    ):
-        return
-    with program.edit.before(node):
-        new = program.edit.call(aten.linear.default, x, *linear.args[1:])
-    if same_value(new.meta["val"], node.meta["val"]):
-        program.edit.replace(node, new, record=False)
-    else:
-        program.graph.erase_node(new)
+    pairs = [*zip(before[:-1], after[:-1], strict=False), (before[-1], flat[-1]), (after[-1], product[-1])]
+    if len(before) == len(after) and all(same_size(*pair) for pair in pairs):
+        with program.edit.before(node):
+            new = program.edit.call(aten.linear.default, x, match["weight"], match["bias"])
+        replace_or_erase(program, node, new)
 
 
 def _layer_norm(program: Program, node: fx.Node) -> None:

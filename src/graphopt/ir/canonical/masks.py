@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..program import Program
 
 _SHORT, _LONGEST, _LONGEST_TABLE, _CONFIRMED = 64, 1500, 4200, 5000
+_WALK = 4000
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,28 @@ def _evaluate(
     *,
     few: bool = False,
 ) -> list[tuple[_Case, torch.Tensor]]:
-    results = _run_cases(run, _cases(program, inputs, key_mask, length)[: 1 if few else None])
+    span = _span(program, mask, length)
+    results = _run_cases(run, _cases(program, inputs, key_mask, span)[: 1 if few else None])
     unequal_case = _unequal_case(program, mask, inputs, key_mask, length)
     if unequal_case is not None:
         unequal_results = _run_cases(run, [unequal_case])
         return [*results, *unequal_results] if unequal_results else []
     return results
+
+
+def _span(program: Program, mask: fx.Node, length: int) -> int:
+    """Return a length of inputs at which a mask has at least so many keys: convolutions may make few of many."""
+    keys = mask.meta["val"].shape[-1] if mask.meta["val"].dim() else length
+    if not isinstance(keys, torch.SymInt) or expression(keys).is_symbol:
+        return length
+    return next(
+        (n for n in range(length, _WALK) if _value(program, keys, n - 2) >= length),
+        length,
+    )
+
+
+def _value(program: Program, size: torch.SymInt, number: int) -> int:
+    return int(expression(size).subs(dict.fromkeys(program.symbols, number)))
 
 
 def _run_cases(run: Run, cases: list[_Case]) -> list[tuple[_Case, torch.Tensor]]:

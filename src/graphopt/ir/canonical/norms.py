@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import fx
 
-from ..infer import same_size, same_value
+from ..infer import same_size
+from ..rewriting.cleanup import replace_or_erase
 from ..rewriting.match import Match, find
 from ..rewriting.pattern import Either, Wild, call
 from ..running.fold import depends_on_weights_alone
@@ -66,10 +67,11 @@ def raise_norms(program: Program) -> None:
     """Replace written-out norms by ``graphopt.rms_norm`` and ``aten.layer_norm``."""
     for node in list(program.graph.find_nodes(op="call_function", target=aten.rms_norm.default)):
         _fused(program, node)
+    constant = depends_on_weights_alone(program)
     for match in find(program.graph, _layer_pattern()):
-        _recognise(program, match, centred=True)
+        _recognise(program, match, constant, centred=True)
     for match in find(program.graph, _rms_pattern()):
-        _recognise(program, match, centred=False)
+        _recognise(program, match, constant, centred=False)
 
 
 def _fused(program: Program, node: fx.Node) -> None:
@@ -81,10 +83,10 @@ def _fused(program: Program, node: fx.Node) -> None:
     eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else eps
     with program.edit.before(node):
         new = program.edit.call(torch.ops.graphopt.rms_norm.default, x, argument(node, "weight"), eps)
-    _install(program, node, new)
+    replace_or_erase(program, node, new)
 
 
-def _recognise(program: Program, match: Match, centred: bool) -> None:
+def _recognise(program: Program, match: Match, constant: set[fx.Node], centred: bool) -> None:
     wide, eps = match["wide"], match["eps"]
     core = match.roots[0]
     dims = match["dims"]
@@ -100,7 +102,7 @@ def _recognise(program: Program, match: Match, centred: bool) -> None:
             x, float32 = source, True
     if not float32 and x.meta["val"].dtype not in _NARROW:
         float32 = True
-    result, weight, bias, before_cast = _following(program, core, x, centred)
+    result, weight, bias, before_cast = _following(constant, core, x, centred)
     size = wide.meta["val"].shape[-1]
     with program.edit.before(result):
         if centred:
@@ -115,14 +117,7 @@ def _recognise(program: Program, match: Match, centred: bool) -> None:
                 float32=float32,
                 weight_before_cast=before_cast,
             )
-    _install(program, result, new)
-
-
-def _install(program: Program, old: fx.Node, new: fx.Node) -> None:
-    if same_value(old.meta["val"], new.meta["val"]):
-        program.edit.replace(old, new, record=False)
-    else:
-        program.edit.erase_dead([new])
+    replace_or_erase(program, result, new)
 
 
 def _vector(program: Program, weight: fx.Node | None, size: Any) -> fx.Node | None:
@@ -132,7 +127,7 @@ def _vector(program: Program, weight: fx.Node | None, size: Any) -> fx.Node | No
 
 
 def _following(
-    program: Program, core: fx.Node, x: fx.Node, centred: bool
+    constant: set[fx.Node], core: fx.Node, x: fx.Node, centred: bool
 ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, bool]:
     """Return the last node of a norm, its weight and bias, and whether the weight is applied before the cast."""
     result = core
@@ -140,7 +135,6 @@ def _following(
     bias: fx.Node | None = None
     cast_done = core.meta["val"].dtype == x.meta["val"].dtype
     before_cast = False
-    constant = depends_on_weights_alone(program)
     size = core.meta["val"].shape[-1]
 
     def scale_of(other: Any) -> TypeGuard[fx.Node]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..infer import same_size, same_value
+from ..infer import same_size
+from ..rewriting.cleanup import replace_or_erase
 from ..rewriting.match import Match, find
 from ..rewriting.pattern import Either, Listed, Wild, call
 
@@ -127,7 +128,4 @@ def _raise(program: Program, match: Match, interleaved: bool) -> None:
         new = program.edit.call(
             torch.ops.graphopt.rotary.default, match["x"], match["cos"], match["sin"], interleaved=interleaved
         )
-    if same_value(node.meta["val"], new.meta["val"]):
-        program.edit.replace(node, new, record=False)
-    else:
-        program.edit.erase_dead([new])
+    replace_or_erase(program, node, new)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..infer import same_shape, same_size, same_value
+from ..infer import same_shape, same_size
 from ..operators.traits import Trait, has
+from ..rewriting.cleanup import replace_or_erase
 from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..running.region import evaluated
@@ -110,10 +111,8 @@ def _recognise(program: Program, up: _Projection, down: _Projection, gate: dict[
             down.weight,
             **gate,
         )
-    if not same_value(new.meta["val"], result.meta["val"]):
-        program.edit.erase_dead([new])
+    if not replace_or_erase(program, result, new):
         return "the recognised operator has another type or shape"
-    program.edit.replace(result, new, record=False)
     return ""
 
 

@@ -131,6 +131,15 @@ def _same(program: Program, node: fx.Node, source: fx.Node) -> bool:
     return True
 
 
+def replace_or_erase(program: Program, old: fx.Node, new: fx.Node) -> bool:
+    """Replace a node by one that computes the same; erase that one and return False if it has another type or shape."""
+    if same_value(old.meta["val"], new.meta["val"]):
+        program.edit.replace(old, new, record=False)
+        return True
+    program.edit.erase_dead([new])
+    return False
+
+
 def _drop(program: Program, node: fx.Node) -> None:
     _same(program, node, node.args[0])  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from ...ir.errors import PassRefusedError, PipelineError
 from ...ir.program import Program
 from ...ir.running.execute import release
 from ...measure.metrics import valid
-from ..framework.plan import Plan, Site
+from ..framework.plan import Plan
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -47,22 +47,25 @@ def unified_rule(count: int, speedup: float) -> set[int]:
 def choose(
     program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan
 ) -> list[str]:
-    """Return the names of the units to remove, by score and search."""
+    """Return the names of the units to remove, of those that can be, by score and search."""
+    findings = options.findings(program)
+    total = len(findings.sites) + len(findings.refused)
+    most = min(len(units), total - 1)
     if options.score in ("perplexity", "kl", "cosine") or (
         options.budget is not None and options.remove is None
     ):
         _estimate(program, context, options, len(units), plan)
     if options.remove is not None:
-        if options.remove >= len(units):
+        if options.remove > most:
+            why = "one must be left" if most == total - 1 else f"{most} can be skipped"
             raise PassRefusedError(
-                f"skip-layers: {options.remove} of {len(units)} {options.unit}s cannot be removed; "
-                "one must be left"
+                f"skip-layers: {options.remove} of {total} {options.unit}s cannot be removed; {why}"
             )
         return _by_removal_order(program, context, options, units, plan, options.remove)
     assert options.budget is not None
     chosen: list[str] = []
     order: list[str] = []
-    for number in range(1, len(units)):
+    for number in range(1, most + 1):
         # each length has another best run of neighbours; other orders are only extended
         if options.search == "contiguous" or not order:
             order = _by_removal_order(
@@ -71,10 +74,12 @@ def choose(
                 options,
                 units,
                 plan,
-                number if options.search == "contiguous" else len(units) - 1,
+                number if options.search == "contiguous" else most,
             )
         candidate = order[:number]
-        attempt = Plan(sites_of([unit.name for unit in units], candidate))
+        if len(candidate) < number:
+            break
+        attempt = Plan([site for site in findings.sites if site.block in candidate])
         if options.phase == "decode":
             # judged without the skipped units; the program with the setting at its default runs them all
             candidate_program = _copy_without(program, options, candidate)
@@ -92,11 +97,6 @@ def choose(
             hint=plan.notes[-1] if plan.notes else "",
         )
     return chosen
-
-
-def sites_of(names: list[str], chosen: list[str]) -> list[Site]:
-    """Return the sites of the units to remove, in graph order."""
-    return [Site(name, number=number) for number, name in enumerate(names) if name in chosen]
 
 
 def _estimate(program: Program, context: Context, options: SkipLayers, count: int, plan: Plan) -> None:
@@ -168,9 +168,14 @@ def _scores(
 
 def _remove_in_place(copy: Program, options: SkipLayers, names: list[str]) -> None:
     by_name = {unit.name: unit for unit in units_of(copy, options.unit)}
-    order = {node: i for i, node in enumerate(copy.graph.nodes)}
-    for unit in sorted((by_name[n] for n in names), key=lambda u: order[u.writes], reverse=True):
-        copy.remove(unit)
+    remove_units(copy, [by_name[name] for name in names])
+
+
+def remove_units(program: Program, units: list[Any]) -> None:
+    """Remove units from a program in place, last first, so that the value an earlier one reads still exists."""
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    for unit in sorted(units, key=lambda u: order[u.writes], reverse=True):
+        program.remove(unit)
 
 
 def _distances(
@@ -230,8 +235,12 @@ def _greedy(
 def _contiguous(
     program: Program, context: Context, options: SkipLayers, units: list[Any], plan: Plan, number: int
 ) -> list[str]:
-    """Return the run of neighbours whose removal changes the stream, or the metric, least."""
+    """Return the run of neighbours whose removal changes the stream, or the metric, least; none if there is no run."""
+    numbers = {site.block: site["number"] for site in options.findings(program).sites}
     runs = [units[i : i + number] for i in range(len(units) - number + 1)]
+    runs = [run for run in runs if numbers[run[-1].name] - numbers[run[0].name] == number - 1]
+    if not runs:
+        return []
     names = [f"{run[0].name}..{run[-1].name}" if number > 1 else run[0].name for run in runs]
     by_name = dict(zip(names, runs, strict=True))
     if options.score in ("perplexity", "kl", "cosine"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,9 @@ from ...ir.running.readers import readers
 from ...ir.schema import arguments, is_operator
 from ..framework.base import Pass
 from ..framework.contracts import Approximate, Contract, ExactAt
-from ..framework.plan import Plan, Refused
+from ..framework.plan import Plan, Refused, Site
 from .checkpoint_layers import forget_removed
-from .layer_scores import choose, sites_of, unified_rule, units_of
+from .layer_scores import choose, remove_units, unified_rule, units_of
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -104,6 +105,15 @@ class SkipLayers(Pass):
             return ExactAt(PHASE, 0.0, judged_at=1.0, metric=self.metric)
         return Approximate(self.metric)
 
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield the units, for ``phase=decode`` each with the stream after and before it, or why it cannot be skipped."""
+        for number, unit in enumerate(units_of(program, self.unit)):
+            stream = _stream_around(unit) if self.phase == "decode" else None
+            if isinstance(stream, str):
+                yield Refused(unit.name, stream, program.source_line(unit.term))
+            else:
+                yield Site(unit.name, number=number), stream
+
     def plan(self, program: Program, context: Context) -> Plan:
         """Score units and choose which to remove."""
         units = units_of(program, self.unit)
@@ -113,7 +123,8 @@ class SkipLayers(Pass):
             raise PassRefusedError(
                 f"{self.name}: {count} on the residual stream", hint="graphopt inspect shows its blocks"
             )
-        plan = Plan()
+        findings = self.findings(program)
+        plan = findings.plan()
         if self.layers is not None:
             chosen = self._listed(names)
         elif self.speedup is not None:
@@ -121,13 +132,16 @@ class SkipLayers(Pass):
             chosen = [n for i, n in enumerate(names) if i not in kept_indices]
             plan.notes.append(f"kept by the unified rule: {sorted(kept_indices)}")
         else:
-            chosen = choose(program, context, self, units, plan)
-        kept_names = [n for n in names if n not in chosen]
-        if not kept_names:
+            chosen = choose(program, context, self, [u for u in units if u.name in findings.work], plan)
+        if len(chosen) == len(names):
             raise PassRefusedError(f"{self.name}: nothing would be left", hint="remove fewer")
-        plan.sites = sites_of(names, chosen)
+        chosen_sites = [site for site in plan.sites if site.block in chosen]
+        second = self._second_of_one_addition([(site, findings.work[site.block]) for site in chosen_sites])
+        plan.sites = [site for site in chosen_sites if site.block not in second]
+        plan.refused += [Refused(name, reason) for name, reason in second.items()]
+        refused = {r.block for r in plan.refused}
         for name in names:
-            if name not in chosen:
+            if name not in chosen and name not in refused:
                 score = plan.scores.get(name)
                 plan.refused.append(Refused(name, "kept" if score is None else f"kept: score {score:.4g}"))
         return plan
@@ -140,6 +154,16 @@ class SkipLayers(Pass):
         removed = [names.index(site.block) for site in plan.sites if site.block in names]
         return _other_tools(removed, len(names)) if self.unit == "layer" and removed else []
 
+    def _second_of_one_addition(self, chosen: list[tuple[Site, Any]]) -> dict[str, str]:
+        """Return, by name, why a unit cannot be skipped in addition to those before it."""
+        if self.phase != "decode":
+            return {}
+        by_addition: dict[fx.Node, str] = {}
+        names = [(site.block, by_addition.setdefault(stream[0], site.block)) for site, stream in chosen]
+        return {
+            n: f"nothing but {first}, which is skipped, is added with it" for n, first in names if n != first
+        }
+
     def _listed(self, names: list[str]) -> list[str]:
         assert self.layers is not None
         wrong = [i for i in self.layers if not 0 <= i < len(names)]
@@ -150,22 +174,21 @@ class SkipLayers(Pass):
         return [names[i] for i in self.layers]
 
     def rewrite(self, program: Program, plan: Plan) -> None:
-        """Remove the planned units, last first, so that the value an earlier one reads still exists."""
+        """Remove the planned units, or let a run-time setting skip them."""
         if not plan.sites:
             return
+        chosen = self.chosen(program, plan)
+        for name, reason in self._second_of_one_addition(chosen).items():
+            raise PassRefusedError(f"the plan takes {name}, which cannot be taken: {reason}", node=name)
         if self.phase == "decode":
-            _skip_while_decoding(
-                program, [u for u in units_of(program, self.unit) if u.name in {s.block for s in plan.sites}]
-            )
+            _skip_while_decoding(program, [(site.block, *stream) for site, stream in chosen])
             return
-        units = {unit.name: unit for unit in units_of(program, self.unit)}
-        layers = list(units.values())
-        removed = [units[site.block] for site in plan.sites]
-        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        layers = units_of(program, self.unit)
+        units = {unit.name: unit for unit in layers}
+        removed = [units[site.block] for site, _ in chosen]
         before = {node for node in program.weight_nodes if readers(program, node)}
         indices = _names_by_layer(program, layers) if self.unit == "layer" else []
-        for unit in sorted(removed, key=lambda u: order[u.writes], reverse=True):
-            program.remove(unit)
+        remove_units(program, removed)
         forget_removed(
             program, before, indices, [layers.index(u) for u in removed], whole=self.unit == "layer"
         )
@@ -189,14 +212,11 @@ class SkipLayers(Pass):
             )
 
 
-def _skip_while_decoding(program: Program, units: list[Any]) -> None:
-    """Add a run-time setting that chooses between the output and the input of each unit."""
-    if not units:
-        return
+def _skip_while_decoding(program: Program, units: list[tuple[str, fx.Node, fx.Node]]) -> None:
+    """Add a run-time setting that chooses between the stream after and before each unit, named first."""
     phase = program.add_dial(PHASE, Dial(0.0, 0.0, 1.0, "0 while a prompt is read, 1 while tokens are added"))
     replacements: dict[fx.Node, fx.Node] = {}
-    for unit in units:
-        writes, reads = _written_and_read(unit)
+    for _, writes, reads in units:
         reads = replacements.get(reads, reads)
         users = list(writes.users)
         with program.edit.after(writes):
@@ -207,25 +227,19 @@ def _skip_while_decoding(program: Program, units: list[Any]) -> None:
             program.edit.touched[user] = None
         replacements[writes] = selected
     program.changed()
-    program.facts.add(SkippedWhileDecoding(tuple(unit.name for unit in units)))
+    program.facts.add(SkippedWhileDecoding(tuple(name for name, _, _ in units)))
     block_export(program, PHASED)
 
 
-def _written_and_read(unit: Any) -> tuple[fx.Node, fx.Node]:
-    """Return the stream with a unit and without it.
-
-    Raises:
-        PassRefusedError: the block beside it is not added apart.
-    """
+def _stream_around(unit: Any) -> tuple[fx.Node, fx.Node] | str:
+    """Return the stream with a unit and without it, or why there is none without it."""
     if not getattr(unit, "parallel", False):
         return unit.writes, unit.reads
     # blocks side by side read and write one stream: what is passed over is this one's addition
     added = next(iter(unit.term.users))
     others = [n for n in added.all_input_nodes if n is not unit.term]
     if len(unit.term.users) != 1 or not is_operator(added, "aten.add") or len(others) != 1:
-        raise PassRefusedError(
-            f"skip-layers: {unit.name} is not added to the stream apart from what is beside it"
-        )
+        return "it is not added to the stream apart from what is beside it"
     return added, others[0]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import fx
 
 from ...ir.anatomy.residual import between
-from ...ir.errors import VerificationError
 from ...ir.export_blockers import block_export
 from ...ir.facts import KVCache, MaskTokens
 from ...ir.inputs import add_input
@@ -23,9 +23,6 @@ from ..framework.base import Pass
 from ..framework.contracts import AddsOutputs
 from ..framework.plan import Plan, Refused, Site
 from .logits import Head, dtype_of, find_head, layers_to_logits, repeat_way, token_embedding, value_size
-
-if TYPE_CHECKING:
-    from ...measure.context import Context
 
 aten, dialect = torch.ops.aten, torch.ops.graphopt
 PREFIX = "mask_tokens"
@@ -65,9 +62,8 @@ class AttachMaskTokens(Pass):
     )
     seed: int = option(0, help="of what is drawn")
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Find the head, the embedding and the linears."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield the linears of the layers, or why the program takes no mask tokens."""
         head = find_head(program)
         table = token_embedding(program)
         reason = head if isinstance(head, str) else ""
@@ -76,16 +72,16 @@ class AttachMaskTokens(Pass):
         if not reason and table is not None and table.meta["val"].shape[-1] != value_size(head.hidden):  # type: ignore[union-attr]
             reason = "its tokens have vectors of another size than its hidden states"
         if reason:
-            plan.refused.append(Refused("head", reason, ""))
-            return plan
-        for node, why in self._linears(program):
+            yield Refused("head", reason)
+            return
+        linears = self._linears(program)
+        for node, why in linears:
             if why:
-                plan.refused.append(Refused(node.name, why, program.source_line(node)))
+                yield Refused(node.name, why, program.source_line(node))
             else:
-                plan.sites.append(Site(node.name, rank=self.rank))
-        if not plan.sites and not plan.refused:
-            plan.refused.append(Refused("layers", "no linear was recognised in its layers", ""))
-        return plan
+                yield Site(node.name, rank=self.rank), node
+        if not linears:
+            yield Refused("layers", "no linear was recognised in its layers")
 
     def _linears(self, program: Program) -> list[tuple[fx.Node, str]]:
         """Return the linears of layers, each with why it cannot have a LoRA, or an empty string."""
@@ -106,6 +102,7 @@ class AttachMaskTokens(Pass):
         """Add mask embeddings, LoRA on the linears, and the sampler beside the head."""
         if not plan.sites:
             return
+        chosen = self.chosen(program, plan)
         table = token_embedding(program)
         assert table is not None
         tokens = table.args[1]
@@ -114,11 +111,7 @@ class AttachMaskTokens(Pass):
         marks = add_input(program, "mask_index", shape, torch.int64, fill=("marks", like))
         edit = program.edit
         scale = (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
-        nodes = {n.name: n for n in program.graph.nodes}
-        for number, site in enumerate(plan.sites):
-            linear = nodes.get(site.block)
-            if linear is None or not is_operator(linear, "aten.linear"):
-                raise VerificationError(f"{self.name}: there is no linear {site.block}")
+        for number, (site, linear) in enumerate(chosen):
             self._add(program, linear, marks, int(site["rank"]), scale, self.seed + number)
         size = int(table.meta["val"].shape[-1])
         weight = edit.add_weight(

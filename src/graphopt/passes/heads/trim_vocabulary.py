@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ...ir.weights import TensorSource
 from ..framework.base import Pass
 from ..framework.contracts import NewFunction
 from ..framework.plan import Plan, Refused, Site
-from .logits import find_head, repeat_way
+from .logits import find_head, repeat_way, value_size
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -63,20 +63,38 @@ class TrimVocabulary(Pass):
                 f"{self.name}: say how many tokens to keep", hint="keep=8192, or fraction=0.25"
             )
 
-    def plan(self, program: Program, context: Context) -> Plan:
-        """Find the proposing outputs and count tokens."""
-        plan = Plan()
+    def find(self, program: Program) -> Iterator[tuple[Site, Any] | Refused]:
+        """Yield the proposing outputs with the linears that compute them; the program's own logits if there is none."""
         head = find_head(program)
         if isinstance(head, str):
-            plan.refused.append(Refused("head", head, ""))
+            yield Refused("head", head)
+            return
+        size = value_size(head.logits)
+        attached = [name for fact, name in ATTACHED.items() if fact in program.facts]
+        exits = program.facts.get(EarlyExits)
+        attached += list(exits.layers) if exits is not None else []
+        if not attached and MaskTokens in program.facts:
+            yield Refused("logits", "mask tokens propose with the program's own logits")
+            return
+        for name in attached or ["logits"]:
+            if name not in program.outputs:
+                yield Refused(name, "it is no output any more; trim-vocabulary comes before take-top-k")
+                continue
+            linears = _linears(program, program.outputs[name], size)
+            if isinstance(linears, str):
+                yield Refused(name, linears, program.source_line(program.outputs[name]))
+            else:
+                yield Site(name, tokens=size), linears
+
+    def plan(self, program: Program, context: Context) -> Plan:
+        """Count tokens and choose those that stay."""
+        plan = self.findings(program).plan()
+        if not plan.sites:
             return plan
-        size = int(program.outputs["logits"].meta["val"].shape[-1])
+        size: int = plan.sites[0]["tokens"]
         count = self.keep if self.keep is not None else max(1, round(size * (self.fraction or 0.0)))
         if count > size:
             raise PassRefusedError(f"{self.name}: the program has {size} tokens, {count} cannot stay")
-        able = [name for name in self._outputs(program, plan) if self._takes(program, name, size, plan)]
-        if not able:
-            return plan
         counts = count_tokens(context, size)
         if not int(counts.sum()):
             plan.notes.append(
@@ -96,38 +114,15 @@ class TrimVocabulary(Pass):
             )
         if count == size:
             plan.notes.append("all tokens stay: there is nothing to trim")
-        elif able == ["logits"]:
+        elif [site.block for site in plan.sites] == ["logits"]:
             plan.notes.append("nothing is attached that proposes: the program itself is now a draft")
-        plan.sites = [Site(name, tokens=size, kept=kept) for name in able]
+        plan.sites = [Site(site.block, tokens=size, kept=kept) for site in plan.sites]
         return plan
-
-    def _outputs(self, program: Program, plan: Plan) -> list[str]:
-        """Return the proposing outputs; the program's own logits if there is none."""
-        attached = [name for fact, name in ATTACHED.items() if fact in program.facts]
-        exits = program.facts.get(EarlyExits)
-        attached += list(exits.layers) if exits is not None else []
-        for name in attached:
-            if name not in program.outputs:
-                plan.refused.append(
-                    Refused(name, "it is no output any more; trim-vocabulary comes before take-top-k", "")
-                )
-        if not attached and MaskTokens in program.facts:
-            plan.refused.append(Refused("logits", "mask tokens propose with the program's own logits", ""))
-            return []
-        return [name for name in attached if name in program.outputs] if attached else ["logits"]
-
-    @staticmethod
-    def _takes(program: Program, name: str, size: int, plan: Plan) -> bool:
-        linears = _linears(program, program.outputs[name], size)
-        if isinstance(linears, str):
-            plan.refused.append(Refused(name, linears, program.source_line(program.outputs[name])))
-        return not isinstance(linears, str)
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Give each output matrices with the kept rows only."""
-        sites = [site for site in plan.sites if len(site["kept"]) < int(site["tokens"])]
-        for site in sites:
-            _trim(program, site.block, int(site["tokens"]), [int(t) for t in site["kept"]])
+        chosen = [c for c in self.chosen(program, plan) if len(c[0]["kept"]) < int(c[0]["tokens"])]
+        sites = [site for site, _ in chosen]
         if not sites:
             return
         first = sites[0]
@@ -136,6 +131,8 @@ class TrimVocabulary(Pass):
                 f"{self.name}: the plan keeps other tokens for {sites[-1].block} than for {first.block}",
                 hint="one list of tokens serves all outputs",
             )
+        for site, linears in chosen:
+            _trim(program, site.block, linears, [int(t) for t in site["kept"]])
         ids, outputs = tuple(int(t) for t in first["kept"]), tuple(site.block for site in sites)
         program.facts.add(Vocabulary(int(first["tokens"]), ids, outputs))
         block_export(program, "a folder has one vocabulary for its embedding and its head")
@@ -196,11 +193,8 @@ def _linears(program: Program, output: fx.Node, size: int) -> list[fx.Node] | st
     return list(linears) if linears else "no linear makes its logits"
 
 
-def _trim(program: Program, name: str, size: int, kept: Sequence[int]) -> None:
+def _trim(program: Program, name: str, linears: list[fx.Node], kept: Sequence[int]) -> None:
     output = program.outputs[name]
-    linears = _linears(program, output, size)
-    if isinstance(linears, str):
-        raise PipelineError(f"the plan trims {name}, which cannot be: {linears}")
     now: dict[fx.Node, fx.Node] = {}
     trimmed: dict[fx.Node, fx.Node] = {}
     for linear in linears:

@@ -112,6 +112,7 @@ class Quantize(Pass):
         ]  # fmt: skip
         if plan.refused:
             return plan
+        original = program
         plan.sites, plan.notes = mask_sites(program, context)
         if plan.sites:
             program = self.copied(program)
@@ -125,13 +126,13 @@ class Quantize(Pass):
         plan.notes += whole_matrices(tables, self.activations)
         plan.notes += silent_inputs(matrices, ranges)
         sites = self._plan_matrices(program, plan, matrices)
-        where = ""
+        scales = {site.block: _scales_of(original, site) for site in sites}
         if self._fits:
-            where = self._fit(program, context, sites, matrices)
+            where = self._fit(program, context, sites, matrices, scales)
             for site in sites:
                 site.choices["integers"] = where
         if self.mixed:
-            self._mix(program, context, plan, sites)
+            self._mix(original, program, context, plan, sites)
         plan.sites += sites
         return plan
 
@@ -202,37 +203,56 @@ class Quantize(Pass):
         return sites
 
     def _fit(
-        self, program: Program, context: Context, sites: list[Site], matrices: dict[fx.Node, list[fx.Node]]
+        self,
+        program: Program,
+        context: Context,
+        sites: list[Site],
+        matrices: dict[fx.Node, list[fx.Node]],
+        scales: dict[str, torch.Tensor],
     ) -> str:
-        """Fit integers to calibration data and return where they are stored."""
+        """Fit integers to calibration data and return where they are stored.
+
+        Of a matrix whose nearest integers fit best, only the scales are stored.
+        """
         by_name = {n.name: n for n in matrices}
         rounded: dict[str, torch.Tensor] = {}
         by_block = {s.block: s for s in sites}
         for node, moments in Moments(program, context).each(by_name[s.block] for s in sites):
             site = by_block[node.name]
-            weight, high = constant_value(program, node), dict(WHOLE.values())[site["dtype"]]
-            scale = matrix_scales(weight, high, int(site["block_size"]))
+            weight, high, scale = constant_value(program, node), _largest(site), scales[node.name]
             rows = weight.flatten(1).chunk(moments.shape[0]), scale.chunk(moments.shape[0])
             rounded_parts = [fitted(w, s, m, high) for w, s, m in zip(*rows, moments, strict=True)]
-            rounded[node.name] = torch.cat(rounded_parts).reshape(weight.shape)
+            integers = torch.cat(rounded_parts).reshape(weight.shape)
+            if not torch.equal(integers.flatten(1), nearest(weight, scale, high)):
+                rounded[node.name] = integers
             rounded[f"{node.name}.steps"] = scale
         return keep(rounded, context.work_dir, "integers")
 
-    def _mix(self, program: Program, context: Context, plan: Plan, sites: list[Site]) -> None:
-        """Keep the matrices that lose most at four bits at eight."""
+    def _mix(
+        self, original: Program, program: Program, context: Context, plan: Plan, sites: list[Site]
+    ) -> None:
+        """Keep the matrices that lose most at four bits at eight.
+
+        Args:
+            original: whose weights have scales.
+            program: it with other masks.
+        """
         by_name = {s.block: s for s in sites if s["dtype"] == "int4"}
         eight = {
             n: Site(n, what="matrix", dtype="int8", block_size=s["block_size"]) for n, s in by_name.items()
         }
 
+        scales = {(s.block, s["dtype"]): _scales_of(original, s) for s in [*sites, *eight.values()]}
+
         def few(edited: Program, name: str) -> None:
             node = next(n for n in edited.graph.nodes if n.name == name)
-            _round_matrix(edited, node, by_name[name])
+            _round_matrix(edited, node, by_name[name], scales[name, "int4"])
 
         def all_of(names: Sequence[str]) -> Program:
             copy = self.copied(program)
             mixed = [s if s.block not in eight or s.block in names else eight[s.block] for s in sites]
-            self.rewrite(copy, Plan(sites=[*plan.sites, *mixed]))
+            chosen = {s.block: scales[s.block, s["dtype"]] for s in mixed}
+            self._carry_out(copy, Plan(sites=[*plan.sites, *mixed]), chosen)
             return copy
 
         sizes = {n.name: n.meta["val"].numel() for n in program.graph.nodes if n.name in by_name}
@@ -258,8 +278,11 @@ class Quantize(Pass):
 
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Insert rounding after each value and weight, and set masks to values within the ranges."""
-        if not plan.sites:
-            return
+        if plan.sites:
+            scales = {s.block: _scales_of(program, s) for s in plan.sites if s["what"] == "matrix"}
+            self._carry_out(program, plan, scales)
+
+    def _carry_out(self, program: Program, plan: Plan, scales: dict[str, torch.Tensor]) -> None:
         edit, host = program.edit, host_nodes(program)
         self._set_masks(program, plan)
         nodes = {n.name: n for n in program.graph.nodes}
@@ -268,7 +291,7 @@ class Quantize(Pass):
             if site["what"] == "mask":
                 continue
             if site["what"] == "matrix":
-                replacement = _round_matrix(program, node, site)
+                replacement = _round_matrix(program, node, site, scales[site.block])
             else:
                 with edit.after(node):
                     replacement = edit.call(
@@ -287,27 +310,41 @@ class Quantize(Pass):
         block_export(program, "a folder has no place for ranges of activations; lower it, or save it")
 
 
-def _round_matrix(program: Program, node: fx.Node, site: Site) -> fx.Node:
+def _largest(site: Site) -> int:
+    """Return the largest integer of a matrix."""
+    return dict(WHOLE.values())[site["dtype"]]
+
+
+def _scales_of(program: Program, site: Site) -> torch.Tensor:
+    """Return the scales of a matrix of a program before it is rewritten, measured once for it and its copies."""
+    high, block = _largest(site), int(site.choices.get("block_size", 0))
+
+    def measure() -> torch.Tensor:
+        nodes = {n.name: n for n in program.graph.nodes}
+        return matrix_scales(constant_value(program, nodes[site.block]), high, block)
+
+    scales: torch.Tensor = program.derived(
+        ("scales of a matrix", site.block, high, block), measure, portable=True
+    )
+    return scales
+
+
+def _round_matrix(program: Program, node: fx.Node, site: Site, scales: torch.Tensor) -> fx.Node:
     """Insert rounding after a matrix, to the nearest integers or to the stored ones."""
-    edit, high = program.edit, dict(WHOLE.values())[site["dtype"]]
-    weight = constant_value(program, node)
+    edit = program.edit
     stored = program.weights.get(node.name)
     name = stored.name if stored is not None else node.name
-    steps = matrix_scales(weight, high, int(site.choices.get("block_size", 0)))
-    scale = edit.add_weight(f"{name}_quantize_scale", steps, kind="buffer")
+    scale = edit.add_weight(f"{name}_quantize_scale", scales, kind="buffer")
     integers = None
     where = site.choices.get("integers")
     fitted_before = kept(str(where)) if where else {}
+    if not torch.equal(fitted_before.get(f"{node.name}.steps", scales), scales):
+        raise PipelineError(
+            f"the integers of {node.name} were fitted to other steps than {site['dtype']} has in the plan",
+            hint="plan again with the bits and blocks that you want, or remove integers from the site",
+        )
     if node.name in fitted_before:
-        fitted_integers = fitted_before[node.name]
-        if not torch.equal(fitted_before[f"{node.name}.steps"], steps):
-            raise PipelineError(
-                f"the integers of {node.name} were fitted to other steps than {site['dtype']} has in the plan",
-                hint="plan again with the bits and blocks that you want, or remove integers from the site",
-            )
-        # if the fitted integers are the nearest ones, nothing has to be stored
-        if not torch.equal(fitted_integers.flatten(1), nearest(weight, steps, high)):
-            integers = edit.add_weight(f"{name}_quantize_integers", fitted_integers, kind="buffer")
+        integers = edit.add_weight(f"{name}_quantize_integers", fitted_before[node.name], kind="buffer")
     # next to the first reader: at the top of the graph, all matrices would be in memory twice
     readers = set(node.users)
     first = next(n for n in program.graph.nodes if n in readers) if readers else node.next

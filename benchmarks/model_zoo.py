@@ -1,0 +1,399 @@
+"""Every causal language model of transformers and many other kinds: captured, blocks named, passes taken or refused.
+
+    python benchmarks/model_zoo.py [NAMES...] [--workers 2] [--work build/zoo] [--again] [--page docs/models.md] [--quick]
+
+A class of transformers is made small with random weights, saved, and captured from its folder; a plain network is
+captured as a module with example inputs. Blocks are compared with what the model is made of: the classes of the
+modules in its lists of layers, which graphopt never looks at. One process a class; what is done is kept, so that a
+run can go on. What ends in anything but an error of graphopt's own is a fault, and the command's status then is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from small_models import (
+    broken,
+    counts,
+    fault,
+    first_line,
+    in_a_process,
+    names_of_decoders,
+    refusal,
+    small_model,
+    try_passes,
+)
+
+ROOT = Path(__file__).parents[1]
+SECONDS, QUICK_SECONDS = 900, 300
+MIXER = (
+    r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv|Recurrent|TimeMix|Retention|Lightning"
+    r"|LongConv|xLSTM|LSTM|RwkvSelfAttention|MinimalGRU"
+)
+FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class is for, and what of its configuration is not as small as the names of sizes make it."""
+
+    group: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _group(group: str, names: str, **options: Any) -> dict[str, Kind]:
+    return {name: Kind(group, options) for name in names.split()}
+
+
+_STAGES = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 16, 32, 32]}
+OTHERS: dict[str, Kind] = {
+    **_group(
+        "encoder-decoder",
+        "T5ForConditionalGeneration MT5ForConditionalGeneration UMT5ForConditionalGeneration "
+        "LongT5ForConditionalGeneration SwitchTransformersForConditionalGeneration BartForConditionalGeneration "
+        "MBartForConditionalGeneration MarianMTModel PegasusForConditionalGeneration "
+        "PegasusXForConditionalGeneration BlenderbotForConditionalGeneration "
+        "BlenderbotSmallForConditionalGeneration M2M100ForConditionalGeneration NllbMoeForConditionalGeneration "
+        "LEDForConditionalGeneration PLBartForConditionalGeneration MvpForConditionalGeneration "
+        "ProphetNetForConditionalGeneration FSMTForConditionalGeneration T5GemmaForConditionalGeneration",
+    ),
+    **_group(
+        "encoder",
+        "BertForMaskedLM RobertaForMaskedLM DistilBertForMaskedLM AlbertForMaskedLM ElectraForMaskedLM "
+        "MPNetForMaskedLM DebertaForMaskedLM DebertaV2ForMaskedLM ModernBertForMaskedLM XLMRobertaForMaskedLM "
+        "FNetForMaskedLM NomicBertForMaskedLM EuroBertForMaskedLM ConvBertForMaskedLM SqueezeBertForMaskedLM "
+        "MobileBertForMaskedLM RoFormerForMaskedLM FunnelForMaskedLM EsmForMaskedLM NystromformerForMaskedLM "
+        "MegatronBertForMaskedLM LayoutLMForMaskedLM",
+    ),
+    **_group(
+        "vision",
+        "ViTForImageClassification DeiTForImageClassification Dinov2ForImageClassification "
+        "Dinov2WithRegistersForImageClassification SiglipForImageClassification BeitForImageClassification "
+        "IJepaForImageClassification ViTMSNForImageClassification YolosForObjectDetection",
+        image_size=32, patch_size=8,
+    ),
+    **_group("vision", "SwinForImageClassification Swinv2ForImageClassification DonutSwinForImageClassification",
+             image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    **_group("vision", "ConvNextForImageClassification ConvNextV2ForImageClassification "
+                       "ResNetForImageClassification RegNetForImageClassification",
+             **_STAGES),
+    **_group("vision", "PoolFormerForImageClassification FocalNetForImageClassification HieraForImageClassification "
+                       "PvtForImageClassification PvtV2ForImageClassification SegformerForImageClassification "
+                       "MobileNetV1ForImageClassification MobileNetV2ForImageClassification "
+                       "MobileViTForImageClassification EfficientNetForImageClassification "
+                       "CvtForImageClassification LevitForImageClassification DPTForDepthEstimation "
+                       "DetrForObjectDetection RTDetrForObjectDetection GLPNForDepthEstimation "
+                       "TextNetForImageClassification SwiftFormerForImageClassification"),
+    **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration SamModel "
+                                "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "
+                                "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration "
+                                "Qwen3VLForConditionalGeneration Gemma3ForConditionalGeneration "
+                                "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration "
+                                "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
+                                "AltCLIPModel GroupViTModel Owlv2ForObjectDetection MllamaForConditionalGeneration "
+                                "Florence2ForConditionalGeneration Blip2ForConditionalGeneration GitForCausalLM"),
+    **_group("audio", "Wav2Vec2ForCTC HubertForCTC WavLMForCTC SEWForCTC UniSpeechForCTC Data2VecAudioForCTC "
+                      "Wav2Vec2ConformerForCTC Wav2Vec2BertForCTC ParakeetForCTC "
+                      "WhisperForConditionalGeneration Speech2TextForConditionalGeneration "
+                      "MoonshineForConditionalGeneration ASTForAudioClassification EncodecModel "
+                      "SpeechT5ForSpeechToText VitsModel ClapModel"),
+    **_group("time series", "PatchTSTForPrediction PatchTSMixerForPrediction TimesFmModelForPrediction "
+                            "TimesFm2_5ModelForPrediction TimeSeriesTransformerForPrediction "
+                            "AutoformerForPrediction InformerForPrediction"),
+}  # fmt: skip
+
+
+def plain_networks() -> dict[str, Any]:
+    """Return plain torch networks by name: functions that give a module and its example inputs."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import nested_networks
+
+    return {
+        f"torch.{name}": functools.partial(nested_networks.network, name) for name in nested_networks.NETWORKS
+    }
+
+
+def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
+    """Return the kinds of blocks that run in each layer, by the classes of the modules in the model's lists of layers."""
+    import torch
+    from torch import nn
+
+    lists = []
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, (nn.ModuleList, nn.Sequential))
+            and len(module)
+            and "expert" not in name.lower()
+        ):
+            ends = {type(child).__name__[-5:] for child in module}
+            if len(ends) == 1 and any(_blocks(child) for child in module):
+                lists.append((name, module))
+    innermost = [
+        m for n, m in lists if not any(other.startswith(f"{n}.") for other, _ in lists if other != n)
+    ]
+    layers = [child for module in innermost for child in module]
+    runs: Counter[Any] = Counter()
+    watched = {m for layer in layers for m in (layer, *(block for _, block in _blocks(layer)))}
+    hooks = [m.register_forward_hook(lambda m, *_: runs.update([m])) for m in watched]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for layer in layers:
+        blocks = _blocks(layer)
+        kinds = Counter({kind: sum(runs[m] for k, m in blocks if k == kind) for kind in dict(blocks)})
+        direct = sum(isinstance(child, nn.Linear) for child in layer.children())
+        if direct >= 2 and kinds and not kinds["ffn"] and not kinds["experts"]:
+            kinds["ffn"] = runs[layer]
+        times = max(runs[layer], 1)  # layers that share weights
+        if +kinds:
+            found += [{kind: count // times for kind, count in kinds.items() if count}] * times
+    return found
+
+
+def _blocks(module: Any) -> list[tuple[str, Any]]:
+    """Return the outermost modules that are blocks by their class, with their kinds."""
+    name = type(module).__name__
+    if re.search(r"moe|sparse|expert|switch", name, re.I) and hasattr(module, "experts"):
+        return [("experts", module)]
+    if re.search(MIXER, name):
+        return [("mixer", module)]
+    if ("Attention" in name or "Attn" in name) and not isinstance(module, _lists()):
+        return [("attention", module)]
+    if re.search(FFN, name) and "Gate" not in name:
+        return [("experts" if hasattr(module, "experts") else "ffn", module)]
+    return [found for child in module.children() for found in _blocks(child)]
+
+
+def _lists() -> tuple[Any, ...]:
+    from torch import nn
+
+    return nn.ModuleList, nn.Sequential
+
+
+def named(program: Any) -> dict[str, Any]:
+    """Return what the anatomy says: blocks of each kind, those of each layer, and nodes in more than one block."""
+    anatomy = program.anatomy
+    owners: Counter[Any] = Counter()
+    for block in anatomy.blocks:
+        owners.update(set(block.nodes))
+    return {
+        "blocks": anatomy.summary(),
+        "layers": [[block.kind for block in layer.blocks] for layer in anatomy.layers],
+        "shared": sum(count > 1 for count in owners.values()),
+    }
+
+
+def judge(found: dict[str, Any]) -> str:
+    """Return how the blocks found differ from those that the model is made of; empty if they do not."""
+    if "expected" not in found or "blocks" not in found:
+        return ""
+    expected: Counter[str] = Counter()
+    for layer in found["expected"]:
+        expected.update(layer)
+    got = Counter(found["blocks"])
+    if not expected:
+        return ""
+    differences = [
+        f"{kind} {got[kind]} of {expected[kind]}" for kind in sorted({*expected, *got}) if got[kind] != expected[kind]
+    ]  # fmt: skip
+    layers = len(found["layers"])
+    if layers != len(found["expected"]):
+        differences.append(f"{layers} layers of {len(found['expected'])}")
+    if found.get("shared"):
+        differences.append(f"{found['shared']} values in more than one block")
+    return ", ".join(differences)
+
+
+def try_class(name: str, quick: bool) -> dict[str, Any]:
+    """Capture a class, name its blocks and, unless quick, run every pass."""
+    warnings.simplefilter("ignore")
+    plain = plain_networks() if name.startswith("torch.") else {}
+    kind = OTHERS.get(name, Kind("plain torch" if plain else "decoder"))
+    found: dict[str, Any] = {"name": name, "group": kind.group}
+    inputs = None
+    from graphopt.frontends.example_inputs import example_inputs as model_inputs
+
+    try:
+        if plain:
+            model, inputs = plain[name]()
+        else:
+            model = small_model(name, kind.options, decoder=kind.group == "decoder")
+            if kind.group == "decoder":
+                found["layers in the configuration"] = _configured_layers(model.config)
+            with contextlib.suppress(Exception):  # needs inputs, and a forward without faults
+                found["expected"] = made_of(model, model_inputs(model))
+    except Exception as error:
+        return {**found, "not made": first_line(error)}
+    import graphopt
+    from graphopt.ir.running.examples import example_inputs as program_inputs
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        try:
+            if plain:
+                program = graphopt.capture(model, inputs, compare=not quick)
+            else:
+                model.save_pretrained(folder)
+                program = graphopt.capture(folder, compare=not quick)
+        except graphopt.GraphoptError as error:
+            return {**found, "refused": refusal(error)}
+        except Exception as error:
+            return {**found, "fault": fault(error)}
+        found["seconds"] = round(time.process_time() - began, 1)
+        found |= named(program)
+        if not quick:
+            try:
+                data = [program_inputs(program, seed=seed, padding="none") for seed in range(4)]
+            except graphopt.GraphoptError as error:
+                return {**found, "refused": refusal(error)}
+            found["passes"] = try_passes(program, data)
+    return found
+
+
+def _configured_layers(config: Any) -> int | None:
+    text = config.get_text_config()
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"):
+        if isinstance(getattr(text, key, None), int):
+            return int(getattr(text, key))
+    return None
+
+
+def rows(results: list[dict[str, Any]]) -> list[str]:
+    """Return a table of the results, a class a line."""
+    lines = [
+        "| class | captured | blocks | as the model is made | passes taken | passes refused |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for found in results:
+        if "not made" in found:
+            lines.append(f"| {found['name']} | not made small: {_cell(found['not made'])} | | | | |")
+            continue
+        if "blocks" not in found:
+            lines.append(
+                f"| {found['name']} | {_cell(found.get('refused', found.get('fault', '')))} | | | | |"
+            )
+            continue
+        blocks = ", ".join(f"{count} {kind}" for kind, count in found["blocks"].items())
+        passes = found.get("passes", {})
+        taken = sum("taken" in p for p in passes.values()) if passes else ""
+        refused = sum("refused" in p for p in passes.values()) if passes else ""
+        same = "" if not found.get("expected") else judge(found) or "yes"
+        lines.append(f"| {found['name']} | yes | {blocks} | {same} | {taken} | {refused} |")
+    return lines
+
+
+def _cell(told: str) -> str:
+    return told[:200].replace("|", "/")
+
+
+def faults(results: list[dict[str, Any]]) -> list[str]:
+    """Return what is neither taken nor refused."""
+    found = [f"{r['name']}: {r['fault']}" for r in results if "fault" in r]
+    return found + [f"{r['name']}: {told}" for r in results for told in broken(r.get("passes", {}))]
+
+
+def shares(results: list[dict[str, Any]]) -> list[str]:
+    """Return for each group how many classes were captured, and how many have the blocks they are made of."""
+    lines = [
+        "| kind | made small | captured | blocks to compare | named right |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group in dict.fromkeys(r.get("group", "decoder") for r in results):
+        members = [r for r in results if r.get("group", "decoder") == group and "not made" not in r]
+        captured = [r for r in members if "blocks" in r]
+        judged = [r for r in captured if r.get("expected")]
+        right = [r for r in judged if not judge(r)]
+        lines.append(f"| {group} | {len(members)} | {len(captured)} | {len(judged)} | {len(right)} |")
+    return lines
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """Return the page of all results."""
+    parts = [
+        "# Models\n",
+        "Classes of transformers, small and with random weights, captured from a folder that they were saved to, and plain "
+        "torch networks, captured with example inputs. `benchmarks/model_zoo.py` writes this page.\n",
+        "*As the model is made*: whether attention, feed-forwards, MoE layers and mixers (convolutions, recurrences, "
+        "linear attention) are as many, in as many layers, as the modules in the model's lists of layers. Passes are "
+        "those of `benchmarks/small_models.py`; a refusal says why on the command line.\n",
+        *shares(results),
+    ]
+    for group in dict.fromkeys(r.get("group", "decoder") for r in results):
+        parts += [
+            f"\n## {group.capitalize()}\n",
+            *rows([r for r in results if r.get("group", "decoder") == group]),
+        ]
+        reasons: Counter[str] = Counter()
+        for result in results:
+            if result.get("group", "decoder") == group:
+                reasons.update(
+                    f"`{text}`: {_cell(p['refused'])}"
+                    for text, p in result.get("passes", {}).items()
+                    if "refused" in p
+                )
+        if reasons:
+            parts.append("\nRefusals, with the number of classes:\n")
+            parts += [f"- {count}: {reason}" for reason, count in reasons.most_common()]
+    return "\n".join(parts) + "\n"
+
+
+def told(found: dict[str, Any]) -> str:
+    """Return a result in a line."""
+    if "blocks" not in found:
+        return str(found.get("not made") or found.get("refused") or found.get("fault"))
+    blocks = ", ".join(f"{count} {kind}" for kind, count in found["blocks"].items())
+    different = judge(found)
+    passes = f"; passes {counts(found['passes'])}" if "passes" in found else ""
+    return f"{blocks}{f' [differs: {different}]' if different else ''}{passes}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="classes, or kinds such as decoder or audio")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "zoo")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--page", type=Path, default=None, help="write the page to this file")
+    parser.add_argument(
+        "--quick", action="store_true", help="capture and name blocks, without comparison and passes"
+    )
+    given = parser.parse_args()
+    work = given.work / "quick" if given.quick else given.work
+    work.mkdir(parents=True, exist_ok=True)
+    every = list(dict.fromkeys([*names_of_decoders(), *OTHERS, *plain_networks()]))
+    groups = {"decoder": names_of_decoders(), "plain": list(plain_networks())}
+    for name, kind in OTHERS.items():
+        groups.setdefault(kind.group, []).append(name)
+    names = [n for given_name in given.names for n in groups.get(given_name, [given_name])] or every
+    seconds = QUICK_SECONDS if given.quick else SECONDS
+    results = []
+    with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
+        for found in pool.map(
+            lambda n: in_a_process(try_class, n, work, seconds, given.quick, again=given.again), names
+        ):
+            results.append(found)
+            print(found["name"], told(found), flush=True)
+    if given.page:
+        given.page.write_text(page(results))
+    wrong = faults(results)
+    print("\n".join([*shares(results), *wrong]))
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

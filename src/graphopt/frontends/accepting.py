@@ -1,0 +1,110 @@
+"""Asking a model whether it takes some inputs: by running it, without memory where its weights have none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .fixed_values import FIXED, Known
+
+REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError)
+_UNKNOWN = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+
+
+def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:
+    """Return why a model does not take inputs, or None if it does or cannot be asked.
+
+    A model without values says nothing about what depends on values.
+    """
+    try:
+        ask(model, model, inputs)
+    except _UNKNOWN:
+        return None
+    except REFUSALS as error:
+        first = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+    return None
+
+
+def accepts(model: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
+    """Return whether a model with values runs on inputs."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except REFUSALS:
+        return False
+    return True
+
+
+def ask(model: Any, function: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    """Call a function of a model on inputs, which lose their values where the model's weights have none."""
+    parameter = next(model.parameters(), None)
+    with torch.no_grad():
+        if not isinstance(parameter, FakeTensor):
+            floating = parameter.dtype if parameter is not None else torch.float32
+            return function(**{n: typed(v, floating) for n, v in inputs.items()})
+        mode = parameter.fake_mode
+        known = {n: v for n, v in inputs.items() if n in FIXED}
+        with mode, _unchecked(), Known(tree_leaves(known)):
+            fakes = {
+                n: v
+                if n in known
+                else tree_map(
+                    lambda t: (
+                        torch.empty(t.shape, dtype=_typed_as(t, parameter.dtype))
+                        if isinstance(t, torch.Tensor)
+                        else t
+                    ),
+                    v,
+                )
+                for n, v in inputs.items()
+            }
+            return function(**fakes)
+
+
+def _typed_as(value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if value.is_floating_point() and dtype.is_floating_point else value.dtype
+
+
+def typed(value: Any, dtype: torch.dtype) -> Any:
+    """Return tensors of floating-point numbers in another type; anything else stays."""
+    return tree_map(lambda t: t.to(_typed_as(t, dtype)) if isinstance(t, torch.Tensor) else t, value)
+
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Leave out the library's checks of values, as there are none."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    # inputs that do not fit are an expected result, of which torch would write a report
+    reports = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, reports.disabled = reports.disabled, True
+    try:
+        yield
+    finally:
+        reports.disabled = disabled
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
