@@ -288,7 +288,7 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
                 program = graphopt.capture(model, inputs, compare=not quick)
             else:
                 model.save_pretrained(folder)
-                program = graphopt.capture(folder, compare=not quick)
+                program = graphopt.capture(folder, compare=not quick, cache=False)
         except graphopt.GraphoptError as error:
             return {**found, "refused": refusal(error)}
         except Exception as error:

@@ -46,7 +46,7 @@ def captured(name: str, folder: Path) -> Program:
 
     model = zoo.make(name)
     model.save_pretrained(folder / name)
-    return graphopt.capture(folder / name)
+    return graphopt.capture(folder / name, cache=False)
 
 
 def lowered(program: Program, path: Path, opset: int) -> tuple[Any, int]:

@@ -75,7 +75,7 @@ def rewrite(source: Path, target: Path, limit: float) -> None:
     from graphopt.ir.facts import Capture
 
     began = time.perf_counter()
-    program = graphopt.capture(source)
+    program = graphopt.capture(source, cache=False)
     captured = time.perf_counter() - began
     began = time.perf_counter()
     result = graphopt.optimize(program, "fuse-projections, fold-norms")

@@ -14,6 +14,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from ..ir.compat import FakeTensorMode, sources_of
 from ..ir.facts import Capture, note_capture
 from ..ir.program import Program
+from ..ir.structure import describe
 
 _PACKAGE = str(Path(__file__).parents[1])
 _EXPORTS = str(Path(__file__).with_name("torch_module.py"))
@@ -68,7 +69,7 @@ def note_frozen(
     """
     lines = exported.graph_module.meta.get(_KEY, {})
     frozen: list[tuple[torch.Tensor, str, int, str]] = []
-    for (path, value), name in zip(_tensors(inputs), program.signature.inputs, strict=False):
+    for path, value, name in _tensors(program, inputs):
         for dim, size in enumerate(value.shape):
             line = lines.get(f"L{keystr(path)}.size()[{dim}]")
             if line is not None and program.signature.inputs[name].shape[dim] == size:
@@ -83,7 +84,7 @@ def note_frozen(
         notes.append(f"dimension {dim} of {name} is {size}{others}" + (f": {line}" if line else ""))
     if takes is not None:
         # the tracer takes a size of 1 for a number, without saying so
-        for (_, value), name in zip(_tensors(inputs), program.signature.inputs, strict=False):
+        for _, value, name in _tensors(program, inputs):
             for dim, size in enumerate(value.shape):
                 fixed = size == 1 == program.signature.inputs[name].shape[dim]
                 if fixed and takes(_longer(inputs, {(id(value), dim)})):
@@ -96,9 +97,14 @@ def note_frozen(
         note_capture(program, fixed_sizes=new)
 
 
-def _tensors(inputs: Mapping[str, Any]) -> list[tuple[Any, torch.Tensor]]:
+def _tensors(program: Program, inputs: Mapping[str, Any]) -> list[tuple[Any, torch.Tensor, str]]:
+    """Return path, tensor and name of each input of the program."""
     pairs, _ = tree_flatten_with_path(dict(inputs))
-    return [(path, value) for path, value in pairs if isinstance(value, torch.Tensor)]
+    names = {
+        id(v): n for n, v in describe(dict(inputs), lambda v: isinstance(v, torch.Tensor), "")[1].items()
+    }
+    found = [(path, value, names[id(value)]) for path, value in pairs if isinstance(value, torch.Tensor)]
+    return [entry for entry in found if entry[2] in program.signature.inputs]
 
 
 def _longer(inputs: Mapping[str, Any], dimensions: Collection[tuple[int, int]]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from .compare_checkpoint import OwnPositions, compare_with_checkpoint
 from .compare_small import compare_small
 from .example_inputs import Given, causal, example_inputs, with_few_rows
 from .fixed_values import Joined, describe_fixed, fixing
+from .frozen import note_frozen
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
 from .rotary_types import refuse_varying_frequencies
@@ -298,6 +299,7 @@ def _capture(
         stamp(program, stamping, tensors)
     except CannotStamp as reason:
         return _capture(config, dtype, inputs, dynamic, files, attention, without, reason)
+    note_frozen(program, exported, fakes)
     return program
 
 

@@ -18,6 +18,7 @@ from .compare import require_equal
 from .compare_checkpoint import OwnPositions, compare_with_model
 from .example_inputs import Given, causal, example_inputs, with_few_rows
 from .fixed_values import fixing
+from .frozen import note_frozen
 from .huggingface import ATTENTION_LADDER, _export, _fill_rules, _symbol_names, take_fixed
 from .lift import lift
 from .rotary_types import refuse_varying_frequencies
@@ -161,6 +162,7 @@ def _capture(
         stamp(program, plan, tensors_of(model))
     except CannotStamp as reason:
         return _capture(model, given, dynamic, without, reason)
+    note_frozen(program, exported, example)
     program.origin = Origin(
         kind="module",
         model_class=f"transformers:{type(model).__name__}",

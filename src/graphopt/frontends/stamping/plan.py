@@ -11,6 +11,7 @@ from torch import nn
 
 from ...ir.facts import note_capture
 from ...ir.program import Program
+from ...ir.rewriting.cleanup import order_readers
 from .kinds import Choice, choose
 from .record import CannotStamp, record
 from .shorten import shortened
@@ -52,6 +53,7 @@ def stamp(program: Program, plan: Plan, tensors: Tensors) -> None:
         note_capture(program, layers=f"all exported: {plan.message}")
         return
     write_layers(program, plan, tensors)
+    order_readers(program)
     note_capture(
         program,
         layers=f"{len(plan.exported)} of {len(plan.layers)} exported, of {plan.kinds} kinds; the others copied",
