@@ -12,7 +12,7 @@ from ..ir.infer import infer
 from ..ir.program import Program
 from ..ir.weights import Absent, Weight
 from .checkpoint_files import CheckpointFiles, FileTensor
-from .checkpoint_names import Mapped, Recipe
+from .stamping.weight_mapping import Mapped, Recipe
 
 
 def bind(program: Program, mapped: Mapped, files: CheckpointFiles) -> None:

@@ -8,34 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ir.compat import FakeTensorMode, fake_tensor
 from ..ir.errors import CheckpointError
 from ..ir.weights import TensorSource
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A conversion of weights: a graph over tensors of the checkpoint, with a result per weight."""
-
-    graph: fx.Graph
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-
-
-@dataclass
-class Mapped:
-    """Weights that are tensors of the checkpoint as they are, weights that are computed, and unused tensors."""
-
-    plain: dict[str, str] = field(default_factory=dict)
-    recipes: list[Recipe] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+from .stamping.weight_mapping import Mapped, Recipe
 
 
 def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorMode) -> Mapped:

@@ -27,7 +27,7 @@ from .accepting import typed
 from .architecture import build, config_from, load_config, model_class, require_transformers
 from .bind_weights import bind
 from .checkpoint_files import CheckpointFiles, read_folder, read_processor
-from .checkpoint_names import Mapped, map_names
+from .checkpoint_names import map_names
 from .compare_checkpoint import OwnPositions, compare_with_checkpoint
 from .compare_small import compare_small
 from .example_inputs import Given, causal, example_inputs, with_few_rows
@@ -40,6 +40,7 @@ from .size_limits import settle_by_guards
 from .stamping.plan import exported_layers, plan_stamping, stamp
 from .stamping.record import CannotStamp
 from .stamping.tensors import Tensors
+from .stamping.weight_mapping import Mapped
 from .stored_values import computed_weights, plain_numbers, untie
 from .torch_module import export
 from .untraceable import traceable

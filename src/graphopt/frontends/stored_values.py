@@ -19,7 +19,7 @@ from torch import nn
 from ..ir.errors import CheckpointError
 from ..ir.weights import TensorSource, load_part, numel
 from .checkpoint_files import CheckpointFiles
-from .checkpoint_names import Mapped
+from .stamping.weight_mapping import Mapped
 
 _PART = 1 << 24
 _SCALES = re.compile(

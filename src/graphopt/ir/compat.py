@@ -41,7 +41,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ValueRangesSLoc,
     statically_known_true,
 )
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -54,6 +54,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "Symbol",
+    "TorchDispatchMode",
     "add_symbol",
     "build_exported_program",
     "compile_package",

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
-from ...ir.compat import FakeTensor, exporting
+from ...ir.compat import FakeTensor, TorchDispatchMode, exporting
 from ...ir.errors import GraphoptError
 from ...ir.schema import is_mutable
 from ...ir.weights import digest

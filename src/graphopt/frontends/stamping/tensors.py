@@ -9,9 +9,9 @@ from functools import cached_property
 from torch import nn
 
 from ...ir.weights import InMemory, TensorSource
-from ..checkpoint_names import Mapped, Recipe
 from .kinds import Choice
 from .record import CannotStamp
+from .weight_mapping import Mapped, Recipe
 
 
 @dataclass
