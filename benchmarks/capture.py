@@ -72,17 +72,16 @@ def export_alone(folder: Path) -> float:
     from graphopt.frontends import huggingface
     from graphopt.frontends.architecture import build, load_config
     from graphopt.frontends.checkpoint_files import read_folder
-    from graphopt.frontends.example_inputs import example_inputs, size_names
+    from graphopt.frontends.example_inputs import Given, example_inputs
     from graphopt.ir.compat import new_fake_mode
 
     config = load_config(folder, read_folder(folder).config)
     model, mode = build(config, torch.float32, "sdpa"), new_fake_mode()
-    example = example_inputs(model)
-    names = size_names(example)
     huggingface._fake(model, mode)
+    example = example_inputs(model, Given())
     with mode, torch.no_grad():
-        fakes = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype), example)
-        return timed(lambda: huggingface._export(model, fakes, "auto", names))
+        fakes = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype), example.inputs)
+        return timed(lambda: huggingface._export(model, fakes, "auto", example.sizes))
 
 
 def full(folder: Path) -> None:

@@ -105,6 +105,7 @@ class Layer(nn.Module):
         self.register_buffer("table", torch.full((8,), 1.0 + (changed and change == "buffer")))
         self.plain = torch.full((8,), 1.0 + (changed and change == "attribute"))
         self.order = [1, 0, *range(2, 8)] if change == "index" and changed else list(range(8))
+        self.up.weight.requires_grad_(not (change == "frozen" and changed))
         self.activation = torch.relu if change == "operator" and changed else torch.tanh
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +129,7 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-CHANGES = ("scalar", "buffer", "attribute", "index", "operator", "tensor", "width", "bias")
+CHANGES = ("scalar", "buffer", "attribute", "index", "operator", "tensor", "width", "bias", "frozen")
 
 
 @pytest.mark.parametrize("change", ["nothing", *CHANGES])
@@ -197,3 +198,44 @@ def test_a_run_that_fails_leaves_the_model_as_it_was() -> None:
     assert "without values" in reason.message
     assert {name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())} == tensors
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Remembering(Layer):
+    """Keeps a table for the next call in an attribute, in a dictionary, and as a buffer that it registers."""
+
+    def __init__(self) -> None:
+        super().__init__(0, "nothing")
+        self.kept: torch.Tensor | None = None
+        self.tables: dict[int, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            self.kept = torch.ones(8, dtype=x.dtype, device=x.device)
+            self.tables[8] = self.kept
+            self.register_buffer("late", self.kept)
+        return super().forward(x) * self.kept * self.tables[8] * self.late
+
+
+def test_what_a_recorded_run_assigns_is_undone() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(*(Remembering() for _ in range(5))).double(),
+        torch.randn(3, 8, dtype=torch.float64),
+    )
+    before = [{k: v for k, v in vars(m).items() if k != "_modules"} for m in model.modules()]
+    assert not isinstance(stamping.plan_stamping(model, {"input": x}), CannotStamp)
+    assert [{k: v for k, v in vars(m).items() if k != "_modules"} for m in model.modules()] == before
+    assert not any(layer.tables for layer in model)
+    assert torch.isfinite(model(x)).all()
+
+
+def test_weights_that_layers_share_stay_one() -> None:
+    torch.manual_seed(0)
+    model = Stack("nothing").double()
+    for layer in model.layers:
+        layer.up.weight = model.layers[0].up.weight
+    x = torch.randn(3, 4, dtype=torch.float64)
+    program = graphopt.capture(model, x)
+    assert "is also" in program.facts[Capture].layers
+    assert sum("up.weight" in w.name for w in program.weights.values()) == 1
+    torch.testing.assert_close(program(x), model(x), rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -128,8 +129,14 @@ def record(
 def _without_values(
     model: nn.Module, recorder: _Recorder, buffers: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Put all parameters and buffers on the meta device while the block runs."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    """Put all parameters and buffers on the meta device while the block runs.
+
+    Whatever the run assigns to attributes of modules, such as tables that are kept for the next call, is undone.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [
+        (v, copy.copy(v)) for _, values in before for v in values.values() if isinstance(v, (dict, list, set))
+    ]
     replaced: dict[int, torch.Tensor] = {}
     try:
         for path, module in model.named_modules(remove_duplicate=False):
@@ -138,22 +145,27 @@ def _without_values(
                     if tensor is None:
                         continue
                     name = f"{path}.{leaf}" if path else leaf
-                    if id(tensor) not in replaced:
-                        bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                        replaced[id(tensor)] = (
-                            nn.Parameter(bare, requires_grad=False)
-                            if isinstance(tensor, nn.Parameter)
-                            else bare
-                        )
-                    recorder.weight(name, replaced[id(tensor)], buffers.get(name, tensor))
-                    # modules that two names share have one table
-                    if table[leaf] is tensor:
-                        before.append((table, leaf, tensor))
+                    # a module with two names has one table, which is seen twice
+                    if id(tensor) not in recorder.stored:
+                        if id(tensor) not in replaced:
+                            bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                            replaced[id(tensor)] = (
+                                nn.Parameter(bare, requires_grad=False)
+                                if isinstance(tensor, nn.Parameter)
+                                else bare
+                            )
                         table[leaf] = replaced[id(tensor)]
+                        recorder.weight(name, table[leaf], buffers.get(name, tensor))
+                    else:
+                        recorder.weight(name, tensor, recorder.stored[id(tensor)])
         yield
     finally:
-        for table, leaf, tensor in reversed(before):
-            table[leaf] = tensor
+        for module, values in before:
+            vars(module).clear()
+            vars(module).update(values)
+        for container, content in contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 class _Recorder:
@@ -256,10 +268,12 @@ class _Recorder:
         stored = self.stored[id(value)]
         unknown = isinstance(stored, nn.Parameter) or stored.is_meta or isinstance(stored, FakeTensor)
         values = "" if unknown else self._hash(stored)
-        kind = (tuple(stored.shape), stored.dtype, values)
+        kind = (tuple(stored.shape), stored.dtype, stored.requires_grad, values)
         if layer is None:
             return ("weight", names[0], *kind)
         if own is not None:
+            if not all(n.startswith(prefix) for n in names):
+                raise CannotStamp(f"{own} is also {next(n for n in names if not n.startswith(prefix))}")
             layer.weights[own] = None
             return ("own weight", own.removeprefix(prefix), *kind)
         return ("weight", names[0], *kind)
