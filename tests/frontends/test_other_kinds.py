@@ -11,10 +11,12 @@ import other_kinds
 import pytest
 import torch
 from amounts import THOROUGH
+from diffusion_networks import ConditionalUNet, DiffusionTransformer
 
 import graphopt
 from graphopt.frontends.architecture import configurations
 from graphopt.frontends.example_inputs import Given, example_inputs
+from graphopt.ir.running.examples import example_inputs as graph_examples
 
 # one of each way in which inputs are made and sizes are tied
 FEW = ("llava", "paligemma", "qwen3_vl", "bart", "whisper", "wav2vec2", "patchtst", "deberta")
@@ -91,6 +93,26 @@ def test_two_stacks_go_back_to_a_folder(name: str, layer: int, tmp_path: Path) -
     assert depths == ([1, 2] if layer == 1 else [2, 1])
     made = example_inputs(model)
     require_same(shorter, again, made.inputs, {})
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"] if THOROUGH else ["qwen2_vl"])
+def test_models_that_see_go_back_to_a_folder(name: str, tmp_path: Path) -> None:
+    """Wrong if the folder were compared on texts without images, or with a grid that is not the program's."""
+    import transformers
+
+    model = other_kinds.make(name)
+    model.save_pretrained(tmp_path / "before")
+    program = graphopt.capture(tmp_path / "before")
+    ids = graph_examples(program)["input_ids"]
+    assert bool((ids == 99).any()), "examples stand for no image"
+    shorter = graphopt.optimize(program, "skip-layers{layers=[1]}")
+    report = shorter.save_pretrained(tmp_path / "after")
+    assert max(report.errors.values()) < 1e-4
+    again = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "after").eval()
+    again.config.use_cache = False
+    rows = next(iter(program.signature.inputs.values())).shape[0]
+    made = example_inputs(again, Given(grow=isinstance(rows, str), rows=3 if isinstance(rows, str) else 1))
+    require_same(shorter, again, made.inputs, made.fixed)
 
 
 @pytest.mark.parametrize("name", ["resnet", "convnext", "mobilenet"])
@@ -244,6 +266,39 @@ def test_an_input_that_nothing_describes(tmp_path: Path) -> None:
     t.PerceiverModel(config).save_pretrained(tmp_path)
     with pytest.raises(graphopt.UsageError, match="takes inputs, for which there is no example"):
         graphopt.capture(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transformer", "unet"])
+def test_networks_of_diffusion(name: str) -> None:
+    """Wrong if a time, a text and a latent had batches of their own, or another size were another function."""
+    torch.manual_seed(0)
+    model, inputs = {
+        "transformer": (
+            DiffusionTransformer(),
+            {
+                "hidden_states": torch.randn(2, 4, 8, 8),
+                "timesteps": torch.tensor([3, 70]),
+                "class_labels": torch.tensor([1, 2]),
+            },
+        ),
+        "unet": (
+            ConditionalUNet(),
+            {
+                "sample": torch.randn(2, 4, 8, 8),
+                "timestep": torch.tensor([3, 70]),
+                "encoder_hidden_states": torch.randn(2, 5, 24),
+            },
+        ),
+    }[name]
+    program = graphopt.capture(model.eval(), inputs)
+    assert {spec.shape[0] for spec in program.signature.inputs.values()} == {"batch"}
+    assert program.anatomy.summary()["attention"] == {"transformer": 2, "unet": 3}[name]
+    larger = {
+        k: torch.cat([v, v[:1]]) if v.dim() < 4 else torch.randn(3, 4, 12, 8) for k, v in inputs.items()
+    }
+    with torch.no_grad():
+        expected = model(**larger)
+    assert torch.allclose(program(**larger), expected, atol=1e-4)
 
 
 @pytest.mark.skipif(not THOROUGH, reason="takes half a minute")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def model_class(config: Any) -> Any:
     """
     transformers = require_transformers()
     for name in getattr(config, "architectures", None) or []:
-        candidate = getattr(transformers, str(name), None)
+        candidate = getattr(transformers, str(name), None) or _inner_class(config, str(name))
         if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
             return candidate
         raise CheckpointError(
@@ -85,6 +86,16 @@ def model_class(config: Any) -> Any:
         with contextlib.suppress(KeyError):
             return family._model_mapping[type(config)]
     raise CheckpointError(f"transformers has no model for {type(config).__name__}")
+
+
+def _inner_class(config: Any, name: str) -> Any:
+    """Return a class beside the configuration's in the library that the library does not name outside, or None."""
+    home = type(config).__module__
+    if not home.startswith("transformers.models."):
+        return None
+    with contextlib.suppress(ImportError):
+        return getattr(import_module(home.replace(".configuration_", ".modeling_")), name, None)
+    return None
 
 
 def filled(config: Any, tensors: Mapping[str, TensorSource], dtype: torch.dtype) -> Any:

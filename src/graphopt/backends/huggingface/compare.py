@@ -16,11 +16,12 @@ from ...ir.errors import LoweringError
 from ...ir.operators.traits import has
 from ...ir.program import Program
 from ...ir.running.evaluate import needed_for
-from ...ir.running.examples import example_inputs
+from ...ir.running.examples import example_inputs, marked_tokens
 from ...ir.running.execute import interpret, memory_available
 from ...ir.running.fold import EXACT, fold
 from ...ir.running.retype import Widened, retyped, widen
 from ...ir.schema import arguments, is_operator
+from ...ir.structure import leaf_names, rebuild
 from ...ir.weights import TensorSource, numel
 from .layers import configurations, load
 
@@ -110,6 +111,9 @@ def cases(program: Program) -> tuple[list[Case], int]:
     )
     if length < needed and _affordable(program, needed):
         length = needed
+    hints = {n: limits.hint for n, limits in program.signature.sizes.items()}
+    least = max((count for _, count in marked_tokens(program, hints).values()), default=0)
+    length = max(length, least + 5) if least else length
     sizes = {n: length for n in program.signature.sizes if _is_length(n)}
     if length > 9:
         # two lengths, so that values of one are not mistaken for values of the other
@@ -118,6 +122,16 @@ def cases(program: Program) -> tuple[list[Case], int]:
     else:
         sizes = {}
     return list(_padded(program, sizes)), needed if length < needed else 0
+
+
+def fixed_inputs(program: Program) -> dict[str, torch.Tensor]:
+    """Return the tensors whose values a program was captured for, which transformers takes as inputs."""
+    structures = program.signature.parameters
+    return {
+        name: torch.tensor(rebuild(structure, {}))
+        for name, structure in structures.items()
+        if "list" in structure and not any(leaf_names(structure))
+    }
 
 
 def _is_length(name: str) -> bool:

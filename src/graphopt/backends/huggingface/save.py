@@ -24,7 +24,7 @@ from ...ir.running.retype import widen
 from ...ir.storage.atomic import atomic_folder
 from ...ir.storage.safetensors_file import write_file, writer
 from ...ir.weights import TensorSource, numel
-from .compare import LIMITS, Case, Reference, cases, differences, require_same_attention
+from .compare import LIMITS, Case, Reference, cases, differences, fixed_inputs, require_same_attention
 from .config import renumbered, with_experts, with_widths
 from .layers import Skeleton, without_layers
 
@@ -207,7 +207,12 @@ def _reloaded(
             Path(directory) / "inputs.safetensors",
             Path(directory) / "outputs.safetensors",
         )
-        inputs = {f"{i}/{k}": v for i, case in enumerate(compared_cases) for k, v in case.inputs.items()}
+        fixed = fixed_inputs(program)
+        inputs = {
+            f"{i}/{k}": v
+            for i, case in enumerate(compared_cases)
+            for k, v in {**case.inputs, **fixed}.items()
+        }
         save_file(
             {k: widen(v, dtype).clone(memory_format=torch.contiguous_format) for k, v in inputs.items()},
             inputs_path,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +11,7 @@ from torch import fx
 
 from ..operators.traits import Trait, has
 from ..schema import is_operator
-from ..sizes import parse_size
+from ..sizes import expression, parse_size
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -34,6 +36,38 @@ def rows_of(node: fx.Node) -> int:
     return max(rows)
 
 
+def marked_tokens(program: Program, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Return the token that stands for parts of an image or of audio, and how many a row needs, by input.
+
+    Such tokens are compared with their id, and what takes their place is scattered over them. Fewer would leave values
+    out, so that a change of them would not show.
+
+    Args:
+        program: of which inputs are made.
+        sizes: by name.
+    """
+    symbols = {name: symbol for symbol, name in program.symbols.items()}
+    values = {symbols[name]: size for name, size in sizes.items() if name in symbols}
+    found: dict[str, tuple[int, int]] = {}
+    for name, node in program.input_nodes.items():
+        if node.meta["val"].dim() != 2:
+            continue
+        for comparison in (u for u in node.users if is_operator(u, "aten.eq") and isinstance(u.args[1], int)):
+            work, seen = [comparison], {comparison}
+            while work:
+                current = work.pop()
+                for user in current.users:
+                    if is_operator(user, "aten.masked_scatter") and user.args[1] is current:
+                        source = user.args[2].meta["val"]  # type: ignore[union-attr]
+                        count = math.prod(int(expression(size).subs(values)) for size in source.shape[:-1])
+                        rows = int(expression(node.meta["val"].shape[0]).subs(values))
+                        found[name] = (int(comparison.args[1]), -(-count // max(1, rows)))  # type: ignore[arg-type]
+                    elif user not in seen and has(user, Trait.VIEW | Trait.IDENTITY | Trait.CAST):
+                        seen.add(user)
+                        work.append(user)
+    return found
+
+
 def example_inputs(
     program: Program, sizes: dict[str, int] | None = None, *, seed: int = 0, padding: str = "right"
 ) -> dict[str, torch.Tensor]:
@@ -55,6 +89,11 @@ def example_inputs(
             chosen[name] = chosen.get(base, chosen[name])
     if sizes is None:
         chosen |= program.signature.nearest({n: v for n, v in chosen.items() if n in program.signature.sizes})
+    marked = marked_tokens(program, chosen)
+    for name, (_, count) in marked.items():
+        length = program.signature.inputs[name].shape[1]
+        if isinstance(length, str) and length not in (sizes or {}) and chosen.get(length, count) < count:
+            chosen[length] = count + 5
     generator = torch.Generator().manual_seed(seed)
     symbols = {name: symbol for symbol, name in program.symbols.items()}
     values = {symbols[name]: size for name, size in chosen.items() if name in symbols}
@@ -84,4 +123,10 @@ def example_inputs(
             rows = rows_of(program.input_nodes[name])
             low = 3 if rows > 8 else 0
             inputs[name] = torch.randint(low, rows, shape, generator=generator).to(spec.dtype)
+        if name in marked:
+            token, count = marked[name]
+            ids = inputs[name]
+            ids[ids == token] = low if token != low else low + 1
+            if count <= ids.shape[1]:
+                ids[:, :count] = token
     return inputs
