@@ -198,7 +198,9 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
         return [("attention", module)]
     if re.search(FFN, name) and "Gate" not in name:
         return [("experts" if hasattr(module, "experts") else "ffn", module)]
-    found = [found for child in module.children() for found in _blocks(child)]
+    # a shared expert is a part of its MoE layer
+    children = [child for key, child in module.named_children() if "shared_mlp" not in key]
+    found = [found for child in children for found in _blocks(child)]
     if name == "Sequential" and not found and sum(isinstance(child, _linear()) for child in module) > 1:
         return [("ffn", module)]
     return found
@@ -232,6 +234,9 @@ def named(program: Any) -> dict[str, Any]:
         "components": list(anatomy.components),
         "shared": sum(count > 1 for count in owners.values()),
     }
+
+
+_AROUND = ("composite", "adapter", "connection")
 
 
 def judge(found: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ class Block:
 
     Attributes:
         kind: attention, ffn, experts, mixer (of positions, without attention), adapter (two projections and no activation),
-            composite (a residual block around others) or unrecognised.
+            connection (of copies of the stream, mixed by a matrix), composite (a residual block around others) or
+            unrecognised.
         reads: the stream's value before the block.
         writes: its value after, post-norm included.
         term: what the block adds.
