@@ -247,9 +247,7 @@ def judge(found: dict[str, Any]) -> str:
     for layer in found["expected"]:
         expected.update(layer)
     # what is around or within the blocks that modules are
-    got = Counter(
-        {kind: count for kind, count in found["blocks"].items() if kind not in ("composite", "adapter")}
-    )
+    got = Counter({kind: count for kind, count in found["blocks"].items() if kind not in _AROUND})
     if not expected:
         return ""
     differences = [
