@@ -198,7 +198,9 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
         return [("attention", module)]
     if re.search(FFN, name) and "Gate" not in name:
         return [("experts" if hasattr(module, "experts") else "ffn", module)]
-    found = [found for child in module.children() for found in _blocks(child)]
+    # a shared expert is a part of its MoE layer
+    children = [child for key, child in module.named_children() if "shared_mlp" not in key]
+    found = [found for child in children for found in _blocks(child)]
     if name == "Sequential" and not found and sum(isinstance(child, _linear()) for child in module) > 1:
         return [("ffn", module)]
     return found
@@ -234,6 +236,9 @@ def named(program: Any) -> dict[str, Any]:
     }
 
 
+_AROUND = ("composite", "adapter", "connection")
+
+
 def judge(found: dict[str, Any]) -> str:
     """Return how the blocks found differ from those that the model is made of; empty if they do not."""
     if "expected" not in found or "blocks" not in found:
@@ -242,9 +247,7 @@ def judge(found: dict[str, Any]) -> str:
     for layer in found["expected"]:
         expected.update(layer)
     # what is around or within the blocks that modules are
-    got = Counter(
-        {kind: count for kind, count in found["blocks"].items() if kind not in ("composite", "adapter")}
-    )
+    got = Counter({kind: count for kind, count in found["blocks"].items() if kind not in _AROUND})
     if not expected:
         return ""
     differences = [

@@ -281,6 +281,35 @@ class Laurel(nn.Module):
         return self.last(x)
 
 
+class AlternatingUpdates(nn.Module):
+    """Copies of the stream that are predicted from one another, one computed, and all corrected (AltUp)."""
+
+    class Block(nn.Module):
+        """Predict, compute the first copy, correct."""
+
+        def __init__(self, copies: int) -> None:
+            super().__init__()
+            self.copies, self.inner = copies, TransformerBlock(causal=True)
+            self.predict, self.correct = nn.Linear(WIDTH, copies * copies), nn.Linear(WIDTH, copies)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mix = torch.tanh(self.predict(x[0])).unflatten(-1, (self.copies, self.copies))
+            x = x + torch.matmul(x.permute(1, 2, 3, 0), mix).permute(3, 0, 1, 2)
+            y = self.inner(x[0])
+            return x + (y - x[0])[None] * self.correct(y).permute(2, 0, 1)[..., None]
+
+    def __init__(self, copies: int = 2) -> None:
+        super().__init__()
+        self.copies, self.embedding, self.last = copies, nn.Embedding(64, WIDTH), nn.Linear(WIDTH, 64)
+        self.blocks = nn.ModuleList(AlternatingUpdates.Block(copies) for _ in range(3))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = torch.stack([self.embedding(input_ids) * (i + 1) for i in range(self.copies)])
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x.mean(0))
+
+
 class ShortConvolutions(nn.Module):
     """Attention whose queries and keys pass a short convolution with a residual of its own."""
 
@@ -443,6 +472,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "hierarchical": lambda: (Hierarchical(), (_ids(3, 7),)),
     "hyper_connections": lambda: (HyperConnections(), (_ids(3, 7),)),
     "laurel": lambda: (Laurel(), (_ids(3, 7),)),
+    "alternating_updates": lambda: (AlternatingUpdates(), (_ids(3, 7),)),
     "short_convolutions": lambda: (ShortConvolutions(), (_ids(3, 7),)),
     "stages": lambda: (Stages(), (_drawn(3, 7, 16),)),
     "cross_stage": lambda: (CrossStage(), (_drawn(3, 3, 8, 8),)),

@@ -6,6 +6,6 @@ from __future__ import annotations
 from . import anatomy as anatomy
 from . import operators as operators
 from .anatomy import removing as removing
-from .anatomy import taking_parts as taking_parts
+from .checking import taking_parts as taking_parts
 from .rewriting import stamping as stamping
 from .running import execute as execute

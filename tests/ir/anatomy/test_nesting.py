@@ -68,6 +68,10 @@ NESTED: dict[str, tuple[dict[str, int], list[list[str]]]] = {
     "flux": ({"attention": 6, "ffn": 4}, [["attention", "ffn"]] * 4 + [["attention"]] * 2),
     "hyper_connections": ({"attention": 2, "ffn": 2}, [["attention", "ffn"]] * 2),
     "laurel": ({"adapter": 3, "attention": 3, "ffn": 3}, [["adapter", "attention", "ffn"]] * 3),
+    "alternating_updates": (
+        {"connection": 3, "attention": 3, "ffn": 3, "composite": 3},
+        [["connection", "attention", "ffn", "composite"]] * 3,
+    ),
     "short_convolutions": ({"mixer": 3, "attention": 3, "ffn": 3}, [["mixer", "attention", "ffn"]] * 3),
     "stages": ({"attention": 4, "ffn": 4, "composite": 2}, [["attention", "ffn"]] * 4),
     "cross_stage": ({"mixer": 3}, [["mixer"]] * 3),
@@ -129,7 +133,8 @@ def without_layer(model: nn.Module, attribute: str, index: int, inputs: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "index"), [("laurel", 1, 1), ("short_convolutions", 2, 2), ("stages", None, 1)]
+    ("name", "layer", "index"),
+    [("laurel", 1, 1), ("alternating_updates", 1, 1), ("short_convolutions", 2, 2), ("stages", None, 1)],
 )
 def test_a_layer_with_blocks_in_it_can_be_removed(name: str, layer: int | None, index: int) -> None:
     model, inputs = nested_networks.network(name)

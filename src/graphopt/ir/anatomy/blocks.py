@@ -14,7 +14,8 @@ class Block:
 
     Attributes:
         kind: attention, ffn, experts, mixer (of positions, without attention), adapter (two projections and no activation),
-            composite (a residual block around others) or unrecognised.
+            connection (of copies of the stream, mixed by a matrix), composite (a residual block around others) or
+            unrecognised.
         reads: the stream's value before the block.
         writes: its value after, post-norm included.
         term: what the block adds.
@@ -160,8 +161,10 @@ class Component:
 class Anatomy:
     """The structure of a model, in execution order.
 
-    ``beside`` are MoE layers that are not on a recognised residual stream, as between hyper-connections: passes that
-    work inside an MoE layer handle them, passes that move blocks do not.
+    ``blocks`` are all blocks, those within others before them; ``streams`` those outside of all blocks first.
+    ``beside`` are MoE layers that are not on a recognised residual stream: passes that work inside an MoE layer
+    handle them, passes that move blocks do not. ``components`` are the parts of a composite model by name, each
+    after those that it reads; a model of a single part has none.
     """
 
     blocks: list[Block] = field(default_factory=list)

@@ -11,7 +11,7 @@ from ..schema import is_operator, operator_name
 from .blocks import Block
 from .nesting import Nesting
 from .parts import attention_parts, experts_parts, ffn_parts, is_linear, nested_parts
-from .residual import Addition, between
+from .residual import Addition, between, mixes_copies
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -25,7 +25,7 @@ _SCANS = named(Trait.SCAN) | {"higher_order.scan"}
 
 
 # kinds of blocks that are parts of the block around them rather than blocks that it contains
-_LIGHT = ("mixer", "adapter", "unrecognised")
+_LIGHT = ("mixer", "adapter", "connection", "unrecognised")
 
 
 def classify(program: Program, addition: Addition, nesting: Nesting, inner: list[Block]) -> list[Block]:
@@ -155,6 +155,9 @@ def _name(program: Program, block: Block, containing: list[Block]) -> None:
         block.evidence.append("positions are mixed by a convolution or a scan, without attention")
     elif ffn_parts(program, block):
         block.kind = "adapter" if is_linear(block) else "ffn"
+    elif mixes_copies(block.reads, block.term, set(block.nodes)):
+        block.kind = "connection"
+        block.evidence.append("copies of the stream are mixed by a matrix computed from them")
     elif operators & {"aten.linear"} | (operators & _PRODUCTS):
         block.kind = "mixer" if operators & _PRODUCTS else "unrecognised"
         block.evidence.append(

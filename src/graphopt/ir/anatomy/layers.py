@@ -72,6 +72,8 @@ def group_layers(steps: list[list[Block]]) -> list[Layer]:
 def _marks(block: Block) -> set[str]:
     if block.kind == "composite":
         return {mark for inner in block.inner for mark in _marks(inner)}
+    if block.kind in ("adapter", "connection"):
+        return set()  # beside what makes a layer
     return {"T" if block.kind in _POSITIONS else "F"}
 
 

@@ -279,6 +279,18 @@ def _same_width(first: fx.Node, second: fx.Node) -> bool:
     )
 
 
+def mixes_copies(base: fx.Node, term: fx.Node, inside: set[fx.Node]) -> bool:
+    """Tell whether a term is its base with copies mixed by a matrix that is computed from it, without a projection."""
+    node: fx.Node | None = term
+    mixed = False
+    for _ in range(12):
+        if node is base or node is None:
+            break
+        mixed |= has(node, Trait.PRODUCT) and any(operand in inside for operand in node.all_input_nodes)
+        node = _carried_from(node, term)
+    return node is base and mixed
+
+
 def _carried_from(node: fx.Node, total: fx.Node) -> fx.Node | None:
     """Return the operand that an operator scales, moves or mixes the copies of, on the way to a sum."""
     if has(node, Trait.RESHAPE | Trait.REORDER | Trait.CAST | Trait.IDENTITY):

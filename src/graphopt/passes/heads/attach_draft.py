@@ -63,6 +63,8 @@ class AttachDraft(Pass):
         reason = head if isinstance(head, str) else ""
         if not reason and len(layers) < 2:
             reason = f"{len(layers)} layers were recognised"
+        if not reason and any(layer.writes.meta["val"].dim() > 3 for layer in layers):
+            reason = "its stream has several copies, of which none is what a draft would read"
         if not reason and token_embedding(program) is None:
             reason = "its tokens are not looked up in an embedding table"
         if reason:

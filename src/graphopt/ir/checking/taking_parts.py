@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from ..checking.comparison import relative_error
 from ..errors import UsageError, VerificationError
 from ..program import Program, program_method
 from ..running.evaluate import needed_for
@@ -16,7 +15,10 @@ from ..running.execute import interpret
 from ..running.extract import extract
 from ..running.fold import drop_unread_weights
 from ..weights import Weight
-from .blocks import Component
+from .comparison import relative_error
+
+if TYPE_CHECKING:
+    from ..anatomy import Component
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NARROW = 5e-2
