@@ -23,7 +23,7 @@ WIDTHS = {
     "shared_expert_intermediate_size d_ff hidden_dim",
     24: "moe_intermediate_size expert_ffn_size",
     8: "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim mamba_d_state mamba_headdim "
-    "linear_key_head_dim linear_value_head_dim mamba_d_head d_kv",
+    "linear_key_head_dim linear_value_head_dim mamba_d_head d_kv rotary_dim",
     16: "kv_lora_rank q_lora_rank",
     128: "vocab_size",
     1: "n_group num_group topk_group",
