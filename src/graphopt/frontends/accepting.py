@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..ir.compat import NEEDS_VALUES, FakeTensor, quiet_fakes
+from ..ir.compat import NEEDS_VALUES, FakeTensor, quiet_failures
 from .fixed_values import FIXED, Known
 
 REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError)
@@ -84,7 +84,7 @@ def _unchecked() -> Iterator[None]:
     os.environ[name] = "1"
     try:
         # inputs that do not fit are an expected result
-        with quiet_fakes():
+        with quiet_failures():
             yield
     finally:
         if before is None:

@@ -72,7 +72,6 @@ __all__ = [
     "quick_onnx_export",
     "quiet_export",
     "quiet_failures",
-    "quiet_fakes",
     "recording",
     "recording_fixed_sizes",
     "refusing_guards",
@@ -104,17 +103,6 @@ def outside_tracing() -> Iterator[None]:
     """Compute with real tensors, whatever traces or fakes them around the context."""
     with _disable_current_modes():
         yield
-
-
-@contextlib.contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Suppress torch's report of a computation without memory that fails, where that is an expected result."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def import_tracer() -> None:
