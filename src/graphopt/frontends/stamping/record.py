@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ...ir.compat import FakeTensor, TorchDispatchMode, exporting
 from ...ir.errors import GraphoptError
 from ...ir.schema import is_mutable
 from ...ir.weights import digest
+from ..untouched import put_back
 
 FEWEST_LAYERS = 3
 """Lists with fewer children are not worth recording."""
@@ -143,14 +143,10 @@ def _without_values(
 ) -> Iterator[None]:
     """Put all parameters and buffers on the meta device while the block runs.
 
-    Whatever the run assigns to attributes of modules, such as tables that are kept for the next call, is undone.
+    Whatever the run assigns, such as tables that are kept for the next call, is undone.
     """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [
-        (v, copy.copy(v)) for _, values in before for v in values.values() if isinstance(v, (dict, list, set))
-    ]
     replaced: dict[int, torch.Tensor] = {}
-    try:
+    with put_back(model):
         for path, module in model.named_modules(remove_duplicate=False):
             for table in (module._parameters, module._buffers):
                 for leaf, tensor in list(table.items()):
@@ -172,13 +168,6 @@ def _without_values(
                     else:
                         recorder.weight(name, tensor, recorder.stored[id(tensor)])
         yield
-    finally:
-        for module, values in before:
-            vars(module).clear()
-            vars(module).update(values)
-        for container, content in contents:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 class _Recorder:
