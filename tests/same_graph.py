@@ -1,12 +1,17 @@
-"""Comparison of two programs node for node, apart from names of nodes."""
+"""Comparison of two programs node for node, apart from names of nodes; captures by stamping beside full ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import fx
 
+from graphopt.frontends import huggingface, torch_module, transformers_module
+from graphopt.frontends.stamping.record import CannotStamp
+from graphopt.ir.facts import Capture
 from graphopt.ir.program import Program
 from graphopt.ir.weights import Absent, InMemory, digest
 
@@ -69,3 +74,23 @@ def source(value: Any) -> Any:
     if isinstance(value, InMemory):
         return digest(value.tensor)
     return (type(value).__name__, value.name) if isinstance(value, Absent) else value
+
+
+def both(capture: Callable[[], Program], monkeypatch: pytest.MonkeyPatch) -> tuple[Program, Program]:
+    """Return a program captured by stamping and one whose layers were all exported."""
+    stamped = capture()
+    with monkeypatch.context() as patch:
+        for module in (huggingface, torch_module, transformers_module):
+            patch.setattr(module, "plan_stamping", lambda *_: CannotStamp("all are wanted"))
+        full = capture()
+    assert full.facts[Capture].layers == "all exported: all are wanted"
+    return stamped, full
+
+
+def require_same(stamped: Program, full: Program) -> None:
+    assert numbered(stamped) == numbered(full)
+    names = [[w.name for w in program.weights.values()] for program in (stamped, full)]
+    assert names[0] == names[1], "weights are listed in another order"
+    assert list(stamped.checkpoint) == list(full.checkpoint)
+    assert stamped.signature == full.signature
+    stamped.graph.lint()

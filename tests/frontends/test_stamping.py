@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,15 +9,14 @@ import torch
 import transformers
 import zoo
 from amounts import cases
-from same_graph import numbered
+from same_graph import both, require_same
 from torch import nn
 
 import graphopt
-from graphopt.frontends import huggingface, torch_module, transformers_module
+from graphopt.frontends import huggingface
 from graphopt.frontends.stamping import plan as stamping
 from graphopt.frontends.stamping.record import CannotStamp, record
 from graphopt.ir.facts import Capture
-from graphopt.ir.program import Program
 
 DEPTHS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 7)  # fmt: skip
 USUAL = ("llama_tied", "gemma3", "gpt2", "falcon", "t5", "mixtral", "vit")
@@ -31,26 +29,6 @@ def deep(name: str) -> Any:
     config = getattr(transformers, case.config)(**{**case.options, **depths})
     config.architectures = [case.model]
     return config
-
-
-def both(capture: Callable[[], Program], monkeypatch: pytest.MonkeyPatch) -> tuple[Program, Program]:
-    """Return a program captured by stamping and one whose layers were all exported."""
-    stamped = capture()
-    with monkeypatch.context() as patch:
-        for module in (huggingface, torch_module, transformers_module):
-            patch.setattr(module, "plan_stamping", lambda *_: CannotStamp("all are wanted"))
-        full = capture()
-    assert full.facts[Capture].layers == "all exported: all are wanted"
-    return stamped, full
-
-
-def require_same(stamped: Program, full: Program) -> None:
-    assert numbered(stamped) == numbered(full)
-    names = [[w.name for w in program.weights.values()] for program in (stamped, full)]
-    assert names[0] == names[1], "weights are listed in another order"
-    assert list(stamped.checkpoint) == list(full.checkpoint)
-    assert stamped.signature == full.signature
-    stamped.graph.lint()
 
 
 @pytest.mark.parametrize("name", cases(USUAL, [name for name in zoo.CASES if name not in USUAL]))

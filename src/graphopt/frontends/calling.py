@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ir.compat import FakeTensor, FakeTensorMode, new_fake_mode, quiet_failures
 from ..ir.errors import UsageError
+from .untouched import put_back
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -104,7 +105,8 @@ def run_dry(
     mode = mode or new_fake_mode()
     fake = partial(_faked, mode, {})
     state = {n: fake(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    with mode, torch.no_grad(), quiet_failures():
+    # functional_call does not put back the tensors of a module that has two names
+    with put_back(model), mode, torch.no_grad(), quiet_failures():
         return torch.func.functional_call(model, state, tree_map(fake, args), tree_map(fake, kwargs))
 
 
@@ -168,11 +170,13 @@ def _handed_on(model: nn.Module, bound: inspect.BoundArguments) -> dict[int, str
         for module in model.modules()
         if module is not model
     ]
-    # what fails here fails again where it is captured, with a message; names may have been found before
-    with contextlib.suppress(Exception):
-        run_dry(model, args, kwargs, mode)
-    for hook in hooks:
-        hook.remove()
+    try:
+        # what fails here fails again where it is captured, with a message; names may have been found before
+        with contextlib.suppress(Exception):
+            run_dry(model, args, kwargs, mode)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 

@@ -29,6 +29,7 @@ from .size_trials import larger_example, model_accepts, share_sizes
 from .stamping.plan import exported_layers, plan_stamping, stamp
 from .stamping.record import CannotStamp
 from .stamping.tensors import tensors_of
+from .untouched import put_back
 
 __all__ = ["Inputs", "bind_inputs", "capture_module", "dynamic_shapes", "evaluation", "export", "widen"]
 
@@ -193,6 +194,7 @@ def export(model: nn.Module, inputs: dict[str, Any], shapes: Any) -> ExportedPro
             quiet_export(),
             free_lengths(),
             recording_fixed_sizes() as stacks,
+            put_back(model),
         ):
             exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:

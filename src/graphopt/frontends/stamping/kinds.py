@@ -64,10 +64,12 @@ def choose(record: Record) -> Choice:
         exported.update((first, second))
         instances[first] = second
         templates.update(dict.fromkeys(others, first))
+    read = _keep_read(record, exported, templates)
     _separate_ends(layers, exported, templates, instances)
     share = len(exported) / len(layers)
     if not templates or share > MOST_EXPORTED:
-        raise CannotStamp(f"its {len(layers)} layers are of {len(kinds)} kinds")
+        why = f", and others read what {read} of them have or make" if read else ""
+        raise CannotStamp(f"its {len(layers)} layers are of {len(kinds)} kinds{why}")
     routes = {number: _routes(record, layers[number]) for number in templates}
     return Choice(layers, tuple(sorted(exported)), templates, instances, routes)
 
@@ -83,6 +85,27 @@ def _separate_ends(
         if last != members[-1] and last not in instances.values():
             exported.add(members[-1])
             templates.pop(members[-1], None)
+
+
+def _keep_read(record: Record, exported: set[int], templates: dict[int, int]) -> int:
+    """Export layers too of which something else than the next layer reads a value or a weight; return how many."""
+    layers = record.layers
+    ends = {layer.list_name: layer.number for layer in layers}
+    read = {
+        origin[0]
+        for origin, readers in record.readers.items()
+        if origin[0] in templates
+        and origin[0] != ends[layers[origin[0]].list_name]
+        and not readers <= {origin[0], origin[0] + 1}
+    }
+    for number in templates:
+        prefix = f"{layers[number].name}."
+        if any(name.startswith(prefix) for name in record.foreign):
+            read.add(number)
+    exported.update(read)
+    for number in read:
+        del templates[number]
+    return len(read)
 
 
 def _routes(record: Record, layer: Layer) -> list[int | None]:
@@ -114,6 +137,9 @@ def _routes(record: Record, layer: Layer) -> list[int | None]:
     routes: list[int | None] = []
     for number, result in enumerate(origin.outputs):
         if not isinstance(result, torch.Tensor):
+            # a number may be a size, and an object what a later layer changes
+            if not (result is None or isinstance(result, (bool, str))):
+                raise CannotStamp(f"result {number} of {layer.name} is a {type(result).__name__}")
             routes.append(None)
             continue
         own = _position(result, origin.inputs)

@@ -168,7 +168,7 @@ class _Matching:
             operands: list[tuple[fx.Node, fx.Node]] = []
             if not _same_call(a, b, operands):
                 return self.fail(a, b)
-            if not _same_shape(a, b):
+            if not same_shape(a, b):
                 return self.fail(a, b)
             pending += operands
         return True
@@ -181,6 +181,9 @@ class _Matching:
         if one is other or self.constants(one, other):
             self.result.shared[one] = None
             return True
+        if self.segments.level[other] == self.second:
+            # what is inside one of them is outside the other
+            return False
         if self.result.stream is not None:
             return self.result.stream == (one, other)
         self.result.stream = (one, other)
@@ -247,7 +250,8 @@ def _values(node: fx.Node) -> Iterator[Any]:
     yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
-def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+def same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Return whether two values have the same types and sizes, those that vary included."""
     return all(
         not isinstance(a, torch.Tensor)
         or (

@@ -14,6 +14,7 @@ from ...ir.program import Program
 from ...ir.rewriting.cleanup import order_readers
 from .kinds import Choice, choose
 from .record import CannotStamp, record
+from .rerun import exported_lists, require_same_run
 from .shorten import shortened
 from .stamp import write_layers
 from .tensors import Tensors
@@ -28,12 +29,17 @@ def plan_stamping(
     """Return which layers of a model have to be exported.
 
     Args:
-        model: in evaluation mode; run once on tensors without values, and left as it was.
+        model: in evaluation mode; run on tensors without values, whole and shortened, and left as it was.
         example: inputs by parameter name.
         buffers: values of the buffers, if the model's own have none.
     """
     try:
-        return choose(record(model, example, buffers or {}))
+        whole = record(model, example, buffers or {})
+        choice = choose(whole)
+        with shortened(model, choice):
+            again = record(model, example, buffers or {}, exported_lists(choice))
+        require_same_run(whole, again, choice)
+        return choice
     except CannotStamp as reason:
         return reason
 

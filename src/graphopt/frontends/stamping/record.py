@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...ir.compat import FakeTensor, TorchDispatchMode, exporting
 from ...ir.errors import GraphoptError
 from ...ir.schema import is_mutable
 from ...ir.weights import digest
+from ..untouched import put_back
 
 FEWEST_LAYERS = 3
 """Lists with fewer children are not worth recording."""
@@ -56,12 +57,19 @@ class Layer:
 
 @dataclass
 class Record:
-    """The layers of a model in the order in which they were called, and who reads each value that crosses a border."""
+    """The layers of a model in the order in which they were called, and who reads each value that crosses a border.
+
+    ``outside`` are the calls between the layers, ``results`` what the model returned, and ``foreign`` the names of weights
+    of layers that something else reads too.
+    """
 
     layers: list[Layer]
     readers: dict[Origin, set[int]]
     made_by: dict[int, Origin]
     kept: list[torch.Tensor]
+    outside: list[Any]
+    results: list[Any]
+    foreign: set[str]
 
 
 def repeated_lists(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
@@ -83,7 +91,10 @@ def repeated_lists(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
 
 
 def record(
-    model: nn.Module, example: Mapping[str, Any], buffers: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module,
+    example: Mapping[str, Any],
+    buffers: Mapping[str, torch.Tensor] | None = None,
+    lists: Mapping[str, list[tuple[str, nn.Module]]] | None = None,
 ) -> Record:
     """Run a model once on tensors without values and record its repeated layers.
 
@@ -91,11 +102,12 @@ def record(
         model: in evaluation mode; its tensors are replaced during the run and put back.
         example: inputs by parameter name; only shapes and types matter.
         buffers: values of the buffers, if the model's own have none.
+        lists: the layers, as :func:`repeated_lists` returns them, which finds them if None.
 
     Raises:
         CannotStamp: the model has no repeated layers, or does not run without values.
     """
-    lists = repeated_lists(model)
+    lists = repeated_lists(model) if lists is None else lists
     if not lists:
         raise CannotStamp("it has no list of at least three layers")
     recorder = _Recorder(model, lists)
@@ -131,14 +143,10 @@ def _without_values(
 ) -> Iterator[None]:
     """Put all parameters and buffers on the meta device while the block runs.
 
-    Whatever the run assigns to attributes of modules, such as tables that are kept for the next call, is undone.
+    Whatever the run assigns, such as tables that are kept for the next call, is undone.
     """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [
-        (v, copy.copy(v)) for _, values in before for v in values.values() if isinstance(v, (dict, list, set))
-    ]
     replaced: dict[int, torch.Tensor] = {}
-    try:
+    with put_back(model):
         for path, module in model.named_modules(remove_duplicate=False):
             for table in (module._parameters, module._buffers):
                 for leaf, tensor in list(table.items()):
@@ -155,17 +163,11 @@ def _without_values(
                                 else bare
                             )
                         table[leaf] = replaced[id(tensor)]
-                        recorder.weight(name, table[leaf], buffers.get(name, tensor))
+                        kept = leaf not in module._non_persistent_buffers_set
+                        recorder.weight(name, table[leaf], buffers.get(name, tensor), kept)
                     else:
                         recorder.weight(name, tensor, recorder.stored[id(tensor)])
         yield
-    finally:
-        for module, values in before:
-            vars(module).clear()
-            vars(module).update(values)
-        for container, content in contents:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 class _Recorder:
@@ -173,7 +175,16 @@ class _Recorder:
         self.lists = lists
         self.layers: list[Layer] = []
         self.current: Layer | None = None
-        self.outside_calls = 0
+        self.outside: list[Any] = []
+        self.results: list[Any] = []
+        self.foreign: set[str] = set()
+        self.inputs = 0
+        self.types: tuple[Any, ...] = ()
+        # views share the memory of another value: its id, who made it, and how often it was written to between layers
+        self.roots: dict[int, int] = {}
+        self.owners: dict[int, int] = {}
+        self.writes: dict[int, int] = {}
+        self.persistent: dict[int, bool] = {}
         self.origins: dict[int, Origin] = {}
         self.names: dict[int, list[str]] = {}
         self.stored: dict[int, torch.Tensor] = {}
@@ -205,6 +216,7 @@ class _Recorder:
             self.layers.append(self.current)
             self.current.inputs, self.current.input_structure = tree_flatten((args, kwargs))
             self.kept.append(self.current.inputs)
+            self.types = ()
 
         return enter
 
@@ -213,12 +225,13 @@ class _Recorder:
         assert layer is not None
         layer.outputs, layer.output_structure = tree_flatten(result)
         self.kept.append(layer.outputs)
-        self.current = None
+        self.current, self.types = None, ()
 
     # -- tensors ------------------------------------------------------------------------------------------
 
-    def weight(self, name: str, bare: torch.Tensor, stored: torch.Tensor) -> None:
+    def weight(self, name: str, bare: torch.Tensor, stored: torch.Tensor, persistent: bool = True) -> None:
         self.names.setdefault(id(bare), []).append(name)
+        self.persistent.setdefault(id(bare), persistent)
         self.stored[id(bare)] = stored
         self.kept.append(bare)
 
@@ -226,14 +239,15 @@ class _Recorder:
         if not isinstance(value, torch.Tensor):
             return value
         bare = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        self.made(bare, 0)
-        self.outside_calls += 1
+        self.outside.append(("input", tuple(value.shape), value.dtype))
+        self.made(bare, self.inputs)
+        self.inputs += 1
         return bare
 
     def made(self, value: torch.Tensor, result: int) -> None:
         layer = self.current
         number = _OUTSIDE if layer is None else layer.number
-        call = self.outside_calls if layer is None else len(layer.calls)
+        call = len(self.outside if layer is None else layer.calls)
         self.origins[id(value)] = (number, call, result)
         self.kept.append(value)
 
@@ -241,7 +255,7 @@ class _Recorder:
         layer = self.current
         names = self.names.get(id(value))
         if names is not None:
-            return self._weight_reference(value, names)
+            return (*self._weight_reference(value, names), self.writes.get(self.root(value), 0))
         origin = self.origins.get(id(value))
         if origin is None:
             return self._unregistered(value)
@@ -249,12 +263,35 @@ class _Recorder:
         if origin[0] == number and layer is not None:
             return ("own", origin[1], origin[2])
         self.readers.setdefault(origin, set()).add(number)
-        return ("from", origin)
+        written = self.writes.get(self.root(value), 0)
+        return ("from", origin) if not written else ("from", origin, written)
+
+    def root(self, value: torch.Tensor) -> int:
+        """Return the identity of what owns the memory of a value."""
+        return self.roots.get(id(value), id(value))
+
+    def place(self, value: torch.Tensor, viewed: list[torch.Tensor]) -> None:
+        """Note whose memory the result of a call is in: that of what it is a view of, or its own."""
+        if viewed:
+            if viewed[0] is not value:
+                self.roots[id(value)] = self.root(viewed[0])
+                self.kept.append(viewed[0])
+        else:
+            self.owners[id(value)] = _OUTSIDE if self.current is None else self.current.number
+
+    def written(self, value: torch.Tensor) -> None:
+        """Note that a call writes to a value: what shares its memory is another value from then on."""
+        root, layer = self.root(value), self.current
+        self.kept.append(value)
+        if layer is None:
+            self.writes[root] = self.writes.get(root, 0) + 1
+        elif self.owners.get(root, _OUTSIDE) != layer.number:
+            raise CannotStamp(f"{layer.name} writes to a value from outside")
 
     def _unregistered(self, value: torch.Tensor) -> Any:
         """Return what a tensor is that no operator made and that is no weight."""
         if not value.is_meta:
-            return ("constant", self._hash(value))
+            return ("constant", self._hash(value), self.writes.get(self.root(value), 0))
         # a list as index becomes a tensor that no operator shows; its numbers were recorded before
         layer = self.current
         if layer is not None and not (layer.calls and layer.calls[-1][0] == "data"):
@@ -268,14 +305,13 @@ class _Recorder:
         stored = self.stored[id(value)]
         unknown = isinstance(stored, nn.Parameter) or stored.is_meta or isinstance(stored, FakeTensor)
         values = "" if unknown else self._hash(stored)
-        kind = (tuple(stored.shape), stored.dtype, stored.requires_grad, values)
-        if layer is None:
-            return ("weight", names[0], *kind)
-        if own is not None:
+        kind = (tuple(stored.shape), stored.dtype, stored.requires_grad, self.persistent[id(value)], values)
+        if own is not None and layer is not None:
             if not all(n.startswith(prefix) for n in names):
                 raise CannotStamp(f"{own} is also {next(n for n in names if not n.startswith(prefix))}")
             layer.weights[own] = None
             return ("own weight", own.removeprefix(prefix), *kind)
+        self.foreign.update(names)
         return ("weight", names[0], *kind)
 
     def _hash(self, value: torch.Tensor) -> str:
@@ -304,24 +340,25 @@ class _Recorder:
         if is_mutable(function):
             bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
             result = function(*bare_args, **bare_kwargs)
-            for value in _written(function, bare_args, bare_kwargs):
-                origin = self.origins.get(id(value), (_OUTSIDE, 0, 0))
-                if layer is not None and origin[0] != layer.number:
-                    raise CannotStamp(f"{layer.name} writes to a value from outside")
+            for value in _written(function, args, kwargs):
+                self.written(value)
         else:
             result = self.inferred(function, args, kwargs)
+        viewed = _viewed(function, args, kwargs)
+        results = []
         for number, value in enumerate(tree_flatten(result)[0]):
             if isinstance(value, torch.Tensor):
                 self.made(value, number)
-        if layer is None:
-            self.outside_calls += 1
-        else:
-            layer.calls.append(operands)
+                self.place(value, viewed)
+                results.append((tuple(value.shape), value.dtype))
+        calls = self.outside if layer is None else layer.calls
+        calls.append((operands, tuple(results)))
         return result
 
     def inferred(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the results without values; those of equal layers are inferred once, which is most of a run's time."""
-        key = (function, _form(args), tuple((n, _form(v)) for n, v in kwargs.items()))
+        plain = torch.get_default_dtype()
+        key = (function, plain, _form(args), tuple((n, _form(v)) for n, v in kwargs.items()))
         known = self.forms.get(key)
         if known is None:
             bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
@@ -333,15 +370,24 @@ class _Recorder:
 
     def data(self, values: Any) -> None:
         """Record numbers that become a tensor: without values, the tensor does not show them."""
-        if self.current is not None:
-            self.current.calls.append(("data", repr(values)))
+        calls = self.outside if self.current is None else self.current.calls
+        calls.append(("data", repr(values)))
+
+    def computing(self, types: tuple[Any, ...]) -> None:
+        """Record in which types torch computes from now on."""
+        if types != self.types:
+            calls = self.outside if self.current is None else self.current.calls
+            calls.append(("autocast", types))
+            self.types = types
 
     # -- the end ------------------------------------------------------------------------------------------
 
     def read_by_caller(self, result: Any) -> None:
         for value in tree_flatten(result)[0]:
-            if isinstance(value, torch.Tensor) and id(value) in self.origins:
-                self.readers.setdefault(self.origins[id(value)], set()).add(_OUTSIDE)
+            if isinstance(value, torch.Tensor):
+                self.results.append(self.reference(value))
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                self.results.append((type(value), repr(value)))
 
     def finished(self) -> Record:
         calls: dict[str, list[str]] = {}
@@ -355,7 +401,9 @@ class _Recorder:
             raise CannotStamp("the layers of several lists are called in turn")
         if not self.layers:
             raise CannotStamp("no list of layers is called")
-        record = Record(self.layers, self.readers, self.origins, self.kept)
+        record = Record(
+            self.layers, self.readers, self.origins, self.kept, self.outside, self.results, self.foreign
+        )
         for layer in self.layers:
             layer.key = _key(record, layer)
         _settle_first(record)
@@ -364,12 +412,35 @@ class _Recorder:
 
 def _written(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Return the tensors that a call writes to."""
-    written = []
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            written += [v for v in tree_flatten(value)[0] if isinstance(v, torch.Tensor)]
-    return written
+    return _tensors_at(_aliased(function)[0], args, kwargs)
+
+
+def _viewed(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors whose memory the results of a call are in."""
+    return _tensors_at(_aliased(function)[1], args, kwargs)
+
+
+_Places = tuple[tuple[int, str], ...]
+
+
+@lru_cache(maxsize=4096)
+def _aliased(function: Any) -> tuple[_Places, _Places]:
+    """Return which arguments an operator writes to, and which its results may be views of, as (place, name)."""
+    schema = function._schema
+    marked = [(n, a.name, a.alias_info) for n, a in enumerate(schema.arguments) if a.alias_info is not None]
+    written = tuple((n, name) for n, name, info in marked if info.is_write)
+    views = any(result.alias_info is not None for result in schema.returns)
+    return written, tuple((n, name) for n, name, _ in marked) if views else ()
+
+
+def _tensors_at(places: _Places, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    values = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
+    return [v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)]
+
+
+def _autocast() -> tuple[Any, ...]:
+    """Return the types in which torch computes at present; it casts no values on the meta device."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
 
 
 def _form(value: Any) -> Any:
@@ -411,20 +482,21 @@ _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 class _Data(TorchFunctionMode):
-    """Tells a recorder the numbers of which a model makes tensors."""
+    """Tells a recorder the numbers of which a model makes tensors, and the types in which torch computes."""
 
     def __init__(self, recorder: _Recorder):
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.recorder.computing(_autocast())
         if func in _MAKERS:
             given = args[0] if args else (kwargs or {}).get("data")
             if not isinstance(given, torch.Tensor):
                 self.recorder.data(given)
         elif func in _INDEXING:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            lists = [part for part in index if isinstance(part, (list, np.ndarray))]
+            lists = [part for part in index if isinstance(part, (list, tuple, range, np.ndarray))]
             if lists:
                 self.recorder.data(lists)
         return func(*args, **(kwargs or {}))
@@ -439,13 +511,18 @@ def _key(record: Record, layer: Layer) -> Any:
 
     def settled(value: Any) -> Any:
         if isinstance(value, tuple):
-            if len(value) == 2 and value[0] == "from":
+            if value[:1] == ("from",):
                 origin = value[1]
                 # the stream comes from the layer before and goes to this one alone
                 before = layer.number - 1
-                if origin[0] >= 0 and origin[0] == before and record.readers[origin] == {layer.number}:
+                if (
+                    len(value) == 2
+                    and origin[0] >= 0
+                    and origin[0] == before
+                    and record.readers[origin] == {layer.number}
+                ):
                     return ("stream", streams.setdefault(origin, len(streams)))
-                return ("from", origin)
+                return value
             return tuple(settled(item) for item in value)
         return value
 
@@ -455,7 +532,7 @@ def _key(record: Record, layer: Layer) -> Any:
 
 def _settle_first(record: Record) -> None:
     """Give the first layer of each list the key of a later one if only the origin of the stream differs."""
-    previous = ""
+    previous = None
     for layer in record.layers:
         if layer.list_name != previous:
             for other in record.layers:
@@ -471,7 +548,7 @@ def _settle_first(record: Record) -> None:
 
 def _same_but_stream(record: Record, layer: Layer, one: Any, other: Any, streams: dict[Any, Any]) -> bool:
     if isinstance(other, tuple) and len(other) == 2 and other[0] == "stream":
-        if not (isinstance(one, tuple) and len(one) == 2 and one[0] == "from"):
+        if not (isinstance(one, tuple) and one[:1] == ("from",)):
             return bool(one == other)
         alone = record.readers[one[1]] <= {layer.number}
         return alone and streams.setdefault(other, one) == one and len(set(streams.values())) == len(streams)

@@ -14,7 +14,7 @@ from ...ir.program import Program
 from ...ir.rewriting.cleanup import order_readers
 from ...ir.weights import Weight
 from .kinds import Choice
-from .match import OUTSIDE, Match, Segments, match
+from .match import OUTSIDE, Match, Segments, match, same_shape
 from .record import CannotStamp
 from .tensors import Tensors
 
@@ -118,6 +118,9 @@ class _Stamping:
         """Copy the template's nodes for one layer and return its end."""
         found, renamed = self.matches[first], self.tensors.renamed(self.choice, first, number)
         assert found.stream is not None
+        if not same_shape(found.stream[0], stream):
+            name = self.choice.layers[number].name
+            raise CannotStamp(f"{name} reads other sizes than {self.choice.layers[first].name}")
         values: dict[fx.Node, fx.Node] = {found.stream[0]: stream}
         names = self.choice.layers[first].name, self.choice.layers[number].name
         for node in self.placeholders.get(first, []):
