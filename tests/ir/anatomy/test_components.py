@@ -203,6 +203,19 @@ def test_rewritten_weights_keep_their_names_and_facts(programs) -> None:
     assert not [name for name in names if name.endswith("rewritten")]
 
 
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_a_part_that_was_saved_can_be_put_back(name: str, programs, tmp_path) -> None:
+    """It is read with symbols of its own for its sizes, which the whole does not know."""
+    program, inputs = captured("whisper", programs)
+    inputs = program.bind((), inputs)
+    program.part(name).save(tmp_path / "part")
+    whole = program.with_part(name, graphopt.load(tmp_path / "part"))
+    whole.save(tmp_path / "whole")
+    expected = run(program, inputs)
+    for output, value in run(graphopt.load(tmp_path / "whole"), inputs).items():
+        assert relative_error(value, expected[output]) < 1e-5
+
+
 def test_a_part_that_computes_something_else_is_taken_as_it_is(programs) -> None:
     """What a lossy pass changes is the user's: compared is that the part does within the whole what it does alone."""
     program, inputs = captured("whisper", programs)
