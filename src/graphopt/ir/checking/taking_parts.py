@@ -63,8 +63,11 @@ def with_part(program: Program, name: str, part: Program, *, compare: bool = Tru
     drop_unread_weights(whole)
     _take_names(whole, renamed)
     for fact in part.facts:
-        if type(fact) not in whole.facts:
+        if type(fact) not in whole.facts and not fact.of_every_operator:
             whole.facts.add(fact)
+    for fact in list(whole.facts):
+        if fact.of_every_operator and type(fact) not in part.facts:
+            whole.facts.discard(type(fact))
     whole.history = [*whole.history, *part.history]
     whole.changed()
     if compare:
