@@ -9,6 +9,7 @@ import torch
 import transformers
 import zoo
 from amounts import cases
+from safetensors.torch import load_file, save_file
 from same_graph import both, require_same
 from torch import nn
 
@@ -16,6 +17,7 @@ import graphopt
 from graphopt.frontends import huggingface
 from graphopt.frontends.stamping import plan as stamping
 from graphopt.frontends.stamping.record import CannotStamp, record
+from graphopt.ir.errors import CheckpointError
 from graphopt.ir.facts import Capture
 
 DEPTHS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 7)  # fmt: skip
@@ -50,6 +52,17 @@ def test_folders_bind_the_same_tensors(name: str, tmp_path: Any, monkeypatch: py
     stamped, full = both(lambda: graphopt.capture(tmp_path), monkeypatch)
     assert "copied" in stamped.facts[Capture].layers
     require_same(stamped, full)
+
+
+@pytest.mark.parametrize("compare", [True, False])
+def test_a_tensor_that_one_layer_lacks_is_named(compare: bool, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(deep("llama_tied")).save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.4.mlp.up_proj.weight"
+    tensors = {key: value for key, value in load_file(path).items() if key != name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"no tensor for {name}"):
+        graphopt.capture(tmp_path, compare=compare, cache=False)
 
 
 def test_models_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

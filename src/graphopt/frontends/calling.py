@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ir.compat import FakeTensor, FakeTensorMode, new_fake_mode, quiet_failures
 from ..ir.errors import UsageError
-from .untouched import put_back
+from .stamping.untouched import put_back
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

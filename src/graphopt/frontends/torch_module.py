@@ -29,7 +29,7 @@ from .size_trials import larger_example, model_accepts, share_sizes
 from .stamping.plan import exported_layers, plan_stamping, stamp
 from .stamping.record import CannotStamp
 from .stamping.tensors import tensors_of
-from .untouched import put_back
+from .stamping.untouched import put_back
 
 __all__ = ["Inputs", "bind_inputs", "capture_module", "dynamic_shapes", "evaluation", "export", "widen"]
 

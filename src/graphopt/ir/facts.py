@@ -29,8 +29,10 @@ class Fact:
     name: ClassVar[str] = ""
     done: ClassVar[str] = ""
     """Description of a program with this fact, for messages: "cannot run on a program that is ..."."""
+    of_every_operator: ClassVar[bool] = False
+    """It holds of a program only if it holds of each of its parts."""
 
-    def __init_subclass__(cls, name: str, done: str = "", **options: Any):
+    def __init_subclass__(cls, name: str, done: str = "", of_every_operator: bool = False, **options: Any):
         super().__init_subclass__(**options)
         registered = KINDS.get(name)
         if registered is not None and (registered.__module__, registered.__qualname__) != (
@@ -41,6 +43,7 @@ class Fact:
                 f"two types of facts are called {name!r}: {registered.__qualname__} and {cls.__qualname__}"
             )
         cls.name, cls.done = name, done or name.replace("_", " ")
+        cls.of_every_operator = of_every_operator
         KINDS[name] = cls
 
 
@@ -150,7 +153,7 @@ class QuantizedCommunication(Fact, name="quantized_communication", done="sending
 
 
 @dataclass(frozen=True)
-class Legal(Fact, name="fitted", done="legal on a target"):
+class Legal(Fact, name="fitted", done="legal on a target", of_every_operator=True):
     """All operators are legal on a target: see ``fit-target``."""
 
 

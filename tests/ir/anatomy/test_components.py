@@ -13,7 +13,7 @@ from torch import nn
 import graphopt
 from graphopt.ir.checking.comparison import relative_error
 from graphopt.ir.errors import UsageError, VerificationError
-from graphopt.ir.facts import FoldedNorms
+from graphopt.ir.facts import FoldedNorms, Legal
 
 transformers = pytest.importorskip("transformers")
 
@@ -201,6 +201,31 @@ def test_rewritten_weights_keep_their_names_and_facts(programs) -> None:
     names = [name for weight in whole.weights.values() for name in weight.all_names]
     assert len(names) == len(set(names))
     assert not [name for name in names if name.endswith("rewritten")]
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_a_part_that_was_saved_can_be_put_back(name: str, programs, tmp_path) -> None:
+    """It is read with symbols of its own for its sizes, which the whole does not know."""
+    program, inputs = captured("whisper", programs)
+    inputs = program.bind((), inputs)
+    program.part(name).save(tmp_path / "part")
+    whole = program.with_part(name, graphopt.load(tmp_path / "part"))
+    whole.save(tmp_path / "whole")
+    expected = run(program, inputs)
+    for output, value in run(graphopt.load(tmp_path / "whole"), inputs).items():
+        assert relative_error(value, expected[output]) < 1e-5
+
+
+def test_a_program_is_legal_only_if_all_of_it_is(programs) -> None:
+    program, _ = captured("transformer", programs)
+    part = program.part("encoder")
+    legal = part.copy()
+    legal.facts.add(Legal())
+    assert Legal not in program.with_part("encoder", legal).facts
+    whole = program.copy()
+    whole.facts.add(Legal())
+    assert Legal not in whole.with_part("encoder", part).facts
+    assert Legal in whole.with_part("encoder", legal).facts
 
 
 def test_a_part_that_computes_something_else_is_taken_as_it_is(programs) -> None:

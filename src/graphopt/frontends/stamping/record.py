@@ -20,7 +20,7 @@ from ...ir.compat import FakeTensor, TorchDispatchMode, exporting
 from ...ir.errors import GraphoptError
 from ...ir.schema import is_mutable
 from ...ir.weights import digest
-from ..untouched import put_back
+from .untouched import put_back
 
 FEWEST_LAYERS = 3
 """Lists with fewer children are not worth recording."""

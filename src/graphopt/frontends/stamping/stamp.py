@@ -160,6 +160,9 @@ class _Stamping:
                 f"{new_names[0]} is {source.dtype} {list(source.shape)}, {weight.name} is "
                 f"{weight.source.dtype} {list(weight.source.shape)}"
             )
+        if type(source) is not type(weight.source):
+            # a file that lacks one of them, for example; a full export says so, or does with it what has to be done
+            raise CannotStamp(f"{new_names[0]} does not come from where {weight.name} does")
         one, two = (name.replace(".", "_") + "_" for name in names)
         mangled = node.name.replace(one, two, 1) if one in node.name else f"{node.name}_{number}"
         with self.graph.inserting_after(node):

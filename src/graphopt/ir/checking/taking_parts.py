@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..errors import UsageError, VerificationError
+from ..infer import infer
 from ..program import Program, program_method
 from ..running.evaluate import needed_for
 from ..running.examples import example_inputs
@@ -62,8 +63,11 @@ def with_part(program: Program, name: str, part: Program, *, compare: bool = Tru
     drop_unread_weights(whole)
     _take_names(whole, renamed)
     for fact in part.facts:
-        if type(fact) not in whole.facts:
+        if type(fact) not in whole.facts and not fact.of_every_operator:
             whole.facts.add(fact)
+    for fact in list(whole.facts):
+        if fact.of_every_operator and type(fact) not in part.facts:
+            whole.facts.discard(type(fact))
     whole.history = [*whole.history, *part.history]
     whole.changed()
     if compare:
@@ -168,7 +172,11 @@ def _insert(whole: Program, part: Program, mapping: dict[fx.Node, fx.Node], writ
     with whole.graph.inserting_before(before):
         for node in part.graph.nodes:
             if node.op == "call_function":
-                mapping[node] = whole.graph.node_copy(node, mapping.__getitem__)
+                new = whole.graph.node_copy(node, mapping.__getitem__)
+                if part.mode is not whole.mode:
+                    # a part that was saved and read again, whose sizes are other symbols
+                    new.meta["val"] = infer(whole.mode, new.target, new.args, new.kwargs)
+                mapping[node] = new
 
 
 def _compare(whole: Program, part: Program, reads: dict[str, fx.Node], results: dict[str, fx.Node]) -> None:
