@@ -461,7 +461,7 @@ class _Making:
             if fixed and image is not None and "input_ids" in inputs
             else 0
         )
-        return Example(inputs, fixed, sizes, marked)
+        return Example(inputs, fixed, _told_apart(sizes, inputs), marked)
 
     def _by_frames(self, value: Any) -> bool:
         """Return whether frames are the last dimension of audio features, and their number the model's."""
@@ -564,6 +564,20 @@ def _processor_size(processor: Mapping[str, Any]) -> tuple[int, int] | None:
             if "shortest_edge" in size:
                 return int(size["shortest_edge"]), int(size["shortest_edge"])
     return None
+
+
+def _told_apart(sizes: dict[str, dict[int, str]], inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """Return names of sizes of which each has one value: a batch of texts may differ from one of images."""
+    values: dict[str, list[int]] = {}
+    names: dict[str, dict[int, str]] = {}
+    for name, dims in sizes.items():
+        for dim, size in dims.items():
+            known, value = values.setdefault(size, []), int(inputs[name].shape[dim])
+            if value not in known:
+                known.append(value)
+            place = known.index(value)
+            names.setdefault(name, {})[dim] = size if not place else f"{size}_{place + 1}"
+    return {name: names.get(name, {}) for name in sizes}
 
 
 def size_names(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:

@@ -309,8 +309,8 @@ def _scaled_twice(p: Program, matrix: fx.Node, scale: fx.Node, axis: int) -> fx.
     return ORIGINAL["scaled_matrix"](p, ORIGINAL["scaled_matrix"](p, matrix, scale, axis), scale, axis)
 
 
-def _bias_lost(p: Program, reader: Any, old: Any, bare: Any, weight: Any, bias: Any) -> None:
-    ORIGINAL["scale_reader"](p, reader, old, bare, weight, None)
+def _bias_lost(p: Program, reader: Any, bare: Any, weight: Any, bias: Any) -> None:
+    ORIGINAL["scale_reader"](p, reader, bare, weight, None)
 
 
 ORIGINAL: dict[str, Any] = {

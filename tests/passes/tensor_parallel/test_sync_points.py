@@ -299,6 +299,18 @@ def test_block_pair_is_the_block_with_and_without() -> None:
     assert student.operators["graphopt.unreduced"] == 1
 
 
+def test_a_block_without_its_sync_point_is_one_module_too() -> None:
+    """Ranks use the same weights in the same layers, each in its own way: one class for both would be wrong."""
+    from graphopt.training.distillation import block_pair
+
+    program = sharded(shape(), 2)
+    for part in block_pair(program, "attention.1"):
+        stream = torch.randn(2, 8, 12, dtype=torch.float64)
+        inputs = {"stream": stream, "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+        expected = part(**inputs)["written"]
+        torch.testing.assert_close(part.module()(**inputs)["written"], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_distillation_brings_a_block_closer_and_changes_no_other(tmp_path: Path) -> None:
     program = sharded(shape(), 2)
     before = {n: w.source.load().clone() for n, w in program.weights.items()}
