@@ -107,8 +107,13 @@ def program_module(program: Program, *, fold_weights: bool = False) -> nn.Module
     names = _register(module, work)
     blocks = _find_blocks(work, names)
     classes: dict[Any, type[nn.Module]] = {}
-    for block in blocks:
+    installed: dict[str, Any] = {}
+    for block in list(blocks):
         key, graph = _block_graph(block, names)
+        # what does something else with the same weights, as another rank does, stays outside
+        if installed.setdefault(block.path, key) != key:
+            blocks.remove(block)
+            continue
         if key not in classes:
             classes[key] = _class_of(f"Block{len(classes)}", graph, nn.Module)
         _install(module, block.path, classes[key])
