@@ -130,7 +130,13 @@ class _Parser:
     def factor(self) -> sympy.Expr:
         token = self.take()
         if token == "-":
-            return -self.factor()
+            # not left to the interpreter's limit, which libraries raise
+            self.depth += 1
+            if self.depth > _DEPTH:
+                raise ValueError("nested too deeply")
+            value = -self.factor()
+            self.depth -= 1
+            return value
         if token == "(":
             value = self.sum()
             self.take(")")

@@ -165,6 +165,24 @@ def test_sizes_are_arithmetic_and_nothing_else(size: Any, place: str, whole: Pat
     refused(whole, tmp_path / "forged", edit)
 
 
+def test_depth_does_not_hang_on_the_interpreter() -> None:
+    """Libraries raise the interpreter's limit, under which long chains of signs would be read."""
+    import sys
+
+    import sympy
+
+    from graphopt.ir.errors import CheckpointError
+    from graphopt.ir.sizes import parse_size
+
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        with pytest.raises(CheckpointError):
+            parse_size("-" * 1900 + "batch", {"batch": sympy.Symbol("s0")})
+    finally:
+        sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize(
     "limits",
     [
