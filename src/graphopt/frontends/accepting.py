@@ -32,7 +32,7 @@ def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:
 
 
 def accepts(model: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
-    """Return whether a model with values runs on inputs."""
+    """Return whether a model with values runs on inputs; what it refuses says nothing about its program."""
     try:
         with torch.no_grad():
             model(**inputs)

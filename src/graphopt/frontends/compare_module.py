@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..ir.program import Program
+from .accepting import accepts
 from .compare import require_equal, resized
-from .size_trials import model_accepts, numbers_in, settle_limits, trial
+from .size_trials import numbers_in, settle_limits, trial
 
 
 def compare_with_model(
@@ -25,6 +26,6 @@ def compare_with_model(
     other = resized(
         program, example, program.signature.nearest({n: limits.hint + 2 for n, limits in sizes.items()})
     )
-    if other is not None and sizes and model_accepts(model, other):
+    if other is not None and sizes and accepts(model, other):
         cases.append(("another size", other, None))
     require_equal(program, model, cases)

@@ -21,8 +21,8 @@ from ..ir.errors import UsageError
 from .accepting import refusal
 from .architecture import nested
 from .fixed_values import FIXED, fixed_inputs
+from .input_makers import BATCH, LENGTH, MAKERS
 
-BATCH, LENGTH, DECODER_LENGTH = 3, 13, 7
 _CANDIDATES = 24
 GIVE = "give inputs=, an example of what the model takes"
 
@@ -90,11 +90,6 @@ class Given:
     rows: int = BATCH
 
 
-def main_input(model: Any) -> str:
-    """Return the name of a model's main input."""
-    return str(getattr(model, "main_input_name", "input_ids"))
-
-
 def causal(config: Any) -> bool:
     """Return whether a configuration is that of a decoder that predicts the next token."""
     names = " ".join(getattr(config, "architectures", None) or [])
@@ -112,7 +107,7 @@ def example_inputs(model: Any, given: Given | None = None) -> Example:
         UsageError: an input cannot be made, or the given ones do not fit the model.
     """
     given = given or Given()
-    making = _Making(model, given)
+    making = Making(model, given)
     if making.given and not making.asked:
         # what was given is enough for most models; a mask and positions are added where they stay optional
         example = making.with_optional(making.given)
@@ -212,11 +207,12 @@ class _Unmade(Exception):
         self.name, self.reason = name, reason
 
 
-class _Making:
+class Making:
     """Makes the inputs of one model."""
 
     def __init__(self, model: Any, start: Given):
         self.model, self.config, self.processor, self.start = model, model.config, start.processor, start
+        self.main = str(getattr(model, "main_input_name", "input_ids"))
         parameters = inspect.signature(model.forward).parameters
         self.takes = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         checked = {k: v for k, v in require_kinds(model, start.inputs).items() if v is not None}
@@ -246,7 +242,7 @@ class _Making:
 
     def names(self) -> list[str]:
         """Return the names of the inputs that this model is given, those first that others depend on."""
-        config, takes, main = self.config, self.takes, main_input(self.model)
+        config, takes, main = self.config, self.takes, self.main
         parts = nested(config)
         required = [n for n, p in takes.items() if p.default is inspect.Parameter.empty]
         vocabulary = getattr(self.text, "vocab_size", None)
@@ -594,267 +590,6 @@ def size_names(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
             sizes = ("batch",)
         names[name] = {dim: size for dim, size in enumerate(sizes) if size is not None}
     return names
-
-
-# -- one maker for each kind of input: yields the forms that it may have, the likeliest first -----------------
-
-Maker = Callable[[_Making, Mapping[str, Any]], Iterator[torch.Tensor | None]]
-MAKERS: dict[str, Maker] = {}
-
-
-def _maker(*names: str) -> Callable[[Maker], Maker]:
-    def register(function: Maker) -> Maker:
-        MAKERS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def _patches(making: _Making) -> tuple[int, int, int]:
-    """Return the merge of patches, their number of values, and their number of values over time."""
-    merge = int(making.setting("spatial_merge_size", inside="vision", otherwise=2))
-    patch = int(making.setting("patch_size", inside="vision", otherwise=14))
-    time = int(making.setting("temporal_patch_size", inside="vision", otherwise=1))
-    return merge, making.channels() * time * patch * patch, time
-
-
-@_maker("image_grid_thw", "grid_thw")
-def _grid(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    merge = _patches(making)[0]
-    yield torch.tensor([[1, 2 * merge, 3 * merge]] * making.batch)
-
-
-@_maker("spatial_shapes")
-def _shapes(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    patches = int(making.setting("num_patches", inside="vision", otherwise=16))
-    height = math.isqrt(patches)
-    yield torch.tensor([[height, patches // height]] * making.batch)
-
-
-@_maker("pixel_attention_mask")
-def _patch_mask(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    if "spatial_shapes" in made:
-        yield torch.ones(making.batch, int(made["spatial_shapes"].prod(-1).max()), dtype=torch.long)
-    else:
-        yield torch.ones(making.batch, *making.image_size(), dtype=torch.long)
-
-
-@_maker("pixel_mask")
-def _pixel_mask(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    size = made["pixel_values"].shape[-2:] if "pixel_values" in made else making.image_size()
-    yield torch.ones(making.batch, *size, dtype=torch.long)
-
-
-@_maker("image_sizes")
-def _image_sizes(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor | None]:
-    # only models that cut images up need them
-    yield None
-    size = made["pixel_values"].shape[-2:] if "pixel_values" in made else making.image_size()
-    yield torch.tensor([list(size)] * making.batch)
-
-
-@_maker("pixel_values", "hidden_states")
-def _pixels(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    batch, channels, (height, width) = making.batch, making.channels(), making.image_size()
-    grid = made.get("image_grid_thw", made.get("grid_thw"))
-    if grid is not None:
-        yield making.noise(int(grid.prod(-1).sum()), _patches(making)[1])
-        return
-    if "spatial_shapes" in made:
-        shapes = made["spatial_shapes"]
-        yield making.noise(batch, int(shapes.prod(-1).max()), _patches(making)[1])
-        return
-    frames = getattr(making.config, "num_frames", None)
-    image = making.noise(batch, channels, height, width)
-    if isinstance(frames, int) and main_input(making.model) == "pixel_values":
-        yield making.noise(batch, frames, channels, height, width)
-    yield image
-    # one image a row, in a dimension of its own, or whole with its crops
-    yield image.unsqueeze(1)
-    yield making.noise(batch, 2, channels, height, width)
-
-
-@_maker("pixel_values_videos")
-def _video(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    size = making.setting("crop_size")
-    height, width = (size, size) if isinstance(size, int) else making.image_size()
-    frames = int(making.setting("num_frames", "frames_per_clip", otherwise=8))
-    yield making.noise(making.batch, frames, making.channels(), height, width)
-
-
-@_maker("input_features")
-def _features(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    batch = making.batch
-    bins = making.setting(
-        "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_feature_size", "num_mels",
-        inside="audio", otherwise=making.processor.get("feature_size", 80),
-    )  # fmt: skip
-    places = making.setting("max_source_positions", inside="audio")
-    longest = making.processor.get("nb_max_frames")
-    if isinstance(places, int):
-        yield making.noise(batch, bins, 2 * places)
-    if isinstance(longest, int):
-        yield making.noise(batch, bins, longest)
-    yield making.noise(batch, 101, bins)
-    yield making.noise(batch, bins, 104)
-    length, height = making.setting("max_length", otherwise=104), making.setting("spec_size", otherwise=64)
-    yield making.noise(batch, 1, int(length), int(bins))
-    yield making.noise(batch, 1, 16 * int(height) // 4, int(bins))
-
-
-@_maker("input_values")
-def _samples(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    batch, bins, length = making.batch, making.setting("num_mel_bins"), making.setting("max_length")
-    if isinstance(bins, int) and isinstance(length, int) and making.setting("patch_size"):
-        yield making.noise(batch, length, bins)
-    strides = making.setting("conv_stride", "upsampling_ratios", "downsampling_ratios", otherwise=(320,))
-    hop = math.prod(int(s) for s in strides) if isinstance(strides, (list, tuple)) else 320
-    # a receptive field is at most a few strides
-    samples = hop * 16 + (hop * 5) // 4
-    yield making.noise(batch, samples)
-    yield making.noise(batch, 1, hop * 16)
-    yield making.noise(batch, int(making.setting("audio_channels", otherwise=2)), hop * 16)
-    if isinstance(bins, int):
-        yield making.noise(batch, 32, bins)
-
-
-def _history(making: _Making) -> int:
-    context = int(making.setting("context_length", otherwise=32))
-    lags = making.setting("lags_sequence")
-    return context + (max(lags) if isinstance(lags, (list, tuple)) and lags else 0)
-
-
-@_maker("past_values")
-def _past(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    batch, context = making.batch, _history(making)
-    channels = making.setting("num_input_channels", "input_size")
-    if (isinstance(channels, int) and channels > 1) or making.setting("num_input_channels"):
-        yield making.noise(batch, context, int(channels))
-    yield making.noise(batch, context)
-    yield making.noise(batch, context, 1)
-
-
-@_maker("past_observed_mask")
-def _observed(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.ones(made["past_values"].shape)
-
-
-@_maker("past_values_padding")
-def _series_padding(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.zeros(made["past_values"].shape, dtype=torch.long)
-
-
-@_maker("past_time_features")
-def _past_times(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    features = int(making.setting("num_time_features", otherwise=0))
-    yield making.noise(making.batch, _history(making), features)
-
-
-@_maker("future_values")
-def _future(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    length = int(making.setting("prediction_length", otherwise=8))
-    yield making.noise(making.batch, length, *made["past_values"].shape[2:])
-
-
-@_maker("future_time_features")
-def _future_times(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    length = int(making.setting("prediction_length", otherwise=8))
-    yield making.noise(making.batch, length, int(making.setting("num_time_features", otherwise=0)))
-
-
-@_maker("static_categorical_features")
-def _categories(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.zeros(making.batch, int(making.setting("num_static_categorical_features")), dtype=torch.long)
-
-
-@_maker("static_real_features")
-def _reals(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield making.noise(making.batch, int(making.setting("num_static_real_features")))
-
-
-@_maker("freq")
-def _frequencies(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.zeros(making.batch, 1, dtype=torch.long)
-    yield torch.zeros(making.batch, dtype=torch.long)
-
-
-@_maker("input_ids")
-def _tokens(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    mask = made.get("attention_mask")
-    length = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else LENGTH
-    rows = making.batch
-    ids = making.ids((rows, length))
-    first = [torch.full((rows, count), token, dtype=ids.dtype) for token, count in making.placeholders(made)]
-    ids = torch.cat([*first, ids], 1)
-    end = getattr(making.text, "eos_token_id", None)
-    if isinstance(end, int) and hasattr(making.config, "projection_dim"):
-        # contrastive models read the end of the text
-        ids[:, -1] = end
-    yield ids
-
-
-@_maker("qformer_input_ids")
-def _queries(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield making.ids((making.batch, LENGTH), getattr(making.config, "qformer_config", None))
-
-
-@_maker("qformer_attention_mask")
-def _query_mask(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.ones_like(made["qformer_input_ids"])
-
-
-@_maker("decoder_input_ids")
-def _decoder_tokens(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    decoder = getattr(making.config, "decoder", None)
-    yield making.ids((making.batch, DECODER_LENGTH), decoder if hasattr(decoder, "vocab_size") else None)
-
-
-@_maker("attention_mask")
-def _mask(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.ones_like(made["input_ids"])
-
-
-@_maker("token_type_ids", "mm_token_type_ids")
-def _types(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    ids, image = made["input_ids"], making.token("image")
-    yield torch.zeros_like(ids) if image is None else (ids == image).to(ids.dtype)
-
-
-@_maker("position_ids")
-def _positions(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    ids = made["input_ids"]
-    index = making.rope_index()
-    if index is not None and "image_grid_thw" in made:
-        accepted = inspect.signature(index).parameters
-        known = {"mm_token_type_ids": next(_types(making, made)), **made}
-        positions = index(**{n: v for n, v in known.items() if n in accepted})
-        yield positions[0] if isinstance(positions, tuple) else positions
-        return
-    yield torch.arange(ids.shape[1]).expand(ids.shape).clone()
-
-
-@_maker("bbox")
-def _boxes_of_words(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    corners = torch.randint(0, 400, (*made["input_ids"].shape, 2), generator=making.random)
-    yield torch.cat([corners, corners + 50], -1)
-
-
-@_maker("input_boxes")
-def _boxes(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    size = min(making.image_size())
-    corner = torch.rand(making.batch, 2, 2, generator=making.random) * size / 2
-    yield torch.cat([corner, corner + size / 4], -1)
-
-
-@_maker("input_points")
-def _points(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.rand(making.batch, 2, 3, 2, generator=making.random) * min(making.image_size())
-
-
-@_maker("input_labels")
-def _labels(making: _Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    shape = made["input_points"].shape[:-1] if "input_points" in made else (making.batch, 2, 3)
-    yield torch.ones(shape, dtype=torch.long)
 
 
 # what others are made from comes first

@@ -17,10 +17,10 @@ from ..ir.inputs import unite_sizes
 from ..ir.program import Program
 from ..ir.signature import SizeRange
 from ..ir.structure import describe
+from .accepting import REFUSALS, accepts
 from .compare import compare_outputs, resized, tolerance_of
 from .size_limits import holding, relations_of, simplify, within
 
-REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError)
 Sizes = dict[str, int]
 Trial = Callable[[Sizes], bool | None]
 
@@ -65,7 +65,7 @@ def _varies(program: Program, model: Any, example: dict[str, Any], names: list[s
         if other is None:
             return True
         trials += 1
-        if model_accepts(model, other):
+        if accepts(model, other):
             return True
     return not trials
 
@@ -91,7 +91,7 @@ def larger_example(program: Program, model: Any, example: dict[str, Any]) -> dic
         # dimensions of one size often belong together
         for group in (dimensions, *([p] for p in dimensions if len(dimensions) > 1)):
             trial = grown | set(group)
-            if not set(group) <= grown and model_accepts(model, _grown(example, tensors, trial)):
+            if not set(group) <= grown and accepts(model, _grown(example, tensors, trial)):
                 grown = trial
     return _grown(example, tensors, grown) if grown else None
 
@@ -109,16 +109,6 @@ def _grown(
         lambda v: copies.get(id(v), v) if isinstance(v, torch.Tensor) else v, example
     )
     return grown
-
-
-def model_accepts(model: Any, inputs: dict[str, Any]) -> bool:
-    """Return whether the model itself runs at a size; one that it rejects says nothing about the program."""
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except REFUSALS:
-        return False
-    return True
 
 
 def widen_symbols(program: Program) -> None:

@@ -20,12 +20,13 @@ from ..ir.program import Program
 from ..ir.recurrent import free_lengths
 from ..ir.schema import is_mutable
 from ..ir.structure import describe
+from .accepting import accepts
 from .calling import Inputs, by_name, original, takes, uncompiled
 from .compare_module import compare_with_model
 from .frozen import note_frozen, remember
 from .lift import lift
 from .size_limits import settle_by_guards
-from .size_trials import larger_example, model_accepts, share_sizes
+from .size_trials import larger_example, share_sizes
 from .stamping.plan import exported_layers, plan_stamping, stamp
 from .stamping.record import CannotStamp
 from .stamping.tensors import tensors_of
@@ -274,7 +275,7 @@ def _captured(
             compare_with_model(program, model, bound, example)
         else:
             settle_by_guards(program)
-        note_frozen(program, exported, example, partial(model_accepts if compare else takes, model))
+        note_frozen(program, exported, example, partial(accepts if compare else takes, model))
         return program
 
     program = captured(example)

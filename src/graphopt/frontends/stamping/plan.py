@@ -37,7 +37,7 @@ def plan_stamping(
         whole = record(model, example, buffers or {})
         choice = choose(whole)
         with shortened(model, choice):
-            again = record(model, example, buffers or {}, exported_lists(choice))
+            again = record(model, example, buffers or {}, exported_lists(choice), whole.forms)
         require_same_run(whole, again, choice)
         return choice
     except CannotStamp as reason:

@@ -59,8 +59,8 @@ class Layer:
 class Record:
     """The layers of a model in the order in which they were called, and who reads each value that crosses a border.
 
-    ``outside`` are the calls between the layers, ``results`` what the model returned, and ``foreign`` the names of weights
-    of layers that something else reads too.
+    ``outside`` are the calls between the layers, ``results`` what the model returned, ``foreign`` the names of weights
+    of layers that something else reads too, and ``forms`` the results that calls had, by sizes and types of their operands.
     """
 
     layers: list[Layer]
@@ -70,6 +70,7 @@ class Record:
     outside: list[Any]
     results: list[Any]
     foreign: set[str]
+    forms: dict[Any, Any]
 
 
 def repeated_lists(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
@@ -95,6 +96,7 @@ def record(
     example: Mapping[str, Any],
     buffers: Mapping[str, torch.Tensor] | None = None,
     lists: Mapping[str, list[tuple[str, nn.Module]]] | None = None,
+    forms: dict[Any, Any] | None = None,
 ) -> Record:
     """Run a model once on tensors without values and record its repeated layers.
 
@@ -103,6 +105,7 @@ def record(
         example: inputs by parameter name; only shapes and types matter.
         buffers: values of the buffers, if the model's own have none.
         lists: the layers, as :func:`repeated_lists` returns them, which finds them if None.
+        forms: what an earlier record of the model inferred.
 
     Raises:
         CannotStamp: the model has no repeated layers, or does not run without values.
@@ -110,7 +113,7 @@ def record(
     lists = repeated_lists(model) if lists is None else lists
     if not lists:
         raise CannotStamp("it has no list of at least three layers")
-    recorder = _Recorder(model, lists)
+    recorder = _Recorder(lists, {} if forms is None else forms)
     hooks = recorder.hooks()
     try:
         with (
@@ -171,8 +174,9 @@ def _without_values(
 
 
 class _Recorder:
-    def __init__(self, model: nn.Module, lists: Mapping[str, list[tuple[str, nn.Module]]]):
+    def __init__(self, lists: Mapping[str, list[tuple[str, nn.Module]]], forms: dict[Any, Any]):
         self.lists = lists
+        self.forms = forms
         self.layers: list[Layer] = []
         self.current: Layer | None = None
         self.outside: list[Any] = []
@@ -190,7 +194,6 @@ class _Recorder:
         self.stored: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, str] = {}
         self.readers: dict[Origin, set[int]] = {}
-        self.forms: dict[Any, Any] = {}
         # ids stay unique while their tensors live
         self.kept: list[Any] = []
 
@@ -402,7 +405,14 @@ class _Recorder:
         if not self.layers:
             raise CannotStamp("no list of layers is called")
         record = Record(
-            self.layers, self.readers, self.origins, self.kept, self.outside, self.results, self.foreign
+            self.layers,
+            self.readers,
+            self.origins,
+            self.kept,
+            self.outside,
+            self.results,
+            self.foreign,
+            self.forms,
         )
         for layer in self.layers:
             layer.key = _key(record, layer)
