@@ -9,6 +9,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import zoo
+
+import graphopt
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,15 @@ def test_programs_take_later_commands_without_them(
     assert "48, 64" in shown.out
     found = told("verify", images, tmp_path / "program", *shape)
     assert found["verdict"] == "holds"
+
+
+def test_tokens_of_another_rank_are_refused(told: Callable[..., Any], tmp_path: Path) -> None:
+    """What is made to fit them, such as positions, ended in an error of torch."""
+    zoo.make("llama").save_pretrained(tmp_path / "llama")
+    found = told("inspect", tmp_path / "llama", "--shape", "input_ids=2x9x3", status=2)
+    assert "LlamaForCausalLM does not take input_ids as given" in found["message"]
+    with pytest.raises(graphopt.UsageError, match=r"it takes input_ids such as \[3, 13\]"):
+        graphopt.capture(tmp_path / "llama", {"input_ids": torch.Size([2, 9, 3])})
 
 
 @pytest.mark.parametrize(

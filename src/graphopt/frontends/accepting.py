@@ -26,9 +26,13 @@ def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:
     except NEEDS_VALUES:
         return None
     except REFUSALS as error:
-        first = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+        return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; empty if it has none."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def accepts(model: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from ..ir.errors import UsageError
-from .accepting import refusal
+from .accepting import REFUSALS, first_line, refusal
 from .architecture import nested
 from .fixed_values import FIXED, fixed_inputs
 from .input_makers import BATCH, LENGTH, MAKERS
@@ -306,8 +306,10 @@ class Making:
 
     def described(self) -> str:
         """Return the names and forms of the inputs, as far as they are known."""
+        # shapes that were asked for are not what the model takes
+        usual = Making(self.model, replace(self.start, inputs={})) if self.asked else self
         try:
-            made = next(self._made(self.names(), {}), {})
+            made = next(usual._made(self.names(), {}), {})
         except _Unmade:
             made = {}
         parts = [
@@ -354,6 +356,11 @@ class Making:
                 + (f": {unmade.reason}" if unmade.reason else ""),
                 hint=GIVE,
             ) from None
+        except REFUSALS as error:
+            if not (self.given or self.asked):
+                raise
+            # what is made to fit what is given does not fit its rank
+            raise self.unfit(f"{type(error).__name__}: {first_line(error)}") from None
         for made in candidates:
             example = self.example(made)
             if len(candidates) == 1 and not self.given and not self.asked:
@@ -363,14 +370,17 @@ class Making:
                 return example
         if self.given or self.asked:
             self.require_shapes()
-            raise UsageError(
-                f"{type(self.model).__name__} does not take {', '.join({**self.given, **self.asked})} as given: "
-                f"{trouble}",
-                hint=f"it takes {self.described()}",
-            )
+            raise self.unfit(trouble)
         raise UsageError(
             f"{type(self.model).__name__} takes {', '.join(names)}, for which no example could be made: {trouble}",
             hint=GIVE,
+        )
+
+    def unfit(self, trouble: str) -> UsageError:
+        """Return the refusal of what the user gave."""
+        return UsageError(
+            f"{type(self.model).__name__} does not take {', '.join({**self.given, **self.asked})} as given: {trouble}",
+            hint=f"it takes {self.described()}",
         )
 
     def _made(self, names: list[str], made: dict[str, Any]) -> Iterator[dict[str, Any]]:

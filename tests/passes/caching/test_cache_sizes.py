@@ -49,6 +49,20 @@ def test_many_layers_are_checked_by_one_of_each_kind(kinds: int, monkeypatch: py
     assert len(set(expected[0, 7:].tolist())) > 4
 
 
+def test_a_configuration_with_default_values() -> None:
+    """GPT-2 as its class describes it: one matrix, with as many rows of bias, makes queries, keys and values."""
+    from transformers import GPT2Config
+
+    from graphopt.frontends.huggingface import capture_configuration
+
+    program = capture_configuration(GPT2Config(n_layer=2, architectures=["GPT2LMHeadModel"]))
+    small = reducing.reduced(program)
+    assert small is not None and len(small.anatomy.layers) == 1
+    table = small.weight_node("transformer.wte.weight").meta["val"]
+    assert table.shape[0] <= reducing.ROWS, "the table of a whole vocabulary is kept"
+    assert reducing.elements(small) < reducing.elements(program) / 4
+
+
 GQA = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0}  # fmt: skip
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}

@@ -198,7 +198,9 @@ def _of_tokens(program: Program, weight: fx.Node, user: fx.Node, outputs: set[fx
     work = [user]
     while work:
         value = work.pop()
-        if value.meta["val"].shape[-1] != rows:
+        result = value.meta["val"]
+        # several values come of a split, as of queries, keys and values that one matrix makes
+        if not isinstance(result, torch.Tensor) or result.shape[-1] != rows:
             return False
         if value in outputs:
             continue
