@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class PackQuantized:
     def write(self, tensor: QuantisedTensor) -> dict[str, torch.Tensor]:
         """Return the tensors of a file."""
         code = f"int{self.bits}"
+        tensor = _signed(tensor)
         require_code(tensor, code)
         require_block(tensor, 1, self.group)
         if (tensor.zero is None) != self.symmetric or tensor.group is not None:
@@ -129,6 +130,25 @@ class Nvfp4:
             "weight_scale": tensor.scale,
             "weight_global_scale": tensor.divisor.reshape(1),
         }
+
+
+def _signed(tensor: QuantisedTensor) -> QuantisedTensor:
+    """Return codes without sign as codes with one, which have the same values under zeros moved alike.
+
+    Raises:
+        CannotExpress: its zeros are no whole numbers.
+    """
+    if tensor.zero is not None and tensor.zero.dtype.is_floating_point:
+        raise CannotExpress("compressed-tensors stores zeros as whole numbers")
+    if not tensor.code.startswith("uint") or tensor.zero is None:
+        return tensor
+    code = tensor.code.removeprefix("u")
+    return replace(
+        tensor,
+        codes=from_offset_binary(tensor.codes, code),
+        zero=from_offset_binary(tensor.zero, code),
+        code=code,
+    )
 
 
 def open_matrices(
@@ -296,6 +316,9 @@ def settings_of(form: QuantisedTensor, ignore: list[str]) -> tuple[Any, dict[str
     Raises:
         CannotExpress: the library has no format for it.
     """
+    if len(form.shape) != 2:
+        raise CannotExpress(f"compressed-tensors stores matrices, and this has {len(form.shape)} dimensions")
+    form = _signed(form)
     symmetric, rows, columns = form.zero is None, *form.shape
     group = 0 if form.block[1] >= columns else form.block[1]
     weights: dict[str, Any] = {
