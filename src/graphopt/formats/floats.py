@@ -165,3 +165,14 @@ def open_mxfp4(
             module, Mxfp4(weight), tuple(sorted(parts.items())), (shape[0], shape[2] * 32, shape[1]), dtype
         )
     return found, []
+
+
+def block_float8_for(settings: Mapping[str, Any], key: str, form: QuantisedTensor) -> BlockFloat8:
+    """Return the layout of eight-bit floats in blocks, by the checkpoint's settings."""
+    rows, columns = settings.get("weight_block_size") or (0, 0)
+    return BlockFloat8((int(rows), int(columns)))
+
+
+def mxfp4_for(settings: Mapping[str, Any], key: str, form: QuantisedTensor) -> Mxfp4:
+    """Return the layout of four-bit floats for a stack of experts' matrices, by its name."""
+    return Mxfp4(key.rpartition(".")[2])

@@ -182,3 +182,12 @@ def open_matrices(
             module, layout, tuple(sorted(parts.items())), (rows, columns), parts["scales"].dtype
         )
     return found, sorted(notes)
+
+
+def layout_for(settings: Mapping[str, Any], key: str, form: QuantisedTensor) -> Gptq | Awq:
+    """Return the layout of GPTQ or AWQ, by the checkpoint's settings, for a matrix."""
+    group = settings.get("group_size", settings.get("q_group_size", -1))
+    size = form.shape[-1] if group == -1 else int(group)
+    if settings.get("quant_method") == "awq":
+        return Awq(size)
+    return Gptq(int(settings["bits"]), size, settings.get("checkpoint_format", "gptq") == "gptq")

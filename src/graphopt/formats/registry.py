@@ -10,9 +10,10 @@ import torch
 from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress
 from ..ir.quantised.stored import is_quantised, quantised_form
+from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.weights import TensorSource
 from . import compressed_tensors, floats, gptq
-from .stored import FileTensor, encoded, layout_of
+from .stored import FileTensor, Layout, encoded, layout_of
 
 Opened = tuple[dict[str, FileTensor], list[str]]
 Opener = Callable[[dict[str, Any], Mapping[str, FileTensor], torch.dtype], Opened]
@@ -24,6 +25,13 @@ OPENERS: dict[str, Opener] = {
     "fp8": floats.open_block_float8,
     "mxfp4": floats.open_mxfp4,
 }
+LAYOUTS: dict[str, Callable[[Mapping[str, Any], str, QuantisedTensor], Layout]] = {
+    "gptq": gptq.layout_for,
+    "awq": gptq.layout_for,
+    "fp8": floats.block_float8_for,
+    "mxfp4": floats.mxfp4_for,
+}
+"""The layout of each method for a matrix that is quantised, by the checkpoint's settings and the matrix's name."""
 # the key under which each method lists modules that stay as they are
 _LEFT_OUT = {
     "compressed-tensors": "ignore",
@@ -98,11 +106,13 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
             continue
         layout = layout_of(source)
         try:
-            if layout is None:
+            form = quantised_form(source, values=False)
+            assert form is not None
+            if layout is None and settings is not None and method in LAYOUTS:
+                layout = LAYOUTS[method](settings, key, form)
+            elif layout is None:
                 if settings is not None and method != "compressed-tensors":
-                    raise CannotExpress(f"it was quantised anew, and the folder's method is {method}")
-                form = quantised_form(source, values=False)
-                assert form is not None
+                    raise CannotExpress(f"it was quantised anew, and {method} has no place for it")
                 layout, described = compressed_tensors.settings_of(form, [])
                 if fresh is None:
                     fresh, fresh_layout = described, layout

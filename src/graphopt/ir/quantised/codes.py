@@ -107,6 +107,18 @@ def pack(
     return joined.to(dtype).movedim(-1, dim).contiguous()
 
 
+def slot_of(code: str) -> int:
+    """Return the bits that a packed code takes: those of 3, 5, 6 and 7 bits would cross the borders of bytes."""
+    bits = bits_of(code)
+    return bits if 8 % bits == 0 else (4 if bits < 4 else 8)
+
+
+def packed_width(code: str, count: int) -> tuple[int, torch.dtype]:
+    """Return how many bytes hold so many codes of a row, and their type; codes of eight bits keep theirs."""
+    slot = slot_of(code)
+    return (count, STORED[code]) if bits_of(code) == 8 else (-(-count * slot // 8), torch.uint8)
+
+
 def offset_binary(codes: torch.Tensor, code: str) -> torch.Tensor:
     """Return signed numbers as numbers without sign, the least as 0; numbers without sign as they are."""
     low = RANGES[code][0]

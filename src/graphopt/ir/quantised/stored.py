@@ -14,7 +14,7 @@ from ..running.evaluate import evaluate
 from ..running.fold import Computed
 from ..schema import arguments, operator_name
 from ..weights import TensorSource, numel
-from .codes import RANGES, CannotExpress, bits_of, from_offset_binary, offset_binary, pack, unpack
+from .codes import RANGES, CannotExpress, bits_of, from_offset_binary, offset_binary, pack, slot_of, unpack
 from .tensor import QuantisedTensor, concatenate
 
 _LARGEST = 1 << 24
@@ -65,7 +65,7 @@ class Packed:
         code = self.parts.code
         if bits_of(code) == 8:
             return replace(self.parts, codes=self.words)
-        codes = unpack(self.words, _slot(code), -1, self.shape[-1])
+        codes = unpack(self.words, slot_of(code), -1, self.shape[-1])
         return replace(self.parts, codes=from_offset_binary(codes, code) if code in RANGES else codes)
 
     def load(self) -> torch.Tensor:
@@ -73,10 +73,25 @@ class Packed:
         return self.quantised().dequantise()
 
 
-def _slot(code: str) -> int:
-    """Return the bits that a packed code takes: those of 3, 5, 6 and 7 bits would cross the borders of bytes."""
-    bits = bits_of(code)
-    return bits if 8 % bits == 0 else (4 if bits < 4 else 8)
+@dataclass(frozen=True)
+class Plain:
+    """The values of a source that is kept as codes, without them: what is made of it is plain."""
+
+    source: TensorSource
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's shape."""
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The source's type."""
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        """Return the values, dequantised anew."""
+        return self.source.load()
 
 
 def packed(tensor: QuantisedTensor) -> Packed:
@@ -86,7 +101,7 @@ def packed(tensor: QuantisedTensor) -> Packed:
         words = tensor.codes.contiguous()
     else:
         codes = offset_binary(tensor.codes, code) if code in RANGES else tensor.codes
-        words = pack(codes, _slot(code), -1, torch.uint8)
+        words = pack(codes, slot_of(code), -1, torch.uint8)
     return Packed(
         words, replace(tensor, codes=torch.empty(tensor.shape, dtype=tensor.codes.dtype, device="meta"))
     )
