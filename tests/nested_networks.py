@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import graphopt
 
 WIDTH, HEADS = 32, 4
 
@@ -497,3 +500,9 @@ def network(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name]()
     return model.eval(), inputs
+
+
+@functools.cache
+def captured(name: str) -> graphopt.Program:
+    """Return the program of a network, captured once a process; it is only read."""
+    return graphopt.capture(*network(name), compare=False)
