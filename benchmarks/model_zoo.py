@@ -38,8 +38,9 @@ from small_models import (
 
 ROOT = Path(__file__).parents[1]
 SECONDS, QUICK_SECONDS = 900, 300
+# KimiLinearAttention is the full attention of Kimi Linear
 MIXER = (
-    r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv$|RecurrentBlock|TimeMix|Retention|Lightning"
+    r"GatedDelta|DeltaNet|DeltaAttention|(?<!Kimi)LinearAttention|Mamba|SSM|Mixer|ShortConv$|RecurrentBlock|TimeMix|Retention|Lightning"
     r"|LongConv|xLSTM|LSTM|RwkvSelfAttention|MinimalGRU"
 )
 FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct"
@@ -66,15 +67,41 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
-    "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
+    "CohereCompassForCausalLM": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]},
+        },
+    },
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2}},
+    "Dots3NoteForCausalLM": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    },
+    "Gemma4ForConditionalGeneration": {
+        "text_config": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
+    },
+    "Gemma4AssistantForCausalLM": {
+        "text_config": {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},
+    },
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
+    "NemotronHForCausalLM": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8},
+    "RoCBertForCausalLM": {
+        "pronunciation_embed_dim": 16, "pronunciation_vocab_size": 32, "shape_embed_dim": 16, "shape_vocab_size": 32,
+    },
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 100,
+    },
+    "Zamba2ForCausalLM": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "ZambaForCausalLM": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "GraniteMoeHybridForCausalLM": {
         "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2,
     },
     "XLMWithLMHeadModel": {"emb_dim": 32, "n_words": 128},
     "Gemma4ForCausalLM": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
     "LongcatFlashForCausalLM": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2},
-    "KimiLinearForCausalLM": {"num_experts_per_token": 2},
-    "BailingHybridForCausalLM": {"n_group": 1, "num_group": 1, "topk_group": 1},
     "ReformerModelWithLMHead": {
         "axial_pos_embds_dim": (8, 24), "axial_pos_shape": (4, 8), "attn_layers": ["local"] * 4, "feed_forward_size": 48,
         "attention_head_size": 8,
@@ -104,9 +131,10 @@ OTHERS: dict[str, Kind] = {
         "vision",
         "ViTForImageClassification DeiTForImageClassification Dinov2ForImageClassification "
         "Dinov2WithRegistersForImageClassification SiglipForImageClassification BeitForImageClassification "
-        "IJepaForImageClassification ViTMSNForImageClassification YolosForObjectDetection",
+        "IJepaForImageClassification ViTMSNForImageClassification",
         image_size=32, patch_size=8,
     ),
+    **_group("vision", "YolosForObjectDetection", image_size=[32, 48], patch_size=8),
     **_group("vision", "SwinForImageClassification Swinv2ForImageClassification DonutSwinForImageClassification",
              image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
     **_group("vision", "ConvNextForImageClassification ConvNextV2ForImageClassification "
@@ -153,6 +181,8 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
     import torch
     from torch import nn
 
+    from graphopt.frontends.architecture import ask_no_caches
+
     lists = []
     for name, module in model.named_modules():
         if (
@@ -170,6 +200,7 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
     runs: Counter[Any] = Counter()
     watched = {m for layer in layers for m in (layer, *(block for _, block in _blocks(layer)))}
     hooks = [m.register_forward_hook(lambda m, *_: runs.update([m])) for m in watched]
+    ask_no_caches(model)
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:
@@ -278,7 +309,8 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
             if kind.group == "decoder":
                 found["layers in the configuration"] = _configured_layers(model.config)
             with contextlib.suppress(Exception):  # needs inputs, and a forward without faults
-                found["expected"] = made_of(model, model_inputs(model))
+                example = model_inputs(model)
+                found["expected"] = made_of(model, {**example.inputs, **example.fixed})
     except Exception as error:
         return {**found, "not made": first_line(error)}
     import graphopt
