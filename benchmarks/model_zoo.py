@@ -68,6 +68,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
     "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
+    "BltForCausalLM": {
+        "global_config": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8},
+        "decoder_config": {"hidden_size_global": 64},
+    },
     "CohereCompassForCausalLM": {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]},
@@ -150,11 +154,13 @@ OTHERS: dict[str, Kind] = {
     **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration SamModel "
                                 "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "
                                 "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration "
-                                "Qwen3VLForConditionalGeneration Gemma3ForConditionalGeneration "
+                                "Qwen3VLForConditionalGeneration "
                                 "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration "
                                 "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
                                 "AltCLIPModel GroupViTModel Owlv2ForObjectDetection MllamaForConditionalGeneration "
                                 "Florence2ForConditionalGeneration Blip2ForConditionalGeneration GitForCausalLM"),
+    **_group("vision-language", "Gemma3ForConditionalGeneration",
+             vision_config={"image_size": 32, "patch_size": 8}, mm_tokens_per_image=4),
     **_group("audio", "Wav2Vec2ForCTC HubertForCTC WavLMForCTC SEWForCTC UniSpeechForCTC Data2VecAudioForCTC "
                       "Wav2Vec2ConformerForCTC Wav2Vec2BertForCTC ParakeetForCTC "
                       "WhisperForConditionalGeneration Speech2TextForConditionalGeneration "

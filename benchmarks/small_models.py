@@ -66,6 +66,10 @@ def small_config(config_class: Any, overrides: dict[str, Any] | None = None, *, 
     sizes |= {name: size for name, size in _UNSET.items() if read.get(name, 0) is None}
     tokens = {k: min(3, present[k]) for k in ("pad_token_id", "bos_token_id", "eos_token_id")
               if isinstance(present.get(k), int)}  # fmt: skip
+    # tokens of a meaning are within the small vocabulary, each another one
+    placed = [k for k, v in present.items() if k.endswith(("_token_id", "_token_index")) and k not in tokens
+              and isinstance(v, int) and v >= SIZES["vocab_size"]]  # fmt: skip
+    tokens |= {name: SIZES["vocab_size"] - 1 - i for i, name in enumerate(placed)}
     if "kv_lora_rank" in present:  # latent attention expands to as many keys as queries
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     nested = {}

@@ -88,6 +88,10 @@ def _pixels(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     # one image a row, in a dimension of its own, or whole with its crops
     yield image.unsqueeze(1)
     yield making.noise(batch, 2, channels, height, width)
+    # patches, already cut out and flattened
+    patch = making.setting("patch_size", inside="vision")
+    if isinstance(patch, int):
+        yield making.noise(batch, (height // patch) * (width // patch), channels * patch * patch)
 
 
 @_maker("pixel_values_videos")
