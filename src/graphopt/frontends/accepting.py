@@ -13,7 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..ir.compat import NEEDS_VALUES, FakeTensor, quiet_failures
 from .fixed_values import FIXED, Known
 
-REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError)
+# an input that is left out shows as an attribute that None has not
+REFUSALS = (
+    RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError, AttributeError,
+)  # fmt: skip
 
 
 def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:

@@ -198,6 +198,12 @@ def _frequencies(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tens
     yield torch.zeros(making.batch, dtype=torch.long)
 
 
+def _codebooks(making: Making) -> int:
+    """Return how many rows of codes there are for each row of audio, where a model takes codes in place of text."""
+    found = making.setting("num_codebooks")
+    return found if isinstance(found, int) else 1
+
+
 @_maker("input_ids")
 def _tokens(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     mask = made.get("attention_mask")
@@ -211,6 +217,8 @@ def _tokens(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
         # contrastive models read the end of the text
         ids[:, -1] = end
     yield ids
+    if _codebooks(making) > 1 and not first:
+        yield making.ids((rows * _codebooks(making), length))
 
 
 @_maker("qformer_input_ids")
@@ -231,7 +239,11 @@ def _decoder_tokens(making: Making, made: Mapping[str, Any]) -> Iterator[torch.T
 
 @_maker("attention_mask")
 def _mask(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.ones_like(made["input_ids"])
+    ids = made["input_ids"]
+    codebooks = _codebooks(making)
+    if codebooks > 1 and "input_ids" not in making.given and ids.shape[0] == codebooks * making.batch:
+        ids = ids[::codebooks]
+    yield torch.ones_like(ids)
 
 
 @_maker("token_type_ids", "mm_token_type_ids")
