@@ -99,6 +99,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
     "Zamba2ForCausalLM": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "ZambaForCausalLM": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "XmodForCausalLM": {"default_language": "en_XX"},
     "ZayaForCausalLM": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "GraniteMoeHybridForCausalLM": {
         "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2,
@@ -207,7 +208,7 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
         if (
             isinstance(module, (nn.ModuleList, nn.Sequential))
             and len(module)
-            and "expert" not in name.lower()
+            and not re.search("expert|adapter", name, re.I)
         ):
             ends = {type(child).__name__[-5:] for child in module}
             if len(ends) == 1 and any(_blocks(child) for child in module):
@@ -229,7 +230,8 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
         blocks = _blocks(layer)
         kinds = Counter({kind: sum(runs[m] for k, m in blocks if k == kind) for kind in dict(blocks)})
         direct = sum(isinstance(child, nn.Linear) for child in layer.children())
-        if direct >= 2 and kinds and not kinds["ffn"] and not kinds["experts"]:
+        itself = any(block is layer for _, block in blocks)
+        if direct >= 2 and kinds and not itself and not kinds["ffn"] and not kinds["experts"]:
             kinds["ffn"] = runs[layer]
         times = max(runs[layer], 1)  # layers that share weights
         if +kinds:
@@ -241,7 +243,8 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
     """Return the outermost modules that are blocks by their class, with their kinds."""
     name = type(module).__name__
     # heads of an attention may be experts (JetMoE)
-    routed = hasattr(module, "experts") and not name.endswith("Attention")
+    experts = any("Experts" in type(child).__name__ for child in module.children())
+    routed = (experts or hasattr(module, "experts")) and not name.endswith("Attention")
     if re.search(r"moe|sparse|expert|switch", name, re.I) and routed:
         return [("experts", module)]
     # layers are called by the kind of their mixing too (Jamba)
