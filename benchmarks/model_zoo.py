@@ -41,9 +41,9 @@ SECONDS, QUICK_SECONDS = 900, 300
 # KimiLinearAttention is the full attention of Kimi Linear
 MIXER = (
     r"GatedDelta|DeltaNet|DeltaAttention|(?<!Kimi)LinearAttention|Mamba|SSM|Mixer|ShortConv$|RecurrentBlock|TimeMix|Retention|Lightning"
-    r"|LongConv|xLSTM|LSTM|RwkvSelfAttention|MinimalGRU"
+    r"|LongConv|xLSTMLayer|^LSTM|RwkvSelfAttention|MinimalGRU"
 )
-FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct"
+FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct|DenseGatedAct"
 
 
 @dataclass(frozen=True)

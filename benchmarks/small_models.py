@@ -21,8 +21,8 @@ WIDTHS = {
     2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_k moe_topk top_k_experts "
     "encoder_num_key_value_heads decoder_num_key_value_heads swa_num_key_value_heads zero_expert_num",
     48: "intermediate_size ffn_dim n_inner dim_feedforward decoder_ffn_dim encoder_ffn_dim dim_ff "
-    "shared_expert_intermediate_size d_ff hidden_dim ffn_hidden_size d_inner dff dense_intermediate_size shared_intermediate_size "
-    "shared_experts_intermediate_size moe_shared_expert_intermediate_size",
+    "shared_expert_intermediate_size d_ff hidden_dim ffn_hidden_size d_inner dff "
+    "dense_intermediate_size shared_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size",
     24: "moe_intermediate_size expert_ffn_size",
     8: "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim mamba_d_state mamba_headdim "
     "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head d_kv rotary_dim "
@@ -59,7 +59,9 @@ def small_config(config_class: Any, overrides: dict[str, Any] | None = None, *, 
     default = config_class()
     present = default.to_dict()
     # a setting may be written under another name than it is read by
-    read = present | {k: getattr(default, k, None) for k in getattr(config_class, "attribute_map", None) or {}}
+    read = present | {
+        k: getattr(default, k, None) for k in getattr(config_class, "attribute_map", None) or {}
+    }
     sizes: dict[str, Any] = {
         k: v for k, v in SIZES.items() if isinstance(read.get(k), int) and not isinstance(read[k], bool)
     }
@@ -88,7 +90,9 @@ def small_config(config_class: Any, overrides: dict[str, Any] | None = None, *, 
     kinds = {
         name: [every[i % len(every)] for i in range(len(getattr(small, name)))]
         for name in ("layer_types", "mlp_layer_types")
-        if name not in given and isinstance(present.get(name), list) and isinstance(getattr(small, name, None), list)
+        if name not in given
+        and isinstance(present.get(name), list)
+        and isinstance(getattr(small, name, None), list)
         if len(every := list(dict.fromkeys(present[name]))) > len(set(getattr(small, name)))
     }
     # a few layers may be of fewer kinds than many are
