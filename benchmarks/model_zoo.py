@@ -152,12 +152,16 @@ OTHERS: dict[str, Kind] = {
                        "PvtForImageClassification PvtV2ForImageClassification SegformerForImageClassification "
                        "MobileNetV1ForImageClassification MobileNetV2ForImageClassification "
                        "MobileViTForImageClassification "
-                       "CvtForImageClassification LevitForImageClassification DPTForDepthEstimation "
+                       "CvtForImageClassification LevitForImageClassification "
                        "GLPNForDepthEstimation "
                        "TextNetForImageClassification SwiftFormerForImageClassification"),
-    **_group("vision", "EfficientNetForImageClassification", width_coefficient=0.25, depth_coefficient=0.3),
+    **_group("vision", "DPTForDepthEstimation", image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
+             neck_hidden_sizes=[8, 16, 16, 16], fusion_hidden_size=16),
+    **_group("vision", "EfficientNetForImageClassification", width_coefficient=0.25, depth_coefficient=0.3,
+             hidden_dim=320, image_size=64),
     **_group("vision", "DetrForObjectDetection", backbone_config={"model_type": "resnet", **_BACKBONE}),
     **_group("vision", "RTDetrForObjectDetection", encoder_in_channels=[16, 32, 32],
+             decoder_in_channels=[32, 32, 32],
              backbone_config={"model_type": "rt_detr_resnet", **_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]}),
     **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration SamModel "
                                 "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "

@@ -78,12 +78,13 @@ def small_config(config_class: Any, overrides: dict[str, Any] | None = None, *, 
     for name, nested_class in (getattr(config_class, "sub_configs", None) or {}).items():
         shape = present.get(name)
         if isinstance(shape, dict) and hasattr(nested_class, "from_pretrained"):
-            made = nested_class
-            if not getattr(made, "model_type", "") and shape.get("model_type"):
+            made, settings = nested_class, dict(given.pop(name, None) or {})
+            chosen = settings.pop("model_type", "")
+            if chosen or (not getattr(made, "model_type", "") and shape.get("model_type")):
                 from transformers import CONFIG_MAPPING
 
-                made = CONFIG_MAPPING[shape["model_type"]]
-            nested[name] = small_config(made, given.pop(name, None), decoder=False).to_dict()
+                made = CONFIG_MAPPING[chosen or shape["model_type"]]
+            nested[name] = small_config(made, settings, decoder=False).to_dict()
     if decoder and "is_decoder" in present and not present.get("is_encoder_decoder"):
         sizes["is_decoder"] = True
     small = config_class(**{**sizes, **tokens, **nested, **given})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from other_kinds import _TEXT
 
+from graphopt.frontends.accepting import refusal
 from graphopt.frontends.example_inputs import example_inputs
 from graphopt.ir.errors import UsageError
 
@@ -67,3 +68,26 @@ def test_an_input_left_out_is_a_refusal_and_no_fault() -> None:
 
     with pytest.raises(UsageError, match="no attribute 'sum'"):
         example_inputs(Silent())
+
+
+def test_asking_leaves_nothing_in_a_model() -> None:
+    """Wrong if tables that a model keeps were of the run that asked whether it takes inputs, without values."""
+    from transformers import PretrainedConfig
+
+    class Keeping(torch.nn.Module):
+        main_input_name = "input_ids"
+        config = PretrainedConfig(vocab_size=101, num_codebooks=2)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.ones(1))
+            self.tables: dict[str, torch.Tensor] = {}
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            if "bias" not in self.tables:
+                self.tables["bias"] = self.bias * 2
+            return input_ids + self.tables["bias"]
+
+    model = Keeping()
+    assert refusal(model, {"input_ids": torch.zeros(2, 3, dtype=torch.long)}) is None
+    assert not model.tables
