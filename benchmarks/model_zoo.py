@@ -163,14 +163,21 @@ OTHERS: dict[str, Kind] = {
     **_group("vision", "RTDetrForObjectDetection", encoder_in_channels=[16, 32, 32],
              decoder_in_channels=[32, 32, 32],
              backbone_config={"model_type": "rt_detr_resnet", **_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]}),
-    **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration SamModel "
+    **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration "
                                 "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "
-                                "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration "
                                 "Qwen3VLForConditionalGeneration "
                                 "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration "
                                 "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
-                                "AltCLIPModel GroupViTModel Owlv2ForObjectDetection MllamaForConditionalGeneration "
-                                "Blip2ForConditionalGeneration GitForCausalLM"),
+                                "AltCLIPModel GroupViTModel MllamaForConditionalGeneration "
+                                "GitForCausalLM"),
+    **_group("vision-language", "SamModel", vision_config={"output_channels": 32, "image_size": 64, "patch_size": 16},
+             prompt_encoder_config={"image_size": 64, "patch_size": 16}),
+    **_group("vision-language", "Owlv2ForObjectDetection", projection_dim=32),
+    **_group("audio", "MoonshineForConditionalGeneration",
+             encoder_num_key_value_heads=4, decoder_num_key_value_heads=4),
+    **_group("vision-language", "Blip2ForConditionalGeneration", image_token_index=100),
+    **_group("vision-language", "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration",
+             text_config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}),
     **_group("vision-language", "Gemma3ForConditionalGeneration",
              vision_config={"image_size": 32, "patch_size": 8}, mm_tokens_per_image=4),
     **_group("vision-language", "Florence2ForConditionalGeneration",
@@ -182,7 +189,7 @@ OTHERS: dict[str, Kind] = {
     **_group("audio", "Wav2Vec2ForCTC HubertForCTC WavLMForCTC SEWForCTC UniSpeechForCTC Data2VecAudioForCTC "
                       "Wav2Vec2ConformerForCTC Wav2Vec2BertForCTC ParakeetForCTC "
                       "WhisperForConditionalGeneration Speech2TextForConditionalGeneration "
-                      "MoonshineForConditionalGeneration ASTForAudioClassification EncodecModel "
+                      "ASTForAudioClassification EncodecModel "
                       "SpeechT5ForSpeechToText VitsModel"),
     **_group("time series", "PatchTSTForPrediction PatchTSMixerForPrediction TimesFmModelForPrediction "
                             "TimesFm2_5ModelForPrediction TimeSeriesTransformerForPrediction "

@@ -12,7 +12,7 @@ from typing import Any
 PARAMETERS = 20_000_000
 WIDTHS = {
     32: "hidden_size d_model n_embd dim model_dim embed_dim word_embed_proj_dim embedding_size dim_model "
-    "encoder_hidden_dim decoder_hidden_dim",
+    "encoder_hidden_dim decoder_hidden_dim out_hidden_size",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers depth "
     "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads "
     "encoder_num_hidden_layers decoder_num_hidden_layers encoder_num_attention_heads decoder_num_attention_heads "

@@ -51,8 +51,13 @@ def _shapes(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
 def _patch_mask(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     if "spatial_shapes" in made:
         yield torch.ones(making.batch, int(made["spatial_shapes"].prod(-1).max()), dtype=torch.long)
-    else:
+        return
+    pixels = made.get("pixel_values")
+    if pixels is None:
         yield torch.ones(making.batch, *making.image_size(), dtype=torch.long)
+    else:
+        # a mask for each image, without the channels
+        yield torch.ones(*pixels.shape[:-3], *pixels.shape[-2:], dtype=torch.long)
 
 
 @_maker("pixel_mask")
