@@ -166,7 +166,6 @@ OTHERS: dict[str, Kind] = {
     **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration "
                                 "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "
                                 "Qwen3VLForConditionalGeneration "
-                                "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration "
                                 "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
                                 "AltCLIPModel GroupViTModel MllamaForConditionalGeneration "
                                 "GitForCausalLM"),
@@ -175,6 +174,8 @@ OTHERS: dict[str, Kind] = {
     **_group("vision-language", "Owlv2ForObjectDetection", projection_dim=32),
     **_group("audio", "MoonshineForConditionalGeneration",
              encoder_num_key_value_heads=4, decoder_num_key_value_heads=4),
+    **_group("vision-language", "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration",
+             vision_config={"image_size": 64, "patch_size": 16}),
     **_group("vision-language", "Blip2ForConditionalGeneration", image_token_index=100),
     **_group("vision-language", "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration",
              text_config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}),
@@ -191,8 +192,10 @@ OTHERS: dict[str, Kind] = {
                       "WhisperForConditionalGeneration Speech2TextForConditionalGeneration "
                       "ASTForAudioClassification EncodecModel "
                       "SpeechT5ForSpeechToText VitsModel"),
+    **_group("time series", "TimesFm2_5ModelForPrediction",
+             context_length=64, horizon_length=8, output_quantile_len=16),
     **_group("time series", "PatchTSTForPrediction PatchTSMixerForPrediction TimesFmModelForPrediction "
-                            "TimesFm2_5ModelForPrediction TimeSeriesTransformerForPrediction "
+                            "TimeSeriesTransformerForPrediction "
                             "AutoformerForPrediction InformerForPrediction"),
 }  # fmt: skip
 
