@@ -66,6 +66,7 @@ NESTED: dict[str, tuple[dict[str, int], list[list[str]]]] = {
     "flux": ({"attention": 6, "ffn": 4}, [["attention", "ffn"]] * 4 + [["attention"]] * 2),
     "hyper_connections": ({"attention": 2, "ffn": 2}, [["attention", "ffn"]] * 2),
     "laurel": ({"adapter": 3, "attention": 3, "ffn": 3}, [["adapter", "attention", "ffn"]] * 3),
+    "layer_embeddings": ({"attention": 3, "ffn": 3, "adapter": 3}, [["attention", "ffn", "adapter"]] * 3),
     "alternating_updates": (
         {"connection": 3, "attention": 3, "ffn": 3, "composite": 3},
         [["connection", "attention", "ffn", "composite"]] * 3,
