@@ -37,7 +37,8 @@ class CheckpointFiles:
     """A checkpoint with its configuration, tensors by name, and the small files beside them.
 
     ``folder`` is the path of a file if a single one holds everything; ``given`` are then the small files derived from it,
-    and ``note`` describes how it was read.
+    and ``note`` describes how it was read. ``quantised`` says that matrices were stored in few bits: ``tensors`` has them
+    by the names and with the values of plain ones.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class CheckpointFiles:
     tensors: Mapping[str, FileTensor]
     given: Mapping[str, builtins.bytes] | None = None
     note: str = ""
+    quantised: bool = False
 
     @property
     def bytes(self) -> int:

@@ -35,6 +35,7 @@ from .fixed_values import Joined, describe_fixed, fixing
 from .frozen import note_frozen
 from .gguf.checkpoint import is_gguf, read_gguf
 from .lift import lift
+from .quantised import dequantised, without_quantisation
 from .rotary_types import refuse_varying_frequencies
 from .size_limits import settle_by_guards
 from .stamping.plan import exported_layers, plan_stamping, stamp
@@ -99,10 +100,7 @@ def read_checkpoint(path: Path) -> CheckpointFiles:
     """
     if not path.is_dir():
         return CheckpointFiles(path, *read_gguf(path))
-    files = read_folder(path)
-    if files.config.get("quantization_config") is not None:
-        raise CheckpointError(f"{path} is a quantised checkpoint, which cannot be read yet")
-    return files
+    return dequantised(read_folder(path))
 
 
 def capture_huggingface(
@@ -127,7 +125,10 @@ def capture_huggingface(
     """
     files = read_checkpoint(resolve(source))
     folder = files.folder
-    config = load_config(folder, files.config) if folder.is_dir() else config_from(files.config, folder)
+    if folder.is_dir():
+        config = without_quantisation(load_config(folder, files.config))
+    else:
+        config = config_from(files.config, folder)
     dtype = element_type(config, files)
     processor = read_processor(folder) if folder.is_dir() else {}
     given = Given(inputs or {}, processor, grow=dynamic == "auto")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...formats.registry import Written, write_quantised
 from ...ir.errors import LoweringError
 from ...ir.export_blockers import export_blockers
 from ...ir.facts import CheckpointChanges
@@ -36,12 +37,18 @@ Recapture = Callable[[Path], Program]
 
 @dataclass
 class FolderReport:
-    """What was written, and the relative error of each output against the program."""
+    """What was written, and the relative error of each output against the program.
+
+    ``quantised`` are the matrices written as codes with scales, ``plain`` those that were quantised and are written as
+    plain numbers, with the reasons.
+    """
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
     checked: str = ""
     files: list[str] = field(default_factory=list)
+    quantised: list[str] = field(default_factory=list)
+    plain: dict[str, str] = field(default_factory=dict)
 
 
 def save_pretrained(
@@ -71,7 +78,8 @@ def save_pretrained(
         LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
         UsageError: the path holds something that graphopt did not write.
     """
-    tensors, config = contents(program, skeleton)
+    written, config = contents(program, skeleton)
+    tensors = written.tensors
     with atomic_folder(path, may_replace=_is_graphopt_folder) as folder:
         _write_weights(folder, tensors, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -79,10 +87,17 @@ def save_pretrained(
             destination = folder / name
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(data)
-        report = FolderReport(Path(path), files=sorted(p.name for p in folder.iterdir()))
+        report = FolderReport(
+            Path(path),
+            files=sorted(p.name for p in folder.iterdir()),
+            quantised=written.kept,
+            plain=written.plain,
+        )
         total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
         if check == "auto":
-            check = "reload" if total < memory_available() // 3 else "streamed"
+            # what a library of another method makes of the codes differs with its version and the machine
+            plain = written.settings is None
+            check = "reload" if plain and total < memory_available() // 3 else "streamed"
         report.checked = check
         if check not in ("reload", "streamed"):
             raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
@@ -90,10 +105,8 @@ def save_pretrained(
     return report
 
 
-def contents(
-    program: Program, skeleton: Skeleton | None = None
-) -> tuple[dict[str, TensorSource], dict[str, Any]]:
-    """Return the tensors and the configuration to write.
+def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Written, dict[str, Any]]:
+    """Return the tensors to write, of which quantised matrices make several, and the configuration.
 
     Raises:
         LoweringError: the program did not come from a checkpoint, or a pass made it inexpressible in that format.
@@ -121,12 +134,17 @@ def contents(
             )
         is_weight = node.op == "placeholder"
         tensors[name] = program.weights[node.name].source if is_weight else computed(program, node)[0]
+    settings = program.origin.config.get("quantization_config")
+    written = write_quantised(settings, tensors)
     config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
     if changes.active_experts is not None:
         config = with_experts(config, *changes.active_experts, active=True)
     for before, after in changes.expert_counts:
         config = with_experts(config, before, after, active=False)
-    return tensors, config
+    config.pop("quantization_config", None)
+    if written.settings is not None:
+        config["quantization_config"] = written.settings
+    return written, config
 
 
 def _is_graphopt_folder(path: Path) -> bool:

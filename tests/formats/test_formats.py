@@ -1,0 +1,84 @@
+"""Quantised folders: values bit for bit, a layer skipped, written back in the same layout, read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from amounts import cases
+from quantised_folders import FORMATS, quantise_folder
+from safetensors.torch import load_file
+
+import graphopt
+from graphopt.formats.registry import write_quantised
+from graphopt.frontends.checkpoint_files import read_folder
+from graphopt.frontends.quantised import dequantised
+from graphopt.ir.quantised.stored import is_quantised
+
+
+def llama(folder: Path, dtype: torch.dtype = torch.bfloat16, layers: int = 3) -> None:
+    """Save a small Llama."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
+        pad_token_id=None, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_are_those_of_the_layout_and_leave_as_they_came(name: str, tmp_path: Path) -> None:
+    llama(tmp_path, torch.float16 if name.startswith(("gptq", "awq")) else torch.bfloat16)
+    values = quantise_folder(tmp_path, name)
+    files = dequantised(read_folder(tmp_path))
+    assert set(values) <= set(files.tensors)
+    for key, value in values.items():
+        source = files.tensors[key]
+        assert is_quantised(source) and source.shape == tuple(value.shape) and source.dtype == value.dtype
+        assert torch.equal(source.load(), value), key
+    before = load_file(tmp_path / "model.safetensors")
+    written = write_quantised(files.config["quantization_config"], files.tensors)
+    assert written.settings == FORMATS[name][0] and not written.plain and set(written.kept) == set(values)
+    assert set(written.tensors) == set(before)
+    for key, source in written.tensors.items():
+        assert source.shape == tuple(before[key].shape) and source.dtype == before[key].dtype
+        assert torch.equal(source.load().view(torch.uint8), before[key].view(torch.uint8)), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    cases(
+        ["pack-4-asymmetric", "gptq-ordered", "fp8"],
+        sorted({*FORMATS} - {"pack-4-asymmetric", "gptq-ordered", "fp8"}),
+    ),
+)
+def test_a_layer_skipped_written_and_read_again(name: str, tmp_path: Path) -> None:
+    half = name.startswith(("gptq", "awq"))
+    llama(tmp_path / "in", torch.float16 if half else torch.bfloat16)
+    values = quantise_folder(tmp_path / "in", name)
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    program = graphopt.capture(tmp_path / "in")
+    assert any("quantised with" in note for note in program.origin.notes)
+    for key, value in values.items():
+        assert torch.equal(program.weights[program.checkpoint[key].name].source.load(), value), key
+    shorter = graphopt.optimize(program, passes=["skip-layers{layers=[1]}"])
+    report = shorter.save_pretrained(tmp_path / "out")
+    assert not report.plain and len(report.quantised) == 14
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in after.items():
+        old = key.replace("layers.1.", "layers.2.")
+        assert value.dtype == before[old].dtype and torch.equal(
+            value.view(torch.uint8), before[old].view(torch.uint8)
+        ), key
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written == FORMATS[name][0]
+    again = graphopt.capture(tmp_path / "out")
+    tokens = torch.randint(128, (2, 7))
+    mask = torch.ones_like(tokens)
+    a, b = (p(input_ids=tokens, attention_mask=mask)["logits"] for p in (shorter, again))
+    assert torch.equal(a, b)
