@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.facts import KVCache
 from ...ir.program import Program
 from ...ir.running.evaluate import evaluate
 from ...ir.running.region import Region, cut
@@ -53,12 +54,14 @@ def half_table(
     rows = batch if isinstance(batch, int) else 1
     length = tokens if isinstance(tokens, int) else -(-count // rows)
 
-    def at(numbers: torch.Tensor, rows: int = rows, length: int = length) -> torch.Tensor:
+    def at(
+        numbers: torch.Tensor, rows: int = rows, length: int = length, slots: int = count
+    ) -> torch.Tensor:
         """Return the value at each of some positions, computed in pieces of the size that the program takes."""
         pieces = []
         for piece in numbers.split(rows * length):
             filled = torch.nn.functional.pad(piece, (0, rows * length - len(piece)))
-            result = _run(program, region, positions, filled.reshape(rows, length))
+            result = _run(program, region, positions, filled.reshape(rows, length), slots)
             if result.shape not in ((rows, 1, length, size), (rows, length, 1, size)):
                 raise NoTable("the rotation is not the same for all heads")
             pieces.append(result.reshape(rows * length, size)[: len(piece)])
@@ -71,6 +74,9 @@ def half_table(
         few = torch.cat([order[:5], torch.tensor([count - 1, 0])])
         alone = {"length": 1} if not isinstance(tokens, int) else {}
         same = torch.equal(at(few, **alone), table[few])
+        # nor may it change with the number of slots
+        fewer = torch.arange(max(count // 2, 1))
+        same = same and torch.equal(at(fewer, slots=len(fewer)), table[fewer])
         if not isinstance(batch, int) and not isinstance(tokens, int) and count > 1:
             pair = torch.tensor([0, count - 1, count // 2, count - 1, 0, 0])
             same = same and torch.equal(at(pair, rows=2, length=3), table[pair])
@@ -88,8 +94,12 @@ def half_table(
     return first.contiguous()
 
 
-def _run(program: Program, region: Region, positions: fx.Node, values: torch.Tensor) -> torch.Tensor:
-    sizes = {
+def _run(
+    program: Program, region: Region, positions: fx.Node, values: torch.Tensor, slots: int
+) -> torch.Tensor:
+    capacity = program.facts[KVCache].capacity
+    sizes = {symbol: slots for symbol, name in program.symbols.items() if name == capacity}
+    sizes |= {
         expression(symbolic): int(number)
         for symbolic, number in zip(positions.meta["val"].shape, values.shape, strict=True)
         if isinstance(symbolic, torch.SymInt)
@@ -108,5 +118,8 @@ def _run(program: Program, region: Region, positions: fx.Node, values: torch.Ten
             elif isinstance(node.meta["val"], torch.Tensor):
                 computed[node] = values.to(node.meta["val"].dtype)
             else:
-                computed[node] = int(expression(node.meta["val"]).subs(sizes))
+                size = expression(node.meta["val"]).subs(sizes)
+                if not size.is_Integer:
+                    raise NoTable("the rotation depends on other sizes")
+                computed[node] = int(size)
     raise AssertionError("a region without an output")
