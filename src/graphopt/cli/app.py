@@ -166,6 +166,10 @@ class Lower(Opening, Writing):
     device: str | None = option(
         "Device that an AOTInductor package is compiled for, cuda or cpu; by default a GPU if there is one."
     )
+    operators: str | None = option(
+        "Operators of ONNX files: standard, or runtime for those that ONNX Runtime alone has kernels for, which are "
+        "faster; by default standard with --to onnx and runtime with --to genai."
+    )
     part_bytes: int | None = option(
         "Cut the graph into shards whose weights take at most this many bytes.", min=1
     )

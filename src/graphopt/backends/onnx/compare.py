@@ -38,7 +38,11 @@ _HALF_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 def compare_with_runtime(
-    paths: Sequence[Path], program: Program, cases: list[Case], tolerance: float | None = None
+    paths: Sequence[Path],
+    program: Program,
+    cases: list[Case],
+    tolerance: float | None = None,
+    shared: bool = False,
 ) -> dict[str, float]:
     """Return the largest relative error of each output over the cases.
 
@@ -54,6 +58,7 @@ def compare_with_runtime(
         program: the program that the files implement together.
         cases: inputs.
         tolerance: largest error; by default what rounding explains.
+        shared: caches are updated in place, as in onnxruntime-genai: ``next_NAME`` in the memory of ``NAME``.
 
     Raises:
         LoweringError: ONNX Runtime does not run a file, or an error exceeds the tolerance.
@@ -61,7 +66,7 @@ def compare_with_runtime(
     quantized = Quantized in program.facts
     limit = tolerance if tolerance is not None else tolerance_of(program)
     plain = without_rounding(program) if quantized and tolerance is None else None
-    results = _results(paths, cases)
+    results = _results(paths, cases, shared)
     errors: dict[str, float] = {}
     wrong: dict[str, tuple[float, float, str]] = {}
     for case, outputs in zip(cases, results, strict=True):
@@ -102,7 +107,7 @@ def compare_with_runtime(
     return errors
 
 
-def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
+def _results(paths: Sequence[Path], cases: list[Case], shared: bool) -> list[dict[str, Any]]:
     """Return the outputs of running the files in order, by case and name; only one file is in memory at a time."""
     values_by_case = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
     for path in paths:
@@ -111,7 +116,8 @@ def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
         output_names = [value.name for value in session.get_outputs()]
         for case, values in zip(cases, values_by_case, strict=True):
             try:
-                results = session.run(output_names, {name: values[name] for name in input_names})
+                feed = {name: values[name] for name in input_names}
+                results = _in_place(session, feed) if shared else session.run(output_names, feed)
             except Exception as error:
                 text = str(error).strip().splitlines()[0]
                 raise LoweringError(
@@ -120,6 +126,26 @@ def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
                 ) from error
             values.update(zip(output_names, results, strict=True))
     return values_by_case
+
+
+def _in_place(session: Any, feed: dict[str, Any]) -> list[Any]:
+    """Return the outputs of a run that writes each ``next_NAME`` into the memory of the input ``NAME``."""
+    import onnxruntime
+
+    binding = session.io_binding()
+    # a copy, since the memory is written to
+    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in feed.items()}
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in session.get_outputs():
+        before = held.get(output.name.removeprefix("next_"))
+        if before is not None and output.name.startswith("next_"):
+            binding.bind_ortvalue_output(output.name, before)
+        else:
+            binding.bind_output(output.name)
+    session.run_with_iobinding(binding)
+    results: list[Any] = binding.copy_outputs_to_cpu()
+    return results
 
 
 def _without_own_rounding(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

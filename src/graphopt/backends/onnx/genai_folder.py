@@ -16,6 +16,7 @@ from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.schema import argument, is_operator
 from ...targets import Target
+from .context import configuration, context_length
 from .model import OnnxReport
 
 TOKENIZER = (
@@ -26,7 +27,7 @@ TOKENIZER = (
 TOKENS = 16
 """How many tokens are generated for the comparison."""
 LONGEST = 2048
-"""Slots of a cache of variable capacity if the checkpoint has no maximum length: genai allocates them all at once."""
+"""Largest default length of a text: genai allocates the slots of a cache of variable capacity all at once."""
 
 
 def installed() -> bool:
@@ -52,7 +53,7 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits or program.dials:
         return None
-    if not _end_tokens(_configuration(program), program):
+    if not _end_tokens(configuration(program), program):
         return None
     counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
     chunk = max((int(c) for c in counts), default=0)
@@ -156,7 +157,7 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     heads, size = next(iter(shapes))
     vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
-    config = _configuration(program)
+    config = configuration(program)
     ends = _end_tokens(config, program)
     if not ends:
         raise LoweringError(
@@ -165,9 +166,8 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
-    context_length = cache.limit or config.get("max_position_embeddings") or LONGEST
-    fixed = cache.capacity if isinstance(cache.capacity, int) else None
-    longest = fixed or min(int(context_length), LONGEST)
+    positions = context_length(program)
+    longest = positions if isinstance(cache.capacity, int) else min(positions, LONGEST)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",
@@ -191,7 +191,7 @@ def genai_config(program: Program) -> dict[str, Any]:
             "bos_token_id": _within(config.get("bos_token_id"), vocabulary),
             "eos_token_id": ends,
             "pad_token_id": _within(config.get("pad_token_id"), vocabulary, ends[0] if ends else 0),
-            "context_length": int(fixed or context_length),
+            "context_length": positions,
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
@@ -200,21 +200,6 @@ def genai_config(program: Program) -> dict[str, Any]:
             "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
         },
     }  # fmt: skip
-
-
-def _configuration(program: Program) -> dict[str, Any]:
-    """Return the checkpoint's configuration, with the special tokens of its generation settings."""
-    config = dict(program.origin.config)
-    config = {**config, **(config.get("text_config") or {})}
-    raw = program.origin.assets.get("generation_config.json")
-    if raw:
-        configuration = json.loads(raw)
-        config |= {
-            k: configuration[k]
-            for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if configuration.get(k) is not None
-        }
-    return config
 
 
 def _end_tokens(config: dict[str, Any], program: Program) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...ir.errors import LoweringError
+from ...ir.facts import KVCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...targets import Target
@@ -17,6 +18,8 @@ from .check import check_file
 from .compare import compare_with_runtime
 from .graph import build_graph
 from .host_partition import Split, prepared, split
+from .kernel_cases import row_by_row
+from .kernels import ROWS, KernelUse, use_kernels
 from .parts import in_parts
 from .sizes import limits_of, with_sizes
 from .target import TargetReport, check_on_target, require_taken
@@ -32,7 +35,8 @@ class OnnxReport:
     ``nodes`` counts operators; ``errors`` has the largest relative error of each output against the program (empty if
     not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``limits`` are the constraints on the
     named ones, stored in the file's metadata and checked by no runtime; ``seconds`` covers everything, checks
-    included; ``others`` are further shards and buckets, in order.
+    included; ``others`` are further shards and buckets, in order; ``kernels`` says which sites are operators of ONNX
+    Runtime's own, None if standard operators were asked for.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class OnnxReport:
     limits: tuple[str, ...] = ()
     checked: TargetReport | None = None
     others: tuple[OnnxReport, ...] = ()
+    kernels: KernelUse | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Writing:
     tolerance: float | None
     part_bytes: int | None
     alone: bool
+    kernels: bool = False
 
     @property
     def device(self) -> Target | None:
@@ -100,7 +106,10 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
         reports.append(_write_model(shard, paths[-1], how))
     if how.compare:
         # run in order, all files together are the program, whatever each of them computes
-        errors = compare_with_runtime(paths, reference, cases, how.tolerance)
+        shared = how.kernels and KVCache in reference.facts
+        if shared and any(r.kernels is not None and ROWS in r.kernels.conditions for r in reports):
+            cases = row_by_row(cases, reference)
+        errors = compare_with_runtime(paths, reference, cases, how.tolerance, shared=shared)
         reports = [replace(r, errors={n: e for n, e in errors.items() if n in r.outputs}) for r in reports]
     if how.check and how.device is not None:
         if halves.host is not None:
@@ -123,7 +132,10 @@ def _inputs_of_next(program: Program, case: Case) -> dict[str, Any]:
 
 def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
     started = time.perf_counter()
-    graph = build_graph(program, how.opset)
+    use = None
+    if how.kernels:
+        program, use = use_kernels(program)
+    graph = build_graph(program, how.opset, how.kernels)
     if how.asked is not None:
         require_taken(graph, program, how.asked, how.kind)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
@@ -132,12 +144,12 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
             f"the weights take {total:,} bytes, and a file of its own holds 2 GiB at most",
             hint="external_data=True writes them beside it",
         )
-    limits = limits_of(program)
+    limits = limits_of(program) + (use.conditions if use is not None else ())
     if limits:
         graph.metadata_props["graphopt.sizes"] = "; ".join(limits)
     apart = total >= EXTERNAL_FROM if how.apart == "auto" else bool(how.apart)
     _write(graph, path, apart)
-    nodes = check_file(path, how.opset)
+    nodes = check_file(path, how.opset, how.kernels)
     return OnnxReport(
         path=path,
         opset=how.opset,
@@ -149,6 +161,7 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
         inputs={value.name: _shape(value) for value in graph.graph.inputs},
         outputs={value.name: _shape(value) for value in graph.graph.outputs},
         limits=limits,
+        kernels=use,
     )
 
 
