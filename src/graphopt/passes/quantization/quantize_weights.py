@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 aten = torch.ops.aten
+_LEAST_MEMORY = 64 << 20
 METHODS = ("rtn", "gptq", "awq", "hqq")
 
 
@@ -177,7 +178,9 @@ class QuantizeWeights(Pass):
         stored: dict[str, Tensor] = {}
         # those that read one value come together
         waiting: dict[str, tuple[list[str], Tensor]] = {}
-        for node, moments in Moments(program, context).each(matrices[name].node for name in sites):
+        # a large model has large moments: as much memory as a share of its weights, and a run over the data for each part
+        memory = max(_LEAST_MEMORY, sum(w.bytes for w in program.weights.values()) // 8)
+        for node, moments in Moments(program, context, memory).each(matrices[name].node for name in sites):
             site = sites[node.name]
             if self.method == "gptq" or matrices[node.name].kind == "head":
                 weight = constant_value(program, node)
