@@ -144,7 +144,7 @@ class QuickDispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @functools.lru_cache(maxsize=4096)
 def composite(operator: Any) -> bool:
     """Tell whether an operator is defined by calls of others."""
-    return isinstance(operator, torch._ops.OpOverload) and operator._can_decompose()
+    return isinstance(operator, torch._ops.OpOverload) and bool(operator._can_decompose())
 
 
 @contextlib.contextmanager

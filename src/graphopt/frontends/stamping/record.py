@@ -523,7 +523,7 @@ def _bare(value: Any) -> Any:
 _OF_GRADIENTS = {torch.ops.aten.detach_.default, torch.ops.aten.requires_grad_.default}
 
 
-class _Calls(QuickDispatchMode):
+class _Calls(QuickDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every operator to a recorder."""
 
     def __init__(self, recorder: _Recorder):
