@@ -2,9 +2,9 @@
 
     python benchmarks/weight_methods.py [--checkpoint FOLDER] [--groups 32 64] [--rows 16] [--draws 3]
 
-The reference Llama (width 192, float16, never quantised before) is rounded to 4 bits by each method, calibrated on text it was
-trained on, and judged on text that it was not. A draw changes the rows of both; the change of perplexity is the mean over
-draws of the paired ratio to the float model, with its standard error. Groups of 128 do not divide 192 inputs; 64 do.
+The reference Llama (width 192, float16, never quantised before) is rounded to 4 bits by each method, calibrated on text it
+was trained on, and judged on text that it was not. A draw changes the rows of both; the change of perplexity is the mean
+over draws of the paired ratio to the float model, with its standard error. Groups of 128 do not divide 192 inputs; 64 do.
 SmolLM2 as it is published here lies on a grid of four bits already and cannot judge these methods.
 """
 

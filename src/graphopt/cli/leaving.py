@@ -44,7 +44,9 @@ def export_program(args: Export) -> None:
     else:
         worst = max(result["errors"].values(), default=0.0)
         if result.get("quantised") or result.get("plain"):
-            text(f"matrices written in few bits: {result['quantised']}; plain, though they were: {len(result['plain'])}")
+            text(
+                f"matrices written in few bits: {result['quantised']}; plain, though they were: {len(result['plain'])}"
+            )
         for reason, count in Counter(result.get("plain", {}).values()).items():
             text(f"  {count} plain: {reason}")
         text(f"read back and compared: largest relative error {worst:.2g}\nwritten: {output}")

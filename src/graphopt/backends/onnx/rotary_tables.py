@@ -54,9 +54,7 @@ def half_table(
     rows = batch if isinstance(batch, int) else 1
     length = tokens if isinstance(tokens, int) else -(-count // rows)
 
-    def at(
-        numbers: torch.Tensor, rows: int = rows, length: int = length, slots: int = count
-    ) -> torch.Tensor:
+    def at(numbers: torch.Tensor, rows: int = rows, length: int = length, slots: int = count) -> torch.Tensor:
         """Return the value at each of some positions, computed in pieces of the size that the program takes."""
         pieces = []
         for piece in numbers.split(rows * length):
