@@ -169,7 +169,8 @@ OTHERS: dict[str, Kind] = {
                                 "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
                                 "AltCLIPModel GroupViTModel MllamaForConditionalGeneration "
                                 "GitForCausalLM"),
-    **_group("vision-language", "SamModel", vision_config={"output_channels": 32, "image_size": 64, "patch_size": 16},
+    **_group("vision-language", "SamModel", vision_config={"output_channels": 32, "num_pos_feats": 16,
+                            "image_size": 64, "patch_size": 16},
              prompt_encoder_config={"image_size": 64, "patch_size": 16}),
     **_group("vision-language", "Owlv2ForObjectDetection", projection_dim=32),
     **_group("audio", "MoonshineForConditionalGeneration",

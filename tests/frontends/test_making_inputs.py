@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from other_kinds import _TEXT
+from other_kinds import _TEXT, _VISION
 
 from graphopt.frontends.accepting import refusal
 from graphopt.frontends.example_inputs import example_inputs
@@ -34,6 +34,22 @@ def test_images_that_are_cut_into_patches_outside_the_model() -> None:
     shapes = made("FuyuForCausalLM", config)
     assert shapes["pixel_values"] == [3, 4, 192]
     assert shapes["input_ids"] == [3, 4 + 13]
+
+
+def test_masks_of_pixels_have_a_row_for_each_image() -> None:
+    """Wrong if images in a dimension of their own had a mask for each row of the batch alone."""
+    from transformers import Idefics3Config
+
+    config = Idefics3Config(
+        text_config={**_TEXT, "model_type": "llama"},
+        vision_config={**_VISION, "image_size": 16, "patch_size": 4},
+        image_token_id=100,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    shapes = made("Idefics3ForConditionalGeneration", config)
+    assert shapes["pixel_values"] == [3, 1, 3, 16, 16]
+    assert shapes["pixel_attention_mask"] == [3, 1, 16, 16]
 
 
 def test_codes_have_several_rows_for_each_of_the_mask() -> None:

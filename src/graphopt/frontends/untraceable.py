@@ -53,7 +53,7 @@ def _solves(module: str) -> bool:
             return True
         return any(inside(part) for part in code.co_consts if isinstance(part, CodeType))
 
-    loader = getattr(sys.modules[module], "__loader__", None)
+    loader: Any = getattr(sys.modules[module], "__loader__", None)
     code = loader.get_code(module) if hasattr(loader, "get_code") else None
     return code is not None and inside(code)
 
