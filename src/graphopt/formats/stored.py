@@ -92,6 +92,11 @@ class StoredMatrix:
         """Bytes of all parts."""
         return sum(torch.Size(p.shape).numel() * p.dtype.itemsize for _, p in self.parts)
 
+    @property
+    def kept_as(self) -> str:
+        """What a listing says of it."""
+        return self.quantised(values=False).kept_as
+
     def quantised(self, *, values: bool = True) -> QuantisedTensor:
         """Return the codes and scales.
 

@@ -61,6 +61,12 @@ class QuantisedTensor:
         packed = math.ceil(self.codes.numel() * bits_of(self.code) / 8)
         return packed + sum(t.numel() * t.dtype.itemsize for t in beside)
 
+    @property
+    def kept_as(self) -> str:
+        """What a listing of the program says of a weight that is kept so."""
+        block = "x".join("any" if b == 0 else str(min(b, s)) for b, s in zip(self.block, self.shape, strict=True))
+        return f"kept as {self.code} in blocks of {block}"
+
     def scales(self) -> torch.Tensor:
         """Return the scales in float32, divided by what the format keeps apart."""
         scale = self.scale.to(torch.float32)

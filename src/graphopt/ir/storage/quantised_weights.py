@@ -108,6 +108,11 @@ class SavedCodes:
         """Bytes of codes, scales and zeros."""
         return self.form.stored_bytes
 
+    @property
+    def kept_as(self) -> str:
+        """What a listing says of it."""
+        return self.form.kept_as
+
     def quantised(self, *, values: bool = True) -> QuantisedTensor:
         """Return the codes and scales."""
         if not values:

@@ -147,7 +147,9 @@ class Moments:
 
 
 def _multiplies(node: fx.Node, matrix: fx.Node) -> bool:
-    return node.op == "call_function" and arguments(node).get("weight") is matrix
+    # a tied table is looked up as well
+    looked_up = is_operator(node, "aten.embedding")
+    return node.op == "call_function" and not looked_up and arguments(node).get("weight") is matrix
 
 
 def _source(node: fx.Node) -> fx.Node:
