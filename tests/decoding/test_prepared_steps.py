@@ -169,7 +169,7 @@ def test_a_decoder_reads_one_table_by_columns(monkeypatch: Any) -> None:
     program = graphopt.capture(Tied().eval(), {"input_ids": torch.randint(0, 60, (2, 5))})
     assert by_columns(60, 16, torch.float32, torch.device("cpu"))
     decoder = CachedDecoder(with_cache(program), 1, 20)
-    table = next(v for v in decoder._weights.loaded.values() if v.shape == (60, 16))
+    table = next(v for v in decoder.weights.loaded.values() if v.shape == (60, 16))
     assert table.stride() == (1, 60)
     ids = torch.randint(0, 60, (1, 6))
     found = []

@@ -47,6 +47,8 @@ class CachedDecoder:
         dials: values of run-time settings that differ from their defaults.
         compiled: compile everything between attentions, and on a GPU record steps as CUDA graphs.
         prepared: on a CPU, write steps whose shapes come again as straight-line code.
+        kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto" by kernels that compute in
+            bfloat16, "exact" by their values in the program's own type.
 
     Raises:
         UsageError: the program has no cache, or too few slots.
@@ -55,7 +57,7 @@ class CachedDecoder:
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
         device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
-        prepared: bool = True,
+        prepared: bool = True, kernels: str = "auto",
     ):  # fmt: skip
         cache = program.facts.get(KVCache)
         if cache is None:
@@ -83,7 +85,10 @@ class CachedDecoder:
         if compiled and self.device.type == "cuda":
             self.recorder = CudaRecorder()
         self.dials = {n: t.to(self.device) for n, t in settings_of(program, dials or {}).items()}
-        self._weights = Weights(self.device, plain=compiled)
+        if kernels not in ("auto", "exact"):
+            raise UsageError(f"kernels is {kernels!r}; it is auto or exact")
+        self.kernels = kernels
+        self.weights = Weights(self.device, plain=compiled, exact=kernels == "exact")
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.lengths = [0] * batch
@@ -126,7 +131,7 @@ class CachedDecoder:
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
             running = Running(
-                self.program, self.capacity, self._weights, outputs, self.device,
+                self.program, self.capacity, self.weights, outputs, self.device,
                 decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
                 prepared=self.prepared,
             )  # fmt: skip

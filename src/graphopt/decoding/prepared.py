@@ -20,10 +20,12 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
+from ..ir.compat import int4_product
+from ..ir.quantised.products import FewBitProduct
 from ..ir.running.evaluate import evaluate, last_uses
 from ..ir.schema import arguments, is_mutable, is_operator
 from .step import Buffer, Step, attend, positions_of_slots, store
-from .weights import joined_linear
+from .weights import few_bit_linear, joined_linear
 
 Outputs = dict[str, torch.Tensor]
 
@@ -223,7 +225,7 @@ class _Recording:
 
 def _bound(node: fx.Node) -> bool:
     """Tell whether the sizes of a result follow from those of the operands, not from their values."""
-    if node.target in (joined_linear, operator.getitem):
+    if node.target in (joined_linear, few_bit_linear, operator.getitem):
         return True
     found = node.meta.get("val")
     parts: list[Any] = list(found) if isinstance(found, (tuple, list)) else [found]
@@ -445,6 +447,7 @@ class _Writer:
             for applies, write in (
                 (is_operator(node, "aten.linear"), self._write_linear),
                 (node.target is joined_linear, self._write_joined),
+                (node.target is few_bit_linear, self._write_few_bits),
                 (is_operator(node, "graphopt.rms_norm"), self._write_norm),
                 (is_operator(node, "graphopt.rotary"), self._write_rotary),
                 (is_operator(node, *_COPIES), self._write_copy),
@@ -537,23 +540,64 @@ class _Writer:
         return True
 
     def _write_joined(self, node: fx.Node) -> bool:
-        x, weight, bias, sizes = node.args
+        x, weight, bias, _ = node.args
         rows = self._rows(x)  # type: ignore[arg-type]
-        layouts = self.run.seen[node].layout
-        if rows is None or not isinstance(layouts, tuple) or node in self.fresh:
+        out = None if rows is None else self._parts(node, rows[1])
+        if rows is None or out is None:
             return False
-        whole = _Layout((rows[1], sum(sizes)), (sum(sizes), 1), 0, layouts[0].dtype)  # type: ignore[arg-type]
-        flat = self._memory(whole)
-        self.lines.append(
-            self._product(rows[0], self.run.seen[weight].value, bias, self._global(flat.view(whole.size)))  # type: ignore[index]
-        )
+        matrix = self.run.seen[weight].value  # type: ignore[index]
+        self.lines.append(self._product(rows[0], matrix, bias, self._global(out)))
+        return True
+
+    def _write_few_bits(self, node: fx.Node) -> bool:
+        x, operand, bias, _ = node.args
+        product: FewBitProduct = self.run.seen[operand].value  # type: ignore[index]
+        rows = self._rows(x)  # type: ignore[arg-type]
+        if rows is None or not product.few_are(rows[1]):
+            return False
+        text, count = rows
+        width = product.shape[1]
+        twice = product.bits == 8
+        needed = _Layout((count, 2 * width if twice else width), (1, 1), 0, torch.bfloat16)
+        flat = self._memory(needed)
+        out = self._parts(node, count)
+        if out is None:
+            return False
+        self.free.setdefault((flat.dtype, flat.numel()), []).append(flat)
+        given = flat.view(needed.size)
+        if twice:
+            # the row stands beside itself: for the high halves of the numbers, and for the low ones
+            self.lines.append(
+                f"{self._global(given.view(count, 2, width))}.copy_({text}.view({count}, 1, {width}))"
+            )
+        else:
+            self.lines.append(f"{self._global(given)}.copy_({text})")
+        if product.packed is None:
+            result = f"{self._global(product.few)}({self._global(given)})"
+        else:
+            parts = ", ".join(self._global(p) for p in (given, product.packed))
+            result = f"{self._global(int4_product)}({parts}, {product.group}, {self._global(product.scales)})"
+            if product.scales.shape[1] != product.shape[0]:
+                result += f".narrow(1, 0, {product.shape[0]})"
+        self.lines.append(f"{self._global(out)}.copy_({result})")
+        if bias is not None:
+            self.lines.append(f"{self._global(out)}.add_({self._text(bias)})")
+        return True
+
+    def _parts(self, node: fx.Node, rows: int) -> torch.Tensor | None:
+        """Return memory for linears that are computed together, (rows, outputs); None if results leave the step."""
+        layouts = self.run.seen[node].layout
+        if not isinstance(layouts, tuple) or node in self.fresh or not all(p.numel for p in layouts):
+            return None
+        width = sum(layout.size[-1] for layout in layouts)
+        flat = self._memory(_Layout((rows, width), (width, 1), 0, layouts[0].dtype))
         parts = []
         for layout in layouts:
             tensor = flat.as_strided(layout.size, layout.stride, layout.offset - layouts[0].offset)
             parts.append(_Static(self._global(tensor), tensor, node))
             self.scope[parts[-1].name + "_memory"] = flat
         self.static[node] = tuple(parts)
-        return True
+        return flat.view(rows, width)
 
     def _steady(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and self.run.seen[value].steady

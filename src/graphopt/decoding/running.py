@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 from .prepared import TOKENS, Prepared, preparable
 from .step import Buffer, Step, attend, positions_of_slots, store
-from .weights import Weights, joined_linear, linears_of_one_value
+from .weights import Weights, few_bit_linear, few_bit_rows, joined_linear, linears_of_one_value
 
 REPEATED = 2
 """How often a step of some shapes is run until it is prepared."""
@@ -151,14 +151,19 @@ class Running:
         """Return the graph that the outputs need; values that depend on no input are computed here, once."""
         needed = needed_for(roots, dict.fromkeys(supplied))
         order = [n for n in program.graph.nodes if n in needed or n is self.step]
-        joined = self._joined([n for n in order if n not in supplied], program)
+        lowered = self._lowered([n for n in order if n not in supplied], program)
         values: dict[fx.Node, Any] = {}
         for node in order:
             if node.op == "placeholder" and node.name in program.weights:
-                values[node] = self.weights.load(program, node)
+                # what is read in few bits alone is not loaded otherwise
+                if any(u not in lowered for u in node.users if u in needed) or node in roots:
+                    values[node] = self.weights.load(program, node)
+                else:
+                    values[node] = None
             elif (
                 node.op == "call_function"
                 and node not in supplied
+                and node not in lowered
                 and all(n in values for n in node.all_input_nodes)
             ):
                 with torch.inference_mode():
@@ -167,15 +172,14 @@ class Running:
         copies: dict[fx.Node, fx.Node] = {self.step: graph.placeholder("decoding_step")}
         constants = [
             n for n in order
-            if n in values and any(u in needed and u not in values and u not in joined for u in n.users)
+            if n in values and any(u in needed and u not in values and u not in lowered for u in n.users)
         ]  # fmt: skip
         constants += [n for n in roots if n in values and n not in constants]
         self.constants = [values[n] for n in constants]
         for node in constants:
             copies[node] = graph.placeholder(f"constant_{node.name}")
-        for group in {id(g): g for g in joined.values()}.values():
-            group.place(graph)
-            self.constants += group.operands
+        for group in {id(g): g for g in lowered.values()}.values():
+            self.constants += group.place(graph)
         for node in order:
             if node.op == "placeholder" and node is not self.step and node not in values:
                 copies[node] = graph.placeholder(node.name)
@@ -186,54 +190,99 @@ class Running:
                 self.inputs.append(supplied[node])
         for node in order:
             if node.op == "call_function" and node not in values and node not in supplied:
-                if node in joined:
-                    copies[node] = joined[node].call(graph, node, copies)
+                if node in lowered:
+                    copies[node] = lowered[node].call(graph, node, copies)
                 else:
                     copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output([copies[n] for n in roots])
         return graph
 
-    def _joined(self, nodes: list[fx.Node], program: Program) -> dict[fx.Node, _Joined]:
-        """Return the linears that are computed together with others, and the group of each."""
-        joined: dict[fx.Node, _Joined] = {}
+    def _lowered(self, nodes: list[fx.Node], program: Program) -> dict[fx.Node, _Lowered]:
+        """Return the nodes that are computed otherwise: linears together with others, matrices in few bits."""
+        lowered: dict[fx.Node, _Lowered] = {}
         if self.weights.plain:
-            return joined
+            return lowered
         for group in linears_of_one_value(nodes, program):
-            operands = [arguments(n) for n in group]
-            weight = self.weights.join(program, [a["weight"] for a in operands])
-            bias = None
-            if weight is not None and operands[0]["bias"] is not None:
-                bias = self.weights.join(program, [a["bias"] for a in operands])
-                if bias is None:
-                    continue
-            if weight is not None:
-                joined.update(dict.fromkeys(group, _Joined(group, weight, bias)))
-        return joined
+            few = [n for n in group if self.weights.in_few_bits(program, arguments(n)["weight"])]
+            plain = [n for n in group if n not in few]
+            together = self._few_bit_linears(few, program)
+            if together is None:
+                for node in few:
+                    lowered[node] = self._few_bit_linears([node], program)  # type: ignore[assignment]
+            else:
+                lowered.update(dict.fromkeys(few, together))
+            if len(plain) > 1 and (joined := self._joined_linears(plain, program)) is not None:
+                lowered.update(dict.fromkeys(plain, joined))
+        for node in nodes:
+            if is_operator(node, "aten.embedding"):
+                args = arguments(node)
+                if self.weights.in_few_bits(program, args["weight"]):
+                    table = self.weights.product(program, [args["weight"]])
+                    dtype = program.weights[args["weight"].name].source.dtype
+                    lowered[node] = _Lowered([node], few_bit_rows, args["indices"], [table], (dtype,))
+        return lowered
+
+    def _few_bit_linears(self, group: list[fx.Node], program: Program) -> _Lowered | None:
+        operands = [arguments(n) for n in group]
+        product = self.weights.product(program, [a["weight"] for a in operands]) if group else None
+        if product is None:
+            return None
+        bias = None
+        if operands[0]["bias"] is not None:
+            bias = self.weights.join(program, [a["bias"] for a in operands])
+            if bias is None and len(group) > 1:
+                return None
+            if bias is None:
+                bias = self.weights.load(program, operands[0]["bias"])
+        return _Lowered(group, few_bit_linear, operands[0]["input"], [product, bias], (_sizes(group),))
+
+    def _joined_linears(self, group: list[fx.Node], program: Program) -> _Lowered | None:
+        operands = [arguments(n) for n in group]
+        weight = self.weights.join(program, [a["weight"] for a in operands])
+        bias = None
+        if weight is not None and operands[0]["bias"] is not None:
+            bias = self.weights.join(program, [a["bias"] for a in operands])
+            if bias is None:
+                return None
+        if weight is None:
+            return None
+        return _Lowered(group, joined_linear, operands[0]["input"], [weight, bias], (_sizes(group),))
 
 
-class _Joined:
-    """Linears of one value, as one call of :func:`joined_linear` in a graph."""
+def _sizes(group: list[fx.Node]) -> list[int]:
+    return [int(n.meta["val"].shape[-1]) for n in group]
 
-    def __init__(self, members: list[fx.Node], weight: torch.Tensor, bias: torch.Tensor | None):
-        self.members = members
-        self.operands = [weight] if bias is None else [weight, bias]
-        self.sizes = [int(n.meta["val"].shape[-1]) for n in members]
-        self.placed: list[fx.Node] = []
+
+class _Lowered:
+    """Nodes that one function computes: of a value, of operands that are known beforehand, and of options."""
+
+    def __init__(
+        self, members: list[fx.Node], function: Callable[..., Any], value: fx.Node, operands: list[Any],
+        options: tuple[Any, ...],
+    ):  # fmt: skip
+        self.members, self.function, self.value = members, function, value
+        self.operands, self.options = operands, options
+        self.placed: list[fx.Node | None] = []
         self.result: fx.Node | None = None
 
-    def place(self, graph: fx.Graph) -> None:
-        """Add placeholders for the operands."""
+    def place(self, graph: fx.Graph) -> list[Any]:
+        """Add placeholders for the operands, and return their values."""
         name = self.members[0].name
         self.placed = [
-            graph.placeholder(f"joined_{n}_{name}") for n in ("weight", "bias")[: len(self.operands)]
+            None if operand is None else graph.placeholder(f"operand_{number}_{name}")
+            for number, operand in enumerate(self.operands)
         ]
+        return [operand for operand in self.operands if operand is not None]
 
     def call(self, graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """Return the result of one member, computing all of them if it is the first."""
         if self.result is None:
-            x = copies[arguments(node)["input"]]
-            weight, bias = self.placed[0], (self.placed[1] if len(self.placed) > 1 else None)
-            self.result = graph.call_function(joined_linear, (x, weight, bias, self.sizes))
+            arguments_of_call = (copies[self.value], *self.placed, *self.options)
+            self.result = graph.call_function(self.function, arguments_of_call)
+            if self.function is few_bit_rows:
+                self.result.meta = dict(node.meta)
+        if self.function is few_bit_rows:
+            return self.result
         item = graph.call_function(operator.getitem, (self.result, self.members.index(node)))
         item.meta = dict(node.meta)
         return item

@@ -9,6 +9,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from ..ir.program import Program
+from ..ir.quantised.codes import CannotExpress
+from ..ir.quantised.products import FewBitProduct
+from ..ir.quantised.stored import is_quantised, quantised_form
+from ..ir.quantised.tensor import concatenate
 from ..ir.schema import arguments, is_operator
 
 WIDE = 1.5
@@ -39,6 +43,35 @@ def joined_linear(
     return torch.split(F.linear(x, weight, bias), list(sizes), -1)
 
 
+def few_bit_linear(
+    x: torch.Tensor, product: FewBitProduct, bias: torch.Tensor | None, sizes: Sequence[int]
+) -> tuple[torch.Tensor, ...]:
+    """Compute linears of one value whose weights stay in few bits.
+
+    Args:
+        x: (..., inputs).
+        product: with all weights, (sum of sizes, inputs).
+        bias: (sum of sizes,), or None.
+        sizes: number of outputs of each.
+
+    Returns:
+        The results, rounded to bfloat16 before the bias, in the type of ``x``.
+    """
+    result = product(x).to(x.dtype)
+    return torch.split(result if bias is None else result + bias, list(sizes), -1)
+
+
+def few_bit_rows(entries: torch.Tensor, product: FewBitProduct, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of a table that stays in few bits, as an embedding does.
+
+    Args:
+        entries: (...), integers.
+        product: the table.
+        dtype: of the result.
+    """
+    return product.rows(entries).to(dtype)
+
+
 class Weights:
     """Weights of a program that are in memory, by node name.
 
@@ -47,10 +80,13 @@ class Weights:
     Args:
         device: where they are.
         plain: keep every weight as it is stored.
+        exact: compute with the values of weights that are stored in few bits, in the type of the program.
     """
 
-    def __init__(self, device: torch.device, plain: bool = False):
+    def __init__(self, device: torch.device, plain: bool = False, exact: bool = False):
         self.device, self.plain = device, plain
+        self.exact = exact or plain or device.type != "cpu"
+        self._products: dict[Group, FewBitProduct | None] = {}
         self.loaded: dict[str, torch.Tensor] = {}
         self._joined: dict[Group, torch.Tensor] = {}
 
@@ -64,6 +100,31 @@ class Weights:
             else:
                 self.loaded[node.name] = value
         return self.loaded[node.name]
+
+    def in_few_bits(self, program: Program, node: object) -> bool:
+        """Tell whether a node is a matrix that is kept in few bits."""
+        if self.exact or not isinstance(node, fx.Node) or node.name not in program.weights:
+            return False
+        source = program.weights[node.name].source
+        return len(source.shape) == 2 and source.dtype.is_floating_point and is_quantised(source)
+
+    def product(self, program: Program, nodes: Sequence[fx.Node]) -> FewBitProduct | None:
+        """Return the product with matrices in few bits, one below another; None if they are of different codes."""
+        group = tuple(n.name for n in nodes)
+        if group not in self._products:
+            forms = [quantised_form(program.weights[name].source) for name in group]
+            known = [form for form in forms if form is not None]
+            try:
+                whole = known[0] if len(known) == 1 else concatenate(known, 0)
+                self._products[group] = FewBitProduct.of(whole)
+            except CannotExpress:
+                self._products[group] = None
+        return self._products[group]
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether some products are computed with weights in few bits."""
+        return any(product is not None for product in self._products.values())
 
     def join(self, program: Program, nodes: Sequence[fx.Node]) -> torch.Tensor | None:
         """Return weights, or biases, as one, joined along their first dimension; None if some are stored otherwise."""
@@ -103,9 +164,9 @@ _STRIP = 1024
 
 
 def linears_of_one_value(nodes: Iterable[fx.Node], program: Program) -> list[list[fx.Node]]:
-    """Return the linears that read one value and can be joined: their weights are in one type, all with biases or none.
+    """Return linears by the value that they read; those of one group can be joined.
 
-    Each weight is in one group at most.
+    Their weights are of one type, all have biases or none, and each weight is in one group at most.
     """
     by_input: dict[tuple[object, ...], list[fx.Node]] = {}
     taken: set[fx.Node] = set()
@@ -122,4 +183,4 @@ def linears_of_one_value(nodes: Iterable[fx.Node], program: Program) -> list[lis
             continue
         taken.update(operands)
         by_input.setdefault((x, source.dtype, bias is None), []).append(node)
-    return [group for group in by_input.values() if len(group) > 1]
+    return list(by_input.values())

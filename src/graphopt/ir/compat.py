@@ -66,6 +66,8 @@ __all__ = [
     "fresh",
     "guard_code",
     "import_tracer",
+    "int4_packed",
+    "int4_product",
     "is_plain_tensor",
     "is_recorded",
     "load_package",
@@ -583,3 +585,20 @@ def quiet_export() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def int4_packed(numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers in the order of :func:`int4_product`.
+
+    Args:
+        numbers: (outputs, inputs), int32 from 0 to 15; outputs a multiple of 16, inputs even.
+
+    Returns:
+        (outputs, inputs / 2), bytes whose order depends on the processor.
+    """
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default(numbers, 1)
+    return packed
+
+
+int4_product: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
