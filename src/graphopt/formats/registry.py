@@ -11,8 +11,8 @@ from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress
 from ..ir.quantised.stored import is_quantised, quantised_form
 from ..ir.weights import TensorSource
-from . import compressed_tensors, floats, gptq
-from .stored import FileTensor, encoded, layout_of
+from . import bitsandbytes, compressed_tensors, floats, gptq, modelopt, torchao
+from .stored import FileTensor, Written, encoded, layout_of
 
 Opened = tuple[dict[str, FileTensor], list[str]]
 Opener = Callable[[dict[str, Any], Mapping[str, FileTensor], torch.dtype], Opened]
@@ -23,6 +23,9 @@ OPENERS: dict[str, Opener] = {
     "awq": gptq.open_matrices,
     "fp8": floats.open_block_float8,
     "mxfp4": floats.open_mxfp4,
+    "bitsandbytes": bitsandbytes.open_matrices,
+    "modelopt": modelopt.open_matrices,
+    "torchao": torchao.open_matrices,
 }
 # the key under which each method lists modules that stay as they are
 _LEFT_OUT = {
@@ -30,6 +33,8 @@ _LEFT_OUT = {
     "awq": "modules_to_not_convert",
     "fp8": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
+    "torchao": "modules_to_not_convert",
+    "bitsandbytes": "llm_int8_skip_modules",
 }
 
 
@@ -59,23 +64,6 @@ def open_quantised(
     return found, notes
 
 
-class Written:
-    """What a checkpoint's tensors are written as.
-
-    Attributes:
-        tensors: by name in the files.
-        settings: ``quantization_config``, or None if nothing is quantised.
-        kept: matrices that are written as codes.
-        plain: matrices written as plain numbers, although they were quantised, with the reasons.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, TensorSource] = {}
-        self.settings: dict[str, Any] | None = None
-        self.kept: list[str] = []
-        self.plain: dict[str, str] = {}
-
-
 def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, TensorSource]) -> Written:
     """Return the tensors to write for a checkpoint whose matrices may be quantised; nothing is read.
 
@@ -90,6 +78,7 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
     method = str((settings or {}).get("quant_method", "compressed-tensors"))
     fresh: dict[str, Any] | None = None
     fresh_layout: Any = None
+    layouts: dict[str, Any] = {}
     for key, source in tensors.items():
         if not is_quantised(source):
             written.tensors[key] = source
@@ -117,7 +106,10 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
             continue
         written.kept.append(key)
         module = key.removesuffix(layout.weight)
-        written.tensors |= {module + name: part for name, part in parts.items()}
+        stored = {module + name: part for name, part in parts.items()}
+        written.parts[key] = list(stored)
+        written.tensors |= stored
+        layouts[key] = layout
     base = dict(settings) if settings is not None else fresh
     if base is not None and written.kept:
         left = _LEFT_OUT.get(method)
@@ -130,9 +122,15 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
                 if k.endswith(".weight") and len(s.shape) == 2 and k not in written.kept
             ]
             base = compressed_tensors.left_out(base, linear)
+        elif method == "modelopt" and modules:
+            base = modelopt.left_out(base, modules)
         elif left is not None and modules:
             base[left] = sorted({*(base.get(left) or ()), *modules})
         elif modules and method == "gptq":
             base["modules_in_block_to_quantize"] = base.get("modules_in_block_to_quantize")
         written.settings = base
+        if method == "torchao":
+            torchao.describe(written, {k: (layouts[k], tuple(tensors[k].shape)) for k in written.kept})
+        if "quantization" in base and method == "modelopt":
+            written.files["hf_quant_config.json"] = {k: v for k, v in base.items() if k != "quant_method"}
     return written

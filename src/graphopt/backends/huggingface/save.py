@@ -81,12 +81,17 @@ def save_pretrained(
     written, config = contents(program, skeleton)
     tensors = written.tensors
     with atomic_folder(path, may_replace=_is_graphopt_folder) as folder:
-        _write_weights(folder, tensors, shard_bytes, progress)
+        _write_weights(folder, tensors, written.header, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, data in program.origin.assets.items():
+            if name == "hf_quant_config.json":
+                # written anew below where it is needed: what stays plain may have changed
+                continue
             destination = folder / name
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(data)
+        for name, contents_ in written.files.items():
+            (folder / name).write_text(json.dumps(contents_, indent=2) + "\n", encoding="utf-8")
         report = FolderReport(
             Path(path),
             files=sorted(p.name for p in folder.iterdir()),
@@ -160,6 +165,7 @@ METADATA = {"format": "pt", "writer": "graphopt"}
 def _write_weights(
     folder: Path,
     tensors: dict[str, TensorSource],
+    header: dict[str, str],
     shard_bytes: int,
     progress: Callable[[str, int], None] | None,
 ) -> None:
@@ -173,12 +179,12 @@ def _write_weights(
         shards[-1][name] = source
         size += bytes_
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], metadata=METADATA, progress=progress)
+        write_file(folder / "model.safetensors", shards[0], metadata=METADATA | header, progress=progress)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, metadata=METADATA, progress=progress)
+        write_file(folder / file, shard, metadata=METADATA | header, progress=progress)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(numel(s.shape) * s.dtype.itemsize for s in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
