@@ -137,8 +137,8 @@ def open_matrices(
         beside = {n: parts.pop(n) for n in ("input_scale", "k_scale", "v_scale") if n in parts}
         if not {"weight_scale", "weight_scale_2"} & set(parts):
             continue
-        for name in beside:
-            del found[module + name]
+        for other in beside:
+            del found[module + other]
         matrix = _matrix(module, algorithm, parts, dtype)
         for name in parts:
             del found[module + name]

@@ -206,6 +206,7 @@ class Written:
         plain: matrices written as plain numbers, although they were quantised, with the reasons.
         parts: names of the tensors that each matrix of ``kept`` makes.
         header: strings for the headers of the files.
+        not_on_cpu: why the method's library gives other values on a CPU, for some of the matrices.
         files: contents of small JSON files that tell how the folder is quantised, by name.
     """
 
@@ -215,6 +216,7 @@ class Written:
     plain: dict[str, str] = field(default_factory=dict)
     parts: dict[str, list[str]] = field(default_factory=dict)
     header: dict[str, str] = field(default_factory=dict)
+    not_on_cpu: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -199,7 +199,7 @@ def describe(written: Written, matrices: Mapping[str, tuple[TorchAo, tuple[int, 
     """Put what the headers of files say of each weight beside the tensors to write."""
     stored = {n for k in matrices for n in written.parts.get(k, ())}
     names = [*matrices, *(n for n in written.tensors if n not in stored)]
-    written.header = {name: _PLAIN for name in names} | {
+    written.header = dict.fromkeys(names, _PLAIN) | {
         key: layout.header(shape) for key, (layout, shape) in matrices.items()
     }
     written.header["tensor_names"] = json.dumps(names)
