@@ -123,7 +123,11 @@ def _scale(model: Any) -> None:
         weights, value = scheme.weights, module.weight.detach().float()
         rows, columns = value.shape
         size = weights.group_size or columns
-        parts = value.reshape(rows, columns // size, size) if weights.strategy != "tensor" else value.reshape(1, 1, -1)
+        parts = (
+            value.reshape(rows, columns // size, size)
+            if weights.strategy != "tensor"
+            else value.reshape(1, 1, -1)
+        )
         least, most = parts.amin(-1), parts.amax(-1)
         common = {}
         if hasattr(module, "weight_global_scale"):
@@ -198,7 +202,9 @@ def check(write: Callable[[Path], None], folder: Path) -> str:
     files = read_checkpoint(folder / "in")
     matrices = {k: t for k, t in files.tensors.items() if stored_matrices(t)}
     differ = sum(not torch.equal(values[k].detach(), t.load()) for k, t in matrices.items())
-    equal = f"{len(matrices)} matrices equal" if not differ else f"{differ} of {len(matrices)} matrices DIFFER"
+    equal = (
+        f"{len(matrices)} matrices equal" if not differ else f"{differ} of {len(matrices)} matrices DIFFER"
+    )
     program = graphopt.capture(folder / "in")
     shorter = graphopt.optimize(program, passes=["skip-layers{layers=[1]}"])
     report = shorter.save_pretrained(folder / "out")

@@ -393,13 +393,17 @@ def mxfp4_folder(folder: Path) -> dict[str, Tensor]:
         experts, inputs, outputs = value.shape
         codes = torch.randint(0, 16, (experts, outputs, inputs), generator=generator)
         power = torch.randint(118, 124, (experts, outputs, inputs // 32), generator=generator)
-        written[key + "_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8).unflatten(-1, (-1, 16))
+        written[key + "_blocks"] = (
+            (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8).unflatten(-1, (-1, 16))
+        )
         written[key + "_scales"] = power.to(torch.uint8)
         stored = E2M1[codes] * torch.exp2(power - 127.0).repeat_interleave(32, 2)
         values[key] = stored.transpose(1, 2).to(torch.bfloat16)
     written = {k: v.contiguous().clone() for k, v in written.items()}
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
-    configure(folder, {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}})
+    configure(
+        folder, {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    )
     return values
 
 

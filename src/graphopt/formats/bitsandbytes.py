@@ -226,6 +226,8 @@ def _four_bits(module: str, name: str, tensors: Mapping[str, FileTensor]) -> Sto
     if nested:
         types["weight.absmax"] = [torch.uint8]
     require_types(module, parts, **types)
+    if nested:
+        nested = (min(nested[0], blocks), nested[1])
     return StoredMatrix(module, FourBits(kind, block, nested), tuple(sorted(parts.items())), shape, value)
 
 

@@ -111,7 +111,9 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
         written.tensors |= stored
         layouts[key] = layout
         if isinstance(layout, bitsandbytes.FourBits) and layout.depends_on_values(tuple(source.shape)):
-            written.not_on_cpu = "bitsandbytes on a CPU gives other values where rows are no multiple of its blocks"
+            written.not_on_cpu = (
+                "bitsandbytes on a CPU gives other values where rows are no multiple of its blocks"
+            )
     base = dict(settings) if settings is not None else fresh
     if base is not None and written.kept:
         left = _LEFT_OUT.get(method)

@@ -138,7 +138,7 @@ def wrong(module: str, parts: Mapping[str, FileTensor], why: str) -> CheckpointE
     """Return the error that a matrix is stored inconsistently."""
     path = next((p.path for p in parts.values()), Path("the checkpoint"))
     return CheckpointError(
-        f"{path}: {module} is stored inconsistently: {why}", hint="fetch the checkpoint again"
+        f"{path}: {module.rstrip('.')} is stored inconsistently: {why}", hint="fetch the checkpoint again"
     )
 
 

@@ -25,7 +25,11 @@ def main() -> None:
         model, info = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
     else:
         # in the type of the folder first: a value is rounded to it once, and then widened as it is
-        if isinstance(settings, dict) and settings.get("quant_method") in ("compressed-tensors", "fp8", "mxfp4"):
+        if isinstance(settings, dict) and settings.get("quant_method") in (
+            "compressed-tensors",
+            "fp8",
+            "mxfp4",
+        ):
             config.quantization_config = {**settings, "dequantize": True}
         model, info = model_class.from_pretrained(folder, dtype=config.dtype, **options)
         model = plain(model).to(getattr(torch, dtype))
