@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "targets": GROUND,
     "data": GROUND,
     "cache": set(),
-    "formats": GROUND | {"ir/running", "ir/quantised"},
+    "formats": GROUND | {"ir/running", "ir/quantised", "ir/storage"},
     "measure": _IR | {"data"},
     "frontends": _IR | {"cache", "formats", "frontends/stamping"},
     "frontends/stamping": _IR,
