@@ -259,8 +259,8 @@ class EncodedPart:
 def encoded(sources: Mapping[str, tuple[TensorSource, Layout]]) -> dict[str, dict[str, TensorSource]]:
     """Return, for each matrix by name, the tensors to write, by what follows the module's name.
 
-    Nothing is read, but for the few layouts in which only values tell whether they can hold a matrix. A matrix that is still
-    the one that was read is written in the tensors that it was read from.
+    Nothing is read, but for the few layouts in which only values tell whether they can hold a matrix. A matrix that is
+    still the one that was read is written in the tensors that it was read from.
 
     Raises:
         CannotExpress: a layout has no place for one; ask for one matrix at a time to know which.

@@ -87,7 +87,9 @@ def compare_outputs(
     program: Program, model: Callable[..., Any], inputs: dict[str, Any], where: torch.Tensor | None = None
 ) -> float:
     """Run both on the same inputs and return the largest relative error over outputs."""
-    run = partial(model.outputs, program) if isinstance(model, Remembered) else lambda given: program(**given)
+    run: Callable[[dict[str, Any]], Any] = (
+        partial(model.outputs, program) if isinstance(model, Remembered) else lambda given: program(**given)
+    )
     with torch.no_grad():
         expected = model(**inputs)
     _, reference = describe(expected, lambda v: isinstance(v, torch.Tensor))
