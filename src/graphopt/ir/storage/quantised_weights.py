@@ -199,9 +199,12 @@ def saved_codes(name: str, described: Any, tensors: Mapping[str, TensorSource]) 
     if not isinstance(constant, float):
         raise wrong(f"a factor of {constant!r}")
     beside = {n: empty(parts.get(n)) for n in ("zero", "offset", "divisor", "multiplier", "among")}
+    chosen = group_dim if group is not None else -1
+    casts = tuple(dtype_of(d, name) for d in casts)
+    codes = torch.empty(shape, dtype=STORED[code], device="meta")
+    dtype = dtype_of(described.get("dtype"), name)
     form = QuantisedTensor(
-        torch.empty(shape, dtype=STORED[code], device="meta"), scale, code, tuple(block),
-        dtype_of(described.get("dtype"), name), group=empty(group), group_dim=group_dim if group is not None else -1, constant=constant,
-        casts=tuple(dtype_of(d, name) for d in casts), **beside,
+        codes, scale, code, tuple(block), dtype, group=empty(group), group_dim=chosen, constant=constant, casts=casts,
+        **beside,
     )  # fmt: skip
     return SavedCodes(tuple(parts.items()), form)
