@@ -19,7 +19,9 @@ from graphopt.backends.onnx.runtime_operators import DOMAIN
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-def runtime(operator: str, feed: dict[str, numpy.ndarray], held: dict[str, Any], **attributes: int) -> torch.Tensor:
+def runtime(
+    operator: str, feed: dict[str, numpy.ndarray], held: dict[str, Any], **attributes: int
+) -> torch.Tensor:
     """Return the output of one operator of ONNX Runtime, given inputs in the order of its schema."""
     held = {n: t.numpy() for n, t in held.items() if t is not None}
     kinds = {n: helper.np_dtype_to_tensor_dtype(a.dtype) for n, a in feed.items()}
@@ -53,7 +55,9 @@ def multiplied(x: torch.Tensor, matrix: BlockMatrix, level: int = 1) -> torch.Te
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(["int2", "uint2", "int3", "uint3", "int4", "uint4", "uint5", "int6", "int8", "uint8", "e2m1"]),
+    st.sampled_from(
+        ["int2", "uint2", "int3", "uint3", "int4", "uint4", "uint5", "int6", "int8", "uint8", "e2m1"]
+    ),
     st.sampled_from([16, 32, 48, 64, 128, 192, 256, 512, 0]),
     st.sampled_from(["none", "whole", "real", "offset"]),
     st.integers(0, 40),
@@ -109,7 +113,9 @@ def test_products_with_codes_are_those_with_their_values(
     assert float((found - expected).norm() / expected.norm().clamp(min=1e-30)) < 3e-6
     # each entry by itself, too: a wrong column of a wide matrix is little beside the others
     unit = torch.eye(columns)[[0, columns // 2, columns - 1]]
-    assert torch.allclose(multiplied(unit, matrix).double(), values.T[[0, columns // 2, columns - 1]], atol=1e-5)
+    assert torch.allclose(
+        multiplied(unit, matrix).double(), values.T[[0, columns // 2, columns - 1]], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -120,7 +126,11 @@ def test_rows_of_an_embedding_are_those_of_the_matrix(bits: int, zeros: bool, dt
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, (11, 64), generator=generator).to(torch.uint8)
     scale = torch.rand(11, 2, generator=generator).to(dtype)
-    zero = torch.randint(0, 1 << bits, (11, 2), generator=generator) if zeros else torch.full((11, 2), 1 << (bits - 1))
+    zero = (
+        torch.randint(0, 1 << bits, (11, 2), generator=generator)
+        if zeros
+        else torch.full((11, 2), 1 << (bits - 1))
+    )
     values = (codes.float() - zero.repeat_interleave(32, 1)) * scale.float().repeat_interleave(32, 1)
     matrix = block_matrix(codes, scale, zero, code=f"uint{bits}", block=(1, 32), dtype=dtype)
     assert (matrix.zeros is None) == (not zeros)
