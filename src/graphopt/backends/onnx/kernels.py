@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.compat import surely_equal
 from ...ir.facts import KVCache, Quantized
 from ...ir.program import Program
 from ...ir.running.fold import drop_unread_weights
@@ -150,7 +151,7 @@ class _Found:
             call = torch.ops.graphopt_runtime.group_query_attention.default
             result = program.edit.call(
                 call, *rows, stored[key]["cache"], stored[value]["cache"], last, total, cos, sin,
-                self._bias(args["bias"], q), args["sinks"], heads=heads, groups=groups, scale=float(args["scale"]),
+                self._bias(args["bias"], q, tokens), args["sinks"], heads=heads, groups=groups, scale=float(args["scale"]),
                 window=arguments(args["visible"])["window"], softcap=args["softcap"], interleaved=interleaved,
             )  # fmt: skip
             attended, next_key, next_value = (
@@ -172,6 +173,8 @@ class _Found:
             raise _Refused("its mask is not that of a cache")
         for name in ("k", "v"):
             stored = args[name]
+            if isinstance(stored, fx.Node) and stored.target is operator.getitem:
+                raise _Refused("another attention stores its keys and values")
             if not isinstance(stored, fx.Node) or not is_operator(stored, "graphopt.cache_store"):
                 raise _Refused("its keys and values are not in caches of their own")
             operands = arguments(stored)
@@ -260,8 +263,8 @@ class _Found:
                 apart = call(aten.reshape.default, attended, [batch, tokens, heads, size])
                 program.edit.replace(node, call(aten.permute.default, apart, [0, 2, 1, 3]), record=False)
 
-    def _bias(self, bias: Any, q: fx.Node) -> Any:
-        """Return the bias with four dimensions and the type of the queries."""
+    def _bias(self, bias: Any, q: fx.Node, tokens: Any) -> Any:
+        """Return the bias with a row for each query and the type of the queries."""
         if bias is None:
             return None
         call = self.program.edit.call
@@ -269,6 +272,8 @@ class _Found:
             bias = call(aten.unsqueeze.default, bias, 0)
         if bias.meta["val"].dtype != q.meta["val"].dtype:
             bias = call(aten.to.dtype, bias, q.meta["val"].dtype)
+        if surely_equal(bias.meta["val"].shape[2], 1):
+            bias = call(aten.expand.default, bias, [-1, -1, tokens, -1])
         return bias
 
     # -- rotation -----------------------------------------------------------------------------------
