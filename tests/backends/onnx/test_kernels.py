@@ -236,7 +236,7 @@ def test_caches_that_two_attentions_read_are_stored_by_the_first(tmp_path: Path)
 
 
 def test_half_precision_stays_half(tmp_path: Path) -> None:
-    use, nodes = lowered(Kind(dtype=torch.float16), tmp_path / "model.onnx")
+    use, _nodes = lowered(Kind(dtype=torch.float16), tmp_path / "model.onnx")
     assert use.used == {ATTENTION: 1, NORM: 1, SKIP_NORM: 1}
     model = onnx.load(str(tmp_path / "model.onnx"))
     assert {t.data_type for t in model.graph.initializer if len(t.dims) == 2} == {onnx.TensorProto.FLOAT16}

@@ -239,6 +239,7 @@ def test_experts_are_fitted_to_the_tokens_that_reach_them(
             old, new = values[node.name][expert], changed[name_][expert]
             old, new = (v.mT if axes[node.name] == 1 else v for v in (old, new))
             errors.append(output_error(old, new, moments))
+        assert errors[1] > 0.01
         gained.append(errors[0] / errors[1])
     assert sum(gained) / len(gained) < 0.95
 

@@ -331,17 +331,13 @@ class QuantizeWeights(Pass):
         stored = program.weights.get(node.name)
         source = packed(form)
         new = program.edit.add_weight(f"{stored.name if stored else node.name}.quantised", source)
+        # also where parts of it are the checkpoint's tensors
         for user in list(node.users):
-            if user in matrix.readers or matrix.kind in ("head", "embedding"):
-                user.replace_input_with(node, new)
-        if node.op == "placeholder":
-            for key, mapped in list(program.checkpoint.items()):
-                if mapped is node:
-                    program.checkpoint[key] = new
-            if not node.users:
-                program.edit.remove_weight(node)
-                assert stored is not None
-                program.weights[new.name] = replace(stored, source=source)
+            user.replace_input_with(node, new)
+        if stored is not None:
+            _map(program, node, new)
+            program.edit.remove_weight(node)
+            program.weights[new.name] = replace(stored, source=source)
         else:
             graph = computed(program, node)[0].graph
             with program.edit.after(new):
