@@ -59,7 +59,7 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     "test_prune_experts.py::test_gone_is_never_chosen": ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"),
     # a run of make real has these and more
     "test_real_model.py::test_every_pass_is_taken_or_refused_with_a_reason": (
-        "^fuse-projections$", "^fold-norms$", "^insert-kv-cache", "^skip-layers", "^prune-ffn",
+        "^fuse-projections$", "^fold-norms$", "^quantize-weights{head", "^insert-kv-cache", "^skip-layers", "^prune-ffn",
         "^attach-draft, trim", "^take-top-k", "^prune-experts",
     ),
     # what they read does not change with the library, or takes most of a minute to make

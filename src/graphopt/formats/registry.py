@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ def open_quantised(
     return found, notes
 
 
-def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, TensorSource]) -> Written:
+def write_quantised(
+    settings: Mapping[str, Any] | None, tensors: Mapping[str, TensorSource], tables: Collection[str] = ()
+) -> Written:
     """Return the tensors to write for a checkpoint whose matrices may be quantised; nothing is read.
 
     Matrices that came in a layout leave in it. Others that are quantised, as passes leave them, are written in the
@@ -81,6 +83,7 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
     Args:
         settings: ``quantization_config`` of the checkpoint that the program came from, if it had one.
         tensors: by the names that the model has for them.
+        tables: which of them are looked up; libraries read codes of linears alone, and would find none there.
     """
     written = Written()
     method = str((settings or {}).get("quant_method", "compressed-tensors"))
@@ -103,6 +106,8 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
             elif layout is None:
                 if settings is not None and method != "compressed-tensors":
                     raise CannotExpress(f"it was quantised anew, and {method} has no place for it")
+                if key in tables:
+                    raise CannotExpress("it is looked up, and compressed-tensors has codes for linears alone")
                 layout, described = compressed_tensors.settings_of(form, [])
                 if settings is not None:
                     added.append((described, key.removesuffix(".weight")))

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from ...formats.registry import write_quantised
 from ...formats.stored import Written
 from ...ir.errors import LoweringError
 from ...ir.export_blockers import export_blockers
-from ...ir.facts import CheckpointChanges
+from ...ir.facts import CheckpointChanges, RemovedLayers
 from ...ir.program import Program
 from ...ir.running.execute import memory_available
 from ...ir.running.fold import computed
 from ...ir.running.retype import widen
+from ...ir.schema import argument, is_operator
 from ...ir.storage.atomic import atomic_folder
 from ...ir.storage.safetensors_file import write_file, writer
 from ...ir.weights import TensorSource, numel
@@ -163,7 +164,7 @@ def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Writte
         is_weight = node.op == "placeholder"
         tensors[name] = program.weights[node.name].source if is_weight else computed(program, node)[0]
     settings = program.origin.config.get("quantization_config")
-    written = write_quantised(settings, tensors)
+    written = write_quantised(settings, tensors, _tables(program, removed))
     config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
     if changes.active_experts is not None:
         config = with_experts(config, *changes.active_experts, active=True)
@@ -186,6 +187,12 @@ def not_reloaded(written: Written) -> str:
     if library and importlib.util.find_spec(library) is None:
         return f"the library {library} is not installed"
     return written.not_on_cpu
+
+
+def _tables(program: Program, removed: Sequence[RemovedLayers]) -> set[str]:
+    """Return the names of the tensors that are looked up, tied to a head or not."""
+    looked_up = {argument(n, "weight") for n in program.nodes if is_operator(n, "aten.embedding")}
+    return {renumbered(name, removed) for name, node in program.checkpoint.items() if node in looked_up}
 
 
 def _is_graphopt_folder(path: Path) -> bool:
