@@ -15,7 +15,7 @@ from graphopt.decoding import Drafter, PromptLookup, TokenRecycling, cached, com
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.decoding.generation import with_cache
 from graphopt.decoding.recorded import Outputs, Recorder
-from graphopt.decoding.running import attend
+from graphopt.decoding.step import attend
 from graphopt.ir.program import Program
 
 ROWS = [[5, 3, 9, 5, 3, 9, 5], [7], [11, 4, 11]]

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "graphopt"
 FILES = sorted(SOURCE.rglob("*.py"))
 GROUND = {"ir"}
 _IR = {"ir", "ir/operators", "ir/ranks", "ir/running", "ir/rewriting", "ir/canonical", "ir/anatomy", "ir/cost", "ir/checking",
-       "ir/storage"}  # fmt: skip
+       "ir/storage", "ir/quantised"}  # fmt: skip
 _PASS = _IR | {"targets", "measure", "passes/framework", "passes/shared"}
 _EXIT = _IR | {"targets", "backends/checking", "backends/torch"}
 # which rooms each may import, beside itself and what lies inside it; imports inside functions count as well
@@ -23,16 +23,18 @@ ALLOWED: dict[str, set[str]] = {
     "ir/ranks": GROUND | {"ir/operators"},
     "ir/running": GROUND | {"ir/operators", "ir/ranks"},
     "ir/rewriting": GROUND | {"ir/operators", "ir/running"},
+    "ir/quantised": GROUND | {"ir/operators", "ir/running"},
     "ir/canonical": GROUND | {"ir/operators", "ir/running", "ir/rewriting"},
     "ir/anatomy": GROUND | {"ir/operators", "ir/running", "ir/checking"},
     "ir/checking": GROUND | {"ir/ranks", "ir/running"},
-    "ir/storage": GROUND | {"ir/operators", "ir/running", "ir/checking"},
-    "ir/cost": GROUND | {"ir/operators", "ir/ranks", "ir/running", "ir/storage"},
+    "ir/storage": GROUND | {"ir/operators", "ir/running", "ir/checking", "ir/quantised"},
+    "ir/cost": GROUND | {"ir/operators", "ir/ranks", "ir/running", "ir/storage", "ir/quantised"},
     "targets": GROUND,
     "data": GROUND,
     "cache": set(),
+    "formats": GROUND | {"ir/running", "ir/quantised", "ir/storage"},
     "measure": _IR | {"data"},
-    "frontends": _IR | {"cache", "frontends/stamping"},
+    "frontends": _IR | {"cache", "formats", "frontends/stamping"},
     "frontends/stamping": _IR,
     "passes": GROUND | {"measure", "passes/framework"},
     "passes/framework": _IR | {"measure"},
@@ -48,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends/torch": _IR,
     "backends/checking": _IR,
     "backends/onnx": _EXIT,
-    "backends/huggingface": _EXIT,
+    "backends/huggingface": _EXIT | {"formats"},
     "backends/triton": _EXIT,
     "decoding": _IR | {"data", "measure", "passes/framework", "passes/caching"},
     "training": _IR | {"data", "measure", "passes/framework", "passes/tensor_parallel"},

@@ -293,6 +293,10 @@ class Generate(Reading):
     compiled: bool = option(
         "Compile everything between attentions; CUDA graphs on a GPU.", False, "--compile"
     )
+    kernels: str = option(
+        "How matrices in few bits are multiplied: auto (in bfloat16 on a CPU) or exact (by their values).",
+        "auto",
+    )
 
 
 @command("generating.answer_texts")

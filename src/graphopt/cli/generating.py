@@ -34,6 +34,7 @@ def generate_text(args: Generate) -> None:
     tokens = stream(
         program, [ids], max_new_tokens=args.max_new_tokens, strategy=proposing, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed, dtype=args.dtype, compiled=args.compiled,
+        kernels=args.kernels,
     )  # fmt: skip
     began, printed = time.perf_counter(), ""
     new: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from typing import Any
 
 import numpy
@@ -42,6 +43,12 @@ def export_program(args: Export) -> None:
         text(f"written: {output}, {len(result['tensors'])} tensors")
     else:
         worst = max(result["errors"].values(), default=0.0)
+        if result.get("quantised") or result.get("plain"):
+            text(
+                f"matrices written in few bits: {result['quantised']}; plain, though they were: {len(result['plain'])}"
+            )
+        for reason, count in Counter(result.get("plain", {}).values()).items():
+            text(f"  {count} plain: {reason}")
         text(f"read back and compared: largest relative error {worst:.2g}\nwritten: {output}")
 
 
@@ -49,7 +56,10 @@ def _export(program: Program, to: str, output: str) -> dict[str, Any]:
     if to == "huggingface":
         with writing(output) as progress:
             report = program.save_pretrained(output, progress=progress)
-        return {"path": output, "errors": report.errors, "checked": report.checked, "files": report.files}
+        return {
+            "path": output, "errors": report.errors, "checked": report.checked, "files": report.files,
+            "quantised": len(report.quantised), "plain": report.plain,
+        }  # fmt: skip
     if to == "medusa":
         return {"path": output, "tensors": write_heads(program, output), "errors": {}}
     return {"path": output, "errors": _write_pt2(program, output)}

@@ -13,7 +13,9 @@ from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
 from ..ir.vocabulary import over_all_tokens
 from .recorded import RECORDED, CudaRecorder, Recorder
-from .running import Buffer, Running, Step
+from .running import Running
+from .step import Buffer, Step
+from .weights import Weights
 
 MARKS = "mask_index"
 """The input that marks the positions of mask tokens."""
@@ -44,6 +46,9 @@ class CachedDecoder:
         device: where it runs; the CPU by default.
         dials: values of run-time settings that differ from their defaults.
         compiled: compile everything between attentions, and on a GPU record steps as CUDA graphs.
+        prepared: on a CPU, write steps whose shapes come again as straight-line code.
+        kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto" by kernels that compute in
+            bfloat16, "exact" by their values in the program's own type.
 
     Raises:
         UsageError: the program has no cache, or too few slots.
@@ -52,6 +57,7 @@ class CachedDecoder:
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
         device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
+        prepared: bool = True, kernels: str = "auto",
     ):  # fmt: skip
         cache = program.facts.get(KVCache)
         if cache is None:
@@ -73,13 +79,16 @@ class CachedDecoder:
                 hint="fewer new tokens",
             )
         self.program = program
-        self.batch, self.capacity, self.compiled = batch, capacity, compiled
+        self.batch, self.capacity, self.compiled, self.prepared = batch, capacity, compiled, prepared
         self.device = torch.device(device)
         self.recorder: Recorder | None = None
         if compiled and self.device.type == "cuda":
             self.recorder = CudaRecorder()
         self.dials = {n: t.to(self.device) for n, t in settings_of(program, dials or {}).items()}
-        self._loaded: dict[str, torch.Tensor] = {}
+        if kernels not in ("auto", "exact"):
+            raise UsageError(f"kernels is {kernels!r}; it is auto or exact")
+        self.kernels = kernels
+        self.weights = Weights(self.device, plain=compiled, exact=kernels == "exact")
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.lengths = [0] * batch
@@ -122,8 +131,9 @@ class CachedDecoder:
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
             running = Running(
-                self.program, self.capacity, self._loaded, outputs, self.device,
+                self.program, self.capacity, self.weights, outputs, self.device,
                 decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
+                prepared=self.prepared,
             )  # fmt: skip
             for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:

@@ -166,6 +166,7 @@ def stream(
     dtype: str = "auto",
     dials: Mapping[str, float] | None = None,
     compiled: bool = False,
+    kernels: str = "auto",
 ) -> Stream:
     """Generate step by step; see :func:`generate` for the arguments.
 
@@ -202,7 +203,7 @@ def stream(
     size = max(len(row) for row in rows) + max_new_tokens
     decoder = CachedDecoder(
         cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
-        compiled=compiled,
+        compiled=compiled, kernels=kernels,
     )  # fmt: skip
     if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(
@@ -210,6 +211,10 @@ def stream(
             hint="insert-kv-cache{tree=true}",
         )
     loop = Loop(decoder, strategy, sampling, stops, seed)
+    if decoder.weights.few_bits:
+        loop.statistics.notes.append(
+            "matrices in few bits are multiplied in bfloat16; with exact kernels, by their values in the program's type"
+        )
     if typical_acceptance is not None:
         loop.statistics.notes.append("typical acceptance: the text does not have the program's distribution")
     steps = ([(c.row, c.tokens) for c in commits] for commits in loop.run(rows))
@@ -249,6 +254,8 @@ def generate(
         dials: values of run-time settings that differ from their defaults.
         compiled: compile everything between attentions (torch.compile, once for all identical layers), and on a GPU
             replay steps as CUDA graphs. The first steps take seconds; sums may be rounded in a different order.
+        kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto", by kernels that round rows,
+            scales and results to bfloat16; or "exact", by their values in the type of the program.
 
     Returns:
         (batch, positions + new): the given rows, each with its continuation; rows that ended earlier are filled with

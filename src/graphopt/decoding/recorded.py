@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .running import Running, Step
+from .running import Running
+from .step import Step
 
 RECORDED = 64
 """Steps of more tokens (prompts) are not recorded, because launches do not dominate their time."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..ir.operators import attention, cache_positions, cache_visible
 from ..ir.operators.traits import Trait, has
 from ..ir.program import Program
 from ..ir.ranks.rank_programs import runnable
@@ -17,79 +16,14 @@ from ..ir.running.evaluate import evaluate, needed_for
 from ..ir.running.fold import fold
 from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
+from .prepared import TOKENS, Prepared, preparable
+from .step import Buffer, Step, attend, positions_of_slots, store
+from .weights import Weights, few_bit_linear, few_bit_rows, joined_linear, linears_of_one_value
 
-Buffer = tuple[str, int, int]
-"""A cache input, and the first and last of its heads that this buffer holds."""
-
-
-@dataclass
-class Step:
-    """The inputs of one call of a running graph, and the caches it writes into.
-
-    Attributes:
-        buffers: (batch, heads, capacity, size) by cache input and the range of its heads.
-        positions: (batch, tokens), of the new tokens.
-        slots: (batch, tokens), where the new tokens are stored.
-        limit: one more than the last slot in use.
-        start: the slot of the first token if all rows are equally long and tokens are consecutive; else None.
-        step_mask: (batch, tokens, tokens), which new token attends to which; None if positions determine it.
-    """
-
-    buffers: dict[Buffer, torch.Tensor]
-    positions: torch.Tensor
-    slots: torch.Tensor
-    limit: int
-    start: int | None
-    step_mask: torch.Tensor | None = None
-    seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-    def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
-        """Write new tokens into a cache and return the part of the cache in use."""
-        cache = self.buffers[buffer]
-        if self.start is not None:
-            cache[:, :, self.start : self.limit] = values
-        else:
-            cache.scatter_(2, self.slots[:, None, :, None].expand(values.shape), values.to(cache.dtype))
-        return cache[:, :, : self.limit]
-
-    def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
-        """Return which slots new tokens attend to; computed once per step."""
-        if window not in self.seen:
-            self.seen[window] = cache_visible(
-                self.positions, self.slots, cache, self.step_mask, window=window
-            )
-        return self.seen[window]
-
-
-def store(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
-    """Compute ``graphopt.cache_store`` in place."""
-    return step.store(buffer, values)
-
-
-def attend(
-    step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
-    sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
-) -> torch.Tensor:  # fmt: skip
-    """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
-    if bias is not None:
-        bias = bias[..., : step.limit]
-    visible = None
-    if step.start is None or step.step_mask is not None:
-        visible = step.visible(window, k)
-    elif q.shape[2] == 1:
-        if window is not None and window < step.limit:
-            k, v = k[:, :, -window:], v[:, :, -window:]
-            bias = bias if bias is None else bias[..., -window:]
-    elif step.start == 0 and window is None:
-        return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
-    else:
-        visible = step.visible(window, k)
-    return attention(q, k, v, None, bias, sinks, None, visible, scale=scale, softcap=softcap)
-
-
-def positions_of_slots(step: Step) -> torch.Tensor:
-    """Compute ``graphopt.cache_positions`` of the slots in use."""
-    return cache_positions(step.positions, step.slots, step.limit)
+REPEATED = 2
+"""How often a step of some shapes is run until it is prepared."""
+KEPT = 16
+"""Number of shapes that are prepared or counted."""
 
 
 class Running:
@@ -98,24 +32,26 @@ class Running:
     Args:
         program: with a cache.
         capacity: number of slots of each cache.
-        loaded: weights by node name, shared with other graphs of the program; missing ones are added.
+        weights: shared with other graphs of the program; missing ones are loaded.
         outputs: names of the outputs; nothing else is computed.
         device: where it runs.
         decoding: leave out the layers that are skipped after the prompt.
         taken: names of outputs that are supplied as inputs, not computed.
         compiled: compile everything between attentions.
         marked: the new tokens may include mask tokens; else what is computed only for mask tokens is left out.
+        prepared: prepare steps whose shapes come again.
 
     Attributes:
         buffers: the caches it writes, with number of heads, size and dtype of each.
     """
 
     def __init__(
-        self, program: Program, capacity: int, loaded: dict[str, torch.Tensor], outputs: Iterable[str],
+        self, program: Program, capacity: int, weights: Weights, outputs: Iterable[str],
         device: torch.device, decoding: bool = True, taken: Iterable[str] = (), compiled: bool = False,
-        marked: bool = False,
+        marked: bool = False, prepared: bool = True,
     ):  # fmt: skip
         self.device, self.decoding, self.marked = device, decoding, marked
+        self.weights = weights
         self.source = fold(runnable(program))
         self.capacity = capacity
         self.outputs = list(outputs)
@@ -126,7 +62,10 @@ class Running:
         supplied = {name: copy.outputs[name] for name in taken}
         windows = self._rewrite(copy, copy.graph)
         roots = [windows.get(n, n) for n in roots]
-        graph = self._cut(copy, roots, loaded, {windows.get(n, n): name for name, n in supplied.items()})
+        graph = self._cut(copy, roots, {windows.get(n, n): name for name, n in supplied.items()})
+        self._prepared: dict[tuple[object, ...], Prepared | int] = {}
+        self.prepares = prepared and not compiled and device.type == "cpu" and preparable(graph)
+        self._graph = graph
         if compiled:
             self.module = in_pieces(graph, next(iter(graph.nodes)))
         else:
@@ -134,6 +73,18 @@ class Running:
 
     def __call__(self, step: Step, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one step and return the outputs by name."""
+        if self.prepares and step.positions.shape[1] <= TOKENS:
+            key = tuple((value.shape, value.dtype) for value in (inputs[name] for name in self.inputs))
+            found = self._prepared.get(key, 0)
+            if isinstance(found, Prepared):
+                return found(step, (inputs[name] for name in self.inputs))
+            if found + 1 >= REPEATED and len(self._prepared) <= KEPT:
+                values = [inputs[name] for name in self.inputs]
+                found = self._prepared[key] = Prepared(
+                    self._graph, self.constants, self.outputs, step, values
+                )
+                return found.first
+            self._prepared[key] = found + 1
         with torch.inference_mode():
             values = self.module(step, *self.constants, *(inputs[name] for name in self.inputs))
         return dict(zip(self.outputs, values, strict=True))
@@ -195,21 +146,24 @@ class Running:
         self,
         program: Program,
         roots: list[fx.Node],
-        loaded: dict[str, torch.Tensor],
         supplied: dict[fx.Node, str],
     ) -> fx.Graph:
         """Return the graph that the outputs need; values that depend on no input are computed here, once."""
         needed = needed_for(roots, dict.fromkeys(supplied))
         order = [n for n in program.graph.nodes if n in needed or n is self.step]
+        lowered = self._lowered([n for n in order if n not in supplied], program)
         values: dict[fx.Node, Any] = {}
         for node in order:
             if node.op == "placeholder" and node.name in program.weights:
-                if node.name not in loaded:
-                    loaded[node.name] = program.weights[node.name].source.load().to(self.device)
-                values[node] = loaded[node.name]
+                # what is read in few bits alone is not loaded otherwise
+                if any(u not in lowered for u in node.users if u in needed) or node in roots:
+                    values[node] = self.weights.load(program, node)
+                else:
+                    values[node] = None
             elif (
                 node.op == "call_function"
                 and node not in supplied
+                and node not in lowered
                 and all(n in values for n in node.all_input_nodes)
             ):
                 with torch.inference_mode():
@@ -217,12 +171,15 @@ class Running:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {self.step: graph.placeholder("decoding_step")}
         constants = [
-            n for n in order if n in values and any(u in needed and u not in values for u in n.users)
-        ]
+            n for n in order
+            if n in values and any(u in needed and u not in values and u not in lowered for u in n.users)
+        ]  # fmt: skip
         constants += [n for n in roots if n in values and n not in constants]
         self.constants = [values[n] for n in constants]
         for node in constants:
             copies[node] = graph.placeholder(f"constant_{node.name}")
+        for group in {id(g): g for g in lowered.values()}.values():
+            self.constants += group.place(graph)
         for node in order:
             if node.op == "placeholder" and node is not self.step and node not in values:
                 copies[node] = graph.placeholder(node.name)
@@ -233,6 +190,99 @@ class Running:
                 self.inputs.append(supplied[node])
         for node in order:
             if node.op == "call_function" and node not in values and node not in supplied:
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
+                if node in lowered:
+                    copies[node] = lowered[node].call(graph, node, copies)
+                else:
+                    copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output([copies[n] for n in roots])
         return graph
+
+    def _lowered(self, nodes: list[fx.Node], program: Program) -> dict[fx.Node, _Lowered]:
+        """Return the nodes that are computed otherwise: linears together with others, matrices in few bits."""
+        lowered: dict[fx.Node, _Lowered] = {}
+        if self.weights.plain:
+            return lowered
+        for group in linears_of_one_value(nodes, program):
+            few = [n for n in group if self.weights.in_few_bits(program, arguments(n)["weight"])]
+            plain = [n for n in group if n not in few]
+            together = self._few_bit_linears(few, program)
+            if together is None:
+                for node in few:
+                    lowered[node] = self._few_bit_linears([node], program)  # type: ignore[assignment]
+            else:
+                lowered.update(dict.fromkeys(few, together))
+            if len(plain) > 1 and (joined := self._joined_linears(plain, program)) is not None:
+                lowered.update(dict.fromkeys(plain, joined))
+        for node in nodes:
+            if is_operator(node, "aten.embedding"):
+                args = arguments(node)
+                if self.weights.in_few_bits(program, args["weight"]):
+                    table = self.weights.product(program, [args["weight"]])
+                    dtype = program.weights[args["weight"].name].source.dtype
+                    lowered[node] = _Lowered([node], few_bit_rows, args["indices"], [table], (dtype,))
+        return lowered
+
+    def _few_bit_linears(self, group: list[fx.Node], program: Program) -> _Lowered | None:
+        operands = [arguments(n) for n in group]
+        product = self.weights.product(program, [a["weight"] for a in operands]) if group else None
+        if product is None:
+            return None
+        bias = None
+        if operands[0]["bias"] is not None:
+            bias = self.weights.join(program, [a["bias"] for a in operands])
+            if bias is None and len(group) > 1:
+                return None
+            if bias is None:
+                bias = self.weights.load(program, operands[0]["bias"])
+        return _Lowered(group, few_bit_linear, operands[0]["input"], [product, bias], (_sizes(group),))
+
+    def _joined_linears(self, group: list[fx.Node], program: Program) -> _Lowered | None:
+        operands = [arguments(n) for n in group]
+        weight = self.weights.join(program, [a["weight"] for a in operands])
+        bias = None
+        if weight is not None and operands[0]["bias"] is not None:
+            bias = self.weights.join(program, [a["bias"] for a in operands])
+            if bias is None:
+                return None
+        if weight is None:
+            return None
+        return _Lowered(group, joined_linear, operands[0]["input"], [weight, bias], (_sizes(group),))
+
+
+def _sizes(group: list[fx.Node]) -> list[int]:
+    return [int(n.meta["val"].shape[-1]) for n in group]
+
+
+class _Lowered:
+    """Nodes that one function computes: of a value, of operands that are known beforehand, and of options."""
+
+    def __init__(
+        self, members: list[fx.Node], function: Callable[..., Any], value: fx.Node, operands: list[Any],
+        options: tuple[Any, ...],
+    ):  # fmt: skip
+        self.members, self.function, self.value = members, function, value
+        self.operands, self.options = operands, options
+        self.placed: list[fx.Node | None] = []
+        self.result: fx.Node | None = None
+
+    def place(self, graph: fx.Graph) -> list[Any]:
+        """Add placeholders for the operands, and return their values."""
+        name = self.members[0].name
+        self.placed = [
+            None if operand is None else graph.placeholder(f"operand_{number}_{name}")
+            for number, operand in enumerate(self.operands)
+        ]
+        return [operand for operand in self.operands if operand is not None]
+
+    def call(self, graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Return the result of one member, computing all of them if it is the first."""
+        if self.result is None:
+            arguments_of_call = (copies[self.value], *self.placed, *self.options)
+            self.result = graph.call_function(self.function, arguments_of_call)
+            if self.function is few_bit_rows:
+                self.result.meta = dict(node.meta)
+        if self.function is few_bit_rows:
+            return self.result
+        item = graph.call_function(operator.getitem, (self.result, self.members.index(node)))
+        item.meta = dict(node.meta)
+        return item

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ir.compat import FakeTensorMode, fake_tensor
@@ -59,6 +60,26 @@ def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorM
     for first, (converter, members) in groups.items():
         mapped.recipes.append(_trace(model, first, converter, members, tensors, mode))
     return mapped
+
+
+def fill(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> None:
+    """Copy values of a checkpoint into a model, one tensor at a time, through the library's conversions.
+
+    Args:
+        model: with memory for its parameters.
+        mapped: where each weight comes from.
+        tensors: of the checkpoint, by name.
+    """
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, key in mapped.plain.items():
+            state[name].copy_(tensors[key].load())
+        for recipe in mapped.recipes:
+            run = fx.Interpreter(fx.GraphModule(torch.nn.Module(), recipe.graph))
+            results = run.run(*(tensors[key].load() for key in recipe.sources))
+            for name, result in zip(recipe.targets, results, strict=True):
+                if name in state:
+                    state[name].copy_(result)
 
 
 def _trace(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..ir.checking.comparison import relative_error
+from ..ir.compat import new_fake_mode
 from ..ir.errors import CaptureError
 from ..ir.facts import note_capture
 from ..ir.program import Program
@@ -21,10 +22,12 @@ from ..ir.weights import InMemory
 from .accepting import REFUSALS, accepts, typed
 from .architecture import ask_no_caches, filled, model_class
 from .checkpoint_files import CheckpointFiles
-from .compare import compare_outputs, require_equal, resized, tolerance_of
+from .checkpoint_names import fill, map_names
+from .compare import Remembered, compare_outputs, require_equal, resized, tolerance_of
 from .example_inputs import Given, example_inputs
 from .fixed_values import Bound
 from .size_trials import numbers_in, settle_limits, share_sizes, trial
+from .stored_values import untie
 
 # inputs whose sizes are those of rows of text, which need not be found by trying
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
@@ -55,8 +58,13 @@ def compare_with_checkpoint(
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if files.folder.is_dir():
+        if files.folder.is_dir() and not files.quantised:
             model = model_class(config).from_pretrained(files.folder, dtype=dtype, local_files_only=True)
+        elif files.quantised:
+            model = filled(config, {}, dtype)
+            mapped = map_names(model, files.tensors, new_fake_mode())
+            untie(model, mapped, files.tensors)
+            fill(model, mapped, files.tensors)
         else:
             model = filled(config, files.tensors, dtype)
     model.eval()
@@ -100,7 +108,7 @@ def compare_with_model(program: Program, model: Any, given: Given | None = None)
     made = example_inputs(model, given)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example = {k: v for k, v in made.inputs.items() if k in program.signature.parameters}
-    example, asked = typed(example, dtype), Bound(model, typed(made.fixed, dtype))
+    example, asked = typed(example, dtype), Remembered(Bound(model, typed(made.fixed, dtype)))
     flat = set(describe(example, lambda v: isinstance(v, torch.Tensor), "")[1])
     if not set(program.signature.inputs) <= flat:
         raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - flat)}")

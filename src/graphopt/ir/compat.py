@@ -53,17 +53,21 @@ __all__ = [
     "NEEDS_VALUES",
     "FakeTensor",
     "FakeTensorMode",
+    "QuickDispatchMode",
     "Symbol",
-    "TorchDispatchMode",
     "add_symbol",
     "build_exported_program",
     "compile_package",
+    "composite",
     "composite_kernels",
     "exporting",
+    "fake_copy",
     "fake_tensor",
     "fresh",
     "guard_code",
     "import_tracer",
+    "int4_packed",
+    "int4_product",
     "is_plain_tensor",
     "is_recorded",
     "load_package",
@@ -81,6 +85,7 @@ __all__ = [
     "symbol_range",
     "symbolic_kernels",
     "symint",
+    "undivided",
     "widen_symbol",
     "without_fake_cache",
     "without_guards",
@@ -128,6 +133,30 @@ def without_fake_cache() -> contextlib.AbstractContextManager[None]:
 
     patched: contextlib.AbstractContextManager[None] = config.patch(fake_tensor_cache_enabled=False)
     return patched
+
+
+class QuickDispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode whose handler is called directly: guarding it against compilation takes as long as a short one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def composite(operator: Any) -> bool:
+    """Tell whether an operator is defined by calls of others."""
+    return isinstance(operator, torch._ops.OpOverload) and bool(operator._can_decompose())
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Hand operators that are defined by calls of others, such as linear, to dispatch modes as one call each.
+
+    ``torch.inference_mode`` does so too, but its tensors refuse assignments to ``data``.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 @contextlib.contextmanager
@@ -407,6 +436,18 @@ def fake_tensor(
     return FakeTensor(mode, meta, torch.device(device))
 
 
+def fake_copy(mode: FakeTensorMode, value: torch.Tensor) -> FakeTensor:
+    """Return a contiguous tensor of the shape and type of a model's tensor, a parameter if it is one.
+
+    ``nn.Parameter`` would detach it, which takes ten times as long.
+    """
+    copied = fake_tensor(mode, value.shape, value.dtype)
+    if isinstance(value, torch.nn.Parameter):
+        copied._is_param = True
+        copied.requires_grad_(value.requires_grad)
+    return copied
+
+
 def fresh(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """Return a new tensor object of the same shape, type and strides."""
     with mode:
@@ -544,3 +585,20 @@ def quiet_export() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def int4_packed(numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers in the order of :func:`int4_product`.
+
+    Args:
+        numbers: (outputs, inputs), int32 from 0 to 15; outputs a multiple of 16, inputs even.
+
+    Returns:
+        (outputs, inputs / 2), bytes whose order depends on the processor.
+    """
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default(numbers, 1)
+    return packed
+
+
+int4_product: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default

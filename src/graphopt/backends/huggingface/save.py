@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ...formats.registry import write_quantised
+from ...formats.stored import Written
 from ...ir.errors import LoweringError
 from ...ir.export_blockers import export_blockers
 from ...ir.facts import CheckpointChanges
@@ -31,17 +34,36 @@ from .layers import Skeleton, without_layers
 SHARD_BYTES = 5 << 30
 SCRIPT = Path(__file__).with_name("reload.py")
 
+# what transformers needs to load matrices of each method and to dequantise them; None: nothing has both
+_LIBRARIES: dict[str, str | None] = {
+    "compressed-tensors": "compressed_tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes", "fp8": "",
+    "mxfp4": "", "modelopt": None, "gptq": None, "awq": None,
+}  # fmt: skip
+
+
+class _NotLoaded(LoweringError):
+    """Transformers did not load a folder."""
+
+
 Recapture = Callable[[Path], Program]
 
 
 @dataclass
 class FolderReport:
-    """What was written, and the relative error of each output against the program."""
+    """What was written, and the relative error of each output against the program.
+
+    ``quantised`` are the matrices written as codes with scales, ``plain`` those that were quantised and are written as
+    plain numbers, with the reasons. ``checked`` is how the folder was compared, "reload" or "streamed", and
+    ``not_reloaded`` why transformers did not load a quantised one.
+    """
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
     checked: str = ""
+    not_reloaded: str = ""
     files: list[str] = field(default_factory=list)
+    quantised: list[str] = field(default_factory=list)
+    plain: dict[str, str] = field(default_factory=dict)
 
 
 def save_pretrained(
@@ -60,8 +82,9 @@ def save_pretrained(
         program: captured from a Hugging Face checkpoint; passes since then must fit its architecture.
         path: the folder; appears whole or not at all, and replaces nothing but a folder that graphopt wrote.
         check: "reload" runs the folder with transformers in another process; "streamed" captures it again
-            and runs both weight by weight, for models larger than memory; "auto" chooses by size. Both compare in
-            float32 at least, padded on either side, beyond every window that takes no more than seconds to reach.
+            and runs both weight by weight, for models larger than memory; "auto" chooses by size, and a folder of quantised
+            matrices is reloaded where the library of its method is installed and can load it. Both compare in float32 at
+            least, padded on either side, beyond every window that takes no more than seconds to reach.
         recapture: how to capture a folder: for "streamed", and for windows that take longer.
         skeleton: how to name the tensors of a configuration's model.
         progress: called with the name and bytes of each tensor written.
@@ -71,29 +94,47 @@ def save_pretrained(
         LoweringError: the architecture cannot express the program, or the reloaded folder differs from it.
         UsageError: the path holds something that graphopt did not write.
     """
-    tensors, config = contents(program, skeleton)
+    written, config = contents(program, skeleton)
+    tensors = written.tensors
     with atomic_folder(path, may_replace=_is_graphopt_folder) as folder:
-        _write_weights(folder, tensors, shard_bytes, progress)
+        _write_weights(folder, tensors, written.header, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, data in program.origin.assets.items():
+            if name == "hf_quant_config.json":
+                # written anew below where it is needed: what stays plain may have changed
+                continue
             destination = folder / name
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(data)
-        report = FolderReport(Path(path), files=sorted(p.name for p in folder.iterdir()))
+        for name, contents_ in written.files.items():
+            (folder / name).write_text(json.dumps(contents_, indent=2) + "\n", encoding="utf-8")
+        report = FolderReport(
+            Path(path),
+            files=sorted(p.name for p in folder.iterdir()),
+            quantised=written.kept,
+            plain=written.plain,
+        )
         total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
+        fits = total < memory_available() // 3
         if check == "auto":
-            check = "reload" if total < memory_available() // 3 else "streamed"
-        report.checked = check
-        if check not in ("reload", "streamed"):
+            report.not_reloaded = not_reloaded(written)
+            report.checked = "reload" if fits and not report.not_reloaded else "streamed"
+        elif check in ("reload", "streamed"):
+            report.checked = check
+        else:
             raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
-        report.errors = _compare(program, folder, check, recapture)
+        try:
+            report.errors = _compare(program, folder, report.checked, recapture)
+        except _NotLoaded as error:
+            if check != "auto" or written.settings is None:
+                raise
+            report.checked, report.not_reloaded = "streamed", str(error)
+            report.errors = _compare(program, folder, "streamed", recapture)
     return report
 
 
-def contents(
-    program: Program, skeleton: Skeleton | None = None
-) -> tuple[dict[str, TensorSource], dict[str, Any]]:
-    """Return the tensors and the configuration to write.
+def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Written, dict[str, Any]]:
+    """Return the tensors to write, of which quantised matrices make several, and the configuration.
 
     Raises:
         LoweringError: the program did not come from a checkpoint, or a pass made it inexpressible in that format.
@@ -121,12 +162,30 @@ def contents(
             )
         is_weight = node.op == "placeholder"
         tensors[name] = program.weights[node.name].source if is_weight else computed(program, node)[0]
+    settings = program.origin.config.get("quantization_config")
+    written = write_quantised(settings, tensors)
     config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
     if changes.active_experts is not None:
         config = with_experts(config, *changes.active_experts, active=True)
     for before, after in changes.expert_counts:
         config = with_experts(config, before, after, active=False)
-    return tensors, config
+    config.pop("quantization_config", None)
+    if written.settings is not None:
+        config["quantization_config"] = written.settings
+    return written, config
+
+
+def not_reloaded(written: Written) -> str:
+    """Return why transformers is not asked to load a folder, if it is quantised, here; empty if it is."""
+    if written.settings is None:
+        return ""
+    method = str(written.settings.get("quant_method"))
+    library = _LIBRARIES.get(method)
+    if library is None:
+        return f"transformers has no way to load {method} and compute with its plain values"
+    if library and importlib.util.find_spec(library) is None:
+        return f"the library {library} is not installed"
+    return written.not_on_cpu
 
 
 def _is_graphopt_folder(path: Path) -> bool:
@@ -142,6 +201,7 @@ METADATA = {"format": "pt", "writer": "graphopt"}
 def _write_weights(
     folder: Path,
     tensors: dict[str, TensorSource],
+    header: dict[str, str],
     shard_bytes: int,
     progress: Callable[[str, int], None] | None,
 ) -> None:
@@ -155,12 +215,12 @@ def _write_weights(
         shards[-1][name] = source
         size += bytes_
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], metadata=METADATA, progress=progress)
+        write_file(folder / "model.safetensors", shards[0], metadata=METADATA | header, progress=progress)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, metadata=METADATA, progress=progress)
+        write_file(folder / file, shard, metadata=METADATA | header, progress=progress)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(numel(s.shape) * s.dtype.itemsize for s in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -223,7 +283,7 @@ def _reloaded(
         )
         if status != 0:
             last = message.strip().splitlines()[-1:] or ["no message"]
-            raise LoweringError(
+            raise _NotLoaded(
                 f"transformers cannot load what was written: {last[0]}",
                 hint="the architecture cannot express this program; use program.save or program.lower",
             )

@@ -147,7 +147,8 @@ def _repeated(beside: Tensor, given: int, width: int, blocks: int) -> Tensor:
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """Return bytes of codes along the last dimension, the first in the lowest bits, filled up with zeros."""
     count = 8 // bits
-    parts = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % count)).unflatten(-1, (-1, count))
+    filled = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % count))
+    parts = filled.reshape(*filled.shape[:-1], -1, count)
     joined = torch.zeros(parts.shape[:-1], dtype=torch.uint8)
     for place in range(count):
         joined |= parts[..., place] << (bits * place)

@@ -253,7 +253,7 @@ class _Found:
             if not is_operator(moved, "aten.permute") or list(arguments(moved)["dims"]) != [0, 2, 1, 3]:
                 continue
             for flat in list(moved.users):
-                shape = flat.meta["val"].shape if is_operator(flat, "aten.reshape") else ()
+                shape = tuple(flat.meta["val"].shape) if is_operator(flat, "aten.reshape") else ()
                 if len(shape) == 3 and shape[-1] == heads * size:
                     program.edit.replace(flat, attended, record=False)
         program.edit.erase_dead([n for n in node.users if not n.users])

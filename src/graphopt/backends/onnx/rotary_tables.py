@@ -57,7 +57,7 @@ def half_table(
     def at(numbers: torch.Tensor, rows: int = rows, length: int = length, slots: int = count) -> torch.Tensor:
         """Return the value at each of some positions, computed in pieces of the size that the program takes."""
         pieces = []
-        for piece in numbers.split(rows * length):
+        for piece in torch.split(numbers, rows * length):
             filled = torch.nn.functional.pad(piece, (0, rows * length - len(piece)))
             result = _run(program, region, positions, filled.reshape(rows, length), slots)
             if result.shape not in ((rows, 1, length, size), (rows, length, 1, size)):

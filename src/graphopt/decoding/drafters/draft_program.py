@@ -42,7 +42,8 @@ class DraftProgram(Drafter):
         """
         super().begin(decoder, rows, sampling)
         self.draft = CachedDecoder(
-            self.program, len(rows), decoder.capacity, device=decoder.device, compiled=decoder.compiled
+            self.program, len(rows), decoder.capacity, device=decoder.device, compiled=decoder.compiled,
+            kernels=decoder.kernels,
         )  # fmt: skip
         size = decoder.vocabulary
         if self.draft.vocabulary != size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -11,9 +12,11 @@ from torch import fx
 
 from ..operators.traits import Trait, has, named
 from ..operators.work import Call, Operand, Size, Work, minimum
+from ..quantised.stored import is_quantised, stored_bytes
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, operator_name
 from ..sizes import expression
+from ..weights import numel
 from .formulas import known, work
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ class _Surveyor:
             return
         constant = node in result.constant
         operands = self.read(node.meta.get("val"), constant)
-        bits = _stored_bits(node)
+        bits = _stored_bits(node) or self.coded_bits(node)
         if bits is not None:
             operands = tuple(replace(operand, bits=bits) for operand in operands)
         result.base[node] = node
@@ -126,6 +129,13 @@ class _Surveyor:
             elif not constant:
                 result.call_of[node] = self.call(node, name, operands)
         result.operands[node] = operands
+
+    def coded_bits(self, node: fx.Node) -> Fraction | None:
+        """Return the bits in which an entry of a weight is kept on average, if it is kept as codes."""
+        weight = self.program.weights.get(node.name) if node.op == "placeholder" else None
+        if weight is None or not is_quantised(weight.source):
+            return None
+        return Fraction(8 * stored_bytes(weight.source), max(1, numel(weight.source.shape)))
 
     def copies(self, name: str, source: fx.Node) -> bool:
         """Tell whether a reshape copies: merging an expanded dimension with another has to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import sympy
@@ -57,7 +58,7 @@ class Operand:
         dtype: element type.
         weight: known before the program runs: a weight, a value folded from weights, or a view of one.
         stored: elements in memory where an expanded view shows them more than once; None for all of them.
-        bits: of an element as it is stored, where that is fewer than its type has; None otherwise.
+        bits: of an element as it is stored, where that is fewer than its type has, scales included; None otherwise.
         position: index among the call's operands; -1 outside of a call.
     """
 
@@ -65,7 +66,7 @@ class Operand:
     dtype: torch.dtype
     weight: bool = False
     stored: Size | None = None
-    bits: int | None = None
+    bits: int | Fraction | None = None
     position: int = -1
 
     @property
@@ -85,6 +86,10 @@ class Operand:
 
     def bytes_of(self, elements: Size) -> Size:
         """Return the bytes of this many elements."""
+        if isinstance(self.bits, Fraction):
+            if isinstance(elements, int):
+                return math.ceil(elements * self.bits / 8)
+            return elements * sympy.Rational(self.bits.numerator, 8 * self.bits.denominator)
         if self.bits is None or self.bits % 8 == 0:
             return elements * (self.dtype.itemsize if self.bits is None else self.bits // 8)
         return half(elements * (self.bits // 4))

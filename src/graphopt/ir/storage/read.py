@@ -26,6 +26,7 @@ from .encode import decode, dtype_of
 from .facts import typed_facts
 from .manifest import FORMAT, INFERRED, VERSION, file_hash
 from .names import asset_name, input_name, weight_name
+from .quantised_weights import saved_codes
 from .safetensors_file import contained, read_header
 
 _FILL_RULES = ("ones", "zeros", "positions", "positions_from_mask", "following", "marks")
@@ -262,6 +263,8 @@ class Reader:
             )
         if file not in self.headers:
             self.headers[file] = read_header(_contained_path(self.folder, file))
+        if "quantised" in entry:
+            return saved_codes(name, entry["quantised"], self.headers[file])
         source = self.headers[file].get(name)
         if source is None:
             raise CheckpointError(f"{self.folder / file} has no tensor {name!r}")

@@ -18,13 +18,14 @@ from ..program import Program
 from ..running.fold import fold
 from ..sizes import SizeTextError
 from ..text import source_line
-from ..weights import Weight
+from ..weights import TensorSource, Weight
 from .allowed import name_of
 from .atomic import atomic_folder
 from .encode import dtype_name, encode
 from .facts import plain_facts
 from .manifest import FORMAT, INFERRED, VERSION, file_hash, is_saved_program
 from .names import asset_name, input_name, weight_name
+from .quantised_weights import describe_codes, parts_of_codes
 from .read import load_program
 from .safetensors_file import write_file
 
@@ -55,10 +56,19 @@ def save_program(
     document = describe_program(work)
     with atomic_folder(path, may_replace=is_saved_program) as folder:
         files: dict[str, str] = {}
+        last = parts_of_codes()
         (folder / "weights").mkdir()
         for number, shard in enumerate(_shards(work), start=1):
             name = f"weights/{number:05d}.safetensors"
-            write_file(folder / name, {n: w.source for n, w in shard.items()}, progress=progress)
+            tensors: dict[str, TensorSource] = {}
+            for node_name, weight in shard.items():
+                codes = describe_codes(weight.source, last)
+                if codes is None:
+                    tensors[node_name] = weight.source
+                else:
+                    document["weights"][node_name]["quantised"] = codes[0]
+                    tensors |= {f"{node_name}.{part}": source for part, source in codes[1].items()}
+            write_file(folder / name, tensors, progress=progress)
             files[name] = file_hash(folder / name)
             for node_name in shard:
                 document["weights"][node_name]["file"] = name

@@ -23,6 +23,8 @@ BUILT_IN: dict[str, str] = {
     "stream-convolutions": "graphopt.passes.convolutions.stream_convolutions:StreamConvolutions",
     "fit-target": "graphopt.passes.quantization.fit_target:FitTarget",
     "quantize": "graphopt.passes.quantization.quantize:Quantize",
+    "quantize-weights": "graphopt.passes.quantization.quantize_weights:QuantizeWeights",
+    "dequantize-weights": "graphopt.passes.quantization.dequantize_weights:DequantizeWeights",
     "insert-kv-cache": "graphopt.passes.caching.insert_kv_cache:InsertKVCache",
     "attach-multi-token-heads": "graphopt.passes.heads.attach_multi_token_heads:AttachMultiTokenHeads",
     "attach-draft": "graphopt.passes.heads.attach_draft:AttachDraft",

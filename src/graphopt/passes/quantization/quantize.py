@@ -14,6 +14,7 @@ from ...ir.export_blockers import block_export
 from ...ir.facts import Canonical, Legal, Quantized
 from ...ir.option import option
 from ...ir.program import Program
+from ...ir.quantised.stored import is_quantised
 from ...ir.schema import arguments, is_operator
 from ...measure.metrics import METRICS
 from ...targets import Target, find_target
@@ -106,6 +107,10 @@ class Quantize(Pass):
         plan.refused = [
             Refused(n.name, why, program.source_line(n))
             for n in program.nodes if is_operator(n, "graphopt.routed_ffn", "graphopt.nested_ffn")
+        ]  # fmt: skip
+        plan.refused += [
+            Refused(n.name, "it is stored in few bits already; dequantize-weights makes it plain", "")
+            for n in program.weight_nodes if is_quantised(program.weights[n.name].source)
         ]  # fmt: skip
         if plan.refused:
             return plan

@@ -1,0 +1,222 @@
+"""Rounding a matrix to codes of few bits: nearest, by half-quadratic splitting, or fitted to its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ir.quantised.codes import RANGES, STORED
+from ...ir.quantised.tensor import QuantisedTensor
+
+DAMPING = 0.01
+"""Added to the diagonal of second moments, as a share of its mean (arXiv 2210.17323)."""
+COLUMNS = 128
+"""Columns that are rounded before the others are corrected for them (arXiv 2210.17323)."""
+_TINY = 1e-12
+
+
+def code_of(bits: int, symmetric: bool) -> str:
+    """Return the code of integers: with a sign where 0 stands for 0."""
+    return f"{'int' if symmetric else 'uint'}{bits}"
+
+
+def steps_of(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return scale and zero of groups of numbers.
+
+    Symmetric: the number of largest size, with its sign, becomes the least integer, which uses the whole range. Otherwise
+    the range that holds all numbers and 0 is divided evenly.
+
+    Args:
+        groups: (..., numbers that share a scale).
+        bits: of a code.
+        symmetric: whether 0 stands for 0.
+        dtype: that scales are stored in: they are rounded to it before codes are chosen.
+
+    Returns:
+        Both without the last dimension; zeros are whole numbers.
+    """
+    if symmetric:
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scale = (largest / RANGES[f"int{bits}"][0]).to(dtype)
+        return torch.where(scale == 0, torch.ones_like(scale), scale), None
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    steps = 2**bits - 1
+    scale = ((high - low) / steps).to(dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, (-low / scale.to(groups.dtype)).round().clamp(0, steps).to(torch.uint8)
+
+
+def _coded(values: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Return the codes nearest to values; scale and zero broadcast."""
+    low, high = RANGES[code_of(bits, zero is None)]
+    shifted = values / scale.to(values.dtype)
+    return (shifted.round() if zero is None else (shifted + zero.to(values.dtype)).round()).clamp(low, high)
+
+
+def nearest(weight: Tensor, bits: int, group: int, symmetric: bool) -> QuantisedTensor:
+    """Return a matrix, or stack of matrices, with each number rounded to the nearest code.
+
+    Args:
+        weight: (..., inputs).
+        bits: of a code.
+        group: inputs that share a scale.
+        symmetric: whether 0 stands for 0.
+    """
+    grouped = weight.float().reshape(*weight.shape[:-1], -1, group)
+    scale, zero = steps_of(grouped, bits, symmetric, weight.dtype)
+    codes = _coded(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), bits)
+    return _tensor(codes.reshape(weight.shape), scale, zero, bits, group, weight.dtype)
+
+
+def half_quadratic(
+    weight: Tensor, bits: int, group: int, rounds: int = 20, norm: float = 0.7
+) -> QuantisedTensor:
+    """Return a matrix rounded with zeros that lessen the error of most numbers at the cost of outliers (HQQ).
+
+    The zeros are no whole numbers. The error is measured with a norm below one, minimised by half-quadratic splitting:
+    codes, then the part of the error that counts as outliers, then zeros (Badri and Shaji, Half-Quadratic Quantization,
+    2023).
+
+    Args:
+        weight: (..., inputs).
+        bits: of a code.
+        group: inputs that share a scale.
+        rounds: most rounds; it stops where the error grows.
+        norm: of the error.
+    """
+    grouped = weight.float().reshape(*weight.shape[:-1], -1, group)
+    scale, zero = steps_of(grouped, bits, False, weight.dtype)
+    wide, best = scale.float().unsqueeze(-1), None
+    assert zero is not None
+    shift, strength = zero.float().unsqueeze(-1), 10.0
+    for _ in range(rounds):
+        codes = (grouped / wide + shift).round().clamp(0, 2**bits - 1)
+        error = grouped - (codes - shift) * wide
+        size = error.abs().mean()
+        if best is not None and size >= best[0]:
+            break
+        best = (size, shift)
+        outliers = error.sign() * (error.abs() - error.abs().clamp(min=_TINY).pow(norm - 1) / strength).clamp(
+            min=0
+        )
+        shift = (codes - (grouped - outliers) / wide).mean(-1, keepdim=True)
+        strength *= 1.01
+    assert best is not None
+    real = best[1].squeeze(-1).to(weight.dtype)
+    codes = (grouped / wide + real.float().unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    return _tensor(codes.reshape(weight.shape), scale, real, bits, group, weight.dtype)
+
+
+def fitted(
+    weight: Tensor, moments: Tensor, bits: int, group: int, symmetric: bool, ordered: bool = True
+) -> QuantisedTensor:
+    """Return a matrix rounded so that its products with the inputs change little (GPTQ, arXiv 2210.17323).
+
+    Columns are rounded one after another, and those that are left make up for the error.
+
+    Args:
+        weight: (outputs, inputs).
+        moments: (inputs, inputs), products of inputs summed over data.
+        bits: of a code.
+        group: inputs that share a scale.
+        symmetric: whether 0 stands for 0.
+        ordered: round columns with large inputs first; the scales of all groups are then chosen before.
+    """
+    values, moments = weight.double().clone(), moments.double().clone()
+    silent = moments.diagonal() == 0
+    moments.diagonal()[silent] = 1.0
+    values[:, silent] = 0.0
+    inputs = values.shape[1]
+    scale, zero = steps_of(values.reshape(len(values), -1, group), bits, symmetric, weight.dtype)
+    order = torch.arange(inputs)
+    if ordered:
+        order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    values, moments = values[:, order], moments[order][:, order]
+    upper = _inverse_factor(moments)
+    codes = torch.empty_like(values)
+    for first in range(0, inputs, COLUMNS):
+        last = min(first + COLUMNS, inputs)
+        errors = torch.zeros(len(values), last - first, dtype=torch.float64)
+        for column in range(first, last):
+            place = int(order[column]) // group
+            if not ordered and column % group == 0:
+                # with what the columns before left to these
+                fresh = steps_of(values[:, column : column + group], bits, symmetric, weight.dtype)
+                scale[:, place] = fresh[0]
+                if zero is not None and fresh[1] is not None:
+                    zero[:, place] = fresh[1]
+            step, shift = scale[:, place].double(), None if zero is None else zero[:, place]
+            codes[:, column] = _coded(values[:, column], step, shift, bits)
+            rounded = (codes[:, column] - (0 if shift is None else shift.double())) * step
+            error = (values[:, column] - rounded) / upper[column, column]
+            values[:, column + 1 : last] -= error[:, None] * upper[column, column + 1 : last][None]
+            errors[:, column - first] = error
+        values[:, last:] -= errors @ upper[first:last, last:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return _tensor(result, scale, zero, bits, group, weight.dtype)
+
+
+def _inverse_factor(moments: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse, damped as much as it needs."""
+    damping = DAMPING * moments.diagonal().mean()
+    while True:
+        moments.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if not int(failed):
+            upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+            return upper
+        damping = damping * 10
+
+
+def channel_scales(
+    weights: list[Tensor], moments: Tensor, count: int, bits: int, group: int, symmetric: bool
+) -> Tensor:
+    """Return the factors of input channels that protect those with large inputs (AWQ, arXiv 2306.00978).
+
+    The matrices are to be multiplied, and their inputs divided, by the factors: powers of the inputs' root mean square, of
+    which that with the least error is taken. (The paper takes mean magnitudes, which need a second run.)
+
+    Args:
+        weights: (outputs, inputs) each, of all matrices that read the value.
+        moments: (inputs, inputs) of that value.
+        count: rows that the moments are sums of.
+        bits: of a code.
+        group: inputs that share a scale.
+        symmetric: whether 0 stands for 0.
+    """
+    size = (moments.diagonal() / max(count, 1)).clamp(min=0).sqrt().float().clamp(min=1e-4)
+    moments = moments.float()
+    best, chosen = float("inf"), torch.ones_like(size)
+    for power in range(20):
+        factors = size.pow(power / 20)
+        factors = factors / (factors.max() * factors.min()).sqrt()
+        error = 0.0
+        for weight in weights:
+            rounded = nearest(weight.float() * factors, bits, group, symmetric).dequantise().float() / factors
+            difference = rounded - weight.float()
+            error += float(((difference @ moments) * difference).sum())
+        if error < best:
+            best, chosen = error, factors
+    return chosen
+
+
+def output_error(weight: Tensor, rounded: Tensor, moments: Tensor | None) -> float:
+    """Return the relative error of a matrix's products with its inputs, or of the matrix itself without moments."""
+    difference, weight = (rounded.double() - weight.double()), weight.double()
+    if moments is None:
+        return float(difference.norm() / weight.norm().clamp(min=_TINY))
+    moments = moments.double()
+    return float(
+        (
+            ((difference @ moments) * difference).sum() / ((weight @ moments) * weight).sum().clamp(min=_TINY)
+        ).sqrt()
+    )
+
+
+def _tensor(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, dtype: torch.dtype
+) -> QuantisedTensor:
+    code = code_of(bits, zero is None)
+    block = (*(1 for _ in codes.shape[:-1]), group)
+    return QuantisedTensor(codes.to(STORED[code]), scale, code, block, dtype, zero)
