@@ -170,6 +170,10 @@ class Lower(Opening, Writing):
         "Operators of ONNX files: standard, or runtime for those that ONNX Runtime alone has kernels for, which are "
         "faster; by default standard with --to onnx and runtime with --to genai."
     )
+    float_products: bool = option(
+        "With operators=runtime: do not round the inputs of products with few-bit weights to 8 bits; slower.",
+        False,
+    )
     part_bytes: int | None = option(
         "Cut the graph into shards whose weights take at most this many bytes.", min=1
     )

@@ -55,6 +55,8 @@ def _options(args: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
         raise UsageError(f"there are no operators {args.operators!r}", hint="--operators standard or runtime")
     if to == "triton" and args.operators is not None:
         raise UsageError("--operators is for ONNX files", hint="--to onnx or genai")
+    if to == "triton" and args.float_products:
+        raise UsageError("--float-products is for ONNX files", hint="--to onnx or genai")
     if to != "triton":
         if args.device is not None:
             raise UsageError("--device is for AOTInductor packages", hint="--to triton")
@@ -65,6 +67,8 @@ def _options(args: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
         options: dict[str, Any] = {"opset": args.opset, "check": args.check}
         if args.operators is not None:
             options["operators"] = args.operators
+        if args.float_products:
+            options["float_products"] = True
         onnx_options = {"sizes": sizes, "target": target, "part_bytes": args.part_bytes}
         return options | onnx_options if to == "onnx" else options
     if args.opset is not None:
@@ -112,6 +116,11 @@ def _show_use(report: OnnxReport) -> None:
     listing = ", ".join(f"{name} {count}" for name, count in use.used.items())
     rotated = f", {use.rotated} with the rotation inside" if use.rotated else ""
     text(f"{report.path.name}: kernels of ONNX Runtime: {listing or 'none'}{rotated}")
+    if use.rounding is not None:
+        text(
+            f"{report.path.name}: products with few-bit weights round their inputs to 8 bits, which changes outputs by "
+            f"{use.rounding:.2g}; --float-products does not"
+        )
     for kernel, reasons in use.left.items():
         for reason, count in reasons.items():
             text(f"{report.path.name}: {count} without {kernel}: {reason}")

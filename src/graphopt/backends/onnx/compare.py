@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import fx
 
 from ...ir.checking.comparison import relative_error
 from ...ir.errors import LoweringError
-from ...ir.facts import Quantized
+from ...ir.facts import KVCache, Quantized
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.running.retype import retyped, widen
@@ -34,6 +34,8 @@ _RELATIVE_DIVERGENCE = 2.0
 """Above that share: how far a runtime may differ, relative to the program's own difference between float64 and
 float32. Over 30 layers whose stream holds values in the thousands, at 16 bits per value: 0.06 of the logits, a
 runtime 0.05."""
+_INPUTS_ROUNDED = 0.3
+"""Above that, no rounding of inputs to 8 bits: each product loses 5e-3 to 8e-3, which layers add up."""
 _HALF_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -43,6 +45,7 @@ def compare_with_runtime(
     cases: list[Case],
     tolerance: float | None = None,
     shared: bool = False,
+    types: Collection[torch.dtype] = (),
 ) -> dict[str, float]:
     """Return the largest relative error of each output over the cases.
 
@@ -59,12 +62,15 @@ def compare_with_runtime(
         cases: inputs.
         tolerance: largest error; by default what rounding explains.
         shared: caches are updated in place, as in onnxruntime-genai: ``next_NAME`` in the memory of ``NAME``.
+        types: that values of few-bit weights are rounded to in the program, and not in the files.
 
     Raises:
         LoweringError: ONNX Runtime does not run a file, or an error exceeds the tolerance.
     """
     quantized = Quantized in program.facts
-    limit = tolerance if tolerance is not None else tolerance_of(program)
+    limit = tolerance
+    if limit is None:
+        limit = max([tolerance_of(program), *(_HALF_TOLERANCE.get(t, 0.0) for t in types)])
     plain = without_rounding(program) if quantized and tolerance is None else None
     results = _results(paths, cases, shared)
     errors: dict[str, float] = {}
@@ -105,6 +111,40 @@ def compare_with_runtime(
             + "; compare=False writes the file anyway",
         )
     return errors
+
+
+def error_of_rounding(paths: Sequence[Path], program: Program, cases: list[Case], shared: bool) -> float:
+    """Return the largest relative error of an output, by norm, of files that round inputs of products to 8 bits.
+
+    Args:
+        paths: of files that were compared without that rounding, by :func:`compare_with_runtime`.
+        program: the program that they implement.
+        cases: the same inputs.
+        shared: caches are updated in place.
+
+    Raises:
+        LoweringError: the error is more than rounding explains.
+    """
+    worst = 0.0
+    cache = program.facts.get(KVCache)
+    if cache is not None:
+        # what a random cache holds is no text, and small differences grow without bound in it
+        cases = [c for c in cases if cache.positions not in c.inputs or not c.inputs[cache.positions][..., 0].any()]
+    for case, outputs in zip(cases, _results(paths, cases, shared), strict=True):
+        expected = run(program, {n: v for n, v in case.inputs.items() if n in program.input_nodes})
+        for name, reference in expected.items():
+            pair = counted(torch.from_numpy(outputs[name].copy()), reference, case)
+            if pair is None or not reference.is_floating_point():
+                continue
+            found, exact = (value.to(torch.float64) for value in pair)
+            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+            if not error <= _INPUTS_ROUNDED:
+                raise LoweringError(
+                    f"rounding the inputs of products to 8 bits changes {name} by {error:.2g} of its size",
+                    hint="--float-products keeps them; they are slower",
+                )
+            worst = max(worst, error)
+    return worst
 
 
 def _results(paths: Sequence[Path], cases: list[Case], shared: bool) -> list[dict[str, Any]]:

@@ -214,13 +214,14 @@ def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
     return int(token) if isinstance(token, int) and 0 <= token < vocabulary else otherwise
 
 
-def compare(program: Program, folder: Path, chunk: int = 6) -> int:
+def compare(program: Program, folder: Path, chunk: int = 6, behind: float = 2e-2) -> int:
     """Generate with genai and check that each of its tokens is the program's most likely one, up to rounding.
 
     Args:
         program: that the folder was written from.
         folder: with genai_config.json, whose stages all run on this machine.
         chunk: how many tokens a prompt's graph takes.
+        behind: how much less likely a token may be than the program's, of the largest logit.
 
     Raises:
         LoweringError: genai does not load the folder, or generates other tokens.
@@ -260,13 +261,11 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     logits = _logits(program, generated)
     for position in range(len(prompt), len(generated)):
         before = logits[position - 1]
-        behind = float(before.max() - before[generated[position]]) / float(
-            before.abs().max().clamp(min=1e-30)
-        )
-        if not behind <= 2e-2:
+        less = float(before.max() - before[generated[position]]) / float(before.abs().max().clamp(min=1e-30))
+        if not less <= behind:
             raise LoweringError(
                 f"onnxruntime-genai generates token {generated[position]} at place {position}, and the program "
-                f"{int(before.argmax())}, which is likelier by {behind:.2g} of the largest logit"
+                f"{int(before.argmax())}, which is likelier by {less:.2g} of the largest logit"
             )
     if len(generated) == len(prompt):
         raise LoweringError("onnxruntime-genai generates nothing")

@@ -48,6 +48,7 @@ def lower_onnx(
     float32: bool = True,
     tolerance: float | None = None,
     operators: Operators = "standard",
+    float_products: bool = False,
 ) -> OnnxReport:
     """Write the program as an ONNX file, or as a folder of several.
 
@@ -80,7 +81,10 @@ def lower_onnx(
         tolerance: largest accepted relative error; by default 1e-4, and 2e-2 for float16.
         operators: "standard" for ONNX's own; "runtime" for those that ONNX Runtime has kernels for beside them, where
             they compute the same: faster, and for ONNX Runtime alone. The report says which were used, and why others
-            were not (``kernels``).
+            were not (``kernels``). Weights that are stored in few bits stay so.
+        float_products: with ``operators="runtime"``, products with few-bit weights take their inputs as they are. By
+            default they are rounded to 8 bits, which is faster; what was compared before that rounding must be equal,
+            and the report says what it changes (``kernels.rounding``).
 
     Raises:
         LoweringError: a package is missing, an opset or size is not supported, ONNX lacks an operator, the checker
@@ -142,6 +146,7 @@ def lower_onnx(
         opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data,
         asked=profile, kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance,
         part_bytes=part_bytes, alone=len(buckets) == 1, kernels=operators == "runtime",
+        float_products=float_products,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
         if not folder:

@@ -15,7 +15,8 @@ from ...ir.running.execute import run
 from ...targets import Target
 from ..checking.cases import Case, comparison_cases
 from .check import check_file
-from .compare import compare_with_runtime
+from .compare import compare_with_runtime, error_of_rounding
+from .few_bits import FLOAT, PRODUCT, ROUNDED, round_inputs, value_types
 from .graph import build_graph
 from .host_partition import Split, prepared, split
 from .kernel_cases import row_by_row
@@ -70,6 +71,7 @@ class Writing:
     part_bytes: int | None
     alone: bool
     kernels: bool = False
+    float_products: bool = False
 
     @property
     def device(self) -> Target | None:
@@ -109,8 +111,19 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
         shared = how.kernels and KVCache in reference.facts
         if shared and any(r.kernels is not None and ROWS in r.kernels.conditions for r in reports):
             cases = row_by_row(cases, reference)
-        errors = compare_with_runtime(paths, reference, cases, how.tolerance, shared=shared)
+        types = value_types(lowered) if how.kernels else set()
+        errors = compare_with_runtime(paths, reference, cases, how.tolerance, shared=shared, types=types)
         reports = [replace(r, errors={n: e for n, e in errors.items() if n in r.outputs}) for r in reports]
+        if not how.float_products and any(
+            r.kernels is not None and PRODUCT in r.kernels.used for r in reports
+        ):
+            for path in paths:
+                round_inputs(path)
+            error = error_of_rounding(paths, reference, cases, shared)
+            reports = [
+                replace(r, kernels=None if r.kernels is None else replace(r.kernels, rounding=error))
+                for r in reports
+            ]
     if how.check and how.device is not None:
         if halves.host is not None:
             cases = [prepared(case, halves.host) for case in cases]
@@ -134,7 +147,8 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
     started = time.perf_counter()
     use = None
     if how.kernels:
-        program, use = use_kernels(program)
+        # what is compared computes in floats; only then are inputs rounded
+        program, use = use_kernels(program, FLOAT if how.compare or how.float_products else ROUNDED)
     graph = build_graph(program, how.opset, how.kernels)
     if how.asked is not None:
         require_taken(graph, program, how.asked, how.kind)

@@ -57,6 +57,26 @@ def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+@_shape_rule(
+    "matmul_nbits(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, *, int bits, int block, "
+    "int columns, int level) -> Tensor"
+)
+def _matmul_nbits(x: Tensor, words: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """Multiply ``x`` (..., columns) with a matrix of few bits: (..., rows)."""
+    return x.new_empty((*x.shape[:-1], words.shape[0]))
+
+
+@_shape_rule(
+    "gather_blocks(Tensor words, Tensor indices, Tensor scales, Tensor? zeros, *, int bits, int block, int columns) "
+    "-> Tensor"
+)
+def _gather_blocks(
+    words: Tensor, indices: Tensor, scales: Tensor, *rest: Any, columns: int, **options: Any
+) -> Tensor:
+    """Return rows of a matrix of few bits: (..., columns)."""
+    return scales.new_empty((*indices.shape, columns))
+
+
 class RuntimeWriter:
     """Writes the nodes while the exporter records them."""
 
@@ -82,6 +102,47 @@ class RuntimeWriter:
         self._rotary = _operator(
             "RotaryEmbedding", "input position_ids cos_cache sin_cache", "output", "interleaved"
         )
+
+        few = "words scales zeros?"
+        self._product = _operator(
+            "MatMulNBits", f"A {few} g_idx? bias?", "Y", "K N bits block_size accuracy_level"
+        )
+        self._lookup = _operator(
+            "GatherBlockQuantized",
+            "words indices scales zeros?",
+            "output",
+            "bits block_size gather_axis quantize_axis",
+        )
+
+    def matmul_nbits(
+        self,
+        x: Any,
+        words: Any,
+        scales: Any,
+        zeros: Any,
+        bias: Any,
+        *,
+        bits: int,
+        block: int,
+        columns: int,
+        level: int,
+    ) -> Any:
+        """``graphopt_runtime.matmul_nbits``."""
+        inputs = [x, words, scales, zeros, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self._product(
+            *inputs, K=columns, N=int(words.shape[0]), bits=bits, block_size=block, accuracy_level=level
+        )
+
+    def gather_blocks(
+        self, words: Any, indices: Any, scales: Any, zeros: Any, *, bits: int, block: int, columns: int
+    ) -> Any:
+        """``graphopt_runtime.gather_blocks``."""
+        # the product reads the same words in three dimensions
+        flat = self._shared.op.Reshape(words, self._shared.integers(0, -1))
+        inputs = [flat, indices, scales] + ([] if zeros is None else [zeros])
+        return self._lookup(*inputs, bits=bits, block_size=block, gather_axis=0, quantize_axis=1)
 
     def group_query_attention(
         self, q: Any, k: Any, v: Any, past_key: Any, past_value: Any, last: Any, total: Any, cos: Any = None,
@@ -142,6 +203,8 @@ def translations(writer: RuntimeWriter) -> dict[Callable[..., Any], Callable[...
     return {
         operators.group_query_attention.default: writer.group_query_attention,
         operators.skip_rms_norm.default: writer.skip_rms_norm,
+        operators.matmul_nbits.default: writer.matmul_nbits,
+        operators.gather_blocks.default: writer.gather_blocks,
     }
 
 
