@@ -65,6 +65,7 @@ LINES = [
     Line("fit-target", ("saved", "ONNX"), generate=False, suite=False),
     Line("fit-target, quantize{target=onnx}", ("saved", "ONNX"), generate=False),
     Line("insert-kv-cache{max_length=512}", ("saved", "genai"), judge=False),
+    Line("insert-kv-cache{max_length=512}, quantize-cache", ("saved", "ONNX")),
     Line("attach-multi-token-heads{heads=2}", ("saved",), suite=False),
     Line("attach-draft", ("saved",), suite=False),
     Line("attach-mask-tokens", ("saved",), suite=False),
