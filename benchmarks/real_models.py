@@ -69,6 +69,7 @@ LINES = [
     Line("quantize-weights{method=gptq}", suite=False),
     Line("quantize-weights, dequantize-weights", ("saved", "Hugging Face"), suite=False),
     Line("insert-kv-cache{max_length=512}", ("saved", "genai"), judge=False),
+    Line("insert-kv-cache{max_length=512}, quantize-cache", ("saved", "ONNX")),
     Line("attach-multi-token-heads{heads=2}", ("saved",), suite=False),
     Line("attach-draft", ("saved",), suite=False),
     Line("attach-mask-tokens", ("saved",), suite=False),

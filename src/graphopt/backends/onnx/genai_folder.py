@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...ir.errors import LoweringError
-from ...ir.facts import KVCache
+from ...ir.facts import KVCache, QuantizedCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.schema import argument, is_operator
@@ -141,6 +141,12 @@ def genai_config(program: Program) -> dict[str, Any]:
         raise LoweringError(
             "onnxruntime-genai generates with caches, and this program has none of the plain kind",
             hint="run insert-kv-cache{} last, without tree",
+        )
+    if QuantizedCache in program.facts:
+        raise LoweringError(
+            "onnxruntime-genai reads caches of few bits with scales that are constants of the file, and these have scales "
+            "for each token, in caches that it does not know",
+            hint="leave out quantize-cache, or write plain ONNX files and hand the caches from step to step",
         )
     inputs = program.signature.inputs
     shapes = {tuple(inputs[n].shape[1:2]) + tuple(inputs[n].shape[3:]) for n in inputs if "_cache_" in n}
