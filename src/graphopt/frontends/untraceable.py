@@ -11,14 +11,43 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from .expert_loops import ExpertLoops
 
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Write masks, slices and triangular systems in ways that can be traced while the context is open."""
-    with broadcast_masks(), triangular_systems(), Sizes():
+    """Write masks, slices, triangular systems and loops over experts in ways that can be traced while it is open."""
+    with broadcast_masks(), triangular_systems(), casts_of_modules(), Sizes(), ExpertLoops():
         yield
+
+
+@contextlib.contextmanager
+def casts_of_modules() -> Iterator[None]:
+    """Let modules that a model casts while it runs compute with cast weights, while the context is open.
+
+    Routers are cast to a more precise type by ``Module.to`` on every call. It exchanges parameters, of which a tracer
+    holds references. A module with nothing to cast is left alone.
+    """
+    before = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if kwargs or len(args) != 1 or not isinstance(args[0], torch.dtype):
+            return before(self, *args, **kwargs)
+        for module in self.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.is_floating_point() and weight.dtype is not args[0]:
+                    # the tracer puts its own back
+                    module._parameters[name] = weight.to(args[0])  # type: ignore[assignment]
+        return self
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = before  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
