@@ -56,9 +56,9 @@ def test_no_entry_is_further_than_half_a_step(data: Any, bits: int, dtype: torch
     exponents = st.floats(-60 if dtype == torch.float64 else -12, 0)
     entries = []
     for _ in range(groups * 2):
-        largest = 2.0 ** (
-            data.draw(st.sampled_from([1.0, *[data.draw(exponents)] * 3])) * 1e0 + top
-        ) * float(limits.max)
+        largest = 2.0 ** (data.draw(st.sampled_from([1.0, *[data.draw(exponents)] * 3])) * 1e0 + top) * float(
+            limits.max
+        )
         shares = data.draw(st.lists(st.floats(-1, 1) | st.just(0.0), min_size=group, max_size=group))
         size = data.draw(st.sampled_from([largest, 1.0, float(limits.tiny), 0.0]))
         entries.append(torch.tensor(shares, dtype=torch.float64) * min(size, float(limits.max)))
