@@ -16,7 +16,6 @@ from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.running.fold import Computed
 from ..ir.weights import TensorSource
 
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Types that scales have, where a layout does not say more."""
 
@@ -255,8 +254,8 @@ class EncodedPart:
 def encoded(sources: Mapping[str, tuple[TensorSource, Layout]]) -> dict[str, dict[str, TensorSource]]:
     """Return, for each matrix by name, the tensors to write, by what follows the module's name.
 
-    Nothing is read, but for the few layouts in which only values tell whether they can hold a matrix. A matrix that is still
-    the one that was read is written in the tensors that it was read from.
+    Nothing is read, but for the few layouts in which only values tell whether they can hold a matrix. A matrix that is
+    still the one that was read is written in the tensors that it was read from.
 
     Raises:
         CannotExpress: a layout has no place for one; ask for one matrix at a time to know which.

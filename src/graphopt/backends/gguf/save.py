@@ -34,9 +34,9 @@ _LIMITS = {"F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.03, "Q4_0": 0.3, "Q4_1": 0.3}
 class GgufReport:
     """What was written.
 
-    ``kinds`` tell how many tensors have each type, ``copied`` how many are as they were in another GGUF file, ``codes`` how many
-    are integers that were there before, ``rounded`` which were rounded to their type, with their relative error. ``errors`` are
-    those of the program's outputs, computed from the values that the file has.
+    ``kinds`` tell how many tensors have each type, ``copied`` how many are as they were in another GGUF file, ``codes`` how
+    many are integers that were there before, ``rounded`` which were rounded to their type, with their relative error.
+    ``errors`` are those of the program's outputs, computed from the values that the file has.
     """
 
     path: Path
@@ -62,9 +62,9 @@ def save_gguf(
     Args:
         program: captured from a Hugging Face checkpoint or a GGUF file; passes since then must fit its architecture.
         path: the file; appears whole or not at all.
-        type: of matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, or auto: blocks that came from a GGUF file as they are, codes of
-            quantised matrices where a type holds them exactly, and others in their own floating type. Vectors are float32.
-            Rows that are no multiple of 32 are not quantised, and written as F16.
+        type: of matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, or auto: blocks that came from a GGUF file as they are, codes
+            of quantised matrices where a type holds them exactly, and others in their own floating type. Vectors are
+            float32. Rows that are no multiple of 32 are not quantised, and written as F16.
         recapture: how to capture the file again.
         skeleton: how to name the tensors of a configuration's model.
         pre_tokenizers: ways of splitting texts that files have names for.

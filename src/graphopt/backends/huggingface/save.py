@@ -36,8 +36,8 @@ SCRIPT = Path(__file__).with_name("reload.py")
 
 # what transformers needs to load matrices of each method and to dequantise them; None: nothing has both
 _LIBRARIES: dict[str, str | None] = {
-    "compressed-tensors": "compressed_tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes", "fp8": "", "mxfp4": "",
-    "modelopt": None, "gptq": None, "awq": None,
+    "compressed-tensors": "compressed_tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes", "fp8": "",
+    "mxfp4": "", "modelopt": None, "gptq": None, "awq": None,
 }  # fmt: skip
 
 
@@ -53,8 +53,8 @@ class FolderReport:
     """What was written, and the relative error of each output against the program.
 
     ``quantised`` are the matrices written as codes with scales, ``plain`` those that were quantised and are written as
-    plain numbers, with the reasons. ``checked`` is how the folder was compared, "reload" or "streamed", and ``not_reloaded``
-    why transformers did not load a quantised one.
+    plain numbers, with the reasons. ``checked`` is how the folder was compared, "reload" or "streamed", and
+    ``not_reloaded`` why transformers did not load a quantised one.
     """
 
     path: Path
