@@ -1,9 +1,9 @@
 """Quantised folders that the library of each method writes: our values, and what transformers loads of our folders.
 
-A small Llama (and, for mxfp4, a small GPT-OSS) is quantised by transformers with the method's own library, or by the method's
-published layout where no library writes it on a CPU. One line for each format: whether our values equal, bit for bit, those
-that the library dequantises; and, after a layer is skipped and the folder written by us, how far the outputs of transformers
-on that folder are from ours (in float32, relative). Libraries that are missing are named: compressed-tensors, torchao,
+A small Llama is quantised by transformers with the method's own library, or by the method's published layout where no
+library writes it on a CPU. One line for each format: whether our values equal, bit for bit, those that the library
+dequantises; and, after a layer is skipped and the folder written by us, how far the outputs of transformers on that folder
+are from ours (in float32, relative). Libraries that are missing are named: compressed-tensors, torchao,
 bitsandbytes; none is needed by graphopt itself. Run it where they are installed:
 
     python benchmarks/quantised_formats.py [name ...]

@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends/checking": _IR,
     "backends/onnx": _EXIT,
     "backends/huggingface": _EXIT | {"formats"},
+    "backends/gguf": _EXIT | {"backends/huggingface"},
     "backends/triton": _EXIT,
     "decoding": _IR | {"data", "measure", "passes/framework", "passes/caching"},
     "training": _IR | {"data", "measure", "passes/framework", "passes/tensor_parallel"},

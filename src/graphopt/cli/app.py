@@ -181,11 +181,16 @@ class Lower(Opening, Writing):
 
 @command("leaving.export_program")
 class Export(Reading, Writing):
-    """Write a Hugging Face folder, a .pt2 file or multi-token heads, then read them back and compare."""
+    """Write a Hugging Face folder, a GGUF file, a .pt2 file or multi-token heads, then read them back and compare."""
 
     program: str = PROGRAM
-    to: str = option("huggingface, pt2, or medusa for only the heads.")
+    to: str = option("huggingface, gguf, pt2, or medusa for only the heads.")
     output: str = NEW_FILE
+    kind: str = option(
+        "Of matrices in a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, or auto, as they are.",
+        "auto",
+        "--type",
+    )
 
 
 @command("leaving.run_program")

@@ -97,8 +97,7 @@ def open_matrices(
     """Return a checkpoint's tensors with each quantised matrix in place of its parts, and notes.
 
     Args:
-        settings: the contents of hf_quant_config.json, or ``quantization_config`` of the configuration, which has them
-            flat.
+        settings: the contents of hf_quant_config.json, or ``quantization_config``, which has them flat.
         tensors: of the files.
         dtype: of the model and of the values.
 

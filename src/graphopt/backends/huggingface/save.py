@@ -125,12 +125,12 @@ def save_pretrained(
         else:
             raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
         try:
-            report.errors = _compare(program, folder, report.checked, recapture)
+            report.errors = compare_again(program, folder, report.checked, recapture)
         except _NotLoaded as error:
             if check != "auto" or written.settings is None:
                 raise
             report.checked, report.not_reloaded = "streamed", str(error)
-            report.errors = _compare(program, folder, "streamed", recapture)
+            report.errors = compare_again(program, folder, "streamed", recapture)
     return report
 
 
@@ -145,12 +145,38 @@ def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Writte
             "this program was not captured from a Hugging Face checkpoint",
             hint="use program.save, program.lower or program.exported_program",
         )
+    require_expressible(program, "a Hugging Face folder")
+    tensors = named_tensors(program)
+    settings = program.origin.config.get("quantization_config")
+    changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
+    written = write_quantised(settings, tensors, _tables(program, changes.removed_layers))
+    config = dict(configuration(program, skeleton))
+    config.pop("quantization_config", None)
+    if written.settings is not None:
+        config["quantization_config"] = written.settings
+    return written, config
+
+
+def require_expressible(program: Program, what: str) -> None:
+    """Require that no pass made a program inexpressible in the architecture of its checkpoint.
+
+    Raises:
+        LoweringError: one did.
+    """
     if blockers := export_blockers(program):
         reasons = "; ".join(f"{reason} ({by})" for by, texts in blockers.items() for reason in texts)
         raise LoweringError(
-            f"a Hugging Face folder cannot hold this program: {reasons}",
+            f"{what} cannot hold this program: {reasons}",
             hint="use program.save or program.lower",
         )
+
+
+def named_tensors(program: Program) -> dict[str, TensorSource]:
+    """Return the values of a program's weights by the names of its checkpoint, layers numbered anew; nothing is read.
+
+    Raises:
+        LoweringError: two of them would have one name.
+    """
     changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
     removed = changes.removed_layers
     tensors: dict[str, TensorSource] = {}
@@ -163,17 +189,23 @@ def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Writte
             )
         is_weight = node.op == "placeholder"
         tensors[name] = program.weights[node.name].source if is_weight else computed(program, node)[0]
-    settings = program.origin.config.get("quantization_config")
-    written = write_quantised(settings, tensors, _tables(program, removed))
+    return tensors
+
+
+def configuration(program: Program, skeleton: Skeleton | None = None) -> dict[str, Any]:
+    """Return the configuration of a program's checkpoint, changed as its passes changed the model.
+
+    Raises:
+        LoweringError: the architecture cannot express a change.
+    """
+    changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
+    removed = changes.removed_layers
     config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
     if changes.active_experts is not None:
         config = with_experts(config, *changes.active_experts, active=True)
     for before, after in changes.expert_counts:
         config = with_experts(config, before, after, active=False)
-    config.pop("quantization_config", None)
-    if written.settings is not None:
-        config["quantization_config"] = written.settings
-    return written, config
+    return config
 
 
 def not_reloaded(written: Written) -> str:
@@ -234,7 +266,9 @@ def _write_weights(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _compare(program: Program, folder: Path, check: str, recapture: Recapture | None) -> dict[str, float]:
+def compare_again(
+    program: Program, folder: Path, check: str, recapture: Recapture | None
+) -> dict[str, float]:
     """Return the largest relative error of each output over all inputs.
 
     Raises:
@@ -328,4 +362,12 @@ def _require(errors: dict[str, float], case: Case, reference: Reference) -> None
         )
 
 
-__all__ = ["FolderReport", "contents", "save_pretrained"]
+__all__ = [
+    "FolderReport",
+    "Recapture",
+    "compare_again",
+    "configuration",
+    "contents",
+    "named_tensors",
+    "save_pretrained",
+]
