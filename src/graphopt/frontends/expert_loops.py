@@ -76,7 +76,7 @@ class ExpertLoops(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if func in (torch.topk, torch.Tensor.topk):
             result = func(*args, **kwargs)
             self.distinct[id(result[1])] = result[1]
@@ -110,12 +110,11 @@ class ExpertLoops(TorchFunctionMode):
                 return self._part(func(*args, **kwargs), table, expert)
             if func is torch.where and len(args) == 1 and first.dim() == 2:
                 return self._tokens_of(first, table, expert)
-        if (
-            func is torch.Tensor.__getitem__
-            and self._is_tokens(args[1])
-            and self.tokens[id(args[1])].times == 1
-        ):
-            return first
+        if func is torch.Tensor.__getitem__:
+            batch = isinstance(args[1], tuple) and len(args[1]) == 2 and args[1][0] is None
+            rows = args[1][1] if batch else args[1]
+            if self._is_tokens(rows) and self.tokens[id(rows)].times == 1:
+                return first.unsqueeze(0) if batch else first
         if func is torch.Tensor.index_add_ and len(args) == 4 and args[1] == 0 and self._is_tokens(args[2]):
             return _added(first, self.tokens[id(args[2])], args[3])
         # what is asked of a tensor's type and shape is asked by getters
@@ -156,7 +155,9 @@ def _added(total: torch.Tensor, tokens: _Tokens, rows: torch.Tensor) -> torch.Te
     if tokens.expert in tokens.table.absent:
         return total
     added = torch.where(tokens.chosen.unsqueeze(-1), rows, torch.zeros_like(rows))
-    return total.add_(added if tokens.times == 1 else added.unflatten(0, (tokens.times, -1)).sum(0))
+    if tokens.times > 1:
+        added = added.reshape(tokens.times, -1, *added.shape[1:]).sum(0)
+    return total.add_(added)
 
 
 def _is_table(value: Any) -> bool:
