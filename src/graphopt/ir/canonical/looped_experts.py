@@ -136,10 +136,10 @@ def _expert(rows: fx.Node, x: fx.Node, constant: set[fx.Node]) -> _Expert | None
     work, up = [hidden], dict[fx.Node, None]()
     while work and len(up) < 3:
         node = work.pop()
-        if is_operator(node, "aten.linear"):
-            if node.args[0] is not x or node.args[1] not in constant:  # type: ignore[union-attr]
+        if isinstance(node, fx.Node) and is_operator(node, "aten.linear"):
+            if node.args[0] is not x or node.args[1] not in constant:
                 return None
-            up[node] = None  # type: ignore[index]
+            up[node] = None
         elif isinstance(node, fx.Node):
             work.extend(node.all_input_nodes)
     first = tuple(up)
