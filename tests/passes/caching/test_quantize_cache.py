@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from torch import Tensor
 from written_texts import ROWS, generated, varied
 
 import graphopt
+from graphopt.api import plan_passes
+from graphopt.decoding import DraftProgram
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.ir.errors import LoweringError, PassRefusedError, PipelineError
 from graphopt.ir.facts import KVCache, QuantizedCache
@@ -24,9 +27,9 @@ from graphopt.ir.program import Program
 from graphopt.ir.running.recurrent_state import begun
 from graphopt.ir.running.retype import retyped
 from graphopt.ir.schema import is_operator
+from graphopt.measure.context import Context
 from graphopt.passes.caching.quantize_cache import QuantizeCache
 
-aten = torch.ops.aten
 DATA = [{"input_ids": torch.tensor([[5, 9, 17, 40, 3, 8, 22, 31], [7, 7, 30, 12, 64, 88, 90, 4]])}]
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -50,17 +53,15 @@ def test_no_entry_is_further_than_half_a_step(data: Any, bits: int, dtype: torch
     """Any magnitudes, from below the smallest normal number to the largest, zeros and equal entries among them."""
     groups, group = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([2, 4, 6]))
     limits = torch.finfo(dtype)
-    # the range of four bits is a difference of two entries, which is computed in float32
-    top = 0.0 if bits == 8 or dtype == torch.float16 else -1.1
-    exponents = st.floats(-60 if dtype == torch.float64 else -12, 0)
+    # the range of four bits is a difference of two entries, which is computed in float32 at least
+    largest = float(limits.max) * (0.45 if bits == 4 and dtype != torch.float16 else 1.0)
+    sizes = st.sampled_from([largest, 1.0, 1e-3, float(limits.tiny), 0.0])
     entries = []
     for _ in range(groups * 2):
-        largest = 2.0 ** (data.draw(st.sampled_from([1.0, *[data.draw(exponents)] * 3])) * 1e0 + top) * float(
-            limits.max
-        )
-        shares = data.draw(st.lists(st.floats(-1, 1) | st.just(0.0), min_size=group, max_size=group))
-        size = data.draw(st.sampled_from([largest, 1.0, float(limits.tiny), 0.0]))
-        entries.append(torch.tensor(shares, dtype=torch.float64) * min(size, float(limits.max)))
+        shares = data.draw(st.lists(st.floats(-1, 1), min_size=group, max_size=group))
+        offset = data.draw(st.sampled_from([0.0, 0.0, 0.9, -0.9]))
+        shifted = torch.tensor(shares, dtype=torch.float64) * (1 - abs(offset)) + offset
+        entries.append(shifted * data.draw(sizes))
     values = torch.stack(entries).reshape(1, 1, 2, groups * group).to(dtype)
     low = cache_low(values, group=group) if bits == 4 else None
     scale = cache_scale(values, low, group=group)
@@ -170,8 +171,6 @@ def test_candidates_that_are_rolled_back_change_no_text(
 
 def test_drafts_of_another_program_and_of_the_first_layer(captured: Callable[[str], Program]) -> None:
     """Strategies that run graphs of their own over the same caches."""
-    from graphopt.decoding import DraftProgram
-
     program = retyped(varied("llama", captured("llama"))[0])
     exits = graphopt.optimize(
         program, "attach-early-exit{layers=[0]}, insert-kv-cache{tree=true}, quantize-cache", data=DATA
@@ -272,21 +271,21 @@ def test_bytes_are_those_that_the_report_says(
 def test_some_caches_alone(captured: Callable[[str], Program]) -> None:
     """A plan may be edited: values in few bits and keys as they were."""
     program = graphopt.optimize(varied("llama", captured("llama"))[0], "insert-kv-cache")
-    plan = graphopt.plan(program, QuantizeCache(bits=4))
+    ((_, plan),) = plan_passes(program, "quantize-cache{bits=4}", Context())
     plan.sites = [s for s in plan.sites if s.block.startswith("value")]
-    made = graphopt.optimize(program, [QuantizeCache(bits=4)], plans=[plan], data=DATA)
+    made = graphopt.optimize(program, "quantize-cache{bits=4}", plan=[plan], data=DATA)
     assert made.facts[QuantizedCache].caches == ("value_cache_0", "value_cache_1")
     assert made.signature.inputs["key_cache_0"] == program.signature.inputs["key_cache_0"]
     assert not any(re.match("key_cache_._", n) for n in made.signature.inputs)
     assert generated(made, ROWS).shape == (3, 12)
 
 
-def test_scales_of_half_types_have_them(captured: Callable[[str], Program]) -> None:
-    program = retyped(captured("llama"), torch.float16) if False else captured("llama")
-    for dtype in (torch.float16, torch.bfloat16):
-        values = torch.randn(1, 2, 3, 64).to(dtype)
-        assert cache_scale(values, group=64).dtype == dtype
-    assert program.outputs["logits"].meta["val"].dtype == torch.float32
+def test_a_program_in_float16_has_scales_in_float16() -> None:
+    made = cached(graphopt.capture(zoo.make("llama").half(), inputs=DATA[0]), "bits=4")
+    types = {n: s.dtype for n, s in made.signature.inputs.items() if "_cache_" in n}
+    assert {t for n, t in types.items() if n.endswith(("_scale", "_low"))} == {torch.float16}
+    for dtype in ("stored", "float32"):
+        assert generated(made, ROWS, 4, dtype=dtype).shape == (3, 4)
 
 
 def test_refusals(captured: Callable[[str], Program], tmp_path: Path) -> None:
