@@ -123,7 +123,7 @@ def exact_form(source: TensorSource, heads: int) -> tuple[str, QuantisedTensor] 
         return None
     rows, columns = form.shape
     whole = min(form.block[1], columns)
-    if form.group is not None or form.block[0] != 1 or whole % _BLOCK or columns % whole or rows == 1:
+    if form.group is not None or form.block[0] != 1 or whole % _BLOCK or columns % whole:
         return None
     form = quantised_form(source)
     assert form is not None

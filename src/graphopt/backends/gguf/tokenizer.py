@@ -66,6 +66,8 @@ def write_tokenizer(
     for token, number in vocabulary.items():
         tokens[number] = token
         kinds[number] = _NORMAL
+        if token == f"[PAD{number}]":
+            kinds[number] = _UNUSED
         if token in added:
             kinds[number] = _CONTROL if added[token].get("special") else _USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
@@ -81,13 +83,19 @@ def write_tokenizer(
         getattr(writer, _SPECIAL[name])(number)
     _write_ends(writer, special.get("eos_token"), getattr(config, "eos_token_id", None))
     before, after = _around(tokenizer.get("post_processor"))
-    for given, name, add in (
-        (before, "bos_token", writer.add_add_bos_token), (after, "eos_token", writer.add_add_eos_token)
-    ):  # fmt: skip
-        if given and given != [tokens[special[name]]] if name in special else given:
-            raise _refuse(f"it puts {given} around texts")
-        add(bool(given))
+    _write_around(writer, before, "bos_token", special, tokens)
+    _write_around(writer, after, "eos_token", special, tokens)
     _write_templates(writer, assets, settings)
+
+
+def _write_around(
+    writer: Any, given: list[str], name: str, special: Mapping[str, int], tokens: list[str]
+) -> None:
+    """Add whether a special token is put before, or after, each text; no other can be."""
+    if given and (name not in special or given != [tokens[special[name]]]):
+        raise _refuse(f"it puts {given} around texts")
+    add = writer.add_add_bos_token if name == "bos_token" else writer.add_add_eos_token
+    add(bool(given))
 
 
 def _special(vocabulary: Mapping[str, int], settings: Mapping[str, Any], config: Any) -> dict[str, int]:

@@ -115,7 +115,9 @@ def save_pretrained(
             quantised=written.kept,
             plain=written.plain,
         )
-        total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
+        # as transformers holds them: dequantised
+        values = tensors if written.settings is None else named_tensors(program)
+        total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in values.values())
         fits = total < memory_available() // 3
         if check == "auto":
             report.not_reloaded = not_reloaded(written)
