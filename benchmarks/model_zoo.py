@@ -228,6 +228,12 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
             ends = {type(child).__name__[-5:] for child in module}
             if len(ends) == 1 and any(_blocks(child) for child in module):
                 lists.append((name, module))
+    # a layer with two attentions has them in a list (LongCat Flash)
+    lists = [
+        (n, m) for n, m in lists
+        if not any(n.startswith(f"{other}.") for other, _ in lists)
+        or any(block is not child for child in m for _, block in _blocks(child))
+    ]  # fmt: skip
     innermost = [
         m for n, m in lists if not any(other.startswith(f"{n}.") for other, _ in lists if other != n)
     ]
@@ -266,7 +272,7 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
     layer = name.endswith(("DecoderLayer", "EncoderLayer"))
     if re.search(MIXER, name) and not layer:
         return [("mixer", module)]
-    if ("Attention" in name or "Attn" in name) and not layer and not isinstance(module, _lists()):
+    if re.search("Attention|Attn|MLA$", name) and not layer and not isinstance(module, _lists()):
         return [("attention", module)]
     if re.search(FFN, name) and "Gate" not in name:
         return [("experts" if hasattr(module, "experts") else "ffn", module)]

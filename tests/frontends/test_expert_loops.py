@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import graphopt
 from graphopt.frontends.untraceable import traceable
 
 TOKENS = torch.export.Dim("tokens", min=1, max=64)
@@ -97,3 +98,60 @@ def test_a_router_that_is_cast_on_every_call(dtype: torch.dtype) -> None:
     assert isinstance(model.router.weight, nn.Parameter)
     with torch.no_grad():
         assert torch.allclose(exported.module()(x), model(x), atol=1e-6)
+
+
+class Mixture(nn.Module):
+    """Two projections an expert: in one tensor, apart, as modules, or none for experts that return their inputs."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.form = form
+        self.router = nn.Linear(8, 6)
+        self.gate_up, self.down = nn.Parameter(torch.randn(6, 24, 8)), nn.Parameter(torch.randn(4, 8, 12))
+        self.gate, self.up, self.last = (nn.Parameter(torch.randn(6 * 12, 8)) for _ in range(3))
+        self.expert = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(6)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.router(x).softmax(-1)
+        if self.form == "capacity":
+            one = F.one_hot(scores.argmax(-1), num_classes=6)
+            table = (one * (one.cumsum(0) <= 2)).view(-1, 1, 6).permute(2, 1, 0)
+            weights = scores.max(-1).values.view(-1, 1)
+        else:
+            weights, chosen = scores.topk(2)
+            table = F.one_hot(chosen, num_classes=6).permute(2, 1, 0)
+        total = torch.zeros_like(x)
+        for expert in torch.greater(table.sum(dim=(-1, -2)), 0).nonzero():
+            place, token = torch.where(table[expert].squeeze(0))
+            number = int(expert.item())
+            if self.form == "capacity":
+                rows = self.expert[number](x[None, token].reshape(-1, 8))
+            elif self.form == "apart":
+                gate, up, last = (w.view(-1, 12, 8)[number] for w in (self.gate, self.up, self.last))
+                rows = (F.silu(x[token] @ gate.T) * (x[token] @ up.T)) @ last
+            elif number < 4:
+                gate, up = F.linear(x[token], self.gate_up[number]).chunk(2, -1)
+                rows = F.linear(F.silu(gate) * up, self.down[number])
+            else:
+                rows = x[token]
+            total.index_add_(0, token, rows * weights[token, place, None])
+        return total
+
+
+@pytest.mark.parametrize("form", ["identity", "apart", "capacity"])
+def test_a_loop_over_experts_is_one_operator(form: str) -> None:
+    """Wrong if experts that return their inputs, or tokens beyond an expert's capacity, were taken for others."""
+    mixture = Mixture(form).eval()
+    with torch.no_grad(), traceable():
+        exported = torch.export.export(mixture, (torch.randn(6, 8),), dynamic_shapes=({0: TOKENS},))
+    program = graphopt.capture(exported)
+    operators = [str(node.target) for node in program.graph.nodes]
+    assert operators.count("graphopt.routed_ffn.default") == 1
+    assert not any("where" in name for name in operators)
+    with torch.no_grad():
+        for count in (1, 6, 33):
+            x = torch.randn(count, 8)
+            assert torch.allclose(program(x=x), mixture(x), atol=1e-4)

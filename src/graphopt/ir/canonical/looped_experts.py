@@ -27,11 +27,13 @@ class _Term:
         table: of choices, (experts, k, tokens).
         weights: (tokens, k).
         rows: (tokens, size), what the expert returns for every token.
+        expert: its index in the table.
     """
 
     table: fx.Node
     weights: fx.Node
     rows: fx.Node
+    expert: int
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,12 @@ def _term(node: Any) -> _Term | None:
         return None
     while has(part, Trait.RESHAPE) and part.meta["val"].dim() == 2:
         part = part.args[0]
-    if not is_operator(part, "aten.select") or part.args[1] != 0:
+    if not is_operator(part, "aten.select", "aten.slice") or part.args[1] != 0:
         return None
-    return _Term(part.args[0], values.args[0], rows)
+    expert = part.args[2]
+    if not isinstance(expert, int) or (len(part.args) > 3 and list(part.args[3:]) != [expert + 1]):
+        return None
+    return _Term(part.args[0], values.args[0], rows, expert)
 
 
 def _choices(program: Program, table: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -132,11 +137,11 @@ def _choices(program: Program, table: fx.Node, weights: fx.Node) -> tuple[fx.Nod
 def _expert(rows: fx.Node, x: fx.Node, constant: set[fx.Node]) -> _Expert | None:
     if not is_operator(rows, "aten.linear") or rows.args[1] not in constant:
         return None
-    hidden = rows.args[0]
+    hidden: Any = rows.args[0]
     work, up = [hidden], dict[fx.Node, None]()
     while work and len(up) < 3:
         node = work.pop()
-        if isinstance(node, fx.Node) and is_operator(node, "aten.linear"):
+        if is_operator(node, "aten.linear"):
             if node.args[0] is not x or node.args[1] not in constant:
                 return None
             up[node] = None
@@ -144,12 +149,12 @@ def _expert(rows: fx.Node, x: fx.Node, constant: set[fx.Node]) -> _Expert | None
             work.extend(node.all_input_nodes)
     first = tuple(up)
     if len(first) == 1:
-        activation = activation_of_experts(first[0], hidden)  # type: ignore[arg-type]
+        activation = activation_of_experts(first[0], hidden)
         return None if activation is None else _Expert(first, rows, activation)
     if len(first) != 2:
         return None
     for gate, other in (first, first[::-1]):
-        found = activation_between(other, gate, hidden)  # type: ignore[arg-type]
+        found = activation_between(other, gate, hidden)
         if found is not None:
             return _Expert((gate, other), rows, {"gated": True, "interleaved": False, **found})
     return None
@@ -157,7 +162,7 @@ def _expert(rows: fx.Node, x: fx.Node, constant: set[fx.Node]) -> _Expert | None
 
 def _recognise(program: Program, total: fx.Node, terms: list[_Term], constant: set[fx.Node]) -> str:
     table, weights = terms[0].table, terms[0].weights
-    if any(t.table is not table or t.weights is not weights for t in terms):
+    if any(t.table is not table or t.weights is not weights or t.expert != i for i, t in enumerate(terms)):
         return "its terms are not of one choice"
     x = _tokens(terms[0].rows, constant)
     if x is None:
