@@ -38,11 +38,12 @@ from small_models import (
 
 ROOT = Path(__file__).parents[1]
 SECONDS, QUICK_SECONDS = 900, 300
+# KimiLinearAttention is the full attention of Kimi Linear
 MIXER = (
-    r"GatedDelta|DeltaNet|DeltaAttention|LinearAttention|Mamba|SSM|Mixer|ShortConv$|RecurrentBlock|TimeMix|Retention|Lightning"
-    r"|LongConv|xLSTM|LSTM|RwkvSelfAttention|MinimalGRU"
+    r"GatedDelta|DeltaNet|DeltaAttention|(?<!Kimi)LinearAttention|Mamba|SSM|Mixer|ShortConv$|RecurrentBlock|TimeMix|Retention|Lightning"
+    r"|LongConv|xLSTMLayer|^LSTM|RwkvSelfAttention|MinimalGRU"
 )
-FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct"
+FFN = r"MLP|Mlp|FeedForward|FFN|Ffn|ChannelMix|RwkvFeed|Intermediate|DenseReluDense|DenseAct|DenseGatedAct"
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,55 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
-    "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
+    "BltForCausalLM": {
+        "global_config": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8},
+        "decoder_config": {"hidden_size_global": 64},
+    },
+    "CohereCompassForCausalLM": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]},
+        },
+    },
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "Dots3NoteForCausalLM": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    },
+    "Gemma4ForConditionalGeneration": {
+        "text_config": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
+    },
+    "Gemma4AssistantForCausalLM": {
+        "text_config": {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},
+    },
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
+    "NemotronHForCausalLM": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8},
+    "RoCBertForCausalLM": {
+        "pronunciation_embed_dim": 16, "pronunciation_vocab_size": 32, "shape_embed_dim": 16, "shape_vocab_size": 32,
+    },
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 100,
+    },
+    "Zamba2ForCausalLM": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "ZambaForCausalLM": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "XmodForCausalLM": {"default_language": "en_XX"},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "GraniteMoeHybridForCausalLM": {
         "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2,
     },
     "XLMWithLMHeadModel": {"emb_dim": 32, "n_words": 128},
     "Gemma4ForCausalLM": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
     "LongcatFlashForCausalLM": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2},
-    "KimiLinearForCausalLM": {"num_experts_per_token": 2},
-    "BailingHybridForCausalLM": {"n_group": 1, "num_group": 1, "topk_group": 1},
     "ReformerModelWithLMHead": {
         "axial_pos_embds_dim": (8, 24), "axial_pos_shape": (4, 8), "attn_layers": ["local"] * 4, "feed_forward_size": 48,
         "attention_head_size": 8,
     },
 }  # fmt: skip
 _STAGES = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 16, 32, 32]}
+_BACKBONE = {
+    "depths": [1, 1, 1, 1], "hidden_sizes": [16, 16, 32, 32], "embedding_size": 16, "out_features": ["stage4"],
+}  # fmt: skip
 OTHERS: dict[str, Kind] = {
     **_group(
         "encoder-decoder",
@@ -104,9 +139,10 @@ OTHERS: dict[str, Kind] = {
         "vision",
         "ViTForImageClassification DeiTForImageClassification Dinov2ForImageClassification "
         "Dinov2WithRegistersForImageClassification SiglipForImageClassification BeitForImageClassification "
-        "IJepaForImageClassification ViTMSNForImageClassification YolosForObjectDetection",
+        "IJepaForImageClassification ViTMSNForImageClassification",
         image_size=32, patch_size=8,
     ),
+    **_group("vision", "YolosForObjectDetection", image_size=[32, 48], patch_size=8),
     **_group("vision", "SwinForImageClassification Swinv2ForImageClassification DonutSwinForImageClassification",
              image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
     **_group("vision", "ConvNextForImageClassification ConvNextV2ForImageClassification "
@@ -115,25 +151,52 @@ OTHERS: dict[str, Kind] = {
     **_group("vision", "PoolFormerForImageClassification FocalNetForImageClassification HieraForImageClassification "
                        "PvtForImageClassification PvtV2ForImageClassification SegformerForImageClassification "
                        "MobileNetV1ForImageClassification MobileNetV2ForImageClassification "
-                       "MobileViTForImageClassification EfficientNetForImageClassification "
-                       "CvtForImageClassification LevitForImageClassification DPTForDepthEstimation "
-                       "DetrForObjectDetection RTDetrForObjectDetection GLPNForDepthEstimation "
+                       "MobileViTForImageClassification "
+                       "CvtForImageClassification LevitForImageClassification "
+                       "GLPNForDepthEstimation "
                        "TextNetForImageClassification SwiftFormerForImageClassification"),
-    **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration SamModel "
+    **_group("vision", "DPTForDepthEstimation", image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
+             neck_hidden_sizes=[8, 16, 16, 16], fusion_hidden_size=16),
+    **_group("vision", "EfficientNetForImageClassification", width_coefficient=0.25, depth_coefficient=0.3,
+             hidden_dim=320, image_size=64),
+    **_group("vision", "DetrForObjectDetection", backbone_config={"model_type": "resnet", **_BACKBONE}),
+    **_group("vision", "RTDetrForObjectDetection", encoder_in_channels=[16, 32, 32],
+             decoder_in_channels=[32, 32, 32],
+             backbone_config={"model_type": "rt_detr_resnet", **_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]}),
+    **_group("vision-language", "CLIPModel SiglipModel Siglip2Model BlipForConditionalGeneration "
                                 "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "
-                                "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration "
-                                "Qwen3VLForConditionalGeneration Gemma3ForConditionalGeneration "
-                                "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration "
+                                "Qwen3VLForConditionalGeneration "
                                 "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
-                                "AltCLIPModel GroupViTModel Owlv2ForObjectDetection MllamaForConditionalGeneration "
-                                "Florence2ForConditionalGeneration Blip2ForConditionalGeneration GitForCausalLM"),
+                                "AltCLIPModel GroupViTModel MllamaForConditionalGeneration "
+                                "GitForCausalLM"),
+    **_group("vision-language", "SamModel", vision_config={"output_channels": 32, "num_pos_feats": 16,
+                            "image_size": 64, "patch_size": 16},
+             prompt_encoder_config={"image_size": 64, "patch_size": 16}),
+    **_group("vision-language", "Owlv2ForObjectDetection", projection_dim=32),
+    **_group("audio", "MoonshineForConditionalGeneration",
+             encoder_num_key_value_heads=4, decoder_num_key_value_heads=4),
+    **_group("vision-language", "Idefics3ForConditionalGeneration SmolVLMForConditionalGeneration",
+             vision_config={"image_size": 64, "patch_size": 16}),
+    **_group("vision-language", "Blip2ForConditionalGeneration", image_token_index=100),
+    **_group("vision-language", "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration",
+             text_config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}),
+    **_group("vision-language", "Gemma3ForConditionalGeneration",
+             vision_config={"image_size": 32, "patch_size": 8}, mm_tokens_per_image=4),
+    **_group("vision-language", "Florence2ForConditionalGeneration",
+             vision_config={"embed_dim": [16, 16, 32, 32], "num_heads": [2, 2, 4, 4], "num_groups": [2, 2, 4, 4],
+                            "depths": [1, 1, 2, 1], "projection_dim": 32}),
+    **_group("audio", "ClapModel",
+             audio_config={"depths": [1, 1, 1, 1], "num_attention_heads": [2, 2, 4, 4], "hidden_size": 128,
+                           "patch_embeds_hidden_size": 16}),
     **_group("audio", "Wav2Vec2ForCTC HubertForCTC WavLMForCTC SEWForCTC UniSpeechForCTC Data2VecAudioForCTC "
                       "Wav2Vec2ConformerForCTC Wav2Vec2BertForCTC ParakeetForCTC "
                       "WhisperForConditionalGeneration Speech2TextForConditionalGeneration "
-                      "MoonshineForConditionalGeneration ASTForAudioClassification EncodecModel "
-                      "SpeechT5ForSpeechToText VitsModel ClapModel"),
+                      "ASTForAudioClassification EncodecModel "
+                      "SpeechT5ForSpeechToText VitsModel"),
+    **_group("time series", "TimesFm2_5ModelForPrediction",
+             context_length=64, horizon_length=8, output_quantile_len=16),
     **_group("time series", "PatchTSTForPrediction PatchTSMixerForPrediction TimesFmModelForPrediction "
-                            "TimesFm2_5ModelForPrediction TimeSeriesTransformerForPrediction "
+                            "TimeSeriesTransformerForPrediction "
                             "AutoformerForPrediction InformerForPrediction"),
 }  # fmt: skip
 
@@ -153,12 +216,14 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
     import torch
     from torch import nn
 
+    from graphopt.frontends.architecture import ask_no_caches
+
     lists = []
     for name, module in model.named_modules():
         if (
             isinstance(module, (nn.ModuleList, nn.Sequential))
             and len(module)
-            and "expert" not in name.lower()
+            and not re.search("expert|adapter", name, re.I)
         ):
             ends = {type(child).__name__[-5:] for child in module}
             if len(ends) == 1 and any(_blocks(child) for child in module):
@@ -170,6 +235,7 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
     runs: Counter[Any] = Counter()
     watched = {m for layer in layers for m in (layer, *(block for _, block in _blocks(layer)))}
     hooks = [m.register_forward_hook(lambda m, *_: runs.update([m])) for m in watched]
+    ask_no_caches(model)
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:
@@ -179,7 +245,8 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
         blocks = _blocks(layer)
         kinds = Counter({kind: sum(runs[m] for k, m in blocks if k == kind) for kind in dict(blocks)})
         direct = sum(isinstance(child, nn.Linear) for child in layer.children())
-        if direct >= 2 and kinds and not kinds["ffn"] and not kinds["experts"]:
+        itself = any(block is layer for _, block in blocks)
+        if direct >= 2 and kinds and not itself and not kinds["ffn"] and not kinds["experts"]:
             kinds["ffn"] = runs[layer]
         times = max(runs[layer], 1)  # layers that share weights
         if +kinds:
@@ -190,11 +257,16 @@ def made_of(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
 def _blocks(module: Any) -> list[tuple[str, Any]]:
     """Return the outermost modules that are blocks by their class, with their kinds."""
     name = type(module).__name__
-    if re.search(r"moe|sparse|expert|switch", name, re.I) and hasattr(module, "experts"):
+    # heads of an attention may be experts (JetMoE)
+    experts = any("Experts" in type(child).__name__ for child in module.children())
+    routed = (experts or hasattr(module, "experts")) and not name.endswith("Attention")
+    if re.search(r"moe|sparse|expert|switch", name, re.I) and routed:
         return [("experts", module)]
-    if re.search(MIXER, name):
+    # layers are called by the kind of their mixing too (Jamba)
+    layer = name.endswith(("DecoderLayer", "EncoderLayer"))
+    if re.search(MIXER, name) and not layer:
         return [("mixer", module)]
-    if ("Attention" in name or "Attn" in name) and not isinstance(module, _lists()):
+    if ("Attention" in name or "Attn" in name) and not layer and not isinstance(module, _lists()):
         return [("attention", module)]
     if re.search(FFN, name) and "Gate" not in name:
         return [("experts" if hasattr(module, "experts") else "ffn", module)]
@@ -254,7 +326,9 @@ def judge(found: dict[str, Any]) -> str:
         f"{kind} {got[kind]} of {expected[kind]}" for kind in sorted({*expected, *got}) if got[kind] != expected[kind]
     ]  # fmt: skip
     layers = len(found["layers"])
-    if layers != len(found["expected"]):
+    # of modules of one block each (Nemotron-H), which form a layer is open
+    single = all(sum(layer.values()) == 1 for layer in found["expected"])
+    if layers != len(found["expected"]) and not (single and len(expected) > 1):
         differences.append(f"{layers} layers of {len(found['expected'])}")
     if found.get("shared"):
         differences.append(f"{found['shared']} values in more than one block")
@@ -278,7 +352,8 @@ def try_class(name: str, quick: bool) -> dict[str, Any]:
             if kind.group == "decoder":
                 found["layers in the configuration"] = _configured_layers(model.config)
             with contextlib.suppress(Exception):  # needs inputs, and a forward without faults
-                found["expected"] = made_of(model, model_inputs(model))
+                example = model_inputs(model)
+                found["expected"] = made_of(model, {**example.inputs, **example.fixed})
     except Exception as error:
         return {**found, "not made": first_line(error)}
     import graphopt

@@ -12,23 +12,32 @@ from typing import Any
 PARAMETERS = 20_000_000
 WIDTHS = {
     32: "hidden_size d_model n_embd dim model_dim embed_dim word_embed_proj_dim embedding_size dim_model "
-    "encoder_hidden_dim decoder_hidden_dim",
+    "encoder_hidden_dim decoder_hidden_dim out_hidden_size",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers depth "
     "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads "
     "encoder_num_hidden_layers decoder_num_hidden_layers encoder_num_attention_heads decoder_num_attention_heads "
-    "num_experts num_local_experts n_routed_experts moe_num_experts",
+    "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads linear_num_key_heads "
+    "linear_num_value_heads swa_num_attention_heads index_n_heads",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_k moe_topk top_k_experts "
-    "encoder_num_key_value_heads decoder_num_key_value_heads",
+    "encoder_num_key_value_heads decoder_num_key_value_heads swa_num_key_value_heads zero_expert_num",
     48: "intermediate_size ffn_dim n_inner dim_feedforward decoder_ffn_dim encoder_ffn_dim dim_ff "
-    "shared_expert_intermediate_size d_ff hidden_dim",
+    "shared_expert_intermediate_size d_ff hidden_dim ffn_hidden_size d_inner dff "
+    "dense_intermediate_size shared_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size",
     24: "moe_intermediate_size expert_ffn_size",
     8: "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim mamba_d_state mamba_headdim "
-    "linear_key_head_dim linear_value_head_dim mamba_d_head d_kv rotary_dim",
+    "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head d_kv rotary_dim "
+    "swa_head_dim",
     16: "kv_lora_rank q_lora_rank",
     128: "vocab_size",
     1: "n_group num_group topk_group",
+    100: "encoder_hash_byte_group_vocab",
 }
 SIZES = {name: size for size, names in WIDTHS.items() for name in names.split()}
+# settings without a default, which the layers need
+_UNSET = {
+    "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 8, "vocab_size": 128,
+    "prediction_length": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 
 
 def names_of_decoders() -> list[str]:
@@ -47,29 +56,48 @@ def small_config(config_class: Any, overrides: dict[str, Any] | None = None, *, 
         decoder: classes that can be encoders or decoders become decoders.
     """
     given = dict(overrides or {})
-    present = config_class().to_dict()
-    sizes: dict[str, Any] = {
-        k: v for k, v in SIZES.items() if isinstance(present.get(k), int) and not isinstance(present[k], bool)
+    default = config_class()
+    present = default.to_dict()
+    # a setting may be written under another name than it is read by
+    read = present | {
+        k: getattr(default, k, None) for k in getattr(config_class, "attribute_map", None) or {}
     }
-    if present.get("num_experts_per_tok", 0) is None:
-        sizes["num_experts_per_tok"] = 2
+    sizes: dict[str, Any] = {
+        k: v for k, v in SIZES.items() if isinstance(read.get(k), int) and not isinstance(read[k], bool)
+    }
+    sizes |= {name: size for name, size in _UNSET.items() if read.get(name, 0) is None}
     tokens = {k: min(3, present[k]) for k in ("pad_token_id", "bos_token_id", "eos_token_id")
               if isinstance(present.get(k), int)}  # fmt: skip
+    # tokens of a meaning are within the small vocabulary, each another one
+    placed = [k for k, v in present.items() if k.endswith(("_token_id", "_token_index")) and k not in tokens
+              and isinstance(v, int) and v >= SIZES["vocab_size"]]  # fmt: skip
+    tokens |= {name: SIZES["vocab_size"] - 1 - i for i, name in enumerate(placed)}
     if "kv_lora_rank" in present:  # latent attention expands to as many keys as queries
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     nested = {}
     for name, nested_class in (getattr(config_class, "sub_configs", None) or {}).items():
         shape = present.get(name)
         if isinstance(shape, dict) and hasattr(nested_class, "from_pretrained"):
-            made = nested_class
-            if not getattr(made, "model_type", ""):
+            made, settings = nested_class, dict(given.pop(name, None) or {})
+            chosen = settings.pop("model_type", "")
+            if chosen or (not getattr(made, "model_type", "") and shape.get("model_type")):
                 from transformers import CONFIG_MAPPING
 
-                made = CONFIG_MAPPING[shape["model_type"]]
-            nested[name] = small_config(made, given.pop(name, None), decoder=False).to_dict()
+                made = CONFIG_MAPPING[chosen or shape["model_type"]]
+            nested[name] = small_config(made, settings, decoder=False).to_dict()
     if decoder and "is_decoder" in present and not present.get("is_encoder_decoder"):
         sizes["is_decoder"] = True
-    return config_class(**{**sizes, **tokens, **nested, **given})
+    small = config_class(**{**sizes, **tokens, **nested, **given})
+    kinds = {
+        name: [every[i % len(every)] for i in range(len(getattr(small, name)))]
+        for name in ("layer_types", "mlp_layer_types")
+        if name not in given
+        and isinstance(present.get(name), list)
+        and isinstance(getattr(small, name, None), list)
+        if len(every := list(dict.fromkeys(present[name]))) > len(set(getattr(small, name)))
+    }
+    # a few layers may be of fewer kinds than many are
+    return config_class(**{**sizes, **tokens, **nested, **kinds, **given}) if kinds else small
 
 
 def small_model(name: str, overrides: dict[str, Any] | None = None, *, decoder: bool = True) -> Any:
@@ -157,7 +185,8 @@ PASSES = [
     "fuse-projections", "split-projections", "fold-norms", "fuse-branches", "expand-branches",
     "stream-convolutions", "fuse-kernels", "take-top-k{k=4 output=logits}", "fit-target",
     "fit-target, quantize{target=onnx}",
-    "insert-kv-cache", "insert-kv-cache{max_length=16}", "attach-multi-token-heads{heads=2}", "attach-draft",
+    "insert-kv-cache", "insert-kv-cache{max_length=16}", "insert-kv-cache, quantize-cache",
+    "attach-multi-token-heads{heads=2}", "attach-draft",
     "attach-mask-tokens", "attach-early-exit", "trim-vocabulary{keep=64}", "skip-layers{remove=1}",
     "skip-layers{remove=1 unit=attention}", "sort-ffn", "prune-ffn{fraction=0.5}", "prune-experts{fraction=0.5}",
     "split-ffn{score=peak}", "split-ffn{score=peak}, extract-width{width=3/4}", "dial-top-k",

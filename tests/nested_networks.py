@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import graphopt
 
 WIDTH, HEADS = 32, 4
 
@@ -281,6 +284,27 @@ class Laurel(nn.Module):
         return self.last(x)
 
 
+class LayerEmbeddings(nn.Module):
+    """Layers that read an embedding of the token of their own, between two projections of the stream (Gemma 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(64, WIDTH), nn.Linear(WIDTH, 64)
+        self.of_layers, self.depth = nn.Embedding(64, 3 * 8), 3
+        self.blocks = nn.ModuleList(TransformerBlock(causal=True) for _ in range(self.depth))
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, 8) for _ in range(self.depth))
+        self.projections = nn.ModuleList(nn.Linear(8, WIDTH) for _ in range(self.depth))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        tokens = self.of_layers(input_ids).unflatten(-1, (self.depth, 8))
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            gate = nn.functional.gelu(self.gates[index](x))
+            x = x + self.projections[index](gate * tokens[:, :, index])
+        return self.last(x)
+
+
 class AlternatingUpdates(nn.Module):
     """Copies of the stream that are predicted from one another, one computed, and all corrected (AltUp)."""
 
@@ -472,6 +496,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "hierarchical": lambda: (Hierarchical(), (_ids(3, 7),)),
     "hyper_connections": lambda: (HyperConnections(), (_ids(3, 7),)),
     "laurel": lambda: (Laurel(), (_ids(3, 7),)),
+    "layer_embeddings": lambda: (LayerEmbeddings(), (_ids(3, 7),)),
     "alternating_updates": lambda: (AlternatingUpdates(), (_ids(3, 7),)),
     "short_convolutions": lambda: (ShortConvolutions(), (_ids(3, 7),)),
     "stages": lambda: (Stages(), (_drawn(3, 7, 16),)),
@@ -497,3 +522,9 @@ def network(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name]()
     return model.eval(), inputs
+
+
+@functools.cache
+def captured(name: str) -> graphopt.Program:
+    """Return the program of a network, captured once a process; it is only read."""
+    return graphopt.capture(*network(name), compare=False)

@@ -290,6 +290,19 @@ def _save_pretrained(program: Program, path: str | os.PathLike[str], **options: 
     return save_pretrained(program, path, **options)
 
 
+def _save_gguf(program: Program, path: str | os.PathLike[str], **options: Any) -> Any:
+    from .backends.gguf.save import save_gguf
+    from .frontends.architecture import tensor_names
+    from .frontends.gguf.splitting import SPLITTINGS
+    from .frontends.huggingface import capture_huggingface
+
+    _one_graph(program)
+    known = {name: (split.expressions, split.ignore_merges) for name, split in SPLITTINGS.items()}
+    options.setdefault("recapture", lambda file: capture_huggingface(file, compare=False))
+    options.setdefault("skeleton", tensor_names)
+    return save_gguf(program, path, pre_tokenizers=known, **options)
+
+
 def _exported(program: Program, **options: Any) -> ExportedProgram:
     from .backends.torch.exported import exported_program
 
@@ -310,6 +323,7 @@ METHODS.update(
     module=_as_module,
     exported_program=_exported,
     save_pretrained=_save_pretrained,
+    save_gguf=_save_gguf,
 )
 
 __all__ = ["capture", "cost", "load", "optimize", "plan_passes", "read_steps", "run_passes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,38 +42,75 @@ def shorter(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
 # -- without torch ----------------------------------------------------------------------------------------
 
 
-def python(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONWARNINGS": "ignore", **more}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
     )
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], [], ["nonsense"], ["inspect"], ["plan", "x"], ["inspect", "x", "--batch", "0"], ["passes"],
-     ["passes", "fold-norms"], ["passes", "2404.06954", "--json"], ["recipes"], ["recipes", "dynamoe"], ["devices"],
-     ["devices", "--json"], ["links"],
-     *([command, "--help"] for command in typer.main.get_command(app).commands)],
-    ids=" ".join,
-)  # fmt: skip
-def test_help_lists_and_wrong_usage_answer_before_torch_is_imported(
-    arguments: list[str], built: Path
-) -> None:
-    code = f"""
-import pathlib, sys
+LIGHT = [
+    ["--help"], [], ["nonsense"], ["inspect"], ["plan", "x"], ["inspect", "x", "--batch", "0"], ["passes"],
+    ["passes", "fold-norms"], ["passes", "2404.06954", "--json"], ["recipes"], ["recipes", "dynamoe"], ["devices"],
+    ["devices", "--json"], ["links"],
+    *([command, "--help"] for command in typer.main.get_command(app).commands),
+]  # fmt: skip
+# what all commands import is imported once, and a process forked for each
+ONE_BY_ONE = """
+import json, os, pathlib, sys, traceback
 sys.modules["click"] = None  # some versions of typer bring their own
-sys.argv = ["graphopt", *{arguments!r}]
 from graphopt.cli import catalogue, main
-catalogue.BUILT = pathlib.Path({str(built)!r})
-try:
-    main()
-except SystemExit as stop:
-    heavy = {{"torch", "transformers", "numpy", "sympy", "onnx"}} & set(sys.modules)
-    assert not heavy, f"imported {{heavy}}"
-    sys.exit(stop.code)
+built, lines, place = sys.argv[1:]
+catalogue.BUILT = pathlib.Path(built)
+found = []
+for number, arguments in enumerate(json.loads(lines)):
+    paths = [pathlib.Path(place) / f"{number}.{stream}" for stream in ("out", "err")]
+    child = os.fork()
+    if not child:
+        for descriptor, path in enumerate(paths, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv = ["graphopt", *arguments]
+        status = 1
+        try:
+            try:
+                main()
+            except SystemExit as stop:
+                status = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            heavy = {"torch", "transformers", "numpy", "sympy", "onnx"} & set(sys.modules)
+            if heavy:
+                status = 99
+                sys.stderr.write(f"imported {heavy}")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found.append([status, *(path.read_text() for path in paths)])
+print(json.dumps(found))
 """
-    done = python(code)
+
+
+@pytest.fixture(scope="module")
+def light(
+    built: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
+    """What each command that is to answer at once ended with and said, by its arguments."""
+    place = str(tmp_path_factory.mktemp("light"))
+    done = python(ONE_BY_ONE, str(built), json.dumps(LIGHT), place)
+    assert done.returncode == 0, done.stderr
+    return {
+        tuple(arguments): subprocess.CompletedProcess(arguments, *said)
+        for arguments, said in zip(LIGHT, json.loads(done.stdout), strict=True)
+    }
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_help_lists_and_wrong_usage_answer_before_torch_is_imported(
+    arguments: list[str], light: dict[tuple[str, ...], subprocess.CompletedProcess[str]]
+) -> None:
+    done = light[tuple(arguments)]
     listing = "--help" in arguments or (
         arguments and arguments[0] in ("passes", "recipes", "devices", "links")
     )

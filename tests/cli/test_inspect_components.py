@@ -8,13 +8,11 @@ from typing import Any
 
 import nested_networks
 
-import graphopt
 from graphopt.cli.running import run
 
 
 def test_components_are_shown(tmp_path: Path, capsys: Any) -> None:
-    program = graphopt.capture(*nested_networks.network("transformer"), compare=False)
-    program.save(tmp_path / "saved")
+    nested_networks.captured("transformer").save(tmp_path / "saved")
     assert run(["inspect", str(tmp_path / "saved"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["components"]) == {"encoder", "decoder"}
@@ -28,7 +26,7 @@ def test_components_are_shown(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_blocks_within_blocks_are_shown(tmp_path: Path, capsys: Any) -> None:
-    graphopt.capture(*nested_networks.network("stages"), compare=False).save(tmp_path / "saved")
+    nested_networks.captured("stages").save(tmp_path / "saved")
     assert run(["inspect", str(tmp_path / "saved"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["components"] == {}

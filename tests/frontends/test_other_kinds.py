@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,24 @@ from graphopt.frontends.example_inputs import Given, example_inputs
 from graphopt.ir.running.examples import example_inputs as graph_examples
 
 # one of each way in which inputs are made and sizes are tied
-FEW = ("llava", "paligemma", "qwen3_vl", "bart", "whisper", "wav2vec2", "patchtst", "deberta")
+FEW = ("llava", "paligemma", "qwen2_vl", "bart", "whisper", "wav2vec2", "patchtst", "deberta")
 NAMES = tuple(other_kinds.KINDS) if THOROUGH else FEW
 IN_MEMORY = NAMES if THOROUGH else ("paligemma", "bart", "wav2vec2")
+Folder = Callable[[str], tuple[Any, Path, graphopt.Program]]
 STACKS = ("t5", "bart", "marian", "whisper", "t5gemma")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Return a model, its folder and the program that it is captured as, made once and only read."""
+
+    @functools.cache
+    def made(name: str) -> tuple[Any, Path, graphopt.Program]:
+        model, place = other_kinds.make(name), tmp_path_factory.mktemp(name) / "before"
+        model.save_pretrained(place)
+        return model, place, graphopt.capture(place)
+
+    return made
 
 
 def tensors_of(outputs: Any) -> dict[str, torch.Tensor]:
@@ -46,11 +62,9 @@ def require_same(program: Any, model: Any, inputs: dict[str, Any], fixed: dict[s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_is_captured_without_inputs(name: str, tmp_path: Path) -> None:
+def test_a_folder_is_captured_without_inputs(name: str, folder: Folder) -> None:
     """Wrong if a folder of some kind needed inputs that its configuration already says, or were another function."""
-    kind, model = other_kinds.KINDS[name], other_kinds.make(name)
-    model.save_pretrained(tmp_path)
-    program = graphopt.capture(tmp_path)
+    kind, (model, _, program) = other_kinds.KINDS[name], folder(name)
     assert set(program.signature.inputs) == kind.inputs
     assert program.anatomy.summary() == kind.blocks
     rows = next(iter(program.signature.inputs.values())).shape[0]
@@ -75,13 +89,11 @@ def test_a_module_is_captured_and_its_settings_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", STACKS if THOROUGH else ("bart", "whisper"))
 @pytest.mark.parametrize("layer", [1, 3], ids=["encoder", "decoder"])
-def test_two_stacks_go_back_to_a_folder(name: str, layer: int, tmp_path: Path) -> None:
+def test_two_stacks_go_back_to_a_folder(name: str, layer: int, folder: Folder, tmp_path: Path) -> None:
     """Wrong if a layer were skipped on the other side, or transformers read another model than the program is."""
     import transformers
 
-    model = other_kinds.make(name)
-    model.save_pretrained(tmp_path / "before")
-    program = graphopt.capture(tmp_path / "before")
+    model, _, program = folder(name)
     batches = {s for s in program.signature.sizes if s.startswith("batch")}
     assert batches == {"batch"}, "encoder and decoder have one batch"
     shorter = graphopt.optimize(program, f"skip-layers{{layers=[{layer}]}}")
@@ -96,13 +108,11 @@ def test_two_stacks_go_back_to_a_folder(name: str, layer: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"] if THOROUGH else ["qwen2_vl"])
-def test_models_that_see_go_back_to_a_folder(name: str, tmp_path: Path) -> None:
+def test_models_that_see_go_back_to_a_folder(name: str, folder: Folder, tmp_path: Path) -> None:
     """Wrong if the folder were compared on texts without images, or with a grid that is not the program's."""
     import transformers
 
-    model = other_kinds.make(name)
-    model.save_pretrained(tmp_path / "before")
-    program = graphopt.capture(tmp_path / "before")
+    model, _, program = folder(name)
     ids = graph_examples(program)["input_ids"]
     assert bool((ids == 99).any()), "examples stand for no image"
     shorter = graphopt.optimize(program, "skip-layers{layers=[1]}")

@@ -166,6 +166,14 @@ class Lower(Opening, Writing):
     device: str | None = option(
         "Device that an AOTInductor package is compiled for, cuda or cpu; by default a GPU if there is one."
     )
+    operators: str | None = option(
+        "Operators of ONNX files: standard, or runtime for those that ONNX Runtime alone has kernels for, which are "
+        "faster; by default standard with --to onnx and runtime with --to genai."
+    )
+    float_products: bool = option(
+        "With operators=runtime: do not round the inputs of products with few-bit weights to 8 bits; slower.",
+        False,
+    )
     part_bytes: int | None = option(
         "Cut the graph into shards whose weights take at most this many bytes.", min=1
     )
@@ -173,11 +181,16 @@ class Lower(Opening, Writing):
 
 @command("leaving.export_program")
 class Export(Reading, Writing):
-    """Write a Hugging Face folder, a .pt2 file or multi-token heads, then read them back and compare."""
+    """Write a Hugging Face folder, a GGUF file, a .pt2 file or multi-token heads, then read them back and compare."""
 
     program: str = PROGRAM
-    to: str = option("huggingface, pt2, or medusa for only the heads.")
+    to: str = option("huggingface, gguf, pt2, or medusa for only the heads.")
     output: str = NEW_FILE
+    kind: str = option(
+        "Of matrices in a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, or auto, as they are.",
+        "auto",
+        "--type",
+    )
 
 
 @command("leaving.run_program")

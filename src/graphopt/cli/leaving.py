@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from typing import Any
 
 import numpy
@@ -27,29 +28,52 @@ from .verifying import rounding
 
 
 def export_program(args: Export) -> None:
-    """Write a Hugging Face folder, a .pt2 file or multi-token heads."""
+    """Write a Hugging Face folder, a GGUF file, a .pt2 file or multi-token heads."""
     to, output = args.to, args.output
-    if to not in ("huggingface", "pt2", "medusa"):
-        raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface, pt2 or medusa")
-    ending = {"medusa": ".safetensors", "pt2": ".pt2"}.get(to, "")
+    if to not in ("huggingface", "gguf", "pt2", "medusa"):
+        raise UsageError(f"programs are not exported to {to!r}", hint="--to huggingface, gguf, pt2 or medusa")
+    if args.kind != "auto" and to != "gguf":
+        raise UsageError("--type is for GGUF files", hint="give it with --to gguf")
+    ending = {"medusa": ".safetensors", "pt2": ".pt2", "gguf": ".gguf"}.get(to, "")
     if not output.endswith(ending):
         raise UsageError(f"{output} should end in {ending}")
     with place(output, args.force, (args.program,), folder=to == "huggingface", moved=to == "medusa"):
-        result = _export(read_program(args.program, args), to, output)
+        result = _export(read_program(args.program, args), to, output, args.kind)
     if args.as_json:
         show_json(result)
     elif to == "medusa":
         text(f"written: {output}, {len(result['tensors'])} tensors")
     else:
         worst = max(result["errors"].values(), default=0.0)
+        if result.get("quantised") or result.get("plain"):
+            text(
+                f"matrices written in few bits: {result['quantised']}; plain, though they were: {len(result['plain'])}"
+            )
+        for reason, count in Counter(result.get("plain", {}).values()).items():
+            text(f"  {count} plain: {reason}")
+        if result.get("rounded"):
+            text(
+                f"{len(result['rounded'])} matrices rounded, relative error up to "
+                f"{max(result['rounded'].values()):.2g}; the outputs are compared with these values"
+            )
         text(f"read back and compared: largest relative error {worst:.2g}\nwritten: {output}")
 
 
-def _export(program: Program, to: str, output: str) -> dict[str, Any]:
+def _export(program: Program, to: str, output: str, kind: str) -> dict[str, Any]:
+    if to == "gguf":
+        with writing(output) as progress:
+            made = program.save_gguf(output, type=kind, progress=progress)
+        return {
+            "path": output, "errors": made.errors, "types": made.kinds, "copied": made.copied, "codes": made.codes,
+            "rounded": made.rounded,
+        }  # fmt: skip
     if to == "huggingface":
         with writing(output) as progress:
             report = program.save_pretrained(output, progress=progress)
-        return {"path": output, "errors": report.errors, "checked": report.checked, "files": report.files}
+        return {
+            "path": output, "errors": report.errors, "checked": report.checked, "files": report.files,
+            "quantised": len(report.quantised), "plain": report.plain,
+        }  # fmt: skip
     if to == "medusa":
         return {"path": output, "tensors": write_heads(program, output), "errors": {}}
     return {"path": output, "errors": _write_pt2(program, output)}

@@ -51,6 +51,12 @@ def _options(args: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
     to, target, sizes = args.to, args.target, fixed[0] if len(fixed) == 1 else fixed or None
     if to != "onnx" and args.part_bytes is not None:
         raise UsageError("--part-bytes cuts ONNX graphs", hint="--to onnx")
+    if args.operators not in (None, "standard", "runtime"):
+        raise UsageError(f"there are no operators {args.operators!r}", hint="--operators standard or runtime")
+    if to == "triton" and args.operators is not None:
+        raise UsageError("--operators is for ONNX files", hint="--to onnx or genai")
+    if to == "triton" and args.float_products:
+        raise UsageError("--float-products is for ONNX files", hint="--to onnx or genai")
     if to != "triton":
         if args.device is not None:
             raise UsageError("--device is for AOTInductor packages", hint="--to triton")
@@ -59,6 +65,10 @@ def _options(args: Lower, fixed: list[dict[str, int]]) -> dict[str, Any]:
                 "onnxruntime-genai needs sizes that vary", hint="use --shape and --target with --to onnx"
             )
         options: dict[str, Any] = {"opset": args.opset, "check": args.check}
+        if args.operators is not None:
+            options["operators"] = args.operators
+        if args.float_products:
+            options["float_products"] = True
         onnx_options = {"sizes": sizes, "target": target, "part_bytes": args.part_bytes}
         return options | onnx_options if to == "onnx" else options
     if args.opset is not None:
@@ -92,10 +102,28 @@ def _show(reports: list[OnnxReport], files: tuple[Any, ...]) -> None:
                 f"{min(check.against_runtime.values()):.1f} dB to ONNX Runtime, "
                 f"{min(check.against_float.values()):.1f} dB to the program in floats"
             )
+        if report.kernels is not None:
+            _show_use(report)
     limits = dict.fromkeys(limit for report in reports for limit in report.limits)
     if limits:
         text(f"valid where {'; '.join(limits)}; a runtime may not detect other sizes")
     text(f"opset {reports[0].opset}; written: " + ", ".join(str(f) for f in files))
+
+
+def _show_use(report: OnnxReport) -> None:
+    use = report.kernels
+    assert use is not None
+    listing = ", ".join(f"{name} {count}" for name, count in use.used.items())
+    rotated = f", {use.rotated} with the rotation inside" if use.rotated else ""
+    text(f"{report.path.name}: kernels of ONNX Runtime: {listing or 'none'}{rotated}")
+    if use.rounding is not None:
+        text(
+            f"{report.path.name}: products with few-bit weights round their inputs to 8 bits, which changes outputs by "
+            f"{use.rounding:.2g}; --float-products does not"
+        )
+    for kernel, reasons in use.left.items():
+        for reason, count in reasons.items():
+            text(f"{report.path.name}: {count} without {kernel}: {reason}")
 
 
 def _show_kernels(args: Lower, report: Any) -> None:

@@ -12,7 +12,16 @@ import torch
 from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress, from_offset_binary, offset_binary, pack, unpack
 from ..ir.quantised.tensor import QuantisedTensor
-from .stored import FileTensor, StoredMatrix, require_block, require_code, require_shapes, wrong
+from .stored import (
+    FLOATS,
+    FileTensor,
+    StoredMatrix,
+    require_block,
+    require_code,
+    require_shapes,
+    require_types,
+    wrong,
+)
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
@@ -171,7 +180,7 @@ def open_matrices(
                 hint="decompress it with the library, or quantise the model without",
             )
     groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
         raise CheckpointError("quantization_config of compressed-tensors has no config_groups")
     found = dict(tensors)
     notes: list[str] = []
@@ -187,7 +196,10 @@ def open_matrices(
         kept = {n: p for n, p in parts.items() if not n.startswith(("input_", "output_"))}
         scale = parts["weight_scale"].dtype
         value = dtype if scale in (torch.float32, torch.float8_e4m3fn) else scale
-        found[module + "weight"] = StoredMatrix(module, layout, tuple(sorted(kept.items())), shape, value)
+        beside = {n: p for n, p in parts.items() if n not in kept}
+        found[module + "weight"] = StoredMatrix(
+            module, layout, tuple(sorted(kept.items())), shape, value, tuple(sorted(beside.items()))
+        )
         activations = group.get("input_activations")
         if activations:
             notes = [
@@ -244,6 +256,10 @@ def _layout(
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     symmetric = bool(weights.get("symmetric", True))
     size = weights.get("group_size") or 0
+    if not isinstance(size, int):
+        raise CheckpointError(
+            f"quantization_config has a group_size of {str(size)[:60]!r} for {module}weight"
+        )
     scale = parts["weight_scale"]
     if "weight_global_scale" in parts:
         packed = parts.get("weight_packed")
@@ -251,6 +267,7 @@ def _layout(
             raise wrong(module, parts, "four-bit floats are stored as weight_packed, of bytes")
         shape = (packed.shape[0], packed.shape[1] * 2)
         require_shapes(module, parts, {"weight_scale": (shape[0], shape[1] // 16)})
+        require_types(module, parts, weight_scale=[torch.float8_e4m3fn], weight_global_scale=FLOATS)
         if shape[1] % 16 or torch.Size(parts["weight_global_scale"].shape).numel() != 1:
             raise wrong(module, parts, "sixteen inputs share a scale, and all scales one number")
         return Nvfp4(), shape
@@ -261,6 +278,14 @@ def _layout(
             )
         if "weight_shape" not in parts or tuple(parts["weight_shape"].shape) != (2,):
             raise wrong(module, parts, "weight_shape is missing, or is no pair of numbers")
+        require_types(
+            module,
+            parts,
+            weight_shape=[torch.int64, torch.int32],
+            weight_packed=[torch.int32],
+            weight_zero_point=[torch.int32],
+            weight_scale=FLOATS,
+        )
         rows, columns = (int(s) for s in parts["weight_shape"].load().tolist())
         if rows < 1 or columns < 1:
             raise wrong(module, parts, f"weight_shape says {[rows, columns]}")
@@ -283,6 +308,7 @@ def _layout(
             module, parts, f"a quantised weight of type {stored.dtype} and shape {list(stored.shape)}"
         )
     rows, columns = stored.shape
+    require_types(module, parts, weight_scale=FLOATS, weight_zero_point=[torch.int8, torch.float8_e4m3fn])
     numbers = torch.Size(scale.shape).numel()
     structure = weights.get("block_structure")
     if numbers == 1:

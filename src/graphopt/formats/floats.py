@@ -11,7 +11,16 @@ import torch
 from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress, pack, unpack
 from ..ir.quantised.tensor import QuantisedTensor
-from .stored import FileTensor, StoredMatrix, require_block, require_code, require_shapes, wrong
+from .stored import (
+    FLOATS,
+    FileTensor,
+    StoredMatrix,
+    require_block,
+    require_code,
+    require_shapes,
+    require_types,
+    wrong,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ def open_block_float8(
         matrix = parts.get("weight")
         if matrix is None or matrix.dtype != torch.float8_e4m3fn or len(matrix.shape) != 2:
             raise wrong(module, parts, "it has scales, and no matrix of eight-bit floats")
+        require_types(module, parts, weight_scale_inv=[*FLOATS, torch.float8_e8m0fnu])
         size = tuple(b or s for b, s in zip(block, matrix.shape, strict=True))
         if torch.Size(tensors[key].shape).numel() != 1 or block != (0, 0):
             expected = tuple(-(-s // b) for s, b in zip(matrix.shape, size, strict=True))
@@ -159,6 +169,7 @@ def open_mxfp4(
                 module, parts, f"blocks of {list(shape)}; (experts, outputs, groups, 16) were expected"
             )
         require_shapes(module, parts, {f"{weight}_scales": tuple(shape[:3])})
+        require_types(module, parts, **{f"{weight}_scales": [torch.uint8]})
         for end in ("_blocks", "_scales"):
             del found[stem + end]
         found[stem] = StoredMatrix(

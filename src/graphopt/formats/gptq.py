@@ -12,7 +12,15 @@ import torch
 from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress, pack, unpack
 from ..ir.quantised.tensor import QuantisedTensor
-from .stored import FileTensor, StoredMatrix, require_block, require_code, require_shapes, wrong
+from .stored import (
+    FileTensor,
+    StoredMatrix,
+    require_block,
+    require_code,
+    require_shapes,
+    require_types,
+    wrong,
+)
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns each four bits of a word hold, the lowest first."""
@@ -172,6 +180,7 @@ def open_matrices(
         chosen = parts.get("g_idx")
         if chosen is not None:
             require_shapes(module, parts, {"g_idx": (columns,)})
+            require_types(module, parts, g_idx=[torch.int32, torch.int64])
             numbers = chosen.load()
             if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < blocks:
                 raise wrong(module, parts, f"g_idx names groups beyond the {blocks} that there are")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from ..ir.quantised.codes import CannotExpress
 from ..ir.quantised.stored import is_quantised, quantised_form
 from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.weights import TensorSource
-from . import compressed_tensors, floats, gptq
-from .stored import FileTensor, Layout, encoded, layout_of
+from . import bitsandbytes, compressed_tensors, floats, gptq, modelopt, torchao
+from .stored import FileTensor, Layout, Written, encoded, layout_of
 
 Opened = tuple[dict[str, FileTensor], list[str]]
 Opener = Callable[[dict[str, Any], Mapping[str, FileTensor], torch.dtype], Opened]
@@ -24,6 +24,9 @@ OPENERS: dict[str, Opener] = {
     "awq": gptq.open_matrices,
     "fp8": floats.open_block_float8,
     "mxfp4": floats.open_mxfp4,
+    "bitsandbytes": bitsandbytes.open_matrices,
+    "modelopt": modelopt.open_matrices,
+    "torchao": torchao.open_matrices,
 }
 LAYOUTS: dict[str, Callable[[Mapping[str, Any], str, QuantisedTensor], Layout]] = {
     "gptq": gptq.layout_for,
@@ -38,6 +41,8 @@ _LEFT_OUT = {
     "awq": "modules_to_not_convert",
     "fp8": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
+    "torchao": "modules_to_not_convert",
+    "bitsandbytes": "llm_int8_skip_modules",
 }
 
 
@@ -67,24 +72,9 @@ def open_quantised(
     return found, notes
 
 
-class Written:
-    """What a checkpoint's tensors are written as.
-
-    Attributes:
-        tensors: by name in the files.
-        settings: ``quantization_config``, or None if nothing is quantised.
-        kept: matrices that are written as codes.
-        plain: matrices written as plain numbers, although they were quantised, with the reasons.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, TensorSource] = {}
-        self.settings: dict[str, Any] | None = None
-        self.kept: list[str] = []
-        self.plain: dict[str, str] = {}
-
-
-def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, TensorSource]) -> Written:
+def write_quantised(
+    settings: Mapping[str, Any] | None, tensors: Mapping[str, TensorSource], tables: Collection[str] = ()
+) -> Written:
     """Return the tensors to write for a checkpoint whose matrices may be quantised; nothing is read.
 
     Matrices that came in a layout leave in it. Others that are quantised, as passes leave them, are written in the
@@ -93,11 +83,14 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
     Args:
         settings: ``quantization_config`` of the checkpoint that the program came from, if it had one.
         tensors: by the names that the model has for them.
+        tables: which of them are looked up; libraries read codes of linears alone, and would find none there.
     """
     written = Written()
     method = str((settings or {}).get("quant_method", "compressed-tensors"))
     fresh: dict[str, Any] | None = None
     fresh_layout: Any = None
+    layouts: dict[str, Any] = {}
+    added: list[tuple[dict[str, Any], str]] = []
     for key, source in tensors.items():
         if not is_quantised(source):
             written.tensors[key] = source
@@ -113,8 +106,12 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
             elif layout is None:
                 if settings is not None and method != "compressed-tensors":
                     raise CannotExpress(f"it was quantised anew, and {method} has no place for it")
+                if key in tables:
+                    raise CannotExpress("it is looked up, and compressed-tensors has codes for linears alone")
                 layout, described = compressed_tensors.settings_of(form, [])
-                if fresh is None:
+                if settings is not None:
+                    added.append((described, key.removesuffix(".weight")))
+                elif fresh is None:
                     fresh, fresh_layout = described, layout
                 elif layout != fresh_layout:
                     fresh = compressed_tensors.also(fresh, described, key.removesuffix(".weight"))
@@ -127,9 +124,18 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
             continue
         written.kept.append(key)
         module = key.removesuffix(layout.weight)
-        written.tensors |= {module + name: part for name, part in parts.items()}
+        stored = {module + name: part for name, part in parts.items()}
+        written.parts[key] = list(stored)
+        written.tensors |= stored
+        layouts[key] = layout
+        if isinstance(layout, bitsandbytes.FourBits) and layout.depends_on_values(tuple(source.shape)):
+            written.not_on_cpu = (
+                "bitsandbytes on a CPU gives other values where rows are no multiple of its blocks"
+            )
     base = dict(settings) if settings is not None else fresh
     if base is not None and written.kept:
+        for described, module in added:
+            base = compressed_tensors.also(base, described, module)
         left = _LEFT_OUT.get(method)
         # matrices that are plain, whether or not they were quantised before
         modules = [k.removesuffix(".weight") for k in written.plain]
@@ -140,9 +146,13 @@ def write_quantised(settings: Mapping[str, Any] | None, tensors: Mapping[str, Te
                 if k.endswith(".weight") and len(s.shape) == 2 and k not in written.kept
             ]
             base = compressed_tensors.left_out(base, linear)
+        elif method == "modelopt" and modules:
+            base = modelopt.left_out(base, modules)
         elif left is not None and modules:
             base[left] = sorted({*(base.get(left) or ()), *modules})
-        elif modules and method == "gptq":
-            base["modules_in_block_to_quantize"] = base.get("modules_in_block_to_quantize")
         written.settings = base
+        if method == "torchao":
+            torchao.describe(written, {k: (layouts[k], tuple(tensors[k].shape)) for k in written.kept})
+        if "quantization" in base and method == "modelopt":
+            written.files["hf_quant_config.json"] = {k: v for k, v in base.items() if k != "quant_method"}
     return written

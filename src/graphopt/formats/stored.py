@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,9 @@ from ..ir.quantised.stored import quantised_form
 from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.running.fold import Computed
 from ..ir.weights import TensorSource
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that scales have, where a layout does not say more."""
 
 
 class FileTensor(TensorSource, Protocol):
@@ -69,6 +72,7 @@ class StoredMatrix:
         parts: names, as the layout has them, and tensors of the files.
         shape: of the matrix.
         dtype: of its values.
+        beside: what the files have beside it for other purposes, such as scales of activations; written again.
     """
 
     module: str
@@ -76,6 +80,7 @@ class StoredMatrix:
     parts: tuple[tuple[str, FileTensor], ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    beside: tuple[tuple[str, FileTensor], ...] = ()
 
     @property
     def key(self) -> str:
@@ -91,6 +96,11 @@ class StoredMatrix:
     def stored_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(torch.Size(p.shape).numel() * p.dtype.itemsize for _, p in self.parts)
+
+    @property
+    def kept_as(self) -> str:
+        """What a listing says of it."""
+        return self.quantised(values=False).kept_as
 
     def quantised(self, *, values: bool = True) -> QuantisedTensor:
         """Return the codes and scales.
@@ -132,7 +142,7 @@ def wrong(module: str, parts: Mapping[str, FileTensor], why: str) -> CheckpointE
     """Return the error that a matrix is stored inconsistently."""
     path = next((p.path for p in parts.values()), Path("the checkpoint"))
     return CheckpointError(
-        f"{path}: {module} is stored inconsistently: {why}", hint="fetch the checkpoint again"
+        f"{path}: {module.rstrip('.')} is stored inconsistently: {why}", hint="fetch the checkpoint again"
     )
 
 
@@ -155,6 +165,21 @@ def require_shapes(
             )
 
 
+def require_types(module: str, parts: Mapping[str, FileTensor], **allowed: Collection[torch.dtype]) -> None:
+    """Require that parts that are there have one of the types that are allowed for each.
+
+    Raises:
+        CheckpointError: one has another.
+    """
+    for name, types in allowed.items():
+        part = parts.get(name)
+        if part is not None and part.dtype not in types:
+            listed = " or ".join(str(t).removeprefix("torch.") for t in types)
+            raise wrong(
+                module, parts, f"{name} has the type {str(part.dtype).removeprefix('torch.')}, not {listed}"
+            )
+
+
 def leaves(source: TensorSource) -> Iterator[TensorSource]:
     """Yield the stored tensors that a value is computed from."""
     if isinstance(source, Computed):
@@ -164,9 +189,39 @@ def leaves(source: TensorSource) -> Iterator[TensorSource]:
         yield source
 
 
+def stored_matrices(source: TensorSource) -> list[StoredMatrix]:
+    """Return the quantised matrices behind a value, each once."""
+    return list(dict.fromkeys(leaf for leaf in leaves(source) if isinstance(leaf, StoredMatrix)))
+
+
 def layout_of(source: TensorSource) -> Layout | None:
     """Return the layout that the quantised matrices behind a value were stored in, or None."""
     return next((leaf.layout for leaf in leaves(source) if isinstance(leaf, StoredMatrix)), None)
+
+
+@dataclass
+class Written:
+    """What a checkpoint's tensors are written as.
+
+    Attributes:
+        tensors: by name in the files.
+        settings: ``quantization_config``, or None if nothing is quantised.
+        kept: matrices that are written as codes.
+        plain: matrices written as plain numbers, although they were quantised, with the reasons.
+        parts: names of the tensors that each matrix of ``kept`` makes.
+        header: strings for the headers of the files.
+        not_on_cpu: why the method's library gives other values on a CPU, for some of the matrices.
+        files: contents of small JSON files that tell how the folder is quantised, by name.
+    """
+
+    tensors: dict[str, TensorSource] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
+    kept: list[str] = field(default_factory=list)
+    plain: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    header: dict[str, str] = field(default_factory=dict)
+    not_on_cpu: str = ""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class _Encoder:
@@ -202,7 +257,10 @@ class EncodedPart:
 
 
 def encoded(sources: Mapping[str, tuple[TensorSource, Layout]]) -> dict[str, dict[str, TensorSource]]:
-    """Return, for each matrix by name, the tensors to write, by what follows the module's name; nothing is read.
+    """Return, for each matrix by name, the tensors to write, by what follows the module's name.
+
+    Nothing is read, but for the few layouts in which only values tell whether they can hold a matrix. A matrix that is
+    still the one that was read is written in the tensors that it was read from.
 
     Raises:
         CannotExpress: a layout has no place for one; ask for one matrix at a time to know which.
@@ -210,13 +268,25 @@ def encoded(sources: Mapping[str, tuple[TensorSource, Layout]]) -> dict[str, dic
     encoder = _Encoder()
     found: dict[str, dict[str, TensorSource]] = {}
     for key, (source, layout) in sources.items():
+        if isinstance(source, StoredMatrix) and source.layout == layout:
+            found[key] = dict((*source.parts, *source.beside))
+            continue
         form = quantised_form(source, values=False)
         if form is None:
             raise CannotExpress(f"{key} has no codes")
+        written = layout.write(form)
+        depends = getattr(layout, "depends_on_values", None)
+        if depends is not None and depends(form.shape):
+            encoder(source, layout)
         found[key] = {
             name: EncodedPart(source, layout, name, tuple(part.shape), part.dtype, encoder)
-            for name, part in layout.write(form).items()
+            for name, part in written.items()
         }
+        matrices = stored_matrices(source)
+        if len(matrices) == 1:
+            found[key] |= dict(matrices[0].beside)
+        elif any(m.beside for m in matrices):
+            raise CannotExpress("matrices with scales of activations of their own were joined")
     return found
 
 

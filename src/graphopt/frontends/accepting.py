@@ -12,8 +12,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ir.compat import NEEDS_VALUES, FakeTensor, quiet_failures
 from .fixed_values import FIXED, Known
+from .stamping.untouched import put_back
 
-REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError)
+# an input that is left out shows as an attribute that None has not
+REFUSALS = (
+    RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError, KeyError, AttributeError,
+)  # fmt: skip
 
 
 def refusal(model: Any, inputs: Mapping[str, Any]) -> str | None:
@@ -46,9 +50,12 @@ def accepts(model: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
 
 
 def ask(model: Any, function: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-    """Call a function of a model on inputs, which lose their values where the model's weights have none."""
+    """Call a function of a model on inputs, which lose their values where the model's weights have none.
+
+    What the model keeps between calls stays as it was, or tensors without values would be in what is traced next.
+    """
     parameter = next(model.parameters(), None)
-    with torch.no_grad():
+    with torch.no_grad(), put_back(model):
         if not isinstance(parameter, FakeTensor):
             floating = parameter.dtype if parameter is not None else torch.float32
             return function(**{n: typed(v, floating) for n, v in inputs.items()})

@@ -181,6 +181,8 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         # tying is part of the initialisation that was skipped
         model.tie_weights()
     except Exception as error:
+        if "does not support an attention implementation" in str(error):
+            raise CaptureError(f"{cls.__name__} has no such attention") from error
         raise CaptureError(
             f"transformers cannot build {cls.__name__} from this configuration: {error}"
         ) from error

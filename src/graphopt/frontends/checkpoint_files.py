@@ -126,6 +126,8 @@ def read_folder(folder: Path) -> CheckpointFiles:
         tensors = _indexed(folder, index)
     elif (folder / "model.safetensors").is_file():
         tensors = read_header(inside(folder, "model.safetensors", folder))
+    elif (named := _old_gptq(folder)) is not None:
+        tensors = read_header(inside(folder, named, folder / "quantize_config.json"))
     else:
         pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
         if pickles:
@@ -135,6 +137,19 @@ def read_folder(folder: Path) -> CheckpointFiles:
             )
         raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
     return CheckpointFiles(folder, config, tensors)
+
+
+def _old_gptq(folder: Path) -> str | None:
+    """Return the name of the weight file in a folder as AutoGPTQ wrote it, before it kept to transformers' names."""
+    settings = folder / "quantize_config.json"
+    if not settings.is_file():
+        return None
+    found = read_json(settings)
+    named = found.get("model_file_base_name") if isinstance(found, dict) else None
+    if isinstance(named, str) and (folder / f"{named}.safetensors").is_file():
+        return f"{named}.safetensors"
+    files = [path.name for path in folder.glob("*.safetensors")]
+    return files[0] if len(files) == 1 else None
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, SafetensorsEntry]:

@@ -23,7 +23,7 @@ from .accepting import REFUSALS, accepts, typed
 from .architecture import ask_no_caches, filled, model_class
 from .checkpoint_files import CheckpointFiles
 from .checkpoint_names import fill, map_names
-from .compare import compare_outputs, require_equal, resized, tolerance_of
+from .compare import Remembered, compare_outputs, require_equal, resized, tolerance_of
 from .example_inputs import Given, example_inputs
 from .fixed_values import Bound
 from .size_trials import numbers_in, settle_limits, share_sizes, trial
@@ -108,7 +108,7 @@ def compare_with_model(program: Program, model: Any, given: Given | None = None)
     made = example_inputs(model, given)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example = {k: v for k, v in made.inputs.items() if k in program.signature.parameters}
-    example, asked = typed(example, dtype), Bound(model, typed(made.fixed, dtype))
+    example, asked = typed(example, dtype), Remembered(Bound(model, typed(made.fixed, dtype)))
     flat = set(describe(example, lambda v: isinstance(v, torch.Tensor), "")[1])
     if not set(program.signature.inputs) <= flat:
         raise CaptureError(f"no example for {sorted(set(program.signature.inputs) - flat)}")

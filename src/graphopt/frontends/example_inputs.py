@@ -250,8 +250,8 @@ class Making:
             getattr(part, "patch_size", None) or getattr(part, "image_size", None)
             for part in parts
             if not getattr(part, "vocab_size", None) or part is config
-        ) or any(hasattr(config, n) for n in ("vision_config", "backbone_config"))
-        hears = any(hasattr(config, n) for n in ("audio_config", "speech_config"))
+        ) or any(getattr(config, n, None) is not None for n in ("vision_config", "backbone_config"))
+        hears = any(getattr(config, n, None) is not None for n in ("audio_config", "speech_config"))
         wanted: dict[str, None] = dict.fromkeys(required)
         wanted[main] = None
         if "pixel_values" in takes and sees:
@@ -365,9 +365,11 @@ class Making:
             example = self.example(made)
             if len(candidates) == 1 and not self.given and not self.asked:
                 return example
-            trouble = refusal(self.model, {**example.inputs, **example.fixed}) or ""
-            if not trouble:
+            refused = refusal(self.model, {**example.inputs, **example.fixed})
+            if refused is None:
                 return example
+            # the first candidate is the likeliest, and what is told of it the reason
+            trouble = trouble or refused
         if self.given or self.asked:
             self.require_shapes()
             raise self.unfit(trouble)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import Dim
 from torch.utils._pytree import tree_map
 
 from ..ir.canonical import canonicalise
-from ..ir.compat import FakeTensorMode, new_fake_mode
+from ..ir.compat import FakeTensorMode, fake_copy, new_fake_mode
 from ..ir.errors import CaptureError, CheckpointError, GraphoptError, UsageError
 from ..ir.facts import note_capture
 from ..ir.program import Origin, Program
@@ -44,7 +43,7 @@ from .stamping.tensors import Tensors
 from .stamping.weight_mapping import Mapped
 from .stored_values import computed_weights, plain_numbers, untie
 from .torch_module import export
-from .untraceable import traceable
+from .untraceable import broadcast_masks, traceable
 
 ATTENTION_LADDER = ("sdpa", "eager")
 
@@ -222,23 +221,16 @@ def _first_matching_capture(
 
 def _fake(model: Any, mode: FakeTensorMode) -> None:
     """Give a model tensors without memory, of a mode."""
-    fakes: dict[int, Any] = {}
-    with mode:
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in fakes:
-                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        # the original is kept alive, so that its id is not reused
-                        fakes[id(tensor)] = (
-                            nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                            if isinstance(tensor, nn.Parameter)
-                            else fake,
-                            tensor,
-                        )
-                    table[name] = fakes[id(tensor)][0]
+    # originals are kept alive, so that their ids are not reused
+    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fakes[id(tensor)] = fake_copy(mode, tensor), tensor
+                table[name] = fakes[id(tensor)][0]
 
 
 @contextlib.contextmanager
@@ -280,7 +272,8 @@ def _capture(
         example = {k: typed(v, dtype) for k, v in made.inputs.items() if k not in without}
         fixed = typed(made.fixed, dtype)
         if whole is None:
-            with traceable(), fixing(model, fixed, made.marked):
+            # no size varies in that run
+            with broadcast_masks(), fixing(model, fixed, made.marked):
                 stamping = plan_stamping(model, example, buffers)
         else:
             stamping = whole

@@ -51,8 +51,13 @@ def _shapes(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
 def _patch_mask(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     if "spatial_shapes" in made:
         yield torch.ones(making.batch, int(made["spatial_shapes"].prod(-1).max()), dtype=torch.long)
-    else:
+        return
+    pixels = made.get("pixel_values")
+    if pixels is None:
         yield torch.ones(making.batch, *making.image_size(), dtype=torch.long)
+    else:
+        # a mask for each image, without the channels
+        yield torch.ones(*pixels.shape[:-3], *pixels.shape[-2:], dtype=torch.long)
 
 
 @_maker("pixel_mask")
@@ -88,6 +93,10 @@ def _pixels(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     # one image a row, in a dimension of its own, or whole with its crops
     yield image.unsqueeze(1)
     yield making.noise(batch, 2, channels, height, width)
+    # patches, already cut out and flattened
+    patch = making.setting("patch_size", inside="vision")
+    if isinstance(patch, int):
+        yield making.noise(batch, (height // patch) * (width // patch), channels * patch * patch)
 
 
 @_maker("pixel_values_videos")
@@ -194,6 +203,12 @@ def _frequencies(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tens
     yield torch.zeros(making.batch, dtype=torch.long)
 
 
+def _codebooks(making: Making) -> int:
+    """Return how many rows of codes there are for each row of audio, where a model takes codes in place of text."""
+    found = making.setting("num_codebooks")
+    return found if isinstance(found, int) else 1
+
+
 @_maker("input_ids")
 def _tokens(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     mask = made.get("attention_mask")
@@ -207,6 +222,8 @@ def _tokens(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
         # contrastive models read the end of the text
         ids[:, -1] = end
     yield ids
+    if _codebooks(making) > 1 and not first:
+        yield making.ids((rows * _codebooks(making), length))
 
 
 @_maker("qformer_input_ids")
@@ -227,7 +244,11 @@ def _decoder_tokens(making: Making, made: Mapping[str, Any]) -> Iterator[torch.T
 
 @_maker("attention_mask")
 def _mask(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    yield torch.ones_like(made["input_ids"])
+    ids = made["input_ids"]
+    codebooks = _codebooks(making)
+    if codebooks > 1 and "input_ids" not in making.given and ids.shape[0] == codebooks * making.batch:
+        ids = ids[::codebooks]
+    yield torch.ones_like(ids)
 
 
 @_maker("token_type_ids", "mm_token_type_ids")

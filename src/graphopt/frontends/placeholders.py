@@ -19,7 +19,8 @@ def features(model: Any, method: str, made: Mapping[str, Any]) -> int:
         method: of the model, such as ``get_image_features``.
         made: inputs by name.
     """
-    function = getattr(model, method, None)
+    # a class with a head may leave the method to the model that it is a head of
+    function = getattr(model, method, None) or getattr(getattr(model, "base_model", None), method, None)
     if function is None:
         return 0
     parameters = inspect.signature(function).parameters

@@ -29,6 +29,10 @@ def dequantised(files: CheckpointFiles) -> CheckpointFiles:
         raise CheckpointError(f"{where}: quantization_config must hold an object")
     try:
         tensors, notes = open_quantised(settings, files.tensors, _dtype(files), where)
+    except CheckpointError as error:
+        if str(files.folder) in str(error):
+            raise
+        raise CheckpointError(f"{where}: {error.message}", hint=error.hint) from error
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{where}: quantization_config is not of its method: {error}") from error
     config = {**files.config, "quantization_config": settings}

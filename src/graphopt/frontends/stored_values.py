@@ -161,5 +161,5 @@ def plain_numbers(model: Any, mapped: Mapped, files: CheckpointFiles) -> None:
 def _quantised(files: CheckpointFiles, why: str) -> CheckpointError:
     return CheckpointError(
         f"{files.folder} holds quantised weights, although its configuration does not say so: {why}",
-        hint="quantised checkpoints cannot be read yet; save the model with plain weights first",
+        hint="say in config.json how it is quantised (quantization_config), or save the model with plain weights",
     )

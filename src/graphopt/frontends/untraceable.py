@@ -3,19 +3,114 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from .expert_loops import ExpertLoops
 
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Write masks and slices in ways that can be traced while the context is open."""
-    with broadcast_masks(), Sizes():
+    """Write masks, slices, triangular systems and loops over experts in ways that can be traced while it is open."""
+    with broadcast_masks(), triangular_systems(), casts_of_modules(), Sizes(), ExpertLoops():
         yield
+
+
+@contextlib.contextmanager
+def casts_of_modules() -> Iterator[None]:
+    """Let modules that a model casts while it runs compute with cast weights, while the context is open.
+
+    Routers are cast to a more precise type by ``Module.to`` on every call. It exchanges parameters, of which a tracer
+    holds references. A module with nothing to cast is left alone.
+    """
+    before = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if kwargs or len(args) != 1 or not isinstance(args[0], torch.dtype):
+            return before(self, *args, **kwargs)
+        for module in self.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.is_floating_point() and weight.dtype is not args[0]:
+                    # the tracer puts its own back
+                    module._parameters[name] = weight.to(args[0])  # type: ignore[assignment]
+        return self
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def triangular_systems() -> Iterator[None]:
+    """Let linear attention in chunks solve its systems as it does when it runs, while the context is open.
+
+    For an export, the library writes one substitution for each row of a chunk, some hundreds of operators a layer.
+    """
+
+    found = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("transformers.models.") and hasattr(module, _EXPORTING) and _solves(name)
+    ]
+    before = [(module, getattr(module, _EXPORTING)) for module in found]
+    for module in found:
+        setattr(module, _EXPORTING, lambda: False)
+    try:
+        yield
+    finally:
+        for module, value in before:
+            setattr(module, _EXPORTING, value)
+
+
+@functools.cache
+def _solves(module: str) -> bool:
+    """Tell whether a function of a module solves triangular systems unless it is exported."""
+
+    # functions may be wrapped, so that their code is looked for in the module's
+    def inside(code: CodeType) -> bool:
+        if "solve_triangular" in code.co_names and _EXPORTING in code.co_names:
+            return True
+        return any(inside(part) for part in code.co_consts if isinstance(part, CodeType))
+
+    loader: Any = getattr(sys.modules[module], "__loader__", None)
+    code = loader.get_code(module) if hasattr(loader, "get_code") else None
+    return code is not None and inside(code)
+
+
+def inverse_of_unit_lower(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the inverses of lower triangular matrices with ones on the diagonal, whatever else is stored there.
+
+    A block of twice the size, ``[[A, 0], [C, B]]``, has the inverse ``[[A', 0], [-B' C A', B']]`` of those of its own
+    blocks, for all blocks at once: a few products in place of one substitution a row.
+
+    Args:
+        matrix: of shape (..., n, n), n a number.
+
+    Returns:
+        Of the same shape.
+    """
+    size = int(matrix.shape[-1])
+    rows = torch.arange(size, device=matrix.device)
+    inverse = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    block = 1
+    while block < size:
+        index = rows // block
+        second = index % 2 == 1
+        below = second[:, None] & (index[:, None] == index[None, :] + 1)
+        corner = torch.where(below, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device))
+        inverse = inverse - (corner if block == 1 else inverse @ corner @ inverse)
+        block *= 2
+    return inverse
 
 
 @contextlib.contextmanager
@@ -60,6 +155,8 @@ class Sizes(TorchFunctionMode):
         self.sizes: dict[int, tuple[torch.Tensor, Any]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.linalg.solve_triangular and _of_unit_lower(*args, **(kwargs or {})):
+            return inverse_of_unit_lower(args[0]) @ args[1]
         if func in _HOLDING and args and isinstance(args[0], torch.SymInt):
             return self._keep(func(*args, **(kwargs or {})), args[0])
         if not self.sizes:
@@ -99,6 +196,26 @@ class Sizes(TorchFunctionMode):
         return index
 
 
+def _of_unit_lower(
+    matrix: torch.Tensor,
+    right: torch.Tensor | None = None,
+    *,
+    upper: bool,
+    left: bool = True,
+    unitriangular: bool = False,
+    out: torch.Tensor | None = None,
+) -> bool:
+    return (
+        not upper
+        and left
+        and unitriangular
+        and out is None
+        and right is not None
+        and isinstance(matrix.shape[-1], int)
+    )
+
+
+_EXPORTING = "is_torchdynamo_exporting"
 # torch.export writes the second for the first
 _HOLDING = (torch.tensor, torch.scalar_tensor)
 _ARITHMETIC = {

@@ -53,13 +53,15 @@ __all__ = [
     "NEEDS_VALUES",
     "FakeTensor",
     "FakeTensorMode",
+    "QuickDispatchMode",
     "Symbol",
-    "TorchDispatchMode",
     "add_symbol",
     "build_exported_program",
     "compile_package",
+    "composite",
     "composite_kernels",
     "exporting",
+    "fake_copy",
     "fake_tensor",
     "fresh",
     "guard_code",
@@ -83,6 +85,7 @@ __all__ = [
     "symbol_range",
     "symbolic_kernels",
     "symint",
+    "undivided",
     "widen_symbol",
     "without_fake_cache",
     "without_guards",
@@ -130,6 +133,30 @@ def without_fake_cache() -> contextlib.AbstractContextManager[None]:
 
     patched: contextlib.AbstractContextManager[None] = config.patch(fake_tensor_cache_enabled=False)
     return patched
+
+
+class QuickDispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode whose handler is called directly: guarding it against compilation takes as long as a short one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def composite(operator: Any) -> bool:
+    """Tell whether an operator is defined by calls of others."""
+    return isinstance(operator, torch._ops.OpOverload) and bool(operator._can_decompose())
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Hand operators that are defined by calls of others, such as linear, to dispatch modes as one call each.
+
+    ``torch.inference_mode`` does so too, but its tensors refuse assignments to ``data``.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 @contextlib.contextmanager
@@ -407,6 +434,18 @@ def fake_tensor(
     """Return a tensor of this shape and type without memory, belonging to ``mode``."""
     meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
     return FakeTensor(mode, meta, torch.device(device))
+
+
+def fake_copy(mode: FakeTensorMode, value: torch.Tensor) -> FakeTensor:
+    """Return a contiguous tensor of the shape and type of a model's tensor, a parameter if it is one.
+
+    ``nn.Parameter`` would detach it, which takes ten times as long.
+    """
+    copied = fake_tensor(mode, value.shape, value.dtype)
+    if isinstance(value, torch.nn.Parameter):
+        copied._is_param = True
+        copied.requires_grad_(value.requires_grad)
+    return copied
 
 
 def fresh(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:

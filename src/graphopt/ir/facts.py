@@ -184,6 +184,19 @@ class KVCache(Fact, name="kv_cache", done="cached"):
 
 
 @dataclass(frozen=True)
+class QuantizedCache(Fact, name="quantized_cache", done="keeping its caches in few bits"):
+    """Caches hold codes, beside caches of their scales (``key_cache_0_scale``) and low values (``key_cache_0_low``).
+
+    Args:
+        bits: of a code: eight in int8, or four, two to a byte in uint8.
+        caches: the inputs that hold codes.
+    """
+
+    bits: int
+    caches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Quantized(Fact, name="quantized"):
     """Values and weights are rounded to integers, as a target stores them.
 

@@ -447,6 +447,10 @@ class Program:
         """Write a Hugging Face folder, after reloading it with transformers and comparing."""
         return self._export("save_pretrained", path, **options)
 
+    def save_gguf(self, path: Any, *, type: str = "auto", **options: Any) -> Any:
+        """Write a GGUF file, after reading it back and comparing; ``type`` is that of matrices, such as Q8_0."""
+        return self._export("save_gguf", path, type=type, **options)
+
 
 def as_program(model: Model | Program) -> Program:
     """Return a model as a program: a program is returned unchanged, anything else is captured.

@@ -62,7 +62,8 @@ def format_node(program: Program, node: fx.Node) -> str:
     if node.op == "placeholder":
         if node.name in program.weights:
             weight = program.weights[node.name]
-            return f"%{node.name} = weight {weight.name!r} : {format_value(program, node.meta['val'])}"
+            kept = f", {weight.kept_as}" if weight.kept_as else ""
+            return f"%{node.name} = weight {weight.name!r} : {format_value(program, node.meta['val'])}{kept}"
         return f"%{node.name} = input {node.meta['input']!r} : {format_value(program, node.meta['val'])}"
     if node.op == "output":
         pairs = zip(program.signature.output_names, node.args[0], strict=False)  # type: ignore[arg-type]

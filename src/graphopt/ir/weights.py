@@ -208,6 +208,11 @@ class Weight:
         """Size of the values in bytes."""
         return numel(self.source.shape) * self.source.dtype.itemsize
 
+    @property
+    def kept_as(self) -> str:
+        """How its source keeps the values, where that is not as they are: codes, and how many share a scale."""
+        return str(getattr(self.source, "kept_as", ""))
+
     def with_source(self, source: TensorSource) -> Weight:
         """Return the same weight with other values."""
         return replace(self, source=source)

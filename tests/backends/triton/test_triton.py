@@ -44,6 +44,7 @@ def test_every_kernel_computes_what_its_operator_says() -> None:
         (torch.bfloat16, ["sm_90"], True),
         (torch.bfloat16, ["sm_80", "gfx942"], False),
         (torch.float32, ["sm_90"], False),
+        (torch.bfloat16, ["sm_90"], False),
     ],
 )
 def test_kernels_compile_for_gpus_that_are_not_here(

@@ -8,8 +8,10 @@ from typing import Any
 import nested_networks
 import pytest
 import torch
+from amounts import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from nested_networks import captured
 from torch import nn
 
 import graphopt
@@ -17,10 +19,6 @@ from graphopt.ir.anatomy import Block
 from graphopt.ir.anatomy.dominance import dominates, immediate_dominators
 
 WIDTH = nested_networks.WIDTH
-
-
-def captured(name: str) -> graphopt.Program:
-    return graphopt.capture(*nested_networks.network(name), compare=False)
 
 
 def kinds(blocks: list[Block]) -> list[str]:
@@ -68,6 +66,7 @@ NESTED: dict[str, tuple[dict[str, int], list[list[str]]]] = {
     "flux": ({"attention": 6, "ffn": 4}, [["attention", "ffn"]] * 4 + [["attention"]] * 2),
     "hyper_connections": ({"attention": 2, "ffn": 2}, [["attention", "ffn"]] * 2),
     "laurel": ({"adapter": 3, "attention": 3, "ffn": 3}, [["adapter", "attention", "ffn"]] * 3),
+    "layer_embeddings": ({"attention": 3, "ffn": 3, "adapter": 3}, [["attention", "ffn", "adapter"]] * 3),
     "alternating_updates": (
         {"connection": 3, "attention": 3, "ffn": 3, "composite": 3},
         [["connection", "attention", "ffn", "composite"]] * 3,
@@ -198,7 +197,7 @@ def shape(block: Block) -> Tree:
     return [shape(inner) for inner in block.inner] if block.kind == "composite" else block.kind
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(18))
 @given(st.lists(TREES, min_size=1, max_size=3))
 def test_the_nesting_of_drawn_networks_is_found(trees: list[Tree]) -> None:
     model = nn.Sequential(nn.Linear(8, WIDTH), *map(Drawn, trees), nn.Linear(WIDTH, 8)).eval()
@@ -228,7 +227,7 @@ class Tangled(nn.Module):
 
 
 # failures are drawn small enough, and making an example smaller takes a capture each time
-@settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=examples(24), phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     st.lists(
         st.tuples(st.sampled_from(["add", "linear", "linear"]), st.integers(0, 11), st.integers(0, 11)),

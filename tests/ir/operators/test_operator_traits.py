@@ -247,6 +247,10 @@ def test_the_traits_of_names_are_those_of_operators() -> None:
 
 SHAPED: dict[str, Callable[[Any], Any]] = {
     "attention": lambda f: f(draw(2, 4, 5, 6), draw(2, 2, 7, 6), draw(2, 2, 7, 3), scale=0.5),
+    "cache_codes": lambda f: f(draw(2, 3, 5, 8), torch.ones(2, 3, 5, 2).double(), torch.zeros(2, 3, 5, 2).double()),
+    "cache_load": lambda f: f(torch.ones(2, 3, 5, 4, dtype=torch.uint8), draw(2, 3, 5, 2), draw(2, 3, 5, 2)),
+    "cache_low": lambda f: f(draw(2, 3, 5, 8).to(torch.bfloat16), group=4),
+    "cache_scale": lambda f: f(draw(2, 3, 5, 8).to(torch.bfloat16), group=4),
     "cache_store": lambda f: f(draw(2, 3, 8, 4).to(torch.bfloat16), draw(2, 3, 2, 4), torch.tensor([[0, 1], [3, 2]])),
     "cache_visible": lambda f: f(torch.tensor([[3, 4]]), torch.tensor([[3, 4]]), draw(1, 2, 8, 4), window=3),
     "fake_quantize": lambda f: f(draw(2, 3).to(torch.bfloat16), 0.1, 0, dtype="int8"),

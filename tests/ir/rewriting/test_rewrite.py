@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -308,7 +309,7 @@ STEPS: list[Callable[..., torch.Tensor]] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(45), deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=12),
     rules=st.lists(st.sampled_from(range(len(RULES))), min_size=1, max_size=4),

@@ -119,7 +119,7 @@ def test_after_other_passes(passes: str, captured: Callable[[str], Program]) -> 
     assert generated(changed, ROWS[:1], 8)[0].tolist() == row[len(ROWS[0]) :]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(18), deadline=None)
 @given(
     pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     rows=st.integers(1, 3),

@@ -20,6 +20,8 @@ PROPERTIES: dict[str, str] = {
     "stream-convolutions": "convolutions/test_stream_convolutions.py::test_pieces_of_any_size_give_what_the_whole_gives",
     "fit-target": "quantization/test_quantization_properties.py::test_fitted_forms_are_the_function",
     "quantize": "quantization/test_quantization_properties.py::test_what_few_bits_lose",
+    "quantize-weights": "quantization/test_quantization_properties.py::test_weights_alone_in_few_bits",
+    "dequantize-weights": "quantization/test_quantization_properties.py::test_weights_alone_in_few_bits",
     "insert-kv-cache": "caching/test_kv_cache.py::test_any_decoder_in_any_pieces",
     "attach-multi-token-heads": "heads/test_head_properties.py::test_multi_token_heads",
     "attach-draft": "heads/test_head_properties.py::test_an_attached_draft",

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -107,7 +108,7 @@ def silus(program: Program) -> list[str]:
     return [n.name for n in program.graph.nodes if is_operator(n, "aten.silu")]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(24), deadline=None)
 @given(kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6), residual=st.booleans())
 def test_sites_that_fail_are_left_out_and_no_others(kinds: list[str], residual: bool) -> None:
     given_program = chain(len(kinds), residual=residual)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from norm_networks import NORMS, draw, fold, randomise
@@ -22,7 +23,7 @@ def norms_left(program: graphopt.Program) -> int:
     return program.operators.get("aten.batch_norm", 0)
 
 
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=examples(24), deadline=None)
 @given(
     axes=st.integers(1, 3),
     kernel=st.integers(1, 3),

@@ -9,12 +9,16 @@ from drawn_decoders import SHAPES, SIZES, Decoder, alike, decoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preferring_routers import with_preferences
+from torch import fx
 
 import graphopt
 from graphopt.backends.onnx.quantized import without_rounding
 from graphopt.ir.program import Program
+from graphopt.ir.quantised.stored import is_quantised
 from graphopt.ir.running.execute import interpret
 from graphopt.ir.schema import arguments, is_operator
+from graphopt.passes.quantization.few_bits import nearest
+from graphopt.passes.quantization.values import constant_value
 
 SEEDS = st.integers(0, 1 << 20)
 NESTED = "split-ffn{widths=[1/2 1] score=none}"
@@ -66,6 +70,42 @@ def test_what_few_bits_lose(
         assert torch.equal(without_rounding(done)(**given_)["logits"], fitted(**given_)["logits"])
     _matrices(done, weights, block, rounding == "nearest" or weights == 8)
     _activations(done, fitted, data[:2], activations)
+
+
+@settings(max_examples=examples(12), deadline=None)
+@given(
+    decoders(), st.sampled_from([8, 4, 2]), st.sampled_from([0, 2, 4]), st.booleans(), st.sampled_from([0, 8]),
+    st.sampled_from(["rtn", "gptq"]), SEEDS,
+)  # fmt: skip
+def test_weights_alone_in_few_bits(
+    drawn: Decoder, bits: int, group: int, symmetric: bool, head: int, method: str, seed: int
+) -> None:
+    """Wrong if another matrix's codes were read, codes changed once kept or made plain, or anything but matrices changed."""
+    program, data = drawn.program, [tokens(2, 8, seed=seed + n) for n in range(4)]
+    text = f"bits={bits} group={group} symmetric={str(symmetric).lower()} head={head} method={method}"
+    done = graphopt.optimize(program, f"quantize-weights{{{text}}}", data=data, verify="off")
+    sites = {s["block"]: s for s in done.history[-1]["plan"]["sites"]}
+    assert sites
+    pairs = zip(_linears(program), _linears(done), strict=True)
+    for before, after in pairs:
+        old, new = (constant_value(p, arguments(n)["weight"]) for p, n in ((program, before), (done, after)))
+        site = sites.get(arguments(before)["weight"].name)
+        if site is None:
+            assert torch.equal(old, new)
+        elif method == "rtn":
+            assert torch.equal(nearest(old, site["bits"], site["group"], symmetric).dequantise(), new)
+        else:
+            assert (old - new).norm() <= (1.0 if site["bits"] < 8 else 0.1) * old.norm()
+    plain = graphopt.optimize(done, "dequantize-weights", verify="off")
+    assert any(is_quantised(w.source) for w in done.weights.values())
+    assert not any(is_quantised(w.source) for w in plain.weights.values())
+    for size in SIZES:
+        given_ = tokens(*size, seed=seed)
+        assert torch.equal(plain(**given_)["logits"], done(**given_)["logits"])
+
+
+def _linears(program: Program) -> list[fx.Node]:
+    return [n for n in program.nodes if is_operator(n, "aten.linear")]
 
 
 def _matrices(done: Program, bits: int, block: int, nearest: bool) -> None:

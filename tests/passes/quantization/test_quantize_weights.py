@@ -23,8 +23,10 @@ from graphopt.ir.quantised.codes import RANGES, STORED
 from graphopt.ir.quantised.stored import packed, quantised_form, stored_bytes
 from graphopt.ir.quantised.tensor import QuantisedTensor
 from graphopt.ir.running.fold import fold
+from graphopt.ir.schema import argument, is_operator
 from graphopt.measure.context import Context
 from graphopt.passes.framework.pipeline import parse_pipeline
+from graphopt.passes.quantization.expert_moments import expert_moments
 from graphopt.passes.quantization.few_bits import (
     channel_scales,
     fitted,
@@ -205,6 +207,41 @@ def test_better_methods_lose_less_on_the_output(captured: Callable[[str], Progra
     eight, four = loss("quantize-weights{bits=8 group=16}"), loss("quantize-weights{group=16}")
     assert eight < 0.2 * four
     assert loss("quantize-weights{group=16 method=gptq}") < four
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_fitted_to_the_tokens_that_reach_them(
+    name: str, captured: Callable[[str], Program]
+) -> None:
+    program = fold(captured(name))
+    rows = data(6)
+    done = graphopt.optimize(program, passes=["quantize-weights{group=8 method=gptq}"], data=rows)
+    scores = done.history[-1]["plan"]["scores"]
+    context = Context(data=rows)
+    plain = graphopt.optimize(program, passes=["quantize-weights{group=8}"], data=rows)
+    stacks = [n for n in program.weight_nodes if n.name in scores and n.meta["val"].dim() == 3]
+    assert len(stacks) == 2 * len(program.anatomy.experts)
+    gained, nodes = [], {n.name: i for i, n in enumerate(stacks)}
+    axes = {}
+    for layer in (n for n in program.nodes if is_operator(n, "graphopt.routed_ffn")):
+        for which in ("up", "down"):
+            axes[argument(layer, which).name] = 1 if argument(layer, "transposed") else 2
+    values = {k: program.weights[k].source.load() for k in nodes}
+    names = {program.weights[k].name: k for k in nodes}
+    both = [{w.name: w.source.load() for w in p.weights.values()} for p in (done, plain)]
+    first, again = (list(expert_moments(program, context, stacks, memory)) for memory in (1 << 30, 1))
+    assert len(first) > len(stacks)
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(first, again, strict=True))
+    for node, expert, moments, _ in first:
+        name_ = next(n for n, k in names.items() if k == node.name)
+        errors = []
+        for changed in both:
+            old, new = values[node.name][expert], changed[name_][expert]
+            old, new = (v.mT if axes[node.name] == 1 else v for v in (old, new))
+            errors.append(output_error(old, new, moments))
+        assert errors[1] > 0.01
+        gained.append(errors[0] / errors[1])
+    assert sum(gained) / len(gained) < 0.95
 
 
 def test_what_is_coded_already_is_not_rounded_again(captured: Callable[[str], Program]) -> None:

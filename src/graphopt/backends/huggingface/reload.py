@@ -6,6 +6,7 @@ nothing from graphopt, so that it computes what users of the folder will get.
 """
 
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -17,9 +18,21 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     model_class = getattr(transformers, class_name)
-    model, info = model_class.from_pretrained(
-        folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
-    )
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    settings = getattr(config, "quantization_config", None)
+    options = {"local_files_only": True, "output_loading_info": True, "config": config}
+    if settings is None:
+        model, info = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    else:
+        # in the type of the folder first: a value is rounded to it once, and then widened as it is
+        if isinstance(settings, dict) and settings.get("quant_method") in (
+            "compressed-tensors",
+            "fp8",
+            "mxfp4",
+        ):
+            config.quantization_config = {**settings, "dequantize": True}
+        model, info = model_class.from_pretrained(folder, dtype=config.dtype, **options)
+        model = plain(model).to(getattr(torch, dtype))
     missing = list(info["missing_keys"])
     if missing:
         raise SystemExit(f"transformers finds no tensor for {', '.join(sorted(missing)[:5])}")
@@ -39,6 +52,23 @@ def main() -> None:
             {f"{run}/{name}": value.contiguous().clone() for name, value in result.items()}
         )
     save_file(tensors_of_runs, outputs)
+
+
+def plain(model: Any) -> Any:
+    """Return a model with plain matrices in place of those that its library keeps quantised."""
+    import torch
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = model.dequantize()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = parameter.detach()
+            if type(value) is not torch.Tensor and hasattr(value, "dequantize"):
+                value = value.dequantize()
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+    model.hf_quantizer = None
+    model.is_quantized = False
+    return model
 
 
 def flat(value: object, name: str = "") -> dict:  # type: ignore[type-arg]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...formats.registry import Written, write_quantised
+from ...formats.registry import write_quantised
+from ...formats.stored import Written
 from ...ir.errors import LoweringError
 from ...ir.export_blockers import export_blockers
-from ...ir.facts import CheckpointChanges
+from ...ir.facts import CheckpointChanges, RemovedLayers
 from ...ir.program import Program
 from ...ir.running.execute import memory_available
 from ...ir.running.fold import computed
 from ...ir.running.retype import widen
+from ...ir.schema import argument, is_operator
 from ...ir.storage.atomic import atomic_folder
 from ...ir.storage.safetensors_file import write_file, writer
 from ...ir.weights import TensorSource, numel
@@ -32,6 +35,17 @@ from .layers import Skeleton, without_layers
 SHARD_BYTES = 5 << 30
 SCRIPT = Path(__file__).with_name("reload.py")
 
+# what transformers needs to load matrices of each method and to dequantise them; None: nothing has both
+_LIBRARIES: dict[str, str | None] = {
+    "compressed-tensors": "compressed_tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes", "fp8": "",
+    "mxfp4": "", "modelopt": None, "gptq": None, "awq": None,
+}  # fmt: skip
+
+
+class _NotLoaded(LoweringError):
+    """Transformers did not load a folder."""
+
+
 Recapture = Callable[[Path], Program]
 
 
@@ -40,12 +54,14 @@ class FolderReport:
     """What was written, and the relative error of each output against the program.
 
     ``quantised`` are the matrices written as codes with scales, ``plain`` those that were quantised and are written as
-    plain numbers, with the reasons.
+    plain numbers, with the reasons. ``checked`` is how the folder was compared, "reload" or "streamed", and
+    ``not_reloaded`` why transformers did not load a quantised one.
     """
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
     checked: str = ""
+    not_reloaded: str = ""
     files: list[str] = field(default_factory=list)
     quantised: list[str] = field(default_factory=list)
     plain: dict[str, str] = field(default_factory=dict)
@@ -67,8 +83,9 @@ def save_pretrained(
         program: captured from a Hugging Face checkpoint; passes since then must fit its architecture.
         path: the folder; appears whole or not at all, and replaces nothing but a folder that graphopt wrote.
         check: "reload" runs the folder with transformers in another process; "streamed" captures it again
-            and runs both weight by weight, for models larger than memory; "auto" chooses by size. Both compare in
-            float32 at least, padded on either side, beyond every window that takes no more than seconds to reach.
+            and runs both weight by weight, for models larger than memory; "auto" chooses by size, and a folder of quantised
+            matrices is reloaded where the library of its method is installed and can load it. Both compare in float32 at
+            least, padded on either side, beyond every window that takes no more than seconds to reach.
         recapture: how to capture a folder: for "streamed", and for windows that take longer.
         skeleton: how to name the tensors of a configuration's model.
         progress: called with the name and bytes of each tensor written.
@@ -81,12 +98,17 @@ def save_pretrained(
     written, config = contents(program, skeleton)
     tensors = written.tensors
     with atomic_folder(path, may_replace=_is_graphopt_folder) as folder:
-        _write_weights(folder, tensors, shard_bytes, progress)
+        _write_weights(folder, tensors, written.header, shard_bytes, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, data in program.origin.assets.items():
+            if name == "hf_quant_config.json":
+                # written anew below where it is needed: what stays plain may have changed
+                continue
             destination = folder / name
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(data)
+        for name, contents_ in written.files.items():
+            (folder / name).write_text(json.dumps(contents_, indent=2) + "\n", encoding="utf-8")
         report = FolderReport(
             Path(path),
             files=sorted(p.name for p in folder.iterdir()),
@@ -94,14 +116,21 @@ def save_pretrained(
             plain=written.plain,
         )
         total = sum(numel(s.shape) * max(s.dtype.itemsize, 4) for s in tensors.values())
+        fits = total < memory_available() // 3
         if check == "auto":
-            # what a library of another method makes of the codes differs with its version and the machine
-            plain = written.settings is None
-            check = "reload" if plain and total < memory_available() // 3 else "streamed"
-        report.checked = check
-        if check not in ("reload", "streamed"):
+            report.not_reloaded = not_reloaded(written)
+            report.checked = "reload" if fits and not report.not_reloaded else "streamed"
+        elif check in ("reload", "streamed"):
+            report.checked = check
+        else:
             raise LoweringError(f"there is no check {check!r}; choose reload, streamed or auto")
-        report.errors = _compare(program, folder, check, recapture)
+        try:
+            report.errors = compare_again(program, folder, report.checked, recapture)
+        except _NotLoaded as error:
+            if check != "auto" or written.settings is None:
+                raise
+            report.checked, report.not_reloaded = "streamed", str(error)
+            report.errors = compare_again(program, folder, "streamed", recapture)
     return report
 
 
@@ -116,12 +145,38 @@ def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Writte
             "this program was not captured from a Hugging Face checkpoint",
             hint="use program.save, program.lower or program.exported_program",
         )
+    require_expressible(program, "a Hugging Face folder")
+    tensors = named_tensors(program)
+    settings = program.origin.config.get("quantization_config")
+    changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
+    written = write_quantised(settings, tensors, _tables(program, changes.removed_layers))
+    config = dict(configuration(program, skeleton))
+    config.pop("quantization_config", None)
+    if written.settings is not None:
+        config["quantization_config"] = written.settings
+    return written, config
+
+
+def require_expressible(program: Program, what: str) -> None:
+    """Require that no pass made a program inexpressible in the architecture of its checkpoint.
+
+    Raises:
+        LoweringError: one did.
+    """
     if blockers := export_blockers(program):
         reasons = "; ".join(f"{reason} ({by})" for by, texts in blockers.items() for reason in texts)
         raise LoweringError(
-            f"a Hugging Face folder cannot hold this program: {reasons}",
+            f"{what} cannot hold this program: {reasons}",
             hint="use program.save or program.lower",
         )
+
+
+def named_tensors(program: Program) -> dict[str, TensorSource]:
+    """Return the values of a program's weights by the names of its checkpoint, layers numbered anew; nothing is read.
+
+    Raises:
+        LoweringError: two of them would have one name.
+    """
     changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
     removed = changes.removed_layers
     tensors: dict[str, TensorSource] = {}
@@ -134,17 +189,42 @@ def contents(program: Program, skeleton: Skeleton | None = None) -> tuple[Writte
             )
         is_weight = node.op == "placeholder"
         tensors[name] = program.weights[node.name].source if is_weight else computed(program, node)[0]
-    settings = program.origin.config.get("quantization_config")
-    written = write_quantised(settings, tensors)
+    return tensors
+
+
+def configuration(program: Program, skeleton: Skeleton | None = None) -> dict[str, Any]:
+    """Return the configuration of a program's checkpoint, changed as its passes changed the model.
+
+    Raises:
+        LoweringError: the architecture cannot express a change.
+    """
+    changes = program.facts.get(CheckpointChanges) or CheckpointChanges()
+    removed = changes.removed_layers
     config = with_widths(without_layers(program.origin.config, removed, skeleton), changes.ffn_widths)
     if changes.active_experts is not None:
         config = with_experts(config, *changes.active_experts, active=True)
     for before, after in changes.expert_counts:
         config = with_experts(config, before, after, active=False)
-    config.pop("quantization_config", None)
-    if written.settings is not None:
-        config["quantization_config"] = written.settings
-    return written, config
+    return config
+
+
+def not_reloaded(written: Written) -> str:
+    """Return why transformers is not asked to load a folder, if it is quantised, here; empty if it is."""
+    if written.settings is None:
+        return ""
+    method = str(written.settings.get("quant_method"))
+    library = _LIBRARIES.get(method)
+    if library is None:
+        return f"transformers has no way to load {method} and compute with its plain values"
+    if library and importlib.util.find_spec(library) is None:
+        return f"the library {library} is not installed"
+    return written.not_on_cpu
+
+
+def _tables(program: Program, removed: Sequence[RemovedLayers]) -> set[str]:
+    """Return the names of the tensors that are looked up, tied to a head or not."""
+    looked_up = {argument(n, "weight") for n in program.nodes if is_operator(n, "aten.embedding")}
+    return {renumbered(name, removed) for name, node in program.checkpoint.items() if node in looked_up}
 
 
 def _is_graphopt_folder(path: Path) -> bool:
@@ -160,6 +240,7 @@ METADATA = {"format": "pt", "writer": "graphopt"}
 def _write_weights(
     folder: Path,
     tensors: dict[str, TensorSource],
+    header: dict[str, str],
     shard_bytes: int,
     progress: Callable[[str, int], None] | None,
 ) -> None:
@@ -173,19 +254,21 @@ def _write_weights(
         shards[-1][name] = source
         size += bytes_
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], metadata=METADATA, progress=progress)
+        write_file(folder / "model.safetensors", shards[0], metadata=METADATA | header, progress=progress)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, metadata=METADATA, progress=progress)
+        write_file(folder / file, shard, metadata=METADATA | header, progress=progress)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(numel(s.shape) * s.dtype.itemsize for s in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _compare(program: Program, folder: Path, check: str, recapture: Recapture | None) -> dict[str, float]:
+def compare_again(
+    program: Program, folder: Path, check: str, recapture: Recapture | None
+) -> dict[str, float]:
     """Return the largest relative error of each output over all inputs.
 
     Raises:
@@ -241,7 +324,7 @@ def _reloaded(
         )
         if status != 0:
             last = message.strip().splitlines()[-1:] or ["no message"]
-            raise LoweringError(
+            raise _NotLoaded(
                 f"transformers cannot load what was written: {last[0]}",
                 hint="the architecture cannot express this program; use program.save or program.lower",
             )
@@ -279,4 +362,12 @@ def _require(errors: dict[str, float], case: Case, reference: Reference) -> None
         )
 
 
-__all__ = ["FolderReport", "contents", "save_pretrained"]
+__all__ = [
+    "FolderReport",
+    "Recapture",
+    "compare_again",
+    "configuration",
+    "contents",
+    "named_tensors",
+    "save_pretrained",
+]

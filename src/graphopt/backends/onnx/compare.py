@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import fx
 
 from ...ir.checking.comparison import relative_error
 from ...ir.errors import LoweringError
-from ...ir.facts import Quantized
+from ...ir.facts import KVCache, Quantized, QuantizedCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.running.retype import retyped, widen
@@ -34,11 +34,20 @@ _RELATIVE_DIVERGENCE = 2.0
 """Above that share: how far a runtime may differ, relative to the program's own difference between float64 and
 float32. Over 30 layers whose stream holds values in the thousands, at 16 bits per value: 0.06 of the logits, a
 runtime 0.05."""
+_INPUTS_ROUNDED = 0.3
+"""Above that, no rounding of inputs to 8 bits: each product loses 5e-3 to 8e-3, which layers add up."""
+_CODES_APART = 0.01
+"""Share of a cache's codes that may be the next ones: what lies halfway between two is rounded either way."""
 _HALF_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 def compare_with_runtime(
-    paths: Sequence[Path], program: Program, cases: list[Case], tolerance: float | None = None
+    paths: Sequence[Path],
+    program: Program,
+    cases: list[Case],
+    tolerance: float | None = None,
+    shared: bool = False,
+    types: Collection[torch.dtype] = (),
 ) -> dict[str, float]:
     """Return the largest relative error of each output over the cases.
 
@@ -54,14 +63,21 @@ def compare_with_runtime(
         program: the program that the files implement together.
         cases: inputs.
         tolerance: largest error; by default what rounding explains.
+        shared: caches are updated in place, as in onnxruntime-genai: ``next_NAME`` in the memory of ``NAME``.
+        types: that values of few-bit weights are rounded to in the program, and not in the files.
 
     Raises:
         LoweringError: ONNX Runtime does not run a file, or an error exceeds the tolerance.
     """
     quantized = Quantized in program.facts
-    limit = tolerance if tolerance is not None else tolerance_of(program)
+    limit = tolerance
+    if limit is None:
+        limit = max([tolerance_of(program), *(_HALF_TOLERANCE.get(t, 0.0) for t in types)])
     plain = without_rounding(program) if quantized and tolerance is None else None
-    results = _results(paths, cases)
+    results = _results(paths, cases, shared)
+    coded: set[str] = set()
+    if QuantizedCache in program.facts:
+        coded = {f"next_{name}" for name in program.facts[QuantizedCache].caches}
     errors: dict[str, float] = {}
     wrong: dict[str, tuple[float, float, str]] = {}
     for case, outputs in zip(cases, results, strict=True):
@@ -70,7 +86,12 @@ def compare_with_runtime(
         floats = run(plain, inputs) if plain is not None else {}
         exact: dict[str, Any] = {}
         for name, reference in expected.items():
-            error = _error(torch.from_numpy(outputs[name].copy()), reference, case, quantized)
+            found = torch.from_numpy(outputs[name].copy())
+            error: float | None
+            if name in coded:
+                error = _codes_apart(found, reference, program.facts[QuantizedCache].bits)
+            else:
+                error = _error(found, reference, case, quantized)
             if error is None:
                 continue
             most = limit
@@ -102,7 +123,43 @@ def compare_with_runtime(
     return errors
 
 
-def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
+def error_of_rounding(paths: Sequence[Path], program: Program, cases: list[Case], shared: bool) -> float:
+    """Return the largest relative error of an output, by norm, of files that round inputs of products to 8 bits.
+
+    Args:
+        paths: of files that were compared without that rounding, by :func:`compare_with_runtime`.
+        program: the program that they implement.
+        cases: the same inputs.
+        shared: caches are updated in place.
+
+    Raises:
+        LoweringError: the error is more than rounding explains.
+    """
+    worst = 0.0
+    cache = program.facts.get(KVCache)
+    if cache is not None:
+        # what a random cache holds is no text, and small differences grow without bound in it
+        cases = [
+            c for c in cases if cache.positions not in c.inputs or not c.inputs[cache.positions][..., 0].any()
+        ]
+    for case, outputs in zip(cases, _results(paths, cases, shared), strict=True):
+        expected = run(program, {n: v for n, v in case.inputs.items() if n in program.input_nodes})
+        for name, reference in expected.items():
+            pair = counted(torch.from_numpy(outputs[name].copy()), reference, case)
+            if pair is None or not reference.is_floating_point():
+                continue
+            found, exact = (value.to(torch.float64) for value in pair)
+            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+            if not error <= _INPUTS_ROUNDED:
+                raise LoweringError(
+                    f"rounding the inputs of products to 8 bits changes {name} by {error:.2g} of its size",
+                    hint="--float-products keeps them; they are slower",
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _results(paths: Sequence[Path], cases: list[Case], shared: bool) -> list[dict[str, Any]]:
     """Return the outputs of running the files in order, by case and name; only one file is in memory at a time."""
     values_by_case = [{name: _to_numpy(value) for name, value in case.inputs.items()} for case in cases]
     for path in paths:
@@ -111,7 +168,8 @@ def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
         output_names = [value.name for value in session.get_outputs()]
         for case, values in zip(cases, values_by_case, strict=True):
             try:
-                results = session.run(output_names, {name: values[name] for name in input_names})
+                feed = {name: values[name] for name in input_names}
+                results = _in_place(session, feed) if shared else session.run(output_names, feed)
             except Exception as error:
                 text = str(error).strip().splitlines()[0]
                 raise LoweringError(
@@ -120,6 +178,26 @@ def _results(paths: Sequence[Path], cases: list[Case]) -> list[dict[str, Any]]:
                 ) from error
             values.update(zip(output_names, results, strict=True))
     return values_by_case
+
+
+def _in_place(session: Any, feed: dict[str, Any]) -> list[Any]:
+    """Return the outputs of a run that writes each ``next_NAME`` into the memory of the input ``NAME``."""
+    import onnxruntime
+
+    binding = session.io_binding()
+    # a copy, since the memory is written to
+    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in feed.items()}
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in session.get_outputs():
+        before = held.get(output.name.removeprefix("next_"))
+        if before is not None and output.name.startswith("next_"):
+            binding.bind_ortvalue_output(output.name, before)
+        else:
+            binding.bind_output(output.name)
+    session.run_with_iobinding(binding)
+    results: list[Any] = binding.copy_outputs_to_cpu()
+    return results
 
 
 def _without_own_rounding(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -190,3 +268,15 @@ def _error(result: torch.Tensor, reference: torch.Tensor, case: Case, by_norm: b
         return None
     result, reference = pair
     return relative_error(result, reference, beside="norm" if by_norm else "element")
+
+
+def _codes_apart(result: torch.Tensor, reference: torch.Tensor, bits: int) -> float:
+    """Return 0 if all codes of a cache are the same or, for few of them, the next ones; else infinity."""
+    if result.shape != reference.shape or result.dtype != reference.dtype:
+        return float("inf")
+    pairs = (
+        [(result, reference)] if bits == 8 else [(result & 15, reference & 15), (result >> 4, reference >> 4)]
+    )
+    steps = torch.stack([(a.short() - b.short()).abs() for a, b in pairs])
+    few = max(2.0, _CODES_APART * steps.numel())
+    return 0.0 if int(steps.max()) <= 1 and int(steps.sum()) <= few else float("inf")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...ir.errors import LoweringError
+from ...ir.facts import Quantized
 from ...ir.program import Program
 from ...ir.vocabulary import kept_tokens
 from .genai_folder import compare, genai_config, installed, write_beside
-from .lower import lower_onnx
+from .lower import Operators, lower_onnx
 from .model import OnnxReport
 
 
@@ -41,6 +42,8 @@ def lower_genai(
     float32: bool = True,
     check: bool = False,
     tolerance: float | None = None,
+    operators: Operators | None = None,
+    float_products: bool = False,
 ) -> GenaiReport:
     """Write model.onnx, genai_config.json and the tokenizer's files into a new folder.
 
@@ -54,6 +57,8 @@ def lower_genai(
         float32: the same.
         check: raise an error if onnxruntime-genai is not installed.
         tolerance: see :func:`lower_onnx`.
+        operators: the same; by default "runtime", and "standard" for values that are rounded between operators.
+        float_products: see :func:`lower_onnx`.
 
     Raises:
         LoweringError: the program has no caches, or caches that genai cannot make; the tokens differ; what
@@ -74,14 +79,18 @@ def lower_genai(
             "the check generates with onnxruntime-genai", hint='pip install "graphopt[genai]"'
         )
     config = genai_config(program)
+    if operators is None:
+        operators = "standard" if Quantized in program.facts else "runtime"
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
         draft = Path(name) / destination.name
         draft.mkdir()
         model = lower_onnx(
-            program, draft / "model.onnx", opset=opset, dynamic=True, float32=float32, tolerance=tolerance
-        )
+            program, draft / "model.onnx", opset=opset, dynamic=True, float32=float32, tolerance=tolerance,
+            operators=operators, float_products=float_products,
+        )  # fmt: skip
         write_beside(program, draft, config)
-        compared = compare(program, draft) if installed() else None
+        rounded = model.kernels is not None and model.kernels.rounding is not None
+        compared = compare(program, draft, behind=0.2 if rounded else 2e-2) if installed() else None
         files = tuple(destination / f.name for f in sorted(draft.iterdir()))
         os.replace(draft, destination)
     moved = replace(

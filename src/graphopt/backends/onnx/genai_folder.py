@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from ...ir.errors import LoweringError
-from ...ir.facts import KVCache
+from ...ir.facts import KVCache, QuantizedCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.schema import argument, is_operator
 from ...targets import Target
+from .context import configuration, context_length
 from .model import OnnxReport
 
 TOKENIZER = (
@@ -26,7 +27,7 @@ TOKENIZER = (
 TOKENS = 16
 """How many tokens are generated for the comparison."""
 LONGEST = 2048
-"""Slots of a cache of variable capacity if the checkpoint has no maximum length: genai allocates them all at once."""
+"""Largest default length of a text: genai allocates the slots of a cache of variable capacity all at once."""
 
 
 def installed() -> bool:
@@ -52,7 +53,7 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits or program.dials:
         return None
-    if not _end_tokens(_configuration(program), program):
+    if not _end_tokens(configuration(program), program):
         return None
     counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
     chunk = max((int(c) for c in counts), default=0)
@@ -141,6 +142,12 @@ def genai_config(program: Program) -> dict[str, Any]:
             "onnxruntime-genai generates with caches, and this program has none of the plain kind",
             hint="run insert-kv-cache{} last, without tree",
         )
+    if QuantizedCache in program.facts:
+        raise LoweringError(
+            "onnxruntime-genai reads caches of few bits with scales that are constants of the file, and these have scales "
+            "for each token, in caches that it does not know",
+            hint="leave out quantize-cache, or write plain ONNX files and hand the caches from step to step",
+        )
     inputs = program.signature.inputs
     shapes = {tuple(inputs[n].shape[1:2]) + tuple(inputs[n].shape[3:]) for n in inputs if "_cache_" in n}
     if len(shapes) != 1:
@@ -156,7 +163,7 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     heads, size = next(iter(shapes))
     vocabulary = int(program.outputs[cache.logits].meta["val"].shape[-1])
-    config = _configuration(program)
+    config = configuration(program)
     ends = _end_tokens(config, program)
     if not ends:
         raise LoweringError(
@@ -165,9 +172,8 @@ def genai_config(program: Program) -> dict[str, Any]:
         )
     queries = next(n for n in program.nodes if is_operator(n, "graphopt.attention"))
     query_heads = int(argument(queries, "q").meta["val"].shape[1])
-    context_length = cache.limit or config.get("max_position_embeddings") or LONGEST
-    fixed = cache.capacity if isinstance(cache.capacity, int) else None
-    longest = fixed or min(int(context_length), LONGEST)
+    positions = context_length(program)
+    longest = positions if isinstance(cache.capacity, int) else min(positions, LONGEST)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",
@@ -191,7 +197,7 @@ def genai_config(program: Program) -> dict[str, Any]:
             "bos_token_id": _within(config.get("bos_token_id"), vocabulary),
             "eos_token_id": ends,
             "pad_token_id": _within(config.get("pad_token_id"), vocabulary, ends[0] if ends else 0),
-            "context_length": int(fixed or context_length),
+            "context_length": positions,
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
@@ -200,21 +206,6 @@ def genai_config(program: Program) -> dict[str, Any]:
             "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
         },
     }  # fmt: skip
-
-
-def _configuration(program: Program) -> dict[str, Any]:
-    """Return the checkpoint's configuration, with the special tokens of its generation settings."""
-    config = dict(program.origin.config)
-    config = {**config, **(config.get("text_config") or {})}
-    raw = program.origin.assets.get("generation_config.json")
-    if raw:
-        configuration = json.loads(raw)
-        config |= {
-            k: configuration[k]
-            for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if configuration.get(k) is not None
-        }
-    return config
 
 
 def _end_tokens(config: dict[str, Any], program: Program) -> list[int]:
@@ -229,13 +220,14 @@ def _within(token: Any, vocabulary: int, otherwise: int = 0) -> int:
     return int(token) if isinstance(token, int) and 0 <= token < vocabulary else otherwise
 
 
-def compare(program: Program, folder: Path, chunk: int = 6) -> int:
+def compare(program: Program, folder: Path, chunk: int = 6, behind: float = 2e-2) -> int:
     """Generate with genai and check that each of its tokens is the program's most likely one, up to rounding.
 
     Args:
         program: that the folder was written from.
         folder: with genai_config.json, whose stages all run on this machine.
         chunk: how many tokens a prompt's graph takes.
+        behind: how much less likely a token may be than the program's, of the largest logit.
 
     Raises:
         LoweringError: genai does not load the folder, or generates other tokens.
@@ -275,13 +267,11 @@ def compare(program: Program, folder: Path, chunk: int = 6) -> int:
     logits = _logits(program, generated)
     for position in range(len(prompt), len(generated)):
         before = logits[position - 1]
-        behind = float(before.max() - before[generated[position]]) / float(
-            before.abs().max().clamp(min=1e-30)
-        )
-        if not behind <= 2e-2:
+        less = float(before.max() - before[generated[position]]) / float(before.abs().max().clamp(min=1e-30))
+        if not less <= behind:
             raise LoweringError(
                 f"onnxruntime-genai generates token {generated[position]} at place {position}, and the program "
-                f"{int(before.argmax())}, which is likelier by {behind:.2g} of the largest logit"
+                f"{int(before.argmax())}, which is likelier by {less:.2g} of the largest logit"
             )
     if len(generated) == len(prompt):
         raise LoweringError("onnxruntime-genai generates nothing")

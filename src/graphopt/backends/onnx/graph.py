@@ -24,14 +24,16 @@ from ..torch.exported import exported_program
 from .cleanup import attach_weights, simplify
 from .operators import QUANTIZED_FROM, translation_table
 from .quantized import pairs_in, require_quantized, store_weights, with_integers
+from .runtime_operators import drop_unused_outputs
 
 
-def build_graph(program: Program, opset: int) -> Any:
+def build_graph(program: Program, opset: int, kernels: bool = False) -> Any:
     """Return the program as an ``onnx_ir.Model`` whose large weights are read only when it is written.
 
     Args:
         program: not changed.
         opset: of the graph.
+        kernels: it holds operators that ONNX Runtime has beside the standard's, and may use more of them.
 
     Raises:
         LoweringError: an operator has no translation, or two names collide.
@@ -41,9 +43,10 @@ def build_graph(program: Program, opset: int) -> Any:
             f"quantised programs are written at opset {QUANTIZED_FROM} or later, not {opset}",
             hint="opset=23 has attention and norms as single operators, and is their default",
         )
-    model, weights = _translate(written_out(fold(with_integers(program)), opset), opset)
+    model, weights = _translate(written_out(fold(with_integers(program)), opset), opset, kernels)
     attach_weights(model, weights)
     simplify(model)
+    drop_unused_outputs(model)
     expected = pairs_in(program)
     if expected:
         store_weights(model)
@@ -103,7 +106,7 @@ def _write_out(program: Program, node: fx.Node) -> bool:
     return True
 
 
-def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
+def _translate(program: Program, opset: int, kernels: bool) -> tuple[Any, dict[str, Weight]]:
     exported = _exported(program)
     weights = {
         str(spec.target): program.weights[spec.arg.name]
@@ -112,10 +115,10 @@ def _translate(program: Program, opset: int) -> tuple[Any, dict[str, Weight]]:
     }
     try:
         try:
-            return _export(program, _undecomposed(exported), opset), weights
+            return _export(program, _undecomposed(exported), opset, kernels), weights
         except torch.onnx.OnnxExporterError:
             # an operator that only the exporter can decompose
-            return _export(program, _exported(program), opset), weights
+            return _export(program, _exported(program), opset, kernels), weights
     except torch.onnx.OnnxExporterError as error:
         raise LoweringError(
             f"the program has no ONNX form at opset {opset}: {_cause(error)}",
@@ -159,7 +162,7 @@ def _roundings_by_shape() -> Iterator[None]:
         KERNELS.update(before)
 
 
-def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
+def _export(program: Program, exported: ExportedProgram, opset: int, kernels: bool) -> Any:
     with (
         quiet_onnx_registration(),
         quick_onnx_export(program.mode, program.symbols),
@@ -173,7 +176,7 @@ def _export(program: Program, exported: ExportedProgram, opset: int) -> Any:
             verbose=False,
             opset_version=opset,
             optimize=False,
-            custom_translation_table=translation_table(opset),
+            custom_translation_table=translation_table(opset, kernels),
         )
     assert exported_model is not None
     return exported_model.model

@@ -1,4 +1,4 @@
-"""Export of a program to ONNX: standard operators only, checked and compared before the file takes its place."""
+"""Export of a program to ONNX, checked and compared before the file takes its place."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .qnn.run import require as require_compiler
 from .sizes import fixed_sizes, uses_bfloat16
 from .target import compile_buckets, require_fixed
 
+Operators = Literal["standard", "runtime"]
 OPSETS = (20, 21, 23)
 PART_BYTES = 1_900_000_000
 """Largest weights of one graph for a device, in bytes: its compiler's buffers, like a protobuf, hold at most 2
@@ -46,8 +47,10 @@ def lower_onnx(
     part_bytes: int | None = None,
     float32: bool = True,
     tolerance: float | None = None,
+    operators: Operators = "standard",
+    float_products: bool = False,
 ) -> OnnxReport:
-    """Write the program as an ONNX file of standard operators, or as a folder of several.
+    """Write the program as an ONNX file, or as a folder of several.
 
     The file appears under its name only after ONNX's checker has accepted it and ONNX Runtime's outputs match the
     program's; a failure leaves no new file and does not touch an older one. Run-time settings are float64 scalar
@@ -76,6 +79,12 @@ def lower_onnx(
             this many bytes; by default 1.9 GB for a device, and no split otherwise.
         float32: write bfloat16 as float32, since ONNX Runtime has few kernels for bfloat16. float16 stays.
         tolerance: largest accepted relative error; by default 1e-4, and 2e-2 for float16.
+        operators: "standard" for ONNX's own; "runtime" for those that ONNX Runtime has kernels for beside them, where
+            they compute the same: faster, and for ONNX Runtime alone. The report says which were used, and why others
+            were not (``kernels``). Weights that are stored in few bits stay so.
+        float_products: with ``operators="runtime"``, products with few-bit weights take their inputs as they are. By
+            default they are rounded to 8 bits, which is faster; what was compared before that rounding must be equal,
+            and the report says what it changes (``kernels.rounding``).
 
     Raises:
         LoweringError: a package is missing, an opset or size is not supported, ONNX lacks an operator, the checker
@@ -86,6 +95,7 @@ def lower_onnx(
     _require(["onnx", "onnxscript", "onnx_ir"] + ["onnxruntime"] * compare)
     profile = _target(program, target, opset)
     device = profile if profile is not None and profile.compiled else None
+    _check_operators(operators, program, device)
     if opset is None:
         opset = _usual_opset(program) if profile is None else profile.opset
     if opset not in OPSETS:
@@ -135,7 +145,8 @@ def lower_onnx(
     writing = Writing(
         opset=opset, dynamic=dynamic, compare=compare, apart=True if len(buckets) > 1 else external_data,
         asked=profile, kind=kind, check=check, widen=float32 and uses_bfloat16(program), tolerance=tolerance,
-        part_bytes=part_bytes, alone=len(buckets) == 1,
+        part_bytes=part_bytes, alone=len(buckets) == 1, kernels=operators == "runtime",
+        float_products=float_products,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
         if not folder:
@@ -159,6 +170,22 @@ def lower_onnx(
         (draft / "report.json").write_text(json.dumps(asdict(report), default=str, indent=1) + "\n")
         os.replace(draft, destination)
     return report
+
+
+def _check_operators(operators: str, program: Program, device: Target | None) -> None:
+    if operators not in ("standard", "runtime"):
+        raise LoweringError(f"there are no operators {operators!r}", hint="standard or runtime")
+    if operators == "standard":
+        return
+    if device is not None:
+        raise LoweringError(
+            f"{device.name} does not have ONNX Runtime's own operators", hint="operators=standard"
+        )
+    if Quantized in program.facts:
+        raise LoweringError(
+            "the values of this program are rounded between operators, which ONNX Runtime's own would leave out",
+            hint="operators=standard",
+        )
 
 
 def _usual_opset(program: Program) -> int:

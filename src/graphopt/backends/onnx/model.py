@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...ir.errors import LoweringError
+from ...ir.facts import KVCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...targets import Target
 from ..checking.cases import Case, comparison_cases
 from .check import check_file
-from .compare import compare_with_runtime
+from .compare import compare_with_runtime, error_of_rounding
+from .few_bits import FLOAT, PRODUCT, ROUNDED, round_inputs, value_types
 from .graph import build_graph
 from .host_partition import Split, prepared, split
+from .kernel_cases import row_by_row
+from .kernels import ROWS, KernelUse, use_kernels
 from .parts import in_parts
 from .sizes import limits_of, with_sizes
 from .target import TargetReport, check_on_target, require_taken
@@ -32,7 +36,8 @@ class OnnxReport:
     ``nodes`` counts operators; ``errors`` has the largest relative error of each output against the program (empty if
     not compared); ``inputs`` and ``outputs`` have sizes as numbers or names; ``limits`` are the constraints on the
     named ones, stored in the file's metadata and checked by no runtime; ``seconds`` covers everything, checks
-    included; ``others`` are further shards and buckets, in order.
+    included; ``others`` are further shards and buckets, in order; ``kernels`` says which sites are operators of ONNX
+    Runtime's own, None if standard operators were asked for.
     """
 
     path: Path
@@ -47,6 +52,7 @@ class OnnxReport:
     limits: tuple[str, ...] = ()
     checked: TargetReport | None = None
     others: tuple[OnnxReport, ...] = ()
+    kernels: KernelUse | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Writing:
     tolerance: float | None
     part_bytes: int | None
     alone: bool
+    kernels: bool = False
+    float_products: bool = False
 
     @property
     def device(self) -> Target | None:
@@ -100,8 +108,22 @@ def write_models(program: Program, draft: Path, fixed: Mapping[str, int], how: W
         reports.append(_write_model(shard, paths[-1], how))
     if how.compare:
         # run in order, all files together are the program, whatever each of them computes
-        errors = compare_with_runtime(paths, reference, cases, how.tolerance)
+        shared = how.kernels and KVCache in reference.facts
+        if shared and any(r.kernels is not None and ROWS in r.kernels.conditions for r in reports):
+            cases = row_by_row(cases, reference)
+        types = value_types(lowered) if how.kernels else set()
+        errors = compare_with_runtime(paths, reference, cases, how.tolerance, shared=shared, types=types)
         reports = [replace(r, errors={n: e for n, e in errors.items() if n in r.outputs}) for r in reports]
+        if not how.float_products and any(
+            r.kernels is not None and PRODUCT in r.kernels.used for r in reports
+        ):
+            for path in paths:
+                round_inputs(path)
+            error = error_of_rounding(paths, reference, cases, shared)
+            reports = [
+                replace(r, kernels=None if r.kernels is None else replace(r.kernels, rounding=error))
+                for r in reports
+            ]
     if how.check and how.device is not None:
         if halves.host is not None:
             cases = [prepared(case, halves.host) for case in cases]
@@ -123,7 +145,11 @@ def _inputs_of_next(program: Program, case: Case) -> dict[str, Any]:
 
 def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
     started = time.perf_counter()
-    graph = build_graph(program, how.opset)
+    use = None
+    if how.kernels:
+        # what is compared computes in floats; only then are inputs rounded
+        program, use = use_kernels(program, FLOAT if how.compare or how.float_products else ROUNDED)
+    graph = build_graph(program, how.opset, how.kernels)
     if how.asked is not None:
         require_taken(graph, program, how.asked, how.kind)
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
@@ -132,12 +158,12 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
             f"the weights take {total:,} bytes, and a file of its own holds 2 GiB at most",
             hint="external_data=True writes them beside it",
         )
-    limits = limits_of(program)
+    limits = limits_of(program) + (use.conditions if use is not None else ())
     if limits:
         graph.metadata_props["graphopt.sizes"] = "; ".join(limits)
     apart = total >= EXTERNAL_FROM if how.apart == "auto" else bool(how.apart)
     _write(graph, path, apart)
-    nodes = check_file(path, how.opset)
+    nodes = check_file(path, how.opset, how.kernels)
     return OnnxReport(
         path=path,
         opset=how.opset,
@@ -149,6 +175,7 @@ def _write_model(program: Program, path: Path, how: Writing) -> OnnxReport:
         inputs={value.name: _shape(value) for value in graph.graph.inputs},
         outputs={value.name: _shape(value) for value in graph.graph.outputs},
         limits=limits,
+        kernels=use,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from .experts import Experts
 from .masks import Masks
 from .nodes import is_scalar, same_size
+from .runtime_operators import RuntimeWriter, translations
 
 FUSED_FROM = 23
 """First opset with Attention, RMSNormalization and RotaryEmbedding."""
@@ -20,18 +21,22 @@ QUANTIZED_FROM = 21
 _THROUGH = {"Cos", "Sin", "Cast", "Unsqueeze", "Mul", "Identity", "Reshape"}
 
 
-def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+def translation_table(opset: int, kernels: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the translation of each graphopt operator, for ``custom_translation_table``.
 
     Args:
         opset: of the file; from 23 on attention, RMS norm and rotary embedding stay one node each.
+        kernels: use operators that ONNX Runtime has beside the standard's.
     """
-    writer = OperatorWriter(opset)
+    writer = OperatorWriter(opset, kernels)
     operators = torch.ops.graphopt
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
     names = ("attention", "rms_norm", "rotary", "routed_ffn", "fake_quantize", "fake_quantize_channels")
     for name in names:
         table[getattr(operators, name).default] = _unannotated(getattr(writer, name))
+    if writer.kernels is not None:
+        for operator, method in translations(writer.kernels).items():
+            table[operator] = _unannotated(method)
     # the exporter handles these two only after its decomposition, which is most of its time
     table[torch.ops.aten.to.dtype] = _unannotated(writer.to)
     table[torch.ops.aten.batch_norm.default] = _unannotated(writer.batch_norm)
@@ -46,13 +51,14 @@ def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
 class OperatorWriter(Experts):
     """Writes nodes while the exporter records them; one object per export, so that layers can share masks."""
 
-    def __init__(self, opset: int):
+    def __init__(self, opset: int, kernels: bool = False):
         super().__init__()
         from onnxscript import values
 
         self.fused: Any = values.Opset("", FUSED_FROM) if opset >= FUSED_FROM else None
         self.wide: Any = values.Opset("", opset) if opset >= QUANTIZED_FROM else None
         self.masks = Masks()
+        self.kernels = RuntimeWriter(self.masks) if kernels else None
 
     def fake_quantize(self, x: Any, scale: float, zero_point: int, *, dtype: str) -> Any:
         """``graphopt.fake_quantize``: QuantizeLinear and DequantizeLinear."""
@@ -109,6 +115,10 @@ class OperatorWriter(Experts):
     ) -> Any:
         """``graphopt.rms_norm``."""
         op, kind = self.op, x.dtype
+        if self.kernels is not None and self._norm_has_kernel(x, weight):
+            if weight is None:
+                weight = op.Constant(value=self.ir.tensor([1.0] * int(x.shape[-1]), dtype=kind))
+            return self.kernels.rms_norm(x, weight, eps)
         same_order = not self.half(x) or (float32 and not weight_before_cast)
         if self._can_fuse(x) and same_order and weight is not None and weight.dtype == kind:
             return self.fused.RMSNormalization(x, weight, axis=-1, epsilon=eps, stash_type=1)
@@ -127,6 +137,12 @@ class OperatorWriter(Experts):
         # constants second: some accelerator compilers support no other order
         return op.Mul(self.cast(scaled, common), self.cast(weight, common))
 
+    def _norm_has_kernel(self, x: Any, weight: Any) -> bool:
+        floats = (self.ir.DataType.FLOAT, self.ir.DataType.FLOAT16)
+        if x.dtype not in floats or not isinstance(x.shape[-1], int):
+            return False
+        return weight is None or (weight.dtype == x.dtype and list(weight.shape) == [x.shape[-1]])
+
     def rotary(self, x: Any, cos: Any, sin: Any, *, interleaved: bool = False) -> Any:
         """``graphopt.rotary``."""
         op = self.op
@@ -134,9 +150,11 @@ class OperatorWriter(Experts):
         x, cos, sin = (self.cast(value, common) for value in (x, cos, sin))
         rank, size = len(x.shape), int(x.shape[-1])
         repeats = not interleaved and self._halves_repeat(cos) and self._halves_repeat(sin)
-        if repeats and self._can_fuse(x):
+        if repeats and (self._can_fuse(x) or self._rotary_has_kernel(x)):
             tables = [self._half_table(table, x) for table in (cos, sin)]
             if all(table is not None for table in tables):
+                if self.kernels is not None:
+                    return self.kernels.rotary(x, *tables)
                 return self.fused.RotaryEmbedding(x, *tables)
         if interleaved:
             pairs = op.Reshape(x, self.integers(*[0] * (rank - 1), size // 2, 2))
@@ -147,6 +165,10 @@ class OperatorWriter(Experts):
             first, second = op.Split(x, axis=-1, num_outputs=2)
             turned = op.Concat(op.Neg(second), first, axis=-1)
         return op.Add(op.Mul(x, cos), op.Mul(turned, sin))
+
+    def _rotary_has_kernel(self, x: Any) -> bool:
+        floats = (self.ir.DataType.FLOAT, self.ir.DataType.FLOAT16)
+        return self.kernels is not None and x.dtype in floats and len(x.shape) == 4
 
     def _halves_repeat(self, table: Any) -> bool:
         """Return whether a table has two equal halves, of which ONNX's operator reads one."""

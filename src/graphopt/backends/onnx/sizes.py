@@ -198,27 +198,30 @@ def _arguments(
 
 
 @dataclass(frozen=True)
-class _Widened:
+class Widened:
     """A tensor read as float32."""
 
     source: TensorSource
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the source."""
         return self.source.shape
 
     @property
     def dtype(self) -> torch.dtype:
+        """float32."""
         return torch.float32
 
     def load(self) -> torch.Tensor:
+        """Return the values in float32."""
         return self.source.load().to(torch.float32)
 
 
 def _widen_weight(program: Program, node: fx.Node) -> None:
     weight = program.weights[node.name]
     if weight.source.dtype == torch.bfloat16:
-        program.weights[node.name] = weight.with_source(_Widened(weight.source))
+        program.weights[node.name] = weight.with_source(Widened(weight.source))
 
 
 def uses_bfloat16(program: Program) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,21 @@ class GGUFTensor:
         rows, width = numel(self.shape[:-1]), columns // block[1] * block[2]
         result = torch.empty((rows, columns), dtype=torch.float32)
         step = max(1, _PIECE // columns)
+        for first, blocks in self._rows(rows, width, step):
+            values = dequantise(blocks.numpy().reshape(-1, width), self.code)
+            result[first : first + len(values)] = torch.from_numpy(values)
+        if self.offset:
+            result -= self.offset
+        result = result.reshape(self.shape)
+        return _in_halves(result, self.rotated) if self.rotated else result
+
+    def blocks(self) -> torch.Tensor:
+        """Return the bytes as they are stored, rows in the file's order."""
+        ((_, raw),) = self._rows(1, self.bytes, 1)
+        return raw
+
+    def _rows(self, rows: int, width: int, step: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the number of a row, and the bytes of it and of up to ``step - 1`` that follow."""
         raw = torch.empty(min(step, rows) * width, dtype=torch.uint8)
         try:
             if stamp_of(self.path) != self.stamp:
@@ -60,17 +76,11 @@ class GGUFTensor:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.start)
                 for first in range(0, rows, step):
-                    last = min(first + step, rows)
-                    blocks = raw[: (last - first) * width]
+                    blocks = raw[: (min(first + step, rows) - first) * width]
                     self._fill(file, blocks)
-                    values = dequantise(blocks.numpy().reshape(last - first, width), self.code)
-                    result[first:last] = torch.from_numpy(values)
+                    yield first, blocks
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {self.key!r} from {self.path}: {error}") from error
-        if self.offset:
-            result -= self.offset
-        result = result.reshape(self.shape)
-        return _in_halves(result, self.rotated) if self.rotated else result
 
     def _fill(self, file: object, blocks: torch.Tensor) -> None:
         target = memoryview(blocks.numpy().data).cast("B")

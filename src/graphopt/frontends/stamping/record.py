@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from ...ir.compat import FakeTensor, TorchDispatchMode, exporting
+from ...ir.compat import FakeTensor, QuickDispatchMode, composite, exporting, undivided
 from ...ir.errors import GraphoptError
 from ...ir.schema import is_mutable
 from ...ir.weights import digest
@@ -39,7 +39,7 @@ class Layer:
     """One layer as it was called.
 
     ``key`` is equal for layers that do the same on their own weights. ``inputs`` and ``outputs`` are the flattened
-    arguments and results of the call; ``weights`` names what it read.
+    arguments and results of the call; ``weights`` names what it read, ``crossing`` which calls read values of others.
     """
 
     number: int
@@ -47,6 +47,7 @@ class Layer:
     name: str
     module: nn.Module
     calls: list[Any] = field(default_factory=list)
+    crossing: list[int] = field(default_factory=list)
     weights: dict[str, None] = field(default_factory=dict)
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
@@ -119,6 +120,7 @@ def record(
         with (
             _without_values(model, recorder, buffers or {}),
             torch.no_grad(),
+            undivided(),
             exporting(),
             warnings.catch_warnings(),
         ):
@@ -182,7 +184,6 @@ class _Recorder:
         self.outside: list[Any] = []
         self.results: list[Any] = []
         self.foreign: set[str] = set()
-        self.inputs = 0
         self.types: tuple[Any, ...] = ()
         # views share the memory of another value: its id, who made it, and how often it was written to between layers
         self.roots: dict[int, int] = {}
@@ -194,6 +195,7 @@ class _Recorder:
         self.stored: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, str] = {}
         self.readers: dict[Origin, set[int]] = {}
+        self.crosses = False
         # ids stay unique while their tensors live
         self.kept: list[Any] = []
 
@@ -242,9 +244,8 @@ class _Recorder:
         if not isinstance(value, torch.Tensor):
             return value
         bare = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        self.made(bare, 0)
         self.outside.append(("input", tuple(value.shape), value.dtype))
-        self.made(bare, self.inputs)
-        self.inputs += 1
         return bare
 
     def made(self, value: torch.Tensor, result: int) -> None:
@@ -266,6 +267,7 @@ class _Recorder:
         if origin[0] == number and layer is not None:
             return ("own", origin[1], origin[2])
         self.readers.setdefault(origin, set()).add(number)
+        self.crosses = True
         written = self.writes.get(self.root(value), 0)
         return ("from", origin) if not written else ("from", origin, written)
 
@@ -325,51 +327,80 @@ class _Recorder:
 
     # -- calls --------------------------------------------------------------------------------------------
 
-    def argument(self, value: Any) -> Any:
+    def argument(self, value: Any) -> tuple[Any, Any]:
+        """Return what an argument refers to and its form, see :func:`_form`."""
         if isinstance(value, torch.Tensor):
-            return self.reference(value)
+            return self.reference(value), (torch.Tensor, value.shape, value.dtype, value.stride())
         if isinstance(value, (list, tuple)):
-            return tuple(self.argument(item) for item in value)
+            if all(type(item) is int for item in value):
+                return (int, tuple(value)), (type(value), tuple(value))
+            items = [self.argument(item) for item in value]
+            return tuple(item[0] for item in items), (type(value), tuple(item[1] for item in items))
         # True == 1 == 1.0, but they are different arguments; NaN differs from itself
-        return (type(value), repr(value) if isinstance(value, float) else value)
+        plain = (type(value), repr(value) if isinstance(value, float) else value)
+        return plain, plain
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.current
-        operands = (
-            function,
-            self.argument(args),
-            *((k, self.argument(v)) for k, v in sorted(kwargs.items())),
-        )
+        calls = self.outside if layer is None else layer.calls
+        self.crosses = False
+        arguments = [self.argument(value) for value in args]
+        named = [(name, *self.argument(value)) for name, value in sorted(kwargs.items())]
+        operands = (function, tuple(a[0] for a in arguments), *((name, value) for name, value, _ in named))
+        if layer is not None and self.crosses:
+            layer.crossing.append(len(calls))
         if is_mutable(function):
             bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
-            result = function(*bare_args, **bare_kwargs)
+            result, viewed = function(*bare_args, **bare_kwargs), _viewed(function, args, kwargs)
             for value in _written(function, args, kwargs):
                 self.written(value)
+            own: list[torch.Tensor] = []
         else:
-            result = self.inferred(function, args, kwargs)
-        viewed = _viewed(function, args, kwargs)
+            form = (
+                function,
+                torch.get_default_dtype(),
+                *(a[1] for a in arguments),
+                *((n, f) for n, _, f in named),
+            )
+            result, viewed = self.inferred(form, function, args, kwargs)
+            own = viewed
         results = []
-        for number, value in enumerate(tree_flatten(result)[0]):
+        for number, value in enumerate(
+            (result,) if isinstance(result, torch.Tensor) else tree_leaves(result)
+        ):
             if isinstance(value, torch.Tensor):
-                self.made(value, number)
-                self.place(value, viewed)
-                results.append((tuple(value.shape), value.dtype))
-        calls = self.outside if layer is None else layer.calls
+                # what returns its operand, such as a cast to the type that it has, makes no value
+                if not any(value is operand for operand in own):
+                    self.made(value, number)
+                    self.place(value, viewed)
+                results.append((value.shape, value.dtype))
         calls.append((operands, tuple(results)))
         return result
 
-    def inferred(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the results without values; those of equal layers are inferred once, which is most of a run's time."""
-        plain = torch.get_default_dtype()
-        key = (function, plain, _form(args), tuple((n, _form(v)) for n, v in kwargs.items()))
-        known = self.forms.get(key)
+    def inferred(
+        self, form: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """Return the results without values, and the tensors whose memory they are in.
+
+        Those of equal layers are inferred once, which is most of a run's time.
+        """
+        known = self.forms.get(form)
         if known is None:
             bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
             result = function(*bare_args, **bare_kwargs)
-            if all(isinstance(v, torch.Tensor) or v is None for v in tree_flatten(result)[0]):
-                self.forms[key] = _form(result)
-            return result
-        return _formed(known)
+            leaves = tree_leaves(result)
+            operands, viewed = _viewed(function, bare_args, bare_kwargs), _viewed(function, args, kwargs)
+            # an operator that may return a view may copy, or return its operand
+            itself = next((n for n, o in enumerate(operands) if result is o), None)
+            shares = any(_share_memory(leaf, o) for leaf in leaves for o in operands[:1])
+            if itself is not None:
+                result = viewed[itself]
+            if all(isinstance(leaf, torch.Tensor) or leaf is None for leaf in leaves):
+                self.forms[form] = (None if itself is not None else _form(result), itself, shares)
+            return result, viewed if shares or itself is not None else []
+        made, itself, shares = known
+        viewed = _viewed(function, args, kwargs) if shares or itself is not None else []
+        return (viewed[itself] if itself is not None else _formed(made)), viewed
 
     def data(self, values: Any) -> None:
         """Record numbers that become a tensor: without values, the tensor does not show them."""
@@ -414,8 +445,14 @@ class _Recorder:
             self.foreign,
             self.forms,
         )
+        taken: dict[int, list[tuple[int, int]]] = {}
+        for number, call, result in record.readers:
+            taken.setdefault(number, []).append((call, result))
+        same: dict[Any, Any] = {}
         for layer in self.layers:
-            layer.key = _key(record, layer)
+            key = _key(record, layer, taken.get(layer.number, []))
+            # equal keys are one object, which compares quickly
+            layer.key = same.setdefault(key, key)
         _settle_first(record)
         return record
 
@@ -444,8 +481,14 @@ def _aliased(function: Any) -> tuple[_Places, _Places]:
 
 
 def _tensors_at(places: _Places, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    if not places:
+        return []
     values = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
-    return [v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)]
+    return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def _share_memory(one: Any, other: torch.Tensor) -> bool:
+    return isinstance(one, torch.Tensor) and one.untyped_storage() is other.untyped_storage()
 
 
 def _autocast() -> tuple[Any, ...]:
@@ -454,12 +497,12 @@ def _autocast() -> tuple[Any, ...]:
 
 
 def _form(value: Any) -> Any:
-    """Return sizes, type and strides in place of tensors; plain values are themselves, with their types."""
+    """Return sizes, type and strides in place of tensors of a result, from which :func:`_formed` makes others."""
     if isinstance(value, torch.Tensor):
-        return (torch.Tensor, tuple(value.shape), value.dtype, value.stride())
+        return (torch.Tensor, value.shape, value.dtype, value.stride())
     if isinstance(value, (list, tuple)):
         return (type(value), tuple(_form(item) for item in value))
-    return (type(value), repr(value) if isinstance(value, float) else value)
+    return (type(value), value)
 
 
 def _formed(form: Any) -> Any:
@@ -476,7 +519,11 @@ def _bare(value: Any) -> Any:
     return value
 
 
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+# write to no value, but are marked so; what makes tensors of numbers calls the first
+_OF_GRADIENTS = {torch.ops.aten.detach_.default, torch.ops.aten.requires_grad_.default}
+
+
+class _Calls(QuickDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every operator to a recorder."""
 
     def __init__(self, recorder: _Recorder):
@@ -484,7 +531,16 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in _OF_GRADIENTS:
+            return args[0]
+        if composite(func) and any(
+            isinstance(v, torch.Tensor) and not v.is_meta for v in (*args, *kwargs.values())
+        ):
+            # what it does to a tensor with values, such as a move to where that is, it may not do to one without
+            with self:
+                return func.decompose(*args, **kwargs)
+        return self.recorder.call(func, args, kwargs)
 
 
 _MAKERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
@@ -515,7 +571,7 @@ class _Data(TorchFunctionMode):
 # -- keys -------------------------------------------------------------------------------------------------
 
 
-def _key(record: Record, layer: Layer) -> Any:
+def _key(record: Record, layer: Layer, taken: list[tuple[int, int]]) -> Any:
     """Return what a layer does: its calls, the values it takes from outside, and those that others take from it."""
     streams: dict[Origin, int] = {}
 
@@ -536,8 +592,10 @@ def _key(record: Record, layer: Layer) -> Any:
             return tuple(settled(item) for item in value)
         return value
 
-    taken = sorted(origin[1:] for origin in record.readers if origin[0] == layer.number)
-    return (layer.list_name, tuple(settled(call) for call in layer.calls), tuple(taken))
+    calls = list(layer.calls)
+    for place in layer.crossing:
+        calls[place] = settled(calls[place])
+    return (layer.list_name, tuple(calls), tuple(sorted(taken)))
 
 
 def _settle_first(record: Record) -> None:

@@ -70,6 +70,13 @@ class _Stamping:
             ]
             for first, found in matches.items()
         }
+        # where each node was called from: equal stacks are one object, which is renamed once for a layer
+        self.stacks: dict[fx.Node, Any] = {}
+        distinct: dict[Any, Any] = {}
+        for node in (*program.weight_nodes, *(node for nodes in self.copied.values() for node, *_ in nodes)):
+            stack = node.meta.get("nn_module_stack")
+            if stack:
+                self.stacks[node] = distinct.setdefault(tuple(stack.items()), stack)
         self.new: dict[int, list[fx.Node]] = {}
         self.copies: set[fx.Node] = set()
         self.moved: dict[fx.Node, fx.Node] = {}
@@ -132,23 +139,49 @@ class _Stamping:
             if self.segments.level[partner] != self.choice.instances[first]:
                 values[node] = partner
         new: list[fx.Node] = []
-        for node, args, kwargs in self.copied[first]:
+        stacks: dict[int, Any] = {}
 
-            def mapped(operand: fx.Node) -> fx.Node:
-                return values.get(operand) or self.moved.get(operand, operand)
+        def mapped(operand: fx.Node) -> fx.Node:
+            return values.get(operand) or self.moved.get(operand, operand)
 
-            with self.graph.inserting_before(self.program.output_node):
+        with self.graph.inserting_before(self.program.output_node):
+            for node, args, kwargs in self.copied[first]:
                 made = self.graph.call_function(
                     node.target,  # type: ignore[arg-type]
                     fx.map_arg(args, mapped),
-                    fx.map_arg(kwargs, mapped),
+                    fx.map_arg(kwargs, mapped) if kwargs else None,
                 )
-            made.meta = _renamed_meta(node.meta, names, renamed)
-            values[node] = made
-            new.append(made)
+                made.meta = self.meta(node, names, renamed, stacks)
+                values[node] = made
+                new.append(made)
         self.new[number] = new
         self.copies.update(new)
         return values[found.leaves]
+
+    def meta(
+        self, node: fx.Node, names: tuple[str, str], renamed: Mapping[str, str], stacks: dict[int, Any]
+    ) -> dict[str, Any]:
+        """Return metadata of a copy: values are shared, names of the layer and its weights become those of the other.
+
+        ``stacks`` are those that were renamed before for this layer: most nodes are called where another one was.
+        """
+        new = dict(node.meta)
+        stack = self.stacks.get(node)
+        if stack:
+            if id(stack) not in stacks:
+                one, two = names
+                stacks[id(stack)] = {
+                    _moved(key, one, two): (_moved(entry[0], one, two), *entry[1:])
+                    for key, entry in stack.items()
+                }
+            new["nn_module_stack"] = stacks[id(stack)]
+        custom = new.get("custom")
+        if custom:
+            new["custom"] = copy.deepcopy(custom)
+            weight = new["custom"].get("graphopt", {}).get("weight")
+            if weight is not None:
+                new["custom"]["graphopt"]["weight"] = renamed.get(weight, weight)
+        return new
 
     def copy_weight(
         self, node: fx.Node, weight: Weight, renamed: Mapping[str, str], names: tuple[str, str], number: int
@@ -168,7 +201,7 @@ class _Stamping:
         with self.graph.inserting_after(node):
             made = self.graph.placeholder(mangled)
         made.target = made.name
-        made.meta = _renamed_meta(node.meta, names, renamed)
+        made.meta = self.meta(node, names, renamed, {})
         self.program.weights[made.name] = replace(
             weight, name=new_names[0], names=new_names if weight.names else (), source=source
         )
@@ -253,26 +286,6 @@ class _Stamping:
         self.program.checkpoint = {
             key: mapping[key] for key in sorted(mapping, key=lambda k: place[mapping[k]])
         }
-
-
-def _renamed_meta(
-    meta: Mapping[str, Any], names: tuple[str, str], renamed: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return metadata of a copy: values are shared, names of the layer and of its weights become those of the other."""
-    new = dict(meta)
-    stack = new.get("nn_module_stack")
-    if stack:
-        one, two = names
-        new["nn_module_stack"] = {
-            _moved(key, one, two): (_moved(entry[0], one, two), *entry[1:]) for key, entry in stack.items()
-        }
-    custom = new.get("custom")
-    if custom:
-        new["custom"] = copy.deepcopy(custom)
-        weight = new["custom"].get("graphopt", {}).get("weight")
-        if weight is not None:
-            new["custom"]["graphopt"]["weight"] = renamed.get(weight, weight)
-    return new
 
 
 def _moved(path: Any, one: str, two: str) -> Any:

@@ -13,9 +13,9 @@ class Block:
     """One contribution to a residual stream.
 
     Attributes:
-        kind: attention, ffn, experts, mixer (of positions, without attention), adapter (two projections and no activation),
-            connection (of copies of the stream, mixed by a matrix), composite (a residual block around others) or
-            unrecognised.
+        kind: attention, ffn, experts, mixer (of positions, without attention), adapter (two projections and no
+            activation, or values from elsewhere as factors between them), connection (of copies of the stream, mixed by
+            a matrix), composite (a residual block around others) or unrecognised.
         reads: the stream's value before the block.
         writes: its value after, post-norm included.
         term: what the block adds.

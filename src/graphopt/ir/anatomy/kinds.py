@@ -10,7 +10,7 @@ from ..operators.traits import Trait, has, named
 from ..schema import is_operator, operator_name
 from .blocks import Block
 from .nesting import Nesting
-from .parts import attention_parts, experts_parts, ffn_parts, is_linear, nested_parts
+from .parts import attention_parts, experts_parts, ffn_parts, is_conditioned, is_linear, nested_parts
 from .residual import Addition, between, mixes_copies
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _name(program: Program, block: Block, containing: list[Block]) -> None:
         block.kind = "mixer"
         block.evidence.append("positions are mixed by a convolution or a scan, without attention")
     elif ffn_parts(program, block):
-        block.kind = "adapter" if is_linear(block) else "ffn"
+        block.kind = "adapter" if is_linear(block) or is_conditioned(block) else "ffn"
     elif mixes_copies(block.reads, block.term, set(block.nodes)):
         block.kind = "connection"
         block.evidence.append("copies of the stream are mixed by a matrix computed from them")

@@ -142,6 +142,22 @@ def is_linear(block: Block) -> bool:
     return True
 
 
+def is_conditioned(block: Block) -> bool:
+    """Tell whether what lies between the projections of a feed-forward is multiplied by values from elsewhere.
+
+    Such as embeddings of the tokens for each layer: its width is theirs, and a part of it cannot be taken alone.
+    """
+    inside, width = set(block.nodes), block.sizes["width"]
+    node: Any = block.parts["down"].args[0]
+    while has(node, Trait.CAST | Trait.RESHAPE | Trait.NORM):
+        node = node.args[0]
+    if not is_operator(node, "aten.mul"):
+        return False
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    given = [a for a in operands if a not in inside and a.op == "call_function"]
+    return len(operands) == 2 and len(given) == 1 and given[0].meta["val"].shape[-1:] == (width,)
+
+
 def _last_linear(block: Block) -> fx.Node | None:
     inside = set(block.nodes)
     work: list[tuple[Any, int]] = [(block.term, 0)]

@@ -15,6 +15,7 @@ from ..running.activation import activation_of_experts
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, is_operator
 from .dense_experts import recognise_dense_experts
+from .looped_experts import recognise_looped_experts
 from .sorted_experts import recognise_sorted_experts
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 def recognise_experts(program: Program) -> None:
     """Replace pairs of gathered products over the same experts by one operator."""
-    unrecognised = [*recognise_dense_experts(program), *recognise_sorted_experts(program)]
+    unrecognised = [
+        *recognise_dense_experts(program),
+        *recognise_sorted_experts(program),
+        *recognise_looped_experts(program),
+    ]
     products = [p for n in program.graph.nodes if (p := _gathered(program, n)) is not None]
     for up in products:
         for down in products:

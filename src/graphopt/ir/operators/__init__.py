@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .attention import attention
 from .cache import cache_positions, cache_store, cache_visible
+from .cache_codes import cache_codes, cache_load, cache_low, cache_scale
 from .collectives import all_gather, all_reduce, local_embedding, local_slice, reduce_scatter, unreduced
 from .fused import add_rms_norm, gated_product, linear_top_k
 from .kernels import (
@@ -40,7 +41,11 @@ __all__ = [
     "all_reduce",
     "attention",
     "bias_sequence",
+    "cache_codes",
+    "cache_load",
+    "cache_low",
     "cache_positions",
+    "cache_scale",
     "cache_store",
     "cache_visible",
     "choose_width",

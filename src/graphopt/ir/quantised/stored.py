@@ -58,6 +58,11 @@ class Packed:
         """Bytes of codes, scales and zeros."""
         return self.parts.stored_bytes
 
+    @property
+    def kept_as(self) -> str:
+        """What a listing says of it."""
+        return self.parts.kept_as
+
     def quantised(self, *, values: bool = True) -> QuantisedTensor:
         """Return the codes and scales."""
         if not values:

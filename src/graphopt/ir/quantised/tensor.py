@@ -26,7 +26,9 @@ class QuantisedTensor:
         group: for formats in which columns choose their scales: entry ``c`` is which scale column ``c`` of the dimension
             ``group_dim`` has. The block along it is then 0.
         group_dim: see ``group``.
-        divisor: one number by which scales are divided, where a format keeps it apart (NVFP4).
+        divisor: one number by which scales are divided, where a format keeps it apart (NVFP4 of compressed-tensors).
+        multiplier: one number by which scales are multiplied, where a format keeps it apart (NVFP4 of ModelOpt).
+        constant: a number by which values are multiplied after scaling, in float32 (1 / 127 in bitsandbytes).
         among: sixteen numbers in place of the code's own (NF4 files bring them).
         casts: types to which the value is rounded after ``dtype``, one after another.
     """
@@ -41,6 +43,8 @@ class QuantisedTensor:
     group: torch.Tensor | None = None
     group_dim: int = -1
     divisor: torch.Tensor | None = None
+    multiplier: torch.Tensor | None = None
+    constant: float = 1.0
     among: torch.Tensor | None = None
     casts: tuple[torch.dtype, ...] = ()
 
@@ -61,10 +65,24 @@ class QuantisedTensor:
         packed = math.ceil(self.codes.numel() * bits_of(self.code) / 8)
         return packed + sum(t.numel() * t.dtype.itemsize for t in beside)
 
+    @property
+    def kept_as(self) -> str:
+        """What a listing of the program says of a weight that is kept so."""
+        block = "x".join(
+            "any" if b == 0 else str(min(b, s)) for b, s in zip(self.block, self.shape, strict=True)
+        )
+        return f"kept as {self.code} in blocks of {block}"
+
     def scales(self) -> torch.Tensor:
-        """Return the scales in float32, divided by what the format keeps apart."""
+        """Return the scales in float32, with the numbers that the format keeps apart."""
+        scale = self._stored_scales()
+        return scale if self.constant == 1 else scale * self.constant
+
+    def _stored_scales(self) -> torch.Tensor:
         scale = self.scale.to(torch.float32)
-        return scale if self.divisor is None else scale / self.divisor.to(torch.float32)
+        if self.divisor is not None:
+            scale = scale / self.divisor.to(torch.float32)
+        return scale if self.multiplier is None else scale * self.multiplier.to(torch.float32)
 
     def spread(self, beside: torch.Tensor) -> torch.Tensor:
         """Return scales, or zeros, with one entry for each of the tensor's, or that broadcast to it."""
@@ -80,7 +98,9 @@ class QuantisedTensor:
         value = numbers(self.codes, self.code, self.among)
         if self.zero is not None:
             value = value - self.spread(self.zero.to(torch.float32))
-        value = value * self.spread(self.scales())
+        value = value * self.spread(self._stored_scales())
+        if self.constant != 1:
+            value = value * self.constant
         if self.offset is not None:
             value = value + self.spread(self.offset.to(torch.float32))
         for dtype in (self.dtype, *self.casts):
@@ -169,17 +189,17 @@ def concatenate(parts: Sequence[QuantisedTensor], dim: int) -> QuantisedTensor:
     """
     first = parts[0]
     dim %= len(first.shape)
-    if len({(p.code, p.dtype, p.casts, p.scale.dtype) for p in parts}) > 1:
+    if len({(p.code, p.dtype, p.casts, p.scale.dtype, p.constant) for p in parts}) > 1:
         raise CannotExpress("tensors of different codes or types are joined")
     for name in ("zero", "offset", "group"):
         if len({getattr(p, name) is None for p in parts}) > 1:
             raise CannotExpress(f"tensors with and without a {name} are joined")
-    for name in ("divisor", "among"):
+    for name in ("divisor", "multiplier", "among"):
         present = [getattr(p, name) for p in parts]
         if any(p is not None for p in present) and not all(
             p is not None and _same(p, present[0]) for p in present
         ):
-            raise CannotExpress("tensors whose scales are divided by different numbers are joined")
+            raise CannotExpress("tensors whose scales have different common factors are joined")
     blocks = {
         tuple(min(b, s) for d, (b, s) in enumerate(zip(p.block, p.shape, strict=True)) if d != dim)
         for p in parts

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from ..facts import QuantizedCache
 from ..operators.traits import Trait, has
 from ..schema import is_operator
 from ..sizes import expression, parse_size
@@ -100,7 +101,10 @@ def example_inputs(
     inputs: dict[str, torch.Tensor] = {}
     for name, spec in program.signature.inputs.items():
         shape = [int(parse_size(s, symbols, name).subs(values)) for s in spec.shape]
-        if spec.dtype.is_floating_point:
+        held = _of_codes(program, name, shape, spec.dtype, generator)
+        if held is not None:
+            inputs[name] = held
+        elif spec.dtype.is_floating_point:
             inputs[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(spec.dtype)
         elif name == "step_mask":
             # every new token sees those before it
@@ -130,3 +134,20 @@ def example_inputs(
             if count <= ids.shape[1]:
                 ids[:, :count] = token
     return inputs
+
+
+def _of_codes(
+    program: Program, name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor | None:
+    """Return any codes for a cache of few bits, and positive scales that make them about as large as random values."""
+    cache = program.facts.get(QuantizedCache)
+    if cache is None:
+        return None
+    if name in cache.caches:
+        limits = torch.iinfo(dtype)
+        low = -limits.max if limits.min else 0
+        return torch.randint(low, limits.max + 1, shape, generator=generator).to(dtype)
+    if name.removesuffix("_scale") in cache.caches:
+        largest = 2.0 / (127 if cache.bits == 8 else 7.5)
+        return (largest * (0.5 + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64))).to(dtype)
+    return None

@@ -16,6 +16,14 @@ def states_of(program: Program) -> list[str]:
     return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
 
 
+def _in_a_row(inputs: Mapping[str, torch.Tensor], cache: KVCache) -> dict[str, torch.Tensor]:
+    """Return the inputs of a step of a program for trees whose tokens follow one another: stored at their positions."""
+    positions = inputs[cache.positions]
+    rows, tokens = positions.shape
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, -1, -1)
+    return {**inputs, "cache_slots": positions, "step_mask": mask}
+
+
 STEPS = 4
 """How many single tokens follow a prompt when ranges are observed."""
 
@@ -38,6 +46,8 @@ def begun(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torc
         inputs[cache.tokens] = tokens
         if cache.positions not in inputs:
             inputs[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        if cache.tree:
+            inputs = _in_a_row(inputs, cache)
     rows = next(iter(inputs.values())).shape[0]
     for name in names:
         spec = program.signature.inputs[name]
@@ -73,4 +83,6 @@ def in_steps(
     step_inputs = dict(batch)
     for first, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
         step_inputs |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
+        if cache.tree:
+            step_inputs = _in_a_row(step_inputs, cache)
         step_inputs = following(step_inputs, run(step_inputs))

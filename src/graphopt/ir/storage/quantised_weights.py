@@ -16,7 +16,7 @@ from ..quantised.tensor import QuantisedTensor
 from ..weights import TensorSource
 from .encode import dtype_name, dtype_of
 
-_BESIDE = ("scale", "zero", "offset", "group", "divisor", "among")
+_BESIDE = ("scale", "zero", "offset", "group", "divisor", "multiplier", "among")
 
 
 class _Last:
@@ -71,6 +71,7 @@ def describe_codes(
         "dtype": dtype_name(form.dtype),
         "casts": [dtype_name(dtype) for dtype in form.casts],
         "group_dim": form.group_dim,
+        "constant": form.constant,
     }
     parts = _parts(packed(form))
     return described, {n: _Part(source, n, tuple(p.shape), p.dtype, last) for n, p in parts.items()}
@@ -107,6 +108,11 @@ class SavedCodes:
     def stored_bytes(self) -> int:
         """Bytes of codes, scales and zeros."""
         return self.form.stored_bytes
+
+    @property
+    def kept_as(self) -> str:
+        """What a listing says of it."""
+        return self.form.kept_as
 
     def quantised(self, *, values: bool = True) -> QuantisedTensor:
         """Return the codes and scales."""
@@ -189,10 +195,16 @@ def saved_codes(name: str, described: Any, tensors: Mapping[str, TensorSource]) 
 
     scale = empty(parts["scale"])
     assert scale is not None
+    constant = described.get("constant", 1.0)
+    if not isinstance(constant, float):
+        raise wrong(f"a factor of {constant!r}")
+    beside = {n: empty(parts.get(n)) for n in ("zero", "offset", "divisor", "multiplier", "among")}
+    chosen = group_dim if group is not None else -1
+    casts = tuple(dtype_of(d, name) for d in casts)
+    codes = torch.empty(shape, dtype=STORED[code], device="meta")
+    dtype = dtype_of(described.get("dtype"), name)
     form = QuantisedTensor(
-        torch.empty(shape, dtype=STORED[code], device="meta"), scale, code, tuple(block),
-        dtype_of(described.get("dtype"), name), empty(parts.get("zero")), empty(parts.get("offset")),
-        empty(group), group_dim if group is not None else -1, empty(parts.get("divisor")), empty(parts.get("among")),
-        tuple(dtype_of(d, name) for d in casts),
+        codes, scale, code, tuple(block), dtype, group=empty(group), group_dim=chosen, constant=constant, casts=casts,
+        **beside,
     )  # fmt: skip
     return SavedCodes(tuple(parts.items()), form)

@@ -17,6 +17,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _LARGEST_HEADER = 100 << 20
 
@@ -173,16 +174,22 @@ def read_header(path: Path) -> dict[str, SafetensorsEntry]:
 
 def writer(path: Path) -> object:
     """Return the writer recorded in a file's header; None if there is none, or the header is damaged."""
+    return read_metadata(path).get("writer")
+
+
+def read_metadata(path: Path) -> dict[str, object]:
+    """Return the strings that a file's header has beside its tensors; none if the header is damaged."""
     with path.open("rb") as file:
         start = file.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < size < min(path.stat().st_size, 1 << 27):
-            return None
+            return {}
         text = file.read(size)
     try:
-        return json.loads(text).get("__metadata__", {}).get("writer")
-    except (ValueError, AttributeError):
-        return None
+        found = json.loads(text).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_file(

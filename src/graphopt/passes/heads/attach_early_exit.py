@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from ...ir.errors import PassRefusedError
 from ...ir.export_blockers import block_export
-from ...ir.facts import EarlyExits, KVCache, SkippedWhileDecoding
+from ...ir.facts import EarlyExits, KVCache, QuantizedCache, SkippedWhileDecoding
 from ...ir.infer import same_size
 from ...ir.inputs import remove_input
 from ...ir.option import option
@@ -172,13 +173,16 @@ def _own_facts(half: Program, ends: dict[str, str], before: int) -> None:
     """Adjust the facts of a half to its own layers, whose first has the number ``before`` in the whole program."""
     cache = half.facts.get(KVCache)
     if cache is not None:
-        stores = [n for n in half.nodes if is_operator(n, "graphopt.cache_store")]
-        updated = replace(cache, layers=len(stores) // 2)
+        keys = [n for n in half.signature.inputs if re.fullmatch(r"key_cache_\d+", n)]
+        updated = replace(cache, layers=len(keys))
         half.facts.add(
             replace(
                 updated, tokens=ends.get("tokens", updated.tokens), logits=ends.get("logits", updated.logits)
             )
         )
+    coded = half.facts.get(QuantizedCache)
+    if coded is not None:
+        half.facts.add(replace(coded, caches=tuple(n for n in coded.caches if n in half.signature.inputs)))
     attached = half.facts.get(EarlyExits)
     half.facts.discard(EarlyExits)
     exits = {n: i - before for n, i in (attached.layers if attached else {}).items() if n in half.outputs}

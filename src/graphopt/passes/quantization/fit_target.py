@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn import functional
 
 from ...ir.errors import PassRefusedError
-from ...ir.facts import Legal
+from ...ir.facts import Legal, QuantizedCache
 from ...ir.operators.quantize import HIDDEN
 from ...ir.option import option, refuse_set
 from ...ir.program import Program
@@ -62,7 +62,7 @@ class FitTarget(Pass):
 
     name = "fit-target"
     provides = (Legal,)
-    excludes = (Legal,)
+    excludes = (Legal, QuantizedCache)
 
     hidden: float = option(HIDDEN, help="what is added to the score of a key that is not seen", high=-20.0)
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from ...ir.errors import LoweringError, PassRefusedError, PipelineError
 from ...ir.export_blockers import block_export
-from ...ir.facts import Canonical, Legal, Quantized
+from ...ir.facts import Canonical, Legal, Quantized, QuantizedCache
 from ...ir.option import option
 from ...ir.program import Program
 from ...ir.quantised.stored import is_quantised
@@ -62,7 +62,7 @@ class Quantize(Pass):
     contract = Approximate()
     requires = (Canonical, Legal)
     provides = (Quantized,)
-    excludes = (Quantized,)
+    excludes = (Quantized, QuantizedCache)
     metric_calibrates = True
     paper = "rounding: arXiv 2210.17323"
 

@@ -26,6 +26,7 @@ from ..framework.base import Pass
 from ..framework.contracts import Approximate
 from ..framework.kept_tensors import keep, kept
 from ..framework.plan import Plan, Refused, Site
+from .expert_moments import expert_moments
 from .few_bits import channel_scales, fitted, half_quadratic, nearest, output_error
 from .rounding import Moments
 from .values import constant_value
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 aten = torch.ops.aten
+_LEAST_MEMORY = 64 << 20
 METHODS = ("rtn", "gptq", "awq", "hqq")
 
 
@@ -117,7 +119,8 @@ class QuantizeWeights(Pass):
                 yield Refused(label, reason, program.source_line(node))
                 continue
             inputs = int(node.meta["val"].shape[matrix.axis])
-            method = self.method if kind == "matrix" or self.method == "hqq" else "rtn"
+            fits = kind == "matrix" or (kind == "experts" and self.method == "gptq")
+            method = self.method if fits or self.method == "hqq" else "rtn"
             yield (
                 Site(label, bits=bits, group=self.group or inputs, method=method, symmetric=self.symmetric),
                 matrix,
@@ -142,7 +145,7 @@ class QuantizeWeights(Pass):
         """Choose the codes of methods that need data, and the matrices that keep eight bits."""
         plan = super().plan(program, context)
         matrices = dict(self.findings(program).work)
-        if self.method in ("gptq", "awq") and any(m.kind == "experts" for m in matrices.values()):
+        if self.method == "awq" and any(m.kind == "experts" for m in matrices.values()):
             plan.notes.append("experts are rounded to the nearest codes: their inputs differ by expert")
         if self.sensitive:
             self._keep_eight(program, context, plan, matrices)
@@ -177,7 +180,9 @@ class QuantizeWeights(Pass):
         stored: dict[str, Tensor] = {}
         # those that read one value come together
         waiting: dict[str, tuple[list[str], Tensor]] = {}
-        for node, moments in Moments(program, context).each(matrices[name].node for name in sites):
+        # a large model has large moments: as much memory as a share of its weights, and a run over the data for each part
+        memory = max(_LEAST_MEMORY, sum(w.bytes for w in program.weights.values()) // 8)
+        for node, moments in Moments(program, context, memory).each(matrices[name].node for name in sites):
             site = sites[node.name]
             if self.method == "gptq" or matrices[node.name].kind == "head":
                 weight = constant_value(program, node)
@@ -190,13 +195,52 @@ class QuantizeWeights(Pass):
             else:
                 source = argument(matrices[node.name].readers[0], "input")
                 waiting.setdefault(source.name, ([], moments[0]))[0].append(node.name)
+        if self.method == "gptq":
+            stacks = [matrices[s.block] for s in plan.sites if matrices[s.block].kind == "experts"]
+            self._fit_experts(program, context, plan, stacks, memory, stored)
         if self.method == "awq":
             self._scale(program, plan, sites, matrices, waiting, stored)
         if stored:
             where = keep(stored, context.work_dir, "codes")
-            for name, site in sites.items():
+            for name, site in ((s.block, s) for s in plan.sites):
                 if f"{name}.codes" in stored or f"{name}.factors" in stored:
                     site.choices["fitted"] = where
+
+    def _fit_experts(
+        self, program: Program, context: Context, plan: Plan, stacks: list[_Matrix], memory: int,
+        stored: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Fit each expert's matrices to the tokens that reach it; those that none reaches are rounded to the nearest."""
+        by_name = {s.block: s for s in plan.sites}
+        forms: dict[fx.Node, QuantisedTensor] = {}
+        errors: dict[fx.Node, list[float]] = {}
+        reached: dict[fx.Node, set[int]] = {}
+        axes = {stack.node: stack.axis for stack in stacks}
+        for node, expert, moments, _ in expert_moments(program, context, axes, memory):
+            site = by_name[node.name]
+            weight = constant_value(program, node)
+            if axes[node] == 1:
+                weight = weight.mT
+            if node not in forms:
+                forms[node] = nearest(weight, site["bits"], site["group"], site["symmetric"])
+            alone = weight[expert]
+            form = fitted(alone, moments, site["bits"], site["group"], site["symmetric"], self.ordered)
+            for name in ("codes", "scale", "zero"):
+                part = getattr(form, name)
+                if part is not None:
+                    getattr(forms[node], name)[expert] = part
+            errors.setdefault(node, []).append(output_error(alone, form.dequantise(), moments))
+            reached.setdefault(node, set()).add(expert)
+        unreached = 0
+        for node in axes:
+            if node in forms:
+                stored |= _parts(node.name, forms[node])
+                plan.scores[node.name] = max(errors[node])
+            unreached += int(node.meta["val"].shape[0]) - len(reached.get(node, ()))
+        if unreached:
+            plan.notes.append(
+                f"{unreached} matrices of experts that no token of the data reached are rounded to the nearest codes"
+            )
 
     def _scale(
         self, program: Program, plan: Plan, sites: dict[str, Site], matrices: dict[str, _Matrix],
@@ -287,17 +331,13 @@ class QuantizeWeights(Pass):
         stored = program.weights.get(node.name)
         source = packed(form)
         new = program.edit.add_weight(f"{stored.name if stored else node.name}.quantised", source)
+        # also where parts of it are the checkpoint's tensors
         for user in list(node.users):
-            if user in matrix.readers or matrix.kind in ("head", "embedding"):
-                user.replace_input_with(node, new)
-        if node.op == "placeholder":
-            for key, mapped in list(program.checkpoint.items()):
-                if mapped is node:
-                    program.checkpoint[key] = new
-            if not node.users:
-                program.edit.remove_weight(node)
-                assert stored is not None
-                program.weights[new.name] = replace(stored, source=source)
+            user.replace_input_with(node, new)
+        if stored is not None:
+            _map(program, node, new)
+            program.edit.remove_weight(node)
+            program.weights[new.name] = replace(stored, source=source)
         else:
             graph = computed(program, node)[0].graph
             with program.edit.after(new):
@@ -394,8 +434,11 @@ def _rounded(
     value = constant_value(program, matrix.node)
     axis = matrix.axis % value.dim()
     order = [d for d in range(value.dim()) if d != axis] + [axis]
+    back = [order.index(d) for d in range(value.dim())]
     if tensors and f"{site.block}.codes" in tensors:
-        form = nearest(torch.zeros(value.shape, dtype=value.dtype), bits, group, symmetric)
+        form = nearest(
+            torch.zeros([value.shape[d] for d in order], dtype=value.dtype), bits, group, symmetric
+        )
         words, scale, zero = (tensors.get(f"{site.block}.{n}") for n in ("codes", "scale", "zero"))
         assert words is not None
         assert scale is not None
@@ -404,14 +447,14 @@ def _rounded(
                 f"the codes of {site.block} were fitted with other bits or groups than the plan has",
                 hint="plan again with the bits and groups that you want, or remove fitted from the site",
             )
-        return Packed(words, replace(form, scale=scale, zero=zero)).quantised()
+        return Packed(words, replace(form, scale=scale, zero=zero)).quantised().permute(back)
     value = value if factors is None else (value.float() * factors.float()).to(value.dtype)
     moved = value.permute(order)
     if site["method"] == "hqq":
         form = half_quadratic(moved, bits, group)
     else:
         form = nearest(moved, bits, group, symmetric)
-    return form.permute([order.index(d) for d in range(value.dim())])
+    return form.permute(back)
 
 
 def quantised_bytes(program: Program) -> tuple[int, int]:

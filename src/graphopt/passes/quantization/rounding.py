@@ -97,8 +97,8 @@ def _spread(scale: Tensor, inputs: int) -> Tensor:
 class Moments:
     """Second moments of the inputs of matrices; matrices that read the same value share them."""
 
-    def __init__(self, program: Program, context: Context):
-        self.program, self.context = program, context
+    def __init__(self, program: Program, context: Context, memory: int = MEMORY):
+        self.program, self.context, self.memory = program, context, memory
 
     def each(self, matrices: Iterable[fx.Node]) -> Iterable[tuple[fx.Node, Tensor]]:
         """Yield each matrix with its moments, (groups, inputs, inputs), gathering as many at a time as memory allows.
@@ -113,7 +113,7 @@ class Moments:
             key: Key = tuple(sorted({_reading(n) for n in readers}, key=str))
             size = _groups(readers[0]) * (matrix.meta["val"][0].numel() ** 2) * 8
             if key not in waves[-1]:
-                if memory and memory + size > MEMORY:
+                if memory and memory + size > self.memory:
                     waves.append({})
                     memory = 0
                 memory += size
@@ -147,7 +147,9 @@ class Moments:
 
 
 def _multiplies(node: fx.Node, matrix: fx.Node) -> bool:
-    return node.op == "call_function" and arguments(node).get("weight") is matrix
+    # a tied table is looked up as well
+    looked_up = is_operator(node, "aten.embedding")
+    return node.op == "call_function" and not looked_up and arguments(node).get("weight") is matrix
 
 
 def _source(node: fx.Node) -> fx.Node:
