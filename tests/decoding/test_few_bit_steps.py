@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import graphopt
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.decoding.generation import with_cache
+from graphopt.decoding.large_pages import LargePages
 from graphopt.decoding.prepared import Prepared
 from graphopt.ir.errors import UsageError
 from graphopt.ir.program import Program
@@ -175,3 +176,17 @@ def stepped_over(program: Program, vocabulary: int, **options: Any) -> tuple[tor
         found.append(decoder.extend(torch.tensor([[token * 7 % vocabulary]]))["logits"])
         decoder.advance([1])
     return torch.cat(found, 1), decoder
+
+
+def test_memory_in_large_pages() -> None:
+    """Pieces do not overlap, lie apart by whole lines, and hold what is written to them."""
+    memory = LargePages()
+    shapes = [(300, 300), (5, 7), (1000, 401), (4096, 4096), (64, 1024)]
+    pieces = [memory.empty(shape, torch.float32).fill_(number) for number, shape in enumerate(shapes)]
+    pieces.append(memory.copied(torch.arange(1 << 17).to(torch.bfloat16).view(2, -1).t()))
+    for number, (piece, shape) in enumerate(zip(pieces, shapes, strict=False)):
+        assert piece.shape == shape
+        assert piece.is_contiguous()
+        assert piece.data_ptr() % 64 == 0
+        assert bool((piece == number).all())
+    assert torch.equal(pieces[-1][:, 0].float(), torch.arange(1 << 16).to(torch.bfloat16).float())

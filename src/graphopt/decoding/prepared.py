@@ -297,7 +297,8 @@ class _Writer:
 
     def source(self) -> str:
         """Return the code: a function of the step and its caches."""
-        results = ", ".join(self._text(n) for n in self.run.roots)
+        # memory of the step's own is written again by the next one
+        results = ", ".join(self._text(n) + (".clone()" if n in self.static else "") for n in self.run.roots)
         head = ["def prepared_step(step, caches):"]
         if self.single:
             # rows are equally long: the caches are written at one place, and all of them is attended to
@@ -374,6 +375,8 @@ class _Writer:
         """Make the views that a node gives of static memory, now and for all steps; tell whether it gives any."""
         if seen.shares is None or not seen.fixed or seen.layout is None:
             return False
+        if not all(self.run.seen[n].steady for n in node.all_input_nodes if n is not seen.shares):
+            return False  # which part it is may be another at the next step
         owner = self._owner(node)
         found, base = self.static.get(owner), self.run.seen[owner].layout
         if found is None:

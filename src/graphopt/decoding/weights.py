@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -14,6 +15,7 @@ from ..ir.quantised.products import FewBitProduct
 from ..ir.quantised.stored import is_quantised, quantised_form
 from ..ir.quantised.tensor import concatenate
 from ..ir.schema import arguments, is_operator
+from .large_pages import LargePages
 
 WIDE = 1.5
 """Outputs for each input from which a matrix is stored by columns."""
@@ -89,6 +91,7 @@ class Weights:
         self._products: dict[Group, FewBitProduct | None] = {}
         self.loaded: dict[str, torch.Tensor] = {}
         self._joined: dict[Group, torch.Tensor] = {}
+        self._memory = LargePages()
 
     def load(self, program: Program, node: fx.Node) -> torch.Tensor:
         """Return the value of a weight, loading it if it is not in memory."""
@@ -116,10 +119,16 @@ class Weights:
             known = [form for form in forms if form is not None]
             try:
                 whole = known[0] if len(known) == 1 else concatenate(known, 0)
-                self._products[group] = FewBitProduct.of(whole)
+                self._products[group] = self._kept(FewBitProduct.of(whole))
             except CannotExpress:
                 self._products[group] = None
         return self._products[group]
+
+    def _kept(self, product: FewBitProduct | None) -> FewBitProduct | None:
+        if product is None or product.packed is None:
+            return product
+        copied = self._memory.copied
+        return replace(product, packed=copied(product.packed), scales=copied(product.scales))
 
     @property
     def few_bits(self) -> bool:
@@ -146,11 +155,9 @@ class Weights:
             if whole is None:
                 columns = value.shape[1] if value.dim() == 2 else 0
                 if columns and by_columns(rows, columns, value.dtype, self.device):
-                    whole = value.new_empty(columns, rows).t()
-                elif rows == value.shape[0]:
-                    return value
+                    whole = self._empty(value, (columns, rows)).t()
                 else:
-                    whole = value.new_empty(rows, *value.shape[1:])
+                    whole = self._empty(value, (rows, *value.shape[1:]))
             # in strips, which is twice as fast as one transposition of the whole
             for first in range(0, value.shape[0], _STRIP):
                 part = value[first : first + _STRIP]
@@ -158,6 +165,9 @@ class Weights:
             start += value.shape[0]
         assert whole is not None
         return whole
+
+    def _empty(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._memory.empty(shape, like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
 
 
 _STRIP = 1024
