@@ -445,6 +445,12 @@ def shares(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+QUICK = (
+    "This page is of a run with `--quick`: captures were not compared with the models, and no passes were tried. "
+    "`graphopt` itself always compares.\n"
+)
+
+
 def page(results: list[dict[str, Any]]) -> str:
     """Return the page of all results."""
     parts = [
@@ -454,6 +460,7 @@ def page(results: list[dict[str, Any]]) -> str:
         "*As the model is made*: whether attention, feed-forwards, MoE layers and mixers (convolutions, recurrences, "
         "linear attention) are as many, in as many layers, as the modules in the model's lists of layers. Passes are "
         "those of `benchmarks/small_models.py`; a refusal says why on the command line.\n",
+        *([] if any("passes" in r for r in results) else [QUICK]),
         *shares(results),
     ]
     for group in dict.fromkeys(r.get("group", "decoder") for r in results):

@@ -554,7 +554,8 @@ class Making:
             if token is None:
                 continue
             values = features(self.model, method, made)
-            if values:
+            # a number that values decide (how many images are no padding) says nothing yet
+            if isinstance(values, int) and values:
                 width = int(getattr(self.text, "hidden_size", 1))
                 found.append((token, max(1, math.ceil(values / width / self.batch))))
         return found
