@@ -167,11 +167,16 @@ OTHERS: dict[str, Kind] = {
                                 "LlavaForConditionalGeneration PaliGemmaForConditionalGeneration "
                                 "Qwen3VLForConditionalGeneration "
                                 "InternVLForConditionalGeneration Mistral3ForConditionalGeneration "
-                                "AltCLIPModel GroupViTModel MllamaForConditionalGeneration "
+                                "AltCLIPModel GroupViTModel "
                                 "GitForCausalLM"),
     **_group("vision-language", "SamModel", vision_config={"output_channels": 32, "num_pos_feats": 16,
                             "image_size": 64, "patch_size": 16},
              prompt_encoder_config={"image_size": 64, "patch_size": 16}),
+    **_group("vision-language", "MllamaForConditionalGeneration",
+             vision_config={"image_size": 32, "patch_size": 8, "num_global_layers": 1, "max_num_tiles": 2,
+                            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "vision_output_dim": 64,
+                            "intermediate_layers_indices": [1]},
+             text_config={"cross_attention_layers": [1, 3]}),
     **_group("vision-language", "Owlv2ForObjectDetection", projection_dim=32),
     **_group("audio", "MoonshineForConditionalGeneration",
              encoder_num_key_value_heads=4, decoder_num_key_value_heads=4),

@@ -52,6 +52,25 @@ def test_masks_of_pixels_have_a_row_for_each_image() -> None:
     assert shapes["pixel_attention_mask"] == [3, 1, 16, 16]
 
 
+def test_images_in_tiles() -> None:
+    """Wrong if images had no tiles, or no form of their own was said of them."""
+    from transformers import MllamaConfig
+
+    config = MllamaConfig(
+        text_config={**_TEXT, "num_key_value_heads": 4, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "attention_heads": 4, "num_hidden_layers": 2,
+            "num_global_layers": 1, "image_size": 16, "patch_size": 8, "max_num_tiles": 2, "vision_output_dim": 64,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "intermediate_layers_indices": [1],
+        },
+        image_token_index=100,
+    )  # fmt: skip
+    shapes = made("MllamaForConditionalGeneration", config)
+    assert shapes["pixel_values"] == [3, 1, 2, 3, 16, 16]
+    assert shapes["aspect_ratio_ids"] == [3, 1]
+    assert shapes["aspect_ratio_mask"] == [3, 1, 2]
+
+
 def test_codes_have_several_rows_for_each_of_the_mask() -> None:
     from transformers import MusicgenDecoderConfig
 

@@ -39,6 +39,7 @@ _SIZES: dict[str, dict[int, tuple[str | None, ...]]] = {
     "decoder_attention_mask": {2: ("batch", "decoder_sequence")},
     "input_values": {2: ("batch", "samples"), 3: ("batch", None, None)},
     "input_features": {3: ("batch", "frames", None)},
+    "aspect_ratio_ids": {2: ("batch", None)},
     "input_boxes": {3: ("batch", "boxes", None)},
     "input_points": {4: ("batch", "prompts", "points", None)},
     "input_labels": {3: ("batch", "prompts", "points")},
@@ -259,7 +260,10 @@ class Making:
         if "input_features" in takes and hears:
             wanted["input_features"] = None
         if "pixel_values" in wanted:
-            for name in ("image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_sizes"):
+            for name in (
+                "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_sizes", "aspect_ratio_ids",
+                "aspect_ratio_mask",
+            ):  # fmt: skip
                 if name in takes:
                     wanted[name] = None
         read = vocabulary and main in ("pixel_values", "input_features") and "decoder_input_ids" not in takes
@@ -607,7 +611,8 @@ def size_names(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
 
 # what others are made from comes first
 _ORDER = (
-    "image_grid_thw", "grid_thw", "spatial_shapes", "pixel_values", "hidden_states", "pixel_values_videos",
+    "image_grid_thw", "grid_thw", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_values",
+    "hidden_states", "pixel_values_videos",
     "image_sizes", "pixel_attention_mask", "pixel_mask", "input_features", "input_values", "past_values",
     "past_time_features", "past_observed_mask", "input_ids", "token_type_ids", "mm_token_type_ids",
     "attention_mask", "position_ids", "decoder_input_ids", "bbox", "input_boxes", "input_points",

@@ -47,6 +47,18 @@ def _shapes(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     yield torch.tensor([[height, patches // height]] * making.batch)
 
 
+@_maker("aspect_ratio_ids")
+def _aspect_ratios(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    # 0 is that of no image
+    yield torch.ones(making.batch, 1, dtype=torch.long)
+
+
+@_maker("aspect_ratio_mask")
+def _tile_mask(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    tiles = int(making.setting("max_num_tiles", inside="vision", otherwise=1))
+    yield torch.ones(making.batch, 1, tiles, dtype=torch.long)
+
+
 @_maker("pixel_attention_mask")
 def _patch_mask(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     if "spatial_shapes" in made:
@@ -84,6 +96,10 @@ def _pixels(making: Making, made: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     if "spatial_shapes" in made:
         shapes = made["spatial_shapes"]
         yield making.noise(batch, int(shapes.prod(-1).max()), _patches(making)[1])
+        return
+    if "aspect_ratio_mask" in made:
+        # tiles of one image
+        yield making.noise(batch, *made["aspect_ratio_mask"].shape[1:], channels, height, width)
         return
     frames = getattr(making.config, "num_frames", None)
     image = making.noise(batch, channels, height, width)
