@@ -140,17 +140,29 @@ def test_results_are_those_of_the_closed_form(
     assert not torch.allclose(plain.extend(ids[:, 7:])["logits"], found[:, -1:], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_pieces_give_the_whole(bits: int, captured: Callable[[str], Program]) -> None:
-    """Scales never change later: the same to the bit of float64's rounding, whatever the pieces."""
-    made = cached(retyped(varied("llama", captured("llama"))[0]), f"bits={bits}")
-    whole = made(**begun(made, DATA[0]))["logits"]
-    for pieces in ([8], [1] * 8, [2, 5, 1]):
-        decoder, found = CachedDecoder(made, 2, 8), []
-        for piece in DATA[0]["input_ids"].split(pieces, dim=1):
-            found.append(decoder.extend(piece)["logits"])
-            decoder.advance([piece.shape[1]] * 2)
-        assert torch.allclose(torch.cat(found, 1), whole, rtol=1e-9, atol=1e-9)
+@settings(max_examples=examples(18), deadline=None)
+@given(
+    pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    rows=st.integers(1, 3),
+    options=st.sampled_from(["bits=8", "bits=8 group=4", "bits=4", "bits=4 group=4"]),
+    name=st.sampled_from(["mistral", "falcon_alibi"]),
+    seed=st.integers(0, 99),
+)
+def test_any_pieces_give_the_whole(
+    pieces: list[int], rows: int, options: str, name: str, seed: int, captured: Any
+) -> None:
+    """Scales never change later: whatever the pieces, the logits are those of all tokens at once."""
+    program = captured(name)
+    wide = program.derived("test float64", lambda: retyped(program))
+    floats = wide.derived("test cache", lambda: graphopt.optimize(wide, "insert-kv-cache"))
+    made = floats.derived(options, lambda: graphopt.optimize(floats, f"quantize-cache{{{options}}}"))
+    ids = torch.randint(3, 100, (rows, sum(pieces)), generator=torch.Generator().manual_seed(seed))
+    whole = made(**begun(made, {"input_ids": ids}))["logits"]
+    decoder, found = CachedDecoder(made, rows, sum(pieces) + 2), []
+    for piece in ids.split(pieces, dim=1):
+        found.append(decoder.extend(piece)["logits"])
+        decoder.advance([piece.shape[1]] * rows)
+    assert torch.allclose(torch.cat(found, 1), whole, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
