@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from amounts import cases
+
 from benchmarks.quantised_formats import FORMATS, check
 
 

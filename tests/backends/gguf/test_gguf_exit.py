@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_a_tokenizer_goes_through(vocabulary: str, tmp_path: Path) -> None:
     for key, source in after[1].items():
         old = before[1][key.replace("layers.1.", "layers.2.")]
         assert torch.equal(source.blocks(), old.blocks()) and source.code == old.code, key
+
+
+def test_the_command_line_writes_a_type(told: Callable[..., Any], tmp_path: Path) -> None:
+    first = gguf_files.write(tmp_path / "first.gguf", "qwen3", gguf_files.make("qwen3"))
+    written = tmp_path / "second.gguf"
+    found = told("export", first, "--to", "gguf", "--type", "F16", "-o", written)
+    assert found["types"] == {"F32": 9, "F16": 15} and len(found["rounded"]) == 15
+    assert max(found["rounded"].values()) < 1e-3 and max(found["errors"].values()) < 1e-4
+    _, before, _, _ = read_gguf(first)
+    for key, source in read_gguf(written)[1].items():
+        value = before[key].load()
+        assert torch.equal(source.load(), value.half().float() if value.dim() == 2 else value), key
 
 
 def test_what_a_file_has_no_place_for_is_named(tmp_path: Path) -> None:
