@@ -129,7 +129,9 @@ def error_of_rounding(paths: Sequence[Path], program: Program, cases: list[Case]
     cache = program.facts.get(KVCache)
     if cache is not None:
         # what a random cache holds is no text, and small differences grow without bound in it
-        cases = [c for c in cases if cache.positions not in c.inputs or not c.inputs[cache.positions][..., 0].any()]
+        cases = [
+            c for c in cases if cache.positions not in c.inputs or not c.inputs[cache.positions][..., 0].any()
+        ]
     for case, outputs in zip(cases, _results(paths, cases, shared), strict=True):
         expected = run(program, {n: v for n, v in case.inputs.items() if n in program.input_nodes})
         for name, reference in expected.items():
