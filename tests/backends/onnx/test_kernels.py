@@ -19,12 +19,15 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.backends.onnx import kernels
+from graphopt.backends.onnx.few_bits import LOOKUP, PRODUCT
 from graphopt.backends.onnx.kernels import ATTENTION, ROWS, SKIP_NORM, KernelUse
 from graphopt.backends.onnx.runtime_operators import NORM
 from graphopt.cli.running import run as command
 from graphopt.ir.errors import LoweringError
 from graphopt.ir.facts import KVCache
 from graphopt.ir.program import Program
+from graphopt.ir.quantised.stored import packed
+from graphopt.passes.quantization.few_bits import nearest
 
 graph = torch.ops.graphopt
 VOCABULARY = 19
@@ -45,6 +48,7 @@ class Kind:
     sinks: bool = False
     tree: bool = False
     read_twice: bool = False
+    tied: bool = False
     capacity: int | None = None
     dtype: torch.dtype = torch.float32
 
@@ -124,7 +128,8 @@ class Cached(nn.Module):
                 -q, keys, values, None, bias, sinks, None, visible, **options
             )
         x = x + F.linear(attended.transpose(1, 2).reshape(batch, tokens, -1), self.out)
-        logits = F.linear(graph.rms_norm(x, self.last, 1e-5), self.head)
+        head = self.table if kind.tied else self.head
+        logits = F.linear(graph.rms_norm(x, self.last, 1e-5), head)
         return {"logits": logits, "next_key_cache_0": keys, "next_value_cache_0": values}
 
 
@@ -291,3 +296,65 @@ def test_the_command_line_chooses_operators(tmp_path: Path, capsys: Any) -> None
     )
     assert command(["lower", saved, "--to", "onnx", "-o", place, "--force"]) == 0
     assert "GroupQueryAttention" not in [n.op_type for n in onnx.load(place).graph.node]
+
+
+def quantised(program: Program, name: str, bits: int, group: int, symmetric: bool = True) -> None:
+    """Store a weight in few bits."""
+    node = next(n for n, w in program.weights.items() if w.name == name)
+    weight = program.weights[node]
+    found = nearest(weight.source.load(), bits, group, symmetric)
+    program.weights[node] = weight.with_source(packed(found))
+    program.changed()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 32), (8, 32), (8, 64)])
+def test_weights_of_few_bits_stay_so(bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+    """Queries, keys and values in one product, the head in another; and what rounding their inputs changes is told."""
+    program = cached(Kind(rotary="none"))
+    for name in ("q", "k", "v", "out", "head"):
+        quantised(program, name, bits, group, symmetric)
+    exact = program.lower("onnx", tmp_path / "exact.onnx", operators="runtime", float_products=True)
+    assert exact.kernels is not None and exact.kernels.rounding is None
+    assert exact.nodes[PRODUCT] == exact.kernels.used[PRODUCT] == 3
+    assert max(exact.errors.values()) < 1e-5
+    rounded = program.lower("onnx", tmp_path / "rounded.onnx", operators="runtime")
+    assert rounded.kernels is not None and rounded.kernels.rounding is not None
+    assert 1e-5 < rounded.kernels.rounding < 5e-2
+    levels = {
+        name: {
+            a.i for n in onnx.load(str(tmp_path / f"{name}.onnx")).graph.node for a in n.attribute
+            if a.name == "accuracy_level"
+        }
+        for name in ("exact", "rounded")
+    }  # fmt: skip
+    assert levels == {"exact": {1}, "rounded": {4}}
+    plain = program.lower("onnx", tmp_path / "plain.onnx")
+    assert rounded.initialiser_bytes < 0.55 * plain.initialiser_bytes
+    assert "MatMulNBits" not in plain.nodes
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    """Rows of words for the embedding, the same words for the head."""
+    program = cached(Kind(tied=True))
+    quantised(program, "table", 4, 32)
+    report = program.lower("onnx", tmp_path / "model.onnx", operators="runtime", float_products=True)
+    assert report.nodes[LOOKUP] == report.nodes[PRODUCT] == 1
+    words = [
+        t
+        for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer
+        if t.data_type == onnx.TensorProto.UINT8
+    ]
+    assert len(words) == 1 and list(words[0].dims) == [VOCABULARY, 2, 16]
+
+
+def test_mixed_bits_are_not_joined_and_other_codes_stay_floats(tmp_path: Path) -> None:
+    program = cached(Kind())
+    quantised(program, "q", 8, 32)
+    for name in ("k", "v"):
+        quantised(program, name, 4, 32)
+    quantised(program, "out", 4, 8)
+    report = program.lower("onnx", tmp_path / "model.onnx", operators="runtime")
+    assert report.kernels is not None
+    assert report.nodes[PRODUCT] == 3
+    assert report.kernels.left[PRODUCT] == {"8 columns share a scale, which is no multiple of 16": 1}

@@ -127,6 +127,23 @@ def few_bit_nodes(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     )
 
 
+def layout_of(program: Program, weight: fx.Node) -> tuple[object, ...] | None:
+    """Return what weights have in common that can be joined row by row; None if that is not known."""
+    if weight.op != "placeholder" or weight.name not in program.weights:
+        return None
+    try:
+        form = form_of(program.weights[weight.name].source, values=False)
+    except CannotExpress:
+        return None
+    columns, dtype = weight.meta["val"].shape[1], weight.meta["val"].dtype
+    if form is None:
+        return columns, dtype
+    if form.group is not None or form.divisor is not None or form.among is not None:
+        return None
+    beside = (form.zero is None, form.offset is None, form.scale.dtype, form.dtype, form.casts)
+    return columns, dtype, form.code, form.block[1:], *beside
+
+
 def round_inputs(path: Path) -> None:
     """Let the products of a file round their inputs to 8 bits."""
     import onnx

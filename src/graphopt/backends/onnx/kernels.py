@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ...ir.program import Program
 from ...ir.running.fold import drop_unread_weights, fold
 from ...ir.schema import arguments, is_operator
 from .context import context_length
-from .few_bits import FLOAT, LOOKUP, PRODUCT, FewBits, Stored, few_bit_nodes
+from .few_bits import FLOAT, LOOKUP, PRODUCT, FewBits, Stored, few_bit_nodes, layout_of
 from .rotary_tables import NoTable, half_table
 from .runtime_operators import NORM
 
@@ -63,6 +64,9 @@ def use_kernels(program: Program, level: int = FLOAT) -> tuple[Program, KernelUs
     found = _Found(lowered)
     found.attentions()
     found.norms()
+    # weights that were joined become weights
+    lowered.edit.erase_dead(list(lowered.graph.nodes))
+    found.program = lowered = fold(lowered).copy()
     found.few_bits(level)
     lowered.edit.erase_dead(list(lowered.graph.nodes))
     drop_unread_weights(lowered)
@@ -156,7 +160,7 @@ class _Found:
             ]
             call = torch.ops.graphopt_runtime.group_query_attention.default
             result = program.edit.call(
-                call, *rows, stored[key]["cache"], stored[value]["cache"], last, total, cos, sin,
+                call, *self._joined_rows(rows), stored[key]["cache"], stored[value]["cache"], last, total, cos, sin,
                 self._bias(args["bias"], q, tokens), args["sinks"], heads=heads, groups=groups, scale=float(args["scale"]),
                 window=arguments(args["visible"])["window"], softcap=args["softcap"], interleaved=interleaved,
             )  # fmt: skip
@@ -249,6 +253,23 @@ class _Found:
         if heads_first:
             value = call(aten.permute.default, value, [0, 2, 1, 3])
         return call(aten.reshape.default, value, [batch, tokens, heads * size])
+
+    def _joined_rows(self, rows: list[fx.Node]) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+        """Return queries, keys and values, in one product if they are products of one value."""
+        q, k, v = rows
+        products = [arguments(n) for n in rows if is_operator(n, "aten.linear")]
+        if len(products) < 3:
+            return q, k, v
+        weights, biases = ([p[name] for p in products] for name in ("weight", "bias"))
+        alike = len({p["input"] for p in products}) == 1 and len({b is None for b in biases}) == 1
+        if not alike or len({layout_of(self.program, w) for w in weights}) != 1:
+            return q, k, v
+        if any(len(w.users) > 1 for w in weights) or None in map(partial(layout_of, self.program), weights):
+            return q, k, v
+        call = self.program.edit.call
+        weight = call(aten.cat.default, weights, 0)
+        bias = None if biases[0] is None else call(aten.cat.default, biases, 0)
+        return call(aten.linear.default, products[0]["input"], weight, bias), None, None
 
     def _put_output(
         self, node: fx.Node, attended: fx.Node, batch: Any, tokens: Any, heads: int, size: int

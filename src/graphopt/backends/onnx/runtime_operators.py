@@ -33,22 +33,34 @@ def _shape_rule(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 @_shape_rule(
-    "group_query_attention(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, Tensor last, "
+    "group_query_attention(Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor last, "
     "Tensor total, Tensor? cos=None, Tensor? sin=None, Tensor? bias=None, Tensor? sinks=None, *, int heads, "
     "int groups, float scale, int? window=None, float? softcap=None, bool interleaved=False) "
     "-> (Tensor, Tensor, Tensor)"
 )
 def _group_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any, **options: Any
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    past_key: Tensor,
+    past_value: Tensor,
+    *rest: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of new tokens that stores their keys and values first, in caches that may be updated in place.
 
-    ``q`` (batch, tokens, heads · size); ``k`` and ``v`` (batch, tokens, groups · size); caches (batch, groups, capacity,
-    size); ``last`` (batch), int32, the position of each row's last token; ``total`` (), int32, the largest of them plus
-    one; ``cos`` and ``sin`` (positions, half of the rotated size); ``bias`` (batch or 1, heads or 1, tokens, total);
-    ``sinks`` (heads). Returns what attention gives, shaped like ``q``, and both caches.
+    ``q`` (batch, tokens, heads · size); ``k`` and ``v`` (batch, tokens, groups · size), or None where ``q`` holds all;
+    caches (batch, groups, capacity, size); ``last`` (batch), int32, the position of each row's last token; ``total``
+    (), int32, the largest of them plus one; ``cos`` and ``sin`` (positions, half of the rotated size); ``bias`` (batch
+    or 1, heads or 1, tokens, capacity); ``sinks`` (heads). Returns what attention gives, (batch, tokens, heads · size),
+    and both caches.
     """
-    return q.new_empty(q.shape), past_key.new_empty(past_key.shape), past_value.new_empty(past_value.shape)
+    width = options["heads"] * past_key.shape[-1]
+    return (
+        q.new_empty((*q.shape[:-1], width)),
+        past_key.new_empty(past_key.shape),
+        past_value.new_empty(past_value.shape),
+    )
 
 
 @_shape_rule("skip_rms_norm(Tensor x, Tensor skip, Tensor weight, float eps) -> (Tensor, Tensor)")
