@@ -179,12 +179,12 @@ def _check_operators(operators: str, program: Program, device: Target | None) ->
         return
     if device is not None:
         raise LoweringError(
-            f"{device.name} does not have ONNX Runtime's own operators", hint="operators=standard"
+            f"{device.name} does not have ONNX Runtime's own operators", hint="--operators standard"
         )
     if Quantized in program.facts:
         raise LoweringError(
             "the values of this program are rounded between operators, which ONNX Runtime's own would leave out",
-            hint="operators=standard",
+            hint="--operators standard",
         )
 
 
