@@ -10,6 +10,7 @@ from typing import Any
 
 from ...ir.errors import LoweringError
 from ...ir.weights import TensorSource, Weight
+from .few_bits import LOOKUP
 
 EAGER_BYTES = 1 << 16
 """Bytes up to which a weight is read at once, so that nodes that depend on it can be folded."""
@@ -73,7 +74,10 @@ def _is_late(value: Any) -> bool:
 
 def _stays(node: Any) -> bool:
     """Return whether a node defines how a value is stored, or reads a weight that is not attached yet."""
-    return node.op_type in ("QuantizeLinear", "DequantizeLinear") or any(_is_late(v) for v in node.inputs)
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") or any(_is_late(v) for v in node.inputs):
+        return True
+    # the words of a table are read in two shapes, and stored in one
+    return node.op_type == "Reshape" and any(use.node.op_type == LOOKUP for use in node.outputs[0].uses())
 
 
 def simplify(model: Any) -> None:
