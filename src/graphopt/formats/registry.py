@@ -13,7 +13,7 @@ from ..ir.quantised.stored import is_quantised, quantised_form
 from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.weights import TensorSource
 from . import bitsandbytes, compressed_tensors, floats, gptq, modelopt, torchao
-from .stored import FileTensor, Layout, Written, encoded, layout_of
+from .stored import FileTensor, Layout, StoredMatrix, Written, encoded, layout_of
 
 Opened = tuple[dict[str, FileTensor], list[str]]
 Opener = Callable[[dict[str, Any], Mapping[str, FileTensor], torch.dtype], Opened]
@@ -69,6 +69,11 @@ def open_quantised(
             hint=f"known are {', '.join(sorted(OPENERS))}; transformers loads others, and can save some dequantised",
         )
     found, notes = opener(settings, tensors, dtype)
+    if not any(isinstance(tensor, StoredMatrix) for tensor in found.values()):
+        raise CheckpointError(
+            f"{where} says that it is quantised with {method}, and none of its tensors is",
+            hint="take quantization_config out of the configuration if the weights are plain, or fetch the checkpoint again",
+        )
     return found, notes
 
 

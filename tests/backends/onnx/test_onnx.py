@@ -540,8 +540,8 @@ def test_a_difference_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A failure: a file with other weights than the program's passes for compared."""
     real = onnx_model.build_graph
 
-    def changed(program: Program, opset: int) -> Any:
-        graph = real(program, opset)
+    def changed(program: Program, opset: int, *rest: Any) -> Any:
+        graph = real(program, opset, *rest)
         held = graph.graph.initializers["model.norm.weight"]
         array = held.const_value.numpy().copy()
         array[3] *= 1.01

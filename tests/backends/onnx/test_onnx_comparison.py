@@ -37,10 +37,10 @@ def planted(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Write the graph of a program that was changed."""
     honest = onnx_model.build_graph
 
-    def build(program: Program, opset: int) -> Any:
+    def build(program: Program, opset: int, kernels: bool = False) -> Any:
         other = program.copy()
         change(other)
-        return honest(other, opset)
+        return honest(other, opset, kernels)
 
     monkeypatch.setattr(onnx_model, "build_graph", build)
 
@@ -265,7 +265,7 @@ def test_errors_count_beside_what_the_type_costs_the_program_itself(
     )
     error = share * lost if size else share * 1e-4
     found = own + error * own.abs().max() * torch.tensor([1.0, -1.0]).repeat(4)
-    monkeypatch.setattr(onnx_compare, "_results", lambda paths, cases: [{name: found.detach().numpy()}])
+    monkeypatch.setattr(onnx_compare, "_results", lambda paths, cases, *_: [{name: found.detach().numpy()}])
     case = Case("a case", {next(iter(program.signature.inputs)): x})
     if holds:
         assert error > 1e-4, "the case must need the room"
@@ -290,7 +290,9 @@ def test_a_deep_quantised_program_is_judged_beside_its_own_arithmetic(
     inputs = program.bind((), {"input_ids": torch.arange(3, 15).reshape(2, 6)})
     errors = iter([0.05, own])
     monkeypatch.setattr(onnx_compare, "without_rounding", lambda program: program)
-    monkeypatch.setattr(onnx_compare, "_results", lambda paths, cases: [{"logits": numpy.zeros((2, 6, 101))}])
+    monkeypatch.setattr(
+        onnx_compare, "_results", lambda paths, cases, *_: [{"logits": numpy.zeros((2, 6, 101))}]
+    )
     monkeypatch.setattr(onnx_compare, "_error", lambda *_: next(errors))
     monkeypatch.setattr(
         onnx_compare, "_quantization_loss", lambda *_: onnx_compare._QuantizationLoss(lost, 1e-4)

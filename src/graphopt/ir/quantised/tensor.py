@@ -159,7 +159,8 @@ class QuantisedTensor:
         group_dim = -1
         for old, new in _factors(self.shape, tuple(codes.shape)):
             if self.group is not None and self.group_dim in old:
-                if len([d for d in old if self.shape[d] != 1]) > 1 or len([s for s in new if s != 1]) > 1:
+                others = [d for d in old if d != self.group_dim and self.shape[d] != 1]
+                if others or len([s for s in new if s != 1]) > 1:
                     raise CannotExpress("columns that choose their scales are divided or joined")
                 place = next((i for i, s in enumerate(new) if s != 1), 0)
                 group_dim = len(block) + place
