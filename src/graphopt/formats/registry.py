@@ -72,7 +72,7 @@ def open_quantised(
     if not any(isinstance(tensor, StoredMatrix) for tensor in found.values()):
         raise CheckpointError(
             f"{where} says that it is quantised with {method}, and none of its tensors is",
-            hint="take quantization_config out of the configuration if the weights are plain, or fetch the checkpoint again",
+            hint="take quantization_config out of the configuration if the weights are plain; else fetch it again",
         )
     return found, notes
 

@@ -295,13 +295,6 @@ def _stack(parts: Any, dim: int = 0) -> QuantisedTensor:
     return _cat([_unsqueeze(p, dim) for p in parts], dim)
 
 
-def _transpose(x: Any, one: int = 0, other: int = 1) -> QuantisedTensor:
-    order = list(range(len(_codes(x).shape)))
-    one, other = one % len(order), other % len(order)
-    order[one], order[other] = order[other], order[one]
-    return _codes(x).permute(order)
-
-
 def _flip(x: Any, dims: list[int]) -> QuantisedTensor:
     for dim in dims:
         x = _codes(x).take(dim, torch.arange(_codes(x).shape[dim]).flip(0))
@@ -321,10 +314,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "aten.cat": _cat,
     "aten.stack": _stack,
     "aten.permute": lambda x, order: _codes(x).permute(order),
-    "aten.transpose": _transpose,
-    "aten.t": _transpose,
     "aten.flip": _flip,
     "aten.to": lambda x, dtype, *_: _codes(x).cast(dtype),
-    "aten._to_copy": lambda x, dtype=None, *_: _codes(x).cast(dtype) if dtype else _codes(x),
     "getitem": lambda all, index: all[index],
 }
