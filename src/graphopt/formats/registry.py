@@ -69,7 +69,9 @@ def open_quantised(
             hint=f"known are {', '.join(sorted(OPENERS))}; transformers loads others, and can save some dequantised",
         )
     found, notes = opener(settings, tensors, dtype)
-    if not any(isinstance(tensor, StoredMatrix) for tensor in found.values()):
+    # codes without scales are named by their tensor, later
+    plain = all(tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 for tensor in tensors.values())
+    if plain and not any(isinstance(tensor, StoredMatrix) for tensor in found.values()):
         raise CheckpointError(
             f"{where} says that it is quantised with {method}, and none of its tensors is",
             hint="take quantization_config out of the configuration if the weights are plain; else fetch it again",
