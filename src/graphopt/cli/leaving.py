@@ -49,6 +49,8 @@ def export_program(args: Export) -> None:
             text(
                 f"matrices written in few bits: {result['quantised']}; plain, though they were: {len(result['plain'])}"
             )
+        if result.get("not_reloaded"):
+            text(f"captured again to compare it, not loaded by transformers: {result['not_reloaded']}")
         for reason, count in Counter(result.get("plain", {}).values()).items():
             text(f"  {count} plain: {reason}")
         if result.get("rounded"):
@@ -72,6 +74,7 @@ def _export(program: Program, to: str, output: str, kind: str) -> dict[str, Any]
             report = program.save_pretrained(output, progress=progress)
         return {
             "path": output, "errors": report.errors, "checked": report.checked, "files": report.files,
+            "not_reloaded": report.not_reloaded,
             "quantised": len(report.quantised), "plain": report.plain,
         }  # fmt: skip
     if to == "medusa":
