@@ -129,6 +129,24 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 FIRST = ["pack-4-asymmetric", "gptq-old", "fp8-power-scales", "torchao-int4", "nf4-double", "modelopt-nvfp4"]
 
 
+def test_matrices_made_plain_are_named_where_the_others_stay(tmp_path: Path) -> None:
+    """Wrong if a library looked for codes of a matrix that has none any more."""
+    llama(tmp_path / "in", layers=2)
+    quantise_folder(tmp_path / "in", "pack-4")
+    program = graphopt.capture(tmp_path / "in", compare=False)
+    partly = graphopt.optimize(program, passes=["dequantize-weights{skip=[layers.1]}"])
+    report = partly.save_pretrained(tmp_path / "out")
+    assert len(report.quantised) == 7
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {n for n in ignored if "layers.0" in n} == {
+        k.removesuffix(".weight") for k in program.checkpoint if "layers.0" in k and "_proj" in k
+    }
+    assert not any("layers.1" in n for n in ignored)
+    again = graphopt.capture(tmp_path / "out", compare=False)
+    tokens = torch.arange(12).reshape(2, 6)
+    assert torch.equal(again(input_ids=tokens)["logits"], program(input_ids=tokens)["logits"])
+
+
 @pytest.mark.parametrize(
     "name",
     cases(

@@ -16,6 +16,7 @@ from .stored import (
     FLOATS,
     FileTensor,
     StoredMatrix,
+    by_module,
     require_block,
     require_code,
     require_shapes,
@@ -215,11 +216,7 @@ _PARTS = re.compile(
 
 
 def _modules(tensors: Mapping[str, FileTensor]) -> dict[str, dict[str, FileTensor]]:
-    modules: dict[str, dict[str, FileTensor]] = {}
-    for key, tensor in tensors.items():
-        match = _PARTS.fullmatch(key)
-        if match:
-            modules.setdefault(match.group(1) or "", {})[match.group(2)] = tensor
+    modules = by_module(tensors, _PARTS)
     for module, parts in modules.items():
         if "weight_packed" not in parts and module + "weight" in tensors:
             parts["weight"] = tensors[module + "weight"]

@@ -15,6 +15,7 @@ from ..ir.quantised.tensor import QuantisedTensor
 from .stored import (
     FileTensor,
     StoredMatrix,
+    by_module,
     require_block,
     require_code,
     require_shapes,
@@ -155,11 +156,7 @@ def open_matrices(
     form = settings.get("checkpoint_format", "gptq")
     if not awq and form not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"GPTQ weights in the format {form!r} are not read; gptq and gptq_v2 are")
-    modules: dict[str, dict[str, FileTensor]] = {}
-    for key, tensor in tensors.items():
-        match = _PARTS.fullmatch(key)
-        if match:
-            modules.setdefault(match.group(1) or "", {})[match.group(2)] = tensor
+    modules = by_module(tensors, _PARTS)
     found = dict(tensors)
     notes: set[str] = set()
     for module, parts in modules.items():

@@ -16,6 +16,7 @@ from .stored import (
     FLOATS,
     FileTensor,
     StoredMatrix,
+    by_module,
     require_block,
     require_code,
     require_shapes,
@@ -121,11 +122,7 @@ def open_matrices(
         raise CheckpointError(
             f"ModelOpt's NVFP4 has a scale for {_GROUP} inputs; the settings say {str(group)[:40]}"
         )
-    modules: dict[str, dict[str, FileTensor]] = {}
-    for key, tensor in tensors.items():
-        match = _PARTS.fullmatch(key)
-        if match:
-            modules.setdefault(match.group(1) or "", {})[match.group(2)] = tensor
+    modules = by_module(tensors, _PARTS)
     found = dict(tensors)
     for module, parts in modules.items():
         if module + "weight" in tensors:

@@ -9,7 +9,7 @@ import torch
 
 from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress
-from ..ir.quantised.stored import is_quantised, quantised_form
+from ..ir.quantised.stored import Making, is_quantised, quantised_form
 from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.weights import TensorSource
 from . import bitsandbytes, compressed_tensors, floats, gptq, modelopt, torchao
@@ -92,7 +92,7 @@ def write_quantised(
         tensors: by the names that the model has for them.
         tables: which of them are looked up; libraries read codes of linears alone, and would find none there.
     """
-    written = Written()
+    written, making = Written(), Making()
     method = str((settings or {}).get("quant_method", "compressed-tensors"))
     fresh: dict[str, Any] | None = None
     fresh_layout: Any = None
@@ -124,7 +124,7 @@ def write_quantised(
                     fresh = compressed_tensors.also(fresh, described, key.removesuffix(".weight"))
             elif not key.endswith(layout.weight):
                 raise CannotExpress(f"{key} is not what the layout calls a weight")
-            parts = encoded({key: (source, layout)})[key]
+            parts = encoded(source, layout, making)
         except CannotExpress as reason:
             written.plain[key] = str(reason)
             written.tensors[key] = source
@@ -144,15 +144,18 @@ def write_quantised(
         for described, module in added:
             base = compressed_tensors.also(base, described, module)
         left = _LEFT_OUT.get(method)
-        # matrices that are plain, whether or not they were quantised before
-        modules = [k.removesuffix(".weight") for k in written.plain]
+        # matrices that are plain: in a folder that came quantised, those that its files do not have so
+        plain = {
+            key
+            for key, source in tensors.items()
+            if key.endswith(".weight")
+            and len(source.shape) == 2
+            and key not in written.kept
+            and (settings is None or not hasattr(source, "path"))
+        }
+        modules = sorted(key.removesuffix(".weight") for key in plain | set(written.plain))
         if settings is None:
-            linear = [
-                k.removesuffix(".weight")
-                for k, s in tensors.items()
-                if k.endswith(".weight") and len(s.shape) == 2 and k not in written.kept
-            ]
-            base = compressed_tensors.left_out(base, linear)
+            base = compressed_tensors.left_out(base, modules)
         elif method == "modelopt" and modules:
             base = modelopt.left_out(base, modules)
         elif left is not None and modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from ..ir.errors import CheckpointError
 from ..ir.quantised.codes import CannotExpress
-from ..ir.quantised.stored import quantised_form
+from ..ir.quantised.stored import Making, made_parts, quantised_form
 from ..ir.quantised.tensor import QuantisedTensor
 from ..ir.running.fold import Computed
 from ..ir.weights import TensorSource
@@ -224,69 +225,56 @@ class Written:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-class _Encoder:
-    """Encodes one matrix at a time, whose parts are asked for one after another."""
-
-    def __init__(self) -> None:
-        self.of: tuple[TensorSource, Layout] | None = None
-        self.parts: dict[str, torch.Tensor] = {}
-
-    def __call__(self, source: TensorSource, layout: Layout) -> dict[str, torch.Tensor]:
-        if self.of is None or self.of[0] is not source or self.of[1] != layout:
-            form = quantised_form(source)
-            if form is None:
-                raise CannotExpress("the value has no codes")
-            self.of, self.parts = (source, layout), layout.write(form)
-        return self.parts
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedPart:
-    """One of the tensors that a matrix is written as, encoded when it is loaded."""
-
-    source: TensorSource
-    layout: Layout
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    encoder: _Encoder
-
-    def load(self) -> torch.Tensor:
-        """Return its values."""
-        return self.encoder(self.source, self.layout)[self.name].contiguous()
-
-
-def encoded(sources: Mapping[str, tuple[TensorSource, Layout]]) -> dict[str, dict[str, TensorSource]]:
-    """Return, for each matrix by name, the tensors to write, by what follows the module's name.
+def encoded(source: TensorSource, layout: Layout, making: Making) -> dict[str, TensorSource]:
+    """Return the tensors that a matrix is written as, by what follows the module's name.
 
     Nothing is read, but for the few layouts in which only values tell whether they can hold a matrix. A matrix that is
     still the one that was read is written in the tensors that it was read from.
 
+    Args:
+        source: of the matrix, which has codes.
+        layout: to write it in.
+        making: shared by all that is written together.
+
     Raises:
-        CannotExpress: a layout has no place for one; ask for one matrix at a time to know which.
+        CannotExpress: the layout has no place for it.
     """
-    encoder = _Encoder()
-    found: dict[str, dict[str, TensorSource]] = {}
-    for key, (source, layout) in sources.items():
-        if isinstance(source, StoredMatrix) and source.layout == layout:
-            found[key] = dict((*source.parts, *source.beside))
-            continue
-        form = quantised_form(source, values=False)
-        if form is None:
-            raise CannotExpress(f"{key} has no codes")
-        written = layout.write(form)
-        depends = getattr(layout, "depends_on_values", None)
-        if depends is not None and depends(form.shape):
-            encoder(source, layout)
-        found[key] = {
-            name: EncodedPart(source, layout, name, tuple(part.shape), part.dtype, encoder)
-            for name, part in written.items()
-        }
-        matrices = stored_matrices(source)
-        if len(matrices) == 1:
-            found[key] |= dict(matrices[0].beside)
-        elif any(m.beside for m in matrices):
-            raise CannotExpress("matrices with scales of activations of their own were joined")
+    if isinstance(source, StoredMatrix) and source.layout == layout:
+        return dict((*source.parts, *source.beside))
+
+    def make(source: TensorSource) -> dict[str, torch.Tensor]:
+        form = quantised_form(source)
+        assert form is not None
+        return layout.write(form)
+
+    form = quantised_form(source, values=False)
+    if form is None:
+        raise CannotExpress("the value has no codes")
+    written = layout.write(form)
+    depends = getattr(layout, "depends_on_values", None)
+    if depends is not None and depends(form.shape):
+        making(source, make)
+    found = made_parts(source, make, written, making)
+    matrices = stored_matrices(source)
+    if len(matrices) == 1:
+        found |= dict(matrices[0].beside)
+    elif any(m.beside for m in matrices):
+        raise CannotExpress("matrices with scales of activations of their own were joined")
+    return found
+
+
+def by_module(tensors: Mapping[str, FileTensor], parts: re.Pattern[str]) -> dict[str, dict[str, FileTensor]]:
+    """Return the tensors whose names match, by the module before and by part.
+
+    Args:
+        tensors: of the files, by name.
+        parts: two groups: the module with its point, or nothing, and the part.
+    """
+    found: dict[str, dict[str, FileTensor]] = {}
+    for key, tensor in tensors.items():
+        match = parts.fullmatch(key)
+        if match:
+            found.setdefault(match.group(1) or "", {})[match.group(2)] = tensor
     return found
 
 

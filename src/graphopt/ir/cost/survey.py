@@ -12,7 +12,7 @@ from torch import fx
 
 from ..operators.traits import Trait, has, named
 from ..operators.work import Call, Operand, Size, Work, minimum
-from ..quantised.stored import is_quantised, stored_bytes
+from ..quantised.stored import stored_bytes
 from ..running.fold import depends_on_weights_alone
 from ..schema import arguments, operator_name
 from ..sizes import expression
@@ -133,9 +133,10 @@ class _Surveyor:
     def coded_bits(self, node: fx.Node) -> Fraction | None:
         """Return the bits in which an entry of a weight is kept on average, if it is kept as codes."""
         weight = self.program.weights.get(node.name) if node.op == "placeholder" else None
-        if weight is None or not is_quantised(weight.source):
+        if weight is None:
             return None
-        return Fraction(8 * stored_bytes(weight.source), max(1, numel(weight.source.shape)))
+        kept = stored_bytes(weight.source)
+        return None if kept == weight.bytes else Fraction(8 * kept, numel(weight.source.shape))
 
     def copies(self, name: str, source: fx.Node) -> bool:
         """Tell whether a reshape copies: merging an expanded dimension with another has to."""

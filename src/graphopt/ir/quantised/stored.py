@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -97,6 +97,55 @@ class Plain:
     def load(self) -> torch.Tensor:
         """Return the values, dequantised anew."""
         return self.source.load()
+
+
+class Making:
+    """Makes the tensors that sources are written as; of what was made, that of the last source alone is kept."""
+
+    def __init__(self) -> None:
+        self._source: TensorSource | None = None
+        self._made: dict[str, torch.Tensor] = {}
+
+    def __call__(
+        self, source: TensorSource, make: Callable[[TensorSource], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Return what ``make`` makes of a source."""
+        if self._source is not source:
+            self._source, self._made = source, make(source)
+        return self._made
+
+
+@dataclass(frozen=True, eq=False)
+class MadePart:
+    """One of the tensors that a source is written as, made when it is loaded."""
+
+    source: TensorSource
+    make: Callable[[TensorSource], dict[str, torch.Tensor]]
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    making: Making
+
+    def load(self) -> torch.Tensor:
+        """Return its values."""
+        return self.making(self.source, self.make)[self.name].contiguous()
+
+
+def made_parts(
+    source: TensorSource,
+    make: Callable[[TensorSource], dict[str, torch.Tensor]],
+    shapes: Mapping[str, torch.Tensor],
+    making: Making,
+) -> dict[str, TensorSource]:
+    """Return the tensors that a source is written as, by name; nothing is made yet.
+
+    Args:
+        source: what they are made of.
+        make: makes all of them.
+        shapes: tensors of their shapes and types, by name.
+        making: shared by all that is written together.
+    """
+    return {n: MadePart(source, make, n, tuple(p.shape), p.dtype, making) for n, p in shapes.items()}
 
 
 def packed(tensor: QuantisedTensor) -> Packed:

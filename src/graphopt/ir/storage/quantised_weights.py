@@ -11,39 +11,12 @@ import torch
 
 from ..errors import CheckpointError
 from ..quantised.codes import RANGES, STORED, bits_of, packed_width
-from ..quantised.stored import Packed, packed, quantised_form
+from ..quantised.stored import Making, Packed, made_parts, packed, quantised_form
 from ..quantised.tensor import QuantisedTensor
-from ..weights import TensorSource
+from ..weights import InMemory, TensorSource
 from .encode import dtype_name, dtype_of
 
 _BESIDE = ("scale", "zero", "offset", "group", "divisor", "multiplier", "among")
-
-
-class _Last:
-    """The tensor whose parts were asked for last: its parts are written one after another."""
-
-    def __init__(self) -> None:
-        self.source: TensorSource | None = None
-        self.parts: dict[str, torch.Tensor] = {}
-
-    def of(self, source: TensorSource) -> dict[str, torch.Tensor]:
-        if self.source is not source:
-            form = quantised_form(source)
-            assert form is not None
-            self.source, self.parts = source, _parts(packed(form))
-        return self.parts
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    source: TensorSource
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    last: _Last
-
-    def load(self) -> torch.Tensor:
-        return self.last.of(self.source)[self.name].contiguous()
 
 
 def _parts(source: Packed) -> dict[str, torch.Tensor]:
@@ -51,19 +24,24 @@ def _parts(source: Packed) -> dict[str, torch.Tensor]:
     return {"codes": source.words, **{name: part for name, part in beside.items() if part is not None}}
 
 
+def _made(source: TensorSource) -> dict[str, torch.Tensor]:
+    form = quantised_form(source)
+    assert form is not None
+    return _parts(packed(form))
+
+
 def describe_codes(
-    source: TensorSource, last: _Last | None = None
+    source: TensorSource, making: Making
 ) -> tuple[dict[str, Any], dict[str, TensorSource]] | None:
     """Return how a weight's codes are put together, as plain data, and the tensors to write; None if it has no codes.
 
     Args:
         source: of the weight; nothing is read.
-        last: shared by the weights of one program.
+        making: shared by the weights of one program.
     """
     form = quantised_form(source, values=False)
     if form is None:
         return None
-    last = last or _Last()
     described = {
         "code": form.code,
         "shape": list(form.shape),
@@ -73,13 +51,9 @@ def describe_codes(
         "group_dim": form.group_dim,
         "constant": form.constant,
     }
-    parts = _parts(packed(form))
-    return described, {n: _Part(source, n, tuple(p.shape), p.dtype, last) for n, p in parts.items()}
-
-
-def parts_of_codes() -> _Last:
-    """Return what the weights of one program share while they are written."""
-    return _Last()
+    if isinstance(source, Packed):
+        return described, {name: InMemory(part.contiguous()) for name, part in _parts(source).items()}
+    return described, made_parts(source, _made, _parts(packed(form)), making)
 
 
 @dataclass(frozen=True, eq=False)

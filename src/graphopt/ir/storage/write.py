@@ -15,6 +15,7 @@ from torch import fx
 
 from ..errors import CheckpointError
 from ..program import Program
+from ..quantised.stored import Making
 from ..running.fold import fold
 from ..sizes import SizeTextError
 from ..text import source_line
@@ -25,7 +26,7 @@ from .encode import dtype_name, encode
 from .facts import plain_facts
 from .manifest import FORMAT, INFERRED, VERSION, file_hash, is_saved_program
 from .names import asset_name, input_name, weight_name
-from .quantised_weights import describe_codes, parts_of_codes
+from .quantised_weights import describe_codes
 from .read import load_program
 from .safetensors_file import write_file
 
@@ -56,13 +57,13 @@ def save_program(
     document = describe_program(work)
     with atomic_folder(path, may_replace=is_saved_program) as folder:
         files: dict[str, str] = {}
-        last = parts_of_codes()
+        making = Making()
         (folder / "weights").mkdir()
         for number, shard in enumerate(_shards(work), start=1):
             name = f"weights/{number:05d}.safetensors"
             tensors: dict[str, TensorSource] = {}
             for node_name, weight in shard.items():
-                codes = describe_codes(weight.source, last)
+                codes = describe_codes(weight.source, making)
                 if codes is None:
                     tensors[node_name] = weight.source
                 else:

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from ...ir.quantised.codes import RANGES, STORED
 from ...ir.quantised.tensor import QuantisedTensor
+from .rounding import rounded_in_turn
 
-DAMPING = 0.01
-"""Added to the diagonal of second moments, as a share of its mean (arXiv 2210.17323)."""
-COLUMNS = 128
-"""Columns that are rounded before the others are corrected for them (arXiv 2210.17323)."""
 _TINY = 1e-12
 
 
@@ -131,42 +128,21 @@ def fitted(
     order = torch.arange(inputs)
     if ordered:
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    values, moments = values[:, order], moments[order][:, order]
-    upper = _inverse_factor(moments)
-    codes = torch.empty_like(values)
-    for first in range(0, inputs, COLUMNS):
-        last = min(first + COLUMNS, inputs)
-        errors = torch.zeros(len(values), last - first, dtype=torch.float64)
-        for column in range(first, last):
-            place = int(order[column]) // group
-            if not ordered and column % group == 0:
-                # with what the columns before left to these
-                fresh = steps_of(values[:, column : column + group], bits, symmetric, weight.dtype)
-                scale[:, place] = fresh[0]
-                if zero is not None and fresh[1] is not None:
-                    zero[:, place] = fresh[1]
-            step, shift = scale[:, place].double(), None if zero is None else zero[:, place]
-            codes[:, column] = _coded(values[:, column], step, shift, bits)
-            rounded = (codes[:, column] - (0 if shift is None else shift.double())) * step
-            error = (values[:, column] - rounded) / upper[column, column]
-            values[:, column + 1 : last] -= error[:, None] * upper[column, column + 1 : last][None]
-            errors[:, column - first] = error
-        values[:, last:] -= errors @ upper[first:last, last:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
-    return _tensor(result, scale, zero, bits, group, weight.dtype)
 
+    def rounded(place: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        of = int(order[place]) // group
+        if not ordered and place % group == 0:
+            # with what the columns before left to these
+            fresh = steps_of(values[:, place : place + group], bits, symmetric, weight.dtype)
+            scale[:, of] = fresh[0]
+            if zero is not None and fresh[1] is not None:
+                zero[:, of] = fresh[1]
+        step, shift = scale[:, of].double(), None if zero is None else zero[:, of]
+        codes = _coded(values[:, place], step, shift, bits)
+        return codes, (codes - (0 if shift is None else shift.double())) * step
 
-def _inverse_factor(moments: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse, damped as much as it needs."""
-    damping = DAMPING * moments.diagonal().mean()
-    while True:
-        moments.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(moments)
-        if not int(failed):
-            upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-            return upper
-        damping = damping * 10
+    codes = rounded_in_turn(values, moments, order, rounded)
+    return _tensor(codes, scale, zero, bits, group, weight.dtype)
 
 
 def channel_scales(

@@ -15,12 +15,11 @@ from ...ir.facts import Canonical
 from ...ir.operators.traits import Trait, has
 from ...ir.option import option
 from ...ir.program import Program
-from ...ir.quantised.stored import Packed, is_quantised, packed, stored_bytes
+from ...ir.quantised.stored import Packed, is_quantised, packed
 from ...ir.quantised.tensor import QuantisedTensor
 from ...ir.running.fold import EXACT, computed, depends_on_weights_alone
 from ...ir.running.invert import invert
 from ...ir.schema import argument, is_operator
-from ...ir.weights import numel
 from ...measure.metrics import METRICS
 from ..framework.base import Pass
 from ..framework.contracts import Approximate
@@ -275,15 +274,12 @@ class QuantizeWeights(Pass):
     def rewrite(self, program: Program, plan: Plan) -> None:
         """Store each planned matrix as codes."""
         scaled: set[fx.Node] = set()
-        before = after = 0
         for site, matrix in self.chosen(program, plan):
             tensors = kept(str(site["fitted"])) if "fitted" in site.choices else {}
             factors = tensors.get(f"{site.block}.factors")
             if factors is not None:
                 self._divide_norm(program, matrix, factors, scaled)
             form = _rounded(program, matrix, site, tensors, factors)
-            before += form.codes.numel() * form.dtype.itemsize
-            after += form.stored_bytes
             self._replace(program, matrix, form)
 
     def told(self, program: Program, plan: Plan) -> list[str]:
@@ -457,10 +453,4 @@ def _rounded(
     return form.permute(back)
 
 
-def quantised_bytes(program: Program) -> tuple[int, int]:
-    """Return the bytes of a program's weights as they are kept, and as plain numbers."""
-    sources = [weight.source for weight in program.weights.values()]
-    return sum(map(stored_bytes, sources)), sum(numel(s.shape) * s.dtype.itemsize for s in sources)
-
-
-__all__ = ["QuantizeWeights", "quantised_bytes"]
+__all__ = ["QuantizeWeights"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,8 @@ Key = tuple[object, ...]
 
 DAMPING = 0.01
 """Added to the diagonal of second moments, as a share of its mean (the paper's)."""
+COLUMNS = 128
+"""Columns that are rounded before those behind them are corrected (the paper's)."""
 MEMORY = 1 << 30
 """Largest size in bytes of the second moments gathered in one run over the data."""
 
@@ -60,7 +62,31 @@ def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
     silent = moments.diagonal() == 0
     moments.diagonal()[silent] = 1.0
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    values, steps, moments = values[:, order], steps[:, order], moments[order][:, order]
+    steps = steps[:, order]
+
+    def rounded(place: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        integers = (values[:, place] / steps[:, place]).round().clamp(-high, high)
+        return integers, integers * steps[:, place]
+
+    return rounded_in_turn(values, moments, order, rounded).to(torch.int8)
+
+
+def rounded_in_turn(
+    values: Tensor, moments: Tensor, order: Tensor, rounded: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Round columns one after another while those that are left make up for the error (arXiv 2210.17323).
+
+    Args:
+        values: (outputs, inputs), in float64.
+        moments: (inputs, inputs), products of inputs summed over data, in float64; both are written to.
+        order: of the columns.
+        rounded: gives the codes of a column and what they stand for, by its place in the order and the matrix in that
+            order, with what earlier columns left to it.
+
+    Returns:
+        The codes, columns as given.
+    """
+    values, moments = values[:, order], moments[order][:, order]
     damping = DAMPING * moments.diagonal().mean()
     while True:
         moments.diagonal().add_(damping)
@@ -70,14 +96,20 @@ def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
         damping = damping * 10
     # the rows of this factor of the inverse tell how much later columns compensate
     spread = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    result = torch.empty_like(values)
-    for column in range(values.shape[1]):
-        result[:, column] = (values[:, column] / steps[:, column]).round().clamp(-high, high)
-        error = (values[:, column] - result[:, column] * steps[:, column]) / spread[column, column]
-        values[:, column:] -= error[:, None] * spread[column, column:][None]
-    integers = torch.empty_like(result)
-    integers[:, order] = result
-    return integers.to(torch.int8)
+    codes = torch.empty_like(values)
+    inputs = values.shape[1]
+    for first in range(0, inputs, COLUMNS):
+        last = min(first + COLUMNS, inputs)
+        errors = torch.empty(len(values), last - first, dtype=values.dtype)
+        for column in range(first, last):
+            codes[:, column], stands_for = rounded(column, values)
+            error = (values[:, column] - stands_for) / spread[column, column]
+            values[:, column + 1 : last] -= error[:, None] * spread[column, column + 1 : last][None]
+            errors[:, column - first] = error
+        values[:, last:] -= errors @ spread[first:last, last:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result
 
 
 def nearest(weight: Tensor, scale: Tensor, high: int) -> Tensor:
