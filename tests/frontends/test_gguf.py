@@ -16,7 +16,8 @@ import transformers
 import graphopt
 from graphopt import CheckpointError
 from graphopt.frontends import compare_checkpoint
-from graphopt.frontends.architecture import config_from, filled
+from graphopt.frontends.architecture import config_from
+from graphopt.frontends.checkpoint_names import filled
 from graphopt.frontends.gguf.checkpoint import read_gguf
 from graphopt.frontends.gguf.header import read_header
 from graphopt.frontends.gguf.library import block_of, dequantised_types

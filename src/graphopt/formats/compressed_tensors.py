@@ -342,7 +342,9 @@ def settings_of(form: QuantisedTensor, ignore: list[str]) -> tuple[Any, dict[str
     if len(form.shape) != 2:
         raise CannotExpress(f"compressed-tensors stores matrices, and this has {len(form.shape)} dimensions")
     if form.block[1] == 1 < form.block[0]:
-        raise CannotExpress("the architecture stores it inputs first, and compressed-tensors has codes for linears alone")
+        raise CannotExpress(
+            "the architecture stores it inputs first, and compressed-tensors has codes for linears alone"
+        )
     form = _signed(form)
     symmetric, rows, columns = form.zero is None, *form.shape
     group = 0 if form.block[1] >= columns else form.block[1]

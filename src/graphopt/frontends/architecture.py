@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError, CheckpointError
-from ..ir.weights import TensorSource
 
 
 def require_transformers() -> Any:
@@ -98,25 +97,13 @@ def _inner_class(config: Any, name: str) -> Any:
     return None
 
 
-def filled(config: Any, tensors: Mapping[str, TensorSource], dtype: torch.dtype) -> Any:
-    """Return the library's model of a configuration with the values of tensors, which are read one at a time.
-
-    Args:
-        config: of transformers; not changed.
-        tensors: by the names of the model's state dict.
-        dtype: of the parameters.
-    """
-    import copy
-
+def with_memory(config: Any, dtype: torch.dtype) -> Any:
+    """Return the library's model of a configuration, which is not changed, with memory for its parameters and no values."""
     from transformers import initialization
 
     with initialization.no_init_weights():
         model = model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name in tensors:
-                value.copy_(tensors[name].load())
     return model
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..ir.compat import FakeTensorMode, fake_tensor
+from ..ir.compat import FakeTensorMode, fake_tensor, new_fake_mode
 from ..ir.errors import CheckpointError
 from ..ir.weights import TensorSource
+from .architecture import with_memory
 from .stamping.weight_mapping import Mapped, Recipe
+from .stored_values import untie
 
 
 def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorMode) -> Mapped:
@@ -62,14 +64,17 @@ def map_names(model: Any, tensors: Mapping[str, TensorSource], mode: FakeTensorM
     return mapped
 
 
-def fill(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> None:
-    """Copy values of a checkpoint into a model, one tensor at a time, through the library's conversions.
+def filled(config: Any, tensors: Mapping[str, TensorSource], dtype: torch.dtype) -> Any:
+    """Return the library's model of a configuration with the values of a checkpoint, read one tensor at a time.
 
     Args:
-        model: with memory for its parameters.
-        mapped: where each weight comes from.
+        config: of transformers; not changed.
         tensors: of the checkpoint, by name.
+        dtype: of the parameters.
     """
+    model = with_memory(config, dtype)
+    mapped = map_names(model, tensors, new_fake_mode())
+    untie(model, mapped, tensors)
     state = model.state_dict()
     with torch.no_grad():
         for name, key in mapped.plain.items():
@@ -80,6 +85,7 @@ def fill(model: Any, mapped: Mapped, tensors: Mapping[str, TensorSource]) -> Non
             for name, result in zip(recipe.targets, results, strict=True):
                 if name in state:
                     state[name].copy_(result)
+    return model
 
 
 def _trace(

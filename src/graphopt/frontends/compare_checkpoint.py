@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..ir.checking.comparison import relative_error
-from ..ir.compat import new_fake_mode
 from ..ir.errors import CaptureError
 from ..ir.facts import note_capture
 from ..ir.program import Program
@@ -20,14 +19,13 @@ from ..ir.signature import Fill
 from ..ir.structure import describe
 from ..ir.weights import InMemory
 from .accepting import REFUSALS, accepts, typed
-from .architecture import ask_no_caches, filled, model_class
+from .architecture import ask_no_caches, model_class
 from .checkpoint_files import CheckpointFiles
-from .checkpoint_names import fill, map_names
+from .checkpoint_names import filled
 from .compare import Remembered, compare_outputs, require_equal, resized, tolerance_of
 from .example_inputs import Given, example_inputs
 from .fixed_values import Bound
 from .size_trials import numbers_in, settle_limits, share_sizes, trial
-from .stored_values import untie
 
 # inputs whose sizes are those of rows of text, which need not be found by trying
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
@@ -60,11 +58,6 @@ def compare_with_checkpoint(
         warnings.simplefilter("ignore")
         if files.folder.is_dir() and not files.quantised:
             model = model_class(config).from_pretrained(files.folder, dtype=dtype, local_files_only=True)
-        elif files.quantised:
-            model = filled(config, {}, dtype)
-            mapped = map_names(model, files.tensors, new_fake_mode())
-            untie(model, mapped, files.tensors)
-            fill(model, mapped, files.tensors)
         else:
             model = filled(config, files.tensors, dtype)
     model.eval()
