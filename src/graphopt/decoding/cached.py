@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,7 @@ from ..ir.schema import arguments, is_operator
 from ..ir.vocabulary import over_all_tokens
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Running
+from .states import advanced, of_rows
 from .step import Buffer, Step
 from .weights import Weights
 
@@ -28,11 +30,25 @@ PHASE = "decoding"
 """The run-time setting of ``skip-layers{phase=decode}``."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where the rows of a decoder stood: their lengths and states, which are never changed in place."""
+
+    lengths: list[int]
+    states: dict[str, torch.Tensor]
+
+    def of_rows(self, rows: Sequence[int]) -> Mark:
+        """Return the mark of some of the rows."""
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        states = {n: s.index_select(0, index.to(s.device)) for n, s in self.states.items()}
+        return Mark([self.lengths[row] for row in rows], states)
+
+
 class CachedDecoder:
     """Runs a program made by insert-kv-cache.
 
     Invariant: row ``b`` has ``lengths[b]`` tokens whose keys and values are stored in the slots of their positions;
-    later slots are never attended to.
+    later slots are never attended to. Its states, if the program has any, follow from these tokens.
 
     Attributes:
         phased: the program skips layers while it decodes, that is, after the prompt.
@@ -91,6 +107,8 @@ class CachedDecoder:
         self.weights = Weights(self.device, plain=compiled, exact=kernels == "exact")
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
+        self.states: dict[str, torch.Tensor] = {}
+        self._last: Step | None = None
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (cache.logits,))
         self.phased = SkippedWhileDecoding in program.facts
@@ -139,15 +157,18 @@ class CachedDecoder:
                 if buffer not in self.buffers:
                     shape = (self.batch, heads, self.capacity, size)
                     self.buffers[buffer] = torch.zeros(shape, dtype=dtype, device=self.device)
+            for name, (row, dtype) in running.states.items():
+                if name not in self.states:
+                    self.states[name] = torch.zeros((self.batch, *row), dtype=dtype, device=self.device)
             self._graphs[key] = running
         return self._graphs[key]
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None,
         step_mask: torch.Tensor | None = None, outputs: Sequence[str] | None = None,
-        given: Mapping[str, torch.Tensor] | None = None,
+        given: Mapping[str, torch.Tensor] | None = None, counts: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Compute new tokens and store their keys and values; only :meth:`advance` lengthens rows.
+        """Compute new tokens and store their keys and values; only :meth:`advance` and :meth:`accept` lengthen rows.
 
         Args:
             ids: (batch, tokens).
@@ -156,6 +177,7 @@ class CachedDecoder:
             step_mask: (batch, tokens, tokens), which new token attends to which, where positions do not determine it.
             outputs: names of the outputs to compute; the decoder's own by default.
             given: values of other inputs, and of outputs to use instead of computing them.
+            counts: how many of its tokens each row is going to keep, the first ones, if that is known already.
 
         Returns:
             The outputs by name. Logits over a trimmed vocabulary are expanded to the full one, with minus infinity for
@@ -165,7 +187,7 @@ class CachedDecoder:
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
         store_slots = positions if slots is None else slots
         limit = int(store_slots.max()) + 1
-        if limit > self.capacity:
+        if limit > self.capacity and self.cache.layers:
             raise UsageError(f"slot {limit - 1} lies beyond the {self.capacity} slots of the caches")
         start = None
         tokens = ids.shape[1]
@@ -174,23 +196,34 @@ class CachedDecoder:
         values = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
         if self.cache.tree:
             values["cache_slots"] = store_slots
+        counted = None
+        if counts is not None and self.states:
+            kept = torch.tensor(counts, device=self.device)[:, None]
+            counted = torch.arange(tokens, device=self.device) < kept
         inputs = {n: values[n] for n in running.inputs}
-        if self.recorder is not None and tokens <= RECORDED:
+        if self.recorder is not None and tokens <= RECORDED and not self.states:
             step = Step(self.buffers, positions, store_slots, self.capacity, None, step_mask)
             return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
-        computed = running(Step(self.buffers, positions, store_slots, limit, start, step_mask), inputs)
+        step = Step(
+            self.buffers, positions, store_slots, limit, start, step_mask, states=self.states, taken=counted
+        )
+        computed = running(step, inputs)
+        self._last = step if running.states else None
         return over_all_tokens(self.program, computed)
 
-    def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    def extend(
+        self, ids: torch.Tensor, outputs: Sequence[str] | None = None, counts: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Compute the tokens that follow each row, without lengthening the rows.
 
         Args:
             ids: (batch, tokens).
             outputs: names of the outputs to compute; the decoder's own by default.
+            counts: how many of its tokens each row is going to keep, if that is known already.
         """
         start = torch.tensor(self.lengths, device=self.device)[:, None]
         positions = start + torch.arange(ids.shape[1], device=self.device)[None]
-        return self.forward(ids, positions, outputs=outputs)
+        return self.forward(ids, positions, outputs=outputs, counts=counts)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Compute the prompts of all rows, which may differ in length, and lengthen the rows by them.
@@ -206,7 +239,9 @@ class CachedDecoder:
         last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
         for first in range(0, longest_row, PIECE):
             piece = ids[:, first : first + PIECE]
-            outputs = self.extend(piece)
+            counts = [min(max(len(row) - first, 0), piece.shape[1]) for row in rows]
+            outputs = self.extend(piece, counts=counts)
+            self._keep_states(counts)
             self.lengths = [n + piece.shape[1] for n in self.lengths]
             for number, row in enumerate(rows):
                 index = len(row) - 1 - first
@@ -217,7 +252,8 @@ class CachedDecoder:
         return last
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Lengthen rows by tokens that are already stored in the slots after them."""
+        """Lengthen rows by the first tokens of the last step, which are stored in the slots after them."""
+        self._keep_states(counts)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
@@ -233,7 +269,33 @@ class CachedDecoder:
                 slots = torch.tensor(path, device=self.device) + start
                 for buffer in self.buffers.values():
                     buffer[row, :, start : start + len(path)] = buffer[row].index_select(1, slots)
-        self.advance([len(path) for path in paths])
+        counts = [len(path) for path in paths]
+        if any(moved) and self._last is not None:
+            taken = torch.zeros(self._last.positions.shape, dtype=torch.bool, device=self.device)
+            for row, path in enumerate(paths):
+                taken[row, list(path)] = True
+            self._advance_states(taken)
+        self.advance(counts)
+
+    def _keep_states(self, counts: Sequence[int]) -> None:
+        """Let states follow from the first tokens of each row in the last step too, if they do not yet."""
+        if self._last is not None:
+            order = torch.arange(self._last.positions.shape[1], device=self.device)
+            self._advance_states(order < torch.tensor(counts, device=self.device)[:, None])
+
+    def _advance_states(self, taken: torch.Tensor) -> None:
+        assert self._last is not None
+        with torch.inference_mode():
+            self.states = {**self.states, **advanced(self._last, taken)}
+        self._last = None
+
+    def mark(self) -> Mark:
+        """Return where all rows stand, for :meth:`rewind`."""
+        return Mark(list(self.lengths), dict(self.states))
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what came after a mark. Slots after a row are stale then, and states are those of before."""
+        self.lengths, self.states, self._last = list(mark.lengths), dict(mark.states), None
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Continue with only some of the rows."""
@@ -241,6 +303,7 @@ class CachedDecoder:
             return
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         self.buffers = {name: buffer.index_select(0, index) for name, buffer in self.buffers.items()}
+        self.states, self._last = of_rows(self.states, index), None
         self.lengths = [self.lengths[row] for row in rows]
         self.batch = len(rows)
 

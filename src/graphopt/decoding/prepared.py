@@ -24,6 +24,7 @@ from ..ir.compat import int4_product
 from ..ir.quantised.products import FewBitProduct
 from ..ir.running.evaluate import evaluate, last_uses
 from ..ir.schema import arguments, is_mutable, is_operator
+from .states import attend_linearly, convolve
 from .step import Buffer, Step, attend, positions_of_slots, store
 from .weights import few_bit_linear, joined_linear
 
@@ -205,7 +206,7 @@ class _Recording:
             steady = known[0].fixed
         if node.target in (store, positions_of_slots):
             fixed = False
-        elif node.target is attend:
+        elif node.target in (attend, attend_linearly, convolve):
             fixed = True
         else:
             fixed = steady or (all(s.fixed for s in known) and _bound(node))

@@ -17,6 +17,7 @@ from ..ir.running.fold import fold
 from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 from .prepared import TOKENS, Prepared, preparable
+from .states import attend_linearly, convolve
 from .step import Buffer, Step, attend, positions_of_slots, store
 from .weights import Weights, few_bit_linear, few_bit_rows, joined_linear, linears_of_one_value
 
@@ -43,6 +44,7 @@ class Running:
 
     Attributes:
         buffers: the caches it writes, with number of heads, size and dtype of each.
+        states: the states it reads, with the shape of a row and dtype of each.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Running:
         self.capacity = capacity
         self.outputs = list(outputs)
         self.buffers: dict[Buffer, tuple[int, int, torch.dtype]] = {}
+        self.states: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.inputs: list[str] = []
         copy = self.source.copy()
         roots = [copy.outputs[name] for name in self.outputs]
@@ -112,6 +115,8 @@ class Running:
                 window = arguments(operator_args["visible"])["window"]
                 operands = [operator_args[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
                 target, args = attend, (self.step, *operands, window)
+            elif (found := self._with_state(node)) is not None:
+                target, args = found
             elif (phased := is_operator(node, "graphopt.skipped")) or (
                 not self.marked and has(node, Trait.MARKED)
             ):
@@ -130,6 +135,20 @@ class Running:
             if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):
                 node.replace_all_uses_with(self.capacity)
         return replaced
+
+    def _with_state(self, node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+        """Return the function for a mixer that reads a state, and its arguments; None for any other node."""
+        if not is_operator(node, "graphopt.causal_conv1d", "graphopt.linear_attention"):
+            return None
+        operands = arguments(node)
+        state = operands["state"]
+        if state is None:
+            return None
+        name, value = str(state.meta["input"]), state.meta["val"]
+        self.states[name] = (tuple(int(size) for size in value.shape[1:]), value.dtype)
+        if is_operator(node, "graphopt.causal_conv1d"):
+            return convolve, (self.step, name, *(operands[n] for n in ("x", "weight", "bias")))
+        return attend_linearly, (self.step, name, *(operands[n] for n in ("q", "k", "v", "g", "beta")))
 
     def _buffer(self, cache: fx.Node) -> Buffer:
         first, last = 0, int(cache.meta["val"].shape[1])

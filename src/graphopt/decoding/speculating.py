@@ -170,9 +170,9 @@ class Loop:
         if self.drafter is None or not any(room):
             return [Draft() for _ in rows]
         began = time.perf_counter()
-        lengths = list(self.decoder.lengths)
+        before = self.decoder.mark()
         proposals = self._guarded("propose", rows, room)
-        self.decoder.lengths = lengths
+        self.decoder.rewind(before)
         self.statistics.seconds["candidates"] += time.perf_counter() - began
         if proposals is None:
             return [Draft() for _ in rows]

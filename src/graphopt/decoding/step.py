@@ -23,6 +23,10 @@ class Step:
         limit: one more than the last slot in use.
         start: the slot of the first token if all rows are equally long and tokens are consecutive; else None.
         step_mask: (batch, tokens, tokens), which new token attends to which; None if positions determine it.
+        states: of mixers without keys, by input.
+        taken: (batch, tokens), the first tokens of each row, which count; None if that is known only after the step.
+        after: the states after the tokens that count, as far as they are known.
+        pending: of the other states, what they follow from once it is known which tokens count.
     """
 
     buffers: dict[Buffer, torch.Tensor]
@@ -32,6 +36,10 @@ class Step:
     start: int | None
     step_mask: torch.Tensor | None = None
     seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
+    taken: torch.Tensor | None = None
+    after: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending: dict[str, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
 
     def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
         """Write new tokens into a cache and return the part of the cache in use."""

@@ -15,12 +15,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .expert_loops import ExpertLoops
+from .named_kernels import named_kernels
 
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
     """Write masks, slices, triangular systems and loops over experts in ways that can be traced while it is open."""
-    with broadcast_masks(), triangular_systems(), casts_of_modules(), Sizes(), ExpertLoops():
+    with named_kernels(), broadcast_masks(), triangular_systems(), casts_of_modules(), Sizes(), ExpertLoops():
         yield
 
 

@@ -165,11 +165,11 @@ class KVCache(Fact, name="kv_cache", done="cached"):
     """Keys and values of earlier tokens are inputs and outputs.
 
     Args:
-        capacity: number of slots of a cache, or the name of that size.
+        capacity: number of slots of a cache, or the name of that size; "" if nothing is kept token by token.
         layers: number of pairs of caches.
         tree: whether an input determines which new tokens see each other.
         tokens: the input of new tokens, (batch, new).
-        positions: the input of their positions, of the same shape.
+        positions: the input of their positions, of the same shape; "" if nothing depends on positions.
         limit: number of positions that the model supports; None if unlimited.
         logits: the output of logits; "" if there is none.
     """
@@ -181,6 +181,22 @@ class KVCache(Fact, name="kv_cache", done="cached"):
     positions: str
     limit: int | None
     logits: str
+
+
+@dataclass(frozen=True)
+class StateCache(Fact, name="state_cache", done="keeping states"):
+    """Mixers keep states of one size beside, or in place of, the caches of attention.
+
+    A state follows from all tokens that were fed, each of them once: it does not go back by itself when tokens turn out
+    to be wrong, as caches with a slot for each token do.
+
+    Args:
+        states: the inputs that hold them, (batch, ...); outputs have the prefix ``next_``.
+        taken: the input (batch, new) that says which tokens count in the new states: the first ones of each row.
+    """
+
+    states: tuple[str, ...]
+    taken: str
 
 
 @dataclass(frozen=True)

@@ -52,18 +52,24 @@ class DraftProgram(Drafter):
                 hint="a draft needs the program's tokenizer",
             )
         self.cached: list[list[int]] = [[] for _ in rows]
+        self.mark = self.draft.mark()
         self.logits = self.draft.cache.logits
 
     def propose(self, rows: Sequence[Sequence[int]], room: Sequence[int]) -> list[Draft]:
         """Feed the draft the tokens committed since the last call, then continue from them."""
-        for number, row in enumerate(rows):
-            # the row's last token is recomputed even if it is cached, to get the logits after it
-            same = _shared(self.cached[number], row[:-1])
-            self.cached[number] = list(row[:same])
-        self.draft.lengths = [len(cached) for cached in self.cached]
+        if self.draft.states:
+            # states do not go back by a few tokens: those of the last call's rows are taken up again
+            self.draft.rewind(self.mark)
+            self.cached = [list(row[:n]) for row, n in zip(rows, self.mark.lengths, strict=True)]
+        else:
+            for number, row in enumerate(rows):
+                # the row's last token is recomputed even if it is cached, to get the logits after it
+                same = _shared(self.cached[number], row[:-1])
+                self.cached[number] = list(row[:same])
+            self.draft.lengths = [len(cached) for cached in self.cached]
         last = self.draft.prefill([row[len(cached) :] for row, cached in zip(rows, self.cached, strict=True)])
         logits = torch.stack([outputs[self.logits] for outputs in last])
-        self.cached = [list(row) for row in rows]
+        self.cached, self.mark = [list(row) for row in rows], self.draft.mark()
         tokens: list[list[int]] = [[] for _ in rows]
         odds: list[list[torch.Tensor]] = [[] for _ in rows]
         going = [depth > 0 for depth in room]
@@ -89,6 +95,7 @@ class DraftProgram(Drafter):
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with only some of the rows."""
         self.draft.keep_rows(rows)
+        self.mark = self.mark.of_rows(rows)
         self.cached = [self.cached[row] for row in rows]
 
 

@@ -21,7 +21,7 @@ _CONVOLUTIONS = named(Trait.CONVOLUTION | Trait.TRANSPOSED)
 # between the softmax of scores and their product with values
 _MASKING = ("aten.mul", "aten.where", "aten.masked_fill", "aten.dropout")
 # sums and products along positions
-_SCANS = named(Trait.SCAN) | {"higher_order.scan"}
+_SCANS = named(Trait.SCAN) | {"higher_order.scan", "graphopt.causal_conv1d", "graphopt.linear_attention"}
 
 
 # kinds of blocks that are parts of the block around them rather than blocks that it contains

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .attention import attention
 from .cache import cache_positions, cache_store, cache_visible
 from .cache_codes import cache_codes, cache_load, cache_low, cache_scale
+from .causal_conv import causal_conv1d, causal_conv1d_state
 from .collectives import all_gather, all_reduce, local_embedding, local_slice, reduce_scatter, unreduced
 from .fused import add_rms_norm, gated_product, linear_top_k
 from .kernels import (
@@ -21,6 +22,7 @@ from .kernels import (
     norm_shift,
 )
 from .library import COMPOSITES, KERNELS, composite_operator
+from .linear_attention import linear_attention, linear_attention_state
 from .mask_tokens import gated_lora, marked_embedding
 from .nested_ffn import nested_ffn, nested_similarity, soft_nested_ffn
 from .norm import rms_norm
@@ -48,6 +50,8 @@ __all__ = [
     "cache_scale",
     "cache_store",
     "cache_visible",
+    "causal_conv1d",
+    "causal_conv1d_state",
     "choose_width",
     "composite_operator",
     "fake_quantize",
@@ -58,6 +62,8 @@ __all__ = [
     "kernel_scaled",
     "kernel_sequence",
     "kernel_spread",
+    "linear_attention",
+    "linear_attention_state",
     "linear_top_k",
     "local_embedding",
     "local_slice",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..facts import KVCache
+from ..facts import KVCache, StateCache
 from ..program import Program
 
 
@@ -16,12 +16,22 @@ def states_of(program: Program) -> list[str]:
     return [name for name in program.signature.inputs if f"next_{name}" in program.signature.output_names]
 
 
-def _in_a_row(inputs: Mapping[str, torch.Tensor], cache: KVCache) -> dict[str, torch.Tensor]:
+def caches_of(program: Program) -> list[str]:
+    """Return the input names of the caches with a slot for each token: (batch, heads, capacity, size)."""
+    states = program.facts.get(StateCache)
+    fixed = () if states is None else states.states
+    return [name for name in states_of(program) if name not in fixed]
+
+
+def in_a_row(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the inputs of a step of a program for trees whose tokens follow one another: stored at their positions."""
-    positions = inputs[cache.positions]
-    rows, tokens = positions.shape
+    cache = program.facts[KVCache]
+    rows, tokens = inputs[cache.tokens].shape[:2]
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, -1, -1)
-    return {**inputs, "cache_slots": positions, "step_mask": mask}
+    given = {**inputs, "step_mask": mask}
+    if "cache_slots" in program.signature.inputs:
+        given["cache_slots"] = inputs[cache.positions]
+    return given
 
 
 STEPS = 4
@@ -40,19 +50,19 @@ def begun(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torc
         return inputs
     if cache is not None and cache.tokens in inputs:
         tokens = inputs[cache.tokens]
-        longest = program.signature.inputs[names[0]].shape[2]
-        if isinstance(longest, int):
-            tokens = tokens[:, :longest]
+        if isinstance(cache.capacity, int):
+            tokens = tokens[:, : cache.capacity]
         inputs[cache.tokens] = tokens
-        if cache.positions not in inputs:
+        if cache.positions and cache.positions not in inputs:
             inputs[cache.positions] = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
         if cache.tree:
-            inputs = _in_a_row(inputs, cache)
+            inputs = in_a_row(program, inputs)
     rows = next(iter(inputs.values())).shape[0]
+    caches = caches_of(program)
     for name in names:
         spec = program.signature.inputs[name]
         sizes = [s if isinstance(s, int) else rows for s in spec.shape]
-        if cache is not None and not isinstance(spec.shape[2], int):
+        if cache is not None and name in caches and not isinstance(spec.shape[2], int):
             sizes[2] = inputs[cache.tokens].shape[1] + STEPS
         inputs[name] = torch.zeros(sizes, dtype=spec.dtype)
     return inputs
@@ -70,7 +80,7 @@ def in_steps(
         batch: all of its inputs, as :func:`begun` gives them.
         run: called with the inputs of each step; returns the outputs by name.
     """
-    names, cache = states_of(program), program.facts.get(KVCache)
+    names, cache, states = states_of(program), program.facts.get(KVCache), program.facts.get(StateCache)
 
     def following(inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {**inputs, **{name: outputs[f"next_{name}"] for name in names}}
@@ -78,11 +88,13 @@ def in_steps(
     if cache is None:
         run(following(batch, run(dict(batch))))
         return
-    ids, positions = batch[cache.tokens], batch[cache.positions]
+    ids = batch[cache.tokens]
     prompt = max(1, ids.shape[1] - STEPS)
     step_inputs = dict(batch)
     for first, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
-        step_inputs |= {cache.tokens: ids[:, first:end], cache.positions: positions[:, first:end]}
+        step_inputs |= {name: batch[name][:, first:end] for name in (cache.tokens, cache.positions) if name}
+        if states is not None:
+            step_inputs[states.taken] = torch.ones(ids.shape[0], end - first, dtype=torch.bool)
         if cache.tree:
-            step_inputs = _in_a_row(step_inputs, cache)
+            step_inputs = in_a_row(program, step_inputs)
         step_inputs = following(step_inputs, run(step_inputs))

@@ -1,4 +1,4 @@
-"""Incremental decoding: keys and values of earlier tokens are kept in caches, which are inputs and outputs."""
+"""Incremental decoding: what earlier tokens leave behind is kept in caches and states, which are inputs and outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...ir.checking.report import PassReport
 from ...ir.compat import surely_equal
 from ...ir.errors import ContractError, PassRefusedError, VerificationError
 from ...ir.export_blockers import block_export
-from ...ir.facts import KVCache, Streaming
+from ...ir.facts import KVCache, StateCache, Streaming
 from ...ir.inputs import add_input, limit_size, remove_input
 from ...ir.operators.placement_types import WHOLE, Placement, Shard
 from ...ir.operators.traits import Trait, has
@@ -29,6 +29,7 @@ from ..framework.plan import Plan, Refused, Site, Trial
 from .comparing import compare_with_cache
 from .positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
 from .reducing import reduced
+from .states import drop_padding, insert_states, states_needed
 
 if TYPE_CHECKING:
     from ...measure.context import Context
@@ -39,13 +40,16 @@ NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertKVCache(Pass):
-    """Store keys and values in caches, so that following tokens are computed alone.
+    """Store what earlier tokens leave behind, so that following tokens are computed alone.
 
     The program takes new tokens and their ``position_ids`` (batch, tokens), and for each attention ``key_cache_0``,
-    ``value_cache_0``, ... (batch, key-value heads, capacity, size), and returns ``next_key_cache_0``, ... One program
-    serves the prompt and every later token; rows may be at different positions. A cache has no padding: rows begin at
-    position 0, and padding masks are removed from the inputs. With ``tree``, inputs define the slots in which the
-    tokens of a step are stored and which of them see one another.
+    ``value_cache_0``, ... (batch, key-value heads, capacity, size), and returns ``next_key_cache_0``, ... Convolutions
+    and linear attention (state space layers, gated delta rules) keep states of one size: ``conv_state_0``, ... (batch,
+    channels, taps - 1) and ``recurrent_state_0``, ... (batch, heads, key size, value size), which count the tokens that
+    are ``taken`` (batch, tokens), the first ones of each row. One program serves the prompt and every later token; rows
+    may be at different positions. There is no padding: rows begin at position 0, and padding masks are removed from the
+    inputs. With ``tree``, inputs define the slots in which the tokens of a step are stored and which of them see one
+    another.
     """
 
     name = "insert-kv-cache"
@@ -77,6 +81,12 @@ class InsertKVCache(Pass):
         try:
             decoder = Decoder(program)
             sites, limit = _sites(decoder), decoder.limit()
+            if not any("key" in site.choices for site in sites) and self.max_length is not None:
+                yield Refused(
+                    "max_length",
+                    "no attention stores keys: states have one size, whatever the length of the text",
+                )
+                return
         except NotCausal as problem:
             yield Refused(problem.node.name, str(problem), program.source_line(problem.node))
             return
@@ -150,15 +160,35 @@ class InsertKVCache(Pass):
         for refused in findings.refused:
             at = next((n for n in program.graph.nodes if n.name == refused.block), decoder.tokens)
             raise NotCausal(at, refused.reason)
-        pairs = [(s["key"], s["value"]) for s in findings.sites]
+        pairs = [(s["key"], s["value"]) for s in findings.sites if "key" in s.choices]
+        states = list(states_needed(decoder))
+        if states:
+            drop_padding(decoder)
         nodes = {n.name: n for n in program.graph.nodes}
-        still = decoder.still()
-        positions = _positions(program, decoder)
-        slots, step_mask = positions, None
         batch, tokens = decoder.tokens.meta["val"].shape[:2]
+        step_mask = taken = None
+        if states:
+            taken = add_input(
+                program,
+                "taken",
+                [batch, tokens],
+                torch.bool,
+                fill=("ones", str(decoder.tokens.meta["input"])),
+            )
+        if self.tree:
+            step_mask = add_input(program, "step_mask", [batch, tokens, tokens], torch.bool)
+        named: list[str] = []
+        if taken is not None:
+            named = insert_states(program, decoder, states, batch, taken, step_mask)
+            program.facts.add(StateCache(tuple(named), str(taken.meta["input"])))
+        still = {value: users for value, users in decoder.still().items() if value not in (taken, step_mask)}
+        if not pairs:
+            self._without_caches(program, decoder, still)
+            return
+        positions = _positions(program, decoder)
+        slots = positions
         if self.tree:
             slots = add_input(program, "cache_slots", [batch, tokens], torch.int64)
-            step_mask = add_input(program, "step_mask", [batch, tokens, tokens], torch.bool)
         capacity: Any = self.max_length
         if capacity is None:
             capacity = program.add_size("capacity", SizeRange(1, limit, min(32, limit or 32)))
@@ -209,7 +239,7 @@ class InsertKVCache(Pass):
             remaining = [u for u in users if not u._erased and value in u.all_input_nodes]
             if remaining and not value._erased and not decoder.follows_positions(value):
                 self._token_wise(program, decoder, tables, value, remaining, positions, first)
-        _drop_masks(program, decoder)
+        _drop_masks(program, decoder, keep=decoder.positions[:1])
         limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
         program.facts.add(
             KVCache(
@@ -222,6 +252,29 @@ class InsertKVCache(Pass):
                 logits=_logits(program),
             )
         )
+        block_export(program, NO_FOLDER, by=self.name)
+
+    def _without_caches(
+        self, program: Program, decoder: Decoder, still: dict[fx.Node, list[fx.Node]]
+    ) -> None:
+        """Finish a program in which nothing is kept token by token."""
+        for value, users in still.items():
+            remaining = [u for u in users if not u._erased and value in u.all_input_nodes]
+            if remaining and not value._erased and not decoder.follows_positions(value):
+                raise NotCausal(
+                    value, "it depends on where tokens stand, and no attention has a cache of positions"
+                )
+        limit = decoder.limit()
+        read = [n for n in decoder.positions if n.users]
+        positions = str(_positions(program, decoder).meta["input"]) if read else ""
+        _drop_masks(program, decoder, keep=read[:1])
+        limit_size(program, program.symbols[decoder.sequence], 1)
+        program.facts.add(
+            KVCache(
+                capacity="", layers=0, tree=self.tree, tokens=str(decoder.tokens.meta["input"]), positions=positions,
+                limit=limit, logits=_logits(program),
+            )
+        )  # fmt: skip
         block_export(program, NO_FOLDER, by=self.name)
 
     def _caches(
@@ -337,9 +390,10 @@ def _sites(decoder: Decoder) -> list[Site]:
         if not isinstance(heads, int) or not isinstance(size, int):
             raise NotCausal(node, f"its keys have {heads} heads of {size} values, and caches have one size")
         sites.setdefault((k.name, v.name), Site(node.name, key=k.name, value=v.name, heads=heads, size=size))
-    if not sites:
-        raise NotCausal(decoder.tokens, "no attention was recognised")
-    return list(sites.values())
+    states = [Site(s.node.name, state=s.kind, shape=list(s.shape)) for s in states_needed(decoder)]
+    if not sites and not states:
+        raise NotCausal(decoder.tokens, "no attention and no state was recognised")
+    return [*sites.values(), *states]
 
 
 def _under(program: Program, rows: fx.Node, user: fx.Node) -> fx.Node:
@@ -385,9 +439,9 @@ def _stored(program: Program, cache: fx.Node, values: fx.Node, slots: fx.Node, o
     return stored
 
 
-def _drop_masks(program: Program, decoder: Decoder) -> None:
+def _drop_masks(program: Program, decoder: Decoder, keep: list[fx.Node]) -> None:
     """Remove the padding masks from the inputs; their sizes are replaced by those of the tokens."""
-    for node in [*decoder.masks, *decoder.zeros, *(p for p in decoder.positions[1:])]:
+    for node in [*decoder.masks, *decoder.zeros, *(p for p in decoder.positions if p not in keep)]:
         for user in list(node.users):
             if size_of_input(user):
                 with program.edit.before(user):

@@ -219,6 +219,11 @@ class Decoder:
         visible = self._unpadded(mask)
         return visible is not None and bool(visible.bool().all())
 
+    def is_one(self, value: fx.Node) -> bool:
+        """Return whether a value is one everywhere if no input hides anything."""
+        found = self._unpadded(value)
+        return found is not None and found.numel() > 0 and bool((found == 1).all())
+
     def hides_later(self, bias: Any) -> bool:
         """Return whether a bias on scores hides all later tokens if no input hides anything."""
         if not isinstance(bias, fx.Node) or bias in self.moving:
