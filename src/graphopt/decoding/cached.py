@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..ir.errors import UsageError
-from ..ir.facts import KVCache, SkippedWhileDecoding, Vocabulary
+from ..ir.facts import CrossCache, KVCache, SkippedWhileDecoding, Vocabulary
 from ..ir.inputs import settings_of
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
@@ -108,6 +108,7 @@ class CachedDecoder:
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.states: dict[str, torch.Tensor] = {}
+        self.encoded: dict[str, torch.Tensor] = {}
         self._last: Step | None = None
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (cache.logits,))
@@ -183,6 +184,7 @@ class CachedDecoder:
             The outputs by name. Logits over a trimmed vocabulary are expanded to the full one, with minus infinity for
             missing tokens.
         """
+        given = {**self.encoded, **(given or {})} if self.encoded or given is not None else None
         taken = [name for name in given or {} if name in self.program.outputs]
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
         store_slots = positions if slots is None else slots
@@ -210,6 +212,38 @@ class CachedDecoder:
         computed = running(step, inputs)
         self._last = step if running.states else None
         return over_all_tokens(self.program, computed)
+
+    def encode(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Compute what the rows read from an encoder, once for all steps.
+
+        Args:
+            inputs: of the encoder by name, a row for each row of the decoder; masks may be left out.
+
+        Raises:
+            UsageError: the program has no encoder, or inputs are missing, unknown or of a wrong size or type.
+        """
+        cross = self.program.facts.get(CrossCache)
+        if cross is None:
+            raise UsageError("this program has no encoder", hint="leave out its inputs")
+        signature = self.program.signature
+        names = cross.inputs
+        of_encoder = replace(
+            signature,
+            inputs={n: signature.inputs[n] for n in names},
+            parameters={n: {"leaf": n} for n in names},
+        )
+        for name, value in inputs.items():
+            if value.shape[0] != self.batch:
+                raise UsageError(f"{name} has {value.shape[0]} rows, the text has {self.batch}")
+        bound = {name: value.to(self.device) for name, value in of_encoder.bind((), inputs).items()}
+        running = self.graph(cross.outputs)
+        none = torch.zeros(self.batch, 0, dtype=torch.int64, device=self.device)
+        step = Step(self.buffers, none, none, 0, None)
+        # the number of rows may be read from any input
+        one = torch.zeros(self.batch, 1, dtype=torch.int64, device=self.device)
+        values = {self.cache.tokens: one, self.cache.positions: one, **bound, **self.dials}
+        outputs = running(step, {name: values[name] for name in running.inputs})
+        self.encoded = {**outputs, **bound}
 
     def extend(
         self, ids: torch.Tensor, outputs: Sequence[str] | None = None, counts: Sequence[int] | None = None
@@ -304,6 +338,7 @@ class CachedDecoder:
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         self.buffers = {name: buffer.index_select(0, index) for name, buffer in self.buffers.items()}
         self.states, self._last = of_rows(self.states, index), None
+        self.encoded = of_rows(self.encoded, index)
         self.lengths = [self.lengths[row] for row in rows]
         self.batch = len(rows)
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..passes.framework.pipeline import parse_calls
 from .cached import CachedDecoder, longest
 from .drafters import BY_NAME, DraftProgram
 from .drafts import Drafter
+from .encoders import beginnings, has_encoder, inputs_of_encoder, number_of_rows
 from .plain import continuations
 from .sampling import Sampling
 from .speculating import Loop, Statistics
@@ -150,10 +152,12 @@ class Stream:
 
 def stream(
     program: Program,
-    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    input_ids: torch.Tensor | Sequence[Sequence[int]] | None = None,
     *,
     max_new_tokens: int,
     attention_mask: torch.Tensor | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    decoder_input_ids: torch.Tensor | Sequence[Sequence[int]] | None = None,
     eos_token_id: int | Sequence[int] | str | None = CHECKPOINT,
     stop: Sequence[Sequence[int]] = (),
     strategy: Drafter | str | None = None,
@@ -173,7 +177,16 @@ def stream(
     Raises:
         UsageError: an argument is out of its range, a row is empty, or the text would not fit.
     """
-    rows = _rows(input_ids, attention_mask)
+    read: dict[str, torch.Tensor] = {}
+    if has_encoder(program):
+        read = inputs_of_encoder(program, input_ids, attention_mask, inputs)
+        rows = beginnings(program, decoder_input_ids, number_of_rows(read), partial(_setting, program))
+    else:
+        if inputs or decoder_input_ids is not None:
+            raise UsageError("this program has no encoder", hint="give the tokens of the text alone")
+        if input_ids is None:
+            raise UsageError("there is no text to continue", hint="give input_ids")
+        rows = _rows(input_ids, attention_mask)
     if isinstance(strategy, str):
         strategy = as_strategy(strategy, program)
     sampling = Sampling(temperature, top_k, top_p, typical_acceptance)
@@ -191,7 +204,7 @@ def stream(
     try:
         cached = with_cache(_typed(program, dtype, device))
     except PassRefusedError as refused:
-        if strategy is not None or len(rows) > 1 or stop or top_k is not None or top_p is not None:
+        if read or strategy is not None or len(rows) > 1 or stop or top_k is not None or top_p is not None:
             raise
         warnings.warn(
             f"no cache: {refused.message.splitlines()[-1].strip()}; the whole text is recomputed for every token",
@@ -210,6 +223,8 @@ def stream(
             "this program adds a bias by position, so candidates need inputs of their own",
             hint="insert-kv-cache{tree=true}",
         )
+    if read:
+        decoder.encode(read)
     loop = Loop(decoder, strategy, sampling, stops, seed)
     if decoder.weights.few_bits:
         loop.statistics.notes.append(
@@ -223,7 +238,7 @@ def stream(
 
 def generate(
     program: Program,
-    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    input_ids: torch.Tensor | Sequence[Sequence[int]] | None = None,
     *,
     max_new_tokens: int,
     **options: Any,
@@ -235,9 +250,13 @@ def generate(
 
     Args:
         program: takes tokens and returns logits; insert-kv-cache is applied if it has no cache.
-        input_ids: (batch, positions), or a list of rows of different lengths.
+        input_ids: (batch, positions), or a list of rows of different lengths. Of a program with an encoder, the text
+            that the encoder reads.
         max_new_tokens: maximum number of new tokens per row.
         attention_mask: (batch, positions), 0 where ``input_ids`` is padding, on either side.
+        inputs: other inputs of an encoder by name, such as ``input_features``.
+        decoder_input_ids: (batch, tokens) or rows, the tokens that follow an encoder; by default the checkpoint's first
+            one.
         eos_token_id: tokens that end a row, included in the output; by default those of the checkpoint, None for none.
         stop: sequences of tokens that end a row, included in the output.
         strategy: a drafter from :mod:`graphopt.decoding` that proposes candidates, or its name with options,
@@ -258,14 +277,16 @@ def generate(
             scales and results to bfloat16; or "exact", by their values in the type of the program.
 
     Returns:
-        (batch, positions + new): the given rows, each with its continuation; rows that ended earlier are filled with
+        (batch, positions + new): the given rows (of a decoder that follows an encoder, those with which it begins), each
+        with its continuation; rows that ended earlier are filled with
         the padding token (of the checkpoint, or 0).
 
     Raises:
         UsageError: an argument is out of its range, a row is empty, or the text would not fit.
     """
     tokens = stream(program, input_ids, max_new_tokens=max_new_tokens, **options)
-    prompt_lengths = [len(row) for row in tokens.rows]
+    prompts = [list(row) for row in tokens.rows]
+    prompt_lengths = [len(row) for row in prompts]
     for _ in tokens:
         pass
     new = [row[start:] for row, start in zip(tokens.rows, prompt_lengths, strict=True)]
@@ -274,10 +295,10 @@ def generate(
     filled = torch.tensor(
         [row + [fill if isinstance(fill, int) else 0] * (longest_new - len(row)) for row in new]
     )
-    if not isinstance(input_ids, torch.Tensor):
-        first = max(len(row) for row in input_ids)
+    if not isinstance(input_ids, torch.Tensor) or has_encoder(program):
+        first = max(prompt_lengths)
         pad = fill if isinstance(fill, int) else 0
-        input_ids = torch.tensor([[pad] * (first - len(row)) + list(row) for row in input_ids])
+        input_ids = torch.tensor([[pad] * (first - len(row)) + row for row in prompts])
     return torch.cat([input_ids, filled.to(input_ids.dtype)], 1)
 
 

@@ -200,6 +200,19 @@ class StateCache(Fact, name="state_cache", done="keeping states"):
 
 
 @dataclass(frozen=True)
+class CrossCache(Fact, name="cross_cache", done="reading an encoder"):
+    """Attentions of a decoder read keys and values of an encoder, which are outputs to be computed once for a text.
+
+    Args:
+        inputs: of the encoder, and masks of what is read from it.
+        outputs: keys and values, (batch, heads, encoder positions, size); a step may be given them.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class QuantizedCache(Fact, name="quantized_cache", done="keeping its caches in few bits"):
     """Caches hold codes, beside caches of their scales (``key_cache_0_scale``) and low values (``key_cache_0_low``).
 

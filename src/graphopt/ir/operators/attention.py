@@ -77,9 +77,11 @@ def _mask_for(
             return None, True
     if key_mask is None or segments is not None or not is_plain_tensor(key_mask):
         return visible_keys(queries, keys, key_mask, segments, causal, window, device), False
-    key = (queries, keys, causal, window, key_mask._version, key_mask.data_ptr())
+    # tensors made in inference mode do not count their changes
+    known = not key_mask.is_inference()
+    key = (queries, keys, causal, window, key_mask._version if known else 0, key_mask.data_ptr())
     for owner, seen_key, mask, plain in _last_masks:
-        if owner() is key_mask and seen_key == key:
+        if known and owner() is key_mask and seen_key == key:
             return mask, plain
     # testing whether a mask is full would synchronise a GPU
     full = device.type == "cpu" and bool(key_mask.all())
@@ -88,7 +90,8 @@ def _mask_for(
         plain = causal
     else:
         mask = visible_keys(queries, keys, None if full else key_mask, None, causal, window, device)
-    _last_masks.append((weakref.ref(key_mask), key, mask, plain))
+    if known:
+        _last_masks.append((weakref.ref(key_mask), key, mask, plain))
     del _last_masks[:-4]
     return mask, plain
 

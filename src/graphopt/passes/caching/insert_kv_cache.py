@@ -13,7 +13,7 @@ from ...ir.checking.report import PassReport
 from ...ir.compat import surely_equal
 from ...ir.errors import ContractError, PassRefusedError, VerificationError
 from ...ir.export_blockers import block_export
-from ...ir.facts import KVCache, StateCache, Streaming
+from ...ir.facts import CrossCache, KVCache, StateCache, Streaming
 from ...ir.inputs import add_input, limit_size, remove_input
 from ...ir.operators.placement_types import WHOLE, Placement, Shard
 from ...ir.operators.traits import Trait, has
@@ -27,7 +27,7 @@ from ..framework.base import Pass
 from ..framework.contracts import ExactInChunks
 from ..framework.plan import Plan, Refused, Site, Trial
 from .comparing import compare_with_cache
-from .positions import AtCapacity, Decoder, NotCausal, rows_of_positions, size_of_input
+from .positions import AtCapacity, Decoder, NotCausal, logits_of, rows_of_positions, size_of_input, tokens_of
 from .reducing import reduced
 from .states import drop_padding, insert_states, states_needed
 
@@ -167,6 +167,7 @@ class InsertKVCache(Pass):
         nodes = {n.name: n for n in program.graph.nodes}
         batch, tokens = decoder.tokens.meta["val"].shape[:2]
         step_mask = taken = None
+        _read_from_encoder(program, decoder)
         if states:
             taken = add_input(
                 program,
@@ -213,6 +214,8 @@ class InsertKVCache(Pass):
         stores: dict[Any, fx.Node] = {}
         for node in [n for n in program.graph.nodes if is_operator(n, "graphopt.attention")]:
             operands = dict(arguments(node))
+            if (operands["k"].name, operands["v"].name) not in stored:
+                continue
             key, value = stored[operands["k"].name, operands["v"].name]
             if operands["window"] not in stores:
                 with program.edit.before(first):
@@ -249,7 +252,7 @@ class InsertKVCache(Pass):
                 tokens=str(decoder.tokens.meta["input"]),
                 positions=str(positions.meta["input"]),
                 limit=limit,
-                logits=_logits(program),
+                logits=logits_of(program),
             )
         )
         block_export(program, NO_FOLDER, by=self.name)
@@ -272,7 +275,7 @@ class InsertKVCache(Pass):
         program.facts.add(
             KVCache(
                 capacity="", layers=0, tree=self.tree, tokens=str(decoder.tokens.meta["input"]), positions=positions,
-                limit=limit, logits=_logits(program),
+                limit=limit, logits=logits_of(program),
             )
         )  # fmt: skip
         block_export(program, NO_FOLDER, by=self.name)
@@ -378,6 +381,11 @@ def _sites(decoder: Decoder) -> list[Site]:
             continue
         args = arguments(node)
         k, v = args["k"], args["v"]
+        if node not in decoder.moving:
+            continue  # of an encoder
+        if k not in decoder.moving and v not in decoder.moving and not decoder.has_length(k):
+            _require_steady(decoder, node)
+            continue
         if not args["causal"] and not decoder.hides_later(args["bias"]):
             raise NotCausal(node, "an attention sees later tokens")
         if decoder.has_length(k) != [2] or k not in decoder.moving:
@@ -394,6 +402,48 @@ def _sites(decoder: Decoder) -> list[Site]:
     if not sites and not states:
         raise NotCausal(decoder.tokens, "no attention and no state was recognised")
     return [*sites.values(), *states]
+
+
+def _require_steady(decoder: Decoder, node: fx.Node) -> None:
+    """Raise an error if an attention to an encoder depends on which tokens are new."""
+    args = arguments(node)
+    if args["causal"] or args["window"] is not None or args["segments"] is not None:
+        raise NotCausal(node, "an attention to other values than those of the tokens depends on positions")
+    for name in ("bias", "key_mask"):
+        if isinstance(args[name], fx.Node) and args[name] in decoder.moving:
+            raise NotCausal(node, f"the {name.replace('_', ' ')} of an attention depends on the tokens")
+
+
+def _read_from_encoder(program: Program, decoder: Decoder) -> None:
+    """Make outputs of the keys and values that tokens do not change, so that they can be computed once."""
+    _, beside = tokens_of(program)
+    if not beside:
+        return
+    outputs: dict[str, str] = {}
+    held: set[fx.Node] = set()
+    pairs = 0
+    for node in list(program.graph.nodes):
+        if not is_operator(node, "graphopt.attention") or node not in decoder.moving:
+            continue
+        k, v = (arguments(node)[name] for name in "kv")
+        if k in decoder.moving or v in decoder.moving:
+            continue
+        for name, value in (("key", k), ("value", v)):
+            if value not in held:
+                held.add(value)
+                outputs[f"cross_{name}_{pairs}"] = name
+                program.add_output(f"cross_{name}_{pairs}", value)
+        pairs += 1
+    nodes = program.input_nodes
+    still = [
+        n
+        for n in program.signature.inputs
+        if nodes[n] not in decoder.moving and nodes[n] not in decoder.masks
+    ]
+    inputs = [
+        n for n in still if nodes[n] not in (*decoder.positions, *decoder.zeros) and n not in program.dials
+    ]
+    program.facts.add(CrossCache(tuple(inputs), tuple(outputs)))
 
 
 def _under(program: Program, rows: fx.Node, user: fx.Node) -> fx.Node:
@@ -452,7 +502,3 @@ def _drop_masks(program: Program, decoder: Decoder, keep: list[fx.Node]) -> None
         if not node.users:
             remove_input(program, str(node.meta["input"]))
     program.changed()
-
-
-def _logits(program: Program) -> str:
-    return "logits" if "logits" in program.outputs else next(iter(program.outputs))

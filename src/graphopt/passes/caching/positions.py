@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 
+from ...ir.compat import surely_equal
 from ...ir.errors import VerificationError
 from ...ir.running.evaluate import evaluate
 from ...ir.running.fold import depends_on_weights_alone
@@ -49,18 +50,44 @@ class _DecoderInputs:
     moving: set[fx.Node]
 
 
-def _find_inputs(program: Program) -> _DecoderInputs:
+def tokens_of(program: Program) -> tuple[str, list[str]]:
+    """Return the input of the tokens that a program continues, and the other required inputs: those of an encoder.
+
+    Raises:
+        NotCausal: no single input of text was found.
+    """
     inputs = program.signature.inputs
     # optional inputs are positions and masks, a required one is text
     required = [n for n, spec in inputs.items() if spec.fill is None and n not in program.dials]
-    first = program.input_nodes[required[0]] if required else next(iter(program.graph.nodes))
-    if len(required) != 1 or len(inputs[required[0]].shape) < 2:
+    texts = [n for n in required if len(inputs[n].shape) >= 2]
+    if len(required) > 1:
+        # an encoder reads a text of another length than the one that logits continue
+        logits = program.outputs[logits_of(program)].meta["val"].shape
+        lengths = {n: program.input_nodes[n].meta["val"].shape[1] for n in texts}
+        texts = [n for n, size in lengths.items() if len(logits) == 3 and surely_equal(size, logits[1])]
+        texts = [n for n in texts if isinstance(lengths[n], torch.SymInt)]
+    if len(texts) != 1:
+        first = program.input_nodes[required[0]] if required else next(iter(program.graph.nodes))
         raise NotCausal(
             first, f"it takes {', '.join(required) or 'nothing'}, where a decoder takes one row of tokens"
         )
-    tokens = program.input_nodes[required[0]]
+    return texts[0], [n for n in required if n != texts[0]]
+
+
+def logits_of(program: Program) -> str:
+    """Return the output of logits: the one of that name, else the first."""
+    return "logits" if "logits" in program.outputs else next(iter(program.outputs))
+
+
+def _find_inputs(program: Program) -> _DecoderInputs:
+    inputs = program.signature.inputs
+    name, beside = tokens_of(program)
+    tokens = program.input_nodes[name]
     fills = {n: spec.fill.rule for n, spec in inputs.items() if spec.fill is not None}
     nodes = program.input_nodes
+    if beside:
+        # masks of the encoder stay as they are
+        fills = {n: rule for n, rule in fills.items() if inputs[n].shape[1:2] == inputs[name].shape[1:2]}
     positions = [nodes[n] for n, rule in fills.items() if rule.startswith("positions")]
     masks = [nodes[n] for n, rule in fills.items() if rule == "ones"]
     zeros = [nodes[n] for n, rule in fills.items() if rule == "zeros"]
@@ -322,6 +349,11 @@ def rows_of_positions(program: Program, table: fx.Node, dim: int, positions: fx.
         if expression(shape[0]) != 1:
             raise VerificationError("it differs from row to row")
         table, dim, shape = call(aten.squeeze.dim, table, 0), dim - 1, shape[1:]
+    # sizes that vary have to be read where the program runs
+    shape = [
+        call(aten.sym_size.int, table, d) if isinstance(size, torch.SymInt) else size
+        for d, size in enumerate(shape)
+    ]
     flat = call(aten.reshape.default, positions, [-1])
     rows = call(aten.index_select.default, table, dim, flat)
     batch, tokens = (call(aten.sym_size.int, positions, d) for d in (0, 1))
