@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ class Mark:
 
     lengths: list[int]
     states: dict[str, torch.Tensor]
+    others: dict[str, Any] = field(default_factory=dict)
 
     def of_rows(self, rows: Sequence[int]) -> Mark:
         """Return the mark of some of the rows."""
@@ -53,6 +55,7 @@ class CachedDecoder:
     Attributes:
         phased: the program skips layers while it decodes, that is, after the prompt.
         decoding: layers are skipped from now on.
+        slots: number of slots of each cache.
 
     Args:
         program: with a cache.
@@ -95,6 +98,7 @@ class CachedDecoder:
                 hint="fewer new tokens",
             )
         self.program = program
+        self.slots = getattr(self, "slots", capacity)
         self.batch, self.capacity, self.compiled, self.prepared = batch, capacity, compiled, prepared
         self.device = torch.device(device)
         self.recorder: Recorder | None = None
@@ -156,7 +160,7 @@ class CachedDecoder:
             )  # fmt: skip
             for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:
-                    shape = (self.batch, heads, self.capacity, size)
+                    shape = (self.batch, heads, self.slots, size)
                     self.buffers[buffer] = torch.zeros(shape, dtype=dtype, device=self.device)
             for name, (row, dtype) in running.states.items():
                 if name not in self.states:
@@ -187,31 +191,38 @@ class CachedDecoder:
         given = {**self.encoded, **(given or {})} if self.encoded or given is not None else None
         taken = [name for name in given or {} if name in self.program.outputs]
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
-        store_slots = positions if slots is None else slots
-        limit = int(store_slots.max()) + 1
-        if limit > self.capacity and self.cache.layers:
-            raise UsageError(f"slot {limit - 1} lies beyond the {self.capacity} slots of the caches")
-        start = None
         tokens = ids.shape[1]
-        if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
-            start = limit - tokens
-        values = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
-        if self.cache.tree:
-            values["cache_slots"] = store_slots
         counted = None
         if counts is not None and self.states:
             kept = torch.tensor(counts, device=self.device)[:, None]
             counted = torch.arange(tokens, device=self.device) < kept
+        step = self._step(positions, slots, step_mask, counted)
+        values = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
+        if self.cache.tree:
+            values["cache_slots"] = step.slots
         inputs = {n: values[n] for n in running.inputs}
         if self.recorder is not None and tokens <= RECORDED and not self.states:
-            step = Step(self.buffers, positions, store_slots, self.capacity, None, step_mask)
+            step = Step(self.buffers, positions, step.slots, self.capacity, None, step_mask)
             return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
-        step = Step(
-            self.buffers, positions, store_slots, limit, start, step_mask, states=self.states, taken=counted
-        )
         computed = running(step, inputs)
         self._last = step if running.states else None
         return over_all_tokens(self.program, computed)
+
+    def _step(
+        self, positions: torch.Tensor, slots: torch.Tensor | None, step_mask: torch.Tensor | None,
+        counted: torch.Tensor | None,
+    ) -> Step:  # fmt: skip
+        """Return a step of new tokens, where they are stored and how much of the caches they read."""
+        store_slots = positions if slots is None else slots
+        limit, tokens = int(store_slots.max()) + 1, positions.shape[1]
+        if limit > self.capacity and self.cache.layers:
+            raise UsageError(f"slot {limit - 1} lies beyond the {self.capacity} slots of the caches")
+        start = None
+        if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
+            start = limit - tokens
+        return Step(
+            self.buffers, positions, store_slots, limit, start, step_mask, states=self.states, taken=counted
+        )
 
     def encode(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Compute what the rows read from an encoder, once for all steps.
@@ -322,6 +333,14 @@ class CachedDecoder:
         with torch.inference_mode():
             self.states = {**self.states, **advanced(self._last, taken)}
         self._last = None
+
+    def free(self, row: int) -> int:
+        """Return how many tokens a row may commit in a step."""
+        return self.capacity - self.lengths[row]
+
+    def unused(self) -> int:
+        """Return the number of slots that no row uses."""
+        return self.capacity - max(self.lengths)
 
     def mark(self) -> Mark:
         """Return where all rows stand, for :meth:`rewind`."""

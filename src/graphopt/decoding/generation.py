@@ -25,11 +25,13 @@ from ..measure.context import Context
 from ..passes.caching.insert_kv_cache import InsertKVCache
 from ..passes.framework.manager import run_pipeline
 from ..passes.framework.pipeline import parse_calls
+from .bounded import BoundedDecoder
 from .cached import CachedDecoder, longest
 from .drafters import BY_NAME, DraftProgram
 from .drafts import Drafter
 from .encoders import beginnings, has_encoder, inputs_of_encoder, number_of_rows
 from .plain import continuations
+from .policies import Policy, as_policy
 from .sampling import Sampling
 from .speculating import Loop, Statistics
 from .stopping import Stop
@@ -171,6 +173,7 @@ def stream(
     dials: Mapping[str, float] | None = None,
     compiled: bool = False,
     kernels: str = "auto",
+    cache: str | Policy = "full",
 ) -> Stream:
     """Generate step by step; see :func:`generate` for the arguments.
 
@@ -189,6 +192,7 @@ def stream(
         rows = _rows(input_ids, attention_mask)
     if isinstance(strategy, str):
         strategy = as_strategy(strategy, program)
+    policy = as_policy(cache) if isinstance(cache, str) else cache
     sampling = Sampling(temperature, top_k, top_p, typical_acceptance)
     if isinstance(eos_token_id, str):
         if eos_token_id != CHECKPOINT:
@@ -204,7 +208,15 @@ def stream(
     try:
         cached = with_cache(_typed(program, dtype, device))
     except PassRefusedError as refused:
-        if read or strategy is not None or len(rows) > 1 or stop or top_k is not None or top_p is not None:
+        if (
+            read
+            or policy is not None
+            or strategy is not None
+            or len(rows) > 1
+            or stop
+            or top_k is not None
+            or top_p is not None
+        ):
             raise
         warnings.warn(
             f"no cache: {refused.message.splitlines()[-1].strip()}; the whole text is recomputed for every token",
@@ -214,10 +226,15 @@ def stream(
     if isinstance(strategy, DraftProgram):
         strategy.program = with_cache(_typed(strategy.program, dtype, device))
     size = max(len(row) for row in rows) + max_new_tokens
-    decoder = CachedDecoder(
-        cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
-        compiled=compiled, kernels=kernels,
-    )  # fmt: skip
+    capacity = _capacity(cached, size, strategy)
+    options: dict[str, Any] = {"device": device, "dials": dials, "compiled": compiled, "kernels": kernels}
+    decoder = (
+        CachedDecoder(cached, len(rows), capacity, **options)
+        if policy is None
+        else BoundedDecoder(
+            cached, len(rows), capacity, policy, strategy.room if strategy is not None else 0, **options
+        )
+    )
     if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(
             "this program adds a bias by position, so candidates need inputs of their own",
@@ -275,6 +292,8 @@ def generate(
             replay steps as CUDA graphs. The first steps take seconds; sums may be rounded in a different order.
         kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto", by kernels that round rows,
             scales and results to bfloat16; or "exact", by their values in the type of the program.
+        cache: what caches keep: "full", or a policy of :mod:`graphopt.decoding.policies` with its options,
+            ``"window{budget=1024}"``, which **changes the text** once it is longer than the budget.
 
     Returns:
         (batch, positions + new): the given rows (of a decoder that follows an encoder, those with which it begins), each

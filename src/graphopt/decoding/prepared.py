@@ -303,7 +303,7 @@ class _Writer:
         head = ["def prepared_step(step, caches):"]
         if self.single:
             # rows are equally long: the caches are written at one place, and all of them is attended to
-            head += ["plain = step.start is not None and step.step_mask is None"]
+            head += ["plain = step.start is not None and step.step_mask is None and step.watch is None"]
             head += ["slot = step.slots[0]", "limit = step.limit"]
         return "\n    ".join([*head, *self.lines, f"return ({results},)"]) + "\n"
 
@@ -488,7 +488,7 @@ class _Writer:
         self.lines.append(f"{self._local(node)} = {text}")
 
     def _write_attend(self, node: fx.Node) -> None:
-        _, q, k, v, bias, sinks, scale, softcap, window = node.args
+        _, q, k, v, bias, sinks, scale, softcap, window, _ = node.args
         text = self._call("attend", node) + ")"
         if self.single and bias is None and sinks is None and softcap is None and window is None:
             first, second = (self.run.seen[n].layout for n in (q, k))  # type: ignore[index]

@@ -98,6 +98,7 @@ class Running:
         with graph.inserting_before(first):
             self.step = graph.placeholder("decoding_step")
         replaced: dict[fx.Node, fx.Node] = {}
+        buffers: dict[fx.Node, Buffer] = {}
         nodes = list(graph.nodes)
         for node in nodes:
             if node.op != "call_function":
@@ -107,6 +108,7 @@ class Running:
             if is_operator(node, "graphopt.cache_store"):
                 operator_args = arguments(node)
                 buffer = self._buffer(operator_args["cache"])
+                buffers[node] = buffer
                 target, args = store, (self.step, buffer, operator_args["values"])
             elif is_operator(node, "graphopt.cache_positions"):
                 target, args = positions_of_slots, (self.step,)
@@ -114,7 +116,13 @@ class Running:
                 operator_args = arguments(node)
                 window = arguments(operator_args["visible"])["window"]
                 operands = [operator_args[n] for n in ("q", "k", "v", "bias", "sinks", "scale", "softcap")]
-                target, args = attend, (self.step, *operands, window)
+                stored = operator_args["k"]
+                layer = None
+                if is_operator(stored, "graphopt.cache_store"):
+                    layer = self._buffer(arguments(stored)["cache"])
+                elif stored in buffers:
+                    layer = buffers[stored]
+                target, args = attend, (self.step, *operands, window, layer)
             elif (found := self._with_state(node)) is not None:
                 target, args = found
             elif (phased := is_operator(node, "graphopt.skipped")) or (
@@ -128,6 +136,8 @@ class Running:
                 with graph.inserting_before(node):
                     call = graph.call_function(target, args)
                 call.meta = dict(node.meta)
+                if node in buffers:
+                    buffers[call] = buffers[node]
                 node.replace_all_uses_with(call)
                 replaced[node] = call
         for node in nodes:

@@ -164,8 +164,8 @@ class Loop:
     def _drafts(self, rows: list[list[int]], new: list[int]) -> list[Draft]:
         # the last token of a step is the program's own
         room = [
-            max(0, min(self.stop.max_new_tokens - n - 1, self.decoder.capacity - len(row)))
-            for row, n in zip(rows, new, strict=True)
+            max(0, min(self.stop.max_new_tokens - n - 1, self.decoder.free(index) - 1))
+            for index, n in enumerate(new)
         ]
         if self.drafter is None or not any(room):
             return [Draft() for _ in rows]
@@ -177,7 +177,7 @@ class Loop:
         if proposals is None:
             return [Draft() for _ in rows]
         drafts = [draft.cut(depth) for draft, depth in zip(proposals, room, strict=True)]
-        free_slots = self.decoder.capacity - max(len(row) for row in rows)
+        free_slots = self.decoder.unused() - 1
         return [draft if draft.width <= free_slots else Draft() for draft in drafts]
 
     def _step(self, rows: list[list[int]], new: list[int]) -> tuple[list[list[int]], list[Seen]]:

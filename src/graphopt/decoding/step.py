@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ class Step:
         taken: (batch, tokens), the first tokens of each row, which count; None if that is known only after the step.
         after: the states after the tokens that count, as far as they are known.
         pending: of the other states, what they follow from once it is known which tokens count.
+        watch: called with the buffer of a layer's keys and the weights of its attention, if they are needed.
     """
 
     buffers: dict[Buffer, torch.Tensor]
@@ -40,6 +42,7 @@ class Step:
     taken: torch.Tensor | None = None
     after: dict[str, torch.Tensor] = field(default_factory=dict)
     pending: dict[str, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+    watch: Callable[[Buffer, torch.Tensor], None] | None = None
 
     def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
         """Write new tokens into a cache and return the part of the cache in use."""
@@ -53,6 +56,16 @@ class Step:
         else:
             cache[:, :, self.start : self.limit] = values
         return cache.narrow(2, 0, self.limit)
+
+    def mask_of(
+        self, q: torch.Tensor, k: torch.Tensor, window: int | None, layer: Buffer | None
+    ) -> torch.Tensor | None:
+        """Return what new tokens see, or None where all of it follows from the order of the slots."""
+        if self.start is None or self.step_mask is not None:
+            return self.visible(window, k)
+        if q.shape[2] == 1 or (self.start == 0 and window is None):
+            return None
+        return self.visible(window, k)
 
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
         """Return which slots new tokens attend to; computed once per step."""
@@ -70,23 +83,53 @@ def store(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
 
 def attend(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
-    sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
+    sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None, layer: Buffer | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
     if bias is not None:
         bias = bias[..., : step.limit]
-    visible = None
-    if step.start is None or step.step_mask is not None:
-        visible = step.visible(window, k)
-    elif q.shape[2] == 1:
+    visible = step.mask_of(q, k, window, layer)
+    if visible is not None:
+        if step.watch is not None and layer is not None:
+            step.watch(layer, weights_of_groups(q, k, visible, scale, softcap, sinks))
+        if visible.shape[1] not in (1, q.shape[1]):
+            visible = visible.repeat_interleave(q.shape[1] // visible.shape[1], 1)
+        return attention(q, k, v, None, bias, sinks, None, visible, scale=scale, softcap=softcap)
+    if q.shape[2] == 1:
         if window is not None and window < step.limit:
             k, v = k[:, :, -window:], v[:, :, -window:]
             bias = bias if bias is None else bias[..., -window:]
-    elif step.start == 0 and window is None:
-        return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
-    else:
-        visible = step.visible(window, k)
-    return attention(q, k, v, None, bias, sinks, None, visible, scale=scale, softcap=softcap)
+        return attention(q, k, v, None, bias, sinks, None, None, scale=scale, softcap=softcap)
+    return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
+
+
+def weights_of_groups(
+    q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Return the shares of attention.
+
+    Args:
+        q: (batch, query heads, tokens, size).
+        k: (batch, key heads, slots, size).
+        visible: (batch, 1 or key heads, tokens, slots).
+        scale: of scores.
+        softcap: bound of scores.
+        sinks: (query heads,), scores that take part in the softmax.
+
+    Returns:
+        (batch, key heads, query heads of each, tokens, slots), float32.
+    """
+    batch, heads, slots, size = k.shape
+    scores = q.reshape(batch, heads, -1, size) @ k.transpose(-1, -2)
+    scores = scores.view(batch, heads, -1, q.shape[2], slots).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
+    if sinks is None:
+        return torch.softmax(scores, -1).nan_to_num(0.0)
+    apart = sinks.float().view(1, heads, -1, 1, 1).expand(*scores.shape[:4], 1)
+    return torch.softmax(torch.cat([scores, apart], -1), -1)[..., :-1].nan_to_num(0.0)
 
 
 def positions_of_slots(step: Step) -> torch.Tensor:

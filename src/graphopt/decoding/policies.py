@@ -1,0 +1,281 @@
+"""What a cache of bounded size keeps: policies that choose, layer by layer and head by head, which tokens stay."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from ..ir.errors import UsageError
+from ..ir.operators import causal_conv1d_state
+from ..passes.framework.pipeline import parse_calls
+
+SINKS = 4
+"""First tokens of a text that are always kept: attention rests on them (arXiv 2309.17453)."""
+
+
+@dataclass
+class Held:
+    """What one layer holds of some rows, the slots in use only.
+
+    Attributes:
+        positions: (rows, heads, slots), the position of the token in each slot, ascending; -1 in empty slots at the end.
+        keys: (rows, heads, slots, size).
+        scores: (rows, heads, planes, slots), what the policy has counted so far.
+    """
+
+    positions: torch.Tensor
+    keys: torch.Tensor
+    scores: torch.Tensor
+
+
+class Policy(ABC):
+    """Chooses which tokens a layer keeps.
+
+    Texts are read in pieces of ``block`` tokens; after each of them, and whenever as many new tokens were written, a
+    layer is cut to ``budget`` tokens. So no layer ever holds more than ``budget + block``, whatever the text's length,
+    and nothing is lost while a text has at most ``budget`` tokens.
+
+    Args:
+        budget: number of tokens that a layer keeps for each head.
+        block: number of tokens after which it is cut.
+        sinks: number of first tokens that are always kept.
+
+    Raises:
+        UsageError: the budget leaves no room beside the sinks.
+    """
+
+    name: ClassVar[str] = ""
+    counts: ClassVar[bool] = False
+    """Whether attention's scores are needed."""
+    planes: int = 1
+    """How many numbers are counted for each token."""
+
+    def __init__(self, budget: int, block: int = 256, sinks: int = SINKS):
+        for option, value, low in (("budget", budget, 1), ("block", block, 1), ("sinks", sinks, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UsageError(f"{self.name}: {option} is {value!r}; it is a whole number from {low} on")
+        if budget <= sinks:
+            raise UsageError(
+                f"{self.name}: a budget of {budget} tokens leaves nothing beside {sinks} sinks",
+                hint="a larger budget, or fewer sinks",
+            )
+        self.budget, self.block, self.sinks = budget, block, sinks
+
+    def observe(self, scores: torch.Tensor, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Return the scores of a layer's tokens after more attention was seen.
+
+        Args:
+            scores: (rows, heads, planes, slots), so far.
+            weights: (rows, heads, queries, slots), what new tokens attended to, summed over the heads of a group.
+            queries: (rows, queries), which of the new tokens count.
+        """
+        return scores
+
+    @abstractmethod
+    def value(self, held: Held) -> torch.Tensor:
+        """Return how much each token is worth: (rows, heads, slots), infinite for tokens that must stay."""
+
+    def kept(self, held: Held) -> torch.Tensor:
+        """Return the slots that are kept, in order: (rows, heads, budget); those of empty slots come last."""
+        value = self.value(held).masked_fill(held.positions < self.sinks, torch.inf)
+        value = value.masked_fill(held.positions < 0, -torch.inf)
+        slots = value.shape[-1]
+        # of equal tokens the newer one stays
+        order = torch.argsort(value.flip(-1), dim=-1, descending=True, stable=True)
+        chosen = slots - 1 - order[..., : self.budget]
+        return chosen.sort(-1).values
+
+
+class Window(Policy):
+    """Keeps the newest tokens, and the sinks (StreamingLLM, arXiv 2309.17453)."""
+
+    name = "window"
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return the position."""
+        return held.positions.to(torch.float32)
+
+
+class Random(Policy):
+    """Keeps random tokens, the sinks and the newest ones: what a policy has to beat.
+
+    Args:
+        recent: number of newest tokens that are always kept; a quarter of the budget by default.
+        seed: of the choice.
+    """
+
+    name = "random"
+
+    def __init__(
+        self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None, seed: int = 0
+    ):
+        super().__init__(budget, block, sinks)
+        self.recent, self.seed = _recent(self, recent), seed
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return numbers that follow from head and position, so that the order of steps changes nothing."""
+        heads = torch.arange(held.positions.shape[1], device=held.positions.device)[:, None]
+        mixed = (held.positions + 1) * 2654435761 + heads * 40503 + self.seed * 97
+        mixed = (mixed ^ (mixed >> 15)) * 2246822519 % (1 << 31)
+        return _with_newest((mixed ^ (mixed >> 13)).to(torch.float64), held.positions, self.recent)
+
+
+class HeavyHitters(Policy):
+    """Keeps the tokens that were attended to most since they were written, and the newest ones (H2O, arXiv 2306.14048).
+
+    Args:
+        recent: number of newest tokens that are always kept; half of the budget by default.
+    """
+
+    name = "heavy-hitters"
+    counts = True
+
+    def __init__(self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None):
+        super().__init__(budget, block, sinks)
+        self.recent = _recent(self, budget // 2 if recent is None else recent)
+
+    def observe(self, scores: torch.Tensor, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Add what the new tokens attended to."""
+        return scores + (weights * queries[:, None, :, None]).sum(2, keepdim=True)
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return the sums."""
+        return _with_newest(held.scores[:, :, 0], held.positions, self.recent)
+
+
+class Observed(Policy):
+    """Keeps what the last tokens attended to, with its neighbours (SnapKV, arXiv 2404.14469), and these tokens.
+
+    Args:
+        window: number of last tokens.
+        pool: number of neighbours over which scores are averaged; odd.
+    """
+
+    name = "observed"
+    counts = True
+
+    def __init__(self, budget: int, block: int = 256, sinks: int = SINKS, window: int = 32, pool: int = 5):
+        super().__init__(budget, block, sinks)
+        if window < 1 or window + sinks > budget:
+            raise UsageError(
+                f"{self.name}: a window of {window} tokens does not fit into the budget of {budget}"
+            )
+        if pool < 1 or pool % 2 == 0:
+            raise UsageError(f"{self.name}: pool is {pool}; it is an odd number")
+        self.window, self.pool, self.planes = window, pool, window
+
+    def observe(self, scores: torch.Tensor, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Remember what the last tokens attended to, each of them apart."""
+        rows, heads, _, slots = scores.shape
+        state, new = (t.permute(0, 1, 3, 2).reshape(rows, heads * slots, -1) for t in (scores, weights))
+        last = causal_conv1d_state(new, state, queries)
+        return last.reshape(rows, heads, slots, self.window).permute(0, 1, 3, 2)
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return the scores, averaged over neighbours."""
+        pooled = F.avg_pool1d(held.scores.mean(2), self.pool, stride=1, padding=self.pool // 2)
+        return _with_newest(pooled, held.positions, self.window)
+
+
+class KeyNorm(Policy):
+    """Keeps tokens with small keys, which attract more attention (arXiv 2406.11430), and the newest ones.
+
+    Args:
+        recent: number of newest tokens that are always kept; a quarter of the budget by default.
+    """
+
+    name = "key-norm"
+
+    def __init__(self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None):
+        super().__init__(budget, block, sinks)
+        self.recent = _recent(self, recent)
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return the negative norm of the keys."""
+        return _with_newest(-held.keys.float().norm(dim=-1), held.positions, self.recent)
+
+
+class Episode(Policy):
+    """Keeps what the words of an episode attend to (EpiCache, arXiv 2509.17396).
+
+    After each piece of the text, the episode's words are computed behind it without being kept; a token is worth the
+    largest share of attention that one of them pays to it, among the tokens held.
+
+    Args:
+        probe: the episode's words, as tokens.
+        recent: number of newest tokens that are always kept; none by default, as published.
+    """
+
+    name = "episode"
+    counts = True
+
+    def __init__(
+        self, budget: int, block: int = 256, sinks: int = SINKS, probe: tuple[int, ...] = (), recent: int = 0
+    ):
+        super().__init__(budget, block, sinks)
+        if not probe:
+            raise UsageError(f"{self.name}: the episode has no words", hint="give its tokens as probe")
+        self.probe, self.recent = tuple(probe), _recent(self, recent)
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return the largest shares of attention."""
+        return _with_newest(held.scores[:, :, 0], held.positions, self.recent)
+
+
+def _recent(policy: Policy, recent: int | None) -> int:
+    chosen = policy.budget // 4 if recent is None else recent
+    if chosen < 0 or chosen + policy.sinks > policy.budget:
+        raise UsageError(
+            f"{policy.name}: {chosen} newest tokens and {policy.sinks} sinks do not fit into the budget of "
+            f"{policy.budget}"
+        )
+    return chosen
+
+
+def _with_newest(value: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Return values that are infinite for the newest tokens of each head."""
+    held = (positions >= 0).sum(-1, keepdim=True)
+    order = torch.arange(positions.shape[-1], device=positions.device)
+    return value.masked_fill((order >= held - count) & (order < held), torch.inf)
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Window, HeavyHitters, Observed, KeyNorm, Random, Episode)
+}
+
+
+def as_policy(text: str) -> Policy | None:
+    """Return the policy that a text names, ``"window{budget=1024}"``; None for ``"full"``.
+
+    Raises:
+        PipelineError: the text is malformed.
+        UsageError: there is no such policy, or an option is missing, unknown or out of its range.
+    """
+    calls = parse_calls(text, "a cache")
+    if len(calls) != 1:
+        raise UsageError(f"{text!r} names {len(calls)} policies; give exactly one")
+    name, options = calls[0]
+    if name == "full":
+        if options:
+            raise UsageError("full keeps everything and has no options")
+        return None
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=1)
+        raise UsageError(
+            f"there is no cache policy {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=f"there are full, {', '.join(POLICIES)}",
+        )
+    known = list(inspect.signature(POLICIES[name]).parameters)
+    given: dict[str, Any] = dict(options)
+    for option in given:
+        if option not in known:
+            raise UsageError(f"{name} has no option {option!r}", hint=f"its options are {', '.join(known)}")
+    if "budget" not in given:
+        raise UsageError(f"{name} needs a budget", hint=f"{name}{{budget=1024}}")
+    return POLICIES[name](**given)
