@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import capture, load, optimize
     from .decoding.answering import answer
+    from .decoding.conversation import Conversation
     from .decoding.generation import generate, stream
     from .ir.cost import cost
     from .ir.errors import (
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("capture", "load", "optimize"), "graphopt.api"),
     "answer": "graphopt.decoding.answering",
+    "Conversation": "graphopt.decoding.conversation",
     "cost": "graphopt.ir.cost",
     "Evaluation": "graphopt.measure.evaluation",
     "evaluate": "graphopt.measure.evaluation",
@@ -62,6 +64,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ContractError",
+    "Conversation",
     "Evaluation",
     "GraphoptError",
     "LoweringError",

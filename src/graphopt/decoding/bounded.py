@@ -59,6 +59,19 @@ class BoundedStep(Step):
         return visible & (distance < window)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of what a bounded decoder holds of its rows."""
+
+    buffers: dict[Buffer, torch.Tensor]
+    held: dict[Buffer, torch.Tensor]
+    scores: dict[Buffer, torch.Tensor]
+    states: dict[str, torch.Tensor]
+    lengths: list[int]
+    filled: list[int]
+    since: list[int]
+
+
 class BoundedDecoder(CachedDecoder):
     """Runs a program with caches under a policy; see :class:`CachedDecoder`.
 
@@ -285,6 +298,37 @@ class BoundedDecoder(CachedDecoder):
             for row, filled in enumerate(self.filled):
                 self._held[layer][row, :, filled:] = -1
                 self._scores[layer][row, ..., filled:] = 0
+
+    def snapshot(self) -> Snapshot:
+        """Return copies of all that the rows hold, so that another text can be read in the meantime."""
+        used = max(self.filled)
+        return Snapshot(
+            {name: buffer[:, :, :used].clone() for name, buffer in self.buffers.items()},
+            {layer: held[..., :used].clone() for layer, held in self._held.items()},
+            {layer: scores[..., :used].clone() for layer, scores in self._scores.items()},
+            dict(self.states), list(self.lengths), list(self.filled), list(self.since),
+        )  # fmt: skip
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Hold what a snapshot holds; nothing at all if it is None."""
+        for tensors, fill in ((self._held, -1), (self._scores, 0)):
+            for tensor in tensors.values():
+                tensor.fill_(fill)
+        self._last, self._weights = None, {}
+        if snapshot is None:
+            zeros = [0] * self.batch
+            self.lengths, self.filled, self.since = list(zeros), list(zeros), list(zeros)
+            self.states = {name: torch.zeros_like(state) for name, state in self.states.items()}
+            return
+        for name, copy in snapshot.buffers.items():
+            self.buffers[name][:, :, : copy.shape[2]] = copy
+        for tensors, copies in ((self._held, snapshot.held), (self._scores, snapshot.scores)):
+            for layer, copy in copies.items():
+                tensors[layer][..., : copy.shape[-1]] = copy
+        self.states = dict(snapshot.states)
+        self.lengths, self.filled, self.since = (
+            list(snapshot.lengths), list(snapshot.filled), list(snapshot.since),
+        )  # fmt: skip
 
     def mark(self) -> Mark:
         """Return where all rows stand; see :meth:`CachedDecoder.mark`."""

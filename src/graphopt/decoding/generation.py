@@ -206,7 +206,7 @@ def stream(
     _check_tokens(rows, program)
     _check_positions(rows, max_new_tokens, program)
     try:
-        cached = with_cache(_typed(program, dtype, device))
+        cached = with_cache(typed(program, dtype, device))
     except PassRefusedError as refused:
         if (
             read
@@ -222,9 +222,9 @@ def stream(
             f"no cache: {refused.message.splitlines()[-1].strip()}; the whole text is recomputed for every token",
             RuntimeWarning, stacklevel=2,
         )  # fmt: skip
-        return _without_cache(_typed(program, dtype, device), rows, max_new_tokens, ends, temperature, seed)
+        return _without_cache(typed(program, dtype, device), rows, max_new_tokens, ends, temperature, seed)
     if isinstance(strategy, DraftProgram):
-        strategy.program = with_cache(_typed(strategy.program, dtype, device))
+        strategy.program = with_cache(typed(strategy.program, dtype, device))
     size = max(len(row) for row in rows) + max_new_tokens
     capacity = _capacity(cached, size, strategy)
     options: dict[str, Any] = {"device": device, "dials": dials, "compiled": compiled, "kernels": kernels}
@@ -321,7 +321,8 @@ def generate(
     return torch.cat([input_ids, filled.to(input_ids.dtype)], 1)
 
 
-def _typed(program: Program, dtype: str, device: torch.device | str) -> Program:
+def typed(program: Program, dtype: str, device: torch.device | str) -> Program:
+    """Return the program in the type in which it is computed: as stored, or in float32."""
     if dtype not in ("auto", "stored", "float32"):
         raise UsageError(f"dtype is {dtype!r}; it is auto, stored or float32")
     halves = {torch.float16, torch.bfloat16} & {w.source.dtype for w in program.weights.values()}

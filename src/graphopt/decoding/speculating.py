@@ -103,7 +103,7 @@ class Loop:
         """Yield the commits of each step, in the order of rows; rows that have ended are dropped.
 
         Args:
-            prompts: at least one token each.
+            prompts: at least one token each; a decoder that was fed already has the first ones, and not the last.
 
         Raises:
             UsageError: the drafter cannot work with this program.
@@ -112,8 +112,9 @@ class Loop:
         rows = [list(prompt) for prompt in prompts]
         start = [len(row) for row in rows]
         alive = list(range(len(rows)))
-        if any(len(row) > 1 for row in rows):
-            self.decoder.prefill([row[:-1] for row in rows])
+        unread = [row[n:-1] for row, n in zip(rows, self.decoder.lengths, strict=True)]
+        if any(unread):
+            self.decoder.prefill(unread)
         self._guarded("begin", self.decoder, rows, self.sampling)
         self.statistics.seconds["prompt"] += time.perf_counter() - began
         while alive:

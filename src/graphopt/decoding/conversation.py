@@ -1,0 +1,217 @@
+"""A conversation that goes on: what was said stays in the caches, within a fixed budget if one is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.reading import longest as positions
+from ..data.tokenizer import Tokenizer
+from ..ir.errors import UsageError
+from ..ir.facts import KVCache
+from ..ir.program import Program
+from .bounded import BoundedDecoder, Snapshot
+from .cached import CachedDecoder, longest
+from .encoders import has_encoder
+from .episodes import Embed, EpisodeOf, TokenMeans, clustered, nearest, segments_of
+from .generation import end_tokens, typed, with_cache
+from .policies import Episode, Policy, as_policy
+from .sampling import Sampling
+from .speculating import Loop
+from .stopping import Stop
+
+LENGTH = 1 << 16
+"""Number of positions where the model has no limit."""
+
+
+class Conversation:
+    """Talks with a program; every message is read once.
+
+    With a policy (``cache="window{budget=1024}"``), caches hold at most ``budget + block`` tokens a layer, however long
+    the conversation is; the text is that of whole caches while no more than ``budget`` tokens were said. With
+    ``episodes``, one such cache is kept for each part of the conversation by what it is about, and a question is
+    answered from the one that it belongs to (EpiCache, arXiv 2509.17396): every message is then read once for each
+    episode, and the whole conversation again whenever it has grown by half.
+
+    Attributes:
+        messages: what was said, with ``role`` and ``content``.
+        tokens: all of it as tokens.
+
+    Args:
+        program: with a tokenizer.
+        cache: "full", or a policy with its options.
+        system: the first message, of the role "system".
+        episodes: number of episodes; 0 for one cache of everything.
+        segment: number of messages that are embedded together.
+        medoids: number of segments whose words stand for an episode.
+        embed: turns rows of tokens into vectors (rows, size); the program's own token embeddings by default.
+        seed: of clustering and sampling.
+        options: as for :func:`graphopt.generate`: ``device``, ``dials``, ``dtype``, ``kernels``, ``compiled``.
+
+    Raises:
+        UsageError: the program has no tokenizer, or an option is out of its range.
+        PassRefusedError: it cannot have caches.
+    """
+
+    def __init__(
+        self, program: Program, *, cache: str | Policy = "full", system: str | None = None, episodes: int = 0,
+        segment: int = 4, medoids: int = 4, embed: Embed | None = None, seed: int = 0, **options: Any,
+    ):  # fmt: skip
+        if has_encoder(program):
+            raise UsageError(
+                "a program with an encoder does not talk: each of its texts follows other inputs"
+            )
+        for name, value, low in (("episodes", episodes, 0), ("segment", segment, 1), ("medoids", medoids, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UsageError(f"{name} is {value!r}; it is a whole number from {low} on")
+        device = options.pop("device", "cpu")
+        self.program = with_cache(typed(program, options.pop("dtype", "auto"), device))
+        self.tokenizer = Tokenizer(program)
+        self.policy = as_policy(cache) if isinstance(cache, str) else cache
+        if episodes and self.policy is None:
+            raise UsageError("episodes need a budget", hint='cache="window{budget=1024}" or another policy')
+        self.limit = longest(self.program) or positions(program) or LENGTH
+        self._options = {"device": device, **options}
+        self._episodes, self._segment, self._medoids, self.seed = episodes, segment, medoids, seed
+        self._embed = embed or TokenMeans(self.program, self.program.facts[KVCache].tokens)
+        self.messages: list[dict[str, str]] = []
+        self.tokens: list[int] = []
+        self._ends: list[int] = []
+        self._decoder = self._made(self.policy)
+        self._found: list[EpisodeOf] = []
+        self._snapshots: list[Snapshot | None] = []
+        self._known: list[list[int]] = []
+        self._clustered = 0
+        self._turns = 0
+        if system is not None:
+            self.add("system", system)
+
+    def _made(self, policy: Policy | None) -> CachedDecoder:
+        if policy is None:
+            return CachedDecoder(self.program, 1, self.limit, **self._options)
+        if self._episodes:
+            # room for the words of any episode
+            policy = Episode(policy.budget, policy.block, policy.sinks, (0,) * policy.block)
+        return BoundedDecoder(self.program, 1, self.limit, policy, **self._options)
+
+    @property
+    def slots(self) -> int:
+        """Number of tokens that caches have room for."""
+        return self._decoder.slots
+
+    def add(self, role: str, content: str) -> None:
+        """Add a message and read it; nobody answers.
+
+        Raises:
+            UsageError: the conversation is longer than the model has positions.
+        """
+        self.messages.append({"role": role, "content": content})
+        if self._episodes:
+            return  # read when a question says for which episode
+        try:
+            self._read(self._written(answering=False))
+        except UsageError:
+            self.messages.pop()
+            raise
+
+    def say(
+        self, content: str, *, max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
+        top_p: float | None = None, role: str = "user",
+    ) -> str:  # fmt: skip
+        """Add a message and return the answer, which is part of the conversation from then on.
+
+        Args:
+            content: what is said.
+            max_new_tokens: of the answer.
+            temperature: 0 takes the most likely token.
+            top_k: sample among this many most likely tokens.
+            top_p: sample among the most likely tokens whose probabilities add up to this.
+            role: who says it.
+
+        Raises:
+            UsageError: the conversation would be longer than the model has positions.
+        """
+        self.messages.append({"role": role, "content": content})
+        asked = self._written(answering=True)
+        if len(asked) + max_new_tokens > self.limit:
+            self.messages.pop()
+            raise UsageError(
+                f"the conversation may have {len(asked) + max_new_tokens} tokens, the model has positions for {self.limit}",
+                hint="begin another conversation, or allow fewer new tokens",
+            )
+        if self._episodes:
+            self._retrieve(asked)
+        self._read(asked[:-1])
+        stop = Stop(max_new_tokens, frozenset(end_tokens(self.program)))
+        self._turns += 1
+        loop = Loop(
+            self._decoder, None, Sampling(temperature, top_k, top_p, None), stop, self.seed + self._turns
+        )
+        answer = [token for commits in loop.run([asked]) for commit in commits for token in commit.tokens]
+        self.tokens = [*asked, *answer][: self._decoder.lengths[0]]
+        text = self.tokenizer.decode([t for t in answer if t not in stop.tokens])
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+    def _written(self, *, answering: bool) -> list[int]:
+        text = self.tokenizer.chat(self.messages, answering=answering)
+        return self.tokenizer.encode_chat(text)[0]
+
+    def _read(self, ids: Sequence[int]) -> None:
+        """Let the caches follow from these tokens: what they have of them already is not read again."""
+        if len(ids) > self.limit:
+            raise UsageError(
+                f"the conversation has {len(ids)} tokens, the model has positions for {self.limit}",
+                hint="begin another conversation",
+            )
+        known = len(self.tokens)
+        if self.tokens != list(ids[:known]):
+            # an answer is written in another way than it was generated
+            same = next(
+                i for i, (a, b) in enumerate(zip([*self.tokens, -1], [*ids, -2], strict=False)) if a != b
+            )
+            self._go_back(same)
+            known = len(self.tokens)
+        if len(ids) > known:
+            self._decoder.prefill([list(ids[known:])])
+        self.tokens = list(ids)
+
+    def _go_back(self, length: int) -> None:
+        if isinstance(self._decoder, BoundedDecoder):
+            # what was cut cannot come back
+            self._decoder.restore(None)
+            self.tokens = []
+        elif self._decoder.states:
+            self._decoder = self._made(None)
+            self.tokens = []
+        else:
+            self._decoder.lengths = [length]
+            self.tokens = self.tokens[:length]
+
+    # -- episodes ------------------------------------------------------------------------------------
+
+    def _retrieve(self, asked: list[int]) -> None:
+        """Let the caches be those of the episode that the last message belongs to."""
+        history = self.messages[:-1]
+        spoken = [self.tokenizer.encode(m["content"], special=False) or [0] for m in history]
+        if not spoken:
+            return
+        assert isinstance(self._decoder, BoundedDecoder)
+        segments = segments_of(spoken, self._segment)
+        before = self.tokenizer.encode_chat(self.tokenizer.chat(history))[0]
+        if not self._found or len(segments) > 1.5 * self._clustered:
+            if isinstance(self._embed, TokenMeans):
+                self._embed.count(segments)
+            self._found = clustered(segments, self._embed, self._episodes, self._medoids, self.seed)
+            self._clustered = len(segments)
+            self._snapshots, self._known = [None] * len(self._found), [[] for _ in self._found]
+        question = self._embed([self.tokenizer.encode(self.messages[-1]["content"], special=False) or [0]])[0]
+        number = nearest(self._found, question)
+        policy = self.policy
+        assert policy is not None
+        words = self._found[number].words[-policy.block :]
+        self._decoder.policy = Episode(policy.budget, policy.block, policy.sinks, words)
+        self._decoder.restore(self._snapshots[number])
+        self.tokens = list(self._known[number])
+        self._read(before)
+        self._snapshots[number], self._known[number] = self._decoder.snapshot(), list(self.tokens)
