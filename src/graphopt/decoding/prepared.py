@@ -390,7 +390,13 @@ class _Writer:
             whole, origin = found.tensor, base.offset
 
         def view(layout: _Layout) -> _Static:
-            tensor = whole.as_strided(layout.size, layout.stride, layout.offset - origin)
+            if layout.dtype == whole.dtype:
+                tensor = whole.as_strided(layout.size, layout.stride, layout.offset - origin)
+                return _Static(self._global(tensor), tensor, owner)
+            # pairs of numbers as complex ones, or the reverse: offsets count in other units
+            place = layout.offset * layout.dtype.itemsize + (whole.storage_offset() - origin) * whole.dtype.itemsize
+            tensor = torch.empty(0, dtype=layout.dtype)
+            tensor.set_(whole.untyped_storage(), place // layout.dtype.itemsize, layout.size, layout.stride)  # type: ignore[call-overload]
             return _Static(self._global(tensor), tensor, owner)
 
         if isinstance(seen.layout, tuple):
