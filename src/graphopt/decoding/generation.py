@@ -48,9 +48,15 @@ def with_cache(program: Program) -> Program:
     """
     if KVCache in program.facts:
         return program
-    cached: Program = program.derived(
-        "with cache", lambda: run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
-    )
+
+    def made() -> Program:
+        try:
+            return run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
+        except PassRefusedError:
+            # some programs have a cache, and no trees
+            return run_pipeline(program, [InsertKVCache()], Context(), verify_with="off")
+
+    cached: Program = program.derived("with cache", made)
     return cached
 
 

@@ -25,7 +25,7 @@ from ..ir.quantised.products import FewBitProduct
 from ..ir.running.evaluate import evaluate, last_uses
 from ..ir.schema import arguments, is_mutable, is_operator
 from .states import attend_linearly, convolve
-from .step import Buffer, Step, attend, positions_of_slots, store
+from .step import Buffer, Step, attend, positions_of_slots, store, store_whole
 from .weights import few_bit_linear, joined_linear
 
 Outputs = dict[str, torch.Tensor]
@@ -204,7 +204,7 @@ class _Recording:
         if is_operator(node, "aten.sym_size"):
             # sizes of what is fixed do not depend on its values
             steady = known[0].fixed
-        if node.target in (store, positions_of_slots):
+        if node.target in (store, store_whole, positions_of_slots):
             fixed = False
         elif node.target in (attend, attend_linearly, convolve):
             fixed = True
@@ -394,9 +394,12 @@ class _Writer:
                 tensor = whole.as_strided(layout.size, layout.stride, layout.offset - origin)
                 return _Static(self._global(tensor), tensor, owner)
             # pairs of numbers as complex ones, or the reverse: offsets count in other units
-            place = layout.offset * layout.dtype.itemsize + (whole.storage_offset() - origin) * whole.dtype.itemsize
+            place = (
+                layout.offset * layout.dtype.itemsize
+                + (whole.storage_offset() - origin) * whole.dtype.itemsize
+            )
             tensor = torch.empty(0, dtype=layout.dtype)
-            tensor.set_(whole.untyped_storage(), place // layout.dtype.itemsize, layout.size, layout.stride)  # type: ignore[call-overload]
+            tensor.set_(whole.untyped_storage(), place // layout.dtype.itemsize, layout.size, layout.stride)
             return _Static(self._global(tensor), tensor, owner)
 
         if isinstance(seen.layout, tuple):

@@ -18,7 +18,7 @@ from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 from .prepared import TOKENS, Prepared, preparable
 from .states import attend_linearly, convolve
-from .step import Buffer, Step, attend, positions_of_slots, store
+from .step import Buffer, Step, attend, positions_of_slots, store, store_whole
 from .weights import Weights, few_bit_linear, few_bit_rows, joined_linear, linears_of_one_value
 
 REPEATED = 2
@@ -109,7 +109,10 @@ class Running:
                 operator_args = arguments(node)
                 buffer = self._buffer(operator_args["cache"])
                 buffers[node] = buffer
-                target, args = store, (self.step, buffer, operator_args["values"])
+                readers = [u for u in node.users if u.op != "output"]
+                read = all(is_operator(u, "graphopt.attention", "graphopt.cache_load") for u in readers)
+                target = store if read else store_whole
+                args = (self.step, buffer, operator_args["values"])
             elif is_operator(node, "graphopt.cache_positions"):
                 target, args = positions_of_slots, (self.step,)
             elif is_operator(node, "graphopt.attention") and arguments(node)["visible"] is not None:

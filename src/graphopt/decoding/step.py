@@ -81,6 +81,12 @@ def store(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
     return step.store(buffer, values)
 
 
+def store_whole(step: Step, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
+    """Compute ``graphopt.cache_store`` in place; slots that are not in use are returned too."""
+    step.store(buffer, values)
+    return step.buffers[buffer]
+
+
 def attend(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
     sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None, layer: Buffer | None = None,

@@ -13,7 +13,7 @@ from ..infer import same_size, same_value
 from ..operators.traits import Trait, has
 from ..schema import argument, arguments, is_operator
 from .masks import MaskMeaning, split_mask
-from .scores import Scores, peel
+from .scores import Scores, peel, scaled_by_sinks
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -195,6 +195,8 @@ def _install(program: Program, node: fx.Node, scores: Scores, v: fx.Node, cache:
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
         return f"{heads} heads over {kv_heads} key-value heads"
     mask_node = _key_mask(program, key_mask, node) if key_mask is not None else None
+    if scores.sinks is None and (scaled := scaled_by_sinks(program, node)) is not None:
+        node, scores.sinks = scaled
     with program.edit.before(node):
         bias = _bias(program, biases, q)
         new = program.edit.call(

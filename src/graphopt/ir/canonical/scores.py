@@ -103,6 +103,49 @@ def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (scores, column) if same_size(column.meta["val"].shape[0], scores.meta["val"].shape[1]) else None
 
 
+def scaled_by_sinks(program: Program, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the product of an attention's output with ``sigmoid(logsumexp(scores) - sinks)``, and the sinks.
+
+    One more score in the softmax, whose value counts nothing, scales all others by that much.
+    """
+    users = list(output.users)
+    if len(users) != 1 or not is_operator(users[0], "aten.mul"):
+        return None
+    others = [n for n in users[0].all_input_nodes if n is not output]
+    gate = _uncovered(others[0]) if len(others) == 1 else None
+    if gate is None or not is_operator(gate, "aten.sigmoid"):
+        return None
+    difference = _uncovered(gate.args[0])
+    if difference is None or not is_operator(difference, "aten.sub") or argument(difference, "alpha") != 1:
+        return None
+    total, sinks = (_uncovered(n) for n in difference.args[:2])
+    if total is None or sinks is None or not is_operator(total, "aten.logsumexp"):
+        return None
+    rank = output.meta["val"].dim()
+    dims = [int(d) % rank for d in argument(total, "dim")]
+    weights = _uncovered(output.args[0])
+    softmax = weights if weights is not None and has(weights, Trait.SOFTMAX) else None
+    if (
+        softmax is None
+        or rank != 4
+        or dims != [3]
+        or _uncovered(softmax.args[0]) is not _uncovered(total.args[0])
+    ):
+        return None
+    fits = sinks.meta["val"].dim() == 1 and same_size(sinks.meta["val"].shape[0], output.meta["val"].shape[1])
+    return (users[0], sinks) if fits and sinks in depends_on_weights_alone(program) else None
+
+
+def _uncovered(node: Any) -> fx.Node | None:
+    """Return what a value holds under another shape or type."""
+    while isinstance(node, fx.Node) and (
+        has(node, Trait.RESHAPE | Trait.REPEAT | Trait.CAST | Trait.IDENTITY)
+        or is_operator(node, "aten.dropout")
+    ):
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) else None
+
+
 def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
     if has(node, Trait.RESHAPE | Trait.CAST):
         return node.args[0], "", None

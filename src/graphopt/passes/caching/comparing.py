@@ -48,9 +48,7 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     if spec.dtype.is_floating_point:
         tokens_in = torch.randn(shape, generator=generator, dtype=torch.float64)
     else:
-        tokens_in = torch.randint(0, vocabulary(whole, cache.tokens), shape, generator=generator).to(
-            spec.dtype
-        )
+        tokens_in = _drawn(vocabulary(whole, cache.tokens), shape, generator).to(spec.dtype)
     beside = _of_encoder(whole, cached, tokens)
     expected = interpret(wide, wide.bind((), {cache.tokens: tokens_in, **beside}))
     worst: Difference | None = None
@@ -94,6 +92,13 @@ def compare_with_cache(whole: Program, cached: Program, tokens: int = 9, seed: i
     return worst
 
 
+def _drawn(count: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return tokens, in each row different ones if there are enough: where keys are picked by score, equal ones tie."""
+    if len(shape) != 2 or count < shape[1]:
+        return torch.randint(0, count, shape, generator=generator)
+    return torch.stack([torch.randperm(count, generator=generator)[: shape[1]] for _ in range(shape[0])])
+
+
 def _of_encoder(whole: Program, cached: Program, tokens: int) -> dict[str, torch.Tensor]:
     """Return values of the inputs of an encoder, for two rows."""
     cross = cached.facts.get(CrossCache)
@@ -128,7 +133,8 @@ def empty_caches(
         sizes = [batch, *(size for size in spec.shape[1:] if isinstance(size, int))]
         if name in slots:
             sizes = [batch, int(spec.shape[1]), capacity, int(spec.shape[3])]
-        caches[name] = torch.zeros(sizes, dtype=dtype or spec.dtype)
+        wide = dtype is not None and spec.dtype.is_floating_point
+        caches[name] = torch.zeros(sizes, dtype=dtype if wide else spec.dtype)
     return caches
 
 

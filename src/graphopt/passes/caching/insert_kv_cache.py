@@ -27,6 +27,7 @@ from ..framework.base import Pass
 from ..framework.contracts import ExactInChunks
 from ..framework.plan import Plan, Refused, Site, Trial
 from .comparing import compare_with_cache
+from .pairs import PairCaches, pairs_of
 from .positions import AtCapacity, Decoder, NotCausal, logits_of, rows_of_positions, size_of_input, tokens_of
 from .reducing import reduced
 from .states import drop_padding, insert_states, states_needed
@@ -161,6 +162,12 @@ class InsertKVCache(Pass):
             at = next((n for n in program.graph.nodes if n.name == refused.block), decoder.tokens)
             raise NotCausal(at, refused.reason)
         pairs = [(s["key"], s["value"]) for s in findings.sites if "key" in s.choices]
+        pairs_of_bias = pairs_of(decoder, program.graph.nodes)
+        if pairs_of_bias and self.tree:
+            raise NotCausal(
+                next(iter(pairs_of_bias)),
+                "it picks keys by what tokens compute for pairs, which trees do not say",
+            )
         states = list(states_needed(decoder))
         if states:
             drop_padding(decoder)
@@ -211,6 +218,7 @@ class InsertKVCache(Pass):
                 for cache, name in zip(pair, (k, v), strict=True)
             )
         tables = AtCapacity(decoder, length)
+        pair_caches = PairCaches(program, decoder, tables, positions, slots, batch, capacity, first)
         stores: dict[Any, fx.Node] = {}
         for node in [n for n in program.graph.nodes if is_operator(n, "graphopt.attention")]:
             operands = dict(arguments(node))
@@ -228,7 +236,9 @@ class InsertKVCache(Pass):
                         window=operands["window"],
                     )
             bias = operands["bias"]
-            if isinstance(bias, fx.Node):
+            if bias in pairs_of_bias:
+                bias = pair_caches.bias(pairs_of_bias[bias], node)
+            elif isinstance(bias, fx.Node):
                 bias = self._bias(program, tables, bias, positions, slots, first)
             operands.update(
                 k=key, v=value, key_mask=None, bias=bias, segments=None, visible=stores[operands["window"]],
@@ -386,7 +396,12 @@ def _sites(decoder: Decoder) -> list[Site]:
         if k not in decoder.moving and v not in decoder.moving and not decoder.has_length(k):
             _require_steady(decoder, node)
             continue
-        if not args["causal"] and not decoder.hides_later(args["bias"]):
+        # what a bias of pairs hides shows in the comparison
+        if (
+            not args["causal"]
+            and not decoder.hides_later(args["bias"])
+            and args["bias"] not in decoder.moving
+        ):
             raise NotCausal(node, "an attention sees later tokens")
         if decoder.has_length(k) != [2] or k not in decoder.moving:
             raise NotCausal(node, "the keys of an attention are not computed from the row of tokens")

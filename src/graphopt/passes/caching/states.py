@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...ir.inputs import add_input
-from ...ir.schema import arguments, is_operator, normal_call
+from ...ir.schema import argument, arguments, is_operator, normal_call
 from .positions import Decoder, NotCausal
 
 if TYPE_CHECKING:
@@ -24,13 +24,17 @@ class State:
     """A mixer that needs a state.
 
     Attributes:
-        node: the convolution or linear attention.
+        node: whose value the mixer computes.
+        operator: that computes it with a state.
+        operands: of the operator, by name.
         kind: "conv" or "recurrent".
         shape: of a row of its state.
         dtype: of its state.
     """
 
     node: fx.Node
+    operator: Any
+    operands: dict[str, Any]
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,25 +47,80 @@ def states_needed(decoder: Decoder) -> Iterator[State]:
         NotCausal: a state has no fixed size, or tokens are not where they are expected.
     """
     for node in decoder.program.graph.nodes:
-        conv = is_operator(node, "graphopt.causal_conv1d")
-        if not conv and not is_operator(node, "graphopt.linear_attention"):
+        found = _mixer(decoder, node)
+        if found is None:
             continue
-        args = arguments(node)
-        if args["state"] is not None or node not in decoder.moving or not decoder.has_length(node):
+        operator, operands = found
+        if operands["state"] is not None or node not in decoder.moving or not decoder.has_length(node):
             continue
         if decoder.has_length(node) != [2]:
             raise NotCausal(node, "it mixes something else than consecutive tokens")
+        conv = operator is composites.causal_conv1d.default
         sizes: tuple[Any, ...]
         if conv:
-            channels, _, taps = args["weight"].meta["val"].shape
-            sizes, dtype = (channels, taps - 1), args["x"].meta["val"].dtype
+            channels, _, taps = operands["weight"].meta["val"].shape
+            sizes, dtype = (channels, taps - 1), operands["x"].meta["val"].dtype
         else:
-            keys, values = args["k"].meta["val"], args["v"].meta["val"]
+            keys, values = operands["k"].meta["val"], operands["v"].meta["val"]
             sizes, dtype = (values.shape[1], keys.shape[3], values.shape[3]), values.dtype
         if not all(isinstance(size, int) for size in sizes):
             raise NotCausal(node, f"its state has sizes {sizes}, and states have one size")
         if all(sizes):
-            yield State(node, "conv" if conv else "recurrent", tuple(int(s) for s in sizes), dtype)
+            kind = "conv" if conv else "recurrent"
+            yield State(node, operator, operands, kind, tuple(int(s) for s in sizes), dtype)
+
+
+def _mixer(decoder: Decoder, node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
+    """Return the operator with a state that computes a node, and its operands."""
+    if is_operator(node, "graphopt.causal_conv1d", "graphopt.linear_attention"):
+        return node.target, dict(arguments(node))
+    operands = _convolution(node) or _first_results(decoder, node)
+    return None if operands is None else (composites.causal_conv1d.default, operands)
+
+
+def _first_results(decoder: Decoder, node: fx.Node) -> dict[str, Any] | None:
+    """Return the operands of a depthwise convolution padded on both sides, of which as many results as inputs are taken."""
+    if not is_operator(node, "aten.slice") or node not in decoder.moving:
+        return None
+    args = arguments(node)
+    conv = args["self"]
+    if (
+        args["dim"] != 2
+        or args["step"] != 1
+        or args["start"] not in (None, 0)
+        or not isinstance(conv, fx.Node)
+    ):
+        return None
+    operands = _convolution(conv, padded=True)
+    return operands if operands is not None and decoder.has_length(node) == [2] else None
+
+
+def _convolution(node: fx.Node, *, padded: bool = False) -> dict[str, Any] | None:
+    """Return the operands of a depthwise convolution of stride 1 that pads as many zeros before as it has further taps.
+
+    Args:
+        node: the convolution.
+        padded: it pads as many zeros behind as well.
+    """
+    if not is_operator(node, "aten.conv1d"):
+        return None
+    args = arguments(node)
+    x, weight = args["input"], args["weight"]
+    shape = weight.meta["val"].shape
+    one = all(list(args[name]) == [1] for name in ("stride", "dilation"))
+    if not one or shape[1] != 1 or args["groups"] != shape[0]:
+        return None
+    padding = list(args["padding"]) if not isinstance(args["padding"], str) else None
+    further = int(shape[2]) - 1
+    if padded:
+        if padding != [further]:
+            return None
+    else:
+        zeros = is_operator(x, "aten.pad", "aten.constant_pad_nd") and list(x.args[1]) == [further, 0]
+        if padding != [0] or not zeros or argument(x, "value") not in (None, 0, 0.0):
+            return None
+        x = x.args[0]
+    return {"x": x, "weight": weight, "bias": args["bias"], "state": None, "step_mask": None}
 
 
 def drop_padding(decoder: Decoder) -> None:
@@ -94,10 +153,10 @@ def insert_states(
         name = f"{state.kind}_state_{counts[state.kind]}"
         counts[state.kind] += 1
         before = add_input(program, name, [batch, *state.shape], state.dtype)
-        operands = dict(arguments(state.node)) | {"state": before, "step_mask": step_mask}
+        operands = state.operands | {"state": before, "step_mask": step_mask}
         with program.edit.before(state.node):
-            args, kwargs = normal_call(state.node.target, operands)
-            replacement = call(state.node.target, *args, **kwargs)
+            args, kwargs = normal_call(state.operator, operands)
+            replacement = call(state.operator, *args, **kwargs)
             if state.kind == "conv":
                 after = call(composites.causal_conv1d_state.default, operands["x"], before, taken, step_mask)
             else:
