@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from amounts import examples
 from caching_networks import TwoTypes
 from hypothesis import example, given, settings
@@ -191,3 +192,17 @@ def test_caches_that_do_not_fit_are_refused_before_they_are_made() -> None:
     program = graphopt.capture(model, {"input_ids": torch.randint(3, 100, (2, 6))})
     with pytest.raises(PassRefusedError, match=r"99,999,999,999 slots cannot be compared here: [\d,]+ GB"):
         graphopt.optimize(program, "insert-kv-cache{max_length=99999999999}")
+
+
+def test_reduction_of_values_whose_last_size_varies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix with many rows whose results are turned, as a convolution along the tokens needs them."""
+    monkeypatch.setattr(reducing, "LARGE", 0)
+    config = transformers.Lfm2Config(
+        vocab_size=600, hidden_size=192, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    program = graphopt.capture(model, {"input_ids": torch.arange(9)[None]}, compare=False)
+    cached = graphopt.optimize(program, "insert-kv-cache")
+    assert "conv_state_0" in cached.signature.inputs

@@ -109,6 +109,9 @@ class InsertKVCache(Pass):
             worst = None if small is None else compare_with_cache(small, trial)
             if small is None or small is program:
                 plan.trial = Trial(self, program, plan.sites, trial)
+        except (RuntimeError, IndexError) as problem:
+            reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+            return Refused("inputs", f"it cannot be computed piece by piece: {reason}", "")
         except (VerificationError, NotCausal) as problem:
             node = getattr(problem, "node", None)
             name = node.name if isinstance(node, fx.Node) else str(node or "inputs")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ...ir.compat import surely_equal
 from ...ir.errors import VerificationError
 from ...ir.infer import infer
 from ...ir.operators.traits import Trait, has
@@ -200,7 +201,7 @@ def _of_tokens(program: Program, weight: fx.Node, user: fx.Node, outputs: set[fx
         value = work.pop()
         result = value.meta["val"]
         # several values come of a split, as of queries, keys and values that one matrix makes
-        if not isinstance(result, torch.Tensor) or result.shape[-1] != rows:
+        if not isinstance(result, torch.Tensor) or not surely_equal(result.shape[-1], rows):
             return False
         if value in outputs:
             continue
