@@ -111,12 +111,17 @@ def retyped(program: Program, dtype: torch.dtype = torch.float64, *, shapes: boo
     return wide
 
 
-def _infer_again(program: Program, dtype: torch.dtype) -> None:
+def widen_inputs(program: Program, dtype: torch.dtype = torch.float64) -> None:
+    """Let a program that was retyped without its shapes accept inputs of the wider type only."""
     inputs = {
         name: replace(spec, dtype=dtype) if _narrower(spec.dtype, dtype) else spec
         for name, spec in program.signature.inputs.items()
     }
     program.signature = replace(program.signature, inputs=inputs)
+
+
+def _infer_again(program: Program, dtype: torch.dtype) -> None:
+    widen_inputs(program, dtype)
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, torch.Tensor) and _narrower(value.dtype, dtype):

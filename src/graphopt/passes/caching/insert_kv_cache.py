@@ -11,7 +11,7 @@ from torch import fx
 
 from ...ir.checking.report import PassReport
 from ...ir.compat import surely_equal
-from ...ir.errors import ContractError, PassRefusedError, VerificationError
+from ...ir.errors import ContractError, PassRefusedError, UsageError, VerificationError
 from ...ir.export_blockers import block_export
 from ...ir.facts import CrossCache, KVCache, StateCache, Streaming
 from ...ir.inputs import add_input, limit_size, remove_input
@@ -112,7 +112,7 @@ class InsertKVCache(Pass):
         except (RuntimeError, IndexError) as problem:
             reason = (str(problem).splitlines() or [type(problem).__name__])[0]
             return Refused("inputs", f"it cannot be computed piece by piece: {reason}", "")
-        except (VerificationError, NotCausal) as problem:
+        except (VerificationError, UsageError, NotCausal) as problem:
             node = getattr(problem, "node", None)
             name = node.name if isinstance(node, fx.Node) else str(node or "inputs")
             text = getattr(problem, "message", str(problem))
