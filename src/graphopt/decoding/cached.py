@@ -12,15 +12,16 @@ from ..ir.inputs import settings_of
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
 from ..ir.vocabulary import over_all_tokens
+from .kept import Shared
+from .prepared import TOKENS
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Running
 from .step import Buffer, Step
-from .weights import Weights
 
 MARKS = "mask_index"
 """The input that marks the positions of mask tokens."""
 
-PIECE = 512
+PIECE = 2048
 """Number of prompt tokens that are computed at once."""
 
 
@@ -49,6 +50,7 @@ class CachedDecoder:
         prepared: on a CPU, write steps whose shapes come again as straight-line code.
         kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto" by kernels that compute in
             bfloat16, "exact" by their values in the program's own type.
+        shared: weights and graphs of other decoders of this program, which run it in the same way; None for its own.
 
     Raises:
         UsageError: the program has no cache, or too few slots.
@@ -57,7 +59,7 @@ class CachedDecoder:
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
         device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
-        prepared: bool = True, kernels: str = "auto",
+        prepared: bool = True, kernels: str = "auto", shared: Shared | None = None,
     ):  # fmt: skip
         cache = program.facts.get(KVCache)
         if cache is None:
@@ -88,7 +90,8 @@ class CachedDecoder:
         if kernels not in ("auto", "exact"):
             raise UsageError(f"kernels is {kernels!r}; it is auto or exact")
         self.kernels = kernels
-        self.weights = Weights(self.device, plain=compiled, exact=kernels == "exact")
+        self._shared = shared or Shared(self.device, compiled, kernels)
+        self.weights = self._shared.weights
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.lengths = [0] * batch
@@ -130,11 +133,14 @@ class CachedDecoder:
         """Return the graph that computes these outputs, taking others as given; all graphs share weights and caches."""
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
-            running = Running(
-                self.program, self.capacity, self.weights, outputs, self.device,
-                decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
-                prepared=self.prepared,
-            )  # fmt: skip
+            with self._shared.lock:
+                running = self._shared.graphs.get((*key, self.prepared))
+                if running is None or not running.fits(self.capacity):
+                    running = self._shared.graphs[*key, self.prepared] = Running(
+                        self.program, self.capacity, self.weights, outputs, self.device,
+                        decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
+                        prepared=self.prepared,
+                    )  # fmt: skip
             for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:
                     shape = (self.batch, heads, self.capacity, size)
@@ -145,7 +151,7 @@ class CachedDecoder:
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None,
         step_mask: torch.Tensor | None = None, outputs: Sequence[str] | None = None,
-        given: Mapping[str, torch.Tensor] | None = None,
+        given: Mapping[str, torch.Tensor] | None = None, read: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Compute new tokens and store their keys and values; only :meth:`advance` lengthens rows.
 
@@ -156,6 +162,7 @@ class CachedDecoder:
             step_mask: (batch, tokens, tokens), which new token attends to which, where positions do not determine it.
             outputs: names of the outputs to compute; the decoder's own by default.
             given: values of other inputs, and of outputs to use instead of computing them.
+            read: (batch, some), the tokens at which outputs are computed, by number; all by default.
 
         Returns:
             The outputs by name. Logits over a trimmed vocabulary are expanded to the full one, with minus infinity for
@@ -175,22 +182,25 @@ class CachedDecoder:
         if self.cache.tree:
             values["cache_slots"] = store_slots
         inputs = {n: values[n] for n in running.inputs}
-        if self.recorder is not None and tokens <= RECORDED:
+        if self.recorder is not None and tokens <= RECORDED and read is None:
             step = Step(self.buffers, positions, store_slots, self.capacity, None, step_mask)
             return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
-        computed = running(Step(self.buffers, positions, store_slots, limit, start, step_mask), inputs)
+        computed = running(Step(self.buffers, positions, store_slots, limit, start, step_mask, read), inputs)
         return over_all_tokens(self.program, computed)
 
-    def extend(self, ids: torch.Tensor, outputs: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    def extend(
+        self, ids: torch.Tensor, outputs: Sequence[str] | None = None, read: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Compute the tokens that follow each row, without lengthening the rows.
 
         Args:
             ids: (batch, tokens).
             outputs: names of the outputs to compute; the decoder's own by default.
+            read: (batch, some), the tokens at which outputs are computed, by number; all by default.
         """
         start = torch.tensor(self.lengths, device=self.device)[:, None]
         positions = start + torch.arange(ids.shape[1], device=self.device)[None]
-        return self.forward(ids, positions, outputs=outputs)
+        return self.forward(ids, positions, outputs=outputs, read=read)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Compute the prompts of all rows, which may differ in length, and lengthen the rows by them.
@@ -199,6 +209,8 @@ class CachedDecoder:
             For each row, its outputs at its last token.
         """
         longest_row = max(len(row) for row in rows)
+        # what follows a text by few tokens comes in shapes that are prepared, with all outputs
+        late = longest_row > TOKENS or not any(self.lengths)
         ids = torch.zeros(len(rows), longest_row, dtype=torch.int64, device=self.device)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(list(row))
@@ -206,12 +218,16 @@ class CachedDecoder:
         last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
         for first in range(0, longest_row, PIECE):
             piece = ids[:, first : first + PIECE]
-            outputs = self.extend(piece)
-            self.lengths = [n + piece.shape[1] for n in self.lengths]
-            for number, row in enumerate(rows):
-                index = len(row) - 1 - first
-                if 0 <= index < piece.shape[1]:
-                    last[number] = {name: value[number, index] for name, value in outputs.items()}
+            ends = [len(row) - 1 - first for row in rows]
+            width = piece.shape[1]
+            # a row that ends elsewhere reads any token
+            read = torch.tensor([[end if 0 <= end < width else width - 1] for end in ends])
+            outputs = self.extend(piece, read=read.to(self.device) if late else None)
+            self.lengths = [n + width for n in self.lengths]
+            for number, end in enumerate(ends):
+                if 0 <= end < width:
+                    place = 0 if late else end
+                    last[number] = {name: value[number, place] for name, value in outputs.items()}
         # slots after a shorter row are stale and will be overwritten
         self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
         return last

@@ -27,6 +27,7 @@ from ..passes.framework.pipeline import parse_calls
 from .cached import CachedDecoder, longest
 from .drafters import BY_NAME, DraftProgram
 from .drafts import Drafter
+from .kept import notice_changes, shared
 from .plain import continuations
 from .sampling import Sampling
 from .speculating import Loop, Statistics
@@ -188,6 +189,7 @@ def stream(
     stops = Stop(max_new_tokens, frozenset(ends), tuple(tuple(s) for s in stop))
     _check_tokens(rows, program)
     _check_positions(rows, max_new_tokens, program)
+    notice_changes(program)
     try:
         cached = with_cache(_typed(program, dtype, device))
     except PassRefusedError as refused:
@@ -199,11 +201,12 @@ def stream(
         )  # fmt: skip
         return _without_cache(_typed(program, dtype, device), rows, max_new_tokens, ends, temperature, seed)
     if isinstance(strategy, DraftProgram):
+        notice_changes(strategy.program)
         strategy.program = with_cache(_typed(strategy.program, dtype, device))
     size = max(len(row) for row in rows) + max_new_tokens
     decoder = CachedDecoder(
         cached, len(rows), _capacity(cached, size, strategy), device=device, dials=dials,
-        compiled=compiled, kernels=kernels,
+        compiled=compiled, kernels=kernels, shared=shared(cached, device, compiled, kernels),
     )  # fmt: skip
     if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(

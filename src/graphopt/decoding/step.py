@@ -23,6 +23,7 @@ class Step:
         limit: one more than the last slot in use.
         start: the slot of the first token if all rows are equally long and tokens are consecutive; else None.
         step_mask: (batch, tokens, tokens), which new token attends to which; None if positions determine it.
+        read: (batch, some), the tokens whose outputs are read, by number; None if all are.
     """
 
     buffers: dict[Buffer, torch.Tensor]
@@ -31,6 +32,7 @@ class Step:
     limit: int
     start: int | None
     step_mask: torch.Tensor | None = None
+    read: torch.Tensor | None = None
     seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def store(self, buffer: Buffer, values: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,7 @@ def attend(
         if window is not None and window < step.limit:
             k, v = k[:, :, -window:], v[:, :, -window:]
             bias = bias if bias is None else bias[..., -window:]
-    elif step.start == 0 and window is None:
+    elif step.start == 0 and (window is None or window >= step.limit):
         return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
     else:
         visible = step.visible(window, k)
