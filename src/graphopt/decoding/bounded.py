@@ -140,7 +140,7 @@ class BoundedDecoder(CachedDecoder):
 
     def _step(
         self, positions: torch.Tensor, slots: torch.Tensor | None, step_mask: torch.Tensor | None,
-        counted: torch.Tensor | None,
+        counted: torch.Tensor | None, read: torch.Tensor | None,
     ) -> Step:  # fmt: skip
         tokens = positions.shape[1]
         start = torch.tensor(self.filled, device=self.device)[:, None]
@@ -162,7 +162,7 @@ class BoundedDecoder(CachedDecoder):
         self.peak = max(self.peak, limit)
         start_of_all = self.filled[0] if len(set(self.filled)) == 1 else None
         return BoundedStep(
-            self.buffers, positions, own, limit, start_of_all, step_mask, states=self.states, taken=counted,
+            self.buffers, positions, own, limit, start_of_all, step_mask, read, states=self.states, taken=counted,
             held=self._held, filled=list(self.filled), watch=self._watch if watched else None,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from .cached import CachedDecoder, longest
 from .encoders import has_encoder
 from .episodes import Embed, EpisodeOf, TokenMeans, clustered, nearest, segments_of
 from .generation import end_tokens, typed, with_cache
+from .kept import shared
 from .policies import Episode, Policy, as_policy
 from .sampling import Sampling
 from .speculating import Loop
@@ -71,7 +72,8 @@ class Conversation:
         if episodes and self.policy is None:
             raise UsageError("episodes need a budget", hint='cache="window{budget=1024}" or another policy')
         self.limit = longest(self.program) or positions(program) or LENGTH
-        self._options = {"device": device, **options}
+        ways = (options.get("compiled", False), options.get("kernels", "auto"))
+        self._options = {"device": device, "shared": shared(self.program, device, *ways), **options}
         self._episodes, self._segment, self._medoids, self.seed = episodes, segment, medoids, seed
         self._embed = embed or TokenMeans(self.program, self.program.facts[KVCache].tokens)
         self.messages: list[dict[str, str]] = []

@@ -24,6 +24,7 @@ class Step:
         limit: one more than the last slot in use.
         start: the slot of the first token if all rows are equally long and tokens are consecutive; else None.
         step_mask: (batch, tokens, tokens), which new token attends to which; None if positions determine it.
+        read: (batch, some), the tokens whose outputs are read, by number; None if all are.
         states: of mixers without keys, by input.
         taken: (batch, tokens), the first tokens of each row, which count; None if that is known only after the step.
         after: the states after the tokens that count, as far as they are known.
@@ -37,6 +38,7 @@ class Step:
     limit: int
     start: int | None
     step_mask: torch.Tensor | None = None
+    read: torch.Tensor | None = None
     seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
     states: dict[str, torch.Tensor] = field(default_factory=dict)
     taken: torch.Tensor | None = None
@@ -63,7 +65,7 @@ class Step:
         """Return what new tokens see, or None where all of it follows from the order of the slots."""
         if self.start is None or self.step_mask is not None:
             return self.visible(window, k)
-        if q.shape[2] == 1 or (self.start == 0 and window is None):
+        if q.shape[2] == 1 or (self.start == 0 and (window is None or window >= self.limit)):
             return None
         return self.visible(window, k)
 
