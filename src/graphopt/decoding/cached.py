@@ -15,6 +15,7 @@ from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
 from ..ir.vocabulary import over_all_tokens
 from .kept import Shared
+from .packing import WORTH, Line, Pack, packed
 from .prepared import TOKENS
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Running
@@ -57,6 +58,7 @@ class CachedDecoder:
         phased: the program skips layers while it decodes, that is, after the prompt.
         decoding: layers are skipped from now on.
         slots: number of slots of each cache.
+        packs: prompts of different lengths are packed into lines.
 
     Args:
         program: with a cache.
@@ -119,6 +121,7 @@ class CachedDecoder:
         self._last: Step | None = None
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (cache.logits,))
+        self.packs = True
         self.phased = SkippedWhileDecoding in program.facts
         if self.phased and PHASE in (dials or {}):
             raise UsageError(
@@ -298,6 +301,9 @@ class CachedDecoder:
             For each row, its outputs at its last token.
         """
         longest_row = max(len(row) for row in rows)
+        lines = self._lines([len(row) for row in rows])
+        if lines is not None:
+            return self._prefill_packed(rows, lines)
         # what follows a text by few tokens comes in shapes that are prepared, with all outputs
         late = longest_row > TOKENS or not any(self.lengths)
         ids = torch.zeros(len(rows), longest_row, dtype=torch.int64, device=self.device)
@@ -321,6 +327,43 @@ class CachedDecoder:
                     last[number] = {name: value[number, place] for name, value in outputs.items()}
         # slots after a shorter row are stale and will be overwritten
         self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
+        return last
+
+    def _lines(self, lengths: Sequence[int]) -> list[Line] | None:
+        """Return the lines into which prompts are packed; None if padding costs little, or rows must stand alone."""
+        longest_row = max(lengths)
+        alone = self.states or self.encoded or any(self.lengths) or not self.cache.tree or self.biased
+        if alone or not self.packs or longest_row > PIECE or self.recorder is not None:
+            return None
+        lines = packed(lengths, longest_row)
+        return lines if len(lines) <= WORTH * len(lengths) else None
+
+    def _prefill_packed(
+        self, rows: Sequence[Sequence[int]], lines: list[Line]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Compute prompts that stand side by side in lines, and copy their keys and values to their rows."""
+        pack = Pack.of(rows, lines, self.device)
+        running = self.graph(self.outputs)
+        count, width = pack.ids.shape
+        buffers = {
+            buffer: torch.zeros(count, shape[0], width, shape[1], dtype=shape[2], device=self.device)
+            for buffer, shape in running.buffers.items()
+        }
+        slots = torch.arange(width, device=self.device).expand(count, -1)
+        step = Step(buffers, pack.positions, slots, width, None, pack.mask, pack.read)
+        values = {self.cache.tokens: pack.ids, self.cache.positions: pack.positions, **self.dials}
+        values["cache_slots"] = slots
+        outputs = over_all_tokens(self.program, running(step, {n: values[n] for n in running.inputs}))
+        last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
+        for number, line in enumerate(pack.lines):
+            start = 0
+            for place, row in enumerate(line.rows):
+                end = start + len(rows[row])
+                for buffer, held in buffers.items():
+                    self.buffers[buffer][row, :, : end - start] = held[number, :, start:end]
+                last[row] = {name: value[number, place] for name, value in outputs.items()}
+                start = end
+        self.lengths = [len(row) for row in rows]
         return last
 
     def advance(self, counts: Sequence[int]) -> None:
