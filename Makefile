@@ -35,10 +35,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 
+# tests start processes, each of which would compile all of graphopt again where Python is told to keep nothing
+test test-thorough: export PYTHONDONTWRITEBYTECODE =
+
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# every case, three times the examples and the slowest tests; about four times as long
+# every case, four times the examples and the slowest tests; about five times as long
 test-thorough: lint
 	GRAPHOPT_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

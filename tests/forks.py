@@ -1,8 +1,8 @@
 """Code in a process of its own, as ``python -c`` runs it, without the seconds in which torch is imported.
 
 A process that has imported torch and graphopt, has no threads and has run nothing forks for each. A line on its standard
-input is a JSON list: code, arguments and a file for what is printed, or the id of a process to wait for; the answer is
-the id of the process, or its exit status.
+input is a JSON list: code, arguments and a file for what is printed; or the id of a process to wait for, negative to ask
+whether it has ended. The answer is the id of the process, its exit status, or nothing where it has not ended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Fork:
     server: Forks
     pid: int
     said: Path
+    returncode: int | None = None
 
     def ready(self, line: str, seconds: float = 120) -> bool:
         """Wait until the process has printed a line."""
@@ -43,6 +44,21 @@ class Fork:
     def wait(self) -> int:
         """Return the exit status; that of a process which a signal ended is the signal's number, negative."""
         return int(self.server.ask(self.pid))
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait until it has ended; return what it printed, and keep its exit status: as of a process of subprocess."""
+        until = time.monotonic() + timeout
+        while not (status := self.server.ask(-self.pid).strip()):
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            time.sleep(0.02)
+        self.returncode = int(status)
+        return self.stdout, self.stderr
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        if self.returncode is None:
+            self.send(signal.SIGKILL)
 
     @property
     def stdout(self) -> str:
@@ -108,7 +124,8 @@ def serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if isinstance(question, int):
-            print(os.waitstatus_to_exitcode(os.waitpid(question, 0)[1]), flush=True)
+            ended, status = os.waitpid(abs(question), 0 if question > 0 else os.WNOHANG)
+            print(os.waitstatus_to_exitcode(status) if ended else "", flush=True)
             continue
         child = os.fork()
         if child == 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 import io
 import logging
 import os
@@ -48,6 +47,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from torch.utils._traceback import CapturedTraceback
 
 from .errors import GraphoptError, VerificationError
+from .late_package import import_parts, run
 
 __all__ = [
     "NEEDS_VALUES",
@@ -111,9 +111,34 @@ def outside_tracing() -> Iterator[None]:
 
 
 def import_tracer() -> None:
-    """Import what torch imports when it first makes a tensor without values, which takes half a second."""
-    for name in ("torch._dynamo.config", "torch.fx.experimental.validator"):
-        importlib.import_module(name)
+    """Import what torch imports when it first makes a tensor without values: for a process that is graphopt's own.
+
+    That asks for little of torch's compiler, all of which takes half as long as torch: the rest waits for who needs it.
+    Kernels of tensors without values want to be left out of what is compiled, and without a compiler nothing is.
+    """
+    left_out: list[Any] = []
+
+    def disable(
+        function: Any = None, recursive: bool = True, *, wrapping: bool = True, **options: Any
+    ) -> Any:
+        # torch's own functions ask when they are first called, and keep what they are told where it can be taken back
+        if wrapping or function is None:
+            run(torch._dynamo)
+            return vars(torch._dynamo)["disable"](function, recursive, wrapping=wrapping, **options)
+        left_out.append(function)
+        return function
+
+    def ask_again() -> None:
+        for function in left_out:
+            vars(function).pop("__dynamo_disable", None)
+
+    import_parts(
+        "torch._dynamo",
+        [f"torch._dynamo.{part}" for part in ("config", "exc", "utils")],
+        ["torch.fx.experimental.validator"],
+        {"disable": disable},
+        ask_again,
+    )
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from amounts import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.ir.quantised.codes import RANGES, STORED, CannotExpress, bits_of, numbers, pack, unpack
@@ -85,6 +86,7 @@ def moved(draw: Any, form: QuantisedTensor, value: torch.Tensor) -> tuple[Quanti
     return form.reshape(shape), value.reshape(shape)
 
 
+@settings(max_examples=examples(100))
 @given(st.data(), tensors())
 def test_movements_give_what_they_give_on_values(data: st.DataObject, form: QuantisedTensor) -> None:
     value = form.dequantise()

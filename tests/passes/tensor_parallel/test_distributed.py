@@ -13,6 +13,7 @@ import pytest
 import torch
 from amounts import cases
 from builders import Shape, Transformer, tokens
+from forks import Forks
 from paths import TESTS
 from safetensors.torch import load_file, save_file
 from started_ranks import finish, start
@@ -28,12 +29,12 @@ SIX = cases(["llama_tied", "gemma2", "gpt_oss", "bert"], ["bloom", "falcon"])
 
 
 def run_ranks(
-    program: Program, inputs: dict[str, torch.Tensor], folder: Path, ranks: int
+    program: Program, inputs: dict[str, torch.Tensor], folder: Path, ranks: int, forks: Forks
 ) -> list[dict[str, Any]]:
     """Save a program, run it on ranks, and return what each saw; outputs must agree to the bit."""
     program.save(folder / "program")
     save_file({k: v.contiguous() for k, v in inputs.items()}, folder / "inputs.safetensors")
-    results = finish(start([str(HERE / "rank_worker.py"), str(folder)], ranks))
+    results = finish(start([str(HERE / "rank_worker.py"), str(folder)], ranks, forks))
     assert all(code == 0 for code, _, _ in results), results[0][2][-2000:]
     outputs = [load_file(folder / f"rank{r}.safetensors") for r in range(ranks)]
     for name, value in outputs[0].items():
@@ -45,12 +46,12 @@ def run_ranks(
 
 @pytest.mark.parametrize("name", SIX)
 def test_two_processes_compute_what_the_model_does(
-    name: str, captured: Callable[[str], Program], tmp_path: Path
+    name: str, captured: Callable[[str], Program], tmp_path: Path, forks: Forks
 ) -> None:
     program = captured(name)
     sharded = graphopt.optimize(program, "shard-tensor-parallel{size=2}")
     inputs = example_inputs(program)
-    facts = run_ranks(sharded, inputs, tmp_path, 2)
+    facts = run_ranks(sharded, inputs, tmp_path, 2, forks)
     expected = program(**inputs)
     for key, value in facts[0]["outputs"].items():
         assert torch.allclose(value, expected[key], atol=1e-5), f"{key} differs between processes and model"
@@ -69,14 +70,14 @@ def small(ranks: int) -> Program:
 @pytest.mark.parametrize(
     "way", cases(["gather over 2", "two-step over 4"], ["gather over 4", "two-step over 2"])
 )
-def test_bytes_are_those_of_the_formula(way: str, tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_formula(way: str, tmp_path: Path, forks: Forks) -> None:
     algorithm, ranks = way.split()[0], int(way.split()[2])
     program = small(ranks)
     data = [tokens(2, 8, seed=s) for s in range(2)]
     options = f"algorithm={algorithm} share=1/64"
     done = graphopt.optimize(program, f"quantize-communication{{{options}}}", data=data)
     inputs = tokens(2, 9, seed=5)
-    facts = run_ranks(done, inputs, tmp_path, ranks)
+    facts = run_ranks(done, inputs, tmp_path, ranks, forks)
     alone = done(**inputs)["logits"]
     assert torch.equal(facts[0]["outputs"]["logits"], alone), (
         "one process and several round in different ways"
@@ -96,11 +97,11 @@ def test_bytes_are_those_of_the_formula(way: str, tmp_path: Path) -> None:
         assert sum(s.sent for s in syncs) == 4 * 2 * (ranks - 1) / ranks * per_value
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+def test_another_number_of_processes_is_refused(tmp_path: Path, forks: Forks) -> None:
     program = small(4)
     program.save(tmp_path / "program")
     save_file(tokens(2, 6), tmp_path / "inputs.safetensors")
-    finish(start([str(HERE / "rank_worker.py"), str(tmp_path)], 2))
+    finish(start([str(HERE / "rank_worker.py"), str(tmp_path)], 2, forks))
     for rank in range(2):
         assert (
             "the program is for 4 ranks, but 2 processes are running"
@@ -108,7 +109,7 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_damaged_weights_are_told_to_every_rank(tmp_path: Path) -> None:
+def test_damaged_weights_are_told_to_every_rank(tmp_path: Path, forks: Forks) -> None:
     program = small(2)
     program.save(tmp_path / "program")
     save_file(tokens(2, 6), tmp_path / "inputs.safetensors")
@@ -119,7 +120,7 @@ def test_damaged_weights_are_told_to_every_rank(tmp_path: Path) -> None:
             weights.write_bytes(whole[:-400])
         else:
             weights.unlink()
-        finish(start([str(HERE / "rank_worker.py"), str(tmp_path)], 2))
+        finish(start([str(HERE / "rank_worker.py"), str(tmp_path)], 2, forks))
         for rank in range(2):
             message = (tmp_path / f"rank{rank}.error").read_text()
             assert message.startswith("CheckpointError"), message
@@ -127,14 +128,14 @@ def test_damaged_weights_are_told_to_every_rank(tmp_path: Path) -> None:
             (tmp_path / f"rank{rank}.error").unlink()
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path, forks: Forks) -> None:
     program = small(2)
     program.save(tmp_path / "program")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "program").rglob("*")}
     save_file(tokens(2, 6), tmp_path / "inputs.safetensors")
     # past the timeout of a rank that waits, finish() ends it
     results = finish(
-        start([str(HERE / "rank_worker.py"), str(tmp_path), "dies"], 2, GRAPHOPT_TIMEOUT="20"), 600
+        start([str(HERE / "rank_worker.py"), str(tmp_path), "dies"], 2, forks, GRAPHOPT_TIMEOUT="20"), 600
     )
     assert results[0][0] != 0
     message = (tmp_path / "rank0.error").read_text()

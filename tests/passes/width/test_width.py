@@ -22,6 +22,8 @@ from graphopt.passes.framework.kept_tensors import kept
 from graphopt.passes.width.prune_ffn import cfsp_ratios
 from graphopt.passes.width.scores import SCORES, hidden_scores
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @lru_cache(maxsize=32)
 def captured(shape: Shape) -> Program:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import os
+import sys
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from ...ir.errors import PipelineError
@@ -56,7 +59,7 @@ def pass_locations() -> dict[str, str]:
         PipelineError: two packages offer a pass of the same name.
     """
     locations = dict(BUILT_IN)
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in _offered(_installed()):
         if point.name in locations and locations[point.name] != point.value:
             raise PipelineError(
                 f"the pass {point.name!r} is offered twice: by {locations[point.name]} and {point.value}",
@@ -64,6 +67,17 @@ def pass_locations() -> dict[str, str]:
             )
         locations[point.name] = point.value
     return locations
+
+
+@functools.lru_cache(maxsize=1)
+def _offered(installed: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Return what packages offer; all of their metadata is read for it, and every pass that is looked up asks."""
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
+
+
+def _installed() -> tuple[tuple[str, int], ...]:
+    """Return what is not the same after a package was installed."""
+    return tuple((place, os.stat(place).st_mtime_ns) for place in sys.path if os.path.exists(place))
 
 
 def find_pass(name: str) -> type[Pass]:
