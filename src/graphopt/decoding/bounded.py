@@ -92,6 +92,8 @@ class BoundedDecoder(CachedDecoder):
         UsageError: the program's attention adds a bias by position, or its caches are in few bits.
     """
 
+    reads_prompts_whole = False
+
     def __init__(
         self, program: Program, batch: int, capacity: int, policy: Policy, room: int = 0, **options: Any
     ):

@@ -14,16 +14,17 @@ from ..ir.inputs import settings_of
 from ..ir.program import Program
 from ..ir.schema import arguments, is_operator
 from ..ir.vocabulary import over_all_tokens
+from .kept import Shared
+from .prepared import TOKENS
 from .recorded import RECORDED, CudaRecorder, Recorder
 from .running import Running
 from .states import advanced, of_rows
 from .step import Buffer, Step
-from .weights import Weights
 
 MARKS = "mask_index"
 """The input that marks the positions of mask tokens."""
 
-PIECE = 512
+PIECE = 2048
 """Number of prompt tokens that are computed at once."""
 
 
@@ -68,15 +69,19 @@ class CachedDecoder:
         prepared: on a CPU, write steps whose shapes come again as straight-line code.
         kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto" by kernels that compute in
             bfloat16, "exact" by their values in the program's own type.
+        shared: weights and graphs of other decoders of this program, which run it in the same way; None for its own.
 
     Raises:
         UsageError: the program has no cache, or too few slots.
     """
 
+    reads_prompts_whole = True
+    """Outputs at a prompt's last token may come from the run that reads the prompt."""
+
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
         device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
-        prepared: bool = True, kernels: str = "auto",
+        prepared: bool = True, kernels: str = "auto", shared: Shared | None = None,
     ):  # fmt: skip
         cache = program.facts.get(KVCache)
         if cache is None:
@@ -108,7 +113,8 @@ class CachedDecoder:
         if kernels not in ("auto", "exact"):
             raise UsageError(f"kernels is {kernels!r}; it is auto or exact")
         self.kernels = kernels
-        self.weights = Weights(self.device, plain=compiled, exact=kernels == "exact")
+        self._shared = shared or Shared(self.device, compiled, kernels)
+        self.weights = self._shared.weights
         self._graphs: dict[tuple[str | bool, ...], Running] = {}
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.states: dict[str, torch.Tensor] = {}
@@ -153,11 +159,14 @@ class CachedDecoder:
         """Return the graph that computes these outputs, taking others as given; all graphs share weights and caches."""
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
-            running = Running(
-                self.program, self.capacity, self.weights, outputs, self.device,
-                decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
-                prepared=self.prepared,
-            )  # fmt: skip
+            with self._shared.lock:
+                running = self._shared.graphs.get((*key, self.prepared, type(self)))
+                if running is None or not running.fits(self.capacity):
+                    running = self._shared.graphs[*key, self.prepared, type(self)] = Running(
+                        self.program, self.capacity, self.weights, outputs, self.device,
+                        decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
+                        prepared=self.prepared,
+                    )  # fmt: skip
             for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:
                     shape = (self.batch, heads, self.slots, size)
@@ -172,6 +181,7 @@ class CachedDecoder:
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None,
         step_mask: torch.Tensor | None = None, outputs: Sequence[str] | None = None,
         given: Mapping[str, torch.Tensor] | None = None, counts: Sequence[int] | None = None,
+        read: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Compute new tokens and store their keys and values; only :meth:`advance` and :meth:`accept` lengthen rows.
 
@@ -183,6 +193,7 @@ class CachedDecoder:
             outputs: names of the outputs to compute; the decoder's own by default.
             given: values of other inputs, and of outputs to use instead of computing them.
             counts: how many of its tokens each row is going to keep, the first ones, if that is known already.
+            read: (batch, some), the tokens at which outputs are computed, by number; all by default.
 
         Returns:
             The outputs by name. Logits over a trimmed vocabulary are expanded to the full one, with minus infinity for
@@ -201,9 +212,10 @@ class CachedDecoder:
         if self.cache.tree:
             values["cache_slots"] = step.slots
         inputs = {n: values[n] for n in running.inputs}
-        if self.recorder is not None and tokens <= RECORDED and not self.states:
+        if self.recorder is not None and tokens <= RECORDED and not self.states and read is None:
             step = Step(self.buffers, positions, step.slots, self.capacity, None, step_mask)
             return over_all_tokens(self.program, self.recorder.run(running, step, inputs))
+        step.read = read
         computed = running(step, inputs)
         self._last = step if running.states else None
         return over_all_tokens(self.program, computed)
@@ -257,7 +269,11 @@ class CachedDecoder:
         self.encoded = {**outputs, **bound}
 
     def extend(
-        self, ids: torch.Tensor, outputs: Sequence[str] | None = None, counts: Sequence[int] | None = None
+        self,
+        ids: torch.Tensor,
+        outputs: Sequence[str] | None = None,
+        counts: Sequence[int] | None = None,
+        read: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the tokens that follow each row, without lengthening the rows.
 
@@ -265,10 +281,11 @@ class CachedDecoder:
             ids: (batch, tokens).
             outputs: names of the outputs to compute; the decoder's own by default.
             counts: how many of its tokens each row is going to keep, if that is known already.
+            read: (batch, some), the tokens at which outputs are computed, by number; all by default.
         """
         start = torch.tensor(self.lengths, device=self.device)[:, None]
         positions = start + torch.arange(ids.shape[1], device=self.device)[None]
-        return self.forward(ids, positions, outputs=outputs, counts=counts)
+        return self.forward(ids, positions, outputs=outputs, counts=counts, read=read)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Compute the prompts of all rows, which may differ in length, and lengthen the rows by them.
@@ -277,6 +294,8 @@ class CachedDecoder:
             For each row, its outputs at its last token.
         """
         longest_row = max(len(row) for row in rows)
+        # what follows a text by few tokens comes in shapes that are prepared, with all outputs
+        late = longest_row > TOKENS or not any(self.lengths)
         ids = torch.zeros(len(rows), longest_row, dtype=torch.int64, device=self.device)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(list(row))
@@ -284,14 +303,18 @@ class CachedDecoder:
         last: list[dict[str, torch.Tensor]] = [{} for _ in rows]
         for first in range(0, longest_row, PIECE):
             piece = ids[:, first : first + PIECE]
-            counts = [min(max(len(row) - first, 0), piece.shape[1]) for row in rows]
-            outputs = self.extend(piece, counts=counts)
+            width = piece.shape[1]
+            ends = [len(row) - 1 - first for row in rows]
+            counts = [min(max(end + 1, 0), width) for end in ends]
+            # a row that ends elsewhere reads any token
+            read = torch.tensor([[end if 0 <= end < width else width - 1] for end in ends])
+            outputs = self.extend(piece, counts=counts, read=read.to(self.device) if late else None)
             self._keep_states(counts)
-            self.lengths = [n + piece.shape[1] for n in self.lengths]
-            for number, row in enumerate(rows):
-                index = len(row) - 1 - first
-                if 0 <= index < piece.shape[1]:
-                    last[number] = {name: value[number, index] for name, value in outputs.items()}
+            self.lengths = [n + width for n in self.lengths]
+            for number, end in enumerate(ends):
+                if 0 <= end < width:
+                    place = 0 if late else end
+                    last[number] = {name: value[number, place] for name, value in outputs.items()}
         # slots after a shorter row are stale and will be overwritten
         self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
         return last

@@ -30,6 +30,7 @@ from .cached import CachedDecoder, longest
 from .drafters import BY_NAME, DraftProgram
 from .drafts import Drafter
 from .encoders import beginnings, has_encoder, inputs_of_encoder, number_of_rows
+from .kept import notice_changes, shared
 from .plain import continuations
 from .policies import Policy, as_policy
 from .sampling import Sampling
@@ -211,6 +212,7 @@ def stream(
     stops = Stop(max_new_tokens, frozenset(ends), tuple(tuple(s) for s in stop))
     _check_tokens(rows, program)
     _check_positions(rows, max_new_tokens, program)
+    notice_changes(program)
     try:
         cached = with_cache(typed(program, dtype, device))
     except PassRefusedError as refused:
@@ -230,10 +232,14 @@ def stream(
         )  # fmt: skip
         return _without_cache(typed(program, dtype, device), rows, max_new_tokens, ends, temperature, seed)
     if isinstance(strategy, DraftProgram):
+        notice_changes(strategy.program)
         strategy.program = with_cache(typed(strategy.program, dtype, device))
     size = max(len(row) for row in rows) + max_new_tokens
     capacity = _capacity(cached, size, strategy)
-    options: dict[str, Any] = {"device": device, "dials": dials, "compiled": compiled, "kernels": kernels}
+    options: dict[str, Any] = {
+        "device": device, "dials": dials, "compiled": compiled, "kernels": kernels,
+        "shared": shared(cached, device, compiled, kernels),
+    }  # fmt: skip
     decoder = (
         CachedDecoder(cached, len(rows), capacity, **options)
         if policy is None

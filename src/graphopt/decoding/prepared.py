@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..ir.compat import int4_product
 from ..ir.quantised.products import FewBitProduct
 from ..ir.running.evaluate import evaluate, last_uses
 from ..ir.schema import arguments, is_mutable, is_operator
+from .reading import rows_read, tokens_read
 from .states import attend_linearly, convolve
 from .step import Buffer, Step, attend, positions_of_slots, store, store_whole
 from .weights import few_bit_linear, joined_linear
@@ -154,22 +155,18 @@ class Prepared:
             writer = _Writer(run, step)
         self.source = writer.source()
         self._inputs = writer.inputs
-        self._buffers: dict[Buffer, torch.Tensor] | None = None
         self._order = writer.caches
-        self._caches: list[torch.Tensor] = []
         scope = writer.scope
         exec(compile(self.source, "<prepared step>", "exec"), scope)
         self._function: Callable[..., tuple[torch.Tensor, ...]] = scope["prepared_step"]
 
     def __call__(self, step: Step, inputs: Iterable[torch.Tensor]) -> Outputs:
         """Run one step and return the outputs by name."""
-        if step.buffers is not self._buffers:
-            self._buffers = step.buffers
-            self._caches = [step.buffers[buffer] for buffer in self._order]
+        caches = [step.buffers[buffer] for buffer in self._order]
         with torch.inference_mode():
             for own, value in zip(self._inputs, inputs, strict=True):
                 own.copy_(value)
-            return dict(zip(self.outputs, self._function(step, self._caches), strict=True))
+            return dict(zip(self.outputs, self._function(step, caches), strict=True))
 
 
 class _Recording:
@@ -198,6 +195,10 @@ class _Recording:
 
     def _described(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> _Seen:
         value, read = values[node], node.all_input_nodes
+        if node.target in (rows_read, tokens_read):
+            # prepared steps read all of their tokens
+            operand: fx.Node = node.args[1]  # type: ignore[assignment]
+            return replace(self.seen[operand], shares=operand)
         known = [self.seen[n] for n in read if n is not self.step]
         drawn = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
         steady = self.step not in read and not drawn and all(s.steady for s in known)
@@ -376,7 +377,10 @@ class _Writer:
         """Make the views that a node gives of static memory, now and for all steps; tell whether it gives any."""
         if seen.shares is None or not seen.fixed or seen.layout is None:
             return False
-        if not all(self.run.seen[n].steady for n in node.all_input_nodes if n is not seen.shares):
+        others = [n for n in node.all_input_nodes if n not in (seen.shares, self.run.step)]
+        if self.run.step in node.all_input_nodes and node.target is not rows_read:
+            return False
+        if not all(self.run.seen[n].steady for n in others):
             return False  # which part it is may be another at the next step
         owner = self._owner(node)
         found, base = self.static.get(owner), self.run.seen[owner].layout

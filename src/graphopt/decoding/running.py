@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..ir.facts import KVCache
 from ..ir.operators.traits import Trait, has
 from ..ir.program import Program
 from ..ir.ranks.rank_programs import runnable
@@ -17,6 +19,7 @@ from ..ir.running.fold import fold
 from ..ir.schema import arguments, is_operator
 from .compiled import in_pieces
 from .prepared import TOKENS, Prepared, preparable
+from .reading import read_late
 from .states import attend_linearly, convolve
 from .step import Buffer, Step, attend, positions_of_slots, store, store_whole
 from .weights import Weights, few_bit_linear, few_bit_rows, joined_linear, linears_of_one_value
@@ -24,7 +27,7 @@ from .weights import Weights, few_bit_linear, few_bit_rows, joined_linear, linea
 REPEATED = 2
 """How often a step of some shapes is run until it is prepared."""
 KEPT = 16
-"""Number of shapes that are prepared or counted."""
+"""Number of shapes that are prepared or counted, the last ones."""
 
 
 class Running:
@@ -63,9 +66,19 @@ class Running:
         copy = self.source.copy()
         roots = [copy.outputs[name] for name in self.outputs]
         supplied = {name: copy.outputs[name] for name in taken}
-        windows = self._rewrite(copy, copy.graph)
+        windows, sizes = self._rewrite(copy, copy.graph)
         roots = [windows.get(n, n) for n in roots]
-        graph = self._cut(copy, roots, {windows.get(n, n): name for name, n in supplied.items()})
+        given = {windows.get(n, n): name for name, n in supplied.items()}
+        needed = needed_for(roots, given)
+        self._sized = any(n in needed for n in sizes)
+        for size in sizes:
+            size.replace_all_uses_with(capacity)  # type: ignore[arg-type]
+        # what reads the step may write to caches and states
+        whole = [n for n in needed if self.step in n.all_input_nodes]
+        tokens = program.input_nodes[program.facts[KVCache].tokens].meta["val"]
+        roots = read_late(copy.graph, self.step, tokens, roots, whole, given, early=not compiled)
+        graph = self._cut(copy, roots, given)
+        self._lock = threading.RLock()
         self._prepared: dict[tuple[object, ...], Prepared | int] = {}
         self.prepares = prepared and not compiled and device.type == "cpu" and preparable(graph)
         self._graph = graph
@@ -75,25 +88,38 @@ class Running:
             self.module = fx.GraphModule(torch.nn.Module(), graph)
 
     def __call__(self, step: Step, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run one step and return the outputs by name."""
-        if self.prepares and step.positions.shape[1] <= TOKENS:
+        """Run one step and return the outputs by name, at the tokens that it reads."""
+        if self.prepares and step.read is None and step.positions.shape[1] <= TOKENS:
             key = tuple((value.shape, value.dtype) for value in (inputs[name] for name in self.inputs))
-            found = self._prepared.get(key, 0)
-            if isinstance(found, Prepared):
-                return found(step, (inputs[name] for name in self.inputs))
-            if found + 1 >= REPEATED and len(self._prepared) <= KEPT:
-                values = [inputs[name] for name in self.inputs]
-                found = self._prepared[key] = Prepared(
-                    self._graph, self.constants, self.outputs, step, values
-                )
-                return found.first
-            self._prepared[key] = found + 1
+            # threads may run one program
+            with self._lock:
+                found = self._prepared.pop(key, 0)
+                if not isinstance(found, Prepared):
+                    found += 1
+                    if found >= REPEATED:
+                        values = [inputs[name] for name in self.inputs]
+                        found = Prepared(self._graph, self.constants, self.outputs, step, values)
+                        self._remember(key, found)
+                        first, found.first = found.first, {}
+                        return first
+                self._remember(key, found)
+                if isinstance(found, Prepared):
+                    return found(step, (inputs[name] for name in self.inputs))
         with torch.inference_mode():
             values = self.module(step, *self.constants, *(inputs[name] for name in self.inputs))
         return dict(zip(self.outputs, values, strict=True))
 
-    def _rewrite(self, program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-        """Replace cache operators with in-place versions; return the replacement of each node."""
+    def _remember(self, key: tuple[object, ...], found: Prepared | int) -> None:
+        self._prepared[key] = found
+        if len(self._prepared) > KEPT:
+            del self._prepared[next(iter(self._prepared))]
+
+    def fits(self, capacity: int) -> bool:
+        """Tell whether it runs with caches of so many slots."""
+        return not self._sized or capacity == self.capacity
+
+    def _rewrite(self, program: Program, graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
+        """Replace cache operators with in-place versions; return the replacement of each node, and sizes of caches."""
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             self.step = graph.placeholder("decoding_step")
@@ -143,11 +169,12 @@ class Running:
                     buffers[call] = buffers[node]
                 node.replace_all_uses_with(call)
                 replaced[node] = call
+        sizes: list[fx.Node] = []
         for node in nodes:
             # every cache has the full capacity
             if is_operator(node, "aten.sym_size") and "_cache_" in str(node.args[0].meta.get("input", "")):
-                node.replace_all_uses_with(self.capacity)
-        return replaced
+                sizes.append(node)
+        return replaced, sizes
 
     def _with_state(self, node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         """Return the function for a mixer that reads a state, and its arguments; None for any other node."""

@@ -112,15 +112,25 @@ class Loop:
         rows = [list(prompt) for prompt in prompts]
         start = [len(row) for row in rows]
         alive = list(range(len(rows)))
-        unread = [row[n:-1] for row, n in zip(rows, self.decoder.lengths, strict=True)]
-        if any(unread):
-            self.decoder.prefill(unread)
+        read: list[dict[str, torch.Tensor]] | None = None
+        lengths = self.decoder.lengths
+        if self.drafter is None and self.decoder.reads_prompts_whole:
+            read = self.decoder.prefill([row[n:] for row, n in zip(rows, lengths, strict=True)])
+        else:
+            # the last tokens are computed together with candidates
+            unread = [row[n:-1] for row, n in zip(rows, lengths, strict=True)]
+            if any(unread):
+                self.decoder.prefill(unread)
         self._guarded("begin", self.decoder, rows, self.sampling)
         self.statistics.seconds["prompt"] += time.perf_counter() - began
         while alive:
             step_began = time.perf_counter()
             spent = dict(self.statistics.seconds)
-            commits, seen = self._step([rows[r] for r in alive], [len(rows[r]) - start[r] for r in alive])
+            if read is not None:
+                commits, seen = self._first(rows, read)
+                read = None
+            else:
+                commits, seen = self._step([rows[r] for r in alive], [len(rows[r]) - start[r] for r in alive])
             continuing: list[int] = []
             for index, (row, tokens) in enumerate(zip(alive, commits, strict=True)):
                 new, ended = self.stop.cut(rows[row][start[row] :], tokens)
@@ -180,6 +190,20 @@ class Loop:
         drafts = [draft.cut(depth) for draft, depth in zip(proposals, room, strict=True)]
         free_slots = self.decoder.unused() - 1
         return [draft if draft.width <= free_slots else Draft() for draft in drafts]
+
+    def _first(
+        self, rows: list[list[int]], read: list[dict[str, torch.Tensor]]
+    ) -> tuple[list[list[int]], list[Seen]]:
+        """Return what the outputs at the last tokens of the prompts commit."""
+        self.statistics.steps += 1
+        self.statistics.row_steps += len(rows)
+        commits, seen = [], []
+        for row, outputs in zip(rows, read, strict=True):
+            path, tokens = self._walk(Draft(), outputs[self.logits][None])
+            commits.append(tokens)
+            seen.append(Seen([row[-1]], Draft(), path, {n: v[None] for n, v in outputs.items()}))
+        self.decoder.decoding = True
+        return commits, seen
 
     def _step(self, rows: list[list[int]], new: list[int]) -> tuple[list[list[int]], list[Seen]]:
         # the last token of a prompt is computed like the rest of the prompt, with all layers

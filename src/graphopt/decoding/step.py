@@ -29,6 +29,7 @@ class Step:
         after: the states after the tokens that count, as far as they are known.
         pending: of the other states, what they follow from once it is known which tokens count.
         watch: called with the buffer of a layer's keys and the weights of its attention, if they are needed.
+        read: (batch, some), the tokens whose outputs are read, by number; None if all are.
     """
 
     buffers: dict[Buffer, torch.Tensor]
@@ -37,6 +38,7 @@ class Step:
     limit: int
     start: int | None
     step_mask: torch.Tensor | None = None
+    read: torch.Tensor | None = None
     seen: dict[int | None, torch.Tensor] = field(default_factory=dict)
     states: dict[str, torch.Tensor] = field(default_factory=dict)
     taken: torch.Tensor | None = None
@@ -63,7 +65,7 @@ class Step:
         """Return what new tokens see, or None where all of it follows from the order of the slots."""
         if self.start is None or self.step_mask is not None:
             return self.visible(window, k)
-        if q.shape[2] == 1 or (self.start == 0 and window is None):
+        if q.shape[2] == 1 or (self.start == 0 and (window is None or window >= self.limit)):
             return None
         return self.visible(window, k)
 

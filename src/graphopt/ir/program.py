@@ -197,6 +197,8 @@ class Program:
     def changed(self) -> None:
         """Record that the graph was edited, which invalidates everything derived from it."""
         self.version += 1
+        # some of it is large: weights that were loaded to run
+        self._derived.clear()
         if self._portable:
             self._portable = {}
 

@@ -10,6 +10,7 @@ from ...ir.errors import UsageError
 from ...ir.program import Program
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter
+from ..kept import shared
 from ..sampling import Sampling
 
 
@@ -44,6 +45,7 @@ class DraftProgram(Drafter):
         self.draft = CachedDecoder(
             self.program, len(rows), decoder.capacity, device=decoder.device, compiled=decoder.compiled,
             kernels=decoder.kernels,
+            shared=shared(self.program, decoder.device, decoder.compiled, decoder.kernels),
         )  # fmt: skip
         size = decoder.vocabulary
         if self.draft.vocabulary != size:

@@ -21,6 +21,9 @@ from .fold import fold
 
 Hook = Callable[[fx.Node, Any], Any]
 
+COMPILED, DECODING = "compiled", "decoding"
+"""What is derived of a program and holds its weights: a function, and what decoders keep."""
+
 
 def memory_available() -> int:
     """Return the bytes of memory available without swapping or exceeding a limit; a guess where unknown."""
@@ -57,7 +60,7 @@ def run(
         streamed = sum(weight.bytes for weight in program.weights.values()) > memory_available() // 2
     if streamed:
         return interpret(program, inputs)
-    compiled: Callable[..., Any] = program.derived("compiled", lambda: compile_graph(program))
+    compiled: Callable[..., Any] = program.derived(COMPILED, lambda: compile_graph(program))
     values = compiled(inputs)
     return dict(zip(program.signature.output_names, values, strict=True))
 
@@ -65,7 +68,12 @@ def run(
 def release(program: Program) -> None:
     """Free the weights that were loaded to run a program; they are loaded again when it runs again."""
     for running in {id(p): p for p in (program, runnable(program))}.values():
-        running._derived.pop("compiled", None)
+        for key in (COMPILED, DECODING):
+            running._derived.pop(key, None)
+        for _, made in list(running._derived.values()):
+            # such as the program with caches
+            if isinstance(made, Program) and made is not program:
+                release(made)
 
 
 def return_memory() -> None:
@@ -126,6 +134,7 @@ def interpret(
     hook: Hook | None = None,
     sources: Mapping[str, TensorSource] | None = None,
     known: Mapping[fx.Node, Any] | None = None,
+    only: Iterable[fx.Node] | None = None,
 ) -> dict[str, Any]:
     """Run node by node and return outputs and recorded values; weights are loaded at first use and freed after the last.
 
@@ -137,16 +146,18 @@ def interpret(
         hook: called with each node and its value; its result replaces the value.
         sources: replacements for the values of weights, by node name.
         known: values that are known beforehand; nodes that only these need are not computed.
+        only: compute these nodes, for ``hook`` to see, and neither keep them nor compute outputs.
 
     Returns:
         Outputs by flat name, unless ``stop``, and recorded values by node name. If a sharded program runs
         in one process, a value that differs between ranks is a list with one entry per rank.
     """
     recorded = list(record)
+    seen = None if only is None else list(only)
     stand_in = stand_ins(program)
     if stand_in is not None:
-        return _interpret_ranks(stand_in, inputs, recorded, stop, hook, sources, known or {})
-    targets = recorded if stop else [*recorded, program.output_node]
+        return _interpret_ranks(stand_in, inputs, recorded, stop, hook, sources, known or {}, seen)
+    targets = [*recorded, *(seen or ([] if stop or seen is not None else [program.output_node]))]
     needed = needed_for(targets, known or {})
     order = [n for n in program.graph.nodes if n in needed]
     freed = last_uses(order, recorded)
@@ -190,6 +201,7 @@ def _interpret_ranks(
     hook: Hook | None,
     sources: Mapping[str, TensorSource] | None,
     known: Mapping[fx.Node, Any],
+    only: list[fx.Node] | None,
 ) -> dict[str, Any]:
     """Run a sharded program through its stand-in: the unrolled program, or the program of this process's rank."""
     values_by_copy: dict[fx.Node, Any] = {}
@@ -199,9 +211,11 @@ def _interpret_ranks(
             zip(copies, value if isinstance(value, list) else [value] * len(copies), strict=True)
         )
     record = [copy for node in recorded for copy in stand_in.nodes(node)]
+    seen = None if only is None else [copy for node in only for copy in stand_in.nodes(node)]
     outputs = interpret(
-        stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, known=values_by_copy
-    )
+        stand_in.program, inputs, record=record, stop=stop, hook=hook, sources=sources, known=values_by_copy,
+        only=seen,
+    )  # fmt: skip
     names = {copy.name for copy in record}
     results = {name: value for name, value in outputs.items() if name not in names}
     for node in recorded:
