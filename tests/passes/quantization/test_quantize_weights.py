@@ -26,6 +26,7 @@ from graphopt.ir.running.fold import fold
 from graphopt.ir.schema import argument, is_operator
 from graphopt.measure.context import Context
 from graphopt.passes.framework.pipeline import parse_pipeline
+from graphopt.passes.quantization import rounding
 from graphopt.passes.quantization.expert_moments import expert_moments
 from graphopt.passes.quantization.few_bits import (
     channel_scales,
@@ -35,6 +36,7 @@ from graphopt.passes.quantization.few_bits import (
     output_error,
 )
 from graphopt.passes.quantization.quantize import Quantize
+from graphopt.passes.quantization.ranges import watch
 
 
 def matrix(seed: int, rows: int = 6, columns: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,6 +116,36 @@ def test_fitted_codes_lose_less_of_the_products(symmetric: bool, group: int) -> 
     alone = fitted(weight, torch.eye(48, dtype=torch.float64), 4, group, symmetric)
     # but for ties, which float64 sees otherwise
     assert (alone.codes != nearest(weight, 4, group, symmetric).codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("symmetric", "ordered"), [(True, True), (False, True), (False, False)])
+def test_rows_are_rounded_in_parts(symmetric: bool, ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a head in float64 would take most of the memory; its rows have nothing to do with one another."""
+    weight, moments = matrix(1, 11, 48), inputs_of(1, 48)
+    found: list[tuple[QuantisedTensor, QuantisedTensor, float]] = []
+    for rows in (1024, 3):
+        monkeypatch.setattr(rounding, "_LEAST_ROWS", rows)
+        monkeypatch.setattr(rounding, "_AT_ONCE", 1)
+        form = fitted(weight, moments, 4, 16, symmetric, ordered)
+        close = nearest(weight.reshape(1, 11, 48), 4, 16, symmetric)
+        found.append((form, close, output_error(weight, form.dequantise(), moments)))
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scale, other.scale)
+        assert symmetric or torch.equal(one.zero, other.zero)  # type: ignore[arg-type]
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-9)
+
+
+def test_calibration_computes_no_logits(captured: Callable[[str], Program]) -> None:
+    """Logits of all tokens are the largest value of a run, and no matrix within a layer reads them."""
+    program = captured("llama")
+    context = Context(data=[{"input_ids": torch.randint(0, 100, (2, 7))}])
+    linears = [n for n in program.nodes if is_operator(n, "aten.linear")]
+    seen: list[str] = []
+    watch(program, context, lambda node, _: seen.append(node.name), "", [argument(linears[3], "input")])
+    assert argument(linears[3], "input").name in seen
+    assert linears[3].name not in seen
+    assert program.outputs["logits"].name not in seen
 
 
 def test_inputs_that_are_never_there_cost_nothing() -> None:

@@ -77,17 +77,29 @@ def expert_moments(
 
 
 def _gather(program: Program, context: Context, by_layer: dict[fx.Node, list[_Part]], what: str) -> None:
-    operands = {argument(layer, n) for layer in by_layer for n in ("x", "experts", "weights")}
+    place = {n: number for number, n in enumerate(program.graph.nodes)}
+    # what a layer reads is known when the last of its operands is: the layer itself is not computed for it
+    known: dict[fx.Node, list[fx.Node]] = {}
+    until: dict[fx.Node, fx.Node] = {}
+    for layer in sorted(by_layer, key=place.__getitem__):
+        operands = [argument(layer, n) for n in ("x", "experts", "weights")]
+        last = max(operands, key=place.__getitem__)
+        known.setdefault(last, []).append(layer)
+        for operand in operands:
+            until[operand] = max(until.get(operand, last), last, key=place.__getitem__)
     values: dict[fx.Node, Tensor] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
-        if node in operands:
-            values[node] = value
-        if node in by_layer:
-            for part in by_layer[node]:
+        if node not in until:
+            return
+        values[node] = value
+        for layer in known.get(node, ()):
+            for part in by_layer[layer]:
                 _add(program, part, values)
+        for operand in [n for n in values if until[n] is node]:
+            del values[operand]
 
-    watch(program, context, see, what)
+    watch(program, context, see, what, until)
 
 
 def _add(program: Program, part: _Part, values: dict[fx.Node, Tensor]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ir.quantised.codes import RANGES, STORED
 from ...ir.quantised.tensor import QuantisedTensor
-from .rounding import rounded_in_turn
+from .rounding import compensation, rounded_in_turn, strips
 
 _TINY = 1e-12
 
@@ -59,10 +59,19 @@ def nearest(weight: Tensor, bits: int, group: int, symmetric: bool) -> Quantised
         group: inputs that share a scale.
         symmetric: whether 0 stands for 0.
     """
-    grouped = weight.float().reshape(*weight.shape[:-1], -1, group)
-    scale, zero = steps_of(grouped, bits, symmetric, weight.dtype)
-    codes = _coded(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), bits)
-    return _tensor(codes.reshape(weight.shape), scale, zero, bits, group, weight.dtype)
+    flat, shape = weight.reshape(-1, weight.shape[-1]), weight.shape
+    parts = []
+    for rows in strips(flat):
+        grouped = flat[rows].float().reshape(-1, flat.shape[1] // group, group)
+        scale, zero = steps_of(grouped, bits, symmetric, weight.dtype)
+        codes = _coded(grouped, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), bits)
+        parts.append((codes.to(STORED[code_of(bits, symmetric)]), scale, zero))
+    codes, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    zeros = None if symmetric else torch.cat([zero for *_, zero in parts if zero is not None])
+    return _tensor(
+        codes.reshape(shape), scales.reshape(*shape[:-1], scales.shape[-1]),
+        None if zeros is None else zeros.reshape(*shape[:-1], zeros.shape[-1]), bits, group, weight.dtype,
+    )  # fmt: skip
 
 
 def half_quadratic(
@@ -119,21 +128,36 @@ def fitted(
         symmetric: whether 0 stands for 0.
         ordered: round columns with large inputs first; the scales of all groups are then chosen before.
     """
-    values, moments = weight.double().clone(), moments.double().clone()
+    moments = moments.double().clone()
     silent = moments.diagonal() == 0
     moments.diagonal()[silent] = 1.0
-    values[:, silent] = 0.0
-    inputs = values.shape[1]
-    scale, zero = steps_of(values.reshape(len(values), -1, group), bits, symmetric, weight.dtype)
-    order = torch.arange(inputs)
+    order = torch.arange(weight.shape[1])
     if ordered:
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    spread = compensation(moments, order)
+    parts = []
+    for rows in strips(weight):
+        values = weight[rows].double()
+        if bool(silent.any()):
+            values = values.masked_fill(silent, 0.0)
+        parts.append(_fitted_rows(values, spread, order, bits, group, symmetric, ordered, weight.dtype))
+    codes, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    zeros = None if symmetric else torch.cat([zero for *_, zero in parts if zero is not None])
+    return _tensor(codes, scales, zeros, bits, group, weight.dtype)
+
+
+def _fitted_rows(
+    values: Tensor, spread: Tensor, order: Tensor, bits: int, group: int, symmetric: bool, ordered: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return codes, scales and zeros of some rows; see :func:`fitted`."""
+    scale, zero = steps_of(values.reshape(len(values), -1, group), bits, symmetric, dtype)
 
     def rounded(place: int, values: Tensor) -> tuple[Tensor, Tensor]:
         of = int(order[place]) // group
         if not ordered and place % group == 0:
             # with what the columns before left to these
-            fresh = steps_of(values[:, place : place + group], bits, symmetric, weight.dtype)
+            fresh = steps_of(values[:, place : place + group], bits, symmetric, dtype)
             scale[:, of] = fresh[0]
             if zero is not None and fresh[1] is not None:
                 zero[:, of] = fresh[1]
@@ -141,8 +165,8 @@ def fitted(
         codes = _coded(values[:, place], step, shift, bits)
         return codes, (codes - (0 if shift is None else shift.double())) * step
 
-    codes = rounded_in_turn(values, moments, order, rounded)
-    return _tensor(codes, scale, zero, bits, group, weight.dtype)
+    codes = rounded_in_turn(values, spread, order, rounded)
+    return codes.to(STORED[code_of(bits, symmetric)]), scale, zero
 
 
 def channel_scales(
@@ -179,15 +203,14 @@ def channel_scales(
 
 def output_error(weight: Tensor, rounded: Tensor, moments: Tensor | None) -> float:
     """Return the relative error of a matrix's products with its inputs, or of the matrix itself without moments."""
-    difference, weight = (rounded.double() - weight.double()), weight.double()
-    if moments is None:
-        return float(difference.norm() / weight.norm().clamp(min=_TINY))
-    moments = moments.double()
-    return float(
-        (
-            ((difference @ moments) * difference).sum() / ((weight @ moments) * weight).sum().clamp(min=_TINY)
-        ).sqrt()
-    )
+    lost = whole = torch.zeros((), dtype=torch.float64)
+    wide = None if moments is None else moments.double()
+    for rows in strips(weight):
+        values = weight[rows].double()
+        difference = rounded[rows].double() - values
+        lost = lost + ((difference if wide is None else difference @ wide) * difference).sum()
+        whole = whole + ((values if wide is None else values @ wide) * values).sum()
+    return float((lost / whole.clamp(min=_TINY)).sqrt())
 
 
 def _tensor(

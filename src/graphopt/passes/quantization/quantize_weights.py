@@ -427,14 +427,13 @@ def _rounded(
 ) -> QuantisedTensor:
     """Return a matrix as codes: those that planning fitted, or rounded now."""
     bits, group, symmetric = site["bits"], site["group"], site["symmetric"]
-    value = constant_value(program, matrix.node)
-    axis = matrix.axis % value.dim()
-    order = [d for d in range(value.dim()) if d != axis] + [axis]
-    back = [order.index(d) for d in range(value.dim())]
+    described = matrix.node.meta["val"]
+    axis = matrix.axis % described.dim()
+    order = [d for d in range(described.dim()) if d != axis] + [axis]
+    back = [order.index(d) for d in range(described.dim())]
     if tensors and f"{site.block}.codes" in tensors:
-        form = nearest(
-            torch.zeros([value.shape[d] for d in order], dtype=value.dtype), bits, group, symmetric
-        )
+        shape = [int(described.shape[d]) for d in order]
+        form = nearest(torch.empty(shape, dtype=described.dtype, device="meta"), bits, group, symmetric)
         words, scale, zero = (tensors.get(f"{site.block}.{n}") for n in ("codes", "scale", "zero"))
         assert words is not None
         assert scale is not None
@@ -444,6 +443,7 @@ def _rounded(
                 hint="plan again with the bits and groups that you want, or remove fitted from the site",
             )
         return Packed(words, replace(form, scale=scale, zero=zero)).quantised().permute(back)
+    value = constant_value(program, matrix.node)
     value = value if factors is None else (value.float() * factors.float()).to(value.dtype)
     moved = value.permute(order)
     if site["method"] == "hqq":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,19 @@ class Ranges:
 
 
 def watch(
-    program: Program, context: Context, see: Callable[[fx.Node, torch.Tensor], None], what: str
-) -> None:
-    """Call ``see`` with every value on calibration data, inputs included; caches and recurrent state are carried over."""
+    program: Program, context: Context, see: Callable[[fx.Node, torch.Tensor], None], what: str,
+    only: Iterable[fx.Node] | None = None,
+) -> None:  # fmt: skip
+    """Call ``see`` with values on calibration data, inputs included; caches and recurrent state are carried over.
+
+    Args:
+        program: not changed.
+        context: with calibration data.
+        see: called with each node and its value.
+        what: is reported as progress.
+        only: the nodes that matter; what these do not need, such as logits of every token, is not computed. All by default.
+    """
+    wanted = None if only is None else list(only)
 
     def hook(node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.numel():
@@ -52,7 +62,7 @@ def watch(
         for name, node in program.input_nodes.items():
             if name in inputs:
                 hook(node, inputs[name])
-        return interpret(program, inputs, hook=hook)
+        return interpret(program, inputs, hook=hook, only=None if carries else wanted)
 
     batches, carries = context.batches(), bool(states_of(program))
     context.progress.start(what, len(batches))

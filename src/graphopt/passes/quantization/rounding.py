@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ DAMPING = 0.01
 """Added to the diagonal of second moments, as a share of its mean (the paper's)."""
 COLUMNS = 128
 """Columns that are rounded before those behind them are corrected (the paper's)."""
+_AT_ONCE, _LEAST_ROWS = 1 << 21, 1024
+"""Numbers that are rounded at a time, and rows at least, since each part goes through all columns one by one."""
 MEMORY = 1 << 30
 """Largest size in bytes of the second moments gathered in one run over the data."""
 
@@ -57,36 +60,38 @@ def fitted(weight: Tensor, scale: Tensor, moments: Tensor, high: int) -> Tensor:
     Returns:
         Of the weight's shape, int8.
     """
-    values, steps = weight.double().clone(), _spread(scale, weight.shape[1]).double()
     moments = moments.double().clone()
     silent = moments.diagonal() == 0
     moments.diagonal()[silent] = 1.0
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    steps = steps[:, order]
+    spread = compensation(moments, order)
 
-    def rounded(place: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        integers = (values[:, place] / steps[:, place]).round().clamp(-high, high)
-        return integers, integers * steps[:, place]
+    def fitted_rows(rows: slice) -> Tensor:
+        steps = _spread(scale[rows], weight.shape[1]).double()[:, order]
 
-    return rounded_in_turn(values, moments, order, rounded).to(torch.int8)
+        def rounded(place: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            integers = (values[:, place] / steps[:, place]).round().clamp(-high, high)
+            return integers, integers * steps[:, place]
+
+        return rounded_in_turn(weight[rows].double(), spread, order, rounded).to(torch.int8)
+
+    return torch.cat([fitted_rows(rows) for rows in strips(weight)])
 
 
-def rounded_in_turn(
-    values: Tensor, moments: Tensor, order: Tensor, rounded: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Round columns one after another while those that are left make up for the error (arXiv 2210.17323).
+def strips(weight: Tensor) -> list[slice]:
+    """Return the rows of a matrix in parts, since all of a head in float64 would take most of the memory."""
+    step = max(_LEAST_ROWS, _AT_ONCE // max(1, math.prod(weight.shape[1:])))
+    return [slice(start, start + step) for start in range(0, max(1, len(weight)), step)]
+
+
+def compensation(moments: Tensor, order: Tensor) -> Tensor:
+    """Return how much later columns make up for an error in each column, (inputs, inputs), columns in their order.
 
     Args:
-        values: (outputs, inputs), in float64.
-        moments: (inputs, inputs), products of inputs summed over data, in float64; both are written to.
+        moments: (inputs, inputs), products of inputs summed over data, in float64.
         order: of the columns.
-        rounded: gives the codes of a column and what they stand for, by its place in the order and the matrix in that
-            order, with what earlier columns left to it.
-
-    Returns:
-        The codes, columns as given.
     """
-    values, moments = values[:, order], moments[order][:, order]
+    moments = moments[order][:, order]
     damping = DAMPING * moments.diagonal().mean()
     while True:
         moments.diagonal().add_(damping)
@@ -95,7 +100,26 @@ def rounded_in_turn(
             break
         damping = damping * 10
     # the rows of this factor of the inverse tell how much later columns compensate
-    spread = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    spread: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return spread
+
+
+def rounded_in_turn(
+    values: Tensor, spread: Tensor, order: Tensor, rounded: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Round columns one after another while those that are left make up for the error (arXiv 2210.17323).
+
+    Args:
+        values: (outputs, inputs), in float64.
+        spread: as :func:`compensation` gives it.
+        order: of the columns.
+        rounded: gives the codes of a column and what they stand for, by its place in the order and the matrix in that
+            order, with what earlier columns left to it.
+
+    Returns:
+        The codes, columns as given.
+    """
+    values = values[:, order]
     codes = torch.empty_like(values)
     inputs = values.shape[1]
     for first in range(0, inputs, COLUMNS):
@@ -171,7 +195,9 @@ class Moments:
                     product = rows.transpose(1, 2) @ rows
                     into[key] = into[key] + product if key in into else product
 
-            watch(self.program, self.context, see, f"inputs of matrices, {number + 1} of {len(waves)}")
+            watch(
+                self.program, self.context, see, f"inputs of matrices, {number + 1} of {len(waves)}", by_node
+            )
             for key, held_matrices in wave.items():
                 for matrix in held_matrices:
                     if key in sums:
