@@ -160,9 +160,9 @@ class CachedDecoder:
         key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
         if key not in self._graphs:
             with self._shared.lock:
-                running = self._shared.graphs.get((*key, self.prepared))
+                running = self._shared.graphs.get((*key, self.prepared, type(self)))
                 if running is None or not running.fits(self.capacity):
-                    running = self._shared.graphs[*key, self.prepared] = Running(
+                    running = self._shared.graphs[*key, self.prepared, type(self)] = Running(
                         self.program, self.capacity, self.weights, outputs, self.device,
                         decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
                         prepared=self.prepared,

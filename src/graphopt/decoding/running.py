@@ -73,9 +73,10 @@ class Running:
         self._sized = any(n in needed for n in sizes)
         for size in sizes:
             size.replace_all_uses_with(capacity)  # type: ignore[arg-type]
-        stores = [n for n in needed if n.target in (store, store_whole, convolve, attend_linearly)]
+        # what reads the step may write to caches and states
+        whole = [n for n in needed if self.step in n.all_input_nodes]
         tokens = program.input_nodes[program.facts[KVCache].tokens].meta["val"]
-        roots = read_late(copy.graph, self.step, tokens, roots, stores, given, early=not compiled)
+        roots = read_late(copy.graph, self.step, tokens, roots, whole, given, early=not compiled)
         graph = self._cut(copy, roots, given)
         self._lock = threading.RLock()
         self._prepared: dict[tuple[object, ...], Prepared | int] = {}
