@@ -324,11 +324,70 @@ CASES: dict[str, Case] = {
 }
 
 
+_SCANS = {"n_groups": 2, "conv_kernel": 4, "expand": 2, "chunk_size": 16, "use_cache": False}
+_DELTA = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
+
+# mixers that keep states; apart from CASES, since few tests are about them
+HYBRIDS: dict[str, Case] = {
+    "mamba": Case(
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2},
+        {"mixer": 2},
+    ),
+    "mamba2": Case(
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 4,
+         **_SCANS},
+        {"mixer": 2},
+    ),
+    "falcon_h1": Case(
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {**_GQA, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 4,
+         "mamba_d_conv": 4, "mamba_chunk_size": 16},
+        {"mixer": 2, "attention": 2, "ffn": 2},
+    ),
+    "nemotron_h": Case(
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {**_GQA, "layers_block_type": ["mamba", "attention", "mlp"], "head_dim": 8, "ssm_state_size": 4,
+         "mamba_num_heads": 8, "mamba_head_dim": 8, **_SCANS} | {"num_hidden_layers": 3},
+        {"mixer": 1, "attention": 1, "ffn": 1},
+    ),
+    "lfm2": Case(
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {**_GQA, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
+        {"mixer": 2, "attention": 1, "ffn": 3},
+    ),
+    "qwen3_next": Case(
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**_GQA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1],
+         **_DELTA},
+        {"mixer": 1, "attention": 1, "ffn": 2},
+    ),
+    "kimi_linear": Case(
+        "KimiLinearConfig",
+        "KimiLinearForCausalLM",
+        {**_GQA, "num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+         "mlp_layer_types": ["dense", "dense"], "linear_conv_kernel_dim": 4, "linear_head_dim": 8,
+         "linear_num_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6},
+        {"mixer": 1, "attention": 1, "ffn": 2},
+    ),
+}  # fmt: skip
+
+
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model of the zoo with random weights; norms and biases are random too."""
     import transformers
 
-    case = CASES[name]
+    case = CASES[name] if name in CASES else HYBRIDS[name]
     torch.manual_seed(seed)
     config = getattr(transformers, case.config)(**case.options)
     model = getattr(transformers, case.model)(config).eval()

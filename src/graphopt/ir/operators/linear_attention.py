@@ -13,6 +13,9 @@ attention have one. Pieces of a sequence are computed as the chunked algorithms 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,6 +72,7 @@ def recurrence(
         taken: (batch, tokens): tokens that count in the state, the first ones of each row; all if None.
     """
     heads, tokens = v.shape[1], v.shape[2]
+    q, k, v, g, beta, state = _wide(q, k, v, g, beta, state)
     q, k = None if q is None else _for_heads(q, heads), _for_heads(k, heads)
     if state is None:
         state = v.new_zeros(v.shape[0], heads, k.shape[3], v.shape[3])
@@ -94,6 +98,18 @@ def recurrence(
     if q is None:
         return None, state
     return results[0] if len(results) == 1 else torch.cat(results, 2) if results else v, state
+
+
+def _wide(q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, *others: Tensor | None) -> Any:
+    """Return operands in one type of at least 32 bits: sums over all tokens are no longer sums in sixteen."""
+    given = [t for t in (q, k, v, g, *others) if t is not None]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
+    return tuple(None if t is None else t.to(dtype) for t in (q, k, v, g, *others))
+
+
+def _nothing(v: Tensor) -> bool:
+    """Return whether there surely are no tokens, which have no last one either."""
+    return isinstance(v.shape[2], int) and v.shape[2] == 0
 
 
 def _for_heads(t: Tensor, heads: int) -> Tensor:
@@ -173,11 +189,11 @@ def _chunk(
         end = total[:, :, -1:]
         rest = (end - total).exp()
     else:
-        mask = taken[:, None].to(g.dtype)
-        end = (g * (mask.unsqueeze(-1) if by_channel else mask)).sum(2, keepdim=True)
+        left = ~(taken[:, None].unsqueeze(-1) if by_channel else taken[:, None])
+        # sums fall along a path: the lowest one is that of the last token taken, to the last bit
+        end = total.masked_fill(left, 0.0).amin(2, keepdim=True)
         # what is not taken may lie outside of the path, where the difference has no sign
-        chosen = taken[:, None]
-        rest = (end - total).masked_fill(~(chosen.unsqueeze(-1) if by_channel else chosen), -torch.inf).exp()
+        rest = (end - total).masked_fill(left, -torch.inf).exp()
     rest, kept = (rest, end.exp().squeeze(2).unsqueeze(-1)) if by_channel else (
         rest.unsqueeze(-1), end.exp().unsqueeze(-1),
     )  # fmt: skip
@@ -213,12 +229,12 @@ def linear_attention(
     Returns:
         (batch, heads, tokens, value size).
     """
-    if step_mask is None:
+    if step_mask is None or _nothing(v):
         y, _ = recurrence(q, k, v, g, beta, state)
     else:
         q, k = (_for_heads(t, v.shape[1]) for t in (q, k))
         start = v.new_zeros(_state_shape(k, v).shape) if state is None else state
-        y, _ = _chunk(q, k, v, g, beta, start, step_mask)
+        y, _ = _chunk(*_wide(q, k, v, g, beta, start), step_mask)
     assert y is not None
     return y.to(v.dtype)
 
@@ -251,8 +267,9 @@ def linear_attention_state(
     Returns:
         (batch, heads, key size, value size), of the state's type.
     """
-    if step_mask is None:
+    if step_mask is None or _nothing(v):
         _, after = recurrence(None, k, v, g, beta, state, taken)
     else:
-        _, after = _chunk(None, _for_heads(k, v.shape[1]), v, g, beta, state, step_mask, taken)
+        wide = _wide(None, _for_heads(k, v.shape[1]), v, g, beta, state)
+        _, after = _chunk(*wide, step_mask, taken)
     return after.to(state.dtype)
