@@ -68,6 +68,8 @@ LINES = [
     Line("quantize-weights{head=8}"),
     Line("quantize-weights{method=gptq}", suite=False),
     Line("quantize-weights, dequantize-weights", ("saved", "Hugging Face"), suite=False),
+    Line("share-caches{start=28}", ("saved", "ONNX")),
+    Line("share-caches", ("saved",), suite=False),
     Line("insert-kv-cache{max_length=512}", ("saved", "genai"), judge=False),
     Line("insert-kv-cache{max_length=512}, quantize-cache", ("saved", "ONNX")),
     Line("attach-multi-token-heads{heads=2}", ("saved",), suite=False),

@@ -185,6 +185,7 @@ PASSES = [
     "fuse-projections", "split-projections", "fold-norms", "fuse-branches", "expand-branches",
     "stream-convolutions", "fuse-kernels", "take-top-k{k=4 output=logits}", "fit-target",
     "fit-target, quantize{target=onnx}",
+    "share-caches", "share-caches, insert-kv-cache",
     "insert-kv-cache", "insert-kv-cache{max_length=16}", "insert-kv-cache, quantize-cache",
     "attach-multi-token-heads{heads=2}", "attach-draft",
     "attach-mask-tokens", "attach-early-exit", "trim-vocabulary{keep=64}", "skip-layers{remove=1}",

@@ -76,6 +76,7 @@ CASES: dict[str, tuple[Callable[[], Program], Any]] = {
     "quantize": (lambda: done(decoder(), "fit-target"), DATA),
     "quantize-weights{group=8}": (decoder, None),
     "dequantize-weights": (lambda: done(decoder(), "quantize-weights{group=8}"), None),
+    "share-caches{start=1}": (decoder, DATA),
     "quantize-cache": (lambda: done(decoder(), "insert-kv-cache"), None),
     "attach-early-exit{layers=[0 1]}": (decoder, None),
     "attach-mask-tokens{masks=1 rank=2}": (decoder, None),

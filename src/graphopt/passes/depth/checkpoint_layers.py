@@ -9,8 +9,8 @@ from torch import fx
 from ...ir.export_blockers import block_export
 from ...ir.facts import RemovedLayers, note_checkpoint
 from ...ir.program import Program
-from ...ir.running.evaluate import needed_for
 from ...ir.running.readers import readers
+from ..shared.unread_weights import weights_of
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -30,7 +30,7 @@ def forget_removed(
     unread = {node for node in before if not readers(program, node)}
     mapping_nodes: list[fx.Node] = []
     for name, node in list(program.checkpoint.items()):
-        if node.op == "call_function" and _weights_of(program, node) and _weights_of(program, node) <= unread:
+        if node.op == "call_function" and weights_of(program, node) and weights_of(program, node) <= unread:
             # the weight mapping of a fused or scaled weight that was removed with its layer
             del program.checkpoint[name]
             mapping_nodes.append(node)
@@ -52,11 +52,6 @@ def forget_removed(
         )
         return
     note_checkpoint(program, removed_layers=tuple(renumbered))
-
-
-def _weights_of(program: Program, node: fx.Node) -> set[fx.Node]:
-    """Return the weights that a value is computed from."""
-    return {n for n in needed_for([node], ()) if n.op == "placeholder" and n.name in program.weights}
 
 
 def _feeds_only_dead_nodes(program: Program, node: fx.Node, before: set[fx.Node]) -> bool:

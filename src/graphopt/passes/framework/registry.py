@@ -29,6 +29,7 @@ BUILT_IN: dict[str, str] = {
     "quantize-weights": "graphopt.passes.quantization.quantize_weights:QuantizeWeights",
     "dequantize-weights": "graphopt.passes.quantization.dequantize_weights:DequantizeWeights",
     "insert-kv-cache": "graphopt.passes.caching.insert_kv_cache:InsertKVCache",
+    "share-caches": "graphopt.passes.caching.share_caches:ShareCaches",
     "quantize-cache": "graphopt.passes.caching.quantize_cache:QuantizeCache",
     "attach-multi-token-heads": "graphopt.passes.heads.attach_multi_token_heads:AttachMultiTokenHeads",
     "attach-draft": "graphopt.passes.heads.attach_draft:AttachDraft",
