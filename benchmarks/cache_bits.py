@@ -105,7 +105,7 @@ def main() -> None:
 
     if not (FOLDER / "manifest.json").is_file():
         write_corpus()
-    program = retyped(graphopt.optimize(given.checkpoint, "insert-kv-cache"), torch.float32)
+    program = retyped(graphopt.optimize(given.checkpoint, "insert-cache"), torch.float32)
     draws: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for seed in range(given.draws):
         rows = rows_of(program, FOLDER / "validation.jsonl", given.rows, given.length, 100 + seed)

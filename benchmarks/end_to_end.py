@@ -139,8 +139,8 @@ def main() -> None:
     narrow = graphopt.optimize(
         plain, "fuse-projections, split-ffn{score=peak widths=[1/4 1]}, freeze-dial{value=0.0}, fuse-kernels"
     )
-    tree = graphopt.optimize(plain, "insert-kv-cache{tree=true}")
-    quick = graphopt.optimize(plain, "fuse-projections, insert-kv-cache{tree=true}, fuse-kernels")
+    tree = graphopt.optimize(plain, "insert-cache{tree=true}")
+    quick = graphopt.optimize(plain, "fuse-projections, insert-cache{tree=true}, fuse-kernels")
     ids = torch.randint(3, 100, (given.batch, given.sequence), device=given.device)
     original = compiled(plain, given, False)
     table = Table("what", "with passes, ms", "torch.compile, ms", "ratio", box=None)

@@ -161,7 +161,7 @@ def decoding(
             row = torch.cat([row, best.indices[None, :1]], 1)
         rows.append(row)
         margins.append(near)
-    cached = graphopt.optimize(program, f"insert-kv-cache{{max_length={prompt + count}}}")
+    cached = graphopt.optimize(program, f"insert-cache{{max_length={prompt + count}}}")
     stages = ([(0, prompt)], [(i, i + 1) for i in range(prompt, prompt + count - 1)])
     for form in ("", "w8a16", "w4a16"):
         done = small(cached, form, calibration)

@@ -178,7 +178,7 @@ def lowered(work: Path, checkpoint: str, operators: str = "runtime", first: str 
     """Return graphopt's own folder, of a program after a pipeline."""
     folder = work / f"graphopt_{operators}{'_few_bits' if first else ''}"
     if not folder.exists():
-        cached = graphopt.optimize(hugging_face(work / "hf", checkpoint), f"{first}insert-kv-cache")
+        cached = graphopt.optimize(hugging_face(work / "hf", checkpoint), f"{first}insert-cache")
         cached.lower("genai", folder, operators=operators)
     return folder
 

@@ -71,7 +71,7 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     ),
     # a run of make real has these and more
     "test_real_model.py::test_every_pass_is_taken_or_refused_with_a_reason": (
-        "^fuse-projections$", "^fold-norms$", "^quantize-weights{head", "^insert-kv-cache", "^skip-layers", "^prune-ffn",
+        "^fuse-projections$", "^fold-norms$", "^quantize-weights{head", "^insert-cache", "^skip-layers", "^prune-ffn",
         "^attach-draft, trim", "^take-top-k", "^prune-experts",
     ),
     # what they read does not change with the library, or takes most of a minute to make

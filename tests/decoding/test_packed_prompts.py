@@ -49,7 +49,7 @@ def program_of(kind: str) -> Program:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.2)
     program = graphopt.capture(model, {"input_ids": torch.arange(9)[None]}, compare=False)
-    return graphopt.optimize(retyped(program), "insert-kv-cache{tree=true}")
+    return graphopt.optimize(retyped(program), "insert-cache{tree=true}")
 
 
 @settings(max_examples=examples(12), deadline=None)

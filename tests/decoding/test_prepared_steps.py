@@ -218,7 +218,7 @@ def rows_of(lengths: Sequence[int]) -> list[list[int]]:
 def test_capacities(capacity: int | None, captured: Callable[[str], Program]) -> None:
     """Growing caches and caches of a fixed length, up to the last slot."""
     program, _ = varied("llama", captured("llama"))
-    made = graphopt.optimize(program, "insert-kv-cache" + (f"{{max_length={capacity}}}" if capacity else ""))
+    made = graphopt.optimize(program, "insert-cache" + (f"{{max_length={capacity}}}" if capacity else ""))
     rows = rows_of([4, 4])
     expected = generated(program, rows, 20)
     assert torch.equal(generated(made, rows, 20), expected)

@@ -38,4 +38,4 @@ def test_positions_are_left_to_the_model(name: str, tmp_path: Path) -> None:
     shorter = graphopt.optimize(program, "skip-layers{layers=[1]}")
     assert max(shorter.save_pretrained(tmp_path / "out").errors.values()) < 1e-5
     with pytest.raises(GraphoptError, match="results in chunks differ"):
-        graphopt.optimize(program, "insert-kv-cache")
+        graphopt.optimize(program, "insert-cache")

@@ -81,7 +81,7 @@ class BoundedDecoder(CachedDecoder):
         peak: the largest number of slots that a row has used.
 
     Args:
-        program: after insert-kv-cache, with attention that does not depend on where tokens stand in the cache.
+        program: after insert-cache, with attention that does not depend on where tokens stand in the cache.
         batch: number of rows.
         capacity: number of positions of the longest text.
         policy: what is kept.

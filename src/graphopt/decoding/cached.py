@@ -49,7 +49,7 @@ class Mark:
 
 
 class CachedDecoder:
-    """Runs a program made by insert-kv-cache.
+    """Runs a program made by insert-cache.
 
     Invariant: row ``b`` has ``lengths[b]`` tokens whose keys and values are stored in the slots of their positions;
     later slots are never attended to. Its states, if the program has any, follow from these tokens.
@@ -85,7 +85,7 @@ class CachedDecoder:
         cache = program.facts.get(KVCache)
         if cache is None:
             raise UsageError(
-                "this program has no cache", hint="graphopt.optimize(program, 'insert-kv-cache') gives it one"
+                "this program has no cache", hint="graphopt.optimize(program, 'insert-cache') gives it one"
             )
         self.cache = cache
         limit = longest(program)
@@ -93,7 +93,7 @@ class CachedDecoder:
             if capacity > cache.capacity:
                 raise UsageError(
                     f"the text may have {capacity} tokens, the program's caches have {cache.capacity} slots",
-                    hint="fewer new tokens, or insert-kv-cache with a larger max_length",
+                    hint="fewer new tokens, or insert-cache with a larger max_length",
                 )
             capacity = cache.capacity
         elif limit is not None and capacity > limit:

@@ -22,7 +22,7 @@ from ..ir.facts import KVCache
 from ..ir.program import Program
 from ..ir.running.retype import retyped
 from ..measure.context import Context
-from ..passes.caching.insert_kv_cache import InsertKVCache
+from ..passes.caching.insert_cache import InsertCache
 from ..passes.framework.manager import run_pipeline
 from ..passes.framework.pipeline import parse_calls
 from .bounded import BoundedDecoder
@@ -42,7 +42,7 @@ CHECKPOINT = "checkpoint"
 
 
 def with_cache(program: Program) -> Program:
-    """Return the program with a KV cache: unchanged if it has one, else with insert-kv-cache applied, once.
+    """Return the program with a KV cache: unchanged if it has one, else with insert-cache applied, once.
 
     Raises:
         PassRefusedError: no cache can be inserted; the message gives the reason.
@@ -52,10 +52,10 @@ def with_cache(program: Program) -> Program:
 
     def made() -> Program:
         try:
-            return run_pipeline(program, [InsertKVCache(tree=True)], Context(), verify_with="off")
+            return run_pipeline(program, [InsertCache(tree=True)], Context(), verify_with="off")
         except PassRefusedError:
             # some programs have a cache, and no trees
-            return run_pipeline(program, [InsertKVCache()], Context(), verify_with="off")
+            return run_pipeline(program, [InsertCache()], Context(), verify_with="off")
 
     cached: Program = program.derived("with cache", made)
     return cached
@@ -248,7 +248,7 @@ def stream(
     if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(
             "this program adds a bias by position, so candidates need inputs of their own",
-            hint="insert-kv-cache{tree=true}",
+            hint="insert-cache{tree=true}",
         )
     if read:
         decoder.encode(read)
@@ -276,7 +276,7 @@ def generate(
     position, or one sampled from its distribution.
 
     Args:
-        program: takes tokens and returns logits; insert-kv-cache is applied if it has no cache.
+        program: takes tokens and returns logits; insert-cache is applied if it has no cache.
         input_ids: (batch, positions), or a list of rows of different lengths. Of a program with an encoder, the text
             that the encoder reads.
         max_new_tokens: maximum number of new tokens per row.

@@ -38,7 +38,7 @@ SHAPES = [{"batch": 1, "sequence": 6}, {"batch": 1, "sequence": 1}]
 
 @pytest.fixture(scope="module")
 def cached(captured: Callable[[str], Program]) -> Program:
-    return graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=12}")
+    return graphopt.optimize(captured("llama"), "insert-cache{max_length=12}")
 
 
 def session(path: Path) -> Any:
@@ -215,8 +215,8 @@ installed = pytest.mark.skipif(
 @installed
 @pytest.mark.parametrize(
     ("name", "passes"),
-    [("llama", "insert-kv-cache"), ("llama", "insert-kv-cache{max_length=32}"), ("gpt2", "insert-kv-cache"),
-     ("mistral", "skip-layers{remove=1}, insert-kv-cache")],
+    [("llama", "insert-cache"), ("llama", "insert-cache{max_length=32}"), ("gpt2", "insert-cache"),
+     ("mistral", "skip-layers{remove=1}, insert-cache")],
 )  # fmt: skip
 def test_onnxruntime_genai_generates_what_the_program_does(
     name: str, passes: str, captured: Callable[[str], Program], tmp_path: Path
@@ -274,7 +274,7 @@ def test_a_cache_as_long_as_a_prompt_is_tried_all_the_same(
     length: int, captured: Callable[[str], Program], tmp_path: Path
 ) -> None:
     """A try that generates nothing is none, and one that asks for more than fits refuses what is right."""
-    cached = graphopt.optimize(captured("llama"), f"insert-kv-cache{{max_length={length}}}")
+    cached = graphopt.optimize(captured("llama"), f"insert-cache{{max_length={length}}}")
     assert cached.lower("genai", tmp_path / "out", check=True).compared > 0
     shapes = [{"batch": 1, "sequence": length}, {"batch": 1, "sequence": 1}]
     cached.lower("onnx", tmp_path / "buckets", sizes=shapes)
@@ -286,7 +286,7 @@ def test_a_text_without_an_end_is_refused(tmp_path: Path) -> None:
     model = zoo.make("llama")
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     program = graphopt.capture(model, {"input_ids": torch.randint(3, 100, (2, 6))})
-    cached = graphopt.optimize(program, "insert-kv-cache{max_length=12}")
+    cached = graphopt.optimize(program, "insert-cache{max_length=12}")
     with pytest.raises(LoweringError, match="with which token a text ends"):
         cached.lower("genai", tmp_path / "out")
     cached.lower("onnx", tmp_path / "buckets", sizes=SHAPES)
@@ -313,10 +313,10 @@ def test_what_genai_cannot_generate_from_is_refused(
     place = tmp_path / "out"
     with pytest.raises(LoweringError, match="this program has none of the plain kind"):
         captured("llama").lower("genai", place)
-    tree = graphopt.optimize(captured("llama"), "insert-kv-cache{tree=true}")
+    tree = graphopt.optimize(captured("llama"), "insert-cache{tree=true}")
     with pytest.raises(LoweringError, match="none of the plain kind"):
         tree.lower("genai", place)
-    dialled = graphopt.optimize(captured("llama"), "split-ffn{score=peak}, insert-kv-cache")
+    dialled = graphopt.optimize(captured("llama"), "split-ffn{score=peak}, insert-cache")
     with pytest.raises(LoweringError, match="has no value for"):
         dialled.lower("genai", place)
     monkeypatch.setattr(genai_folder, "find_spec", lambda name: None)

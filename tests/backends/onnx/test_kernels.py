@@ -134,7 +134,7 @@ class Cached(nn.Module):
 
 
 def cached(kind: Kind) -> Program:
-    """Return the program, with the fact that insert-kv-cache would have added."""
+    """Return the program, with the fact that insert-cache would have added."""
     generator = torch.Generator().manual_seed(1)
     slots = kind.capacity or 12
     held = {
@@ -276,7 +276,7 @@ def test_decoders_of_the_zoo_generate_with_kernels(
     name: str, captured: Callable[[str], Program], tmp_path: Path, capsys: Any
 ) -> None:
     """Windows, soft caps, sinks and biases, in onnxruntime-genai; the command line says what was used."""
-    done = graphopt.optimize(captured(name), "insert-kv-cache")
+    done = graphopt.optimize(captured(name), "insert-cache")
     saved = str(done.save(tmp_path / "saved"))
     assert command(["lower", saved, "--to", "genai", "--check", "-o", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out

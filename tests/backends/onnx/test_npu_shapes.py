@@ -66,7 +66,7 @@ def test_caches_in_few_bits(count: int, captured: Callable[[str], Program], tmp_
         for s in range(8)
     ]
     program = graphopt.optimize(
-        captured("llama"), "insert-kv-cache{max_length=16}, fit-target, quantize{activations=16}", data=data
+        captured("llama"), "insert-cache{max_length=16}, fit-target, quantize{activations=16}", data=data
     )
     report = program.lower(
         "onnx", tmp_path / "out", target=NPU, check=True, sizes={"batch": 1, "sequence": count}
@@ -103,7 +103,7 @@ def test_a_dial_that_turns_is_refused(captured: Callable[[str], Program]) -> Non
 
 
 def test_caches_are_stored_by_a_product_that_the_host_prepares(captured: Callable[[str], Program]) -> None:
-    cached = graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=12}")
+    cached = graphopt.optimize(captured("llama"), "insert-cache{max_length=12}")
     done = graphopt.optimize(cached, "fit-target")
     assert not done.operators["graphopt.cache_store"]
     inputs = example_inputs(cached, {"batch": 2, "sequence": 5})
@@ -118,7 +118,7 @@ def test_caches_are_stored_by_a_product_that_the_host_prepares(captured: Callabl
 
 def test_calibration_runs_a_prompt_and_then_tokens(captured: Callable[[str], Program]) -> None:
     """What a step is given must be what the step before made, or ranges of caches are those of zeros."""
-    cached = graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=12}")
+    cached = graphopt.optimize(captured("llama"), "insert-cache{max_length=12}")
     ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
     batch = begun(cached, {"input_ids": ids})
     assert batch["input_ids"].shape == (2, 12), "rows are longer than the cache"

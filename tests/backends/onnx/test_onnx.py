@@ -156,7 +156,7 @@ def test_what_saves_the_exporter_s_time_leaves_the_file_as_it_is(
 
 @pytest.mark.parametrize(
     "passes",
-    ["insert-kv-cache, fit-target", "fuse-kernels", "split-ffn{score=peak}", "attach-mask-tokens{masks=1 rank=2}",
+    ["insert-cache, fit-target", "fuse-kernels", "split-ffn{score=peak}", "attach-mask-tokens{masks=1 rank=2}",
      "attach-multi-token-heads{heads=2}, take-top-k{k=3}"],
 )  # fmt: skip
 def test_operators_without_translation_are_written_out(

@@ -46,7 +46,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("passes", ["insert-kv-cache{max_length=12}", "insert-kv-cache"])
+@pytest.mark.parametrize("passes", ["insert-cache{max_length=12}", "insert-cache"])
 def test_a_cache_that_is_not_read_is_noticed(
     passes: str,
     count: int,

@@ -75,7 +75,7 @@ def test_a_norm_of_its_own_is_no_reciprocal(captured: Callable[[str], Program], 
 
 def test_caches_are_stored_without_scattering(captured: Callable[[str], Program], tmp_path: Path) -> None:
     """Quantised scatters lose half of sixteen bits; a product with ones and zeros loses nothing."""
-    program = graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=12}, fit-target")
+    program = graphopt.optimize(captured("llama"), "insert-cache{max_length=12}, fit-target")
     report = program.lower("onnx", tmp_path / "out", target=NPU, sizes={"batch": 1, "sequence": 4})
     assert not [name for name in report.nodes if name.startswith("Scatter")]
 

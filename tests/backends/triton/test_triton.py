@@ -162,7 +162,7 @@ def test_a_program_is_lowered_to_kernels_with_a_report(program: Program, tmp_pat
 def test_kernels_of_sums_in_few_bits_and_of_steps_over_a_cache(
     captured: Callable[[str], Program], tmp_path: Path
 ) -> None:
-    cached = graphopt.optimize(captured("llama"), "insert-kv-cache")
+    cached = graphopt.optimize(captured("llama"), "insert-cache")
     step = cached.lower(
         "triton", tmp_path / "step", sizes={"batch": 1, "sequence": 4}, architectures=["sm_90"]
     )
@@ -248,7 +248,7 @@ def test_a_package_says_which_kernels_it_goes_without(
 
     Of one layer, since a compiler of C++ takes most of the time.
     """
-    passes = "skip-layers{layers=[1]}, insert-kv-cache{max_length=32}, fuse-kernels"
+    passes = "skip-layers{layers=[1]}, insert-cache{max_length=32}, fuse-kernels"
     cached = graphopt.optimize(captured("llama"), passes)
     sizes = {"batch": 1, "sequence": 4}
     report = cached.lower("triton", tmp_path / "out", sizes=sizes, architectures=["sm_90"], device="cpu")

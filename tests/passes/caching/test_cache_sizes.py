@@ -41,7 +41,7 @@ def test_many_layers_are_checked_by_one_of_each_kind(kinds: int, monkeypatch: py
     small = reducing.reduced(program)
     assert small is not None and len(small.anatomy.layers) == kinds
     assert len(program.anatomy.layers) == 6
-    made = graphopt.optimize(program, "insert-kv-cache")
+    made = graphopt.optimize(program, "insert-cache")
     assert made.facts[KVCache].layers == 6
     assert made.report.passes[-1].checks == 1
     ids = torch.tensor([[5, 9, 17, 40, 3, 8, 22]])
@@ -95,7 +95,7 @@ def test_the_window_that_a_configuration_has_by_default(name: str) -> None:
         model, {"input_ids": torch.randint(3, 100, (2, 6)), "attention_mask": torch.ones(2, 6).long()}
     )
     assert windows(program) == ({4096} if name == "Mistral" else {4096, None})
-    made = graphopt.optimize(program, "insert-kv-cache{max_length=48}")
+    made = graphopt.optimize(program, "insert-cache{max_length=48}")
     assert made.facts[KVCache].limit is None
     ids = torch.tensor([[5, 9, 17, 40, 3, 8, 22]])
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
@@ -114,7 +114,7 @@ def test_text_past_a_window() -> None:
     expected = model.generate(
         ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    made = graphopt.optimize(program, "insert-kv-cache{max_length=48}")
+    made = graphopt.optimize(program, "insert-cache{max_length=48}")
     for form in (program, made):
         found = graphopt.generate(form, ids, attention_mask=mask, max_new_tokens=40, eos_token_id=None)
         assert torch.equal(found, expected)
@@ -173,7 +173,7 @@ def test_positions_end_where_their_table_ends(positions: int, offset: int) -> No
     """Tables that are read at one place say nothing; the last position is taken, one more is refused."""
     model = TwoTypes(positions, offset).eval()
     program = graphopt.capture(model, {"input_ids": torch.randint(0, 20, (2, 6))})
-    made = graphopt.optimize(program, f"insert-kv-cache{{max_length={positions}}}")
+    made = graphopt.optimize(program, f"insert-cache{{max_length={positions}}}")
     assert made.facts[KVCache].limit == positions
     text = [3, 5, 9]
     for _ in range(8):
@@ -181,7 +181,7 @@ def test_positions_end_where_their_table_ends(positions: int, offset: int) -> No
     found = graphopt.generate(made, [[3, 5, 9]], max_new_tokens=8, eos_token_id=None)
     assert found[0].tolist() == text
     with pytest.raises(PassRefusedError, match=f"positions for {positions} tokens, {positions + 1} are more"):
-        graphopt.optimize(program, f"insert-kv-cache{{max_length={positions + 1}}}")
+        graphopt.optimize(program, f"insert-cache{{max_length={positions + 1}}}")
 
 
 def test_caches_that_do_not_fit_are_refused_before_they_are_made() -> None:
@@ -191,7 +191,7 @@ def test_caches_that_do_not_fit_are_refused_before_they_are_made() -> None:
     model = decoder(LlamaConfig, LlamaForCausalLM, **GQA)
     program = graphopt.capture(model, {"input_ids": torch.randint(3, 100, (2, 6))})
     with pytest.raises(PassRefusedError, match=r"99,999,999,999 slots cannot be compared here: [\d,]+ GB"):
-        graphopt.optimize(program, "insert-kv-cache{max_length=99999999999}")
+        graphopt.optimize(program, "insert-cache{max_length=99999999999}")
 
 
 def test_reduction_of_values_whose_last_size_varies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,5 +204,5 @@ def test_reduction_of_values_whose_last_size_varies(monkeypatch: pytest.MonkeyPa
     torch.manual_seed(0)
     model = transformers.Lfm2ForCausalLM(config).eval()
     program = graphopt.capture(model, {"input_ids": torch.arange(9)[None]}, compare=False)
-    cached = graphopt.optimize(program, "insert-kv-cache")
+    cached = graphopt.optimize(program, "insert-cache")
     assert "conv_state_0" in cached.signature.inputs

@@ -85,7 +85,7 @@ def test_text_is_that_of_transformers(name: str, tmp_path: Any) -> None:
         )[:, -NEW:]  # fmt: skip
     assert len(set(expected.flatten().tolist())) > 8
     assert torch.equal(written(program, name), expected)
-    cached = graphopt.load(graphopt.optimize(program, "insert-kv-cache{tree=true}").save(tmp_path / "saved"))
+    cached = graphopt.load(graphopt.optimize(program, "insert-cache{tree=true}").save(tmp_path / "saved"))
     assert torch.equal(written(cached, name, strategy="token-recycling"), expected)
     further = torch.cat([torch.zeros(3, 1, dtype=torch.int64), expected[:, :5]], 1)
     assert torch.equal(written(cached, name, decoder_input_ids=further)[:, 5:NEW], expected[:, 5:])
@@ -95,7 +95,7 @@ def test_text_is_that_of_transformers(name: str, tmp_path: Any) -> None:
 def test_the_encoder_runs_once(name: str) -> None:
     """A step reads keys and values that were computed, and neither the encoder's weights nor its inputs."""
     _, program = made(name)
-    cached = graphopt.optimize(program, "insert-kv-cache")
+    cached = graphopt.optimize(program, "insert-cache")
     cross = cached.facts[CrossCache]
     assert len(cross.outputs) == 4
     decoder = CachedDecoder(cached, 3, 12)

@@ -23,7 +23,7 @@ from graphopt.ir.errors import ContractError, PassRefusedError, UsageError
 from graphopt.ir.program import Program
 from graphopt.ir.schema import is_operator
 from graphopt.passes.caching.comparing import compare_with_cache
-from graphopt.passes.caching.insert_kv_cache import InsertKVCache
+from graphopt.passes.caching.insert_cache import InsertCache
 
 DECODERS = [n for n, case in zoo.CASES.items() if case.model.endswith(("CausalLM", "LMHeadModel"))]
 
@@ -62,9 +62,9 @@ def test_forms_of_the_cache_agree(name: str, captured: Callable[[str], Program],
     program, model = varied(name, captured(name))
     expected = reference(model, ROWS)
     for text in (
-        "insert-kv-cache",
-        "insert-kv-cache{max_length=30}",
-        "insert-kv-cache{tree=true max_length=30}",
+        "insert-cache",
+        "insert-cache{max_length=30}",
+        "insert-cache{tree=true max_length=30}",
     ):
         made = graphopt.optimize(program, text)
         assert torch.equal(generated(made, ROWS), expected), text
@@ -82,7 +82,7 @@ def test_onnx_runtime_writes_the_same(form: str, captured: Callable[[str], Progr
     import onnxruntime
 
     program, model = varied("llama", captured("llama"))
-    made = graphopt.optimize(program, f"insert-kv-cache{{{form}}}")
+    made = graphopt.optimize(program, f"insert-cache{{{form}}}")
     made.lower("onnx", tmp_path / "decoder.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "decoder.onnx"))
     names = [i.name for i in session.get_inputs()]
@@ -131,7 +131,7 @@ def test_any_pieces_give_the_whole(
 ) -> None:
     """Logits of pieces are those of all tokens at once, whatever the pieces."""
     program = captured_programs(name)
-    made = program.derived("test cache", lambda: graphopt.optimize(program, "insert-kv-cache"))
+    made = program.derived("test cache", lambda: graphopt.optimize(program, "insert-cache"))
     ids = torch.randint(3, 100, (rows, sum(pieces)), generator=torch.Generator().manual_seed(seed))
     whole = program(input_ids=ids)["logits"]
     decoder = CachedDecoder(made, rows, sum(pieces) + 2)
@@ -152,7 +152,7 @@ def test_any_pieces_give_the_whole(
 def test_any_decoder_in_any_pieces(drawn: Decoder, pieces: list[int], rows: int, options: str) -> None:
     """Exact in float64; wrong if a key were stored in another slot, rotated by another position, or seen too early."""
     program = drawn.unmasked
-    made = graphopt.optimize(program, f"insert-kv-cache{options}", verify="off")
+    made = graphopt.optimize(program, f"insert-cache{options}", verify="off")
     ids = tokens(rows, sum(pieces), seed=drawn.seed)["input_ids"]
     decoder = CachedDecoder(made, rows, 24)
     found = []
@@ -170,7 +170,7 @@ def captured_programs(captured: Callable[[str], Program]) -> Callable[[str], Pro
 def test_wrong_caches_are_caught(captured: Callable[[str], Program]) -> None:
     """The comparison in pieces must see a token stored in a wrong slot, and one seen that should not be."""
     program = captured("llama")
-    made = graphopt.optimize(program, "insert-kv-cache", verify="off")
+    made = graphopt.optimize(program, "insert-cache", verify="off")
     assert compare_with_cache(program, made).error < 1e-12
     for operator, change in (
         ("graphopt.cache_store", lambda node: (node.args[0], node.args[1], shifted(node))),
@@ -195,12 +195,12 @@ def test_what_has_no_such_form_is_refused(captured: Callable[[str], Program]) ->
         ("vit", "its rows have 3"),
     ):
         with pytest.raises(PassRefusedError, match=reason):
-            graphopt.optimize(captured(name), "insert-kv-cache")
+            graphopt.optimize(captured(name), "insert-cache")
     with pytest.raises(PassRefusedError, match="positions for 64 tokens, 65 are more"):
-        graphopt.optimize(captured("mpt"), "insert-kv-cache{max_length=65}")
-    done = graphopt.optimize(captured("llama"), "insert-kv-cache")
+        graphopt.optimize(captured("mpt"), "insert-cache{max_length=65}")
+    done = graphopt.optimize(captured("llama"), "insert-cache")
     with pytest.raises(graphopt.PipelineError):
-        graphopt.optimize(done, "insert-kv-cache")
+        graphopt.optimize(done, "insert-cache")
 
 
 @pytest.mark.parametrize("layers", ["[1]", "[1 2]", "[0 3]"])
@@ -224,7 +224,7 @@ def test_layers_skipped_while_decoding_alone(layers: str) -> None:
         done(input_ids=ids, decoding=1)["logits"], fewer(input_ids=ids)["logits"], atol=1e-5
     )
     # by hand: two programs, the caches of the kept layers handed over after the prompt
-    whole, short = (CachedDecoder(graphopt.optimize(p, "insert-kv-cache"), 1, 30) for p in (program, fewer))
+    whole, short = (CachedDecoder(graphopt.optimize(p, "insert-cache"), 1, 30) for p in (program, fewer))
     token = int(whole.prefill(ROWS[:1])[0]["logits"].argmax())
     kept = [n for n in range(4) if str(n) not in layers]
     for name, buffer in short.buffers.items():
@@ -272,7 +272,7 @@ def test_positions_that_are_no_input(what: str, tree: str, captured: Callable[[s
     model = Biased().eval() if what == "bias" else zoo.make("llama").eval()
     program = graphopt.capture(model, {"input_ids": torch.randint(3, 20, (2, 6))})
     assert "position_ids" not in program.signature.inputs
-    made = graphopt.optimize(program, f"insert-kv-cache{{{tree}max_length=24}}")
+    made = graphopt.optimize(program, f"insert-cache{{{tree}max_length=24}}")
     rows = [[3, 5, 9, 4], [7]]
     found = graphopt.generate(made, rows, max_new_tokens=9, eos_token_id=None)[:, 4:]
     for number, row in enumerate(rows):
@@ -300,11 +300,11 @@ class Mixing(nn.Module):
 def test_tokens_that_meet_elsewhere_are_noticed() -> None:
     program = graphopt.capture(Mixing().eval(), {"input_ids": torch.randint(0, 20, (2, 6))})
     with pytest.raises(PassRefusedError, match="are mixed outside of attention"):
-        graphopt.optimize(program, "insert-kv-cache")
+        graphopt.optimize(program, "insert-cache")
     made = program.copy()
-    InsertKVCache()._insert(made)
+    InsertCache()._insert(made)
     with pytest.raises(ContractError, match="in chunks differs"):
-        InsertKVCache().check(program, made, PassReport("insert-kv-cache", "", ""))
+        InsertCache().check(program, made, PassReport("insert-cache", "", ""))
 
 
 def test_bad_input_is_said(captured: Callable[[str], Program]) -> None:

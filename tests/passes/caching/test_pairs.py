@@ -66,7 +66,7 @@ def test_picked_keys_have_no_trees() -> None:
     """Candidates of one depth share a position; the pass says so, and decoding goes on without trees."""
     program = graphopt.capture(model_of("doge"), {"input_ids": torch.tensor(ROWS[:1])})
     with pytest.raises(PassRefusedError, match="trees do not say"):
-        graphopt.optimize(program, "insert-kv-cache{tree=true}")
+        graphopt.optimize(program, "insert-cache{tree=true}")
     cached = with_cache(program)
     assert not cached.facts[KVCache].tree
     with pytest.raises(UsageError, match="candidates need inputs"):
@@ -83,7 +83,7 @@ def test_a_picked_key_in_pieces() -> None:
             parameter.add_(torch.randn(parameter.shape) * 0.2)
     program = graphopt.capture(model, {"input_ids": torch.arange(9)[None]})
     assert any(is_operator(n, "aten.topk") for n in program.nodes)
-    cached = graphopt.optimize(program, "insert-kv-cache")
+    cached = graphopt.optimize(program, "insert-cache")
     for seed in range(3):
         worst = compare_with_cache(program, cached, tokens=11, seed=seed)
         assert worst is not None

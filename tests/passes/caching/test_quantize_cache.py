@@ -36,7 +36,7 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 def cached(program: Program, options: str = "", tree: bool = False) -> Program:
     return graphopt.optimize(
-        program, f"insert-kv-cache{{tree={str(tree).lower()}}}, quantize-cache{{{options}}}", data=DATA
+        program, f"insert-cache{{tree={str(tree).lower()}}}, quantize-cache{{{options}}}", data=DATA
     )
 
 
@@ -110,7 +110,7 @@ def in_closed_form(program: Program, bits: int, group: int) -> Program:
         step = (high - low) * ((1 - 2 * torch.finfo(values.dtype).eps) / 15)
         return (((grouped - low) / step).round() * step + low).reshape(values.shape)
 
-    changed = graphopt.optimize(program, "insert-kv-cache")
+    changed = graphopt.optimize(program, "insert-cache")
     for store in [n for n in changed.nodes if is_operator(n, "graphopt.cache_store")]:
         with changed.edit.before(store):
             value = changed.edit.emit(rounded, store.args[1])
@@ -133,7 +133,7 @@ def test_results_are_those_of_the_closed_form(
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
         for d in decoders:
             d.advance([piece.shape[1]] * 2)
-    plain = CachedDecoder(graphopt.optimize(program, "insert-kv-cache"), 2, 12)
+    plain = CachedDecoder(graphopt.optimize(program, "insert-cache"), 2, 12)
     plain.extend(ids[:, :7])
     plain.advance([7, 7])
     # and rounding does change them
@@ -154,7 +154,7 @@ def test_any_pieces_give_the_whole(
     """Scales never change later: whatever the pieces, the logits are those of all tokens at once."""
     program = captured(name)
     wide = program.derived("test float64", lambda: retyped(program))
-    floats = wide.derived("test cache", lambda: graphopt.optimize(wide, "insert-kv-cache"))
+    floats = wide.derived("test cache", lambda: graphopt.optimize(wide, "insert-cache"))
     made = floats.derived(options, lambda: graphopt.optimize(floats, f"quantize-cache{{{options}}}"))
     ids = torch.randint(3, 100, (rows, sum(pieces)), generator=torch.Generator().manual_seed(seed))
     whole = made(**begun(made, {"input_ids": ids}))["logits"]
@@ -185,7 +185,7 @@ def test_drafts_of_another_program_and_of_the_first_layer(captured: Callable[[st
     """Strategies that run graphs of their own over the same caches."""
     program = retyped(varied("llama", captured("llama"))[0])
     exits = graphopt.optimize(
-        program, "attach-early-exit{layers=[0]}, insert-kv-cache{tree=true}, quantize-cache", data=DATA
+        program, "attach-early-exit{layers=[0]}, insert-cache{tree=true}, quantize-cache", data=DATA
     )
     made = cached(program, tree=True)
     expected = generated(made, ROWS, 16)
@@ -201,7 +201,7 @@ def test_ranks_hold_the_codes_of_their_heads(
 ) -> None:
     program = retyped(varied("llama", captured("llama"))[0])
     sharded = graphopt.optimize(
-        program, f"shard-tensor-parallel{{size=2}}, insert-kv-cache, quantize-cache{{bits={bits}}}", data=DATA
+        program, f"shard-tensor-parallel{{size=2}}, insert-cache, quantize-cache{{bits={bits}}}", data=DATA
     )
     expected = generated(cached(program, f"bits={bits}"), ROWS)
     assert torch.equal(generated(sharded, ROWS), expected)
@@ -221,7 +221,7 @@ def test_onnx_runtime_computes_the_same(
 
     made = graphopt.optimize(
         varied("llama", captured("llama"))[0],
-        f"insert-kv-cache{{max_length=20}}, quantize-cache{{bits={bits}}}",
+        f"insert-cache{{max_length=20}}, quantize-cache{{bits={bits}}}",
         data=DATA,
     )
     made.lower("onnx", tmp_path / "decoder.onnx")
@@ -282,7 +282,7 @@ def test_bytes_are_those_that_the_report_says(
 
 def test_some_caches_alone(captured: Callable[[str], Program]) -> None:
     """A plan may be edited: values in few bits and keys as they were."""
-    program = graphopt.optimize(varied("llama", captured("llama"))[0], "insert-kv-cache")
+    program = graphopt.optimize(varied("llama", captured("llama"))[0], "insert-cache")
     ((_, plan),) = plan_passes(program, "quantize-cache{bits=4}", Context())
     plan.sites = [s for s in plan.sites if s.block.startswith("value")]
     made = graphopt.optimize(program, "quantize-cache{bits=4}", plan=[plan], data=DATA)
@@ -301,7 +301,7 @@ def test_a_program_in_float16_has_scales_in_float16() -> None:
 
 
 def test_refusals(captured: Callable[[str], Program], tmp_path: Path) -> None:
-    program = graphopt.optimize(captured("llama"), "insert-kv-cache")
+    program = graphopt.optimize(captured("llama"), "insert-cache")
     for options, reason in (
         ("bits=8 group=3", "groups of 3 do not divide its vectors of 8"),
         ("bits=4 group=2", "scales for groups of 2 take more than 4 bits save"),

@@ -149,7 +149,7 @@ def test_there_is_one_cache_for_each_group(
         caches = [s for n, s in made.signature.inputs.items() if "_cache_" in n]
         return sum(s.shape[1] * s.shape[3] * s.dtype.itemsize for s in caches)
 
-    whole, cached = (graphopt.optimize(p, "insert-kv-cache") for p in (program, shared))
+    whole, cached = (graphopt.optimize(p, "insert-cache") for p in (program, shared))
     assert per_slot(cached) * layers == per_slot(whole) * groups
     note = f"keys and values: {layers} -> {groups} pairs, {per_slot(whole):,} -> {per_slot(cached):,} bytes"
     assert any(n.startswith(note) for n in shared.report.passes[0].notes)

@@ -81,7 +81,7 @@ def test_a_cache_that_is_refused(tmp_path: Any) -> None:
     before = state(program)
     for form in ("", "{max_length=9}", "{tree=true}", "{max_length=41}"):
         with pytest.raises(GraphoptError):
-            graphopt.optimize(program, f"insert-kv-cache{form}")
+            graphopt.optimize(program, f"insert-cache{form}")
         assert state(program) == before, form
     program.save(tmp_path / "saved")
     found = program.lower("onnx", tmp_path / "m.onnx")

@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Callable[[], Program], Any]] = {
     "quantize-weights{group=8}": (decoder, None),
     "dequantize-weights": (lambda: done(decoder(), "quantize-weights{group=8}"), None),
     "share-caches{start=1}": (decoder, DATA),
-    "quantize-cache": (lambda: done(decoder(), "insert-kv-cache"), None),
+    "quantize-cache": (lambda: done(decoder(), "insert-cache"), None),
     "attach-early-exit{layers=[0 1]}": (decoder, None),
     "attach-mask-tokens{masks=1 rank=2}": (decoder, None),
     "trim-vocabulary{keep=20}": (lambda: done(decoder(), HEADS), None),
@@ -104,7 +104,7 @@ ONE_SITE = {
     "take-top-k{output=logits k=4}": (decoder, None),
     "freeze-dial{value=1}": (lambda: done(decoder(), "split-ffn{score=none}"), None),
     "stream-convolutions": (sound, None),  # its sites are states that only together make a stream
-    "insert-kv-cache": (decoder, None),  # a plan with some of them is refused, in test_cache_plan.py
+    "insert-cache": (decoder, None),  # a plan with some of them is refused, in test_cache_plan.py
 }
 
 

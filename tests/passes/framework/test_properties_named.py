@@ -22,7 +22,7 @@ PROPERTIES: dict[str, str] = {
     "quantize": "quantization/test_quantization_properties.py::test_what_few_bits_lose",
     "quantize-weights": "quantization/test_quantization_properties.py::test_weights_alone_in_few_bits",
     "dequantize-weights": "quantization/test_quantization_properties.py::test_weights_alone_in_few_bits",
-    "insert-kv-cache": "caching/test_kv_cache.py::test_any_decoder_in_any_pieces",
+    "insert-cache": "caching/test_kv_cache.py::test_any_decoder_in_any_pieces",
     "share-caches": "caching/test_share_caches.py::test_any_decoder_is_the_one_built_so",
     "quantize-cache": "caching/test_quantize_cache.py::test_any_pieces_give_the_whole",
     "attach-multi-token-heads": "heads/test_head_properties.py::test_multi_token_heads",

@@ -27,7 +27,7 @@ from graphopt.training.recipes import MaskTokens as Recipe
 
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))
 ROWS = [[5, 3, 9, 5, 3], [7], [11, 4, 11]]
-PASSES = "attach-mask-tokens{masks=3 rank=4}, insert-kv-cache{tree=true}"
+PASSES = "attach-mask-tokens{masks=3 rank=4}, insert-cache{tree=true}"
 
 
 def shaken(program: Program, seed: int = 0, size: float = 0.3) -> Program:
@@ -283,14 +283,14 @@ def test_what_cannot_be_is_refused(captured: Callable[[str], Program]) -> None:
     with pytest.raises(UsageError, match="whose attention mask is an input"):
         Recipe().recipe(masked)
     with pytest.raises(PipelineError, match="cannot run on a program that is cached"):
-        graphopt.optimize(graphopt.optimize(program, "insert-kv-cache{tree=true}"), "attach-mask-tokens")
+        graphopt.optimize(graphopt.optimize(program, "insert-cache{tree=true}"), "attach-mask-tokens")
     with pytest.raises(UsageError, match="layout is quadratic or linear"):
         MaskTokens(layout="cubic")
     with pytest.raises(UsageError, match="has no mask tokens"):
         graphopt.generate(program, [[5, 3]], max_new_tokens=3, strategy="mask-tokens")
     with pytest.raises(UsageError, match="3 mask tokens, 5 are asked for"):
         graphopt.generate(masked, [[5, 3]], max_new_tokens=3, strategy="mask-tokens{tokens=5}")
-    fixed = graphopt.optimize(masked, "insert-kv-cache{tree=true max_length=20}")
+    fixed = graphopt.optimize(masked, "insert-cache{tree=true max_length=20}")
     recipe = Recipe(anchors=7).recipe(fixed)
     with pytest.raises(UsageError, match="slots, the program's caches have 20"):
         recipe.loss(fixed.module(), recipe.transform({"input_ids": IDS}, 0.0))

@@ -35,9 +35,9 @@ def programs() -> dict[str, Program]:
     """One with a window and candidates, one with a bias by position, one that also says something halfway."""
     exits = graphopt.optimize(deep("llama", 4), "attach-early-exit{layers=[1]}")
     return {
-        "tree": graphopt.optimize(deep("mistral"), "insert-kv-cache{tree=true}"),
-        "fixed": graphopt.optimize(deep("llama"), f"insert-kv-cache{{max_length={CAPACITY}}}"),
-        "exits": graphopt.optimize(exits, "insert-kv-cache{tree=true}"),
+        "tree": graphopt.optimize(deep("mistral"), "insert-cache{tree=true}"),
+        "fixed": graphopt.optimize(deep("llama"), f"insert-cache{{max_length={CAPACITY}}}"),
+        "exits": graphopt.optimize(exits, "insert-cache{tree=true}"),
     }
 
 

@@ -254,7 +254,7 @@ def test_what_would_take_places_for_tokens_refuses(tmp_path: Path) -> None:
     from graphopt.backends.onnx.genai import lower_genai
     from graphopt.training import Settings
 
-    done = graphopt.optimize(model(), "trim-vocabulary{keep=20}, insert-kv-cache{max_length=16}")
+    done = graphopt.optimize(model(), "trim-vocabulary{keep=20}, insert-cache{max_length=16}")
     with pytest.raises(LoweringError, match="takes their places for tokens"):
         lower_genai(done, tmp_path / "genai")
     with pytest.raises(UsageError, match="cannot be trained on text that has other tokens"):

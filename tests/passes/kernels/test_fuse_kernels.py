@@ -102,7 +102,7 @@ def test_the_largest_entries_take_the_place_of_all(captured: Callable[[str], Pro
 def test_heads_that_give_their_best_tokens_draft_as_before(captured: Callable[[str], Program]) -> None:
     llama = captured("llama")
     rows = [[5, 6, 7, 8], [9, 4]]
-    heads = graphopt.optimize(llama, "insert-kv-cache, attach-multi-token-heads{heads=3}")
+    heads = graphopt.optimize(llama, "insert-cache, attach-multi-token-heads{heads=3}")
     few = graphopt.optimize(heads, "take-top-k{k=4}")
 
     def written(program: Program, nodes: int) -> tuple[list[list[int]], list[int], list[str]]:

@@ -398,7 +398,7 @@ def test_a_quantised_decoder_on_the_npu(
 @needs_compiler
 def test_prompt_and_step_with_caches_on_the_npu(captured: Callable[[str], Program], tmp_path: Path) -> None:
     """One program with fixed slots; the host makes masks, so that no cache is read for its length."""
-    cached = graphopt.optimize(captured("llama"), "insert-kv-cache{max_length=12}, fit-target")
+    cached = graphopt.optimize(captured("llama"), "insert-cache{max_length=12}, fit-target")
     for count in (1, 6):
         sizes = {"batch": 1, "sequence": count}
         report = cached.lower("onnx", tmp_path / f"out{count}", target=NPU, check=True, sizes=sizes)

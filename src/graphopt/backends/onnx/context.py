@@ -31,7 +31,7 @@ def context_length(program: Program) -> int:
     """Return how many positions a program with caches is used at.
 
     Args:
-        program: after insert-kv-cache.
+        program: after insert-cache.
     """
     cache = program.facts[KVCache]
     if isinstance(cache.capacity, int):

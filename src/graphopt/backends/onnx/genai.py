@@ -51,7 +51,7 @@ def lower_genai(
     is installed, its tokens are compared with the program's.
 
     Args:
-        program: after insert-kv-cache.
+        program: after insert-cache.
         path: of the folder, which must not exist.
         opset: see :func:`lower_onnx`.
         float32: the same.

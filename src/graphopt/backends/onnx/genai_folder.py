@@ -140,7 +140,7 @@ def genai_config(program: Program) -> dict[str, Any]:
     if cache is None or cache.tree or not cache.logits:
         raise LoweringError(
             "onnxruntime-genai generates with caches, and this program has none of the plain kind",
-            hint="run insert-kv-cache{} last, without tree",
+            hint="run insert-cache{} last, without tree",
         )
     if QuantizedCache in program.facts:
         raise LoweringError(

@@ -20,7 +20,7 @@ def row_by_row(cases: list[Case], program: Program) -> list[Case]:
 
     Args:
         cases: made for the program.
-        program: after insert-kv-cache.
+        program: after insert-cache.
     """
     return [taken for case in cases for taken in _taken(case, program)]
 

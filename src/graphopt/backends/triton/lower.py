@@ -127,7 +127,7 @@ def lower_triton(
         reasons = "".join(f"\n    {node}: {reason}" for node, reason in list(without.items())[:8])
         raise LoweringError(
             f"no operator of this program has a kernel{reasons}",
-            hint="fuse-kernels, split-ffn, insert-kv-cache, take-top-k quantize-communication bring operators with one",
+            hint="fuse-kernels, split-ffn, insert-cache, take-top-k quantize-communication bring operators with one",
         )
     with atomic_folder(path, may_replace=lambda _: False) as folder:
         (folder / "kernels").mkdir()

@@ -1,1 +1,1 @@
-"""Components of insert-kv-cache: values that depend on positions, stored keys and values, and the comparison in chunks."""
+"""Components of insert-cache: values that depend on positions, stored keys and values, and the comparison in chunks."""

@@ -46,7 +46,7 @@ class _Cache:
 class QuantizeCache(Pass):
     """Keep keys and values of earlier tokens in 8 or 4 bits, each token's with scales of its own.
 
-    After insert-kv-cache. Caches become integers, and caches of their scales come beside them: ``key_cache_0_scale``
+    After insert-cache. Caches become integers, and caches of their scales come beside them: ``key_cache_0_scale``
     (batch, key-value heads, capacity, groups), with ``next_key_cache_0_scale`` as output; for 4 bits also
     ``key_cache_0_low``, the least value of each group. Codes and scales are computed as a token is stored and do not
     change afterwards, so results do not depend on how a text is divided into steps. Keys are stored after their rotation.
@@ -75,7 +75,7 @@ class QuantizeCache(Pass):
         found = [(store, _cache_of(program, store)) for store in stores]
         for store, cache in sorted(found, key=lambda pair: order.get(pair[1].input, 0) if pair[1] else 0):
             name = str(cache.input.meta.get("input", cache.input.name)) if cache else store.name
-            reason = "it is no cache that insert-kv-cache made" if cache is None else self._refusal(cache)
+            reason = "it is no cache that insert-cache made" if cache is None else self._refusal(cache)
             if reason:
                 yield Refused(name, reason, program.source_line(store))
                 continue

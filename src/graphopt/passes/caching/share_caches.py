@@ -52,7 +52,7 @@ class ShareCaches(Pass):
 
     Cross-layer attention (arXiv 2405.12981): in groups of ``groups`` layers, all read the keys and values of the first.
     YOCO (arXiv 2405.05254): with ``start``, all layers from that one on read those of the layer before it. Their own
-    projections of keys and values are removed; run ``insert-kv-cache`` afterwards.
+    projections of keys and values are removed; run ``insert-cache`` afterwards.
 
     With data, a layer's values are fitted head by head by the values that it reads, and its keys, pair by rotated
     pair, by the keys that it reads; the fits are taken into its projections of output and queries, so that they cost

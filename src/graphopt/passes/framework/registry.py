@@ -28,7 +28,7 @@ BUILT_IN: dict[str, str] = {
     "quantize": "graphopt.passes.quantization.quantize:Quantize",
     "quantize-weights": "graphopt.passes.quantization.quantize_weights:QuantizeWeights",
     "dequantize-weights": "graphopt.passes.quantization.dequantize_weights:DequantizeWeights",
-    "insert-kv-cache": "graphopt.passes.caching.insert_kv_cache:InsertKVCache",
+    "insert-cache": "graphopt.passes.caching.insert_cache:InsertCache",
     "share-caches": "graphopt.passes.caching.share_caches:ShareCaches",
     "quantize-cache": "graphopt.passes.caching.quantize_cache:QuantizeCache",
     "attach-multi-token-heads": "graphopt.passes.heads.attach_multi_token_heads:AttachMultiTokenHeads",
@@ -51,6 +51,9 @@ BUILT_IN: dict[str, str] = {
     "drop-sync-points": "graphopt.passes.tensor_parallel.drop_sync_points:DropSyncPoints",
     "quantize-communication": "graphopt.passes.tensor_parallel.quantize_communication:QuantizeCommunication",
 }
+
+FORMER_NAMES = {"insert-kv-cache": "insert-cache"}
+"""Names under which passes are found as well: pipelines and plan files of before go on working."""
 
 
 def pass_locations() -> dict[str, str]:
@@ -90,6 +93,7 @@ def find_pass(name: str) -> type[Pass]:
     from .base import Pass
 
     locations = pass_locations()
+    name = FORMER_NAMES.get(name, name)
     if name not in locations:
         near = difflib.get_close_matches(name, locations, n=1)
         raise PipelineError(

@@ -38,7 +38,7 @@ class AttachMaskTokens(Pass):
     size) is the input of the head. From it and the preceding token in ``sampler_ids`` (batch, sequence), the sampler
     computes ``mask_logits`` (batch, sequence, vocabulary). B is initialised with zeros, mask tokens with the mean of
     the vocabulary, and the sampler as the model's own head. Train with the recipe ``mask-tokens``, after
-    insert-kv-cache{tree=true}.
+    insert-cache{tree=true}.
     """
 
     name = "attach-mask-tokens"

@@ -43,7 +43,7 @@ class MaskTokens(Method):
     )  # fmt: skip
 
     def recipe(self, program: Program) -> Recipe:
-        """Return the recipe for a program that went through attach-mask-tokens, then insert-kv-cache{tree=true}."""
+        """Return the recipe for a program that went through attach-mask-tokens, then insert-cache{tree=true}."""
         masked = program.facts.get(Masked)
         if masked is None or "mask_logits" not in program.outputs:
             raise UsageError("this program has no mask tokens", hint="run the pass attach-mask-tokens first")
@@ -51,7 +51,7 @@ class MaskTokens(Method):
         if cache is None or not cache.tree:
             raise UsageError(
                 "training mask tokens needs a program whose attention mask is an input",
-                hint="run insert-kv-cache{tree=true} after attach-mask-tokens, and train the result",
+                hint="run insert-cache{tree=true} after attach-mask-tokens, and train the result",
             )
         count, fixed = masked.masks, cache.capacity
 
@@ -63,7 +63,7 @@ class MaskTokens(Method):
             if isinstance(fixed, int) and columns > fixed:
                 raise UsageError(
                     f"rows with their mask tokens need {columns} slots, the program's caches have {fixed}",
-                    hint="use shorter rows, fewer anchors, or insert-kv-cache without max_length",
+                    hint="use shorter rows, fewer anchors, or insert-cache without max_length",
                 )
             inputs = {
                 cache.tokens: batch["packed"], cache.positions: batch["positions"], "cache_slots": batch["slots"],

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from ...measure.context import Context
 
 aten, composites = torch.ops.aten, torch.ops.graphopt
-NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export it before insert-kv-cache"
+NO_FOLDER = "a program with a cache has inputs that no checkpoint names; export it before insert-cache"
 
 
 @dataclass(frozen=True, kw_only=True)
-class InsertKVCache(Pass):
+class InsertCache(Pass):
     """Store what earlier tokens leave behind, so that following tokens are computed alone.
 
     The program takes new tokens and their ``position_ids`` (batch, tokens), and for each attention ``key_cache_0``,
@@ -53,7 +53,7 @@ class InsertKVCache(Pass):
     another.
     """
 
-    name = "insert-kv-cache"
+    name = "insert-cache"
     contract = ExactInChunks()
     together = True
     provides = (KVCache,)
