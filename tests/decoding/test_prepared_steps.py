@@ -222,3 +222,21 @@ def test_capacities(capacity: int | None, captured: Callable[[str], Program]) ->
     rows = rows_of([4, 4])
     expected = generated(program, rows, 20)
     assert torch.equal(generated(made, rows, 20), expected)
+
+
+def test_inputs_that_are_parts_of_others() -> None:
+    """The first step's inputs may lie anywhere, as rows of a larger tensor do; later ones have memory of the step's own."""
+    graph = fx.Graph()
+    placed = [graph.placeholder(name) for name in ("decoding_step", "x")]
+    row = graph.call_function(torch.ops.aten.unsqueeze.default, (placed[1], 0))
+    graph.output([graph.call_function(torch.ops.aten.mul.Tensor, (row, 2.0))])
+    for node in graph.nodes:
+        if node.op != "output":
+            node.meta["val"] = torch.zeros(1, 1, 4)
+    large = torch.arange(12.0).view(1, 3, 4)
+    none = torch.zeros(1, 1, dtype=torch.int64)
+    step = Step({}, none, none, 1, 0)
+    prepared = Prepared(graph, [], ["y"], step, [large[:, 1:2]])
+    for place in range(3):
+        x = large[:, place : place + 1]
+        assert torch.equal(prepared(step, [x])["y"], 2 * x[None])

@@ -149,6 +149,8 @@ class Prepared:
         inputs: Sequence[torch.Tensor],
     ):  # fmt: skip
         self.outputs = list(outputs)
+        # the step's own inputs lie in memory of their own, as these have to for their views to be the same
+        inputs = [value.clone(memory_format=torch.contiguous_format) for value in inputs]
         with torch.inference_mode():
             run = _Recording(graph, constants, step, inputs)
             self.first = dict(zip(outputs, run.results, strict=True))
