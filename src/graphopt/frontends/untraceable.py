@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
-import sys
 from collections.abc import Callable, Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -20,8 +17,8 @@ from .named_kernels import named_kernels
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Write masks, slices, triangular systems and loops over experts in ways that can be traced while it is open."""
-    with named_kernels(), broadcast_masks(), triangular_systems(), casts_of_modules(), Sizes(), ExpertLoops():
+    """Write scans, masks, slices, triangular systems and loops over experts in ways that can be traced while it is open."""
+    with named_kernels(), broadcast_masks(), casts_of_modules(), Sizes(), ExpertLoops():
         yield
 
 
@@ -49,43 +46,6 @@ def casts_of_modules() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = before  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def triangular_systems() -> Iterator[None]:
-    """Let linear attention in chunks solve its systems as it does when it runs, while the context is open.
-
-    For an export, the library writes one substitution for each row of a chunk, some hundreds of operators a layer.
-    """
-
-    found = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("transformers.models.") and hasattr(module, _EXPORTING) and _solves(name)
-    ]
-    before = [(module, getattr(module, _EXPORTING)) for module in found]
-    for module in found:
-        setattr(module, _EXPORTING, lambda: False)
-    try:
-        yield
-    finally:
-        for module, value in before:
-            setattr(module, _EXPORTING, value)
-
-
-@functools.cache
-def _solves(module: str) -> bool:
-    """Tell whether a function of a module solves triangular systems unless it is exported."""
-
-    # functions may be wrapped, so that their code is looked for in the module's
-    def inside(code: CodeType) -> bool:
-        if "solve_triangular" in code.co_names and _EXPORTING in code.co_names:
-            return True
-        return any(inside(part) for part in code.co_consts if isinstance(part, CodeType))
-
-    loader: Any = getattr(sys.modules[module], "__loader__", None)
-    code = loader.get_code(module) if hasattr(loader, "get_code") else None
-    return code is not None and inside(code)
 
 
 def inverse_of_unit_lower(matrix: torch.Tensor) -> torch.Tensor:
@@ -216,7 +176,6 @@ def _of_unit_lower(
     )
 
 
-_EXPORTING = "is_torchdynamo_exporting"
 # torch.export writes the second for the first
 _HOLDING = (torch.tensor, torch.scalar_tensor)
 _ARITHMETIC = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...ir.errors import LoweringError
-from ...ir.facts import KVCache, QuantizedCache
+from ...ir.facts import KVCache, QuantizedCache, StateCache
 from ...ir.program import Program
 from ...ir.running.execute import run
 from ...ir.schema import argument, is_operator
@@ -51,7 +51,7 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
         reports: of all graphs, parts in their order.
     """
     cache = program.facts.get(KVCache)
-    if cache is None or cache.tree or not cache.logits or program.dials:
+    if cache is None or cache.tree or not cache.logits or program.dials or StateCache in program.facts:
         return None
     if not _end_tokens(configuration(program), program):
         return None
@@ -141,6 +141,13 @@ def genai_config(program: Program) -> dict[str, Any]:
         raise LoweringError(
             "onnxruntime-genai generates with caches, and this program has none of the plain kind",
             hint="run insert-cache{} last, without tree",
+        )
+    states = program.facts.get(StateCache)
+    if states is not None:
+        raise LoweringError(
+            f"onnxruntime-genai hands on keys and values, and this program has {len(states.states)} states of "
+            "convolutions and linear attention beside them, for which its settings have no names",
+            hint="write plain ONNX files and hand the states from step to step",
         )
     if QuantizedCache in program.facts:
         raise LoweringError(

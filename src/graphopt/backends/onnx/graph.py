@@ -18,7 +18,7 @@ from ...ir.errors import GraphoptError, LoweringError
 from ...ir.operators.library import KERNELS
 from ...ir.program import Program
 from ...ir.running.fold import fold
-from ...ir.schema import operator_name
+from ...ir.schema import arguments, is_operator, operator_name
 from ...ir.weights import Weight
 from ..torch.exported import exported_program
 from .cleanup import attach_weights, simplify
@@ -71,7 +71,11 @@ def written_out(program: Program, opset: int) -> Program:
     translations = translation_table(opset)
 
     def untranslated(program: Program) -> list[fx.Node]:
-        return [n for n in program.graph.nodes if _reference(n) is not None and n.target not in translations]
+        return [
+            n
+            for n in program.graph.nodes
+            if _reference(n) is not None and (n.target not in translations or _convolves_a_tree(n))
+        ]
 
     if not untranslated(program):
         return program
@@ -79,7 +83,13 @@ def written_out(program: Program, opset: int) -> Program:
     # a definition may contain another such operator
     while sum(_write_out(lowered, node) for node in untranslated(lowered)):
         pass
-    return lowered
+    # nor may it compute anything from weights alone
+    return fold(lowered)
+
+
+def _convolves_a_tree(node: fx.Node) -> bool:
+    """Return whether a convolution gathers the ancestors of each token, for which no operator stands."""
+    return is_operator(node, "graphopt.causal_conv1d") and arguments(node)["step_mask"] is not None
 
 
 def _reference(node: fx.Node) -> Callable[..., Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .experts import Experts
+from .linear_attention import LinearAttention
 from .masks import Masks
 from .nodes import is_scalar, same_size
 from .runtime_operators import RuntimeWriter, translations
@@ -31,7 +32,10 @@ def translation_table(opset: int, kernels: bool = False) -> dict[Callable[..., A
     writer = OperatorWriter(opset, kernels)
     operators = torch.ops.graphopt
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
-    names = ("attention", "rms_norm", "rotary", "routed_ffn", "fake_quantize", "fake_quantize_channels")
+    names = (
+        "attention", "rms_norm", "rotary", "routed_ffn", "fake_quantize", "fake_quantize_channels",
+        "linear_attention", "linear_attention_state", "causal_conv1d",
+    )  # fmt: skip
     for name in names:
         table[getattr(operators, name).default] = _unannotated(getattr(writer, name))
     if writer.kernels is not None:
@@ -48,7 +52,7 @@ def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: method(*args, **kwargs)
 
 
-class OperatorWriter(Experts):
+class OperatorWriter(Experts, LinearAttention):
     """Writes nodes while the exporter records them; one object per export, so that layers can share masks."""
 
     def __init__(self, opset: int, kernels: bool = False):

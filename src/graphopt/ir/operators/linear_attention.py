@@ -234,8 +234,8 @@ def linear_attention(
     else:
         q, k = (_for_heads(t, v.shape[1]) for t in (q, k))
         start = v.new_zeros(_state_shape(k, v).shape) if state is None else state
-        q, k, v_wide, g, beta, start = _wide(q, k, v, g, beta, start)
-        y, _ = _chunk(q, k, v_wide, g, beta, start, step_mask)
+        wide_q, wide_k, wide_v, g, beta, start = _wide(q, k, v, g, beta, start)
+        y, _ = _chunk(wide_q, wide_k, wide_v, g, beta, start, step_mask)
     assert y is not None
     return y.to(v.dtype)
 
@@ -271,6 +271,6 @@ def linear_attention_state(
     if step_mask is None or _nothing(v):
         _, after = recurrence(None, k, v, g, beta, state, taken)
     else:
-        _, k, v, g, beta, wide = _wide(None, _for_heads(k, v.shape[1]), v, g, beta, state)
-        _, after = _chunk(None, k, v, g, beta, wide, step_mask, taken)
+        _, k, v, g, beta, start = _wide(None, _for_heads(k, v.shape[1]), v, g, beta, state)
+        _, after = _chunk(None, k, v, g, beta, start, step_mask, taken)
     return after.to(state.dtype)
