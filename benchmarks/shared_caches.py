@@ -1,6 +1,6 @@
 """What sharing keys and values between layers costs a trained model before any training, with fits and without.
 
-    python benchmarks/shared_caches.py [--program SAVED | --checkpoint FILE.gguf] [--rows 4] [--calibration 8]
+    python benchmarks/shared_caches.py [--program SAVED | --checkpoint GGUF] [--rows 4] [--calibration 8] [--length 256]
 
 The model is that of ``benchmarks/real_models.py``, SmolLM2-135M-Instruct by default; so are the texts. A
 change is that of the mean loss over all rows; ± is the standard error over rows of the difference.
@@ -49,11 +49,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="the model as a GGUF file")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--calibration", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row, at most 256")
     given = parser.parse_args()
     source = Path(given.program) if given.program else Path(given.checkpoint or bundled())
-    program = graphopt.load(source) if given.program else graphopt.capture(source)
-    rows = read_sources(program, "validation").draw(given.rows, 0)
-    calibration = read_sources(program, "calibration").draw(given.calibration, 99)
+    program = graphopt.load(source) if given.program else graphopt.capture(source, compare=False)
+    rows, calibration = (
+        [row[: given.length] for row in read_sources(program, split).draw(count, seed)]
+        for split, count, seed in (("validation", given.rows, 0), ("calibration", given.calibration, 99))
+    )
     # a pass calibrates on the first half of its data
     data = [{"input_ids": torch.tensor([row])} for row in (*calibration, *calibration)]
     context = Context(data)
