@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Running:
         copy = self.source.copy()
         roots = [copy.outputs[name] for name in self.outputs]
         supplied = {name: copy.outputs[name] for name in taken}
-        windows, sizes = self._rewrite(copy, copy.graph)
+        windows, sizes = self._rewrite(copy, copy.graph, needed_for(roots, dict.fromkeys(supplied.values())))
         roots = [windows.get(n, n) for n in roots]
         given = {windows.get(n, n): name for name, n in supplied.items()}
         needed = needed_for(roots, given)
@@ -118,7 +118,9 @@ class Running:
         """Tell whether it runs with caches of so many slots."""
         return not self._sized or capacity == self.capacity
 
-    def _rewrite(self, program: Program, graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
+    def _rewrite(
+        self, program: Program, graph: fx.Graph, needed: Collection[fx.Node]
+    ) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
         """Replace cache operators with in-place versions; return the replacement of each node, and sizes of caches."""
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
@@ -135,7 +137,8 @@ class Running:
                 operator_args = arguments(node)
                 buffer = self._buffer(operator_args["cache"])
                 buffers[node] = buffer
-                readers = [u for u in node.users if u.op != "output"]
+                # a cache's new contents are read as outputs too, which nothing here needs
+                readers = [u for u in node.users if u in needed]
                 read = all(is_operator(u, "graphopt.attention", "graphopt.cache_load") for u in readers)
                 target = store if read else store_whole
                 args = (self.step, buffer, operator_args["values"])
