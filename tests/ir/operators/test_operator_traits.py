@@ -253,6 +253,13 @@ SHAPED: dict[str, Callable[[Any], Any]] = {
     "cache_scale": lambda f: f(draw(2, 3, 5, 8).to(torch.bfloat16), group=4),
     "cache_store": lambda f: f(draw(2, 3, 8, 4).to(torch.bfloat16), draw(2, 3, 2, 4), torch.tensor([[0, 1], [3, 2]])),
     "cache_visible": lambda f: f(torch.tensor([[3, 4]]), torch.tensor([[3, 4]]), draw(1, 2, 8, 4), window=3),
+    "causal_conv1d": lambda f: f(draw(2, 3, 5).float(), draw(3, 1, 4).float(), draw(3).float(), draw(2, 3, 3)),
+    "causal_conv1d_state": lambda f: f(draw(2, 3, 5).float(), draw(2, 3, 3), torch.ones(2, 5, dtype=torch.bool)),
+    "linear_attention": lambda f: f(draw(2, 2, 5, 3), draw(2, 2, 5, 3), draw(2, 4, 5, 6).float(), -draw(2, 4, 5).abs()),
+    "linear_attention_state": lambda f: f(
+        draw(2, 2, 5, 3), draw(2, 4, 5, 6).to(torch.bfloat16), -draw(2, 4, 5).abs(), None, draw(2, 4, 3, 6).float(),
+        torch.ones(2, 5, dtype=torch.bool),
+    ),
     "fake_quantize": lambda f: f(draw(2, 3).to(torch.bfloat16), 0.1, 0, dtype="int8"),
     "fake_quantize_channels": lambda f: f(draw(2, 3).to(torch.bfloat16), torch.ones(2), axis=0, dtype="int8"),
     "rotary": lambda f: f(draw(2, 3, 4).to(torch.bfloat16), draw(3, 4), draw(3, 4)),

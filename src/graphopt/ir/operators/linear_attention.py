@@ -33,8 +33,10 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *others: object, **options: object) 
     return v.new_empty(v.shape)
 
 
-def _state_shape(k: Tensor, v: Tensor, *others: object, **options: object) -> Tensor:
-    return v.new_empty((v.shape[0], v.shape[1], k.shape[3], v.shape[3]))
+def _state_shape(
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor, *others: object, **options: object
+) -> Tensor:
+    return state.new_empty(state.shape)
 
 
 def _work(call: Call) -> Work:
@@ -233,7 +235,7 @@ def linear_attention(
         y, _ = recurrence(q, k, v, g, beta, state)
     else:
         q, k = (_for_heads(t, v.shape[1]) for t in (q, k))
-        start = v.new_zeros(_state_shape(k, v).shape) if state is None else state
+        start = v.new_zeros(v.shape[0], v.shape[1], k.shape[3], v.shape[3]) if state is None else state
         wide_q, wide_k, wide_v, g, beta, start = _wide(q, k, v, g, beta, start)
         y, _ = _chunk(wide_q, wide_k, wide_v, g, beta, start, step_mask)
     assert y is not None
