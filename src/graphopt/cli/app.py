@@ -287,7 +287,16 @@ class Generate(Reading):
 
     program: str = PROGRAM
     prompt: str = option("The text to continue.")
+    chat: bool = option(
+        "The prompt is a user's message, which the assistant answers: in the checkpoint's chat template.",
+        False,
+        "--chat",
+    )
     max_new_tokens: int = option("Maximum number of new tokens.", 64, min=1)
+    cache: str = option(
+        "What caches keep: full, or a policy with a budget, beyond which the text changes: 'window{budget=1024}'.",
+        "full",
+    )
     strategy: str | None = option(
         "How candidates are proposed, e.g. 'prompt-lookup{tokens=8}'; the text is the same with any strategy."
     )

@@ -9,6 +9,7 @@ from ..data.tokenizer import Tokenizer
 from ..decoding.answering import answer
 from ..decoding.drafters import DraftProgram
 from ..decoding.generation import named_strategy, stream
+from ..decoding.policies import as_policy
 from ..decoding.speculating import Statistics
 from ..ir.errors import UsageError
 from ..ir.program import Program
@@ -25,16 +26,17 @@ def generate_text(args: Generate) -> None:
         raise UsageError("--strategy and --draft exclude one another")
     if args.strategy is not None:
         named_strategy(args.strategy)
+    as_policy(args.cache)
     program = read_program(args.program, args)
     proposing = args.strategy if args.draft is None else _draft_program(args.draft, args, program)
     tokenizer = Tokenizer(program)
-    ids = tokenizer.encode(args.prompt)
+    ids = _asked(args, tokenizer) if args.chat else tokenizer.encode(args.prompt)
     if not ids:
         raise UsageError("the prompt has no tokens")
     tokens = stream(
         program, [ids], max_new_tokens=args.max_new_tokens, strategy=proposing, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed, dtype=args.dtype, compiled=args.compiled,
-        kernels=args.kernels,
+        kernels=args.kernels, cache=args.cache,
     )  # fmt: skip
     began, printed = time.perf_counter(), ""
     new: list[int] = []
@@ -67,6 +69,16 @@ def generate_text(args: Generate) -> None:
         f"{len(new)} tokens in {seconds:.1f} s, {len(new) / max(seconds, 1e-9):.1f} a second"
         + _speculation_text(statistics)
     )
+
+
+def _asked(args: Generate, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of the prompt as a user's message, and of the beginning of an answer."""
+    if not tokenizer.template:
+        raise UsageError(
+            f"{args.program} has no chat template", hint="leave out --chat: the prompt is continued"
+        )
+    messages = [{"role": "user", "content": args.prompt}]
+    return tokenizer.encode_chat(tokenizer.chat(messages, answering=True))[0]
 
 
 def _speculation_text(statistics: Statistics) -> str:

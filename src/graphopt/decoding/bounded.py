@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ir.errors import UsageError
-from ..ir.facts import QuantizedCache
+from ..ir.facts import KVCache, QuantizedCache
 from ..ir.program import Program
 from .cached import CachedDecoder, Mark
 from .policies import Episode, Held, Policy
@@ -24,11 +24,13 @@ class BoundedStep(Step):
         held: (batch, heads, slots) by the buffer of keys: the positions of all tokens, new ones included; -1 if empty.
         filled: number of slots in use before the step, of each row.
         masks: those made so far.
+        windows: how far each layer sees, of those that do not see everything; filled in as layers are computed.
     """
 
     held: dict[Buffer, torch.Tensor] = field(default_factory=dict)
     filled: Sequence[int] = ()
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+    windows: dict[Buffer, int] = field(default_factory=dict)
 
     def mask_of(
         self, q: torch.Tensor, k: torch.Tensor, window: int | None, layer: Buffer | None
@@ -37,6 +39,8 @@ class BoundedStep(Step):
         plain = self.start is not None and self.step_mask is None and self.watch is None and window is None
         if plain and (q.shape[2] == 1 or self.start == 0):
             return None
+        if window is not None and layer is not None:
+            self.windows[layer] = window
         key = None if window is None else (layer, window)
         if key not in self.masks:
             self.masks[key] = self._mask(window, layer)
@@ -100,12 +104,19 @@ class BoundedDecoder(CachedDecoder):
                 "caches in few bits are not bounded", hint="leave quantize-cache out, or the policy"
             )
         self.policy = policy
-        self.slots = min(
-            policy.budget + policy.block + room + 1, capacity + len(getattr(policy, "probe", ()))
-        )
+        # one more slot than tokens: shorter rows of a step are padded into it
+        self.slots = min(policy.budget + policy.block + room, capacity) + 1
+        positions = capacity
         if isinstance(policy, Episode):
-            self.slots = max(self.slots, policy.budget + policy.block + len(policy.probe) + 1)
-        super().__init__(program, batch, capacity, **options)
+            words = len(policy.probe)
+            self.slots = max(self.slots, min(policy.budget + policy.block, capacity) + words + 1)
+            cache = program.facts.get(KVCache)
+            fixed = cache.capacity if cache is not None else None
+            limit = fixed if isinstance(fixed, int) else cache.limit if cache is not None else None
+            positions = max(capacity, min(capacity + words, limit or capacity + words))
+        super().__init__(program, batch, positions, **options)
+        # recorded steps read caches of whole texts
+        self.recorder = None
         if self.biased:
             raise UsageError(
                 "this program adds a bias that depends on where tokens stand, so a cache cannot leave any out",
@@ -120,10 +131,12 @@ class BoundedDecoder(CachedDecoder):
         self.filled = [0] * batch
         self.since = [0] * batch
         self.peak = 0
-        self._held: dict[Buffer, torch.Tensor] = {}
-        self._scores: dict[Buffer, torch.Tensor] = {}
+        self.held: dict[Buffer, torch.Tensor] = {}
+        self.scores: dict[Buffer, torch.Tensor] = {}
         self._weights: dict[Buffer, torch.Tensor] = {}
-        self._probing = False
+        self._windows: dict[Buffer, int] = {}
+        self._written = 0
+        self._probing = self._trying = False
 
     @property
     def layers(self) -> list[Buffer]:
@@ -138,32 +151,43 @@ class BoundedDecoder(CachedDecoder):
         """Return the number of slots that no row uses."""
         return self.slots - max(self.filled)
 
+    @property
+    def bytes(self) -> int:
+        """Number of bytes that caches, states, positions and scores take."""
+        return super().bytes + sum(t.nbytes for t in (*self.held.values(), *self.scores.values()))
+
     def _step(
         self, positions: torch.Tensor, slots: torch.Tensor | None, step_mask: torch.Tensor | None,
-        counted: torch.Tensor | None, read: torch.Tensor | None,
+        counts: Sequence[int] | None, read: torch.Tensor | None,
     ) -> Step:  # fmt: skip
         tokens = positions.shape[1]
-        start = torch.tensor(self.filled, device=self.device)[:, None]
-        own = start + torch.arange(tokens, device=self.device)
-        limit = max(self.filled) + tokens
+        ends = [
+            filled + (tokens if counts is None else counts[row]) for row, filled in enumerate(self.filled)
+        ]
+        limit = min(max(self.filled) + tokens, max(ends) + 1)
         if limit > self.slots:
             raise UsageError(f"{limit} slots are needed, the bounded caches have {self.slots}")
+        start = torch.tensor(self.filled, device=self.device)[:, None]
+        own = (start + torch.arange(tokens, device=self.device)).clamp(max=limit - 1)
         for layer in self.layers:
             heads = self.buffers[layer].shape[1]
-            if layer not in self._held:
+            if layer not in self.held:
                 shape = (self.batch, heads, self.slots)
-                self._held[layer] = torch.full(shape, -1, dtype=torch.int64, device=self.device)
+                self.held[layer] = torch.full(shape, -1, dtype=torch.int64, device=self.device)
                 planes = (self.batch, heads, self.policy.planes, self.slots)
-                self._scores[layer] = torch.zeros(planes, device=self.device)
+                self.scores[layer] = torch.zeros(planes, device=self.device)
             index = own[:, None].expand(-1, heads, -1)
-            self._held[layer] = self._held[layer].scatter(2, index, positions[:, None].expand(-1, heads, -1))
-        watched = self.policy.counts and (not isinstance(self.policy, Episode) or self._probing)
-        self._weights = {}
-        self.peak = max(self.peak, limit)
-        start_of_all = self.filled[0] if len(set(self.filled)) == 1 else None
+            self.held[layer].scatter_(2, index, positions[:, None].expand(-1, heads, -1))
+        watched = self.policy.counts and not self._trying and (
+            not isinstance(self.policy, Episode) or self._probing
+        )  # fmt: skip
+        self._weights, self._written = {}, limit
+        self.peak = max(self.peak, *ends)
+        together = len(set(self.filled)) == 1 and limit - self.filled[0] == tokens
         return BoundedStep(
-            self.buffers, positions, own, limit, start_of_all, step_mask, read, states=self.states, taken=counted,
-            held=self._held, filled=list(self.filled), watch=self._watch if watched else None,
+            self.buffers, positions, own, limit, self.filled[0] if together else None, step_mask, read,
+            states=self.states, taken=self._taken(counts, tokens), held=self.held, filled=list(self.filled),
+            watch=self._watch if watched else None, windows=self._windows,
         )  # fmt: skip
 
     def _watch(self, layer: Buffer, weights: torch.Tensor) -> None:
@@ -178,7 +202,7 @@ class BoundedDecoder(CachedDecoder):
         )
         weights = weights * before[:, None, None, None]
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
-        scores = self._scores[layer]
+        scores = self.scores[layer]
         scores.zero_()
         scores[:, :, 0, : weights.shape[-1]] = weights.amax((2, 3))
 
@@ -223,19 +247,24 @@ class BoundedDecoder(CachedDecoder):
             moved = [p for i, p in enumerate(path) if p != i]
             for layer in self.layers if moved else ():
                 index = torch.tensor(path, device=self.device) + start
-                for tensor in (self._held[layer], self._scores[layer]):
+                for tensor in (self.held[layer], self.scores[layer]):
                     tensor[row, ..., start : start + count] = tensor[row].index_select(-1, index)
             if moved:
                 index = torch.tensor(path, device=self.device) + start
                 for buffer in self.buffers.values():
                     buffer[row, :, start : start + count] = buffer[row].index_select(1, index)
-            for layer in self.layers:
-                self._held[layer][row, :, start + count :] = -1
-                self._scores[layer][row, ..., start + count :] = 0
+            self._clear(row, start + count)
             self.filled[row] += count
             self.lengths[row] += count
             self.since[row] += count
-        self._cut()
+        if not self._trying:
+            self._cut()
+
+    def _clear(self, row: int, first: int) -> None:
+        """Forget what a step has written into the slots from a first one on."""
+        for layer in self.layers if first < self._written else ():
+            self.held[layer][row, :, first : self._written] = -1
+            self.scores[layer][row, ..., first : self._written] = 0
 
     def _count(self, paths: Sequence[Sequence[int]]) -> None:
         """Let the policy count what the tokens that are kept attended to."""
@@ -244,7 +273,7 @@ class BoundedDecoder(CachedDecoder):
             for row, path in enumerate(paths):
                 queries[row, list(path)] = True
             used = weights.shape[-1]
-            scores = self._scores[layer]
+            scores = self.scores[layer]
             scores[..., :used] = self.policy.observe(scores[..., :used], weights, queries)
         self._weights = {}
 
@@ -265,18 +294,19 @@ class BoundedDecoder(CachedDecoder):
         for layer in self.layers:
             values = (f"value{layer[0].removeprefix('key')}", *layer[1:])
             held = Held(
-                self._held[layer][index, :, :used],
+                self.held[layer][index, :, :used],
                 self.buffers[layer][index, :, :used],
-                self._scores[layer][index][..., :used],
+                self.scores[layer][index][..., :used],
+                self._windows.get(layer),
             )
             kept = self.policy.kept(held)
             count = kept.shape[-1]
-            self._held[layer][index, :, :count] = held.positions.gather(2, kept)
-            self._held[layer][index, :, count:] = -1
+            self.held[layer][index, :, :count] = held.positions.gather(2, kept)
+            self.held[layer][index, :, count:] = -1
             planes = kept[:, :, None].expand(-1, -1, held.scores.shape[2], -1)
-            scores = torch.zeros_like(self._scores[layer][index])
+            scores = torch.zeros_like(self.scores[layer][index])
             scores[..., :count] = held.scores.gather(3, planes)
-            self._scores[layer][index] = scores
+            self.scores[layer][index] = scores
             for name in (layer, values):
                 buffer = self.buffers[name]
                 wide = kept[..., None].expand(-1, -1, -1, buffer.shape[-1])
@@ -286,35 +316,37 @@ class BoundedDecoder(CachedDecoder):
 
     def _probe(self, policy: Episode) -> None:
         """Compute the episode's words behind all rows, for what they attend to; nothing of them is kept."""
+        words = torch.tensor([policy.probe], device=self.device).expand(self.batch, -1)
+        start = torch.tensor(self.lengths, device=self.device)[:, None]
+        # at the end of what the model has positions for, words stand among the last tokens
+        start = start.clamp(max=max(self.capacity - len(policy.probe), 0))
+        positions = start + torch.arange(len(policy.probe), device=self.device)
+        states = self.states
         self._probing = True
-        before = self.mark()
         try:
-            # no output is read: the caches alone are asked for
-            self.extend(torch.tensor([policy.probe], device=self.device).expand(self.batch, -1))
+            self.forward(words, positions)
         finally:
             self._probing = False
-            self.rewind(before)
-        for layer in self.layers:
-            for row, filled in enumerate(self.filled):
-                self._held[layer][row, :, filled:] = -1
-                self._scores[layer][row, ..., filled:] = 0
+            self.states, self._last = states, None
+        for row, filled in enumerate(self.filled):
+            self._clear(row, filled)
 
     def snapshot(self) -> Snapshot:
         """Return copies of all that the rows hold, so that another text can be read in the meantime."""
         used = max(self.filled)
         return Snapshot(
             {name: buffer[:, :, :used].clone() for name, buffer in self.buffers.items()},
-            {layer: held[..., :used].clone() for layer, held in self._held.items()},
-            {layer: scores[..., :used].clone() for layer, scores in self._scores.items()},
+            {layer: held[..., :used].clone() for layer, held in self.held.items()},
+            {layer: scores[..., :used].clone() for layer, scores in self.scores.items()},
             dict(self.states), list(self.lengths), list(self.filled), list(self.since),
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot | None) -> None:
         """Hold what a snapshot holds; nothing at all if it is None."""
-        for tensors, fill in ((self._held, -1), (self._scores, 0)):
+        for tensors, fill in ((self.held, -1), (self.scores, 0)):
             for tensor in tensors.values():
                 tensor.fill_(fill)
-        self._last, self._weights = None, {}
+        self._last, self._weights, self._trying = None, {}, False
         if snapshot is None:
             zeros = [0] * self.batch
             self.lengths, self.filled, self.since = list(zeros), list(zeros), list(zeros)
@@ -322,7 +354,7 @@ class BoundedDecoder(CachedDecoder):
             return
         for name, copy in snapshot.buffers.items():
             self.buffers[name][:, :, : copy.shape[2]] = copy
-        for tensors, copies in ((self._held, snapshot.held), (self._scores, snapshot.scores)):
+        for tensors, copies in ((self.held, snapshot.held), (self.scores, snapshot.scores)):
             for layer, copy in copies.items():
                 tensors[layer][..., : copy.shape[-1]] = copy
         self.states = dict(snapshot.states)
@@ -331,17 +363,21 @@ class BoundedDecoder(CachedDecoder):
         )  # fmt: skip
 
     def mark(self) -> Mark:
-        """Return where all rows stand; see :meth:`CachedDecoder.mark`."""
+        """Return where all rows stand, for :meth:`rewind`; until then nothing is cut, and no attention counts."""
+        self._trying = True
         mark = super().mark()
         mark.others["bounded"] = (list(self.filled), list(self.since))
         return mark
 
     def rewind(self, mark: Mark) -> None:
-        """Forget what came after a mark, which must not have cut anything."""
+        """Forget what came after a mark."""
         super().rewind(mark)
         filled, since = mark.others["bounded"]
+        self._written = max(self._written, *self.filled)
         self.filled, self.since = list(filled), list(since)
-        self._weights = {}
+        for row, start in enumerate(self.filled):
+            self._clear(row, start)
+        self._weights, self._trying = {}, False
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Continue with only some of the rows."""
@@ -349,7 +385,7 @@ class BoundedDecoder(CachedDecoder):
             return
         super().keep_rows(rows)
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
-        for tensors in (self._held, self._scores):
+        for tensors in (self.held, self.scores):
             for layer, tensor in tensors.items():
                 tensors[layer] = tensor.index_select(0, index)
         self.filled = [self.filled[row] for row in rows]

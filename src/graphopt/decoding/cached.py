@@ -132,6 +132,11 @@ class CachedDecoder:
         self.graph(self.outputs)
 
     @property
+    def bytes(self) -> int:
+        """Number of bytes that caches and states take."""
+        return sum(tensor.nbytes for tensor in (*self.buffers.values(), *self.states.values()))
+
+    @property
     def vocabulary(self) -> int:
         """Size of the vocabulary."""
         trimmed = self.program.facts.get(Vocabulary)
@@ -203,11 +208,7 @@ class CachedDecoder:
         taken = [name for name in given or {} if name in self.program.outputs]
         running = self.graph(outputs or self.outputs, taken, given is not None and MARKS in given)
         tokens = ids.shape[1]
-        counted = None
-        if counts is not None and self.states:
-            kept = torch.tensor(counts, device=self.device)[:, None]
-            counted = torch.arange(tokens, device=self.device) < kept
-        step = self._step(positions, slots, step_mask, counted, read)
+        step = self._step(positions, slots, step_mask, counts, read)
         values = {self.cache.tokens: ids, self.cache.positions: positions, **self.dials, **(given or {})}
         if self.cache.tree:
             values["cache_slots"] = step.slots
@@ -221,7 +222,7 @@ class CachedDecoder:
 
     def _step(
         self, positions: torch.Tensor, slots: torch.Tensor | None, step_mask: torch.Tensor | None,
-        counted: torch.Tensor | None, read: torch.Tensor | None,
+        counts: Sequence[int] | None, read: torch.Tensor | None,
     ) -> Step:  # fmt: skip
         """Return a step of new tokens, where they are stored and how much of the caches they read."""
         store_slots = positions if slots is None else slots
@@ -232,16 +233,15 @@ class CachedDecoder:
         if slots is None and step_mask is None and limit - int(positions.min()) == tokens:
             start = limit - tokens
         return Step(
-            self.buffers,
-            positions,
-            store_slots,
-            limit,
-            start,
-            step_mask,
-            read,
-            states=self.states,
-            taken=counted,
-        )
+            self.buffers, positions, store_slots, limit, start, step_mask, read, states=self.states,
+            taken=self._taken(counts, tokens),
+        )  # fmt: skip
+
+    def _taken(self, counts: Sequence[int] | None, tokens: int) -> torch.Tensor | None:
+        """Return which tokens of a step count, (batch, tokens), if states have to know and it is known already."""
+        if counts is None or not self.states:
+            return None
+        return torch.arange(tokens, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
 
     def encode(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Compute what the rows read from an encoder, once for all steps.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..data.reading import longest as positions
@@ -47,6 +48,8 @@ class Conversation:
         medoids: number of segments whose words stand for an episode.
         embed: turns rows of tokens into vectors (rows, size); the program's own token embeddings by default.
         seed: of clustering and sampling.
+        length: number of tokens that it may have, for which whole caches have room; by default as many as the model has
+            positions for.
         options: as for :func:`graphopt.generate`: ``device``, ``dials``, ``dtype``, ``kernels``, ``compiled``.
 
     Raises:
@@ -56,13 +59,16 @@ class Conversation:
 
     def __init__(
         self, program: Program, *, cache: str | Policy = "full", system: str | None = None, episodes: int = 0,
-        segment: int = 4, medoids: int = 4, embed: Embed | None = None, seed: int = 0, **options: Any,
+        segment: int = 4, medoids: int = 4, embed: Embed | None = None, seed: int = 0,
+        length: int | None = None, **options: Any,
     ):  # fmt: skip
         if has_encoder(program):
             raise UsageError(
                 "a program with an encoder does not talk: each of its texts follows other inputs"
             )
-        for name, value, low in (("episodes", episodes, 0), ("segment", segment, 1), ("medoids", medoids, 1)):
+        limits = {"episodes": 0, "segment": 1, "medoids": 1, **({} if length is None else {"length": 1})}
+        for name, low in limits.items():
+            value = {"episodes": episodes, "segment": segment, "medoids": medoids, "length": length}[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UsageError(f"{name} is {value!r}; it is a whole number from {low} on")
         device = options.pop("device", "cpu")
@@ -71,11 +77,16 @@ class Conversation:
         self.policy = as_policy(cache) if isinstance(cache, str) else cache
         if episodes and self.policy is None:
             raise UsageError("episodes need a budget", hint='cache="window{budget=1024}" or another policy')
-        self.limit = longest(self.program) or positions(program) or LENGTH
+        limit = longest(self.program) or positions(program)
+        if length is not None and limit is not None and length > limit:
+            raise UsageError(f"length is {length}, the model has positions for {limit}")
+        self.limit = length or limit or LENGTH
         ways = (options.get("compiled", False), options.get("kernels", "auto"))
         self._options = {"device": device, "shared": shared(self.program, device, *ways), **options}
         self._episodes, self._segment, self._medoids, self.seed = episodes, segment, medoids, seed
-        self._embed = embed or TokenMeans(self.program, self.program.facts[KVCache].tokens)
+        self._embed = embed
+        if episodes and embed is None:
+            self._embed = TokenMeans(self.program, self.program.facts[KVCache].tokens)
         self.messages: list[dict[str, str]] = []
         self.tokens: list[int] = []
         self._ends: list[int] = []
@@ -107,14 +118,13 @@ class Conversation:
         Raises:
             UsageError: the conversation is longer than the model has positions.
         """
-        self.messages.append({"role": role, "content": content})
-        if self._episodes:
-            return  # read when a question says for which episode
-        try:
-            self._read(self._written(answering=False))
-        except UsageError:
-            self.messages.pop()
-            raise
+        with self._said(role, content):
+            written = self._written(answering=False)
+            if len(written) > self.limit:
+                raise self._too_long(len(written))
+            # with episodes, a question says later for which one it is read
+            if not self._episodes:
+                self._read(written)
 
     def say(
         self, content: str, *, max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
@@ -133,27 +143,40 @@ class Conversation:
         Raises:
             UsageError: the conversation would be longer than the model has positions.
         """
-        self.messages.append({"role": role, "content": content})
-        asked = self._written(answering=True)
-        if len(asked) + max_new_tokens > self.limit:
-            self.messages.pop()
-            raise UsageError(
-                f"the conversation may have {len(asked) + max_new_tokens} tokens, the model has positions for {self.limit}",
-                hint="begin another conversation, or allow fewer new tokens",
-            )
-        if self._episodes:
-            self._retrieve(asked)
-        self._read(asked[:-1])
         stop = Stop(max_new_tokens, frozenset(end_tokens(self.program)))
-        self._turns += 1
-        loop = Loop(
-            self._decoder, None, Sampling(temperature, top_k, top_p, None), stop, self.seed + self._turns
-        )
-        answer = [token for commits in loop.run([asked]) for commit in commits for token in commit.tokens]
-        self.tokens = [*asked, *answer][: self._decoder.lengths[0]]
-        text = self.tokenizer.decode([t for t in answer if t not in stop.tokens])
+        sampling = Sampling(temperature, top_k, top_p, None)
+        with self._said(role, content):
+            asked = self._written(answering=True)
+            if len(asked) + max_new_tokens > self.limit:
+                raise self._too_long(len(asked) + max_new_tokens)
+            if self._episodes:
+                self._retrieve()
+            self._read(asked[:-1])
+            self._turns += 1
+            loop = Loop(self._decoder, None, sampling, stop, self.seed + self._turns)
+            answer = [token for commits in loop.run([asked]) for commit in commits for token in commit.tokens]
+            self.tokens = [*asked, *answer][: self._decoder.lengths[0]]
+            text = self.tokenizer.decode([t for t in answer if t not in stop.tokens])
         self.messages.append({"role": "assistant", "content": text})
         return text
+
+    @contextlib.contextmanager
+    def _said(self, role: str, content: str) -> Iterator[None]:
+        """Add a message, and take it back if something goes wrong while it is read or answered."""
+        self.messages.append({"role": role, "content": content})
+        try:
+            yield
+        except BaseException:
+            self.messages.pop()
+            if self._decoder.lengths[0] != len(self.tokens):
+                self._forget()
+            raise
+
+    def _too_long(self, tokens: int) -> UsageError:
+        return UsageError(
+            f"the conversation may have {tokens} tokens, there are positions for {self.limit}",
+            hint="begin another conversation, or allow fewer new tokens",
+        )
 
     def _written(self, *, answering: bool) -> list[int]:
         text = self.tokenizer.chat(self.messages, answering=answering)
@@ -161,11 +184,6 @@ class Conversation:
 
     def _read(self, ids: Sequence[int]) -> None:
         """Let the caches follow from these tokens: what they have of them already is not read again."""
-        if len(ids) > self.limit:
-            raise UsageError(
-                f"the conversation has {len(ids)} tokens, the model has positions for {self.limit}",
-                hint="begin another conversation",
-            )
         known = len(self.tokens)
         if self.tokens != list(ids[:known]):
             # an answer is written in another way than it was generated
@@ -179,38 +197,47 @@ class Conversation:
         self.tokens = list(ids)
 
     def _go_back(self, length: int) -> None:
-        if isinstance(self._decoder, BoundedDecoder):
-            # what was cut cannot come back
-            self._decoder.restore(None)
-            self.tokens = []
-        elif self._decoder.states:
-            self._decoder = self._made(None)
-            self.tokens = []
+        if isinstance(self._decoder, BoundedDecoder) or self._decoder.states:
+            # what was cut cannot come back, and states only go on
+            self._forget()
         else:
             self._decoder.lengths = [length]
             self.tokens = self.tokens[:length]
 
+    def _forget(self) -> None:
+        """Let the caches be empty: everything is read again when it is needed."""
+        if isinstance(self._decoder, BoundedDecoder):
+            self._decoder.restore(None)
+        elif self._decoder.states:
+            self._decoder = self._made(None)
+        else:
+            self._decoder.lengths = [0]
+        self.tokens = []
+
     # -- episodes ------------------------------------------------------------------------------------
 
-    def _retrieve(self, asked: list[int]) -> None:
+    def _retrieve(self) -> None:
         """Let the caches be those of the episode that the last message belongs to."""
-        history = self.messages[:-1]
-        spoken = [self.tokenizer.encode(m["content"], special=False) or [0] for m in history]
-        if not spoken:
-            return
         assert isinstance(self._decoder, BoundedDecoder)
+        policy, embed = self.policy, self._embed
+        assert policy is not None
+        assert embed is not None
+        spoken = [self.tokenizer.encode(m["content"], special=False) or [0] for m in self.messages]
+        asked = spoken.pop()
+        if not spoken:
+            self._decoder.policy = Episode(
+                policy.budget, policy.block, policy.sinks, tuple(asked[-policy.block :])
+            )
+            return
         segments = segments_of(spoken, self._segment)
-        before = self.tokenizer.encode_chat(self.tokenizer.chat(history))[0]
+        before = self.tokenizer.encode_chat(self.tokenizer.chat(self.messages[:-1]))[0]
         if not self._found or len(segments) > 1.5 * self._clustered:
-            if isinstance(self._embed, TokenMeans):
-                self._embed.count(segments)
-            self._found = clustered(segments, self._embed, self._episodes, self._medoids, self.seed)
+            if isinstance(embed, TokenMeans):
+                embed.count(segments)
+            self._found = clustered(segments, embed, self._episodes, self._medoids, self.seed)
             self._clustered = len(segments)
             self._snapshots, self._known = [None] * len(self._found), [[] for _ in self._found]
-        question = self._embed([self.tokenizer.encode(self.messages[-1]["content"], special=False) or [0]])[0]
-        number = nearest(self._found, question)
-        policy = self.policy
-        assert policy is not None
+        number = nearest(self._found, embed([asked])[0])
         words = self._found[number].words[-policy.block :]
         self._decoder.policy = Episode(policy.budget, policy.block, policy.sinks, words)
         self._decoder.restore(self._snapshots[number])

@@ -61,7 +61,8 @@ class TokenMeans:
         self.seen = torch.ones(self.table.shape[0])
 
     def count(self, rows: Sequence[Sequence[int]]) -> None:
-        """Count in how many rows each token occurs."""
+        """Count in how many rows each token occurs, from the beginning."""
+        self.seen = torch.ones(self.table.shape[0])
         for row in rows:
             self.seen[list(set(row))] += 1
 

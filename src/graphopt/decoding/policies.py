@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,11 +28,13 @@ class Held:
         positions: (rows, heads, slots), the position of the token in each slot, ascending; -1 in empty slots at the end.
         keys: (rows, heads, slots, size).
         scores: (rows, heads, planes, slots), what the policy has counted so far.
+        window: how many tokens the layer sees; None if it sees everything.
     """
 
     positions: torch.Tensor
     keys: torch.Tensor
     scores: torch.Tensor
+    window: int | None = None
 
 
 class Policy(ABC):
@@ -58,8 +61,7 @@ class Policy(ABC):
 
     def __init__(self, budget: int, block: int = 256, sinks: int = SINKS):
         for option, value, low in (("budget", budget, 1), ("block", block, 1), ("sinks", sinks, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(f"{self.name}: {option} is {value!r}; it is a whole number from {low} on")
+            _whole(self, option, value, low)
         if budget <= sinks:
             raise UsageError(
                 f"{self.name}: a budget of {budget} tokens leaves nothing beside {sinks} sinks",
@@ -83,7 +85,12 @@ class Policy(ABC):
 
     def kept(self, held: Held) -> torch.Tensor:
         """Return the slots that are kept, in order: (rows, heads, budget); those of empty slots come last."""
-        value = self.value(held).masked_fill(held.positions < self.sinks, torch.inf)
+        value = self.value(held)
+        if held.window is not None:
+            # what the layer never sees again goes first
+            unseen = held.positions <= held.positions.amax(-1, keepdim=True) + 1 - held.window
+            value = value.masked_fill(unseen, torch.finfo(value.dtype).min)
+        value = value.masked_fill(held.positions < self.sinks, torch.inf)
         value = value.masked_fill(held.positions < 0, -torch.inf)
         slots = value.shape[-1]
         # of equal tokens the newer one stays
@@ -116,7 +123,7 @@ class Random(Policy):
         self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None, seed: int = 0
     ):
         super().__init__(budget, block, sinks)
-        self.recent, self.seed = _recent(self, recent), seed
+        self.recent, self.seed = _recent(self, recent), _whole(self, "seed", seed, 0)
 
     def value(self, held: Held) -> torch.Tensor:
         """Return numbers that follow from head and position, so that the order of steps changes nothing."""
@@ -138,7 +145,7 @@ class HeavyHitters(Policy):
 
     def __init__(self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None):
         super().__init__(budget, block, sinks)
-        self.recent = _recent(self, budget // 2 if recent is None else recent)
+        self.recent = _recent(self, recent, 2)
 
     def observe(self, scores: torch.Tensor, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Add what the new tokens attended to."""
@@ -162,11 +169,12 @@ class Observed(Policy):
 
     def __init__(self, budget: int, block: int = 256, sinks: int = SINKS, window: int = 32, pool: int = 5):
         super().__init__(budget, block, sinks)
-        if window < 1 or window + sinks > budget:
+        if _whole(self, "window", window, 1) + sinks > budget:
             raise UsageError(
-                f"{self.name}: a window of {window} tokens does not fit into the budget of {budget}"
+                f"{self.name}: a window of {window} tokens and {sinks} sinks do not fit into the budget of {budget}",
+                hint=f"{self.name}{{budget={budget} window={max(1, (budget - sinks) // 2)}}}, or a larger budget",
             )
-        if pool < 1 or pool % 2 == 0:
+        if _whole(self, "pool", pool, 1) % 2 == 0:
             raise UsageError(f"{self.name}: pool is {pool}; it is an odd number")
         self.window, self.pool, self.planes = window, pool, window
 
@@ -178,8 +186,9 @@ class Observed(Policy):
         return last.reshape(rows, heads, slots, self.window).permute(0, 1, 3, 2)
 
     def value(self, held: Held) -> torch.Tensor:
-        """Return the scores, averaged over neighbours."""
-        pooled = F.avg_pool1d(held.scores.mean(2), self.pool, stride=1, padding=self.pool // 2)
+        """Return the scores, averaged over neighbours, of which the last tokens themselves are none."""
+        scores = held.scores.mean(2).masked_fill(_newest(held.positions, self.window), 0.0)
+        pooled = F.avg_pool1d(scores, self.pool, stride=1, padding=self.pool // 2)
         return _with_newest(pooled, held.positions, self.window)
 
 
@@ -219,8 +228,13 @@ class Episode(Policy):
         self, budget: int, block: int = 256, sinks: int = SINKS, probe: tuple[int, ...] = (), recent: int = 0
     ):
         super().__init__(budget, block, sinks)
-        if not probe:
-            raise UsageError(f"{self.name}: the episode has no words", hint="give its tokens as probe")
+        if not isinstance(probe, Sequence) or isinstance(probe, str) or not probe:
+            raise UsageError(
+                f"{self.name}: the episode has no words",
+                hint="give its tokens as probe, or talk with Conversation(episodes=4), which finds them",
+            )
+        for token in probe:
+            _whole(self, "a token of probe", token, 0)
         self.probe, self.recent = tuple(probe), _recent(self, recent)
 
     def value(self, held: Held) -> torch.Tensor:
@@ -228,21 +242,34 @@ class Episode(Policy):
         return _with_newest(held.scores[:, :, 0], held.positions, self.recent)
 
 
-def _recent(policy: Policy, recent: int | None) -> int:
-    chosen = policy.budget // 4 if recent is None else recent
-    if chosen < 0 or chosen + policy.sinks > policy.budget:
+def _whole(policy: Policy, option: str, value: object, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{policy.name}: {option} is {value!r}; it is a whole number from {low} on")
+    return value
+
+
+def _recent(policy: Policy, recent: int | None, part: int = 4) -> int:
+    """Return how many newest tokens stay: what was asked for, or a part of the budget as far as sinks leave room."""
+    if recent is None:
+        return min(policy.budget // part, policy.budget - policy.sinks)
+    if _whole(policy, "recent", recent, 0) + policy.sinks > policy.budget:
         raise UsageError(
-            f"{policy.name}: {chosen} newest tokens and {policy.sinks} sinks do not fit into the budget of "
+            f"{policy.name}: {recent} newest tokens and {policy.sinks} sinks do not fit into the budget of "
             f"{policy.budget}"
         )
-    return chosen
+    return recent
+
+
+def _newest(positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which slots hold the newest tokens of each head."""
+    held = (positions >= 0).sum(-1, keepdim=True)
+    order = torch.arange(positions.shape[-1], device=positions.device)
+    return (order >= held - count) & (order < held)
 
 
 def _with_newest(value: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
     """Return values that are infinite for the newest tokens of each head."""
-    held = (positions >= 0).sum(-1, keepdim=True)
-    order = torch.arange(positions.shape[-1], device=positions.device)
-    return value.masked_fill((order >= held - count) & (order < held), torch.inf)
+    return value.masked_fill(_newest(positions, count), torch.inf)
 
 
 POLICIES: dict[str, type[Policy]] = {
