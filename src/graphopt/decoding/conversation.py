@@ -76,7 +76,9 @@ class Conversation:
         self.tokenizer = Tokenizer(program)
         self.policy = as_policy(cache) if isinstance(cache, str) else cache
         if episodes and self.policy is None:
-            raise UsageError("episodes need a budget", hint='cache="window{budget=1024}" or another policy')
+            raise UsageError(
+                "episodes need a budget", hint="a cache with one, window{budget=1024} or another policy"
+            )
         limit = longest(self.program) or positions(program)
         if length is not None and limit is not None and length > limit:
             raise UsageError(f"length is {length}, the model has positions for {limit}")

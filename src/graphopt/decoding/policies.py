@@ -231,7 +231,7 @@ class Episode(Policy):
         if not isinstance(probe, Sequence) or isinstance(probe, str) or not probe:
             raise UsageError(
                 f"{self.name}: the episode has no words",
-                hint="give its tokens as probe, or talk with Conversation(episodes=4), which finds them",
+                hint="give its tokens as probe; a conversation with episodes finds them by itself",
             )
         for token in probe:
             _whole(self, "a token of probe", token, 0)
