@@ -110,7 +110,7 @@ class Forks:
         """End the process that forks."""
         if self.process is not None and self.process.stdin:
             self.process.stdin.close()
-            self.process.wait(30)
+            self.process.wait(300)  # a loaded machine must not decide
 
 
 def serve() -> None:
