@@ -12,6 +12,7 @@ from typing import Any
 
 import amounts
 import numpy
+import processors
 import pytest
 import sharing
 import torch
@@ -69,6 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Leave out the cases that only GRAPHOPT_THOROUGH=1 runs; a test that is named alone runs whole.
     """
     items.sort(key=lambda item: amounts.place(item.nodeid))
+    processors.skip_overflowing(items)
     if amounts.THOROUGH or any("::" in argument for argument in config.args):
         return
     runs, unused = amounts.split([item.nodeid for item in items])

@@ -343,9 +343,7 @@ def test_words_stand_within_the_positions_of_the_model(grouped: tuple[Grouped, P
 
 def test_drafts_by_the_first_layers_neither_cut_nor_count(captured: Callable[[str], Program]) -> None:
     """Rows with different room; wrong if drafting cut a row, or attention of drafts was added to scores."""
-    program = graphopt.optimize(
-        captured("llama"), "insert-cache{tree=true}, attach-early-exit{layers=[0]}"
-    )
+    program = graphopt.optimize(captured("llama"), "insert-cache{tree=true}, attach-early-exit{layers=[0]}")
     rows = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [20, 21, 22, 23, 24, 25]]
     for policy in (HeavyHitters(8, 5, sinks=1), Window(8, 3, sinks=1), Observed(8, 4, 1, window=3)):
         texts = [

@@ -19,6 +19,7 @@ from ...ir.running.execute import run
 from ...ir.running.retype import retyped, widen
 from ...ir.schema import arguments, is_operator
 from ..checking.cases import Case, counted
+from .processors import sums_overflow
 from .quantized import without_rounding
 
 _TOLERANCE = 1e-4
@@ -116,11 +117,23 @@ def compare_with_runtime(
         most = min(most for _, most, _ in wrong.values())
         raise LoweringError(
             f"what ONNX Runtime computes differs from the program by more than {most:.0e}: {listing}",
-            hint="tolerance= accepts more"
+            hint=_of_processor(program)
+            + "tolerance= accepts more"
             + (", for example if rounding sends a token to another expert" if limit > _TOLERANCE else "")
             + "; compare=False writes the file anyway",
         )
     return errors
+
+
+def _of_processor(program: Program) -> str:
+    """Return what to do if this processor may be what is wrong."""
+    quantized = program.facts.get(Quantized)
+    if quantized is None or quantized.activations != 8 or not sums_overflow():
+        return ""
+    return (
+        "this processor adds products of bytes in sixteen bits, which overflow (no VNNI instructions): "
+        "write the file on one that has them, or on any for a device; "
+    )
 
 
 def error_of_rounding(paths: Sequence[Path], program: Program, cases: list[Case], shared: bool) -> float:
