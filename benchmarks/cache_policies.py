@@ -24,6 +24,7 @@ Results are written to the work folder one by one, and what stands there is not 
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
@@ -371,6 +372,8 @@ def peer(bench: Bench, folder: str, eager: bool = False) -> Any:
     for name, needed in (("datasets", "load_dataset"), ("fire", "Fire")):
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)
+            # whoever asks whether it is installed looks at this
+            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
             setattr(sys.modules[name], needed, None)
     place = bench.work / "transformers"
     if not (place / "config.json").is_file():
