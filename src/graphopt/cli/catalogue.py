@@ -84,6 +84,10 @@ def show_passes(args: Passes) -> None:
         return
     name = args.name
     if name not in names:
+        from ..passes.framework.registry import FORMER_NAMES
+
+        name = FORMER_NAMES.get(name, name)
+    if name not in names:
         entries_by_name = {n: _entry(by_name, n) for n in names}
         matches = [
             n for n, e in entries_by_name.items() if name.lower() in (e["description"] + e["paper"]).lower()

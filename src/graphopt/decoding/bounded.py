@@ -13,6 +13,7 @@ from ..ir.facts import KVCache, QuantizedCache
 from ..ir.program import Program
 from .cached import CachedDecoder, Mark
 from .policies import Episode, Held, Policy
+from .prepared import TOKENS
 from .step import Buffer, Step
 
 
@@ -105,16 +106,16 @@ class BoundedDecoder(CachedDecoder):
             )
         self.policy = policy
         # one more slot than tokens: shorter rows of a step are padded into it
-        self.slots = min(policy.budget + policy.block + room, capacity) + 1
+        slots = min(policy.budget + policy.block + room, capacity) + 1
         positions = capacity
         if isinstance(policy, Episode):
             words = len(policy.probe)
-            self.slots = max(self.slots, min(policy.budget + policy.block, capacity) + words + 1)
+            slots = max(slots, min(policy.budget + policy.block, capacity) + words + 1)
             cache = program.facts.get(KVCache)
             fixed = cache.capacity if cache is not None else None
             limit = fixed if isinstance(fixed, int) else cache.limit if cache is not None else None
             positions = max(capacity, min(capacity + words, limit or capacity + words))
-        super().__init__(program, batch, positions, **options)
+        super().__init__(program, batch, positions, slots=slots, **options)
         # recorded steps read caches of whole texts
         self.recorder = None
         if self.biased:
@@ -219,12 +220,16 @@ class BoundedDecoder(CachedDecoder):
             ids = torch.zeros(len(rows), width, dtype=torch.int64, device=self.device)
             for number, (row, n) in enumerate(zip(rows, done, strict=True)):
                 ids[number, : counts[number]] = torch.tensor(list(row[n : n + counts[number]]))
-            outputs = self.extend(ids, counts=counts)
+            # as for whole caches: steps of few tokens are prepared, with all outputs
+            late = width > TOKENS
+            ends = torch.tensor([[max(count - 1, 0)] for count in counts], device=self.device)
+            outputs = self.extend(ids, counts=counts, read=ends if late else None)
             self._commit([list(range(count)) for count in counts])
             for number, count in enumerate(counts):
                 done[number] += count
                 if count and done[number] == len(rows[number]):
-                    last[number] = {name: value[number, count - 1] for name, value in outputs.items()}
+                    place = 0 if late else count - 1
+                    last[number] = {name: value[number, place] for name, value in outputs.items()}
         return last
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -324,7 +329,8 @@ class BoundedDecoder(CachedDecoder):
         states = self.states
         self._probing = True
         try:
-            self.forward(words, positions)
+            # of the outputs nothing is read, so that one token's are enough
+            self.forward(words, positions, read=torch.zeros_like(start))
         finally:
             self._probing = False
             self.states, self._last = states, None

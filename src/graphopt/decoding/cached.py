@@ -58,6 +58,7 @@ class CachedDecoder:
         phased: the program skips layers while it decodes, that is, after the prompt.
         decoding: layers are skipped from now on.
         slots: number of slots of each cache.
+        read: what the encoder has read, if there is one.
         packs: prompts of different lengths are packed into lines.
 
     Args:
@@ -72,6 +73,7 @@ class CachedDecoder:
         kernels: how matrices that are stored in few bits are multiplied on a CPU: "auto" by kernels that compute in
             bfloat16, "exact" by their values in the program's own type.
         shared: weights and graphs of other decoders of this program, which run it in the same way; None for its own.
+        slots: of each cache, where that is another number than the capacity.
 
     Raises:
         UsageError: the program has no cache, or too few slots.
@@ -80,7 +82,7 @@ class CachedDecoder:
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
         device: torch.device | str = "cpu", dials: Mapping[str, float] | None = None, compiled: bool = False,
-        prepared: bool = True, kernels: str = "auto", shared: Shared | None = None,
+        prepared: bool = True, kernels: str = "auto", shared: Shared | None = None, slots: int | None = None,
     ):  # fmt: skip
         cache = program.facts.get(KVCache)
         if cache is None:
@@ -102,7 +104,7 @@ class CachedDecoder:
                 hint="fewer new tokens",
             )
         self.program = program
-        self.slots = getattr(self, "slots", capacity)
+        self.slots = capacity if slots is None else slots
         self.batch, self.capacity, self.compiled, self.prepared = batch, capacity, compiled, prepared
         self.device = torch.device(device)
         self.recorder: Recorder | None = None
@@ -118,6 +120,7 @@ class CachedDecoder:
         self.buffers: dict[Buffer, torch.Tensor] = {}
         self.states: dict[str, torch.Tensor] = {}
         self.encoded: dict[str, torch.Tensor] = {}
+        self.read: dict[str, torch.Tensor] = {}
         self._last: Step | None = None
         self.lengths = [0] * batch
         self.outputs = tuple(outputs or (cache.logits,))
@@ -273,7 +276,7 @@ class CachedDecoder:
         one = torch.zeros(self.batch, 1, dtype=torch.int64, device=self.device)
         values = {self.cache.tokens: one, self.cache.positions: one, **bound, **self.dials}
         outputs = running(step, {name: values[name] for name in running.inputs})
-        self.encoded = {**outputs, **bound}
+        self.encoded, self.read = {**outputs, **bound}, bound
 
     def extend(
         self,
@@ -427,7 +430,7 @@ class CachedDecoder:
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         self.buffers = {name: buffer.index_select(0, index) for name, buffer in self.buffers.items()}
         self.states, self._last = of_rows(self.states, index), None
-        self.encoded = of_rows(self.encoded, index)
+        self.encoded, self.read = of_rows(self.encoded, index), of_rows(self.read, index)
         self.lengths = [self.lengths[row] for row in rows]
         self.batch = len(rows)
 

@@ -66,9 +66,10 @@ class Conversation:
             raise UsageError(
                 "a program with an encoder does not talk: each of its texts follows other inputs"
             )
-        limits = {"episodes": 0, "segment": 1, "medoids": 1, **({} if length is None else {"length": 1})}
-        for name, low in limits.items():
-            value = {"episodes": episodes, "segment": segment, "medoids": medoids, "length": length}[name]
+        for name, value, low in (
+            ("episodes", episodes, 0), ("segment", segment, 1), ("medoids", medoids, 1),
+            ("length", 1 if length is None else length, 1),
+        ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UsageError(f"{name} is {value!r}; it is a whole number from {low} on")
         device = options.pop("device", "cpu")
@@ -91,7 +92,6 @@ class Conversation:
             self._embed = TokenMeans(self.program, self.program.facts[KVCache].tokens)
         self.messages: list[dict[str, str]] = []
         self.tokens: list[int] = []
-        self._ends: list[int] = []
         self._decoder = self._made(self.policy)
         self._found: list[EpisodeOf] = []
         self._snapshots: list[Snapshot | None] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,15 +20,15 @@ from ..ir.facts import KVCache
 from ..ir.program import Program
 from ..ir.running.retype import retyped
 from ..measure.context import Context
-from ..passes.caching.insert_cache import InsertCache
+from ..passes.caching.insert_cache import InsertCache, takes_trees
 from ..passes.framework.manager import run_pipeline
-from ..passes.framework.pipeline import parse_calls
 from .bounded import BoundedDecoder
 from .cached import CachedDecoder, longest
 from .drafters import BY_NAME, DraftProgram
 from .drafts import Drafter
 from .encoders import beginnings, has_encoder, inputs_of_encoder, number_of_rows
 from .kept import notice_changes, shared
+from .naming import named
 from .plain import continuations
 from .policies import Policy, as_policy
 from .sampling import Sampling
@@ -51,11 +49,7 @@ def with_cache(program: Program) -> Program:
         return program
 
     def made() -> Program:
-        try:
-            return run_pipeline(program, [InsertCache(tree=True)], Context(), verify_with="off")
-        except PassRefusedError:
-            # some programs have a cache, and no trees
-            return run_pipeline(program, [InsertCache()], Context(), verify_with="off")
+        return run_pipeline(program, [InsertCache(tree=takes_trees(program))], Context(), verify_with="off")
 
     cached: Program = program.derived("with cache", made)
     return cached
@@ -68,22 +62,7 @@ def named_strategy(text: str) -> tuple[type[Drafter], dict[str, Any]]:
         PipelineError: the text is malformed.
         UsageError: there is no strategy of that name, or no such option.
     """
-    calls = parse_calls(text, "a strategy")
-    if len(calls) != 1:
-        raise UsageError(f"{text!r} names {len(calls)} strategies; give exactly one")
-    name, options = calls[0]
-    if name not in BY_NAME:
-        near = difflib.get_close_matches(name, BY_NAME, n=1)
-        raise UsageError(
-            f"there is no strategy {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint=f"there are {', '.join(BY_NAME)}",
-        )
-    parameters = list(inspect.signature(BY_NAME[name]).parameters)
-    for option in options:
-        if option not in parameters:
-            raise UsageError(
-                f"{name} has no option {option!r}", hint=f"its options are {', '.join(parameters)}"
-            )
+    name, options = named(text, BY_NAME, "strategy", "strategies")
     return BY_NAME[name], options
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from ..ir.errors import UsageError
 from ..ir.operators import causal_conv1d_state
-from ..passes.framework.pipeline import parse_calls
+from .naming import named
 
 SINKS = 4
 """First tokens of a text that are always kept: attention rests on them (arXiv 2309.17453)."""
@@ -284,25 +282,9 @@ def as_policy(text: str) -> Policy | None:
         PipelineError: the text is malformed.
         UsageError: there is no such policy, or an option is missing, unknown or out of its range.
     """
-    calls = parse_calls(text, "a cache")
-    if len(calls) != 1:
-        raise UsageError(f"{text!r} names {len(calls)} policies; give exactly one")
-    name, options = calls[0]
+    name, given = named(text, POLICIES, "cache policy", "policies", also=("full",))
     if name == "full":
-        if options:
-            raise UsageError("full keeps everything and has no options")
         return None
-    if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
-        raise UsageError(
-            f"there is no cache policy {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint=f"there are full, {', '.join(POLICIES)}",
-        )
-    known = list(inspect.signature(POLICIES[name]).parameters)
-    given: dict[str, Any] = dict(options)
-    for option in given:
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}", hint=f"its options are {', '.join(known)}")
     if "budget" not in given:
         raise UsageError(f"{name} needs a budget", hint=f"{name}{{budget=1024}}")
     return POLICIES[name](**given)

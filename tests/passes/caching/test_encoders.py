@@ -11,6 +11,7 @@ import transformers
 
 import graphopt
 from graphopt.decoding.cached import CachedDecoder
+from graphopt.decoding.drafters import DraftProgram
 from graphopt.ir.errors import UsageError
 from graphopt.ir.facts import CrossCache
 from graphopt.ir.program import Program
@@ -107,6 +108,25 @@ def test_the_encoder_runs_once(name: str) -> None:
     whole = sum(n.op == "call_function" for n in cached.graph.nodes)
     assert len(step.constants) < 0.8 * len(cached.weights)
     assert sum(n.op == "call_function" for n in step._graph.nodes) < 0.7 * whole
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_a_draft_reads_what_the_program_has_read(name: str) -> None:
+    """The program as its own draft proposes nothing but what it accepts."""
+    _, program = made(name)
+    given = read(name)
+    inputs = {n: given.pop(n) for n in list(given) if n == "input_features"}
+    stream = graphopt.stream(
+        program,
+        **given,
+        inputs=inputs,
+        max_new_tokens=NEW,
+        eos_token_id=None,
+        strategy=DraftProgram(program, tokens=3),
+    )
+    assert sum(len(tokens) for _, tokens in stream) == 3 * NEW
+    assert stream.statistics.notes == []
+    assert min(stream.statistics.acceptance) == 1.0
 
 
 def test_what_is_given_to_an_encoder() -> None:

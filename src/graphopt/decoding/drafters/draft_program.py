@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...ir.errors import UsageError
+from ...ir.facts import CrossCache
 from ...ir.program import Program
 from ..cached import CachedDecoder
 from ..drafts import Draft, Drafter
@@ -53,6 +54,9 @@ class DraftProgram(Drafter):
                 f"the draft has {self.draft.vocabulary} tokens, the program {size}",
                 hint="a draft needs the program's tokenizer",
             )
+        if CrossCache in self.draft.program.facts:
+            # a draft that follows an encoder reads what the program has read
+            self.draft.encode(decoder.read)
         self.cached: list[list[int]] = [[] for _ in rows]
         self.mark = self.draft.mark()
         self.logits = self.draft.cache.logits

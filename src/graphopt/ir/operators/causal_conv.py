@@ -68,7 +68,7 @@ def causal_conv1d(
         rows = before.gather(2, index[:, None, :].expand(-1, before.shape[1], -1))
         y = (rows.reshape(*rows.shape[:2], x.shape[2], taps) * weight[:, 0, None, :]).sum(-1)
     else:
-        # a few products of shifted inputs: torch's own convolution of so many groups takes 2 to 30 times as long on a CPU
+        # a few products of shifted inputs, as fast as torch's convolution in float32 and many times as fast in float64
         tokens = x.shape[2]
         y = before[:, :, :tokens] * weight[:, :, 0]
         for tap in range(1, taps):

@@ -381,6 +381,14 @@ class InsertCache(Pass):
             )
 
 
+def takes_trees(program: Program) -> bool:
+    """Return whether a cache of this program can have trees: not where tokens pick keys by what they compute for pairs."""
+    try:
+        return not pairs_of(Decoder(program), program.graph.nodes)
+    except NotCausal:
+        return True  # the pass says what else is in the way
+
+
 def _too_long(limit: int, length: int) -> str:
     return f"the model has positions for {limit} tokens, {length} are more"
 

@@ -57,6 +57,7 @@ class Pairs:
         self.uses: dict[tuple[fx.Node, fx.Node], Labels] = {}
         self.keys: list[fx.Node] = []
         self.nodes = self._region(bias)
+        self._members = set(self.nodes)
         self._label()
 
     def _region(self, bias: fx.Node) -> list[fx.Node]:
@@ -72,31 +73,8 @@ class Pairs:
 
     def _inside(self, node: fx.Node) -> bool:
         """Tell whether a node computes something for pairs: it depends on tokens, and not on one token alone."""
-        return node in self.decoder.moving and node.op == "call_function" and not self._single(node)
-
-    def _single(self, node: fx.Node) -> bool:
-        return len(self.decoder.has_length(node)) == 1 and node in self._plain
-
-    @property
-    def _plain(self) -> set[fx.Node]:
-        """Values of single tokens: they depend on no value with two dimensions of tokens."""
-        found: set[fx.Node] | None = getattr(self.decoder, "_single_tokens", None)
-        if found is None:
-            found = set()
-            pairs: set[fx.Node] = set()
-            for node in self.decoder.program.graph.nodes:
-                attention = is_operator(node, "graphopt.attention")
-                if attention:
-                    # what attention returns is of its queries
-                    found.add(node)
-                    continue
-                from_pairs = any(n in pairs for n in node.all_input_nodes)
-                if len(self.decoder.has_length(node)) > 1 or from_pairs:
-                    pairs.add(node)
-                elif node in self.decoder.moving:
-                    found.add(node)
-            self.decoder._single_tokens = found  # type: ignore[attr-defined]
-        return found
+        single = node in self.decoder.of_one_token and len(self.decoder.has_length(node)) == 1
+        return node in self.decoder.moving and node.op == "call_function" and not single
 
     def _tokens(self, node: fx.Node) -> list[int]:
         """Return the dimensions of a value that are as long as the row of tokens."""
@@ -120,7 +98,7 @@ class Pairs:
         labels = {dim: label for dim, label in labels.items() if dim in wanted}
         if user is not None:
             self.uses[user, node] = labels
-        if node not in self.nodes:
+        if node not in self._members:
             if node in self.decoder.moving and KEY in labels.values() and node not in self.keys:
                 self.keys.append(node)
             return
@@ -208,8 +186,7 @@ class PairCaches:
         self, program: Program, decoder: Decoder, tables: AtCapacity, positions: fx.Node, slots: fx.Node, batch: Any,
         capacity: Any, first: fx.Node,
     ):  # fmt: skip
-        self.first = first
-        self.program, self.decoder, self.tables = program, decoder, tables
+        self.program, self.decoder, self.tables, self.first = program, decoder, tables, first
         self.positions, self.slots, self.batch, self.capacity = positions, slots, batch, capacity
         self._stored: dict[fx.Node, fx.Node] = {}
         self._tables: dict[tuple[fx.Node, tuple[tuple[int, str], ...]], Any] = {}

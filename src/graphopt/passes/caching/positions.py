@@ -125,6 +125,7 @@ class Decoder:
         self.sequence: sympy.Symbol = inputs.sequence
         self.batch: Any = inputs.batch
         self.moving: set[fx.Node] = inputs.moving
+        self._of_one_token: set[fx.Node] | None = None
 
     def has_length(self, node: Any) -> list[int]:
         """Return the dimensions of a value whose size depends on the number of tokens."""
@@ -136,6 +137,22 @@ class Decoder:
             for d, size in enumerate(value.shape)
             if isinstance(size, torch.SymInt) and self.sequence in expression(size).free_symbols
         ]
+
+    @property
+    def of_one_token(self) -> set[fx.Node]:
+        """Values that depend on tokens, one by one: on no value of pairs of tokens, unless through attention."""
+        if self._of_one_token is None:
+            found: set[fx.Node] = set()
+            pairs: set[fx.Node] = set()
+            for node in self.program.graph.nodes:
+                if is_operator(node, "graphopt.attention"):
+                    found.add(node)
+                elif len(self.has_length(node)) > 1 or any(n in pairs for n in node.all_input_nodes):
+                    pairs.add(node)
+                elif node in self.moving:
+                    found.add(node)
+            self._of_one_token = found
+        return self._of_one_token
 
     def still(self) -> dict[fx.Node, list[fx.Node]]:
         """Return values with a token dimension that tokens do not affect, and the nodes that combine them with tokens."""
