@@ -353,7 +353,9 @@ def test_the_catalogue_tells_where_defaults_come_from(told: Callable[..., Any], 
             o["source"] in ("paper", "code", "recalled", "ours") and o["help"] for o in entry["options"]
         )
     assert told("passes", "2404.06954")["name"] == "skip-layers", "a pass is not found by its paper"
-    assert told("passes", "insert-kv-cache")["name"] == "insert-cache", "a pass is not found by its former name"
+    assert told("passes", "insert-kv-cache")["name"] == "insert-cache", (
+        "a pass is not found by its former name"
+    )
     assert run(["passes", "skip-layers"]) == 0
     assert "paper: arXiv 2404.06954" in capsys.readouterr().out
     assert told("devices")["h200"]["bandwidth"] > 4e12
