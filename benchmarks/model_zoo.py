@@ -105,7 +105,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {
         "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2,
     },
-    "XLMWithLMHeadModel": {"emb_dim": 32, "n_words": 128},
+    "XLMWithLMHeadModel": {"emb_dim": 32, "n_words": 128, "causal": True},
     "Gemma4ForCausalLM": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
     "LongcatFlashForCausalLM": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2},
     "ReformerModelWithLMHead": {

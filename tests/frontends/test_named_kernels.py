@@ -219,3 +219,25 @@ def test_captured_for_any_length(name: str, captured: Callable[[str], Program]) 
         assert torch.allclose(program(input_ids=ids)["logits"], expected, atol=2e-4), tokens
     kinds = [block.kind for block in program.anatomy.blocks]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == zoo.HYBRIDS[name].blocks
+
+
+@settings(max_examples=examples(12))
+@given(seed=st.integers(0, 1 << 16), tokens=st.integers(2, 70), resets=st.integers(0, 3))
+def test_a_loop_without_a_kernels_name(seed: int, tokens: int, resets: int) -> None:
+    """RG-LRU is written as a loop over tokens; ours starts again wherever it does."""
+    owner = module_of("recurrent_gemma").RecurrentGemmaRglru
+    loop = owner._rnn_scan
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, tokens, 5, generator=generator)
+    gate = torch.rand(2, tokens, 5, generator=generator)
+    reset = torch.zeros(2, tokens, 1, dtype=torch.bool)
+    reset[:, 0] = True
+    reset[:, torch.randint(0, tokens, (resets,), generator=generator)] = True
+    expected, state = loop(None, x, gate, reset, None)
+    with named_kernels():
+        assert owner._rnn_scan is not loop
+        found, after = owner._rnn_scan(None, x, gate, reset, None)
+        again, _ = owner._rnn_scan(None, x, gate, reset, torch.randn(2, 5))
+    assert owner._rnn_scan is loop, "the library's method was not put back"
+    assert alike(found, expected) and alike(after, state)
+    assert torch.equal(found, again), "what an earlier call left was read"

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+_NO_MEMORY = 1e-30
+"""A decay whose logarithm is finite and that leaves nothing of a state."""
+
 NORM_EPS = 1e-6
 """Added to the sum of squares where keys and queries of the delta rule are normalised."""
 
@@ -34,7 +37,7 @@ def kernel_of(function: Any) -> str | None:
 @contextlib.contextmanager
 def named_kernels() -> Iterator[None]:
     """Let functions with known kernel names call our operators while the context is open."""
-    before = []
+    before: list[tuple[Any, str, FunctionType]] = []
     for name, module in list(sys.modules.items()):
         if not name.startswith("transformers.models.") or ".modeling_" not in name:
             continue
@@ -43,11 +46,17 @@ def named_kernels() -> Iterator[None]:
             if kernel in _KERNELS:
                 before.append((module, attribute, function))
                 setattr(module, attribute, _called_by_name(_KERNELS[kernel], function))
+        for owner in [v for v in vars(module).values() if isinstance(v, type)]:
+            for attribute, replacement in _METHODS.items():
+                function = vars(owner).get(attribute)
+                if isinstance(function, FunctionType) and owner.__module__ == name:
+                    before.append((owner, attribute, function))
+                    setattr(owner, attribute, _called_by_name(replacement, function))
     try:
         yield
     finally:
-        for module, attribute, function in before:
-            setattr(module, attribute, function)
+        for owner, attribute, function in before:
+            setattr(owner, attribute, function)
 
 
 def _called_by_name(replacement: Callable[..., Any], function: FunctionType) -> Callable[..., Any]:
@@ -140,6 +149,21 @@ def _delta_rule(
     return y.permute(0, 2, 1, 3).to(dtype).contiguous(), None
 
 
+def _gated_recurrence(
+    hidden_states: torch.Tensor, recurrent_gate: torch.Tensor, reset: torch.Tensor, acc_dtype: torch.dtype, **others: Any
+) -> Any:  # fmt: skip
+    """Compute ``h_t = a_t h_{t-1} + x_t`` of every channel (RG-LRU, arXiv 2402.19427), beginning again at resets.
+
+    What a module has kept from an earlier call is not read: the first token of a text resets it.
+    """
+    decay = (recurrent_gate * ~reset).to(acc_dtype).clamp(min=_NO_MEMORY).log()
+    # a head of one key, one query and one value for each channel
+    x = hidden_states.to(acc_dtype).permute(0, 2, 1).unsqueeze(-1)
+    one = torch.ones_like(x[:, :1])
+    y = torch.ops.graphopt.linear_attention(one, one, x, decay.permute(0, 2, 1)).squeeze(-1).permute(0, 2, 1)
+    return y.to(hidden_states.dtype), y[:, -1]
+
+
 def _wide(t: torch.Tensor) -> torch.dtype:
     """Return the type in which states are summed: float32 unless it is more precise already."""
     return torch.float64 if t.dtype is torch.float64 else torch.float32
@@ -149,6 +173,9 @@ def _of_heads(t: torch.Tensor) -> torch.Tensor:
     """Return (batch, tokens, heads, ...) as (batch, heads, tokens, ...)."""
     return t.permute(0, 2, 1, *range(3, t.dim()))
 
+
+_METHODS: dict[str, Callable[..., Any]] = {"_rnn_scan": _gated_recurrence}
+"""Methods that the library writes as loops over tokens and has no kernel's name for."""
 
 _KERNELS: dict[str | None, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,

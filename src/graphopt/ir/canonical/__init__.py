@@ -17,6 +17,7 @@ from .experts import recognise_experts
 from .linears import recognise_linears
 from .norms import recognise_norms
 from .rotary import recognise_rotary
+from .scans import recognise_scans
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -51,6 +52,7 @@ def _canonicalise(program: Program) -> None:
     recognise_norms(program)
     recognise_rotary(program)
     recognise_attention(program)
+    recognise_scans(program)
     recognise_experts(program)
     share_equal(program)
     drop_dead(program)

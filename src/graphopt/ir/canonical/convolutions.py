@@ -10,7 +10,7 @@ from torch import fx
 
 from ..infer import same_value
 from ..rewriting.cleanup import replace_or_erase
-from ..schema import arguments, is_operator
+from ..schema import argument, arguments, is_operator
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -33,6 +33,8 @@ def recognise_convolutions(program: Program) -> None:
             _convolution(program, node)
         elif is_operator(node, *_NORMS):
             _batch_norm(program, node)
+        elif is_operator(node, "aten.unfold"):
+            _last_tokens(program, node)
         elif is_operator(node, "aten.slice_scatter"):
             _drop_overwritten(program, node)
         elif is_operator(node, "aten.copy"):
@@ -48,6 +50,37 @@ def _convolution(program: Program, node: fx.Node) -> None:
     with program.edit.before(node):
         new = program.edit.call(target, *(args[name] for name in order))
     replace_or_erase(program, node, new)
+
+
+def _last_tokens(program: Program, node: fx.Node) -> None:
+    """Replace windows over the last tokens by a causal convolution with a channel for each of a window's places.
+
+    Convolutions whose weights are computed from tokens read their windows like this; as a convolution, it has a state.
+    """
+    args = arguments(node)
+    padded, taps = args["self"], args["size"]
+    if args["step"] != 1 or node.meta["val"].dim() != 4 or args["dimension"] not in (-1, 2):
+        return
+    if not is_operator(padded, "aten.pad", "aten.constant_pad_nd") or list(padded.args[1]) != [taps - 1, 0]:
+        return
+    x = padded.args[0]
+    batch, channels, tokens = x.meta["val"].shape
+    if (
+        argument(padded, "value") not in (None, 0, 0.0)
+        or not isinstance(channels, int)
+        or isinstance(tokens, int)
+    ):
+        return
+    places = torch.eye(taps, dtype=x.meta["val"].dtype).repeat(channels, 1).unsqueeze(1)
+    weight = program.edit.add_weight(f"places_of_{node.name}", places, kind="constant", persistent=False)
+    call = program.edit.call
+    with program.edit.before(node):
+        sizes = program.size_nodes([batch, channels, taps, tokens])
+        wide = call(aten.expand.default, call(aten.unsqueeze.default, x, 2), sizes)
+        wide = call(aten.reshape.default, wide, [sizes[0], channels * taps, sizes[3]])
+        found = call(torch.ops.graphopt.causal_conv1d.default, wide, weight)
+        new = call(aten.permute.default, call(aten.reshape.default, found, sizes), [0, 1, 3, 2])
+    program.edit.replace(node, new, record=False)
 
 
 def _batch_norm(program: Program, node: fx.Node) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..infer import same_size
+from ..infer import same_shape, same_size
 from ..operators.traits import Trait, has
 from ..running.fold import depends_on_weights_alone
 from ..schema import argument, arguments, is_operator
@@ -60,11 +60,13 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
             if isinstance(scores, Scores):
                 scores.sinks = sinks
             return scores
-        if is_operator(node, "aten.cat") and sinks is None:
+        if is_operator(node, "aten.cat") and sinks is None and factor == 1.0 and capped is None:
             scores_and_sinks = _sinks(program, node)
             if scores_and_sinks is None:
                 return ""
-            node, sinks = scores_and_sinks
+            node, sinks, lower = scores_and_sinks
+            if lower is not None:
+                added.append((lower, 1.0))
             continue
         step = _step(program, node)
         if step is None:
@@ -86,21 +88,34 @@ def peel(program: Program, softmax: fx.Node) -> Scores | str:
     return ""
 
 
-def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return scores and sinks (a vector with a value per head) of ``cat([scores, sinks])``; None otherwise."""
+def _sinks(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """Return scores, sinks and what is added to the scores of ``cat([scores, sinks])``; None for other joins.
+
+    Sinks are a vector with a value per head. Where each token has its own, that value is subtracted from all scores of
+    the token instead, next to a sink of zero: the weights are the same.
+    """
     parts = node.args[0]
     if argument(node, "dim") not in (-1, 3) or not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return None
     scores, column = parts
     if not isinstance(column, fx.Node) or not isinstance(scores, fx.Node):
         return None
+    own = column
     while has(column, Trait.RESHAPE | Trait.REPEAT | Trait.CAST):
         inner = column.args[0]
         assert isinstance(inner, fx.Node)
         column = inner
-    if column not in depends_on_weights_alone(program) or column.meta["val"].dim() != 1:
+    heads = scores.meta["val"].shape[1]
+    if column in depends_on_weights_alone(program):
+        fits = column.meta["val"].dim() == 1 and same_size(column.meta["val"].shape[0], heads)
+        return (scores, column, None) if fits else None
+    of_tokens = own.meta["val"].dim() == 4 and isinstance(heads, int)
+    if not of_tokens or not same_shape(own.meta["val"].shape, [*scores.meta["val"].shape[:3], 1]):
         return None
-    return (scores, column) if same_size(column.meta["val"].shape[0], scores.meta["val"].shape[1]) else None
+    none = torch.zeros(heads, dtype=own.meta["val"].dtype)
+    zeros = program.edit.add_weight(f"sinks_of_{node.name}", none, kind="constant", persistent=False)
+    with program.edit.before(node):
+        return scores, zeros, program.edit.call(aten.neg.default, own)
 
 
 def scaled_by_sinks(program: Program, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -165,7 +180,7 @@ def _step(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
         above = is_operator(node, "aten.clamp") and argument(node, "max") is not None
         return None if low is None or low > _HIDDEN or above else (node.args[0], "", None)
     if is_operator(node, "aten.add") and argument(node, "alpha") == 1:
-        return _sum(node)
+        return _product_with_mask(program, node) or _sum(node)
     if is_operator(node, "aten.mul", "aten.div"):
         value = constant(program, node.args[1])
         if value is not None and is_operator(node, "aten.mul"):
@@ -207,10 +222,51 @@ def _choice(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
         return None
     if hidden is None:
         return scores, "add", args["condition"]
+    while is_operator(hidden, "aten.expand", "aten.expand_as") and hidden.args[0].meta["val"].dim() == 4:
+        hidden = hidden.args[0]  # it is broadcast in any case, and the scores' shape says nothing about it
     if not isinstance(hidden, fx.Node):
         return None
     with program.edit.before(node):
         return scores, "add", program.edit.call(aten.bitwise_not.default, hidden)
+
+
+def _product_with_mask(program: Program, node: fx.Node) -> tuple[Any, str, Any] | None:
+    """Return the peeling step of ``scores * seen + low * (1 - seen)``, where ``seen`` is one or zero; None otherwise.
+
+    A score that is hidden becomes ``low`` instead of one that lies ``low`` below the others, which a softmax cannot
+    tell apart.
+    """
+    first, second = node.args[:2]
+    if not is_operator(first, "aten.mul") or not is_operator(second, "aten.mul"):
+        return None
+    scores, seen = first.args[:2]  # type: ignore[union-attr]
+    opposite, low = second.args[0], constant(program, second.args[1])  # type: ignore[union-attr]
+    if low is None or low > _HIDDEN or not isinstance(seen, fx.Node) or not isinstance(opposite, fx.Node):
+        return None
+    if is_operator(opposite, "aten.rsub"):
+        one, taken = argument(opposite, "other"), opposite.args[0]
+    elif is_operator(opposite, "aten.sub"):
+        one, taken = opposite.args[0], opposite.args[1]
+    else:
+        return None
+    if taken is not seen or argument(opposite, "alpha") != 1 or constant(program, one) != 1.0:
+        return None
+    if not _zero_or_one(program, seen):
+        return None
+    with program.edit.before(node):
+        return scores, "add", program.edit.call(aten.to.dtype, seen, torch.bool)
+
+
+def _zero_or_one(program: Program, node: fx.Node) -> bool:
+    """Tell whether a value is cut out of a table that is zero or one everywhere."""
+    while has(node, Trait.RESHAPE | Trait.CAST) or is_operator(node, "aten.slice", "aten.select"):
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    weight = program.weights.get(node.name)
+    if weight is None or weight.trainable:
+        return False
+    table = weight.source.load()
+    return bool(((table == 0) | (table == 1)).all())
 
 
 def _own_maximum(node: fx.Node) -> bool:

@@ -6,9 +6,12 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch import fx
 
+from ..compat import symint
+from ..constraints import parse_relation
 from ..errors import VerificationError
 from ..infer import same_value
 from ..operators.traits import Trait, has
@@ -33,6 +36,7 @@ _RENAMED = {
 # calls whose results differ even where their operands are equal
 _NEVER_SHARED = Trait.RANDOM | Trait.EMPTY
 _END = 2**63 - 1
+_BEYOND = 64
 _LARGEST_CONSTANT = 1 << 20
 """Bytes up to which constants are compared."""
 
@@ -61,13 +65,26 @@ def clean(program: Program) -> None:
 
 
 def settle_sizes(program: Program) -> None:
-    """Replace symbolic sizes that tracing found to be fixed by plain integers."""
+    """Replace symbolic sizes that tracing found to be fixed by plain integers, and bounds that hold in any case."""
+    never: dict[sympy.Expr, bool] = {}
 
     def settled(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(settled(item) for item in value)
         if isinstance(value, torch.SymInt):
-            return int(expression(value)) if expression(value).is_Integer else value
+            size = expression(value)
+            if size.is_Integer:
+                return int(size)
+            bounds = {
+                part: part.args[1] if part.args[0].is_Integer else part.args[0]
+                for part in sympy.preorder_traversal(size)
+                if type(part).__name__ == "Min" and len(part.args) == 2
+            }
+            for part in bounds:
+                if part not in never:
+                    never[part] = _never_reached(program, part)
+            kept = {part: other for part, other in bounds.items() if never[part]}
+            return symint(program.mode, size.subs(kept), value.node.hint) if kept else value
         if isinstance(value, torch.Tensor) and any(settled(size) is not size for size in value.shape):
             return program.fake([settled(size) for size in value.shape], value.dtype)
         return value
@@ -75,6 +92,24 @@ def settle_sizes(program: Program) -> None:
     for node in program.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = settled(node.meta["val"])
+
+
+def _never_reached(program: Program, least: sympy.Expr) -> bool:
+    """Tell whether the bound of ``min(number, size)`` lies beyond all sizes that the program takes."""
+    bound, symbol = sorted(least.args, key=lambda a: not a.is_Integer)
+    name = program.symbols.get(symbol)
+    if not bound.is_Integer or name is None:
+        return False
+    limits = program.signature.sizes
+    beyond = torch.arange(int(bound) + 1, 2 * int(bound) + _BEYOND, dtype=torch.float64)
+    taken = torch.ones_like(beyond, dtype=torch.bool)
+    high = limits[name].high
+    if high is not None:
+        taken &= beyond <= high
+    hints = {n: r.hint for n, r in limits.items()}
+    for text in program.signature.constraints:
+        taken &= torch.as_tensor(parse_relation(text, frozenset(limits)).holds({**hints, name: beyond}))
+    return not bool(taken.any())
 
 
 def respell_transposes(program: Program) -> None:
@@ -263,9 +298,52 @@ def _expand(program: Program, node: fx.Node) -> None:
     _drop(program, node)
 
 
+def _like(program: Program, node: fx.Node) -> None:
+    """Let constant integers of the shape of activations read that shape's sizes instead: they depend on no activation."""
+    value, source = node.meta["val"], node.args[0]
+    assert isinstance(source, fx.Node)
+    if value.dtype.is_floating_point or not source.meta["val"].dtype.is_floating_point:
+        return
+    fill = argument(node, "fill_value") if operator_name(node.target) == "aten.full_like" else None
+    try:
+        with program.edit.before(node):
+            shape = program.size_nodes(list(value.shape))
+    except VerificationError:
+        return
+    options = {"dtype": value.dtype, "device": value.device}
+    with program.edit.before(node):
+        if fill is None:
+            ones = operator_name(node.target) == "aten.ones_like"
+            target = torch.ops.aten.ones.default if ones else torch.ops.aten.zeros.default
+            new = program.edit.call(target, shape, **options)
+        else:
+            new = program.edit.call(torch.ops.aten.full.default, shape, fill, **options)
+    replace_or_erase(program, node, new)
+
+
+def _cat(program: Program, node: fx.Node) -> None:
+    """Drop parts without any element, as caches that begin empty are, and joins of a single value."""
+    parts = node.args[0]
+    if not isinstance(parts, (list, tuple)):
+        return
+    kept = [p for p in parts if not (isinstance(p, fx.Node) and str(list(p.meta["val"].shape)) == "[0]")]
+    if (len(kept) == len(parts) and len(parts) > 1) or node.meta["val"].dim() < 2 or not kept:
+        return
+    if len(kept) == 1 and isinstance(kept[0], fx.Node):
+        _same(program, node, kept[0])
+    else:
+        node.args = (kept, *node.args[1:])
+        program.changed()
+
+
 def _slice(program: Program, node: fx.Node) -> None:
     values = arguments(node)
-    if values["start"] in (None, 0) and values["step"] == 1:
+    start = values["start"]
+    if isinstance(start, fx.Node):
+        # as many from the end as there are
+        size, back = node.args[0].meta["val"].shape[values["dim"]], start.meta["val"]  # type: ignore[union-attr]
+        start = 0 if isinstance(back, torch.SymInt) and expression(back) + expression(size) == 0 else start
+    if start in (None, 0) and values["step"] == 1:
         end = values["end"]
         if end is None or (isinstance(end, int) and end >= _END) or not isinstance(end, int):
             _drop(program, node)
@@ -384,6 +462,8 @@ _CLEANUP_RULES: dict[str, Callable[[Program, fx.Node], None]] = {
     "aten.unflatten": _flatten,
     "aten.expand": _expand,
     "aten.expand_as": _expand,
+    **dict.fromkeys(("aten.zeros_like", "aten.ones_like", "aten.full_like"), _like),
+    "aten.cat": _cat,
     "aten.slice": _slice,
     "aten.index": _index,
     "aten.max": _extreme,

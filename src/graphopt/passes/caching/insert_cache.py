@@ -27,7 +27,7 @@ from ..framework.base import Pass
 from ..framework.contracts import ExactInChunks
 from ..framework.plan import Plan, Refused, Site, Trial
 from .comparing import compare_with_cache
-from .pairs import PairCaches, pairs_of
+from .pairs import PairCaches, of_query, pairs_of
 from .positions import AtCapacity, Decoder, NotCausal, logits_of, rows_of_positions, size_of_input, tokens_of
 from .reducing import reduced
 from .states import drop_padding, insert_states, states_needed
@@ -207,7 +207,8 @@ class InsertCache(Pass):
             self._caches(program, number, nodes[k], nodes[v], batch, capacity)
             for number, (k, v) in enumerate(pairs)
         ]
-        first = next(n for n in program.graph.nodes if n.op == "call_function")
+        # what reads the tokens stays; a mask that comes before it may go
+        first = next(n for n in program.graph.nodes if n.op == "call_function" and n in decoder.moving)
         with program.edit.before(first):
             length = (
                 capacity
@@ -241,7 +242,7 @@ class InsertCache(Pass):
             bias = operands["bias"]
             if bias in pairs_of_bias:
                 bias = pair_caches.bias(pairs_of_bias[bias], node)
-            elif isinstance(bias, fx.Node):
+            elif isinstance(bias, fx.Node) and not of_query(decoder, bias):
                 bias = self._bias(program, tables, bias, positions, slots, first)
             operands.update(
                 k=key, v=value, key_mask=None, bias=bias, segments=None, visible=stores[operands["window"]],
@@ -253,7 +254,9 @@ class InsertCache(Pass):
             program.edit.replace(node, replacement, record=False)
         for value, users in still.items():
             remaining = [u for u in users if not u._erased and value in u.all_input_nodes]
-            if remaining and not value._erased and not decoder.follows_positions(value):
+            if not remaining or value._erased or decoder.ignores_tokens(value):
+                continue
+            if not decoder.follows_positions(value):
                 self._token_wise(program, decoder, tables, value, remaining, positions, first)
         _drop_masks(program, decoder, keep=decoder.positions[:1])
         limit_size(program, program.symbols[decoder.sequence], 1, self.max_length)
@@ -276,7 +279,9 @@ class InsertCache(Pass):
         """Finish a program in which nothing is kept token by token."""
         for value, users in still.items():
             remaining = [u for u in users if not u._erased and value in u.all_input_nodes]
-            if remaining and not value._erased and not decoder.follows_positions(value):
+            if not remaining or value._erased or decoder.ignores_tokens(value):
+                continue
+            if not decoder.follows_positions(value):
                 raise NotCausal(
                     value, "it depends on where tokens stand, and no attention has a cache of positions"
                 )
@@ -407,6 +412,8 @@ def _sites(decoder: Decoder) -> list[Site]:
         if k not in decoder.moving and v not in decoder.moving and not decoder.has_length(k):
             _require_steady(decoder, node)
             continue
+        if decoder.has_length(k) == [1] == decoder.has_length(args["q"]):
+            continue  # among values of one token, such as those that earlier layers left of it
         # what a bias of pairs hides shows in the comparison
         if (
             not args["causal"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ...ir.compat import surely_equal
 from ...ir.inputs import add_input
 from ...ir.operators.traits import Trait, has
 from ...ir.ranks.dimensions import sources_of
@@ -198,7 +199,8 @@ class PairCaches:
         for node in pairs.nodes:
             with self.program.edit.before(user):
                 copies[node] = self._copy(pairs, node, copies)
-        found: fx.Node = copies[pairs.bias]
+        # a value of each key alone, of which nothing is computed for pairs
+        found: fx.Node = copies[pairs.bias] if pairs.nodes else self._keys(pairs.bias)
         return found
 
     def _copy(self, pairs: Pairs, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
@@ -301,6 +303,13 @@ def pairs_of(decoder: Decoder, nodes: Iterable[fx.Node]) -> dict[fx.Node, Pairs]
     for node in nodes:
         if is_operator(node, "graphopt.attention") and node in decoder.moving:
             bias = arguments(node)["bias"]
-            if isinstance(bias, fx.Node) and bias in decoder.moving and bias not in found:
+            if not isinstance(bias, fx.Node) or bias not in decoder.moving or bias in found:
+                continue
+            if not of_query(decoder, bias):
                 found[bias] = Pairs(decoder, bias)
     return found
+
+
+def of_query(decoder: Decoder, bias: fx.Node) -> bool:
+    """Return whether a bias is one number for all keys of a token's query, (batch, heads, tokens, 1)."""
+    return decoder.has_length(bias) == [2] and surely_equal(bias.meta["val"].shape[3], 1)

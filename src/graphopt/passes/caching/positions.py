@@ -190,6 +190,20 @@ class Decoder:
                 return False
         return torch.equal(results[0].index_select(dim, order), results[1])
 
+    def ignores_tokens(self, node: fx.Node) -> bool:
+        """Return whether a value is the same for all tokens, wherever they stand: it follows from sizes and weights."""
+        region = cut(self.program, [node], lambda n: isinstance(n.meta.get("val"), torch.SymInt))
+        if any(isinstance(n.meta.get("val"), torch.Tensor) for n in region.leaves):
+            return False
+        sizes = {name: limits.hint for name, limits in self.program.signature.sizes.items()}
+        value = region.run(
+            {n.name: leaf_value(self.program, n, sizes, 0) for n in region.leaves}, self._load
+        )[0]
+        first = value
+        for dim in self.has_length(node):
+            first = first.narrow(dim, 0, 1)
+        return value.numel() > 0 and bool((value == first).all())
+
     def limit(self) -> int | None:
         """Return the largest number of tokens that the program has positions for; None if there is no limit.
 
