@@ -23,6 +23,7 @@ from graphopt.decoding.policies import (
     HeavyHitters,
     Held,
     KeyNorm,
+    Merge,
     Observed,
     Policy,
     Random,
@@ -172,6 +173,7 @@ POLICIES: dict[str, Callable[[int, int], Policy]] = {
     "heavy-hitters": lambda budget, block: HeavyHitters(budget, block, sinks=1),
     "observed": lambda budget, block: Observed(budget, block, sinks=1, window=3, pool=3),
     "key-norm": lambda budget, block: KeyNorm(budget, block, sinks=0),
+    "merge": lambda budget, block: Merge(budget, block, sinks=2, chunk=5),
     "random": lambda budget, block: Random(budget, block, sinks=2, seed=3),
     "episode": lambda budget, block: Episode(budget, block, sinks=2, probe=(1, 4, 2), recent=2),
 }
@@ -285,6 +287,67 @@ def test_the_text_with_candidates_is_the_text_without(
     for _ in found:
         pass
     assert found.rows == plain.rows
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) + counts.log()[:, None], -1) @ v
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 1 << 16), slots=st.integers(9, 40), fewer=st.integers(1, 20), chunk=st.integers(2, 9),
+    kinds=st.integers(1, 3),
+)  # fmt: skip
+def test_equal_tokens_are_merged_without_loss(
+    seed: int, slots: int, fewer: int, chunk: int, kinds: int
+) -> None:
+    """While there are equal ones to merge; counts always sum to the tokens read, and the newest are as they were."""
+    generator = torch.Generator().manual_seed(seed)
+    policy = Merge(max(slots - fewer, 7), 4, sinks=2, recent=2, chunk=chunk)
+    positions = torch.arange(slots).expand(2, -1)
+    kind = torch.randint(0, kinds, (slots,), generator=generator)
+    k, v = (torch.randn(2, kinds, 4, generator=generator, dtype=torch.float64)[:, kind] for _ in range(2))
+    counts = torch.ones(2, slots, dtype=torch.float64)
+    held, merged_k, merged_v, merged = policy.merged(positions, k, v, counts)
+    assert merged.sum(1).tolist() == [slots, slots] and held.shape[1] == min(policy.budget, slots)
+    assert all(row == sorted(set(row)) for row in held.tolist()) and held[:, :2].tolist() == [[0, 1]] * 2
+    assert torch.equal(merged_k[:, -2:], k[:, -2:]) and torch.equal(merged_v[:, -2:], v[:, -2:])
+    if kinds == 1:
+        q = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+        before, after = attended(q, k, v, counts), attended(q, merged_k, merged_v, merged)
+        assert torch.allclose(before, after, atol=1e-12)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1 << 16), slots=st.integers(6, 30), chunk=st.integers(2, 9))
+def test_merging_is_that_of_lists(seed: int, slots: int, chunk: int) -> None:
+    """A round beside a loop over tokens: every other one joins the most similar of its chunk, the most similar first."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(1, slots, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    counts = torch.randint(1, 4, (1, slots), generator=generator).double()
+    size = min(chunk, slots - 2)
+    pairs = []
+    for i in range(1, slots - 1):
+        first = 1 + (i - 1) // size * size
+        others = [j for j in range(first + 1, min(first + size, slots - 1), 2)]
+        if (i - first) % 2 == 0 and others:
+            alike = {j: float(torch.cosine_similarity(k[0, i], k[0, j], dim=0)) for j in others}
+            best = max(others, key=lambda j: alike[j])
+            pairs.append((alike[best], i, best))
+    fewer = max(1, len(pairs) // 2)
+    policy = Merge(slots - fewer, 4, sinks=1, recent=1, chunk=chunk)
+    expected = {i: [i] for i in range(slots)}
+    for _, i, j in sorted(pairs, reverse=True)[:fewer]:
+        expected[j] = expected[j] + expected.pop(i)
+    groups = sorted(expected.values(), key=max)
+    held, merged_k, merged_v, merged = policy.merged(torch.arange(slots)[None], k, v, counts)
+    assert held[0].tolist() == [max(group) for group in groups]
+    for place, group in enumerate(groups):
+        weight = counts[0, group]
+        assert float(merged[0, place]) == float(weight.sum())
+        for entries, found in ((k, merged_k), (v, merged_v)):
+            mean = (entries[0, group] * weight[:, None]).sum(0) / weight.sum()
+            assert torch.allclose(found[0, place], mean, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

@@ -12,7 +12,7 @@ from ..ir.errors import UsageError
 from ..ir.facts import KVCache, QuantizedCache
 from ..ir.program import Program
 from .cached import CachedDecoder, Mark
-from .policies import Episode, Held, Policy
+from .policies import Episode, Held, Merge, Policy
 from .prepared import TOKENS
 from .step import Buffer, Step
 
@@ -26,12 +26,27 @@ class BoundedStep(Step):
         filled: number of slots in use before the step, of each row.
         masks: those made so far.
         windows: how far each layer sees, of those that do not see everything; filled in as layers are computed.
+        counts: (batch, heads, slots) by the buffer of keys: how many tokens an entry stands for, where some are merged.
     """
 
     held: dict[Buffer, torch.Tensor] = field(default_factory=dict)
     filled: Sequence[int] = ()
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
     windows: dict[Buffer, int] = field(default_factory=dict)
+    counts: dict[Buffer, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether entries have counts."""
+        return bool(self.counts)
+
+    def bias_of(self, q: torch.Tensor, layer: Buffer | None) -> torch.Tensor | None:
+        """Return the logarithms of counts, by which an entry weighs as much as the tokens it stands for."""
+        counts = self.counts.get(layer) if layer is not None else None
+        if counts is None:
+            return None
+        logs = counts[..., : self.limit].log().to(q.dtype)
+        return logs.repeat_interleave(q.shape[1] // logs.shape[1], 1).unsqueeze(2)
 
     def mask_of(
         self, q: torch.Tensor, k: torch.Tensor, window: int | None, layer: Buffer | None
@@ -71,6 +86,7 @@ class Snapshot:
     buffers: dict[Buffer, torch.Tensor]
     held: dict[Buffer, torch.Tensor]
     scores: dict[Buffer, torch.Tensor]
+    counts: dict[Buffer, torch.Tensor]
     states: dict[str, torch.Tensor]
     lengths: list[int]
     filled: list[int]
@@ -134,10 +150,11 @@ class BoundedDecoder(CachedDecoder):
         self.peak = 0
         self.held: dict[Buffer, torch.Tensor] = {}
         self.scores: dict[Buffer, torch.Tensor] = {}
+        self.counts: dict[Buffer, torch.Tensor] = {}
         self._weights: dict[Buffer, torch.Tensor] = {}
         self._windows: dict[Buffer, int] = {}
         self._written = 0
-        self._probing = self._trying = False
+        self._probing = self._trying = self._merged = False
 
     @property
     def layers(self) -> list[Buffer]:
@@ -155,7 +172,8 @@ class BoundedDecoder(CachedDecoder):
     @property
     def bytes(self) -> int:
         """Number of bytes that caches, states, positions and scores take."""
-        return super().bytes + sum(t.nbytes for t in (*self.held.values(), *self.scores.values()))
+        beside = (*self.held.values(), *self.scores.values(), *self.counts.values())
+        return super().bytes + sum(t.nbytes for t in beside)
 
     def _step(
         self, positions: torch.Tensor, slots: torch.Tensor | None, step_mask: torch.Tensor | None,
@@ -177,6 +195,8 @@ class BoundedDecoder(CachedDecoder):
                 self.held[layer] = torch.full(shape, -1, dtype=torch.int64, device=self.device)
                 planes = (self.batch, heads, self.policy.planes, self.slots)
                 self.scores[layer] = torch.zeros(planes, device=self.device)
+                if self.policy.merges:
+                    self.counts[layer] = torch.ones(shape, device=self.device)
             index = own[:, None].expand(-1, heads, -1)
             self.held[layer].scatter_(2, index, positions[:, None].expand(-1, heads, -1))
         watched = self.policy.counts and not self._trying and (
@@ -189,6 +209,7 @@ class BoundedDecoder(CachedDecoder):
             self.buffers, positions, own, limit, self.filled[0] if together else None, step_mask, read,
             states=self.states, taken=self._taken(counts, tokens), held=self.held, filled=list(self.filled),
             watch=self._watch if watched else None, windows=self._windows,
+            counts=self.counts if self._merged else {},
         )  # fmt: skip
 
     def _watch(self, layer: Buffer, weights: torch.Tensor) -> None:
@@ -304,6 +325,9 @@ class BoundedDecoder(CachedDecoder):
                 self.scores[layer][index][..., :used],
                 self._windows.get(layer),
             )
+            if isinstance(self.policy, Merge):
+                self._merge(self.policy, due, layer, values)
+                continue
             kept = self.policy.kept(held)
             count = kept.shape[-1]
             self.held[layer][index, :, :count] = held.positions.gather(2, kept)
@@ -318,6 +342,17 @@ class BoundedDecoder(CachedDecoder):
                 buffer[index, :, :count] = buffer[index, :, :used].gather(2, wide)
         for row in due:
             self.filled[row] = min(self.filled[row], self.policy.budget)
+
+    def _merge(self, policy: Merge, rows: Sequence[int], layer: Buffer, values: Buffer) -> None:
+        """Merge the entries of a layer, row by row."""
+        self._merged = True
+        tensors = (self.held[layer], self.buffers[layer], self.buffers[values], self.counts[layer])
+        for row in rows:
+            merged = policy.merged(*(tensor[row, :, : self.filled[row]] for tensor in tensors))
+            for tensor, entries, empty in zip(tensors, merged, (-1, None, None, 1), strict=True):
+                tensor[row, :, : policy.budget] = entries
+                if empty is not None:
+                    tensor[row, :, policy.budget :] = empty
 
     def _probe(self, policy: Episode) -> None:
         """Compute the episode's words behind all rows, for what they attend to; nothing of them is kept."""
@@ -344,12 +379,13 @@ class BoundedDecoder(CachedDecoder):
             {name: buffer[:, :, :used].clone() for name, buffer in self.buffers.items()},
             {layer: held[..., :used].clone() for layer, held in self.held.items()},
             {layer: scores[..., :used].clone() for layer, scores in self.scores.items()},
+            {layer: counts[..., :used].clone() for layer, counts in self.counts.items()},
             dict(self.states), list(self.lengths), list(self.filled), list(self.since),
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot | None) -> None:
         """Hold what a snapshot holds; nothing at all if it is None."""
-        for tensors, fill in ((self.held, -1), (self.scores, 0)):
+        for tensors, fill in ((self.held, -1), (self.scores, 0), (self.counts, 1)):
             for tensor in tensors.values():
                 tensor.fill_(fill)
         self._last, self._weights, self._trying = None, {}, False
@@ -360,7 +396,8 @@ class BoundedDecoder(CachedDecoder):
             return
         for name, copy in snapshot.buffers.items():
             self.buffers[name][:, :, : copy.shape[2]] = copy
-        for tensors, copies in ((self.held, snapshot.held), (self.scores, snapshot.scores)):
+        kinds = ((self.held, snapshot.held), (self.scores, snapshot.scores), (self.counts, snapshot.counts))
+        for tensors, copies in kinds:
             for layer, copy in copies.items():
                 tensors[layer][..., : copy.shape[-1]] = copy
         self.states = dict(snapshot.states)
@@ -391,7 +428,7 @@ class BoundedDecoder(CachedDecoder):
             return
         super().keep_rows(rows)
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
-        for tensors in (self.held, self.scores):
+        for tensors in (self.held, self.scores, self.counts):
             for layer, tensor in tensors.items():
                 tensors[layer] = tensor.index_select(0, index)
         self.filled = [self.filled[row] for row in rows]

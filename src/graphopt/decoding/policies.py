@@ -54,6 +54,8 @@ class Policy(ABC):
     name: ClassVar[str] = ""
     counts: ClassVar[bool] = False
     """Whether attention's scores are needed."""
+    merges: ClassVar[bool] = False
+    """Whether tokens are merged, so that entries have counts."""
     planes: int = 1
     """How many numbers are counted for each token."""
 
@@ -208,6 +210,96 @@ class KeyNorm(Policy):
         return _with_newest(-held.keys.float().norm(dim=-1), held.positions, self.recent)
 
 
+class Merge(Policy):
+    """Merges tokens with similar keys instead of dropping any (Chelsea, arXiv 2506.11418).
+
+    Between the sinks and the newest tokens, every other token of a chunk may join the token of the chunk whose key is most
+    like its own; the pairs most alike are merged, until the budget holds. A merged entry has the mean of its keys and
+    values, weighted by how many tokens they stand for, and its score grows by the logarithm of that number: equal tokens
+    are merged without any loss. It stands where the last of its tokens stood.
+
+    Args:
+        recent: number of newest tokens that stay as they are; a quarter of the budget by default.
+        chunk: number of neighbours among which pairs are looked for.
+    """
+
+    name = "merge"
+    merges = True
+
+    def __init__(
+        self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None, chunk: int = 32
+    ):
+        super().__init__(budget, block, sinks)
+        self.recent, self.chunk = _recent(self, recent), _whole(self, "chunk", chunk, 2)
+        if self.recent + sinks >= budget:
+            raise UsageError(
+                f"{self.name}: {self.recent} newest tokens and {sinks} sinks leave no entry of the budget of {budget} "
+                "to merge into",
+                hint="a larger budget, or fewer newest tokens",
+            )
+
+    def value(self, held: Held) -> torch.Tensor:
+        """Return the position: what is merged is chosen by keys, not by worth."""
+        return held.positions.to(torch.float32)
+
+    def merged(
+        self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the entries of one row after merging: as many as the budget.
+
+        Args:
+            positions: (heads, slots), ascending, without empty slots.
+            keys: (heads, slots, size).
+            values: (heads, slots, size).
+            counts: (heads, slots), how many tokens each entry stands for.
+        """
+        while positions.shape[1] > self.budget:
+            positions, keys, values, counts = self._round(positions, keys, values, counts)
+        return positions, keys, values, counts
+
+    def _round(
+        self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Merge once, at most half of the entries between sinks and newest tokens."""
+        heads, slots = positions.shape
+        low, high = min(self.sinks, slots), slots - self.recent
+        size = min(self.chunk, high - low)
+        chunks = -(-(high - low) // size)
+        pad = chunks * size - (high - low)
+        inner = F.pad(F.normalize(keys[:, low:high].float(), dim=-1), (0, 0, 0, pad))
+        inner = inner.view(heads, chunks, size, -1)
+        joining, staying = inner[:, :, 0::2], inner[:, :, 1::2]
+        place = torch.arange(low, low + chunks * size, device=keys.device).view(chunks, size)
+        alike = joining @ staying.transpose(-1, -2)
+        alike = alike.masked_fill((place[:, 0::2] >= high)[:, :, None], -torch.inf)
+        alike = alike.masked_fill((place[:, 1::2] >= high)[:, None, :], -torch.inf)
+        best, partner = alike.max(-1)
+        best, partner = best.flatten(1), place[:, 1::2].expand(heads, -1, -1).gather(2, partner).flatten(1)
+        possible = int((best[0] > -torch.inf).sum())
+        chosen = best.topk(min(slots - self.budget, possible), dim=1).indices
+        source = place[:, 0::2].reshape(1, -1).expand(heads, -1).gather(1, chosen)
+        target = partner.gather(1, chosen)
+        weights = counts.gather(1, source)
+        total = counts.scatter_add(1, target, weights)
+
+        def mean(entries: torch.Tensor) -> torch.Tensor:
+            wide = entries * counts[..., None].to(entries.dtype)
+            index = source[..., None].expand(-1, -1, entries.shape[-1])
+            moved = wide.gather(1, index)
+            wide = wide.scatter_add(1, target[..., None].expand_as(index), moved)
+            return wide / total[..., None].to(entries.dtype)
+
+        # of entries that are merged, the last position counts
+        last = positions.scatter_reduce(1, target, positions.gather(1, source), "amax")
+        last = last.scatter(1, source, torch.iinfo(last.dtype).max)
+        order = last.argsort(1)[:, : slots - chosen.shape[1]]
+        wide = order[..., None].expand(-1, -1, keys.shape[-1])
+        wide_values = order[..., None].expand(-1, -1, values.shape[-1])
+        return (
+            last.gather(1, order), mean(keys).gather(1, wide), mean(values).gather(1, wide_values), total.gather(1, order)
+        )  # fmt: skip
+
+
 class Episode(Policy):
     """Keeps what the words of an episode attend to (EpiCache, arXiv 2509.17396).
 
@@ -271,7 +363,7 @@ def _with_newest(value: torch.Tensor, positions: torch.Tensor, count: int) -> to
 
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Window, HeavyHitters, Observed, KeyNorm, Random, Episode)
+    policy.name: policy for policy in (Window, HeavyHitters, Observed, KeyNorm, Merge, Random, Episode)
 }
 
 

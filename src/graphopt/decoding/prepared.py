@@ -306,7 +306,10 @@ class _Writer:
         head = ["def prepared_step(step, caches):"]
         if self.single:
             # rows are equally long: the caches are written at one place, and all of them is attended to
-            head += ["plain = step.start is not None and step.step_mask is None and step.watch is None"]
+            head += [
+                "plain = step.start is not None and step.step_mask is None and step.watch is None",
+                "whole = plain and not step.weighs",
+            ]
             head += ["slot = step.slots[0]", "limit = step.limit"]
         return "\n    ".join([*head, *self.lines, f"return ({results},)"]) + "\n"
 
@@ -511,7 +514,7 @@ class _Writer:
             assert isinstance(second, _Layout)
             grouped = ", enable_gqa=True" if first.size[1] != second.size[1] else ""
             operands = ", ".join(self._text(n) for n in (q, k, v))
-            text = f"attention({operands}, scale={self._text(scale)}{grouped}) if plain else {text}"
+            text = f"attention({operands}, scale={self._text(scale)}{grouped}) if whole else {text}"
         self.lines.append(f"{self._local(node)} = {text}")
 
     def _rows(self, node: fx.Node) -> tuple[str, int] | None:

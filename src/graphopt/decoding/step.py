@@ -69,6 +69,15 @@ class Step:
             return None
         return self.visible(window, k)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether the step itself adds something to scores; see :meth:`bias_of`."""
+        return False
+
+    def bias_of(self, q: torch.Tensor, layer: Buffer | None) -> torch.Tensor | None:
+        """Return what is added to the scores of a layer's slots, (batch, heads, 1, slots); None if nothing is."""
+        return None
+
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
         """Return which slots new tokens attend to; computed once per step."""
         if window not in self.seen:
@@ -94,8 +103,7 @@ def attend(
     sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None, layer: Buffer | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
-    if bias is not None:
-        bias = bias[..., : step.limit]
+    bias = step.bias_of(q, layer) if bias is None else bias[..., : step.limit]
     visible = step.mask_of(q, k, window, layer)
     if visible is not None:
         if step.watch is not None and layer is not None:
