@@ -70,6 +70,7 @@ LINES = [
     Line("quantize-weights, dequantize-weights", ("saved", "Hugging Face"), suite=False),
     Line("share-caches{start=28}", ("saved", "ONNX")),
     Line("share-caches", ("saved",), suite=False),
+    Line("window-attention{past=127}", ("saved", "ONNX")),
     Line("insert-cache{max_length=512}", ("saved", "genai"), judge=False),
     Line("insert-cache{max_length=512}, quantize-cache", ("saved", "ONNX")),
     Line("attach-multi-token-heads{heads=2}", ("saved",), suite=False),

@@ -185,7 +185,7 @@ PASSES = [
     "fuse-projections", "split-projections", "fold-norms", "fuse-branches", "expand-branches",
     "stream-convolutions", "fuse-kernels", "take-top-k{k=4 output=logits}", "fit-target",
     "fit-target, quantize{target=onnx}",
-    "share-caches", "share-caches, insert-cache",
+    "share-caches", "share-caches, insert-cache", "window-attention{past=3}",
     "insert-cache", "insert-cache{max_length=16}", "insert-cache, quantize-cache",
     "attach-multi-token-heads{heads=2}", "attach-draft",
     "attach-mask-tokens", "attach-early-exit", "trim-vocabulary{keep=64}", "skip-layers{remove=1}",

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         f"passes/{family}": _PASS
         for family in (
             "projections", "convolutions", "depth", "width", "experts", "heads", "caching", "tensor_parallel",
-            "quantization", "kernels", "settings",
+            "quantization", "kernels", "settings", "attention",
         )
     },
     "backends": set(),

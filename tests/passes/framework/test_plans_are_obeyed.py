@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Callable[[], Program], Any]] = {
     "quantize-weights{group=8}": (decoder, None),
     "dequantize-weights": (lambda: done(decoder(), "quantize-weights{group=8}"), None),
     "share-caches{start=1}": (decoder, DATA),
+    "window-attention{past=3}": (decoder, None),
     "quantize-cache": (lambda: done(decoder(), "insert-cache"), None),
     "attach-early-exit{layers=[0 1]}": (decoder, None),
     "attach-mask-tokens{masks=1 rank=2}": (decoder, None),

@@ -18,6 +18,7 @@ PROPERTIES: dict[str, str] = {
     "fuse-branches": "convolutions/test_fuse_branches.py::test_random_branches_fuse_exactly",
     "expand-branches": "convolutions/test_expand_branches.py::test_expanded_trained_fused",
     "stream-convolutions": "convolutions/test_stream_convolutions.py::test_pieces_of_any_size_give_what_the_whole_gives",
+    "window-attention": "attention/test_window_attention.py::test_it_is_the_module_with_that_band",
     "fit-target": "quantization/test_quantization_properties.py::test_fitted_forms_are_the_function",
     "quantize": "quantization/test_quantization_properties.py::test_what_few_bits_lose",
     "quantize-weights": "quantization/test_quantization_properties.py::test_weights_alone_in_few_bits",

@@ -12,6 +12,7 @@ import torch
 from ..errors import UsageError
 from ..facts import Streaming
 from ..program import Program
+from ..running.examples import example_inputs
 from ..running.execute import interpret, run
 from ..running.recurrent_state import states_of
 from ..running.retype import retyped
@@ -112,7 +113,7 @@ def compare_in_chunks(
     frames = 2 * back + 7
     inputs, axes = _inputs(wide, time, frames, generator)
     recorded = [n for n in wide.graph.nodes if _timed(wide, n, time) is not None] if every_value else []
-    expected = interpret(wide, inputs, record=recorded)
+    expected = interpret(wide, wide.bind((), inputs), record=recorded)
     worst: Difference | None = None
     for pieces in ([1] * frames, _pieces(frames, draw), [frames]):
         results = _in_pieces(cut, inputs, axes, pieces, [n.name for n in recorded])
@@ -135,13 +136,16 @@ def _pieces(frames: int, draw: random.Random) -> list[int]:
 def _inputs(
     program: Program, time: str, frames: int, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Return an input of so many frames; what a call may leave out is left out, so that every piece fills it by itself."""
+    sizes = {name: _other(program, name) for name in program.signature.sizes} | {time: frames}
+    made = example_inputs(program, sizes, padding="none")
     inputs, axes = {}, {}
     for name, spec in program.signature.inputs.items():
-        shape = [frames if s == time else s if isinstance(s, int) else _other(program, s) for s in spec.shape]
+        if spec.fill is not None:
+            continue
+        inputs[name] = made[name]
         if spec.dtype.is_floating_point:
-            inputs[name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
-        else:
-            inputs[name] = torch.ones(shape, dtype=spec.dtype)
+            inputs[name] = torch.randn(made[name].shape, generator=generator, dtype=spec.dtype)
         if time in spec.shape:
             axes[name] = spec.shape.index(time)
     return inputs, axes
@@ -169,7 +173,8 @@ def _in_pieces(
     for size in pieces:
         piece = {n: t.narrow(axes[n], start, size) if n in axes else t for n, t in inputs.items()}
         start += size
-        values = interpret(program, {**piece, **state}, record=[nodes[n] for n in names if n in nodes])
+        bound = program.bind((), {**piece, **state})
+        values = interpret(program, bound, record=[nodes[n] for n in names if n in nodes])
         state = {name: values[f"next_{name}"] for name in state}
         for name, value in values.items():
             results.setdefault(name, []).append(value)

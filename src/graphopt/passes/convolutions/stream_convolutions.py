@@ -27,6 +27,7 @@ from ..framework.plan import Plan, Refused, Site
 from .forms import Form
 from .geometry import Axis, one_after_another
 from .reading import CONVOLUTIONS, POOLINGS, NotLinear, read_operator
+from .windows import stream_windows, windowed
 from .writing import CONVOLUTION
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ class StreamConvolutions(Pass):
     """Replace zero padding in the past by the past itself, kept in recurrent states.
 
     A convolution that reads L frames back reads them from a recurrent state, the last L frames of its previous
-    input. All states are inputs ``state_0``, ``state_1``, ... and their successors are outputs
-    ``next_state_0``, ...; they start as zeros. For pieces of any length, the concatenated outputs equal the
-    outputs of the whole; this is checked on random pieces in float64.
+    input. Attention with a window (see window-attention) reads the keys and values of the last frames, and which of them
+    there have been, from ``key_state_0``, ``value_state_0`` and ``seen_state_0``. All states are inputs ``state_0``,
+    ``state_1``, ... and their successors are outputs ``next_state_0``, ...; they start as zeros. For pieces of any length,
+    the concatenated outputs equal the outputs of the whole; this is checked on random pieces in float64.
     """
 
     name = "stream-convolutions"
@@ -65,14 +67,14 @@ class StreamConvolutions(Pass):
     together = True
     provides = (Streaming,)
     excludes = (Streaming,)
-    paper = "arXiv 2406.02652"
+    paper = "arXiv 2406.02652, 2409.09018"
 
     axis: str = option(
         "auto", help="the name of the size that is time; auto takes the only one besides the batch"
     )
 
     def plan(self, program: Program, context: Context) -> Plan:
-        """Find convolutions that read earlier frames; refuse those that read later ones or all of them."""
+        """Find convolutions and attention that read earlier frames; refuse what reads later ones or all of them."""
         plan = Plan()
         time = self._time(program)
         if time is None:
@@ -104,6 +106,12 @@ class StreamConvolutions(Pass):
         for source, reaches in states.items():
             frames, readers = max(r.frames for r in reaches), [r.root.name for r in reaches]
             yield Site(source.name, frames=frames, readers=readers, time=time), (source, reaches)
+        for node in windowed(program, time):
+            if isinstance(node, Refused):
+                yield node
+            else:
+                frames = int(arguments(node)["window"]) - 1
+                yield Site(node.name, frames=frames, readers=["attention"], time=time), (node, None)
 
     def _time(self, program: Program) -> str | None:
         names = list(program.signature.sizes)
@@ -124,7 +132,7 @@ class StreamConvolutions(Pass):
         line = program.source_line(node) if node is not None else ""
         return Refused(
             mismatch.name,
-            "its values depend on frames outside the piece, which no convolution explains",
+            "its values depend on frames outside the piece, which no convolution or window explains",
             line,
         )
 
@@ -134,7 +142,13 @@ class StreamConvolutions(Pass):
             return
         time = plan.sites[0]["time"]
         constant = set(depends_on_weights_alone(program))
-        for number, (site, (site_source, reaches)) in enumerate(self.chosen(program, plan)):
+        windows: list[fx.Node] = []
+        number = -1
+        for site, (site_source, reaches) in self.chosen(program, plan):
+            if reaches is None:
+                windows.append(program.edit.now(site_source))
+                continue
+            number += 1
             source, frames, axis = program.edit.now(site_source), int(site["frames"]), reaches[0].axis
             by_name = {reach.root.name: reach for reach in reaches}
             shape = list(source.meta["val"].shape)
@@ -147,6 +161,7 @@ class StreamConvolutions(Pass):
             with program.edit.after(joined):
                 following = program.edit.call(aten.slice.Tensor, joined, axis, -frames)
             program.add_output(f"next_state_{number}", following)
+        stream_windows(program, windows)
         limit_size(program, time, 1)
         program.facts.add(Streaming(time))
         block_export(program, "a streaming program has recurrent states, which no checkpoint holds")

@@ -24,6 +24,7 @@ BUILT_IN: dict[str, str] = {
     "fuse-branches": "graphopt.passes.convolutions.fuse_branches:FuseBranches",
     "expand-branches": "graphopt.passes.convolutions.expand_branches:ExpandBranches",
     "stream-convolutions": "graphopt.passes.convolutions.stream_convolutions:StreamConvolutions",
+    "window-attention": "graphopt.passes.attention.window_attention:WindowAttention",
     "fit-target": "graphopt.passes.quantization.fit_target:FitTarget",
     "quantize": "graphopt.passes.quantization.quantize:Quantize",
     "quantize-weights": "graphopt.passes.quantization.quantize_weights:QuantizeWeights",
