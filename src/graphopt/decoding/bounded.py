@@ -319,6 +319,8 @@ class BoundedDecoder(CachedDecoder):
         used = max(self.filled[row] for row in due)
         for layer in self.layers:
             values = (f"value{layer[0].removeprefix('key')}", *layer[1:])
+            if values not in self.buffers:
+                values = layer  # latents are keys and values at once
             held = Held(
                 self.held[layer][index, :, :used],
                 self.buffers[layer][index, :, :used],
@@ -336,7 +338,7 @@ class BoundedDecoder(CachedDecoder):
             scores = torch.zeros_like(self.scores[layer][index])
             scores[..., :count] = held.scores.gather(3, planes)
             self.scores[layer][index] = scores
-            for name in (layer, values):
+            for name in dict.fromkeys((layer, values)):
                 buffer = self.buffers[name]
                 wide = kept[..., None].expand(-1, -1, -1, buffer.shape[-1])
                 buffer[index, :, :count] = buffer[index, :, :used].gather(2, wide)

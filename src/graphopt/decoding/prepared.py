@@ -514,7 +514,9 @@ class _Writer:
             assert isinstance(second, _Layout)
             grouped = ", enable_gqa=True" if first.size[1] != second.size[1] else ""
             operands = ", ".join(self._text(n) for n in (q, k, v))
-            text = f"attention({operands}, scale={self._text(scale)}{grouped}) if whole else {text}"
+            # one head of keys is better read once for all queries
+            if second.size[1] > 1 or not grouped:
+                text = f"attention({operands}, scale={self._text(scale)}{grouped}) if whole else {text}"
         self.lines.append(f"{self._local(node)} = {text}")
 
     def _rows(self, node: fx.Node) -> tuple[str, int] | None:

@@ -53,6 +53,8 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits or program.dials or StateCache in program.facts:
         return None
+    if not all(f"value_cache_{n}" in program.signature.inputs for n in range(cache.layers)):
+        return None
     if not _end_tokens(configuration(program), program):
         return None
     counts = {s[1] for r in reports for n, s in r.inputs.items() if n == cache.tokens and s[0] == 1}
@@ -148,6 +150,13 @@ def genai_config(program: Program) -> dict[str, Any]:
             f"onnxruntime-genai hands on keys and values, and this program has {len(states.states)} states of "
             "convolutions and linear attention beside them, for which its settings have no names",
             hint="write plain ONNX files and hand the states from step to step",
+        )
+    if any(f"key_cache_{n}" in program.signature.inputs for n in range(cache.layers)) and not all(
+        f"value_cache_{n}" in program.signature.inputs for n in range(cache.layers)
+    ):
+        raise LoweringError(
+            "onnxruntime-genai hands on keys and values apart, and this program stores latents that are both",
+            hint="insert-cache{latents=false}, or write plain ONNX files and hand the caches from step to step",
         )
     if QuantizedCache in program.facts:
         raise LoweringError(

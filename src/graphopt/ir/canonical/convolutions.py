@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..infer import same_value
+from ..operators.traits import Trait, has
 from ..rewriting.cleanup import replace_or_erase
 from ..schema import argument, arguments, is_operator
 
@@ -37,6 +38,8 @@ def recognise_convolutions(program: Program) -> None:
             _last_tokens(program, node)
         elif is_operator(node, "aten.slice_scatter"):
             _drop_overwritten(program, node)
+            if not node._erased:
+                _join_written(program, node)
         elif is_operator(node, "aten.copy"):
             _drop_copy(program, node)
 
@@ -109,6 +112,35 @@ def _drop_overwritten(program: Program, node: fx.Node) -> None:
     is_whole = is_whole and args["start"] in (None, 0) and args["step"] == 1 and isinstance(written, fx.Node)
     if is_whole and same_value(written.meta["val"], node.meta["val"]):
         program.edit.replace(node, written, record=False)
+
+
+def _join_written(program: Program, node: fx.Node) -> None:
+    """Replace parts written one after another into an empty value, of which they fill all, by their concatenation."""
+    dim, size = arguments(node)["dim"], node.meta["val"].shape[arguments(node)["dim"]]
+    parts: dict[int, tuple[int, fx.Node]] = {}
+    current = node
+    while is_operator(current, "aten.slice_scatter"):
+        args = arguments(current)
+        start, end, written = args["start"] or 0, args["end"], args["src"]
+        end = size if end is None or (isinstance(end, int) and end >= _END) else end
+        plain = all(isinstance(n, int) and n >= 0 for n in (start, end, size))
+        if args["dim"] != dim or args["step"] != 1 or not plain or not isinstance(written, fx.Node):
+            return
+        parts[start] = (min(end, size), written)
+        if current is not node and len(current.users) != 1:
+            return
+        current = args["self"]
+    if not has(current, Trait.EMPTY):
+        return
+    place, ordered = 0, []
+    while place in parts:
+        place, written = parts[place]
+        ordered.append(written)
+    if place != size or len(ordered) != len(parts):
+        return
+    with program.edit.before(node):
+        new = program.edit.call(aten.cat.default, ordered, dim)
+    replace_or_erase(program, node, new)
 
 
 def _drop_copy(program: Program, node: fx.Node) -> None:

@@ -27,6 +27,7 @@ from ..framework.base import Pass
 from ..framework.contracts import ExactInChunks
 from ..framework.plan import Plan, Refused, Site, Trial
 from .comparing import compare_with_cache
+from .latents import attend_to_latents, latent_of
 from .pairs import PairCaches, of_query, pairs_of
 from .positions import AtCapacity, Decoder, NotCausal, logits_of, rows_of_positions, size_of_input, tokens_of
 from .reducing import reduced
@@ -64,6 +65,10 @@ class InsertCache(Pass):
     )
     tree: bool = option(
         False, help="inputs cache_slots and step_mask, for several candidates that share a position"
+    )
+    latents: bool = option(
+        True,
+        help="store the latents that keys and values are projected from, where caches become smaller by it",
     )
 
     def plan(self, program: Program, context: Context) -> Plan:
@@ -196,6 +201,9 @@ class InsertCache(Pass):
         if not pairs:
             self._without_caches(program, decoder, still)
             return
+        if self.latents:
+            pairs = _with_latents(program, decoder, pairs)
+            nodes = {n.name: n for n in program.graph.nodes}
         positions = _positions(program, decoder)
         slots = positions
         if self.tree:
@@ -217,10 +225,11 @@ class InsertCache(Pass):
             )
         stored = {}
         for (k, v), pair in zip(pairs, caches, strict=True):
-            stored[k, v] = tuple(
+            kept = [
                 _stored(program, cache, nodes[name], slots, f"next_{cache.meta['input']}")
-                for cache, name in zip(pair, (k, v), strict=True)
-            )
+                for cache, name in zip(pair, (k, v), strict=False)
+            ]
+            stored[k, v] = (kept[0], kept[-1])
         tables = AtCapacity(decoder, length)
         pair_caches = PairCaches(program, decoder, tables, positions, slots, batch, capacity, first)
         stores: dict[Any, fx.Node] = {}
@@ -300,9 +309,10 @@ class InsertCache(Pass):
 
     def _caches(
         self, program: Program, number: int, k: fx.Node, v: fx.Node, batch: Any, capacity: Any
-    ) -> tuple[fx.Node, fx.Node]:
+    ) -> list[fx.Node]:
+        """Add the caches of an attention: one for both where its values are its keys."""
         caches = []
-        for name, node in (("key", k), ("value", v)):
+        for name, node in (("key", k), ("value", v))[: 1 if k is v else 2]:
             value = node.meta["val"]
             heads = value.shape[1]
             if ranks_of(program):
@@ -314,7 +324,7 @@ class InsertCache(Pass):
                     program, f"{name}_cache_{number}", [batch, heads, capacity, value.shape[-1]], value.dtype
                 )
             )
-        return caches[0], caches[1]
+        return caches
 
     def _bias(
         self,
@@ -392,6 +402,29 @@ def takes_trees(program: Program) -> bool:
         return not pairs_of(Decoder(program), program.graph.nodes)
     except NotCausal:
         return True  # the pass says what else is in the way
+
+
+def _with_latents(program: Program, decoder: Decoder, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Let attentions attend to latents where that makes caches smaller, and return the pairs of keys and values then."""
+    after = []
+    for pair in pairs:
+        readers = [
+            node
+            for node in program.graph.nodes
+            if is_operator(node, "graphopt.attention")
+            and (arguments(node)["k"].name, arguments(node)["v"].name) == pair
+        ]
+        latents = [latent_of(program, node) for node in readers]
+        if not all(latents):
+            after.append(pair)
+            continue
+        keys = [
+            attend_to_latents(program, decoder, node, latent)
+            for node, latent in zip(readers, latents, strict=True)
+            if latent is not None
+        ]
+        after += [(key.name, key.name) for key in keys]
+    return after
 
 
 def _too_long(limit: int, length: int) -> str:
