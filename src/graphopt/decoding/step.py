@@ -9,6 +9,9 @@ import torch
 
 from ..ir.operators import attention, cache_positions, cache_visible
 
+FOLDED = 16
+"""Number of tokens up to which heads that share their keys are computed as one, so that keys are read once."""
+
 Buffer = tuple[str, int, int]
 """A cache input, and the first and last of its heads that this buffer holds."""
 
@@ -106,7 +109,10 @@ def attend(
     bias = step.bias_of(q, layer) if bias is None else bias[..., : step.limit]
     visible = step.mask_of(q, k, window, layer)
     if k.shape[1] == 1 and q.shape[1] > 1 and sinks is None and step.watch is None:
-        return _of_one_head(step, q, k, v, visible, bias, scale, softcap, window)
+        if q.shape[2] <= FOLDED:
+            return _of_one_head(step, q, k, v, visible, bias, scale, softcap, window)
+        # kernels for grouped heads would copy keys and values for each of them
+        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
     if visible is not None:
         if step.watch is not None and layer is not None:
             step.watch(layer, weights_of_groups(q, k, visible, scale, softcap, sinks))
@@ -125,10 +131,7 @@ def _of_one_head(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None,
     bias: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute attention of several heads to keys of a single one, as that of one head with as many more queries.
-
-    Kernels for grouped heads would repeat keys and values for each of them.
-    """
+    """Compute attention of several heads to keys of a single one, as that of one head with as many more queries."""
     batch, heads, tokens, size = q.shape
     slots = k.shape[2]
     if visible is None and tokens == 1 and window is not None and window < slots:
