@@ -512,11 +512,15 @@ class _Writer:
             first, second = (self.run.seen[n].layout for n in (q, k))  # type: ignore[index]
             assert isinstance(first, _Layout)
             assert isinstance(second, _Layout)
-            grouped = ", enable_gqa=True" if first.size[1] != second.size[1] else ""
-            operands = ", ".join(self._text(n) for n in (q, k, v))
-            # one head of keys is better read once for all queries
-            if second.size[1] > 1 or not grouped:
-                text = f"attention({operands}, scale={self._text(scale)}{grouped}) if whole else {text}"
+            heads, keys = first.size[1], second.size[1]
+            query, *others = (self._text(n) for n in (q, k, v))
+            if heads != keys:
+                # heads that share keys are queries of one head: kernels for grouped heads read keys for each of them
+                query = f"{query}.reshape({first.size[0]}, {keys}, {heads // keys}, {first.size[3]})"
+            alone = f"attention({query}, {', '.join(others)}, scale={self._text(scale)})"
+            if heads != keys:
+                alone = f"{alone}.reshape({first.size[0]}, {heads}, 1, -1)"
+            text = f"{alone} if whole else {text}"
         self.lines.append(f"{self._local(node)} = {text}")
 
     def _rows(self, node: fx.Node) -> tuple[str, int] | None:

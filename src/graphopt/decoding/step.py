@@ -108,11 +108,12 @@ def attend(
     """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
     bias = step.bias_of(q, layer) if bias is None else bias[..., : step.limit]
     visible = step.mask_of(q, k, window, layer)
-    if k.shape[1] == 1 and q.shape[1] > 1 and sinks is None and step.watch is None:
+    if k.shape[1] < q.shape[1] and sinks is None and step.watch is None:
         if q.shape[2] <= FOLDED:
-            return _of_one_head(step, q, k, v, visible, bias, scale, softcap, window)
-        # kernels for grouped heads would copy keys and values for each of them
-        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+            return _of_groups(step, q, k, v, visible, bias, scale, softcap, window)
+        if k.shape[1] == 1:
+            # kernels for grouped heads would copy keys and values for each of them
+            k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
     if visible is not None:
         if step.watch is not None and layer is not None:
             step.watch(layer, weights_of_groups(q, k, visible, scale, softcap, sinks))
@@ -127,25 +128,25 @@ def attend(
     return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
 
 
-def _of_one_head(
+def _of_groups(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None,
     bias: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute attention of several heads to keys of a single one, as that of one head with as many more queries."""
+    """Compute attention of heads that share keys as that of one head with as many more queries."""
     batch, heads, tokens, size = q.shape
-    slots = k.shape[2]
-    if visible is None and tokens == 1 and window is not None and window < slots:
+    groups = k.shape[1]
+    if visible is None and tokens == 1 and window is not None and window < k.shape[2]:
         k, v = k[:, :, -window:], v[:, :, -window:]
         bias = bias if bias is None else bias[..., -window:]
-        slots = window
     elif visible is None and tokens > 1:
         visible = step.visible(window, k)
-    wide = (batch, heads, tokens, slots)
+    slots, rows = k.shape[2], heads // groups * tokens
     if visible is not None:
-        visible = visible.expand(wide).reshape(batch, 1, heads * tokens, slots)
+        wide = visible.unsqueeze(2).expand(batch, groups, heads // groups, tokens, slots)
+        visible = wide.reshape(batch, groups, rows, slots)
     if bias is not None:
-        bias = bias.expand(wide).reshape(batch, 1, heads * tokens, slots)
-    q = q.reshape(batch, 1, heads * tokens, size)
+        bias = bias.expand(batch, heads, tokens, slots).reshape(batch, groups, rows, slots)
+    q = q.reshape(batch, groups, rows, size)
     mixed = attention(q, k, v, None, bias, None, None, visible, scale=scale, softcap=softcap)
     return mixed.reshape(batch, heads, tokens, v.shape[3])
 
