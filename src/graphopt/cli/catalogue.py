@@ -84,9 +84,8 @@ def show_passes(args: Passes) -> None:
         return
     name = args.name
     if name not in names:
-        from ..passes.framework.registry import FORMER_NAMES
-
-        name = FORMER_NAMES.get(name, name)
+        known = (entry for entry in by_name.values() if entry is not None)
+        name = next((entry["name"] for entry in known if name in entry["former_names"]), name)
     if name not in names:
         entries_by_name = {n: _entry(by_name, n) for n in names}
         matches = [
