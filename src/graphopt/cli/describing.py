@@ -9,7 +9,7 @@ from typing import Any
 from ..ir.cost import DEVICES
 from ..ir.cost.collectives import LINKS
 from ..ir.option import default_of, describe, help_of, options_of
-from ..passes.framework.registry import FORMER_NAMES, BUILT_IN, find_pass, pass_locations
+from ..passes.framework.registry import BUILT_IN, FORMER_NAMES, find_pass, pass_locations
 from ..passes.framework.values import format_value
 from ..training.recipes import METHODS
 
