@@ -12,6 +12,9 @@ from ..ir.operators import attention, cache_positions, cache_visible
 FOLDED = 16
 """Number of tokens up to which heads that share their keys are computed as one, so that keys are read once."""
 
+WIDEST = 256
+"""Size of heads up to which GPUs have kernels for grouped heads."""
+
 Buffer = tuple[str, int, int]
 """A cache input, and the first and last of its heads that this buffer holds."""
 
@@ -108,11 +111,12 @@ def attend(
     """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
     bias = step.bias_of(q, layer) if bias is None else bias[..., : step.limit]
     visible = step.mask_of(q, k, window, layer)
-    if k.shape[1] < q.shape[1] and sinks is None and step.watch is None:
+    grouped = k.shape[1] < q.shape[1] and sinks is None and step.watch is None
+    if grouped and (q.device.type == "cpu" or q.shape[3] > WIDEST):
         if q.shape[2] <= FOLDED:
             return _of_groups(step, q, k, v, visible, bias, scale, softcap, window)
         if k.shape[1] == 1:
-            # kernels for grouped heads would copy keys and values for each of them
+            # kernels for grouped heads would read or copy keys and values for each of them
             k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
     if visible is not None:
         if step.watch is not None and layer is not None:

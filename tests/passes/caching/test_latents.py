@@ -210,3 +210,33 @@ def test_where_they_go(tmp_path: Path) -> None:
     assert few.facts[KVCache].layers == 1
     with pytest.raises(LoweringError, match="latents"):
         fixed.lower("genai", tmp_path / "genai")
+
+
+def test_attentions_that_share_latents_share_a_cache() -> None:
+    """Two attentions that read the same keys and values have one cache between them."""
+
+    class Twice(Latent):
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            s, (batch, n) = self.shape, input_ids.shape
+            x = self.embed(input_ids) + self.places(torch.arange(n))
+            h = self.norm(x)
+            latent, _ = self.down(h).split([s.latent, s.shared], -1)
+            k, v = (
+                self.up(self.small(latent))
+                .view(batch, n, s.heads, -1)
+                .transpose(1, 2)
+                .split([s.key, s.value], -1)
+            )
+            for _ in range(2):
+                q = self.q(self.norm(x)).view(batch, n, s.heads, -1)[..., : s.key].transpose(1, 2)
+                x = x + self.o(
+                    F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+                )
+            return {"logits": self.head(x) * 4}
+
+    model = Twice(Shape(), 3).double().eval()
+    cached = with_cache(graphopt.capture(model, {"input_ids": torch.randint(0, VOCABULARY, (2, 7))}))
+    assert caches(cached) == {"key_cache_0": 8}
+    texts = rows(4)
+    written = graphopt.generate(cached, texts, max_new_tokens=NEW, eos_token_id=None)
+    assert written[:, -NEW:].tolist() == [continued(model, row) for row in texts]

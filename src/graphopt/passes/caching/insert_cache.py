@@ -418,12 +418,12 @@ def _with_latents(program: Program, decoder: Decoder, pairs: list[tuple[str, str
         if not all(latents):
             after.append(pair)
             continue
-        keys = [
-            attend_to_latents(program, decoder, node, latent)
-            for node, latent in zip(readers, latents, strict=True)
-            if latent is not None
-        ]
-        after += [(key.name, key.name) for key in keys]
+        keys: fx.Node | None = None
+        for node, latent in zip(readers, latents, strict=True):
+            assert latent is not None
+            keys = attend_to_latents(program, decoder, node, latent, keys)
+        assert keys is not None
+        after.append((keys.name, keys.name))
     return after
 
 

@@ -166,8 +166,18 @@ def _nowhere(program: Program, nodes: list[fx.Node]) -> dict[fx.Node, torch.Tens
     return {node: torch.full(sizes_of(program, node), ELSEWHERE) for node in nodes}
 
 
-def attend_to_latents(program: Program, decoder: Decoder, node: fx.Node, latent: Latent) -> fx.Node:
-    """Rewrite an attention to one over latents, and return its new keys, which are its values as well."""
+def attend_to_latents(
+    program: Program, decoder: Decoder, node: fx.Node, latent: Latent, keys: fx.Node | None = None
+) -> fx.Node:
+    """Rewrite an attention to one over latents, and return its new keys, which are its values as well.
+
+    Args:
+        program: changed in place.
+        decoder: of it.
+        node: the attention.
+        latent: what its keys and values come from.
+        keys: the new keys, if another attention that reads the same keys and values has them already.
+    """
     call = program.edit.call
     operands = dict(arguments(node))
     q = operands["q"]
@@ -175,14 +185,10 @@ def attend_to_latents(program: Program, decoder: Decoder, node: fx.Node, latent:
         into, out = (_matrices(program, latent, rows) for rows in (latent.key_rows, latent.value_rows))
         projected = call(aten.slice.Tensor, q, 3, *latent.projected)
         queries = [call(aten.matmul.default, projected, into)]
-        source = latent.source
-        if source.meta["val"].dim() == 3:
-            source = call(aten.unsqueeze.default, source, 1)
-        keys = [source]
         if latent.shared is not None:
             queries.append(call(aten.slice.Tensor, q, 3, *latent.others))
-            keys.append(latent.shared)
-        new_q, new_k = (t[0] if len(t) == 1 else call(aten.cat.default, t, -1) for t in (queries, keys))
+        new_q = queries[0] if len(queries) == 1 else call(aten.cat.default, queries, -1)
+        new_k = _keys(program, decoder, latent) if keys is None else keys
         # the values are the first entries of the keys, so that one cache holds both
         operands |= {"q": new_q, "k": new_k, "v": new_k}
         args, kwargs = normal_call(node.target, operands)
@@ -190,8 +196,17 @@ def attend_to_latents(program: Program, decoder: Decoder, node: fx.Node, latent:
         latents = call(aten.slice.Tensor, mixed, 3, 0, latent.size)
         new = call(aten.matmul.default, latents, call(aten.permute.default, out, [0, 2, 1]))
     program.edit.replace(node, new, record=False)
-    decoder.moving.update([source, projected, *queries, *keys, new_q, new_k, mixed, latents, new])
+    decoder.moving.update([projected, *queries, new_q, new_k, mixed, latents, new])
     return new_k
+
+
+def _keys(program: Program, decoder: Decoder, latent: Latent) -> fx.Node:
+    """Return latents, with what heads share of their keys, as keys of one head."""
+    call, source = program.edit.call, latent.source
+    if source.meta["val"].dim() == 3:
+        source = call(aten.unsqueeze.default, source, 1)
+        decoder.moving.add(source)
+    return source if latent.shared is None else call(aten.cat.default, [source, latent.shared], -1)
 
 
 def _matrices(program: Program, latent: Latent, rows: torch.Tensor) -> fx.Node:
