@@ -91,7 +91,8 @@ def matmul_plain(p: Any, x: torch.Tensor) -> torch.Tensor:
 
 @step(aten__linear=1)
 def conv1d_of_gpt2(p: Any, x: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(p.b, x.view(-1, x.size(-1)), p.w).view(x.size())
+    # any layout: the step before may leave a transposed one
+    return torch.addmm(p.b, x.reshape(-1, x.size(-1)), p.w).view(x.size())
 
 
 @step(aten__linear=1)
