@@ -195,7 +195,7 @@ class BoundedDecoder(CachedDecoder):
                 self.held[layer] = torch.full(shape, -1, dtype=torch.int64, device=self.device)
                 planes = (self.batch, heads, self.policy.planes, self.slots)
                 self.scores[layer] = torch.zeros(planes, device=self.device)
-                if self.policy.merges:
+                if isinstance(self.policy, Merge):
                     self.counts[layer] = torch.ones(shape, device=self.device)
             index = own[:, None].expand(-1, heads, -1)
             self.held[layer].scatter_(2, index, positions[:, None].expand(-1, heads, -1))
@@ -321,15 +321,15 @@ class BoundedDecoder(CachedDecoder):
             values = (f"value{layer[0].removeprefix('key')}", *layer[1:])
             if values not in self.buffers:
                 values = layer  # latents are keys and values at once
+            if isinstance(self.policy, Merge):
+                self._merge(self.policy, due, layer, values)
+                continue
             held = Held(
                 self.held[layer][index, :, :used],
                 self.buffers[layer][index, :, :used],
                 self.scores[layer][index][..., :used],
                 self._windows.get(layer),
             )
-            if isinstance(self.policy, Merge):
-                self._merge(self.policy, due, layer, values)
-                continue
             kept = self.policy.kept(held)
             count = kept.shape[-1]
             self.held[layer][index, :, :count] = held.positions.gather(2, kept)

@@ -54,8 +54,6 @@ class Policy(ABC):
     name: ClassVar[str] = ""
     counts: ClassVar[bool] = False
     """Whether attention's scores are needed."""
-    merges: ClassVar[bool] = False
-    """Whether tokens are merged, so that entries have counts."""
     planes: int = 1
     """How many numbers are counted for each token."""
 
@@ -224,7 +222,6 @@ class Merge(Policy):
     """
 
     name = "merge"
-    merges = True
 
     def __init__(
         self, budget: int, block: int = 256, sinks: int = SINKS, recent: int | None = None, chunk: int = 32

@@ -53,7 +53,7 @@ def prompt_and_step(program: Program, reports: Sequence[OnnxReport]) -> tuple[in
     cache = program.facts.get(KVCache)
     if cache is None or cache.tree or not cache.logits or program.dials or StateCache in program.facts:
         return None
-    if not all(f"value_cache_{n}" in program.signature.inputs for n in range(cache.layers)):
+    if not _values_apart(program):
         return None
     if not _end_tokens(configuration(program), program):
         return None
@@ -132,6 +132,12 @@ def beside_buckets(
     return True
 
 
+def _values_apart(program: Program) -> bool:
+    """Return whether every layer has a cache of values beside that of its keys."""
+    layers = program.facts[KVCache].layers
+    return all(f"value_cache_{n}" in program.signature.inputs for n in range(layers))
+
+
 def genai_config(program: Program) -> dict[str, Any]:
     """Return the genai_config.json of a program: sizes from its graph, special tokens from its checkpoint.
 
@@ -151,9 +157,7 @@ def genai_config(program: Program) -> dict[str, Any]:
             "convolutions and linear attention beside them, for which its settings have no names",
             hint="write plain ONNX files and hand the states from step to step",
         )
-    if any(f"key_cache_{n}" in program.signature.inputs for n in range(cache.layers)) and not all(
-        f"value_cache_{n}" in program.signature.inputs for n in range(cache.layers)
-    ):
+    if not _values_apart(program):
         raise LoweringError(
             "onnxruntime-genai hands on keys and values apart, and this program stores latents that are both",
             hint="insert-cache{latents=false}, or write plain ONNX files and hand the caches from step to step",

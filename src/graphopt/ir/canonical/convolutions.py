@@ -62,7 +62,12 @@ def _last_tokens(program: Program, node: fx.Node) -> None:
     """
     args = arguments(node)
     padded, taps = args["self"], args["size"]
-    if args["step"] != 1 or node.meta["val"].dim() != 4 or args["dimension"] not in (-1, 2):
+    if (
+        not isinstance(taps, int)
+        or args["step"] != 1
+        or node.meta["val"].dim() != 4
+        or args["dimension"] not in (-1, 2)
+    ):
         return
     if not is_operator(padded, "aten.pad", "aten.constant_pad_nd") or list(padded.args[1]) != [taps - 1, 0]:
         return
