@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import graphopt
+from graphopt.ir.errors import CheckpointError
 from graphopt.ir.storage.content import source_hash, whole_hash
 from graphopt.ir.storage.safetensors_file import read_header
 from graphopt.ir.weights import Absent, Drawn, InMemory
@@ -69,8 +71,12 @@ def test_what_is_written_to_is_hashed_anew(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(5)}, file)
     entry = read_header(file)["a"]
     assert source_hash(entry) == before, "a file and memory with the same values are the same"
+    saved_at = file.stat().st_mtime_ns
     save_file({"a": torch.ones(5)}, file)
-    assert source_hash(entry) == source_hash(source)
+    os.utime(file, ns=(saved_at, saved_at + 10**9))  # not within one tick of the file system's clock
+    with pytest.raises(CheckpointError, match="has changed since tensor 'a' was found"):
+        source_hash(entry)
+    assert source_hash(read_header(file)["a"]) == source_hash(source)
     assert source_hash(Drawn((3,), torch.float32, 1)) != source_hash(Drawn((3,), torch.float32, 2))
     assert source_hash(Absent((3,), torch.float32)) == source_hash(Absent((3,), torch.float32, "other"))
 
