@@ -19,6 +19,7 @@ from graphopt.decoding.bounded import BoundedDecoder
 from graphopt.decoding.cached import CachedDecoder
 from graphopt.decoding.generation import with_cache
 from graphopt.decoding.policies import (
+    ByLayer,
     Episode,
     HeavyHitters,
     Held,
@@ -30,6 +31,7 @@ from graphopt.decoding.policies import (
     Window,
     as_policy,
 )  # fmt: skip
+from graphopt.decoding.step import number_of
 from graphopt.ir.errors import GraphoptError, PassRefusedError, UsageError
 from graphopt.ir.program import Program
 
@@ -111,8 +113,9 @@ def mamba(tmp_path_factory: pytest.TempPathFactory) -> Program:
 class Lists:
     """One row token by token; each layer and head holds a list of tokens, each with its position, key, value and scores."""
 
-    def __init__(self, module: Grouped, policy: Policy) -> None:
-        self.module, self.policy, self.length = module, policy, 0
+    def __init__(self, module: Grouped, policy: Policy | ByLayer) -> None:
+        self.module, self.length = module, 0
+        self.policies = policy.policies if isinstance(policy, ByLayer) else [policy] * LAYERS
         self.held: list[list[list[dict[str, Any]]]] = [[[] for _ in range(GROUPS)] for _ in range(LAYERS)]
 
     def read(self, token: int) -> torch.Tensor:
@@ -135,12 +138,14 @@ class Lists:
                     one["paid"].append(share)
             x = module.after(layer, x, mixed)
         self.length += 1
-        if self.length % self.policy.block == 0:
-            self.held = [[self.cut(one) for one in layer] for layer in self.held]
+        if self.length % self.policies[0].block == 0:
+            self.held = [
+                [self.cut(policy, one) for one in layer]
+                for policy, layer in zip(self.policies, self.held, strict=True)
+            ]
         return module.head(x)[0, 0]
 
-    def cut(self, held: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        policy = self.policy
+    def cut(self, policy: Policy, held: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(held) <= policy.budget:
             return held
         recent: int = getattr(policy, "recent", getattr(policy, "window", 0))
@@ -164,8 +169,7 @@ class Lists:
 
 def the_same_tokens(decoder: BoundedDecoder, row: int) -> list[list[list[int]]]:
     """Return the positions that each layer and head of a row holds."""
-    used = decoder.filled[row]
-    return [held[row, :, :used].tolist() for held in decoder.held.values()]
+    return [held[row, :, : decoder.filled_of(layer)[row]].tolist() for layer, held in decoder.held.items()]
 
 
 POLICIES: dict[str, Callable[[int, int], Policy]] = {
@@ -177,18 +181,31 @@ POLICIES: dict[str, Callable[[int, int], Policy]] = {
     "random": lambda budget, block: Random(budget, block, sinks=2, seed=3),
     "episode": lambda budget, block: Episode(budget, block, sinks=2, probe=(1, 4, 2), recent=2),
 }
-CUTS = st.tuples(st.integers(6, 12), st.integers(1, 7))
+# a budget for all layers or one for each, and a block
+CUTS = st.tuples(
+    st.one_of(st.integers(6, 12), st.tuples(st.integers(6, 12), st.integers(6, 12))), st.integers(1, 7)
+)
+
+
+def policy_of(name: str, cuts: tuple[int | tuple[int, int], int]) -> Policy | ByLayer:
+    """Return a policy with one budget or several."""
+    budget, block = cuts
+    if isinstance(budget, int):
+        return POLICIES[name](budget, block)
+    return ByLayer([POLICIES[name](one, block) for one in budget])
+
+
 TEXTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40)
 
 
 @settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(["window", "heavy-hitters", "observed", "key-norm"]), cuts=CUTS, text=TEXTS)
 def test_what_is_held_and_written_is_that_of_lists_of_tokens(
-    name: str, cuts: tuple[int, int], text: list[int], grouped: tuple[Grouped, Program]
+    name: str, cuts: tuple[int | tuple[int, int], int], text: list[int], grouped: tuple[Grouped, Program]
 ) -> None:
     """Logits, tokens held and scores beside a recomputation in float64 that shares no code; wrong if a score went astray."""
     module, program = grouped
-    policy = POLICIES[name](*cuts)
+    policy = policy_of(name, cuts)
     decoder, lists = BoundedDecoder(program, 1, PLACES, policy), Lists(module, policy)
     for first in range(0, len(text), 9):
         found = decoder.prefill([text[first : first + 9]])
@@ -197,9 +214,11 @@ def test_what_is_held_and_written_is_that_of_lists_of_tokens(
         assert torch.allclose(found[0]["logits"], logits, atol=1e-9)
     assert the_same_tokens(decoder, 0) == [[[t["p"] for t in one] for one in layer] for layer in lists.held]
     if name == "heavy-hitters":
-        for scores, layer in zip(decoder.scores.values(), lists.held, strict=True):
+        for (buffer, scores), layer in zip(decoder.scores.items(), lists.held, strict=True):
             paid = torch.tensor([[sum(t["paid"]) for t in one] for one in layer])
-            assert torch.allclose(scores[0, :, 0, : decoder.filled[0]].double(), paid.double(), atol=1e-5)
+            assert torch.allclose(
+                scores[0, :, 0, : decoder.filled_of(buffer)[0]].double(), paid.double(), atol=1e-5
+            )
 
 
 @settings(max_examples=25, deadline=None)
@@ -209,13 +228,15 @@ def test_what_is_held_and_written_is_that_of_lists_of_tokens(
 )  # fmt: skip
 def test_whatever_is_read_few_tokens_are_held(
     name: str,
-    cuts: tuple[int, int],
+    cuts: tuple[int | tuple[int, int], int],
     rows: list[list[int]],
     pieces: list[int],
     grouped: tuple[Grouped, Program],
 ) -> None:
     """Held: unique, ascending, read before, sinks and newest in, few; and a row is what it is alone, read in any pieces."""
-    policy = POLICIES[name](*cuts)
+    policy = policy_of(name, cuts)
+    single = policy.policies if isinstance(policy, ByLayer) else (policy,) * LAYERS
+    budgets = [one.budget for one in single]
     decoder = BoundedDecoder(grouped[1], len(rows), PLACES, policy)
     done, turn = 0, 0
     last: list[Any] = [None] * len(rows)
@@ -227,17 +248,21 @@ def test_whatever_is_read_few_tokens_are_held(
         for number, row in enumerate(rows):
             read = min(done, len(row))
             assert decoder.lengths[number] == read
-            assert decoder.filled[number] <= policy.budget + decoder.since[number]
             promised = {*range(min(policy.sinks, read)), *range(read - decoder.since[number], read)}
             if decoder.since[number] == 0:
-                recent = getattr(policy, "recent", getattr(policy, "window", 0))
+                recent = min(getattr(one, "recent", getattr(one, "window", 0)) for one in single)
                 promised |= {*range(max(read - recent, 0), read)}
             for positions in (one for layer in the_same_tokens(decoder, number) for one in layer):
                 assert positions == sorted(set(positions))
                 assert promised <= set(positions) <= set(range(read))
-            for held in decoder.held.values():
-                assert (held[number, :, decoder.filled[number] :] == -1).all()
-    assert decoder.peak <= policy.budget + policy.block + len(getattr(policy, "probe", ()))
+            for layer, held in decoder.held.items():
+                used = decoder.filled_of(layer)[number]
+                assert (held[number, :, used:] == -1).all()
+                assert used <= budgets[number_of(layer)] + decoder.since[number]
+    assert decoder.peak <= max(budgets) + policy.block + len(getattr(single[0], "probe", ()))
+    sizes = {layer: decoder.buffers[layer].shape[2] for layer in decoder.held}
+    words = len(getattr(single[0], "probe", ()))
+    assert all(size <= budgets[number_of(layer)] + policy.block + words + 1 for layer, size in sizes.items())
     for number, row in enumerate(rows):
         alone = BoundedDecoder(grouped[1], 1, PLACES, policy)
         found = alone.prefill([row])[0]["logits"]
@@ -273,11 +298,15 @@ def test_nothing_is_lost_within_the_budget(
     rows=st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=25), min_size=1, max_size=3),
 )  # fmt: skip
 def test_the_text_with_candidates_is_the_text_without(
-    name: str, cuts: tuple[int, int], seed: int, rows: list[list[int]], grouped: tuple[Grouped, Program]
+    name: str,
+    cuts: tuple[int | tuple[int, int], int],
+    seed: int,
+    rows: list[list[int]],
+    grouped: tuple[Grouped, Program],
 ) -> None:
     """Random trees commit several tokens at once; wrong if a rejected one counted, or a cut came at another time."""
     program = grouped[1]
-    policy = POLICIES[name](*cuts)
+    policy = policy_of(name, cuts)
     plain = graphopt.stream(program, rows, max_new_tokens=20, cache=policy)
     for _ in plain:
         pass
@@ -396,6 +425,47 @@ def test_words_of_an_episode_leave_no_trace(grouped: tuple[Grouped, Program]) ->
     assert the_same_tokens(decoder, 0)[0] == expected
 
 
+@pytest.mark.parametrize("budget", [8, (10, 6)])
+def test_an_episode_can_be_about_other_words(
+    budget: int | tuple[int, int], grouped: tuple[Grouped, Program]
+) -> None:
+    """What is held is what a decoder holds that looked for these words from the start."""
+    text = [(t * t + 3 * t) % VOCABULARY for t in range(40)]
+    found = {}
+    for words in ((1, 4, 2), (6, 0, 5)):
+        budgets = budget if isinstance(budget, tuple) else (budget, budget)
+        decoder = BoundedDecoder(grouped[1], 1, PLACES, policy_of("episode", (budget, 4)))
+        fresh = BoundedDecoder(
+            grouped[1],
+            1,
+            PLACES,
+            ByLayer([Episode(one, 4, sinks=2, probe=words, recent=2) for one in budgets]),
+        )
+        decoder.look_for(words)
+        for one in (decoder, fresh):
+            one.prefill([text])
+        found[words] = the_same_tokens(decoder, 0)
+        assert found[words] == the_same_tokens(fresh, 0)
+        assert [[len(held) for held in layer] for layer in found[words]] == [[n] * GROUPS for n in budgets]
+    assert len({str(held) for held in found.values()}) == 2
+    with pytest.raises(UsageError, match="4 words are more than the 3"):
+        decoder.look_for([1, 2, 3, 4])
+    with pytest.raises(UsageError, match="window looks for no words"):
+        BoundedDecoder(grouped[1], 1, PLACES, Window(8, 4)).look_for([1])
+
+
+def test_budgets_of_other_layers_than_there_are(grouped: tuple[Grouped, Program]) -> None:
+    with pytest.raises(UsageError, match="window has budgets for 3 layers, the program has caches in 2"):
+        graphopt.generate(grouped[1], [[1]], max_new_tokens=2, cache="window{budget=[8 9 10]}")
+    with pytest.raises(UsageError, match="layer 1 has another block than layer 0"):
+        ByLayer([Window(8, 4), Window(8, 5)])
+    with pytest.raises(UsageError, match="a budget of 3 tokens leaves nothing"):
+        as_policy("window{budget=[8 3]}")
+    found = as_policy("heavy-hitters{budget=[8 16]}")
+    assert isinstance(found, ByLayer)
+    assert [one.recent for one in found.policies if isinstance(one, HeavyHitters)] == [4, 8]
+
+
 def test_words_stand_within_the_positions_of_the_model(grouped: tuple[Grouped, Program]) -> None:
     """A cut right before the last position: wrong if the words looked up positions that the model does not have."""
     policy = Episode(8, 4, sinks=1, probe=(3, 1, 2, 6, 0))
@@ -430,9 +500,12 @@ def test_longer_rows_go_on_where_shorter_ones_have_ended(grouped: tuple[Grouped,
         assert torch.allclose(one["logits"], alone, atol=1e-12)
 
 
+@pytest.mark.parametrize("budget", [8, (10, 6)])
 @pytest.mark.parametrize("name", sorted(POLICIES))
-def test_snapshots_come_back(name: str, grouped: tuple[Grouped, Program]) -> None:
-    policy = POLICIES[name](8, 4)
+def test_snapshots_come_back(
+    name: str, budget: int | tuple[int, int], grouped: tuple[Grouped, Program]
+) -> None:
+    policy = policy_of(name, (budget, 4))
     decoder = BoundedDecoder(grouped[1], 1, PLACES, policy)
     decoder.prefill([[1, 2, 3, 4, 5, 6] * 3])
     kept, held = decoder.snapshot(), the_same_tokens(decoder, 0)

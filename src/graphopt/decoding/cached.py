@@ -177,13 +177,17 @@ class CachedDecoder:
                     )  # fmt: skip
             for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:
-                    shape = (self.batch, heads, self.slots, size)
+                    shape = (self.batch, heads, self.slots_of(buffer), size)
                     self.buffers[buffer] = torch.zeros(shape, dtype=dtype, device=self.device)
             for name, (row, dtype) in running.states.items():
                 if name not in self.states:
                     self.states[name] = torch.zeros((self.batch, *row), dtype=dtype, device=self.device)
             self._graphs[key] = running
         return self._graphs[key]
+
+    def slots_of(self, buffer: Buffer) -> int:
+        """Return the number of slots of a cache."""
+        return self.slots
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor | None = None,
@@ -297,8 +301,12 @@ class CachedDecoder:
         positions = start + torch.arange(ids.shape[1], device=self.device)[None]
         return self.forward(ids, positions, outputs=outputs, counts=counts, read=read)
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+    def prefill(self, rows: Sequence[Sequence[int]], whole: bool = True) -> list[dict[str, torch.Tensor]]:
         """Compute the prompts of all rows, which may differ in length, and lengthen the rows by them.
+
+        Args:
+            rows: the tokens of each.
+            whole: whether prompts end here; False if their last token comes with the next step.
 
         Returns:
             For each row, its outputs at its last token.

@@ -13,11 +13,12 @@ from ..ir.facts import KVCache
 from ..ir.program import Program
 from .bounded import BoundedDecoder, Snapshot
 from .cached import CachedDecoder, longest
+from .deciding import decoder_under
 from .encoders import has_encoder
 from .episodes import Embed, EpisodeOf, TokenMeans, clustered, nearest, segments_of
 from .generation import end_tokens, typed, with_cache
 from .kept import shared
-from .policies import Episode, Policy, as_policy
+from .policies import ByLayer, CachePolicy, Episode, Policy, as_policy
 from .sampling import Sampling
 from .speculating import Loop
 from .stopping import Stop
@@ -58,7 +59,7 @@ class Conversation:
     """
 
     def __init__(
-        self, program: Program, *, cache: str | Policy = "full", system: str | None = None, episodes: int = 0,
+        self, program: Program, *, cache: str | CachePolicy = "full", system: str | None = None, episodes: int = 0,
         segment: int = 4, medoids: int = 4, embed: Embed | None = None, seed: int = 0,
         length: int | None = None, **options: Any,
     ):  # fmt: skip
@@ -76,7 +77,7 @@ class Conversation:
         self.program = with_cache(typed(program, options.pop("dtype", "auto"), device))
         self.tokenizer = Tokenizer(program)
         self.policy = as_policy(cache) if isinstance(cache, str) else cache
-        if episodes and self.policy is None:
+        if episodes and not isinstance(self.policy, (Policy, ByLayer)):
             raise UsageError(
                 "episodes need a budget", hint="a cache with one, window{budget=1024} or another policy"
             )
@@ -101,13 +102,15 @@ class Conversation:
         if system is not None:
             self.add("system", system)
 
-    def _made(self, policy: Policy | None) -> CachedDecoder:
-        if policy is None:
-            return CachedDecoder(self.program, 1, self.limit, **self._options)
-        if self._episodes:
+    def _made(self, policy: CachePolicy | None) -> CachedDecoder:
+        if self._episodes and isinstance(policy, (Policy, ByLayer)):
             # room for the words of any episode
-            policy = Episode(policy.budget, policy.block, policy.sinks, (0,) * policy.block)
-        return BoundedDecoder(self.program, 1, self.limit, policy, **self._options)
+            of_layers = [
+                Episode(one.budget, one.block, one.sinks, (0,) * one.block)
+                for one in (policy.policies if isinstance(policy, ByLayer) else (policy,))
+            ]
+            policy = ByLayer(of_layers) if isinstance(policy, ByLayer) else of_layers[0]
+        return decoder_under(policy, self.program, 1, self.limit, **self._options)
 
     @property
     def slots(self) -> int:
@@ -195,7 +198,7 @@ class Conversation:
             self._go_back(same)
             known = len(self.tokens)
         if len(ids) > known:
-            self._decoder.prefill([list(ids[known:])])
+            self._decoder.prefill([list(ids[known:])], whole=False)
         self.tokens = list(ids)
 
     def _go_back(self, length: int) -> None:
@@ -222,14 +225,12 @@ class Conversation:
         """Let the caches be those of the episode that the last message belongs to."""
         assert isinstance(self._decoder, BoundedDecoder)
         policy, embed = self.policy, self._embed
-        assert policy is not None
+        assert isinstance(policy, (Policy, ByLayer))
         assert embed is not None
         spoken = [self.tokenizer.encode(m["content"], special=False) or [0] for m in self.messages]
         asked = spoken.pop()
         if not spoken:
-            self._decoder.policy = Episode(
-                policy.budget, policy.block, policy.sinks, tuple(asked[-policy.block :])
-            )
+            self._decoder.look_for(asked[-policy.block :])
             return
         segments = segments_of(spoken, self._segment)
         before = self.tokenizer.encode_chat(self.tokenizer.chat(self.messages[:-1]))[0]
@@ -240,8 +241,7 @@ class Conversation:
             self._clustered = len(segments)
             self._snapshots, self._known = [None] * len(self._found), [[] for _ in self._found]
         number = nearest(self._found, embed([asked])[0])
-        words = self._found[number].words[-policy.block :]
-        self._decoder.policy = Episode(policy.budget, policy.block, policy.sinks, words)
+        self._decoder.look_for(self._found[number].words[-policy.block :])
         self._decoder.restore(self._snapshots[number])
         self.tokens = list(self._known[number])
         self._read(before)

@@ -22,15 +22,15 @@ from ..ir.running.retype import retyped
 from ..measure.context import Context
 from ..passes.caching.insert_cache import InsertCache, takes_trees
 from ..passes.framework.manager import run_pipeline
-from .bounded import BoundedDecoder
-from .cached import CachedDecoder, longest
+from .cached import longest
+from .deciding import decoder_under
 from .drafters import BY_NAME, DraftProgram
 from .drafts import Drafter
 from .encoders import beginnings, has_encoder, inputs_of_encoder, number_of_rows
 from .kept import notice_changes, shared
 from .naming import named
 from .plain import continuations
-from .policies import Policy, as_policy
+from .policies import CachePolicy, as_policy
 from .sampling import Sampling
 from .speculating import Loop, Statistics
 from .stopping import Stop
@@ -159,7 +159,7 @@ def stream(
     dials: Mapping[str, float] | None = None,
     compiled: bool = False,
     kernels: str = "auto",
-    cache: str | Policy = "full",
+    cache: str | CachePolicy = "full",
 ) -> Stream:
     """Generate step by step; see :func:`generate` for the arguments.
 
@@ -217,13 +217,8 @@ def stream(
     capacity = _capacity(cached, size, strategy)
     options: dict[str, Any] = {"device": device, "dials": dials, "compiled": compiled, "kernels": kernels}
     options["shared"] = shared(cached, device, compiled, kernels)
-    decoder = (
-        CachedDecoder(cached, len(rows), capacity, **options)
-        if policy is None
-        else BoundedDecoder(
-            cached, len(rows), capacity, policy, strategy.room if strategy is not None else 0, **options
-        )
-    )
+    room = strategy.room if strategy is not None else 0
+    decoder = decoder_under(policy, cached, len(rows), capacity, room, **options)
     if strategy is not None and not cached.facts[KVCache].tree and decoder.biased:
         raise UsageError(
             "this program adds a bias by position, so candidates need inputs of their own",

@@ -329,7 +329,106 @@ class Episode(Policy):
         return _with_newest(held.scores[:, :, 0], held.positions, self.recent)
 
 
-def _whole(policy: Policy, option: str, value: object, low: int) -> int:
+class ByLayer:
+    """Budgets of single layers, of one kind of policy.
+
+    Args:
+        policies: one for each layer with caches, from the first on.
+
+    Raises:
+        UsageError: they differ in more than their budgets.
+    """
+
+    def __init__(self, policies: Sequence[Policy]):
+        self.policies = tuple(policies)
+        if not self.policies:
+            raise UsageError("budgets by layer need a policy for each layer")
+        first = self.policies[0]
+        for number, policy in enumerate(self.policies):
+            for what in ("name", "block", "sinks", "planes", "probe"):
+                if getattr(policy, what, None) != getattr(first, what, None):
+                    raise UsageError(
+                        f"layer {number} has another {what} than layer 0: they differ in budgets alone"
+                    )
+        self.name, self.block, self.sinks = first.name, first.block, first.sinks
+
+    @property
+    def budget(self) -> int:
+        """The mean of the budgets, rounded up."""
+        return -(-sum(policy.budget for policy in self.policies) // len(self.policies))
+
+
+class Reading:
+    """Keeps everything and lets new tokens read ``budget`` of the tokens before them; prompts read everything.
+
+    Args:
+        budget: number of tokens that a new token reads in each layer and head of keys.
+        recent: number of newest tokens, itself included, that are always among them.
+        dense: number of first layers that read everything.
+
+    Raises:
+        UsageError: an option is out of its range.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, budget: int, recent: int = 16, dense: int = 2):
+        for option, value, low in (("budget", budget, 1), ("recent", recent, 1), ("dense", dense, 0)):
+            _whole(self, option, value, low)
+        if recent > budget:
+            raise UsageError(
+                f"{self.name}: {recent} newest tokens do not fit into the budget of {budget}",
+                hint="a larger budget, or a smaller recent",
+            )
+        self.budget, self.recent, self.dense = budget, recent, dense
+
+
+class Select(Reading):
+    """Reads the tokens with the largest scores by a few channels of their keys (Double Sparsity, arXiv 2408.07092).
+
+    The channels are those in which the first ``budget`` keys of a row are largest, so no data are needed. They are kept a
+    second time, side by side.
+
+    Args:
+        budget: number of tokens that a new token reads in each layer and head of keys.
+        channels: number of channels of a key that choose them; even, since rotated channels go by pairs.
+        recent: number of newest tokens, itself included, that are always among them.
+        dense: number of first layers that read everything.
+    """
+
+    name = "select"
+
+    def __init__(self, budget: int, channels: int = 16, recent: int = 16, dense: int = 2):
+        super().__init__(budget, recent, dense)
+        if _whole(self, "channels", channels, 2) % 2:
+            raise UsageError(f"{self.name}: channels is {channels}; it is an even number")
+        self.channels = channels
+
+
+class Reuse(Reading):
+    """Reads in most layers what scored highest in a layer before that reads everything (TidalDecode, arXiv 2410.05076).
+
+    Layers with a window read all of it.
+
+    Args:
+        budget: number of tokens that a new token reads in each layer and head of keys.
+        select: the layers that read everything and choose for those after them; 2, and a later one that corrects, in the
+            paper. Layers before the first of them read everything.
+        recent: number of newest tokens, itself included, that are always among them.
+    """
+
+    name = "reuse"
+
+    def __init__(self, budget: int, select: Sequence[int] = (2, 13), recent: int = 16):
+        if isinstance(select, (str, int)) or not select:
+            raise UsageError(f"{self.name}: select is {select!r}; it is a list of layers, [2 13]")
+        for layer in select:
+            _whole(self, "each of select", layer, 0)
+        super().__init__(budget, recent, min(select))
+        self.select = tuple(sorted(set(select)))
+
+
+def _whole(policy: Policy | Reading, option: str, value: object, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UsageError(f"{policy.name}: {option} is {value!r}; it is a whole number from {low} on")
     return value
@@ -359,13 +458,18 @@ def _with_newest(value: torch.Tensor, positions: torch.Tensor, count: int) -> to
     return value.masked_fill(_newest(positions, count), torch.inf)
 
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Window, HeavyHitters, Observed, KeyNorm, Merge, Random, Episode)
+CachePolicy = Policy | ByLayer | Reading
+
+POLICIES: dict[str, type[Policy] | type[Reading]] = {
+    policy.name: policy
+    for policy in (Window, HeavyHitters, Observed, KeyNorm, Merge, Select, Reuse, Random, Episode)
 }
 
 
-def as_policy(text: str) -> Policy | None:
+def as_policy(text: str) -> CachePolicy | None:
     """Return the policy that a text names, ``"window{budget=1024}"``; None for ``"full"``.
+
+    A list of budgets is one for each layer with caches, ``"window{budget=[512 1024]}"``.
 
     Raises:
         PipelineError: the text is malformed.
@@ -376,4 +480,7 @@ def as_policy(text: str) -> Policy | None:
         return None
     if "budget" not in given:
         raise UsageError(f"{name} needs a budget", hint=f"{name}{{budget=1024}}")
-    return POLICIES[name](**given)
+    kind, budget = POLICIES[name], given["budget"]
+    if not isinstance(budget, (list, tuple)) or not issubclass(kind, Policy):
+        return kind(**given)
+    return ByLayer([kind(**{**given, "budget": one}) for one in budget])

@@ -118,7 +118,7 @@ class Loop:
             read = self.decoder.prefill(unread)
         elif any(len(row) > 1 for row in unread):
             # the last tokens are computed together with candidates
-            self.decoder.prefill([row[:-1] for row in unread])
+            self.decoder.prefill([row[:-1] for row in unread], whole=False)
         self._guarded("begin", self.decoder, rows, self.sampling)
         self.statistics.seconds["prompt"] += time.perf_counter() - began
         while alive:

@@ -19,6 +19,11 @@ Buffer = tuple[str, int, int]
 """A cache input, and the first and last of its heads that this buffer holds."""
 
 
+def number_of(buffer: Buffer) -> int:
+    """Return the number of a buffer's layer among those with caches."""
+    return int(buffer[0].rsplit("_", 1)[1])
+
+
 @dataclass
 class Step:
     """The inputs of one call of a running graph, and the caches it writes into.
@@ -84,6 +89,13 @@ class Step:
         """Return what is added to the scores of a layer's slots, (batch, heads, 1, slots); None if nothing is."""
         return None
 
+    def chosen(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, scale: float,
+        softcap: float | None, window: int | None, layer: Buffer | None,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Return attention to some of the slots, if tokens choose them; None if they read all that is visible."""
+        return None
+
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
         """Return which slots new tokens attend to; computed once per step."""
         if window not in self.seen:
@@ -109,12 +121,15 @@ def attend(
     sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None, layer: Buffer | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute ``graphopt.attention`` over caches, without a mask if a single token attends to everything."""
+    chosen = step.chosen(q, k, v, sinks, scale, softcap, window, layer)
+    if chosen is not None:
+        return chosen
     bias = step.bias_of(q, layer) if bias is None else bias[..., : step.limit]
     visible = step.mask_of(q, k, window, layer)
     grouped = k.shape[1] < q.shape[1] and sinks is None and step.watch is None
     if grouped and (q.device.type == "cpu" or q.shape[3] > WIDEST):
         if q.shape[2] <= FOLDED:
-            return _of_groups(step, q, k, v, visible, bias, scale, softcap, window)
+            return of_groups(step, q, k, v, visible, bias, scale, softcap, window)
         if k.shape[1] == 1:
             # kernels for grouped heads would read or copy keys and values for each of them
             k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
@@ -132,7 +147,7 @@ def attend(
     return attention(q, k, v, None, bias, sinks, scale=scale, causal=True, softcap=softcap)
 
 
-def _of_groups(
+def of_groups(
     step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None,
     bias: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip

@@ -1,0 +1,254 @@
+"""Select and reuse: what is read follows from scores, nothing is forgotten, and candidates change nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decoding import VOCABULARY, Adversary
+from test_policies import GROUPS, HEADS, LAYERS, PLACES, SIZE, TEXTS, Grouped
+
+import graphopt
+from graphopt.decoding.cached import CachedDecoder
+from graphopt.decoding.generation import with_cache
+from graphopt.decoding.policies import Reading, Reuse, Select, as_policy
+from graphopt.decoding.selecting import SelectingDecoder
+from graphopt.ir.errors import GraphoptError, UsageError
+from graphopt.ir.program import Program
+from graphopt.ir.running.retype import retyped
+
+FEW = {"channels": 2, "recent": 2}
+
+
+def policies(least: int = 2, most: int = 9) -> st.SearchStrategy[Reading]:
+    """Small policies of both kinds."""
+    budgets = st.integers(least, most)
+    return st.one_of(
+        st.builds(
+            Select, budgets, channels=st.sampled_from([2, 4]), recent=st.just(2), dense=st.integers(0, 1)
+        ),
+        st.builds(Reuse, budgets, select=st.sampled_from([(0,), (0, 1)]), recent=st.just(2)),
+    )
+
+
+@pytest.fixture(scope="module")
+def grouped() -> tuple[Grouped, Program]:
+    module = Grouped(5).double().eval()
+    return module, with_cache(graphopt.capture(module, {"input_ids": torch.randint(0, VOCABULARY, (2, 6))}))
+
+
+class Lists:
+    """One row token by token over lists, where each token reads what its scores by the channels say."""
+
+    def __init__(self, module: Grouped, policy: Reading) -> None:
+        self.module, self.policy = module, policy
+        self.found: dict[int, list[int]] = {}
+        self.held: list[list[list[tuple[torch.Tensor, torch.Tensor]]]] = [
+            [[] for _ in range(GROUPS)] for _ in range(LAYERS)
+        ]
+        self.length = 0
+
+    def channels(self, held: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> list[int]:
+        """Return the channels in pairs in which the first keys are largest."""
+        sizes = sum(key.abs() for key, _ in held[: self.policy.budget])
+        half = SIZE // 2
+        pairs = sorted(range(half), key=lambda i: float(sizes[i] + sizes[i + half]), reverse=True)
+        return [c for i in pairs[: count // 2] for c in (i, i + half)]
+
+    def chosen(self, layer: int, group: int, mean: torch.Tensor, whole: bool) -> list[int]:
+        """Return which tokens the newest one reads."""
+        policy, held = self.policy, self.held[layer][group]
+        everything = list(range(len(held)))
+        if whole or len(held) <= policy.budget or layer < policy.dense:
+            return everything
+        if isinstance(policy, Reuse) and layer not in policy.select:
+            return self.found[group]
+        places = list(range(SIZE)) if isinstance(policy, Reuse) else self.channels(held, policy.channels)
+        scores = [float(mean[places] @ key[places]) for key, _ in held]
+        newest = everything[-policy.recent :]
+        others = sorted(everything[: -policy.recent], key=lambda i: scores[i], reverse=True)
+        best = newest + others[: policy.budget - len(newest)]
+        if isinstance(policy, Reuse):
+            self.found[group] = best
+            return everything
+        return best
+
+    def read(self, token: int, whole: bool) -> torch.Tensor:
+        module = self.module
+        x = module.embed(torch.tensor([[token]])) + module.places(torch.tensor([[self.length]]))
+        for layer in range(LAYERS):
+            q, k, v = module.projected(layer, x)
+            mixed = torch.zeros_like(q)
+            for group in range(GROUPS):
+                held = self.held[layer][group]
+                held.append((k[0, group, 0], v[0, group, 0]))
+                heads = range(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
+                mean = torch.stack([q[0, head, 0] for head in heads]).mean(0)
+                chosen = self.chosen(layer, group, mean, whole)
+                for head in heads:
+                    logits = torch.stack([q[0, head, 0] @ held[i][0] for i in chosen]) / math.sqrt(SIZE)
+                    weights = torch.softmax(logits, 0)
+                    mixed[0, head, 0] = sum(w * held[i][1] for w, i in zip(weights, chosen, strict=True))
+            x = module.after(layer, x, mixed)
+        self.length += 1
+        return module.head(x)[0, 0]
+
+
+@settings(max_examples=16)
+@given(
+    text=st.lists(st.integers(0, VOCABULARY - 1), min_size=8, max_size=40),
+    prompt=st.integers(1, 12), policy=policies(3, 8),
+)  # fmt: skip
+def test_it_reads_what_lists_of_tokens_read(
+    text: list[int], prompt: int, policy: Reading, grouped: tuple[Grouped, Program]
+) -> None:
+    """Logits beside a recomputation token by token that shares no code: prompts read all, but for their last token."""
+    module, program = grouped
+    prompt = min(prompt, len(text))
+    decoder = SelectingDecoder(program, 1, PLACES, policy)
+    found = [decoder.prefill([text[:prompt]])[0]["logits"]]
+    for token in text[prompt:]:
+        found.append(decoder.extend(torch.tensor([[token]]))["logits"][0, -1])
+        decoder.advance([1])
+    lists = Lists(module, policy)
+    with torch.no_grad():
+        expected = [lists.read(token, n < prompt - 1) for n, token in enumerate(text)][prompt - 1 :]
+    assert torch.allclose(torch.stack(found), torch.stack(expected), atol=1e-9)
+
+
+@settings(max_examples=15)
+@given(rows=st.lists(TEXTS, min_size=1, max_size=3), policy=policies(60, 60))
+def test_within_the_budget_it_is_the_whole(
+    rows: list[list[int]], policy: Reading, grouped: tuple[Grouped, Program]
+) -> None:
+    program = grouped[1]
+    texts = [
+        graphopt.generate(program, rows, max_new_tokens=12, cache=cache).tolist()
+        for cache in (policy, "full")
+    ]
+    assert texts[0] == texts[1]
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=25), min_size=1, max_size=3),
+    policy=policies(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_the_text_with_candidates_is_the_text_without(
+    rows: list[list[int]], policy: Reading, seed: int, grouped: tuple[Grouped, Program]
+) -> None:
+    """Every token of a tree chooses for itself what it reads; rejected ones are read by none."""
+    program = grouped[1]
+    plain = graphopt.stream(program, rows, max_new_tokens=20, cache=policy)
+    for _ in plain:
+        pass
+    found = graphopt.stream(
+        program, rows, max_new_tokens=20, cache=policy, strategy=Adversary(seed, plain.rows, 0.8)
+    )
+    for _ in found:
+        pass
+    assert found.rows == plain.rows
+
+
+@settings(max_examples=10)
+@given(rows=st.lists(TEXTS, min_size=2, max_size=3), policy=policies())
+def test_a_row_is_what_it_is_alone(
+    rows: list[list[int]], policy: Reading, grouped: tuple[Grouped, Program]
+) -> None:
+    """Channels are chosen for each row, and rows share nothing."""
+    program = grouped[1]
+    together = graphopt.stream(program, rows, max_new_tokens=10, cache=policy)
+    for _ in together:
+        pass
+    for row, text in zip(rows, together.rows, strict=True):
+        alone = graphopt.stream(program, [row], max_new_tokens=10, cache=policy)
+        for _ in alone:
+            pass
+        assert alone.rows[0] == text
+
+
+@pytest.mark.parametrize("model", ["gemma3", "gpt_oss", "deepseek_v3", "lfm2"])
+@pytest.mark.parametrize(
+    "cache", ["select{budget=%d channels=2 recent=2 dense=0}", "reuse{budget=%d select=[0] recent=2}"]
+)
+def test_windows_sinks_latents_and_states(model: str, cache: str, captured: Callable[[str], Program]) -> None:
+    """A budget beyond the text is no change; within it candidates are none."""
+    program = retyped(captured(model), torch.float64)
+    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 6, 7], [20, 21, 22]]
+
+    def text(cache: str, strategy: Adversary | None = None) -> list[list[int]]:
+        found = graphopt.stream(
+            program, rows, max_new_tokens=20, cache=cache, strategy=strategy, eos_token_id=None
+        )
+        for _ in found:
+            pass
+        return found.rows
+
+    assert text(cache % 60) == text("full")
+    plain = text(cache % 4)
+    for seed in range(3):
+        assert text(cache % 4, Adversary(seed, plain, 0.8)) == plain
+
+
+def test_few_tokens_are_read(grouped: tuple[Grouped, Program]) -> None:
+    """Values that were not chosen may be anything."""
+    program = grouped[1]
+    decoder = SelectingDecoder(program, 1, PLACES, Select(4, dense=0, **FEW))
+    decoder.prefill([[t % VOCABULARY for t in range(60)]])
+    before = decoder.extend(torch.tensor([[3]]))["logits"]
+    whole = CachedDecoder(program, 1, PLACES)
+    whole.prefill([[t % VOCABULARY for t in range(60)]])
+    assert not torch.allclose(before, whole.extend(torch.tensor([[3]]))["logits"], atol=1e-3)
+    values = next(buffer for name, buffer in decoder.buffers.items() if name[0] == "value_cache_0")
+    changed = 0
+    for slot in range(60):
+        kept = values[0, :, slot].clone()
+        values[0, :, slot] = 1e6
+        changed += not torch.equal(decoder.extend(torch.tensor([[3]]))["logits"], before)
+        values[0, :, slot] = kept
+    assert changed <= 4 * GROUPS
+    assert decoder.bytes > whole.bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("select", "needs a budget"),
+        ("select{budget=0}", "budget is 0"),
+        ("select{budget=64 channels=3}", "an even number"),
+        ("select{budget=8 recent=16}", "16 newest tokens do not fit"),
+        ("select{budget=64 block=4}", "block"),
+        ("reuse{budget=64 select=[]}", "it is a list of layers"),
+        ("reuse{budget=64 dense=2}", "no option 'dense'"),
+    ],
+)
+def test_wrong_options(text: str, reason: str) -> None:
+    with pytest.raises(GraphoptError, match=reason):
+        as_policy(text)
+
+
+def test_layers_are_whole_numbers() -> None:
+    with pytest.raises(UsageError, match="each of select is -1"):
+        Reuse(64, select=[2, -1])
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        ("reuse{budget=16 select=[0 2]}", "select names layer 2, the program has caches in 2 layers"),
+        ("select{budget=16 dense=2}", "are all of the 2 layers"),
+    ],
+)
+def test_layers_that_are_not_there(cache: str, reason: str, grouped: tuple[Grouped, Program]) -> None:
+    with pytest.raises(UsageError, match=reason):
+        graphopt.generate(grouped[1], [[1, 2]], max_new_tokens=2, cache=cache)
+
+
+def test_caches_in_few_bits_are_read_whole(grouped: tuple[Grouped, Program]) -> None:
+    program = graphopt.optimize(grouped[1].copy(), "quantize-cache")
+    with pytest.raises(UsageError, match="few bits are read whole"):
+        graphopt.generate(program, [[1, 2]], max_new_tokens=2, cache="select{budget=16}")
