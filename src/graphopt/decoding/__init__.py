@@ -15,6 +15,7 @@ from .drafters import (
 from .drafts import Draft, Drafter
 from .plain import continuations
 from .sampling import Sampling
+from .sensitivity import layer_budgets, layer_sensitivity
 from .speculating import Statistics
 
 __all__ = [
@@ -31,4 +32,6 @@ __all__ = [
     "Statistics",
     "TokenRecycling",
     "continuations",
+    "layer_budgets",
+    "layer_sensitivity",
 ]

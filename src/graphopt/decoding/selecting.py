@@ -103,8 +103,8 @@ class SelectingStep(Step):
     ) -> torch.Tensor:
         """Return the slots with the largest scores: (batch, key heads, tokens, number), in no order."""
         assert self.policy is not None
-        bounds = self._bounds(window, cache).to(queries.dtype)
-        scores = (queries @ keys).add_(bounds)
+        scores = queries @ keys
+        scores += self._bounds(window, cache)
         return scores.topk(min(self.policy.budget, scores.shape[-1]), -1, sorted=False).indices
 
     def _bounds(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
@@ -126,15 +126,17 @@ class SelectingStep(Step):
     ) -> torch.Tensor:  # fmt: skip
         """Return attention of each token to its own slots."""
         batch, heads, tokens, size = q.shape
-        bounds = self._bounds(window, k).expand(batch, k.shape[1], tokens, -1)
         # each token becomes a row of its own
-        seen = bounds.gather(3, index).transpose(1, 2).flatten(0, 1).unsqueeze(2) > -torch.inf
+        seen = None
+        if tokens > 1 or self.start is None or window is not None:
+            bounds = self._bounds(window, k).expand(batch, k.shape[1], tokens, -1)
+            seen = bounds.gather(3, index).transpose(1, 2).flatten(0, 1).unsqueeze(2) > -torch.inf
         keys, values = (rows_of(cache, index).transpose(1, 2).flatten(0, 1) for cache in (k, v))
         q = q.transpose(1, 2).reshape(batch * tokens, heads, 1, size)
         if sinks is None:
             mixed = of_groups(self, q, keys, values, seen, None, scale, softcap, None)
         else:
-            seen = seen.repeat_interleave(heads // seen.shape[1], 1)
+            seen = None if seen is None else seen.repeat_interleave(heads // seen.shape[1], 1)
             mixed = attention(q, keys, values, None, None, sinks, None, seen, scale=scale, softcap=softcap)
         return mixed.reshape(batch, tokens, heads, -1).transpose(1, 2)
 
