@@ -121,6 +121,13 @@ def test_a_pipeline_is_read_back_as_it_was_written(steps: list[Pass]) -> None:
     assert as_passes([text, *steps]) == steps * 2
 
 
+@pytest.mark.parametrize("text", ["[1 2 3]", "[1, 2, 3]", "[1,2,3]", "[1 , 2 3,]", "[1\n2,3]"])
+def test_items_of_lists_stand_apart_by_spaces_or_commas(text: str) -> None:
+    assert parse_pipeline(f"everything{{numbers={text} count=2}}, everything") == [
+        Everything(numbers=[1.0, 2.0, 3.0], count=2), Everything(),
+    ]  # fmt: skip
+
+
 _PIECES = st.sampled_from(
     [
         "everything", "skip-layers", "fuse-projections", "{", "}", "[", "]", "=", ",", '"', "'", "\\", " ",
@@ -173,6 +180,8 @@ def test_any_text_is_a_pipeline_or_a_pipeline_error(text: str) -> None:
         ("everything{word=a", "expected an option"),
         ('everything{word="a}', "quoted string is not closed"),
         ("everything{words=[a", "list is not closed"),
+        ("everything{words=[a,,b]}", "expected a value, found ','"),
+        ("everything{words=[,a]}", "expected a value, found ','"),
         ("everything{word a}", "expected '=', found 'a' at character 17"),
         ("everything everything", "expected ',', found 'e'"),
         ("everything,", "expected the name of a pass, found 'the end'"),

@@ -1,4 +1,4 @@
-"""Pipelines as text: ``name{option=value option=value}, name{...}``."""
+"""Pipelines as text: ``name{option=value option=[item item]}, name{...}``."""
 
 from __future__ import annotations
 
@@ -131,6 +131,9 @@ class _Reader:
                 if not self.peek():
                     raise self.fail("a list is not closed")
                 items.append(self.value(depth + 1))
+                # spaces separate items; commas as Python writes them may
+                if self.peek() == ",":
+                    self.take(",")
             self.take("]")
             return items
         if character in ('"', "'"):
