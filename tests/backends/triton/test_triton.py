@@ -178,6 +178,24 @@ def test_kernels_of_sums_in_few_bits_and_of_steps_over_a_cache(
 
 
 @triton
+@pytest.mark.parametrize("model", ["falcon_h1", "qwen3_next"])
+def test_mixers_with_states_have_kernels(
+    model: str, captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    """Of a step over states: convolutions, scans or delta rules, and the states after them."""
+    cached = graphopt.optimize(captured(model), "insert-cache")
+    report = cached.lower(
+        "triton", tmp_path / "step", sizes={"batch": 2, "sequence": 1}, architectures=["sm_90"]
+    )
+    named = {k.operator for k in report.kernels}
+    assert {"causal_conv1d", "linear_attention", "linear_attention_state"} <= named, report.without
+    counted = cached.operators
+    for operator in ("causal_conv1d", "linear_attention", "linear_attention_state"):
+        nodes = sum(k.nodes for k in report.kernels if k.operator == operator)
+        assert nodes == counted[f"graphopt.{operator}"]
+
+
+@triton
 def test_what_cannot_be_lowered_is_refused_and_leaves_nothing(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

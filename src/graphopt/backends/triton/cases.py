@@ -231,6 +231,76 @@ def _attention(scale: Scale) -> Iterator[Case]:
         yield Case("attention", "one token, widest heads", call(tokens=1, size=256, value=256))
 
 
+def _convolutions(scale: Scale) -> Iterator[Case]:
+    batch, channels, tokens, taps = {LARGE: (4, 4096, 512, 4), EVEN: (2, 64, 64, 4), RAGGED: (2, 75, 70, 3)}[
+        scale
+    ]
+
+    def call(
+        bias: bool = False, state: bool = False, tokens: int = tokens, turned: bool = False, taps: int = taps
+    ) -> Callable[[Tensors], Any]:
+        def make_case(m: Tensors) -> Any:
+            x = (
+                m.normal(batch, tokens, channels).transpose(1, 2)
+                if turned
+                else m.normal(batch, channels, tokens)
+            )
+            before = m.normal(batch, channels, taps - 1) if state else None
+            return (x, m.normal(channels, 1, taps), m.normal(channels) if bias else None, before), {}
+
+        return make_case
+
+    yield Case("causal_conv1d", "a prompt", call(turned=True))
+    yield Case("causal_conv1d", "one token after a state, with bias", call(True, True, 1))
+    yield Case("causal_conv1d", "a piece after a state", call(False, True))
+    if scale == RAGGED:
+        yield Case("causal_conv1d", "fewer tokens than taps", call(True, True, 2, taps=6))
+        yield Case("causal_conv1d", "one tap", call(taps=1, state=True))
+
+
+def _linear_attention(scale: Scale) -> Iterator[Case]:
+    batch, heads, groups, keys, values, tokens = {
+        LARGE: (4, 32, 16, 128, 128, 512), EVEN: (2, 4, 4, 16, 32, 8), RAGGED: (2, 6, 2, 12, 20, 9)
+    }[scale]  # fmt: skip
+
+    def call(
+        state: bool = True, beta: bool = False, by_key: bool = False, after: bool = False, tokens: int = tokens,
+        heads: int = heads, groups: int = groups, keys: int = keys, values: int = values,
+    ) -> Callable[[Tensors], Any]:  # fmt: skip
+        def make_case(m: Tensors) -> Any:
+            decays = (batch, heads, tokens, keys) if by_key else (batch, heads, tokens)
+            # keys of length one, as layers with a delta rule have them: others make the state grow
+            q, k = (m.normal(batch, groups, tokens, keys, scale=keys**-0.5) for _ in range(2))
+            v = m.normal(batch, heads, tokens, values)
+            g = -m.normal(*decays).abs()
+            strength = m.normal(batch, heads, tokens).sigmoid() if beta else None
+            held = m.normal(batch, heads, keys, values) if state else None
+            if not after:
+                return (q, k, v, g, strength, held), {}
+            # the first tokens of each row: none of the first one's
+            count = torch.arange(batch, device=m.device)[:, None] * (tokens // 2 + 1)
+            taken = torch.arange(tokens, device=m.device) < count
+            return (k, v, g, strength, held, taken), {}
+
+        return make_case
+
+    for name, after in (("linear_attention", False), ("linear_attention_state", True)):
+        yield Case(name, "one decay a head", call(after=after))
+        yield Case(name, "delta rule", call(beta=True, after=after))
+        yield Case(name, "one token", call(tokens=1, beta=True, after=after))
+        few = {LARGE: 16, EVEN: 8, RAGGED: 5}[scale]
+        many = {LARGE: 4096, EVEN: 64, RAGGED: 37}[scale]
+        scan = call(by_key=True, after=after, heads=many, groups=1, keys=few, values=1)
+        yield Case(name, "a channel a head, a decay a key", scan)
+        if scale == RAGGED:
+            yield Case(name, "delta rule, a decay a key", call(beta=True, by_key=True, after=after))
+            yield Case(name, "many values", call(values=150, keys=70, after=after))
+    if scale != LARGE:
+        yield Case("linear_attention", "without a state", call(state=False))
+    else:
+        yield Case("linear_attention", "widest keys", call(keys=256, values=256, tokens=1, beta=True))
+
+
 def _lora(scale: Scale) -> Iterator[Case]:
     tokens, size, width, rank = {
         LARGE: (64, 2048, 8192, 16),
@@ -322,5 +392,7 @@ def _packing(scale: Scale) -> Iterator[Case]:
 
 def cases(scale: Scale = RAGGED) -> list[Case]:
     """Return all calls: small ones whose sizes do or do not fill tiles, or those of a model with a billion weights."""
-    every = (_norms, _products, _nested, _routed, _attention, _lora, _heads, _packing)
+    every = (
+        _norms, _products, _nested, _routed, _attention, _convolutions, _linear_attention, _lora, _heads, _packing,
+    )  # fmt: skip
     return [case for family in every for case in family(scale)]

@@ -122,9 +122,19 @@ def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
                     )
             except Exception as error:
                 rows.append(
-                    {**row, "kernel": "", "file": "", "reason": f"{type(error).__name__}: {error}"[:600]}
+                    {
+                        **row,
+                        "kernel": "",
+                        "file": "",
+                        "reason": _shortened(f"{type(error).__name__}: {error}"),
+                    }
                 )
     return rows
+
+
+def _shortened(text: str) -> str:
+    """Return a message without its middle: Triton puts the source first and what is wrong with it last."""
+    return text if len(text) <= 600 else f"{text[:150]} [...] {text[-450:]}"
 
 
 def _in_doubles(ir_text: Any) -> str:

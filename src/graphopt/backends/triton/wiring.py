@@ -15,7 +15,19 @@ from torch import Tensor
 from ...ir.errors import UsageError
 from ...ir.operators import KERNELS, fused, gated_lora, nested_ffn, quantized, rms_norm, routed_ffn
 from ...ir.operators import attention as attention_reference
-from .kernels import feed_forward, gated, linear_top_k, norm, packing, tree_attention
+from ...ir.operators import causal_conv1d as conv_reference
+from ...ir.operators import linear_attention as linear_reference
+from ...ir.operators import linear_attention_state as state_reference
+from .kernels import (
+    causal_conv,
+    feed_forward,
+    gated,
+    linear_attention,
+    linear_top_k,
+    norm,
+    packing,
+    tree_attention,
+)
 from .kernels import gated_lora as lora
 
 
@@ -79,14 +91,37 @@ def _takes_added_norm(
     return same and norm.takes(x, weight, float32)
 
 
+def _takes_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None,
+    step_mask: Tensor | None = None,
+) -> bool:  # fmt: skip
+    return causal_conv.takes(x, weight, step_mask)
+
+
+def _takes_linear(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, state: Tensor | None = None,
+    step_mask: Tensor | None = None,
+) -> bool:  # fmt: skip
+    return linear_attention.takes(k, v, step_mask, q, g, beta, state)
+
+
+def _takes_state(
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor, taken: Tensor, step_mask: Tensor | None = None
+) -> bool:  # fmt: skip
+    return linear_attention.takes(k, v, step_mask, g, beta, state)
+
+
 # references that consult the table themselves are unwrapped to avoid infinite recursion
 TABLE = {
     "add_rms_norm": Kernel(norm.add_rms_norm, fused.add_rms_norm, _takes_added_norm),
     "attention": Kernel(tree_attention.attention, attention_reference, _takes_attention),
+    "causal_conv1d": Kernel(causal_conv.causal_conv1d, conv_reference, _takes_convolution),
     "gated_lora": Kernel(
         lora.gated_lora, gated_lora, lambda y, x, down, up, marks, scale: lora.takes(y, x, down, up)
     ),
     "gated_product": Kernel(gated.gated_product, fused.gated_product, lambda gate, up, **_: gated.takes(gate, up)),
+    "linear_attention": Kernel(linear_attention.linear_attention, linear_reference, _takes_linear),
+    "linear_attention_state": Kernel(linear_attention.linear_attention_state, state_reference, _takes_state),
     "linear_top_k": Kernel(linear_top_k.linear_top_k, fused.linear_top_k, linear_top_k.takes),
     "nested_ffn": Kernel(feed_forward.nested_ffn, nested_ffn, _takes_nested),
     "quantize_pack": Kernel(
