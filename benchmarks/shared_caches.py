@@ -1,9 +1,12 @@
 """What sharing keys and values between layers costs a trained model before any training, with fits and without.
 
-    python benchmarks/shared_caches.py [--program SAVED | --checkpoint GGUF] [--rows 4] [--calibration 8] [--length 256]
+    python benchmarks/shared_caches.py [--program SAVED | --checkpoint GGUF] [--rows 4] [--calibration 8] [--length 256] \
+        [--distil STEPS] [--prompt TOKENS]
 
 The model is that of ``benchmarks/real_models.py``, SmolLM2-135M-Instruct by default; so are the texts. A
-change is that of the mean loss over all rows; ± is the standard error over rows of the difference.
+change is that of the mean loss over all rows; ± is the standard error over rows of the difference. ``--distil`` trains the
+followers of the upper third one by one, on the calibration rows. ``--prompt`` reads a prompt with whole caches, and with
+caches that the upper half of the layers reads from the layer below it, in turns.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -18,9 +22,14 @@ from real_models import bundled, read_sources
 from real_pass import losses
 
 import graphopt
+from graphopt.decoding.cached import CachedDecoder
+from graphopt.decoding.generation import with_cache
+from graphopt.ir.program import Program
 from graphopt.passes import Context, Plan
 from graphopt.passes.caching.share_caches import ShareCaches
 from graphopt.passes.framework.plan import Site
+from graphopt.training import Settings
+from graphopt.training.cache_distillation import distil_shared_caches
 
 
 def told(name: str, found: list[float], original: list[float]) -> None:
@@ -40,6 +49,33 @@ def without_fit(sites: list[Site]) -> list[Site]:
     return [Site(site.block, leader=site["leader"]) for site in sites]
 
 
+def prompts(program: Program, length: int, start: int) -> None:
+    """Print the time to read a prompt with and without layers that share a cache."""
+    ids = torch.randint(3, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    decoders = {
+        "whole caches": CachedDecoder(with_cache(program), 1, length),
+        f"shared from layer {start} on": CachedDecoder(
+            with_cache(graphopt.optimize(program, [ShareCaches(start=start, fit=False)])), 1, length
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for turn in range(4):
+        for name, decoder in decoders.items():
+            decoder.lengths = [0]
+            began = time.process_time()
+            decoder.prefill([ids])
+            if turn:
+                seconds[name].append(time.process_time() - began)
+    first = statistics.median(next(iter(seconds.values())))
+    for name, found in seconds.items():
+        middle = statistics.median(found)
+        bytes_ = decoders[name].bytes / 2**20
+        print(
+            f"prompt of {length}, {name}: {middle:.2f} s ({middle / first:.2f}), caches {bytes_:.1f} MiB",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -50,6 +86,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--calibration", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row, at most 256")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of that training")
+    parser.add_argument("--distil", type=int, default=0, help="steps of training for each follower")
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of a prompt whose reading is measured")
     given = parser.parse_args()
     source = Path(given.program) if given.program else Path(given.checkpoint or bundled())
     program = graphopt.load(source) if given.program else graphopt.capture(source, compare=False)
@@ -82,6 +121,21 @@ def main() -> None:
         for what in ("keys", "values"):
             missed = [score for name, score in plan.scores.items() if name.endswith(what)]
             print(f"<!-- {label}: {what} missed {min(missed):.2f} to {max(missed):.2f} -->", flush=True)
+    if given.distil:
+        began = time.process_time()
+        settings = Settings(steps=given.distil, learning_rate=given.rate)
+        trained, records = distil_shared_caches(
+            program, ShareCaches(start=third), data[: len(calibration)], settings
+        )
+        spent = time.process_time() - began
+        told(f"all from layer {third} on, trained one by one", losses(trained, rows), original)
+        falls = [record.losses[-1] / record.losses[0] for record in records.values()]
+        print(
+            f"<!-- {spent:.0f} s; last loss of the first: {min(falls):.2f} to {max(falls):.2f} -->",
+            flush=True,
+        )
+    if given.prompt:
+        prompts(program, given.prompt, count // 2)
 
 
 if __name__ == "__main__":

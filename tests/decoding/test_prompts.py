@@ -68,6 +68,45 @@ def test_what_only_outputs_need_is_not_computed_for_other_tokens(
     assert work[1] - work[0] > head + 2 * hidden * hidden * 19
 
 
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_a_prompt_ends_where_nothing_more_is_stored(start: int, tmp_path: Path) -> None:
+    """Upper layers that read a lower one's cache compute the last token of a prompt alone, and the text is the same."""
+    import transformers
+
+    torch.manual_seed(start)
+    config = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(tmp_path / "model")
+    program = graphopt.optimize(graphopt.capture(tmp_path / "model"), f"share-caches{{start={start}}}")
+    work = []
+    for read in (torch.tensor([[59]]), None):
+        decoder = CachedDecoder(with_cache(program), 1, 64)
+        with FlopCounterMode(display=False) as counted:
+            decoder.extend(torch.randint(3, 100, (1, 60)), read=read)
+        work.append(counted.get_total_flops())
+    # all layers are alike but for keys and values, which the upper ones do not make
+    assert work[0] < (start + 0.5) / 6 * work[1]
+    rows = [[t * t % 97 + 3 for t in range(40)], [9, 8, 7], [5]]
+    expected = []
+    for row in rows:
+        text = list(row)
+        for _ in range(8):
+            with torch.no_grad():
+                text.append(int(program(input_ids=torch.tensor([text]))["logits"][0, -1].argmax()))
+        expected.append(text[len(row) :])
+    for cache in (
+        "full",
+        "window{budget=60 block=7}",
+        "heavy-hitters{budget=60 block=7}",
+        "merge{budget=60 block=7}",
+    ):
+        written = graphopt.stream(program, rows, max_new_tokens=8, cache=cache, eos_token_id=None)
+        list(written)
+        assert [text[len(row) :] for text, row in zip(written.rows, rows, strict=True)] == expected, cache
+
+
 def test_prompts_in_pieces(captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows end in different pieces; the last tokens of all are read."""
     program, _ = varied("llama", captured("llama"))

@@ -14,7 +14,7 @@ from ..ir.program import Program
 from .cached import CachedDecoder, Mark
 from .policies import ByLayer, Episode, Held, Merge, Policy
 from .prepared import TOKENS
-from .step import Buffer, Step, number_of
+from .step import Buffer, Step, number_of, rows_of_tokens
 
 
 @dataclass
@@ -106,6 +106,17 @@ class BoundedStep(Step):
         if key not in self.masks:
             self.masks[key] = self._mask(at, window, layer)
         return self.masks[key]
+
+    def visible_where_read(
+        self, window: int | None, cache: torch.Tensor, layer: Buffer | None
+    ) -> torch.Tensor:
+        """Return what the tokens that are read see: (batch, 1 or heads, tokens read, slots in use)."""
+        assert self.read is not None
+        if window is not None and layer is not None:
+            self.windows[layer] = window
+        return rows_of_tokens(
+            self._mask(self.places[0 if layer is None else number_of(layer)], window, layer), self.read
+        )
 
     def _mask(self, at: Places, window: int | None, layer: Buffer | None) -> torch.Tensor:
         tokens, device = self.positions.shape[1], self.positions.device
@@ -201,6 +212,8 @@ class BoundedDecoder(CachedDecoder):
                 self.kinds.append(kind)
             self._kind_of.append(kind)
         self._words = words
+        # what a policy counts is what all tokens attend to
+        self.through = not self._common.counts
         most = max((kind.slots for kind in self.kinds), default=1)
         super().__init__(program, batch, positions, slots=most, **options)
         # recorded steps read caches of whole texts

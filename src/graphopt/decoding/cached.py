@@ -60,6 +60,7 @@ class CachedDecoder:
         slots: number of slots of each cache.
         read: what the encoder has read, if there is one.
         packs: prompts of different lengths are packed into lines.
+        through: attention of a prompt leaves out tokens that are not read.
 
     Args:
         program: with a cache.
@@ -78,6 +79,8 @@ class CachedDecoder:
     Raises:
         UsageError: the program has no cache, or too few slots.
     """
+
+    through = True
 
     def __init__(
         self, program: Program, batch: int, capacity: int, outputs: Sequence[str] | None = None,
@@ -165,7 +168,7 @@ class CachedDecoder:
 
     def graph(self, outputs: Sequence[str], taken: Sequence[str] = (), marked: bool = False) -> Running:
         """Return the graph that computes these outputs, taking others as given; all graphs share weights and caches."""
-        key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, *taken)
+        key: tuple[str | bool, ...] = (*outputs, self.decoding, marked, self.through, *taken)
         if key not in self._graphs:
             with self._shared.lock:
                 running = self._shared.graphs.get((*key, self.prepared, type(self)))
@@ -173,7 +176,7 @@ class CachedDecoder:
                     running = self._shared.graphs[*key, self.prepared, type(self)] = Running(
                         self.program, self.capacity, self.weights, outputs, self.device,
                         decoding=self.decoding, taken=taken, compiled=self.compiled, marked=marked,
-                        prepared=self.prepared,
+                        prepared=self.prepared, through=self.through,
                     )  # fmt: skip
             for buffer, (heads, size, dtype) in running.buffers.items():
                 if buffer not in self.buffers:

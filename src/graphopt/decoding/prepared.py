@@ -26,7 +26,7 @@ from ..ir.running.evaluate import evaluate, last_uses
 from ..ir.schema import arguments, is_mutable, is_operator
 from .reading import rows_read, tokens_read
 from .states import attend_linearly, convolve
-from .step import Buffer, Step, attend, positions_of_slots, store, store_whole
+from .step import Buffer, Step, attend, attend_where_read, positions_of_slots, store, store_whole
 from .weights import few_bit_linear, joined_linear
 
 Outputs = dict[str, torch.Tensor]
@@ -209,7 +209,7 @@ class _Recording:
             steady = known[0].fixed
         if node.target in (store, store_whole, positions_of_slots):
             fixed = False
-        elif node.target in (attend, attend_linearly, convolve):
+        elif node.target in (attend, attend_where_read, attend_linearly, convolve):
             fixed = True
         else:
             fixed = steady or (all(s.fixed for s in known) and _bound(node))
@@ -463,7 +463,7 @@ class _Writer:
         """Write the code of one node."""
         if node.target is store:
             self._write_store(node)
-        elif node.target is attend:
+        elif node.target in (attend, attend_where_read):
             self._write_attend(node)
         elif not self._view(node, seen):
             for applies, write in (

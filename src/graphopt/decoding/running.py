@@ -44,6 +44,7 @@ class Running:
         compiled: compile everything between attentions.
         marked: the new tokens may include mask tokens; else what is computed only for mask tokens is left out.
         prepared: prepare steps whose shapes come again.
+        through: attention may leave out tokens that are not read, since nobody counts what they attend to.
 
     Attributes:
         buffers: the caches it writes, with number of heads, size and dtype of each.
@@ -53,7 +54,7 @@ class Running:
     def __init__(
         self, program: Program, capacity: int, weights: Weights, outputs: Iterable[str],
         device: torch.device, decoding: bool = True, taken: Iterable[str] = (), compiled: bool = False,
-        marked: bool = False, prepared: bool = True,
+        marked: bool = False, prepared: bool = True, through: bool = True,
     ):  # fmt: skip
         self.device, self.decoding, self.marked = device, decoding, marked
         self.weights = weights
@@ -74,7 +75,7 @@ class Running:
         for size in sizes:
             size.replace_all_uses_with(capacity)  # type: ignore[arg-type]
         # what reads the step may write to caches and states
-        whole = [n for n in needed if self.step in n.all_input_nodes]
+        whole = [n for n in needed if self.step in n.all_input_nodes and not (through and n.target is attend)]
         tokens = program.input_nodes[program.facts[KVCache].tokens].meta["val"]
         roots = read_late(copy.graph, self.step, tokens, roots, whole, given, early=not compiled)
         graph = self._cut(copy, roots, given)

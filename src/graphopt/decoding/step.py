@@ -96,6 +96,18 @@ class Step:
         """Return attention to some of the slots, if tokens choose them; None if they read all that is visible."""
         return None
 
+    def visible_where_read(
+        self, window: int | None, cache: torch.Tensor, layer: Buffer | None
+    ) -> torch.Tensor:
+        """Return what the tokens that are read see: (batch, 1 or heads, tokens read, slots in use)."""
+        assert self.read is not None
+        if self.step_mask is not None:
+            return rows_of_tokens(self.visible(window, cache), self.read)
+        slots = cache_positions(self.positions, self.slots, cache.shape[2])
+        distance = self.positions.gather(1, self.read)[:, :, None] - slots[:, None]
+        seen = distance >= 0
+        return (seen if window is None else seen & (distance < window))[:, None]
+
     def visible(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
         """Return which slots new tokens attend to; computed once per step."""
         if window not in self.seen:
@@ -126,6 +138,32 @@ def attend(
         return chosen
     bias = step.bias_of(q, layer) if bias is None else bias[..., : step.limit]
     visible = step.mask_of(q, k, window, layer)
+    return _attended(step, q, k, v, visible, bias, sinks, scale, softcap, window, layer)
+
+
+def attend_where_read(
+    step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None, sinks: torch.Tensor | None,
+    scale: float, softcap: float | None, window: int | None, layer: Buffer | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Compute :func:`attend` for the tokens that a step reads, whose queries alone are given; for all if it names none."""
+    if step.read is None:
+        return attend(step, q, k, v, None, sinks, scale, softcap, window, layer)
+    visible = step.visible_where_read(window, k, layer)
+    return _attended(step, q, k, v, visible, step.bias_of(q, layer), sinks, scale, softcap, window, layer)
+
+
+def rows_of_tokens(visible: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Return the rows of some tokens in what all tokens of a step see."""
+    index = read[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])
+    return visible.expand(read.shape[0], -1, -1, -1).gather(2, index)
+
+
+def _attended(
+    step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None,
+    bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float | None, window: int | None,
+    layer: Buffer | None,
+) -> torch.Tensor:  # fmt: skip
+    """Compute attention to what is visible, or to what the order of tokens says."""
     grouped = k.shape[1] < q.shape[1] and sinks is None and step.watch is None
     if grouped and (q.device.type == "cpu" or q.shape[3] > WIDEST):
         if q.shape[2] <= FOLDED:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,13 +11,11 @@ from ..data.reading import read_data
 from ..ir.errors import UsageError
 from ..ir.export_blockers import block_export
 from ..ir.program import Program
-from ..ir.running.execute import interpret
 from ..ir.running.extract import extract
-from ..ir.weights import InMemory
 from ..measure.context import Context
 from ..passes.tensor_parallel.sync_points import drop, find_sync_points
-from . import Record, Settings, train
-from .recipes import Recipe, imitation
+from . import Record, Settings
+from .block_by_block import Pair, train_blocks, with_weights
 from .shown import TrainingProgress
 
 
@@ -66,40 +61,14 @@ def distil_sync_points(
         program, data, sequences=sequences, length=length, batch=1, seed=settings.seed
     )
     context = Context(list(batches_read))
-    trained: dict[str, torch.Tensor] = {}
-    records: dict[str, Record] = {}
-    for name in blocks:
-        teacher, student = block_pair(program, name)
-        clash = [w.name for w in student.weights.values() if w.name in trained and w.kind == "parameter"]
-        if clash:
-            raise UsageError(f"{name} shares {clash[0]} with a block that was trained already")
-        batches = [
-            _block_batch(program, context, points[name].attention.reads, student, b) for b in context.data
-        ]
-        recipe = imitation(teacher, output="written")
-        module = recipe.prepare(student.module())
 
-        def batch(
-            number: int, batches: list[dict[str, torch.Tensor]] = batches, recipe: Recipe = recipe
-        ) -> Mapping[str, torch.Tensor]:
-            order = torch.randperm(
-                len(batches), generator=torch.Generator().manual_seed(settings.seed + number // len(batches))
-            )
-            return recipe.transform(batches[int(order[number % len(batches)])])
+    def pair(name: str) -> Pair:
+        return *block_pair(program, name), {"stream": points[name].attention.reads}
 
-        folder = Path(work_dir) / name if work_dir is not None else None
-        records[name] = train(
-            module, batch, recipe.loss, replace(settings), work_dir=folder, device="cpu", progress=progress
-        )
-        trained |= {n: p.detach().clone() for n, p in module.named_parameters()}
+    trained, records = train_blocks(program, blocks, pair, context, settings, work_dir, progress)
     result = program.copy()
     drop(result, list(blocks))
-    for node in result.weight_nodes:
-        weight = result.weights[node.name]
-        if weight.name in trained:
-            result.weights[node.name] = weight.with_source(
-                InMemory(trained[weight.name].to(weight.source.dtype))
-            )
+    with_weights(result, trained)
     block_export(result, "blocks were trained without their sync points", by="block-to-block distillation")
     result.changed()
     return result, records
@@ -121,12 +90,3 @@ def block_pair(program: Program, name: str) -> tuple[Program, Program]:
     written = drop(dropped, [name])[name]
     dropped_reads = next(n for n in dropped.graph.nodes if n.name == reads.name)
     return teacher, extract(dropped, {"stream": dropped_reads}, {"written": written})
-
-
-def _block_batch(
-    program: Program, context: Context, reads: Any, student: Program, batch: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the inputs of a block: the hidden states in the original model, and any other inputs it reads."""
-    bound = context.bound(program, batch)
-    stream = interpret(program, bound, record=[reads], stop=True)[reads.name]
-    return {"stream": stream} | {n: v for n, v in bound.items() if n in student.signature.inputs}
