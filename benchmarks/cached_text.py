@@ -4,7 +4,9 @@
 
 A class is made small with random weights that are spread until its text varies. Three prompts of different lengths are
 continued side by side by 48 tokens, greedily and in float32, with and without candidates; the reference is the
-library's ``generate`` of each prompt alone. One process a class; what is done is kept, so that a run can go on.
+library's ``generate`` of each prompt alone. Each prompt is continued once more with sampled tokens, where the library's
+``generate`` hands its logits to the same sampler with the same seed. One process a class; what is done is kept, so that a
+run can go on.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from small_models import fault, first_line, in_a_process, names_of_decoders, ref
 ROOT = Path(__file__).parents[1]
 NEW, SECONDS = 48, 300
 LENGTHS = (9, 4, 17)
+WAYS = ("plain", "token-recycling", "sampled")
 CLOSE = 1e-4
 """How far apart, of the range of logits, two tokens may be that rounding decides between."""
 
@@ -84,7 +87,38 @@ def try_class(name: str) -> dict[str, Any]:
             return found | {"fault": f"{strategy}: {fault(error)}"}
         equal = [_equal(model, *texts) for texts in zip(rows, expected, written, strict=True)]
         found[strategy or "plain"] = sum(equal)
+    try:
+        found["sampled"] = sum(_sampled(model, cached, row, seed) for seed, row in enumerate(rows))
+    except Exception as error:
+        return found | {"fault": f"sampled: {fault(error)}"}
     return found
+
+
+def _sampled(model: Any, cached: Any, row: list[int], seed: int) -> int:
+    """Return the number of sampled tokens that are equal until the first that differs."""
+    import torch
+    import transformers
+
+    import graphopt
+    from graphopt.decoding.sampling import Sampling, draw
+
+    options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+    sampling, generator = Sampling(**options), torch.Generator().manual_seed(seed)
+
+    class Sampler(transformers.LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            token = draw(sampling.distribution(scores[0]), generator)
+            return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([token]), 0.0)
+
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([row]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
+            logits_processor=transformers.LogitsProcessorList([Sampler()]),
+        )[0, len(row) :].tolist()  # fmt: skip
+    written = graphopt.generate(
+        cached, [row], max_new_tokens=NEW, eos_token_id=None, seed=seed, **options
+    )[0, -NEW:].tolist()  # fmt: skip
+    return next((i for i, (a, b) in enumerate(zip(expected, written, strict=True)) if a != b), NEW)
 
 
 def _spread(model: Any) -> None:
@@ -129,7 +163,7 @@ def told(found: dict[str, Any]) -> str:
         if name in found:
             return f"{name}: {found[name]}"
     total = NEW * len(LENGTHS)
-    texts = ", ".join(f"{n} {found[n]} of {total}" for n in ("plain", "token-recycling") if n in found)
+    texts = ", ".join(f"{n} {found[n]} of {total}" for n in WAYS if n in found)
     return f"{texts}; {found['distinct']} different tokens, {found['seconds']:.0f} s"
 
 
@@ -139,7 +173,7 @@ def outcome(found: dict[str, Any]) -> str:
         if name in found:
             return name
     total = NEW * len(LENGTHS)
-    return "equal" if found["plain"] == found.get("token-recycling", total) == total else "different"
+    return "equal" if all(found.get(way, total) == total for way in WAYS) else "different"
 
 
 def main() -> None:
