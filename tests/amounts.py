@@ -21,9 +21,9 @@ def cases(first: Sequence[str], others: Sequence[str]) -> list[str]:
 
 # one of each kind: the others differ from these in what a configuration says, not in what a graph holds
 _ARCHITECTURES = (
-    "^(llama|qwen3|gemma2|gemma3|olmo2|phi3|gpt2|gpt_neox|gptj|gpt_bigcode|falcon|falcon_alibi|bloom|mpt|opt|cohere|nemotron|"
-    "persimmon|exaone4|mixtral|qwen2_moe|phimoe|granitemoe|gpt_oss|deepseek_v3|bert|distilbert|albert|deberta_v2|modernbert|"
-    "t5|bart|vit|dinov2|siglip|swin|convnext|resnet|mobilenet_v2)$"
+    "^(llama|qwen3|gemma3|phi3|gpt2|gpt_neox|gptj|gpt_bigcode|falcon|bloom|mpt|opt|cohere|nemotron|"
+    "mixtral|qwen2_moe|phimoe|gpt_oss|deepseek_v3|bert|albert|deberta_v2|modernbert|"
+    "t5|bart|vit|swin|convnext|resnet|mobilenet_v2)$"
 )
 # with those that a graph spells in a way of its own
 _SPELLINGS = _ARCHITECTURES.replace("^(", "^(codegen|electra|glm|helium|mpnet|stablelm|")
@@ -42,6 +42,9 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     "test_distributed.py::test_bytes_are_those_of_the_formula": ("gather over 2",),
     "test_distributed.py::test_two_processes_compute_what_the_model_does": ("llama_tied", "gpt_oss"),
     "test_expand_branches.py::test_expanded_trained_fused": (),
+    "test_formats.py::test_a_layer_skipped_written_and_read_again": (
+        "^gptq-old$", "^pack-4-asymmetric$", "^fp8-power-scales$", "^nf4-double$",
+    ),
     "test_few_bit_steps.py::test_logits_are_those_of_the_values": (
         "^False-bits=4 group=32$", "^False-bits=8 group=32 symmetric=false$", "^False-bits=4 group=16$",
         "^True-bits=4 group=32 head=4$", "^True-bits=8 group=0 head=8$", "^True-bits=4 group=32 symmetric=false head=8$",
@@ -49,6 +52,7 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     "test_fuse_branches.py::test_networks_of_the_papers": ("^True-", "^False-repvgg$"),
     # minutes of a whole model; the small ones go the same way
     "test_gguf_exit.py::test_the_real_model_shorter": (),
+    "test_gguf_exit.py::test_files_are_those_that_the_conventions_ask_for": ("llama_biases", "phi3"),
     "test_graphs.py::test_onnxruntime_genai_generates_what_the_program_does": ("gpt2", "mistral"),
     "test_huggingface_exit.py::test_a_layer_fewer_loads_elsewhere_and_agrees": ("llama", "gemma3", "olmoe", "t5"),
     "test_huggingface_exit.py::test_both_ways_of_reloading_say_the_same": (),
@@ -61,6 +65,9 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     "test_mixtures.py::test_one_operator_and_a_dial": ("scored_inputs", "shared_scores", "sorted_tokens"),
     "test_named_kernels.py::test_captured_for_any_length": ("^(mamba|mamba2|falcon_h1|lfm2|qwen3_next)$",),
     "test_no_trace.py::test_planning_and_refusing": ("^(llama|gpt_neox|mixtral|gemma3|bert|convnext)$",),
+    "test_other_kinds.py::test_a_folder_is_captured_without_inputs": (
+        "^(llava|qwen2_vl|wav2vec2|whisper|deberta|sam)$",
+    ),
     "test_passes.py::test_models_of_the_zoo_through_all_exact_passes": ("gemma2", "falcon", "bert"),
     "test_places.py::test_run_takes_a_text_a_row": ("llama",),
     "test_prepared_steps.py::test_logits_and_caches_are_those_of_operators": (
@@ -93,6 +100,8 @@ EVERYWHERE: dict[str, tuple[str, ...]] = {
     "test_split_ffn.py::test_every_dense_architecture_is_exact_at_the_whole": (
         "^(llama|gpt2|bert|gemma2|t5|falcon|deepseek_v3|swin|phi3)$",
     ),
+    "test_stamping.py::test_folders_bind_the_same_tensors": ("^llama_tied$", "^qwen3_moe$"),
+    "test_stamping.py::test_stamped_and_full_are_one_graph": ("^(llama_tied|gemma3|mixtral|t5|vit)$",),
     "test_triton.py::test_kernels_compile_for_gpus_that_are_not_here": ("dtype3",),
     "test_triton.py::test_a_package_for_this_machine_computes_what_the_program_does": (),
     "test_width.py::test_narrow_folders_load_elsewhere": ("llama", "gpt2"),

@@ -47,7 +47,7 @@ def layer_sensitivity(
         if len(row) <= block + block // 2:
             raise UsageError(
                 f"text {number} has {len(row)} tokens, of which each sees all the same with a block of {block}",
-                hint=f"longer texts, or block={max(1, len(row) // 4)}",
+                hint=f"longer texts, or blocks of {max(1, len(row) // 4)}",
             )
     totals: list[float] = []
     for row in rows:
