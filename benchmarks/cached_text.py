@@ -5,8 +5,8 @@
 A class is made small with random weights that are spread until its text varies. Three prompts of different lengths are
 continued side by side by 48 tokens, greedily and in float32, with and without candidates; the reference is the
 library's ``generate`` of each prompt alone. Each prompt is continued once more with sampled tokens, where the library's
-``generate`` hands its logits to the same sampler with the same seed. One process a class; what is done is kept, so that a
-run can go on.
+``generate`` hands its logits to the same sampler with the same seed; and, where a class can be sharded, by two ranks that
+run in one process. One process a class; what is done is kept, so that a run can go on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from small_models import fault, first_line, in_a_process, names_of_decoders, ref
 ROOT = Path(__file__).parents[1]
 NEW, SECONDS = 48, 300
 LENGTHS = (9, 4, 17)
-WAYS = ("plain", "token-recycling", "sampled")
+WAYS = ("plain", "token-recycling", "two ranks", "sampled")
 CLOSE = 1e-4
 """How far apart, of the range of logits, two tokens may be that rounding decides between."""
 
@@ -87,6 +87,19 @@ def try_class(name: str) -> dict[str, Any]:
             return found | {"fault": f"{strategy}: {fault(error)}"}
         equal = [_equal(model, *texts) for texts in zip(rows, expected, written, strict=True)]
         found[strategy or "plain"] = sum(equal)
+    try:
+        sharded = graphopt.optimize(program, "shard-tensor-parallel{size=2}, insert-cache", verify="off")
+    except GraphoptError as error:
+        found["not sharded"] = refusal(error)
+    except Exception as error:
+        return found | {"fault": f"two ranks: {fault(error)}"}
+    else:
+        try:
+            written = graphopt.generate(sharded, rows, max_new_tokens=NEW, eos_token_id=None)
+        except Exception as error:
+            return found | {"fault": f"two ranks: {fault(error)}"}
+        texts = zip(rows, expected, written[:, -NEW:].tolist(), strict=True)
+        found["two ranks"] = sum(_equal(model, *one) for one in texts)
     try:
         found["sampled"] = sum(_sampled(model, cached, row, seed) for seed, row in enumerate(rows))
     except Exception as error:
@@ -197,6 +210,9 @@ def main() -> None:
     captured = sum(tally[n] for n in ("equal", "different", "refused", "fault"))
     print(", ".join(f"{name} {count}" for name, count in tally.most_common()))
     print(f"{tally['equal']} of {captured} classes that capture write the library's text")
+    for way in WAYS[1:]:
+        tried = [found for found in results if way in found]
+        print(f"{way}: {sum(f[way] == NEW * len(LENGTHS) for f in tried)} of {len(tried)}")
 
 
 if __name__ == "__main__":
