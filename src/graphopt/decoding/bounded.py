@@ -17,7 +17,7 @@ from .prepared import TOKENS
 from .step import Buffer, Step, number_of, rows_of_tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class Layers:
     """Layers of the same budget, whose tokens stand in the same slots.
 
@@ -293,10 +293,9 @@ class BoundedDecoder(CachedDecoder):
         counts: Sequence[int] | None, read: torch.Tensor | None,
     ) -> Step:  # fmt: skip
         tokens = positions.shape[1]
-        self.peak = max(self.peak, *(filled + tokens for filled in self.filled) if counts is None else (
-            filled + count for filled, count in zip(self.filled, counts, strict=True)
-        ))  # fmt: skip
-        placed = [self._places(kind, tokens, counts) for kind in self.kinds]
+        new = [tokens] * self.batch if counts is None else counts
+        self.peak = max(self.peak, *(n + count for n, count in zip(self.filled, new, strict=True)))
+        placed = {kind: self._places(kind, tokens, new) for kind in self.kinds}
         for layer in self.layers:
             heads, size = self.buffers[layer].shape[1:3]
             if layer not in self.held:
@@ -306,15 +305,15 @@ class BoundedDecoder(CachedDecoder):
                 self.scores[layer] = torch.zeros(planes, device=self.device)
                 if isinstance(self._common, Merge):
                     self.counts[layer] = torch.ones(shape, device=self.device)
-            at = placed[self.kinds.index(self._kind_of[number_of(layer)])]
+            at = placed[self._kind_of[number_of(layer)]]
             index = at.slots[:, None].expand(-1, heads, -1)
             self.held[layer].scatter_(2, index, positions[:, None].expand(-1, heads, -1))
         watched = self._common.counts and not self._trying and (
             not isinstance(self._common, Episode) or self._probing
         )  # fmt: skip
         self._weights = {}
-        most = max(placed, key=lambda at: at.limit)
-        places = [placed[self.kinds.index(kind)] for kind in self._kind_of]
+        most = max(placed.values(), key=lambda at: at.limit)
+        places = [placed[kind] for kind in self._kind_of]
         return BoundedStep(
             # where layers differ, each is asked for by itself
             self.buffers, positions, most.slots, most.limit, most.start if len(placed) == 1 else None, step_mask, read,
@@ -323,10 +322,10 @@ class BoundedDecoder(CachedDecoder):
             counts=self.counts if self._merged else {},
         )  # fmt: skip
 
-    def _places(self, kind: Layers, tokens: int, counts: Sequence[int] | None) -> Places:
+    def _places(self, kind: Layers, tokens: int, counts: Sequence[int]) -> Places:
         """Return where new tokens are stored in some layers."""
         filled = list(kind.filled)
-        ends = [n + (tokens if counts is None else counts[row]) for row, n in enumerate(filled)]
+        ends = [n + count for n, count in zip(filled, counts, strict=True)]
         limit = min(max(filled) + tokens, max(ends) + 1)
         if limit > kind.slots:
             raise UsageError(f"{limit} slots are needed, the bounded caches have {kind.slots}")
