@@ -92,6 +92,20 @@ def test_what_cannot_be_measured(grouped: tuple[Grouped, Program]) -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=reason):
             layer_budgets([0.1, 0.2], *options)
-    for wrong in ([], [float("nan")]):
-        with pytest.raises(UsageError, match="a finite number for each layer"):
+    for wrong in ([], [float("nan")], ["a"], [0.1, None], torch.tensor([0.1, 0.2])):
+        with pytest.raises(UsageError, match="a list with a finite number for each layer"):
             layer_budgets(wrong, 8)
+    long = [[1] * 40]
+    for options, reason in (
+        ({"block": 0}, "block is 0"), ({"block": 8.0}, "block is 8.0"), ({"sinks": -1}, "sinks is -1"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=reason):
+            layer_sensitivity(program, long, **options)
+    for rows, reason in (
+        ([[1] * 39 + [VOCABULARY]], f"text 0 has token {VOCABULARY}"), ([[-1] * 40], "text 0 has token -1"),
+        ([1, 2], "rows are lists of tokens"), (torch.ones(2, 40), "rows are lists of tokens"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=reason):
+            layer_sensitivity(program, rows, block=8)
+    with pytest.raises(UsageError, match="caches in few bits are not measured"):
+        layer_sensitivity(graphopt.optimize(program.copy(), "quantize-cache"), long, block=8)

@@ -28,6 +28,7 @@ from graphopt.decoding.policies import (
     Observed,
     Policy,
     Random,
+    Select,
     Window,
     as_policy,
 )  # fmt: skip
@@ -461,6 +462,23 @@ def test_budgets_of_other_layers_than_there_are(grouped: tuple[Grouped, Program]
         ByLayer([Window(8, 4), Window(8, 5)])
     with pytest.raises(UsageError, match="a budget of 3 tokens leaves nothing"):
         as_policy("window{budget=[8 3]}")
+    with pytest.raises(UsageError, match="layer 0 has .*: budgets by layer are of policies that drop tokens"):
+        ByLayer([Select(16), Select(16)])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=f"probe has token {VOCABULARY}"):
+        BoundedDecoder(grouped[1], 1, PLACES, Episode(8, 4, sinks=1, probe=(1, VOCABULARY)))
+    # other options than budgets are those of each layer
+    text = [(t * t + 3 * t) % VOCABULARY for t in range(40)]
+    held = []
+    for policies in (
+        (Random(8, 4, seed=1), Random(8, 4, seed=2)),
+        (Random(8, 4, seed=1),) * 2,
+        (Random(8, 4, seed=2),) * 2,
+    ):
+        decoder = BoundedDecoder(grouped[1], 1, PLACES, ByLayer(policies))
+        decoder.prefill([text])
+        held.append(the_same_tokens(decoder, 0))
+    assert held[0] == [held[1][0], held[2][1]]
+    assert held[1][1] != held[2][1]
     found = as_policy("heavy-hitters{budget=[8 16]}")
     assert isinstance(found, ByLayer)
     assert [one.recent for one in found.policies if isinstance(one, HeavyHitters)] == [4, 8]

@@ -9,7 +9,7 @@ import torch
 from builders import Shape, Transformer, tokens
 
 import graphopt
-from graphopt.ir.errors import PassRefusedError
+from graphopt.ir.errors import PassRefusedError, UsageError
 from graphopt.ir.program import Program
 from graphopt.passes import ShareCaches
 from graphopt.training import Settings
@@ -48,7 +48,7 @@ def test_attentions_learn_to_work_with_keys_of_others(
     assert program.text() == before
     followers = ["attention.2", "attention.3"] if "start" in options else ["attention.1", "attention.3"]
     assert list(records) == followers
-    assert {p.name for p in tmp_path.iterdir()} == set(followers)
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", *followers}
     for record in records.values():
         assert record.losses[-1] < record.losses[0]
     assert loss(trained, program) < 0.95 * loss(fitted, program)
@@ -66,6 +66,20 @@ def test_attentions_learn_to_work_with_keys_of_others(
     )
     for name, weight in again.weights.items():
         assert torch.equal(weight.source.load(), trained.weights[name].source.load())
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    program = graphopt.capture(Transformer(Shape(layers=4), seed=3), tokens(2, 12))
+    settings = Settings(steps=2)
+    distil_shared_caches(program, ShareCaches(start=2), data(2), settings, work_dir=tmp_path)
+    for step, rows, reason in (
+        (ShareCaches(groups=2), data(2), "another student"), (ShareCaches(start=2, fit=False), data(2), "another student"),
+        (ShareCaches(start=2), data(3), "another data"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=reason):
+            distil_shared_caches(program, step, rows, settings, work_dir=tmp_path)
+    with pytest.raises(UsageError, match="no data to train on"):
+        distil_shared_caches(program, ShareCaches(start=2, fit=False), [], settings)
 
 
 def test_nothing_to_share_is_refused() -> None:

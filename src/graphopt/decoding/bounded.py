@@ -166,7 +166,8 @@ class BoundedDecoder(CachedDecoder):
         options: as for :class:`CachedDecoder`.
 
     Raises:
-        UsageError: the program's attention adds a bias by position, or its caches are in few bits.
+        UsageError: the program's attention adds a bias by position, its caches are in few bits, or there are budgets for
+            other layers or words of another vocabulary.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class BoundedDecoder(CachedDecoder):
         self.kinds: list[Layers] = []
         self._kind_of: list[Layers] = []
         for one in single:
-            kind = next((k for k in self.kinds if k.policy.budget == one.budget), None)
+            kind = next((k for k in self.kinds if vars(k.policy) == vars(one)), None)
             if kind is None:
                 # one more slot than tokens: shorter rows of a step are padded into it
                 slots = min(one.budget + one.block + room, capacity) + 1
@@ -222,6 +223,11 @@ class BoundedDecoder(CachedDecoder):
             raise UsageError(
                 "this program adds a bias that depends on where tokens stand, so a cache cannot leave any out",
                 hint="the policy full",
+            )
+        probe = self._common.probe if isinstance(self._common, Episode) else ()
+        if self.embedded is not None and max(probe, default=0) >= self.embedded:
+            raise UsageError(
+                f"{self._common.name}: probe has token {max(probe)}, the program knows {self.embedded} tokens"
             )
         if not self.cache.layers:
             raise UsageError("this program has no caches that grow", hint="the policy full")
@@ -435,17 +441,14 @@ class BoundedDecoder(CachedDecoder):
         due = [row for row, since in enumerate(self.since) if since >= self._common.block]
         for row in due:
             self.since[row] = 0
-        full = {
-            kind.policy.budget: [row for row in due if kind.filled[row] > kind.policy.budget]
-            for kind in self.kinds
-        }
+        full = {kind: [row for row in due if kind.filled[row] > kind.policy.budget] for kind in self.kinds}
         if not any(full.values()):
             return
         if isinstance(self._common, Episode):
             self._probe(self._common)
         for layer in self.layers:
             kind = self._kind_of[number_of(layer)]
-            rows = full[kind.policy.budget]
+            rows = full[kind]
             if not rows:
                 continue
             index = torch.tensor(rows, device=self.device)
@@ -475,7 +478,7 @@ class BoundedDecoder(CachedDecoder):
                 wide = kept[..., None].expand(-1, -1, -1, buffer.shape[-1])
                 buffer[index, :, :count] = buffer[index, :, :used].gather(2, wide)
         for kind in self.kinds:
-            for row in full[kind.policy.budget]:
+            for row in full[kind]:
                 kind.filled[row] = kind.policy.budget
 
     def _merge(

@@ -79,7 +79,8 @@ class Conversation:
         self.policy = as_policy(cache) if isinstance(cache, str) else cache
         if episodes and not isinstance(self.policy, (Policy, ByLayer)):
             raise UsageError(
-                "episodes need a budget", hint="a cache with one, window{budget=1024} or another policy"
+                "episodes need a budget of what is kept",
+                hint="a policy that drops tokens, window{budget=1024} or another",
             )
         limit = longest(self.program) or positions(program)
         if length is not None and limit is not None and length > limit:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..ir.errors import UsageError
 from ..ir.program import Program
 from .bounded import BoundedDecoder
 from .cached import CachedDecoder
-from .policies import CachePolicy, Reading
+from .policies import ByLayer, CachePolicy, Policy, Reading
 from .selecting import SelectingDecoder
 
 
@@ -32,6 +33,10 @@ def decoder_under(
     Raises:
         UsageError: the program does not allow the policy.
     """
+    if policy is not None and not isinstance(policy, (Policy, ByLayer, Reading)):
+        raise UsageError(
+            f"cache is {policy!r}; it is a policy, or its name with options", hint="window{budget=1024}"
+        )
     if policy is None:
         return CachedDecoder(program, batch, capacity, **options)
     if isinstance(policy, Reading):

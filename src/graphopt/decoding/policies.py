@@ -330,13 +330,13 @@ class Episode(Policy):
 
 
 class ByLayer:
-    """Budgets of single layers, of one kind of policy.
+    """Policies of single layers, of one kind: budgets differ, and options that follow from them.
 
     Args:
         policies: one for each layer with caches, from the first on.
 
     Raises:
-        UsageError: they differ in more than their budgets.
+        UsageError: there is none, or they differ in what layers have in common: kind, block, sinks, what is counted.
     """
 
     def __init__(self, policies: Sequence[Policy]):
@@ -344,6 +344,11 @@ class ByLayer:
         if not self.policies:
             raise UsageError("budgets by layer need a policy for each layer")
         first = self.policies[0]
+        for number, policy in enumerate(self.policies):
+            if not isinstance(policy, Policy):
+                raise UsageError(
+                    f"layer {number} has {policy!r}: budgets by layer are of policies that drop tokens"
+                )
         for number, policy in enumerate(self.policies):
             for what in ("name", "block", "sinks", "planes", "probe"):
                 if getattr(policy, what, None) != getattr(first, what, None):

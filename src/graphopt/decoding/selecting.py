@@ -16,6 +16,7 @@ from ..ir.errors import UsageError
 from ..ir.facts import QuantizedCache
 from ..ir.operators import attention
 from ..ir.program import Program
+from ..ir.schema import arguments, is_operator
 from .cached import CachedDecoder
 from .policies import Reading, Reuse, Select
 from .step import Buffer, Step, number_of, of_groups
@@ -43,14 +44,12 @@ class SelectingStep(Step):
     Attributes:
         policy: how many are read, and how they are found.
         labels: by the buffer of a layer's keys.
-        certain: number of slots that no later step writes again.
         found: (batch, heads, tokens, number) by range of heads: what the last selecting layer found.
         bounds: (batch, 1, tokens, slots) by window: minus infinity where nothing is seen, infinity for newest tokens.
     """
 
     policy: Reading | None = None
     labels: dict[Buffer, Labels] = field(default_factory=dict)
-    certain: int = 0
     found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     bounds: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -89,7 +88,7 @@ class SelectingStep(Step):
         self, q: torch.Tensor, k: torch.Tensor, window: int | None, layer: Buffer
     ) -> torch.Tensor:
         labels = self.labels[layer]
-        first, slots = min(labels.known, self.certain), k.shape[2]
+        first, slots = labels.known, k.shape[2]
         channels = labels.channels.unsqueeze(2)
         if first < slots:
             new = k[:, :, first:].gather(3, channels.expand(-1, -1, slots - first, -1))
@@ -105,7 +104,14 @@ class SelectingStep(Step):
         assert self.policy is not None
         scores = queries @ keys
         scores += self._bounds(window, cache)
-        return scores.topk(min(self.policy.budget, scores.shape[-1]), -1, sorted=False).indices
+        count = min(self.policy.budget, scores.shape[-1])
+        best = scores.topk(count, -1, sorted=False)
+        least = best.values.amin(-1, keepdim=True)
+        # which of equal tokens are chosen must not follow from the width of a batch: the newer ones, as elsewhere
+        if bool((((scores >= least).sum(-1, keepdim=True) > count) & (least > -torch.inf)).any()):
+            order = torch.argsort(scores.flip(-1), dim=-1, descending=True, stable=True)
+            return scores.shape[-1] - 1 - order[..., :count]
+        return best.indices
 
     def _bounds(self, window: int | None, cache: torch.Tensor) -> torch.Tensor:
         """Return what is added to scores so that newest tokens are chosen, and what is not seen is not."""
@@ -139,6 +145,24 @@ class SelectingStep(Step):
             seen = None if seen is None else seen.repeat_interleave(heads // seen.shape[1], 1)
             mixed = attention(q, keys, values, None, None, sinks, None, seen, scale=scale, softcap=softcap)
         return mixed.reshape(batch, tokens, heads, -1).transpose(1, 2)
+
+
+def windows_of(program: Program) -> dict[int, int | None]:
+    """Return how many tokens each layer with caches sees, by its number; None if it sees all."""
+    found: dict[int, int | None] = {}
+    for node in program.nodes:
+        if not is_operator(node, "graphopt.attention"):
+            continue
+        args = arguments(node)
+        if args["visible"] is None or not is_operator(args["k"], "graphopt.cache_store"):
+            continue
+        cache = arguments(args["k"])["cache"]
+        while is_operator(cache, "aten.slice"):
+            cache = cache.args[0]
+        name = str(cache.meta.get("input", ""))
+        if name.startswith("key_cache_"):
+            found[number_of((name, 0, 0))] = arguments(args["visible"])["window"]
+    return found
 
 
 def rows_of(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -205,6 +229,7 @@ class SelectingDecoder(CachedDecoder):
                 hint="the policy full",
             )
         layers = self.cache.layers
+        windows = windows_of(program)
         if not layers:
             raise UsageError("this program has no caches to choose from", hint="the policy full")
         if isinstance(policy, Reuse) and max(policy.select) >= layers:
@@ -212,6 +237,21 @@ class SelectingDecoder(CachedDecoder):
                 f"{policy.name}: select names layer {max(policy.select)}, the program has caches in {layers} layers",
                 hint="layers are counted from 0",
             )
+        if isinstance(policy, Reuse):
+            free = [number for number in range(layers) if windows.get(number) is None]
+            for number in policy.select:
+                if windows.get(number) is not None:
+                    raise UsageError(
+                        f"{policy.name}: select names layer {number}, which sees {windows[number]} tokens alone and "
+                        "cannot choose for others",
+                        hint=f"layers that see everything: {', '.join(map(str, free)) or 'none'}",
+                    )
+            if not any(number > min(policy.select) and number not in policy.select for number in free):
+                raise UsageError(
+                    f"{policy.name}: no layer that sees everything is left to read what layers "
+                    f"{', '.join(map(str, policy.select))} choose",
+                    hint="fewer layers in select, or the policy full",
+                )
         if isinstance(policy, Select) and policy.dense >= layers:
             raise UsageError(
                 f"{policy.name}: {policy.dense} layers that read everything are all of the {layers} layers with caches",
@@ -236,19 +276,19 @@ class SelectingDecoder(CachedDecoder):
         counts: Sequence[int] | None, read: torch.Tensor | None,
     ) -> Step:  # fmt: skip
         step = super()._step(positions, slots, step_mask, counts, read)
-        # what the last step wrote behind these may have been rejected, moved, or written again since
-        certain, self._certain = min(self._certain, *self.lengths), min(self.lengths)
+        self._settle()
         if self._prompt:
             return step
         if isinstance(self.policy, Select):
             self._choose(self.policy)
         return SelectingStep(
             step.buffers, step.positions, step.slots, step.limit, step.start, step.step_mask, step.read,
-            states=step.states, taken=step.taken, policy=self.policy, labels=self.labels, certain=certain,
+            states=step.states, taken=step.taken, policy=self.policy, labels=self.labels,
         )  # fmt: skip
 
     def prefill(self, rows: Sequence[Sequence[int]], whole: bool = True) -> list[dict[str, torch.Tensor]]:
         """Read prompts; see :meth:`CachedDecoder.prefill`."""
+        self._settle()
         before = [row[:-1] for row in rows] if whole else rows
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in rows]
         self._prompt = True
@@ -267,6 +307,15 @@ class SelectingDecoder(CachedDecoder):
                 for number, count in enumerate(counts)
             ]
         return outputs
+
+    def _settle(self) -> None:
+        """Forget what is known of slots that are, or may have been, written anew: rows go on from where they stand."""
+        # what the last step wrote behind these may have been rejected or moved since
+        sure, self._certain = min(self._certain, *self.lengths), min(self.lengths)
+        for one in self.labels.values():
+            one.known = min(one.known, sure)
+        chosen = zip(self._chosen, self.lengths, strict=True)
+        self._chosen = [known and length >= self.policy.budget for known, length in chosen]
 
     def _choose(self, policy: Select) -> None:
         """Choose the channels of rows that are as long as the budget."""

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from ..ir.errors import UsageError
+from ..ir.facts import CrossCache, KVCache, QuantizedCache
 from ..ir.program import Program
-from .cached import CachedDecoder
+from .cached import CachedDecoder, longest
 from .policies import SINKS
 from .step import number_of
 
@@ -38,11 +39,7 @@ def layer_sensitivity(
     Raises:
         UsageError: there is no text, one is too short, or the program has no caches.
     """
-    if not rows:
-        raise UsageError(
-            "there is no text to measure layers on",
-            hint="rows of tokens, each longer than a block and a half",
-        )
+    _check(program, rows, block, sinks)
     for number, row in enumerate(rows):
         if len(row) <= block + block // 2:
             raise UsageError(
@@ -78,11 +75,12 @@ def layer_budgets(
     """
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise UsageError(f"budget is {budget!r}; it is a whole number from 1 on")
-    if not sensitivity or not all(math.isfinite(s) for s in sensitivity):
-        raise UsageError("sensitivity is a finite number for each layer")
-    if not (math.isfinite(exponent) and exponent >= 0):
+    numbers = isinstance(sensitivity, Sequence) and all(_number(s) for s in sensitivity)
+    if not numbers or not sensitivity:
+        raise UsageError("sensitivity is a list with a finite number for each layer")
+    if not (_number(exponent) and exponent >= 0):
         raise UsageError(f"exponent is {exponent!r}; it is a number from 0 on")
-    if not 0 <= floor <= 1:
+    if not (_number(floor) and 0 <= floor <= 1):
         raise UsageError(f"floor is {floor!r}; it is a part from 0 to 1")
     low, high = min(sensitivity), max(sensitivity)
     if high == low:
@@ -106,6 +104,40 @@ def layer_budgets(
     for i in rest[: round(total) - sum(whole)]:
         whole[i] += 1
     return whole
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(program: Program, rows: Sequence[Sequence[int]], block: int, sinks: int) -> None:
+    """Refuse what cannot be measured."""
+    cache = program.facts.get(KVCache)
+    if cache is None:
+        raise UsageError(
+            "this program has no cache", hint="graphopt.optimize(program, 'insert-cache') gives it one"
+        )
+    for fact, what in ((QuantizedCache, "caches in few bits"), (CrossCache, "an encoder")):
+        if fact in program.facts:
+            raise UsageError(f"layers of programs with {what} are not measured")
+    for name, value, low in (("block", block, 1), ("sinks", sinks, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise UsageError(f"{name} is {value!r}; it is a whole number from {low} on")
+    listed = isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows)
+    if not listed or not all(isinstance(token, int) for row in rows for token in row):
+        raise UsageError("rows are lists of tokens, one for each text")
+    if not rows:
+        raise UsageError(
+            "there is no text to measure layers on", hint="rows of tokens, longer than a block and a half"
+        )
+    known = CachedDecoder(program, 1, 1).embedded
+    for number, row in enumerate(rows):
+        limit = longest(program)
+        if limit is not None and len(row) > limit:
+            raise UsageError(f"text {number} has {len(row)} tokens, the model has positions for {limit}")
+        wrong = [token for token in row if token < 0 or (known is not None and token >= known)]
+        if wrong:
+            raise UsageError(f"text {number} has token {wrong[0]}, which the model does not know")
 
 
 def _in_blocks(length: int, block: int, sinks: int) -> torch.Tensor:

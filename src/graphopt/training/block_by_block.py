@@ -14,11 +14,14 @@ from torch import fx
 from ..ir.errors import UsageError
 from ..ir.program import Program
 from ..ir.running.execute import interpret
+from ..ir.storage.content import whole_hash
 from ..ir.weights import InMemory
 from ..measure.context import Context
 from . import Record, Settings, train
+from .learning import require_same_run
 from .recipes import imitation
 from .shown import TrainingProgress
+from .state import FILE as STATE
 
 Pair = tuple[Program, Program, Mapping[str, fx.Node]]
 """A block as it was and as it is to be, and the values of the original that are its inputs, by name."""
@@ -43,12 +46,24 @@ def train_blocks(
         Trained weights by name, and the record of each block.
 
     Raises:
-        UsageError: a block shares weights with one that was trained already.
+        UsageError: a block shares weights with one that was trained already, there are no data, or the folder holds a run
+            of another program, of other blocks or data.
     """
+    if not context.data:
+        raise UsageError("there are no data to train on")
+    names = list(blocks)
+    pairs = {name: pair(name) for name in names} if work_dir is not None else {}
+    if work_dir is not None:
+        identity = {
+            "program": whole_hash(program),
+            "student": [whole_hash(student) for _, student, _ in pairs.values()],
+            "data": context.data_hash(),
+        }
+        require_same_run(Path(work_dir), identity, f"*/{STATE}")
     trained: dict[str, torch.Tensor] = {}
     records: dict[str, Record] = {}
-    for name in blocks:
-        teacher, student, inputs = pair(name)
+    for name in names:
+        teacher, student, inputs = pairs[name] if pairs else pair(name)
         clash = [w.name for w in student.weights.values() if w.name in trained and w.kind == "parameter"]
         if clash:
             raise UsageError(f"{name} shares {clash[0]} with a block that was trained already")

@@ -159,17 +159,27 @@ def _typed(program: Program, dtype: str) -> Program:
 
 
 def _require_same_run(folder: Path, program: Program, method: Method, rows: list[Batch]) -> None:
-    """Record what identifies the run in a folder, or refuse the folder of another run.
-
-    Raises:
-        UsageError: the folder holds a run of another recipe, program or data.
-    """
     identity = {
         "recipe": _method_text(method), "program": whole_hash(program), "data": Context(rows).data_hash(),
         "number of processes": world_size(),
     }  # fmt: skip
+    require_same_run(folder, identity)
+
+
+def require_same_run(folder: Path, identity: Mapping[str, object], state: str = STATE) -> None:
+    """Record what identifies a run in a folder, or refuse the folder of another run.
+
+    Args:
+        folder: is made.
+        identity: what must be the same, by what it is called in the message.
+        state: the file that is there once something was trained, as a pattern.
+
+    Raises:
+        UsageError: the folder holds a run of another identity.
+        CheckpointError: what it holds cannot be read.
+    """
     path = folder / "run.json"
-    if not path.is_file() or not (folder / STATE).is_file():  # nothing was trained there yet
+    if not path.is_file() or not any(folder.glob(state)):  # nothing was trained there yet
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
