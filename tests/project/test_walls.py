@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends/gguf": _EXIT | {"backends/huggingface"},
     "backends/triton": _EXIT,
     "decoding": _IR | {"data", "measure", "passes/framework", "passes/caching"},
-    "training": _IR | {"data", "measure", "passes/framework", "passes/tensor_parallel"},
+    "training": _IR | {"data", "measure", "passes/framework", "passes/tensor_parallel", "passes/caching"},
 }  # fmt: skip
 # the package of the intermediate representation loads what programs find by name
 _LOADS_ALL = {"ir/__init__.py"}
