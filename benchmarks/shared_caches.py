@@ -124,9 +124,7 @@ def main() -> None:
     if given.distil:
         began = time.process_time()
         settings = Settings(steps=given.distil, learning_rate=given.rate)
-        trained, records = distil_shared_caches(
-            program, ShareCaches(start=third), data[: len(calibration)], settings
-        )
+        trained, records = distil_shared_caches(program, ShareCaches(start=third), data, settings)
         spent = time.process_time() - began
         told(f"all from layer {third} on, trained one by one", losses(trained, rows), original)
         falls = [record.losses[-1] / record.losses[0] for record in records.values()]
