@@ -102,6 +102,7 @@ def test_what_cannot_be_measured(grouped: tuple[Grouped, Program]) -> None:
         with pytest.raises(UsageError, match=reason):
             layer_sensitivity(program, long, **options)
     for rows, reason in (
+        ([[1] * (PLACES + 1)], f"text 0 has {PLACES + 1} tokens, the model has positions for"),
         ([[1] * 39 + [VOCABULARY]], f"text 0 has token {VOCABULARY}"), ([[-1] * 40], "text 0 has token -1"),
         ([1, 2], "rows are lists of tokens"), (torch.ones(2, 40), "rows are lists of tokens"),
     ):  # fmt: skip

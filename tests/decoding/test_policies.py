@@ -456,7 +456,7 @@ def test_an_episode_can_be_about_other_words(
 
 
 def test_budgets_of_other_layers_than_there_are(grouped: tuple[Grouped, Program]) -> None:
-    with pytest.raises(UsageError, match="window has budgets for 3 layers, the program has caches in 2"):
+    with pytest.raises(UsageError, match="there are budgets for 3 layers, the program has caches in 2"):
         graphopt.generate(grouped[1], [[1]], max_new_tokens=2, cache="window{budget=[8 9 10]}")
     with pytest.raises(UsageError, match="layer 1 has another block than layer 0"):
         ByLayer([Window(8, 4), Window(8, 5)])

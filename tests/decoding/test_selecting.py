@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def policies(least: int = 2, most: int = 9) -> st.SearchStrategy[Reading]:
 def grouped() -> tuple[Grouped, Program]:
     module = Grouped(5).double().eval()
     return module, with_cache(graphopt.capture(module, {"input_ids": torch.randint(0, VOCABULARY, (2, 6))}))
+
+
+def written(program: Program, rows: list[list[int]], count: int, **options: Any) -> list[list[int]]:
+    """Return rows with what is written after them."""
+    stream = graphopt.stream(program, rows, max_new_tokens=count, **options)
+    list(stream)
+    return stream.rows
 
 
 class Lists:
@@ -145,15 +153,8 @@ def test_the_text_with_candidates_is_the_text_without(
 ) -> None:
     """Every token of a tree chooses for itself what it reads; rejected ones are read by none."""
     program = grouped[1]
-    plain = graphopt.stream(program, rows, max_new_tokens=20, cache=policy)
-    for _ in plain:
-        pass
-    found = graphopt.stream(
-        program, rows, max_new_tokens=20, cache=policy, strategy=Adversary(seed, plain.rows, 0.8)
-    )
-    for _ in found:
-        pass
-    assert found.rows == plain.rows
+    plain = written(program, rows, 20, cache=policy)
+    assert written(program, rows, 20, cache=policy, strategy=Adversary(seed, plain, 0.8)) == plain
 
 
 @settings(max_examples=10)
@@ -163,14 +164,8 @@ def test_a_row_is_what_it_is_alone(
 ) -> None:
     """Channels are chosen for each row, and rows share nothing."""
     program = grouped[1]
-    together = graphopt.stream(program, rows, max_new_tokens=10, cache=policy)
-    for _ in together:
-        pass
-    for row, text in zip(rows, together.rows, strict=True):
-        alone = graphopt.stream(program, [row], max_new_tokens=10, cache=policy)
-        for _ in alone:
-            pass
-        assert alone.rows[0] == text
+    for row, text in zip(rows, written(program, rows, 10, cache=policy), strict=True):
+        assert written(program, [row], 10, cache=policy) == [text]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +184,7 @@ def test_windows_sinks_latents_and_states(model: str, cache: str, captured: Call
     rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 6, 7], [20, 21, 22]]
 
     def text(cache: str, strategy: Adversary | None = None) -> list[list[int]]:
-        found = graphopt.stream(
-            program, rows, max_new_tokens=20, cache=cache, strategy=strategy, eos_token_id=None
-        )
-        for _ in found:
-            pass
-        return found.rows
+        return written(program, rows, 20, cache=cache, strategy=strategy, eos_token_id=None)
 
     assert text(cache % 60) == text("full")
     plain = text(cache % 4)
@@ -244,7 +234,7 @@ def test_rows_go_back_and_on(
     assert torch.allclose(found, expected, atol=1e-9)
 
 
-def test_equal_scores_are_decided_alike_in_any_batch(grouped: tuple[Grouped, Program]) -> None:
+def test_equal_scores_are_decided_alike_in_any_batch() -> None:
     """A model in which one token's queries are zero: all scores are equal, and rows of a batch have caches of other widths."""
     module = Grouped(3).double().eval()
     with torch.no_grad():

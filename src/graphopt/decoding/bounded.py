@@ -19,7 +19,7 @@ from .step import Buffer, Step, number_of, rows_of_tokens
 
 @dataclass(eq=False)
 class Layers:
-    """Layers of the same budget, whose tokens stand in the same slots.
+    """Layers of the same policy, whose tokens stand in the same slots.
 
     Attributes:
         policy: what they keep.
@@ -154,7 +154,7 @@ class BoundedDecoder(CachedDecoder):
 
     Attributes:
         policy: what is kept.
-        kinds: layers by what they keep.
+        kinds: layers by their policies.
         peak: the largest number of slots that a row has used in a layer.
 
     Args:
@@ -187,7 +187,7 @@ class BoundedDecoder(CachedDecoder):
         layers = cache.layers if cache is not None else 0
         if isinstance(policy, ByLayer) and len(policy.policies) != layers:
             raise UsageError(
-                f"{policy.name} has budgets for {len(policy.policies)} layers, the program has caches in {layers}",
+                f"there are budgets for {len(policy.policies)} layers, the program has caches in {layers}",
                 hint="as many budgets as layers with caches",
             )
         self.policy = policy
@@ -418,6 +418,8 @@ class BoundedDecoder(CachedDecoder):
 
     def _clear(self, row: int) -> None:
         """Forget what a step has written into the slots that are not in use."""
+        if all(kind.filled[row] >= kind.written for kind in self.kinds):
+            return
         for layer in self.layers:
             kind = self._kind_of[number_of(layer)]
             first, last = kind.filled[row], kind.written

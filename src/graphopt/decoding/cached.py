@@ -60,7 +60,7 @@ class CachedDecoder:
         slots: number of slots of each cache.
         read: what the encoder has read, if there is one.
         packs: prompts of different lengths are packed into lines.
-        through: attention of a prompt leaves out tokens that are not read.
+        through: attention of a prompt to what an earlier layer stored leaves out tokens that are not read.
 
     Args:
         program: with a cache.

@@ -1,9 +1,9 @@
 """Outputs at some of a step's tokens alone: of a prompt the last token's logits are read, and a head is much of the work.
 
-What follows from a token's own values only (heads, norms, feed-forward) is computed for tokens that are read, and so is
-what they attend with; what other tokens attend to, for all. Where the one becomes the other is found in the graph by where
-the entries of each dimension come from, so no head has to be recognised. Where upper layers read the cache of a lower one,
-a prompt so ends in the middle of the model (YOCO, arXiv 2405.05254).
+What follows from a token's own values only (heads, norms, the last layer's feed-forward) is computed for tokens that are
+read; what other tokens attend to, for all. Where the one becomes the other is found in the graph by where the entries of
+each dimension come from, so no head has to be recognised. Where upper layers read the cache of a lower one, what they
+attend with is needed for tokens that are read alone too: a prompt ends in the middle of the model (YOCO, arXiv 2405.05254).
 """
 
 from __future__ import annotations

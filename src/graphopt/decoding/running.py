@@ -30,6 +30,19 @@ KEPT = 16
 """Number of shapes that are prepared or counted, the last ones."""
 
 
+def _later_readers(graph: fx.Graph) -> set[fx.Node]:
+    """Return the attentions that read the keys of an earlier one; the first one's queries are made where keys are."""
+    seen: set[Buffer] = set()
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        layer = node.args[-1] if node.target is attend else None
+        if layer in seen:
+            found.add(node)
+        elif layer is not None:
+            seen.add(layer)
+    return found
+
+
 class Running:
     """A graph that computes some outputs of a program with caches.
 
@@ -44,7 +57,8 @@ class Running:
         compiled: compile everything between attentions.
         marked: the new tokens may include mask tokens; else what is computed only for mask tokens is left out.
         prepared: prepare steps whose shapes come again.
-        through: attention may leave out tokens that are not read, since nobody counts what they attend to.
+        through: attention to what an earlier layer stored may leave out tokens that are not read, since nobody counts
+            what they attend to.
 
     Attributes:
         buffers: the caches it writes, with number of heads, size and dtype of each.
@@ -75,7 +89,8 @@ class Running:
         for size in sizes:
             size.replace_all_uses_with(capacity)  # type: ignore[arg-type]
         # what reads the step may write to caches and states
-        whole = [n for n in needed if self.step in n.all_input_nodes and not (through and n.target is attend)]
+        later = _later_readers(copy.graph) if through else set()
+        whole = [n for n in needed if self.step in n.all_input_nodes and n not in later]
         tokens = program.input_nodes[program.facts[KVCache].tokens].meta["val"]
         roots = read_late(copy.graph, self.step, tokens, roots, whole, given, early=not compiled)
         graph = self._cut(copy, roots, given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,14 @@ Pair = tuple[Program, Program, Mapping[str, fx.Node]]
 
 
 def train_blocks(
-    program: Program, blocks: Iterable[str], pair: Callable[[str], Pair], context: Context, settings: Settings,
+    program: Program, pairs: Mapping[str, Pair], context: Context, settings: Settings,
     work_dir: str | os.PathLike[str] | None, progress: TrainingProgress | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Record]]:  # fmt: skip
     """Train each block to give what it gave in the original, on the values of the original.
 
     Args:
         program: the original.
-        blocks: their names.
-        pair: returns a block's teacher and student, which have the output ``written``.
+        pairs: a teacher and a student by the name of each block, which have the output ``written``.
         context: its data are the batches.
         settings: of each block's training.
         work_dir: where training states are saved, one folder per block.
@@ -51,8 +50,6 @@ def train_blocks(
     """
     if not context.data:
         raise UsageError("there are no data to train on")
-    names = list(blocks)
-    pairs = {name: pair(name) for name in names} if work_dir is not None else {}
     if work_dir is not None:
         identity = {
             "program": whole_hash(program),
@@ -62,8 +59,7 @@ def train_blocks(
         require_same_run(Path(work_dir), identity, f"*/{STATE}")
     trained: dict[str, torch.Tensor] = {}
     records: dict[str, Record] = {}
-    for name in names:
-        teacher, student, inputs = pairs[name] if pairs else pair(name)
+    for name, (teacher, student, inputs) in pairs.items():
         clash = [w.name for w in student.weights.values() if w.name in trained and w.kind == "parameter"]
         if clash:
             raise UsageError(f"{name} shares {clash[0]} with a block that was trained already")

@@ -81,7 +81,8 @@ def distil_shared_caches(
             {"stream": block.reads, "keys": leader["k"], "values": leader["v"]},
         )  # fmt: skip
 
-    trained, records = train_blocks(program, followers, pair, context, settings, work_dir, progress)
+    pairs = {name: pair(name) for name in followers}
+    trained, records = train_blocks(program, pairs, context, settings, work_dir, progress)
     with_weights(shared, trained)
     shared.changed()
     return shared, records

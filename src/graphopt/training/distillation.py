@@ -61,11 +61,10 @@ def distil_sync_points(
         program, data, sequences=sequences, length=length, batch=1, seed=settings.seed
     )
     context = Context(list(batches_read))
-
-    def pair(name: str) -> Pair:
-        return *block_pair(program, name), {"stream": points[name].attention.reads}
-
-    trained, records = train_blocks(program, blocks, pair, context, settings, work_dir, progress)
+    pairs: dict[str, Pair] = {
+        name: (*block_pair(program, name), {"stream": points[name].attention.reads}) for name in blocks
+    }
+    trained, records = train_blocks(program, pairs, context, settings, work_dir, progress)
     result = program.copy()
     drop(result, list(blocks))
     with_weights(result, trained)
