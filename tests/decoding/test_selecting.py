@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -255,15 +255,34 @@ def test_equal_scores_are_decided_alike_in_any_batch() -> None:
     ("model", "select", "reason"),
     [
         ("mistral", [0], "sees 5 tokens alone"),
+        ("mistral", None, "no layer that sees everything is left to read"),
         ("llama", [1], "no layer that sees everything is left to read"),
         ("llama", [0, 1], "no layer that sees everything is left to read"),
     ],
 )
 def test_what_would_change_nothing_is_refused(
-    model: str, select: list[int], reason: str, captured: Callable[[str], Program]
+    model: str, select: list[int] | None, reason: str, captured: Callable[[str], Program]
 ) -> None:
     with pytest.raises(UsageError, match=reason):
         graphopt.generate(captured(model), [[5, 6]], max_new_tokens=2, cache=Reuse(16, select=select))
+
+
+@pytest.mark.parametrize(
+    ("free", "layers", "select"),
+    [(range(32), 32, (2, 13)), (range(30), 30, (2, 12)), (range(12), 12, (2, 5)), (range(4), 4, (2,)), (range(3), 3, (0, 1)),
+     (range(2), 2, (0,)), ((5, 11, 17, 23, 29), 30, (5, 17)), ((1,), 2, ()), ((), 2, ())],
+)  # fmt: skip
+def test_layers_that_choose_by_default(free: Sequence[int], layers: int, select: tuple[int, ...]) -> None:
+    """Two as in the paper's 32 layers; fewer where few layers see everything, and one is left that reads."""
+    assert Reuse(16).among(list(free), layers).select == select
+    assert Reuse(16, select=[1]).among(list(free), layers).select == (1,)
+
+
+@pytest.mark.parametrize("cache", ["reuse{budget=40}", "reuse{budget=4 recent=2}"])
+def test_no_layers_need_be_named(cache: str, grouped: tuple[Grouped, Program]) -> None:
+    rows = [[t % VOCABULARY for t in range(20)]]
+    named = cache.replace("}", " select=[0]}")
+    assert written(grouped[1], rows, 10, cache=cache) == written(grouped[1], rows, 10, cache=named)
 
 
 @pytest.mark.parametrize("cache", [5, Select, ["window{budget=8}"]])

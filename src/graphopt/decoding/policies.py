@@ -417,20 +417,40 @@ class Reuse(Reading):
 
     Args:
         budget: number of tokens that a new token reads in each layer and head of keys.
-        select: the layers that read everything and choose for those after them; 2, and a later one that corrects, in the
-            paper. Layers before the first of them read everything.
+        select: the layers that read everything and choose for those after them. Layers before the first of them read
+            everything. By default the third layer, and one at 13 of 32 that corrects, as in the paper, or the next layers
+            that see everything.
         recent: number of newest tokens, itself included, that are always among them.
     """
 
     name = "reuse"
 
-    def __init__(self, budget: int, select: Sequence[int] = (2, 13), recent: int = 16):
+    def __init__(self, budget: int, select: Sequence[int] | None = None, recent: int = 16):
+        if select is None:
+            super().__init__(budget, recent, 0)
+            self.select: tuple[int, ...] = ()
+            return
         if isinstance(select, (str, int)) or not select:
             raise UsageError(f"{self.name}: select is {select!r}; it is a list of layers, [2 13]")
         for layer in select:
             _whole(self, "each of select", layer, 0)
         super().__init__(budget, recent, min(select))
         self.select = tuple(sorted(set(select)))
+
+    def among(self, free: Sequence[int], layers: int) -> Reuse:
+        """Return the policy with the layers that choose, if none were named.
+
+        Args:
+            free: numbers of the layers that see everything, in order.
+            layers: number of layers with caches.
+        """
+        if self.select or len(free) < 2:
+            return self
+        # the last one has nothing after it to choose for
+        *able, _ = free
+        first = next((n for n in able if n >= 2), able[0])
+        second = [n for n in able if n > first and n >= round(layers * 13 / 32)][:1]
+        return Reuse(self.budget, [first, *second], self.recent)
 
 
 def _whole(policy: Policy | Reading, option: str, value: object, low: int) -> int:

@@ -165,6 +165,36 @@ def windows_of(program: Program) -> dict[int, int | None]:
     return found
 
 
+def _with_layers(policy: Reuse, program: Program, layers: int) -> Reuse:
+    """Return a policy whose layers can choose for others.
+
+    Raises:
+        UsageError: there are none, or those that it names cannot.
+    """
+    windows = windows_of(program)
+    free = [number for number in range(layers) if windows.get(number) is None]
+    policy = policy.among(free, layers)
+    if policy.select and max(policy.select) >= layers:
+        raise UsageError(
+            f"{policy.name}: select names layer {max(policy.select)}, the program has caches in {layers} layers",
+            hint="layers are counted from 0",
+        )
+    for number in policy.select:
+        if number not in free:
+            raise UsageError(
+                f"{policy.name}: select names layer {number}, which sees {windows[number]} tokens alone and cannot choose "
+                "for others",
+                hint=f"layers that see everything: {', '.join(map(str, free)) or 'none'}",
+            )
+    if not policy.select or not any(n > min(policy.select) and n not in policy.select for n in free):
+        named = f" what layers {', '.join(map(str, policy.select))} choose" if policy.select else ""
+        raise UsageError(
+            f"{policy.name}: no layer that sees everything is left to read{named}",
+            hint="fewer layers in select, or the policy full" if named else "the policy full, or select",
+        )
+    return policy
+
+
 def rows_of(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return some slots of a cache, copied row by row: several times as fast as ``gather`` on CPUs.
 
@@ -222,41 +252,22 @@ class SelectingDecoder(CachedDecoder):
         super().__init__(program, batch, capacity, **options)
         # recorded steps read all of the caches
         self.recorder = None
-        self.policy = policy
         if self.biased:
             raise UsageError(
                 "this program adds a bias that depends on where tokens stand, so no tokens can be chosen by their keys",
                 hint="the policy full",
             )
         layers = self.cache.layers
-        windows = windows_of(program)
         if not layers:
             raise UsageError("this program has no caches to choose from", hint="the policy full")
-        if isinstance(policy, Reuse) and max(policy.select) >= layers:
-            raise UsageError(
-                f"{policy.name}: select names layer {max(policy.select)}, the program has caches in {layers} layers",
-                hint="layers are counted from 0",
-            )
         if isinstance(policy, Reuse):
-            free = [number for number in range(layers) if windows.get(number) is None]
-            for number in policy.select:
-                if windows.get(number) is not None:
-                    raise UsageError(
-                        f"{policy.name}: select names layer {number}, which sees {windows[number]} tokens alone and "
-                        "cannot choose for others",
-                        hint=f"layers that see everything: {', '.join(map(str, free)) or 'none'}",
-                    )
-            if not any(number > min(policy.select) and number not in policy.select for number in free):
-                raise UsageError(
-                    f"{policy.name}: no layer that sees everything is left to read what layers "
-                    f"{', '.join(map(str, policy.select))} choose",
-                    hint="fewer layers in select, or the policy full",
-                )
+            policy = _with_layers(policy, program, layers)
         if isinstance(policy, Select) and policy.dense >= layers:
             raise UsageError(
                 f"{policy.name}: {policy.dense} layers that read everything are all of the {layers} layers with caches",
                 hint="a smaller dense, or the policy full",
             )
+        self.policy = policy
         self.labels: dict[Buffer, Labels] = {}
         self._chosen = [False] * batch
         self._certain, self._prompt = 0, False
